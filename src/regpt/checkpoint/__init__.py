@@ -1,0 +1,1 @@
+"""STATE → DISK and back; `open_model` serves every command."""

@@ -1,0 +1,22 @@
+"""`[checkpoint]`: when a run is saved and what is kept."""
+
+from dataclasses import dataclass
+
+from regpt.errors import UsageError
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    __pydantic_config__ = {"extra": "forbid"}
+
+    every_steps: int = 1000
+    """Steps between checkpoints; 0 saves only at the end."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept; 0 keeps all."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this step are kept for ever; 0 for none."""
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "keep_last", "keep_every"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"checkpoint.{name} is {getattr(self, name)}, must be 0 or more")

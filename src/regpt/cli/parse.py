@@ -1,0 +1,45 @@
+"""Parse one command's arguments into its dataclass; a mistake becomes one sentence."""
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Sequence
+from typing import TypeVar
+
+import tyro
+
+from regpt.errors import UsageError
+
+Args = TypeVar("Args")
+RULE = re.compile(r"^[╭╰│─\s]*─{3,}[╮╯│─\s]*$")
+
+
+def parse(command: type[Args], args: Sequence[str], prog: str, default: Args | None = None) -> Args:
+    """`args` as an instance of the dataclass `command`; `prog` is what the user typed, such as `regpt sample`.
+
+    Raises:
+        UsageError: an unknown flag, a missing argument or a value of the wrong type.
+    """
+    shown, complaint = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(complaint):
+            return tyro.cli(command, args=list(args), prog=prog, default=default)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            sys.stdout.write(shown.getvalue())
+            raise
+        raise UsageError(one_sentence(complaint.getvalue(), prog)) from None
+
+
+def one_sentence(box: str, prog: str) -> str:
+    """tyro's framed message, several lines with rules between them, as one line."""
+    parts, part = [], []
+    for line in [*box.splitlines(), "───"]:
+        if RULE.match(line) or line.startswith("╭"):
+            parts.append(" ".join(part))
+            part = []
+        elif text := line.strip("│ "):
+            part.append(text)
+    said = [part for part in parts if part and "helptext" not in part]
+    return f"{prog}: {'; '.join(said)}; {prog} --help shows what is allowed"

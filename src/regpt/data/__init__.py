@@ -1,0 +1,1 @@
+"""TOKENS → BATCHES: sources, shards, order, loader."""

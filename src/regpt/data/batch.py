@@ -1,0 +1,26 @@
+"""The one thing that every training method feeds to the model."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default: such a target carries no loss
+
+
+class Batch(NamedTuple):
+    """One micro-batch of B rows of T tokens, all int64.
+
+    `targets` (B, T) holds the token after each of `idx` (B, T), or `IGNORE_INDEX`. `positions` (B, T) restart at
+    document starts when attention is masked by document, and `cu_seqlens` (documents + 1,) are then the cumulative
+    document lengths over the flattened B·T tokens; both are None when a row is read as one text.
+    """
+
+    idx: Tensor
+    targets: Tensor
+    positions: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on `device`; the copy from pinned memory does not wait."""
+        return Batch(*(None if x is None else x.to(device, non_blocking=True) for x in self))

@@ -1,0 +1,124 @@
+"""`manifest.json` of a folder of token shards: what is in it, from where, and how to tell that it is intact."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from regpt.errors import UserError
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One `.bin` file of tokens with its `.idx` file of document starts.
+
+    Attributes:
+        file: name of the token file in the folder, such as `train-00000.bin`; the index is `train-00000.idx`.
+        split: `train` or `val`.
+        tokens: number of tokens in `file`.
+        documents: number of document starts in the index.
+        sha256: hash of the token file.
+        idx_sha256: hash of the index file.
+        continues: the last document goes on in the next shard of the split.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    file: str
+    split: Literal["train", "val"]
+    tokens: int
+    documents: int
+    sha256: str
+    idx_sha256: str
+    continues: bool = False
+
+    @property
+    def idx_file(self) -> str:
+        return self.file.removesuffix(".bin") + ".idx"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole folder.
+
+    Attributes:
+        tokenizer: name of the tokenizer.
+        tokenizer_sha256: its hash.
+        vocab_size: its real vocabulary size.
+        eot: id of the token that starts every document.
+        dtype: little-endian type of the token files.
+        shards: every shard, train before val, in order.
+        text_bytes: UTF-8 bytes of the documents of each split.
+        sources: where the text came from; one object a source, with at least `source`.
+        options: the options that shaped the bytes.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    tokenizer: str
+    tokenizer_sha256: str
+    vocab_size: int
+    eot: int
+    dtype: Literal["uint16", "uint32"]
+    shards: tuple[Shard, ...]
+    text_bytes: dict[str, int] = field(default_factory=dict)
+    sources: tuple[dict[str, Any], ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def split(self, name: str) -> list[Shard]:
+        return [shard for shard in self.shards if shard.split == name]
+
+    def tokens(self, name: str) -> int:
+        return sum(shard.tokens for shard in self.split(name))
+
+    def documents(self, name: str) -> int:
+        return sum(shard.documents for shard in self.split(name))
+
+    @property
+    def numpy_dtype(self) -> np.dtype:
+        return np.dtype(self.dtype).newbyteorder("<")
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of `folder`, with the size of every file checked against it.
+
+    Raises:
+        UserError: no such folder, no manifest (the folder was never finished), a manifest of another format, or a
+            file that is missing or of another size.
+    """
+    path = folder / "manifest.json"
+    if not path.is_file():
+        what = "has no manifest.json, so it was never finished" if folder.is_dir() else "does not exist"
+        raise UserError(f"data folder {str(folder)!r} {what}; make it with: regpt data prepare SOURCE --out {folder}")
+    try:
+        manifest = TypeAdapter(Manifest).validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(f"{path} is not a manifest of token shards ({where}: {first['msg']}); prepare it again") from None
+    if manifest.format_version != FORMAT_VERSION:
+        raise UserError(f"{path} has format version {manifest.format_version}, this regpt reads {FORMAT_VERSION}; prepare it again")
+    check_sizes(folder, manifest)
+    return manifest
+
+
+def check_sizes(folder: Path, manifest: Manifest) -> None:
+    """Raise a UserError naming the first file of `manifest` that is missing or has another size."""
+    width = manifest.numpy_dtype.itemsize
+    for shard in manifest.shards:
+        for name, expected in ((shard.file, shard.tokens * width), (shard.idx_file, shard.documents * 8)):
+            path = folder / name
+            found = path.stat().st_size if path.is_file() else None
+            if found != expected:
+                state = "is missing" if found is None else f"has {found:,} bytes instead of {expected:,}"
+                raise UserError(f"shard {path} {state}; prepare the folder again or restore the file")

@@ -1,0 +1,22 @@
+"""Errors that a user can mend; everything else is a defect of ours and keeps its traceback."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """One sentence: what was given, what is allowed, how to fix it. The command line prints it and exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class UsageError(UserError):
+    """A `UserError` in what was typed: a flag, a key, a value, a name."""
+
+    exit_code = 2
+
+
+def nearest(given: str, allowed: Iterable[str]) -> str:
+    """` (did you mean X?)` for the allowed name closest to `given`, or nothing when none is close."""
+    close = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""

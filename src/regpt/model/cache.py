@@ -1,0 +1,33 @@
+"""Keys and values of the tokens read so far, so that a new token costs one position, not all of them."""
+
+import torch
+from torch import Tensor
+
+from regpt.model.config import ModelConfig
+
+
+class KVCache:
+    """Room for `capacity` positions of `batch` sequences in every layer.
+
+    `length` is the number of positions that hold tokens; the model moves it on after each call, and setting it back
+    forgets the later ones.
+    """
+
+    def __init__(self, config: ModelConfig, batch: int, capacity: int, *, device: torch.device, dtype: torch.dtype):
+        shape = (config.n_layer, batch, config.n_head, capacity, config.n_embd // config.n_head)  # (L, B, H, S, D)
+        self.k = torch.empty(shape, device=device, dtype=dtype)
+        self.v = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    @property
+    def capacity(self) -> int:
+        return self.k.size(-2)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store `k` and `v` (B, H, T, D) behind the tokens of `layer`; return all of them, (B, H, S, D) views."""
+        end = self.length + k.size(-2)
+        if end > self.capacity:
+            raise ValueError(f"{end} positions do not fit into a cache of {self.capacity}")
+        self.k[layer, :, :, self.length : end] = k
+        self.v[layer, :, :, self.length : end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]

@@ -1,0 +1,38 @@
+"""The shape of a model: everything that is needed to build it, nothing about how it is trained."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from regpt.errors import UsageError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only Transformer; the defaults are GPT-2 124M (Radford et al. 2019, table 2)."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    family: Literal["gpt2"] = "gpt2"
+    """Architecture."""
+    n_layer: int = 12
+    """Transformer blocks."""
+    n_head: int = 12
+    """Attention heads; must divide n_embd."""
+    n_embd: int = 768
+    """Width of the residual stream."""
+    vocab_size: int = 50257
+    """The tokenizer's real vocabulary size; padding for speed is derived, never stored."""
+    max_seq_len: int = 1024
+    """Learned positions: the longest sequence that the model reads."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_layer", "n_head", "n_embd", "vocab_size", "max_seq_len"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"model.{name} is {getattr(self, name)}, must be at least 1")
+        if self.n_embd % self.n_head:
+            fits = [n for n in range(1, min(self.n_embd, 4 * self.n_head) + 1) if self.n_embd % n == 0]
+            near = sorted(sorted(fits, key=lambda n: abs(n - self.n_head))[:3])
+            raise UsageError(
+                f"model.n_embd = {self.n_embd} is not divisible by model.n_head = {self.n_head}; "
+                f"n_head = {', '.join(map(str, near))} would fit"
+            )

@@ -1,0 +1,77 @@
+"""The operations that a faster kernel may replace, in plain PyTorch. These are the reference; they define the meaning."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE_INDEX = -100  # PyTorch's own convention for "no target here"; data.batch uses the same
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention (Vaswani et al. 2017, eq. 1), causal unless a mask says otherwise.
+
+    Args:
+        q: (B, H, T, D).
+        k, v: (B, H, S, D), S ≥ T; without a mask the last T of the S positions are those of the queries.
+        mask: bool, broadcastable to (B, H, T, S), True where a query may look. None means causal.
+
+    Returns:
+        (B, H, T, D), the dtype of q.
+    """
+    T, S = q.size(-2), k.size(-2)
+    if mask is None and T not in (S, 1):  # a block of queries behind a cache: query i sees S - T + i + 1 keys
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T == S)
+
+
+def document_mask(cu_seqlens: Tensor, B: int, T: int) -> Tensor:
+    """Causal mask that also stops at document boundaries, (B, 1, T, T) bool, from cumulative lengths over B·T tokens."""
+    token = torch.arange(B * T, device=cu_seqlens.device)
+    document = torch.searchsorted(cu_seqlens, token, right=True).view(B, T)
+    same = document[:, :, None] == document[:, None, :]  # (B, T, T)
+    return (same & torch.ones(T, T, dtype=torch.bool, device=same.device).tril())[:, None]
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Layer normalisation (Ba et al. 2016, eq. 4) over the last dimension; x (..., C), weight and bias (C,)."""
+    return F.layer_norm(x, (x.size(-1),), weight, bias, eps)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU in the tanh approximation that GPT-2 was trained with (Hendrycks & Gimpel 2016, section 2)."""
+    return F.gelu(x, approximate="tanh")
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, n_vocab: int) -> Tensor:
+    """Sum over the valid targets of -log softmax(hidden · weightᵀ)[target].
+
+    Args:
+        hidden: (N, C).
+        weight: (V, C), V ≥ n_vocab; rows from n_vocab on are padding and take no part in the softmax.
+        targets: (N,) int64, `IGNORE_INDEX` where there is none.
+
+    Returns:
+        Scalar, float32 (float64 for float64 inputs).
+    """
+    logits = F.linear(hidden, weight)  # (N, V)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if weight.size(0) > n_vocab:
+        padding = torch.arange(weight.size(0), device=logits.device) >= n_vocab  # (V,)
+        logits = logits.masked_fill(padding, float("-inf"))
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+@dataclass(frozen=True)
+class Ops:
+    """One choice of implementation for each operation; the signatures are those of the functions above."""
+
+    attention: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = attention
+    layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor] = layer_norm
+    gelu: Callable[[Tensor], Tensor] = gelu
+    linear_cross_entropy: Callable[[Tensor, Tensor, Tensor, int], Tensor] = linear_cross_entropy
+
+
+PLAIN = Ops()

@@ -1,0 +1,143 @@
+"""GPT-2 (Radford et al. 2019), in GPT-2's own names. Shapes: the glossary in `regpt.model`."""
+
+import math
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from regpt.model.cache import KVCache
+from regpt.model.config import ModelConfig
+from regpt.model.ops import PLAIN, Ops, document_mask
+
+VOCAB_MULTIPLE = 128  # a vocabulary padded to whole tensor-core tiles is faster; the lecture pads 50257 to 50304
+INIT_STD = 0.02  # GPT-2: Radford et al. 2018, section 4.1
+NORM_EPS = 1e-5  # the value in OpenAI's code
+
+
+class LayerNorm(nn.Module):
+    def __init__(self, config: ModelConfig, ops: Ops):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(config.n_embd))
+        self.ops = ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.layer_norm(x, self.weight, self.bias, NORM_EPS)  # (B, T, C)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: ModelConfig, ops: Ops, layer: int):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v of all heads in one product
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.n_head = config.n_head
+        self.layer = layer
+        self.ops = ops
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)  # each (B, T, C)
+        q, k, v = (y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for y in (q, k, v))  # (B, H, T, D)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, H, S, D)
+        y = self.ops.attention(q, k, v, mask)  # (B, H, T, D)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig, ops: Ops):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.ops = ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(self.ops.gelu(self.c_fc(x)))  # (B, T, C)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, ops: Ops, layer: int):
+        super().__init__()
+        self.ln_1 = LayerNorm(config, ops)
+        self.attn = CausalSelfAttention(config, ops, layer)
+        self.ln_2 = LayerNorm(config, ops)
+        self.mlp = MLP(config, ops)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """Token ids to logits. Parameters are uninitialised until `initialize` or `load_weights` is called.
+
+    Args:
+        config: the shape.
+        ops: implementations of the replaceable operations.
+        pad_vocab: hold the embedding with its rows padded by zeros to a multiple of 128. Padded rows never reach a
+            logit, a loss, a checkpoint or a parameter count.
+    """
+
+    def __init__(self, config: ModelConfig, ops: Ops = PLAIN, *, pad_vocab: bool = True):
+        super().__init__()
+        self.config = config
+        self.ops = ops
+        multiple = VOCAB_MULTIPLE if pad_vocab else 1
+        self.wte = nn.Embedding(math.ceil(config.vocab_size / multiple) * multiple, config.n_embd)
+        self.wpe = nn.Embedding(config.max_seq_len, config.n_embd)
+        self.h = nn.ModuleList(Block(config, ops, layer) for layer in range(config.n_layer))
+        self.ln_f = LayerNorm(config, ops)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, C), V padded: the output projection, tied to the token embedding (Press & Wolf 2017)."""
+        return self.wte.weight
+
+    def hidden(
+        self,
+        idx: Tensor,
+        *,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Final hidden states (B, T, C) of the tokens `idx` (B, T) int64.
+
+        `positions` (B, T) default to those after the cache's. `cu_seqlens` (documents + 1,), cumulative document
+        lengths over the B·T tokens, keeps attention inside each document. `cache` holds the keys and values of
+        earlier tokens and takes those of `idx`.
+
+        Raises:
+            ValueError: more positions than the model has, or `cu_seqlens` together with a cache.
+        """
+        B, T = idx.shape
+        start = 0 if cache is None else cache.length
+        if start + T > self.config.max_seq_len:
+            raise ValueError(f"{start + T} tokens given, the model has {self.config.max_seq_len} positions")
+        if cu_seqlens is not None and cache is not None:
+            raise ValueError("attention by document and a cache were both given; use one of them")
+        if positions is None:
+            positions = torch.arange(start, start + T, device=idx.device)  # (T,)
+        mask = None if cu_seqlens is None else document_mask(cu_seqlens, B, T)
+        x = self.wte(idx) + self.wpe(positions)  # (B, T, C)
+        for block in self.h:
+            x = block(x, mask, cache)
+        if cache is not None:
+            cache.length += T
+        return self.ln_f(x)
+
+    def forward(
+        self,
+        idx: Tensor,
+        *,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits (B, T, vocab_size) for the token after each of `idx`; arguments as in `hidden`."""
+        return self.logits(self.hidden(idx, positions=positions, cu_seqlens=cu_seqlens, cache=cache))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., vocab_size) of hidden states (..., C): for a caller who needs only some positions."""
+        return nn.functional.linear(hidden, self.head_weight)[..., : self.config.vocab_size]

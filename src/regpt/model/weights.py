@@ -1,0 +1,80 @@
+"""Fill a model with weights, and take them out again: always at the real vocabulary size, the tied head once."""
+
+import hashlib
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from regpt.errors import UserError
+from regpt.model.transformer import INIT_STD, Transformer
+
+VOCAB_ROWS = "wte.weight"  # the parameter whose rows are padded
+
+
+@torch.no_grad()
+def initialize(model: Transformer, seed: int) -> Transformer:
+    """GPT-2's initialisation (Radford et al. 2019, section 2.3): N(0, 0.02), residual projections times (2·n_layer)^-½.
+
+    Every parameter has a generator of its own, on the CPU, seeded by `seed` and the parameter's name: the values do
+    not depend on the device, on padding, or on how parameters are spread over processes.
+    """
+    residual_std = INIT_STD / math.sqrt(2 * model.config.n_layer)
+    weights = {}
+    for name, parameter in model.named_parameters():
+        shape = real_shape(model, name, parameter)
+        if ".ln_" in f".{name}" or name.endswith(".bias"):
+            weights[name] = torch.ones(shape) if name.endswith(".weight") else torch.zeros(shape)
+        else:
+            std = residual_std if name.endswith("c_proj.weight") else INIT_STD
+            weights[name] = torch.empty(shape).normal_(0.0, std, generator=named_generator(seed, name))
+    return load_weights(model, weights)
+
+
+def named_generator(seed: int, name: str) -> torch.Generator:
+    """A CPU generator for one purpose: its seed is the first 8 bytes of SHA-256(`seed/name`)."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def real_shape(model: Transformer, name: str, parameter: Tensor) -> tuple[int, ...]:
+    """Shape without vocabulary padding."""
+    return (model.config.vocab_size, *parameter.shape[1:]) if name == VOCAB_ROWS else tuple(parameter.shape)
+
+
+def unpadded(model: Transformer, name: str, tensor: Tensor) -> Tensor:
+    """`tensor`, shaped like parameter `name` (its gradient, its optimizer state), without the padding rows; a view."""
+    return tensor[: model.config.vocab_size] if name == VOCAB_ROWS else tensor
+
+
+def state_tensors(model: Transformer) -> dict[str, Tensor]:
+    """Name → weight at its real shape, views of the model's own memory."""
+    return {name: unpadded(model, name, p.detach()) for name, p in model.named_parameters()}
+
+
+@torch.no_grad()
+def load_weights(model: Transformer, weights: Mapping[str, Tensor]) -> Transformer:
+    """Copy `weights`, named as in `state_tensors`, into the model; padding rows become zero.
+
+    Raises:
+        UserError: a name is missing or unknown, or a shape differs.
+    """
+    own = dict(model.named_parameters())
+    missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    if missing or unknown:
+        what = f"lack {missing[0]!r}" if missing else f"have the unknown tensor {unknown[0]!r}"
+        raise UserError(f"the weights {what}: {len(missing)} missing, {len(unknown)} unknown for this model's shape")
+    for name, parameter in own.items():
+        expected, given = real_shape(model, name, parameter), tuple(weights[name].shape)
+        if expected != given:
+            raise UserError(f"weight {name!r} has shape {given}, this model needs {expected}; use the model's own config")
+        unpadded(model, name, parameter.data).copy_(weights[name])
+        if parameter.size(0) > expected[0]:
+            parameter.data[expected[0] :] = 0
+    return model
+
+
+def count_parameters(model: Transformer) -> int:
+    """Number of parameters, padding left out, the tied head counted once."""
+    return sum(math.prod(real_shape(model, name, p)) for name, p in model.named_parameters())

@@ -1,0 +1,1 @@
+"""The only folder that uses torch.distributed or reads the launcher's environment."""

@@ -1,0 +1,42 @@
+"""What the rest of the package asks of a tokenizer."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back. Text that spells a special token is encoded as ordinary characters.
+
+    Attributes:
+        name: `gpt2`, or the name chosen when it was trained.
+        sha256: hash of what defines it (the vocabulary files, or its tokenizer.json).
+        n_vocab: the real vocabulary size, special tokens included.
+        eot: id of `<|endoftext|>`, which starts every document.
+    """
+
+    name: str
+    sha256: str
+    n_vocab: int
+    eot: int
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without `eot`."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        """One uint32 array of token ids a text, in the order given."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; bytes that are not valid UTF-8 become U+FFFD. Ids must be below `n_vocab`."""
+        ...
+
+    def byte_lengths(self) -> np.ndarray:
+        """(n_vocab,) int64: UTF-8 bytes that each token stands for; 0 for special tokens."""
+        ...
+
+    def to_json(self) -> str:
+        """Contents of `tokenizer.json` in a data folder or checkpoint; `open_tokenizer` reads it back."""
+        ...

@@ -1,0 +1,1 @@
+"""LOGITS → STEP: loss, optimizer, schedule, the trainer."""

@@ -1,0 +1,89 @@
+"""`[train]`, `[optim]` and `[log]`: how a model is updated."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from regpt.errors import UsageError
+
+PrecisionName = Literal["fp64", "fp32", "tf32", "bf16"]
+
+
+def require(section: str, config: object, at_least: dict[str, float]) -> None:
+    """Raise a UsageError for the first field of `config` that lies below its bound."""
+    for name, bound in at_least.items():
+        value = getattr(config, name)
+        if value is not None and not value >= bound:  # "not >=": NaN fails too
+            raise UsageError(f"{section}.{name} is {value}, must be {bound} or more")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    __pydantic_config__ = {"extra": "forbid"}
+
+    steps: int = 19073
+    """Updates in the whole run (the lecture: 10 billion tokens)."""
+    batch_tokens: int = 524288
+    """Tokens an update, over all processes (GPT-3 paper, table 2.1: 0.5 M for 125M)."""
+    micro_batch_rows: int = 64
+    """Rows that one process computes at once; the rest of the batch is accumulated."""
+    precision: PrecisionName = "bf16"
+    """fp32; tf32: float32 with TensorFloat-32 products; bf16: bfloat16 autocast, float32 weights; fp64 for tests."""
+    compile: bool = True
+    """Compile the training step with torch.compile."""
+    grad_clip: float = 1.0
+    """Largest gradient norm, larger ones are scaled down (GPT-3 paper, appendix B); 0 clips nothing."""
+    pad_vocab: bool = True
+    """Pad the embedding to a multiple of 128 rows while training; no result depends on it."""
+    seed: int = 1337
+    """Seed of the initial weights."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """auto: CUDA, then MPS, then CPU."""
+
+    def __post_init__(self) -> None:
+        require("train", self, {"steps": 1, "batch_tokens": 1, "micro_batch_rows": 1, "grad_clip": 0})
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    __pydantic_config__ = {"extra": "forbid"}
+
+    name: Literal["adamw"] = "adamw"
+    """AdamW (Loshchilov & Hutter 2019)."""
+    lr: float = 6e-4
+    """Peak learning rate (GPT-3 paper, table 2.1, 125M)."""
+    min_lr_ratio: float = 0.1
+    """The schedule ends at this share of lr (GPT-3 paper, appendix B)."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """cosine; wsd: constant, then linear decay over the last decay_steps; constant."""
+    warmup_steps: int = 715
+    """Steps of linear warmup (GPT-3 paper, appendix B: 375 M tokens)."""
+    decay_steps: int | None = None
+    """cosine: the step at which the minimum is reached; wsd: length of the decay. Default: train.steps; a tenth of it."""
+    weight_decay: float = 0.1
+    """Decay of tensors with two or more dimensions; the others have none (GPT-3 paper, appendix B)."""
+    beta1: float = 0.9
+    """Decay rate of the first moment."""
+    beta2: float = 0.95
+    """Decay rate of the second moment (GPT-3 paper, appendix B)."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+
+    def __post_init__(self) -> None:
+        require("optim", self, {"lr": 0, "min_lr_ratio": 0, "warmup_steps": 0, "decay_steps": 1, "weight_decay": 0})
+        require("optim", self, {"beta1": 0, "beta2": 0, "eps": 0})
+        for name in ("beta1", "beta2"):
+            if getattr(self, name) >= 1:
+                raise UsageError(f"optim.{name} is {getattr(self, name)}, must be below 1")
+        if self.min_lr_ratio > 1:
+            raise UsageError(f"optim.min_lr_ratio is {self.min_lr_ratio}, must be between 0 and 1")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    __pydantic_config__ = {"extra": "forbid"}
+
+    every_steps: int = 1
+    """Steps between rows of metrics.jsonl; the terminal follows every step."""
+
+    def __post_init__(self) -> None:
+        require("log", self, {"every_steps": 1})
