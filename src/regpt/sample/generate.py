@@ -1,0 +1,168 @@
+"""PROMPT → TEXT: the prompt is read once, then one token at a time behind a cache of keys and values."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from regpt.errors import UsageError, UserError
+from regpt.model.cache import KVCache
+from regpt.model.transformer import Transformer
+from regpt.sample.sampling import SamplingOptions, sample
+from regpt.text.tokenizer import Tokenizer
+
+
+class Sample(NamedTuple):
+    """One text.
+
+    Attributes:
+        ids: the prompt's tokens and the new ones, up to and including the `<|endoftext|>` that ended the text. For an
+            empty prompt the first is `<|endoftext|>`, which starts every document.
+        text: `ids` as text, without any `<|endoftext|>` that started or ended it.
+    """
+
+    ids: list[int]
+    text: str
+
+
+def write_samples(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    n: int,
+    max_new_tokens: int,
+    options: SamplingOptions,
+    seed: int,
+) -> list[Sample]:
+    """`n` texts that continue `prompt`, drawn with one generator seeded by `seed`; each ends at `<|endoftext|>`.
+
+    Raises:
+        UserError: see `check_length`, or logits that are not finite.
+    """
+    if n < 1:
+        raise UsageError(f"the number of samples is {n}, must be at least 1")
+    device = model.wte.weight.device
+    prompt_ids = encode_prompt(tokenizer, prompt)
+    texts = generate(
+        model,
+        torch.tensor(prompt_ids, device=device).expand(n, -1),  # (n, P)
+        max_new_tokens,
+        options=options,
+        generator=torch.Generator(device).manual_seed(seed),
+        stop=tokenizer.eot,
+    )
+    return [finished(ids, len(prompt_ids), tokenizer) for ids in texts.tolist()]
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Token ids of `prompt`; an empty one is `<|endoftext|>`: the model has something to read, a document's start."""
+    return tokenizer.encode(prompt) or [tokenizer.eot]
+
+
+def finished(ids: Sequence[int], n_prompt: int, tokenizer: Tokenizer) -> Sample:
+    """The sample of one row of `generate`: what comes after the first new `<|endoftext|>` is cut off."""
+    ids = list(ids)
+    end = ids.index(tokenizer.eot, n_prompt) if tokenizer.eot in ids[n_prompt:] else len(ids)
+    start = 1 if ids[0] == tokenizer.eot else 0
+    return Sample(ids[: end + 1], tokenizer.decode(ids[start:end]))
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    prompt_ids: Tensor,
+    max_new_tokens: int,
+    *,
+    options: SamplingOptions,
+    generator: torch.Generator,
+    stop: int | None = None,
+    cache_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Continue each row of `prompt_ids` (B, P) int64; (B, P + new) int64, new ≤ `max_new_tokens`.
+
+    A row that has produced `stop` is filled up with `stop`, and generation ends early when all rows have. Training
+    mode and torch's global random state stay as they were.
+
+    Args:
+        generator: on the model's device; one draw a token, none when greedy.
+        cache_dtype: type of the cached keys and values; by default what the model's attention computes in.
+
+    Raises:
+        UserError: see `check_length`, or logits that are not finite.
+    """
+    B, P = prompt_ids.shape
+    check_length(P, max_new_tokens, model.config.max_seq_len)
+    was_training = model.training
+    model.eval()
+    try:
+        capacity = P + max_new_tokens - 1  # the last token is written, never read
+        dtype = cache_dtype or attention_dtype(model)
+        cache = KVCache(model.config, B, capacity, device=prompt_ids.device, dtype=dtype)
+        return extend(model, prompt_ids, max_new_tokens, options, generator, stop, cache)
+    finally:
+        model.train(was_training)
+
+
+def extend(
+    model: Transformer,
+    ids: Tensor,
+    max_new_tokens: int,
+    options: SamplingOptions,
+    generator: torch.Generator,
+    stop: int | None,
+    cache: KVCache,
+) -> Tensor:
+    """The loop of `generate`; `cache` is empty."""
+    done = torch.zeros(ids.size(0), dtype=torch.bool, device=ids.device)  # (B,)
+    unread = ids
+    for new in range(max_new_tokens):
+        logits = model.logits(model.hidden(unread, cache=cache)[:, -1])  # (B, V)
+        if new == 0:
+            check_finite(logits)
+        token = sample(logits, options, generator)  # (B,)
+        if stop is not None:
+            token = token.masked_fill(done, stop)
+            done |= token == stop
+        unread = token[:, None]  # (B, 1)
+        ids = torch.cat((ids, unread), dim=1)
+        if stop is not None and done.all():  # waits for the device
+            break
+    return ids
+
+
+def attention_dtype(model: Transformer) -> torch.dtype:
+    """Type of the keys and values that `model` computes here: autocast's where it is on, else the weights'."""
+    kind = model.wte.weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.wte.weight.dtype
+
+
+def check_length(prompt_tokens: int, max_new_tokens: int, max_seq_len: int) -> None:
+    """Prompt and new tokens together must fit into the model's `max_seq_len`.
+
+    Raises:
+        UsageError: fewer than one new token is asked for.
+        UserError: they do not fit; the sentence names the largest number that does.
+    """
+    if max_new_tokens < 1:
+        raise UsageError(f"max-new-tokens is {max_new_tokens}, must be at least 1")
+    room = max_seq_len - prompt_tokens
+    if room < 1:
+        raise UserError(
+            f"the prompt has {prompt_tokens} tokens and the model reads {max_seq_len}; "
+            f"shorten the prompt to {max_seq_len - 1} tokens or fewer"
+        )
+    if max_new_tokens > room:
+        raise UserError(
+            f"a prompt of {prompt_tokens} tokens and max-new-tokens {max_new_tokens} exceed the model's length of "
+            f"{max_seq_len}; max-new-tokens {room} is the most that fits"
+        )
+
+
+def check_finite(logits: Tensor) -> None:
+    """Raise a UserError for logits that nothing can be drawn from; on CUDA the draw itself would abort the process."""
+    if not logits.isfinite().all():  # waits for the device; done once, on the prompt
+        raise UserError(
+            "the model's logits are not finite, so its weights are damaged; sample from an earlier checkpoint"
+        )
