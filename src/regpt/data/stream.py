@@ -1,0 +1,148 @@
+"""A split as one endless stream of tokens, read from memory-mapped shards."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from regpt.data.manifest import Manifest, Shard
+from regpt.data.order import Order, Sequential, Shuffle
+from regpt.errors import UsageError, UserError, nearest
+
+ORDERS = ("shuffle", "sequential")
+
+
+class TokenStream(Protocol):
+    """An endless stream of tokens: epoch 0, epoch 1, …, each a complete reading of the corpus.
+
+    Attributes:
+        source: what is read, for messages.
+        epoch_tokens: tokens in one epoch.
+    """
+
+    source: str
+    epoch_tokens: int
+
+    def tokens(self, start: int, count: int) -> np.ndarray:
+        """(count,) unsigned integers: tokens [start, start + count). A pure function of its arguments."""
+        ...
+
+
+def open_stream(folder: Path, manifest: Manifest, split: str, order: str, seed: int) -> "ShardStream":
+    """The stream of one split of `folder`; `seed` matters to `shuffle` only.
+
+    Raises:
+        UsageError: an unknown order.
+        UserError: no tokens in the split, or an index that does not fit its shard.
+    """
+    if order not in ORDERS:
+        raise UsageError(f"data.order is {order!r}{nearest(order, ORDERS)}; choose from {', '.join(ORDERS)}")
+    shards = [shard for shard in manifest.split(split) if shard.tokens]
+    if not shards:
+        raise UserError(f"data folder {str(folder)!r} has no tokens in split {split!r}; prepare it from more text")
+    positions = Sequential() if order == "sequential" else Shuffle(document_starts(folder, shards), seed)
+    corpus = Corpus(folder, shards, manifest.numpy_dtype)
+    return ShardStream(corpus, positions, manifest.vocab_size, source=f"split {split!r} of {str(folder)!r}")
+
+
+class ShardStream:
+    """The tokens of `corpus` in `order`, epoch after epoch."""
+
+    def __init__(self, corpus: "Corpus", order: Order, vocab_size: int, source: str) -> None:
+        self.corpus = corpus
+        self.order = order
+        self.vocab_size = vocab_size
+        self.source = source
+        self.epoch_tokens = corpus.n_tokens
+
+    def tokens(self, start: int, count: int) -> np.ndarray:
+        """(count,) tokens of the corpus's dtype.
+
+        Raises:
+            UserError: a token id outside the vocabulary.
+        """
+        pieces = [np.empty(0, self.corpus.dtype)]
+        for epoch, begin, end in by_epoch(start, count, self.epoch_tokens):
+            pieces += self.corpus.slices(*self.order.segments(epoch, begin, end))
+        tokens = np.concatenate(pieces)
+        if count and tokens.max() >= self.vocab_size:
+            raise UserError(
+                f"{self.source} holds token {tokens.max()}, the vocabulary ends at {self.vocab_size - 1}; "
+                f"find the changed shard with regpt data verify, or prepare the folder again"
+            )
+        return tokens
+
+
+def by_epoch(start: int, count: int, epoch_tokens: int) -> Iterator[tuple[int, int, int]]:
+    """Stream positions [start, start + count) as (epoch, begin, end), positions counted within the epoch."""
+    assert start >= 0
+    stop = start + count
+    while start < stop:
+        epoch, begin = divmod(start, epoch_tokens)
+        end = min(epoch_tokens, begin + stop - start)
+        yield epoch, begin, end
+        start += end - begin
+
+
+class Corpus:
+    """The shards of a split, memory-mapped, addressed as one array of `n_tokens` stored tokens.
+
+    Every shard stays mapped and holds a file descriptor: above a thousand shards or so (100 billion tokens at the
+    default shard size) a system's limit on open files may have to be raised.
+    """
+
+    def __init__(self, folder: Path, shards: list[Shard], dtype: np.dtype) -> None:
+        self.dtype = dtype
+        self.maps = [map_shard(folder / shard.file, dtype) for shard in shards]
+        self.offsets = np.cumsum([0, *(shard.tokens for shard in shards)], dtype=np.int64)  # (shards + 1,)
+        self.n_tokens = int(self.offsets[-1])
+
+    def slices(self, begins: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:
+        """Views of the stored ranges [begins[k], ends[k]), in order, each cut where it crosses into another shard."""
+        first = np.searchsorted(self.offsets, begins, side="right") - 1
+        last = np.searchsorted(self.offsets, ends, side="left") - 1
+        parts = last - first + 1  # 1 but for the few documents that continue in the next shard
+        segment = np.repeat(np.arange(len(begins)), parts)
+        shard = np.arange(len(segment)) + (first - (np.cumsum(parts) - parts))[segment]
+        offset = self.offsets[shard]
+        lower = np.maximum(begins[segment], offset) - offset
+        upper = np.minimum(ends[segment], self.offsets[shard + 1]) - offset
+        maps = self.maps
+        return [maps[k][i:j] for k, i, j in zip(shard.tolist(), lower.tolist(), upper.tolist())]
+
+
+def map_shard(path: Path, dtype: np.dtype) -> np.ndarray:
+    """The tokens of a shard, mapped; as a plain array, whose slices cost a third of np.memmap's."""
+    try:
+        return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
+    except OSError as error:
+        raise UserError(
+            f"shard {path} cannot be opened ({error.strerror}); check its permissions and ulimit -n"
+        ) from None
+
+
+def document_starts(folder: Path, shards: list[Shard]) -> np.ndarray:
+    """(documents + 1,) int64: where each document begins in the split; the last entry is the number of tokens.
+
+    An index lists only the documents that start in its shard, so one that continues from the shard before needs no
+    special case: it ends where the next document starts.
+
+    Raises:
+        UserError: an index whose starts do not increase or lie outside its shard, or a split that does not begin
+            with a document.
+    """
+    starts = np.empty(sum(shard.documents for shard in shards) + 1, dtype=np.int64)
+    filled, offset = 0, 0
+    for shard in shards:
+        path = folder / shard.idx_file
+        local = np.fromfile(path, dtype="<i8")
+        inside = len(local) == 0 or (local[0] >= 0 and local[-1] < shard.tokens)
+        if len(local) != shard.documents or not inside or not (local[1:] > local[:-1]).all():
+            raise UserError(f"index {path} does not fit its shard; prepare the folder again or restore the file")
+        np.add(local, offset, out=starts[filled : filled + len(local)])
+        filled, offset = filled + len(local), offset + shard.tokens
+    starts[-1] = offset
+    if starts[0] != 0:
+        raise UserError(f"index {folder / shards[0].idx_file} does not begin with a document; prepare the folder again")
+    return starts
