@@ -1,0 +1,108 @@
+"""Read a Hugging Face folder: `config.json` and safetensors, in one file or several with an index."""
+
+from pathlib import Path
+
+from regpt.checkpoint.files import TensorFiles, is_plain_name, read_json
+from regpt.errors import UserError
+from regpt.model.config import ModelConfig
+from regpt.model.hf import WeightsFromHF, config_from_hf
+from regpt.text.open import open_tokenizer
+from regpt.text.tokenizer import Tokenizer
+
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLE = "pytorch_model.bin"
+# Enough of GPT-2's vocabulary to tell it from another one of the same size ("Ġ" is how byte-level BPE spells a space).
+GPT2_VOCAB_SIZE = 50257
+GPT2_TOKENS = {"Hello": 15496, "Ġlanguage": 3303, "Ġmodel": 2746, "<|endoftext|>": 50256}
+
+
+def hf_config(folder: Path) -> ModelConfig:
+    """The shape in `config.json`.
+
+    Raises:
+        UserError: the file is missing or damaged, or describes a model that we do not implement.
+    """
+    try:
+        return config_from_hf(read_json(folder / CONFIG))
+    except UserError as error:
+        raise UserError(f"model {str(folder)!r} cannot be read: {error}") from None
+
+
+def hf_weights(folder: Path) -> WeightsFromHF:
+    """Our names → the folder's weights, read when they are asked for.
+
+    Raises:
+        UserError: no safetensors, or some that are damaged or have a head of their own.
+    """
+    files = TensorFiles(weight_files(folder))
+    try:
+        return WeightsFromHF(files)
+    except UserError as error:
+        raise UserError(f"model {str(folder)!r} cannot be read: {error}") from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold the weights.
+
+    Raises:
+        UserError: there are none, or the index is damaged.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        return [folder / name for name in shard_names(folder / INDEX)]
+    has = f"has only {PICKLE}, a pickle, which can execute code" if (folder / PICKLE).is_file() else f"has no {WEIGHTS}"
+    raise UserError(f"model {str(folder)!r} {has}; regpt reads safetensors only: {how_to_convert()}")
+
+
+def how_to_convert() -> str:
+    return "make them with transformers' save_pretrained, or choose another model"
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that the index of a sharded model names, each once.
+
+    Raises:
+        UserError: it names none, or something that is no file of its folder.
+    """
+    weight_map = read_json(index).get("weight_map")
+    names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) and is_plain_name(name) for name in names):
+        raise UserError(
+            f"{str(index)!r} has no weight_map from tensors to plain file names; "
+            "restore the file or choose another model"
+        )
+    return names
+
+
+def hf_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a model with `vocab_size` tokens: GPT-2's, or the folder's `tokenizer.json`.
+
+    Raises:
+        UserError: there is neither, or it has another number of tokens.
+    """
+    path = folder / TOKENIZER
+    if vocab_size == GPT2_VOCAB_SIZE and (not path.is_file() or is_gpt2(path)):
+        return open_tokenizer("gpt2")
+    if not path.is_file():
+        raise UserError(
+            f"model {str(folder)!r} has {vocab_size:,} tokens, which is not GPT-2's vocabulary, and no {TOKENIZER}; "
+            f"put the {TOKENIZER} it was trained with into the folder"
+        )
+    tokenizer = open_tokenizer(path)
+    if tokenizer.n_vocab != vocab_size:
+        raise UserError(
+            f"model {str(folder)!r} has {vocab_size:,} tokens and its {TOKENIZER} {tokenizer.n_vocab:,}; "
+            f"use the {TOKENIZER} it was trained with"
+        )
+    return tokenizer
+
+
+def is_gpt2(path: Path) -> bool:
+    """Whether the `tokenizer.json` at `path` holds GPT-2's vocabulary."""
+    content = read_json(path)
+    vocab = content.get("model", {}).get("vocab", {})
+    vocab = {**vocab, **{token.get("content"): token.get("id") for token in content.get("added_tokens", [])}}
+    return all(vocab.get(token) == token_id for token, token_id in GPT2_TOKENS.items())

@@ -1,0 +1,59 @@
+"""A tokenizer as Hugging Face's `tokenizer.json`, so that `AutoTokenizer` opens what we export."""
+
+import itertools
+import json
+import math
+from typing import Any
+
+from regpt.text.bpe import build
+from regpt.text.gpt2 import ENDOFTEXT, EOT, VOCAB_PACKAGE, find_files, ranks_from_files, ranks_from_network
+from regpt.text.tokenizer import Tokenizer
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> str:
+    """Contents of Hugging Face's `tokenizer.json`: the tokenizer's own, or GPT-2's made from its ranks."""
+    return gpt2_json() if tokenizer.name == "gpt2" else tokenizer.to_json()
+
+
+def tokenizer_config(max_seq_len: int) -> dict[str, Any]:
+    """Contents of `tokenizer_config.json`; the class is the one that takes `tokenizer.json` as it is."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), ENDOFTEXT),  # as in GPT-2's own
+        "model_max_length": max_seq_len,
+        "clean_up_tokenization_spaces": False,  # decoding gives back exactly the text
+    }
+
+
+def gpt2_json() -> str:
+    """GPT-2's `tokenizer.json`, from the same vocabulary files as the tokenizer itself."""
+    files = find_files(VOCAB_PACKAGE)
+    ranks = ranks_from_files(files) if files else ranks_from_network()
+    spelling = byte_characters()
+    spell = {token: "".join(spelling[byte] for byte in token) for token in ranks}
+    vocab = {spell[token]: rank for token, rank in ranks.items()} | {ENDOFTEXT: EOT}
+    merges = [(spell[left], spell[right]) for left, right in merges_of(ranks)]
+    return json.dumps(json.loads(build(vocab, merges).to_str()), ensure_ascii=False)
+
+
+def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The pairs that a BPE joins, in order, from its tokens' ranks: each token of two or more bytes was one merge."""
+    return [last_merge(token, ranks) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1]
+
+
+def last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """The two parts of which `token` was made: BPE on its own bytes (Sennrich et al. 2016), stopped before the end."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        joined = [ranks.get(left + right, math.inf) for left, right in itertools.pairwise(parts)]
+        first = joined.index(min(joined))
+        parts[first : first + 2] = [parts[first] + parts[first + 1]]
+    return parts[0], parts[1]
+
+
+def byte_characters() -> list[str]:
+    """How byte-level BPE spells each of the 256 bytes as a printable character (OpenAI's `bytes_to_unicode`)."""
+    ranges = (range(ord("!"), ord("~") + 1), range(ord("¡"), ord("¬") + 1), range(ord("®"), ord("ÿ") + 1))
+    printable = {byte for block in ranges for byte in block}
+    spare = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)]

@@ -1,0 +1,114 @@
+"""`manifest.json` of a checkpoint: its files with size and SHA-256, written last, checked before anything is read."""
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from regpt.checkpoint.files import is_plain_name, write_json
+from regpt.errors import UserError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+MODEL, TOKENIZER, STATE = "model.json", "tokenizer.json", "state.json"
+WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+FILES = (MODEL, TOKENIZER, WEIGHTS, OPTIMIZER, STATE)
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of the folder."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    file: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Every file of the folder but the manifest itself."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    files: tuple[File, ...]
+    format_version: int = FORMAT_VERSION
+
+
+def write_manifest(folder: Path) -> None:
+    """Describe the files that lie in `folder`."""
+    files = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
+    write_json(folder / MANIFEST, asdict(Manifest(tuple(File(p.name, p.stat().st_size, sha256(p)) for p in files))))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the checkpoint `folder`.
+
+    Raises:
+        UserError: it is missing, is no manifest, has another format version, lacks a file that every checkpoint has,
+            or names something outside the folder.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        what = "has no manifest.json, so it is no complete checkpoint" if folder.is_dir() else "does not exist"
+        raise UserError(f"checkpoint {str(folder)!r} {what}; use another checkpoint of the run")
+    try:
+        manifest = TypeAdapter(Manifest).validate_json(path.read_bytes(), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise damaged(path, f"is not a manifest ({where}: {first['msg']})") from None
+    if manifest.format_version != FORMAT_VERSION:
+        raise damaged(path, f"has format version {manifest.format_version}, this regpt reads {FORMAT_VERSION}")
+    names = [file.file for file in manifest.files]
+    for name in names:
+        if not is_plain_name(name):
+            raise damaged(path, f"names {name!r}, which is no plain file name")
+    for name in FILES:
+        if name not in names:
+            raise damaged(path, f"lacks {name!r}")
+    return manifest
+
+
+def check_sizes(folder: Path) -> Manifest:
+    """The manifest of `folder`, after a look at every file that it names: quick, and enough to see a torn copy.
+
+    Raises:
+        UserError: as in `read_manifest`, or a file is missing, is a symbolic link, or has another size.
+    """
+    manifest = read_manifest(folder)
+    for file in manifest.files:
+        path = folder / file.file
+        if path.is_symlink():
+            raise damaged(path, "is a symbolic link")
+        if not path.is_file():
+            raise damaged(path, "is missing")
+        if path.stat().st_size != file.size:
+            raise damaged(path, f"has {path.stat().st_size:,} bytes instead of {file.size:,}")
+    return manifest
+
+
+def verify_checkpoint(folder: Path, *, optimizer: bool = True) -> None:
+    """Compare every file of `folder` with the manifest: sizes, then SHA-256.
+
+    Args:
+        optimizer: also hash the optimizer's tensors, two thirds of the bytes, which only a resume reads.
+
+    Raises:
+        UserError: naming the first file that is missing, changed or no file of the folder.
+    """
+    for file in check_sizes(folder).files:
+        path = folder / file.file
+        if (optimizer or file.file != OPTIMIZER) and sha256(path) != file.sha256:
+            raise damaged(path, "has been changed or damaged (its SHA-256 differs from the manifest's)")
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damaged(path: Path, what: str) -> UserError:
+    return UserError(f"checkpoint file {str(path)!r} {what}; restore it or use another checkpoint of the run")

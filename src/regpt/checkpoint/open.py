@@ -1,0 +1,87 @@
+"""`open_model`: what every command means by MODEL."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from regpt.checkpoint.hf_folder import CONFIG, hf_config, hf_tokenizer, hf_weights
+from regpt.checkpoint.hub import SHORT_NAMES, download, repository
+from regpt.checkpoint.load import STEP_FOLDER, load_checkpoint, newest_checkpoint
+from regpt.checkpoint.manifest import MODEL
+from regpt.errors import UsageError, UserError, nearest
+from regpt.model.config import ModelConfig
+from regpt.model.transformer import Transformer
+from regpt.model.weights import load_weights
+from regpt.text.tokenizer import Tokenizer
+
+ALLOWED = (
+    f"a run folder, a checkpoint folder, a Hugging Face folder, or a hub name ({', '.join(SHORT_NAMES)}, or OWNER/NAME)"
+)
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model that is ready to read and write text.
+
+    Attributes:
+        model: in eval mode, on the device asked for.
+        tokenizer: the one it was trained with.
+        step: updates done, for a checkpoint of ours.
+        source: the folder or hub name it was read from.
+    """
+
+    model: Transformer
+    tokenizer: Tokenizer
+    step: int | None
+    source: str
+
+
+def open_model(name: str, device: torch.device | str = "cpu") -> OpenModel:
+    """The model that `name` means: a run's newest intact checkpoint, a checkpoint, a Hugging Face folder, a hub name.
+
+    Raises:
+        UsageError: `name` is none of these.
+        UserError: it is one, but damaged, of a kind that we do not implement, or not to be had.
+    """
+    path = Path(name)
+    if (path / "checkpoints").is_dir():
+        return open_checkpoint(newest_checkpoint(path, optimizer=False), device, verified=True)
+    if (path / MODEL).is_file() or (path.is_dir() and STEP_FOLDER.fullmatch(path.name)):
+        return open_checkpoint(path, device)
+    if (path / CONFIG).is_file():
+        return open_hf(path, name, device)
+    repo = repository(name)
+    if path.exists() or repo is None or is_inside_folder(path):
+        what = "holds no model" if path.exists() else "does not exist"
+        raise UsageError(f"model {name!r} {what}{nearest(name, SHORT_NAMES)}; a model is {ALLOWED}")
+    return open_hf(download(repo), repo, device)
+
+
+def is_inside_folder(path: Path) -> bool:
+    """Whether `path`, such as `runs/typo`, begins with a folder that exists: then it is no OWNER/NAME on the hub."""
+    return len(path.parts) > 1 and Path(path.parts[0]).is_dir()
+
+
+def open_checkpoint(folder: Path, device: torch.device | str, *, verified: bool = False) -> OpenModel:
+    checkpoint = load_checkpoint(folder, optimizer=False, verified=verified)
+    model = build(checkpoint.config, checkpoint.weights(), device, str(folder))
+    return OpenModel(model, checkpoint.tokenizer(), checkpoint.step, str(folder))
+
+
+def open_hf(folder: Path, source: str, device: torch.device | str) -> OpenModel:
+    config = hf_config(folder)
+    tokenizer = hf_tokenizer(folder, config.vocab_size)
+    return OpenModel(build(config, hf_weights(folder), device, source), tokenizer, None, source)
+
+
+def build(config: ModelConfig, weights: Mapping[str, Tensor], device: torch.device | str, source: str) -> Transformer:
+    """A model of shape `config` on `device`, filled tensor by tensor, so that the weights are in memory once."""
+    with torch.device("meta"):  # no memory, no initialisation
+        model = Transformer(config)
+    try:
+        return load_weights(model.to_empty(device=device), weights).eval()
+    except UserError as error:
+        raise UserError(f"model {source!r} cannot be read: {error}") from None

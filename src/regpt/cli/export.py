@@ -1,0 +1,34 @@
+"""`regpt export`: a model in a format that other programs open."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from regpt.cli.parse import parse
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a model for other programs: a folder that Hugging Face's from_pretrained opens."""
+
+    model: tyro.conf.Positional[str]
+    """A run folder, a checkpoint folder, a Hugging Face folder, or a hub name such as gpt2."""
+    out: Path
+    """Folder to write, new or empty."""
+    format: Literal["hf"] = "hf"
+    """hf: config.json, model.safetensors and the tokenizer."""
+
+
+def main(args: list[str]) -> int:
+    command = parse(Export, args, prog="regpt export")
+    from regpt.checkpoint.export import export_hf
+    from regpt.checkpoint.open import open_model
+    from regpt.model.weights import count_parameters
+
+    opened = open_model(command.model)
+    folder = export_hf(opened.model, opened.tokenizer, command.out)
+    print(f"wrote {opened.source} ({count_parameters(opened.model):,} parameters) to {folder}")
+    print(f"open it with: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})")
+    return 0
