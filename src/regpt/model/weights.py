@@ -66,10 +66,13 @@ def load_weights(model: Transformer, weights: Mapping[str, Tensor]) -> Transform
         what = f"lack {missing[0]!r}" if missing else f"have the unknown tensor {unknown[0]!r}"
         raise UserError(f"the weights {what}: {len(missing)} missing, {len(unknown)} unknown for this model's shape")
     for name, parameter in own.items():
-        expected, given = real_shape(model, name, parameter), tuple(weights[name].shape)
+        weight, expected = weights[name], real_shape(model, name, parameter)  # one look-up: it may read from a disk
+        given = tuple(weight.shape)
         if expected != given:
-            raise UserError(f"weight {name!r} has shape {given}, this model needs {expected}; use the model's own config")
-        unpadded(model, name, parameter.data).copy_(weights[name])
+            raise UserError(
+                f"weight {name!r} has shape {given}, this model needs {expected}; use the model's own config"
+            )
+        unpadded(model, name, parameter.data).copy_(weight)
         if parameter.size(0) > expected[0]:
             parameter.data[expected[0] :] = 0
     return model
