@@ -12,7 +12,7 @@ import tyro
 from regpt.errors import UsageError
 
 Args = TypeVar("Args")
-RULE = re.compile(r"^[╭╰│─\s]*─{3,}[╮╯│─\s]*$")
+RULE = re.compile(r"^[╭╰│\s]*[─-]{3,}[╮╯│\s]*$")  # hyphens, and no frame, where output is not UTF-8
 
 
 def parse(command: type[Args], args: Sequence[str], prog: str, default: Args | None = None) -> Args:
@@ -33,13 +33,13 @@ def parse(command: type[Args], args: Sequence[str], prog: str, default: Args | N
 
 
 def one_sentence(box: str, prog: str) -> str:
-    """tyro's framed message, several lines with rules between them, as one line."""
+    """tyro's framed message, several lines with rules between them, as one line; its title says nothing more."""
     parts, part = [], []
-    for line in [*box.splitlines(), "───"]:
-        if RULE.match(line) or line.startswith("╭"):
+    for line in [*box.strip().splitlines()[1:], "───"]:
+        if RULE.match(line):
             parts.append(" ".join(part))
             part = []
         elif text := line.strip("│ "):
             part.append(text)
-    said = [part for part in parts if part and "helptext" not in part]
+    said = [part.rstrip(".") for part in parts if part and "helptext" not in part]
     return f"{prog}: {'; '.join(said)}; {prog} --help shows what is allowed"
