@@ -1,0 +1,105 @@
+"""What a data folder holds, in numbers and in a few lines of its text."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from regpt.data.manifest import SPLITS, Manifest
+from regpt.errors import UserError
+from regpt.text.open import NAMED, open_tokenizer
+from regpt.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """One split; `lengths` are its documents' tokens, the end-of-text token included."""
+
+    split: str
+    documents: int
+    tokens: int
+    text_bytes: int
+    shards: int
+    lengths: np.ndarray
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text for each token that stands for text."""
+        return self.text_bytes / max(1, self.tokens - self.documents)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "text_bytes": self.text_bytes,
+            "bytes_per_token": round(self.bytes_per_token, 4),
+            "shards": self.shards,
+            "document_tokens": {
+                "min": int(self.lengths.min()),
+                "median": float(np.median(self.lengths)),
+                "mean": round(float(self.lengths.mean()), 1),
+                "max": int(self.lengths.max()),
+            },
+            "histogram": [{"from": low, "below": high, "documents": n} for low, high, n in histogram(self.lengths)],
+        }
+
+
+def describe(folder: Path, manifest: Manifest) -> list[SplitInfo]:
+    """Every split that has documents."""
+    return [
+        SplitInfo(
+            split=split,
+            documents=manifest.documents(split),
+            tokens=manifest.tokens(split),
+            text_bytes=manifest.text_bytes.get(split, 0),
+            shards=len(manifest.split(split)),
+            lengths=document_lengths(folder, manifest, split),
+        )
+        for split in SPLITS
+        if manifest.split(split)
+    ]
+
+
+def document_lengths(folder: Path, manifest: Manifest, split: str) -> np.ndarray:
+    """(documents,) int64 tokens of each document, over the borders of shards."""
+    starts, offset = [], 0
+    for shard in manifest.split(split):
+        starts.append(np.fromfile(folder / shard.idx_file, dtype="<i8") + offset)
+        offset += shard.tokens
+    return np.diff(np.concatenate([*starts, [offset]]))
+
+
+def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
+    """(from, below, documents) for each power of two between the shortest and the longest document."""
+    exponents = np.frexp(lengths)[1] - 1  # exact floor(log2), lengths being far below 2^53
+    counts = np.bincount(exponents)
+    return [(1 << i, 2 << i, int(counts[i])) for i in range(int(exponents.min()), len(counts))]
+
+
+def first_texts(folder: Path, manifest: Manifest, split: str, documents: int, tokens: int) -> list[str]:
+    """The beginnings of the first documents, decoded: at most `tokens` tokens of each."""
+    tokenizer = tokenizer_of(folder, manifest)
+    shard = manifest.split(split)[0]
+    starts = np.fromfile(folder / shard.idx_file, dtype="<i8")
+    ids = np.memmap(folder / shard.file, dtype=manifest.numpy_dtype, mode="r")
+    bounds = [*starts.tolist(), shard.tokens]
+    return [
+        tokenizer.decode(ids[start + 1 : min(end, start + 1 + tokens)].tolist())
+        for start, end in list(zip(bounds, bounds[1:]))[:documents]
+    ]
+
+
+def tokenizer_of(folder: Path, manifest: Manifest) -> Tokenizer:
+    """The tokenizer that the shards in `folder` were made with.
+
+    Raises:
+        UserError: it is not available here, or it is another one than the manifest names.
+    """
+    tokenizer = open_tokenizer(manifest.tokenizer if manifest.tokenizer in NAMED else folder)
+    if tokenizer.sha256 != manifest.tokenizer_sha256:
+        raise UserError(
+            f"the shards in {folder} were made with tokenizer {manifest.tokenizer} of SHA-256 "
+            f"{manifest.tokenizer_sha256[:12]}…, the one found is {tokenizer.name} of {tokenizer.sha256[:12]}…; prepare them again"
+        )
+    return tokenizer

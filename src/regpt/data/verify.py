@@ -1,0 +1,91 @@
+"""Read a whole data folder and say what in it is damaged."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from regpt.data.manifest import SPLITS, Manifest, Shard, read_manifest
+from regpt.text.open import NAMED
+
+CHUNK_TOKENS = 16_000_000  # tokens compared at a time: tens of megabytes
+
+
+def verify(folder: Path, progress: Callable[[str], None] | None = None) -> list[str]:
+    """One sentence for each damage found, none for an intact folder; `progress` hears each file's name before it is read.
+
+    Files are hashed and compared with the manifest, and their contents with the format: documents start with the
+    end-of-text token and nothing else is one, starts increase, every token is in the vocabulary.
+
+    Raises:
+        UserError: there is no readable manifest, or a file is missing or of another size.
+    """
+    manifest = read_manifest(folder)
+    damage = list(check_tokenizer(folder, manifest))
+    for split in SPLITS:
+        continued = False
+        for shard in manifest.split(split):
+            if progress:
+                progress(shard.file)
+            damage += check_shard(folder, shard, manifest, continued)
+            continued = shard.continues
+        if continued:
+            damage.append(f"{folder / 'manifest.json'}: the last {split} shard continues in one that is not listed")
+    return damage
+
+
+def check_tokenizer(folder: Path, manifest: Manifest) -> Iterator[str]:
+    if manifest.tokenizer in NAMED:
+        return
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        yield f"{path} is missing"
+    elif file_sha256(path) != manifest.tokenizer_sha256:
+        yield f"{path} is damaged: its SHA-256 is not the manifest's"
+
+
+def check_shard(folder: Path, shard: Shard, manifest: Manifest, continued: bool) -> list[str]:
+    """What is wrong with one shard; `continued`: it begins inside a document of the shard before."""
+    damage = [
+        f"{folder / name} is damaged: its SHA-256 is not the manifest's"
+        for name, expected in ((shard.file, shard.sha256), (shard.idx_file, shard.idx_sha256))
+        if file_sha256(folder / name) != expected
+    ]
+    if damage:  # what is in such a file would only repeat it
+        return damage
+    starts = np.fromfile(folder / shard.idx_file, dtype="<i8")
+    if problem := wrong_starts(starts, shard.tokens, continued):
+        return [f"{folder / shard.idx_file}: {problem}"]
+    tokens = np.memmap(folder / shard.file, dtype=manifest.numpy_dtype, mode="r")
+    problem = wrong_tokens(tokens, starts, manifest)
+    return [f"{folder / shard.file}: {problem}"] if problem else []
+
+
+def wrong_starts(starts: np.ndarray, tokens: int, continued: bool) -> str | None:
+    if len(starts) and (starts[0] < 0 or starts[-1] >= tokens):
+        return f"a document start lies outside the shard's {tokens:,} tokens"
+    if (np.diff(starts) <= 0).any():
+        return "the document starts do not increase"
+    if not continued and (not len(starts) or starts[0] != 0):
+        return "the first token starts no document, and no shard before continues here"
+    return None
+
+
+def wrong_tokens(tokens: np.ndarray, starts: np.ndarray, manifest: Manifest) -> str | None:
+    if (tokens[starts] != manifest.eot).any():
+        return f"a document does not start with token {manifest.eot}"
+    ends = 0
+    for i in range(0, len(tokens), CHUNK_TOKENS):
+        chunk = tokens[i : i + CHUNK_TOKENS]
+        if (largest := int(chunk.max())) >= manifest.vocab_size:
+            return f"token {largest} is not in the vocabulary of {manifest.vocab_size}"
+        ends += int(np.count_nonzero(chunk == manifest.eot))
+    if ends != len(starts):
+        return f"token {manifest.eot} occurs {ends:,} times, but {len(starts):,} documents start"
+    return None
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
