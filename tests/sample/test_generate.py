@@ -198,3 +198,10 @@ def test_samples_depend_on_the_seed_alone(model):
 def test_no_samples_is_a_usage_error(model):
     with pytest.raises(UsageError, match="number of samples is 0"):
         write(model, n=0)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_a_seed_that_no_generator_takes_is_a_usage_error(model, seed):
+    with pytest.raises(UsageError, match=f"seed is {seed}, must be between 0"):
+        write(model, seed=seed)
+    write(model, n=1, seed=2**64 - 1)

@@ -114,7 +114,7 @@ def count_rows(split_tokens: int, seq_len: int, limit_tokens: int = 0) -> int:
             f"the split has {split_tokens:,} tokens and one row needs {seq_len + 1:,}; "
             "prepare more validation text or choose a shorter sequence length"
         )
-    if 0 < limit_tokens < seq_len:
+    if limit_tokens < seq_len and limit_tokens != 0:
         raise UsageError(
             f"val-tokens is {limit_tokens:,}, must be at least one row of {seq_len:,} tokens, or 0 for all"
         )

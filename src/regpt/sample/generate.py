@@ -43,6 +43,8 @@ def write_samples(
     """
     if n < 1:
         raise UsageError(f"the number of samples is {n}, must be at least 1")
+    if not 0 <= seed < 2**64:  # what torch.Generator takes, less its second names for the upper half
+        raise UsageError(f"the seed is {seed}, must be between 0 and {2**64 - 1}")
     device = model.wte.weight.device
     prompt_ids = encode_prompt(tokenizer, prompt)
     texts = generate(

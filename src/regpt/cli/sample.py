@@ -1,0 +1,106 @@
+"""`regpt sample`: continue a prompt."""
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from regpt.cli.parse import parse
+from regpt.errors import UsageError, UserError
+from regpt.train.config import PrecisionName
+
+
+@dataclass(frozen=True)
+class SampleArgs:
+    """Continue a prompt several times; every sample is printed behind "> "."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A run folder, a checkpoint folder, a Hugging Face folder, or a hub name such as gpt2."""
+    prompt: Annotated[str, tyro.conf.arg(metavar="TEXT")]
+    """Text to continue; - reads it from standard input, less one line break at its end; '' starts a new document."""
+    n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 5
+    """Samples."""
+    max_new_tokens: int = 30
+    """Tokens a sample, fewer where the model ends the text; with the prompt at most the model's length."""
+    top_k: int = 50
+    """Draw from the k likeliest tokens; 0 from all, 1 is greedy."""
+    top_p: float = 1.0
+    """Draw from the fewest tokens that together have this probability, after top-k; 1 from all."""
+    temperature: float = 1.0
+    """Logits are divided by it: below 1 safer, above 1 more surprising text."""
+    seed: int = 1337
+    """The same seed gives the same samples on the same machine."""
+    json: bool = False
+    """Print one JSON object with token ids and texts instead."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """auto: CUDA, then MPS, then CPU."""
+    precision: PrecisionName = "fp32"
+    """Number format of the computation."""
+
+
+def main(args: list[str]) -> int:
+    """Parse, open the model, write the samples, print them."""
+    given = parse(SampleArgs, args, prog="regpt sample")
+    prompt = read_prompt(given.prompt)
+    from regpt.checkpoint.open import open_model
+    from regpt.parallel.mesh import choose_device
+    from regpt.sample.generate import write_samples
+    from regpt.sample.sampling import SamplingOptions
+    from regpt.train.precision import autocast, parameter_dtype, set_matmul_precision
+
+    options = SamplingOptions(given.temperature, given.top_k, given.top_p)  # refused before a model is read
+    device = choose_device(given.device)
+    opened = open_model(given.model, device)
+    set_matmul_precision(given.precision)
+    model = opened.model.to(parameter_dtype(given.precision))
+    with autocast(given.precision, device):
+        samples = write_samples(
+            model,
+            opened.tokenizer,
+            prompt,
+            n=given.n,
+            max_new_tokens=given.max_new_tokens,
+            options=options,
+            seed=given.seed,
+        )
+    if not given.json:
+        print("\n".join(f"> {sample.text}" for sample in samples))
+        return 0
+    settings = {name: getattr(given, name) for name in ("temperature", "top_k", "top_p", "seed", "precision")}
+    print(
+        json.dumps(
+            {
+                "model": given.model,
+                "source": opened.source,
+                "step": opened.step,
+                "prompt": prompt,
+                "prompt_ids": opened.tokenizer.encode(prompt),
+                **settings,
+                "samples": [sample._asdict() for sample in samples],
+            },
+            ensure_ascii=False,
+        )
+    )
+    return 0
+
+
+def read_prompt(prompt: str) -> str:
+    """The prompt itself, or standard input where it is `-`.
+
+    Raises:
+        UserError: standard input is not UTF-8.
+        UsageError: neither is the prompt on the command line.
+    """
+    if prompt == "-":
+        try:
+            text = sys.stdin.buffer.read().decode("utf-8")  # the same on Windows, whatever its code page
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input is not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
+        return text.removesuffix("\n").removesuffix("\r")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:  # the shell passed bytes that are no text
+        raise UsageError(f"the prompt {prompt!r} is not UTF-8; convert it, or give it by --prompt - ") from None
+    return prompt

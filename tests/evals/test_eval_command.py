@@ -1,0 +1,203 @@
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from regpt.checkpoint.save import save_checkpoint
+from regpt.cli.eval import main
+from regpt.config import RunConfig
+from regpt.data.config import DataConfig
+from regpt.data.manifest import Manifest, Shard
+from regpt.errors import UsageError, UserError
+from regpt.model.config import ModelConfig
+from regpt.model.transformer import Transformer
+from regpt.model.weights import initialize
+from regpt.text.bpe import BPETokenizer, train_bpe
+
+TOKENS = 64  # rows of 8: seven full ones, and seven tokens that are left over
+MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=257, max_seq_len=16)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> BPETokenizer:
+    return train_bpe(["hello hello"], 257)
+
+
+def write_data(folder: Path, tokenizer: BPETokenizer, tokens: np.ndarray, of: str = "") -> Path:
+    """A data folder with only a validation split, of one document, by a tokenizer of hash `of`."""
+    folder.mkdir()
+    shard = Shard("val-00000.bin", "val", len(tokens), 1, "", "")
+    tokens.astype("<u2").tofile(folder / shard.file)
+    np.zeros(1, "<i8").tofile(folder / shard.idx_file)
+    manifest = Manifest(tokenizer.name, of or tokenizer.sha256, 257, tokenizer.eot, "uint16", (shard,))
+    (folder / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokens(tokenizer) -> np.ndarray:
+    drawn = np.random.default_rng(0).integers(0, 257, TOKENS)
+    drawn[[0, 20]] = tokenizer.eot
+    return drawn
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return initialize(Transformer(MODEL), seed=1).eval()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tokenizer, model, tokens) -> Path:
+    """A run that trained on rows of 8 tokens, after three steps."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    data = write_data(folder.parent / "data", tokenizer, tokens)
+    step = folder / "checkpoints" / "step-00000003"
+    save_checkpoint(step, model=model, tokenizer=tokenizer, optimizer={}, state={"step": 3})
+    config = RunConfig(model=MODEL, data=DataConfig(path=str(data), seq_len=8))
+    (folder / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    return folder
+
+
+@torch.no_grad()
+def by_hand(model: Transformer, tokens: np.ndarray, eot: int, n_rows: int, seq_len: int) -> dict[str, float]:
+    """Log-softmax in NumPy, in float64, row by row."""
+    nats, n_bytes = 0.0, 0
+    for row in range(n_rows):
+        text = tokens[row * seq_len : row * seq_len + seq_len + 1]
+        logits = model(torch.from_numpy(text[None, :-1].astype(np.int64)))[0].double().numpy()
+        for scores, target in zip(logits, text[1:]):
+            nats += np.log(np.exp(scores).sum()) - scores[target]
+            n_bytes += target != eot  # every other token of this vocabulary is one byte
+    n = n_rows * seq_len
+    return {"loss": nats / n, "perplexity": math.exp(nats / n), "bpb": nats / math.log(2) / n_bytes, "tokens": n}
+
+
+Eval = Callable[..., dict]
+
+
+@pytest.fixture
+def evaluate(capsys) -> Eval:
+    def call(*args: object) -> dict:
+        assert main([*map(str, args), "--device", "cpu", "--json", "-"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return call
+
+
+def test_a_run_is_evaluated_on_its_own_data(evaluate, run, model, tokens, tokenizer):
+    report = evaluate(run)
+    val = report["tasks"]["val"]
+    expected = by_hand(model, tokens, tokenizer.eot, n_rows=7, seq_len=8)
+    assert {key: val[key] for key in expected} == pytest.approx(expected, rel=1e-6)
+    assert (report["step"], val["seq_len"], val["data"]) == (3, 8, str(run.parent / "data"))
+
+
+def test_a_checkpoint_inside_a_run_is_evaluated_like_the_run(evaluate, run):
+    inside = evaluate(run / "checkpoints" / "step-00000003")
+    assert inside["tasks"] == evaluate(run)["tasks"]
+
+
+def test_a_checkpoint_elsewhere_uses_the_length_of_the_model(evaluate, run, tmp_path, model, tokens, tokenizer):
+    step = tmp_path / "copy"
+    save_checkpoint(step, model=model, tokenizer=tokenizer, optimizer={}, state={"step": 3})
+    val = evaluate(step, "--data", run.parent / "data")["tasks"]["val"]
+    expected = by_hand(model, tokens, tokenizer.eot, n_rows=3, seq_len=16)
+    assert {key: val[key] for key in expected} == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(UsageError, match=r"names no run that knows its data; give the folder .* --data"):
+        main([str(step)])
+
+
+@pytest.mark.parametrize("batch_rows", [1, 3, 100])
+def test_the_number_of_rows_computed_at_once_does_not_matter(evaluate, run, batch_rows):
+    args = (run, "--precision", "fp64")
+    whole, parts = (evaluate(*args, *more)["tasks"]["val"] for more in ((), ("--batch-rows", batch_rows)))
+    assert parts.pop("data") == whole.pop("data")
+    assert parts == pytest.approx(whole, rel=1e-13)
+
+
+def test_val_tokens_limits_what_is_read(evaluate, run, model, tokens, tokenizer):
+    val = evaluate(run, "--val-tokens", 30)["tasks"]["val"]
+    expected = by_hand(model, tokens, tokenizer.eot, n_rows=3, seq_len=8)
+    assert {key: val[key] for key in expected} == pytest.approx(expected, rel=1e-6)
+
+
+def test_bf16_is_close_to_fp32(evaluate, run):
+    before = torch.get_float32_matmul_precision()
+    try:
+        bf16 = evaluate(run, "--precision", "bf16")["tasks"]["val"]["loss"]
+        fp32 = evaluate(run)["tasks"]["val"]["loss"]
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert bf16 != fp32
+    assert bf16 == pytest.approx(fp32, rel=1e-3)
+
+
+def test_the_table_shows_what_the_file_holds(capsys, run, tmp_path):
+    file = tmp_path / "eval.json"
+    assert main([str(run), "--device", "cpu", "--json", str(file)]) == 0
+    val = json.loads(file.read_text(encoding="utf-8"))["tasks"]["val"]
+    shown = capsys.readouterr()
+    for part in (
+        f"{val['loss']:.4f}",
+        f"{val['bpb']:.4f}",
+        f"{val['perplexity']:.2f}",
+        "7 rows of 8 tokens, of 64 tokens",
+    ):
+        assert part in shown.out
+    assert [path.name for path in tmp_path.iterdir()] == ["eval.json"]
+
+
+def refused(kind: type[UserError], said: str, *args: object) -> None:
+    with pytest.raises(kind, match=said) as error:
+        main([*map(str, args), "--device", "cpu"])
+    assert "\n" not in str(error.value)
+    assert type(error.value) is kind
+
+
+def test_an_unknown_task_names_the_nearest(run):
+    refused(UsageError, "task 'vla' is unknown .did you mean 'val'.*; choose from val", run, "--tasks", "val,vla")
+
+
+def test_data_of_another_tokenizer_is_refused(run, tmp_path, tokenizer, tokens):
+    other = write_data(tmp_path / "other", tokenizer, tokens, of="f" * 64)
+    refused(UserError, "made with the tokenizer .* .ffffffffffff….* prepare the text again", run, "--data", other)
+
+
+def test_what_cannot_be_evaluated_is_one_sentence(run, tmp_path, tokenizer, tokens):
+    refused(UserError, "does not exist", run, "--data", tmp_path / "nowhere")
+    small = write_data(tmp_path / "small", tokenizer, tokens[:8])
+    refused(UserError, "the split has 8 tokens and one row needs 9", run, "--data", small)
+    refused(UsageError, "seq-len is 17, must be between 1 and the model's 16", run, "--seq-len", 17)
+    refused(UsageError, "seq-len is 0", run, "--seq-len", 0)
+    refused(UsageError, "batch-rows is 0", run, "--batch-rows", 0)
+    refused(UsageError, "val-tokens is 7, must be at least one row of 8", run, "--val-tokens", 7)
+    refused(UsageError, "val-tokens is -1", run, "--val-tokens", -1)
+    refused(UserError, "cannot write", run, "--json", tmp_path / "no" / "folder.json")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_names_what_to_try(run, monkeypatch, error):
+    def exhausted(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr("regpt.evals.perplexity.validate", exhausted)
+    refused(UserError, "out of memory with --batch-rows 4; try --batch-rows 2", run)
+    refused(UserError, "try a shorter --seq-len", run, "--batch-rows", 1)
+
+
+def test_damaged_weights_give_no_number(run, tmp_path, tokenizer):
+    model = initialize(Transformer(MODEL), seed=1)
+    model.wpe.weight.data[3] = math.nan
+    folder = save_checkpoint(tmp_path / "nan", model=model, tokenizer=tokenizer, optimizer={}, state={"step": 3})
+    refused(UserError, "the loss is nan: the weights of .* are damaged", folder, "--data", run.parent / "data")

@@ -1,0 +1,126 @@
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from regpt.checkpoint.save import save_checkpoint
+from regpt.cli.sample import main
+from regpt.errors import UsageError, UserError
+from regpt.model.config import ModelConfig
+from regpt.model.transformer import Transformer
+from regpt.model.weights import initialize
+from regpt.sample.generate import write_samples
+from regpt.sample.sampling import SamplingOptions
+from regpt.text.bpe import BPETokenizer, train_bpe
+
+PROMPT = "Hello, I"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> BPETokenizer:
+    return train_bpe(["hello hello"], 257)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer) -> Transformer:
+    config = ModelConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=tokenizer.n_vocab, max_seq_len=64)
+    return initialize(Transformer(config), seed=1).eval()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tokenizer, model) -> str:
+    folder = tmp_path_factory.mktemp("run") / "checkpoints" / "step-00000003"
+    return str(save_checkpoint(folder, model=model, tokenizer=tokenizer, optimizer={}, state={"step": 3}))
+
+
+def run(capsys, *args: str) -> str:
+    assert main([*args, "--device", "cpu"]) == 0
+    return capsys.readouterr().out
+
+
+def test_every_sample_is_printed_behind_an_arrow(capsys, checkpoint, tokenizer, model):
+    out = run(capsys, checkpoint, "--prompt", PROMPT, "-n", "3", "--max-new-tokens", "6", "--seed", "7")
+    expected = write_samples(model, tokenizer, PROMPT, n=3, max_new_tokens=6, options=SamplingOptions(top_k=50), seed=7)
+    assert out == "".join(f"> {sample.text}\n" for sample in expected)
+    assert out.startswith("> Hello, I")
+
+
+def test_json_holds_ids_and_texts(capsys, checkpoint, tokenizer):
+    args = (checkpoint, "--prompt", PROMPT, "--json", "--max-new-tokens", "6", "--top-k", "0", "--temperature", "2")
+    report = json.loads(run(capsys, *args))
+    assert (report["model"], report["step"], report["prompt"]) == (checkpoint, 3, PROMPT)
+    assert (report["top_k"], report["temperature"], report["seed"]) == (0, 2.0, 1337)
+    assert report["prompt_ids"] == tokenizer.encode(PROMPT)
+    assert len(report["samples"]) == 5
+    for sample in report["samples"]:
+        ids = sample["ids"]
+        assert ids[: len(report["prompt_ids"])] == report["prompt_ids"]
+        assert sample["text"] == tokenizer.decode([i for i in ids if i != tokenizer.eot])
+    assert json.loads(run(capsys, *args)) == report
+    assert json.loads(run(capsys, *args, "--seed", "1"))["samples"] != report["samples"]
+
+
+def test_greedy_samples_are_alike(capsys, checkpoint):
+    lines = run(capsys, checkpoint, "--prompt", PROMPT, "--top-k", "1", "--json")
+    samples = json.loads(lines)["samples"]
+    assert all(sample == samples[0] for sample in samples)
+
+
+@pytest.mark.parametrize("precision", ["fp64", "fp32", "tf32", "bf16"])
+def test_every_precision_samples(capsys, checkpoint, precision):
+    before = torch.get_float32_matmul_precision()
+    try:
+        assert run(capsys, checkpoint, "--prompt", PROMPT, "-n", "1", "--precision", precision).startswith("> Hello, I")
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_dash_reads_the_prompt_from_standard_input(capsys, checkpoint, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("héllo\n\n".encode()), encoding="cp1252"))
+    report = json.loads(run(capsys, checkpoint, "--prompt", "-", "-n", "1", "--json"))
+    assert report["prompt"] == "héllo\n"
+
+
+def test_an_empty_prompt_starts_a_new_document(capsys, checkpoint, tokenizer):
+    report = json.loads(run(capsys, checkpoint, "--prompt", "", "-n", "1", "--json"))
+    assert report["prompt_ids"] == []
+    assert report["samples"][0]["ids"][0] == tokenizer.eot
+
+
+def test_standard_input_that_is_no_text_is_a_user_error(checkpoint, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ok\xff")))
+    with pytest.raises(UserError, match=r"standard input is not UTF-8 .* at byte 2"):
+        main([checkpoint, "--prompt", "-"])
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--prompt", "a", "-n", "0"], "number of samples is 0, must be at least 1"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "max-new-tokens is 0, must be at least 1"),
+        (["--prompt", "a", "--temperature", "0"], "temperature is 0.0, must be above 0"),
+        (["--prompt", "a", "--top-k", "-1"], "top-k is -1"),
+        (["--prompt", "a", "--top-p", "2"], "top-p is 2.0"),
+        (["--prompt", "a", "--seed", "-1"], "seed is -1"),
+        (["--prompt", "a\udcff"], "is not UTF-8"),
+        (["--prompt", "a", "--topk", "3"], "topk"),
+        ([], "prompt"),
+    ],
+)
+def test_bad_usage_is_one_sentence(checkpoint, args, said):
+    with pytest.raises(UsageError, match=said) as error:
+        main([checkpoint, *args, "--device", "cpu"])
+    assert "\n" not in str(error.value)
+
+
+def test_text_longer_than_the_model_is_a_user_error(checkpoint):
+    with pytest.raises(UserError, match="max-new-tokens 56 is the most that fits"):
+        main([checkpoint, "--prompt", "x" * 8, "--max-new-tokens", "57", "--device", "cpu"])
+
+
+def test_an_unknown_model_is_a_usage_error(tmp_path: Path):
+    with pytest.raises(UsageError, match="nowhere"):
+        main([str(tmp_path / "nowhere"), "--prompt", "a", "--device", "cpu"])
