@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default: such a target carries no loss
+from regpt.model.ops import IGNORE_INDEX as IGNORE_INDEX  # a target that carries no loss
 
 
 class Batch(NamedTuple):

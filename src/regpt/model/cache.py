@@ -7,7 +7,7 @@ from regpt.model.config import ModelConfig
 
 
 class KVCache:
-    """Room for `capacity` positions of `batch` sequences in every layer.
+    """Room for `capacity` positions of `batch` sequences in every layer. For inference: it is written in place.
 
     `length` is the number of positions that hold tokens; the model moves it on after each call, and setting it back
     forgets the later ones.
@@ -24,8 +24,14 @@ class KVCache:
         return self.k.size(-2)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store `k` and `v` (B, H, T, D) behind the tokens of `layer`; return all of them, (B, H, S, D) views."""
+        """Store `k` and `v` (B, H, T, D) behind the tokens of `layer`; return all of them, (B, H, S, D) views.
+
+        Raises:
+            ValueError: another number of sequences, or more positions than fit.
+        """
         end = self.length + k.size(-2)
+        if k.size(0) != self.k.size(1):
+            raise ValueError(f"{k.size(0)} sequences do not fit into a cache of {self.k.size(1)}")
         if end > self.capacity:
             raise ValueError(f"{end} positions do not fit into a cache of {self.capacity}")
         self.k[layer, :, :, self.length : end] = k

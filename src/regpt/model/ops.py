@@ -1,4 +1,4 @@
-"""The operations that a faster kernel may replace, in plain PyTorch. These are the reference; they define the meaning."""
+"""The operations that a faster kernel may replace, in plain PyTorch: the reference, which defines their meaning."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE_INDEX = -100  # PyTorch's own convention for "no target here"; data.batch uses the same
+IGNORE_INDEX = -100  # a target that carries no loss; the default of torch.nn.functional.cross_entropy
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -28,7 +28,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
 
 def document_mask(cu_seqlens: Tensor, B: int, T: int) -> Tensor:
-    """Causal mask that also stops at document boundaries, (B, 1, T, T) bool, from cumulative lengths over B·T tokens."""
+    """Causal mask that stops at document boundaries, (B, 1, T, T) bool, from cumulative lengths over B·T tokens.
+
+    Known limit: B·T² booleans, and a mask keeps `scaled_dot_product_attention` off its flash path.
+    """
     token = torch.arange(B * T, device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens, token, right=True).view(B, T)
     same = document[:, :, None] == document[:, None, :]  # (B, T, T)
@@ -51,7 +54,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, n_voca
     Args:
         hidden: (N, C).
         weight: (V, C), V ≥ n_vocab; rows from n_vocab on are padding and take no part in the softmax.
-        targets: (N,) int64, `IGNORE_INDEX` where there is none.
+        targets: (N,) int64 below n_vocab, `IGNORE_INDEX` where there is none.
 
     Returns:
         Scalar, float32 (float64 for float64 inputs).

@@ -70,7 +70,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Token ids to logits. Parameters are uninitialised until `initialize` or `load_weights` is called.
+    """Token ids to logits. The weights mean nothing until `weights.initialize` or `weights.load_weights` set them;
+    build under `torch.device("meta")` to spend no time on their first values.
 
     Args:
         config: the shape.
@@ -102,21 +103,21 @@ class Transformer(nn.Module):
         cu_seqlens: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Final hidden states (B, T, C) of the tokens `idx` (B, T) int64.
+        """Final hidden states (B, T, C) of the tokens `idx` (B, T) int64, each below vocab_size.
 
-        `positions` (B, T) default to those after the cache's. `cu_seqlens` (documents + 1,), cumulative document
-        lengths over the B·T tokens, keeps attention inside each document. `cache` holds the keys and values of
-        earlier tokens and takes those of `idx`.
+        `positions` (B, T) default to those after the cache's. `cu_seqlens` (documents + 1,) int, cumulative document
+        lengths from 0 to B·T, keeps attention inside each document; `positions` must then restart in each. `cache`
+        holds the keys and values of earlier tokens and takes those of `idx`.
 
         Raises:
-            ValueError: more positions than the model has, or `cu_seqlens` together with a cache.
+            ValueError: more positions than the model has; `cu_seqlens` without positions or together with a cache.
         """
         B, T = idx.shape
         start = 0 if cache is None else cache.length
         if start + T > self.config.max_seq_len:
             raise ValueError(f"{start + T} tokens given, the model has {self.config.max_seq_len} positions")
-        if cu_seqlens is not None and cache is not None:
-            raise ValueError("attention by document and a cache were both given; use one of them")
+        if cu_seqlens is not None and (positions is None or cache is not None):
+            raise ValueError("cu_seqlens was given; give positions that restart in each document, and no cache")
         if positions is None:
             positions = torch.arange(start, start + T, device=idx.device)  # (T,)
         mask = None if cu_seqlens is None else document_mask(cu_seqlens, B, T)

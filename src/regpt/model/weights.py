@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -13,23 +13,37 @@ from regpt.model.transformer import INIT_STD, Transformer
 VOCAB_ROWS = "wte.weight"  # the parameter whose rows are padded
 
 
-@torch.no_grad()
 def initialize(model: Transformer, seed: int) -> Transformer:
     """GPT-2's initialisation (Radford et al. 2019, section 2.3): N(0, 0.02), residual projections times (2·n_layer)^-½.
 
     Every parameter has a generator of its own, on the CPU, seeded by `seed` and the parameter's name: the values do
-    not depend on the device, on padding, or on how parameters are spread over processes.
+    not depend on the model's device, on padding, or on how parameters are spread over processes.
     """
-    residual_std = INIT_STD / math.sqrt(2 * model.config.n_layer)
-    weights = {}
-    for name, parameter in model.named_parameters():
-        shape = real_shape(model, name, parameter)
-        if ".ln_" in f".{name}" or name.endswith(".bias"):
-            weights[name] = torch.ones(shape) if name.endswith(".weight") else torch.zeros(shape)
-        else:
-            std = residual_std if name.endswith("c_proj.weight") else INIT_STD
-            weights[name] = torch.empty(shape).normal_(0.0, std, generator=named_generator(seed, name))
-    return load_weights(model, weights)
+    return load_weights(model, InitialWeights(model, seed))
+
+
+class InitialWeights(Mapping[str, Tensor]):
+    """Name → initial value, float32 on the CPU, drawn when it is asked for: one parameter in memory at a time."""
+
+    def __init__(self, model: Transformer, seed: int):
+        self.shapes = {name: real_shape(model, name, p) for name, p in model.named_parameters()}
+        self.seed = seed
+        self.residual_std = INIT_STD / math.sqrt(2 * model.config.n_layer)
+
+    def __getitem__(self, name: str) -> Tensor:
+        empty = torch.empty(self.shapes[name], dtype=torch.float32)
+        if name.endswith(".bias"):
+            return empty.zero_()
+        if ".ln_" in f".{name}":
+            return empty.fill_(1.0)
+        std = self.residual_std if name.endswith("c_proj.weight") else INIT_STD
+        return empty.normal_(0.0, std, generator=named_generator(self.seed, name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:
@@ -58,7 +72,7 @@ def load_weights(model: Transformer, weights: Mapping[str, Tensor]) -> Transform
     """Copy `weights`, named as in `state_tensors`, into the model; padding rows become zero.
 
     Raises:
-        UserError: a name is missing or unknown, or a shape differs.
+        UserError: a name is missing or unknown, a shape differs, or a tensor holds no floating-point numbers.
     """
     own = dict(model.named_parameters())
     missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
@@ -66,15 +80,14 @@ def load_weights(model: Transformer, weights: Mapping[str, Tensor]) -> Transform
         what = f"lack {missing[0]!r}" if missing else f"have the unknown tensor {unknown[0]!r}"
         raise UserError(f"the weights {what}: {len(missing)} missing, {len(unknown)} unknown for this model's shape")
     for name, parameter in own.items():
-        weight, expected = weights[name], real_shape(model, name, parameter)  # one look-up: it may read from a disk
-        given = tuple(weight.shape)
-        if expected != given:
+        value, shape = weights[name], real_shape(model, name, parameter)
+        if tuple(value.shape) != shape or not value.is_floating_point():
             raise UserError(
-                f"weight {name!r} has shape {given}, this model needs {expected}; use the model's own config"
+                f"weight {name!r} is {value.dtype} of shape {tuple(value.shape)}, this model needs floating-point "
+                f"numbers of shape {shape}; build the model from the weights' own config"
             )
-        unpadded(model, name, parameter.data).copy_(weight)
-        if parameter.size(0) > expected[0]:
-            parameter.data[expected[0] :] = 0
+        unpadded(model, name, parameter.data).copy_(value)
+        parameter.data[shape[0] :] = 0  # padding rows
     return model
 
 

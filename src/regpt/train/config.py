@@ -58,7 +58,7 @@ class OptimConfig:
     warmup_steps: int = 715
     """Steps of linear warmup (GPT-3 paper, appendix B: 375 M tokens)."""
     decay_steps: int | None = None
-    """cosine: the step at which the minimum is reached; wsd: length of the decay. Default: train.steps; a tenth of it."""
+    """cosine: the step that ends it (default train.steps); wsd: its length (default a tenth of train.steps)."""
     weight_decay: float = 0.1
     """Decay of tensors with two or more dimensions; the others have none (GPT-3 paper, appendix B)."""
     beta1: float = 0.9

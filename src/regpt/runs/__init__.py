@@ -1,0 +1,1 @@
+"""Composition roots: configuration → objects → `Trainer.fit`. The only place that sees a whole `RunConfig`."""

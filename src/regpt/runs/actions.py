@@ -1,0 +1,125 @@
+"""What a run does around its updates: rows of metrics, validation, samples, checkpoints."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from regpt.checkpoint.load import checkpoint_folder
+from regpt.checkpoint.save import prune_checkpoints, save_checkpoint
+from regpt.config import RunConfig
+from regpt.evals.perplexity import LossSums, finish, sum_losses
+from regpt.model.transformer import Transformer
+from regpt.model.weights import count_parameters
+from regpt.parallel.mesh import Mesh
+from regpt.runs.build import Corpus, count_validation_rows, validation_batches
+from regpt.runs.folder import JsonLines, device_name
+from regpt.runs.terminal import Terminal
+from regpt.sample.generate import write_samples
+from regpt.sample.sampling import SamplingOptions
+from regpt.train.loss import LossSum
+from regpt.train.optim import optimizer_tensors
+from regpt.train.precision import autocast
+from regpt.train.trainer import Actions, Row, due
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, as its actions see it. `metrics` and `samples` are None where this process writes no files."""
+
+    config: RunConfig
+    run: Path
+    mesh: Mesh
+    corpus: Corpus
+    model: Transformer
+    optimizer: torch.optim.Optimizer
+    loss_sum: LossSum
+    terminal: Terminal
+    metrics: JsonLines | None
+    samples: JsonLines | None
+
+
+def make_actions(job: Job, stop_requested: Callable[[], bool]) -> Actions:
+    """The actions of `job`, for `Trainer.fit`."""
+    n_rows = count_validation_rows(job.config, job.corpus)
+    return Actions(
+        log=lambda row: write_row(job, row),
+        validate=lambda step: validate(job, step, n_rows) if n_rows else None,
+        sample=lambda step: sample(job, step),
+        save=lambda step: save(job, step),
+        stop_requested=stop_requested,
+    )
+
+
+def write_row(job: Job, row: Row) -> None:
+    """Show a row of metrics, and append it to metrics.jsonl when it is its turn."""
+    job.terminal.row(row)
+    step, every = int(row["step"]), job.config.log.every_steps  # type: ignore[call-overload]
+    turn = row["kind"] != "train" or due(step, every) or step in (1, job.config.train.steps)
+    if job.metrics is not None and turn:
+        job.metrics.write(row)
+
+
+@torch.no_grad()
+def validate(job: Job, step: int, n_rows: int) -> None:
+    """Mean loss and bits per byte over the first `n_rows` rows of the validation split, all processes together."""
+    stream = job.corpus.stream("val", "sequential", 0)
+    batches = validation_batches(job.config, stream, n_rows, job.mesh)
+    sums = sum_losses(job.loss_sum, batches, job.corpus.tokenizer.byte_lengths(), job.mesh.device)
+    dtype = torch.float32 if job.mesh.device.type == "mps" else torch.float64  # MPS has no float64
+    total = job.mesh.sum(torch.stack(sums).to(job.mesh.device, dtype)).cpu()
+    result = finish(LossSums(*total))
+    write_row(job, {"kind": "val", "step": step, "loss": result.loss, "bpb": result.bpb, "time": time.time()})
+
+
+def sample(job: Job, step: int) -> None:
+    """Continue the prompt with the uncompiled model and a generator of its own, in the main process."""
+    if job.samples is None:
+        return
+    config = job.config.sample
+    options = SamplingOptions(temperature=config.temperature, top_k=config.top_k)
+    with autocast(job.config.train.precision, job.mesh.device):
+        texts = write_samples(
+            job.model,
+            job.corpus.tokenizer,
+            config.prompt,
+            n=config.n,
+            max_new_tokens=config.max_new_tokens,
+            options=options,
+            seed=config.seed,
+        )
+    job.samples.write(
+        {"step": step, "prompt": config.prompt, "texts": [text.text for text in texts], "time": time.time()}
+    )
+    job.terminal.say(f"sample after step {step:,}: {texts[0].text!r}")
+
+
+def save(job: Job, step: int) -> None:
+    """Write a checkpoint and remove the ones that are not kept; all processes return when it is there."""
+    if job.mesh.is_main:
+        save_checkpoint(
+            checkpoint_folder(job.run, step),
+            model=job.model,
+            tokenizer=job.corpus.tokenizer,
+            optimizer=optimizer_tensors(job.model, job.optimizer),
+            state={"step": step, "data_manifest_sha256": job.corpus.manifest_sha256},
+        )
+        keep = job.config.checkpoint
+        prune_checkpoints(job.run, keep_last=keep.keep_last, keep_every=keep.keep_every)
+    job.mesh.wait()
+
+
+def summary(job: Job) -> str:
+    """One line: what is trained, on what, how."""
+    config, mesh = job.config, job.mesh
+    name = device_name(mesh.device)
+    rows = config.train.micro_batch_rows * mesh.world_size * config.data.seq_len
+    return (
+        f"{count_parameters(job.model):,} parameters on {mesh.world_size} × {name}, {config.train.precision}"
+        f"{', compiled' if config.train.compile else ''}; {config.train.batch_tokens:,} tokens a step "
+        f"({config.train.batch_tokens // rows} × {mesh.world_size} × {config.train.micro_batch_rows} rows of "
+        f"{config.data.seq_len}); {job.corpus.manifest.tokens('train'):,} training tokens, tokenizer "
+        f"{job.corpus.tokenizer.name}"
+    )

@@ -1,0 +1,137 @@
+"""The run folder: what is written where. Its layout is stable; see docs/formats.md."""
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import regpt
+from regpt.config import RunConfig, read_config
+from regpt.data.manifest import Manifest
+from regpt.errors import UserError
+from regpt.parallel.mesh import Mesh
+
+
+def create_run(run: Path, config: RunConfig, env: dict[str, Any]) -> None:
+    """Make the folder with config.toml and env.json.
+
+    Raises:
+        UserError: the folder holds a run already, or other files, or cannot be written.
+    """
+    refuse_used_folder(run)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+        (run / "env.json").write_text(json.dumps(env, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write the run folder {str(run)!r} ({error.strerror}); choose another --out") from None
+
+
+def refuse_used_folder(run: Path) -> None:
+    if (run / "config.toml").exists():
+        raise UserError(
+            f"{str(run)!r} already holds a run; go on with: regpt train --resume {run}, or choose another --out"
+        )
+    if run.exists() and not run.is_dir():
+        raise UserError(f"--out {str(run)!r} is a file; choose a folder that does not exist yet")
+    if run.is_dir() and any(run.iterdir()):
+        raise UserError(f"{str(run)!r} is not empty; choose a folder for the run that does not exist yet")
+
+
+def read_run_config(run: Path) -> RunConfig:
+    """The resolved configuration of a run.
+
+    Raises:
+        UserError: the folder does not exist or holds no run.
+    """
+    path = run / "config.toml"
+    if not path.is_file():
+        what = "holds no run (no config.toml)" if run.is_dir() else "does not exist"
+        raise UserError(f"run folder {str(run)!r} {what}; start one with: regpt train RECIPE --data DIR --out {run}")
+    return read_config(str(path))
+
+
+def numbered_folder(parent: Path, name: str) -> Path:
+    """The first of parent/name-001, -002, … that does not exist."""
+    number = 1
+    while (path := parent / f"{name}-{number:03d}").exists():
+        number += 1
+    return path
+
+
+class JsonLines:
+    """An append-only file of one JSON object a line, each written at once."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        if path.stat().st_size and not ends_with_newline(path):
+            self.file.write("\n")  # a line torn by a crash stays torn, and alone
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def ends_with_newline(path: Path) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def describe_environment(
+    mesh: Mesh, data: Path, manifest: Manifest, manifest_sha256: str, parameters: int, argv: Sequence[str]
+) -> dict[str, Any]:
+    """What a run ran on and with: env.json."""
+    return {
+        "regpt": regpt.__version__,
+        "commit": source_commit(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "device": device_name(mesh.device),
+        "world_size": mesh.world_size,
+        "argv": list(argv),
+        "started": time.time(),
+        "parameters": parameters,
+        "data": {
+            "path": str(data),
+            "manifest_sha256": manifest_sha256,
+            "tokenizer": manifest.tokenizer,
+            "train_tokens": manifest.tokens("train"),
+            "val_tokens": manifest.tokens("val"),
+        },
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """What computes: the GPU's name, or the kind of device and its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} with {torch.get_num_threads()} threads"
+
+
+def source_commit() -> str | None:
+    """Commit of the checkout that regpt runs from, with `+` when it has changes; None for an installed package."""
+    here = Path(regpt.__file__).parent
+    try:
+        git = ["git", "-C", str(here)]
+        inside = subprocess.run([*git, "ls-files", "--error-unmatch", "__init__.py"], capture_output=True, timeout=10)
+        if inside.returncode:
+            return None
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        changed = subprocess.run([*git, "status", "--porcelain", "."], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "") if commit.returncode == 0 else None

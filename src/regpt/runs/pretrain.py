@@ -1,0 +1,126 @@
+"""Pretraining: configuration → objects → `Trainer.fit`."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from regpt.checkpoint.load import load_checkpoint, newest_checkpoint
+from regpt.checkpoint.open import open_model
+from regpt.config import RunConfig
+from regpt.errors import UserError
+from regpt.model.transformer import Transformer
+from regpt.model.weights import count_parameters, initialize, load_weights, state_tensors
+from regpt.parallel.mesh import Mesh, open_mesh
+from regpt.runs.actions import Job, make_actions, summary, write_row
+from regpt.runs.build import Corpus, build_loader, build_model, count_validation_rows, open_corpus
+from regpt.runs.folder import JsonLines, create_run, describe_environment, read_run_config, refuse_used_folder
+from regpt.runs.stop import EXIT_SAVED, stop_request
+from regpt.runs.terminal import Terminal
+from regpt.train.loss import make_loss_sum
+from regpt.train.optim import load_optimizer, make_optimizer
+from regpt.train.precision import set_matmul_precision
+from regpt.train.schedule import make_schedule
+from regpt.train.trainer import Every, Trainer
+
+
+def check(config: RunConfig, run: Path | None, processes: int = 1) -> None:
+    """Everything that can be wrong before a process or a device is started; raises what `pretrain` would."""
+    if run is not None:
+        refuse_used_folder(run)
+    corpus = open_corpus(config)
+    make_schedule(config.optim, config.train.steps)
+    build_loader(config, corpus, Mesh(0, processes, torch.device("cpu")))
+    count_validation_rows(config, corpus)
+
+
+def pretrain(
+    config: RunConfig,
+    run: Path,
+    *,
+    init_from: str | None = None,
+    argv: Sequence[str] = (),
+    facts: dict[str, Any] | None = None,
+) -> int:
+    """Start a run in the new folder `run`; the exit code. `facts` are added to env.json."""
+    with open_mesh(config.train.device) as mesh:
+        corpus = open_corpus(config)
+        data = replace(config.data, path=str(corpus.folder.resolve()), tokenizer=corpus.manifest.tokenizer)
+        config = replace(config, data=data)
+        model = build_model(config, mesh.device)
+        start_weights(model, config, init_from)
+        if mesh.is_main:
+            env = describe_environment(
+                mesh, corpus.folder, corpus.manifest, corpus.manifest_sha256, count_parameters(model), argv
+            )
+            create_run(run, config, env | {"init_from": init_from} | (facts or {}))
+        mesh.wait()
+        optimizer = make_optimizer(model, config.optim, mesh.device)
+        return fit(config, run, mesh, corpus, model, optimizer, step=0)
+
+
+def start_weights(model: Transformer, config: RunConfig, init_from: str | None) -> None:
+    """Random weights from `train.seed`, or those of another model of the same shape."""
+    if init_from is None:
+        initialize(model, config.train.seed)
+        return
+    source = open_model(init_from).model
+    if source.config != config.model:
+        ours, theirs = asdict(config.model), asdict(source.config)
+        other = ", ".join(f"{key} {theirs[key]} there, {ours[key]} here" for key in ours if ours[key] != theirs[key])
+        raise UserError(
+            f"--init-from {init_from} is a model of another shape ({other}); set the [model] keys to its values"
+        )
+    load_weights(model, state_tensors(source))
+
+
+def resume(run: Path) -> int:
+    """Go on with the run in `run` from its newest valid checkpoint; the exit code."""
+    config = read_run_config(run)
+    with open_mesh(config.train.device) as mesh:
+        corpus = open_corpus(config)
+        checkpoint = load_checkpoint(newest_checkpoint(run))
+        if checkpoint.config != config.model:
+            raise UserError(
+                f"{checkpoint.folder} holds a model of another shape than {run}/config.toml; restore that file"
+            )
+        model = load_weights(build_model(config, mesh.device), checkpoint.weights())
+        optimizer = make_optimizer(model, config.optim, mesh.device)
+        step = int(checkpoint.state["step"])
+        load_optimizer(model, optimizer, checkpoint.optimizer(), step)
+        return fit(config, run, mesh, corpus, model, optimizer, step=step)
+
+
+def fit(
+    config: RunConfig,
+    run: Path,
+    mesh: Mesh,
+    corpus: Corpus,
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    *,
+    step: int,
+) -> int:
+    """Train from `step` updates on; 0, or 75 when a stop was requested and the run saved."""
+    set_matmul_precision(config.train.precision)
+    loss_sum = make_loss_sum(model, config.train.precision, mesh.device, config.train.compile)
+    loader = build_loader(config, corpus, mesh)
+    lr_at = make_schedule(config.optim, config.train.steps)
+    trainer = Trainer(model, loss_sum, optimizer, lr_at, loader, mesh, config.train, step=step)
+    terminal = Terminal(str(run), config.train.steps, Console(), enabled=mesh.is_main)
+    files = [JsonLines(run / name) if mesh.is_main else None for name in ("metrics.jsonl", "samples.jsonl")]
+    job = Job(config, run, mesh, corpus, model, optimizer, loss_sum, terminal, *files)
+    terminal.say(summary(job))
+    if step:
+        write_row(job, {"kind": "event", "step": step, "name": "resume", "world_size": mesh.world_size})
+    every = Every(config.eval.every_steps, config.sample.every_steps, config.checkpoint.every_steps)
+    with stop_request() as stop_requested, terminal:
+        finished = trainer.fit(make_actions(job, stop_requested), every)
+    for file in filter(None, files):
+        file.close()
+    if not finished:
+        terminal.say(f"stopped after step {trainer.step:,} and saved; go on with: regpt train --resume {run}")
+    return 0 if finished else EXIT_SAVED

@@ -1,0 +1,36 @@
+"""From a micro-batch to its summed loss: the one definition that training and validation share."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from regpt.data.batch import IGNORE_INDEX, Batch
+from regpt.model.transformer import Transformer
+from regpt.train.config import PrecisionName
+from regpt.train.precision import autocast
+
+LossSum = Callable[[Batch], Tensor]
+
+
+def make_loss_sum(model: Transformer, precision: PrecisionName, device: torch.device, compile: bool) -> LossSum:
+    """`loss_sum(batch)`: cross-entropy in nats summed over the valid targets of `batch`, a float32 scalar.
+
+    Compiled, it is the model's forward and the loss in one graph; the model itself is left as it is, so sampling and
+    evaluation go on using it.
+    """
+
+    def loss_sum(batch: Batch) -> Tensor:
+        with autocast(precision, device):
+            hidden = model.hidden(batch.idx, positions=batch.positions, cu_seqlens=batch.cu_seqlens)  # (B, T, C)
+            n_vocab = model.config.vocab_size
+            return model.ops.linear_cross_entropy(
+                hidden.flatten(0, 1), model.head_weight, batch.targets.flatten(), n_vocab
+            )
+
+    return torch.compile(loss_sum, dynamic=False) if compile else loss_sum
+
+
+def valid_targets(batches: list[Batch]) -> int:
+    """Targets of `batches` that carry loss."""
+    return sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in batches)

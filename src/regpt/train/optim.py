@@ -1,0 +1,64 @@
+"""The optimizer, and its state as named tensors at the real vocabulary size."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from regpt.errors import UserError
+from regpt.model.transformer import Transformer
+from regpt.model.weights import real_shape, unpadded
+from regpt.train.config import OptimConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+FUSED_DEVICES = ("cuda", "cpu")
+
+
+def make_optimizer(model: Transformer, config: OptimConfig, device: torch.device) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019) that decays only tensors of two or more dimensions: products and embeddings."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in learning if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in learning if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=device.type in FUSED_DEVICES)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def optimizer_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """`exp_avg/<parameter>` and `exp_avg_sq/<parameter>` of every parameter that has been updated; views."""
+    return {
+        f"{moment}/{name}": unpadded(model, name, optimizer.state[p][moment])
+        for name, p in model.named_parameters()
+        if p in optimizer.state
+        for moment in MOMENTS
+    }
+
+
+@torch.no_grad()
+def load_optimizer(
+    model: Transformer, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], step: int
+) -> None:
+    """Restore what `optimizer_tensors` gave after `step` updates.
+
+    Raises:
+        UserError: a tensor is missing or of another shape.
+    """
+    fused = optimizer.defaults.get("fused", False)
+    for name, p in model.named_parameters():
+        if not p.requires_grad or step == 0:
+            continue
+        # The fused step wants its counter beside the parameter, the plain one keeps it on the host.
+        state = {"step": torch.tensor(float(step), device=p.device if fused else "cpu")}
+        for moment in MOMENTS:
+            key, shape = f"{moment}/{name}", real_shape(model, name, p)
+            if key not in tensors or tuple(tensors[key].shape) != shape:
+                raise UserError(f"the optimizer state lacks {key!r} of shape {shape}; resume from another checkpoint")
+            state[moment] = torch.zeros_like(p)
+            unpadded(model, name, state[moment]).copy_(tensors[key])
+        optimizer.state[p] = state
