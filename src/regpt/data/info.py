@@ -1,5 +1,6 @@
 """What a data folder holds, in numbers and in a few lines of its text."""
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def first_texts(folder: Path, manifest: Manifest, split: str, documents: int, to
     bounds = [*starts.tolist(), shard.tokens]
     return [
         tokenizer.decode(ids[start + 1 : min(end, start + 1 + tokens)].tolist())
-        for start, end in list(zip(bounds, bounds[1:]))[:documents]
+        for start, end in itertools.islice(itertools.pairwise(bounds), documents)
     ]
 
 
@@ -99,7 +100,7 @@ def tokenizer_of(folder: Path, manifest: Manifest) -> Tokenizer:
     tokenizer = open_tokenizer(manifest.tokenizer if manifest.tokenizer in NAMED else folder)
     if tokenizer.sha256 != manifest.tokenizer_sha256:
         raise UserError(
-            f"the shards in {folder} were made with tokenizer {manifest.tokenizer} of SHA-256 "
-            f"{manifest.tokenizer_sha256[:12]}…, the one found is {tokenizer.name} of {tokenizer.sha256[:12]}…; prepare them again"
+            f"the shards in {folder} were made with {manifest.tokenizer} (SHA-256 {manifest.tokenizer_sha256[:12]}…), "
+            f"the tokenizer found is {tokenizer.name} ({tokenizer.sha256[:12]}…); prepare them again"
         )
     return tokenizer

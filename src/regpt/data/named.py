@@ -1,5 +1,6 @@
 """Sets of text that have a name: `pydocs` (always there) and `tinyshakespeare` (one download, or a local file)."""
 
+import functools
 import hashlib
 import http.client
 import os
@@ -83,13 +84,19 @@ def open_sources(given: Sequence[str], options: NamedOptions = NAMED_OPTIONS) ->
     found: list[Source] = []
     for source in given:
         if source == "pydocs":
-            found.append(TextSet(source, tuple(pydocs()), {"python": platform.python_version()}))
+            found.append(python_docs())
         elif source == "tinyshakespeare":
             path = local_shakespeare(options.file) if options.file else fetch_shakespeare(options)
             found.append(SourceFile(source, "input.txt", path))
         else:
             found.extend(find_files(source))
     return found
+
+
+@functools.cache
+def python_docs() -> TextSet:
+    """Read once: the quickstart trains a tokenizer on it and then prepares it."""
+    return TextSet("pydocs", tuple(pydocs()), {"python": platform.python_version()})
 
 
 def local_shakespeare(path: Path) -> Path:

@@ -13,7 +13,7 @@ CHUNK_TOKENS = 16_000_000  # tokens compared at a time: tens of megabytes
 
 
 def verify(folder: Path, progress: Callable[[str], None] | None = None) -> list[str]:
-    """One sentence for each damage found, none for an intact folder; `progress` hears each file's name before it is read.
+    """One sentence for each damage found, none for an intact folder; `progress` hears each file's name first.
 
     Files are hashed and compared with the manifest, and their contents with the format: documents start with the
     end-of-text token and nothing else is one, starts increase, every token is in the vocabulary.

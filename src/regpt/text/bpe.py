@@ -118,7 +118,8 @@ def parse_json(text: str) -> tuple[dict[str, int], list[tuple[str, str]], int]:
         raise UserError(f"not JSON ({error})") from None
     require(isinstance(content, dict) and isinstance(content.get("model"), dict), "it describes no tokenizer")
     model, splitter = content["model"], content.get("pre_tokenizer") or {}
-    require(model.get("type") == "BPE", f"its model is {model.get('type')!r}, not 'BPE'")
+    kind = model.get("type", "BPE")  # the file that OpenAI's GPT-2 has on the hub leaves it out
+    require(kind == "BPE", f"its model is {kind!r}, not 'BPE'")
     byte_level = splitter.get("type") == "ByteLevel" and splitter.get("use_regex", True)
     require(byte_level and not splitter.get("add_prefix_space"), "its text is not split as GPT-2's is")
     require(content.get("normalizer") is None, "it changes the text before encoding (a normalizer)")

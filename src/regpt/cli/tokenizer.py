@@ -1,0 +1,97 @@
+"""`regpt tokenizer`: train a byte-level BPE."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from regpt.cli.data import cache_folder
+from regpt.cli.parse import parse
+from regpt.errors import UsageError, UserError, nearest
+
+if TYPE_CHECKING:
+    from regpt.data.named import Source
+    from regpt.text.tokenizer import Tokenizer
+
+MEASURED_CHARS = 10_000_000  # of the training text, encoded to print the bytes a token
+
+
+@dataclass(frozen=True)
+class TrainArgs:
+    """Learn a byte-level BPE from text. A SOURCE is a file, a folder or a glob of .txt, .md, .jsonl[.gz|.zst] or
+    .parquet, or a named set: pydocs, tinyshakespeare."""
+
+    sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """What to read."""
+    vocab_size: int
+    """Tokens, the 256 bytes and <|endoftext|> included."""
+    out: Annotated[str, tyro.conf.arg(metavar="DIR")]
+    """Folder to write tokenizer.json into; it must not hold one already."""
+    text_column: str = "text"
+    """Key of .jsonl and column of .parquet that holds the text."""
+    file: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Take tinyshakespeare from this file instead of downloading it."""
+
+
+def main(args: list[str]) -> int:
+    """Hand over to the only subcommand."""
+    if args[:1] in (["--help"], ["-h"]):
+        print("usage: regpt tokenizer {train} …\n\n  train  learn a byte-level BPE from text")
+        return 0
+    if not args or args[0] != "train":
+        said = f"has no command {args[0]!r}{nearest(args[0], ['train'])}" if args else "needs a command"
+        raise UsageError(f"regpt tokenizer {said}; there is: train")
+    return train_main(args[1:])
+
+
+def train_main(args: list[str]) -> int:
+    given = parse(TrainArgs, args, prog="regpt tokenizer train")
+    file = Path(given.out) / "tokenizer.json"
+    if file.exists():
+        raise UserError(f"{file} exists already; choose another --out or delete it")
+    from regpt.data.named import NamedOptions, open_sources
+    from regpt.data.write import write_file
+    from regpt.text.bpe import train_bpe
+
+    if not given.sources:
+        raise UsageError("no SOURCE given; give files, folders, globs or a named set")
+    named = NamedOptions(cache=cache_folder(), file=Path(given.file) if given.file else None)
+    sources = open_sources(given.sources, named)
+    tokenizer = train_bpe(shown(sources, given.text_column), given.vocab_size)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_file(file, tokenizer.to_json().encode())
+    measured = bytes_per_token(tokenizer, sources, given.text_column)
+    print(f"wrote {file}: {tokenizer.n_vocab:,} tokens, {measured:.3f} bytes a token on its training text")
+    print(f"use it with: regpt data prepare SOURCE --tokenizer {given.out} --out DIR")
+    return 0
+
+
+def shown(sources: list[Source], text_column: str) -> Iterator[str]:
+    """The texts of `sources`, with a progress bar while they are read and a line while merges are learned."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console) as progress:
+        task: Any = progress.add_task("counting words", total=sum(source.bytes for source in sources))
+        for document in itertools.chain.from_iterable(source.documents(text_column) for source in sources):
+            yield document.text
+            progress.advance(task, document.source_bytes)
+    console.print("learning merges")
+
+
+def bytes_per_token(tokenizer: Tokenizer, sources: list[Source], text_column: str) -> float:
+    """UTF-8 bytes of text for each token, over the first documents of about `MEASURED_CHARS` characters."""
+    text_bytes, tokens = 0, 0
+    for document in itertools.chain.from_iterable(source.documents(text_column) for source in sources):
+        text_bytes += len(document.text.encode())
+        tokens += len(tokenizer.encode(document.text))
+        if text_bytes > MEASURED_CHARS:
+            break
+    return text_bytes / max(1, tokens)
