@@ -83,8 +83,8 @@ def load_weights(model: Transformer, weights: Mapping[str, Tensor]) -> Transform
         value, shape = weights[name], real_shape(model, name, parameter)
         if tuple(value.shape) != shape or not value.is_floating_point():
             raise UserError(
-                f"weight {name!r} is {value.dtype} of shape {tuple(value.shape)}, this model needs floating-point "
-                f"numbers of shape {shape}; build the model from the weights' own config"
+                f"weight {name!r} has shape {tuple(value.shape)} and type {value.dtype}, this model needs {shape} and "
+                "floating-point numbers; build the model from the weights' own config"
             )
         unpadded(model, name, parameter.data).copy_(value)
         parameter.data[shape[0] :] = 0  # padding rows

@@ -1,0 +1,81 @@
+"""`regpt COMMAND …`: find the command, run it, turn errors into one sentence and an exit code."""
+
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+import regpt
+from regpt.errors import UsageError, UserError, nearest
+
+COMMANDS = {
+    "quickstart": "text to a trained, evaluated and sampled model on this machine, in about two minutes",
+    "data": "prepare, describe and verify token shards",
+    "tokenizer": "train a byte-level BPE",
+    "train": "train a model from a recipe, or go on with a run",
+    "eval": "validation loss and bits per byte of a model",
+    "sample": "write text with a model",
+    "export": "write a model as a Hugging Face folder",
+    "report": "a run as one self-contained page",
+}
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code. `--debug` shows the traceback of an unexpected error."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    try:
+        return dispatch(args)
+    except UserError as error:
+        print(f"regpt: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("regpt: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # `regpt … | head`
+        sys.stderr.close()
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        print(f"regpt: {type(error).__name__}: {first_line(error)}; traceback in {write_traceback()}", file=sys.stderr)
+        return 1
+
+
+def dispatch(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if args[0] == "--version":
+        print(regpt.__version__)
+        return 0
+    name, *rest = args
+    if name not in COMMANDS:
+        raise UsageError(f"no command is called {name!r}{nearest(name, COMMANDS)}; choose from {', '.join(COMMANDS)}")
+    return import_module(f"regpt.cli.{name}").main(rest)
+
+
+def usage() -> str:
+    lines = [f"  regpt {name:<12}{what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        ["regpt: train GPTs from scratch", "", *lines, "", "regpt COMMAND --help shows what a command takes."]
+    )
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
+def write_traceback() -> Path:
+    """The current traceback in a new temporary file."""
+    with tempfile.NamedTemporaryFile("w", prefix="regpt-", suffix=".log", delete=False, encoding="utf-8") as file:
+        file.write(traceback.format_exc())
+    return Path(file.name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

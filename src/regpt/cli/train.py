@@ -1,0 +1,75 @@
+"""`regpt train`: start a run from a recipe or a file, or go on with one."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from regpt.cli.parse import parse
+from regpt.config import RunConfig, read_config, recipe_names
+from regpt.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a model. Every value of the configuration is a flag: --train.steps 100, --model.n-layer 6, …"""
+
+    recipe: tyro.conf.Positional[str] = ""
+    """A recipe by name, or a .toml file."""
+    data: str = ""
+    """Folder of token shards, from `regpt data prepare`."""
+    out: str = ""
+    """New folder for the run."""
+    resume: str = ""
+    """Go on with the run in this folder from its newest valid checkpoint."""
+    init_from: str = ""
+    """Start from the weights of this model: a run, a checkpoint, a Hugging Face folder or hub name such as gpt2."""
+    nproc: int = 0
+    """Start this many processes on this machine (torchrun): one a GPU, or several on the CPU."""
+    config: Annotated[tyro.conf.FlagConversionOff[RunConfig], tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+
+
+def main(args: list[str]) -> int:
+    given = parse(Train, args, prog="regpt train")  # once to learn the recipe, once more over the recipe's values
+    if given.resume:
+        return resume(given, args)
+    if not given.recipe:
+        raise UsageError(
+            f"no recipe was given; regpt train RECIPE --data DIR --out RUN, with one of {', '.join(recipe_names())}"
+        )
+    if not given.out:
+        raise UsageError("no folder for the run was given; add --out RUN, a folder that does not exist yet")
+    given = parse(Train, args, prog="regpt train", default=Train(config=read_config(given.recipe)))
+    config = given.config
+    if given.data:
+        config = replace(config, data=replace(config.data, path=given.data))
+    return start(given, config, args)
+
+
+def start(given: Train, config: RunConfig, args: list[str]) -> int:
+    from regpt.parallel.launch import launch
+    from regpt.parallel.mesh import launcher_rank, under_launcher
+    from regpt.runs.pretrain import check, pretrain
+
+    run = Path(given.out)
+    if launcher_rank() == 0:  # one process refuses bad input; torchrun ends the others
+        check(config, run, processes=max(1, given.nproc))
+    if given.nproc and not under_launcher():
+        return launch(given.nproc, ["train", *args])
+    return pretrain(config, run, init_from=given.init_from or None, argv=["regpt", "train", *args])
+
+
+def resume(given: Train, args: list[str]) -> int:
+    from regpt.parallel.launch import launch
+    from regpt.parallel.mesh import under_launcher
+    from regpt.runs.folder import read_run_config
+    from regpt.runs.pretrain import check
+    from regpt.runs.pretrain import resume as go_on
+
+    if given.recipe or given.out:
+        raise UsageError("--resume RUN takes the configuration of the run; leave out the recipe and --out")
+    check(read_run_config(Path(given.resume)), None, processes=max(1, given.nproc))
+    if given.nproc and not under_launcher():
+        return launch(given.nproc, ["train", *args])
+    return go_on(Path(given.resume))

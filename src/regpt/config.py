@@ -1,0 +1,145 @@
+"""The whole configuration of a run: the sections that live beside their consumers, read strictly from TOML.
+
+A file may name the recipe it changes (`recipe = "gpt2-124m"`); what it does not set comes from there. Precedence:
+defaults < recipe < file < flags.
+"""
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import TypeAdapter, ValidationError
+
+from regpt.checkpoint.config import CheckpointConfig
+from regpt.data.config import DataConfig
+from regpt.errors import UsageError, nearest
+from regpt.evals.config import EvalConfig
+from regpt.model.config import ModelConfig
+from regpt.sample.config import SampleConfig
+from regpt.train.config import LogConfig, OptimConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run. No component sees it: each takes its own section."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        if self.data.seq_len > self.model.max_seq_len:
+            raise UsageError(
+                f"data.seq_len {self.data.seq_len} is longer than model.max_seq_len {self.model.max_seq_len}; "
+                f"lower the first or raise the second"
+            )
+
+    def to_toml(self) -> str:
+        sections = {name: drop_none(values) for name, values in asdict(self).items()}
+        return tomli_w.dumps(sections)
+
+
+def drop_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}  # TOML has no null
+
+
+def recipe_names() -> list[str]:
+    return sorted(
+        path.name.removesuffix(".toml") for path in files("regpt.recipes").iterdir() if path.name.endswith(".toml")
+    )
+
+
+def read_config(name: str) -> RunConfig:
+    """The configuration of a recipe by name, or of a TOML file by path.
+
+    Raises:
+        UsageError: no such recipe or file, broken TOML, an unknown key, a value of the wrong type or out of range.
+    """
+    return validate(read_values(name), name)
+
+
+def read_values(name: str) -> dict[str, Any]:
+    """Nested values of a recipe or file, over those of the recipe that it names."""
+    try:
+        values = tomllib.loads(read_text(name))
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{name} is not valid TOML: {error}; correct the file") from None
+    base = values.pop("recipe", None)
+    if base is None:
+        return values
+    if base not in recipe_names():
+        raise UsageError(f"{name} names the unknown recipe {base!r}{did_you_mean(base)}; {known_recipes()}")
+    return overlay(read_values(base), values)
+
+
+def read_text(name: str) -> str:
+    if name in recipe_names():
+        return files("regpt.recipes").joinpath(f"{name}.toml").read_text(encoding="utf-8")
+    path = Path(name)
+    if path.suffix != ".toml":
+        raise UsageError(f"no recipe is called {name!r}{did_you_mean(name)}; {known_recipes()}, or give a .toml file")
+    if not path.is_file():
+        raise UsageError(f"the file {name!r} does not exist; give an existing .toml file or {known_recipes()}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UsageError(f"{name} is not UTF-8 text; give a .toml file") from None
+
+
+def did_you_mean(recipe: object) -> str:
+    return nearest(str(recipe), recipe_names())
+
+
+def known_recipes() -> str:
+    return f"choose from {', '.join(recipe_names())}"
+
+
+def overlay(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` on top of `under`, section by section."""
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(under.get(key), dict)
+        merged[key] = overlay(under[key], value) if both else value
+    return merged
+
+
+def validate(values: dict[str, Any], source: str) -> RunConfig:
+    """`values` as a RunConfig, strictly: `"12"` is no number, 12.0 no integer, unknown keys are errors."""
+    try:
+        return TypeAdapter(RunConfig).validate_json(json.dumps(values, default=str), strict=True)
+    except ValidationError as error:
+        raise UsageError(f"{source}: {explain(error)}") from None
+
+
+def explain(error: ValidationError) -> str:
+    """The first problem in one sentence: key, value, what is allowed."""
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"]]
+    key = ".".join(part for part in where if part.isidentifier())
+    if first["type"] == "unexpected_keyword_argument":
+        known = allowed_keys(where[:-1])
+        return f"unknown key {'.'.join(where)!r}{nearest(where[-1], known)}; allowed here: {', '.join(known)}"
+    if cause := first.get("ctx", {}).get("error"):
+        return str(cause)  # a section's own sentence
+    wanted = first["msg"].removeprefix("Input should be ")
+    return f"{key} is {first['input']!r}, must be {wanted}"
+
+
+def allowed_keys(section: list[str]) -> list[str]:
+    """Keys of the section at this path."""
+    value: Any = RunConfig()
+    for part in section:
+        value = getattr(value, part)
+    return [f.name for f in fields(value)]
