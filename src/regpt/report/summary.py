@@ -1,0 +1,239 @@
+"""A run in one sentence and a row of figures."""
+
+from dataclasses import dataclass
+from math import exp
+from statistics import median
+from typing import Any
+
+from regpt.report.read import Run, column, number, smooth, smoothing_span, training_seconds
+
+SI = ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))  # B: how papers of this field count tokens
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One figure: what it is, the figure with its unit, what an engineer would ask next."""
+
+    label: str
+    value: str
+    unit: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The figures of a run; None where the run does not say."""
+
+    steps: int
+    planned_steps: float | None
+    tokens: float | None
+    parameters: float | None
+    seconds: float | None
+    device: str | None
+    train_loss: float | None
+    first_val: tuple[int, float] | None  # (step, loss)
+    last_val: tuple[int, float] | None
+    best_val: tuple[int, float] | None
+    last_bpb: float | None
+    unigram_loss: float | None
+    tokens_per_s: float | None
+    mfu: float | None
+    peak_memory_gib: float | None
+
+
+def summarize(run: Run) -> Summary:
+    """The figures of `run`, from every row, not from the thinned ones."""
+    val = [(row["step"], loss) for row in run.val if (loss := number(row.get("loss"))) is not None]
+    seconds = training_seconds(run.train)
+    smoothed = [loss for loss in smooth(column(run.train, "loss"), smoothing_span(len(run.train))) if loss is not None]
+    memory = present(column(run.train, "peak_memory_gib"))
+    return Summary(
+        steps=run.train[-1]["step"],
+        planned_steps=number(section(run.config, "train").get("steps")),
+        tokens=number(run.train[-1].get("tokens")),
+        parameters=number(run.env.get("parameters")),
+        seconds=None if seconds is None else float(seconds[-1]),
+        device=device_name(run.env),
+        train_loss=smoothed[-1] if smoothed else None,
+        first_val=val[0] if val else None,
+        last_val=val[-1] if val else None,
+        best_val=min(val, key=lambda point: point[1]) if val else None,
+        last_bpb=number(run.val[-1].get("bpb")) if val else None,
+        unigram_loss=number(run.env.get("unigram_loss")),
+        tokens_per_s=middle(column(run.train, "tokens_per_s")),
+        mfu=middle(column(run.train, "mfu")),
+        peak_memory_gib=max(memory) if memory else None,
+    )
+
+
+def section(document: dict[str, Any], name: str) -> dict[str, Any]:
+    """A table of `config.toml` or `env.json`; empty when it is absent or something else."""
+    found = document.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def present(values: list[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def middle(values: list[float | None]) -> float | None:
+    """The median, which a slow first step (compilation) does not move; None of nothing."""
+    known = present(values)
+    return median(known) if known else None
+
+
+def device_name(env: dict[str, Any]) -> str | None:
+    """`NVIDIA H100`, `8 × NVIDIA H100` for more processes than one."""
+    device, world_size = env.get("device"), number(env.get("world_size")) or 1
+    if not isinstance(device, str) or not device:
+        return None
+    device = "CPU" if device == "cpu" else device
+    return device if world_size == 1 else f"{world_size:.0f} × {device}"
+
+
+def sentence(summary: Summary) -> str:
+    """What happened, for a reader who reads nothing else."""
+    model = "A model" if summary.parameters is None else f"A model of {si(summary.parameters)} parameters"
+    read = "" if summary.tokens is None else f"read {si(summary.tokens)} tokens in "
+    verb = read or "made "
+    parts = [f"{model} {verb}{summary.steps:,} {'step' if summary.steps == 1 else 'steps'}"]
+    if summary.planned_steps and summary.steps < summary.planned_steps:
+        parts.append(f" of {summary.planned_steps:,}")
+    if summary.seconds is not None:
+        parts.append(f" and {duration(summary.seconds)}")
+    if summary.device:
+        parts.append(f" on {summary.device}")
+    return "".join(parts) + outcome(summary) + "."
+
+
+def outcome(summary: Summary) -> str:
+    """The clauses of the sentence that follow the work: what the losses became."""
+    if summary.first_val is None or summary.last_val is None or summary.best_val is None:
+        return "" if summary.train_loss is None else f"; its training loss ended at {loss(summary.train_loss)}"
+    text = "; its validation loss "
+    if summary.last_val == summary.first_val:
+        text += f"is {loss(summary.last_val[1])}"
+    else:
+        text += f"went from {loss(summary.first_val[1])} to {loss(summary.last_val[1])}"
+    if summary.best_val[0] != summary.last_val[0]:
+        text += f", with the best, {loss(summary.best_val[1])}, at step {summary.best_val[0]:,}"
+    if summary.unigram_loss is not None:
+        text += f"; a unigram model would reach {loss(summary.unigram_loss)}"
+    return text
+
+
+def tiles(summary: Summary, config: dict[str, Any]) -> list[Tile]:
+    """The figures of the header, the most wanted first; those the run does not hold are left out."""
+    found = [
+        val_tile(summary),
+        train_tile(summary),
+        model_tile(summary, config),
+        tokens_tile(summary, config),
+        speed_tile(summary),
+        time_tile(summary),
+    ]
+    return [tile for tile in found if tile is not None]
+
+
+def val_tile(summary: Summary) -> Tile | None:
+    if summary.best_val is None or summary.last_val is None:
+        return None
+    step, best = summary.best_val
+    notes = [f"perplexity {figure(exp(min(best, 700)))}"]  # exp overflows soon after
+    if step != summary.last_val[0]:
+        notes.append(f"at step {step:,}; last {loss(summary.last_val[1])}")
+    elif summary.last_bpb is not None:
+        notes.append(f"{summary.last_bpb:.3f} bits per byte")
+    return Tile("Best validation loss", loss(best), "", tuple(notes))
+
+
+def train_tile(summary: Summary) -> Tile | None:
+    if summary.train_loss is None:
+        return None
+    notes = ["smoothed"]
+    if summary.last_val is not None:
+        notes.append(f"gap to validation {summary.last_val[1] - summary.train_loss:+.3f}")
+    return Tile("Final training loss", loss(summary.train_loss), "", tuple(notes))
+
+
+def model_tile(summary: Summary, config: dict[str, Any]) -> Tile | None:
+    if summary.parameters is None:
+        return None
+    model = section(config, "model")
+    shape = [f"{model[key]} {word}" for key, word in (("n_layer", "layers"), ("n_head", "heads")) if key in model]
+    width = [f"width {model['n_embd']}"] if "n_embd" in model else []
+    return Tile("Parameters", *split_si(summary.parameters), (", ".join(shape), *width))
+
+
+def tokens_tile(summary: Summary, config: dict[str, Any]) -> Tile | None:
+    steps = f"{summary.steps:,} {'step' if summary.steps == 1 else 'steps'}"
+    if summary.tokens is None:
+        return Tile("Steps", f"{summary.steps:,}")
+    batch_tokens = number(section(config, "train").get("batch_tokens"))
+    return Tile("Tokens", *split_si(summary.tokens), (steps, *([f"{batch_tokens:,} tokens each"] if batch_tokens else [])))
+
+
+def speed_tile(summary: Summary) -> Tile | None:
+    if summary.tokens_per_s is None:
+        return None
+    notes = [] if summary.mfu is None else [f"MFU {100 * summary.mfu:.1f} %"]
+    notes += [] if summary.peak_memory_gib is None else [f"{summary.peak_memory_gib:.1f} GiB at most"]
+    value, prefix = split_si(summary.tokens_per_s)
+    return Tile("Throughput", value, f"{prefix} tokens/s".strip(), tuple(notes) or ("median of the steps",))
+
+
+def time_tile(summary: Summary) -> Tile | None:
+    if summary.seconds is None:
+        return None
+    return Tile("Time in training", duration(summary.seconds), "", (summary.device,) if summary.device else ())
+
+
+def loss(value: float) -> str:
+    """A loss in nats per token, as papers print it."""
+    return f"{value:.3f}"
+
+
+def figure(value: float) -> str:
+    """Three significant digits without an exponent: 0.0123, 1.23, 123, 1,230."""
+    return f"{float(f'{value:.3g}'):,.{decimals(value)}f}"
+
+
+def decimals(value: float) -> int:
+    """Decimals that show three significant digits of `value`."""
+    size = abs(float(f"{value:.3g}"))
+    if size == 0:
+        return 0
+    whole = int(f"{size:e}".partition("e")[2])  # its power of ten
+    return max(0, 2 - whole)
+
+
+def split_si(value: float) -> tuple[str, str]:
+    """Three digits and the prefix: (`124`, `M`)."""
+    rounded = float(f"{value:.3g}")
+    for scale, prefix in SI:
+        if abs(rounded) >= scale:
+            return figure(rounded / scale), prefix
+    return figure(rounded).rstrip("0").rstrip(".") if "." in figure(rounded) else figure(rounded), ""
+
+
+def si(value: float) -> str:
+    """124439808 → `124M`, 1500 → `1.50k`, 12 → `12`."""
+    return "".join(split_si(value))
+
+
+def duration(seconds: float) -> str:
+    """The two units that matter: `92 ms`, `45 s`, `1 min 32 s`, `2 h 05 min`, `3 d 4 h`."""
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24} h"
