@@ -20,31 +20,35 @@ def repository(name: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """One commit of a repository; without a commit, what the cache holds of it, because the hub does not answer."""
+class Repository:
+    """A repository on the hub; `trouble` says why the hub does not answer, and then only the cache is read."""
 
-    repo: str
-    commit: str | None
+    name: str
+    trouble: str | None
 
-    def file(self, name: str) -> Path | None:
-        """Where the file `name` lies in the cache, downloaded if need be; None when the repository has no such file."""
+    def file(self, file: str, commit: str | None = None) -> Path | None:
+        """Where `file` lies in the cache, downloaded if need be; None when there is no such file.
+
+        Without a `commit` it is the newest one, and the cache remembers which that was.
+        """
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import (
             EntryNotFoundError,
-            HTTPError,  # pyright: ignore[reportPrivateImportUsage]  (httpx's or requests', whichever the hub's library uses)
+            HTTPError,  # pyright: ignore[reportPrivateImportUsage] (httpx's or requests', whichever the library uses)
             LocalEntryNotFoundError,
         )
 
+        offline = self.trouble is not None
         try:
-            return Path(hf_hub_download(self.repo, name, revision=self.commit, local_files_only=self.commit is None))
-        except LocalEntryNotFoundError as error:
-            if self.commit is None:
+            return Path(hf_hub_download(self.name, file, revision=commit, local_files_only=offline))
+        except LocalEntryNotFoundError as error:  # an EntryNotFoundError, too
+            if offline:
                 return None
-            raise unreachable(self.repo, error) from None
+            raise unreachable(self.name, reason(error)) from None
         except EntryNotFoundError:
             return None
         except (OSError, HTTPError) as error:
-            raise unreachable(self.repo, error) from None
+            raise unreachable(self.name, reason(error)) from None
 
 
 def download(repo: str) -> Path:
@@ -54,32 +58,28 @@ def download(repo: str) -> Path:
         UserError: no such repository, no network and not in the cache, no safetensors, or a model that we do not
             implement; the last is known before the weights are downloaded.
     """
-    snapshot = connect(repo)
-    config = snapshot.file(CONFIG)
+    remote = connect(repo)
+    config = remote.file(CONFIG)
     if config is None:
-        if snapshot.commit is None:
-            raise unreachable(repo, "no answer")
-        raise UserError(
-            f"hub repository {repo!r} has no {CONFIG}, so it is no model for transformers; choose another, {LOCAL}"
-        )
-    folder = config.parent
+        raise unreachable(repo, remote.trouble) if remote.trouble else no_model(repo)
+    folder = config.parent  # named after the commit, to which the other files must belong as well
     hf_config(folder)
-    snapshot.file(TOKENIZER)
-    if snapshot.file(WEIGHTS) is None:
-        index = snapshot.file(INDEX)
-        if index is None and snapshot.commit is None:
-            raise unreachable(repo, "no answer")
+    remote.file(TOKENIZER, folder.name)
+    if remote.file(WEIGHTS, folder.name) is None:
+        index = remote.file(INDEX, folder.name)
+        if index is None and remote.trouble:
+            raise unreachable(repo, remote.trouble)
         if index is None:
             raise UserError(
                 f"hub repository {repo!r} has no {WEIGHTS}, and regpt never reads {PICKLE}; {how_to_convert()}"
             )
         for shard in shard_names(index):
-            snapshot.file(shard)
+            remote.file(shard, folder.name)
     return folder
 
 
-def connect(repo: str) -> Snapshot:
-    """The newest commit of `repo`, by one request that is not repeated: without a network this fails in seconds.
+def connect(repo: str) -> Repository:
+    """`repo`, after one request that is not repeated: the library's own retries take half a minute without a network.
 
     Raises:
         UserError: huggingface_hub is not installed, or the hub knows no such repository.
@@ -96,19 +96,28 @@ def connect(repo: str) -> Snapshot:
             f"model {repo!r} is on the hub, which needs huggingface_hub; run: pip install 'regpt[data]', {LOCAL}"
         ) from None
     try:
-        return Snapshot(repo, get_hf_file_metadata(hf_hub_url(repo, CONFIG), timeout=TIMEOUT_S).commit_hash)
+        get_hf_file_metadata(hf_hub_url(repo, CONFIG), timeout=TIMEOUT_S)
     except RepositoryNotFoundError:
         raise UserError(f"the hub has no public repository {repo!r}; check the name, {LOCAL}") from None
     except EntryNotFoundError:
-        raise UserError(
-            f"hub repository {repo!r} has no {CONFIG}, so it is no model for transformers; choose another, {LOCAL}"
-        ) from None
-    except (OSError, HTTPError):
-        return Snapshot(repo, None)
+        raise no_model(repo) from None
+    except (OSError, HTTPError) as error:
+        return Repository(repo, reason(error))
+    return Repository(repo, None)
 
 
-def unreachable(repo: str, error: object) -> UserError:
-    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+def no_model(repo: str) -> UserError:
     return UserError(
-        f"model {repo!r} is not in the hub's cache and the hub cannot be reached ({reason}); check the network, {LOCAL}"
+        f"hub repository {repo!r} has no {CONFIG}, so it is no model for transformers; choose another, {LOCAL}"
     )
+
+
+def unreachable(repo: str, why: str) -> UserError:
+    return UserError(
+        f"model {repo!r} is not in the hub's cache and the hub cannot be reached ({why}); check the network, {LOCAL}"
+    )
+
+
+def reason(error: Exception) -> str:
+    """The first line of what `error` says, or its type when it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

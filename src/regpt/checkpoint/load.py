@@ -1,5 +1,6 @@
 """Find checkpoints and read them, after their files have been checked."""
 
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -117,7 +118,8 @@ def read_config(path: Path) -> ModelConfig:
     if content.pop("format_version", None) != FORMAT_VERSION:
         raise damaged(path, f"does not have format version {FORMAT_VERSION}")
     try:
-        return TypeAdapter(ModelConfig).validate_python(content, strict=True)
+        return TypeAdapter(ModelConfig).validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
-        raise damaged(path, f"describes no model ({'.'.join(map(str, first['loc']))}: {first['msg']})") from None
+        where = ".".join(map(str, first["loc"])) or "the model"
+        raise damaged(path, f"describes no model ({where}: {first['msg']})") from None

