@@ -76,13 +76,14 @@ def check_batch(seq_len: int, batch_tokens: int, micro_batch_rows: int, dp_size:
         return
     rows = batch_tokens // seq_len
     below, above = batch_tokens // unit * unit, (batch_tokens // unit + 1) * unit
-    tokens_would_do = f"{below} or {above}" if below else f"{above}"
+    way_out = f"set train.batch_tokens to {below} or {above}" if below else f"set train.batch_tokens to {above}"
+    if rows < 1:
+        raise UsageError(f"train.batch_tokens {batch_tokens} holds no row of data.seq_len {seq_len}; {way_out}")
     if rows < dp_size:
         raise UsageError(
             f"{dp_size} processes are more than the {rows} rows of train.batch_tokens {batch_tokens} at data.seq_len "
-            f"{seq_len}; start at most {max(rows, 1)} or set train.batch_tokens to {tokens_would_do}"
+            f"{seq_len}; start at most {rows}, or {way_out}"
         )
-    way_out = f"set train.batch_tokens to {tokens_would_do}"
     if batch_tokens % (seq_len * dp_size) == 0:
         way_out += f", or train.micro_batch_rows to {divisors_beside(rows // dp_size, micro_batch_rows)}"
     raise UsageError(
@@ -104,12 +105,13 @@ def check_corpus(stream: TokenStream, seq_len: int, batch_tokens: int, micro_row
         return
     unit = seq_len * micro_rows
     if fits := stream.epoch_tokens // unit * unit:
-        way_out = f"set train.batch_tokens to at most {fits}"
+        way_out = f"set train.batch_tokens to {fits}, or prepare more text"
     elif shorter := stream.epoch_tokens // micro_rows:
-        way_out = f"set data.seq_len to at most {shorter} and train.batch_tokens to {micro_rows} times that"
+        way_out = (
+            f"set data.seq_len to {shorter} and train.batch_tokens to {shorter * micro_rows}, or prepare more text"
+        )
     else:
-        way_out = "lower train.micro_batch_rows"
+        way_out = "prepare more text"
     raise UserError(
-        f"{stream.source} has {stream.epoch_tokens} tokens, fewer than one batch of {batch_tokens}; {way_out}, "
-        f"or prepare more text"
+        f"{stream.source} has {stream.epoch_tokens} tokens, fewer than one batch of {batch_tokens}; {way_out}"
     )
