@@ -240,7 +240,7 @@ def test_prune_neither_counts_nor_deletes_a_damaged_checkpoint(tmp_path, save):
 def test_weights_of_another_shape_are_refused_by_name(tmp_path, save):
     weights = load_checkpoint(save(tmp_path, 1)).weights()
     wider = ModelConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=263, max_seq_len=37)
-    with pytest.raises(UserError, match=r"'wte\.weight' has shape \(263, 27\), this model needs \(263, 16\)"):
+    with pytest.raises(UserError, match=r"'wte\.weight' has shape \(263, 27\).*this model needs \(263, 16\)"):
         load_weights(Transformer(wider), weights)
 
 
