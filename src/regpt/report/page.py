@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+from contextlib import suppress
 from datetime import UTC, datetime
 from html import escape
 from importlib.resources import files
@@ -39,6 +40,8 @@ def write_report(run: Path, out: Path | None = None) -> Path:
             os.fsync(file.fileno())
         os.replace(part, out)
     except OSError as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
         raise UserError(
             f"report {str(out)!r} cannot be written ({error.strerror}); choose another file with --out"
         ) from None
@@ -239,6 +242,11 @@ def flatten(document: Row, prefix: str = "") -> list[tuple[str, Any]]:
     return found
 
 
+def grouped(document: Row) -> list[tuple[str, Any]]:
+    """`flatten`, with the digits of large counts in groups: 3,210,041."""
+    return [(key, f"{value:,}" if type(value) is int else value) for key, value in flatten(document)]
+
+
 def value_html(value: Any) -> str:
     """A value as TOML or JSON writes it, but strings without quotes."""
     if isinstance(value, str):
@@ -268,9 +276,9 @@ def provenance_section(run: Run) -> str:
     words = [visible(word) for word in argv] if isinstance(argv, list) else []
     command = f'<pre class="card command"><code>{escape(shlex.join(words))}</code></pre>' if words else ""
     plain = {key: value for key, value in run.env.items() if key not in ("argv", "data", "started")}
-    sheets = [table("Environment", flatten(plain))] if plain else []
+    sheets = [table("Environment", grouped(plain))] if plain else []
     data = section(run.env, "data")
-    sheets += [table("Data", flatten(data))] if data else []
+    sheets += [table("Data", grouped(data))] if data else []
     if not sheets and not command:
         return ""
     return f'<section><h2>Provenance</h2>{command}<div class="sheets">{"".join(sheets)}</div></section>'

@@ -186,13 +186,13 @@
 
   function series(one, panel, values) {
     const count = values.reduce((sum, value) => sum + (value !== null), 0);
-    const hue = colour(one.role === "points" ? "val" : "train");
+    const hue = colour(one.role === "points" ? "val" : "train") + (one.role === "raw" ? "66" : "");
     const few = one.role === "points" ? count <= 60 : count === 1;
     return {
       label: one.label,
       scale: "y",
       spanGaps: true,
-      stroke: one.role === "raw" ? hue + "66" : hue,
+      stroke: hue,
       width: one.role === "raw" ? 1 : 2,
       points: { show: few, size: 7, width: 1.5, fill: colour("card"), stroke: hue },
       value: (u, value, index, at) => {

@@ -170,7 +170,9 @@ def tokens_tile(summary: Summary, config: dict[str, Any]) -> Tile | None:
     if summary.tokens is None:
         return Tile("Steps", f"{summary.steps:,}")
     batch_tokens = number(section(config, "train").get("batch_tokens"))
-    return Tile("Tokens", *split_si(summary.tokens), (steps, *([f"{batch_tokens:,} tokens each"] if batch_tokens else [])))
+    return Tile(
+        "Tokens", *split_si(summary.tokens), (steps, *([f"{batch_tokens:,} tokens each"] if batch_tokens else []))
+    )
 
 
 def speed_tile(summary: Summary) -> Tile | None:

@@ -1,0 +1,96 @@
+"""The report in a real browser: it draws, it fits, it says nothing to the console, and samples stay text."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from run_files import train_row, val_row
+
+from regpt.report.page import visible, write_report
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+FLAGS += ["--disable-background-networking", "--disable-component-update", "--enable-logging=stderr"]
+HOSTILE = "Hello</script><script>window.pwned=1</script><img src=x onerror='window.pwned=1'>\x00"
+# Presses every control, then tells the page around it what it sees.
+PROBE = """<script>
+addEventListener("load", () => setTimeout(() => {
+  for (const button of document.querySelectorAll("button")) button.click();
+  const slider = document.querySelector("input[type=range]");
+  slider.value = 0;
+  slider.dispatchEvent(new Event("input"));
+  for (const box of document.querySelectorAll("details")) box.open = true;
+  setTimeout(() => parent.postMessage({
+    width: innerWidth,
+    beyond: document.documentElement.scrollWidth - innerWidth,
+    charts: document.querySelectorAll("canvas").length,
+    drawn: [...document.querySelectorAll("canvas")].every((one) =>
+      one.getContext("2d").getImageData(0, 0, one.width, one.height).data.some((byte) => byte)),
+    legend: document.querySelector(".u-legend").textContent,
+    sample: document.querySelector(".text").textContent,
+    pwned: typeof window.pwned,
+  }, "*"), 300);
+}, 100));
+</script></body>"""
+# Chromium's window is never below 500 px wide; a frame is.
+AROUND = """<body style="margin:0"><script>
+const seen = [];
+addEventListener("message", (event) => { seen.push(event.data); document.title = JSON.stringify(seen); });
+</script>"""
+
+
+def look(folder, tmp_path, widths):
+    """What the probe saw at each width, and every line the browser wrote to its console."""
+    page = write_report(folder).read_text(encoding="utf-8")
+    (tmp_path / "probed.html").write_text(page.replace("</body>", PROBE), encoding="utf-8")
+    frames = "".join(
+        f'<iframe src="probed.html" style="border:0;width:{width}px;height:900px"></iframe>' for width in widths
+    )
+    around = tmp_path / "around.html"
+    around.write_text(AROUND + frames, encoding="utf-8")
+    command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1600,1000"]
+    command += ["--virtual-time-budget=5000", "--dump-dom", around.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    title = re.search(r"<title>(.*?)</title>", done.stdout, re.S)
+    assert title, done.stdout[:500]
+    seen = json.loads(title[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    return {one["width"]: one for one in seen}, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+class TestInABrowser:
+    def test_it_draws_and_fits_on_a_phone_and_a_desk(self, make_run, tmp_path):
+        samples = [{"step": step, "prompt": HOSTILE, "texts": [HOSTILE + HOSTILE, "x" * 3000]} for step in (0, 20, 40)]
+        rows = [
+            val_row(0, 8.0),
+            *(train_row(step, mfu=0.4, peak_memory_gib=3.0) for step in range(1, 41)),
+            val_row(40, 3.25),
+        ]
+        rows.append({"kind": "event", "step": 20, "name": "resumed", "checkpoint": "w" * 300})
+        config = f'[model]\nn_layer = 2\nlong = "{"y" * 400}"\n'
+        seen, console = look(make_run(rows=rows, samples=samples, config=config), tmp_path, (400, 1400))
+        assert not console
+        assert sorted(seen) == [400, 1400]
+        for one in seen.values():
+            assert one["beyond"] <= 0
+            assert one["charts"] == 6
+            assert one["drawn"]
+            assert "3.2500" in one["legend"]
+            assert one["sample"] == visible(HOSTILE + HOSTILE)
+            assert one["pwned"] == "undefined"
+
+    def test_a_run_of_one_step_without_anything_else_is_drawn(self, make_run, tmp_path):
+        samples = [{"step": step, "prompt": "", "texts": ["a"]} for step in (1, 2)]
+        rows = [{"kind": "train", "step": 1, "loss": 4.0}, {"kind": "val", "step": 1, "loss": None}]
+        seen, console = look(make_run(rows=rows, samples=samples, env={}, config=""), tmp_path, (1000,))
+        assert not console
+        assert (seen[1000]["charts"], seen[1000]["drawn"]) == (1, True)
+
+    def test_a_loss_that_became_nan_leaves_a_gap(self, make_run, tmp_path):
+        rows = [train_row(step, loss=float("nan") if step > 20 else 4.0) for step in range(1, 41)]
+        seen, console = look(make_run(rows=rows), tmp_path, (1000,))
+        assert not console
+        assert seen[1000]["drawn"]
