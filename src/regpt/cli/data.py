@@ -124,7 +124,8 @@ class ProgressLine:
         return self  # the line appears with the first news: an error before stands alone
 
     def __exit__(self, *error: object) -> None:
-        self._progress.stop()
+        if self._progress.live.is_started:
+            self._progress.stop()
 
     def show(self, now: Any) -> None:
         """`now` is a `regpt.data.prepare.Progress`."""

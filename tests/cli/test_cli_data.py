@@ -1,0 +1,100 @@
+"""`regpt data` and `regpt tokenizer`, as they are typed."""
+
+import json
+
+import pytest
+
+from regpt.cli import data, tokenizer
+from regpt.errors import UsageError, UserError
+from regpt.text.open import open_tokenizer
+
+
+@pytest.fixture
+def texts(tmp_path, monkeypatch):
+    """The current folder with 40 small texts in `texts/` and a tokenizer trained on them in `bpe/`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    for i in range(40):
+        (tmp_path / "texts" / f"{i}.txt").write_text(f"[{i}] the cat sat on the mat\n" * (i + 1), encoding="utf-8")
+    assert tokenizer.main(["train", "texts", "--vocab-size", "280", "--out", "bpe"]) == 0
+    return tmp_path
+
+
+def prepare(*more: str) -> int:
+    return data.main(["prepare", "texts", "--tokenizer", "bpe", "--val-fraction", "0.2", "--out", "shards", *more])
+
+
+def test_a_trained_tokenizer_is_written_and_measured(texts, capsys):
+    assert open_tokenizer("bpe").n_vocab == 280
+    assert tokenizer.main(["train", "texts/1.txt", "texts/2*.txt", "--vocab-size", "270", "--out", "b2"]) == 0
+    out = capsys.readouterr().out
+    assert "270 tokens" in out
+    assert "bytes a token on its training text" in out
+
+
+def test_a_tokenizer_is_never_overwritten(texts):
+    with pytest.raises(UserError, match=r"tokenizer\.json exists already; choose another --out"):
+        tokenizer.main(["train", "texts", "--vocab-size", "270", "--out", "bpe"])
+
+
+def test_prepare_info_and_verify_follow_each_other(texts, capsys):
+    assert prepare("--shard-tokens", "1000", "--workers", "2") == 0
+    assert "look inside with: regpt data info shards" in capsys.readouterr().out
+    assert data.main(["info", "shards"]) == 0
+    shown = capsys.readouterr().out
+    assert "tokenizer bpe-280-" in shown
+    assert "documents by length" in shown
+    assert "the cat sat on the mat" in shown
+    assert data.main(["info", "shards", "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert info["splits"]["train"]["documents"] + info["splits"]["val"]["documents"] == 40
+    assert info["sources"][0]["source"] == "texts"
+    assert data.main(["verify", "shards"]) == 0
+    assert "shards is intact" in capsys.readouterr().out
+
+
+def test_verify_names_the_damaged_file(texts):
+    prepare()
+    path = texts / "shards" / "val-00000.bin"
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(UserError, match=r"val-00000\.bin is damaged: .*; restore the file or prepare") as error:
+        data.main(["verify", "shards"])
+    assert error.value.exit_code == 1
+
+
+def test_info_still_shows_numbers_when_the_text_cannot_be_decoded(texts, capsys):
+    prepare()
+    (texts / "shards" / "tokenizer.json").unlink()
+    assert data.main(["info", "shards"]) == 0
+    assert "no text shown" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "args", "said"),
+    [
+        (data, [], "regpt data needs a command; choose from prepare, info, verify"),
+        (data, ["veriffy"], r"no command 'veriffy' \(did you mean 'verify'\?\)"),
+        (data, ["prepare", "texts"], "--out"),
+        (data, ["prepare", "texts", "--out", "x", "--workers", "many"], "many"),
+        (data, ["info"], "DIR"),
+        (tokenizer, [], "regpt tokenizer needs a command"),
+        (tokenizer, ["trian"], r"did you mean 'train'"),
+        (tokenizer, ["train", "--vocab-size", "300", "--out", "x"], "no SOURCE given"),
+    ],
+)
+def test_bad_usage_is_one_sentence_and_exit_code_2(command, args, said):
+    with pytest.raises(UsageError, match=said) as error:
+        command.main(args)
+    assert "\n" not in str(error.value)
+    assert error.value.exit_code == 2
+
+
+def test_help_is_shown_for_the_command_and_its_subcommands(capsys):
+    assert data.main(["--help"]) == tokenizer.main(["--help"]) == 0
+    for command, name in ((data, "prepare"), (data, "info"), (data, "verify"), (tokenizer, "train")):
+        with pytest.raises(SystemExit) as stop:
+            command.main([name, "--help"])
+        assert not stop.value.code
+    shown = capsys.readouterr().out
+    assert "--val-fraction" in shown
+    assert "--vocab-size" in shown

@@ -1,0 +1,157 @@
+"""Files → documents: order, formats, and one sentence for whatever is wrong with a file."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from regpt.data.sources import find_files, read_documents
+from regpt.errors import UserError
+
+TEXTS = ["first\r\ntext", "zweiter Text: äöü\n", "日本 🙂"]
+
+
+def texts_of(path: Path, column: str = "text") -> list[str]:
+    return [document.text for document in read_documents(path, column)]
+
+
+def jsonl(rows: list) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def write_parquet(path: Path, columns: dict, **options) -> Path:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table(columns), path, **options)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".TXT"])
+def test_a_text_file_is_one_document_unchanged(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes("\ufeffone\r\ntwo\n".encode())
+    assert texts_of(path) == ["\ufeffone\r\ntwo\n"]
+
+
+def test_a_jsonl_file_has_one_document_a_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl([{"text": text, "id": 1} for text in TEXTS]) + b"\n  \n" + jsonl([{"text": None}]))
+    assert texts_of(path) == [*TEXTS, ""]
+
+
+@pytest.mark.parametrize("packed", ["gz", "zst"])
+def test_compressed_jsonl_reads_as_if_it_were_not(tmp_path, packed):
+    data = jsonl([{"body": text} for text in TEXTS])
+    if packed == "zst":
+        zstandard = pytest.importorskip("zstandard")
+        data = zstandard.ZstdCompressor().compress(data[:20]) + zstandard.ZstdCompressor().compress(data[20:])
+    path = tmp_path / f"a.jsonl.{packed}"
+    path.write_bytes(gzip.compress(data) if packed == "gz" else data)
+    documents = list(read_documents(path, "body"))
+    assert [document.text for document in documents] == TEXTS
+    assert sum(document.source_bytes for document in documents) == path.stat().st_size
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary"])
+def test_a_parquet_file_has_one_document_a_row(tmp_path, kind):
+    pa = pytest.importorskip("pyarrow")
+    kinds = {"large_string": pa.large_string(), "string_view": pa.string_view()}
+    texts = TEXTS * 200  # more than a batch of rows
+    column = pa.array(texts, kinds.get(kind, pa.string()))
+    column = column.dictionary_encode() if kind == "dictionary" else column
+    path = write_parquet(tmp_path / "a.parquet", {"id": range(600), "text": column}, row_group_size=70)
+    documents = list(read_documents(path, "text"))
+    assert [document.text for document in documents] == texts
+    assert sum(document.source_bytes for document in documents) == pytest.approx(path.stat().st_size)
+
+
+def test_a_folder_is_read_recursively_in_the_order_of_its_names(tmp_path):
+    for name in ("b.txt", "a/z.md", "a/b/c.jsonl", "a.b.txt", "notes.pdf", "a/.DS_Store"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x", encoding="utf-8")
+    found = find_files(str(tmp_path))
+    assert [file.file for file in found] == ["a/b/c.jsonl", "a/z.md", "a.b.txt", "b.txt"]
+    assert {file.source for file in found} == {str(tmp_path)}
+
+
+def test_a_glob_is_sorted_and_a_file_is_itself(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("b.txt", "a.txt", "c.md"):
+        Path(name).write_text("x", encoding="utf-8")
+    assert [file.file for file in find_files("*.txt")] == ["a.txt", "b.txt"]
+    assert [file.file for file in find_files("c.md")] == ["c.md"]
+
+
+def test_a_record_has_size_and_hash_and_the_name_that_was_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_bytes(b"abc")
+    (record,) = [file.record() for file in find_files("a.txt")]
+    abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # SHA-256 of abc, FIPS 180-2
+    assert record == {"source": "a.txt", "file": "a.txt", "bytes": 3, "sha256": abc}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.txt", b"one\ntwo \xff", r"a\.txt, line 2: byte 0xff is not valid UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\xe4"}\n', r"a\.jsonl, line 2: byte 0xe4 is not valid UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n\n{oops}\n', r"a\.jsonl, line 3: not JSON"),
+        ("a.jsonl", b'["x"]\n', r"line 1: not a JSON object"),
+        (
+            "a.jsonl",
+            b'{"body": "x", "id": 1}\n',
+            r"line 1: no column 'text', there are body, id; name it with --text-c",
+        ),
+        ("a.jsonl", b'{"text": 3}\n', r"line 1: column 'text' is not text but int"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', r"line 1: the text has a lone surrogate"),
+        ("a.jsonl.gz", b"nothing packed", r"a\.jsonl\.gz is damaged"),
+        ("a.jsonl.gz", gzip.compress(jsonl([{"text": "x" * 500}]))[:-12], r"a\.jsonl\.gz is damaged"),
+        ("a.jsonl.zst", b"nothing packed", r"a\.jsonl\.zst is damaged"),
+        ("a.parquet", b"nothing of the kind", r"a\.parquet is damaged or not a parquet file"),
+    ],
+)
+def test_a_bad_file_is_one_sentence_with_file_and_line(tmp_path, name, content, said):
+    if name.endswith(("zst", "parquet")):
+        pytest.importorskip("zstandard" if name.endswith("zst") else "pyarrow")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        texts_of(tmp_path / name)
+
+
+def test_a_parquet_column_must_exist_and_be_text(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", {"id": [1], "body": ["x"]})
+    with pytest.raises(UserError, match="no column 'text', there are id, body; name it with --text-column"):
+        texts_of(path)
+    with pytest.raises(UserError, match="column 'id' is not text but int64"):
+        texts_of(path, "id")
+
+
+def test_a_parquet_text_that_is_not_utf8_names_the_file(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    column = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")]
+    )  # fmt: skip
+    path = write_parquet(tmp_path / "a.parquet", {"text": column})
+    with pytest.raises(UserError, match=r"a\.parquet, rows from 0: the text is not valid UTF-8"):
+        texts_of(path)
+
+
+def test_nothing_found_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="no file matches"):
+        find_files(str(tmp_path / "*.txt"))
+    with pytest.raises(UserError, match=r"holds no readable file; allowed are \.txt"):
+        find_files(str(tmp_path))
+    (tmp_path / "a.pdf").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"of a kind that is not read; allowed are \.txt"):
+        find_files(str(tmp_path / "a.pdf"))
+    with pytest.raises(UserError, match=r"'pydoc' \(did you mean 'pydocs'\?\)"):
+        find_files("pydoc")
+
+
+@pytest.mark.parametrize(("name", "package"), [("a.parquet", "pyarrow"), ("a.jsonl.zst", "zstandard")])
+def test_a_missing_optional_package_names_the_extra(tmp_path, monkeypatch, name, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UserError, match=rf"needs {package}; install it with: pip install 'regpt\[data\]'"):
+        texts_of(tmp_path / name)

@@ -1,0 +1,130 @@
+"""Damage is found and the file named; an intact folder is described."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from regpt.data.info import describe, document_lengths, first_texts, histogram, tokenizer_of
+from regpt.data.manifest import read_manifest
+from regpt.data.prepare import prepare
+from regpt.data.verify import verify
+from regpt.errors import UserError
+from regpt.text.bpe import train_bpe
+
+TOKENIZER = train_bpe(["the cat sat on the mat, and the cats sat on the mats\n" * 4], 270)
+TEXTS = [f"the cat {i} sat on the mat" for i in range(30)]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
+    prepare([str(source)], tmp_path / "out", TOKENIZER, val_fraction=0.2, shard_tokens=50)
+    return tmp_path / "out"
+
+
+def rewrite(folder: Path, name: str, values: np.ndarray) -> None:
+    """Replace a file and make the manifest agree, as a tool that writes a wrong format would."""
+    (folder / name).write_bytes(values.tobytes())
+    digest = hashlib.sha256(values.tobytes()).hexdigest()
+    manifest = read_manifest(folder)
+    key = {"bin": "sha256", "idx": "idx_sha256"}[name[-3:]]
+    shards = tuple(
+        dataclasses.replace(shard, **{key: digest}) if name in (shard.file, shard.idx_file) else shard
+        for shard in manifest.shards
+    )
+    (folder / "manifest.json").write_text(dataclasses.replace(manifest, shards=shards).to_json(), encoding="utf-8")
+
+
+def test_an_intact_folder_has_no_damage_and_every_shard_is_read(folder):
+    read: list[str] = []
+    assert verify(folder, read.append) == []
+    assert read == [shard.file for shard in read_manifest(folder).shards]
+
+
+@pytest.mark.parametrize("name", ["train-00001.bin", "train-00000.idx", "val-00000.bin", "tokenizer.json"])
+def test_one_changed_bit_is_found_in_any_file(folder, name):
+    data = bytearray((folder / name).read_bytes())
+    data[3] ^= 1
+    (folder / name).write_bytes(data)
+    assert verify(folder) == [f"{folder / name} is damaged: its SHA-256 is not the manifest's"]
+
+
+@pytest.mark.parametrize("name", ["train-00001.bin", "val-00000.idx"])
+def test_a_truncated_or_missing_file_is_named_before_anything_is_read(folder, name):
+    path = folder / name
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(UserError, match=f"{name} has .* bytes instead of"):
+        verify(folder)
+    path.unlink()
+    with pytest.raises(UserError, match=f"{name} is missing"):
+        read_manifest(folder)
+
+
+def test_the_format_is_checked_even_where_the_hashes_agree(folder):
+    tokens = np.fromfile(folder / "train-00000.bin", dtype="<u2")
+    starts = np.fromfile(folder / "train-00000.idx", dtype="<i8")
+    wrong_tokens = {
+        "document does not start with token 269": np.where(tokens == 269, 5, tokens),
+        "token 269 occurs": np.where(np.arange(len(tokens)) == 1, 269, tokens),
+        "token 300 is not in the vocabulary of 270": np.where(np.arange(len(tokens)) == 2, 300, tokens),
+    }
+    for said, wrong in wrong_tokens.items():
+        rewrite(folder, "train-00000.bin", wrong.astype("<u2"))
+        assert [damage for damage in verify(folder) if said in damage and "train-00000.bin" in damage], said
+    rewrite(folder, "train-00000.bin", tokens)
+    for said, wrong in {
+        "do not increase": starts[::-1],
+        "starts no document": starts + 1,
+        "lies outside": starts * 1000,
+    }.items():
+        rewrite(folder, "train-00000.idx", wrong.astype("<i8"))
+        assert [damage for damage in verify(folder) if said in damage and "train-00000.idx" in damage], said
+
+
+def test_a_missing_continuation_or_tokenizer_is_damage(folder):
+    (folder / "tokenizer.json").unlink()
+    manifest = read_manifest(folder)
+    *rest, last = manifest.shards
+    broken = dataclasses.replace(manifest, shards=(*rest, dataclasses.replace(last, continues=True)))
+    (folder / "manifest.json").write_text(broken.to_json(), encoding="utf-8")
+    damage = verify(folder)
+    assert damage[0] == f"{folder / 'tokenizer.json'} is missing"
+    assert "the last val shard continues" in damage[1]
+
+
+def test_the_description_counts_what_was_prepared(folder):
+    manifest = read_manifest(folder)
+    train, val = describe(folder, manifest)
+    assert train.documents + val.documents == len(TEXTS)
+    assert train.text_bytes + val.text_bytes == sum(map(len, TEXTS))
+    lengths = sorted([*train.lengths, *val.lengths])
+    assert lengths == sorted(len(TOKENIZER.encode(text)) + 1 for text in TEXTS)
+    expected = sum(map(len, TEXTS)) / sum(len(TOKENIZER.encode(text)) for text in TEXTS)
+    assert train.bytes_per_token == pytest.approx(expected, rel=0.05)
+    assert document_lengths(folder, manifest, "train").sum() == manifest.tokens("train")
+    json.dumps(train.to_dict())
+
+
+def test_the_histogram_has_a_bin_for_each_power_of_two():
+    lengths = np.array([1, 2, 3, 4, 7, 8, 33])
+    assert histogram(lengths) == [(1, 2, 1), (2, 4, 2), (4, 8, 2), (8, 16, 1), (16, 32, 0), (32, 64, 1)]
+    assert sum(n for _, _, n in histogram(np.arange(1, 1000))) == 999
+
+
+def test_the_first_texts_are_decoded_and_cut(folder):
+    manifest = read_manifest(folder)
+    texts = first_texts(folder, manifest, "val", documents=2, tokens=4)
+    assert len(texts) == 2
+    assert all(any(whole.startswith(text) for whole in TEXTS) for text in texts)
+
+
+def test_shards_of_another_tokenizer_are_not_decoded(folder):
+    other = train_bpe(["something else " * 9], 260)
+    (folder / "tokenizer.json").write_bytes(other.to_json().encode())
+    with pytest.raises(UserError, match=r"were made with bpe-270-.* the tokenizer found is bpe-260-"):
+        tokenizer_of(folder, read_manifest(folder))
