@@ -161,7 +161,7 @@
       if (least === greatest) [least, greatest] = [least - Math.abs(least || 1) * 0.1, greatest + Math.abs(greatest || 1) * 0.1];
       const room = (greatest - least) * 0.05;
       const crowned = panel.reference && panel.reference.value === greatest; // room for two lines of labels above it
-      return [least === 0 ? 0 : least - room, greatest + (crowned ? ((greatest - least) * 40) / (u.height - 60) : room)];
+      return [least === 0 ? 0 : least - room, greatest + (crowned ? ((greatest - least) * 50) / (u.height - 60) : room)];
     };
   }
 
