@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from regpt.data import prepare as module
@@ -127,8 +127,9 @@ def test_the_bytes_do_not_depend_on_the_workers(tmp_path, monkeypatch, shard_tok
     assert "train-00000.bin" in written[0]
 
 
-@given(st.text(st.sampled_from("ab \n\t'1.日\x1c\u00a0s"), max_size=80), st.integers(1, 20))
-@settings(deadline=None, max_examples=200)
+@given(st.text(st.sampled_from("a \n\n\t's1.日\x1c\u00a0"), max_size=60), st.integers(1, 8))
+@example("a\n\n\nb", 2)
+@settings(deadline=None, max_examples=300)
 def test_text_cut_in_parts_has_the_tokens_of_the_whole(text, limit):
     parts = list(cut(text, limit))
     assert "".join(parts) == text
