@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """One sentence: what was given, what is allowed, how to fix it. The command line prints it and exits with `exit_code`."""
+    """One sentence: what was given, what is allowed, how to fix it; the command line prints it."""
 
     exit_code = 1
 

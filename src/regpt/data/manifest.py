@@ -105,9 +105,13 @@ def read_manifest(folder: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
-        raise UserError(f"{path} is not a manifest of token shards ({where}: {first['msg']}); prepare it again") from None
+        raise UserError(
+            f"{path} is not a manifest of token shards ({where}: {first['msg']}); prepare it again"
+        ) from None
     if manifest.format_version != FORMAT_VERSION:
-        raise UserError(f"{path} has format version {manifest.format_version}, this regpt reads {FORMAT_VERSION}; prepare it again")
+        raise UserError(
+            f"{path} has format version {manifest.format_version}, this regpt reads {FORMAT_VERSION}; prepare it again"
+        )
     check_sizes(folder, manifest)
     return manifest
 

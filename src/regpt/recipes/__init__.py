@@ -1,0 +1,1 @@
+"""One named, commented file a run; `regpt train NAME` reads it."""
