@@ -9,10 +9,11 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from regpt.data.formats import Document, Part
 from regpt.data.pydocs import pydocs
-from regpt.data.sources import Document, SourceFile, find_files
+from regpt.data.sources import DownloadProgress, Source, SourceFile, find_files
 from regpt.errors import UserError
 
 # The lecture's debugging text: 40,000 lines of Shakespeare in one file (karpathy/char-rnn).
@@ -20,20 +21,6 @@ SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/da
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE_BYTES = 1_115_394
 TIMEOUT_S = 30
-
-
-class Source(Protocol):
-    """What prepare and tokenizer training read: a `SourceFile` or a `TextSet`."""
-
-    @property
-    def source(self) -> str: ...
-
-    @property
-    def bytes(self) -> int: ...
-
-    def record(self) -> dict[str, Any]: ...
-
-    def documents(self, text_column: str) -> Iterator[Document]: ...
 
 
 @dataclass(frozen=True)
@@ -66,12 +53,22 @@ class TextSet:
     def bytes(self) -> int:
         return sum(len(text.encode()) for text in self.texts)
 
+    @property
+    def file(self) -> str:
+        return self.source
+
+    def localize(self, progress: DownloadProgress | None = None) -> "TextSet":
+        return self
+
+    def parts(self, target_bytes: int) -> list[Part]:
+        return [Part(0, 1, self.bytes)]
+
     def record(self) -> dict[str, Any]:
         """`sha256` is that of the texts, each followed by a zero byte."""
         digest = hashlib.sha256(b"".join(text.encode() + b"\0" for text in self.texts)).hexdigest()
         return {"source": self.source, "bytes": self.bytes, "sha256": digest, **self.details}
 
-    def documents(self, text_column: str) -> Iterator[Document]:
+    def documents(self, text_column: str, part: Part | None = None) -> Iterator[Document]:
         return (Document(text, len(text.encode())) for text in self.texts)
 
 

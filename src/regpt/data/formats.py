@@ -1,0 +1,248 @@
+"""Files of text → documents, one at a time and always in the same order.
+
+`.txt` and `.md` hold one document a file, `.jsonl` (also `.gz`, `.zst`) one a line, `.parquet` one a row. The text is
+decoded from UTF-8 and not changed in any other way.
+"""
+
+import gzip
+import io
+import itertools
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from regpt.errors import UserError
+
+TEXT, JSONL, PARQUET = (".txt", ".md"), (".jsonl", ".jsonl.gz", ".jsonl.zst"), (".parquet",)
+SUFFIXES = (*TEXT, *JSONL, *PARQUET)
+ALLOWED = ", ".join(SUFFIXES)
+BATCH_ROWS = 256  # rows of a row group that are Python strings at a time
+
+
+class Document(NamedTuple):
+    """A text, and the bytes of its file that reading it consumed (for progress: they sum to its size)."""
+
+    text: str
+    source_bytes: float
+
+
+class Part(NamedTuple):
+    """Part of a file: row groups of .parquet, bytes of .jsonl (the lines that start there), 0 to 1 for a whole file.
+
+    `bytes` is its share of the file's size; the shares sum to it.
+    """
+
+    start: int
+    stop: int
+    bytes: int
+
+
+def suffix_of(path: Path) -> str | None:
+    return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
+
+
+def parts_of(path: Path, target_bytes: int) -> list[Part]:
+    """The parts of `path`, each of at least `target_bytes` but the last, or as near as its format allows.
+
+    Raises:
+        UserError: a damaged parquet file.
+    """
+    suffix, size = suffix_of(path), path.stat().st_size
+    if suffix == ".jsonl" and size:
+        edges = [*range(0, size, target_bytes), size]
+        return [Part(start, stop, stop - start) for start, stop in itertools.pairwise(edges)]
+    if suffix in PARQUET:
+        return row_groups(path, target_bytes)
+    return [Part(0, 1, size)]
+
+
+def row_groups(path: Path, target_bytes: int) -> list[Part]:
+    """Neighbouring row groups until their compressed columns, scaled to the size of the file, reach `target_bytes`."""
+    with opened_parquet(path) as file:
+        groups = [
+            sum(group.column(k).total_compressed_size for k in range(group.num_columns))
+            for group in map(file.metadata.row_group, range(file.metadata.num_row_groups))
+        ]
+    size, total, parts, start, before, seen = path.stat().st_size, max(1, sum(groups)), [], 0, 0, 0
+    for i, group in enumerate(groups, start=1):
+        seen += group
+        position = size if i == len(groups) else size * seen // total
+        if position - before >= target_bytes or i == len(groups):
+            parts.append(Part(start, i, position - before))
+            start, before = i, position
+    return parts or [Part(0, 0, size)]
+
+
+def read_documents(path: Path, text_column: str, part: Part | None = None) -> Iterator[Document]:
+    """The documents of `path`, or of one part of it, in order; an empty one, or a null, is an empty text.
+
+    Raises:
+        UserError: invalid UTF-8, a missing or non-text column, a damaged file; names file and line.
+    """
+    suffix = suffix_of(path)
+    if suffix in TEXT:
+        data = path.read_bytes()
+        yield Document(decode(data, path), len(data))
+    elif suffix == ".jsonl" and part:
+        yield from read_lines(path, text_column, part)
+    elif suffix in JSONL:
+        yield from read_jsonl(path, text_column)
+    else:
+        yield from read_parquet(path, text_column, part)
+
+
+def decode(data: bytes, path: Path, first_line: int = 1) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = first_line + data[: error.start].count(b"\n")
+        raise UserError(
+            f"{path}, line {line}: byte 0x{data[error.start]:02x} is not valid UTF-8; convert the file to UTF-8"
+        ) from None
+
+
+def read_jsonl(path: Path, column: str) -> Iterator[Document]:
+    with path.open("rb") as raw, decompressed(raw, path) as lines:
+        before = 0
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                text = text_of_line(decode(line, path, number), column, f"{path}, line {number}")
+                before, consumed = raw.tell(), raw.tell() - before  # of the file itself, compressed or not
+                yield Document(text, consumed)
+
+
+def read_lines(path: Path, column: str, part: Part) -> Iterator[Document]:
+    """The documents whose lines start in [part.start, part.stop)."""
+    with path.open("rb") as raw:
+        at = part.start
+        if at:  # the line that holds the byte before belongs to the part before
+            raw.seek(at - 1)
+            at += len(raw.readline()) - 1
+        while at < part.stop and (line := raw.readline()):
+            if line.strip():
+                yield Document(text_at(line, path, column, at), len(line))
+            at += len(line)
+
+
+def text_at(line: bytes, path: Path, column: str, at: int) -> str:
+    """The text of the line that starts at byte `at`; lines are counted only for a message."""
+    try:
+        return text_of_line(decode(line, path), column, "")
+    except UserError:
+        with path.open("rb") as raw:
+            number = 1 + sum(block.count(b"\n") for block in blocks(raw, at))
+        return text_of_line(decode(line, path, number), column, f"{path}, line {number}")
+
+
+def blocks(raw: BinaryIO, stop: int, size: int = 1 << 20) -> Iterator[bytes]:
+    """The bytes before `stop`, some at a time."""
+    while raw.tell() < stop and (block := raw.read(min(size, stop - raw.tell()))):
+        yield block
+
+
+def text_of_line(line: str, column: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON ({error}); a .jsonl file has one JSON object a line") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: not a JSON object, so it has no column {column!r}")
+    if column not in row:
+        raise UserError(
+            f"{where}: no column {column!r}, there are {', '.join(row) or 'none'}; name it with --text-column"
+        )
+    text = row[column]
+    if text is not None and not isinstance(text, str):
+        raise UserError(
+            f"{where}: column {column!r} is not text but {type(text).__name__}; name another with --text-column"
+        )
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{where}: the text has a lone surrogate (\\ud800…), which is no character; repair it"
+        ) from None
+    return text or ""
+
+
+@contextmanager
+def decompressed(raw: BinaryIO, path: Path) -> Iterator[Iterable[bytes]]:
+    """Lines of `raw`, decompressed as the name of `path` says; damage is a UserError."""
+    if suffix_of(path) == ".jsonl":
+        yield raw
+    elif suffix_of(path) == ".jsonl.gz":
+        try:
+            with gzip.open(raw) as stream:
+                yield stream
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise UserError(f"{path} is damaged: it does not decompress ({error})") from None
+    else:
+        zstandard = import_zstandard(path)
+        try:
+            with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as stream:
+                yield io.BufferedReader(stream)
+        except zstandard.ZstdError as error:
+            raise UserError(f"{path} is damaged: it does not decompress ({error})") from None
+
+
+def read_parquet(path: Path, column: str, part: Part | None = None) -> Iterator[Document]:
+    with opened_parquet(path) as file:
+        check_column(file.schema_arrow, column, path)
+        groups = range(part.start, part.stop) if part else range(file.metadata.num_row_groups)
+        size = part.bytes if part else path.stat().st_size
+        share = size / max(1, sum(file.metadata.row_group(i).num_rows for i in groups))
+        row = sum(file.metadata.row_group(i).num_rows for i in range(groups.start))
+        for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=list(groups), columns=[column]):
+            for text in strings_of(batch.column(0), path, row):
+                yield Document(text, share)
+            row += len(batch)
+
+
+@contextmanager
+def opened_parquet(path: Path) -> Iterator[Any]:
+    """A `pyarrow.parquet.ParquetFile`; damage is a UserError."""
+    pa, pq = import_pyarrow(path)
+    try:
+        with pq.ParquetFile(path) as file:
+            yield file
+    except pa.ArrowException as error:
+        raise UserError(f"{path} is damaged or not a parquet file ({str(error).splitlines()[0]})") from None
+
+
+def check_column(schema: Any, column: str, path: Path) -> None:
+    pa, _ = import_pyarrow(path)
+    if column not in schema.names:
+        raise UserError(
+            f"{path} has no column {column!r}, there are {', '.join(schema.names)}; name it with --text-column"
+        )
+    kind = schema.field(column).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        raise UserError(f"{path}: column {column!r} is not text but {kind}; name another with --text-column")
+
+
+def strings_of(values: Any, path: Path, first_row: int) -> Sequence[str]:
+    try:
+        return [text or "" for text in values.to_pylist()]
+    except UnicodeDecodeError:
+        raise UserError(f"{path}, rows from {first_row}: the text is not valid UTF-8; convert the file") from None
+
+
+def import_pyarrow(path: Path) -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"reading {path} needs pyarrow; install it with: pip install 'regpt[data]'") from None
+    return pyarrow, pyarrow.parquet
+
+
+def import_zstandard(path: Path) -> Any:
+    try:
+        import zstandard
+    except ImportError:
+        raise UserError(f"reading {path} needs zstandard; install it with: pip install 'regpt[data]'") from None
+    return zstandard
