@@ -1,7 +1,6 @@
 """The run folder: what is written where. Its layout is stable; see docs/formats.md."""
 
 import json
-import os
 import platform
 import subprocess
 import time
@@ -18,13 +17,13 @@ from regpt.errors import UserError
 from regpt.parallel.mesh import Mesh
 
 
-def create_run(run: Path, config: RunConfig, env: dict[str, Any]) -> None:
-    """Make the folder with config.toml and env.json.
+def create_run(run: Path, config: RunConfig, env: dict[str, Any], beside: Sequence[str] = ()) -> None:
+    """Make the folder with config.toml and env.json; what is named in `beside` may be in it already.
 
     Raises:
         UserError: the folder holds a run already, or other files, or cannot be written.
     """
-    refuse_used_folder(run)
+    refuse_used_folder(run, beside)
     try:
         run.mkdir(parents=True, exist_ok=True)
         (run / "config.toml").write_text(config.to_toml(), encoding="utf-8")
@@ -33,14 +32,15 @@ def create_run(run: Path, config: RunConfig, env: dict[str, Any]) -> None:
         raise UserError(f"cannot write the run folder {str(run)!r} ({error.strerror}); choose another --out") from None
 
 
-def refuse_used_folder(run: Path) -> None:
+def refuse_used_folder(run: Path, beside: Sequence[str] = ()) -> None:
+    """Raise a UserError unless `run` can become the folder of a new run."""
     if (run / "config.toml").exists():
         raise UserError(
             f"{str(run)!r} already holds a run; go on with: regpt train --resume {run}, or choose another --out"
         )
     if run.exists() and not run.is_dir():
         raise UserError(f"--out {str(run)!r} is a file; choose a folder that does not exist yet")
-    if run.is_dir() and any(run.iterdir()):
+    if run.is_dir() and any(path.name not in beside for path in run.iterdir()):
         raise UserError(f"{str(run)!r} is not empty; choose a folder for the run that does not exist yet")
 
 
@@ -66,26 +66,20 @@ def numbered_folder(parent: Path, name: str) -> Path:
 
 
 class JsonLines:
-    """An append-only file of one JSON object a line, each written at once."""
+    """An append-only file of one JSON object a line, each written at once. A last line torn by a crash is cut off."""
 
     def __init__(self, path: Path):
-        self.path = path
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        if path.stat().st_size and not ends_with_newline(path):
-            self.file.write("\n")  # a line torn by a crash stays torn, and alone
+        self.file = open(path, "a+b")  # noqa: SIM115 (closed by close)
+        self.file.seek(0)
+        whole = sum(len(line) for line in self.file if line.endswith(b"\n"))
+        self.file.truncate(whole)
 
     def write(self, row: dict[str, Any]) -> None:
-        self.file.write(json.dumps(row) + "\n")
+        self.file.write(json.dumps(row).encode() + b"\n")
         self.file.flush()
 
     def close(self) -> None:
         self.file.close()
-
-
-def ends_with_newline(path: Path) -> bool:
-    with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
 
 
 def describe_environment(

@@ -44,8 +44,9 @@ def pretrain(
     init_from: str | None = None,
     argv: Sequence[str] = (),
     facts: dict[str, Any] | None = None,
+    beside: Sequence[str] = (),
 ) -> int:
-    """Start a run in the new folder `run`; the exit code. `facts` are added to env.json."""
+    """Start a run in the new folder `run`; the exit code. `facts` go into env.json, `beside` is as in `create_run`."""
     with open_mesh(config.train.device) as mesh:
         corpus = open_corpus(config)
         data = replace(config.data, path=str(corpus.folder.resolve()), tokenizer=corpus.manifest.tokenizer)
@@ -56,7 +57,7 @@ def pretrain(
             env = describe_environment(
                 mesh, corpus.folder, corpus.manifest, corpus.manifest_sha256, count_parameters(model), argv
             )
-            create_run(run, config, env | {"init_from": init_from} | (facts or {}))
+            create_run(run, config, env | {"init_from": init_from} | (facts or {}), beside)
         mesh.wait()
         optimizer = make_optimizer(model, config.optim, mesh.device)
         return fit(config, run, mesh, corpus, model, optimizer, step=0)
@@ -82,7 +83,7 @@ def resume(run: Path) -> int:
     config = read_run_config(run)
     with open_mesh(config.train.device) as mesh:
         corpus = open_corpus(config)
-        checkpoint = load_checkpoint(newest_checkpoint(run))
+        checkpoint = load_checkpoint(newest_checkpoint(run), verified=True)
         if checkpoint.config != config.model:
             raise UserError(
                 f"{checkpoint.folder} holds a model of another shape than {run}/config.toml; restore that file"

@@ -1,0 +1,107 @@
+"""The whole path, small: the Python documentation of this machine → tokenizer → shards → GPT → samples → report."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from regpt.config import RunConfig, read_config
+from regpt.data.named import python_docs
+from regpt.data.prepare import prepare
+from regpt.evals.unigram import token_counts, unigram_loss
+from regpt.report.page import write_report
+from regpt.runs.build import Corpus, count_validation_rows, open_corpus
+from regpt.runs.folder import refuse_used_folder
+from regpt.runs.pretrain import pretrain
+from regpt.text.bpe import train_bpe
+
+CHUNK_TOKENS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of it: losses in nats a token over the same validation tokens, texts of the first and last samples."""
+
+    val_loss: float
+    unigram: float
+    before: list[str]
+    after: list[str]
+
+
+def quickstart(run: Path, *, steps: int | None = None, argv: Sequence[str] = ()) -> int:
+    """Train the `quickstart` recipe in the new folder `run`, its data in `run/data`; the exit code.
+
+    `steps` replaces the recipe's number of updates.
+    """
+    console, started = Console(), time.monotonic()
+    refuse_used_folder(run)
+    config = read_config("quickstart")
+    if steps is not None:
+        config = replace(config, train=replace(config.train, steps=steps))
+    say(console, f"1/4  reading the documentation of this Python, training a BPE of {config.model.vocab_size:,} tokens")
+    tokenizer = train_bpe(python_docs().texts, config.model.vocab_size)
+    manifest = prepare(["pydocs"], run / "data", tokenizer)
+    say(console, f"2/4  {manifest.tokens('train'):,} training and {manifest.tokens('val'):,} validation tokens")
+    config = replace(config, data=replace(config.data, path=str(run / "data")))
+    corpus = open_corpus(config)
+    baseline = validation_unigram(config, corpus)
+    say(console, f"3/4  training; a model that knows only word frequencies has a validation loss of {baseline:.3f}")
+    code = pretrain(config, run, argv=argv, facts={"unigram_loss": baseline}, beside=("data",))
+    if code:
+        return code
+    page = write_report(run)
+    say(console, f"4/4  report written: {page}")
+    print_outcome(console, read_outcome(run, baseline), run, time.monotonic() - started)
+    return 0
+
+
+def validation_unigram(config: RunConfig, corpus: Corpus) -> float:
+    """Loss of the unigram model of the training split on the tokens that validation predicts."""
+    rows = count_validation_rows(config, corpus)
+    V = config.model.vocab_size
+    train = token_counts(chunks(corpus, "train", 0, corpus.manifest.tokens("train")), V)
+    return unigram_loss(train, token_counts(chunks(corpus, "val", 1, rows * config.data.seq_len), V))
+
+
+def chunks(corpus: Corpus, split: str, start: int, count: int) -> Iterator[np.ndarray]:
+    """Tokens [start, start + count) of a split as stored."""
+    stream = corpus.stream(split, "sequential", 0)
+    for first in range(start, start + count, CHUNK_TOKENS):
+        yield stream.tokens(first, min(CHUNK_TOKENS, start + count - first))
+
+
+def read_outcome(run: Path, unigram: float) -> Outcome:
+    """The last validation loss, the first and the last samples."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    losses = [row["loss"] for row in rows if row["kind"] == "val"]
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    return Outcome(losses[-1], unigram, samples[0]["texts"], samples[-1]["texts"])
+
+
+def print_outcome(console: Console, outcome: Outcome, run: Path, seconds: float) -> None:
+    say(console, "\nbefore training:")
+    for text in outcome.before:
+        say(console, f"  > {text!r}")
+    say(console, "after training:")
+    for text in outcome.after:
+        say(console, f"  > {text!r}")
+    verdict = "well below" if outcome.val_loss < outcome.unigram - 0.3 else "not yet well below"
+    say(
+        console,
+        f"\nvalidation loss {outcome.val_loss:.3f}, {verdict} the {outcome.unigram:.3f} of word frequencies alone, "
+        f"after {seconds:.0f} s\n\ntry next:\n"
+        f'  regpt sample {run} --prompt "The method" -n 3\n'
+        f"  regpt eval {run} --tasks val\n"
+        f"  regpt train --resume {run}          (after Ctrl-C)\n"
+        f"  open {run / 'report.html'} in a browser\n"
+        "  regpt data prepare YOUR.txt --out data/mine && regpt train gpt2-tiny --data data/mine --out runs/mine",
+    )
+
+
+def say(console: Console, text: str) -> None:
+    console.print(Text(text), soft_wrap=True)
