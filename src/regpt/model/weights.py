@@ -31,7 +31,7 @@ class InitialWeights(Mapping[str, Tensor]):
         self.residual_std = INIT_STD / math.sqrt(2 * model.config.n_layer)
 
     def __getitem__(self, name: str) -> Tensor:
-        empty = torch.empty(self.shapes[name], dtype=torch.float32)
+        empty = torch.empty(self.shapes[name], dtype=torch.float32, device="cpu")
         if name.endswith(".bias"):
             return empty.zero_()
         if ".ln_" in f".{name}":

@@ -1,0 +1,192 @@
+"""A tiny run, in memory and on disk, and processes to share it: what the tests of several folders have in common."""
+
+import contextlib
+import multiprocessing
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.multiprocessing.spawn import start_processes
+
+from regpt.checkpoint.config import CheckpointConfig
+from regpt.config import RunConfig
+from regpt.data.batch import IGNORE_INDEX, Batch
+from regpt.data.config import DataConfig
+from regpt.data.prepare import prepare
+from regpt.evals.config import EvalConfig
+from regpt.model.config import ModelConfig
+from regpt.model.transformer import Transformer
+from regpt.model.weights import InitialWeights, load_weights, unpadded
+from regpt.parallel.mesh import Mesh, open_mesh
+from regpt.sample.config import SampleConfig
+from regpt.text.bpe import train_bpe
+from regpt.train.config import OptimConfig, TrainConfig
+from regpt.train.loss import LossSum, make_loss_sum
+from regpt.train.optim import make_optimizer
+from regpt.train.schedule import make_schedule
+from regpt.train.trainer import Trainer
+
+CPU = torch.device("cpu")
+ALONE = Mesh(0, 1, CPU)
+# Odd on purpose: heads of 8, and a vocabulary that is no multiple of anything, so that it is padded from 97 to 128.
+CONFIG = ModelConfig(n_layer=2, n_head=3, n_embd=24, vocab_size=97, max_seq_len=16)
+N_ROWS, SEQ_LEN = 8, 12
+TRAIN = TrainConfig(precision="fp64", compile=False)
+OPTIM = OptimConfig(lr=1e-2, schedule="constant", warmup_steps=0)
+# torch's own compiler imports a part of torch that warns of its age.
+IMPORTS_COMPILER = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+
+
+def build_model(*, pad_vocab: bool = True, dtype: torch.dtype = torch.float64, config: ModelConfig = CONFIG):
+    """A model with weights larger than at initialisation, biases and LayerNorms too: every part has an effect."""
+    model = Transformer(config, pad_vocab=pad_vocab).to(dtype)
+    generator = torch.Generator().manual_seed(5)
+    weights = {
+        name: torch.randn(InitialWeights(model, 0).shapes[name], generator=generator, dtype=torch.float64) * 0.2
+        + (1.0 if ".ln_" in f".{name}" and name.endswith("weight") else 0.0)
+        for name, _ in model.named_parameters()
+    }
+    return load_weights(model, weights)
+
+
+class Rows:
+    """A loader of random rows: the first has all its targets, the last none, those between fewer and fewer."""
+
+    def __init__(self, *, micro_batch_rows: int = N_ROWS, dp_rank: int = 0, dp_size: int = 1, config=CONFIG):
+        self.seq_len, self.vocab_size = SEQ_LEN, config.vocab_size
+        self.micro_batch_rows, self.dp_rank, self.dp_size = micro_batch_rows, dp_rank, dp_size
+
+    def step(self, step: int) -> list[Batch]:
+        idx, targets = self.rows(step)
+        each = self.micro_batch_rows
+        starts = range(self.dp_rank * each, N_ROWS, self.dp_size * each)
+        return [Batch(idx[i : i + each], targets[i : i + each]) for i in starts]
+
+    def rows(self, step: int) -> tuple[Tensor, Tensor]:
+        """idx and targets (N_ROWS, SEQ_LEN) of the whole global batch."""
+        generator = torch.Generator().manual_seed(step)
+        tokens = torch.randint(self.vocab_size, (N_ROWS, SEQ_LEN + 1), generator=generator)
+        share_masked = torch.arange(N_ROWS)[:, None] / (N_ROWS - 1)  # (N_ROWS, 1)
+        masked = torch.rand(N_ROWS, SEQ_LEN, generator=generator) < share_masked
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].masked_fill(masked, IGNORE_INDEX)
+
+
+def build_trainer(
+    model: Transformer,
+    loader: Any,
+    *,
+    mesh: Mesh = ALONE,
+    loss_sum: LossSum | None = None,
+    train: TrainConfig = TRAIN,
+    optim: OptimConfig = OPTIM,
+) -> Trainer:
+    """A trainer of `model` over `loader`; its batch is the loader's."""
+    first = loader.step(0)[0].idx
+    rows = len(first) * len(loader.step(0)) * mesh.world_size
+    train = replace(train, batch_tokens=rows * first.size(1), micro_batch_rows=len(first))
+    loss_sum = loss_sum or make_loss_sum(model, train.precision, mesh.device, train.compile)
+    optimizer = make_optimizer(model, optim, mesh.device)
+    return Trainer(model, loss_sum, optimizer, make_schedule(optim, train.steps), loader, mesh, train)
+
+
+def step_gradients(trainer: Trainer) -> dict[str, Tensor]:
+    """`loss`, `norm` and the gradient of every parameter, unpadded and not clipped, of the trainer's next step."""
+    trainer.config = replace(trainer.config, grad_clip=0.0)
+    loss, norm = trainer.accumulate(trainer.take_batches())
+    gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+    named = {name: unpadded(trainer.model, name, gradient).clone() for name, gradient in gradients.items()}
+    return {"loss": loss, "norm": norm} | named
+
+
+def largest_error(given: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Largest relative error of a tensor, as the length of the difference over the length of the tensor."""
+    assert given.keys() == expected.keys()
+    return max(
+        (given[name] - tensor).norm().item() / tensor.norm().clamp(min=1e-300).item()
+        for name, tensor in expected.items()
+    )
+
+
+# ---- on disk ---------------------------------------------------------------------------------------------------------
+
+VOCAB = 300
+
+
+def write_shards(folder: Path) -> Path:
+    """Token shards of sentences in a small invented language, with their tokenizer."""
+    source = folder.parent / "language.txt"
+    words = random.Random(0)
+    lines = [
+        " ".join(words.choice(["ba", "bo", "dada", "dodo", "mi", "mimi", "ta"]) for _ in range(9)) for _ in range(400)
+    ]
+    source.write_text("\n".join(lines), encoding="utf-8")
+    prepare([str(source)], folder, train_bpe(lines, VOCAB), val_fraction=0.2, workers=1)
+    return folder
+
+
+def run_config(data: Path) -> RunConfig:
+    """Eight steps of four rows on the CPU in float32, with validation, samples and checkpoints on the way."""
+    return RunConfig(
+        model=ModelConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=VOCAB, max_seq_len=16),
+        data=DataConfig(path=str(data), seq_len=16),
+        train=TrainConfig(
+            steps=8, batch_tokens=64, micro_batch_rows=1, precision="fp32", compile=False, device="cpu", seed=3
+        ),
+        optim=OptimConfig(lr=1e-2, warmup_steps=2),
+        eval=EvalConfig(every_steps=3, val_tokens=48),
+        sample=SampleConfig(every_steps=4, prompt="ba bo", n=1, max_new_tokens=4),
+        checkpoint=CheckpointConfig(every_steps=2, keep_last=0),
+    )
+
+
+def change(config: RunConfig, section: str, **values: Any) -> RunConfig:
+    """`config` with other values in one section."""
+    return replace(config, **{section: replace(getattr(config, section), **values)})
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+
+def in_processes(n: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """`function(mesh, *args)` in `n` gloo processes of this machine; their results, by rank.
+
+    The store lives here, on a port that the system chose, as under torchrun. When one process fails the others are
+    ended, and its traceback is raised here.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    method = "spawn" if sys.platform == "win32" else "forkserver"  # which imports torch once for all of them
+    if method == "forkserver":
+        multiprocessing.set_forkserver_preload(["torch", "regpt.runs.pretrain"])
+    with tempfile.TemporaryDirectory() as folder:
+        start_processes(be_rank, (n, store.port, folder, function, args), nprocs=n, start_method=method)
+        return [torch.load(Path(folder) / str(rank)) for rank in range(n)]
+
+
+def be_rank(rank: int, n: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    with launched(rank, n, port), open_mesh("cpu") as mesh:
+        torch.save(function(mesh, *args), Path(folder) / str(rank))
+
+
+@contextlib.contextmanager
+def launched(rank: int, n: int, port: int) -> Iterator[None]:
+    """The environment that torchrun gives a process."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(n),
+        "LOCAL_WORLD_SIZE": str(n),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is there already: no rank starts one
+    }
+    yield
