@@ -100,18 +100,17 @@ def test_tables_made_in_the_background_equal_those_made_in_the_foreground(length
 
 
 def test_the_next_table_is_made_near_the_end_of_an_epoch_and_older_ones_are_dropped():
-    shuffle = Shuffle(starts_of([10] * 100), seed=0)
-    shuffle.segments(3, 0, 875)
-    assert list(shuffle.tables) == [3]
-    shuffle.segments(3, 870, 876)
-    assert list(shuffle.tables) == [3, 4]
-    prepared = shuffle.tables[4]
-    shuffle.segments(4, 0, 1)
-    assert shuffle.tables == {4: prepared}
+    made = Shuffle(starts_of([10] * 100), seed=0)
+    made.segments(3, 0, 875)
+    assert list(made.tables.tables) == [3]
+    made.segments(3, 870, 876)
+    assert list(made.tables.tables) == [3, 4]
+    prepared = made.tables.tables[4]
+    made.segments(4, 0, 1)
+    assert made.tables.tables == {4: prepared}
 
 
 def test_an_error_in_the_background_reaches_the_reader():
-    no_table = Shuffle(starts_of([3]), seed=0)
-    no_table.seed = None  # type: ignore[assignment]
+    no_table = Shuffle(starts_of([3]), seed=None)  # type: ignore[arg-type]
     with pytest.raises(TypeError):
         no_table.segments(0, 0, 1)

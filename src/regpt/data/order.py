@@ -1,8 +1,9 @@
 """In which order the documents of a split are read: positions only, no tokens. Specified in docs/data-order.md."""
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -11,6 +12,8 @@ GAMMA = np.uint64(0x9E3779B97F4A7C15)
 MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 MIX_2 = np.uint64(0x94D049BB133111EB)
 UPPER_HALF = np.uint64(0xFFFFFFFF00000000)
+
+Table = TypeVar("Table")
 
 CHUNK = 1 << 20  # documents gathered at once: temporary arrays of all of them would double the memory
 
@@ -31,30 +34,40 @@ class Sequential:
 
 
 class Shuffle:
-    """Every document once an epoch, in `permutation(seed, epoch, n)`.
-
-    The table of the next epoch is made in a background thread when reading comes near the end of one. A table is a
-    function of (starts, seed, epoch), so nothing depends on when it is made.
-    """
+    """Every document once an epoch, in `permutation(seed, epoch, n)`."""
 
     def __init__(self, starts: np.ndarray, seed: int) -> None:
         """`starts` (documents + 1,) int64: where each document begins; the last entry is the number of tokens."""
         self.starts = starts
-        self.seed = seed
-        self.tables: dict[int, Future[EpochTable]] = {}  # of the epoch read last and, near its end, the next
-        self.background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="regpt-data-order")
+        self.tables = EpochTables(lambda epoch: epoch_table(starts, seed, epoch))
 
     def segments(self, epoch: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        n_tokens = int(self.starts[-1])
-        self.tables = {e: table for e, table in self.tables.items() if e in (epoch, epoch + 1)}
-        table = self.make_table(epoch)
-        if end > n_tokens - n_tokens // 8:  # an eighth lasts longer than making a table, for all but toy corpora
-            self.make_table(epoch + 1)
-        return table.result().segments(self.starts, begin, end)
+        table = self.tables.get(epoch, read=end / int(self.starts[-1]))
+        return table.segments(self.starts, begin, end)
 
-    def make_table(self, epoch: int) -> "Future[EpochTable]":
+
+class EpochTables(Generic[Table]):
+    """One table an epoch, the next one made in a background thread when reading comes near the end of one.
+
+    A table is a function of the epoch, so nothing depends on when it is made.
+    """
+
+    def __init__(self, make: Callable[[int], Table]) -> None:
+        self.make = make
+        self.tables: dict[int, Future[Table]] = {}  # of the epoch read last and, near its end, the next
+        self.background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="regpt-data-order")
+
+    def get(self, epoch: int, read: float) -> Table:
+        """The table of `epoch`, of which the share `read` has been read."""
+        self.tables = {e: table for e, table in self.tables.items() if e in (epoch, epoch + 1)}
+        table = self.start(epoch)
+        if read > 7 / 8:  # the last eighth lasts longer than making a table, for all but toy corpora
+            self.start(epoch + 1)
+        return table.result()
+
+    def start(self, epoch: int) -> "Future[Table]":
         if epoch not in self.tables:
-            self.tables[epoch] = self.background.submit(epoch_table, self.starts, self.seed, epoch)
+            self.tables[epoch] = self.background.submit(self.make, epoch)
         return self.tables[epoch]
 
 

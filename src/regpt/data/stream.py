@@ -38,40 +38,26 @@ def open_stream(folder: Path, manifest: Manifest, split: str, order: str, seed: 
     """
     if order not in ORDERS:
         raise UsageError(f"data.order is {order!r}{nearest(order, ORDERS)}; choose from {', '.join(ORDERS)}")
-    shards = [shard for shard in manifest.split(split) if shard.tokens]
-    if not shards:
-        raise UserError(f"data folder {str(folder)!r} has no tokens in split {split!r}; prepare it from more text")
-    positions = Sequential() if order == "sequential" else Shuffle(document_starts(folder, shards), seed)
-    corpus = Corpus(folder, shards, manifest.numpy_dtype)
-    return ShardStream(corpus, positions, manifest.vocab_size, source=f"split {split!r} of {str(folder)!r}")
+    positions = Sequential() if order == "sequential" else Shuffle(document_starts(folder, manifest, split), seed)
+    return ShardStream(Corpus(folder, manifest, split), positions)
 
 
 class ShardStream:
     """The tokens of `corpus` in `order`, epoch after epoch."""
 
-    def __init__(self, corpus: "Corpus", order: Order, vocab_size: int, source: str) -> None:
+    def __init__(self, corpus: "Corpus", order: Order) -> None:
         self.corpus = corpus
         self.order = order
-        self.vocab_size = vocab_size
-        self.source = source
+        self.source = corpus.source
         self.epoch_tokens = corpus.n_tokens
 
     def tokens(self, start: int, count: int) -> np.ndarray:
-        """(count,) tokens of the corpus's dtype.
-
-        Raises:
-            UserError: a token id outside the vocabulary.
-        """
-        pieces = [np.empty(0, self.corpus.dtype)]
-        for epoch, begin, end in by_epoch(start, count, self.epoch_tokens):
-            pieces += self.corpus.slices(*self.order.segments(epoch, begin, end))
-        tokens = np.concatenate(pieces)
-        if count and tokens.max() >= self.vocab_size:
-            raise UserError(
-                f"{self.source} holds token {tokens.max()}, the vocabulary ends at {self.vocab_size - 1}; "
-                f"find the changed shard with regpt data verify, or prepare the folder again"
-            )
-        return tokens
+        """(count,) tokens of the corpus's dtype; a UserError for a token id outside the vocabulary."""
+        parts = [self.order.segments(*part) for part in by_epoch(start, count, self.epoch_tokens)]
+        if not parts:
+            return self.corpus.read(np.empty(0, np.int64), np.empty(0, np.int64))
+        begins, ends = (np.concatenate(bounds) for bounds in zip(*parts))
+        return self.corpus.read(begins, ends)
 
 
 def by_epoch(start: int, count: int, epoch_tokens: int) -> Iterator[tuple[int, int, int]]:
@@ -92,11 +78,28 @@ class Corpus:
     default shard size) a system's limit on open files may have to be raised.
     """
 
-    def __init__(self, folder: Path, shards: list[Shard], dtype: np.dtype) -> None:
-        self.dtype = dtype
-        self.maps = [map_shard(folder / shard.file, dtype) for shard in shards]
+    def __init__(self, folder: Path, manifest: Manifest, split: str) -> None:
+        shards = filled_shards(folder, manifest, split)
+        self.source = f"split {split!r} of {str(folder)!r}"
+        self.vocab_size = manifest.vocab_size
+        self.dtype = manifest.numpy_dtype
+        self.maps = [map_shard(folder / shard.file, self.dtype) for shard in shards]
         self.offsets = np.cumsum([0, *(shard.tokens for shard in shards)], dtype=np.int64)  # (shards + 1,)
         self.n_tokens = int(self.offsets[-1])
+
+    def read(self, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """The tokens of the stored ranges [begins[k], ends[k]), in order, in one array of `dtype`.
+
+        Raises:
+            UserError: a token id outside the vocabulary.
+        """
+        tokens = np.concatenate([np.empty(0, self.dtype), *self.slices(begins, ends)])
+        if len(tokens) and tokens.max() >= self.vocab_size:
+            raise UserError(
+                f"{self.source} holds token {tokens.max()}, the vocabulary ends at {self.vocab_size - 1}; "
+                f"find the changed shard with regpt data verify, or prepare the folder again"
+            )
+        return tokens
 
     def slices(self, begins: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:
         """Views of the stored ranges [begins[k], ends[k]), in order, each cut where it crosses into another shard."""
@@ -122,16 +125,25 @@ def map_shard(path: Path, dtype: np.dtype) -> np.ndarray:
         ) from None
 
 
-def document_starts(folder: Path, shards: list[Shard]) -> np.ndarray:
+def filled_shards(folder: Path, manifest: Manifest, split: str) -> list[Shard]:
+    """The shards of a split; a UserError when they hold no token."""
+    shards = [shard for shard in manifest.split(split) if shard.tokens]
+    if not shards:
+        raise UserError(f"data folder {str(folder)!r} has no tokens in split {split!r}; prepare it from more text")
+    return shards
+
+
+def document_starts(folder: Path, manifest: Manifest, split: str) -> np.ndarray:
     """(documents + 1,) int64: where each document begins in the split; the last entry is the number of tokens.
 
     An index lists only the documents that start in its shard, so one that continues from the shard before needs no
     special case: it ends where the next document starts.
 
     Raises:
-        UserError: an index whose starts do not increase or lie outside its shard, or a split that does not begin
-            with a document.
+        UserError: no tokens in the split, an index whose starts do not increase or lie outside its shard, or a split
+            that does not begin with a document.
     """
+    shards = filled_shards(folder, manifest, split)
     starts = np.empty(sum(shard.documents for shard in shards) + 1, dtype=np.int64)
     filled, offset = 0, 0
     for shard in shards:
