@@ -41,6 +41,8 @@ class Mesh:
 
     def any(self, flag: bool) -> bool:
         """True in every process when `flag` is true in one of them; waits for all."""
+        if self.world_size == 1:
+            return flag  # without a copy to the device, which would wait for the work queued there
         return bool(self.sum(torch.tensor(int(flag), device=self.device)).item())
 
     @torch.no_grad()
@@ -64,6 +66,11 @@ def launcher_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def launcher_world_size() -> int:
+    """Number of processes that the launcher started, 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextlib.contextmanager
 def open_mesh(device_name: str = "auto") -> Iterator[Mesh]:
     """The mesh that torchrun's environment describes, one process without it; NCCL on GPUs, gloo elsewhere.
@@ -71,7 +78,7 @@ def open_mesh(device_name: str = "auto") -> Iterator[Mesh]:
     Raises:
         UsageError: a device that this machine does not have.
     """
-    rank, world_size = launcher_rank(), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world_size = launcher_rank(), launcher_world_size()
     device = choose_device(device_name, index=int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -80,11 +87,18 @@ def open_mesh(device_name: str = "auto") -> Iterator[Mesh]:
         return
     if device.type == "mps":
         raise UsageError("several processes cannot share the MPS device; use --train.device cpu, or one process")
+    if device.type == "cpu":
+        share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield Mesh(rank, world_size, device)
     finally:
         dist.destroy_process_group()
+
+
+def share_cores(processes: int) -> None:
+    """Give this process its share of the cores; threads that outnumber them spend their time waiting for each other."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
 
 
 def choose_device(name: str = "auto", index: int = 0) -> torch.device:
