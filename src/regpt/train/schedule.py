@@ -28,7 +28,7 @@ def make_schedule(config: OptimConfig, steps: int) -> Callable[[int], float]:
 
 
 def cosine(config: OptimConfig, steps: int) -> Callable[[int], float]:
-    """1 at the end of the warmup, 0 from update `decay_steps` on."""
+    """1 for the first update after the warmup, 0 for every update after the first `decay_steps`."""
     end = config.decay_steps or max(steps, config.warmup_steps + 1)
     if end <= config.warmup_steps:
         raise UsageError(

@@ -107,13 +107,14 @@ class Trainer:
     def update(self) -> Row:
         """One update; its row of metrics, the loss taken before it over the whole global batch."""
         started = time.perf_counter()
-        loss, norm = self.accumulate(self.take_batches())
-        self.look_ahead()  # the host reads the next step's rows while the device still computes
-        lr = self.lr_at(self.step + 1)
-        row: Row = {"kind": "train", "step": self.step + 1, "loss": loss.item(), "lr": lr, "grad_norm": norm.item()}
-        self.refuse_non_finite(row)
-        set_lr(self.optimizer, lr)
-        self.optimizer.step()
+        with MemoryAdvice(self.config.micro_batch_rows):
+            loss, norm = self.accumulate(self.take_batches())
+            self.look_ahead()  # the host reads the next step's rows while the device still computes
+            lr = self.lr_at(self.step + 1)
+            row: Row = {"kind": "train", "step": self.step + 1, "loss": loss.item(), "lr": lr, "grad_norm": norm.item()}
+            self.refuse_non_finite(row)
+            set_lr(self.optimizer, lr)
+            self.optimizer.step()  # the first one allocates the optimizer's state
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return row | self.costs(time.perf_counter() - started)
@@ -127,9 +128,8 @@ class Trainer:
         total = torch.zeros((), device=self.mesh.device, dtype=self.parameters[0].dtype)
         count = self.mesh.sum(torch.full_like(total, valid_targets(batches)))  # on the device: nothing waits for it
         for batch in batches:
-            with MemoryAdvice(self.config.micro_batch_rows):
-                loss = self.loss_sum(batch.to(self.mesh.device)) / count
-                loss.backward()
+            loss = self.loss_sum(batch.to(self.mesh.device)) / count
+            loss.backward()
             total += loss.detach()
         self.mesh.sum_gradients(self.parameters)
         limit = self.config.grad_clip or math.inf
@@ -185,9 +185,10 @@ class MemoryAdvice:
         exhausted = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
         if error is None or not exhausted:
             return
+        fewer = max((n for n in range(1, self.rows // 2 + 1) if self.rows % n == 0), default=0)  # divides the batch too
         advice = (
-            f"try --train.micro-batch-rows {self.rows // 2}, which computes the same update in smaller parts"
-            if self.rows > 1
+            f"try --train.micro-batch-rows {fewer}, which computes the same update in smaller parts"
+            if fewer
             else "micro_batch_rows is 1 already: use a smaller model, a shorter data.seq_len or another device"
         )
         raise UserError(f"out of memory with train.micro_batch_rows = {self.rows}; {advice}") from error
