@@ -49,12 +49,12 @@ def main(args: list[str]) -> int:
 
 def start(given: Train, config: RunConfig, args: list[str]) -> int:
     from regpt.parallel.launch import launch
-    from regpt.parallel.mesh import launcher_rank, under_launcher
+    from regpt.parallel.mesh import launcher_rank, launcher_world_size, under_launcher
     from regpt.runs.pretrain import check, pretrain
 
     run = Path(given.out)
     if launcher_rank() == 0:  # one process refuses bad input; torchrun ends the others
-        check(config, run, processes=max(1, given.nproc))
+        check(config, run, processes=given.nproc or launcher_world_size())
     if given.nproc and not under_launcher():
         return launch(given.nproc, ["train", *args])
     return pretrain(config, run, init_from=given.init_from or None, argv=["regpt", "train", *args])
@@ -62,14 +62,17 @@ def start(given: Train, config: RunConfig, args: list[str]) -> int:
 
 def resume(given: Train, args: list[str]) -> int:
     from regpt.parallel.launch import launch
-    from regpt.parallel.mesh import under_launcher
+    from regpt.parallel.mesh import launcher_world_size, under_launcher
     from regpt.runs.folder import read_run_config
     from regpt.runs.pretrain import check
     from regpt.runs.pretrain import resume as go_on
 
-    if given.recipe or given.out:
-        raise UsageError("--resume RUN takes the configuration of the run; leave out the recipe and --out")
-    check(read_run_config(Path(given.resume)), None, processes=max(1, given.nproc))
+    if replace(given, resume="", nproc=0) != Train():
+        raise UsageError(
+            "--resume RUN takes everything from the run's config.toml; leave out all other arguments but --nproc, or "
+            "start a new run from it with: regpt train RUN/config.toml --out RUN2 --init-from RUN"
+        )
+    check(read_run_config(Path(given.resume)), None, processes=given.nproc or launcher_world_size())
     if given.nproc and not under_launcher():
         return launch(given.nproc, ["train", *args])
     return go_on(Path(given.resume))

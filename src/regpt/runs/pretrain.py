@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from regpt.checkpoint.load import load_checkpoint, newest_checkpoint
+from regpt.checkpoint.load import Checkpoint, load_checkpoint, newest_checkpoint
 from regpt.checkpoint.open import open_model
 from regpt.config import RunConfig
 from regpt.errors import UserError
@@ -20,6 +20,7 @@ from regpt.runs.build import Corpus, build_loader, build_model, count_validation
 from regpt.runs.folder import JsonLines, create_run, describe_environment, read_run_config, refuse_used_folder
 from regpt.runs.stop import EXIT_SAVED, stop_request
 from regpt.runs.terminal import Terminal
+from regpt.sample.generate import check_length, encode_prompt
 from regpt.train.loss import make_loss_sum
 from regpt.train.optim import load_optimizer, make_optimizer
 from regpt.train.precision import set_matmul_precision
@@ -35,6 +36,8 @@ def check(config: RunConfig, run: Path | None, processes: int = 1) -> None:
     make_schedule(config.optim, config.train.steps)
     build_loader(config, corpus, Mesh(0, processes, torch.device("cpu")))
     count_validation_rows(config, corpus)
+    prompt = encode_prompt(corpus.tokenizer, config.sample.prompt)
+    check_length(len(prompt), config.sample.max_new_tokens, config.model.max_seq_len)
 
 
 def pretrain(
@@ -84,6 +87,7 @@ def resume(run: Path) -> int:
     with open_mesh(config.train.device) as mesh:
         corpus = open_corpus(config)
         checkpoint = load_checkpoint(newest_checkpoint(run), verified=True)
+        refuse_changed_data(checkpoint, corpus)
         if checkpoint.config != config.model:
             raise UserError(
                 f"{checkpoint.folder} holds a model of another shape than {run}/config.toml; restore that file"
@@ -93,6 +97,15 @@ def resume(run: Path) -> int:
         step = int(checkpoint.state["step"])
         load_optimizer(model, optimizer, checkpoint.optimizer(), step)
         return fit(config, run, mesh, corpus, model, optimizer, step=step)
+
+
+def refuse_changed_data(checkpoint: Checkpoint, corpus: Corpus) -> None:
+    """The row at which a run goes on means something in the shards that it was trained on only."""
+    if checkpoint.state.get("data_manifest_sha256") != corpus.manifest_sha256:
+        raise UserError(
+            f"the shards in {corpus.folder} are not those that {checkpoint.folder} was trained on (another "
+            "manifest.json); restore them, or start a new run from its weights with --init-from"
+        )
 
 
 def fit(

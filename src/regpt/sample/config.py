@@ -10,7 +10,7 @@ class SampleConfig:
     __pydantic_config__ = {"extra": "forbid"}
 
     every_steps: int = 250
-    """Steps between samples; 0 writes none."""
+    """Steps between samples; 0 writes them only at the end."""
     prompt: str = "Hello, I'm a language model,"
     """Text that every sample continues (the lecture's)."""
     n: int = 4
