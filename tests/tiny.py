@@ -1,6 +1,7 @@
 """A tiny run, in memory and on disk, and processes to share it: what the tests of several folders have in common."""
 
 import contextlib
+import json
 import multiprocessing
 import os
 import random
@@ -122,14 +123,13 @@ VOCAB = 300
 
 
 def write_shards(folder: Path) -> Path:
-    """Token shards of sentences in a small invented language, with their tokenizer."""
-    source = folder.parent / "language.txt"
-    words = random.Random(0)
-    lines = [
-        " ".join(words.choice(["ba", "bo", "dada", "dodo", "mi", "mimi", "ta"]) for _ in range(9)) for _ in range(400)
-    ]
-    source.write_text("\n".join(lines), encoding="utf-8")
-    prepare([str(source)], folder, train_bpe(lines, VOCAB), val_fraction=0.2, workers=1)
+    """Token shards of 60 documents in a small invented language, with their tokenizer."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices(["ba", "do", "mi", "ta", "ru", "ke"], k=draw.randint(1, 3))) for _ in range(40)]
+    texts = [" ".join(draw.choices(words, k=draw.randint(5, 50))) for _ in range(60)]
+    source = folder.with_suffix(".jsonl")
+    source.write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
+    prepare([str(source)], folder, train_bpe(texts, VOCAB), val_fraction=0.2, workers=1)
     return folder
 
 
