@@ -19,6 +19,9 @@ from regpt.errors import UserError
 TEXT, JSONL, PARQUET = (".txt", ".md"), (".jsonl", ".jsonl.gz", ".jsonl.zst"), (".parquet",)
 SUFFIXES = (*TEXT, *JSONL, *PARQUET)
 ALLOWED = ", ".join(SUFFIXES)
+SNIFFED = 8000  # bytes in which git, too, looks for a zero to tell binary files from text
+ZSTD_BLOCK = 1 << 14  # compressed bytes at a time: their content, up to thousands of times larger, is in memory
+PARQUET_BUFFER = 1 << 20  # of a column that is read at a time, instead of its whole row group
 BATCH_ROWS = 256  # rows of a row group that are Python strings at a time
 
 
@@ -83,15 +86,24 @@ def read_documents(path: Path, text_column: str, part: Part | None = None) -> It
         UserError: invalid UTF-8, a missing or non-text column, a damaged file; names file and line.
     """
     suffix = suffix_of(path)
-    if suffix in TEXT:
-        data = path.read_bytes()
-        yield Document(decode(data, path), len(data))
-    elif suffix == ".jsonl" and part:
-        yield from read_lines(path, text_column, part)
-    elif suffix in JSONL:
-        yield from read_jsonl(path, text_column)
-    else:
-        yield from read_parquet(path, text_column, part)
+    try:
+        if suffix in TEXT:
+            yield read_text(path)
+        elif suffix == ".jsonl":
+            yield from read_lines(path, text_column, part or Part(0, path.stat().st_size, 0))
+        elif suffix in JSONL:
+            yield from read_packed_lines(path, text_column)
+        else:
+            yield from read_parquet(path, text_column, part)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
+
+
+def read_text(path: Path) -> Document:
+    data = path.read_bytes()
+    if b"\0" in data[:SNIFFED]:
+        raise UserError(f"{path} is not text: it holds zero bytes, as binary files and UTF-16 do; convert it to UTF-8")
+    return Document(decode(data, path), len(data))
 
 
 def decode(data: bytes, path: Path, first_line: int = 1) -> str:
@@ -104,13 +116,13 @@ def decode(data: bytes, path: Path, first_line: int = 1) -> str:
         ) from None
 
 
-def read_jsonl(path: Path, column: str) -> Iterator[Document]:
+def read_packed_lines(path: Path, column: str) -> Iterator[Document]:
     with path.open("rb") as raw, decompressed(raw, path) as lines:
         before = 0
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 text = text_of_line(decode(line, path, number), column, f"{path}, line {number}")
-                before, consumed = raw.tell(), raw.tell() - before  # of the file itself, compressed or not
+                before, consumed = raw.tell(), raw.tell() - before  # of the file itself
                 yield Document(text, consumed)
 
 
@@ -146,7 +158,7 @@ def blocks(raw: BinaryIO, stop: int, size: int = 1 << 20) -> Iterator[bytes]:
 def text_of_line(line: str, column: str, where: str) -> str:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error}); a .jsonl file has one JSON object a line") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: not a JSON object, so it has no column {column!r}")
@@ -171,53 +183,82 @@ def text_of_line(line: str, column: str, where: str) -> str:
 @contextmanager
 def decompressed(raw: BinaryIO, path: Path) -> Iterator[Iterable[bytes]]:
     """Lines of `raw`, decompressed as the name of `path` says; damage is a UserError."""
-    if suffix_of(path) == ".jsonl":
-        yield raw
-    elif suffix_of(path) == ".jsonl.gz":
-        try:
-            with gzip.open(raw) as stream:
-                yield stream
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise UserError(f"{path} is damaged: it does not decompress ({error})") from None
+    if suffix_of(path) == ".jsonl.gz":
+        reader, damage = gzip.GzipFile(fileobj=raw), (gzip.BadGzipFile, EOFError, zlib.error)
     else:
         zstandard = import_zstandard(path)
-        try:
-            with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as stream:
-                yield io.BufferedReader(stream)
-        except zstandard.ZstdError as error:
-            raise UserError(f"{path} is damaged: it does not decompress ({error})") from None
+        reader, damage = io.BufferedReader(ZstdFrames(raw, zstandard), ZSTD_BLOCK), (EOFError, zstandard.ZstdError)
+    try:
+        with reader:
+            if not path.stat().st_size:
+                raise EOFError("it is empty")
+            yield reader
+    except damage as error:
+        raise UserError(f"{path} is damaged: it does not decompress ({error})") from None
+
+
+class ZstdFrames(io.RawIOBase):
+    """The content of Zstandard frames, one after another; zstandard's own reader takes a cut file for a whole one."""
+
+    def __init__(self, raw: BinaryIO, zstandard: Any) -> None:
+        self._raw, self._new_frame = raw, zstandard.ZstdDecompressor().decompressobj
+        self._frame, self._packed, self._content = None, b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._content and self._advance():
+            pass
+        count = min(len(buffer), len(self._content))
+        buffer[:count], self._content = self._content[:count], self._content[count:]
+        return count
+
+    def _advance(self) -> bool:
+        """Decompress some more; False at the end."""
+        self._packed = self._packed or self._raw.read(ZSTD_BLOCK)
+        if not self._packed:
+            if self._frame:
+                raise EOFError("it ends inside a frame")
+            return False
+        self._frame = self._frame or self._new_frame()
+        self._content = memoryview(self._frame.decompress(self._packed))
+        self._packed = self._frame.unused_data if self._frame.eof else b""
+        self._frame = None if self._frame.eof else self._frame
+        return True
 
 
 def read_parquet(path: Path, column: str, part: Part | None = None) -> Iterator[Document]:
     with opened_parquet(path) as file:
         check_column(file.schema_arrow, column, path)
         groups = range(part.start, part.stop) if part else range(file.metadata.num_row_groups)
-        size = part.bytes if part else path.stat().st_size
-        share = size / max(1, sum(file.metadata.row_group(i).num_rows for i in groups))
-        row = sum(file.metadata.row_group(i).num_rows for i in range(groups.start))
-        for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=list(groups), columns=[column]):
-            for text in strings_of(batch.column(0), path, row):
-                yield Document(text, share)
-            row += len(batch)
+        rows = [file.metadata.row_group(i).num_rows for i in range(groups.stop)]
+        share = (part.bytes if part else path.stat().st_size) / max(1, sum(rows[groups.start :]))
+        row = sum(rows[: groups.start])
+        for group in groups:  # one by one: pyarrow fetches all the groups that it is given at once
+            for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=[column]):
+                for text in strings_of(batch.column(0), path, row):
+                    yield Document(text, share)
+                row += len(batch)
 
 
 @contextmanager
 def opened_parquet(path: Path) -> Iterator[Any]:
     """A `pyarrow.parquet.ParquetFile`; damage is a UserError."""
     pa, pq = import_pyarrow(path)
+    path.stat()  # an OSError from here on is pyarrow's word for damage
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=PARQUET_BUFFER) as file:
             yield file
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is damaged or not a parquet file ({str(error).splitlines()[0]})") from None
 
 
 def check_column(schema: Any, column: str, path: Path) -> None:
     pa, _ = import_pyarrow(path)
-    if column not in schema.names:
-        raise UserError(
-            f"{path} has no column {column!r}, there are {', '.join(schema.names)}; name it with --text-column"
-        )
+    if schema.names.count(column) != 1:
+        how = "more than one column" if column in schema.names else "no column"
+        raise UserError(f"{path} has {how} {column!r}, there are {', '.join(schema.names)}; name it with --text-column")
     kind = schema.field(column).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):

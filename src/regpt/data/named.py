@@ -1,41 +1,52 @@
-"""Sets of text that have a name: `pydocs` (always there) and `tinyshakespeare` (one download, or a local file)."""
+"""Sets of text that have a name: `pydocs` (always there), `tinyshakespeare`, `fineweb-edu-10B`, `fineweb-10B`."""
 
 import functools
 import hashlib
-import http.client
-import os
 import platform
-import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from regpt.data.download import PATIENCE, Checksum, Patience
 from regpt.data.formats import Document, Part
 from regpt.data.pydocs import pydocs
-from regpt.data.sources import DownloadProgress, Source, SourceFile, find_files
+from regpt.data.remote import RemoteFile, RemoteOptions, find_remote, is_remote
+from regpt.data.sources import DownloadProgress, Source, SourceFile, find_files, sha256_of
 from regpt.errors import UserError
 
 # The lecture's debugging text: 40,000 lines of Shakespeare in one file (karpathy/char-rnn).
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE_BYTES = 1_115_394
-TIMEOUT_S = 30
+# Samples of about 10 billion GPT-2 tokens that the authors of FineWeb drew; their text is in the column `text`.
+HUB_SETS = {
+    "fineweb-edu-10B": "hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT/*.parquet",
+    "fineweb-10B": "hf://datasets/HuggingFaceFW/fineweb/sample/10BT/*.parquet",
+}
 
 
 @dataclass(frozen=True)
 class NamedOptions:
-    """How named sets are found.
+    """How named sets and remote files are found.
 
     Attributes:
         cache: folder that keeps downloads; None is `.cache/regpt` in the home folder.
         file: tinyshakespeare from this file instead of the download.
         url: where tinyshakespeare is downloaded from.
+        endpoint: address of the Hugging Face hub; None is huggingface_hub's own, which HF_ENDPOINT sets.
+        patience: how long downloads are tried.
     """
 
     cache: Path | None = None
     file: Path | None = None
     url: str = SHAKESPEARE_URL
+    endpoint: str | None = None
+    patience: Patience = PATIENCE
+
+    @property
+    def remote(self) -> RemoteOptions:
+        return RemoteOptions(self.cache or Path.home() / ".cache" / "regpt", self.endpoint, self.patience)
 
 
 NAMED_OPTIONS = NamedOptions()
@@ -50,12 +61,12 @@ class TextSet:
     details: dict[str, Any]
 
     @property
-    def bytes(self) -> int:
-        return sum(len(text.encode()) for text in self.texts)
-
-    @property
     def file(self) -> str:
         return self.source
+
+    @property
+    def bytes(self) -> int:
+        return sum(len(text.encode()) for text in self.texts)
 
     def localize(self, progress: DownloadProgress | None = None) -> "TextSet":
         return self
@@ -73,21 +84,22 @@ class TextSet:
 
 
 def open_sources(given: Sequence[str], options: NamedOptions = NAMED_OPTIONS) -> list[Source]:
-    """Everything that the user's SOURCE arguments name, in the order given.
+    """Everything that the user's SOURCE arguments name, in the order given; remote files are not downloaded yet.
 
     Raises:
-        UserError: nothing readable under one of them, or a download that failed.
+        UserError: nothing readable under one of them, or a place that cannot be reached.
     """
-    found: list[Source] = []
-    for source in given:
-        if source == "pydocs":
-            found.append(python_docs())
-        elif source == "tinyshakespeare":
-            path = local_shakespeare(options.file) if options.file else fetch_shakespeare(options)
-            found.append(SourceFile(source, "input.txt", path))
-        else:
-            found.extend(find_files(source))
-    return found
+    return [found for source in given for found in open_source(source, options)]
+
+
+def open_source(source: str, options: NamedOptions) -> Sequence[Source]:
+    if source == "pydocs":
+        return [python_docs()]
+    if source == "tinyshakespeare":
+        return [local_shakespeare(options.file) if options.file else remote_shakespeare(options)]
+    if source in HUB_SETS:
+        return find_remote(HUB_SETS[source], options.remote, source)
+    return find_remote(source, options.remote) if is_remote(source) else find_files(source)
 
 
 @functools.cache
@@ -96,44 +108,24 @@ def python_docs() -> TextSet:
     return TextSet("pydocs", tuple(pydocs()), {"python": platform.python_version()})
 
 
-def local_shakespeare(path: Path) -> Path:
+def local_shakespeare(path: Path) -> SourceFile:
     if not path.is_file():
         raise UserError(f"tinyshakespeare's file {path} does not exist; leave the option out to download it")
-    if not is_shakespeare(path.read_bytes()):
+    if path.stat().st_size != SHAKESPEARE_BYTES or sha256_of(path) != SHAKESPEARE_SHA256:
         raise UserError(
             f"{path} is not tinyshakespeare (its SHA-256 differs); prepare it as a file: give its path as SOURCE"
         )
-    return path
+    return SourceFile("tinyshakespeare", "input.txt", path)
 
 
-def fetch_shakespeare(options: NamedOptions) -> Path:
-    """The cached file, downloaded if it is not there or damaged."""
-    cache = options.cache or Path.home() / ".cache" / "regpt"
-    path = cache / "tinyshakespeare.txt"
-    if path.is_file() and is_shakespeare(path.read_bytes()):
-        return path
-    data = download(options.url)
-    if not is_shakespeare(data):
-        raise UserError(
-            f"{options.url} returned {len(data):,} bytes that are not tinyshakespeare "
-            f"({SHAKESPEARE_BYTES:,} bytes of SHA-256 {SHAKESPEARE_SHA256[:12]}…); give a local copy with --file"
-        )
-    cache.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two processes may download at once
-    with partial.open("wb") as stream:
-        stream.write(data)
-        os.fsync(stream.fileno())
-    os.replace(partial, path)
-    return path
-
-
-def is_shakespeare(data: bytes) -> bool:
-    return len(data) == SHAKESPEARE_BYTES and hashlib.sha256(data).hexdigest() == SHAKESPEARE_SHA256
-
-
-def download(url: str) -> bytes:
-    try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
-            return response.read(SHAKESPEARE_BYTES + 1)  # no more than needed to see that it is another file
-    except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"{url} could not be downloaded ({error}); give a local copy with --file") from None
+def remote_shakespeare(options: NamedOptions) -> RemoteFile:
+    return RemoteFile(
+        source="tinyshakespeare",
+        file="input.txt",
+        bytes=SHAKESPEARE_BYTES,
+        url=options.url,
+        address=options.url,
+        options=options.remote,
+        checksum=Checksum("sha256", SHAKESPEARE_SHA256),
+        advice="; or give a local copy with --file",
+    )

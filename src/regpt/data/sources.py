@@ -24,17 +24,23 @@ from typing import Any, Protocol
 from regpt.data.formats import ALLOWED, Document, Part, parts_of, read_documents, suffix_of
 from regpt.errors import UserError, nearest
 
-NAMED = ("pydocs", "tinyshakespeare")  # sets that data/named.py opens; ./pydocs is a folder
+NAMED = (
+    "pydocs",
+    "tinyshakespeare",
+    "fineweb-edu-10B",
+    "fineweb-10B",
+)  # sets that data/named.py opens; ./pydocs is a folder
 
 
 @dataclass(frozen=True)
 class Download:
-    """News of one download; `total` and `bytes_per_s` are 0 while they are unknown."""
+    """News of one download; `total` and `bytes_per_s` are 0 while they are unknown, `note` says why it waits."""
 
     file: str
     bytes: int
     total: int
     bytes_per_s: float = 0.0
+    note: str = ""
 
     @property
     def seconds_left(self) -> float | None:

@@ -1,0 +1,79 @@
+"""Files in buckets (s3, gs and whatever else fsspec knows): their description, and a stream from any offset.
+
+Credentials, regions and endpoints are those of s3fs and gcsfs (their environment variables and files, and
+`~/.config/fsspec/*.json`).
+"""
+
+import base64
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO, NamedTuple
+
+from regpt.data.download import Checksum, Patience, persistently
+from regpt.errors import UserError
+
+MAGIC = re.compile(r"[*?[]")
+BLOCK_BYTES = 16 << 20  # asked for at a time
+PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
+VERSIONS = ("ETag", "etag", "generation", "LastModified", "mtime", "created")
+
+
+class BucketFile(NamedTuple):
+    """One file: `url` with its scheme; `version` changes when the content does."""
+
+    url: str
+    bytes: int
+    checksum: Checksum | None
+    version: str
+
+
+def list_bucket(source: str, patience: Patience) -> tuple[list[BucketFile], bool]:
+    """The files that `source` names, and whether it is a folder.
+
+    Raises:
+        UserError: a scheme that is not known, a package that is missing, no access, no network, nothing there.
+    """
+    fs, path = file_system(source)
+    infos, is_folder = persistently(lambda: describe(fs, path), source, patience)
+    return [bucket_file(fs.unstrip_protocol(name), info) for name, info in infos.items()], is_folder
+
+
+def describe(fs: Any, path: str) -> tuple[dict[str, dict[str, Any]], bool]:
+    """fsspec's description of each file that `path` names, and whether it is a folder."""
+    if MAGIC.search(path):
+        found = fs.glob(path, detail=True)
+        return {name: info for name, info in found.items() if info["type"] == "file"}, False
+    info = fs.info(path)
+    return (fs.find(path, detail=True), True) if info["type"] == "directory" else ({info["name"]: info}, False)
+
+
+def bucket_file(url: str, info: dict[str, Any]) -> BucketFile:
+    md5 = info.get("md5Hash")  # Google's; an S3 ETag is a hash only of objects that came in one piece, unencrypted
+    checksum = Checksum("md5", base64.b64decode(md5).hex()) if md5 else None
+    return BucketFile(url, int(info["size"]), checksum, next((str(info[key]) for key in VERSIONS if key in info), ""))
+
+
+def file_system(source: str) -> tuple[Any, str]:
+    """fsspec's file system for an address, and the path in it."""
+    import fsspec
+    from fsspec.registry import known_implementations
+
+    scheme = source.split("://")[0].lower()
+    if scheme in ("file", "local") or scheme not in known_implementations:
+        kinds = "hf://datasets/…, https://…, s3://…, gs://… or a local path"
+        raise UserError(f"{source} is an address of a kind that is not read; give {kinds}")
+    try:
+        return fsspec.url_to_fs(source)
+    except ImportError:
+        package = PACKAGES.get(scheme)
+        said = f"{package}; install it with: pip install {package}" if package else known_implementations[scheme]["err"]
+        raise UserError(f"reading {source} needs {said}") from None
+
+
+@contextmanager
+def open_bucket(address: str, offset: int) -> Iterator[tuple[BinaryIO, int]]:
+    fs, path = file_system(address)
+    with fs.open(path, "rb", block_size=BLOCK_BYTES) as stream:
+        stream.seek(offset)
+        yield stream, offset
