@@ -31,5 +31,7 @@ class SampleConfig:
         for name in ("n", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise UsageError(f"sample.{name} is {getattr(self, name)}, must be at least 1")
-        if self.temperature <= 0:
+        if not 0 <= self.seed < 2**64:
+            raise UsageError(f"sample.seed is {self.seed}, must be between 0 and 2^64 - 1")
+        if not self.temperature > 0:
             raise UsageError(f"sample.temperature is {self.temperature}, must be above 0; top_k = 1 samples greedily")
