@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from regpt.data.loader import Loader, row_batch
-from regpt.data.stream import open_stream
+from regpt.data.rows import ORDERS, StreamRows, open_rows
 from regpt.errors import UsageError, UserError
 
 
@@ -21,6 +21,10 @@ class Counting:
 
     def tokens(self, start: int, count: int) -> np.ndarray:
         return np.arange(start, start + count, dtype=np.int64)
+
+
+def counting_rows(seq_len: int, epoch_tokens: int = 10**9) -> StreamRows:
+    return StreamRows(Counting(epoch_tokens), seq_len)
 
 
 class DataLoaderLite:
@@ -46,13 +50,12 @@ def rows_of(batches) -> list[tuple]:
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_sequential_batches_are_the_lectures(write_shards, world_size):
     folder, manifest, tokens = write_shards([7, 100, 30, 500])
-    stream = open_stream(folder, manifest, "train", "sequential", 0)
     B, T, accumulation, steps = 2, 4, 3, 3
+    rows = open_rows(folder, manifest, "train", "sequential", 0, T)
     for rank in range(world_size):
         lecture = DataLoaderLite(torch.from_numpy(tokens), B, T, rank, world_size)
         loader = Loader(
-            stream,
-            seq_len=T,
+            rows,
             batch_tokens=B * T * world_size * accumulation,
             micro_batch_rows=B,
             dp_rank=rank,
@@ -67,18 +70,17 @@ def test_sequential_batches_are_the_lectures(write_shards, world_size):
                 assert torch.equal(batch.targets, y)
 
 
-@given(st.data(), st.sampled_from(["shuffle", "sequential"]), st.integers(0, 30))
+@given(st.data(), st.sampled_from(ORDERS), st.integers(0, 30))
 def test_a_step_has_the_same_rows_for_any_world_size_and_micro_batch(write_shards, data, order, step):
-    folder, manifest, _ = write_shards([5, 1, 30, 12, 50, 9, 40], cuts=[20, 60])
-    stream = open_stream(folder, manifest, "train", order, 11)
+    folder, manifest, _ = write_shards([5, 1, 30, 12, 50, 9, 40] * 5, cuts=[20, 60])
     rows, seq_len = 24, 6
+    source = open_rows(folder, manifest, "train", order, 11, seq_len)
     dp_size = data.draw(st.sampled_from([1, 2, 3, 4, 6, 8, 12, 24]))
     micro_batch_rows = data.draw(st.sampled_from([b for b in range(1, 25) if (rows // dp_size) % b == 0]))
     batches = []
     for rank in range(dp_size):
         loader = Loader(
-            stream,
-            seq_len=seq_len,
+            source,
             batch_tokens=rows * seq_len,
             micro_batch_rows=micro_batch_rows,
             dp_rank=rank,
@@ -86,18 +88,18 @@ def test_a_step_has_the_same_rows_for_any_world_size_and_micro_batch(write_shard
         )
         batches += loader.step(step)
     first = step * rows
-    by_hand = [stream.tokens(row * seq_len, seq_len + 1).tolist() for row in range(first, first + rows)]
+    by_hand = [source.read(row, 1)[0].tolist() for row in range(first, first + rows)]
     assert rows_of(batches) == sorted((*row[:-1], *row[1:]) for row in by_hand)
     assert all(batch.idx.shape == (micro_batch_rows, seq_len) for batch in batches)
 
 
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=6))
-def test_a_step_read_after_a_restart_is_the_step_read_straight_through(write_shards, steps):
-    folder, manifest, _ = write_shards([5, 1, 30, 12, 50, 9, 40], cuts=[20, 60])
+@given(st.sampled_from(ORDERS), st.lists(st.integers(0, 40), min_size=1, max_size=6))
+def test_a_step_read_after_a_restart_is_the_step_read_straight_through(write_shards, order, steps):
+    folder, manifest, _ = write_shards([5, 1, 30, 12, 50, 9, 40] * 2, cuts=[20, 60])
 
     def fresh() -> Loader:
-        stream = open_stream(folder, manifest, "train", "shuffle", 2)
-        return Loader(stream, seq_len=8, batch_tokens=64, micro_batch_rows=4)
+        rows = open_rows(folder, manifest, "train", order, 2, 8)
+        return Loader(rows, batch_tokens=64, micro_batch_rows=4)
 
     straight = fresh()
     expected = [rows_of(straight.step(step)) for step in range(41)]
@@ -106,7 +108,7 @@ def test_a_step_read_after_a_restart_is_the_step_read_straight_through(write_sha
 
 
 def test_batches_are_int64_with_targets_one_token_on():
-    (batch,) = Loader(Counting(), seq_len=3, batch_tokens=6, micro_batch_rows=2).step(1)
+    (batch,) = Loader(counting_rows(3), batch_tokens=6, micro_batch_rows=2).step(1)
     assert batch.idx.dtype == batch.targets.dtype == torch.int64
     assert batch.idx.tolist() == [[6, 7, 8], [9, 10, 11]]
     assert batch.targets.tolist() == [[7, 8, 9], [10, 11, 12]]
@@ -115,23 +117,23 @@ def test_batches_are_int64_with_targets_one_token_on():
 
 
 def test_masking_a_target_leaves_idx_alone():
-    batch = row_batch(Counting(), 0, 2, 3)
+    batch = row_batch(counting_rows(3), 0, 2)
     batch.targets.fill_(-100)
     assert batch.idx.tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_rows_can_be_read_at_any_place():
-    assert row_batch(Counting(), 5, 1, 4).idx.tolist() == [[20, 21, 22, 23]]
+    assert row_batch(counting_rows(4), 5, 1).idx.tolist() == [[20, 21, 22, 23]]
 
 
 def test_steps_beyond_the_32_bit_limit_are_read():
-    (batch,) = Loader(Counting(), seq_len=2, batch_tokens=4, micro_batch_rows=2).step(2**31)
+    (batch,) = Loader(counting_rows(2), batch_tokens=4, micro_batch_rows=2).step(2**31)
     assert batch.idx[0].tolist() == [2**33, 2**33 + 1]
 
 
 @pytest.mark.gpu
 def test_batches_can_be_pinned():
-    (batch,) = Loader(Counting(), seq_len=3, batch_tokens=6, micro_batch_rows=2, pin_memory=True).step(0)
+    (batch,) = Loader(counting_rows(3), batch_tokens=6, micro_batch_rows=2, pin_memory=True).step(0)
     assert batch.idx.is_pinned()
     assert batch.targets.is_pinned()
 
@@ -170,8 +172,7 @@ def test_a_batch_that_cannot_be_divided_is_answered_with_numbers_that_would_do(
 ):
     with pytest.raises(UsageError) as error:
         Loader(
-            Counting(),
-            seq_len=seq_len,
+            counting_rows(seq_len),
             batch_tokens=batch_tokens,
             micro_batch_rows=micro_batch_rows,
             dp_size=dp_size,
@@ -182,9 +183,7 @@ def test_a_batch_that_cannot_be_divided_is_answered_with_numbers_that_would_do(
 @given(st.integers(1, 50), st.integers(1, 5000), st.integers(1, 20), st.integers(1, 9))
 def test_every_number_that_a_message_offers_does(seq_len, batch_tokens, micro_batch_rows, dp_size):
     def attempt(batch_tokens, micro_batch_rows):
-        Loader(
-            Counting(), seq_len=seq_len, batch_tokens=batch_tokens, micro_batch_rows=micro_batch_rows, dp_size=dp_size
-        )
+        Loader(counting_rows(seq_len), batch_tokens=batch_tokens, micro_batch_rows=micro_batch_rows, dp_size=dp_size)
 
     try:
         attempt(batch_tokens, micro_batch_rows)
@@ -214,11 +213,12 @@ def offers(message: str) -> dict[str, list[int]]:
 )
 def test_a_corpus_smaller_than_one_batch_is_answered_with_what_fits(epoch_tokens, way_out):
     with pytest.raises(UserError) as error:
-        Loader(Counting(epoch_tokens), seq_len=32, batch_tokens=1024, micro_batch_rows=4)
-    expected = f"split 'train' of 'toy' has {epoch_tokens} tokens, fewer than one batch of 1024; {way_out}"
+        Loader(counting_rows(32, epoch_tokens), batch_tokens=1024, micro_batch_rows=4)
+    rows = f"{epoch_tokens:,} tokens, {epoch_tokens // 32} rows of data.seq_len 32"
+    expected = f"split 'train' of 'toy' has {rows}, fewer than one batch of 1,024 tokens; {way_out}"
     assert str(error.value) == expected
     assert error.value.exit_code == 1
 
 
 def test_a_corpus_of_exactly_one_batch_will_do():
-    assert len(Loader(Counting(1024), seq_len=32, batch_tokens=1024, micro_batch_rows=4).step(0)) == 8
+    assert len(Loader(counting_rows(32, 1024), batch_tokens=1024, micro_batch_rows=4).step(0)) == 8

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from regpt.data.manifest import Manifest, Shard
 from regpt.data.order import permutation
 from regpt.data.stream import open_stream
-from regpt.errors import UsageError, UserError
+from regpt.errors import UserError
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=20)
 CUTS = st.lists(st.integers(1, 100), max_size=6)
@@ -108,14 +108,6 @@ def test_a_token_outside_the_vocabulary_is_an_error_that_names_the_folder(write_
     assert stream.tokens(0, 19).max() == 19
     with pytest.raises(UserError, match=rf"{folder.name}' holds token 20, the vocabulary ends at 19; find the changed"):
         stream.tokens(0, 20)
-
-
-def test_an_unknown_order_is_answered_with_the_nearest(write_shards):
-    folder, manifest, _ = write_shards([3])
-    with pytest.raises(
-        UsageError, match=r"data.order is 'shufle' \(did you mean 'shuffle'\?\); choose from shuffle, seq"
-    ):
-        open_stream(folder, manifest, "train", "shufle", 0)
 
 
 @pytest.mark.parametrize("starts", [[0, 7, 5], [0, 5, 5], [0, 5, 12], [-1, 5, 7], [0, 5]])

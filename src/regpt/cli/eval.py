@@ -116,6 +116,11 @@ def data_folder(given: EvalArgs, run: RunConfig | None) -> Path:
     """--data, or the run's own data."""
     if given.data is not None:
         return Path(given.data)
+    if run is not None and run.data.mixture:
+        raise UsageError(
+            f"{given.model!r} was trained on several folders; choose one of them with --data DIR: "
+            f"{', '.join(run.data.mixture)}"
+        )
     if run is None or not run.data.path:
         raise UsageError(
             f"{given.model!r} names no run that knows its data; give the folder of token shards with --data DIR"
@@ -173,6 +178,7 @@ def val_batches(task: ValTask, batch_rows: int) -> Iterator[Batch]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from regpt.data.loader import row_batch
+    from regpt.data.rows import StreamRows
     from regpt.evals.perplexity import split_rows
 
     console = Console(stderr=True)
@@ -181,7 +187,7 @@ def val_batches(task: ValTask, batch_rows: int) -> Iterator[Batch]:
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=silent) as progress:
         bar = progress.add_task("val", total=task.n_rows * task.seq_len, rate="")
         for rows in split_rows(task.n_rows, batch_rows):
-            yield row_batch(task.stream, rows.start, len(rows), task.seq_len)
+            yield row_batch(StreamRows(task.stream, task.seq_len), rows.start, len(rows))
             speed = progress.tasks[0].speed
             progress.update(bar, advance=len(rows) * task.seq_len, rate=f"{speed:,.0f} tokens/s" if speed else "")
 

@@ -8,6 +8,7 @@ import tyro
 
 from regpt.cli.parse import parse
 from regpt.config import RunConfig, read_config, recipe_names
+from regpt.data.config import DataConfig
 from regpt.errors import UsageError
 
 
@@ -17,8 +18,8 @@ class Train:
 
     recipe: tyro.conf.Positional[str] = ""
     """A recipe by name, or a .toml file."""
-    data: str = ""
-    """Folder of token shards, from `regpt data prepare`."""
+    data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Folder of token shards, from `regpt data prepare`; repeated as DIR=WEIGHT, a mixture of several."""
     out: str = ""
     """New folder for the run."""
     resume: str = ""
@@ -43,8 +44,24 @@ def main(args: list[str]) -> int:
     given = parse(Train, args, prog="regpt train", default=Train(config=read_config(given.recipe)))
     config = given.config
     if given.data:
-        config = replace(config, data=replace(config.data, path=given.data))
+        config = replace(config, data=chosen_data(config.data, given.data))
     return start(given, config, args)
+
+
+def chosen_data(data: DataConfig, given: tuple[str, ...]) -> DataConfig:
+    """`data` with what --data names: one folder, or several with their weights."""
+    if all("=" not in part or Path(part).is_dir() for part in given):
+        return replace(data, path=given[-1], mixture={})  # the last one counts, as with every flag
+    mixture: dict[str, float] = {}
+    for part in given:
+        path, _, weight = part.rpartition("=")
+        try:
+            mixture[path] = float(weight)
+        except ValueError:
+            raise UsageError(f"--data {part!r} has no weight; write each of several folders as DIR=WEIGHT") from None
+    if len(mixture) < len(given):
+        raise UsageError(f"--data names a folder twice ({' '.join(given)}); add up its weights")
+    return replace(data, path="", mixture=mixture)
 
 
 def start(given: Train, config: RunConfig, args: list[str]) -> int:

@@ -12,8 +12,9 @@ class Batch(NamedTuple):
     """One micro-batch of B rows of T tokens, all int64.
 
     `targets` (B, T) holds the token after each of `idx` (B, T), or `IGNORE_INDEX`. `positions` (B, T) restart at
-    document starts when attention is masked by document, and `cu_seqlens` (documents + 1,) are then the cumulative
-    document lengths over the flattened B·T tokens; both are None when a row is read as one text.
+    document starts when attention is masked by document, and `cu_seqlens` (documents + 1 or more,) are then the
+    cumulative document lengths over the flattened B·T tokens, from 0 to B·T, which may be repeated at the end
+    (documents of no tokens); both are None when a row is read as one text.
     """
 
     idx: Tensor
@@ -23,4 +24,7 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`; the copy from pinned memory does not wait."""
-        return Batch(*(None if x is None else x.to(device, non_blocking=True) for x in self))
+        positions = None if self.positions is None else self.positions.to(device, non_blocking=True)
+        cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.to(device, non_blocking=True)
+        idx, targets = (x.to(device, non_blocking=True) for x in (self.idx, self.targets))
+        return Batch(idx, targets, positions, cu_seqlens)

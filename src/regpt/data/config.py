@@ -1,6 +1,7 @@
 """`[data]`: which tokens, in which order."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Literal
 
 from regpt.errors import UsageError
@@ -12,15 +13,27 @@ class DataConfig:
 
     path: str = ""
     """Folder of token shards, made by `regpt data prepare`; --data sets it."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Several folders with their weights, in place of path; --data DIR=WEIGHT, repeated, sets it."""
     tokenizer: str = ""
     """Name of the tokenizer that the shards must have been made with; empty accepts any."""
     seq_len: int = 1024
     """Tokens a row."""
-    order: Literal["shuffle", "sequential"] = "shuffle"
-    """shuffle: every document once an epoch, in a new order each epoch; sequential: as stored (the lecture)."""
+    order: Literal["shuffle", "sequential", "bos"] = "shuffle"
+    """shuffle: every document once an epoch, in a new order each epoch; sequential: as stored (the lecture); bos:
+    shuffled, packed so that every row begins with a document, what does not fit cut off."""
+    document_mask: bool = False
+    """Keep attention inside each document, and count positions from its beginning."""
     seed: int = 1337
     """Seed of the document order."""
 
     def __post_init__(self) -> None:
+        if self.path and self.mixture:
+            raise UsageError(
+                f"both data.path {self.path!r} and data.mixture are set; keep one of them (--data DIR replaces both)"
+            )
+        for path, weight in self.mixture.items():
+            if not 0 < weight < math.inf:  # "not <": NaN fails too
+                raise UsageError(f"data.mixture gives {path!r} the weight {weight}, must be a number above 0")
         if self.seq_len < 1:
             raise UsageError(f"data.seq_len is {self.seq_len}, must be at least 1")

@@ -1,48 +1,62 @@
-"""Rows of a token stream as the micro-batches of one process."""
+"""Rows as the micro-batches of one process."""
+
+from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from regpt.data.batch import Batch
-from regpt.data.stream import TokenStream
+from regpt.data.rows import Rows
 from regpt.errors import UsageError, UserError
+
+
+class StepBatches(Protocol):
+    """The micro-batches of one process for every step of a run."""
+
+    seq_len: int
+
+    def step(self, step: int) -> list[Batch]:
+        """The micro-batches of `step`, counted from 0, on the CPU: a pure function."""
+        ...
 
 
 class Loader:
     """The batches of a run. Its whole state is the number of the step: `step(s)` is a pure function.
 
-    Row i of a stream is its tokens [i·T, i·T + T + 1) and step s takes rows [s·R, (s + 1)·R), R = batch_tokens / T,
-    however many processes share them. Micro-step m of rank r takes the B rows from s·R + (m·W + r)·B on, which is
-    build-nanogpt's order.
+    Step s takes rows [s·R, (s + 1)·R), R = batch_tokens / T, however many processes share them. Micro-step m of rank r
+    takes the B rows from s·R + (m·W + r)·B on, which is build-nanogpt's order.
     """
 
     def __init__(
         self,
-        stream: TokenStream,
+        rows: Rows,
         *,
-        seq_len: int,
         batch_tokens: int,
         micro_batch_rows: int,
         dp_rank: int = 0,
         dp_size: int = 1,
+        eot: int | None = None,
         pin_memory: bool = False,
     ) -> None:
-        """`batch_tokens` counts the tokens of a step over all `dp_size` processes.
+        """`batch_tokens` counts the tokens of a step over all `dp_size` processes; `eot` is the token that starts a
+        document, given where attention is to be masked by document.
 
         Raises:
             UsageError: a batch that cannot be divided into whole micro-batches for every process.
             UserError: a corpus smaller than one batch.
         """
         assert 0 <= dp_rank < dp_size
-        check_batch(seq_len, batch_tokens, micro_batch_rows, dp_size)
-        check_corpus(stream, seq_len, batch_tokens, micro_batch_rows * dp_size)
-        self.stream = stream
-        self.seq_len = seq_len
-        self.batch_rows = batch_tokens // seq_len
+        check_batch(rows.seq_len, batch_tokens, micro_batch_rows, dp_size)
+        check_corpus(rows, batch_tokens, micro_batch_rows * dp_size)
+        self.rows = rows
+        self.seq_len = rows.seq_len
+        self.batch_rows = batch_tokens // rows.seq_len
         self.micro_batch_rows = micro_batch_rows
         self.micro_steps = self.batch_rows // (micro_batch_rows * dp_size)
         self.dp_rank = dp_rank
         self.dp_size = dp_size
+        self.eot = eot
         self.pin_memory = pin_memory
 
     def step(self, step: int) -> list[Batch]:
@@ -51,22 +65,47 @@ class Loader:
         for micro_step in range(self.micro_steps):
             micro_batch = micro_step * self.dp_size + self.dp_rank
             first_row = step * self.batch_rows + micro_batch * self.micro_batch_rows
-            batch = row_batch(self.stream, first_row, self.micro_batch_rows, self.seq_len)
-            batches.append(pinned(batch) if self.pin_memory else batch)
+            batches.append(row_batch(self.rows, first_row, self.micro_batch_rows, self.eot, self.pin_memory))
         return batches
 
-
-def row_batch(stream: TokenStream, first_row: int, n_rows: int, seq_len: int) -> Batch:
-    """Rows [first_row, first_row + n_rows) of `stream`: idx and targets (n_rows, seq_len)."""
-    tokens = stream.tokens(first_row * seq_len, n_rows * seq_len + 1).astype(np.int64)  # (n_rows·T + 1,)
-    idx = torch.from_numpy(tokens[:-1]).view(n_rows, seq_len)
-    targets = torch.from_numpy(tokens[1:].copy()).view(n_rows, seq_len)  # a copy: masking a target leaves idx alone
-    return Batch(idx, targets)
+    def epochs(self, steps: int) -> list[float]:
+        """For each folder, how many times it has been read after `steps` steps."""
+        return self.rows.epochs(steps * self.batch_rows)
 
 
-def pinned(batch: Batch) -> Batch:
-    """`batch` in page-locked memory, from which a GPU copies without waiting."""
-    return Batch(batch.idx.pin_memory(), batch.targets.pin_memory())
+def row_batch(rows: Rows, first: int, count: int, eot: int | None = None, pin_memory: bool = False) -> Batch:
+    """Rows [first, first + count) as idx and targets (count, T), masked by document where `eot` is given.
+
+    `pin_memory` puts them into page-locked memory, from which a GPU copies without waiting.
+    """
+    tokens = rows.read(first, count)  # (count, T + 1)
+    batch = Batch(as_tensor(tokens[:, :-1], pin_memory), as_tensor(tokens[:, 1:], pin_memory))
+    if eot is None:
+        return batch
+    positions, cu_seqlens = document_bounds(tokens[:, :-1] == eot)
+    return batch._replace(positions=as_tensor(positions, pin_memory), cu_seqlens=as_tensor(cu_seqlens, pin_memory))
+
+
+def as_tensor(array: np.ndarray, pin_memory: bool) -> Tensor:
+    """An int64 copy."""
+    tensor = torch.empty(array.shape, dtype=torch.int64, pin_memory=pin_memory)
+    np.copyto(tensor.numpy(), array)
+    return tensor
+
+
+def document_bounds(starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`positions` (B, T) and `cu_seqlens` of `Batch`; starts (B, T) bool says where documents begin.
+
+    A row's first tokens count as a document of their own, whatever they continue. `cu_seqlens` is filled up with B·T to
+    a power of two, so that a compiled step meets few shapes.
+    """
+    starts[:, 0] = True
+    n_tokens = starts.size
+    firsts = np.flatnonzero(starts)  # (documents,)
+    positions = np.arange(n_tokens) - np.repeat(firsts, np.diff(firsts, append=n_tokens))
+    cu_seqlens = np.full(1 << len(firsts).bit_length(), n_tokens)
+    cu_seqlens[: len(firsts)] = firsts
+    return positions.reshape(starts.shape), cu_seqlens
 
 
 def check_batch(seq_len: int, batch_tokens: int, micro_batch_rows: int, dp_size: int) -> None:
@@ -99,19 +138,22 @@ def divisors_beside(number: int, near: int) -> str:
     return " or ".join(str(d) for d in [*below[-1:], *above[:1]])
 
 
-def check_corpus(stream: TokenStream, seq_len: int, batch_tokens: int, micro_rows: int) -> None:
+def check_corpus(rows: Rows, batch_tokens: int, micro_rows: int) -> None:
     """Raise a UserError unless one epoch holds one batch; `micro_rows` are the rows of a micro-step of all ranks."""
-    if stream.epoch_tokens >= batch_tokens:
+    seq_len = rows.seq_len
+    wanted = batch_tokens // seq_len
+    found = rows.epoch_rows(wanted)
+    if found >= wanted:
         return
-    unit = seq_len * micro_rows
-    if fits := stream.epoch_tokens // unit * unit:
-        way_out = f"set train.batch_tokens to {fits}, or prepare more text"
-    elif shorter := stream.epoch_tokens // micro_rows:
+    if fits := found // micro_rows * micro_rows:
+        way_out = f"set train.batch_tokens to {fits * seq_len}, or prepare more text"
+    elif shorter := rows.epoch_tokens // micro_rows:
         way_out = (
             f"set data.seq_len to {shorter} and train.batch_tokens to {shorter * micro_rows}, or prepare more text"
         )
     else:
         way_out = "prepare more text"
     raise UserError(
-        f"{stream.source} has {stream.epoch_tokens} tokens, fewer than one batch of {batch_tokens}; {way_out}"
+        f"{rows.source} has {rows.epoch_tokens:,} tokens, {found} rows of data.seq_len {seq_len}, fewer than one batch "
+        f"of {batch_tokens:,} tokens; {way_out}"
     )

@@ -8,9 +8,7 @@ import numpy as np
 
 from regpt.data.manifest import Manifest, Shard
 from regpt.data.order import Order, Sequential, Shuffle
-from regpt.errors import UsageError, UserError, nearest
-
-ORDERS = ("shuffle", "sequential")
+from regpt.errors import UserError
 
 
 class TokenStream(Protocol):
@@ -30,14 +28,12 @@ class TokenStream(Protocol):
 
 
 def open_stream(folder: Path, manifest: Manifest, split: str, order: str, seed: int) -> "ShardStream":
-    """The stream of one split of `folder`; `seed` matters to `shuffle` only.
+    """The stream of one split of `folder`, in the order `shuffle` with its `seed`, or `sequential`.
 
     Raises:
-        UsageError: an unknown order.
         UserError: no tokens in the split, or an index that does not fit its shard.
     """
-    if order not in ORDERS:
-        raise UsageError(f"data.order is {order!r}{nearest(order, ORDERS)}; choose from {', '.join(ORDERS)}")
+    assert order in ("shuffle", "sequential")
     positions = Sequential() if order == "sequential" else Shuffle(document_starts(folder, manifest, split), seed)
     return ShardStream(Corpus(folder, manifest, split), positions)
 

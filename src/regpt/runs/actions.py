@@ -10,6 +10,9 @@ import torch
 from regpt.checkpoint.load import checkpoint_folder
 from regpt.checkpoint.save import prune_checkpoints, save_checkpoint
 from regpt.config import RunConfig
+from regpt.data.bos import PackedRows
+from regpt.data.mixture import MixedRows
+from regpt.data.rows import Rows
 from regpt.evals.perplexity import LossSums, finish, sum_losses
 from regpt.model.transformer import Transformer
 from regpt.model.weights import count_parameters
@@ -23,6 +26,8 @@ from regpt.train.loss import LossSum
 from regpt.train.optim import optimizer_tensors
 from regpt.train.precision import autocast
 from regpt.train.trainer import Actions, Row, due
+
+SAMPLED_WINDOWS = 16  # a few milliseconds each; what the whole epoch leaves out is said by regpt data info
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,7 @@ def write_row(job: Job, row: Row) -> None:
 @torch.no_grad()
 def validate(job: Job, step: int, n_rows: int) -> None:
     """Mean loss and bits per byte over the first `n_rows` rows of the validation split, all processes together."""
-    stream = job.corpus.stream("val", "sequential", 0)
-    batches = validation_batches(job.config, stream, n_rows, job.mesh)
+    batches = validation_batches(job.config, job.corpus, n_rows, job.mesh)
     sums = sum_losses(job.loss_sum, batches, job.corpus.tokenizer.byte_lengths(), job.mesh.device)
     dtype = torch.float32 if job.mesh.device.type == "mps" else torch.float64  # MPS has no float64
     total = job.mesh.sum(torch.stack(sums).to(job.mesh.device, dtype)).cpu()
@@ -120,6 +124,22 @@ def summary(job: Job) -> str:
         f"{count_parameters(job.model):,} parameters on {mesh.world_size} × {name}, {config.train.precision}"
         f"{', compiled' if config.train.compile else ''}; {config.train.batch_tokens:,} tokens a step "
         f"({config.train.batch_tokens // rows} × {mesh.world_size} × {config.train.micro_batch_rows} rows of "
-        f"{config.data.seq_len}); {job.corpus.manifest.tokens('train'):,} training tokens, tokenizer "
+        f"{config.data.seq_len}); {job.corpus.tokens('train'):,} training tokens, tokenizer "
         f"{job.corpus.tokenizer.name}"
     )
+
+
+def say_what_is_left_out(job: Job, rows: Rows) -> None:
+    """One line for each folder in the order `bos`: how much of it no row holds, from its first windows."""
+    for part in rows.parts if isinstance(rows, MixedRows) else [rows]:
+        if isinstance(part, PackedRows):
+            share = part.left_out(SAMPLED_WINDOWS)
+            job.terminal.say(f"order bos leaves out about {share:.1%} of the tokens in {part.source}")
+
+
+def write_epochs(job: Job, step: int, epochs: list[float]) -> None:
+    """How many times each folder has been read."""
+    times = {str(folder.path): round(n, 4) for folder, n in zip(job.corpus.folders, epochs)}
+    write_row(job, {"kind": "event", "step": step, "name": "epochs", "epochs": times, "time": time.time()})
+    if len(times) > 1:
+        job.terminal.say("epochs read: " + ", ".join(f"{n:.3g} of {path}" for path, n in times.items()))

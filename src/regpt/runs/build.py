@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,8 +13,10 @@ from regpt.config import RunConfig
 from regpt.data.batch import IGNORE_INDEX, Batch
 from regpt.data.loader import Loader, row_batch
 from regpt.data.manifest import Manifest, read_manifest
+from regpt.data.mixture import MixedRows, whole_shares
+from regpt.data.rows import Rows, open_rows
 from regpt.data.stream import TokenStream, open_stream
-from regpt.errors import UserError
+from regpt.errors import UsageError, UserError
 from regpt.evals.perplexity import count_rows
 from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import Mesh
@@ -23,47 +26,101 @@ from regpt.train.precision import parameter_dtype
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """A folder of token shards that fits the model, opened."""
+class DataFolder:
+    """A folder of token shards that fits the model."""
 
-    folder: Path
+    path: Path
     manifest: Manifest
     manifest_sha256: str
-    tokenizer: Tokenizer
 
     def stream(self, split: str, order: str, seed: int) -> TokenStream:
-        return open_stream(self.folder, self.manifest, split, order, seed)
+        return open_stream(self.path, self.manifest, split, order, seed)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a run reads: one data folder, or several of them, `shares[k]` rows of folder k in every `sum(shares)`."""
+
+    folders: tuple[DataFolder, ...]
+    shares: tuple[int, ...]
+    tokenizer: Tokenizer
+
+    @property
+    def manifest_sha256(self) -> str:
+        """Of the one folder's manifest; of all manifests and shares where there are several."""
+        if len(self.folders) == 1:
+            return self.folders[0].manifest_sha256
+        parts = [f"{folder.manifest_sha256} {share}\n" for folder, share in zip(self.folders, self.shares)]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+    def facts(self) -> dict[str, Any]:
+        """What env.json says about it."""
+        return {
+            "path": " + ".join(str(folder.path) for folder in self.folders),
+            "manifest_sha256": self.manifest_sha256,
+            "tokenizer": self.folders[0].manifest.tokenizer,
+            "train_tokens": self.tokens("train"),
+            "val_tokens": self.tokens("val"),
+        }
+
+    def tokens(self, split: str) -> int:
+        return sum(folder.manifest.tokens(split) for folder in self.folders)
+
+    def rows(self, split: str, order: str, seed: int, seq_len: int) -> Rows:
+        """The rows of a split; for validation, a mixture leaves out the folders that held out nothing."""
+        chosen = [k for k, folder in enumerate(self.folders) if split == "train" or folder.manifest.tokens(split)]
+        parts = [open_rows(self.folders[k].path, self.folders[k].manifest, split, order, seed, seq_len) for k in chosen]
+        return parts[0] if len(self.folders) == 1 else MixedRows(parts, [self.shares[k] for k in chosen])
 
 
 def open_corpus(config: RunConfig) -> Corpus:
-    """Open `data.path` and check it against the configuration.
+    """Open `data.path`, or the folders of `data.mixture`, and check them against the configuration.
 
     Raises:
         UserError: no folder given or found, damaged files, another tokenizer or vocabulary than the model's.
+        UsageError: a folder given twice, or weights too far apart.
     """
-    if not config.data.path:
+    weights = config.data.mixture or {config.data.path: 1.0}
+    if not config.data.path and not config.data.mixture:
         raise UserError("no data was given; add --data DIR, a folder made with: regpt data prepare SOURCE --out DIR")
-    folder = Path(config.data.path)
-    manifest = read_manifest(folder)
+    folders = tuple(open_folder(Path(path), config) for path in weights)
+    first, *others = folders
+    if len({folder.path.resolve() for folder in folders}) < len(folders):
+        raise UsageError(f"data.mixture names the same folder twice ({', '.join(weights)}); add up its weights")
+    for other in others:
+        if other.manifest.tokenizer_sha256 != first.manifest.tokenizer_sha256:
+            raise UserError(
+                f"the shards in {other.path} were made with another tokenizer ({other.manifest.tokenizer}) than those "
+                f"in {first.path} ({first.manifest.tokenizer}); prepare one of them again with the other's tokenizer"
+            )
+    return Corpus(folders, tuple(whole_shares(weights)), folder_tokenizer(first))
+
+
+def open_folder(path: Path, config: RunConfig) -> DataFolder:
+    manifest = read_manifest(path)
     wanted = config.data.tokenizer
     if wanted and manifest.tokenizer != wanted:
         raise UserError(
-            f"the shards in {folder} were made with the tokenizer {manifest.tokenizer!r}, data.tokenizer asks for "
+            f"the shards in {path} were made with the tokenizer {manifest.tokenizer!r}, data.tokenizer asks for "
             f"{wanted!r}; prepare the text again with --tokenizer {wanted}, or change data.tokenizer"
         )
     if manifest.vocab_size != config.model.vocab_size:
         raise UserError(
-            f"the shards in {folder} have a vocabulary of {manifest.vocab_size:,} tokens ({manifest.tokenizer}), "
+            f"the shards in {path} have a vocabulary of {manifest.vocab_size:,} tokens ({manifest.tokenizer}), "
             f"the model has {config.model.vocab_size:,}; set --model.vocab-size {manifest.vocab_size} or use other data"
         )
-    tokenizer = open_tokenizer(folder if (folder / "tokenizer.json").is_file() else manifest.tokenizer)
+    return DataFolder(path, manifest, hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest())
+
+
+def folder_tokenizer(folder: DataFolder) -> Tokenizer:
+    manifest = folder.manifest
+    tokenizer = open_tokenizer(folder.path if (folder.path / "tokenizer.json").is_file() else manifest.tokenizer)
     if tokenizer.sha256 != manifest.tokenizer_sha256:
         raise UserError(
-            f"the tokenizer {tokenizer.name!r} is not the one that made the shards in {folder} (its hash differs); "
-            "prepare the folder again"
+            f"the tokenizer {tokenizer.name!r} is not the one that made the shards in {folder.path} (its hash "
+            "differs); prepare the folder again"
         )
-    digest = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
-    return Corpus(folder, manifest, digest, tokenizer)
+    return tokenizer
 
 
 def build_model(config: RunConfig, device: torch.device) -> Transformer:
@@ -74,31 +131,44 @@ def build_model(config: RunConfig, device: torch.device) -> Transformer:
 
 
 def build_loader(config: RunConfig, corpus: Corpus, mesh: Mesh) -> Loader:
+    data = config.data
     return Loader(
-        corpus.stream("train", config.data.order, config.data.seed),
-        seq_len=config.data.seq_len,
+        corpus.rows("train", data.order, data.seed, data.seq_len),
         batch_tokens=config.train.batch_tokens,
         micro_batch_rows=config.train.micro_batch_rows,
         dp_rank=mesh.rank,
         dp_size=mesh.world_size,
+        eot=mask_token(config, corpus),
         pin_memory=mesh.device.type == "cuda",
     )
 
 
+def mask_token(config: RunConfig, corpus: Corpus) -> int | None:
+    """The token at which attention is cut, if it is to be masked by document."""
+    return corpus.folders[0].manifest.eot if config.data.document_mask else None
+
+
 def count_validation_rows(config: RunConfig, corpus: Corpus) -> int:
-    """Rows of each validation; 0 when the data has no validation split."""
-    tokens = corpus.manifest.tokens("val")
-    return count_rows(tokens, config.data.seq_len, config.eval.val_tokens) if tokens else 0
+    """Rows of each validation, so many that no folder's split is read twice; 0 when there is no validation split."""
+    tokens = [folder.manifest.tokens("val") for folder in corpus.folders]
+    if not any(tokens):
+        return 0
+    T = config.data.seq_len
+    rows = [count_rows(n, T) for n in tokens if n]
+    mixed = corpus.rows("val", "sequential", 0, T)
+    whole = mixed.rows_within(rows) if isinstance(mixed, MixedRows) else rows[0]
+    return count_rows(whole * T + 1, T, config.eval.val_tokens)
 
 
-def validation_batches(config: RunConfig, stream: TokenStream, n_rows: int, mesh: Mesh) -> Iterator[Batch]:
-    """This process's share of the first `n_rows` rows of `stream`, every batch of the training's own shape.
+def validation_batches(config: RunConfig, corpus: Corpus, n_rows: int, mesh: Mesh) -> Iterator[Batch]:
+    """This process's share of the first `n_rows` validation rows, every batch of the training's own shape.
 
     Rows beyond `n_rows` carry no target: a compiled loss sees one shape only, and every process makes as many calls.
     """
-    B, T = config.train.micro_batch_rows, config.data.seq_len
+    rows = corpus.rows("val", "sequential", 0, config.data.seq_len)
+    B = config.train.micro_batch_rows
     for call in range(math.ceil(n_rows / (B * mesh.world_size))):
         first = (call * mesh.world_size + mesh.rank) * B
-        batch = row_batch(stream, first, B, T)
+        batch = row_batch(rows, first, B, mask_token(config, corpus))
         batch.targets[max(0, n_rows - first) :] = IGNORE_INDEX
         yield batch

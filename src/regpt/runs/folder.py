@@ -12,7 +12,6 @@ import torch
 
 import regpt
 from regpt.config import RunConfig, read_config
-from regpt.data.manifest import Manifest
 from regpt.errors import UserError
 from regpt.parallel.mesh import Mesh
 
@@ -82,10 +81,8 @@ class JsonLines:
         self.file.close()
 
 
-def describe_environment(
-    mesh: Mesh, data: Path, manifest: Manifest, manifest_sha256: str, parameters: int, argv: Sequence[str]
-) -> dict[str, Any]:
-    """What a run ran on and with: env.json."""
+def describe_environment(mesh: Mesh, data: dict[str, Any], parameters: int, argv: Sequence[str]) -> dict[str, Any]:
+    """What a run ran on and with: env.json; `data` says what it reads."""
     return {
         "regpt": regpt.__version__,
         "commit": source_commit(),
@@ -99,13 +96,7 @@ def describe_environment(
         "argv": list(argv),
         "started": time.time(),
         "parameters": parameters,
-        "data": {
-            "path": str(data),
-            "manifest_sha256": manifest_sha256,
-            "tokenizer": manifest.tokenizer,
-            "train_tokens": manifest.tokens("train"),
-            "val_tokens": manifest.tokens("val"),
-        },
+        "data": data,
     }
 
 

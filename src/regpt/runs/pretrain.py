@@ -11,11 +11,13 @@ from rich.console import Console
 from regpt.checkpoint.load import Checkpoint, load_checkpoint, newest_checkpoint
 from regpt.checkpoint.open import open_model
 from regpt.config import RunConfig
+from regpt.data.config import DataConfig
+from regpt.data.prefetch import Prefetcher
 from regpt.errors import UserError
 from regpt.model.transformer import Transformer
 from regpt.model.weights import count_parameters, initialize, load_weights, state_tensors
 from regpt.parallel.mesh import Mesh, open_mesh
-from regpt.runs.actions import Job, make_actions, summary, write_row
+from regpt.runs.actions import Job, make_actions, say_what_is_left_out, summary, write_epochs, write_row
 from regpt.runs.build import Corpus, build_loader, build_model, count_validation_rows, open_corpus
 from regpt.runs.folder import JsonLines, create_run, describe_environment, read_run_config, refuse_used_folder
 from regpt.runs.stop import EXIT_SAVED, stop_request
@@ -52,18 +54,24 @@ def pretrain(
     """Start a run in the new folder `run`; the exit code. `facts` go into env.json, `beside` is as in `create_run`."""
     with open_mesh(config.train.device) as mesh:
         corpus = open_corpus(config)
-        data = replace(config.data, path=str(corpus.folder.resolve()), tokenizer=corpus.manifest.tokenizer)
-        config = replace(config, data=data)
+        config = replace(config, data=resolved(config.data, corpus))
         model = build_model(config, mesh.device)
         start_weights(model, config, init_from)
         if mesh.is_main:
-            env = describe_environment(
-                mesh, corpus.folder, corpus.manifest, corpus.manifest_sha256, count_parameters(model), argv
-            )
+            env = describe_environment(mesh, corpus.facts(), count_parameters(model), argv)
             create_run(run, config, env | {"init_from": init_from} | (facts or {}), beside)
         mesh.wait()
         optimizer = make_optimizer(model, config.optim, mesh.device)
         return fit(config, run, mesh, corpus, model, optimizer, step=0)
+
+
+def resolved(data: DataConfig, corpus: Corpus) -> DataConfig:
+    """`data` with whole paths and the tokenizer's name, as config.toml keeps it."""
+    paths = [str(folder.path.resolve()) for folder in corpus.folders]
+    tokenizer = corpus.folders[0].manifest.tokenizer
+    if data.mixture:
+        return replace(data, mixture=dict(zip(paths, data.mixture.values())), tokenizer=tokenizer)
+    return replace(data, path=paths[0], tokenizer=tokenizer)
 
 
 def start_weights(model: Transformer, config: RunConfig, init_from: str | None) -> None:
@@ -103,7 +111,7 @@ def refuse_changed_data(checkpoint: Checkpoint, corpus: Corpus) -> None:
     """The row at which a run goes on means something in the shards that it was trained on only."""
     if checkpoint.state.get("data_manifest_sha256") != corpus.manifest_sha256:
         raise UserError(
-            f"the shards in {corpus.folder} are not those that {checkpoint.folder} was trained on (another "
+            f"the shards in {corpus.facts()['path']} are not those that {checkpoint.folder} was trained on (another "
             "manifest.json); restore them, or start a new run from its weights with --init-from"
         )
 
@@ -123,16 +131,19 @@ def fit(
     loss_sum = make_loss_sum(model, config.train.precision, mesh.device, config.train.compile)
     loader = build_loader(config, corpus, mesh)
     lr_at = make_schedule(config.optim, config.train.steps)
-    trainer = Trainer(model, loss_sum, optimizer, lr_at, loader, mesh, config.train, step=step)
+    batches = Prefetcher(loader, steps=config.train.steps)
+    trainer = Trainer(model, loss_sum, optimizer, lr_at, batches, mesh, config.train, step=step)
     terminal = Terminal(str(run), config.train.steps, Console(), enabled=mesh.is_main)
     files = [JsonLines(run / name) if mesh.is_main else None for name in ("metrics.jsonl", "samples.jsonl")]
     job = Job(config, run, mesh, corpus, model, optimizer, loss_sum, terminal, *files)
     terminal.say(summary(job))
+    say_what_is_left_out(job, loader.rows)
     if step:
         write_row(job, {"kind": "event", "step": step, "name": "resume", "world_size": mesh.world_size})
     every = Every(config.eval.every_steps, config.sample.every_steps, config.checkpoint.every_steps)
-    with stop_request() as stop_requested, terminal:
+    with stop_request() as stop_requested, terminal, batches:
         finished = trainer.fit(make_actions(job, stop_requested), every)
+    write_epochs(job, trainer.step, loader.epochs(trainer.step))
     for file in filter(None, files):
         file.close()
     if not finished:

@@ -64,13 +64,13 @@ def validation_unigram(config: RunConfig, corpus: Corpus) -> float:
     """Loss of the unigram model of the training split on the tokens that validation predicts."""
     rows = count_validation_rows(config, corpus)
     V = config.model.vocab_size
-    train = token_counts(chunks(corpus, "train", 0, corpus.manifest.tokens("train")), V)
+    train = token_counts(chunks(corpus, "train", 0, corpus.tokens("train")), V)
     return unigram_loss(train, token_counts(chunks(corpus, "val", 1, rows * config.data.seq_len), V))
 
 
 def chunks(corpus: Corpus, split: str, start: int, count: int) -> Iterator[np.ndarray]:
     """Tokens [start, start + count) of a split as stored."""
-    stream = corpus.stream(split, "sequential", 0)
+    stream = corpus.folders[0].stream(split, "sequential", 0)
     for first in range(start, start + count, CHUNK_TOKENS):
         yield stream.tokens(first, min(CHUNK_TOKENS, start + count - first))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regpt.data.batch import Batch
-from regpt.data.loader import Loader
+from regpt.data.loader import StepBatches
 from regpt.errors import UserError
 from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import Mesh
@@ -69,7 +69,7 @@ class Trainer:
         loss_sum: LossSum,
         optimizer: torch.optim.Optimizer,
         lr_at: Callable[[int], float],
-        loader: Loader,
+        loader: StepBatches,
         mesh: Mesh,
         config: TrainConfig,
         *,
@@ -80,7 +80,6 @@ class Trainer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.flops_per_token = flops_per_token(model.config, loader.seq_len)
         self.peak_flops = peak_flops(mesh.device)
-        self.ahead: tuple[int, list[Batch]] | None = None
 
     def fit(self, do: Actions, every: Every) -> bool:
         """Train until `config.steps` updates are made; False when a stop was requested before that."""
@@ -108,8 +107,7 @@ class Trainer:
         """One update; its row of metrics, the loss taken before it over the whole global batch."""
         started = time.perf_counter()
         with MemoryAdvice(self.config.micro_batch_rows):
-            loss, norm = self.accumulate(self.take_batches())
-            self.look_ahead()  # the host reads the next step's rows while the device still computes
+            loss, norm = self.accumulate(self.loader.step(self.step))
             lr = self.lr_at(self.step + 1)
             row: Row = {"kind": "train", "step": self.step + 1, "loss": loss.item(), "lr": lr, "grad_norm": norm.item()}
             self.refuse_non_finite(row)
@@ -135,16 +133,6 @@ class Trainer:
         limit = self.config.grad_clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
         return self.mesh.sum(total), norm
-
-    def take_batches(self) -> list[Batch]:
-        if self.ahead is not None and self.ahead[0] == self.step:
-            return self.ahead[1]
-        return self.loader.step(self.step)
-
-    def look_ahead(self) -> None:
-        following = self.step + 1
-        if following < self.config.steps:
-            self.ahead = following, self.loader.step(following)
 
     def refuse_non_finite(self, row: Row) -> None:
         """Stop before an update that would spoil the weights."""
