@@ -1,42 +1,18 @@
-"""tinyshakespeare: one download, kept, and never anything else than the file whose hash is pinned."""
+"""Named sets: what each name stands for, and tinyshakespeare never anything else than the file whose hash is pinned."""
 
 import hashlib
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from regpt.data import named
+from regpt.data.download import Patience
 from regpt.data.named import NamedOptions, open_sources
 from regpt.errors import UserError
 
 TEXT = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 3
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "tinyshakespeare.txt"
-
-
-@pytest.fixture
-def server():
-    """A local server of `TEXT` at any path but /missing; `server.requests` counts."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            missing = self.path == "/missing"
-            self.send_response(404 if missing else 200)
-            self.send_header("Content-Length", "0" if missing else str(len(TEXT)))
-            self.end_headers()
-            self.wfile.write(b"" if missing else TEXT)
-
-        def log_message(self, *args: object) -> None: ...
-
-    asked: list[str] = []
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        thread = threading.Thread(target=http.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{http.server_port}/", asked
-        http.shutdown()
-        thread.join()
+ONCE = Patience(tries=1)
 
 
 @pytest.fixture
@@ -46,30 +22,34 @@ def pinned(monkeypatch):
     monkeypatch.setattr(named, "SHAKESPEARE_BYTES", len(TEXT))
 
 
-def test_the_download_is_kept_and_a_damaged_copy_replaced(server, pinned, tmp_path):
-    url, asked = server
-    options = NamedOptions(cache=tmp_path / "cache", url=url)
-    for damage in (False, False, True):
+def test_the_download_is_kept_and_a_damaged_copy_replaced(web, pinned, tmp_path):
+    web.files["/input.txt"] = TEXT
+    options = NamedOptions(cache=tmp_path / "cache", url=web.url + "/input.txt")
+    (source,) = open_sources(["tinyshakespeare"], options)
+    assert not web.asked, "nothing is downloaded before it is read"
+    kept = source.localize().path
+    for damage in (False, True):
         if damage:
-            (tmp_path / "cache" / "tinyshakespeare.txt").write_bytes(b"damaged")
-        (source,) = open_sources(["tinyshakespeare"], options)
+            kept.write_bytes(b"x" * len(TEXT))
         assert [document.text for document in source.documents("text")] == [TEXT.decode()]
-    assert len(asked) == 2
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["tinyshakespeare.txt"]
+    assert len(web.asked) == 2
     assert source.record()["source"] == "tinyshakespeare"
     assert str(tmp_path) not in str(source.record())
 
 
-def test_a_download_of_another_file_is_refused_and_not_kept(server, tmp_path):
-    with pytest.raises(UserError, match=r"not tinyshakespeare \(1,115,394 bytes of SHA-256 86c4e6aa9db7"):
-        open_sources(["tinyshakespeare"], NamedOptions(cache=tmp_path, url=server[0]))
-    assert not list(tmp_path.iterdir())
+def test_a_download_of_another_file_is_refused_and_not_kept(web, tmp_path):
+    web.files["/input.txt"] = bytes(named.SHAKESPEARE_BYTES)
+    (source,) = open_sources(["tinyshakespeare"], NamedOptions(cache=tmp_path, url=web.url + "/input.txt"))
+    with pytest.raises(UserError, match="twice with another sha256 hash than the published one, so it was not kept"):
+        source.localize()
+    assert not [path for path in tmp_path.rglob("*input.txt*") if path.suffix != ".lock"]
 
 
-def test_no_network_is_one_sentence_that_names_the_way_out(server, tmp_path):
-    for url in (server[0] + "missing", "http://127.0.0.1:9/", "file:///no/such/file"):
-        with pytest.raises(UserError, match=r"could not be downloaded .*; give a local copy with --file"):
-            open_sources(["tinyshakespeare"], NamedOptions(cache=tmp_path, url=url))
+def test_no_network_is_one_sentence_that_names_the_way_out(web, tmp_path):
+    for url in (web.url + "/missing", "http://127.0.0.1:9/"):
+        (source,) = open_sources(["tinyshakespeare"], NamedOptions(cache=tmp_path, url=url, patience=ONCE))
+        with pytest.raises(UserError, match=r"could not be read: .*; or give a local copy with --file"):
+            source.localize()
 
 
 def test_a_local_file_must_be_the_real_one(pinned, tmp_path):
@@ -92,6 +72,20 @@ def test_a_named_set_wins_over_a_folder_of_that_name(tmp_path, monkeypatch):
     (folder,) = open_sources(["./pydocs"])
     assert named_set.bytes > 1_000_000
     assert folder.bytes == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "repo"), [("fineweb-edu-10B", "HuggingFaceFW/fineweb-edu"), ("fineweb-10B", "HuggingFaceFW/fineweb")]
+)
+def test_fineweb_is_the_parquet_files_of_its_sample(hub, tmp_path, name, repo):
+    hub.add(
+        repo, {"sample/10BT/001_00000.parquet": b"B", "sample/10BT/000_00000.parquet": b"A", "data/x.parquet": b"C"}
+    )
+    found = open_sources([name], NamedOptions(cache=tmp_path, endpoint=hub.url))
+    assert [(file.source, file.file) for file in found] == [
+        (name, "sample/10BT/000_00000.parquet"),
+        (name, "sample/10BT/001_00000.parquet"),
+    ]
 
 
 @pytest.mark.shared

@@ -146,7 +146,7 @@ def arrive(
 
 def append(name: str, open_at: Opener, partial: Path, total: int, progress: DownloadProgress | None) -> None:
     have, began = size_of(partial), time.monotonic()
-    have = 0 if total and have > total else have
+    have = have if have <= total else 0  # also when the total is unknown: nothing says whether the part belongs to it
     with open_at(have) as (stream, start), partial.open("ab") as out:
         out.truncate(start)
         done = start
@@ -198,12 +198,12 @@ def persistently(
             return attempt()
         except transport_errors() as error:
             problem = problem_of(error)
-        tries = 1 if gained() > before else tries + 1
+        tries = 0 if gained() > before else tries + 1
         before = gained()
         if problem.lasts or tries >= patience.tries:
             again = "" if problem.lasts else f", {tries} times; the same command continues where this one stopped"
             raise UserError(f"{name} could not be read: {problem.text}{again}")
-        wait_s = max(problem.retry_after_s, min(patience.longest_wait_s, patience.wait_s * 2 ** (tries - 1)))
+        wait_s = max(problem.retry_after_s, min(patience.longest_wait_s, patience.wait_s * 2 ** max(0, tries - 1)))
         pause(wait_s, problem.text, patience, waiting)
 
 
