@@ -5,6 +5,7 @@ to do something else.
 """
 
 import contextlib
+import importlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -89,6 +90,9 @@ def open_mesh(device_name: str = "auto") -> Iterator[Mesh]:
         raise UsageError("several processes cannot share the MPS device; use --train.device cpu, or one process")
     if device.type == "cpu":
         share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    # Functions of this module keep the process group of the time of its import as a default (torch 2.13). Imported
+    # later, by an optimizer say, it would hold ours: gloo's threads would outlive it and abort an ending process.
+    importlib.import_module("torch.distributed.nn")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield Mesh(rank, world_size, device)
