@@ -82,7 +82,9 @@ class PackedRows:
     about a microsecond a document.
     """
 
-    def __init__(self, corpus: Corpus, starts: np.ndarray, seed: int, seq_len: int) -> None:
+    def __init__(
+        self, corpus: Corpus, starts: np.ndarray, seed: int, seq_len: int, *, window: int = WINDOW
+    ) -> None:
         """`starts` (documents + 1,) int64: where each document begins; the last entry is the number of tokens.
 
         Raises:
@@ -92,8 +94,8 @@ class PackedRows:
         self.seq_len = seq_len
         self.source = corpus.source
         self.n_documents, self.epoch_tokens = len(starts) - 1, int(starts[-1])
-        rows_worth = -(-WINDOW * (seq_len + 1) * self.n_documents // self.epoch_tokens)  # documents, rounded up
-        self.window_documents = max(WINDOW, rows_worth)
+        rows_worth = -(-window * (seq_len + 1) * self.n_documents // self.epoch_tokens)  # documents, rounded up
+        self.window_documents = max(window, rows_worth)
         self.epoch_windows = -(-self.n_documents // self.window_documents)
         self.tables = EpochTables(lambda epoch: permutation(seed, epoch, self.n_documents))
         self.row_ends: list[int] = []  # by window: rows read when it has been

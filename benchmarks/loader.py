@@ -1,0 +1,192 @@
+"""How fast batches are made, and how soon the first one of ten million documents is there.
+
+    python benchmarks/loader.py [--tokens 100000000] [--documents 10000000] [--folder DIR]
+
+Prints two tables and writes benchmarks/results/loader-<hardware>-<date>.json. The text is invented: only its lengths
+matter. Each measurement runs in a process of its own. Files lie in --folder (a temporary one by default), 2 bytes a
+token for the first table; those of the second are sparse and take 8 bytes a document.
+"""
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+from regpt.data.bos import PackedRows
+from regpt.data.loader import Loader
+from regpt.data.manifest import Manifest, Shard, read_manifest
+from regpt.data.prefetch import Prefetcher
+from regpt.data.rows import ORDERS, open_rows
+
+SEQ_LEN, BATCH_TOKENS, MICRO_BATCH_ROWS = 1024, 524288, 64  # the lecture's run
+SHARD_TOKENS = 100_000_000
+EOT = 50256
+SEED = 1337
+KINDS = {"long": 1000, "short": 20}  # mean tokens a document; lengths spread as web text's
+
+
+@dataclass(frozen=True)
+class Args:
+    tokens: int = 100_000_000
+    """Tokens of the corpus whose batches are timed."""
+    documents: int = 10_000_000
+    """Documents of the corpus whose first batch is timed."""
+    folder: str = ""
+    """Where to write the corpora; default: a temporary folder."""
+    measure: str = ""
+    """One measurement, as JSON on standard output (how the script calls itself)."""
+
+
+def main(args: Args) -> None:
+    if args.measure:
+        print(json.dumps(MEASUREMENTS[args.measure.split(":")[0]](*args.measure.split(":")[1:])))
+        return
+    with tempfile.TemporaryDirectory(dir=args.folder or None) as base:
+        results = {
+            "machine": machine(),
+            "tokens": args.tokens,
+            "documents": args.documents,
+            "throughput": throughput_table(Path(base), args.tokens),
+            "first_batch": first_batch_table(Path(base), args.documents),
+        }
+    path = Path(__file__).parent / "results" / f"loader-{machine()['name']}-{datetime.now(UTC):%Y-%m-%d}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(f"\nwrote {path}")
+
+
+def throughput_table(base: Path, tokens: int) -> list[dict]:
+    print(f"million tokens a second, one process, batches of {BATCH_TOKENS:,} tokens in rows of {SEQ_LEN}")
+    print(f"{'documents':>10} {'order':>11} {'mask':>5} {'Mtokens/s':>10}  left out")
+    rows = []
+    for kind, mean in KINDS.items():
+        folder = base / kind
+        write_corpus(folder, lengths_of(tokens // mean, mean), sparse=False)
+        for order in ORDERS:
+            for mask in (False, True):
+                row = {"kind": kind, "order": order, "mask": mask} | measured("throughput", folder, order, int(mask))
+                left_out = "" if row["left_out"] is None else f"{row['left_out']:8.1%}"
+                print(f"{kind:>10} {order:>11} {'yes' if mask else 'no':>5} {row['mtokens_per_s']:10.1f}  {left_out}")
+                rows.append(row)
+    return rows
+
+
+def first_batch_table(base: Path, documents: int) -> list[dict]:
+    print(f"\n{documents:,} documents: seconds from opening the folder to the batch, extra memory at its peak")
+    print(f"{'documents':>10} {'order':>11} {'step':>10} {'seconds':>8} {'MB':>6}")
+    rows = []
+    for kind, mean in KINDS.items():
+        folder = base / f"{kind}-many"
+        tokens = write_corpus(folder, lengths_of(documents, mean), sparse=True)
+        for order in ORDERS:
+            for share in (0.0, 0.5):  # a fresh run, and one that goes on in the middle of the epoch
+                step = int(share * tokens * (0.6 if order == "bos" else 1) / BATCH_TOKENS)
+                row = {"kind": kind, "order": order, "step": step} | measured("first", folder, order, step)
+                print(f"{kind:>10} {order:>11} {step:>10,} {row['seconds']:8.2f} {row['extra_mb']:6.0f}")
+                rows.append(row)
+    return rows
+
+
+def measured(*what: object) -> dict:
+    command = [sys.executable, __file__, "--measure", ":".join(map(str, what))]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def measure_throughput(folder: str, order: str, mask: str) -> dict:
+    """Steps of the loader behind the prefetcher, for three seconds after the first two."""
+    loader = open_loader(Path(folder), order, mask == "1")
+    with Prefetcher(loader) as batches:
+        batches.step(0), batches.step(1)
+        step, started = 2, time.perf_counter()
+        while (seconds := time.perf_counter() - started) < 3:
+            batches.step(step)
+            step += 1
+    rows = loader.rows
+    left_out = rows.left_out() if isinstance(rows, PackedRows) else None
+    return {"mtokens_per_s": (step - 2) * BATCH_TOKENS / seconds / 1e6, "left_out": left_out}
+
+
+def measure_first(folder: str, order: str, step: str) -> dict:
+    before = peak_mb()
+    started = time.perf_counter()
+    open_loader(Path(folder), order, mask=False).step(int(step))
+    return {"seconds": time.perf_counter() - started, "extra_mb": peak_mb() - before}
+
+
+MEASUREMENTS = {"throughput": measure_throughput, "first": measure_first}
+
+
+def open_loader(folder: Path, order: str, mask: bool) -> Loader:
+    manifest = read_manifest(folder)
+    rows = open_rows(folder, manifest, "train", order, SEED, SEQ_LEN)
+    return Loader(
+        rows,
+        batch_tokens=BATCH_TOKENS,
+        micro_batch_rows=MICRO_BATCH_ROWS,
+        eot=EOT if mask else None,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def lengths_of(documents: int, mean: int) -> np.ndarray:
+    """Log-normal lengths with the spread of web text (σ = 1), at least 2 tokens."""
+    rng = np.random.default_rng(0)
+    return np.maximum(2, rng.lognormal(np.log(mean) - 0.5, 1.0, documents)).astype(np.int64)
+
+
+def write_corpus(folder: Path, lengths: np.ndarray, *, sparse: bool) -> int:
+    """A folder of token shards with documents of such lengths; the number of tokens."""
+    folder.mkdir()
+    starts = np.cumsum(np.concatenate([[0], lengths]))
+    total = int(starts[-1])
+    rng = np.random.default_rng(1)
+    shards = []
+    for number, begin in enumerate(range(0, total, SHARD_TOKENS)):
+        end = min(total, begin + SHARD_TOKENS)
+        local = starts[np.searchsorted(starts, begin) : np.searchsorted(starts[:-1], end)] - begin
+        shard = Shard(f"train-{number:05d}.bin", "train", end - begin, len(local), "", "", continues=end not in starts)
+        with (folder / shard.file).open("wb") as file:
+            if sparse:
+                file.truncate(2 * shard.tokens)
+            else:
+                tokens = rng.integers(0, EOT, shard.tokens, dtype=np.uint16)
+                tokens[local] = EOT
+                tokens.tofile(file)
+        local.astype("<i8").tofile(folder / shard.idx_file)
+        shards.append(shard)
+    manifest = Manifest("gpt2", "", EOT + 1, EOT, "uint16", tuple(shards))
+    (folder / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
+    return total
+
+
+def peak_mb() -> float:
+    """Peak resident memory of this process, pages of mapped files included."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux: getrusage would count the memory of the process that started this one
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e6
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def machine() -> dict:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    name = (gpu or f"{platform.machine()}-{cores}cores").replace(" ", "-").lower()
+    load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+    versions = {"python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__}
+    return {"name": name, "gpu": gpu, "cores": cores, "load": load} | versions
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
