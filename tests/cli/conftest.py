@@ -12,7 +12,16 @@ from regpt.text.bpe import train_bpe
 WORDS = "the cat sat on the mat and the dog ran to the tree while birds sang of rain in spring".split()
 SHAPE = ["--model.n-layer", "1", "--model.n-head", "2", "--model.n-embd", "16", "--model.max-seq-len", "16"]
 RUN = ["--data.seq-len", "16", "--data.tokenizer", "", "--train.batch-tokens", "64", "--train.micro-batch-rows", "2"]
-SHORT = ["--train.steps", "3", "--optim.warmup-steps", "1", "--sample.prompt", "the cat", "--sample.max-new-tokens", "4"]
+SHORT = [
+    "--train.steps",
+    "3",
+    "--optim.warmup-steps",
+    "1",
+    "--sample.prompt",
+    "the cat",
+    "--sample.max-new-tokens",
+    "4",
+]
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,9 @@ def test_a_run_leaves_the_documented_folder(finished_run: Path):
     assert [row["step"] for row in train] == [1, 2, 3]
     assert [row["tokens"] for row in train] == [64, 128, 192]
     assert [row["step"] for row in val] == [0, 3]
-    assert {"loss", "lr", "grad_norm", "dt_ms", "tokens_per_s", "mfu", "flops", "peak_memory_gib", "time"} <= set(train[0])
+    assert {"loss", "lr", "grad_norm", "dt_ms", "tokens_per_s", "mfu", "flops", "peak_memory_gib", "time"} <= set(
+        train[0]
+    )
     checkpoint = finished_run / "checkpoints" / "step-00000003"
     assert json.loads((checkpoint / "state.json").read_text())["step"] == 3
     env = json.loads((finished_run / "env.json").read_text())
@@ -56,7 +58,7 @@ def test_a_finished_run_serves_sample_eval_export_and_report(regpt, finished_run
     code, out, _ = regpt("eval", finished_run, "--tasks", "val", "--json", "-")
     assert code == 0
     val = rows(finished_run, "val")[-1]
-    assert json.loads(out)["results"][0]["loss"] == pytest.approx(val["loss"], rel=1e-5)
+    assert json.loads(out)["tasks"]["val"]["loss"] == pytest.approx(val["loss"], rel=1e-5)
     assert regpt("export", finished_run, "--format", "hf", "--out", tmp_path / "hf")[0] == 0
     assert regpt("report", finished_run, "--out", tmp_path / "report.html")[0] == 0
 

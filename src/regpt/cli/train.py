@@ -33,6 +33,8 @@ class Train:
 
 def main(args: list[str]) -> int:
     given = parse(Train, args, prog="regpt train")  # once to learn the recipe, once more over the recipe's values
+    if given.nproc < 0:
+        raise UsageError(f"--nproc is {given.nproc}, must be at least 1, or 0 for this process alone")
     if given.resume:
         return resume(given, args)
     if not given.recipe:
