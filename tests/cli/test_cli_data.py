@@ -72,7 +72,7 @@ def test_info_still_shows_numbers_when_the_text_cannot_be_decoded(texts, capsys)
 @pytest.mark.parametrize(
     ("command", "args", "said"),
     [
-        (data, [], "regpt data needs a command; choose from prepare, info, verify"),
+        (data, [], "regpt data needs a command; choose from prepare, import, info, verify"),
         (data, ["veriffy"], r"no command 'veriffy' \(did you mean 'verify'\?\)"),
         (data, ["prepare", "texts"], "--out"),
         (data, ["prepare", "texts", "--out", "x", "--workers", "many"], "many"),

@@ -1,8 +1,7 @@
-"""`regpt data`: prepare, describe and check folders of token shards."""
+"""`regpt data`: prepare, import, describe and check folders of token shards."""
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from regpt.cli import data_import, data_info
 from regpt.cli.parse import parse
 from regpt.errors import UsageError, UserError, nearest
 
 if TYPE_CHECKING:
-    from regpt.data.info import SplitInfo
     from regpt.data.manifest import Manifest
-
-SHOWN_DOCUMENTS, SHOWN_TOKENS = 3, 40  # of the first documents of the first split
-BAR_WIDTH = 40
 
 
 @dataclass(frozen=True)
@@ -47,16 +43,6 @@ class PrepareArgs:
 
 
 @dataclass(frozen=True)
-class InfoArgs:
-    """Show what a data folder holds."""
-
-    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """Folder of token shards."""
-    json: bool = False
-    """Print one JSON object instead."""
-
-
-@dataclass(frozen=True)
 class VerifyArgs:
     """Compare every file of a data folder with the manifest and the format; exit code 1 if one is damaged."""
 
@@ -66,9 +52,10 @@ class VerifyArgs:
 
 def main(args: list[str]) -> int:
     """Hand over to the subcommand."""
-    commands = {"prepare": prepare_main, "info": info_main, "verify": verify_main}
+    commands = {"prepare": prepare_main, "import": data_import.main, "info": data_info.main, "verify": verify_main}
     if args[:1] in (["--help"], ["-h"]):
-        print("usage: regpt data {prepare,info,verify} …\n\n  prepare  make token shards from text")
+        print("usage: regpt data {prepare,import,info,verify} …\n\n  prepare  make token shards from text")
+        print("  import   make token shards from the token files of other projects")
         print("  info     show what a data folder holds\n  verify   check every file of a data folder")
         return 0
     if not args:
@@ -147,79 +134,6 @@ def print_prepared(out: str, manifest: Manifest) -> None:
     if empty := sum(source["empty"] for source in manifest.sources):
         print(f"left out {empty:,} empty documents")
     print(f"wrote {out} with the tokenizer {manifest.tokenizer}; look inside with: regpt data info {out}")
-
-
-def info_main(args: list[str]) -> int:
-    given = parse(InfoArgs, args, prog="regpt data info")
-    from regpt.data.info import describe
-    from regpt.data.manifest import read_manifest
-
-    folder = Path(given.folder)
-    manifest = read_manifest(folder)
-    splits = describe(folder, manifest)
-    if given.json:
-        print(json.dumps(info_dict(manifest, splits), ensure_ascii=False))
-    else:
-        print_info(folder, manifest, splits)
-    return 0
-
-
-def info_dict(manifest: Manifest, splits: list[SplitInfo]) -> dict[str, Any]:
-    return {
-        "tokenizer": manifest.tokenizer,
-        "tokenizer_sha256": manifest.tokenizer_sha256,
-        "vocab_size": manifest.vocab_size,
-        "dtype": manifest.dtype,
-        "splits": {split.split: split.to_dict() for split in splits},
-        "sources": manifest.sources,
-        "options": manifest.options,
-    }
-
-
-def print_info(folder: Path, manifest: Manifest, splits: list[SplitInfo]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    console.print(
-        f"{folder}: tokenizer {manifest.tokenizer}, {manifest.vocab_size:,} tokens, {manifest.dtype}",
-        markup=False,
-        soft_wrap=True,
-    )
-    table = Table("split", box=None, padding=(0, 1))
-    for column in ("documents", "tokens", "MB", "bytes/token", "median tokens", "shards"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for split in splits:
-        numbers = (f"{split.documents:,}", f"{split.tokens:,}", f"{split.text_bytes / 1e6:,.1f}")
-        median = split.to_dict()["document_tokens"]["median"]
-        table.add_row(split.split, *numbers, f"{split.bytes_per_token:.3f}", f"{median:,.0f}", str(split.shards))
-    console.print(table)
-    for split in splits:
-        print_histogram(console, split)
-    print_texts(console, folder, manifest, splits[0].split)
-
-
-def print_histogram(console: Any, split: SplitInfo) -> None:
-    from regpt.data.info import histogram
-
-    bins = histogram(split.lengths)
-    largest = max(count for _, _, count in bins)
-    console.print(f"\n{split.split}: documents by length in tokens")
-    for low, high, count in bins:
-        console.print(f"{low:>10,} – {high - 1:<10,} {'█' * round(BAR_WIDTH * count / largest):{BAR_WIDTH}} {count:,}")
-
-
-def print_texts(console: Any, folder: Path, manifest: Manifest, split: str) -> None:
-    from regpt.data.info import first_texts
-
-    try:
-        texts = first_texts(folder, manifest, split, SHOWN_DOCUMENTS, SHOWN_TOKENS)
-    except UserError as error:
-        console.print(f"\nno text shown: {error}", markup=False, soft_wrap=True)
-        return
-    console.print(f"\n{split}: the first documents begin with")
-    for text in texts:
-        console.print(f"  {text!r}", markup=False, soft_wrap=True)
 
 
 def verify_main(args: list[str]) -> int:

@@ -1,0 +1,84 @@
+"""`regpt data import`: token files that the user already has, as a folder of token shards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from regpt.cli.parse import parse
+
+if TYPE_CHECKING:
+    from regpt.data.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class ImportArgs:
+    """Make token shards from token files of build-nanogpt (.npy), nanoGPT (.bin), llm.c or modded-nanogpt (.bin with a
+    header). The tokens stay what they are, in the order given."""
+
+    paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
+    """Files, folders or globs, in this order; without --val, names with "val" in them are held out."""
+    out: Annotated[str, tyro.conf.arg(metavar="DIR")]
+    """Folder to write; it must not exist."""
+    tokenizer: Annotated[str | None, tyro.conf.arg(metavar="TOKENIZER")] = None
+    """The tokenizer that made the tokens: gpt2 (the default), or the folder or file of another."""
+    val: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH")] = ()
+    """Hold out these files."""
+    format: Annotated[str | None, tyro.conf.arg(metavar="{build-nanogpt,nanogpt,llm.c}")] = None
+    """Read every file in this format; default: what each file looks like."""
+    shard_tokens: int = 100_000_000
+    """Tokens in each shard but the last."""
+
+
+def main(args: list[str]) -> int:
+    given = parse(ImportArgs, args, prog="regpt data import")
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from regpt.data.importer import ImportProgress, import_tokens
+    from regpt.text.open import open_tokenizer
+
+    columns = (BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task("")
+
+    def show(now: ImportProgress) -> None:
+        bar.start()  # with the first news: an error before stands alone
+        bar.update(task, completed=now.tokens, total=now.total_tokens, description=f"{now.tokens:,} tokens  {now.file}")
+
+    try:
+        manifest = import_tokens(
+            given.paths,
+            Path(given.out),
+            open_tokenizer(given.tokenizer or "gpt2"),
+            val=given.val,
+            file_format=given.format,
+            guessed_tokenizer=given.tokenizer is None,
+            shard_tokens=given.shard_tokens,
+            progress=show,
+        )
+    finally:
+        bar.stop()
+    print_imported(given.out, manifest)
+    return 0
+
+
+def print_imported(out: str, manifest: Manifest) -> None:
+    for source in manifest.sources:
+        name, tokens, split = source["file"], source["tokens"], source["split"]
+        print(f"{name}: {tokens:,} tokens in the format of {source['format']}, for {split}")
+    for split, inserted in manifest.options["inserted_eot"].items():
+        if inserted:
+            print(f"{split}: inserted one end-of-text token in front, because a document must start with it")
+    for split in ("train", "val"):
+        tokens, documents = manifest.tokens(split), manifest.documents(split)
+        if tokens:
+            print(
+                f"{split:5}  {documents:>12,} documents  {tokens:>15,} tokens  {len(manifest.split(split)):>4} shards"
+            )
+        elif split == "val":
+            print('val: nothing is held out; no file has "val" in its name and --val names none')
+    print(f"wrote {out} with the tokenizer {manifest.tokenizer}; look inside with: regpt data info {out}")
