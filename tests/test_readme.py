@@ -1,0 +1,77 @@
+"""What the README tells a newcomer to type works as typed; the quickstart is shortened."""
+
+import re
+import shlex
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from regpt.__main__ import COMMANDS, main
+from regpt.cli import parse as parse_module
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def typed(program: str) -> list[list[str]]:
+    """Words of every line of the README's shell blocks that calls `program`, comments left out."""
+    blocks = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    return [words for words in lines if words[:1] == [program]]
+
+
+def test_the_two_commands_are_targets_of_the_makefile():
+    targets = [words[1] for words in typed("make")]
+    assert targets == ["quickstart", "test"]
+    for target in targets:
+        assert re.search(rf"^{target}: install\n", MAKEFILE, flags=re.MULTILINE)
+    assert "$(BIN)/regpt quickstart\n" in MAKEFILE
+
+
+def test_the_table_names_every_command():
+    table = README[README.index("| command |") :].split("\n\n")[0]
+    assert set(re.findall(r"`regpt (\w+)", table)) == COMMANDS.keys()
+
+
+class Parsed(Exception):
+    """The arguments were accepted."""
+
+
+@pytest.mark.parametrize("words", typed("regpt"), ids=" ".join)
+def test_every_line_is_accepted_by_its_command(words: list[str], monkeypatch: pytest.MonkeyPatch):
+    original = parse_module.parse
+
+    def accept(*args: object, **options: object) -> None:
+        original(*args, **options)
+        raise Parsed
+
+    for name in [f"regpt.cli.{words[1]}", "regpt.cli.data_prepare", "regpt.cli.data_import", "regpt.cli.data_info"]:
+        try:
+            module = import_module(name)
+        except ModuleNotFoundError:
+            continue
+        if hasattr(module, "parse"):
+            monkeypatch.setattr(module, "parse", accept)
+    with pytest.raises(Parsed):
+        main([*words[1:], "--debug"])
+
+
+def test_the_quickstart_trains_and_what_it_suggests_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = tmp_path / "quickstart"
+    assert main(["quickstart", "--steps", "6", "--out", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "word frequencies" in said
+    assert "before training:" in said
+    assert (run / "report.html").stat().st_size > 50_000
+    suggested = [shlex.split(line) for line in said.splitlines() if line.startswith(("  regpt sample", "  regpt eval"))]
+    assert len(suggested) == 2
+    for words in suggested:
+        assert main(words[1:]) == 0, capsys.readouterr().err
+
+
+def test_the_quickstart_refuses_a_folder_that_holds_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "config.toml").write_text("", encoding="utf-8")
+    assert main(["quickstart", "--out", str(tmp_path)]) == 1
+    assert "--resume" in capsys.readouterr().err
