@@ -1,13 +1,18 @@
 """Files → documents: order, formats, and one sentence for whatever is wrong with a file."""
 
 import gzip
+import io
 import json
+import random
 import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from regpt.data.sources import find_files, read_documents
+from regpt.data.formats import Part, parts_of, read_documents
+from regpt.data.sources import find_files
 from regpt.errors import UserError
 
 TEXTS = ["first\r\ntext", "zweiter Text: äöü\n", "日本 🙂"]
@@ -108,7 +113,17 @@ def test_a_record_has_size_and_hash_and_the_name_that_was_given(tmp_path, monkey
         ("a.jsonl.gz", b"nothing packed", r"a\.jsonl\.gz is damaged"),
         ("a.jsonl.gz", gzip.compress(jsonl([{"text": "x" * 500}]))[:-12], r"a\.jsonl\.gz is damaged"),
         ("a.jsonl.zst", b"nothing packed", r"a\.jsonl\.zst is damaged"),
+        ("a.jsonl.gz", b"", r"a\.jsonl\.gz is damaged: it does not decompress \(it is empty\)"),
+        ("a.jsonl.zst", b"", r"a\.jsonl\.zst is damaged: it does not decompress \(it is empty\)"),
         ("a.parquet", b"nothing of the kind", r"a\.parquet is damaged or not a parquet file"),
+        ("a.parquet", b"", r"a\.parquet is damaged or not a parquet file"),
+        (
+            "a.txt",
+            b"\x7fELF\x02\x01\x01\0\0\0",
+            r"a\.txt is not text: it holds zero bytes, as binary files and UTF-16 do",
+        ),
+        ("a.md", "text".encode("utf-16-le"), r"a\.md is not text: it holds zero bytes"),
+        ("a.jsonl", b"[" * 100_000, "line 1: not JSON"),
     ],
 )
 def test_a_bad_file_is_one_sentence_with_file_and_line(tmp_path, name, content, said):
@@ -117,6 +132,131 @@ def test_a_bad_file_is_one_sentence_with_file_and_line(tmp_path, name, content, 
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=said):
         texts_of(tmp_path / name)
+
+
+def cut(path: Path, share: float) -> Path:
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    return path
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.99])
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_a_truncated_file_is_damaged(tmp_path, name, share):
+    texts = [f"{random.Random(i).random()} text" for i in range(2000)]
+    if name.endswith("parquet"):
+        write_parquet(tmp_path / name, {"text": texts})
+    else:
+        data = jsonl([{"text": text} for text in texts])
+        packed = gzip.compress(data) if name.endswith("gz") else pytest.importorskip("zstandard").compress(data)
+        (tmp_path / name).write_bytes(packed)
+    assert texts_of(tmp_path / name) == texts
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        texts_of(cut(tmp_path / name, share))
+
+
+def test_a_parquet_file_with_damaged_pages_is_damaged(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", {"text": [f"document {i}" for i in range(2000)]})
+    data = bytearray(path.read_bytes())
+    data[100:2000] = b"\xff" * 1900  # the footer stays whole
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"a\.parquet"):
+        texts_of(path)
+
+
+def test_a_file_that_cannot_be_opened_is_one_sentence(tmp_path):
+    for name in ("a.txt", "a.jsonl", "a.parquet", "a.jsonl.gz"):
+        with pytest.raises(UserError, match=r"cannot be read \(No such file"):
+            texts_of(tmp_path / name)
+
+
+@given(
+    lines=st.lists(st.sampled_from(["", " ", "{}", "short", "a much longer text", "äöü🙂"]), max_size=20),
+    target=st.integers(1, 60),
+    end=st.booleans(),
+)
+def test_parts_of_lines_are_together_the_file(tmp_path_factory, lines, target, end):
+    """Wherever the borders fall: in a line, at its end, in a character."""
+    path = tmp_path_factory.mktemp("parts") / "a.jsonl"
+    data = b"\n".join(line.encode() if not line.strip() else json.dumps({"text": line}).encode() for line in lines)
+    path.write_bytes(data + b"\n" * end)
+    parts = parts_of(path, target)
+    assert sum(part.bytes for part in parts) == path.stat().st_size
+    found = [document for part in parts for document in read_documents(path, "text", part)]
+    assert [document.text for document in found] == [line for line in lines if line.strip()]
+
+
+def test_parts_of_parquet_are_row_groups(tmp_path):
+    texts = [f"document {i} " * (i % 50) for i in range(1000)]
+    path = write_parquet(tmp_path / "a.parquet", {"id": range(1000), "text": texts}, row_group_size=90)
+    size = path.stat().st_size
+    for target, expected in ((1, 12), (size // 4, 4), (10 * size, 1)):
+        parts = parts_of(path, target)
+        assert len(parts) == expected
+        assert (parts[0].start, parts[-1].stop, sum(part.bytes for part in parts)) == (0, 12, size)
+        found = [document for part in parts for document in read_documents(path, "text", part)]
+        assert [document.text for document in found] == texts
+        assert sum(document.source_bytes for document in found) == pytest.approx(size)
+
+
+def test_parts_of_what_cannot_be_divided_are_one(tmp_path):
+    for name, data in (("a.txt", b"text"), ("a.jsonl.gz", gzip.compress(jsonl([{"text": "x"}])))):
+        (tmp_path / name).write_bytes(data)
+        assert parts_of(tmp_path / name, 1) == [Part(0, 1, len(data))]
+        assert len(list(read_documents(tmp_path / name, "text", Part(0, 1, len(data))))) == 1
+    empty = write_parquet(tmp_path / "a.parquet", {"text": []})
+    (part,) = parts_of(empty, 1)
+    assert part.bytes == empty.stat().st_size
+
+
+def test_a_part_names_the_line_of_the_file(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl([{"text": "x" * 50}] * 30) + b"{oops}\n")
+    parts = parts_of(path, 300)
+    assert len(parts) > 5
+    with pytest.raises(UserError, match=r"a\.jsonl, line 31: not JSON"):
+        list(read_documents(path, "text", parts[-1]))
+
+
+def test_every_format_gives_what_a_direct_read_gives(tmp_path):
+    pq, zstandard = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("zstandard")
+    alphabet = 'abc äöü 日本 🙂 \n\r\t\\"\u2028 \x00'
+    texts = ["".join(random.Random(i).choices(alphabet, k=i % 300)) for i in range(700)]
+    for row_group_size in (1, 100, 10_000):
+        path = write_parquet(tmp_path / "a.parquet", {"text": texts}, row_group_size=row_group_size)
+        assert texts_of(path) == pq.read_table(path)["text"].to_pylist() == texts
+    data = jsonl([{"text": text} for text in texts])
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(data)
+    assert texts_of(path) == [json.loads(line)["text"] for line in path.read_bytes().splitlines()] == texts
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(data[:5000]) + gzip.compress(data[5000:]))
+    direct = gzip.decompress(path.read_bytes())
+    assert texts_of(path) == [json.loads(line)["text"] for line in direct.splitlines()] == texts
+    path = tmp_path / "a.jsonl.zst"
+    skipped = (0x184D2A50).to_bytes(4, "little") + (4).to_bytes(4, "little") + b"skip"  # RFC 8878, 3.1.2
+    path.write_bytes(
+        zstandard.compress(data[:5000]) + skipped + zstandard.compress(data[5000:]) + zstandard.compress(b"")
+    )
+    direct = zstandard.ZstdDecompressor().stream_reader(io.BytesIO(path.read_bytes()), read_across_frames=True).read()
+    assert texts_of(path) == [json.loads(line)["text"] for line in direct.splitlines()] == texts
+
+
+@pytest.mark.parametrize("values", [[["a", "b"]], [{"x": "a"}]])
+def test_a_nested_parquet_column_is_refused(tmp_path, values):
+    path = write_parquet(tmp_path / "a.parquet", {"text": values})
+    with pytest.raises(UserError, match=r"column 'text' is not text but (list|struct)<.*>; name another with --text-c"):
+        texts_of(path)
+
+
+def test_a_parquet_column_that_is_there_twice_is_refused(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    pq.write_table(
+        pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), tmp_path / "a.parquet"
+    )
+    with pytest.raises(UserError, match="has more than one column 'text', there are text, text"):
+        texts_of(tmp_path / "a.parquet")
 
 
 def test_a_parquet_column_must_exist_and_be_text(tmp_path):
