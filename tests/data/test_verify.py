@@ -1,4 +1,4 @@
-"""Damage is found and the file named; an intact folder is described."""
+"""Damage is found and the file named."""
 
 import dataclasses
 import hashlib
@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from regpt.data.info import describe, document_lengths, first_texts, histogram, tokenizer_of
 from regpt.data.manifest import read_manifest
 from regpt.data.prepare import prepare
 from regpt.data.verify import verify
@@ -95,36 +94,3 @@ def test_a_missing_continuation_or_tokenizer_is_damage(folder):
     damage = verify(folder)
     assert damage[0] == f"{folder / 'tokenizer.json'} is missing"
     assert "the last val shard continues" in damage[1]
-
-
-def test_the_description_counts_what_was_prepared(folder):
-    manifest = read_manifest(folder)
-    train, val = describe(folder, manifest)
-    assert train.documents + val.documents == len(TEXTS)
-    assert train.text_bytes + val.text_bytes == sum(map(len, TEXTS))
-    lengths = sorted([*train.lengths, *val.lengths])
-    assert lengths == sorted(len(TOKENIZER.encode(text)) + 1 for text in TEXTS)
-    expected = sum(map(len, TEXTS)) / sum(len(TOKENIZER.encode(text)) for text in TEXTS)
-    assert train.bytes_per_token == pytest.approx(expected, rel=0.05)
-    assert document_lengths(folder, manifest, "train").sum() == manifest.tokens("train")
-    json.dumps(train.to_dict())
-
-
-def test_the_histogram_has_a_bin_for_each_power_of_two():
-    lengths = np.array([1, 2, 3, 4, 7, 8, 33])
-    assert histogram(lengths) == [(1, 2, 1), (2, 4, 2), (4, 8, 2), (8, 16, 1), (16, 32, 0), (32, 64, 1)]
-    assert sum(n for _, _, n in histogram(np.arange(1, 1000))) == 999
-
-
-def test_the_first_texts_are_decoded_and_cut(folder):
-    manifest = read_manifest(folder)
-    texts = first_texts(folder, manifest, "val", documents=2, tokens=4)
-    assert len(texts) == 2
-    assert all(any(whole.startswith(text) for whole in TEXTS) for text in texts)
-
-
-def test_shards_of_another_tokenizer_are_not_decoded(folder):
-    other = train_bpe(["something else " * 9], 260)
-    (folder / "tokenizer.json").write_bytes(other.to_json().encode())
-    with pytest.raises(UserError, match=r"were made with bpe-270-.* the tokenizer found is bpe-260-"):
-        tokenizer_of(folder, read_manifest(folder))

@@ -82,9 +82,7 @@ class PackedRows:
     about a microsecond a document.
     """
 
-    def __init__(
-        self, corpus: Corpus, starts: np.ndarray, seed: int, seq_len: int, *, window: int = WINDOW
-    ) -> None:
+    def __init__(self, corpus: Corpus, starts: np.ndarray, seed: int, seq_len: int, *, window: int = WINDOW) -> None:
         """`starts` (documents + 1,) int64: where each document begins; the last entry is the number of tokens.
 
         Raises:

@@ -1,6 +1,5 @@
 """What a data folder holds, in numbers and in a few lines of its text."""
 
-import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,13 @@ from typing import Any
 import numpy as np
 
 from regpt.data.manifest import SPLITS, Manifest
+from regpt.data.rows import Rows
+from regpt.data.stream import open_stream
 from regpt.errors import UserError
 from regpt.text.open import NAMED, open_tokenizer
 from regpt.text.tokenizer import Tokenizer
+
+BLOCK, COUNTED_BLOCKS = 1 << 20, 100  # counting a hundred million tokens takes about a second
 
 
 @dataclass(frozen=True)
@@ -78,17 +81,27 @@ def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
     return [(1 << i, 2 << i, int(counts[i])) for i in range(int(exponents.min()), len(counts))]
 
 
-def first_texts(folder: Path, manifest: Manifest, split: str, documents: int, tokens: int) -> list[str]:
-    """The beginnings of the first documents, decoded: at most `tokens` tokens of each."""
-    tokenizer = tokenizer_of(folder, manifest)
-    shard = manifest.split(split)[0]
-    starts = np.fromfile(folder / shard.idx_file, dtype="<i8")
-    ids = np.memmap(folder / shard.file, dtype=manifest.numpy_dtype, mode="r")
-    bounds = [*starts.tolist(), shard.tokens]
-    return [
-        tokenizer.decode(ids[start + 1 : min(end, start + 1 + tokens)].tolist())
-        for start, end in itertools.islice(itertools.pairwise(bounds), documents)
-    ]
+def count_tokens(folder: Path, manifest: Manifest, split: str) -> np.ndarray:
+    """(V,) int64: how often each token occurs in a split, or in an evenly spread sample of a long one."""
+    stream = open_stream(folder, manifest, split, "sequential", 0)
+    counts = np.zeros(manifest.vocab_size, dtype=np.int64)
+    n_tokens = stream.epoch_tokens
+    blocks = -(-n_tokens // BLOCK)
+    for block in np.linspace(0, blocks - 1, min(blocks, COUNTED_BLOCKS)).astype(int).tolist():
+        tokens = stream.tokens(block * BLOCK, min(BLOCK, n_tokens - block * BLOCK))
+        counts += np.bincount(tokens, minlength=manifest.vocab_size)
+    return counts
+
+
+def most_frequent(counts: np.ndarray, n: int) -> list[tuple[int, float]]:
+    """(token, share of all tokens) of the `n` most frequent ones that occur, the lower id first among equals."""
+    ids = np.argsort(-counts, kind="stable")[:n].tolist()
+    return [(i, float(counts[i] / counts.sum())) for i in ids if counts[i]]
+
+
+def first_rows(rows: Rows, tokenizer: Tokenizer, n_rows: int, tokens: int) -> list[str]:
+    """The beginnings of the first rows, decoded: `tokens` tokens of each, as the model is given them."""
+    return [tokenizer.decode(row[: min(tokens, rows.seq_len)].tolist()) for row in rows.read(0, n_rows)]
 
 
 def tokenizer_of(folder: Path, manifest: Manifest) -> Tokenizer:

@@ -1,0 +1,186 @@
+"""`regpt data info`: what a folder of token shards holds, in numbers, pictures and text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from regpt.cli.parse import parse
+from regpt.errors import UsageError, UserError
+
+if TYPE_CHECKING:
+    from regpt.data.info import SplitInfo
+    from regpt.data.manifest import Manifest
+
+SHOWN_ROWS, SHOWN_TOKENS, FREQUENT_TOKENS = 3, 60, 10
+BAR_WIDTH = 40
+ALL = 1 << 62  # more rows than any epoch has
+
+
+@dataclass(frozen=True)
+class InfoArgs:
+    """Show what a data folder holds."""
+
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """Folder of token shards."""
+    out: Annotated[str | None, tyro.conf.arg(metavar="FILE.png|.svg")] = None
+    """Also draw the lengths of the documents into this file."""
+    order: Literal["shuffle", "sequential", "bos"] = "shuffle"
+    """Show rows in this order; bos also says how many tokens its rows leave out."""
+    seq_len: int = 1024
+    """Tokens a row."""
+    seed: int = 1337
+    """Seed of the document order."""
+    json: bool = False
+    """Print one JSON object instead."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """What is shown of the text: of the first split that has documents.
+
+    Attributes:
+        split: its name.
+        counted: tokens that were counted: all, or an evenly spread sample.
+        frequent: the most frequent tokens: id, text, share of the tokens counted.
+        rows: beginnings of the first rows, decoded.
+        problem: why there is no text, instead of texts.
+    """
+
+    split: str
+    counted: int
+    frequent: list[tuple[int, str | None, float]]
+    rows: list[str]
+    problem: str | None
+
+
+def main(args: list[str]) -> int:
+    given = parse(InfoArgs, args, prog="regpt data info")
+    from regpt.data.info import describe
+    from regpt.data.manifest import read_manifest
+    from regpt.data.picture import check_picture, draw_lengths
+
+    if given.seq_len < 1:
+        raise UsageError(f"--seq-len is {given.seq_len}, must be at least 1")
+    if given.out:
+        check_picture(Path(given.out))
+    folder = Path(given.folder)
+    manifest = read_manifest(folder)
+    splits = describe(folder, manifest)
+    if not splits:
+        raise UserError(f"data folder {given.folder!r} has no documents; prepare it from more text")
+    content = read_content(given, manifest, splits[0].split)
+    packing = bos_numbers(given, manifest, splits[0].split) if given.order == "bos" else None
+    if given.json:
+        print(json.dumps(info_dict(manifest, splits, content, packing), ensure_ascii=False))
+    else:
+        print_info(given, manifest, splits, content, packing)
+    if given.out:
+        draw_lengths(splits, Path(given.out), given.seq_len)
+    return 0
+
+
+def read_content(given: InfoArgs, manifest: Manifest, split: str) -> Content:
+    """Count and decode; a tokenizer that is not here costs the texts, not the numbers."""
+    from regpt.data.info import count_tokens, first_rows, most_frequent, tokenizer_of
+    from regpt.data.rows import open_rows
+
+    folder = Path(given.folder)
+    counts = count_tokens(folder, manifest, split)
+    frequent = most_frequent(counts, FREQUENT_TOKENS)
+    rows = open_rows(folder, manifest, split, given.order, given.seed, given.seq_len)
+    try:
+        tokenizer = tokenizer_of(folder, manifest)
+    except UserError as error:
+        return Content(split, int(counts.sum()), [(i, None, share) for i, share in frequent], [], str(error))
+    texts = [(i, tokenizer.decode([i]), share) for i, share in frequent]
+    return Content(split, int(counts.sum()), texts, first_rows(rows, tokenizer, SHOWN_ROWS, SHOWN_TOKENS), None)
+
+
+def bos_numbers(given: InfoArgs, manifest: Manifest, split: str) -> dict[str, Any]:
+    """Rows of the first epoch and the share of the tokens that they leave out."""
+    from regpt.data.bos import PackedRows
+    from regpt.data.rows import open_rows
+
+    rows = open_rows(Path(given.folder), manifest, split, "bos", given.seed, given.seq_len)
+    assert isinstance(rows, PackedRows)
+    return {"seq_len": given.seq_len, "rows": rows.epoch_rows(ALL), "left_out": round(rows.left_out(), 6)}
+
+
+def info_dict(
+    manifest: Manifest, splits: list[SplitInfo], content: Content, packing: dict[str, Any] | None
+) -> dict[str, Any]:
+    return {
+        "tokenizer": manifest.tokenizer,
+        "tokenizer_sha256": manifest.tokenizer_sha256,
+        "vocab_size": manifest.vocab_size,
+        "dtype": manifest.dtype,
+        "splits": {split.split: split.to_dict() for split in splits},
+        "frequent_tokens": [{"id": i, "text": text, "share": round(share, 6)} for i, text, share in content.frequent],
+        "tokens_counted": content.counted,
+        "rows": content.rows,
+        **({"bos": packing} if packing else {}),
+        "sources": manifest.sources,
+        "options": manifest.options,
+    }
+
+
+def print_info(
+    given: InfoArgs, manifest: Manifest, splits: list[SplitInfo], content: Content, packing: dict[str, Any] | None
+) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    vocabulary = f"tokenizer {manifest.tokenizer}, {manifest.vocab_size:,} tokens, {manifest.dtype}"
+    console.print(f"{given.folder}: {vocabulary}")
+    print_splits(console, splits)
+    for split in splits:
+        print_histogram(console, split)
+    if packing:
+        console.print(
+            f"\n{splits[0].split} in the order bos: {packing['rows']:,} rows of {given.seq_len:,} an epoch, "
+            f"which leave out {packing['left_out']:.2%} of the tokens"
+        )
+    print_content(console, given, content, whole=content.counted == splits[0].tokens)
+
+
+def print_splits(console: Any, splits: list[SplitInfo]) -> None:
+    from rich.table import Table
+
+    table = Table("split", box=None, padding=(0, 1))
+    for column in ("documents", "tokens", "MB", "bytes/token", "median tokens", "shards"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for split in splits:
+        numbers = (f"{split.documents:,}", f"{split.tokens:,}", f"{split.text_bytes / 1e6:,.1f}")
+        median = split.to_dict()["document_tokens"]["median"]
+        table.add_row(split.split, *numbers, f"{split.bytes_per_token:.3f}", f"{median:,.0f}", str(split.shards))
+    console.print(table)
+
+
+def print_histogram(console: Any, split: SplitInfo) -> None:
+    from regpt.data.info import histogram
+
+    bins = histogram(split.lengths)
+    largest = max(count for _, _, count in bins)
+    console.print(f"\n{split.split}: documents by length in tokens")
+    for low, high, count in bins:
+        console.print(f"{low:>10,} – {high - 1:<10,} {'█' * round(BAR_WIDTH * count / largest):{BAR_WIDTH}} {count:,}")
+
+
+def print_content(console: Any, given: InfoArgs, content: Content, whole: bool) -> None:
+    sample = "" if whole else f", of {content.counted:,} tokens spread over it"
+    console.print(f"\n{content.split}: the most frequent tokens{sample}")
+    for i, text, share in content.frequent:
+        console.print(f"{i:>10}  {share:6.2%}  {'' if text is None else repr(text)}")
+    if content.problem:
+        console.print(f"\nno text shown: {content.problem}")
+        return
+    console.print(
+        f"\n{content.split}: the first rows of {given.seq_len:,} tokens in the order {given.order} begin with"
+    )
+    for text in content.rows:
+        console.print(f"  {text!r}")

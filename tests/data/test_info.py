@@ -1,0 +1,129 @@
+"""What is said of a data folder, against the texts that it was made from."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from regpt.data import info
+from regpt.data.info import (
+    SplitInfo,
+    count_tokens,
+    describe,
+    document_lengths,
+    first_rows,
+    histogram,
+    most_frequent,
+    tokenizer_of,
+)
+from regpt.data.manifest import read_manifest
+from regpt.data.picture import bin_edges, draw_lengths
+from regpt.data.prepare import prepare
+from regpt.data.rows import open_rows
+from regpt.errors import UsageError, UserError
+from regpt.text.bpe import train_bpe
+
+TOKENIZER = train_bpe(["the cat sat on the mat, and the cats sat on the mats\n" * 4], 270)
+TEXTS = [f"the cat {i} sat on the mat" for i in range(30)]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
+    prepare([str(source)], tmp_path / "out", TOKENIZER, val_fraction=0.2, shard_tokens=50)
+    return tmp_path / "out"
+
+
+def split_of(lengths: list[int]) -> SplitInfo:
+    return SplitInfo("train", len(lengths), sum(lengths), 10, 1, np.array(lengths))
+
+
+def test_the_description_counts_what_was_prepared(folder):
+    manifest = read_manifest(folder)
+    train, val = describe(folder, manifest)
+    assert train.documents + val.documents == len(TEXTS)
+    assert train.text_bytes + val.text_bytes == sum(map(len, TEXTS))
+    lengths = sorted([*train.lengths, *val.lengths])
+    assert lengths == sorted(len(TOKENIZER.encode(text)) + 1 for text in TEXTS)
+    expected = sum(map(len, TEXTS)) / sum(len(TOKENIZER.encode(text)) for text in TEXTS)
+    assert train.bytes_per_token == pytest.approx(expected, rel=0.05)
+    assert document_lengths(folder, manifest, "train").sum() == manifest.tokens("train")
+    json.dumps(train.to_dict())
+
+
+def test_the_histogram_has_a_bin_for_each_power_of_two():
+    lengths = np.array([1, 2, 3, 4, 7, 8, 33])
+    assert histogram(lengths) == [(1, 2, 1), (2, 4, 2), (4, 8, 2), (8, 16, 1), (16, 32, 0), (32, 64, 1)]
+    assert sum(n for _, _, n in histogram(np.arange(1, 1000))) == 999
+
+
+def test_every_token_is_counted_and_the_most_frequent_come_first(folder):
+    manifest = read_manifest(folder)
+    counts = count_tokens(folder, manifest, "train") + count_tokens(folder, manifest, "val")
+    by_hand = Counter(token for text in TEXTS for token in [TOKENIZER.eot, *TOKENIZER.encode(text)])
+    assert {i: n for i, n in enumerate(counts.tolist()) if n} == by_hand
+    total = sum(by_hand.values())
+    expected = [(i, n / total) for i, n in sorted(by_hand.items(), key=lambda item: (-item[1], item[0]))]
+    assert most_frequent(counts, 5) == expected[:5]
+    assert most_frequent(counts, 10**6) == expected  # tokens that do not occur are not named
+
+
+def test_of_a_long_split_blocks_spread_over_it_are_counted(write_shards, monkeypatch):
+    monkeypatch.setattr(info, "BLOCK", 10)
+    monkeypatch.setattr(info, "COUNTED_BLOCKS", 3)
+    folder, manifest, _ = write_shards([95], vocab_size=100)
+    counted = np.flatnonzero(count_tokens(folder, manifest, "train")).tolist()
+    assert counted == [*range(1, 11), *range(41, 51), *range(91, 96)]  # token i of the corpus is i + 1
+
+
+@pytest.mark.parametrize("order", ["sequential", "bos"])
+def test_the_first_rows_are_decoded_as_the_model_reads_them(folder, order):
+    manifest = read_manifest(folder)
+    rows = open_rows(folder, manifest, "train", order, 0, 8)
+    texts = first_rows(rows, TOKENIZER, 2, 5)
+    assert texts == [TOKENIZER.decode(row[:5].tolist()) for row in rows.read(0, 2)]
+    assert texts[0].startswith("<|endoftext|>the cat")
+    assert first_rows(rows, TOKENIZER, 1, 100) == [TOKENIZER.decode(rows.read(0, 1)[0, :8].tolist())]
+
+
+def test_shards_of_another_tokenizer_are_not_decoded(folder):
+    other = train_bpe(["something else " * 9], 260)
+    (folder / "tokenizer.json").write_bytes(other.to_json().encode())
+    with pytest.raises(UserError, match=r"were made with bpe-270-.* the tokenizer found is bpe-260-"):
+        tokenizer_of(folder, read_manifest(folder))
+
+
+@pytest.mark.parametrize(("name", "magic"), [("a.png", b"\x89PNG"), ("a.SVG", b"<?xml")])
+def test_a_picture_is_drawn_of_every_split(tmp_path, name, magic):
+    pytest.importorskip("matplotlib")
+    draw_lengths([split_of([1, 5, 80, 3000]), split_of([7])], tmp_path / name, 1024)
+    assert (tmp_path / name).read_bytes().startswith(magic)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(("shortest", "longest"), [(1, 1), (1, 2), (2, 3), (5, 5), (3, 1000), (1024, 4096)])
+def test_every_length_falls_into_a_bar(shortest, longest):
+    edges = bin_edges(shortest, longest)
+    assert (np.diff(edges) > 0).all()
+    assert edges[0] <= shortest
+    assert edges[-1] > longest
+
+
+def test_a_picture_of_another_kind_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"--out '.*a.pdf' has no known kind of picture; end it in .png or .svg"):
+        draw_lengths([split_of([1])], tmp_path / "a.pdf", 1)
+
+
+def test_a_picture_that_cannot_be_written_is_one_sentence(tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(UserError, match=r"cannot write '.*none.a.png' \(No such file or directory\); choose another"):
+        draw_lengths([split_of([1, 2])], tmp_path / "none" / "a.png", 1)
+
+
+def test_a_missing_matplotlib_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with pytest.raises(UserError, match=r"pip install 'regpt\[report\]'"):
+        draw_lengths([split_of([1])], tmp_path / "a.png", 1)
