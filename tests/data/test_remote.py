@@ -365,7 +365,7 @@ def test_a_bucket_is_read_by_file_folder_and_glob(bucket, options):
     assert found("memory://b") == ["one", "two", "three"]
     assert found("memory://b/*.txt") == ["two"]
     assert found("memory://b/c/3.txt") == ["three"]
-    with pytest.raises(UserError, match=r"memory://b/nothing\.txt could not be read"):
+    with pytest.raises(UserError, match=r"memory://b/nothing\.txt could not be read: there is no such file"):
         found("memory://b/nothing.txt")
     with pytest.raises(UserError, match="no file matches memory://b/"):
         found("memory://b/*.md")

@@ -236,7 +236,8 @@ def problem_of(error: BaseException) -> Problem:
     cause = getattr(error, "reason", error)  # of a urllib.error.URLError
     cause = cause if isinstance(cause, BaseException) else error
     lasts = bool(LASTING & {kind.__name__ for kind in type(cause).__mro__})
-    return Problem(" ".join(str(cause).split()) or type(cause).__name__, lasts)
+    text = " ".join(str(cause).split()) or type(cause).__name__
+    return Problem(f"there is no such file ({text})" if isinstance(cause, FileNotFoundError) else text, lasts)
 
 
 def status_of(error: BaseException) -> int | None:
