@@ -1,18 +1,19 @@
 """Makes `tiny` importable from every folder of tests."""
 
 import pytest
-import torch
-
-import tiny
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Tests run beside each other, one a core; more threads would only wait for each other."""
+    import torch
+
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
     """Folder of token shards of a small invented language; read only."""
-    return tiny.write_shards(tmp_path_factory.mktemp("shards") / "data")
+    import tiny
+
+    return tiny.write_shards(tmp_path_factory.mktemp("language") / "data")

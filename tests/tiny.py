@@ -22,14 +22,12 @@ from regpt.checkpoint.config import CheckpointConfig
 from regpt.config import RunConfig
 from regpt.data.batch import IGNORE_INDEX, Batch
 from regpt.data.config import DataConfig
-from regpt.data.prepare import prepare
 from regpt.evals.config import EvalConfig
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import InitialWeights, load_weights, unpadded
 from regpt.parallel.mesh import Mesh, open_mesh
 from regpt.sample.config import SampleConfig
-from regpt.text.bpe import train_bpe
 from regpt.train.config import OptimConfig, TrainConfig
 from regpt.train.loss import LossSum, make_loss_sum
 from regpt.train.optim import make_optimizer
@@ -41,7 +39,7 @@ ALONE = Mesh(0, 1, CPU)
 # Odd on purpose: heads of 8, and a vocabulary that is no multiple of anything, so that it is padded from 97 to 128.
 CONFIG = ModelConfig(n_layer=2, n_head=3, n_embd=24, vocab_size=97, max_seq_len=16)
 N_ROWS, SEQ_LEN = 8, 12
-TRAIN = TrainConfig(precision="fp64", compile=False)
+TRAIN = TrainConfig(precision="fp64")
 OPTIM = OptimConfig(lr=1e-2, schedule="constant", warmup_steps=0)
 # torch's own compiler imports a part of torch that warns of its age.
 IMPORTS_COMPILER = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
@@ -88,13 +86,14 @@ def build_trainer(
     mesh: Mesh = ALONE,
     loss_sum: LossSum | None = None,
     train: TrainConfig = TRAIN,
+    compile: bool = False,
     optim: OptimConfig = OPTIM,
 ) -> Trainer:
     """A trainer of `model` over `loader`; its batch is the loader's."""
     first = loader.step(0)[0].idx
     rows = len(first) * len(loader.step(0)) * mesh.world_size
-    train = replace(train, batch_tokens=rows * first.size(1), micro_batch_rows=len(first))
-    loss_sum = loss_sum or make_loss_sum(model, train.precision, mesh.device, train.compile)
+    train = replace(train, batch_tokens=rows * first.size(1), micro_batch_rows=len(first), compile=compile)
+    loss_sum = loss_sum or make_loss_sum(model, train.precision, mesh.device, compile)
     optimizer = make_optimizer(model, optim, mesh.device)
     return Trainer(model, loss_sum, optimizer, make_schedule(optim, train.steps), loader, mesh, train)
 
@@ -102,7 +101,7 @@ def build_trainer(
 def step_gradients(trainer: Trainer) -> dict[str, Tensor]:
     """`loss`, `norm` and the gradient of every parameter, unpadded and not clipped, of the trainer's next step."""
     trainer.config = replace(trainer.config, grad_clip=0.0)
-    loss, norm = trainer.accumulate(trainer.take_batches())
+    loss, norm = trainer.accumulate(trainer.loader.step(trainer.step))
     gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
     named = {name: unpadded(trainer.model, name, gradient).clone() for name, gradient in gradients.items()}
     return {"loss": loss, "norm": norm} | named
@@ -124,6 +123,9 @@ VOCAB = 300
 
 def write_shards(folder: Path) -> Path:
     """Token shards of 60 documents in a small invented language, with their tokenizer."""
+    from regpt.data.prepare import prepare
+    from regpt.text.bpe import train_bpe
+
     draw = random.Random(0)
     words = ["".join(draw.choices(["ba", "do", "mi", "ta", "ru", "ke"], k=draw.randint(1, 3))) for _ in range(40)]
     texts = [" ".join(draw.choices(words, k=draw.randint(5, 50))) for _ in range(60)]

@@ -1,0 +1,118 @@
+"""The optimizer's groups, its steps against AdamW by hand, and its state on the way to a disk and back."""
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+from regpt.errors import UserError
+from regpt.model.config import ModelConfig
+from regpt.model.transformer import Transformer
+from regpt.reference import adamw
+from regpt.train.config import OptimConfig
+from regpt.train.optim import load_optimizer, make_optimizer, optimizer_tensors, set_lr
+
+
+@pytest.mark.parametrize(
+    ("pad_vocab", "decayed"),
+    # The lecture prints 124,354,560 with its vocabulary of 50304; 47 rows of 768 less without padding.
+    # What it prints, 50 tensors, is the 48 matrices of the blocks and the two embeddings.
+    [(True, 124_318_464 + (50304 - 50257) * 768), (False, 124_318_464)],
+    ids=["padded", "real vocabulary"],
+)
+def test_matrices_and_embeddings_decay_and_nothing_else(pad_vocab: bool, decayed: int):
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(), pad_vocab=pad_vocab)
+    two, one = make_optimizer(model, OptimConfig(weight_decay=0.1), torch.device("meta")).param_groups
+    assert (two["weight_decay"], one["weight_decay"]) == (0.1, 0.0)
+    assert (len(two["params"]), len(one["params"])) == (50, 98)
+    assert sum(p.numel() for p in two["params"]) == decayed
+    assert sum(p.numel() for p in one["params"]) == 121_344
+    assert 124_318_464 + 121_344 == 124_439_808
+
+
+def test_parameters_that_do_not_learn_are_left_out():
+    model = tiny.build_model()
+    model.wpe.weight.requires_grad_(False)
+    groups = make_optimizer(model, OptimConfig(), tiny.CPU).param_groups
+    assert all(p is not model.wpe.weight for group in groups for p in group["params"])
+
+
+def test_the_defaults_are_gpt3s():
+    optimizer = make_optimizer(tiny.build_model(), OptimConfig(), tiny.CPU)
+    assert optimizer.defaults["betas"] == (0.9, 0.95)
+    assert optimizer.defaults["eps"] == 1e-8
+    assert optimizer.defaults["lr"] == 6e-4
+
+
+def test_updates_are_adamw_by_hand():
+    model = tiny.build_model(pad_vocab=False)
+    config = OptimConfig(lr=3e-3, weight_decay=0.3, beta1=0.8, beta2=0.9, eps=1e-6)
+    optimizer = make_optimizer(model, config, tiny.CPU)
+    params = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
+    by_hand = adamw.AdamW(params, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.3)
+    rng = np.random.default_rng(0)
+    for step in range(4):
+        lr = 3e-3 / (step + 1)
+        grads = {name: rng.normal(size=p.shape) for name, p in params.items()}
+        for name, p in model.named_parameters():
+            p.grad = torch.from_numpy(grads[name])
+        set_lr(optimizer, lr)
+        optimizer.step()
+        params = by_hand.step(params, grads, lr)
+    for name, p in model.named_parameters():
+        np.testing.assert_allclose(p.detach().numpy(), params[name], rtol=1e-10, atol=1e-13, err_msg=name)
+    moments = optimizer_tensors(model, optimizer)
+    for name in params:
+        np.testing.assert_allclose(moments[f"exp_avg/{name}"].numpy(), by_hand.exp_avg[name], rtol=1e-10, atol=1e-14)
+        np.testing.assert_allclose(moments[f"exp_avg_sq/{name}"].numpy(), by_hand.exp_avg_sq[name], rtol=1e-10)
+
+
+def after(steps: int, *, pad_vocab: bool = True):
+    trainer = tiny.build_trainer(tiny.build_model(pad_vocab=pad_vocab), tiny.Rows())
+    for _ in range(steps):
+        trainer.update()
+    return trainer
+
+
+def test_before_the_first_update_there_is_no_state():
+    trainer = after(0)
+    assert optimizer_tensors(trainer.model, trainer.optimizer) == {}
+    load_optimizer(trainer.model, trainer.optimizer, {}, step=0)
+    assert not trainer.optimizer.state
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("pad_vocab", [True, False])
+def test_state_that_was_saved_and_read_goes_on_bitwise(pad_vocab: bool, fused: bool):
+    straight = after(3)
+    kept = optimizer_tensors(straight.model, straight.optimizer)
+    assert kept["exp_avg/wte.weight"].shape == (97, 24)  # no padding rows
+    resumed = after(0, pad_vocab=pad_vocab)
+    with torch.no_grad():
+        for mine, other in zip(resumed.model.parameters(), straight.model.parameters()):
+            mine.copy_(other[: len(mine)])
+    if not fused:
+        for trainer in (straight, resumed):
+            trainer.optimizer.defaults["fused"] = None
+            for group in trainer.optimizer.param_groups:
+                group["fused"] = None
+    load_optimizer(resumed.model, resumed.optimizer, {name: t.clone() for name, t in kept.items()}, step=3)
+    resumed.step = 3
+    for _ in range(3):
+        rows = straight.update(), resumed.update()
+        assert rows[0]["step"] == rows[1]["step"]
+        assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=0 if pad_vocab else 1e-13)
+    theirs, ours = (optimizer_tensors(t.model, t.optimizer) for t in (straight, resumed))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0 if pad_vocab else 1e-9, atol=0 if pad_vocab else 1e-14)
+
+
+def test_state_that_does_not_fit_is_refused_by_name():
+    trainer = after(1)
+    tensors = optimizer_tensors(trainer.model, trainer.optimizer)
+    sentence = r"lacks 'exp_avg_sq/h\.1\.mlp\.c_fc\.weight' of shape \(96, 24\); resume from another checkpoint"
+    for wrong in ({}, {"exp_avg_sq/h.1.mlp.c_fc.weight": torch.zeros(24, 96)}):
+        given = {n: t for n, t in tensors.items() if n != "exp_avg_sq/h.1.mlp.c_fc.weight"} | wrong
+        with pytest.raises(UserError, match=sentence):
+            load_optimizer(trainer.model, trainer.optimizer, given, step=1)

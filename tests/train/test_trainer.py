@@ -1,0 +1,278 @@
+"""The trainer: its loss and gradients, what it refuses, and the order in which things happen."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tiny
+from regpt.data.batch import IGNORE_INDEX, Batch
+from regpt.errors import UserError
+from regpt.model.transformer import Transformer
+from regpt.model.weights import initialize, state_tensors
+from regpt.train.config import OptimConfig, TrainConfig
+from regpt.train.loss import make_loss_sum, valid_targets
+from regpt.train.trainer import Actions, Every, due
+
+
+class Same(tiny.Rows):
+    """The rows of step 0 again and again, every target valid."""
+
+    def step(self, step: int) -> list[Batch]:
+        idx, _ = self.rows(0)
+        return [Batch(idx, idx.roll(-1, dims=1))]
+
+
+def test_one_batch_is_learnt_by_heart():
+    model = initialize(Transformer(tiny.CONFIG), seed=1)
+    optim = OptimConfig(lr=1e-2, schedule="constant", warmup_steps=10, weight_decay=0.0)
+    trainer = tiny.build_trainer(model, Same(), train=TrainConfig(precision="fp32"), optim=optim)
+    losses = [trainer.update()["loss"] for _ in range(120)]
+    assert losses[0] == pytest.approx(math.log(97), abs=0.1)
+    assert losses[-1] < 0.05
+
+
+# ---- loss and gradients ----------------------------------------------------------------------------------------------
+
+
+def gradients(micro_batch_rows: int, **options) -> dict[str, torch.Tensor]:
+    model = tiny.build_model(**options)
+    return tiny.step_gradients(tiny.build_trainer(model, tiny.Rows(micro_batch_rows=micro_batch_rows)))
+
+
+@pytest.mark.parametrize("micro_batch_rows", [1, 2, 4])
+def test_gradients_do_not_depend_on_how_the_batch_is_split(micro_batch_rows: int):
+    """Its micro-batches have unequally many valid targets, one has none."""
+    assert tiny.largest_error(gradients(micro_batch_rows), gradients(8)) < 1e-12
+
+
+def test_averaging_over_micro_batches_would_be_seen():
+    """The mistake that the rule avoids is a large one on these rows, so the test above can fail."""
+    model, (*batches, _) = tiny.build_model(), tiny.Rows(micro_batch_rows=1).step(0)  # the last has no target: 0/0
+    loss_sum = make_loss_sum(model, "fp64", tiny.CPU, compile=False)
+    for batch in batches:
+        (loss_sum(batch) / valid_targets([batch]) / len(batches)).backward()
+    wrong = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    right = {name: g[: len(wrong[name])] for name, g in gradients(8).items() if name in wrong}
+    wrong["wte.weight"] = wrong["wte.weight"][:97]
+    assert tiny.largest_error(wrong, right) > 0.1
+
+
+def test_the_loss_is_the_mean_over_the_valid_targets_of_the_whole_batch():
+    model, loader = tiny.build_model(), tiny.Rows(micro_batch_rows=2)
+    idx, targets = loader.rows(0)
+    assert 0 < (targets == IGNORE_INDEX).sum() < targets.numel()
+    loss = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    found = tiny.step_gradients(tiny.build_trainer(model, loader))
+    assert found.pop("loss").item() == pytest.approx(loss.item(), rel=1e-12)
+    norm = torch.stack([g.norm() for g in expected]).norm().item()
+    assert found.pop("norm").item() == pytest.approx(norm, rel=1e-12)
+    names = [name for name, _ in model.named_parameters()]
+    by_hand = {name: g[: len(found[name])] for name, g in zip(names, expected)}
+    assert tiny.largest_error(found, by_hand) < 1e-11
+
+
+def test_padding_changes_no_gradient_and_stays_zero():
+    assert tiny.largest_error(gradients(4), gradients(4, pad_vocab=False)) < 1e-12
+    padded, real = (tiny.build_trainer(tiny.build_model(pad_vocab=pad), tiny.Rows()) for pad in (True, False))
+    for _ in range(5):
+        ours, theirs = padded.update(), real.update()
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-12)
+        assert (padded.model.wte.weight[97:] == 0).all()
+    assert len(padded.model.wte.weight) == 128
+    # The key bias has no gradient but rounding (softmax ignores it), which AdamW makes larger.
+    assert tiny.largest_error(state_tensors(padded.model), state_tensors(real.model)) < 1e-9
+
+
+@pytest.mark.parametrize("grad_clip", [0.05, 1e6])
+def test_clipping_bounds_the_norm_and_reports_the_one_before(grad_clip: float):
+    free = gradients(8)
+    trainer = tiny.build_trainer(
+        tiny.build_model(), tiny.Rows(), train=TrainConfig(grad_clip=grad_clip, precision="fp64")
+    )
+    _, norm = trainer.accumulate(trainer.loader.step(0))
+    assert norm.item() == pytest.approx(free["norm"].item(), rel=1e-12)
+    clipped = torch.stack([p.grad.norm() for p in trainer.parameters if p.grad is not None]).norm().item()
+    assert clipped == pytest.approx(min(grad_clip, norm.item()), rel=1e-4)
+
+
+def test_each_update_starts_from_zero_gradients_and_takes_its_own_learning_rate():
+    optim = OptimConfig(lr=1e-2, warmup_steps=3, schedule="constant")
+    trainer = tiny.build_trainer(tiny.build_model(), tiny.Rows(), optim=optim)
+    for step, lr in enumerate([1e-2 / 3, 2e-2 / 3, 1e-2, 1e-2], start=1):
+        before = tiny.step_gradients(tiny.build_trainer(copied(trainer.model), Shifted(step - 1)))
+        row = trainer.update()
+        assert row["step"] == trainer.step == step
+        assert row["lr"] == pytest.approx(lr, rel=1e-12)
+        assert row["loss"] == pytest.approx(before["loss"].item(), rel=1e-12)
+        assert row["grad_norm"] == pytest.approx(before["norm"].item(), rel=1e-12)
+        assert {group["lr"] for group in trainer.optimizer.param_groups} == {row["lr"]}
+
+
+class Shifted(tiny.Rows):
+    """The rows from step `first` on."""
+
+    def __init__(self, first: int):
+        super().__init__()
+        self.first = first
+
+    def step(self, step: int) -> list[Batch]:
+        return super().step(step + self.first)
+
+
+def copied(model: Transformer) -> Transformer:
+    copy = Transformer(model.config).double()
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
+def test_a_row_of_metrics_counts_tokens_flops_and_time():
+    trainer = tiny.build_trainer(tiny.build_model(), tiny.Rows())
+    trainer.update()
+    row = trainer.update()
+    assert row["tokens"] == 2 * 8 * 12
+    assert row["flops"] == 2 * 8 * 12 * trainer.flops_per_token
+    assert row["tokens_per_s"] == pytest.approx(8 * 12 / (row["dt_ms"] / 1e3))
+    assert row["mfu"] is None
+    assert list(row)[:5] == ["kind", "step", "loss", "lr", "grad_norm"]
+    assert row["kind"] == "train"
+
+
+def test_training_draws_nothing_from_the_global_generator():
+    trainer = tiny.build_trainer(tiny.build_model(), tiny.Rows())
+    before = torch.get_rng_state()
+    trainer.update()
+    assert torch.get_rng_state().equal(before)
+
+
+# ---- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+class Poisoned(torch.autograd.Function):
+    """The identity, with an infinite gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return grads[0] * math.inf
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda loss: loss * math.nan, "the loss is nan"),
+        (Poisoned.apply, "the gradient norm (inf|nan)"),
+    ],
+    ids=["loss", "norm"],
+)
+def test_a_loss_or_norm_that_is_not_finite_stops_before_the_update(spoil: Callable, sentence: str):
+    model = tiny.build_model()
+    good = make_loss_sum(model, "fp64", tiny.CPU, compile=False)
+    trainer = tiny.build_trainer(
+        model, tiny.Rows(), loss_sum=lambda batch: spoil(good(batch)) if trainer.step == 2 else good(batch)
+    )
+    trainer.update()
+    trainer.update()
+    weights = {name: w.clone() for name, w in state_tensors(model).items()}
+    moments = {p: state["exp_avg"].clone() for p, state in trainer.optimizer.state.items()}
+    with pytest.raises(UserError, match=rf"step 3: .*{sentence}.*not applied.*lower optim\.lr"):
+        trainer.update()
+    assert trainer.step == 2
+    assert all(w.equal(weights[name]) for name, w in state_tensors(model).items())
+    assert all(trainer.optimizer.state[p]["exp_avg"].equal(m) for p, m in moments.items())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried …"),
+        MemoryError(),
+    ],
+)
+@pytest.mark.parametrize(
+    ("rows", "advice"),
+    [
+        (8, r"try --train\.micro-batch-rows 4, which computes the same update"),
+        (4, r"try --train\.micro-batch-rows 2,"),
+        (1, r"micro_batch_rows is 1 already: use a smaller model, a shorter data\.seq_len"),
+    ],
+)
+def test_out_of_memory_names_the_micro_batch_to_try(error: Exception, rows: int, advice: str):
+    def exhausted(batch: Batch) -> torch.Tensor:
+        raise error
+
+    trainer = tiny.build_trainer(tiny.build_model(), tiny.Rows(micro_batch_rows=rows), loss_sum=exhausted)
+    with pytest.raises(UserError, match=rf"^out of memory with train\.micro_batch_rows = {rows}; {advice}"):
+        trainer.update()
+
+
+@pytest.mark.parametrize(("rows", "fewer"), [(9, 3), (7, 1), (12, 6), (2, 1)])
+def test_the_micro_batch_to_try_divides_the_batch(rows: int, fewer: int):
+    trainer = tiny.build_trainer(tiny.build_model(), tiny.Rows())
+    trainer.config = TrainConfig(micro_batch_rows=rows)
+
+    def exhausted(closure=None):
+        raise torch.OutOfMemoryError  # the first update allocates the optimizer's state
+
+    trainer.optimizer.step = exhausted
+    with pytest.raises(UserError, match=rf"try --train\.micro-batch-rows {fewer}, "):
+        trainer.update()
+    assert rows % fewer == 0
+
+
+def test_another_error_is_passed_on_as_it_is():
+    def broken(batch: Batch) -> torch.Tensor:
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        tiny.build_trainer(tiny.build_model(), tiny.Rows(), loss_sum=broken).update()
+
+
+# ---- the loop --------------------------------------------------------------------------------------------------------
+
+
+def fitted(steps: int, every: Every, *, stop_after: int = -1, start: int = 0) -> tuple[bool, str]:
+    """What `fit` returned, and what it did: u3 update, v validate, s sample, c checkpoint, with the updates made."""
+    trainer = tiny.build_trainer(tiny.build_model(), tiny.Rows(), train=TrainConfig(steps=steps, precision="fp64"))
+    trainer.step = start
+    did = []
+    do = Actions(
+        log=lambda row: did.append(f"u{row['step']}"),
+        validate=lambda step: did.append(f"v{step}"),
+        sample=lambda step: did.append(f"s{step}"),
+        save=lambda step: did.append(f"c{step}"),
+        stop_requested=lambda: trainer.step == stop_after,
+    )
+    return trainer.fit(do, every), " ".join(did)
+
+
+def test_things_happen_in_their_order():
+    everything = Every(validate=2, sample=3, save=4)
+    assert fitted(6, everything) == (True, "v0 s0 u1 u2 v2 u3 s3 u4 v4 c4 u5 u6 v6 s6 c6")
+
+
+def test_at_the_end_everything_happens_whatever_the_intervals():
+    assert fitted(2, Every(0, 0, 0)) == (True, "u1 u2 v2 s2 c2")
+    assert fitted(2, Every(5, 5, 5)) == (True, "v0 s0 u1 u2 v2 s2 c2")
+
+
+def test_a_stop_saves_at_once_and_what_it_left_out_is_made_up_for():
+    everything = Every(validate=2, sample=3, save=4)
+    assert fitted(6, everything, stop_after=2) == (False, "v0 s0 u1 u2 c2")
+    assert fitted(6, everything, start=2) == (True, "v2 u3 s3 u4 v4 c4 u5 u6 v6 s6 c6")
+
+
+def test_a_stop_after_the_last_update_changes_nothing():
+    assert fitted(2, Every(1, 0, 0), stop_after=2) == (True, "v0 u1 v1 u2 v2 s2 c2")
+
+
+def test_due():
+    assert [step for step in range(7) if due(step, 3)] == [0, 3, 6]
+    assert not any(due(step, 0) for step in range(7))
