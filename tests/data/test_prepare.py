@@ -1,7 +1,7 @@
 """Text → shards: exactly the documents, in order, whatever the shards, the workers and the way it was interrupted."""
 
+import errno
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +9,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from regpt.data import prepare as module
+from regpt.data import encode, job, write
 from regpt.data.corpus import hash_fraction
 from regpt.data.manifest import Manifest, read_manifest
-from regpt.data.prepare import Progress, cut, prepare
+from regpt.data.encode import cut
+from regpt.data.job import Progress
+from regpt.data.prepare import prepare
 from regpt.data.verify import verify
 from regpt.errors import UserError
 from regpt.text import gpt2
@@ -113,9 +115,8 @@ def test_copies_of_a_document_share_its_split(tmp_path):
 
 @pytest.mark.parametrize("shard_tokens", [7, 100_000])
 def test_the_bytes_do_not_depend_on_the_workers(tmp_path, monkeypatch, shard_tokens):
-    monkeypatch.setattr(module, "PIECE_CHARS", 50)
-    for function in (module.pieces, module.batches):
-        monkeypatch.setattr(function, "__defaults__", (50,))
+    monkeypatch.setattr(encode, "PIECE_CHARS", 50)
+    monkeypatch.setattr(encode, "BATCH_CHARS", 50)
     texts = [f"the cat {i} sat " * (i % 13) + "on the mat" for i in range(60)]
     source = write_jsonl(tmp_path / "a.jsonl", texts)
     written = []
@@ -206,8 +207,7 @@ def test_a_killed_preparation_is_not_accepted_and_can_be_repeated(tmp_path, monk
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "sync_folder", killed)  # everything is written but the manifest
-        patch.setattr(module, "remove_leftovers", lambda folder: None)  # a killed process tidies nothing
+        patch.setattr(job, "sync_folder", killed)  # everything is written but the manifest
         with pytest.raises(Killed):
             prepare([source], out, TOKENIZER, val_fraction=0, shard_tokens=20)
     (out / "train-00099.bin.partial").write_bytes(b"half")
@@ -285,13 +285,19 @@ def test_an_option_out_of_range_is_refused_before_anything_is_written(tmp_path, 
         prepare([], tmp_path / "out", TOKENIZER)
 
 
-def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(tmp_path, monkeypatch):
     source = write_jsonl(tmp_path / "a.jsonl", ["the cat", "the mat"])
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    prepare([source], whole, TOKENIZER, val_fraction=0)
 
     def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"the disk of .* is full"):
-        prepare([source], tmp_path / "out", TOKENIZER, val_fraction=0)
-    assert not (tmp_path / "out").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(write, "finish_file", full)
+        with pytest.raises(UserError, match=r"the disk of .* is full; free space, then the same command goes on"):
+            prepare([source], out, TOKENIZER, val_fraction=0)
+    with pytest.raises(UserError, match="never finished"):
+        read_manifest(out)
+    prepare([source], out, TOKENIZER, val_fraction=0)
+    assert contents(out) == contents(whole)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from regpt.cli.data import cache_folder
+from regpt.cli.data_prepare import cache_folder
 from regpt.cli.parse import parse
 from regpt.errors import UsageError, UserError, nearest
 

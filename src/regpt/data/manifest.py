@@ -57,6 +57,8 @@ class Manifest:
         text_bytes: UTF-8 bytes of the documents of each split.
         sources: where the text came from; one object a source, with at least `source`.
         options: the options that shaped the bytes.
+        removed: documents and bytes that the options left out, by reason.
+        made_with: versions of what wrote the folder; other versions write the same shards.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -70,6 +72,8 @@ class Manifest:
     text_bytes: dict[str, int] = field(default_factory=dict)
     sources: tuple[dict[str, Any], ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
+    removed: dict[str, dict[str, int]] = field(default_factory=dict)
+    made_with: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def split(self, name: str) -> list[Shard]:

@@ -4,6 +4,9 @@ import contextlib
 import hashlib
 import os
 import re
+from collections import deque
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -13,36 +16,43 @@ import numpy as np
 from regpt.data.manifest import Shard
 
 PARTIAL = ".partial"
-OURS = re.compile(r"(((train|val)-\d{5,}\.(bin|idx))|tokenizer\.json|manifest\.json)(\.partial)?")
+OURS = re.compile(r"(((train|val)-\d{5,}\.(bin|idx))|tokenizer\.json|removed\.jsonl|manifest\.json)(\.partial)?")
 
 
 class ShardWriter:
     """Writes one split as shards of at most `shard_tokens` tokens; a document runs on into the next shard.
 
-    `shards` describes the files that are finished; `finish` ends the last one. Used as a context manager, it closes the
-    open file when something fails.
+    `shards` describes the files that are finished, those of an earlier attempt first; `finish` ends the last one. Used
+    as a context manager, it closes the open file when something fails. A thread hashes what is written.
     """
 
     def __init__(
-        self, folder: Path, split: Literal["train", "val"], dtype: Literal["uint16", "uint32"], shard_tokens: int
+        self,
+        folder: Path,
+        split: Literal["train", "val"],
+        dtype: Literal["uint16", "uint32"],
+        shard_tokens: int,
+        shards: Sequence[Shard] = (),
     ) -> None:
-        self.shards: list[Shard] = []
+        self.shards = list(shards)
         self._folder, self._shard_tokens = folder, shard_tokens
         self._split: Literal["train", "val"] = split
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._file = None
+        self._hasher = ThreadPoolExecutor(1)  # hashlib lets other threads run meanwhile
+        self._hashed: deque[Future[None]] = deque()
         self._begin()
 
-    def write(self, tokens: np.ndarray, starts: bool) -> None:
-        """Append `tokens`; `starts` says that the first of them starts a document."""
+    def write(self, tokens: np.ndarray, starts: np.ndarray) -> None:
+        """Append `tokens` (n,); documents start at the positions `starts` (d,) in them, ascending."""
         while len(tokens):
             if self._tokens == self._shard_tokens:
-                self._end(continues=not starts)
-            if starts:
-                self._starts.append(self._tokens)
-                starts = False
+                self._end(continues=not (len(starts) and starts[0] == 0))
             part, tokens = np.split(tokens, [self._shard_tokens - self._tokens])
-            self._append(part.astype(self._dtype).tobytes())
+            here, starts = np.split(starts, [np.searchsorted(starts, len(part))])
+            self._starts.append(here + self._tokens)
+            starts = starts - len(part)
+            self._append(part.astype(self._dtype, copy=False).tobytes())
             self._tokens += len(part)
 
     def finish(self) -> None:
@@ -56,14 +66,18 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._hasher.shutdown(cancel_futures=True)
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # a full disk says so again
+                self._file.close()
 
     def _append(self, data: bytes) -> None:
         if self._file is None:
             self._file = (self._folder / (self._name + PARTIAL)).open("wb")
         self._file.write(data)
-        self._digest.update(data)
+        self._hashed.append(self._hasher.submit(self._digest.update, data))
+        if len(self._hashed) > 2:  # bounds what is in memory
+            self._hashed.popleft().result()
 
     def _begin(self) -> None:
         self._name = f"{self._split}-{len(self.shards):05d}.bin"
@@ -73,13 +87,16 @@ class ShardWriter:
         assert self._file is not None
         finish_file(self._file)
         self._file = None
+        while self._hashed:
+            self._hashed.popleft().result()
         os.replace(self._folder / (self._name + PARTIAL), self._folder / self._name)
-        index = np.array(self._starts, dtype="<i8").tobytes()
+        starts = np.concatenate(self._starts).astype("<i8")
+        index = starts.tobytes()
         shard = Shard(
             file=self._name,
             split=self._split,
             tokens=self._tokens,
-            documents=len(self._starts),
+            documents=len(starts),
             sha256=self._digest.hexdigest(),
             idx_sha256=hashlib.sha256(index).hexdigest(),
             continues=continues,
@@ -114,10 +131,8 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what an interrupted preparation left in `folder`, and the folder when nothing else is in it."""
+def remove_leftovers(folder: Path, keep: Collection[str] = ()) -> None:
+    """Delete what an interrupted preparation left in `folder`, but the files named in `keep`."""
     for path in sorted(folder.iterdir()):  # the manifest before the shards
-        if OURS.fullmatch(path.name):
+        if OURS.fullmatch(path.name) and path.name not in keep:
             path.unlink()
-    with contextlib.suppress(OSError):  # the user's own files are there
-        folder.rmdir()

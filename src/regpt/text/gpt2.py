@@ -42,8 +42,7 @@ class GPT2Tokenizer:
 
     def __init__(self, ranks: dict[bytes, int]) -> None:
         self._tokens = sorted(ranks, key=ranks.__getitem__)
-        lines = (b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(self._tokens))
-        self.sha256 = hashlib.sha256(b"".join(lines)).hexdigest()
+        self.sha256 = hashlib.sha256(self.ranks()).hexdigest()
         self._encoding = tiktoken.Encoding(
             self.name,
             pat_str=openai_public.r50k_pat_str,
@@ -66,6 +65,10 @@ class GPT2Tokenizer:
 
     def byte_lengths(self) -> np.ndarray:
         return np.array([*map(len, self._tokens), 0], dtype=np.int64)
+
+    def ranks(self) -> bytes:
+        """The tokens and their ranks in tiktoken's text format: the contents of `r50k_base.tiktoken`."""
+        return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(self._tokens))
 
     def to_json(self) -> str:
         return json.dumps({"name": self.name, "sha256": self.sha256}) + "\n"

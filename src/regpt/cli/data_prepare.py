@@ -1,0 +1,159 @@
+"""`regpt data prepare`: text to token shards."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from regpt.cli.parse import parse
+
+if TYPE_CHECKING:
+    from regpt.data.manifest import Manifest
+
+REASONS = {  # for the manifest's names
+    "short": "documents below --min-chars",
+    "contaminated": "documents with evaluation text (which: removed.jsonl)",
+    "exact_duplicates": "exact duplicates",
+    "near_duplicates": "near duplicates (which: removed.jsonl)",
+}
+
+
+@dataclass(frozen=True)
+class PrepareArgs:
+    """Make token shards from text. A SOURCE is a file, folder or glob of .txt, .md, .jsonl[.gz|.zst] or .parquet, here
+    or behind hf://, https://, s3://, gs://; or a named set: pydocs, tinyshakespeare, fineweb-edu-10B, fineweb-10B.
+    Stopped at any moment, the same command goes on."""
+
+    sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """What to read, in this order."""
+    out: Annotated[str, tyro.conf.arg(metavar="DIR")]
+    """Folder to write; it must not hold a data set already."""
+    tokenizer: str = "gpt2"
+    """gpt2, or the folder or file that `regpt tokenizer train` wrote."""
+    val: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SOURCE")] = ()
+    """Hold out these sources instead of a part of the others."""
+    val_fraction: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    """Part of the documents held out, 0 for none; default: 0.1 below 10 MB of sources, 0.005 above."""
+    text_column: str = "text"
+    """Key of .jsonl and column of .parquet that holds the text."""
+    shard_tokens: int = 100_000_000
+    """Tokens in each shard but the last."""
+    min_chars: int = 0
+    """Leave out documents with fewer characters."""
+    dedup: Literal["none", "exact", "near"] = "none"
+    """Leave out documents that occurred before: the same text, or also nearly the same."""
+    decontaminate: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE")] = ()
+    """Leave out documents that share 13 words in a row with an item of these evaluation files."""
+    workers: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """Processes that encode; default: one a core. The files do not depend on it."""
+    executor: Literal["local", "ray"] = "local"
+    """Where they run: here, or on a Ray cluster with shared storage (pip install 'regpt[ray]')."""
+    address: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
+    """Address of the Ray cluster, such as auto; default: this machine alone."""
+    encoder: Literal["auto", "exact"] = "auto"
+    """auto: gigatoken where it is installed (pip install 'regpt[fast]'), the same tokens sooner; exact: without it."""
+    restart: bool = False
+    """Give up what an earlier attempt with other options has done."""
+    file: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Take tinyshakespeare from this file instead of downloading it."""
+
+
+def main(args: list[str]) -> int:
+    given = parse(PrepareArgs, args, prog="regpt data prepare")
+    from regpt.data.named import NamedOptions
+    from regpt.data.prepare import WORK, prepare
+    from regpt.data.settings import Filters
+    from regpt.text.open import open_tokenizer
+
+    tokenizer = open_tokenizer(given.tokenizer)
+    try:
+        with ProgressLine() as line:
+            manifest = prepare(
+                given.sources,
+                Path(given.out),
+                tokenizer,
+                val_sources=given.val,
+                val_fraction=given.val_fraction,
+                text_column=given.text_column,
+                shard_tokens=given.shard_tokens,
+                filters=Filters(given.min_chars, given.dedup, given.decontaminate),
+                workers=given.workers,
+                executor=given.executor,
+                address=given.address,
+                encoder=given.encoder,
+                restart=given.restart,
+                named=NamedOptions(cache=cache_folder(), file=Path(given.file) if given.file else None),
+                progress=line.show,
+                download=line.show_download,
+            )
+    except KeyboardInterrupt:
+        if (Path(given.out) / WORK).exists():
+            print(f"{given.out} is unfinished; the same command goes on", file=sys.stderr)
+        raise
+    print_prepared(given.out, manifest)
+    return 0
+
+
+def cache_folder() -> Path | None:
+    """Where downloads are kept when the environment says so; None for the default."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
+    return Path(base) / "regpt" if base else None
+
+
+class ProgressLine:
+    """One line in the terminal: part done, documents, text, tokens, speed, time left."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[done]}"), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=Console(stderr=True))
+        self._task = self._progress.add_task("", total=1.0, done="reading")
+        self._download = ""
+
+    def __enter__(self) -> ProgressLine:
+        return self  # the line appears with the first news: an error before stands alone
+
+    def __exit__(self, *error: object) -> None:
+        if self._progress.live.is_started:
+            self._progress.stop()
+
+    def show(self, now: Any) -> None:
+        """`now` is a `regpt.data.job.Progress`."""
+        self._progress.start()  # again and again: only the first counts
+        seconds = max(self._progress.tasks[0].elapsed or 0.0, 1e-9)
+        speed = (now.text_bytes - now.found_bytes) / 1e6 / seconds
+        done = (
+            f"{now.documents:,} documents  {now.text_bytes / 1e6:,.1f} MB ({speed:.1f} MB/s)  "
+            f"{now.tokens:,} tokens ({(now.tokens - now.found_tokens) / seconds:,.0f}/s){self._download}"
+        )
+        self._progress.update(self._task, completed=now.done, done=done)
+
+    def show_download(self, news: Any) -> None:
+        """`news` is a `regpt.data.sources.Download`."""
+        self._progress.start()
+        whole = news.bytes >= news.total > 0
+        size = f"{news.bytes / 1e6:,.0f} of {news.total / 1e6:,.0f} MB" if news.total else f"{news.bytes / 1e6:,.0f} MB"
+        self._download = "" if whole else f"  downloading {news.file}: {size}"
+        shown = self._progress.tasks[0].fields["done"].split("  downloading ")[0]
+        self._progress.update(self._task, done=shown + self._download)
+
+
+def print_prepared(out: str, manifest: Manifest) -> None:
+    for split in ("train", "val"):
+        if shards := manifest.split(split):
+            tokens, documents = manifest.tokens(split), manifest.documents(split)
+            print(f"{split:5}  {documents:>12,} documents  {tokens:>15,} tokens  {len(shards):>4} shards")
+    if empty := sum(source["empty"] for source in manifest.sources):
+        print(f"left out {empty:,} empty documents")
+    for reason, count in manifest.removed.items():
+        megabytes = count["text_bytes"] / 1e6
+        print(f"left out {count['documents']:,} {REASONS[reason]}, {megabytes:,.1f} MB")
+    with_what = f"the tokenizer {manifest.tokenizer} ({manifest.made_with['encoder']})"
+    print(f"wrote {out} with {with_what}; look inside with: regpt data info {out}")

@@ -1,0 +1,82 @@
+"""Encode partitions on a Ray cluster whose machines share the storage of the sources and of the output (extra `ray`).
+
+A task is one partition. When its machine or process is lost, Ray starts it again elsewhere; the files that a lost one
+was writing never get their names.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from regpt.data.partition import Partition
+from regpt.data.settings import Settings
+from regpt.data.worker import attempt, use_one_thread
+from regpt.data.workers import raise_failure
+from regpt.errors import UserError
+
+TRIES = 5  # after the first
+
+
+def encode_on_ray(
+    work: Path, tasks: Iterator[Partition], settings: Settings, address: str | None
+) -> Iterator[Partition]:
+    """Partitions in the order in which the cluster at `address` finishes them; without one, on this machine's cores.
+
+    Raises:
+        UserError: Ray is not installed or does not answer, or what a worker says about the text.
+        DiskFull: a worker could not write.
+    """
+    ray = import_ray()
+    connect(ray, address)
+    encode = ray.remote(num_cpus=1, max_retries=TRIES)(encode_task)
+    running: dict[Any, Partition] = {}
+    work = work.resolve()  # the same path on every machine
+    try:
+        while True:
+            limit = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+            while len(running) < limit and (partition := next(tasks, None)):
+                running[encode.remote(str(work), partition.to_json(), settings)] = partition
+            if not running:
+                return
+            (done, *_), _ = ray.wait(list(running))
+            partition = running.pop(done)
+            raise_failure(result(ray, done, partition))
+            yield partition
+    finally:
+        ray.shutdown()
+
+
+def encode_task(work: str, partition: str, settings: Settings) -> dict[str, Any]:
+    """One partition, on the machine that Ray chose."""
+    given = Partition.from_json(partition)
+    if any(reading.source.file.endswith(".parquet") for reading in given.readings):
+        use_one_thread()
+    return attempt(Path(work), given, settings)
+
+
+def result(ray: Any, task: Any, partition: Partition) -> dict[str, Any]:
+    try:
+        return ray.get(task)
+    except ray.exceptions.RayError as error:  # the task's own errors come back as answers
+        what = str(error).strip().splitlines()[0]
+        name = partition.readings[0].source.file
+        raise UserError(f"Ray gave up on {name} after {TRIES + 1} tries ({what}); look at the cluster's logs") from None
+
+
+def connect(ray: Any, address: str | None) -> None:
+    if address is None:
+        ray.init(log_to_driver=False, include_dashboard=False)
+        return
+    try:
+        ray.init(address=address, log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        what = str(error).strip().splitlines()[0]
+        raise UserError(f"no Ray cluster answers at {address!r} ({what}); start one with: ray start --head") from None
+
+
+def import_ray() -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise UserError("--executor ray needs Ray; install it with: pip install 'regpt[ray]'") from None
+    return ray

@@ -1,0 +1,167 @@
+"""One partition → its files in the work folder: tokens, a table of documents, and last what is known about them.
+
+The same function runs here, in a worker process and on a cluster. It streams: a document is cut where the word pattern
+cannot reach across, and about a megabyte of text is in hand at a time.
+"""
+
+import contextlib
+import functools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from regpt.data.contamination import load_evaluations
+from regpt.data.corpus import cut_in_two, fraction
+from regpt.data.duplicates import Signatures
+from regpt.data.formats import Document
+from regpt.data.grams import WordCodes
+from regpt.data.partition import Partition, Reading, Split
+from regpt.data.parts import Counts, Piece, SplitFiles, place
+from regpt.data.settings import Settings
+from regpt.text.fast import accelerate
+from regpt.text.open import from_json
+from regpt.text.tokenizer import Tokenizer
+
+PIECE_CHARS = 1 << 18  # about 15 ms of encoding: long enough to hide the hand-over, short enough to share a book
+# GPT-2's pattern has no piece in which white space follows another character, so text may be cut between the two.
+# Python's \S has fewer characters than Rust's: safe.
+CUT = re.compile(r"\S(?=[ \n])")
+BATCH_CHARS = 1 << 20
+
+
+@dataclass
+class Left:
+    """What was left out here and why; duplicates are found later."""
+
+    removed: dict[str, dict[str, int]] = field(default_factory=dict)
+    hits: list[dict[str, Any]] = field(default_factory=list)
+
+    def out(self, reason: str, text_bytes: int) -> None:
+        count = self.removed.setdefault(reason, {"documents": 0, "text_bytes": 0})
+        count["documents"] += 1
+        count["text_bytes"] += text_bytes
+
+
+def encode_partition(
+    work: Path,
+    partition: Partition,
+    settings: Settings,
+    tokenizer: Tokenizer,
+    threads: int = 1,
+    progress: Callable[[Counts], None] | None = None,
+) -> None:
+    """Write `partition`'s files into the folder `work`; `<name>.json`, the last, says that they are complete."""
+    reader = Reader(work, settings)
+    dtype = "<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4"
+    counts = Counts()
+    with contextlib.ExitStack() as files:
+        writers: dict[Split, SplitFiles] = {}
+        for batch in batches(reader.pieces(partition)):
+            encoded = tokenizer.encode_batch([piece.text for piece in batch], threads)
+            for split in ("train", "val"):
+                chosen = [(piece, ids) for piece, ids in zip(batch, encoded) if piece.split == split]
+                if chosen and split not in writers:
+                    near = settings.dedup == "near"
+                    writers[split] = files.enter_context(
+                        SplitFiles(work, f"{partition.name}.{split}", tokenizer.eot, dtype, near)
+                    )
+                if chosen:
+                    counts.add(writers[split].write(chosen))
+            if progress:
+                progress(counts)
+        splits = {split: writer.finish() for split, writer in writers.items()}
+    summary = {"key": partition.key, "splits": splits, **reader.summary()}
+    place(work / f"{partition.name}.json", json.dumps(summary).encode())
+
+
+class Reader:
+    """Reads the documents of one partition, decides which are left out and which are held out."""
+
+    def __init__(self, work: Path, settings: Settings) -> None:
+        self._settings = settings
+        self._left = Left()
+        self._sources: list[dict[str, Any]] = []
+        self._lowest = 1.0
+        self._number = 0
+        self._evaluations = load_evaluations(work) if settings.evaluations else None
+        self._codes = WordCodes()
+        self._signatures = Signatures() if settings.dedup == "near" else None
+
+    def summary(self) -> dict[str, Any]:
+        left = {"removed": self._left.removed, "hits": self._left.hits}
+        return {"sources": self._sources, "lowest": self._lowest, **left}
+
+    def pieces(self, partition: Partition) -> Iterator[Piece]:
+        for reading in partition.readings:
+            source = {"rows": 0, "documents": 0, "record": reading.source.record() if reading.first else None}
+            for document in self._documents(reading):
+                source["rows"] += 1
+                source["documents"] += bool(document.text)
+                if document.text:
+                    yield from self._kept(document, reading.split, reading.source.source)
+                self._number += 1
+            self._sources.append(source)
+
+    def _documents(self, reading: Reading) -> Iterator[Document]:
+        return reading.source.documents(self._settings.text_column, reading.part)
+
+    def _kept(self, document: Document, split: Split, name: str) -> Iterator[Piece]:
+        text = document.text
+        if len(text) < self._settings.min_chars:
+            self._left.out("short", len(text.encode()))
+        elif items := self._evaluations.find(self._codes.of(text)) if self._evaluations else []:
+            self._left.out("contaminated", len(text.encode()))
+            self._left.hits.append({"number": self._number, "items": items})
+        elif self._settings.rule == "cut":
+            train, val = cut_in_two(document, self._settings.val_fraction, name)
+            yield from self._pieces(train, "train", sha256(train.text.encode()).digest())
+            yield from self._pieces(val, "val", sha256(val.text.encode()).digest())
+        else:
+            digest = sha256(text.encode()).digest()
+            if self._settings.rule == "documents":
+                position = fraction(digest)
+                self._lowest = min(self._lowest, position)
+                split = "val" if position < self._settings.val_fraction else "train"
+            yield from self._pieces(document, split, digest)
+
+    def _pieces(self, document: Document, split: Split, digest: bytes) -> Iterator[Piece]:
+        text = document.text
+        signature = self._signatures.of(text) if self._signatures else None
+        text_bytes = len(text) if text.isascii() else len(text.encode())
+        per_char = document.source_bytes / len(text)
+        row = (self._number, text_bytes, digest[:16])
+        for i, part in enumerate(cut(text, PIECE_CHARS)):
+            yield Piece(part, split, None if i else row, signature, per_char * len(part))
+
+
+def cut(text: str, limit: int) -> Iterator[str]:
+    """Parts of `text` of about `limit` characters whose encodings, one after another, are the encoding of `text`."""
+    start = 0
+    while len(text) - start > limit and (place := CUT.search(text, start + limit)):
+        yield text[start : place.end()]
+        start = place.end()
+    yield text[start:] if start else text
+
+
+def batches(pieces: Iterable[Piece], limit: int | None = None) -> Iterator[list[Piece]]:
+    """Lists of pieces of about `limit` characters together."""
+    batch, chars, limit = [], 0, limit or BATCH_CHARS
+    for piece in pieces:
+        batch.append(piece)
+        chars += len(piece.text)
+        if chars >= limit:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+@functools.lru_cache(maxsize=1)
+def open_encoder(tokenizer_json: str, encoder: str) -> Tokenizer:
+    """The tokenizer of `Settings`, kept from one partition to the next."""
+    tokenizer = from_json(tokenizer_json)
+    return accelerate(tokenizer) if encoder == "auto" else tokenizer

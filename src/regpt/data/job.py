@@ -1,0 +1,230 @@
+"""One preparation: its partitions through an executor into the shards, and the manifest at the end."""
+
+import itertools
+import os
+import platform
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import regpt
+from regpt.data.assemble import NOTHING, Assembly, State, hash_keys, load_state
+from regpt.data.contamination import Evaluations
+from regpt.data.corpus import check_splits, check_texts
+from regpt.data.encode import encode_partition
+from regpt.data.manifest import Manifest, Shard
+from regpt.data.partition import Partition, Split, partitions, target_bytes
+from regpt.data.parts import Counts, load_summary
+from regpt.data.remote import localized
+from regpt.data.settings import Settings
+from regpt.data.sources import DownloadProgress, Source
+from regpt.data.summary import Summary
+from regpt.data.workers import encode_here, encode_in_processes
+from regpt.data.write import remove_leftovers, sync_folder, write_file
+from regpt.errors import UserError
+from regpt.text.fast import accelerate, encoder_name, is_standard
+from regpt.text.open import NAMED
+from regpt.text.tokenizer import Tokenizer
+
+SMALL_BYTES = 8_000_000  # of sources; below it starting processes takes longer than what they would save
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What has been encoded so far; `done` is the part of the source files, from 0 to 1.
+
+    `found_bytes` and `found_tokens` are what an earlier attempt had done; they took no time now.
+    """
+
+    documents: int = 0
+    text_bytes: int = 0
+    tokens: int = 0
+    done: float = 0.0
+    found_bytes: int = 0
+    found_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how fast; nothing here changes a byte.
+
+    Attributes:
+        workers: processes on this machine; None is one a core.
+        executor: `local`, or `ray` for a cluster.
+        address: of the Ray cluster; None starts one on this machine.
+        encoder: `auto` takes the package `gigatoken` where it is installed; `exact` does not.
+    """
+
+    workers: int | None = None
+    executor: Literal["local", "ray"] = "local"
+    address: str | None = None
+    encoder: Literal["auto", "exact"] = "auto"
+
+
+@dataclass
+class Job:
+    """Everything that one preparation knows; `run` does it."""
+
+    out: Path
+    work: Path
+    tokenizer: Tokenizer
+    settings: Settings
+    shard_tokens: int
+    placement: Placement
+    evaluations: Evaluations | None
+    progress: Callable[[Progress], None] | None
+    download: DownloadProgress | None
+    _finished: Counts = field(default_factory=Counts)
+    _found: Counts = field(default_factory=Counts)
+    _running: dict[int, Counts] = field(default_factory=dict)
+    _total: int = 1
+
+    def __post_init__(self) -> None:
+        self._encoder = accelerate(self.tokenizer) if self.placement.encoder == "auto" else self.tokenizer
+        self._dtype: Literal["uint16", "uint32"] = "uint16" if self.tokenizer.n_vocab <= 1 << 16 else "uint32"
+        self._workers = self.placement.workers or available_cores()
+
+    def run(self, sources: Sequence[Source], val_sources: Sequence[Source]) -> Manifest:
+        everything = [*sources, *val_sources]
+        self._total = max(1, sum(source.bytes for source in everything))
+        splits: Sequence[Split] = ("train",) * len(sources) + ("val",) * len(val_sources)
+        here = zip(localized(everything, self.download), splits)
+        plan = partitions(here, target_bytes(self._total), self.settings.key())
+        state, plan = self._earlier(plan)
+        with Assembly(self.out, self.work, self._dtype, self.shard_tokens, self.settings.dedup, state) as assembly:
+            self._encode(plan, assembly)
+            self._check(assembly.summary)
+            return self._finish(assembly.finish(), assembly.summary)
+
+    def _earlier(self, plan: Iterator[Partition]) -> tuple[State, Iterator[Partition]]:
+        """What finished shards hold, if the partitions that they were made from are still those of the plan."""
+        state = load_state(self.work, self.out, self.shard_tokens, 2 if self._dtype == "uint16" else 4)
+        used = list(itertools.islice(plan, state.partitions))
+        if hash_keys(used) != state.keys:
+            state = NOTHING
+        return state, itertools.chain(used, plan)
+
+    def _encode(self, plan: Iterator[Partition], assembly: Assembly) -> None:
+        """Encode what is not there yet; give each partition to the assembly when all before it are done."""
+        order: deque[Partition] = deque()
+        done: set[int] = set()
+
+        def finish(partition: Partition) -> None:
+            done.add(partition.index)
+            while order and order[0].index in done:
+                assembly.add(order.popleft())
+            self._count(partition)
+
+        def tasks() -> Iterator[Partition]:
+            for partition in plan:
+                order.append(partition)
+                if assembly.is_ready(partition):
+                    self._count(partition, found=True)
+                    finish(partition)
+                elif not (partition.in_files or runs_here):
+                    encode_partition(self.work, partition, self.settings, self._encoder)
+                    finish(partition)
+                else:
+                    yield partition
+
+        runs_here = self._runs_here()
+        for partition in self._executor(tasks(), runs_here):
+            finish(partition)
+
+    def _runs_here(self) -> bool:
+        """Not worth processes, or impossible in them."""
+        if self.placement.executor == "ray":
+            return False
+        return self._workers == 1 or self._total < SMALL_BYTES or not is_standard(self.tokenizer)
+
+    def _executor(self, tasks: Iterator[Partition], runs_here: bool) -> Iterator[Partition]:
+        if self.placement.executor == "ray":
+            from regpt.data.cluster import encode_on_ray
+
+            return encode_on_ray(self.work, tasks, self.settings, self.placement.address)
+        first = [] if runs_here else list(itertools.islice(tasks, self._workers))
+        tasks = itertools.chain(first, tasks)
+        if runs_here or len(first) < 2:
+            return encode_here(self.work, tasks, self.settings, self._encoder, self._workers, self._hear)
+        threads = self._workers // len(first)  # more than one for a few files that cannot be divided
+        return encode_in_processes(self.work, tasks, self.settings, len(first), threads, self._hear)
+
+    def _hear(self, partition: Partition, counts: Counts) -> None:
+        """News of a partition that is being encoded."""
+        self._running[partition.index] = counts
+        self._show()
+
+    def _count(self, partition: Partition, found: bool = False) -> None:
+        """A partition is done; `found` when an earlier attempt did it."""
+        summary = load_summary(self.work, partition.name)
+        for split in summary["splits"].values():
+            counts = Counts(split["documents"], split["text_bytes"], split["tokens"], 0.0)
+            (self._found if found else self._finished).add(counts)
+        self._finished.source_bytes += partition.bytes
+        self._running.pop(partition.index, None)
+        self._show()
+
+    def _show(self) -> None:
+        if not self.progress:
+            return
+        now = Counts()
+        for counts in (self._finished, self._found, *self._running.values()):
+            now.add(counts)
+        done = min(1.0, now.source_bytes / self._total)
+        found = self._found
+        self.progress(Progress(now.documents, now.text_bytes, now.tokens, done, found.text_bytes, found.tokens))
+
+    def _check(self, summary: Summary) -> None:
+        """A corpus that cannot become a data set leaves nothing: the same text would fail again."""
+        try:
+            check_texts(summary.sources)
+            check_splits(self.settings.rule, self.settings.val_fraction, summary.documents, summary.lowest)
+        except UserError:
+            for path in self.work.iterdir():
+                if path.name != "lock":
+                    path.unlink()
+            remove_leftovers(self.out)
+            raise
+
+    def _finish(self, shards: list[Shard], summary: Summary) -> Manifest:
+        """Write what belongs to the shards; the manifest last."""
+        if self.tokenizer.name not in NAMED:
+            write_file(self.out / "tokenizer.json", self.tokenizer.to_json().encode())
+        if lines := summary.removed_lines(self.evaluations):
+            write_file(self.out / "removed.jsonl", lines.encode())
+        manifest = Manifest(
+            tokenizer=self.tokenizer.name,
+            tokenizer_sha256=self.tokenizer.sha256,
+            vocab_size=self.tokenizer.n_vocab,
+            eot=self.tokenizer.eot,
+            dtype=self._dtype,
+            shards=tuple(shards),
+            text_bytes=summary.text_bytes,
+            sources=tuple(summary.sources),
+            options={
+                "val_rule": self.settings.rule,
+                "val_fraction": self.settings.val_fraction,
+                "text_column": self.settings.text_column,
+                "shard_tokens": self.shard_tokens,
+                "min_chars": self.settings.min_chars,
+                "dedup": self.settings.dedup,
+                "decontaminate": list(self.evaluations.files) if self.evaluations else [],
+            },
+            removed=summary.removed,
+            made_with={
+                "regpt": regpt.__version__,
+                "python": platform.python_version(),
+                "encoder": encoder_name(self._encoder),
+            },
+        )
+        sync_folder(self.out)  # the shards are there before the file that says so
+        write_file(self.out / "manifest.json", manifest.to_json().encode())
+        sync_folder(self.out)
+        return manifest
+
+
+def available_cores() -> int:
+    """Cores that this process may use; macOS and Windows do not restrict them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

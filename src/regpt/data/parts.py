@@ -1,0 +1,158 @@
+"""The files of encoded partitions: tokens, a table of documents, and what a later attempt checks them by.
+
+They are scratch: not forced to the disk, but checked by size and checksum before another process builds on them. They
+have their names when they are whole.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from regpt.data.duplicates import KEY, PERMUTATIONS
+from regpt.data.partition import Split
+
+# `number` counts all documents of the partition, those left out too; `key` begins the SHA-256 of the text.
+DOCUMENT = np.dtype([("number", "<i8"), ("tokens", "<i8"), ("bytes", "<i8"), ("key", KEY)])
+
+
+@dataclass
+class Counts:
+    """Of one partition so far; `source_bytes` are those of the files."""
+
+    documents: int = 0
+    text_bytes: int = 0
+    tokens: int = 0
+    source_bytes: float = 0.0
+
+    def add(self, other: "Counts") -> None:
+        self.documents += other.documents
+        self.text_bytes += other.text_bytes
+        self.tokens += other.tokens
+        self.source_bytes += other.source_bytes
+
+
+class Piece(NamedTuple):
+    """A document, or a part of a long one; `row` is the document's in the table, or None for a later part."""
+
+    text: str
+    split: Split
+    row: tuple[int, int, bytes] | None
+    signature: np.ndarray | None
+    source_bytes: float
+
+
+class SplitFiles:
+    """The files of one partition's split: `.bin` (tokens), `.docs` (`DOCUMENT` rows) and perhaps `.sig`."""
+
+    def __init__(self, work: Path, stem: str, eot: int, dtype: str, near: bool) -> None:
+        suffixes = (".bin", ".docs", ".sig") if near else (".bin", ".docs")
+        self._files = {suffix: Checked(work / (stem + suffix)) for suffix in suffixes}
+        self._eot = np.array([eot], dtype=np.uint32)
+        self._dtype = np.dtype(dtype)
+        self._open: tuple[int, int, int, bytes] | None = None  # the document that may go on in the next batch
+        self._total = Counts()
+
+    def write(self, pieces: Sequence[tuple[Piece, np.ndarray]]) -> Counts:
+        """Append pieces with their tokens, in the order of the text; returns what was added."""
+        added, tokens, rows = Counts(), [], []
+        for piece, ids in pieces:
+            length = len(ids)
+            if piece.row is not None:
+                number, text_bytes, key = piece.row
+                rows += [self._open] if self._open else []
+                tokens.append(self._eot)
+                length += 1
+                self._open = (number, 0, text_bytes, key)
+                added.documents += 1
+                added.text_bytes += text_bytes
+                if piece.signature is not None:
+                    self._files[".sig"].write(piece.signature.astype("<u4").tobytes())
+            assert self._open
+            number, before, text_bytes, key = self._open
+            self._open = (number, before + length, text_bytes, key)
+            tokens.append(ids)
+            added.tokens += length
+            added.source_bytes += piece.source_bytes
+        self._files[".bin"].write(np.concatenate(tokens).astype(self._dtype).tobytes())
+        self._files[".docs"].write(np.array(rows, dtype=DOCUMENT).tobytes())
+        self._total.add(added)
+        return added
+
+    def finish(self) -> dict[str, Any]:
+        """Give the files their names; their sizes and checksums, and the counts."""
+        self._files[".docs"].write(np.array([self._open] if self._open else [], dtype=DOCUMENT).tobytes())
+        checks = {suffix: file.finish() for suffix, file in self._files.items()}
+        total = self._total
+        return {"documents": total.documents, "tokens": total.tokens, "text_bytes": total.text_bytes, "files": checks}
+
+    def __enter__(self) -> "SplitFiles":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+class Checked:
+    """A file that has its name when it is whole, and a checksum that says whether it still is."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        # Two processes may write the same one: a worker whose task was given to another for dead.
+        self._partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+        self._file: BinaryIO = self._partial.open("wb")
+        self._size, self._crc = 0, 0
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._size += len(data)
+        self._crc = zlib.crc32(data, self._crc)
+
+    def finish(self) -> list[int]:
+        self._file.close()
+        os.replace(self._partial, self._path)
+        return [self._size, self._crc]
+
+    def close(self) -> None:
+        """Without a name if it was not finished."""
+        with contextlib.suppress(OSError):  # a full disk says so again
+            self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+
+def place(path: Path, data: bytes) -> None:
+    file = Checked(path)
+    try:
+        file.write(data)
+        file.finish()
+    finally:
+        file.close()
+
+
+def is_whole(path: Path, check: Sequence[int]) -> bool:
+    """Does `path` have the size and checksum of `check`?"""
+    if not path.is_file() or path.stat().st_size != check[0]:
+        return False
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return crc == check[1]
+
+
+def load_signatures(path: Path) -> np.ndarray:
+    """(documents, PERMUTATIONS) uint32."""
+    return np.fromfile(path, dtype="<u4").reshape(-1, PERMUTATIONS)
+
+
+def load_summary(work: Path, name: str) -> dict[str, Any]:
+    """What `<name>.json` says about a partition."""
+    return json.loads((work / f"{name}.json").read_text(encoding="utf-8"))

@@ -1,0 +1,175 @@
+"""Encode partitions in this process, or in several at once: every executor yields each partition when it is done.
+
+Workers are started as `python -m regpt.data.worker`, which works alike on every system, asks nothing of the program
+that imports this package, and ends with it. One that is killed loses its partition's work; another does it again.
+"""
+
+import json
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from regpt.data.encode import encode_partition
+from regpt.data.partition import Partition
+from regpt.data.parts import Counts
+from regpt.data.settings import Settings
+from regpt.errors import UserError
+from regpt.text.tokenizer import Tokenizer
+
+TRIES = 3  # of a partition whose process is killed
+News = Callable[[Partition, Counts], None]
+
+
+class DiskFull(Exception):
+    """A worker could not write."""
+
+
+def encode_here(
+    work: Path,
+    tasks: Iterator[Partition],
+    settings: Settings,
+    tokenizer: Tokenizer,
+    threads: int,
+    news: News,
+) -> Iterator[Partition]:
+    """One partition after another; `threads` of this process encode."""
+    for partition in tasks:
+        encode_partition(
+            work, partition, settings, tokenizer, threads, progress=lambda counts, p=partition: news(p, counts)
+        )
+        yield partition
+
+
+def encode_in_processes(
+    work: Path, tasks: Iterator[Partition], settings: Settings, workers: int, threads: int, news: News
+) -> Iterator[Partition]:
+    """Partitions in the order in which `workers` processes, of `threads` threads each, finish them.
+
+    Raises:
+        UserError: what a worker says about the text, or three processes were killed at the same partition.
+        DiskFull: a worker could not write.
+    """
+    requests: queue.SimpleQueue[Partition | None] = queue.SimpleQueue()
+    answers: queue.SimpleQueue[tuple[Partition, dict[str, Any]]] = queue.SimpleQueue()
+    start = json.dumps({"work": str(work), "settings": asdict(settings), "threads": threads})
+    pool = [Attendant(start, requests, answers) for _ in range(workers)]
+    try:
+        waiting = 0
+        while True:
+            while waiting < 2 * workers and (task := next(tasks, None)):
+                requests.put(task)
+                waiting += 1
+            if not waiting:
+                return
+            partition, answer = answers.get()
+            if "counts" in answer:
+                news(partition, Counts(**answer["counts"]))
+            else:
+                raise_failure(answer)
+                waiting -= 1
+                yield partition
+    finally:
+        for attendant in pool:
+            attendant.stop()
+            requests.put(None)  # wakes one that has nothing to do
+        for attendant in pool:
+            attendant.join()
+
+
+def raise_failure(answer: dict[str, Any]) -> None:
+    """What a worker's last answer about a partition means."""
+    if "error" in answer:
+        raise UserError(answer["error"])
+    if "full" in answer:
+        raise DiskFull
+    if "crash" in answer:
+        raise RuntimeError(f"a worker failed\n{answer['crash']}")
+
+
+class Attendant:
+    """A thread that hands partitions to a process of its own and passes the answers on."""
+
+    def __init__(
+        self,
+        start: str,
+        requests: "queue.SimpleQueue[Partition | None]",
+        answers: "queue.SimpleQueue[tuple[Partition, dict[str, Any]]]",
+    ) -> None:
+        self._start = start + "\n"
+        self._greeting = self._start  # before the first partition of a process
+        self._requests, self._answers = requests, answers
+        self._stopped = False
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._thread = threading.Thread(target=self._attend, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+            if self._process:
+                self._process.kill()
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def _attend(self) -> None:
+        while (partition := self._requests.get()) and not self._stopped:
+            for _ in range(TRIES):
+                if self._encode(partition) or self._stopped:
+                    break
+            else:
+                name = partition.readings[0].source.file
+                sentence = f"{TRIES} processes were killed while they read {name}"
+                fix = "perhaps for want of memory: use fewer --workers"
+                self._answers.put((partition, {"error": f"{sentence}, {fix}"}))
+        self._end_process()
+
+    def _encode(self, partition: Partition) -> bool:
+        """False if the process ended without a last answer."""
+        process = self._started()
+        if process is None:
+            return False
+        assert process.stdin
+        assert process.stdout
+        try:
+            process.stdin.write(f"{self._greeting}{partition.to_json()}\n")
+            process.stdin.flush()
+            self._greeting = ""
+        except OSError:  # it has ended
+            self._end_process()
+            return False
+        for line in process.stdout:
+            answer = json.loads(line)
+            self._answers.put((partition, answer))
+            if "counts" not in answer:
+                return True
+        self._end_process()
+        return False
+
+    def _started(self) -> "subprocess.Popen[str] | None":
+        with self._lock:
+            if self._stopped:
+                return None
+            if self._process is None:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "regpt.data.worker"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    encoding="utf-8",
+                )
+                self._greeting = self._start
+            return self._process
+
+    def _end_process(self) -> None:
+        with self._lock:
+            if self._process:
+                self._process.kill()
+                self._process.communicate()
+                self._process = None
