@@ -52,14 +52,17 @@ def pack(lengths: np.ndarray, row_tokens: int) -> Packing:
     space = row_tokens
     while shelf:
         fit = bisect_right(shelf, space) - 1
-        size = shelf[max(fit, 0)]
-        n = min(left[size], max(1, space // size))  # as long as it fits, the same size is the longest that does
-        runs.append((taken[size], n, min(size, space)))
+        if fit >= 0:
+            tokens = size = shelf[fit]
+            n = min(left[size], space // size)  # while it fits, the same size stays the longest that does
+        else:
+            fit, size, tokens, n = 0, shelf[0], space, 1
+        runs.append((taken[size], n, tokens))
         taken[size] += n
         left[size] -= n
         if not left[size]:
-            del shelf[max(fit, 0)]
-        space -= n * min(size, space)
+            del shelf[fit]
+        space -= n * tokens
         if not space:
             row_ends.append(len(runs))
             space = row_tokens

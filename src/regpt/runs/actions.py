@@ -139,7 +139,7 @@ def say_what_is_left_out(job: Job, rows: Rows) -> None:
 
 def write_epochs(job: Job, step: int, epochs: list[float]) -> None:
     """How many times each folder has been read."""
-    times = {str(folder.path): round(n, 4) for folder, n in zip(job.corpus.folders, epochs)}
+    times = {str(folder.path): round(n, 6) for folder, n in zip(job.corpus.folders, epochs)}
     write_row(job, {"kind": "event", "step": step, "name": "epochs", "epochs": times, "time": time.time()})
     if len(times) > 1:
         job.terminal.say("epochs read: " + ", ".join(f"{n:.3g} of {path}" for path, n in times.items()))
