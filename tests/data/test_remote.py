@@ -1,5 +1,6 @@
 """Files elsewhere: a local stand-in for the hub, a plain web server, fsspec's memory; all of them fail on request."""
 
+import base64
 import gzip
 import hashlib
 import io
@@ -13,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from regpt.data.download import Patience
+from regpt.data.buckets import bucket_file
+from regpt.data.download import Patience, compare
 from regpt.data.named import NamedOptions, open_sources
 from regpt.data.remote import RemoteFile, localized
 from regpt.data.sources import Download, SourceFile
+from regpt.data.web import open_http
 from regpt.errors import UserError
 
 TEXT = "".join(f"line {i} of a text that takes a few packets\n" for i in range(4000)).encode()
@@ -371,7 +374,7 @@ def test_a_bucket_is_read_by_file_folder_and_glob(bucket, options):
         found("memory://b/*.md")
 
 
-def test_a_bucket_goes_on_after_an_error_and_an_md5_is_checked(bucket, options, monkeypatch):
+def test_a_bucket_goes_on_where_the_connection_was_cut(bucket, options, monkeypatch):
     bucket.pipe("/b/long.txt", TEXT)
     (source,) = open_sources(["memory://b/long.txt"], options)
     asked = []
@@ -387,6 +390,24 @@ def test_a_bucket_goes_on_after_an_error_and_an_md5_is_checked(bucket, options, 
     monkeypatch.setattr(type(bucket), "open", flaky)
     assert source.localize().path.read_bytes() == TEXT
     assert len(asked) == 2
+
+
+def test_googles_md5_is_checked(tmp_path):
+    (tmp_path / "a.txt").write_bytes(TEXT)
+    md5 = base64.b64encode(hashlib.md5(TEXT).digest()).decode()
+    file = bucket_file("gs://b/a.txt", {"size": len(TEXT), "md5Hash": md5, "generation": "17"})
+    assert file.version == "17"
+    assert compare(tmp_path / "a.txt", file.checksum) == (True, hashlib.sha256(TEXT).hexdigest())
+    (tmp_path / "a.txt").write_bytes(TEXT[:-1])
+    assert compare(tmp_path / "a.txt", file.checksum)[0] is False
+
+
+def test_a_redirect_on_the_same_host_keeps_the_token(web):
+    web.files[PATH] = TEXT
+    web.faults.append((302, {"Location": PATH}))
+    with open_http(web.url + "/moved.txt", 0, "Bearer x", 5.0) as (stream, start):
+        assert (stream.read(), start) == (TEXT, 0)
+    assert [asked.token for asked in web.asked] == ["Bearer x", "Bearer x"]
 
 
 @pytest.mark.parametrize(("address", "package"), [("s3://bucket/a.txt", "s3fs"), ("gs://bucket/*.parquet", "gcsfs")])

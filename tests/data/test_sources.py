@@ -267,14 +267,14 @@ def test_a_parquet_column_must_exist_and_be_text(tmp_path):
         texts_of(path, "id")
 
 
-def test_a_parquet_text_that_is_not_utf8_names_the_file(tmp_path):
+def test_a_parquet_text_that_is_not_utf8_names_the_file_and_the_rows(tmp_path):
     pa = pytest.importorskip("pyarrow")
-    column = pa.Array.from_buffers(
-        pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")]
-    )  # fmt: skip
-    path = write_parquet(tmp_path / "a.parquet", {"text": column})
-    with pytest.raises(UserError, match=r"a\.parquet, rows from 0: the text is not valid UTF-8"):
-        texts_of(path)
+    offsets, content = b"\0\0\0\0\1\0\0\0\2\0\0\0", b"a\xff"
+    column = pa.Array.from_buffers(pa.string(), 2, [None, pa.py_buffer(offsets), pa.py_buffer(content)])
+    path = write_parquet(tmp_path / "a.parquet", {"text": column}, row_group_size=1)
+    for read in (lambda: texts_of(path), lambda: list(read_documents(path, "text", parts_of(path, 1)[1]))):
+        with pytest.raises(UserError, match=r"a\.parquet, rows from 1: the text is not valid UTF-8"):
+            read()
 
 
 def test_nothing_found_is_one_sentence(tmp_path):
