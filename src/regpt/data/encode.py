@@ -110,31 +110,34 @@ class Reader:
         return reading.source.documents(self._settings.text_column, reading.part)
 
     def _kept(self, document: Document, split: Split, name: str) -> Iterator[Piece]:
-        text = document.text
-        if len(text) < self._settings.min_chars:
-            self._left.out("short", len(text.encode()))
-        elif items := self._evaluations.find(self._codes.of(text)) if self._evaluations else []:
-            self._left.out("contaminated", len(text.encode()))
-            self._left.hits.append({"number": self._number, "items": items})
+        data = document.text.encode()
+        if reason := self._reason_against(document.text):
+            self._left.out(reason, len(data))
         elif self._settings.rule == "cut":
             train, val = cut_in_two(document, self._settings.val_fraction, name)
-            yield from self._pieces(train, "train", sha256(train.text.encode()).digest())
-            yield from self._pieces(val, "val", sha256(val.text.encode()).digest())
+            yield from self._pieces(train, "train", train.text.encode())
+            yield from self._pieces(val, "val", val.text.encode())
         else:
-            digest = sha256(text.encode()).digest()
-            if self._settings.rule == "documents":
-                position = fraction(digest)
-                self._lowest = min(self._lowest, position)
-                split = "val" if position < self._settings.val_fraction else "train"
-            yield from self._pieces(document, split, digest)
+            yield from self._pieces(document, split, data)
 
-    def _pieces(self, document: Document, split: Split, digest: bytes) -> Iterator[Piece]:
-        text = document.text
-        signature = self._signatures.of(text) if self._signatures else None
-        text_bytes = len(text) if text.isascii() else len(text.encode())
-        per_char = document.source_bytes / len(text)
-        row = (self._number, text_bytes, digest[:16])
-        for i, part in enumerate(cut(text, PIECE_CHARS)):
+    def _reason_against(self, text: str) -> str | None:
+        if len(text) < self._settings.min_chars:
+            return "short"
+        if self._evaluations and (items := self._evaluations.find(self._codes.of(text))):
+            self._left.hits.append({"number": self._number, "items": items})
+            return "contaminated"
+        return None
+
+    def _pieces(self, document: Document, split: Split, data: bytes) -> Iterator[Piece]:
+        digest = sha256(data).digest()
+        if self._settings.rule == "documents":
+            position = fraction(digest)
+            self._lowest = min(self._lowest, position)
+            split = "val" if position < self._settings.val_fraction else "train"
+        signature = self._signatures.of(document.text) if self._signatures else None
+        per_char = document.source_bytes / len(document.text)
+        row = (self._number, len(data), digest[:16])
+        for i, part in enumerate(cut(document.text, PIECE_CHARS)):
             yield Piece(part, split, None if i else row, signature, per_char * len(part))
 
 

@@ -39,6 +39,7 @@ UNICODE_17 = (
     *((0x18D80, 0x18DF2), (0x1E6C0, 0x1E6DE), (0x1E6E0, 0x1E6E2), (0x1E6E4, 0x1E6E5), (0x1E6E7, 0x1E6ED)),
     *((0x1E6F0, 0x1E6F4), (0x1E6FE, 0x1E6FF), (0x2B73A, 0x2B73F), (0x2CEA2, 0x2CEAD), (0x323B0, 0x33479)),
 )
+FIRST_DISPUTED, FIRST_SURROGATE = 0x378, 0xD800  # U+0378 has been unassigned in every edition
 TABLE_SIZE = 0x40000  # above it: tags, private use and nothing yet; too rare to tell apart, all counts as disputed
 
 
@@ -127,8 +128,16 @@ def build(exact: GPT2Tokenizer | BPETokenizer) -> Any:
 
 def is_disputed(text: str) -> bool:
     """Does `text` hold a character whose class may depend on the edition of Unicode, or a lone surrogate?"""
-    characters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-    return bool(disputed_characters()[np.minimum(characters, TABLE_SIZE - 1)].any())
+    units = characters_from(text, "utf-16-le", "<u2")  # half the memory, and enough for most texts
+    if len(units) and units.max() >= FIRST_SURROGATE:
+        units = characters_from(text, "utf-32-le", "<u4")
+    return bool(disputed_characters()[np.minimum(units, TABLE_SIZE - 1)].any())
+
+
+def characters_from(text: str, encoding: str, dtype: str) -> np.ndarray:
+    """Those numbers of `text` in `encoding` that may be disputed."""
+    units = np.frombuffer(text.encode(encoding, "surrogatepass"), dtype=dtype)
+    return units[np.flatnonzero(units >= FIRST_DISPUTED)].astype(np.int64)
 
 
 @functools.cache
@@ -139,4 +148,5 @@ def disputed_characters() -> np.ndarray:
     for first, last in UNICODE_17:
         table[first : last + 1] = True
     table[-1] = True
+    assert not table[:FIRST_DISPUTED].any()
     return table
