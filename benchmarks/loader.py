@@ -3,8 +3,9 @@
     python benchmarks/loader.py [--tokens 100000000] [--documents 10000000] [--folder DIR]
 
 Prints two tables and writes benchmarks/results/loader-<hardware>-<date>.json. The text is invented: only its lengths
-matter. Each measurement runs in a process of its own. Files lie in --folder (a temporary one by default), 2 bytes a
-token for the first table; those of the second are sparse and take 8 bytes a document.
+matter. Each measurement runs in a process of its own; beside the clock stands the processor's time, which other
+programs on the machine change less. Files lie in --folder (a temporary one by default), 2 bytes a token for the first
+table; those of the second are sparse and take 8 bytes a document.
 """
 
 import json
@@ -67,8 +68,8 @@ def main(args: Args) -> None:
 
 
 def throughput_table(base: Path, tokens: int) -> list[dict]:
-    print(f"million tokens a second, one process, batches of {BATCH_TOKENS:,} tokens in rows of {SEQ_LEN}")
-    print(f"{'documents':>10} {'order':>11} {'mask':>5} {'Mtokens/s':>10}  left out")
+    print(f"one process, batches of {BATCH_TOKENS:,} tokens in rows of {SEQ_LEN}; load {machine()['load']}")
+    print(f"{'documents':>10} {'order':>11} {'mask':>5} {'Mtokens/s':>10} {'a CPU second':>13}  left out")
     rows = []
     for kind, mean in KINDS.items():
         folder = base / kind
@@ -77,14 +78,15 @@ def throughput_table(base: Path, tokens: int) -> list[dict]:
             for mask in (False, True):
                 row = {"kind": kind, "order": order, "mask": mask} | measured("throughput", folder, order, int(mask))
                 left_out = "" if row["left_out"] is None else f"{row['left_out']:8.1%}"
-                print(f"{kind:>10} {order:>11} {'yes' if mask else 'no':>5} {row['mtokens_per_s']:10.1f}  {left_out}")
+                speeds = f"{row['mtokens_per_s']:10.1f} {row['mtokens_per_cpu_s']:13.1f}"
+                print(f"{kind:>10} {order:>11} {'yes' if mask else 'no':>5} {speeds}  {left_out}")
                 rows.append(row)
     return rows
 
 
 def first_batch_table(base: Path, documents: int) -> list[dict]:
     print(f"\n{documents:,} documents: seconds from opening the folder to the batch, extra memory at its peak")
-    print(f"{'documents':>10} {'order':>11} {'step':>10} {'seconds':>8} {'MB':>6}")
+    print(f"{'documents':>10} {'order':>11} {'step':>10} {'seconds':>8} {'CPU s':>6} {'MB':>6}")
     rows = []
     for kind, mean in KINDS.items():
         folder = base / f"{kind}-many"
@@ -93,7 +95,8 @@ def first_batch_table(base: Path, documents: int) -> list[dict]:
             for share in (0.0, 0.5):  # a fresh run, and one that goes on in the middle of the epoch
                 step = int(share * tokens * (0.6 if order == "bos" else 1) / BATCH_TOKENS)
                 row = {"kind": kind, "order": order, "step": step} | measured("first", folder, order, step)
-                print(f"{kind:>10} {order:>11} {step:>10,} {row['seconds']:8.2f} {row['extra_mb']:6.0f}")
+                numbers = f"{row['seconds']:8.2f} {row['cpu_s']:6.2f} {row['extra_mb']:6.0f}"
+                print(f"{kind:>10} {order:>11} {step:>10,} {numbers}")
                 rows.append(row)
     return rows
 
@@ -108,20 +111,23 @@ def measure_throughput(folder: str, order: str, mask: str) -> dict:
     loader = open_loader(Path(folder), order, mask == "1")
     with Prefetcher(loader) as batches:
         batches.step(0), batches.step(1)
-        step, started = 2, time.perf_counter()
+        step, started, cpu = 2, time.perf_counter(), time.process_time()
         while (seconds := time.perf_counter() - started) < 3:
             batches.step(step)
             step += 1
+        cpu = time.process_time() - cpu
+    millions = (step - 2) * BATCH_TOKENS / 1e6
     rows = loader.rows
     left_out = rows.left_out() if isinstance(rows, PackedRows) else None
-    return {"mtokens_per_s": (step - 2) * BATCH_TOKENS / seconds / 1e6, "left_out": left_out}
+    return {"mtokens_per_s": millions / seconds, "mtokens_per_cpu_s": millions / cpu, "left_out": left_out}
 
 
 def measure_first(folder: str, order: str, step: str) -> dict:
     before = peak_mb()
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     open_loader(Path(folder), order, mask=False).step(int(step))
-    return {"seconds": time.perf_counter() - started, "extra_mb": peak_mb() - before}
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    return {"seconds": seconds, "cpu_s": cpu, "extra_mb": peak_mb() - before}
 
 
 MEASUREMENTS = {"throughput": measure_throughput, "first": measure_first}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from regpt.data.manifest import Manifest, Shard
 from regpt.data.order import permutation
-from regpt.data.stream import open_stream
+from regpt.data.stream import Corpus, open_stream, ranges
 from regpt.errors import UserError
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=20)
@@ -132,3 +132,23 @@ def test_a_shard_that_cannot_be_opened_is_named(write_shards):
         UserError, match=r"train-00000.bin cannot be opened \(.+\); check its permissions and ulimit -n"
     ):
         open_stream(folder, manifest, "train", "sequential", 0)
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 5)), max_size=8))
+def test_ranges_are_joined(pairs):
+    firsts, counts = np.array([p[0] for p in pairs], int), np.array([p[1] for p in pairs], int)
+    assert ranges(firsts, counts).tolist() == [i for first, n in pairs for i in range(first, first + n)]
+
+
+@given(LENGTHS, CUTS, st.data())
+def test_pieces_are_the_same_gathered_and_joined(write_shards, lengths, cuts, data):
+    folder, manifest, tokens = write_shards(lengths, cuts)
+    corpus = Corpus(folder, manifest, "train")
+    position = st.integers(0, len(tokens) - 1)
+    begins = np.array(data.draw(st.lists(position, min_size=1, max_size=12)))
+    ends = np.array([data.draw(st.integers(begin + 1, len(tokens))) for begin in begins])
+    expected = [token for begin, end in zip(begins, ends) for token in tokens[begin:end].tolist()]
+    pieces = corpus.pieces(begins, ends)
+    assert corpus.gather(*pieces).tolist() == expected
+    assert corpus.join(*pieces).tolist() == expected
+    assert corpus.gather(*pieces).dtype == corpus.join(*pieces).dtype == corpus.dtype

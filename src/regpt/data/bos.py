@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from regpt.data.order import EpochTables, permutation, splitmix64
-from regpt.data.stream import Corpus
+from regpt.data.stream import Corpus, ranges
 from regpt.errors import UserError
 
 WINDOW = 1024  # documents, and rows' worth of tokens, that a window holds at least: its unfinished last row is left out
@@ -69,12 +69,6 @@ def pack(lengths: np.ndarray, row_tokens: int) -> Packing:
     places, n_equal, tokens = np.array(runs[: row_ends[-1]], dtype=np.int64).reshape(-1, 3).T
     documents = by_size[ranges(places, n_equal)]
     return Packing(documents, np.repeat(tokens, n_equal), np.cumsum([0, *n_equal])[row_ends])
-
-
-def ranges(firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """firsts[0], firsts[0] + 1, …: counts[0] integers, then those from firsts[1] on, and so on."""
-    ends = np.cumsum(counts)
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(firsts - ends + counts, counts)
 
 
 class PackedRows:

@@ -10,6 +10,8 @@ from regpt.data.manifest import Manifest, Shard
 from regpt.data.order import Order, Sequential, Shuffle
 from regpt.errors import UserError
 
+SHORT = 64  # tokens: shorter pieces than this on average are faster gathered than joined
+
 
 class TokenStream(Protocol):
     """An endless stream of tokens: epoch 0, epoch 1, …, each a complete reading of the corpus.
@@ -89,7 +91,9 @@ class Corpus:
         Raises:
             UserError: a token id outside the vocabulary.
         """
-        tokens = np.concatenate([np.empty(0, self.dtype), *self.slices(begins, ends)])
+        shard, lower, upper = self.pieces(begins, ends)
+        short = (upper - lower).sum() < SHORT * len(shard)
+        tokens = self.gather(shard, lower, upper) if short else self.join(shard, lower, upper)
         if len(tokens) and tokens.max() >= self.vocab_size:
             raise UserError(
                 f"{self.source} holds token {tokens.max()}, the vocabulary ends at {self.vocab_size - 1}; "
@@ -97,18 +101,42 @@ class Corpus:
             )
         return tokens
 
-    def slices(self, begins: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:
-        """Views of the stored ranges [begins[k], ends[k]), in order, each cut where it crosses into another shard."""
+    def pieces(self, begins: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The stored ranges cut where they cross into another shard: (shard, lower, upper), positions in the shard."""
         first = np.searchsorted(self.offsets, begins, side="right") - 1
         last = np.searchsorted(self.offsets, ends, side="left") - 1
         parts = last - first + 1  # 1 but for the few documents that continue in the next shard
         segment = np.repeat(np.arange(len(begins)), parts)
-        shard = np.arange(len(segment)) + (first - (np.cumsum(parts) - parts))[segment]
+        shard = ranges(first, parts)
         offset = self.offsets[shard]
         lower = np.maximum(begins[segment], offset) - offset
         upper = np.minimum(ends[segment], self.offsets[shard + 1]) - offset
+        return shard, lower, upper
+
+    def join(self, shard: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
+        """The pieces one after another: half a microsecond each, and next to nothing a token."""
         maps = self.maps
-        return [maps[k][i:j] for k, i, j in zip(shard.tolist(), lower.tolist(), upper.tolist())]
+        views = [maps[k][i:j] for k, i, j in zip(shard.tolist(), lower.tolist(), upper.tolist())]
+        return np.concatenate([np.empty(0, self.dtype), *views])
+
+    def gather(self, shard: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
+        """The same, token by token: nothing a piece, and ten nanoseconds a token."""
+        lengths = upper - lower
+        by_shard = np.argsort(shard, kind="stable")
+        source = ranges(lower[by_shard], lengths[by_shard])
+        target = ranges((np.cumsum(lengths) - lengths)[by_shard], lengths[by_shard])
+        n_tokens = np.cumsum(np.bincount(shard, weights=lengths, minlength=len(self.maps)).astype(np.int64))
+        tokens = np.empty(len(source), self.dtype)
+        for k in np.unique(shard).tolist():
+            chosen = slice(n_tokens[k - 1] if k else 0, n_tokens[k])
+            tokens[target[chosen]] = self.maps[k][source[chosen]]
+        return tokens
+
+
+def ranges(firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """firsts[0], firsts[0] + 1, …: counts[0] integers, then those from firsts[1] on, and so on."""
+    ends = np.cumsum(counts)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(firsts - ends + counts, counts)
 
 
 def map_shard(path: Path, dtype: np.dtype) -> np.ndarray:
