@@ -1,13 +1,12 @@
 """A tiny run, in memory and on disk, and processes to share it: what the tests of several folders have in common."""
 
-import contextlib
 import json
 import multiprocessing
 import os
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from regpt.evals.config import EvalConfig
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import InitialWeights, load_weights, unpadded
-from regpt.parallel.mesh import Mesh, open_mesh
+from regpt.parallel.mesh import Mesh
 from regpt.sample.config import SampleConfig
 from regpt.train.config import OptimConfig, TrainConfig
 from regpt.train.loss import LossSum, make_loss_sum
@@ -159,7 +158,7 @@ def change(config: RunConfig, section: str, **values: Any) -> RunConfig:
 
 
 def in_processes(n: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """`function(mesh, *args)` in `n` gloo processes of this machine; their results, by rank.
+    """`function(*args)` in `n` processes, each with torchrun's environment around it; their results, by rank.
 
     The store lives here, on a port that the system chose, as under torchrun. When one process fails the others are
     ended, and its traceback is raised here.
@@ -175,14 +174,7 @@ def in_processes(n: int, function: Callable[..., Any], *args: Any) -> list[Any]:
 
 def be_rank(rank: int, n: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    with launched(rank, n, port), open_mesh("cpu") as mesh:
-        torch.save(function(mesh, *args), Path(folder) / str(rank))
-
-
-@contextlib.contextmanager
-def launched(rank: int, n: int, port: int) -> Iterator[None]:
-    """The environment that torchrun gives a process."""
-    os.environ |= {
+    os.environ |= {  # what torchrun sets
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(n),
@@ -191,4 +183,4 @@ def launched(rank: int, n: int, port: int) -> Iterator[None]:
         "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is there already: no rank starts one
     }
-    yield
+    torch.save(function(*args), Path(folder) / str(rank))

@@ -1,0 +1,115 @@
+"""`regpt train --nproc 2`, as a user types it: the curve of one process, its errors, its end on Ctrl-C."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import tiny
+from regpt.checkpoint.load import checkpoints
+from regpt.errors import UsageError
+from regpt.parallel.launch import launch
+from regpt.runs.pretrain import pretrain
+
+PATIENCE = 120.0  # seconds; a test that waits this long has failed
+
+
+@contextlib.contextmanager
+def regpt(*args: object) -> Iterator[subprocess.Popen]:
+    """The command as a process of its own session, which does not outlive the test, nor do its children."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        env.pop(name, None)
+    command = [sys.executable, "-m", "regpt", *map(str, args)]
+    process = subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None and os.name == "posix":
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.communicate()
+
+
+def finished(*args: object) -> tuple[int, str, str]:
+    with regpt(*args) as process:
+        stdout, stderr = process.communicate(timeout=PATIENCE)
+        return process.returncode, stdout, stderr
+
+
+def rows(run: Path, kind: str) -> list[dict]:
+    path = run / "metrics.jsonl"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [row for row in map(json.loads, text.splitlines()) if row["kind"] == kind]
+
+
+def curve(run: Path) -> list[float]:
+    return [row["loss"] for kind in ("train", "val") for row in rows(run, kind)]
+
+
+def test_fewer_than_one_process_is_refused():
+    with pytest.raises(UsageError, match=r"--nproc is 0, must be at least 1"):
+        launch(0, [])
+
+
+def test_two_processes_have_the_loss_curve_of_one(shards, tmp_path: Path):
+    config = tiny.run_config(shards)
+    assert pretrain(config, tmp_path / "one") == 0
+    (tmp_path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    code, out, err = finished("train", tmp_path / "config.toml", "--out", tmp_path / "two", "--nproc", 2)
+    assert code == 0, err
+    assert "8,368 parameters on 2 × cpu" in out
+    assert out.count("validation loss") == 4  # one process prints
+    assert len(curve(tmp_path / "two")) == 8 + 4
+    assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=1e-5)
+    env = json.loads((tmp_path / "two" / "env.json").read_text(encoding="utf-8"))
+    assert env["world_size"] == 2
+    assert [f.name for f in checkpoints(tmp_path / "two")] == [f"step-{s:08d}" for s in (2, 4, 6, 8)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_launcher_saves_and_two_processes_go_on(shards, tmp_path: Path, kind: signal.Signals):
+    config = tiny.run_config(shards)
+    for section in ("eval", "sample", "checkpoint"):
+        config = tiny.change(config, section, every_steps=0)
+    config = tiny.change(config, "train", steps=3000)
+    (tmp_path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    run = tmp_path / "run"
+    with regpt("train", tmp_path / "config.toml", "--out", run, "--nproc", 2) as process:
+        limit = time.monotonic() + PATIENCE
+        while not rows(run, "train"):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < limit
+            time.sleep(0.1)
+        process.send_signal(kind)
+        out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 75, err
+    assert "and saved; go on with: regpt train --resume" in out
+    (saved,) = checkpoints(run)
+    step = int(saved.name.removeprefix("step-"))
+    assert rows(run, "train")[-1]["step"] == step < 3000
+    text = (run / "config.toml").read_text(encoding="utf-8").replace("steps = 3000", f"steps = {step + 2}")
+    (run / "config.toml").write_text(text, encoding="utf-8")
+    code, _, err = finished("train", "--resume", run, "--nproc", 2)
+    assert code == 0, err
+    assert [row["step"] for row in rows(run, "train")] == list(range(1, step + 3))
+
+
+def test_bad_input_is_one_sentence_before_a_process_is_started(shards, tmp_path: Path):
+    (tmp_path / "config.toml").write_text(tiny.run_config(shards).to_toml(), encoding="utf-8")
+    code, _, err = finished("train", tmp_path / "config.toml", "--out", tmp_path / "run", "--nproc", 3)
+    assert code == 2
+    assert err.startswith("regpt: train.batch_tokens 64 is not a multiple of 48 = data.seq_len 16 × ")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()

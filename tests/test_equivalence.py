@@ -1,0 +1,237 @@
+"""The same tiny run in different ways gives the same loss and gradients: one table, tested here, printed in the README.
+
+An error is relative: the length of a tensor's difference over the tensor's length, the largest over the loss, the norm
+and every parameter's gradient (of the weights and moments at the end, where whole runs are compared). What is computed
+in float64 agrees to rounding, about 1e-15; the tolerances are some ten times what was measured.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+import tiny
+from regpt.checkpoint.load import checkpoint_folder
+from regpt.data.batch import IGNORE_INDEX, Batch
+from regpt.model.cache import KVCache
+from regpt.model.hf import WeightsFromHF, weights_to_hf
+from regpt.model.weights import state_tensors
+from regpt.parallel.mesh import open_mesh
+from regpt.reference import gpt2
+from regpt.runs.pretrain import pretrain, resume
+
+README = Path(__file__).parents[1] / "README.md"
+Found = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One line: `run` returns pairs of what A and B found, of which nothing may differ by more than `tolerance`."""
+
+    a: str
+    b: str
+    what: str
+    tolerance: float
+    run: Callable[..., list[tuple[Found, Found]]]
+    slow: bool = False
+
+
+def ours(*, micro_batch_rows: int = tiny.N_ROWS, pad_vocab: bool = True, compile: bool = False) -> Found:
+    """Loss, norm and gradients of the first step."""
+    loader = tiny.Rows(micro_batch_rows=micro_batch_rows)
+    return tiny.step_gradients(tiny.build_trainer(tiny.build_model(pad_vocab=pad_vocab), loader, compile=compile))
+
+
+def without_norm(found: Found) -> Found:
+    return {name: tensor for name, tensor in found.items() if name != "norm"}
+
+
+# ---- other implementations -------------------------------------------------------------------------------------------
+
+
+def hugging_face() -> list[tuple[Found, Found]]:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        n_layer=2, n_head=3, n_embd=24, vocab_size=97, n_positions=16, bos_token_id=None, eos_token_id=None
+    )
+    theirs = transformers.GPT2LMHeadModel(config).double().eval()  # eval: without dropout
+    model = tiny.build_model()
+    unexpected = theirs.load_state_dict(weights_to_hf(state_tensors(model)), strict=False).unexpected_keys
+    assert not unexpected
+    idx, targets = tiny.Rows().rows(0)
+    logits = theirs(idx).logits
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    loss.backward()
+    gradients = WeightsFromHF({name: p.grad for name, p in theirs.named_parameters() if p.grad is not None})
+    found = without_norm(ours()) | {"logits": model(idx)}
+    return [(found, {"loss": loss, "logits": logits, **gradients})]
+
+
+def numpy_reference() -> list[tuple[Found, Found]]:
+    params = {name: w.numpy() for name, w in state_tensors(tiny.build_model()).items()}
+    idx, targets = (x.numpy() for x in tiny.Rows().rows(0))
+    scale = 1 / int((targets != IGNORE_INDEX).sum())
+    loss, _, gradients = gpt2.loss_and_gradients(params, idx, targets, tiny.CONFIG.n_head, scale)
+    by_hand = {"loss": torch.tensor(loss, dtype=torch.float64)}
+    return [(without_norm(ours()), by_hand | {name: torch.from_numpy(np.asarray(g)) for name, g in gradients.items()})]
+
+
+# ---- other ways to compute a step ------------------------------------------------------------------------------------
+
+
+def accumulation() -> list[tuple[Found, Found]]:
+    return [(ours(micro_batch_rows=rows), ours()) for rows in (1, 2, 4)]
+
+
+def processes() -> list[tuple[Found, Found]]:
+    expected = ours()
+    return [(found, expected) for n in (2, 4) for found in tiny.in_processes(n, one_of_several)]
+
+
+def one_of_several() -> Found:
+    with open_mesh("cpu") as mesh:
+        loader = tiny.Rows(micro_batch_rows=1, dp_rank=mesh.rank, dp_size=mesh.world_size)
+        return tiny.step_gradients(tiny.build_trainer(tiny.build_model(), loader, mesh=mesh))
+
+
+def compiled() -> list[tuple[Found, Found]]:
+    if not shutil.which("c++"):
+        pytest.skip("torch.compile needs a C++ compiler on the CPU")
+    return [(ours(compile=True), ours())]
+
+
+def padded_vocabulary() -> list[tuple[Found, Found]]:
+    return [(ours(), ours(pad_vocab=False))]
+
+
+DOCUMENTS = [[5, 1, 6], [12], [7, 5]]  # lengths, packed into rows of SEQ_LEN
+
+
+class Packed(tiny.Rows):
+    """Rows of several documents, masked by document."""
+
+    def step(self, step: int) -> list[Batch]:
+        idx, targets = (x[: len(DOCUMENTS)] for x in self.rows(step))
+        positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in DOCUMENTS])
+        cu_seqlens = torch.tensor([0, *(n for row in DOCUMENTS for n in row)]).cumsum(0)
+        return [Batch(idx, targets, positions, cu_seqlens)]
+
+
+class Padded(tiny.Rows):
+    """The same documents, one a row, filled up behind their ends with tokens that are no target."""
+
+    def step(self, step: int) -> list[Batch]:
+        idx, targets = (x[: len(DOCUMENTS)] for x in self.rows(step))
+        lengths = [n for row in DOCUMENTS for n in row]
+        rows = [
+            torch.stack([F.pad(part, (0, tiny.SEQ_LEN - len(part)), value=fill) for part in x.flatten().split(lengths)])
+            for x, fill in ((idx, 0), (targets, IGNORE_INDEX))
+        ]
+        return [Batch(*rows)]
+
+
+def packed_documents() -> list[tuple[Found, Found]]:
+    packed, padded = (tiny.step_gradients(tiny.build_trainer(tiny.build_model(), rows())) for rows in (Packed, Padded))
+    return [(packed, padded)]
+
+
+@torch.no_grad()
+def key_value_cache() -> list[tuple[Found, Found]]:
+    model, (idx, _) = tiny.build_model(), tiny.Rows().rows(0)
+    pairs = []
+    for parts in ([1] * tiny.SEQ_LEN, [5, 4, 3], [11, 1]):
+        cache = KVCache(tiny.CONFIG, tiny.N_ROWS, tiny.SEQ_LEN, device=tiny.CPU, dtype=torch.float64)
+        pieces = [model(part, cache=cache) for part in idx.split(parts, dim=1)]
+        pairs.append(({"logits": torch.cat(pieces, dim=1)}, {"logits": model(idx)}))
+    return pairs
+
+
+# ---- whole runs ------------------------------------------------------------------------------------------------------
+
+
+def at_the_end(run: Path) -> Found:
+    """Weights and moments after the last of eight updates."""
+    folder = checkpoint_folder(run, 8)
+    return load_file(folder / "model.safetensors") | load_file(folder / "optimizer.safetensors")
+
+
+def straight_and_cut(shards: Path, folder: Path, step: int) -> tuple[Path, Path]:
+    """A run, and its copy that has no checkpoint later than `step`."""
+    straight, cut = folder / "straight", folder / f"cut-{step}"
+    if not straight.exists():
+        assert pretrain(tiny.run_config(shards), straight) == 0
+    shutil.copytree(straight, cut)
+    for later in range(step + 2, 9, 2):
+        shutil.rmtree(checkpoint_folder(cut, later))
+    return straight, cut
+
+
+def resumed(shards: Path, folder: Path) -> list[tuple[Found, Found]]:
+    pairs = []
+    for step in (2, 4, 6):
+        straight, cut = straight_and_cut(shards, folder, step)
+        assert resume(cut) == 0
+        pairs.append((at_the_end(cut), at_the_end(straight)))
+    return pairs
+
+
+def resumed_by_two(shards: Path, folder: Path) -> list[tuple[Found, Found]]:
+    straight, cut = straight_and_cut(shards, folder, 4)
+    assert tiny.in_processes(2, resume, cut) == [0, 0]
+    return [(at_the_end(cut), at_the_end(straight))]
+
+
+CELLS = [
+    Cell("regpt", "Hugging Face's GPT-2", "logits, loss, gradients", 1e-14, hugging_face),
+    Cell("regpt", "GPT-2 by hand in NumPy", "loss, gradients", 1e-14, numpy_reference),
+    Cell("one batch of 8 rows", "2 × 4, 4 × 2, 8 × 1 rows, unequally masked", "loss, gradients", 1e-14, accumulation),
+    Cell("one process", "2 and 4 processes", "loss, gradients", 1e-14, processes),
+    Cell("`torch.compile` on", "off", "loss, gradients", 1e-14, compiled, slow=True),
+    Cell("vocabulary padded to a multiple of 128", "not padded", "loss, gradients", 1e-14, padded_vocabulary),
+    Cell("documents packed into rows, masked", "one a row, padded", "loss, gradients", 1e-14, packed_documents),
+    Cell("key-value cache, any split", "whole sequence", "logits", 1e-14, key_value_cache),
+    Cell("straight run", "stopped and resumed at any checkpoint", "weights, moments, in float32", 0.0, resumed),
+    Cell("one process", "resumed by two", "weights, moments, in float32", 2e-4, resumed_by_two),
+]
+
+
+def table() -> str:
+    lines = ["| A | B | what | tolerance |", "| --- | --- | --- | --- |"]
+    for cell in CELLS:
+        tolerance = f"{cell.tolerance:.0e}".replace("e-0", "e-") if cell.tolerance else "bitwise"
+        lines.append(f"| {cell.a} | {cell.b} | {cell.what} | {tolerance} |")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        pytest.param(
+            cell,
+            id=cell.run.__name__,
+            marks=[tiny.IMPORTS_COMPILER, *([pytest.mark.slow] if cell.slow else [])],
+        )
+        for cell in CELLS
+    ],
+)
+def test_a_and_b_find_the_same(cell: Cell, request: pytest.FixtureRequest, tmp_path: Path):
+    whole_runs = cell.run in (resumed, resumed_by_two)
+    pairs = cell.run(request.getfixturevalue("shards"), tmp_path) if whole_runs else cell.run()
+    assert pairs
+    error = max(tiny.largest_error(a, b) for a, b in pairs)
+    print(f"{cell.a} / {cell.b}: {error:.1e}")
+    assert error <= cell.tolerance
+
+
+def test_the_readme_shows_this_table():
+    text = README.read_text(encoding="utf-8")
+    start, end = "<!-- equivalence -->", "<!-- /equivalence -->"
+    assert text.count(start) == text.count(end) == 1
+    assert text.split(start)[1].split(end)[0].strip() == table()
