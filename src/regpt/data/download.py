@@ -4,7 +4,6 @@ Nothing here knows where the bytes come from: an `Opener` gives a stream that st
 kept under `NAME.partial`, so another attempt, also one of a later process, continues there.
 """
 
-import asyncio
 import email.utils
 import errno
 import hashlib
@@ -218,7 +217,7 @@ def pause(wait_s: float, why: str, patience: Patience, waiting: Callable[[str], 
 def transport_errors() -> tuple[type[BaseException], ...]:
     loaded = ((sys.modules.get(module), name) for module, name in LIBRARY_ERRORS)
     libraries = tuple(getattr(module, name) for module, name in loaded if module)
-    return (OSError, http.client.HTTPException, asyncio.TimeoutError, *libraries)
+    return (OSError, http.client.HTTPException, *libraries)
 
 
 def problem_of(error: BaseException) -> Problem:
