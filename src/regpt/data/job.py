@@ -111,18 +111,17 @@ class Job:
         order: deque[Partition] = deque()
         done: set[int] = set()
 
-        def finish(partition: Partition) -> None:
+        def finish(partition: Partition, found: bool = False) -> None:
             done.add(partition.index)
+            self._count(partition, found)
             while order and order[0].index in done:
                 assembly.add(order.popleft())
-            self._count(partition)
 
         def tasks() -> Iterator[Partition]:
             for partition in plan:
                 order.append(partition)
                 if assembly.is_ready(partition):
-                    self._count(partition, found=True)
-                    finish(partition)
+                    finish(partition, found=True)
                 elif not (partition.in_files or runs_here):
                     encode_partition(self.work, partition, self.settings, self._encoder)
                     finish(partition)
@@ -156,7 +155,7 @@ class Job:
         self._running[partition.index] = counts
         self._show()
 
-    def _count(self, partition: Partition, found: bool = False) -> None:
+    def _count(self, partition: Partition, found: bool) -> None:
         """A partition is done; `found` when an earlier attempt did it."""
         summary = load_summary(self.work, partition.name)
         for split in summary["splits"].values():

@@ -118,6 +118,7 @@ def check_options(
 
 def check_out(out: Path) -> None:
     if (out / "manifest.json").exists():
+        shutil.rmtree(out / WORK, ignore_errors=True)  # it was finished, and killed before it could tidy up
         raise UserError(
             f"{out} already holds a data set (see: regpt data info {out}); choose another --out or delete it"
         )
