@@ -4,18 +4,18 @@
 
 Prints two tables and writes benchmarks/results/loader-<hardware>-<date>.json. The text is invented: only its lengths
 matter. Each measurement runs in a process of its own; beside the clock stands the processor's time, which other
-programs on the machine change less. Files lie in --folder (a temporary one by default), 2 bytes a token for the first
-table; those of the second are sparse and take 8 bytes a document.
+programs on the machine change less. Memory is what NumPy and Python take, not the mapped files, which the system keeps
+and takes back as it likes. Files lie in --folder (a temporary one by default), about a gigabyte.
 """
 
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -73,7 +73,7 @@ def throughput_table(base: Path, tokens: int) -> list[dict]:
     rows = []
     for kind, mean in KINDS.items():
         folder = base / kind
-        write_corpus(folder, lengths_of(tokens // mean, mean), sparse=False)
+        write_corpus(folder, lengths_of(tokens // mean, mean))
         for order in ORDERS:
             for mask in (False, True):
                 row = {"kind": kind, "order": order, "mask": mask} | measured("throughput", folder, order, int(mask))
@@ -90,11 +90,12 @@ def first_batch_table(base: Path, documents: int) -> list[dict]:
     rows = []
     for kind, mean in KINDS.items():
         folder = base / f"{kind}-many"
-        tokens = write_corpus(folder, lengths_of(documents, mean), sparse=True)
+        tokens = write_corpus(folder, lengths_of(documents, mean), one_text=True)
         for order in ORDERS:
             for share in (0.0, 0.5):  # a fresh run, and one that goes on in the middle of the epoch
                 step = int(share * tokens * (0.6 if order == "bos" else 1) / BATCH_TOKENS)
                 row = {"kind": kind, "order": order, "step": step} | measured("first", folder, order, step)
+                row |= measured("memory", folder, order, step)
                 numbers = f"{row['seconds']:8.2f} {row['cpu_s']:6.2f} {row['extra_mb']:6.0f}"
                 print(f"{kind:>10} {order:>11} {step:>10,} {numbers}")
                 rows.append(row)
@@ -110,7 +111,8 @@ def measure_throughput(folder: str, order: str, mask: str) -> dict:
     """Steps of the loader behind the prefetcher, for three seconds after the first two."""
     loader = open_loader(Path(folder), order, mask == "1")
     with Prefetcher(loader) as batches:
-        batches.step(0), batches.step(1)
+        for step in range(2):
+            batches.step(step)
         step, started, cpu = 2, time.perf_counter(), time.process_time()
         while (seconds := time.perf_counter() - started) < 3:
             batches.step(step)
@@ -123,14 +125,19 @@ def measure_throughput(folder: str, order: str, mask: str) -> dict:
 
 
 def measure_first(folder: str, order: str, step: str) -> dict:
-    before = peak_mb()
     started, cpu = time.perf_counter(), time.process_time()
     open_loader(Path(folder), order, mask=False).step(int(step))
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-    return {"seconds": seconds, "cpu_s": cpu, "extra_mb": peak_mb() - before}
+    return {"seconds": seconds, "cpu_s": cpu}
 
 
-MEASUREMENTS = {"throughput": measure_throughput, "first": measure_first}
+def measure_memory(folder: str, order: str, step: str) -> dict:
+    tracemalloc.start()
+    open_loader(Path(folder), order, mask=False).step(int(step))
+    return {"extra_mb": tracemalloc.get_traced_memory()[1] / 1e6}
+
+
+MEASUREMENTS = {"throughput": measure_throughput, "first": measure_first, "memory": measure_memory}
 
 
 def open_loader(folder: Path, order: str, mask: bool) -> Loader:
@@ -151,8 +158,11 @@ def lengths_of(documents: int, mean: int) -> np.ndarray:
     return np.maximum(2, rng.lognormal(np.log(mean) - 0.5, 1.0, documents)).astype(np.int64)
 
 
-def write_corpus(folder: Path, lengths: np.ndarray, *, sparse: bool) -> int:
-    """A folder of token shards with documents of such lengths; the number of tokens."""
+def write_corpus(folder: Path, lengths: np.ndarray, *, one_text: bool = False) -> int:
+    """A folder of token shards with documents of such lengths; the number of tokens.
+
+    `one_text`: all shards of full size are one file, so that many of them fit on a disk and into the system's cache.
+    """
     folder.mkdir()
     starts = np.cumsum(np.concatenate([[0], lengths]))
     total = int(starts[-1])
@@ -162,27 +172,17 @@ def write_corpus(folder: Path, lengths: np.ndarray, *, sparse: bool) -> int:
         end = min(total, begin + SHARD_TOKENS)
         local = starts[np.searchsorted(starts, begin) : np.searchsorted(starts[:-1], end)] - begin
         shard = Shard(f"train-{number:05d}.bin", "train", end - begin, len(local), "", "", continues=end not in starts)
-        with (folder / shard.file).open("wb") as file:
-            if sparse:
-                file.truncate(2 * shard.tokens)
-            else:
-                tokens = rng.integers(0, EOT, shard.tokens, dtype=np.uint16)
-                tokens[local] = EOT
-                tokens.tofile(file)
+        if one_text and number > 0 and shard.tokens == SHARD_TOKENS:
+            os.link(folder / shards[0].file, folder / shard.file)
+        else:
+            tokens = rng.integers(0, EOT, shard.tokens, dtype=np.uint16)
+            tokens[local] = EOT
+            tokens.tofile(folder / shard.file)
         local.astype("<i8").tofile(folder / shard.idx_file)
         shards.append(shard)
     manifest = Manifest("gpt2", "", EOT + 1, EOT, "uint16", tuple(shards))
     (folder / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
     return total
-
-
-def peak_mb() -> float:
-    """Peak resident memory of this process, pages of mapped files included."""
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux: getrusage would count the memory of the process that started this one
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e6
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def machine() -> dict:

@@ -1,0 +1,43 @@
+"""`regpt train --data …`: one folder, or several with their weights."""
+
+import pytest
+
+from regpt.cli.train import chosen_data
+from regpt.data.config import DataConfig
+from regpt.errors import UsageError
+
+RECIPE = DataConfig(seq_len=7)
+
+
+def test_one_folder_replaces_whatever_the_file_names():
+    assert chosen_data(RECIPE, ("web",)) == DataConfig(path="web", seq_len=7)
+    assert chosen_data(DataConfig(mixture={"a": 1.0}), ("web",)) == DataConfig(path="web")
+
+
+def test_folders_with_weights_are_a_mixture():
+    chosen = chosen_data(DataConfig(path="old"), ("web=0.7", "a=b=3"))
+    assert chosen == DataConfig(mixture={"web": 0.7, "a=b": 3.0})
+
+
+def test_the_last_of_several_folders_without_weights_counts():
+    assert chosen_data(RECIPE, ("web", "code")).path == "code"
+
+
+def test_a_folder_may_have_an_equals_sign_in_its_name(tmp_path):
+    (tmp_path / "a=1").mkdir()
+    assert chosen_data(RECIPE, (str(tmp_path / "a=1"),)).path == str(tmp_path / "a=1")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("web=0.7", "code"), "--data 'code' has no weight; write each of several folders as DIR=WEIGHT"),
+        (("web=much",), "--data 'web=much' has no weight; write each of several folders as DIR=WEIGHT"),
+        (("web=1", "web=2"), "--data names a folder twice (web=1 web=2); add up its weights"),
+        (("web=0", "code=1"), "data.mixture gives 'web' the weight 0.0, must be a number above 0"),
+    ],
+)
+def test_a_wrong_mixture_is_one_sentence(given, said):
+    with pytest.raises(UsageError) as error:
+        chosen_data(RECIPE, given)
+    assert str(error.value) == said
