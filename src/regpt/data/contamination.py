@@ -7,9 +7,10 @@ of 13 words cannot be found.
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -95,7 +96,7 @@ def read_items(path: Path) -> Iterator[list[str]]:
     """The texts of each item."""
     suffix = suffix_of(path)
     if suffix in JSONL:
-        with path.open("rb") as raw, decompressed(raw, path) as lines:
+        with path.open("rb") as raw, lines_of(raw, path) as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield list(strings(parse(decode(line, path, number), path, number)))
@@ -105,6 +106,10 @@ def read_items(path: Path) -> Iterator[list[str]]:
                 yield from (list(strings(row)) for row in batch.to_pylist())
     else:
         yield [decode(path.read_bytes(), path)]
+
+
+def lines_of(raw: BinaryIO, path: Path) -> AbstractContextManager[Iterable[bytes]]:
+    return nullcontext(raw) if suffix_of(path) == ".jsonl" else decompressed(raw, path)
 
 
 def parse(line: str, path: Path, number: int) -> Any:
