@@ -4,6 +4,7 @@ A task is one partition. When its machine or process is lost, Ray starts it agai
 was writing never get their names.
 """
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from regpt.data.workers import raise_failure
 from regpt.errors import UserError
 
 TRIES = 5  # after the first
+CONNECT_S = 10
 
 
 def encode_on_ray(
@@ -68,10 +70,18 @@ def connect(ray: Any, address: str | None) -> None:
         ray.init(log_to_driver=False, include_dashboard=False)
         return
     try:
+        knock(address)
         ray.init(address=address, log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         what = str(error).strip().splitlines()[0]
         raise UserError(f"no Ray cluster answers at {address!r} ({what}); start one with: ray start --head") from None
+
+
+def knock(address: str) -> None:
+    """Raise an OSError when nobody listens at `address`: Ray itself would wait for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), CONNECT_S).close()
 
 
 def import_ray() -> Any:
