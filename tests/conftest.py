@@ -1,6 +1,11 @@
 """Makes `tiny` importable from every folder of tests."""
 
 import pytest
+from hypothesis import settings
+
+# No timing thresholds; and the same examples every time, so that a failure seen once is seen again.
+settings.register_profile("regpt", deadline=None, derandomize=True)
+settings.load_profile("regpt")
 
 
 @pytest.fixture(autouse=True, scope="session")
