@@ -1,5 +1,7 @@
 """Batches masked by document: where documents begin, and that a model then computes each as if it stood alone."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -88,7 +90,7 @@ def pieces(batch: Batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
     found = []
     for idx, targets in zip(batch.idx, batch.targets):
         bounds = sorted({0, len(idx), *(idx == EOT).nonzero().flatten().tolist()})
-        found += [(idx[i:j], targets[i:j]) for i, j in zip(bounds, bounds[1:])]
+        found += [(idx[i:j], targets[i:j]) for i, j in pairwise(bounds)]
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -53,7 +54,7 @@ class Content:
 
     split: str
     counted: int
-    frequent: list[tuple[int, str | None, float]]
+    frequent: Sequence[tuple[int, str | None, float]]
     rows: list[str]
     problem: str | None
 
