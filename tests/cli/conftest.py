@@ -9,7 +9,8 @@ from regpt.__main__ import main
 from regpt.data.prepare import prepare
 from regpt.text.bpe import train_bpe
 
-WORDS = "the cat sat on the mat and the dog ran to the tree while birds sang of rain in spring".split()
+TEXT = "the cat sat on the mat and the dog ran to the tree while birds sang of rain in spring"
+WORDS = TEXT.split()
 SHAPE = ["--model.n-layer", "1", "--model.n-head", "2", "--model.n-embd", "16", "--model.max-seq-len", "16"]
 RUN = ["--data.seq-len", "16", "--data.tokenizer", "", "--train.batch-tokens", "64", "--train.micro-batch-rows", "2"]
 SHORT = [

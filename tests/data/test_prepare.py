@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from regpt.data import encode, job, write
 from regpt.data.corpus import hash_fraction
-from regpt.data.manifest import Manifest, read_manifest
 from regpt.data.encode import cut
 from regpt.data.job import Progress
+from regpt.data.manifest import Manifest, read_manifest
 from regpt.data.prepare import prepare
 from regpt.data.verify import verify
 from regpt.errors import UserError

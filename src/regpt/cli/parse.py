@@ -24,12 +24,14 @@ def parse(command: type[Args], args: Sequence[str], prog: str, default: Args | N
     shown, complaint = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(complaint):
-            return tyro.cli(command, args=list(args), prog=prog, default=default)
+            parsed = tyro.cli(command, args=list(args), prog=prog, default=default)
     except SystemExit as stop:
         if not stop.code:  # --help
             sys.stdout.write(shown.getvalue())
             raise
         raise UsageError(one_sentence(complaint.getvalue(), prog)) from None
+    assert parsed is not None
+    return parsed
 
 
 def one_sentence(box: str, prog: str) -> str:

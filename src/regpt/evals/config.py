@@ -12,7 +12,7 @@ class EvalConfig:
     every_steps: int = 250
     """Steps between validations; 0 validates only at the end."""
     val_tokens: int = 655360
-    """Validation tokens read each time, from the start of the split (the lecture: 20 batches of 32 × 1024); 0 reads all."""
+    """Validation tokens read each time, from the start of the split; 0 reads all."""
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "val_tokens"):
