@@ -136,6 +136,29 @@ def test_an_unknown_recipe_names_the_nearest(regpt, tmp_path: Path):
     assert "did you mean 'gpt2-124m'" in err or "did you mean 'gpt3-125m'" in err
 
 
+@pytest.mark.parametrize("order", ["recipe first", "recipe last"])
+def test_flags_are_read_over_the_values_of_the_recipe(regpt, tiny_flags, tmp_path: Path, order: str):
+    out = [
+        "--out",
+        tmp_path / "run",
+        *tiny_flags,
+        "--model.n-embd",
+        "20",
+        "--model.n-head=4",
+    ]  # 20 is no multiple of 12
+    code, _, err = regpt("train", *([TINY, *out] if order == "recipe first" else [*out, TINY]))
+    assert code == 0, err
+    config = (tmp_path / "run" / "config.toml").read_text(encoding="utf-8")
+    assert "n_embd = 20" in config
+    assert "beta2 = 0.99" in config  # the recipe's, not the default
+
+
+def test_a_width_that_fits_the_recipes_heads_needs_no_other_flag(regpt, corpus: Path, tmp_path: Path):
+    code, _, err = regpt("train", TINY, "--data", corpus, "--out", tmp_path / "run", "--model.n-embd", "64")
+    assert code == 2 or code == 1
+    assert "n_head" not in err  # stopped by the vocabulary of the data, not by the default's twelve heads
+
+
 def test_an_unknown_command_names_the_nearest(regpt):
     code, _, err = regpt("trian")
     assert code == 2

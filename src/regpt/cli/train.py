@@ -32,7 +32,9 @@ class Train:
 
 
 def main(args: list[str]) -> int:
-    given = parse(Train, args, prog="regpt train")  # once to learn the recipe, once more over the recipe's values
+    recipe = named_recipe(args)
+    over = Train(config=read_config(recipe)) if recipe else None
+    given = parse(Train, args, prog="regpt train", default=over)
     if given.nproc < 0:
         raise UsageError(f"--nproc is {given.nproc}, must be at least 1, or 0 for this process alone")
     if given.resume:
@@ -43,11 +45,21 @@ def main(args: list[str]) -> int:
         )
     if not given.out:
         raise UsageError("no folder for the run was given; add --out RUN, a folder that does not exist yet")
-    given = parse(Train, args, prog="regpt train", default=Train(config=read_config(given.recipe)))
     config = given.config
     if given.data:
         config = replace(config, data=chosen_data(config.data, given.data))
     return start(given, config, args)
+
+
+def named_recipe(args: list[str]) -> str:
+    """The first argument that is neither a flag nor the value of one: flags are read over this recipe's values."""
+    rest = iter(args)
+    for arg in rest:
+        if not arg.startswith("-"):
+            return arg
+        if "=" not in arg and arg not in ("-h", "--help"):
+            next(rest, None)  # every flag takes one value
+    return ""
 
 
 def chosen_data(data: DataConfig, given: tuple[str, ...]) -> DataConfig:
