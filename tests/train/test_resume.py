@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 import tiny
 from regpt.checkpoint.load import checkpoint_folder
@@ -45,14 +46,19 @@ def last_rows(run: Path) -> dict[tuple, tuple]:
     }
 
 
+def texts(run: Path) -> dict[int, list[str]]:
+    """Step → samples."""
+    rows = [json.loads(line) for line in (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {row["step"]: row["texts"] for row in rows}
+
+
 def test_the_run_learns_and_writes_what_it_should(straight):
     rows = last_rows(straight)
     assert [step for kind, step in rows if kind == "train"] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert [step for kind, step in rows if kind == "val"] == [0, 3, 6, 8]
     assert rows["train", 8][0] < rows["train", 1][0] - 0.5
     assert rows["val", 8][0] < rows["val", 0][0] - 0.5
-    samples = [json.loads(line) for line in (straight / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [row["step"] for row in samples] == [0, 4, 8]
+    assert list(texts(straight)) == [0, 4, 8]
 
 
 @pytest.mark.parametrize("step", [2, 4, 6])
@@ -88,6 +94,7 @@ def test_a_signal_saves_and_the_rest_of_the_run_is_bitwise_the_same(config, stra
     assert resume(run) == 0
     assert final_files(run) == final_files(straight)
     assert last_rows(run) == last_rows(straight)
+    assert texts(run) == texts(straight)
 
 
 def test_a_finished_run_may_be_resumed_and_stays_as_it_is(straight, tmp_path: Path):
@@ -99,8 +106,11 @@ def test_a_finished_run_may_be_resumed_and_stays_as_it_is(straight, tmp_path: Pa
 
 
 def test_the_runs_own_config_repeats_it(straight, tmp_path: Path):
+    chance = torch.get_rng_state()
     assert main([str(straight / "config.toml"), "--out", str(tmp_path / "again")]) == 0
     assert final_files(tmp_path / "again") == final_files(straight)
+    assert texts(tmp_path / "again") == texts(straight)
+    assert torch.get_rng_state().equal(chance)  # initialisation, order and samples have generators of their own
 
 
 def test_padding_changes_no_checkpoint(config, straight, tmp_path: Path):
