@@ -279,6 +279,18 @@ def test_another_shard_size_and_a_changed_source_are_taken_up(tmp_path, corpus):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path, corpus):
+    def write(now) -> None:
+        if 41 < now.documents < 60:  # in the middle of it
+            Path(corpus[2]).write_text(json.dumps({"text": "another"}) + "\n", encoding="utf-8")
+
+    with pytest.raises(UserError, match=r"2\.jsonl changed while it was read; run the same command again"):
+        make(corpus, tmp_path / "out", progress=write)
+    make(corpus, tmp_path / "out")
+    make(corpus, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_a_damaged_part_of_an_earlier_attempt_is_made_again(tmp_path, corpus):
     with pytest.raises(KeyboardInterrupt):
         make(corpus, tmp_path / "out", progress=interrupt_after(50))

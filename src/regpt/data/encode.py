@@ -104,6 +104,7 @@ class Reader:
                 if document.text:
                     yield from self._kept(document, reading.split, reading.source.source)
                 self._number += 1
+            reading.check_unchanged()
             self._sources.append(source)
 
     def _documents(self, reading: Reading) -> Iterator[Document]:

