@@ -1,0 +1,55 @@
+"""Number formats: what is computed in which, and that weights and gradients stay as they are."""
+
+import pytest
+import torch
+
+import tiny
+from regpt.model.weights import state_tensors
+from regpt.train.config import TrainConfig
+from regpt.train.precision import autocast, parameter_dtype, set_matmul_precision
+
+
+@pytest.fixture
+def matmul_precision():
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    ("precision", "product", "allowed"),
+    [
+        ("fp32", torch.float32, "highest"),
+        ("tf32", torch.float32, "high"),
+        ("bf16", torch.bfloat16, "high"),
+    ],
+)
+def test_a_product_is_computed_in_the_chosen_format(matmul_precision, precision, product, allowed: str):
+    assert parameter_dtype(precision) == torch.float32
+    x = torch.ones(2, 2)
+    with autocast(precision, tiny.CPU):
+        assert (x @ x).dtype == product
+    assert (x @ x).dtype == torch.float32
+    set_matmul_precision(precision)
+    assert torch.get_float32_matmul_precision() == allowed
+
+
+def test_float64_is_float64_throughout():
+    assert parameter_dtype("fp64") == torch.float64
+    found = tiny.step_gradients(tiny.build_trainer(tiny.build_model(), tiny.Rows()))
+    assert {tensor.dtype for tensor in found.values()} == {torch.float64}
+
+
+def test_bfloat16_rounds_products_and_nothing_that_is_kept():
+    trainer = tiny.build_trainer(
+        tiny.build_model(dtype=torch.float32), tiny.Rows(micro_batch_rows=4), train=TrainConfig(precision="bf16")
+    )
+    found = tiny.step_gradients(trainer)
+    exact = tiny.step_gradients(tiny.build_trainer(tiny.build_model(), tiny.Rows()))
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    error = tiny.largest_error({name: tensor.double() for name, tensor in found.items()}, exact)
+    assert 1e-4 < error < 0.1  # bfloat16 has eight bits; a loss that was rounded to it would be off by 1e-3 and more
+    assert found["loss"].item() == pytest.approx(exact["loss"].item(), rel=1e-3)
+    trainer.update()
+    assert {w.dtype for w in state_tensors(trainer.model).values()} == {torch.float32}
+    assert {state["exp_avg"].dtype for state in trainer.optimizer.state.values()} == {torch.float32}
