@@ -33,7 +33,7 @@ class Train:
 
 def main(args: list[str]) -> int:
     recipe = named_recipe(args)
-    over = Train(config=read_config(recipe)) if recipe else None
+    over = Train(recipe=recipe, config=read_config(recipe)) if recipe else None
     given = parse(Train, args, prog="regpt train", default=over)
     if given.nproc < 0:
         raise UsageError(f"--nproc is {given.nproc}, must be at least 1, or 0 for this process alone")
