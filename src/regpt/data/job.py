@@ -1,5 +1,6 @@
 """One preparation: its partitions through an executor into the shards, and the manifest at the end."""
 
+import functools
 import itertools
 import os
 import platform
@@ -24,7 +25,7 @@ from regpt.data.summary import Summary
 from regpt.data.workers import encode_here, encode_in_processes
 from regpt.data.write import remove_leftovers, sync_folder, write_file
 from regpt.errors import UserError
-from regpt.text.fast import accelerate, encoder_name, is_standard
+from regpt.text.fast import accelerate, can_accelerate, encoder_name, is_standard
 from regpt.text.open import NAMED
 from regpt.text.tokenizer import Tokenizer
 
@@ -82,9 +83,14 @@ class Job:
     _total: int = 1
 
     def __post_init__(self) -> None:
-        self._encoder = accelerate(self.tokenizer) if self.placement.encoder == "auto" else self.tokenizer
+        self._fast = self.placement.encoder == "auto" and can_accelerate(self.tokenizer)
         self._dtype: Literal["uint16", "uint32"] = "uint16" if self.tokenizer.n_vocab <= 1 << 16 else "uint32"
         self._workers = self.placement.workers or available_cores()
+
+    @functools.cached_property
+    def _encoder(self) -> Tokenizer:
+        """Only where this process encodes."""
+        return accelerate(self.tokenizer) if self._fast else self.tokenizer
 
     def run(self, sources: Sequence[Source], val_sources: Sequence[Source]) -> Manifest:
         everything = [*sources, *val_sources]
@@ -215,7 +221,7 @@ class Job:
             made_with={
                 "regpt": regpt.__version__,
                 "python": platform.python_version(),
-                "encoder": encoder_name(self._encoder),
+                "encoder": encoder_name(self.tokenizer, self._fast),
             },
         )
         sync_folder(self.out)  # the shards are there before the file that says so

@@ -90,7 +90,11 @@ class FastTokenizer:
 
 def accelerate(tokenizer: Tokenizer) -> Tokenizer:
     """`tokenizer`, faster where the package is installed in a version that was vetted; otherwise itself."""
-    return FastTokenizer(tokenizer) if is_standard(tokenizer) and available() else tokenizer  # type: ignore[arg-type]
+    return FastTokenizer(tokenizer) if can_accelerate(tokenizer) else tokenizer  # type: ignore[arg-type]
+
+
+def can_accelerate(tokenizer: Tokenizer) -> bool:
+    return is_standard(tokenizer) and available()
 
 
 def is_standard(tokenizer: Tokenizer) -> bool:
@@ -105,10 +109,9 @@ def available() -> bool:
         return False
 
 
-def encoder_name(tokenizer: Tokenizer) -> str:
+def encoder_name(tokenizer: Tokenizer, accelerated: bool) -> str:
     """Package and version that turns text into tokens, such as `tiktoken 0.14.0`."""
-    fast = isinstance(tokenizer, FastTokenizer)
-    package = PACKAGE if fast else "tiktoken" if isinstance(tokenizer, GPT2Tokenizer) else "tokenizers"
+    package = PACKAGE if accelerated else "tiktoken" if isinstance(tokenizer, GPT2Tokenizer) else "tokenizers"
     return f"{package} {importlib.metadata.version(package)}"
 
 
