@@ -261,22 +261,34 @@ def fitted(steps: int, every: Every, *, stop_after: int = -1, start: int = 0) ->
 
 def test_things_happen_in_their_order():
     everything = Every(validate=2, sample=3, save=4)
-    assert fitted(6, everything) == (True, "v0 s0 u1 u2 v2 u3 s3 u4 v4 c4 u5 u6 v6 s6 c6")
+    assert fitted(6, everything) == (True, "v0 s0 u1 u2 v2 u3 s3 u4 c4 v4 u5 u6 c6 v6 s6")
 
 
 def test_at_the_end_everything_happens_whatever_the_intervals():
-    assert fitted(2, Every(0, 0, 0)) == (True, "u1 u2 v2 s2 c2")
-    assert fitted(2, Every(5, 5, 5)) == (True, "v0 s0 u1 u2 v2 s2 c2")
+    assert fitted(2, Every(0, 0, 0)) == (True, "u1 u2 c2 v2 s2")
+    assert fitted(2, Every(5, 5, 5)) == (True, "v0 s0 u1 u2 c2 v2 s2")
 
 
 def test_a_stop_saves_at_once_and_what_it_left_out_is_made_up_for():
     everything = Every(validate=2, sample=3, save=4)
     assert fitted(6, everything, stop_after=2) == (False, "v0 s0 u1 u2 c2")
-    assert fitted(6, everything, start=2) == (True, "v2 u3 s3 u4 v4 c4 u5 u6 v6 s6 c6")
+    assert fitted(6, everything, start=2) == (True, "v2 u3 s3 u4 c4 v4 u5 u6 c6 v6 s6")
 
 
 def test_a_stop_after_the_last_update_changes_nothing():
-    assert fitted(2, Every(1, 0, 0), stop_after=2) == (True, "v0 u1 v1 u2 v2 s2 c2")
+    assert fitted(2, Every(1, 0, 0), stop_after=2) == (True, "v0 u1 v1 u2 c2 v2 s2")
+
+
+def test_a_step_without_a_target_says_so():
+    class Masked(tiny.Rows):
+        def step(self, step: int) -> list[Batch]:
+            return [Batch(b.idx, torch.full_like(b.targets, IGNORE_INDEX)) for b in super().step(step)]
+
+    trainer = tiny.build_trainer(tiny.build_model(), Masked())
+    before = [p.detach().clone() for p in trainer.parameters]
+    with pytest.raises(UserError, match="step 1: no target carries loss"):
+        trainer.update()
+    assert all(torch.equal(p, q) for p, q in zip(trainer.parameters, before))
 
 
 def test_due():

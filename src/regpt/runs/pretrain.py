@@ -141,6 +141,8 @@ def fit(
     if step:
         write_row(job, {"kind": "event", "step": step, "name": "resume", "world_size": mesh.world_size})
     every = Every(config.eval.every_steps, config.sample.every_steps, config.checkpoint.every_steps)
+    if step == config.train.steps:
+        terminal.say(f"the run is complete: all {step:,} updates are made; regpt report {run} shows it")
     with stop_request() as stop_requested, terminal, batches:
         finished = trainer.fit(make_actions(job, stop_requested), every)
     write_epochs(job, trainer.step, loader.epochs(trainer.step))

@@ -90,9 +90,9 @@ class Trainer:
             if not last and self.mesh.any(do.stop_requested()):
                 do.save(self.step)
                 return False
-            self.evaluate(do, every)
             if last or due(self.step, every.save):
-                do.save(self.step)
+                do.save(self.step)  # first: a failure of what follows loses nothing
+            self.evaluate(do, every)
         return True
 
     def evaluate(self, do: Actions, every: Every) -> None:
@@ -107,10 +107,11 @@ class Trainer:
         """One update; its row of metrics, the loss taken before it over the whole global batch."""
         started = time.perf_counter()
         with MemoryAdvice(self.config.micro_batch_rows):
-            loss, norm = self.accumulate(self.loader.step(self.step))
+            batches = self.loader.step(self.step)
+            loss, norm = self.accumulate(batches)
             lr = self.lr_at(self.step + 1)
             row: Row = {"kind": "train", "step": self.step + 1, "loss": loss.item(), "lr": lr, "grad_norm": norm.item()}
-            self.refuse_non_finite(row)
+            self.refuse_non_finite(row, batches)
             set_lr(self.optimizer, lr)
             self.optimizer.step()  # the first one allocates the optimizer's state
         self.optimizer.zero_grad(set_to_none=True)
@@ -134,15 +135,18 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
         return self.mesh.sum(total), norm
 
-    def refuse_non_finite(self, row: Row) -> None:
-        """Stop before an update that would spoil the weights."""
+    def refuse_non_finite(self, row: Row, batches: list[Batch]) -> None:
+        """Stop before an update that would spoil the weights. Loss and norm are global: all processes come here."""
         loss, norm = row["loss"], row["grad_norm"]
-        if not (math.isfinite(loss) and math.isfinite(norm)):  # type: ignore[arg-type]
-            raise UserError(
-                f"step {row['step']}: the loss is {loss} and the gradient norm {norm} at learning rate {row['lr']}, "
-                "so the update was not applied; resume from the last checkpoint with a lower optim.lr, more "
-                "optim.warmup_steps, or precision fp32"
-            )
+        if math.isfinite(loss) and math.isfinite(norm):  # type: ignore[arg-type]
+            return
+        if not self.mesh.sum(torch.tensor(valid_targets(batches), device=self.mesh.device)).item():
+            raise UserError(f"step {row['step']}: no target carries loss; check the data and what masks its targets")
+        raise UserError(
+            f"step {row['step']}: the loss is {loss} and the gradient norm {norm} at learning rate {row['lr']}, "
+            "so the update was not applied; resume from the last checkpoint with a lower optim.lr, more "
+            "optim.warmup_steps, or precision fp32"
+        )
 
     def costs(self, seconds: float) -> Row:
         """Tokens, time, speed and memory of the update just made."""
