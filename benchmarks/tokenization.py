@@ -4,9 +4,10 @@
 
 Each measurement runs in a process of its own, from the first byte read to the last file written, starting the workers
 included, importing packages not; all must make the same tokens. Peak memory is that of the whole process tree, sampled
-20 times a second: PSS, in which shared pages count once. `independent` are N processes that each prepare all files by
-themselves: what N workers could reach at best. With --repeat the files are given several times; repeated words are
-cheaper for an encoder with a cache, so it is for machines that are too fast for one pass. Prints a table and writes
+20 times a second: PSS, in which shared pages count once. `independent` are N processes that each prepare an N-th of
+the files by themselves (all of them where the number does not divide): what N workers could reach at best. With
+--repeat the files are given several times; repeated words are cheaper for an encoder with a cache, so it is for
+machines that are too fast for one pass. Prints a table and writes
 benchmarks/results/tokenization-<hardware>-<date>.json.
 """
 
@@ -44,6 +45,8 @@ class Args:
     """Numbers of processes to measure; the comparison is made with the last."""
     repeat: int = 1
     """How often the files are given."""
+    skip: tuple[str, ...] = ()
+    """Methods not to measure, such as huggingface (which is also left out where datasets is not installed)."""
     folder: str = ""
     """Where to write; default: a temporary folder."""
     measure: str = ""
@@ -60,12 +63,13 @@ def main(args: Args) -> None:
     plan += [("regpt-exact", most), ("lecture", most)]
     if importlib.util.find_spec("datasets"):
         plan.append(("huggingface", most))
+    plan = [(method, workers) for method, workers in plan if method not in args.skip]
     text_bytes = args.repeat * sum(map(count_bytes, args.files))
     results = []
     for method, workers in plan:
         with tempfile.TemporaryDirectory(dir=args.folder or None) as folder:
             result = measure(args, method, workers, folder)
-        copies = workers if method == "independent" else 1
+        copies = result.pop("copies", 1)
         result |= {"method": method, "workers": workers, "load_before": round(os.getloadavg()[0], 2)}
         result["mb_per_s"] = round(copies * text_bytes / 1e6 / result["seconds"], 1)
         result["tokens_per_s"] = round(copies * result["tokens"] / result["seconds"])
@@ -118,14 +122,21 @@ def regpt_exact(files: tuple[str, ...], workers: int, out: Path) -> dict[str, An
 
 
 def independent(files: tuple[str, ...], workers: int, out: Path) -> dict[str, Any]:
-    """`workers` processes that each do everything; all begin together, and the last counts."""
-    command = [sys.executable, __file__, *files, "--measure"]
+    """`workers` processes that know nothing of each other; all begin together, and the last counts."""
+    divides = len(files) % workers == 0
+    shares = [files[k::workers] if divides else files for k in range(workers)]
     processes = [
-        subprocess.Popen([*command, f"regpt:1:{out / str(k)}"], stdout=subprocess.PIPE, text=True)
-        for k in range(workers)
+        subprocess.Popen(
+            [sys.executable, __file__, *share, "--measure", f"regpt:1:{out / str(k)}"],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for k, share in enumerate(shares)
     ]
     answers = [json.loads(process.communicate()[0].splitlines()[-1]) for process in processes]
-    return {"seconds": max(answer["seconds"] for answer in answers), "tokens": answers[0]["tokens"]}
+    seconds, tokens = max(answer["seconds"] for answer in answers), sum(answer["tokens"] for answer in answers)
+    copies = 1 if divides else workers
+    return {"seconds": seconds, "tokens": tokens // copies, "copies": copies}
 
 
 def lecture(files: tuple[str, ...], workers: int, out: Path) -> dict[str, Any]:
@@ -280,7 +291,7 @@ def read(path: str) -> str:
 
 
 def save(content: dict[str, Any]) -> None:
-    hardware = f"{content['machine']['cores']}-cores"
+    hardware = f"{content['machine']['cores']}-cores" + (f"-x{content['repeat']}" if content["repeat"] > 1 else "")
     folder = Path(__file__).parent / "results"
     folder.mkdir(exist_ok=True)
     path = folder / f"tokenization-{hardware}-{datetime.now(UTC):%Y-%m-%d}.json"

@@ -74,21 +74,21 @@ class SplitFiles:
                 added.documents += 1
                 added.text_bytes += text_bytes
                 if piece.signature is not None:
-                    self._files[".sig"].write(piece.signature.astype("<u4").tobytes())
+                    self._files[".sig"].write(piece.signature.astype("<u4"))
             assert self._open
             number, before, text_bytes, key = self._open
             self._open = (number, before + length, text_bytes, key)
             tokens.append(ids)
             added.tokens += length
             added.source_bytes += piece.source_bytes
-        self._files[".bin"].write(np.concatenate(tokens).astype(self._dtype).tobytes())
-        self._files[".docs"].write(np.array(rows, dtype=DOCUMENT).tobytes())
+        self._files[".bin"].write(np.concatenate(tokens, dtype=self._dtype, casting="unsafe"))  # n_vocab fits
+        self._files[".docs"].write(np.array(rows, dtype=DOCUMENT))
         self._total.add(added)
         return added
 
     def finish(self) -> dict[str, Any]:
         """Give the files their names; their sizes and checksums, and the counts."""
-        self._files[".docs"].write(np.array([self._open] if self._open else [], dtype=DOCUMENT).tobytes())
+        self._files[".docs"].write(np.array([self._open] if self._open else [], dtype=DOCUMENT))
         checks = {suffix: file.finish() for suffix, file in self._files.items()}
         total = self._total
         return {"documents": total.documents, "tokens": total.tokens, "text_bytes": total.text_bytes, "files": checks}
@@ -111,10 +111,11 @@ class Checked:
         self._file: BinaryIO = self._partial.open("wb")
         self._size, self._crc = 0, 0
 
-    def write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._size += len(data)
-        self._crc = zlib.crc32(data, self._crc)
+    def write(self, data: bytes | np.ndarray) -> None:
+        view = data if isinstance(data, bytes) else data.view(np.uint8).data
+        self._file.write(view)
+        self._size += len(view)
+        self._crc = zlib.crc32(view, self._crc)
 
     def finish(self) -> list[int]:
         self._file.close()

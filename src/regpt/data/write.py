@@ -52,7 +52,7 @@ class ShardWriter:
             here, starts = np.split(starts, [np.searchsorted(starts, len(part))])
             self._starts.append(here + self._tokens)
             starts = starts - len(part)
-            self._append(part.astype(self._dtype, copy=False).tobytes())
+            self._append(part.astype(self._dtype, copy=False).view(np.uint8).data)
             self._tokens += len(part)
 
     def finish(self) -> None:
@@ -71,7 +71,7 @@ class ShardWriter:
             with contextlib.suppress(OSError):  # a full disk says so again
                 self._file.close()
 
-    def _append(self, data: bytes) -> None:
+    def _append(self, data: memoryview) -> None:
         if self._file is None:
             self._file = (self._folder / (self._name + PARTIAL)).open("wb")
         self._file.write(data)
