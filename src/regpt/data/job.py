@@ -81,6 +81,7 @@ class Job:
     _found: Counts = field(default_factory=Counts)
     _running: dict[int, Counts] = field(default_factory=dict)
     _total: int = 1
+    _parquet: bool = False
 
     def __post_init__(self) -> None:
         self._fast = self.placement.encoder == "auto" and can_accelerate(self.tokenizer)
@@ -95,6 +96,7 @@ class Job:
     def run(self, sources: Sequence[Source], val_sources: Sequence[Source]) -> Manifest:
         everything = [*sources, *val_sources]
         self._total = max(1, sum(source.bytes for source in everything))
+        self._parquet = any(source.file.endswith(".parquet") for source in everything)
         splits: Sequence[Split] = ("train",) * len(sources) + ("val",) * len(val_sources)
         here = zip(localized(everything, self.download), splits)
         plan = partitions(here, target_bytes(self._total), self.settings.key())
@@ -149,12 +151,9 @@ class Job:
             from regpt.data.cluster import encode_on_ray
 
             return encode_on_ray(self.work, tasks, self.settings, self.placement.address)
-        first = [] if runs_here else list(itertools.islice(tasks, self._workers))
-        tasks = itertools.chain(first, tasks)
-        if runs_here or len(first) < 2:
+        if runs_here:
             return encode_here(self.work, tasks, self.settings, self._encoder, self._workers, self._hear)
-        threads = self._workers // len(first)  # more than one for a few files that cannot be divided
-        return encode_in_processes(self.work, tasks, self.settings, len(first), threads, self._hear)
+        return encode_in_processes(self.work, tasks, self.settings, self._workers, self._parquet, self._hear)
 
     def _hear(self, partition: Partition, counts: Counts) -> None:
         """News of a partition that is being encoded."""

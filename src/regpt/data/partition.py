@@ -90,7 +90,10 @@ class Partition:
 
     @classmethod
     def from_json(cls, text: str) -> "Partition":
-        given = json.loads(text)
+        return cls.from_dict(json.loads(text))
+
+    @classmethod
+    def from_dict(cls, given: dict[str, Any]) -> "Partition":
         return cls(given["index"], tuple(map(Reading.from_dict, given["readings"])), given["key"])
 
 

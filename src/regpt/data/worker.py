@@ -1,10 +1,11 @@
 """`python -m regpt.data.worker`: a process that encodes partitions; `data/workers.py` starts and feeds it.
 
-A line in is a JSON object: first `{"work", "settings", "threads"}`, then partitions. A line out is one too:
-`{"counts"}` during a partition, then `{"done"}`, `{"error"}` or `{"full"}`. The process ends with its input, so it does
-not outlive the one that started it, however that ended.
+A line in is a JSON object: first `{"work", "settings", "parquet"}`, then `{"partition", "threads"}`. A line out is one
+too: `{"counts"}` during a partition, then `{"done"}`, `{"error"}` or `{"full"}`. The process ends with its input, so it
+does not outlive the one that started it, however that ended.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -34,12 +35,14 @@ def main() -> int:
     requests: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=listen, args=(requests,), daemon=True).start()
     start = json.loads(requests.get())
-    work, settings, threads = Path(start["work"]), Settings.from_dict(start["settings"]), start["threads"]
+    work, settings = Path(start["work"]), Settings.from_dict(start["settings"])
+    warm_up(settings, start["parquet"])
     while True:
-        partition = Partition.from_json(requests.get())
-        if any(reading.source.file.endswith(".parquet") for reading in partition.readings):
-            use_one_thread()
-        said = attempt(work, partition, settings, threads, lambda counts: answer(answers, {"counts": asdict(counts)}))
+        request = json.loads(requests.get())
+        partition = Partition.from_dict(request["partition"])
+        said = attempt(
+            work, partition, settings, request["threads"], lambda counts: answer(answers, {"counts": asdict(counts)})
+        )
         answer(answers, said)
 
 
@@ -50,11 +53,20 @@ def listen(requests: "queue.SimpleQueue[str]") -> None:
     os._exit(0)  # also from the middle of a partition: nobody waits for it
 
 
+def warm_up(settings: Settings, parquet: bool) -> None:
+    """Load what takes time before there is work."""
+    with contextlib.suppress(UserError):  # said when there is work
+        open_encoder(settings.tokenizer, settings.encoder)
+    if parquet:
+        use_one_thread()
+
+
 def use_one_thread() -> None:
     """pyarrow would start one a core in every worker."""
-    import pyarrow
+    with contextlib.suppress(ImportError):  # said when a file is read
+        import pyarrow.parquet
 
-    pyarrow.set_cpu_count(1)
+        pyarrow.set_cpu_count(1)
 
 
 def attempt(

@@ -4,6 +4,8 @@ Workers are started as `python -m regpt.data.worker`, which works alike on every
 that imports this package, and ends with it. One that is killed loses its partition's work; another does it again.
 """
 
+import contextlib
+import itertools
 import json
 import queue
 import subprocess
@@ -46,23 +48,25 @@ def encode_here(
 
 
 def encode_in_processes(
-    work: Path, tasks: Iterator[Partition], settings: Settings, workers: int, threads: int, news: News
+    work: Path, tasks: Iterator[Partition], settings: Settings, workers: int, parquet: bool, news: News
 ) -> Iterator[Partition]:
-    """Partitions in the order in which `workers` processes, of `threads` threads each, finish them.
+    """Partitions in the order in which `workers` processes finish them; `parquet`: they will read such files.
 
     Raises:
         UserError: what a worker says about the text, or three processes were killed at the same partition.
         DiskFull: a worker could not write.
     """
-    requests: queue.SimpleQueue[Partition | None] = queue.SimpleQueue()
+    requests: queue.SimpleQueue[tuple[Partition, int] | None] = queue.SimpleQueue()
     answers: queue.SimpleQueue[tuple[Partition, dict[str, Any]]] = queue.SimpleQueue()
-    start = json.dumps({"work": str(work), "settings": asdict(settings), "threads": threads})
-    pool = [Attendant(start, requests, answers) for _ in range(workers)]
+    start = json.dumps({"work": str(work), "settings": asdict(settings), "parquet": parquet})
+    pool = [Attendant(start, requests, answers) for _ in range(workers)]  # they start while the work is divided
     try:
-        waiting = 0
+        first = list(itertools.islice(tasks, workers))
+        threads = workers // max(1, len(first))  # more than one for a few files that cannot be divided
+        tasks, waiting = itertools.chain(first, tasks), 0
         while True:
             while waiting < 2 * workers and (task := next(tasks, None)):
-                requests.put(task)
+                requests.put((task, threads))
                 waiting += 1
             if not waiting:
                 return
@@ -97,11 +101,10 @@ class Attendant:
     def __init__(
         self,
         start: str,
-        requests: "queue.SimpleQueue[Partition | None]",
+        requests: "queue.SimpleQueue[tuple[Partition, int] | None]",
         answers: "queue.SimpleQueue[tuple[Partition, dict[str, Any]]]",
     ) -> None:
-        self._start = start + "\n"
-        self._greeting = self._start  # before the first partition of a process
+        self._start = start + "\n"  # the first line to every process
         self._requests, self._answers = requests, answers
         self._stopped = False
         self._lock = threading.Lock()
@@ -119,9 +122,11 @@ class Attendant:
         self._thread.join()
 
     def _attend(self) -> None:
-        while (partition := self._requests.get()) and not self._stopped:
+        self._started()
+        while (request := self._requests.get()) and not self._stopped:
+            partition, threads = request
             for _ in range(TRIES):
-                if self._encode(partition) or self._stopped:
+                if self._encode(partition, threads) or self._stopped:
                     break
             else:
                 name = partition.readings[0].source.file
@@ -130,7 +135,7 @@ class Attendant:
                 self._answers.put((partition, {"error": f"{sentence}, {fix}"}))
         self._end_process()
 
-    def _encode(self, partition: Partition) -> bool:
+    def _encode(self, partition: Partition, threads: int) -> bool:
         """False if the process ended without a last answer."""
         process = self._started()
         if process is None:
@@ -138,9 +143,8 @@ class Attendant:
         assert process.stdin
         assert process.stdout
         try:
-            process.stdin.write(f"{self._greeting}{partition.to_json()}\n")
+            process.stdin.write(f'{{"threads": {threads}, "partition": {partition.to_json()}}}\n')
             process.stdin.flush()
-            self._greeting = ""
         except OSError:  # it has ended
             self._end_process()
             return False
@@ -164,7 +168,10 @@ class Attendant:
                     text=True,
                     encoding="utf-8",
                 )
-                self._greeting = self._start
+                assert self._process.stdin
+                with contextlib.suppress(OSError):  # it has ended: the first request will notice
+                    self._process.stdin.write(self._start)
+                    self._process.stdin.flush()
             return self._process
 
     def _end_process(self) -> None:
