@@ -86,7 +86,7 @@ def knock(address: str) -> None:
 
 def import_ray() -> Any:
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError("--executor ray needs Ray; install it with: pip install 'regpt[ray]'") from None
     return ray
