@@ -5,6 +5,7 @@ Thirteen as in GPT-3 (appendix C). A document with one such run is removed whole
 of 13 words cannot be found.
 """
 
+import functools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,6 +21,7 @@ from regpt.data.sources import sha256_of
 from regpt.errors import UserError
 
 N_WORDS = 13
+SHIFT = np.uint64(42)  # of a hash, to its first 22 bits
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,19 @@ class Evaluations:
 
     def find(self, codes: np.ndarray) -> list[int]:
         """The items of which a text with the word `codes` holds a run of words, ascending."""
-        found = np.unique(grams(codes, N_WORDS))
+        found = grams(codes, N_WORDS)
+        found = np.unique(found[self._beginnings[found >> SHIFT]])
         low, high = np.searchsorted(self.hashes, found, "left"), np.searchsorted(self.hashes, found, "right")
         hit = high > low
         ranges = [self.items[a:b] for a, b in zip(low[hit], high[hit])]
         return np.unique(np.concatenate(ranges)).tolist() if ranges else []
+
+    @functools.cached_property
+    def _beginnings(self) -> np.ndarray:
+        """(2^22,) bool: which first 22 bits occur in a hash; most runs of words are dismissed by it."""
+        table = np.zeros(1 << (64 - int(SHIFT)), dtype=bool)
+        table[self.hashes >> SHIFT] = True
+        return table
 
     def name(self, item: int) -> dict[str, Any]:
         """File and number in it (from 0) of an item."""
