@@ -11,18 +11,22 @@ import torch
 
 from regpt.config import RunConfig
 from regpt.data.batch import IGNORE_INDEX, Batch
-from regpt.data.loader import Loader, row_batch
+from regpt.data.loader import Loader, StepBatches, row_batch
 from regpt.data.manifest import Manifest, read_manifest
 from regpt.data.mixture import MixedRows, whole_shares
 from regpt.data.rows import Rows, open_rows
 from regpt.data.stream import TokenStream, open_stream
 from regpt.errors import UsageError, UserError
 from regpt.evals.perplexity import count_rows
+from regpt.model.ops import PLAIN, Ops
 from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import Mesh
 from regpt.text.open import open_tokenizer
 from regpt.text.tokenizer import Tokenizer
-from regpt.train.precision import parameter_dtype
+from regpt.train.loss import make_loss_sum
+from regpt.train.precision import parameter_dtype, set_matmul_precision
+from regpt.train.schedule import make_schedule
+from regpt.train.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,13 @@ class Corpus:
 
 
 def open_corpus(config: RunConfig) -> Corpus:
-    """Open `data.path`, or the folders of `data.mixture`, and check them against the configuration.
+    """Open `data.path`, or the folders of `data.mixture`, with their tokenizer; raises what `open_folders` does."""
+    folders, shares = open_folders(config)
+    return Corpus(folders, shares, folder_tokenizer(folders[0]))
+
+
+def open_folders(config: RunConfig) -> tuple[tuple[DataFolder, ...], tuple[int, ...]]:
+    """The folders that the configuration names, checked against it, and their shares.
 
     Raises:
         UserError: no folder given or found, damaged files, another tokenizer or vocabulary than the model's.
@@ -93,7 +103,7 @@ def open_corpus(config: RunConfig) -> Corpus:
                 f"the shards in {other.path} were made with another tokenizer ({other.manifest.tokenizer}) than those "
                 f"in {first.path} ({first.manifest.tokenizer}); prepare one of them again with the other's tokenizer"
             )
-    return Corpus(folders, tuple(whole_shares(weights)), folder_tokenizer(first))
+    return folders, tuple(whole_shares(weights))
 
 
 def open_folder(path: Path, config: RunConfig) -> DataFolder:
@@ -123,10 +133,10 @@ def folder_tokenizer(folder: DataFolder) -> Tokenizer:
     return tokenizer
 
 
-def build_model(config: RunConfig, device: torch.device) -> Transformer:
+def build_model(config: RunConfig, device: torch.device, ops: Ops = PLAIN) -> Transformer:
     """The model on `device`, its weights not yet set."""
     with torch.device("meta"):
-        model = Transformer(config.model, pad_vocab=config.train.pad_vocab)
+        model = Transformer(config.model, ops, pad_vocab=config.train.pad_vocab)
     return model.to(parameter_dtype(config.train.precision)).to_empty(device=device)
 
 
@@ -141,6 +151,22 @@ def build_loader(config: RunConfig, corpus: Corpus, mesh: Mesh) -> Loader:
         eot=mask_token(config, corpus),
         pin_memory=mesh.device.type == "cuda",
     )
+
+
+def build_trainer(
+    config: RunConfig,
+    mesh: Mesh,
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    batches: StepBatches,
+    *,
+    step: int = 0,
+) -> Trainer:
+    """The trainer of a run after `step` updates; sets how this process multiplies float32 matrices."""
+    set_matmul_precision(config.train.precision)
+    loss_sum = make_loss_sum(model, config.train.precision, mesh.device, config.train.compile)
+    lr_at = make_schedule(config.optim, config.train.steps)
+    return Trainer(model, loss_sum, optimizer, lr_at, batches, mesh, config.train, step=step)
 
 
 def mask_token(config: RunConfig, corpus: Corpus) -> int | None:

@@ -18,16 +18,14 @@ from regpt.model.transformer import Transformer
 from regpt.model.weights import count_parameters, initialize, load_weights, state_tensors
 from regpt.parallel.mesh import Mesh, open_mesh
 from regpt.runs.actions import Job, make_actions, say_what_is_left_out, summary, write_epochs, write_row
-from regpt.runs.build import Corpus, build_loader, build_model, count_validation_rows, open_corpus
+from regpt.runs.build import Corpus, build_loader, build_model, build_trainer, count_validation_rows, open_corpus
 from regpt.runs.folder import JsonLines, create_run, describe_environment, read_run_config, refuse_used_folder
 from regpt.runs.stop import EXIT_SAVED, stop_request
 from regpt.runs.terminal import Terminal
 from regpt.sample.generate import check_length, encode_prompt
-from regpt.train.loss import make_loss_sum
 from regpt.train.optim import load_optimizer, make_optimizer
-from regpt.train.precision import set_matmul_precision
 from regpt.train.schedule import make_schedule
-from regpt.train.trainer import Every, Trainer
+from regpt.train.trainer import Every
 
 
 def check(config: RunConfig, run: Path | None, processes: int = 1) -> None:
@@ -127,15 +125,12 @@ def fit(
     step: int,
 ) -> int:
     """Train from `step` updates on; 0, or 75 when a stop was requested and the run saved."""
-    set_matmul_precision(config.train.precision)
-    loss_sum = make_loss_sum(model, config.train.precision, mesh.device, config.train.compile)
     loader = build_loader(config, corpus, mesh)
-    lr_at = make_schedule(config.optim, config.train.steps)
     batches = Prefetcher(loader, steps=config.train.steps)
-    trainer = Trainer(model, loss_sum, optimizer, lr_at, batches, mesh, config.train, step=step)
+    trainer = build_trainer(config, mesh, model, optimizer, batches, step=step)
     terminal = Terminal(str(run), config.train.steps, Console(), enabled=mesh.is_main)
     files = [JsonLines(run / name) if mesh.is_main else None for name in ("metrics.jsonl", "samples.jsonl")]
-    job = Job(config, run, mesh, corpus, model, optimizer, loss_sum, terminal, *files)
+    job = Job(config, run, mesh, corpus, model, optimizer, trainer.loss_sum, terminal, *files)
     terminal.say(summary(job))
     say_what_is_left_out(job, loader.rows)
     if step:
