@@ -1,11 +1,20 @@
 """`[train]`, `[optim]` and `[log]`: how a model is updated."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from regpt.errors import UsageError
 
 PrecisionName = Literal["fp64", "fp32", "tf32", "bf16"]
+
+
+def require_finite(section: str, config: object, names: tuple[str, ...]) -> None:
+    """Raise a UsageError for the first field of `config` that is infinite."""
+    for name in names:
+        value = getattr(config, name)
+        if math.isinf(value):
+            raise UsageError(f"{section}.{name} is {value}, must be a finite number")
 
 
 def require(section: str, config: object, at_least: dict[str, float]) -> None:
@@ -71,6 +80,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         require("optim", self, {"lr": 0, "min_lr_ratio": 0, "warmup_steps": 0, "decay_steps": 1, "weight_decay": 0})
         require("optim", self, {"beta1": 0, "beta2": 0, "eps": 0})
+        require_finite("optim", self, ("lr", "weight_decay", "eps"))
         for name in ("beta1", "beta2"):
             if getattr(self, name) >= 1:
                 raise UsageError(f"optim.{name} is {getattr(self, name)}, must be below 1")

@@ -1,4 +1,4 @@
-"""From a micro-batch to its summed loss: the one definition that training and validation share."""
+"""A micro-batch's summed loss in the precision of the run, compiled if asked for."""
 
 from collections.abc import Callable
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from regpt.data.batch import IGNORE_INDEX, Batch
+from regpt.model.loss import loss_sum as summed_loss
 from regpt.model.transformer import Transformer
 from regpt.train.config import PrecisionName
 from regpt.train.precision import autocast
@@ -22,11 +23,8 @@ def make_loss_sum(model: Transformer, precision: PrecisionName, device: torch.de
 
     def loss_sum(batch: Batch) -> Tensor:
         with autocast(precision, device):
-            hidden = model.hidden(batch.idx, positions=batch.positions, cu_seqlens=batch.cu_seqlens)  # (B, T, C)
-            n_vocab = model.config.vocab_size
-            return model.ops.linear_cross_entropy(
-                hidden.flatten(0, 1), model.head_weight, batch.targets.flatten(), n_vocab
-            )
+            idx, targets, positions, cu_seqlens = batch
+            return summed_loss(model, idx, targets, positions=positions, cu_seqlens=cu_seqlens)
 
     return torch.compile(loss_sum, dynamic=False) if compile else loss_sum
 
