@@ -126,6 +126,20 @@ def test_documents_packed_into_rows_give_the_logits_they_give_alone():
         torch.testing.assert_close(packed[row], torch.cat(alone), rtol=1e-12, atol=1e-12)
 
 
+@torch.no_grad()
+def test_a_mask_lets_endings_share_a_beginning_in_a_row_longer_than_the_model():
+    model = tiny.build_model()
+    beginning, endings = tokens(1, 10), tokens(2, 6, seed=2)
+    alone = torch.stack([model.hidden(torch.cat([beginning, ending[None]], dim=1))[0] for ending in endings])
+    idx = torch.cat([beginning, endings.reshape(1, 12)], dim=1)  # 22 tokens, the model has 16 positions
+    positions = torch.cat([torch.arange(16), torch.arange(10, 16)])[None]
+    mask = torch.ones(22, 22, dtype=torch.bool).tril()
+    mask[16:, 10:16] = False  # the second ending does not see the first
+    shared = model.hidden(idx, positions=positions, mask=mask[None, None])[0]
+    torch.testing.assert_close(shared[:16], alone[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(shared[16:], alone[1, 10:], rtol=1e-12, atol=1e-12)
+
+
 def test_padded_vocabulary_reaches_no_logit():
     padded, real, idx = tiny.build_model(), tiny.build_model(pad_vocab=False), tokens(2, T)
     assert padded.head_weight.shape == (128, 24)
@@ -147,6 +161,8 @@ def test_what_the_model_cannot_read_is_refused():
         model(tokens(1, T + 1))
     with pytest.raises(ValueError, match="give positions that restart"):
         model(tokens(1, 4), cu_seqlens=torch.tensor([0, 4]))
+    with pytest.raises(ValueError, match="give positions that restart"):
+        model.hidden(tokens(1, 4), mask=torch.ones(1, 1, 4, 4, dtype=torch.bool))
 
 
 def test_masked_targets_carry_no_loss():

@@ -102,25 +102,27 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         cache: KVCache | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Final hidden states (B, T, C) of the tokens `idx` (B, T) int64, each below vocab_size.
 
         `positions` (B, T) default to those after the cache's. `cu_seqlens` (documents + 1,) int, cumulative document
         lengths from 0 to B·T, keeps attention inside each document; `positions` must then restart in each. `cache`
-        holds the keys and values of earlier tokens and takes those of `idx`.
+        holds the keys and values of earlier tokens and takes those of `idx`. `mask`, bool (B, 1, T, T), True where a
+        token may look, replaces the causal one: rows may then be longer than the model, whose `positions` are given.
 
         Raises:
-            ValueError: more positions than the model has; `cu_seqlens` without positions or together with a cache.
+            ValueError: more positions than the model has; `cu_seqlens` or `mask` without positions or with a cache.
         """
         B, T = idx.shape
         start = 0 if cache is None else cache.length
-        if start + T > self.config.max_seq_len:
+        if mask is None and start + T > self.config.max_seq_len:
             raise ValueError(f"{start + T} tokens given, the model has {self.config.max_seq_len} positions")
-        if cu_seqlens is not None and (positions is None or cache is not None):
-            raise ValueError("cu_seqlens was given; give positions that restart in each document, and no cache")
+        if (cu_seqlens is not None or mask is not None) and (positions is None or cache is not None):
+            raise ValueError("cu_seqlens or mask was given; give positions that restart in each document, and no cache")
         if positions is None:
             positions = torch.arange(start, start + T, device=idx.device)  # (T,)
-        mask = None if cu_seqlens is None else document_mask(cu_seqlens, B, T)
+        mask = mask if cu_seqlens is None else document_mask(cu_seqlens, B, T)
         x = self.wte(idx) + self.wpe(positions)  # (B, T, C)
         for block in self.h:
             x = block(x, mask, cache)
