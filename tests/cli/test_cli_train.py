@@ -43,6 +43,10 @@ def test_a_run_leaves_the_documented_folder(finished_run: Path):
     env = json.loads((finished_run / "env.json").read_text())
     assert env["torch"] == torch.__version__
     assert len(env["data"]["manifest_sha256"]) == 64
+    assert env["peak"]["flops"] > 0
+    if not torch.cuda.is_available():
+        assert env["peak"]["measured"]
+        assert "fp32 product" in env["peak"]["how"]
 
 
 def test_the_stored_configuration_repeats_the_run(regpt, finished_run: Path, tmp_path: Path):

@@ -14,6 +14,7 @@ from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize, state_tensors
 from regpt.train.config import OptimConfig, TrainConfig
 from regpt.train.loss import make_loss_sum, valid_targets
+from regpt.train.peak import device_peak
 from regpt.train.trainer import Actions, Every, Row, due
 
 
@@ -142,7 +143,9 @@ def test_a_row_of_metrics_counts_tokens_flops_and_time():
     assert row["tokens"] == 2 * 8 * 12
     assert row["flops"] == 2 * 8 * 12 * trainer.flops_per_token
     assert row["tokens_per_s"] == pytest.approx(8 * 12 * 1e3 / number(row, "dt_ms"))
-    assert row["mfu"] is None
+    seconds = number(row, "dt_ms") / 1e3
+    peak = device_peak(tiny.CPU, "fp64").flops
+    assert row["mfu"] == pytest.approx(8 * 12 * trainer.flops_per_token / seconds / peak)
     assert list(row)[:5] == ["kind", "step", "loss", "lr", "grad_norm"]
     assert row["kind"] == "train"
 

@@ -24,8 +24,9 @@ from regpt.runs.stop import EXIT_SAVED, stop_request
 from regpt.runs.terminal import Terminal
 from regpt.sample.generate import check_length, encode_prompt
 from regpt.train.optim import load_optimizer, make_optimizer
+from regpt.train.peak import device_peak
 from regpt.train.schedule import make_schedule
-from regpt.train.trainer import Every
+from regpt.train.trainer import Every, Row
 
 
 def check(config: RunConfig, run: Path | None, processes: int = 1) -> None:
@@ -57,6 +58,7 @@ def pretrain(
         start_weights(model, config, init_from)
         if mesh.is_main:
             env = describe_environment(mesh, corpus.facts(), count_parameters(model), argv)
+            env |= {"peak": asdict(device_peak(mesh.device, config.train.precision))}
             create_run(run, config, env | {"init_from": init_from} | (facts or {}), beside)
         mesh.wait()
         optimizer = make_optimizer(model, config.optim, mesh.device)
@@ -132,9 +134,12 @@ def fit(
     files = [JsonLines(run / name) if mesh.is_main else None for name in ("metrics.jsonl", "samples.jsonl")]
     job = Job(config, run, mesh, corpus, model, optimizer, trainer.loss_sum, terminal, *files)
     terminal.say(summary(job))
+    peak = device_peak(mesh.device, config.train.precision)
+    terminal.say(f"100 % MFU is {peak}")
     say_what_is_left_out(job, loader.rows)
     if step:
-        write_row(job, {"kind": "event", "step": step, "name": "resume", "world_size": mesh.world_size})
+        resumed: Row = {"kind": "event", "step": step, "name": "resume", "world_size": mesh.world_size}
+        write_row(job, resumed | {"peak": asdict(peak)})
     every = Every(config.eval.every_steps, config.sample.every_steps, config.checkpoint.every_steps)
     if step == config.train.steps:
         terminal.say(f"the run is complete: all {step:,} updates are made; regpt report {run} shows it")

@@ -71,9 +71,10 @@ class Terminal:
     def figures(self, row: dict[str, Any]) -> str:
         mfu = f"  {row['mfu']:.1%} MFU" if row.get("mfu") else ""
         memory = f"  {row['peak_memory_gib']:.1f} GiB" if row.get("peak_memory_gib") else ""
+        flops = f"  {si(row['flops'])}FLOP" if row.get("flops") else ""
         return (
             f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  norm {row['grad_norm']:.2f}  "
-            f"{row['tokens_per_s']:,.0f} tokens/s{mfu}{memory}  left {self.left(row['step'])}"
+            f"{row['tokens_per_s']:,.0f} tokens/s{mfu}{memory}{flops}  left {self.left(row['step'])}"
         )
 
     def left(self, step: int) -> str:
@@ -99,6 +100,15 @@ def duration(seconds: float) -> str:
     minutes, s = divmod(round(seconds), 60)
     h, m = divmod(minutes, 60)
     return f"{h}:{m:02d}:{s:02d}" if h else f"{m}:{s:02d}"
+
+
+def si(number: float) -> str:
+    """`number` with three digits and its prefix, a space before it: `4.48 P`; an exponent above exa."""
+    for prefix in ("", "k", "M", "G", "T", "P", "E"):
+        if abs(number) < 999.5:
+            return f"{number:.3g} {prefix}"
+        number /= 1000
+    return f"{number * 1e21:.2e} "
 
 
 def curve(values: Sequence[float], width: int, height: int) -> list[str]:

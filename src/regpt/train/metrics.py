@@ -1,21 +1,11 @@
 """What a step cost and achieved, in numbers that can be compared with other systems."""
 
+import sys
+from pathlib import Path
+
 import torch
 
 from regpt.model.config import ModelConfig
-
-# Dense bfloat16 peaks in FLOP/s from NVIDIA's data sheets, by a part of the device's name; SXM unless stated.
-PEAK_FLOPS = {
-    "H200": 989.4e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989.4e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71e12,
-    "V100": 125e12,  # float16: it has no bfloat16 units
-}
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
@@ -28,14 +18,24 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     return 6 * matmul + 12 * config.n_layer * config.n_embd * seq_len
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Data-sheet bfloat16 peak of `device`, None when it is not in the table."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
-
-
 def peak_memory_gib(device: torch.device) -> float | None:
-    """Most memory that this process has held on `device` so far, in GiB; None where nothing counts it."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    """Most memory that this process has held so far, in GiB: tensors on a GPU; on the CPU the whole process, Python
+    and libraries included. None where nothing counts it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if device.type == "cpu" and (peak := peak_resident_bytes()) is not None:
+        return peak / 2**30
+    return None
+
+
+def peak_resident_bytes() -> int | None:
+    """Largest resident set of this process so far; None where the system does not tell."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # not getrusage: on Linux a child's maximum begins with its parent's
+        line = next((x for x in status.read_text(encoding="utf-8").splitlines() if x.startswith("VmHWM:")), None)
+        return int(line.split()[1]) * 1024 if line else None
+    if sys.platform == "darwin":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
+    return None

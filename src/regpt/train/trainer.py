@@ -15,8 +15,9 @@ from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import Mesh
 from regpt.train.config import TrainConfig
 from regpt.train.loss import LossSum, valid_targets
-from regpt.train.metrics import flops_per_token, peak_flops, peak_memory_gib
+from regpt.train.metrics import flops_per_token, peak_memory_gib
 from regpt.train.optim import set_lr
+from regpt.train.peak import device_peak
 
 Row = dict[str, object]
 
@@ -79,7 +80,7 @@ class Trainer:
         self.loader, self.mesh, self.config, self.step = loader, mesh, config, step
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.flops_per_token = flops_per_token(model.config, loader.seq_len)
-        self.peak_flops = peak_flops(mesh.device)
+        self.peak_flops = device_peak(mesh.device, config.precision).flops
 
     def fit(self, do: Actions, every: Every) -> bool:
         """Train until `config.steps` updates are made; False when a stop was requested before that."""
@@ -152,12 +153,11 @@ class Trainer:
         """Tokens, time, speed and memory of the update just made."""
         tokens = self.config.batch_tokens
         flops = tokens * self.flops_per_token
-        peak = self.peak_flops
         return {
             "tokens": self.step * tokens,
             "dt_ms": seconds * 1e3,
             "tokens_per_s": tokens / seconds,
-            "mfu": flops / seconds / (peak * self.mesh.world_size) if peak else None,
+            "mfu": flops / seconds / (self.peak_flops * self.mesh.world_size),
             "flops": self.step * flops,
             "peak_memory_gib": peak_memory_gib(self.mesh.device),
             "time": time.time(),

@@ -1,0 +1,95 @@
+"""What a device can do at best: from its data sheet, or measured where there is none. MFU is a share of it."""
+
+import functools
+import time
+from dataclasses import dataclass
+
+import torch
+
+from regpt.train.config import PrecisionName
+from regpt.train.devices import Device, device_by_driver
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+DTYPES["fp16"] = torch.float16
+PRODUCT_SIZE = {"cpu": 1024, "mps": 2048, "cuda": 4096}  # large enough for the best rate, done in milliseconds
+MEASURE_SECONDS = 0.2  # once a run
+LEAST_PRODUCTS, MOST_PRODUCTS = 3, 50
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The rate of which MFU is a share.
+
+    Attributes:
+        flops: FLOP/s of one device.
+        measured: by a matrix product on this machine, for want of a data sheet.
+        how: where the figure is from, in words.
+    """
+
+    flops: float
+    measured: bool
+    how: str
+
+    def __str__(self) -> str:
+        return f"{self.flops / 1e12:,.4g} TFLOP/s ({self.how})"
+
+
+@functools.cache  # measured once in a process: at the start of a run
+def device_peak(device: torch.device, precision: PrecisionName) -> Peak:
+    """Data-sheet peak of `device` in dense bfloat16 (`Device.peak_precision`); of a device without one, a matrix
+    product in the format of `precision`, measured now in about 0.2 s."""
+    sheet = device_figures(device)
+    if sheet is not None:
+        return Peak(sheet.peak_flops, False, f"data sheet of the {sheet.name}, dense {sheet.peak_precision}")
+    n = PRODUCT_SIZE.get(device.type, 1024)
+    flops = matmul_flops(device, precision, n)
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return Peak(flops, True, f"measured here: a {precision} product of {n} × {n} matrices on {device.type}{threads}")
+
+
+def device_figures(device: torch.device) -> Device | None:
+    """The data sheet of `device`, None when the table does not have it; CPUs have none."""
+    return device_by_driver(driver_name(device))
+
+
+def driver_name(device: torch.device) -> str:
+    """What the driver calls `device`; the kind of device where it has no name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return torch.backends.mps.get_name()
+    return device.type
+
+
+def matmul_flops(device: torch.device, precision: str, n: int, seconds: float = MEASURE_SECONDS) -> float:
+    """FLOP/s of the fastest of the products of two n × n matrices that fit into `seconds` (at least three).
+
+    The fastest, not the mean: what else runs on the machine slows a product down and never speeds it up.
+
+    Raises:
+        RuntimeError: the device cannot multiply in this format.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    try:
+        generator = torch.Generator(device).manual_seed(0)  # its own: a run's random state is not touched
+        a, b = (torch.randn(n, n, device=device, generator=generator).to(DTYPES[precision]) for _ in range(2))
+        torch.mm(a, b)  # the first one chooses and loads its kernel
+        synchronize(device)
+        best, started, products = float("inf"), time.perf_counter(), 0
+        while products < LEAST_PRODUCTS or (products < MOST_PRODUCTS and time.perf_counter() - started < seconds):
+            begin = time.perf_counter()
+            torch.mm(a, b)
+            synchronize(device)
+            best, products = min(best, time.perf_counter() - begin), products + 1
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return 2 * n**3 / best
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what is queued on `device`."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
