@@ -90,6 +90,24 @@ def accumulation() -> list[tuple[Found, Found]]:
     return [(ours(micro_batch_rows=rows), ours()) for rows in (1, 2, 4)]
 
 
+def after_out_of_memory() -> list[tuple[Found, Found]]:
+    def limited(rows: int) -> Found:
+        trainer = tiny.build_trainer(tiny.build_model(), tiny.Rows())
+        whole = trainer.loss_sum
+
+        def loss_sum(batch: Batch) -> Tensor:
+            loss = whole(batch)
+            if len(batch.idx) > rows:
+                loss.backward()  # leaves something behind
+                raise torch.OutOfMemoryError
+            return loss
+
+        trainer.loss_sum = loss_sum
+        return tiny.step_gradients(trainer)
+
+    return [(limited(rows), ours(micro_batch_rows=rows)) for rows in (1, 2, 4)]
+
+
 def processes() -> list[tuple[Found, Found]]:
     expected = ours()
     return [(found, expected) for n in (2, 4) for found in tiny.in_processes(n, one_of_several)]
@@ -117,7 +135,7 @@ DOCUMENTS = [[5, 1, 6], [12], [7, 5]]  # lengths, packed into rows of SEQ_LEN
 class Packed(tiny.Rows):
     """Rows of several documents, masked by document."""
 
-    def step(self, step: int) -> list[Batch]:
+    def step(self, step: int, micro_batch_rows: int | None = None) -> list[Batch]:
         idx, targets = (x[: len(DOCUMENTS)] for x in self.rows(step))
         positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in DOCUMENTS])
         cu_seqlens = torch.tensor([0, *(n for row in DOCUMENTS for n in row)]).cumsum(0)
@@ -127,7 +145,7 @@ class Packed(tiny.Rows):
 class Padded(tiny.Rows):
     """The same documents, one a row, filled up behind their ends with tokens that are no target."""
 
-    def step(self, step: int) -> list[Batch]:
+    def step(self, step: int, micro_batch_rows: int | None = None) -> list[Batch]:
         idx, targets = (x[: len(DOCUMENTS)] for x in self.rows(step))
         lengths = [n for row in DOCUMENTS for n in row]
         rows = [
@@ -192,6 +210,13 @@ CELLS = [
     Cell("regpt", "Hugging Face's GPT-2", "logits, loss, gradients", 1e-14, hugging_face),
     Cell("regpt", "GPT-2 by hand in NumPy", "loss, gradients", 1e-14, numpy_reference),
     Cell("one batch of 8 rows", "2 × 4, 4 × 2, 8 × 1 rows, unequally masked", "loss, gradients", 1e-14, accumulation),
+    Cell(
+        "out of memory, repeated with fewer rows",
+        "fewer rows from the start",
+        "loss, gradients",
+        0.0,
+        after_out_of_memory,
+    ),
     Cell("one process", "2 and 4 processes", "loss, gradients", 1e-14, processes),
     Cell("`torch.compile` on", "off", "loss, gradients", 1e-14, compiled, slow=True),
     Cell("vocabulary padded to a multiple of 128", "not padded", "loss, gradients", 1e-14, padded_vocabulary),

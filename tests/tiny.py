@@ -63,9 +63,9 @@ class Rows:
         self.seq_len, self.vocab_size = SEQ_LEN, config.vocab_size
         self.micro_batch_rows, self.dp_rank, self.dp_size = micro_batch_rows, dp_rank, dp_size
 
-    def step(self, step: int) -> list[Batch]:
+    def step(self, step: int, micro_batch_rows: int | None = None) -> list[Batch]:
         idx, targets = self.rows(step)
-        each = self.micro_batch_rows
+        each = micro_batch_rows or self.micro_batch_rows
         starts = range(self.dp_rank * each, N_ROWS, self.dp_size * each)
         return [Batch(idx[i : i + each], targets[i : i + each]) for i in starts]
 
@@ -100,7 +100,7 @@ def build_trainer(
 def step_gradients(trainer: Trainer) -> dict[str, Tensor]:
     """`loss`, `norm` and the gradient of every parameter, unpadded and not clipped, of the trainer's next step."""
     trainer.config = replace(trainer.config, grad_clip=0.0)
-    loss, norm = trainer.accumulate(trainer.loader.step(trainer.step))
+    loss, norm = trainer.gradients()
     gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
     named = {name: unpadded(trainer.model, name, gradient).clone() for name, gradient in gradients.items()}
     return {"loss": loss, "norm": norm} | named

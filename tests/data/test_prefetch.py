@@ -22,7 +22,7 @@ class Numbered:
         self.asked: list[int] = []
         self.threads: set[str] = set()
 
-    def step(self, step: int) -> list[Batch]:
+    def step(self, step: int, micro_batch_rows: int | None = None) -> list[Batch]:
         self.asked.append(step)
         self.threads.add(threading.current_thread().name)
         if step == self.broken:
@@ -72,11 +72,11 @@ def test_closing_ends_the_thread_and_gives_up_what_is_not_begun():
     begun, go_on = threading.Event(), threading.Event()
 
     class Slow(Numbered):
-        def step(self, step: int) -> list[Batch]:
+        def step(self, step: int, micro_batch_rows: int | None = None) -> list[Batch]:
             if step:
                 begun.set()
                 go_on.wait()
-            return super().step(step)
+            return super().step(step, micro_batch_rows)
 
     loader = Slow()
     batches = Prefetcher(loader, ahead=3)

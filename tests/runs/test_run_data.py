@@ -98,7 +98,7 @@ def test_every_order_trains_with_and_without_document_mask(shards, tmp_path, ord
 def test_validation_is_masked_like_training_and_ends_where_it_should(shards):
     config = tiny.change(tiny.run_config(shards), "data", document_mask=True)
     config = tiny.change(config, "train", micro_batch_rows=4)
-    (batch,) = validation_batches(config, open_corpus(config), 3, Mesh(0, 1, CPU))
+    (batch,) = validation_batches(config, open_corpus(config), 3, Mesh(0, 1, CPU), 4)
     assert batch.positions is not None
     assert batch.cu_seqlens is not None
     assert (batch.targets[3] == IGNORE_INDEX).all()

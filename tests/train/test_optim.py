@@ -75,11 +75,31 @@ def after(steps: int, *, pad_vocab: bool = True):
     return trainer
 
 
-def test_before_the_first_update_there_is_no_state():
+def test_before_the_first_update_the_moments_are_there_and_zero():
     trainer = after(0)
-    assert optimizer_tensors(trainer.model, trainer.optimizer) == {}
     load_optimizer(trainer.model, trainer.optimizer, {}, step=0)
-    assert not trainer.optimizer.state
+    moments = optimizer_tensors(trainer.model, trainer.optimizer)
+    assert len(moments) == 2 * len(trainer.parameters)
+    assert not any(tensor.any() for tensor in moments.values())
+
+
+def test_moments_made_beforehand_are_those_that_torch_makes_in_its_first_step():
+    model, gradient = tiny.build_model(), torch.Generator().manual_seed(0)
+    grads = [torch.randn(p.shape, generator=gradient, dtype=p.dtype) for p in model.parameters()]
+    start = {name: w.detach().clone() for name, w in model.named_parameters()}
+    found = []
+    for forget in (False, True):
+        optimizer = make_optimizer(model, OptimConfig(lr=1e-2), tiny.CPU)
+        if forget:
+            optimizer.state.clear()
+        for p, gradient_of_p, w in zip(model.parameters(), grads, start.values()):
+            p.data.copy_(w)
+            p.grad = gradient_of_p.clone()
+        optimizer.step()
+        found.append([{key: optimizer.state[p][key].clone() for key in optimizer.state[p]} for p in model.parameters()])
+    for ours, theirs in zip(*found):
+        assert ours.keys() == theirs.keys()
+        assert all(ours[key].equal(theirs[key]) and ours[key].dtype == theirs[key].dtype for key in ours)
 
 
 @pytest.mark.parametrize("fused", [True, False])

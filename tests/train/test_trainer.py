@@ -21,7 +21,7 @@ from regpt.train.trainer import Actions, Every, Row, due
 class Same(tiny.Rows):
     """The rows of step 0 again and again, every target valid."""
 
-    def step(self, step: int) -> list[Batch]:
+    def step(self, step: int, micro_batch_rows: int | None = None) -> list[Batch]:
         idx, _ = self.rows(0)
         return [Batch(idx, idx.roll(-1, dims=1))]
 
@@ -100,7 +100,7 @@ def test_clipping_bounds_the_norm_and_reports_the_one_before(grad_clip: float):
     trainer = tiny.build_trainer(
         tiny.build_model(), tiny.Rows(), train=TrainConfig(grad_clip=grad_clip, precision="fp64")
     )
-    _, norm = trainer.accumulate(trainer.loader.step(0))
+    _, norm = trainer.gradients()
     assert norm.item() == pytest.approx(free["norm"].item(), rel=1e-12)
     clipped = torch.stack([p.grad.norm() for p in trainer.parameters if p.grad is not None]).norm().item()
     assert clipped == pytest.approx(min(grad_clip, norm.item()), rel=1e-4)
@@ -126,8 +126,8 @@ class Shifted(tiny.Rows):
         super().__init__()
         self.first = first
 
-    def step(self, step: int) -> list[Batch]:
-        return super().step(step + self.first)
+    def step(self, step: int, micro_batch_rows: int | None = None) -> list[Batch]:
+        return super().step(step + self.first, micro_batch_rows)
 
 
 def copied(model: Transformer) -> Transformer:
@@ -197,53 +197,6 @@ def test_a_loss_or_norm_that_is_not_finite_stops_before_the_update(spoil: Callab
     assert all(trainer.optimizer.state[p]["exp_avg"].equal(m) for p, m in moments.items())
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried …"),
-        MemoryError(),
-    ],
-)
-@pytest.mark.parametrize(
-    ("rows", "advice"),
-    [
-        (8, r"try --train\.micro-batch-rows 4, which computes the same update"),
-        (4, r"try --train\.micro-batch-rows 2,"),
-        (1, r"micro_batch_rows is 1 already: use a smaller model, a shorter data\.seq_len"),
-    ],
-)
-def test_out_of_memory_names_the_micro_batch_to_try(error: Exception, rows: int, advice: str):
-    def exhausted(batch: Batch) -> torch.Tensor:
-        raise error
-
-    trainer = tiny.build_trainer(tiny.build_model(), tiny.Rows(micro_batch_rows=rows), loss_sum=exhausted)
-    with pytest.raises(UserError, match=rf"^out of memory with train\.micro_batch_rows = {rows}; {advice}"):
-        trainer.update()
-
-
-@pytest.mark.parametrize(("rows", "fewer"), [(9, 3), (7, 1), (12, 6), (2, 1)])
-def test_the_micro_batch_to_try_divides_the_batch(rows: int, fewer: int):
-    trainer = tiny.build_trainer(tiny.build_model(), tiny.Rows())
-    trainer.config = TrainConfig(micro_batch_rows=rows)
-
-    def exhausted(closure=None):
-        raise torch.OutOfMemoryError  # the first update allocates the optimizer's state
-
-    trainer.optimizer.step = exhausted
-    with pytest.raises(UserError, match=rf"try --train\.micro-batch-rows {fewer}, "):
-        trainer.update()
-    assert rows % fewer == 0
-
-
-def test_another_error_is_passed_on_as_it_is():
-    def broken(batch: Batch) -> torch.Tensor:
-        raise RuntimeError("shapes differ")
-
-    with pytest.raises(RuntimeError, match="shapes differ"):
-        tiny.build_trainer(tiny.build_model(), tiny.Rows(), loss_sum=broken).update()
-
-
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
 
@@ -284,8 +237,10 @@ def test_a_stop_after_the_last_update_changes_nothing():
 
 def test_a_step_without_a_target_says_so():
     class Masked(tiny.Rows):
-        def step(self, step: int) -> list[Batch]:
-            return [Batch(b.idx, torch.full_like(b.targets, IGNORE_INDEX)) for b in super().step(step)]
+        def step(self, step: int, micro_batch_rows: int | None = None) -> list[Batch]:
+            return [
+                Batch(b.idx, torch.full_like(b.targets, IGNORE_INDEX)) for b in super().step(step, micro_batch_rows)
+            ]
 
     trainer = tiny.build_trainer(tiny.build_model(), Masked())
     before = [p.detach().clone() for p in trainer.parameters]

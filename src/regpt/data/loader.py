@@ -16,8 +16,11 @@ class StepBatches(Protocol):
 
     seq_len: int
 
-    def step(self, step: int) -> list[Batch]:
-        """The micro-batches of `step`, counted from 0, on the CPU: a pure function."""
+    def step(self, step: int, micro_batch_rows: int | None = None) -> list[Batch]:
+        """The micro-batches of `step`, counted from 0, on the CPU: a pure function.
+
+        `micro_batch_rows` cuts the same global batch into micro-batches of another size than the loader's own.
+        """
         ...
 
 
@@ -53,20 +56,17 @@ class Loader:
         self.seq_len = rows.seq_len
         self.batch_rows = batch_tokens // rows.seq_len
         self.micro_batch_rows = micro_batch_rows
-        self.micro_steps = self.batch_rows // (micro_batch_rows * dp_size)
         self.dp_rank = dp_rank
         self.dp_size = dp_size
         self.eot = eot
         self.pin_memory = pin_memory
 
-    def step(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of `step`, counted from 0: B rows each, on the CPU."""
-        batches = []
-        for micro_step in range(self.micro_steps):
-            micro_batch = micro_step * self.dp_size + self.dp_rank
-            first_row = step * self.batch_rows + micro_batch * self.micro_batch_rows
-            batches.append(row_batch(self.rows, first_row, self.micro_batch_rows, self.eot, self.pin_memory))
-        return batches
+    def step(self, step: int, micro_batch_rows: int | None = None) -> list[Batch]:
+        """This rank's micro-batches of `step`, counted from 0, on the CPU: B rows each, or `micro_batch_rows`."""
+        B, R = micro_batch_rows or self.micro_batch_rows, self.batch_rows
+        assert R % (B * self.dp_size) == 0
+        firsts = range(step * R + self.dp_rank * B, (step + 1) * R, self.dp_size * B)
+        return [row_batch(self.rows, first, B, self.eot, self.pin_memory) for first in firsts]
 
     def epochs(self, steps: int) -> list[float]:
         """For each folder, how many times it has been read after `steps` steps."""

@@ -35,16 +35,14 @@ class Mesh:
         return self.rank == 0
 
     def sum(self, x: Tensor) -> Tensor:
-        """`x` summed over all processes, in place."""
+        """`x`, on this process's device or the CPU, summed over all processes, in place."""
         if self.world_size > 1:
             dist.all_reduce(x)
         return x
 
     def any(self, flag: bool) -> bool:
-        """True in every process when `flag` is true in one of them; waits for all."""
-        if self.world_size == 1:
-            return flag  # without a copy to the device, which would wait for the work queued there
-        return bool(self.sum(torch.tensor(int(flag), device=self.device)).item())
+        """True in every process when `flag` is true in one of them; waits for all, but not for their devices."""
+        return bool(self.sum(torch.tensor(int(flag))))
 
     @torch.no_grad()
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
@@ -93,7 +91,8 @@ def open_mesh(device_name: str = "auto") -> Iterator[Mesh]:
     # Functions of this module keep the process group of the time of its import as a default (torch 2.13). Imported
     # later, by an optimizer say, it would hold ours: gloo's threads would outlive it and abort an ending process.
     importlib.import_module("torch.distributed.nn")
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    # On GPUs both: what the processes agree on beside the gradients goes through the CPU, and waits for no kernel.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield Mesh(rank, world_size, device)
     finally:

@@ -22,10 +22,9 @@ from regpt.runs.folder import JsonLines, device_name
 from regpt.runs.terminal import Terminal
 from regpt.sample.generate import write_samples
 from regpt.sample.sampling import SamplingOptions
-from regpt.train.loss import LossSum
 from regpt.train.optim import optimizer_tensors
 from regpt.train.precision import autocast
-from regpt.train.trainer import Actions, Row, due
+from regpt.train.trainer import Actions, Row, Trainer, due
 
 SAMPLED_WINDOWS = 16  # a few milliseconds each; what the whole epoch leaves out is said by regpt data info
 
@@ -40,7 +39,7 @@ class Job:
     corpus: Corpus
     model: Transformer
     optimizer: torch.optim.Optimizer
-    loss_sum: LossSum
+    trainer: Trainer
     terminal: Terminal
     metrics: JsonLines | None
     samples: JsonLines | None
@@ -67,11 +66,25 @@ def write_row(job: Job, row: Row) -> None:
         job.metrics.write(row)
 
 
+def tell_fewer_rows(job: Job, rows: int) -> None:
+    """A process ran out of memory; from now on each computes `rows` at once."""
+    event = {"kind": "event", "step": job.trainer.step, "name": "out_of_memory", "micro_batch_rows": rows}
+    write_row(job, event | {"time": time.time()})
+    job.terminal.say(
+        f"out of memory after step {job.trainer.step:,}: going on with {rows} rows at once, the same update in smaller "
+        "parts"
+    )
+
+
 @torch.no_grad()
 def validate(job: Job, step: int, n_rows: int) -> None:
     """Mean loss and bits per byte over the first `n_rows` rows of the validation split, all processes together."""
-    batches = validation_batches(job.config, job.corpus, n_rows, job.mesh)
-    sums = sum_losses(job.loss_sum, batches, job.corpus.tokenizer.byte_lengths(), job.mesh.device)
+
+    def own_share(micro_batch_rows: int) -> LossSums:
+        batches = validation_batches(job.config, job.corpus, n_rows, job.mesh, micro_batch_rows)
+        return sum_losses(job.trainer.loss_sum, batches, job.corpus.tokenizer.byte_lengths(), job.mesh.device)
+
+    sums = job.trainer.micro_batch.attempt(own_share)
     dtype = torch.float32 if job.mesh.device.type == "mps" else torch.float64  # MPS has no float64
     total = job.mesh.sum(torch.stack(sums).to(job.mesh.device, dtype)).cpu()
     result = finish(LossSums(*total))
@@ -108,7 +121,7 @@ def save(job: Job, step: int) -> None:
             model=job.model,
             tokenizer=job.corpus.tokenizer,
             optimizer=optimizer_tensors(job.model, job.optimizer),
-            state={"step": step, "data_manifest_sha256": job.corpus.manifest_sha256},
+            state={"step": step, "data_manifest_sha256": job.corpus.manifest_sha256, "trainer": job.trainer.state()},
         )
         keep = job.config.checkpoint
         prune_checkpoints(job.run, keep_last=keep.keep_last, keep_every=keep.keep_every)

@@ -186,13 +186,15 @@ def count_validation_rows(config: RunConfig, corpus: Corpus) -> int:
     return count_rows(whole * T + 1, T, config.eval.val_tokens)
 
 
-def validation_batches(config: RunConfig, corpus: Corpus, n_rows: int, mesh: Mesh) -> Iterator[Batch]:
+def validation_batches(
+    config: RunConfig, corpus: Corpus, n_rows: int, mesh: Mesh, micro_batch_rows: int
+) -> Iterator[Batch]:
     """This process's share of the first `n_rows` validation rows, every batch of the training's own shape.
 
     Rows beyond `n_rows` carry no target: a compiled loss sees one shape only, and every process makes as many calls.
     """
     rows = corpus.rows("val", "sequential", 0, config.data.seq_len)
-    B = config.train.micro_batch_rows
+    B = micro_batch_rows
     for call in range(math.ceil(n_rows / (B * mesh.world_size))):
         first = (call * mesh.world_size + mesh.rank) * B
         batch = row_batch(rows, first, B, mask_token(config, corpus))

@@ -1,6 +1,6 @@
 """Pretraining: configuration → objects → `Trainer.fit`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,15 @@ from regpt.errors import UserError
 from regpt.model.transformer import Transformer
 from regpt.model.weights import count_parameters, initialize, load_weights, state_tensors
 from regpt.parallel.mesh import Mesh, open_mesh
-from regpt.runs.actions import Job, make_actions, say_what_is_left_out, summary, write_epochs, write_row
+from regpt.runs.actions import (
+    Job,
+    make_actions,
+    say_what_is_left_out,
+    summary,
+    tell_fewer_rows,
+    write_epochs,
+    write_row,
+)
 from regpt.runs.build import Corpus, build_loader, build_model, build_trainer, count_validation_rows, open_corpus
 from regpt.runs.folder import JsonLines, create_run, describe_environment, read_run_config, refuse_used_folder
 from regpt.runs.stop import EXIT_SAVED, stop_request
@@ -62,7 +70,7 @@ def pretrain(
             create_run(run, config, env | {"init_from": init_from} | (facts or {}), beside)
         mesh.wait()
         optimizer = make_optimizer(model, config.optim, mesh.device)
-        return fit(config, run, mesh, corpus, model, optimizer, step=0)
+        return fit(config, run, mesh, corpus, model, optimizer, step=0, state={})
 
 
 def resolved(data: DataConfig, corpus: Corpus) -> DataConfig:
@@ -104,7 +112,8 @@ def resume(run: Path) -> int:
         optimizer = make_optimizer(model, config.optim, mesh.device)
         step = int(checkpoint.state["step"])
         load_optimizer(model, optimizer, checkpoint.optimizer(), step)
-        return fit(config, run, mesh, corpus, model, optimizer, step=step)
+        state = checkpoint.state.get("trainer", {})
+        return fit(config, run, mesh, corpus, model, optimizer, step=step, state=state)
 
 
 def refuse_changed_data(checkpoint: Checkpoint, corpus: Corpus) -> None:
@@ -125,14 +134,17 @@ def fit(
     optimizer: torch.optim.Optimizer,
     *,
     step: int,
+    state: Mapping[str, Any],
 ) -> int:
-    """Train from `step` updates on; 0, or 75 when a stop was requested and the run saved."""
+    """Train from `step` updates and the trainer's `state` on; 0, or 75 when a stop was requested and the run saved."""
     loader = build_loader(config, corpus, mesh)
     batches = Prefetcher(loader, steps=config.train.steps)
     trainer = build_trainer(config, mesh, model, optimizer, batches, step=step)
     terminal = Terminal(str(run), config.train.steps, Console(), enabled=mesh.is_main)
     files = [JsonLines(run / name) if mesh.is_main else None for name in ("metrics.jsonl", "samples.jsonl")]
-    job = Job(config, run, mesh, corpus, model, optimizer, trainer.loss_sum, terminal, *files)
+    job = Job(config, run, mesh, corpus, model, optimizer, trainer, terminal, *files)
+    trainer.load_state(state)
+    trainer.micro_batch.on_fewer = lambda rows: tell_fewer_rows(job, rows)
     terminal.say(summary(job))
     peak = device_peak(mesh.device, config.train.precision)
     terminal.say(f"100 % MFU is {peak}")

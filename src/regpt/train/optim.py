@@ -22,7 +22,13 @@ def make_optimizer(model: Transformer, config: OptimConfig, device: torch.device
         {"params": [p for p in learning if p.dim() < 2], "weight_decay": 0.0},
     ]
     betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=device.type in FUSED_DEVICES)
+    fused = device.type in FUSED_DEVICES
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
+    for p in learning:  # now, not in the first update: what does not fit is known before anything is computed
+        # The fused step wants its counter beside the parameter, the plain one keeps it on the host.
+        counter = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
+        optimizer.state[p] = {"step": counter} | {moment: torch.zeros_like(p) for moment in MOMENTS}
+    return optimizer
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -31,11 +37,11 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def optimizer_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """`exp_avg/<parameter>` and `exp_avg_sq/<parameter>` of every parameter that has been updated; views."""
+    """`exp_avg/<parameter>` and `exp_avg_sq/<parameter>` of every parameter that learns; views."""
     return {
         f"{moment}/{name}": unpadded(model, name, optimizer.state[p][moment])
         for name, p in model.named_parameters()
-        if p in optimizer.state
+        if p.requires_grad
         for moment in MOMENTS
     }
 
@@ -49,16 +55,12 @@ def load_optimizer(
     Raises:
         UserError: a tensor is missing or of another shape.
     """
-    fused = optimizer.defaults.get("fused", False)
     for name, p in model.named_parameters():
         if not p.requires_grad or step == 0:
             continue
-        # The fused step wants its counter beside the parameter, the plain one keeps it on the host.
-        state = {"step": torch.tensor(float(step), device=p.device if fused else "cpu")}
+        optimizer.state[p]["step"].fill_(step)
         for moment in MOMENTS:
             key, shape = f"{moment}/{name}", real_shape(model, name, p)
             if key not in tensors or tuple(tensors[key].shape) != shape:
                 raise UserError(f"the optimizer state lacks {key!r} of shape {shape}; resume from another checkpoint")
-            state[moment] = torch.zeros_like(p)
-            unpadded(model, name, state[moment]).copy_(tensors[key])
-        optimizer.state[p] = state
+            unpadded(model, name, optimizer.state[p][moment]).copy_(tensors[key])

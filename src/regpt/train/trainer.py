@@ -2,20 +2,22 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from regpt.data.batch import Batch
 from regpt.data.loader import StepBatches
 from regpt.errors import UserError
 from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import Mesh
 from regpt.train.config import TrainConfig
 from regpt.train.loss import LossSum, valid_targets
+from regpt.train.memory import memory_advice
 from regpt.train.metrics import flops_per_token, peak_memory_gib
+from regpt.train.micro_batch import MicroBatch
 from regpt.train.optim import set_lr
 from regpt.train.peak import device_peak
 
@@ -78,7 +80,10 @@ class Trainer:
     ):
         self.model, self.loss_sum, self.optimizer, self.lr_at = model, loss_sum, optimizer, lr_at
         self.loader, self.mesh, self.config, self.step = loader, mesh, config, step
+        self.micro_batch = MicroBatch(config.micro_batch_rows, mesh)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        for p in self.parameters:
+            p.grad = torch.zeros_like(p)  # here once; see clear_gradients
         self.flops_per_token = flops_per_token(model.config, loader.seq_len)
         self.peak_flops = device_peak(mesh.device, config.precision).flops
 
@@ -107,41 +112,61 @@ class Trainer:
     def update(self) -> Row:
         """One update; its row of metrics, the loss taken before it over the whole global batch."""
         started = time.perf_counter()
-        with MemoryAdvice(self.config.micro_batch_rows):
-            batches = self.loader.step(self.step)
-            loss, norm = self.accumulate(batches)
-            lr = self.lr_at(self.step + 1)
-            row: Row = {"kind": "train", "step": self.step + 1, "loss": loss.item(), "lr": lr, "grad_norm": norm.item()}
-            self.refuse_non_finite(row, batches)
+        lr = self.lr_at(self.step + 1)
+        with memory_advice(f"with train.micro_batch_rows = {self.micro_batch.rows}", self.micro_batch.advice()):
+            loss, norm = torch.stack(self.gradients()).tolist()  # waits for the device, as nothing else in a step does
+            row: Row = {"kind": "train", "step": self.step + 1, "loss": loss, "lr": lr, "grad_norm": norm}
+            self.refuse_non_finite(row)
             set_lr(self.optimizer, lr)
-            self.optimizer.step()  # the first one allocates the optimizer's state
-        self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.step()
         self.step += 1
         return row | self.costs(time.perf_counter() - started)
 
-    def accumulate(self, batches: list[Batch]) -> tuple[Tensor, Tensor]:
+    def state(self) -> dict[str, object]:
+        """What a run needs to go on, besides weights, moments and the number of the step: JSON values."""
+        return {"micro_batch_rows": self.micro_batch.rows}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        rows = state.get("micro_batch_rows", self.micro_batch.rows)
+        if self.config.micro_batch_rows % rows == 0:  # else the configuration was changed since
+            self.micro_batch.rows = rows
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
         """Gradients of the mean loss over every valid target of the step, summed over micro-batches and processes.
 
         Each micro-loss is a sum, divided by the whole step's count *before* its backward: the result does not depend
         on how the batch is split, padded or masked. Returns the mean loss and the gradients' norm before clipping.
         """
-        total = torch.zeros((), device=self.mesh.device, dtype=self.parameters[0].dtype)
-        count = self.mesh.sum(torch.full_like(total, valid_targets(batches)))  # on the device: nothing waits for it
-        for batch in batches:
+        own = valid_targets(self.loader.step(self.step, self.micro_batch.rows))
+        dtype = self.parameters[0].dtype
+        count = self.mesh.sum(torch.full((), own, device=self.mesh.device, dtype=dtype))  # there: nothing waits for it
+        total = self.micro_batch.attempt(lambda rows: self.accumulate(rows, count))
+        self.mesh.sum_gradients(self.parameters)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip or math.inf)
+        return self.mesh.sum(total), norm
+
+    def accumulate(self, rows: int, count: Tensor) -> Tensor:
+        """This process's part of the loss and of the gradients, in micro-batches of `rows`."""
+        self.clear_gradients()
+        total = torch.zeros_like(count)
+        for batch in self.loader.step(self.step, rows):
             loss = self.loss_sum(batch.to(self.mesh.device)) / count
             loss.backward()
             total += loss.detach()
-        self.mesh.sum_gradients(self.parameters)
-        limit = self.config.grad_clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
-        return self.mesh.sum(total), norm
+        return total
 
-    def refuse_non_finite(self, row: Row, batches: list[Batch]) -> None:
+    def clear_gradients(self) -> None:
+        """Set the gradients to zero where they lie: backward adds to them, and their memory stays the same."""
+        self.optimizer.zero_grad(set_to_none=False)
+
+    def refuse_non_finite(self, row: Row) -> None:
         """Stop before an update that would spoil the weights. Loss and norm are global: all processes come here."""
         loss, norm = row["loss"], row["grad_norm"]
         if math.isfinite(loss) and math.isfinite(norm):  # type: ignore[arg-type]
             return
-        if not self.mesh.sum(torch.tensor(valid_targets(batches), device=self.mesh.device)).item():
+        own = valid_targets(self.loader.step(self.step, self.micro_batch.rows))
+        if not self.mesh.sum(torch.tensor(own, device=self.mesh.device)).item():
             raise UserError(f"step {row['step']}: no target carries loss; check the data and what masks its targets")
         raise UserError(
             f"step {row['step']}: the loss is {loss} and the gradient norm {norm} at learning rate {row['lr']}, "
@@ -162,25 +187,3 @@ class Trainer:
             "peak_memory_gib": peak_memory_gib(self.mesh.device),
             "time": time.time(),
         }
-
-
-class MemoryAdvice:
-    """A context that turns running out of memory into advice on what to try."""
-
-    def __init__(self, rows: int):
-        self.rows = rows
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        exhausted = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-        if error is None or not exhausted:
-            return
-        fewer = max((n for n in range(1, self.rows // 2 + 1) if self.rows % n == 0), default=0)  # divides the batch too
-        advice = (
-            f"try --train.micro-batch-rows {fewer}, which computes the same update in smaller parts"
-            if fewer
-            else "micro_batch_rows is 1 already: use a smaller model, a shorter data.seq_len or another device"
-        )
-        raise UserError(f"out of memory with train.micro_batch_rows = {self.rows}; {advice}") from error

@@ -1,0 +1,64 @@
+"""How many rows a process computes at once; fewer after one of the processes ran out of memory."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from regpt.errors import UserError
+from regpt.parallel.mesh import Mesh
+from regpt.train.memory import free_memory, is_out_of_memory
+
+Result = TypeVar("Result")
+
+
+class MicroBatch:
+    """The present number of rows, the same in every process.
+
+    Args:
+        rows: to begin with; divides what a process computes in a step.
+        mesh: the processes that agree on the number.
+        on_fewer: called in every process with the new number, before anything is computed with it.
+    """
+
+    def __init__(self, rows: int, mesh: Mesh, on_fewer: Callable[[int], None] = lambda rows: None):
+        self.rows, self.mesh, self.on_fewer = rows, mesh, on_fewer
+
+    def attempt(self, compute: Callable[[int], Result]) -> Result:
+        """`compute(rows)`, repeated with fewer rows as long as it runs out of memory in one of the processes.
+
+        `compute` starts from the beginning each time, and calls no collective: a process that failed would leave the
+        others waiting in it. All meet here when they are done, on the CPU, without waiting for their devices.
+
+        Raises:
+            UserError: one row at a time is too much.
+        """
+        while True:
+            results: list[Result] = []
+            try:
+                results.append(compute(self.rows))
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Outside that block: an exception holds on to the tensors of its frames.
+            if not self.mesh.any(not results):
+                return results[0]
+            results.clear()
+            free_memory(self.mesh.device)
+            self.reduce()
+
+    def reduce(self) -> None:
+        """Go on with the largest divisor of the present number that is at most half of it."""
+        if self.rows == 1:
+            raise UserError(f"out of memory with train.micro_batch_rows = 1, the smallest; {self.advice()}")
+        self.rows = fewer(self.rows)
+        self.on_fewer(self.rows)
+
+    def advice(self) -> str:
+        """What may help where fewer rows cannot be tried at once."""
+        if self.rows > 1:
+            return f"try --train.micro-batch-rows {fewer(self.rows)}, which computes the same update in smaller parts"
+        return "use a smaller model, a shorter data.seq_len or a device with more memory"
+
+
+def fewer(rows: int) -> int:
+    """The largest divisor of `rows` (2 or more) that is at most half of it; it divides the batch as `rows` does."""
+    return max(n for n in range(1, rows // 2 + 1) if rows % n == 0)
