@@ -8,7 +8,8 @@ import subprocess
 import pytest
 from run_files import train_row, val_row
 
-from regpt.report.page import visible, write_report
+from regpt.report.markup import visible
+from regpt.report.page import write_overlay, write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
@@ -16,6 +17,7 @@ FLAGS += ["--disable-background-networking", "--disable-component-update", "--en
 HOSTILE = "Hello</script><script>window.pwned=1</script><img src=x onerror='window.pwned=1'>\x00"
 # Presses every control, then tells the page around it what it sees.
 PROBE = """<script>
+const least = (selector, measure) => Math.min(...[...document.querySelectorAll(selector)].map(measure));
 addEventListener("load", () => setTimeout(() => {
   for (const button of document.querySelectorAll("button")) button.click();
   const slider = document.querySelector("input[type=range]");
@@ -25,6 +27,10 @@ addEventListener("load", () => setTimeout(() => {
   setTimeout(() => parent.postMessage({
     width: innerWidth,
     beyond: document.documentElement.scrollWidth - innerWidth,
+    smallest: least("button, input", (one) => one.getBoundingClientRect().height),
+    narrowest: least(".plot", (one) => one.clientWidth),
+    wide: [...document.querySelectorAll("body *")].filter((one) => one.getBoundingClientRect().right > innerWidth + 1
+      && !one.closest(".scroll")).map((one) => one.tagName + "." + one.className).slice(0, 5),
     charts: document.querySelectorAll("canvas").length,
     drawn: [...document.querySelectorAll("canvas")].every((one) =>
       one.getContext("2d").getImageData(0, 0, one.width, one.height).data.some((byte) => byte)),
@@ -41,9 +47,9 @@ addEventListener("message", (event) => { seen.push(event.data); document.title =
 </script>"""
 
 
-def look(folder, tmp_path, widths):
+def look(page, tmp_path, widths):
     """What the probe saw at each width, and every line the browser wrote to its console."""
-    page = write_report(folder).read_text(encoding="utf-8")
+    page = page.read_text(encoding="utf-8")
     (tmp_path / "probed.html").write_text(page.replace("</body>", PROBE), encoding="utf-8")
     frames = "".join(
         f'<iframe src="probed.html" style="border:0;width:{width}px;height:900px"></iframe>' for width in widths
@@ -59,6 +65,14 @@ def look(folder, tmp_path, widths):
     return {one["width"]: one for one in seen}, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
+def assert_usable(one):
+    """Nothing beyond the edge, charts wide enough to read, controls large enough to hit (WCAG 2.2: 24 pixels)."""
+    assert one["beyond"] <= 0, one["wide"]
+    assert one["narrowest"] >= min(300, 0.75 * one["width"])
+    assert one["smallest"] >= 24
+    assert one["drawn"]
+
+
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 class TestInABrowser:
@@ -70,14 +84,21 @@ class TestInABrowser:
             val_row(40, 3.25),
         ]
         rows.append({"kind": "event", "step": 20, "name": "resumed", "checkpoint": "w" * 300})
+        rows += [
+            {"kind": "updates", "step": step, "ratio": 1e-3, "ratios": {"wte": 1e-3, "c_fc": 2e-3}} for step in (1, 40)
+        ]
+        rows += [
+            {"kind": "eval", "step": step, "task": task, "metric": metric, "value": 0.3, "n": 10}
+            for step in (0, 40)
+            for task, metric in (("hellaswag", "acc_norm"), ("hellaswag", "acc"), ("core", "centered_acc"))
+        ]
         config = f'[model]\nn_layer = 2\nlong = "{"y" * 400}"\n'
-        seen, console = look(make_run(rows=rows, samples=samples, config=config), tmp_path, (400, 1400))
+        seen, console = look(write_report(make_run(rows=rows, samples=samples, config=config)), tmp_path, (400, 1400))
         assert not console
         assert sorted(seen) == [400, 1400]
         for one in seen.values():
-            assert one["beyond"] <= 0
-            assert one["charts"] == 6
-            assert one["drawn"]
+            assert_usable(one)
+            assert one["charts"] == 9
             assert "3.2500" in one["legend"]
             assert one["sample"] == visible(HOSTILE + HOSTILE)
             assert one["pwned"] == "undefined"
@@ -85,12 +106,30 @@ class TestInABrowser:
     def test_a_run_of_one_step_without_anything_else_is_drawn(self, make_run, tmp_path):
         samples = [{"step": step, "prompt": "", "texts": ["a"]} for step in (1, 2)]
         rows = [{"kind": "train", "step": 1, "loss": 4.0}, {"kind": "val", "step": 1, "loss": None}]
-        seen, console = look(make_run(rows=rows, samples=samples, env={}, config=""), tmp_path, (1000,))
+        seen, console = look(write_report(make_run(rows=rows, samples=samples, env={}, config="")), tmp_path, (1000,))
         assert not console
         assert (seen[1000]["charts"], seen[1000]["drawn"]) == (1, True)
 
     def test_a_loss_that_became_nan_leaves_a_gap(self, make_run, tmp_path):
         rows = [train_row(step, loss=float("nan") if step > 20 else 4.0) for step in range(1, 41)]
-        seen, console = look(make_run(rows=rows), tmp_path, (1000,))
+        seen, console = look(write_report(make_run(rows=rows)), tmp_path, (1000,))
         assert not console
         assert seen[1000]["drawn"]
+
+    def test_several_runs_of_different_tokenizers_are_drawn_over_each_other(self, make_run, tmp_path):
+        vals = [val_row(0, 8.0), val_row(40, 3.25)]
+        runs = [
+            make_run(
+                rows=[*(train_row(step, tokens=1000 * step + i) for step in range(1, 41)), *vals],
+                env={"data": {"tokenizer": f"bpe-{i}"}, "device": "cpu"},
+                name="n" * 60 + str(i),
+            )
+            for i in range(10)
+        ]
+        seen, console = look(write_overlay(runs, tmp_path / "overlay.html"), tmp_path, (400, 1400))
+        assert not console
+        assert sorted(seen) == [400, 1400]
+        for one in seen.values():
+            assert_usable(one)
+            assert one["charts"] == 5
+            assert "0.8125" in one["legend"]

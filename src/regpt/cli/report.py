@@ -1,4 +1,4 @@
-"""`regpt report`: one run as one HTML file."""
+"""`regpt report`: one run, or several over each other, as one HTML file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,21 +7,39 @@ from typing import Annotated
 import tyro
 
 from regpt.cli.parse import parse
+from regpt.errors import UsageError
 
 
 @dataclass(frozen=True)
 class ReportArgs:
-    """Write a run's report: losses, learning rate, gradient norm, speed, samples and configuration in one HTML file."""
+    """Write a run's report: what happened, charts, samples, configuration and origin in one HTML file. Several runs are
+    drawn over each other."""
 
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """Run folder, made by `regpt train`; one report shows exactly one run."""
-    out: Path | None = None
-    """HTML file to write; default RUN/report.html."""
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """Run folders, made by `regpt train`."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.html")] = None
+    """HTML file to write; default RUN/report.html for one run."""
 
 
 def main(args: list[str]) -> int:
     given = parse(ReportArgs, args, prog="regpt report")
-    from regpt.report.page import write_report
+    if not given.runs:
+        raise UsageError("no run was given; regpt report RUN, the folder that regpt train --out made")
+    from regpt.report.page import write_overlay, write_report
 
-    print(write_report(given.run, given.out))
+    if len(given.runs) == 1:
+        print(write_report(given.runs[0], given.out))
+        return 0
+    if given.out is None:
+        raise UsageError(f"{len(given.runs)} runs make one report that belongs to none of them; add --out FILE.html")
+    refuse_twice(given.runs)
+    print(write_overlay(given.runs, given.out))
     return 0
+
+
+def refuse_twice(runs: tuple[Path, ...]) -> None:
+    seen: set[Path] = set()
+    for run in runs:
+        if run.resolve() in seen:
+            raise UsageError(f"run folder {str(run)!r} is given twice; give each run once")
+        seen.add(run.resolve())

@@ -5,7 +5,8 @@ from math import exp
 from statistics import median
 from typing import Any
 
-from regpt.report.read import Run, column, number, smooth, smoothing_span, training_seconds
+from regpt.report.read import Run, number, section
+from regpt.report.series import column, smooth, smoothing_span, training_seconds
 
 SI = ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))  # B: how papers of this field count tokens
 
@@ -64,12 +65,6 @@ def summarize(run: Run) -> Summary:
         mfu=middle(column(run.train, "mfu")),
         peak_memory_gib=max(memory) if memory else None,
     )
-
-
-def section(document: dict[str, Any], name: str) -> dict[str, Any]:
-    """A table of `config.toml` or `env.json`; empty when it is absent or something else."""
-    found = document.get(name)
-    return found if isinstance(found, dict) else {}
 
 
 def present(values: list[float | None]) -> list[float]:

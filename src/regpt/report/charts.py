@@ -1,0 +1,236 @@
+"""What the page's script draws: the columns of one run or several, and the panels over them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from regpt.report.bits import bytes_per_token, need_bits, to_bits
+from regpt.report.markup import visible
+from regpt.report.read import Row, Run, number, section
+from regpt.report.references import Reference, loss_references, task_references
+from regpt.report.series import MAX_POINTS, Column, build_table, positions, thin_samples
+
+MAX_TEXT = 4000  # characters of one sample
+MAX_EVENTS = 500
+MAX_SOURCES = 8  # lines of one chart
+ACCURACIES = ("acc", "acc_norm", "centered_acc")  # metrics of one task that share a chart
+USUAL_UPDATE = Reference("usual with Adam", 1e-3, "a rule of thumb: updates of a thousandth of the weights")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart: a column of one run.
+
+    Attributes:
+        role: how it is drawn: `raw` thin and pale, `line`, `points`.
+        column: its name in the run's table.
+        label: its name in the legend.
+        hue: a colour of the style sheet: `train`, `val`, or a number of the palette.
+        run: which run it belongs to.
+    """
+
+    role: str
+    column: str
+    label: str
+    hue: str | int
+    run: int = 0
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart. `form` says how its values are written, `note` is a line of text under it."""
+
+    title: str
+    unit: str
+    form: str
+    lines: Sequence[Line]
+    references: Sequence[Reference] = ()
+    log: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """The x axes and columns of one run, for the script."""
+
+    axes: dict[str, Column]
+    columns: dict[str, Column]
+
+
+def charts(runs: Sequence[Run]) -> Row:
+    """The data of report.js: each run's columns, the panels that draw them, events and samples."""
+    bits = need_bits(runs)
+    tables = [run_table(run, len(runs), bits) for run in runs]
+    drawn = panels_alone(runs[0], tables[0]) if len(runs) == 1 else panels_together(runs, tables, bits)
+    return {
+        "runs": [
+            {
+                "name": visible(run.name),
+                "axes": table.axes,
+                "columns": table.columns,
+                "events": events(run),
+                "samples": samples(run),
+            }
+            for run, table in zip(runs, tables)
+        ],
+        "panels": [panel_row(panel) for panel in drawn],
+    }
+
+
+def run_table(run: Run, runs: int, bits: bool) -> Table:
+    """The columns of one of `runs` runs; its losses in bits per byte where `bits` asks for it."""
+    axes, columns = build_table(run, max(400, MAX_POINTS // runs))
+    if bits:
+        each = bytes_per_token(run)
+        assert each is not None  # need_bits would have raised
+        for name in ("loss", "loss_smooth"):
+            columns[name] = [to_bits(value, each) for value in columns.get(name, [])]
+        columns["val_loss"] = columns.get("val_bpb", [])
+    return Table(axes, columns)
+
+
+def panel_row(panel: Panel) -> Row:
+    sourced = [f"{one.label}: {one.source}" for one in panel.references if one.source]
+    return {
+        "title": panel.title,
+        "unit": panel.unit,
+        "form": panel.form,
+        "log": panel.log,
+        "series": [line.__dict__ for line in panel.lines],
+        "references": [{"label": one.label, "value": one.value} for one in panel.references],
+        "note": " · ".join([*([panel.note] if panel.note else []), *sourced]),
+    }
+
+
+# ---- one run alone
+
+
+def panels_alone(run: Run, table: Table) -> list[Panel]:
+    """The charts of one run in the order they stand; one whose columns hold nothing is left out."""
+    clip = number(section(run.config, "train").get("grad_clip"))
+    unigram = number(run.env.get("unigram_loss"))
+    known = [Reference("unigram model", unigram)] if unigram is not None else []
+    losses = [
+        Line("raw", "loss", "train, each step", "train"),
+        Line("line", "loss_smooth", "train, smoothed", "train"),
+        Line("points", "val_loss", "validation", "val"),
+    ]
+    limit = [Reference("clipped above", clip)] if clip else []
+    drawn = [
+        Panel("Loss", "nats per token", "loss", losses, [*known, *loss_references([run])]),
+        *source_panels(table),
+        *task_panels([table]),
+        Panel("Learning rate", "", "rate", [Line("line", "lr", "learning rate", "train")]),
+        Panel("Gradient norm", "before clipping", "norm", noisy("grad_norm"), limit),
+        *update_panels(table),
+        Panel("Throughput", "tokens/s", "count", noisy("tokens_per_s")),
+        Panel("MFU", "model FLOPs utilisation", "percent", noisy("mfu")),
+        Panel("Peak memory", "GiB", "gib", [Line("line", "peak_memory_gib", "peak memory", "train")]),
+    ]
+    return with_values(drawn, [table])
+
+
+def noisy(column: str) -> list[Line]:
+    return [Line("raw", column, "each step", "train"), Line("line", f"{column}_smooth", "smoothed", "train")]
+
+
+def source_panels(table: Table) -> list[Panel]:
+    names = [name for name in table.columns if name.startswith("val:")]
+    lines = [Line("points", name, visible(name.removeprefix("val:")), i) for i, name in enumerate(names[:MAX_SOURCES])]
+    note = f"the first {MAX_SOURCES} of {len(names)} sources" if len(names) > MAX_SOURCES else ""
+    return [Panel("Validation by source", "nats per token", "loss", lines, note=note)]
+
+
+def update_panels(table: Table) -> list[Panel]:
+    kinds = [name for name in table.columns if name.startswith("updates:")]
+    lines = [Line("line", name, visible(name.removeprefix("updates:")), i) for i, name in enumerate(kinds)]
+    lines = lines or [Line("line", "updates", "all matrices", "train")]
+    return [Panel("Update to weight", "‖Δw‖ / ‖w‖ of a step", "rate", lines, [USUAL_UPDATE], log=True)]
+
+
+def task_panels(tables: Sequence[Table], names: Sequence[str] = ()) -> list[Panel]:
+    """A chart a task, or a metric of it where metrics differ in kind; parts of a benchmark (`core/…`) have the table.
+
+    With several runs, whose names are given, only the last metric of each chart is drawn, a line a run.
+    """
+    charted: dict[tuple[str, str], list[str]] = {}
+    for name in dict.fromkeys(name for table in tables for name in table.columns if name.startswith("eval:")):
+        task, _, metric = name.removeprefix("eval:").rpartition("/")
+        if "/" not in task and metric != "missing":
+            charted.setdefault((task, "" if metric in ACCURACIES else metric), []).append(metric)
+    drawn = []
+    for (task, _), metrics in charted.items():
+        metrics = sorted(metrics)  # acc before acc_norm, the one with reference figures
+        references = [one for metric in metrics for one in task_references(task, metric)]
+        column = f"eval:{task}/"
+        if names:
+            lines = [Line("points", column + metrics[-1], name, i, i) for i, name in enumerate(names)]
+        else:
+            hues: list[str | int] = ["val", "train"]
+            lines = [
+                Line("points", column + metric, visible(metric), hues[i] if i < 2 else i)
+                for i, metric in enumerate(reversed(metrics))
+            ]
+        drawn.append(Panel(visible(task), visible(metrics[-1]) if names else "", "score", lines, references))
+    return drawn
+
+
+# ---- several runs
+
+
+def panels_together(runs: Sequence[Run], tables: Sequence[Table], bits: bool) -> list[Panel]:
+    """The charts of several runs: a line a run, each run in one colour throughout."""
+    names = [visible(run.name) for run in runs]
+
+    def each(role: str, column: str) -> list[Line]:
+        return [Line(role, column, name, i, i) for i, name in enumerate(names)]
+
+    unit = "bits per byte" if bits else "nats per token"
+    why = "the runs have different tokenizers, so losses are given per byte of text" if bits else ""
+    drawn = [
+        Panel("Validation loss", unit, "loss", each("points", "val_loss"), loss_references(runs), note=why),
+        Panel("Training loss", f"{unit}, smoothed", "loss", each("line", "loss_smooth")),
+        *task_panels(tables, names),
+        Panel("Learning rate", "", "rate", each("line", "lr")),
+        Panel("Gradient norm", "before clipping, smoothed", "norm", each("line", "grad_norm_smooth")),
+        Panel("Update to weight", "‖Δw‖ / ‖w‖ of a step", "rate", each("line", "updates"), [USUAL_UPDATE], log=True),
+        Panel("Throughput", "tokens/s, smoothed", "count", each("line", "tokens_per_s_smooth")),
+        Panel("MFU", "smoothed", "percent", each("line", "mfu_smooth")),
+        Panel("Peak memory", "GiB", "gib", each("line", "peak_memory_gib")),
+    ]
+    return with_values(drawn, tables)
+
+
+def with_values(panels: Sequence[Panel], tables: Sequence[Table]) -> list[Panel]:
+    """The panels that have something to draw, without the lines that have nothing."""
+    kept = []
+    for panel in panels:
+        columns = [tables[line.run].columns.get(line.column, []) for line in panel.lines]
+        lines = [line for line, values in zip(panel.lines, columns) if any(value is not None for value in values)]
+        if lines:
+            kept.append(replace(panel, lines=lines))
+    return kept
+
+
+# ---- what else a run holds
+
+
+def events(run: Run) -> list[Row]:
+    """The newest events with their place on every axis."""
+    kept = run.events[-MAX_EVENTS:]
+    axes = positions(run.train, [row["step"] for row in kept])
+    return [
+        {"name": visible(row.get("name", "event")), **{axis: at[i] for axis, at in axes.items()}}
+        for i, row in enumerate(kept)
+    ]
+
+
+def samples(run: Run) -> list[Row]:
+    """Texts by step: step, prompt, texts, and where the step lies on the other axes."""
+    found = []
+    for row in thin_samples(run.samples):
+        texts = row.get("texts")
+        texts = texts if isinstance(texts, list) else []
+        shown = [visible(one if len(one) <= MAX_TEXT else one[:MAX_TEXT] + " …") for one in map(str, texts)]
+        found.append({"step": row["step"], "prompt": visible(row.get("prompt") or ""), "texts": shown})
+    axes = positions(run.train, [row["step"] for row in found])
+    return [row | {axis: at[i] for axis, at in axes.items()} for i, row in enumerate(found)]

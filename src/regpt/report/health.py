@@ -1,0 +1,243 @@
+"""Does the curve look healthy? Rules with stated thresholds, each finding with the reason and what to try."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from math import log, sqrt
+from statistics import fmean, median
+from typing import Literal
+
+from regpt.report.read import Row, Run, number, section
+from regpt.report.series import Column, column, smooth, smoothing_span
+
+MIN_ROWS = 20  # fewer say nothing about a curve
+BLOCKS = 20  # parts of a run whose means are compared
+RISE = 0.1  # nats of the last part above the lowest one that count as rising, or six standard deviations of a part
+DIVERGED = 0.5  # nats
+SPIKE = 0.3  # nats above the smoothed line, or eight robust standard deviations
+FLAT_BLOCKS, FLAT_FALL, LATER_FALL = 6, 0.1, 0.3  # a plateau: its parts, its fall and the one after it, as shares
+LEAST_FALL = 0.5  # nats: below it no shape is judged
+LEARNS = 0.1  # of the loss at the start: a smaller fall is no learning
+VAL_RISE = 0.01  # nats, or two standard errors of the difference
+GAP = 0.3  # nats between training and validation that is worth a word
+EPOCHS = 4  # repeated so often, data are nearly as good as new (Muennighoff et al. 2023)
+CLIPPED = 0.5  # share of the steps
+GROWTH = 5.0  # of the gradient norm, last tenth against the middle of the run
+SLOW = 0.8  # of the median throughput
+
+Level = Literal["good", "note", "bad"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One observation. `kind` is its name for tests and scripts, `text` a clause with figures and advice."""
+
+    level: Level
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The training loss of a run: only rows whose loss is a number."""
+
+    steps: list[int]
+    raw: list[float]
+    smoothed: list[float]
+    means: list[float]  # of the BLOCKS equal parts of the run
+    noise: float  # robust standard deviation of raw about smoothed, in the last half
+
+    def block(self, i: int) -> tuple[int, int]:
+        """First and last step of part `i`."""
+        return self.steps[len(self.steps) * i // BLOCKS], self.steps[len(self.steps) * (i + 1) // BLOCKS - 1]
+
+
+def examine(run: Run) -> list[Finding]:
+    """All findings, the worst first."""
+    losses = column(run.train, "loss")
+    known = [(row["step"], loss) for row, loss in zip(run.train, losses) if loss is not None]
+    found = not_finite(run, losses)
+    if len(known) < MIN_ROWS:
+        return [*found, Finding("note", "short", f"{count(len(known), 'row')} of training loss are too few to judge")]
+    curve = make_curve(known)
+    rules: list[Callable[[Run, Curve], list[Finding]]] = [training, spikes, plateau, validation, repetition, gap]
+    for rule in [*rules, gradients, speed]:
+        found += rule(run, curve)
+    return sorted(found, key=lambda one: ("bad", "note", "good").index(one.level))
+
+
+def verdict(findings: list[Finding]) -> tuple[Level, str]:
+    """The sentence that stands at the top: the worst level, and why."""
+    worst = findings[0].level if findings else "note"
+    same = [one.text for one in findings if one.level == worst]
+    if worst == "bad":
+        return worst, f"Something is wrong: {'; '.join(same)}."
+    if worst == "note" and any(one.kind == "short" for one in findings):
+        return worst, f"It cannot be judged yet: {'; '.join(same)}."
+    healthy = [one.text for one in findings if one.level == "good"]
+    if worst == "note":
+        return worst, f"The curve is worth a look: {'; '.join(same)}."
+    return "good", f"The curve looks healthy: {'; '.join(healthy)}."
+
+
+def make_curve(known: list[tuple[int, float]]) -> Curve:
+    steps, raw = [step for step, _ in known], [loss for _, loss in known]
+    smoothed = [value for value in smooth(raw, smoothing_span(len(raw))) if value is not None]
+    late = [abs(a - b) for a, b in zip(raw, smoothed)][len(raw) // 2 :]
+    edges = [len(raw) * i // BLOCKS for i in range(BLOCKS + 1)]
+    means = [fmean(raw[begin:end]) for begin, end in pairwise(edges)]
+    return Curve(
+        steps, raw, smoothed, means, 1.4826 * median(late)
+    )  # 1.4826: a normal distribution's deviation from its MAD
+
+
+# ---- the rules
+
+
+def not_finite(run: Run, losses: Column) -> list[Finding]:
+    bad = [row["step"] for row, loss in zip(run.train, losses) if loss is None and "loss" in row]
+    if not bad:
+        return []
+    return [Finding("bad", "not finite", f"the loss is not a number at {count(len(bad), 'step')}, first {bad[0]:,}")]
+
+
+def training(run: Run, curve: Curve) -> list[Finding]:
+    """Rising, not falling at all, or falling. Means of twentieths of the run are compared: a batch of one long
+    document moves a smoothed line, too."""
+    means = curve.means
+    bends = [abs(means[i] - (means[i - 1] + means[i + 1]) / 2) for i in range(1, BLOCKS - 1)]
+    noise = 1.4826 * median(bends) / sqrt(1.5)  # a mean's own deviation; 1.5: the variance of such a difference
+    best, at = min(means), means.index(min(means))
+    rise, best_step = means[-1] - best, curve.block(at)[1]
+    if rise > max(RISE, 6 * noise) and not validation_fell(run, best_step):
+        word = "diverged" if rise > DIVERGED else "is rising"
+        text = f"the training loss {word}: {best:.3f} about step {best_step:,}, {means[-1]:.3f} at the end"
+        return [Finding("bad", "diverging", f"{text}; a lower optim.lr or a longer warmup usually helps")]
+    end = curve.smoothed[-1]
+    fall = curve.raw[0] - best
+    size = number(section(run.config, "model").get("vocab_size"))
+    from_scratch = size is None or curve.raw[0] > 0.8 * log(size)  # fine-tuning starts low and falls little
+    if from_scratch and fall < LEARNS * curve.raw[0]:
+        return [Finding("bad", "not learning", f"the training loss fell by {fall:.2f} only, from {curve.raw[0]:.2f}")]
+    tenth = curve.smoothed[-max(2, len(curve.smoothed) // 10)] - end
+    text = f"the training loss fell from {curve.raw[0]:.2f} to {end:.3f}"
+    still = f", by {tenth:.3f} over the last tenth" if tenth > 0.0005 else ", and has stopped falling"
+    return [Finding("good", "falling", text + still)]
+
+
+def validation_fell(run: Run, since: int) -> bool:
+    """Whether the validation loss has fallen since that step: then a training loss that rose read harder text."""
+    before = [loss for row in run.val if row["step"] <= since and (loss := number(row.get("loss"))) is not None]
+    after = [loss for row in run.val if row["step"] > since and (loss := number(row.get("loss"))) is not None]
+    return bool(before) and bool(after) and after[-1] < before[-1]
+
+
+def spikes(run: Run, curve: Curve) -> list[Finding]:
+    """Single rows far above the line, after the first tenth; neighbours count as one."""
+    limit = max(SPIKE, 8 * curve.noise)
+    start = len(curve.raw) // 10
+    high = [i for i in range(max(1, start), len(curve.raw)) if curve.raw[i] - curve.smoothed[i - 1] > limit]
+    first = [i for i in high if i - 1 not in high]
+    if not first:
+        return []
+    worst = max(high, key=lambda i: curve.raw[i] - curve.smoothed[i - 1])
+    size = curve.raw[worst] - curve.smoothed[worst - 1]
+    where = f"the largest {size:.2f} above the line at step {curve.steps[worst]:,}"
+    return [Finding("note", "spikes", f"{count(len(first), 'loss spike')}, {where}")]
+
+
+def plateau(run: Run, curve: Curve) -> list[Finding]:
+    """Hardly any fall in the first tenth of the run, or in a later stretch, although much of it came afterwards."""
+    means, best = curve.means, min(curve.means)
+    advice = "a higher optim.lr or a shorter warmup may shorten it"
+    whole = curve.raw[0] - best
+    if whole > LEAST_FALL and curve.raw[0] - means[1] < FLAT_FALL * whole:
+        text = f"a plateau at the start: after {curve.block(1)[1]:,} steps the loss was still {means[1]:.2f}"
+        return [Finding("note", "plateau", f"{text}; {advice}")]
+    whole = means[0] - best
+    for i in range(BLOCKS // 2):
+        flat = abs(means[i] - means[i + FLAT_BLOCKS]) < FLAT_FALL * whole
+        if whole > LEAST_FALL and flat and means[i + FLAT_BLOCKS] - best > LATER_FALL * whole:
+            begin, end = curve.block(i)[0], curve.block(i + FLAT_BLOCKS)[1]
+            text = f"a plateau: the loss stood near {means[i]:.2f} from step {begin:,} to {end:,}"
+            return [Finding("note", "plateau", f"{text}; {advice}")]
+    return []
+
+
+def validation(run: Run, curve: Curve) -> list[Finding]:
+    measured = [(row, loss) for row in run.val if (loss := number(row.get("loss"))) is not None]
+    if len(measured) < 2:
+        return []
+    (best_row, best), (last_row, last) = min(measured, key=lambda one: one[1]), measured[-1]
+    error = sqrt(sum((number(row.get("stderr")) or 0.0) ** 2 for row in (best_row, last_row)))
+    if last - best > max(VAL_RISE, 2 * error):
+        then = next((i for i, step in enumerate(curve.steps) if step >= best_row["step"]), len(curve.steps) - 1)
+        fell = curve.smoothed[then] - curve.smoothed[-1]
+        why = f" while the training loss fell by {fell:.3f}: it overfits" if fell > 0.02 else ""
+        text = f"the validation loss has risen by {last - best:.3f} since step {best_row['step']:,}{why}"
+        return [Finding("bad", "validation rising", text)]
+    return [Finding("good", "validation", f"the validation loss ended at its best, {last:.3f}")]
+
+
+def epochs_read(run: Run) -> float | None:
+    """How often the training data were read: the most read folder's count where the run says, else a quotient."""
+    for row in reversed(run.events):
+        if row.get("name") == "epochs" and isinstance(row.get("epochs"), dict):
+            counts = [n for value in row["epochs"].values() if (n := number(value)) is not None]
+            return max(counts, default=None)
+    tokens = number(run.train[-1].get("tokens"))
+    corpus = number(section(run.env, "data").get("train_tokens"))
+    return tokens / corpus if tokens and corpus else None
+
+
+def repetition(run: Run, curve: Curve) -> list[Finding]:
+    epochs = epochs_read(run)
+    if epochs is None or epochs <= 1.05:
+        return []
+    text = f"the training data were read {epochs:.1f} times"
+    if epochs > EPOCHS:
+        return [Finding("note", "repeating", f"{text}; beyond {EPOCHS} epochs repeated data teach little")]
+    return [Finding("good", "repeating", f"{text}, which up to {EPOCHS} epochs is nearly as good as new data")]
+
+
+def gap(run: Run, curve: Curve) -> list[Finding]:
+    last = next((loss for row in reversed(run.val) if (loss := number(row.get("loss"))) is not None), None)
+    if last is None or last - curve.smoothed[-1] <= GAP:
+        return []
+    text = f"validation lies {last - curve.smoothed[-1]:.2f} above training at the end"
+    return [Finding("note", "gap", f"{text}: repeated data, or validation text of another kind")]
+
+
+def gradients(run: Run, curve: Curve) -> list[Finding]:
+    """Norms that grow, or that are clipped most of the time, once warmup is over."""
+    warmup = number(section(run.config, "optim").get("warmup_steps")) or 0
+    norms = [norm for row in run.train if row["step"] > warmup and (norm := number(row.get("grad_norm"))) is not None]
+    if len(norms) < MIN_ROWS:
+        return []
+    found = []
+    middle, end = median(norms[len(norms) // 3 : 2 * len(norms) // 3]), median(norms[-max(5, len(norms) // 10) :])
+    if middle > 0 and end > GROWTH * middle:
+        found.append(Finding("bad", "gradient norm", f"the gradient norm grew from {middle:.2g} to {end:.2g}"))
+    clip = number(section(run.config, "train").get("grad_clip"))
+    share = sum(norm > clip for norm in norms) / len(norms) if clip else 0.0
+    if share > CLIPPED:
+        found.append(Finding("note", "clipping", f"gradients were clipped in {share:.0%} of the steps after warmup"))
+    return found
+
+
+def speed(run: Run, curve: Curve) -> list[Finding]:
+    rates = [rate for rate in column(run.train, "tokens_per_s") if rate is not None]
+    if len(rates) < MIN_ROWS:
+        return []
+    usual, end = median(rates), median(rates[-max(5, len(rates) // 10) :])
+    if end >= SLOW * usual:
+        return []
+    return [Finding("note", "slower", f"the last tenth ran at {end / usual:.0%} of the usual throughput")]
+
+
+def count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def to_dict(finding: Finding) -> Row:
+    return {"level": finding.level, "kind": finding.kind, "text": finding.text}

@@ -1,0 +1,149 @@
+"""Rows as columns over a common x axis: smoothed, thinned, placed."""
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from regpt.report.read import Row, Run, number
+
+Column = list[float | None]
+
+MAX_POINTS = 2000  # per series: more than a wide screen has pixels for
+MAX_SAMPLE_STEPS = 100
+TRAIN_COLUMNS = ("loss", "lr", "grad_norm", "tokens_per_s", "mfu", "peak_memory_gib")
+SMOOTHED = ("loss", "grad_norm", "tokens_per_s", "mfu")  # also the ones whose extremes survive thinning
+
+
+def column(rows: Iterable[Row], key: str) -> Column:
+    return [number(row.get(key)) for row in rows]
+
+
+def smooth(values: Sequence[float | None], span: int) -> Column:
+    """Exponential moving average with weight 2 / (span + 1) for the newest value, None where `values` is.
+
+    The span grows with the values seen, from 1 to at most `span`, an eighth of them in between: the steep start of a
+    training curve is followed, not dragged behind.
+    """
+    smoothed: Column = []
+    mean, seen = 0.0, 0
+    for value in values:
+        if value is not None:
+            reach = min(span, 1 + seen / 8)
+            mean += (value - mean) * 2 / (reach + 1)
+            seen += 1
+        smoothed.append(None if value is None else mean)
+    return smoothed
+
+
+def smoothing_span(rows: int) -> int:
+    """Rows that the smoothed lines average over: a twenty-fifth of the run, between 2 and 200."""
+    return min(200, max(2, rows // 25))
+
+
+def thin(columns: Sequence[Sequence[float | None]], limit: int) -> list[int]:
+    """At most `limit` row numbers, ascending, that keep the shape of every column.
+
+    The first tenth of `limit` stays whole, for a logarithmic axis. What follows is cut into equal buckets; from each
+    stay the rows at which a column has its minimum or maximum, so a single spike survives. The last row always stays.
+    """
+    n = len(columns[0])
+    if n <= limit:
+        return list(range(n))
+    head = limit // 10
+    buckets = max(1, (limit - head - 1) // (2 * len(columns)))
+    edges = [head + (n - head) * i // buckets for i in range(buckets + 1)]
+    kept = {*range(head), n - 1}
+    for begin, end in pairwise(edges):
+        for values in columns:
+            there = [(value, i) for i in range(begin, end) if (value := values[i]) is not None]
+            if there:
+                kept |= {min(there)[1], max(there)[1]}
+    return sorted(kept)
+
+
+def training_seconds(train: Sequence[Row]) -> np.ndarray | None:
+    """Time spent in training steps up to each row, (rows,); None when no row has `dt_ms`.
+
+    Not the wall clock: pauses between a stop and a resume, evaluation and saving do not count.
+    """
+    dt_ms = column(train, "dt_ms")
+    known = [value for value in dt_ms if value is not None]
+    if not known:
+        return None
+    filled = np.array([np.median(known) if value is None else value for value in dt_ms])
+    return (
+        np.cumsum(filled * np.diff([0, *(row["step"] for row in train)])) / 1000
+    )  # a row stands for the steps before it
+
+
+def positions(train: Sequence[Row], steps: Sequence[int]) -> dict[str, Column]:
+    """Where `steps` lie on the x axes the rows allow, `step`, `tokens`, `flops`, `seconds`; linear between rows."""
+    known = np.array([0, *(row["step"] for row in train)], dtype=float)
+    axes: dict[str, Column] = {"step": list(steps)}
+    for axis in ("tokens", "flops"):
+        counted = [value for value in column(train, axis) if value is not None]
+        if len(counted) == len(train):
+            placed = np.interp(steps, known, np.maximum.accumulate(np.array([0, *counted], dtype=float)))
+            axes[axis] = [round(x) for x in placed] if axis == "tokens" else [short(float(x)) for x in placed]
+    seconds = training_seconds(train)
+    if seconds is not None:
+        axes["seconds"] = [short(x) for x in np.interp(steps, known, np.concatenate([[0], seconds]))]
+    return axes
+
+
+def build_table(run: Run, limit: int = MAX_POINTS) -> tuple[dict[str, Column], dict[str, Column]]:
+    """The x axes and the columns of every chart, all of one length, on the union of the steps kept.
+
+    Columns: those of `TRAIN_COLUMNS` that hold anything, `<name>_smooth`, and those of `measurements`. Smoothing
+    happens before thinning, on every row.
+    """
+    columns = {key: column(run.train, key) for key in TRAIN_COLUMNS}
+    span = smoothing_span(len(run.train))
+    rows = thin([columns[key] for key in SMOOTHED], limit)
+    columns |= {f"{key}_smooth": smooth(columns[key], span) for key in SMOOTHED}
+    series = {key: {run.train[i]["step"]: values[i] for i in rows} for key, values in columns.items()}
+    for key, measured in measurements(run).items():
+        steps = list(measured)
+        series[key] = {steps[i]: measured[steps[i]] for i in thin([list(measured.values())], limit // 2)}
+    steps = sorted(set().union(*series.values()))
+    table = {key: [short(values.get(step)) for step in steps] for key, values in series.items()}
+    return positions(run.train, steps), {
+        key: values for key, values in table.items() if any(x is not None for x in values)
+    }
+
+
+def measurements(run: Run) -> dict[str, dict[int, float | None]]:
+    """Step → value of everything that is measured at some steps only.
+
+    Columns: `val_loss`, `val_bpb`, `val:<source>`, `eval:<task>/<metric>`, `updates` for all matrices together,
+    `updates:<kind>` for those of one kind.
+    """
+    found: dict[str, dict[int, float | None]] = {
+        "val_loss": {row["step"]: number(row.get("loss")) for row in run.val},
+        "val_bpb": {row["step"]: number(row.get("bpb")) for row in run.val},
+    }
+    for row in run.val_sources:
+        found.setdefault(f"val:{row['source']}", {})[row["step"]] = number(row.get("loss"))
+    for row in run.evals:
+        found.setdefault(f"eval:{row.get('task')}/{row.get('metric')}", {})[row["step"]] = number(row.get("value"))
+    for row in run.updates:
+        found.setdefault("updates", {})[row["step"]] = number(row.get("ratio"))
+        ratios = row.get("ratios")
+        for kind, value in ratios.items() if isinstance(ratios, dict) else ():
+            found.setdefault(f"updates:{kind}", {})[row["step"]] = number(value)
+    return found
+
+
+def thin_samples(samples: Sequence[Row], limit: int = MAX_SAMPLE_STEPS) -> list[Row]:
+    """The rows of at most `limit` steps, evenly spaced, the first and the last among them."""
+    steps = sorted({row["step"] for row in samples})
+    if len(steps) > limit:
+        steps = [steps[round(i * (len(steps) - 1) / (limit - 1))] for i in range(limit)]
+    kept = set(steps)
+    return [row for row in samples if row["step"] in kept]
+
+
+def short(value: float | None) -> float | None:
+    """Six significant digits: more than a chart can show, half the bytes."""
+    return value if value is None or isinstance(value, int) else float(f"{value:.6g}")
