@@ -40,6 +40,12 @@ class Mesh:
             dist.all_reduce(x)
         return x
 
+    def total(self, x: Tensor) -> Tensor:
+        """`x`, which is on the CPU, summed over all processes: on the CPU, the same in each."""
+        if self.world_size == 1:
+            return x
+        return self.sum(x.to(self.device)).cpu()
+
     def any(self, flag: bool) -> bool:
         """True in every process when `flag` is true in one of them; waits for all, but not for their devices."""
         return bool(self.sum(torch.tensor(int(flag))))

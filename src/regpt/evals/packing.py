@@ -1,0 +1,198 @@
+"""Prompts that end in several ways → rows of tokens in which each beginning stands once. No torch here.
+
+A *tree* is a context followed by all its endings in one row. Every token says how far along the row it can be seen, so
+that endings see the context and themselves but not each other, and trees beside each other do not meet: token j is
+seen by token i where j ≤ i < ends[j].
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from regpt.data.stream import ranges
+from regpt.errors import UserError
+
+ROW_TOKENS = (512, 1024, 2048, 4096, 8192)  # lengths of packed rows: few, since each is compiled anew
+# Attention over a whole row costs 4·T·C FLOPs a token and layer, its weights 24·C² (at three times the speed): at this
+# many tokens a row of GPT-2 124M has doubled what a token costs. Only the choice of a row's length depends on it.
+DOUBLED_AT = 1500
+
+
+class Prompt(NamedTuple):
+    """A context and the endings that may follow it.
+
+    Attributes:
+        context: (n,) token ids, at least one.
+        endings: token ids of each ending, at least one token each.
+        scored: for each ending, how many of its last tokens count; the others belong to the context in truth.
+    """
+
+    context: np.ndarray
+    endings: Sequence[np.ndarray]
+    scored: Sequence[int]
+
+
+class Tree(NamedTuple):
+    """A prompt, or a part of its endings, that fits the model; `owners` are the numbers of its endings."""
+
+    context: np.ndarray
+    endings: Sequence[np.ndarray]
+    scored: Sequence[int]
+    owners: Sequence[int]
+
+    @property
+    def size(self) -> int:
+        """Tokens that the model reads: the last one of an ending is only predicted."""
+        return len(self.context) + sum(map(len, self.endings)) - len(self.endings)
+
+
+class Batch(NamedTuple):
+    """What the model reads at once, int64: B rows of T tokens, and S places where a token is scored.
+
+    Attributes:
+        idx, positions: (B, T).
+        ends: (B, T), the first token of the row that does not see this one.
+        slots: (S,) places in the flattened rows whose hidden states predict `targets`.
+        targets: (S,) token ids.
+        owners: (S,) numbers of the endings that they belong to.
+    """
+
+    idx: np.ndarray
+    positions: np.ndarray
+    ends: np.ndarray
+    slots: np.ndarray
+    targets: np.ndarray
+    owners: np.ndarray
+
+
+class Plan(NamedTuple):
+    """A batch before it is filled: the trees of each row, by number, and its shape."""
+
+    rows: Sequence[Sequence[int]]
+    n_rows: int
+    row_tokens: int
+
+
+def plant(prompts: Iterable[Prompt], max_seq_len: int) -> list[Tree]:
+    """The trees of `prompts`; endings are numbered through all of them.
+
+    Where context and ending are longer than the model, their last `max_seq_len + 1` tokens are kept (the last one is
+    only predicted), as lm-eval does; such an ending shares nothing and becomes a tree of its own.
+
+    Raises:
+        UserError: more scored tokens than the model has positions.
+    """
+    trees, owner = [], 0
+    for number, (context, endings, scored) in enumerate(prompts):
+        room = max_seq_len + 1 - len(context)
+        owners = range(owner, owner + len(endings))
+        owner += len(endings)
+        if max(map(len, endings)) <= room:
+            trees.append(Tree(context, endings, scored, owners))
+            continue
+        fits = [k for k, ending in enumerate(endings) if len(ending) <= room]
+        if fits:
+            trees.append(Tree(context, *([part[k] for k in fits] for part in (endings, scored, owners))))
+        for k in sorted(set(range(len(endings))) - set(fits)):
+            trees.append(truncated(context, endings[k], scored[k], owners[k], max_seq_len, number))
+    return trees
+
+
+def truncated(context: np.ndarray, ending: np.ndarray, scored: int, owner: int, max_seq_len: int, number: int) -> Tree:
+    if scored > max_seq_len:
+        raise UserError(
+            f"item {number} has an ending of {scored:,} tokens, the model reads at most {max_seq_len:,}; shorten it or "
+            "use a model with longer sequences"
+        )
+    kept = np.concatenate([context, ending])[-max_seq_len - 1 :]
+    return Tree(kept[:-scored], [kept[-scored:]], [scored], [owner])
+
+
+def bucketed(sizes: np.ndarray, batch_tokens: int) -> list[Plan]:
+    """Rows of one tree each, the longest first, so that those of a batch are about equally long. Little is padded and
+    attention is short, but almost every batch has a shape of its own: for computing without compilation."""
+    order, plans = np.argsort(-sizes, kind="stable"), []
+    while len(order):
+        row_tokens = int(sizes[order[0]])
+        n_rows = min(len(order), max(1, batch_tokens // row_tokens))
+        plans.append(Plan([[tree] for tree in order[:n_rows].tolist()], n_rows, row_tokens))
+        order = order[n_rows:]
+    return plans
+
+
+def packed(sizes: np.ndarray, batch_tokens: int) -> list[Plan]:
+    """Rows filled with many trees, all batches of one shape: for compiled functions."""
+    if not len(sizes):
+        return []
+    longest = int(sizes.max())
+    lengths = [T for T in ROW_TOKENS if longest <= T] or [-(-longest // ROW_TOKENS[-1]) * ROW_TOKENS[-1]]
+    packings = {T: best_fit(sizes, T) for T in lengths[:3]}
+    T = min(packings, key=lambda T: len(packings[T]) * T * (1 + T / DOUBLED_AT))
+    rows, B = packings[T], max(1, batch_tokens // T)
+    return [Plan(rows[first : first + B], B, T) for first in range(0, len(rows), B)]
+
+
+def best_fit(sizes: np.ndarray, row_tokens: int) -> list[list[int]]:
+    """Trees of `sizes` (trees,), each at most `row_tokens`, into few rows: the largest first, each into the row that it
+    fills best (best-fit decreasing: at most 11/9 of the fewest rows, Johnson 1974)."""
+    rows: list[list[int]] = []
+    spaces: list[tuple[int, int]] = []  # (tokens left, row), in order
+    smallest = int(sizes.min())
+    for tree in np.argsort(-sizes, kind="stable").tolist():
+        size = int(sizes[tree])
+        fit = bisect_left(spaces, (size, -1))
+        if fit < len(spaces):
+            space, row = spaces.pop(fit)
+        else:
+            space, row = row_tokens, len(rows)
+            rows.append([])
+        rows[row].append(tree)
+        if space - size >= smallest:
+            insort(spaces, (space - size, row))
+    return rows
+
+
+def fill(plan: Plan, trees: Sequence[Tree]) -> Batch:
+    """The tokens of a planned batch. Padding is token 0 at position 0 that sees itself only."""
+    B, T = plan.n_rows, plan.row_tokens
+    pieces, targets = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    segments = []  # start in the flattened rows, tokens, position of the first, end of what sees them
+    places = []  # first slot, scored tokens, last token of the context, whether the first slot is that, owner
+    for row, numbers in enumerate(plan.rows):
+        at = row * T
+        for context, endings, scored, owners in map(trees.__getitem__, numbers):
+            n, tree = len(context), len(segments)
+            pieces.append(context)
+            segments.append((at, n, 0, 0))
+            at += n
+            last = at - 1
+            for ending, count, owner in zip(endings, scored, owners):
+                length = len(ending) - 1
+                pieces.append(ending[:-1])
+                targets.append(ending[length + 1 - count :])
+                segments.append((at, length, n, at + length))
+                places.append((at + length - count, count, last, count > length, owner))
+                at += length
+            segments[tree] = (*segments[tree][:3], at)  # everything that follows in the tree
+    starts, lengths, firsts, ends = np.array(segments, dtype=np.int64).reshape(-1, 4).T
+    where = ranges(starts, lengths)
+    idx, positions = np.zeros((2, B * T), dtype=np.int64)
+    seen_until = np.arange(1, B * T + 1)
+    idx[where] = np.concatenate(pieces)
+    positions[where] = ranges(firsts, lengths)
+    seen_until[where] = np.repeat(ends, lengths)
+    first, counts, last, at_context, owner = np.array(places, dtype=np.int64).reshape(-1, 5).T
+    slots = ranges(first, counts)
+    begins, whole = np.cumsum(counts) - counts, at_context.astype(bool)
+    slots[begins[whole]] = last[whole]  # what the context predicts, every ending's first token
+    row_starts = np.arange(B)[:, None] * T
+    return Batch(
+        idx.reshape(B, T),
+        positions.reshape(B, T),
+        seen_until.reshape(B, T) - row_starts,
+        slots,
+        np.concatenate(targets).astype(np.int64),
+        np.repeat(owner, counts),
+    )

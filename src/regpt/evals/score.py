@@ -1,0 +1,249 @@
+"""MODEL → LOG-LIKELIHOODS: what a model gives to each ending of many prompts, computed together.
+
+Each context is computed once (`packing`), and logits only where a token is scored. The functions that may be compiled
+see few shapes: the hidden states of a batch, and the logits of a fixed number of places that are collected over
+batches.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from regpt.errors import UserError
+from regpt.evals.packing import Batch, Plan, Prompt, Tree, bucketed, fill, packed, plant
+from regpt.model.transformer import Transformer
+from regpt.parallel.mesh import Mesh
+
+# Tokens of a batch and places whose logits are computed at once. A GPU wants large products, and logits of 4,096 places
+# take 0.8 GB in float32; a CPU's caches want small ones.
+BATCH_TOKENS = {"cuda": 32768, "mps": 4096, "cpu": 1024}
+HEAD_ROWS = {"cuda": 4096, "mps": 512, "cpu": 128}
+IN_FLIGHT = 2  # batches that a GPU has before it: it never waits, and progress is not far ahead of the truth
+Progress = Callable[[int, int], None]  # items done, of how many
+
+
+class Scores(NamedTuple):
+    """For each ending, in the order of the prompts.
+
+    Attributes:
+        log_likelihood: (endings,) float64, natural log of the probability of its scored tokens.
+        tokens: (endings,) int64, how many they are.
+        greedy: (endings,) bool, whether each of them was the likeliest token at its place.
+    """
+
+    log_likelihood: np.ndarray
+    tokens: np.ndarray
+    greedy: np.ndarray
+
+
+class Places(NamedTuple):
+    """Hidden states (N, C) that predict `targets` (N,), and the endings that these belong to, (N,) on the host."""
+
+    hidden: Tensor
+    targets: Tensor
+    owners: np.ndarray
+
+
+@dataclass
+class Cost:
+    """What scoring took so far: seconds, those of them in calls that compiled, tokens read and scored."""
+
+    seconds: float = 0.0
+    compile_seconds: float = 0.0
+    tokens: int = 0
+    scored: int = 0
+
+
+class Scorer:
+    """Scores prompts under `model`, in all processes of `mesh` together.
+
+    Args:
+        model: on the mesh's device. It is left as it is: compiled are functions of it.
+        mesh: every process gives the same prompts, and gets all scores.
+        autocast: makes the context in which the model computes (`train.precision.autocast`).
+        compile: compile the two functions, and use rows of few lengths.
+        batch_tokens: tokens computed at once; None chooses by the device.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        mesh: Mesh,
+        *,
+        autocast: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+        compile: bool = False,
+        batch_tokens: int | None = None,
+    ):
+        kind = mesh.device.type
+        self.model, self.mesh, self.compile = model, mesh, compile
+        self.batch_tokens = batch_tokens or BATCH_TOKENS[kind]
+        self.head_rows = HEAD_ROWS[kind]
+        self.cost = Cost()
+        self.shapes: set[tuple[int, int]] = set()
+
+        def hidden(idx: Tensor, positions: Tensor, ends: Tensor) -> Tensor:
+            with autocast():
+                return model.hidden(idx, positions=positions, mask=tree_mask(ends))  # (B, T, C)
+
+        def head(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            with autocast():
+                return log_probability(model.logits(hidden), targets)
+
+        self.hidden = torch.compile(hidden, dynamic=False) if compile else hidden
+        self.head = torch.compile(head, dynamic=False) if compile else head
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[Prompt], progress: Progress | None = None) -> Scores:
+        """The scores of every ending of `prompts`.
+
+        Raises:
+            UserError: an ending longer than the model, or a log-likelihood that is not a number.
+        """
+        trees = plant(prompts, self.model.config.max_seq_len)
+        sizes = np.array([tree.size for tree in trees], dtype=np.int64)
+        plans = (packed if self.compile else bucketed)(sizes, self.batch_tokens)
+        self.warm_up(plans, trees)
+        started = time.perf_counter()
+        endings = sum(len(prompt.endings) for prompt in prompts)
+        queue = Queue(self, endings)
+        for batch, done in self.share(plans, trees):
+            queue.add(*self.places(batch))
+            if progress:
+                progress(done, len(trees))
+        scores = queue.finish()
+        self.cost.seconds += time.perf_counter() - started
+        self.cost.tokens += int(sizes.sum())
+        self.cost.scored += int(scores.tokens.sum())
+        if not np.isfinite(scores.log_likelihood).all():
+            raise UserError("the model gives a log-likelihood that is not a number; its weights are damaged")
+        return scores
+
+    def warm_up(self, plans: Sequence[Plan], trees: Sequence[Tree]) -> None:
+        """Compile what `plans` need and has not been seen; the time counts as compilation."""
+        if not self.compile:
+            return
+        for plan in {plan[1:]: plan for plan in plans if plan[1:] not in self.shapes}.values():
+            started = time.perf_counter()
+            hidden, targets, _ = self.places(fill(plan, trees))
+            self.head(*filled(hidden, targets, self.head_rows))
+            self.wait()
+            self.shapes.add(plan[1:])
+            self.cost.compile_seconds += time.perf_counter() - started
+
+    def share(self, plans: Sequence[Plan], trees: Sequence[Tree]) -> Iterator[tuple[Batch, int]]:
+        """This process's batches, and how many trees all processes have done with each. Every process has as many: one
+        that has none left computes an empty one, since a sharded model needs all of them for each."""
+        done, pace = 0, Pace(self.mesh.device)
+        size = self.mesh.world_size
+        for first in range(0, len(plans), size):
+            mine = plans[first : first + size][self.mesh.rank : self.mesh.rank + 1]
+            plan = mine[0] if mine else plans[first]._replace(rows=())
+            done += sum(len(row) for plan in plans[first : first + size] for row in plan.rows)
+            yield fill(plan, trees), done
+            pace.step()
+
+    def places(self, batch: Batch) -> Places:
+        """The hidden states of `batch` at its slots."""
+        rows = to_device(np.stack([batch.idx, batch.positions, batch.ends]), self.mesh.device)  # (3, B, T)
+        chosen = to_device(np.stack([batch.slots, batch.targets]), self.mesh.device)  # (2, S)
+        hidden = self.hidden(*rows)  # (B, T, C)
+        return Places(hidden.flatten(0, 1)[chosen[0]], chosen[1], batch.owners)
+
+    def wait(self) -> None:
+        if self.mesh.device.type == "cuda":
+            torch.cuda.synchronize(self.mesh.device)
+
+
+class Queue:
+    """Places, collected until there are enough for one call of the head."""
+
+    def __init__(self, scorer: Scorer, endings: int):
+        self.scorer, self.endings = scorer, endings
+        self.waiting: list[tuple[Tensor, Tensor]] = []
+        self.n_waiting = 0
+        self.found: list[tuple[Tensor, Tensor]] = []  # log-probabilities and hits, on the device
+        self.owners: list[np.ndarray] = []
+
+    def add(self, hidden: Tensor, targets: Tensor, owners: np.ndarray) -> None:
+        self.waiting.append((hidden, targets))
+        self.owners.append(owners)
+        self.n_waiting += len(owners)
+        if self.n_waiting >= self.scorer.head_rows:
+            self.compute(whole=True)
+
+    def compute(self, *, whole: bool) -> None:
+        """Call the head; with `whole` only for full calls, leaving the rest."""
+        rows = self.scorer.head_rows
+        hidden, targets = (torch.cat(parts) for parts in zip(*self.waiting))
+        end = len(hidden) // rows * rows if whole else len(hidden)
+        for part in zip(hidden[:end].split(rows), targets[:end].split(rows)):
+            n = len(part[0])
+            found = self.scorer.head(*(filled(*part, rows) if self.scorer.compile else part))
+            self.found.append((found[0][:n], found[1][:n]))
+        self.waiting = [(hidden[end:], targets[end:])]
+        self.n_waiting = len(hidden) - end
+
+    def finish(self) -> Scores:
+        """The scores of all endings, of all processes."""
+        if self.n_waiting:
+            self.compute(whole=False)
+        owners = np.concatenate([np.empty(0, np.int64), *self.owners])
+        nothing = torch.empty(0)
+        log_p, hit = (
+            torch.cat([nothing.to(part[0].dtype), *(x.cpu() for x in part)]).numpy()
+            for part in (zip(*self.found) if self.found else ([nothing], [nothing]))
+        )
+        sums = [np.bincount(owners, weights=x, minlength=self.endings) for x in (log_p, np.ones(len(hit)), hit)]
+        log_likelihood, tokens, hits = self.scorer.mesh.total(torch.from_numpy(np.stack(sums))).numpy()
+        return Scores(log_likelihood, tokens.astype(np.int64), hits == tokens)
+
+
+class Pace:
+    """Keeps the host at most `IN_FLIGHT` batches ahead of a GPU."""
+
+    def __init__(self, device: torch.device):
+        self.events: list[torch.cuda.Event] | None = [] if device.type == "cuda" else None
+
+    def step(self) -> None:
+        if self.events is None:
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self.events.append(event)
+        if len(self.events) > IN_FLIGHT:
+            self.events.pop(0).synchronize()
+
+
+def tree_mask(ends: Tensor) -> Tensor:
+    """(B, 1, T, T) bool, True where token i may look at token j: j ≤ i < ends[j], from `ends` (B, T)."""
+    i = torch.arange(ends.size(1), device=ends.device)[:, None]
+    return ((i >= i.T) & (i < ends[:, None, :]))[:, None]
+
+
+def log_probability(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Natural log of the probability of `targets` (N,) under `logits` (N, V), in float32 (float64 for float64), and
+    whether each is the likeliest token (the first of equals)."""
+    likeliest = logits.argmax(dim=-1)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    chosen = logits.gather(1, targets[:, None])[:, 0]
+    return chosen - logits.logsumexp(dim=-1), likeliest == targets
+
+
+def filled(hidden: Tensor, targets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """`hidden` (N, C) and `targets` (N,) with zeros up to `rows`, or cut there."""
+    missing = max(0, rows - len(hidden))
+    pad = torch.nn.functional.pad
+    return pad(hidden, (0, 0, 0, missing))[:rows], pad(targets, (0, missing))[:rows]
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy on `device` that a GPU makes while it computes."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
