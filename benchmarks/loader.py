@@ -26,13 +26,13 @@ import tyro
 
 from regpt.data.bos import PackedRows
 from regpt.data.loader import Loader
-from regpt.data.manifest import Manifest, Shard, read_manifest
+from regpt.data.manifest import read_manifest
 from regpt.data.prefetch import Prefetcher
 from regpt.data.rows import ORDERS, open_rows
+from regpt.tools.bench.invent import document_lengths, invent_shards
 
 SEQ_LEN, BATCH_TOKENS, MICRO_BATCH_ROWS = 1024, 524288, 64  # the lecture's run
-SHARD_TOKENS = 100_000_000
-EOT = 50256
+VOCAB = 50257
 SEED = 1337
 KINDS = {"long": 1000, "short": 20}  # mean tokens a document; lengths spread as web text's
 
@@ -73,7 +73,7 @@ def throughput_table(base: Path, tokens: int) -> list[dict]:
     rows = []
     for kind, mean in KINDS.items():
         folder = base / kind
-        write_corpus(folder, lengths_of(tokens // mean, mean))
+        invent_shards(folder, document_lengths(tokens // mean, mean), VOCAB)
         for order in ORDERS:
             for mask in (False, True):
                 row = {"kind": kind, "order": order, "mask": mask} | measured("throughput", folder, order, int(mask))
@@ -90,7 +90,7 @@ def first_batch_table(base: Path, documents: int) -> list[dict]:
     rows = []
     for kind, mean in KINDS.items():
         folder = base / f"{kind}-many"
-        tokens = write_corpus(folder, lengths_of(documents, mean), one_text=True)
+        tokens = invent_shards(folder, document_lengths(documents, mean), VOCAB, one_text=True)
         for order in ORDERS:
             for share in (0.0, 0.5):  # a fresh run, and one that goes on in the middle of the epoch
                 step = int(share * tokens * (0.6 if order == "bos" else 1) / BATCH_TOKENS)
@@ -147,42 +147,9 @@ def open_loader(folder: Path, order: str, mask: bool) -> Loader:
         rows,
         batch_tokens=BATCH_TOKENS,
         micro_batch_rows=MICRO_BATCH_ROWS,
-        eot=EOT if mask else None,
+        eot=VOCAB - 1 if mask else None,
         pin_memory=torch.cuda.is_available(),
     )
-
-
-def lengths_of(documents: int, mean: int) -> np.ndarray:
-    """Log-normal lengths with the spread of web text (σ = 1), at least 2 tokens."""
-    rng = np.random.default_rng(0)
-    return np.maximum(2, rng.lognormal(np.log(mean) - 0.5, 1.0, documents)).astype(np.int64)
-
-
-def write_corpus(folder: Path, lengths: np.ndarray, *, one_text: bool = False) -> int:
-    """A folder of token shards with documents of such lengths; the number of tokens.
-
-    `one_text`: all shards of full size are one file, so that many of them fit on a disk and into the system's cache.
-    """
-    folder.mkdir()
-    starts = np.cumsum(np.concatenate([[0], lengths]))
-    total = int(starts[-1])
-    rng = np.random.default_rng(1)
-    shards = []
-    for number, begin in enumerate(range(0, total, SHARD_TOKENS)):
-        end = min(total, begin + SHARD_TOKENS)
-        local = starts[np.searchsorted(starts, begin) : np.searchsorted(starts[:-1], end)] - begin
-        shard = Shard(f"train-{number:05d}.bin", "train", end - begin, len(local), "", "", continues=end not in starts)
-        if one_text and number > 0 and shard.tokens == SHARD_TOKENS:
-            os.link(folder / shards[0].file, folder / shard.file)
-        else:
-            tokens = rng.integers(0, EOT, shard.tokens, dtype=np.uint16)
-            tokens[local] = EOT
-            tokens.tofile(folder / shard.file)
-        local.astype("<i8").tofile(folder / shard.idx_file)
-        shards.append(shard)
-    manifest = Manifest("gpt2", "", EOT + 1, EOT, "uint16", tuple(shards))
-    (folder / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
-    return total
 
 
 def machine() -> dict:

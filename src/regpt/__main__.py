@@ -19,6 +19,7 @@ COMMANDS = {
     "sample": "write text with a model",
     "export": "write a model as a Hugging Face folder",
     "report": "a run as one self-contained page",
+    "bench": "how fast training, batches and sampling are on this machine",
 }
 INTERRUPTED = 130
 

@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,12 @@ class Corpus:
 
     folders: tuple[DataFolder, ...]
     shares: tuple[int, ...]
-    tokenizer: Tokenizer
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Opened when it is first asked for: batches need none."""
+        first = self.folders[0]
+        return open_tokenizer(first.path if (first.path / "tokenizer.json").is_file() else first.manifest.tokenizer)
 
     @property
     def manifest_sha256(self) -> str:
@@ -78,13 +84,18 @@ class Corpus:
 
 
 def open_corpus(config: RunConfig) -> Corpus:
-    """Open `data.path`, or the folders of `data.mixture`, with their tokenizer; raises what `open_folders` does."""
-    folders, shares = open_folders(config)
-    return Corpus(folders, shares, folder_tokenizer(folders[0]))
+    """Open `data.path`, or the folders of `data.mixture`, and their tokenizer; raises what `open_shards` does.
+
+    Raises:
+        UserError: the tokenizer cannot be had, or is not the one that made the shards.
+    """
+    corpus = open_shards(config)
+    refuse_other_tokenizer(corpus.folders[0], corpus.tokenizer)
+    return corpus
 
 
-def open_folders(config: RunConfig) -> tuple[tuple[DataFolder, ...], tuple[int, ...]]:
-    """The folders that the configuration names, checked against it, and their shares.
+def open_shards(config: RunConfig) -> Corpus:
+    """Open `data.path`, or the folders of `data.mixture`, and check them against the configuration.
 
     Raises:
         UserError: no folder given or found, damaged files, another tokenizer or vocabulary than the model's.
@@ -103,7 +114,7 @@ def open_folders(config: RunConfig) -> tuple[tuple[DataFolder, ...], tuple[int, 
                 f"the shards in {other.path} were made with another tokenizer ({other.manifest.tokenizer}) than those "
                 f"in {first.path} ({first.manifest.tokenizer}); prepare one of them again with the other's tokenizer"
             )
-    return folders, tuple(whole_shares(weights))
+    return Corpus(folders, tuple(whole_shares(weights)))
 
 
 def open_folder(path: Path, config: RunConfig) -> DataFolder:
@@ -122,15 +133,12 @@ def open_folder(path: Path, config: RunConfig) -> DataFolder:
     return DataFolder(path, manifest, hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest())
 
 
-def folder_tokenizer(folder: DataFolder) -> Tokenizer:
-    manifest = folder.manifest
-    tokenizer = open_tokenizer(folder.path if (folder.path / "tokenizer.json").is_file() else manifest.tokenizer)
-    if tokenizer.sha256 != manifest.tokenizer_sha256:
+def refuse_other_tokenizer(folder: DataFolder, tokenizer: Tokenizer) -> None:
+    if tokenizer.sha256 != folder.manifest.tokenizer_sha256:
         raise UserError(
             f"the tokenizer {tokenizer.name!r} is not the one that made the shards in {folder.path} (its hash "
             "differs); prepare the folder again"
         )
-    return tokenizer
 
 
 def build_model(config: RunConfig, device: torch.device, ops: Ops = PLAIN) -> Transformer:

@@ -1,1 +1,1 @@
-"""What is known before and beside a run: the plan, the doctor."""
+"""What is known before and beside a run: the plan, the doctor, the benchmarks."""

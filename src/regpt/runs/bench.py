@@ -1,0 +1,197 @@
+"""`regpt bench train` and `ladder`: the trainer that `regpt train` runs, over a few steps, with a clock beside it."""
+
+import contextlib
+import gc
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regpt.config import RunConfig
+from regpt.data.loader import check_batch
+from regpt.data.prefetch import Prefetcher
+from regpt.errors import UsageError
+from regpt.model.ops import PLAIN, Ops
+from regpt.model.weights import count_parameters, initialize
+from regpt.parallel.mesh import Mesh, open_mesh
+from regpt.runs.build import Corpus, build_loader, build_model, build_trainer, open_shards
+from regpt.runs.folder import device_name, source_commit
+from regpt.tools.bench.active import attention_backend, computing_dtype, replaced_ops, versions
+from regpt.tools.bench.invent import MEAN_LENGTH, document_lengths, invent_shards
+from regpt.tools.bench.steps import StepTimes, speed, time_steps
+from regpt.train.config import PrecisionName
+from regpt.train.metrics import peak_memory_gib
+from regpt.train.optim import make_optimizer
+from regpt.train.peak import PRODUCT_SIZE, device_figures, matmul_flops, synchronize
+from regpt.train.trainer import Trainer
+
+Progress = Callable[[str], None]
+AdamW = torch.optim.AdamW
+INVENTED = "invented tokens"
+GPU_PRODUCT = 8192  # large enough for a data centre's GPU to show its best
+PRODUCT_SECONDS = 0.5  # long enough for it to slow down to what its power supply allows
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which steps are timed: `steps` of them, after `warmup` others."""
+
+    steps: int
+    warmup: int
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "warmup"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name} is {getattr(self, name)}, must be at least 1")
+
+
+def shortened(config: RunConfig, window: Window) -> RunConfig:
+    """`config` for so many steps; the learning rate follows no schedule that could be too long for them."""
+    train = replace(config.train, steps=window.warmup + window.steps)
+    return replace(config, train=train, optim=replace(config.optim, schedule="constant", decay_steps=None))
+
+
+def check(config: RunConfig, processes: int) -> None:
+    """Raise what `bench_train` would for data or a batch that do not fit, before any process is started."""
+    data = config.data
+    check_batch(data.seq_len, config.train.batch_tokens, config.train.micro_batch_rows, processes)
+    if data.path or data.mixture:
+        build_loader(config, open_shards(config), Mesh(0, processes, torch.device("cpu")))
+
+
+@contextlib.contextmanager
+def opened_data(config: RunConfig) -> Iterator[tuple[RunConfig, Corpus]]:
+    """The data that `config` names, or invented data in its place, which exists within the context."""
+    with tempfile.TemporaryDirectory(prefix="regpt-bench-", ignore_cleanup_errors=True) as folder:
+        if not config.data.path and not config.data.mixture:
+            shards = Path(folder) / "shards"
+            tokens = 4 * config.train.batch_tokens + 1_000_000  # enough for every order, little to write
+            invent_shards(shards, document_lengths(tokens // MEAN_LENGTH), config.model.vocab_size)
+            config = replace(config, data=replace(config.data, path=str(shards), tokenizer=""))
+        yield config, open_shards(config)
+
+
+@contextlib.contextmanager
+def opened_trainer(
+    config: RunConfig,
+    mesh: Mesh,
+    corpus: Corpus,
+    ops: Ops = PLAIN,
+    adamw: Callable[[AdamW], AdamW] = lambda optimizer: optimizer,
+) -> Iterator[Trainer]:
+    """A trainer as `regpt train` builds it, with other operations or another form of its optimizer where given."""
+    model = initialize(build_model(config, mesh.device, ops), config.train.seed)
+    optimizer = adamw(make_optimizer(model, config.optim, mesh.device))
+    with Prefetcher(build_loader(config, corpus, mesh), steps=config.train.steps) as batches:
+        yield build_trainer(config, mesh, model, optimizer, batches)
+
+
+def bench_train(
+    config: RunConfig, window: Window, *, recipe: str, imported_s: float, progress: Progress
+) -> dict[str, Any] | None:
+    """Time the training of `config`; the report, None in all processes but the main one.
+
+    Args:
+        recipe: what the user called it.
+        imported_s: seconds that the caller has spent on imports.
+    """
+    source = config.data.path or " + ".join(config.data.mixture) or INVENTED
+    with open_mesh(config.train.device) as mesh, opened_data(shortened(config, window)) as (config, corpus):
+        progress("building")
+        started = time.perf_counter()
+        with opened_trainer(config, mesh, corpus) as trainer:
+            synchronize(mesh.device)
+            built_s = time.perf_counter() - started
+            times = time_steps(trainer, window.warmup, progress)
+            report = {
+                "kind": "bench train",
+                "recipe": recipe,
+                "data": source,
+                **describe(trainer, config, mesh),
+                "steps": window.steps,
+                "warmup": window.warmup,
+                **speed(times, config.train.batch_tokens, trainer.flops_per_token, mesh.world_size),
+                "peak_memory_gib": greatest(mesh, peak_memory_gib(mesh.device)),
+                "peak_memory_of": "gpu" if mesh.device.type == "cuda" else "process",
+                "first_step": first_step(times, imported_s, built_s),
+                "loss": [row["loss"] for row in (times.rows[0], times.rows[-1])],
+            }
+        del trainer  # its memory is needed for the product
+        free_memory(mesh.device)
+        progress("a large matrix product")
+        report |= utilisation(report["flops_per_s"], mesh, config.train.precision)
+    return report if mesh.is_main else None
+
+
+def describe(trainer: Trainer, config: RunConfig, mesh: Mesh) -> dict[str, Any]:
+    """What runs, where and how."""
+    model, train = trainer.model, trainer.config
+    dtype = computing_dtype(train.precision)
+    micro_batch_tokens = train.micro_batch_rows * config.data.seq_len * mesh.world_size
+    return {
+        "device": device_name(mesh.device),
+        "world_size": mesh.world_size,
+        "model": asdict(model.config),
+        "parameters": count_parameters(model),
+        "seq_len": config.data.seq_len,
+        "batch_tokens": train.batch_tokens,
+        "micro_batch_rows": train.micro_batch_rows,
+        "accumulation": train.batch_tokens // micro_batch_tokens,
+        "precision": train.precision,
+        "compile": train.compile,
+        "pad_vocab": train.pad_vocab,
+        "document_mask": config.data.document_mask,
+        "attention": attention_backend(model.config, config.data.seq_len, dtype, mesh.device),
+        "replaced_ops": replaced_ops(model.ops),
+        "fused_adamw": bool(trainer.optimizer.defaults.get("fused")),
+        "versions": {**versions(), "commit": source_commit()},
+    }
+
+
+def first_step(times: StepTimes, imported_s: float, built_s: float) -> dict[str, Any]:
+    """Seconds from the command's start to the end of the first update, by what they went into."""
+    compile_s = times.compile_s or 0.0
+    return {
+        "imports_s": imported_s,
+        "building_s": built_s,
+        "compile_s": compile_s,
+        "compile_cache": times.compile_cache,
+        "update_s": times.first_s - compile_s,
+        "total_s": imported_s + built_s + times.first_s,
+    }
+
+
+def utilisation(flops_per_s: float, mesh: Mesh, precision: PrecisionName) -> dict[str, Any]:
+    """The share of what all devices could do: by their data sheet, and by a large product measured on each at once."""
+    on_gpu = mesh.device.type == "cuda"
+    n, product = (GPU_PRODUCT, "bf16") if on_gpu else (PRODUCT_SIZE[mesh.device.type], precision)
+    reached = matmul_flops(mesh.device, product, n, seconds=PRODUCT_SECONDS)
+    measured = mesh.sum(torch.tensor(reached / 1e12, device=mesh.device)).item()
+    sheet = device_figures(mesh.device)
+    listed = sheet.peak_flops / 1e12 * mesh.world_size if sheet else None
+    return {
+        "data_sheet": {"tflops": listed, "precision": sheet.peak_precision, "source": sheet.source} if sheet else None,
+        "mfu": flops_per_s / listed / 1e12 if listed else None,
+        "product": {"n": n, "precision": product, "tflops": measured},
+        "share_of_product": flops_per_s / measured / 1e12,
+    }
+
+
+def greatest(mesh: Mesh, value: float | None) -> float | None:
+    """The largest `value` of all processes; None where nothing counts it."""
+    values = torch.zeros(mesh.world_size, device=mesh.device)
+    values[mesh.rank] = value or 0.0
+    return mesh.sum(values).max().item() or None
+
+
+def free_memory(device: torch.device) -> None:
+    """Let go of compiled graphs and cached memory, and count peaks from here."""
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)

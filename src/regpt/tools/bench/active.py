@@ -1,0 +1,53 @@
+"""What is active: operations, attention backend, versions. Asked for where it runs, not guessed."""
+
+import platform
+from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from torch.nn.attention import SDPBackend
+
+import regpt
+from regpt.model.config import ModelConfig
+from regpt.model.ops import PLAIN, Ops
+
+
+def replaced_ops(ops: Ops) -> dict[str, str]:
+    """Operation → what computes it, for those of `ops` that are not the plain ones."""
+    chosen = {field.name: getattr(ops, field.name) for field in fields(ops)}
+    return {
+        name: f"{getattr(op, '__module__', '')}.{getattr(op, '__qualname__', type(op).__name__)}"
+        for name, op in chosen.items()
+        if op is not getattr(PLAIN, name)
+    }
+
+
+def attention_backend(config: ModelConfig, seq_len: int, dtype: torch.dtype, device: torch.device) -> str:
+    """What torch's scaled_dot_product_attention computes causal attention of this shape with: flash, cudnn, math, …"""
+    shape = (1, config.n_head, seq_len, config.n_embd // config.n_head)  # (B, H, T, D)
+    q = torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
+    choose = torch._fused_sdp_choice  # pyright: ignore[reportPrivateImportUsage]  (nothing public says it)
+    choice = choose(q, q, q, attn_mask=None, dropout_p=0.0, is_causal=True)
+    return SDPBackend(choice).name.lower().removesuffix("_attention")
+
+
+def computing_dtype(precision: str) -> torch.dtype:
+    """What matrix products compute in under this precision (TF32 products are of float32 numbers)."""
+    return {"fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+
+
+def versions() -> dict[str, str | int | None]:
+    """Of regpt, Python and what computes."""
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = None
+    return {
+        "regpt": regpt.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
+        "triton": triton,
+        "system": platform.platform(),
+    }

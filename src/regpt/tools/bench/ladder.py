@@ -1,0 +1,153 @@
+"""The ladder of "Let's reproduce GPT-2 (124M)" (Karpathy 2024): the same step, made faster by one change at a time.
+
+A rung is a list of changes that stay in force on all later rungs. To add one, append it to `LADDER`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from regpt.model.config import ModelConfig
+
+LECTURE_MODEL = ModelConfig()  # GPT-2 124M
+LECTURE_ROWS, LECTURE_SEQ_LEN = 16, 1024
+
+AttentionForm = Literal["explicit", "torch"]
+AdamWForm = Literal["default", "fused"]
+Need = Literal["tf32", "bf16", "compile", "flash"]
+RECIPE = "the recipe's"  # a change to the value that the recipe itself has
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One change, or several that belong together.
+
+    Attributes:
+        name: what is changed.
+        changes: configuration keys (`train.precision`) and their values from here on; `RECIPE` for the recipe's own.
+        attention: from here on; `explicit` is softmax(q·kᵀ)·v written out, `torch` scaled_dot_product_attention.
+        adamw: from here on; `default` is what PyTorch does when it is not asked for `fused`.
+        needs: what the device must be able to do; without it the rung is skipped and changes nothing.
+        lecture_ms: milliseconds on the lecture's A100 for 16,384 tokens of GPT-2 124M.
+    """
+
+    name: str
+    changes: Mapping[str, object] = field(default_factory=dict)
+    attention: AttentionForm | None = None
+    adamw: AdamWForm | None = None
+    needs: Need | None = None
+    lecture_ms: float | None = None
+
+
+LADDER = (
+    Rung(
+        "float32",
+        {"train.precision": "fp32", "train.compile": False, "train.pad_vocab": False},
+        attention="explicit",
+        adamw="default",
+        lecture_ms=1000,
+    ),
+    Rung("TF32", {"train.precision": "tf32"}, needs="tf32", lecture_ms=333),
+    Rung("bfloat16", {"train.precision": "bf16"}, needs="bf16", lecture_ms=300),
+    Rung("torch.compile", {"train.compile": True}, needs="compile", lecture_ms=130),
+    Rung("flash attention", attention="torch", needs="flash", lecture_ms=96),
+    Rung("padded vocabulary", {"train.pad_vocab": True}, lecture_ms=93),
+    Rung("fused AdamW", adamw="fused", lecture_ms=90),
+    Rung("the recipe's batch", {"train.batch_tokens": RECIPE, "train.micro_batch_rows": RECIPE}, attention="torch"),
+)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that is in force on a rung; fields as in `Rung`."""
+
+    changes: Mapping[str, object]
+    attention: AttentionForm
+    adamw: AdamWForm
+
+
+def climb(rungs: Sequence[Rung], missing: Callable[[Need], str | None]) -> list[tuple[Rung, Setup | str]]:
+    """Each rung with what is in force on it, or with the reason why this device skips it.
+
+    `missing(need)` says what the device lacks, None where it lacks nothing.
+    """
+    state = Setup({}, "torch", "fused")
+    climbed: list[tuple[Rung, Setup | str]] = []
+    for rung in rungs:
+        reason = missing(rung.needs) if rung.needs else None
+        if reason is None:
+            state = Setup(
+                {**state.changes, **rung.changes}, rung.attention or state.attention, rung.adamw or state.adamw
+            )
+        climbed.append((rung, state if reason is None else reason))
+    return climbed
+
+
+def with_factors(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`rows` with `factor`, how much faster than the rung measured before, and `total`, than the first one measured.
+
+    Rows without `ms` were skipped and get neither.
+    """
+    done: list[dict[str, Any]] = []
+    times = [row["ms"] for row in rows if row.get("ms")]
+    before = None
+    for row in rows:
+        if row.get("ms"):
+            row = row | {"factor": before / row["ms"] if before else 1.0, "total": times[0] / row["ms"]}
+            before = row["ms"]
+        done.append(row)
+    return done
+
+
+def is_lectures(model: ModelConfig, tokens: int, seq_len: int) -> bool:
+    """True when a ladder does the work of the lecture's, so that the two can stand side by side."""
+    return model == LECTURE_MODEL and seq_len == LECTURE_SEQ_LEN and tokens == LECTURE_ROWS * LECTURE_SEQ_LEN
+
+
+def missing(need: Need, device: torch.device) -> str | None:
+    """Why `device` does not do `need`, found by trying; None when it does."""
+    return {"tf32": lacks_tf32, "bf16": lacks_bf16, "compile": lacks_compile, "flash": lacks_flash}[need](device)
+
+
+def lacks_tf32(device: torch.device) -> str | None:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return None
+    return "TensorFloat-32 needs an NVIDIA GPU of the Ampere generation or newer"  # elsewhere the switch is ignored
+
+
+def lacks_bf16(device: torch.device) -> str | None:
+    x = torch.ones(8, 8, device=device, requires_grad=True)
+    try:
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            (x @ x).float().sum().backward()
+    except RuntimeError as error:
+        return f"no bfloat16 here ({first_line(error)})"
+    return None
+
+
+def lacks_compile(device: torch.device) -> str | None:
+    x = torch.ones(8, device=device, requires_grad=True)
+    try:
+        torch.compile(lambda y: (y.sin() * 2).sum())(x).backward()
+    except (RuntimeError, ImportError) as error:
+        return f"torch.compile does not work here ({first_line(error)})"
+    return None
+
+
+def lacks_flash(device: torch.device) -> str | None:
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    q = torch.ones(1, 1, 64, 64, device=device, dtype=dtype, requires_grad=True)
+    try:
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]):
+            F.scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()
+    except RuntimeError as error:
+        return f"no flash attention here ({first_line(error)})"
+    return None
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:100]

@@ -1,0 +1,122 @@
+"""How long the steps of a trainer take, and what the numbers are that one reads off them."""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from regpt.train.trainer import Actions, Every, Row, Trainer
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """What `time_steps` saw.
+
+    Attributes:
+        first_s: seconds of the first update, compilation included.
+        steady_ms: milliseconds of each update after the warm-up, from the end of the one before.
+        compile_s: the part of the first update that torch.compile says it took; None where it did nothing.
+        compile_cache: `cold`, `warm` or `partly warm`: whether compiled code came from the disk; None where nothing was
+            compiled.
+        rows: the trainer's own row of metrics of every update.
+    """
+
+    first_s: float
+    steady_ms: tuple[float, ...]
+    compile_s: float | None
+    compile_cache: str | None
+    rows: tuple[Row, ...]
+
+
+def time_steps(trainer: Trainer, warmup: int, progress: Callable[[str], None] = lambda text: None) -> StepTimes:
+    """Run `trainer` to its last step through its own loop; the first `warmup` steps are not counted as steady.
+
+    The clock is read after each update: it holds everything that a run spends on a step, the loader's work too. What
+    the device still does then (the optimizer's update) counts towards the next step.
+    """
+    assert 0 < warmup < trainer.config.steps
+    clock = [time.perf_counter()]
+    rows: list[Row] = []
+
+    def log(row: Row) -> None:
+        clock.append(time.perf_counter())
+        rows.append(row)
+        progress(f"step {len(rows)} of {trainer.config.steps}")
+
+    nothing = Actions(log=log, validate=ignore, sample=ignore, save=ignore, stop_requested=lambda: False)
+    before = compile_counts()
+    progress("first step")
+    trainer.fit(nothing, Every(validate=0, sample=0, save=0))
+    compile_s, cache = compile_costs(before, compile_counts())
+    steady = [(end - begin) * 1e3 for begin, end in zip(clock[warmup:], clock[warmup + 1 :])]
+    return StepTimes(clock[1] - clock[0], tuple(steady), compile_s, cache, tuple(rows))
+
+
+def ignore(step: int) -> None:
+    """An action that does nothing."""
+
+
+# What torch counts of its compiler, by the name of a phase: the graph of the forward pass with everything inside it,
+# and the backward pass where it is compiled later.
+PHASES = ("_compile.compile_inner", "backward._backward_impl")
+
+
+def compile_counts() -> dict[str, float]:
+    """Seconds of compilation, and hits and misses of the compiler's cache on disk, in this process so far."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # seconds to import, and there as soon as something is compiled
+    if dynamo is None:
+        return {"seconds": 0, "hits": 0, "misses": 0}
+    seconds = {name: sum(dynamo.compilation_time_metrics.get(name, [])) for name in PHASES}
+    inductor = dynamo.counters["inductor"]
+    return {
+        "seconds": sum(seconds.values()),
+        "hits": inductor["fxgraph_cache_hit"],
+        "misses": inductor["fxgraph_cache_miss"] + inductor["fxgraph_cache_bypass"],
+    }
+
+
+def compile_costs(before: dict[str, float], after: dict[str, float]) -> tuple[float | None, str | None]:
+    """Seconds of compilation between two counts, and whether the cache was warm; None, None without a compilation."""
+    seconds, hits, misses = (after[name] - before[name] for name in ("seconds", "hits", "misses"))
+    if not seconds:
+        return None, None
+    return seconds, "cold" if not hits else "partly warm" if misses else "warm"
+
+
+def spread(milliseconds: Sequence[float]) -> dict[str, float]:
+    """Median, 10th and 90th percentile, mean, extremes, and the relative distance of the percentiles (`spread`)."""
+    ordered = sorted(milliseconds)
+    median, p10, p90 = (percentile(ordered, share) for share in (0.5, 0.1, 0.9))
+    return {
+        "median": median,
+        "p10": p10,
+        "p90": p90,
+        "mean": math.fsum(ordered) / len(ordered),
+        "min": ordered[0],
+        "max": ordered[-1],
+        "spread": (p90 - p10) / median,
+    }
+
+
+def percentile(ordered: Sequence[float], share: float) -> float:
+    """The value below which `share` of the `ordered` values lie, between two of them by linear interpolation."""
+    place = share * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def speed(times: StepTimes, tokens: int, flops_per_token: int, world_size: int) -> dict[str, Any]:
+    """Milliseconds a step, tokens/s (all processes; each) and FLOP/s (all), from the median of the steady steps."""
+    ms = spread(times.steady_ms)
+    tokens_per_s = tokens / ms["median"] * 1e3
+    return {
+        "step_ms": ms,
+        "steps_ms": [round(value, 3) for value in times.steady_ms],
+        "tokens_per_s": tokens_per_s,
+        "tokens_per_s_per_device": tokens_per_s / world_size,
+        "flops_per_token": flops_per_token,
+        "flops_per_s": tokens_per_s * flops_per_token,
+    }

@@ -1,0 +1,218 @@
+"""`regpt bench train`: what it reports, that it runs what `regpt train` runs, and every mistake in one sentence."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import tiny
+from regpt.__main__ import main
+from regpt.config import read_config
+from regpt.model.ops import PLAIN
+from regpt.parallel.mesh import open_mesh
+from regpt.runs.bench import Window, bench_train, greatest
+from regpt.tools.bench.active import attention_backend, replaced_ops
+from regpt.tools.bench.explicit import EXPLICIT
+from regpt.tools.bench.steps import compile_costs, compile_counts, spread, time_steps
+from regpt.tools.bench.tables import train_table
+from regpt.train.metrics import flops_per_token
+from tiny import IMPORTS_COMPILER
+
+FAST = ("--steps", 3, "--warmup", 2)
+
+
+def one_sentence(err: str) -> bool:
+    return err.startswith("regpt: ") and err.count("\n") == 1 and "Traceback" not in err
+
+
+@pytest.fixture
+def report(bench, recipe: str, tmp_path: Path) -> dict:
+    code, _, err = bench("train", recipe, *FAST, "--json", tmp_path / "report.json")
+    assert code == 0, err
+    return json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+
+
+def test_the_report_has_what_the_page_says(report: dict, recipe: str):
+    config = read_config(recipe)
+    assert report["kind"] == "bench train"
+    assert report["recipe"] == recipe
+    assert report["data"] == "invented tokens"
+    assert (report["world_size"], report["accumulation"], report["micro_batch_rows"]) == (1, 2, 4)
+    assert report["flops_per_token"] == flops_per_token(config.model, 16)
+    assert report["parameters"] == 300 * 16 + 16 * 16 + 12 * 16 * 16 + 13 * 16 + 2 * 16
+    assert len(report["steps_ms"]) == report["steps"] == 3
+    ms = report["step_ms"]
+    assert ms["min"] <= ms["p10"] <= ms["median"] <= ms["p90"] <= ms["max"]
+    assert report["tokens_per_s"] == pytest.approx(128e3 / ms["median"])
+    assert report["tokens_per_s_per_device"] == report["tokens_per_s"]
+    assert report["share_of_product"] == pytest.approx(
+        report["tokens_per_s"] * report["flops_per_token"] / report["product"]["tflops"] / 1e12
+    )
+    assert report["product"]["precision"] == "fp32"
+    first = report["first_step"]
+    parts = first["imports_s"] + first["building_s"] + first["compile_s"] + first["update_s"]
+    assert first["total_s"] == pytest.approx(parts)
+    assert (first["compile_s"], first["compile_cache"]) == (0, None)
+    assert report["versions"]["torch"] == torch.__version__
+    assert (report["precision"], report["compile"], report["fused_adamw"]) == ("fp32", False, True)
+
+
+def test_the_table_has_one_row_a_figure(report: dict):
+    names = list(train_table(report).columns[0].cells)
+    assert [str(name) for name in names] == [
+        "tokens/s",
+        "a step",
+        "MFU, data sheet",
+        "of a product",
+        "peak memory",
+        "first step after",
+        "batch",
+        "active",
+        "versions",
+    ]
+    listed = {"tflops": 989.4, "precision": "bf16", "source": ""}
+    on_gpu = train_table(report | {"data_sheet": listed, "mfu": 0.5, "world_size": 2, "peak_memory_of": "gpu"})
+    cells = [str(cell) for cell in on_gpu.columns[1].cells]
+    assert "each of 2" in cells[0]
+    assert cells[2] == "50.0% of 989.4 TFLOP/s, dense bf16"
+    assert "on the GPU, the largest of all processes" in cells[4]
+
+
+def test_it_trains_what_regpt_train_trains(bench, recipe: str, shards: Path, tmp_path: Path):
+    flags = ["--data", shards, "--optim.schedule", "constant", "--sample.prompt", "ba"]
+    code, out, err = bench("train", recipe, *FAST, *flags, "--json", "-")
+    assert code == 0, err
+    short = ["--train.steps", "5", "--sample.max-new-tokens", "2"]
+    assert main(["train", recipe, *map(str, flags), *short, "--out", str(tmp_path / "run")]) == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    losses = [row["loss"] for row in map(json.loads, lines) if row["kind"] == "train"]
+    assert json.loads(out)["loss"] == [losses[0], losses[-1]]
+
+
+def timed(recipe: str) -> dict | None:
+    """What each process of `regpt bench train` does."""
+    return bench_train(read_config(recipe), Window(3, 2), recipe="tiny", imported_s=0, progress=lambda text: None)
+
+
+def test_two_processes_report_together_and_each(recipe: str):
+    report, other = tiny.in_processes(2, timed, recipe)
+    assert other is None
+    assert (report["world_size"], report["accumulation"]) == (2, 1)
+    assert report["tokens_per_s"] == pytest.approx(2 * report["tokens_per_s_per_device"])
+    assert report["tokens_per_s"] == pytest.approx(128e3 / report["step_ms"]["median"])
+
+
+def test_the_largest_memory_of_all_processes_is_reported():
+    assert tiny.in_processes(2, largest_of_ranks) == [2.0, 2.0]
+    assert greatest(tiny.ALONE, None) is None
+
+
+def largest_of_ranks() -> float | None:
+    with open_mesh("cpu") as mesh:
+        return greatest(mesh, float(mesh.rank + 1))
+
+
+def test_a_step_lasts_from_the_end_of_the_one_before(monkeypatch: pytest.MonkeyPatch):
+    trainer = tiny.build_trainer(tiny.build_model(), tiny.Rows(), train=replace(tiny.TRAIN, steps=5))
+    update, now = trainer.update, [0.0]
+    monkeypatch.setattr("regpt.tools.bench.steps.time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def slow_update():
+        row = update()
+        now[0] += trainer.step**2  # seconds: 1, 4, 9, 16, 25
+        return row
+
+    trainer.update = slow_update
+    times = time_steps(trainer, warmup=2)
+    assert times.first_s == 1
+    assert times.steady_ms == (9e3, 16e3, 25e3)
+    assert [row["step"] for row in times.rows] == [1, 2, 3, 4, 5]
+    assert (times.compile_s, times.compile_cache) == (None, None)
+
+
+def test_the_spread_is_that_of_the_percentiles():
+    numbers = spread([5.0, 1.0, 4.0, 2.0, 3.0])
+    assert (numbers["median"], numbers["min"], numbers["max"], numbers["mean"]) == (3, 1, 5, 3)
+    assert (numbers["p10"], numbers["p90"]) == pytest.approx((1.4, 4.6))
+    assert numbers["spread"] == pytest.approx(3.2 / 3)
+    assert spread([7.0])["p10"] == spread([7.0])["p90"] == 7
+
+
+def test_compilation_is_told_apart_and_its_cache_named():
+    none = {"seconds": 0.0, "hits": 0, "misses": 0}
+    assert compile_costs(none, none) == (None, None)
+    assert compile_costs(none, {"seconds": 3.0, "hits": 0, "misses": 2}) == (3, "cold")
+    assert compile_costs({"seconds": 1.0, "hits": 1, "misses": 0}, {"seconds": 3.0, "hits": 3, "misses": 0}) == (
+        2,
+        "warm",
+    )
+    assert compile_costs(none, {"seconds": 3.0, "hits": 1, "misses": 1}) == (3, "partly warm")
+
+
+@IMPORTS_COMPILER
+def test_torch_counts_its_compilations():
+    before = compile_counts()
+    torch.compile(lambda x: (x * 3).sum())(torch.ones(3, requires_grad=True)).backward()
+    seconds, cache = compile_costs(before, compile_counts())
+    assert seconds > 0
+    assert cache in ("cold", "warm")
+
+
+def test_caches_are_fresh_within_and_back_after(monkeypatch: pytest.MonkeyPatch):
+    from regpt.cli.bench import CACHES, fresh_caches
+
+    monkeypatch.setenv(CACHES[0], "mine")
+    monkeypatch.delenv(CACHES[1], raising=False)
+    with fresh_caches():
+        inside = [os.environ[name] for name in CACHES]
+        assert len(set(inside) | {"mine"}) == 3
+    assert os.environ[CACHES[0]] == "mine"
+    assert CACHES[1] not in os.environ
+
+
+def test_what_is_active_is_named():
+    assert replaced_ops(PLAIN) == {}
+    assert replaced_ops(EXPLICIT) == {"attention": "regpt.tools.bench.explicit.explicit_attention"}
+    assert attention_backend(tiny.CONFIG, 16, torch.float32, tiny.CPU) == "flash"  # torch has one for CPUs
+    assert attention_backend(tiny.CONFIG, 16, torch.float64, tiny.CPU) in ("flash", "math")
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "parts"),
+    [
+        (["--steps", "0"], 2, ["--steps is 0", "at least 1"]),
+        (["--warmup", "0"], 2, ["--warmup is 0", "at least 1"]),
+        (["--nproc", "-1"], 2, ["--nproc is -1", "at least 1"]),
+        (["--nproc", "3"], 2, ["3 processes", "192"]),
+        (["--nproc", "16"], 2, ["16 processes", "8 rows"]),
+        (["--data", "/no/such/folder"], 1, ["/no/such/folder", "does not exist"]),
+        (["--json", "no/such/folder/x.json"], 1, ["no/such/folder/x.json", "make it first"]),
+        (["--train.stepz", "3"], 2, ["--train.stepz"]),
+        (["--data.seq-len", "32"], 2, ["data.seq_len 32 is longer than model.max_seq_len 16"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_a_mistake_is_one_sentence(bench, recipe: str, flags, code: int, parts):
+    got, out, err = bench("train", recipe, *flags)
+    assert (got, out) == (code, ""), err
+    assert one_sentence(err), err
+    for part in parts:
+        assert part in err
+
+
+def test_data_of_another_vocabulary_is_refused_before_the_model_is_built(bench, recipe: str, shards: Path):
+    code, _, err = bench("train", recipe, "--data", shards, "--model.vocab-size", "301")
+    assert code == 1
+    assert "vocabulary of 300" in err
+
+
+@pytest.mark.parametrize("args", [[], ["trian", "x"], ["train"], ["train", "gpt2-125m"]], ids=" ".join)
+def test_what_is_missing_or_unknown_is_said(bench, args: list[str]):
+    code, _, err = bench(*args)
+    assert code == 2
+    assert one_sentence(err)
+    assert "train" in err or "gpt2-124m" in err
