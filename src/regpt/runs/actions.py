@@ -17,7 +17,7 @@ from regpt.evals.perplexity import LossSums, finish, sum_losses
 from regpt.model.transformer import Transformer
 from regpt.model.weights import count_parameters
 from regpt.parallel.mesh import Mesh
-from regpt.runs.build import Corpus, count_validation_rows, validation_batches
+from regpt.runs.build import Corpus, choose_kernels, count_validation_rows, validation_batches
 from regpt.runs.folder import JsonLines, device_name
 from regpt.runs.terminal import Terminal
 from regpt.sample.generate import write_samples
@@ -133,9 +133,11 @@ def summary(job: Job) -> str:
     config, mesh = job.config, job.mesh
     name = device_name(mesh.device)
     rows = config.train.micro_batch_rows * mesh.world_size * config.data.seq_len
+    kernels = choose_kernels(config, job.model, mesh.device)
     return (
         f"{count_parameters(job.model):,} parameters on {mesh.world_size} × {name}, {config.train.precision}"
-        f"{', compiled' if config.train.compile else ''}; {config.train.batch_tokens:,} tokens a step "
+        f"{', compiled' if config.train.compile and kernels.name == 'plain' else ''}, {kernels.name} kernels "
+        f"({kernels.reason}); {config.train.batch_tokens:,} tokens a step "
         f"({config.train.batch_tokens // rows} × {mesh.world_size} × {config.train.micro_batch_rows} rows of "
         f"{config.data.seq_len}); {job.corpus.tokens('train'):,} training tokens, tokenizer "
         f"{job.corpus.tokenizer.name}"

@@ -19,6 +19,7 @@ from regpt.data.rows import Rows, open_rows
 from regpt.data.stream import TokenStream, open_stream
 from regpt.errors import UsageError, UserError
 from regpt.evals.perplexity import count_rows
+from regpt.kernels.select import Kernels, choose
 from regpt.model.ops import PLAIN, Ops
 from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import Mesh
@@ -172,9 +173,17 @@ def build_trainer(
 ) -> Trainer:
     """The trainer of a run after `step` updates; sets how this process multiplies float32 matrices."""
     set_matmul_precision(config.train.precision)
-    loss_sum = make_loss_sum(model, config.train.precision, mesh.device, config.train.compile)
+    train = config.train
+    loss_sum = make_loss_sum(
+        model, train.precision, mesh.device, train.compile, choose_kernels(config, model, mesh.device).name
+    )
     lr_at = make_schedule(config.optim, config.train.steps)
     return Trainer(model, loss_sum, optimizer, lr_at, batches, mesh, config.train, step=step)
+
+
+def choose_kernels(config: RunConfig, model: Transformer, device: torch.device) -> Kernels:
+    """The path that computes the loss; raises what `kernels.select.choose` does."""
+    return choose(config.train.kernels, model, device, config.train.precision)
 
 
 def mask_token(config: RunConfig, corpus: Corpus) -> int | None:

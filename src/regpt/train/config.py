@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from regpt.errors import UsageError
+from regpt.kernels.select import KernelsName
 
 PrecisionName = Literal["fp64", "fp32", "tf32", "bf16"]
 
@@ -38,7 +39,10 @@ class TrainConfig:
     precision: PrecisionName = "bf16"
     """fp32; tf32: float32 with TensorFloat-32 products; bf16: bfloat16 autocast, float32 weights; fp64 for tests."""
     compile: bool = True
-    """Compile the training step with torch.compile."""
+    """Compile the training step with torch.compile; of no effect with the fused kernels."""
+    kernels: KernelsName = "auto"
+    """plain: the model as it is written; fused: the hand-written path for one NVIDIA GPU each; auto: fused where it was
+    measured to be faster."""
     grad_clip: float = 1.0
     """Largest gradient norm, larger ones are scaled down (GPT-3 paper, appendix B); 0 clips nothing."""
     pad_vocab: bool = True

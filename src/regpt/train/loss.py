@@ -1,11 +1,13 @@
 """A micro-batch's summed loss in the precision of the run, compiled if asked for."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from regpt.data.batch import IGNORE_INDEX, Batch
+from regpt.kernels.select import fused_loss
 from regpt.model.loss import loss_sum as summed_loss
 from regpt.model.transformer import Transformer
 from regpt.train.config import PrecisionName
@@ -14,12 +16,21 @@ from regpt.train.precision import autocast
 LossSum = Callable[[Batch], Tensor]
 
 
-def make_loss_sum(model: Transformer, precision: PrecisionName, device: torch.device, compile: bool) -> LossSum:
+def make_loss_sum(
+    model: Transformer,
+    precision: PrecisionName,
+    device: torch.device,
+    compile: bool,
+    kernels: Literal["plain", "fused"] = "plain",
+) -> LossSum:
     """`loss_sum(batch)`: cross-entropy in nats summed over the valid targets of `batch`, a float32 scalar.
 
     Compiled, it is the model's forward and the loss in one graph; the model itself is left as it is, so sampling and
-    evaluation go on using it.
+    evaluation go on using it. Fused (`kernels.gpt2`), gradients go straight to `.grad` of the parameters.
     """
+    if kernels == "fused":
+        of_tokens = fused_loss(model, device)
+        return lambda batch: of_tokens(*batch)
 
     def loss_sum(batch: Batch) -> Tensor:
         with autocast(precision, device):

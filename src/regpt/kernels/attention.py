@@ -1,0 +1,222 @@
+"""Causal attention on the packed product of queries, keys and values, forward and backward, by cuDNN.
+
+`scaled_dot_product_attention` reaches the same cuDNN kernels, but its backward returns three gradients that must be
+copied into one before the next matrix product (six passes over (B, T, C) in each layer). cuDNN itself reads and writes
+any strides, so here it does so on the packed tensors: `nvidia-cudnn-frontend` (extra `hopper`) describes the graph.
+Algorithm: FlashAttention-2 (Dao 2023).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regpt.model.ops import attention, document_mask
+
+CUDNN_TYPES = {torch.bfloat16: "BFLOAT16", torch.float16: "HALF", torch.float32: "FLOAT", torch.int32: "INT32"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Rows and heads of one packed product; documents is how many sequences `cu_seqlens` may hold, 0 without it."""
+
+    B: int
+    T: int
+    H: int
+    D: int
+    dtype: torch.dtype
+    documents: int = 0
+
+    @property
+    def C(self) -> int:
+        return self.H * self.D
+
+    @property
+    def sequences(self) -> int:
+        return self.documents or self.B
+
+
+@dataclass
+class Graph:
+    """A cuDNN graph that was built, its tensors by name, and the workspace it asks for."""
+
+    graph: Any
+    tensors: dict[str, Any]
+    workspace_bytes: int
+
+
+class CudnnAttention:
+    """Attention on one device. `qkv` is (B, T, 3·C), the heads of the queries first, then keys, then values.
+
+    Raises:
+        ImportError: `nvidia-cudnn-frontend` is not installed.
+    """
+
+    name = "cudnn"
+
+    def __init__(self, device: torch.device, *, deterministic: bool = False):
+        import cudnn  # pyright: ignore[reportMissingImports]
+
+        self.cudnn, self.device, self.deterministic = cudnn, device, deterministic
+        self.handle = cudnn.create_handle()
+        self.graphs: dict[tuple[Shape, bool], Graph] = {}
+
+    def forward(self, qkv: Tensor, n_head: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The heads' outputs (B, T, C) and the log of each softmax's sum, float32, as the backward wants it."""
+        shape = shape_of(qkv, n_head, cu_seqlens)
+        graph = self.graph(shape, backward=False)
+        out = qkv.new_empty(shape.B, shape.T, shape.C)
+        stats = qkv.new_empty(shape.sequences, shape.H, shape.T, 1, dtype=torch.float32)
+        q, k, v = qkv.chunk(3, dim=-1)
+        self.run(graph, {"q": q, "k": k, "v": v, "o": out, "stats": stats} | lengths(shape, cu_seqlens))
+        return out, stats
+
+    def backward(
+        self, dout: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, n_head: int, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        """Gradient of `qkv`, (B, T, 3·C), packed as it is."""
+        shape = shape_of(qkv, n_head, cu_seqlens)
+        graph = self.graph(shape, backward=True)
+        dqkv = torch.empty_like(qkv)
+        q, k, v = qkv.chunk(3, dim=-1)
+        dq, dk, dv = dqkv.chunk(3, dim=-1)
+        pointers = {"q": q, "k": k, "v": v, "o": out, "do": dout, "stats": stats, "dq": dq, "dk": dk, "dv": dv}
+        self.run(graph, pointers | lengths(shape, cu_seqlens))
+        return dqkv
+
+    def run(self, graph: Graph, pointers: dict[str, Tensor]) -> None:
+        workspace = torch.empty(max(graph.workspace_bytes, 1), dtype=torch.uint8, device=self.device)
+        self.cudnn.set_stream(handle=self.handle, stream=torch.cuda.current_stream(self.device).cuda_stream)
+        pack = {graph.tensors[name]: tensor.data_ptr() for name, tensor in pointers.items()}
+        graph.graph.execute(pack, workspace.data_ptr(), handle=self.handle)
+
+    def graph(self, shape: Shape, *, backward: bool) -> Graph:
+        key = (shape, backward)
+        if key not in self.graphs:
+            self.graphs[key] = self.build(shape, backward)
+        return self.graphs[key]
+
+    def build(self, shape: Shape, backward: bool) -> Graph:
+        cudnn = self.cudnn
+        graph = cudnn.pygraph(
+            io_data_type=self.type(shape.dtype),
+            intermediate_data_type=cudnn.data_type.FLOAT,
+            compute_data_type=cudnn.data_type.FLOAT,
+            handle=self.handle,
+        )
+        tensors: dict[str, Any] = {}
+        options: dict[str, Any] = {"attn_scale": 1 / math.sqrt(shape.D), "use_causal_mask": True}
+        if shape.documents:
+            tensors |= {name: self.integers(graph, name, shape.documents) for name in ("lengths_q", "lengths_kv")}
+            tensors |= {name: self.integers(graph, name, shape.documents + 1) for name in ("starts_3c", "starts_c")}
+            options |= {
+                "use_padding_mask": True,
+                "seq_len_q": tensors["lengths_q"],
+                "seq_len_kv": tensors["lengths_kv"],
+            }
+        for name in ("q", "k", "v"):
+            tensors[name] = self.heads(graph.tensor, name, shape, 3 * shape.C, tensors)
+        if backward:
+            self.add_backward(graph, shape, tensors, options)
+        else:
+            self.add_forward(graph, shape, tensors, options)
+        graph.validate()
+        graph.build_operation_graph()
+        graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+        graph.check_support()
+        graph.build_plans()
+        return Graph(graph, tensors, graph.get_workspace_size())
+
+    def add_forward(self, graph: Any, shape: Shape, tensors: dict[str, Any], options: dict[str, Any]) -> None:
+        inputs = {name: tensors[name] for name in ("q", "k", "v")}
+        out, stats = graph.sdpa(name="sdpa", **inputs, generate_stats=True, **options)
+        self.output(out, shape, shape.C, tensors)
+        stats.set_output(True).set_data_type(self.type(torch.float32))
+        tensors |= {"o": out, "stats": stats}
+
+    def add_backward(self, graph: Any, shape: Shape, tensors: dict[str, Any], options: dict[str, Any]) -> None:
+        for name in ("o", "do"):
+            tensors[name] = self.heads(graph.tensor, name, shape, shape.C, tensors)
+        dim, stride = [shape.sequences, shape.H, shape.T, 1], [shape.H * shape.T, shape.T, 1, 1]
+        tensors["stats"] = graph.tensor(name="stats", dim=dim, stride=stride, data_type=self.type(torch.float32))
+        inputs = {name: tensors[name] for name in ("q", "k", "v", "o", "stats")}
+        if shape.documents:
+            options |= {"max_total_seq_len_q": shape.B * shape.T, "max_total_seq_len_kv": shape.B * shape.T}
+        gradients = graph.sdpa_backward(
+            name="sdpa_backward",
+            dO=tensors["do"],
+            use_deterministic_algorithm=self.deterministic,
+            **inputs,
+            **options,
+        )
+        for name, gradient in zip(("dq", "dk", "dv"), gradients):
+            self.output(gradient, shape, 3 * shape.C, tensors)
+            tensors[name] = gradient
+
+    def heads(self, make: Any, name: str, shape: Shape, token_stride: int, tensors: dict[str, Any]) -> Any:
+        """A tensor of (sequences, H, T, D) whose tokens are `token_stride` elements apart."""
+        return make(
+            name=name,
+            dim=[shape.sequences, shape.H, shape.T, shape.D],
+            stride=[shape.T * token_stride, shape.D, token_stride, 1],
+            data_type=self.type(shape.dtype),
+            ragged_offset=tensors[starts(shape, token_stride)] if shape.documents else None,
+        )
+
+    def output(self, tensor: Any, shape: Shape, token_stride: int, tensors: dict[str, Any]) -> None:
+        """The same of a tensor that the graph writes."""
+        tensor.set_output(True).set_dim([shape.sequences, shape.H, shape.T, shape.D])
+        tensor.set_stride([shape.T * token_stride, shape.D, token_stride, 1]).set_data_type(self.type(shape.dtype))
+        if shape.documents:
+            tensor.set_ragged_offset(tensors[starts(shape, token_stride)])
+
+    def integers(self, graph: Any, name: str, n: int) -> Any:
+        return graph.tensor(name=name, dim=[n, 1, 1, 1], stride=[1, 1, 1, 1], data_type=self.type(torch.int32))
+
+    def type(self, dtype: torch.dtype) -> Any:
+        return getattr(self.cudnn.data_type, CUDNN_TYPES[dtype])
+
+
+def starts(shape: Shape, token_stride: int) -> str:
+    return "starts_c" if token_stride == shape.C else "starts_3c"
+
+
+def shape_of(qkv: Tensor, n_head: int, cu_seqlens: Tensor | None) -> Shape:
+    B, T, C3 = qkv.shape
+    documents = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
+    return Shape(B, T, n_head, C3 // 3 // n_head, qkv.dtype, documents)
+
+
+def lengths(shape: Shape, cu_seqlens: Tensor | None) -> dict[str, Tensor]:
+    """What cuDNN wants to know of the documents: lengths, and where each starts, counted in elements."""
+    if cu_seqlens is None:
+        return {}
+    cu = cu_seqlens.to(torch.int32)
+    n = cu.diff()
+    return {"lengths_q": n, "lengths_kv": n, "starts_3c": cu * (3 * shape.C), "starts_c": cu * shape.C}
+
+
+class TorchAttention:
+    """The same through `scaled_dot_product_attention`, for machines without `nvidia-cudnn-frontend`."""
+
+    name = "torch"
+
+    def forward(self, qkv: Tensor, n_head: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Output (B, T, C); the second result is empty: the backward computes the forward again."""
+        with torch.no_grad():
+            return self.attend(qkv, n_head, cu_seqlens), qkv.new_empty(0)
+
+    def attend(self, qkv: Tensor, n_head: int, cu_seqlens: Tensor | None) -> Tensor:
+        B, T, C3 = qkv.shape
+        q, k, v = (y.view(B, T, n_head, -1).transpose(1, 2) for y in qkv.chunk(3, dim=-1))  # (B, H, T, D)
+        mask = None if cu_seqlens is None else document_mask(cu_seqlens, B, T)
+        return attention(q, k, v, mask).transpose(1, 2).reshape(B, T, C3 // 3)
+
+    def backward(
+        self, dout: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, n_head: int, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        with torch.enable_grad():
+            again = qkv.detach().requires_grad_()
+            return torch.autograd.grad(self.attend(again, n_head, cu_seqlens), again, dout)[0]

@@ -1,0 +1,252 @@
+"""Matrix products with what surrounds them: bias, residual, GELU and its derivative, accumulation into float32.
+
+torch calls the same library (cuBLASLt) but offers few of its epilogues, and none that a backward pass needs. The
+library is already in the process, so this file calls it by its documented C interface (NVIDIA, cuBLAS, section 3).
+Every product asks for several algorithms once, times them on its own operands, and keeps the fastest.
+"""
+
+import ctypes
+from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Values from cublasLt.h and library_types.h, version 13.
+COMPUTE_32F = 68
+DATA_TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}
+TRANSA, TRANSB, EPILOGUE, BIAS_POINTER, AUX_POINTER, AUX_LD, BIAS_TYPE = 3, 4, 7, 8, 11, 12, 26
+POINTER_MODE, POINTER_MODE_DEVICE = 2, 1
+PREFERENCE_WORKSPACE = 1
+EPILOGUES = {"none": 1, "bias": 4, "gelu_aux_bias": 164, "dgelu": 192, "dgelu_bgrad": 208, "bgradb": 512}
+WORKSPACE_BYTES = 64 * 2**20  # NVIDIA advises 32 MiB on Hopper; more lets split products be chosen
+CANDIDATES = 8
+TRIAL_MS, ROUNDS = 4.0, 3
+
+
+class Algorithm(Structure):
+    _fields_ = [("data", c_uint64 * 8)]
+
+
+class Heuristic(Structure):
+    _fields_ = [
+        ("algorithm", Algorithm),
+        ("workspace", c_size_t),
+        ("state", c_int),
+        ("waves", c_float),
+        ("reserved", c_int * 4),
+    ]
+
+
+@lru_cache
+def library() -> ctypes.CDLL:
+    """The cuBLASLt that torch was built with.
+
+    Raises:
+        OSError: it is not there (a torch without CUDA).
+    """
+    major = (torch.version.cuda or "0").split(".")[0]
+    lib = ctypes.CDLL(f"libcublasLt.so.{major}")
+    lib.cublasLtMatrixLayoutCreate.argtypes = [POINTER(c_void_p), c_int, c_uint64, c_uint64, c_int64]
+    lib.cublasLtMatmulDescSetAttribute.argtypes = [c_void_p, c_int, c_void_p, c_size_t]
+    lib.cublasLtMatmulPreferenceSetAttribute.argtypes = [c_void_p, c_int, c_void_p, c_size_t]
+    lib.cublasLtMatmulAlgoGetHeuristic.argtypes = [c_void_p] * 7 + [c_int, POINTER(Heuristic), POINTER(c_int)]
+    lib.cublasLtMatmul.argtypes = [c_void_p] * 14 + [c_size_t, c_void_p]
+    return lib
+
+
+def check(status: int, call: str) -> None:
+    if status:
+        raise RuntimeError(f"{call} failed with cuBLAS status {status}")
+
+
+@dataclass
+class Plan:
+    """One product of given shapes: its descriptors, made once, and the algorithm found fastest."""
+
+    operation: c_void_p
+    layouts: list[c_void_p]  # of cuBLAS's A, B, C and D
+    algorithm: Algorithm | None = None
+
+
+class Products:
+    """Products on one device.
+
+    Args:
+        device: a CUDA device.
+        tune: time the algorithms on first use; otherwise take the library's first choice, which is the same every time.
+    """
+
+    def __init__(self, device: torch.device, *, tune: bool = True):
+        self.lib = library()
+        self.tune = tune
+        self.handle = c_void_p()
+        check(self.lib.cublasLtCreate(byref(self.handle)), "cublasLtCreate")
+        self.workspaces: dict[int, Tensor] = {}  # one for each stream: products on two streams run at the same time
+        self.plans: dict[tuple[Any, ...], Plan] = {}
+        self.one, self.zero = c_float(1.0), c_float(0.0)
+        self.constants = torch.tensor([0.0, 1.0], device=device).unbind()  # where one factor is on the device, both are
+
+    def __call__(
+        self,
+        a: Tensor,
+        b: Tensor,
+        out: Tensor,
+        *,
+        transpose_a: bool = False,
+        transpose_b: bool = False,
+        epilogue: str = "none",
+        bias: Tensor | None = None,
+        aux: Tensor | None = None,
+        add: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> Tensor:
+        """out = epilogue(scale · op(a) · op(b) + add), all of them row-major matrices.
+
+        Args:
+            a: (M, K), or (K, M) with `transpose_a`; 16-bit floats.
+            b: (K, N), or (N, K) with `transpose_b`; the dtype of a.
+            out: (M, N), the dtype of a, or float32.
+            epilogue: none; bias: + bias; gelu_aux_bias: GELU(tanh) of the sum with bias, which is also written to aux;
+                dgelu: times the derivative of GELU at aux; dgelu_bgrad: and its sum over rows to bias;
+                bgradb: the sum of a over K to bias (of a weight gradient, the gradient of the bias).
+            bias: (N,), for bgradb (M,); the dtype of out, or of a.
+            aux: (M, N).
+            add: (M, N) with the dtype of out; `out` itself accumulates.
+            scale: float32 scalar on the device; None is 1.
+        """
+        key = (
+            (a.shape, b.shape, a.dtype, out.dtype, transpose_a, transpose_b, epilogue)
+            + (None if bias is None else bias.dtype, add is None, add is out, scale is None)
+        )  # fmt: skip
+        plan = self.plans.get(key)
+        if plan is None:
+            plan = self.plans[key] = self.describe(a, b, out, transpose_a, transpose_b, epilogue, bias, scale)
+        self.point(plan, bias, aux)
+        if plan.algorithm is None:
+            plan.algorithm = self.choose(plan, a, b, out, add, scale)
+        self.run(plan, plan.algorithm, a, b, out, add, scale)
+        return out
+
+    def describe(
+        self,
+        a: Tensor,
+        b: Tensor,
+        out: Tensor,
+        transpose_a: bool,
+        transpose_b: bool,
+        epilogue: str,
+        bias: Tensor | None,
+        scale: Tensor | None,
+    ) -> Plan:
+        """cuBLAS counts columns first: a row-major out = a · b is its outᵀ = bᵀ · aᵀ, and a and b change places."""
+        operation = c_void_p()
+        create = self.lib.cublasLtMatmulDescCreate
+        check(create(byref(operation), COMPUTE_32F, DATA_TYPES[torch.float32]), "cublasLtMatmulDescCreate")
+        self.set(operation, TRANSA, c_int32(transpose_b))
+        self.set(operation, TRANSB, c_int32(transpose_a))
+        self.set(operation, EPILOGUE, c_uint32(EPILOGUES[epilogue]))
+        if "gelu" in epilogue:
+            self.set(operation, AUX_LD, c_int64(out.size(1)))
+        if bias is not None:
+            self.set(operation, BIAS_TYPE, c_int32(DATA_TYPES[bias.dtype]))
+        if scale is not None:
+            self.set(operation, POINTER_MODE, c_int32(POINTER_MODE_DEVICE))
+        return Plan(operation, [self.layout(matrix) for matrix in (b, a, out, out)])
+
+    def layout(self, matrix: Tensor) -> c_void_p:
+        rows, columns = matrix.shape
+        found = c_void_p()
+        create = self.lib.cublasLtMatrixLayoutCreate
+        status = create(byref(found), DATA_TYPES[matrix.dtype], columns, rows, matrix.stride(0))
+        check(status, "cublasLtMatrixLayoutCreate")
+        return found
+
+    def set(self, operation: c_void_p, attribute: int, value: Any) -> None:
+        set_attribute = self.lib.cublasLtMatmulDescSetAttribute
+        check(set_attribute(operation, attribute, byref(value), ctypes.sizeof(value)), f"attribute {attribute}")
+
+    def point(self, plan: Plan, bias: Tensor | None, aux: Tensor | None) -> None:
+        if bias is not None:
+            self.set(plan.operation, BIAS_POINTER, c_void_p(bias.data_ptr()))
+        if aux is not None:
+            self.set(plan.operation, AUX_POINTER, c_void_p(aux.data_ptr()))
+
+    def choose(
+        self, plan: Plan, a: Tensor, b: Tensor, out: Tensor, add: Tensor | None, scale: Tensor | None
+    ) -> Algorithm:
+        """The fastest of the library's candidates on these operands."""
+        preference = c_void_p()
+        check(self.lib.cublasLtMatmulPreferenceCreate(byref(preference)), "cublasLtMatmulPreferenceCreate")
+        limit = c_size_t(WORKSPACE_BYTES)
+        self.lib.cublasLtMatmulPreferenceSetAttribute(preference, PREFERENCE_WORKSPACE, byref(limit), 8)
+        found, count = (Heuristic * CANDIDATES)(), c_int()
+        arguments = (self.handle, plan.operation, *plan.layouts, preference, CANDIDATES, found, byref(count))
+        check(self.lib.cublasLtMatmulAlgoGetHeuristic(*arguments), "cublasLtMatmulAlgoGetHeuristic")
+        self.lib.cublasLtMatmulPreferenceDestroy(preference)
+        algorithms = [each.algorithm for each in found[: count.value] if each.state == 0]
+        if not algorithms:
+            raise RuntimeError(f"cuBLASLt has no algorithm for {tuple(a.shape)} by {tuple(b.shape)}")
+        if not self.tune:
+            return algorithms[0]
+        trial = torch.empty_like(out) if add is out else out  # what is accumulated must not be written to in trials
+        operands = a, b, trial, add, scale
+        runs = max(1, min(50, int(TRIAL_MS / self.time(plan, algorithms[0], 2, *operands))))
+        totals = [0.0] * len(algorithms)
+        for _ in range(ROUNDS):  # in turn, on a busy device: at the power limit the order is another than on a cool one
+            for i, algorithm in enumerate(algorithms):
+                totals[i] += self.time(plan, algorithm, runs, *operands)
+        return algorithms[totals.index(min(totals))]
+
+    def time(self, plan: Plan, algorithm: Algorithm, runs: int, *operands: Any) -> float:
+        """Milliseconds of one of `runs` runs."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.run(plan, algorithm, *operands)
+        start.record()
+        for _ in range(runs):
+            self.run(plan, algorithm, *operands)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / runs
+
+    def run(
+        self,
+        plan: Plan,
+        algorithm: Algorithm,
+        a: Tensor,
+        b: Tensor,
+        out: Tensor,
+        add: Tensor | None,
+        scale: Tensor | None,
+    ) -> None:
+        alpha, beta = byref(self.one), byref(self.zero if add is None else self.one)
+        if scale is not None:
+            alpha, beta = scale.data_ptr(), self.constants[0 if add is None else 1].data_ptr()
+        of_a, of_b, of_c, of_d = plan.layouts
+        stream = torch.cuda.current_stream(out.device).cuda_stream
+        status = self.lib.cublasLtMatmul(
+            self.handle,
+            plan.operation,
+            alpha,
+            b.data_ptr(),
+            of_a,
+            a.data_ptr(),
+            of_b,
+            beta,
+            (out if add is None else add).data_ptr(),
+            of_c,
+            out.data_ptr(),
+            of_d,
+            byref(algorithm),
+            self.workspace(stream, out.device).data_ptr(),
+            WORKSPACE_BYTES,
+            stream,
+        )
+        check(status, "cublasLtMatmul")
+
+    def workspace(self, stream: int, device: torch.device) -> Tensor:
+        if stream not in self.workspaces:
+            self.workspaces[stream] = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        return self.workspaces[stream]

@@ -1,0 +1,81 @@
+"""Which path computes a model's loss: the plain one, or the fused one where it works."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from regpt.errors import UsageError
+from regpt.model.transformer import Transformer
+
+KernelsName = Literal["auto", "plain", "fused"]
+# Hopper, which it was written and measured on; it should work from Ampere on, so there it is not chosen but may be asked for.
+MEASURED_CAPABILITY, LEAST_CAPABILITY = (9, 0), (8, 0)
+LossOfTokens = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What was chosen, and a line that says so: stored with the run and shown at its start."""
+
+    name: Literal["plain", "fused"]
+    reason: str
+
+
+def obstacle(model: Transformer, device: torch.device, precision: str) -> str | None:
+    """Why the fused path cannot compute this model's loss; None when it can."""
+    if device.type != "cuda" or not torch.version.cuda:
+        return f"it needs an NVIDIA GPU, this is {device.type}"
+    if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        return f"it needs compute capability 8.0 or more, {torch.cuda.get_device_name(device)} has less"
+    if precision != "bf16":
+        return f"it computes in bfloat16, train.precision is {precision}"
+    if find_spec("triton") is None:
+        return "it needs the package triton"
+    if model.config.n_embd % 8 or model.wte.num_embeddings % 8:
+        return "it needs n_embd and the (padded) vocabulary to be multiples of 8; set train.pad_vocab"
+    head_size = model.config.n_embd // model.config.n_head
+    if head_size % 8 or head_size > 128:
+        return f"it needs heads of a multiple of 8, up to 128; they are of {head_size}"
+    return None
+
+
+def choose(
+    wanted: KernelsName, model: Transformer, device: torch.device, precision: str, *, deterministic: bool = False
+) -> Kernels:
+    """The path to take.
+
+    Raises:
+        UsageError: `fused` was asked for and cannot be had.
+    """
+    if wanted == "plain":
+        return Kernels("plain", "asked for")
+    reason = obstacle(model, device, precision)
+    if reason is None and deterministic:
+        reason = "the order of its sums is not fixed, train.deterministic is true"
+    if reason is not None and wanted == "fused":
+        raise UsageError(f"train.kernels is fused, but {reason}; set train.kernels to plain or auto")
+    if reason is None and wanted == "auto" and torch.cuda.get_device_capability(device) < MEASURED_CAPABILITY:
+        reason = f"not measured on {torch.cuda.get_device_name(device)}; train.kernels fused tries it"
+    if reason is not None:
+        return Kernels("plain", reason)
+    return Kernels("fused", f"cuBLASLt, Triton, attention by {attention_library()}")
+
+
+def attention_library() -> str:
+    if find_spec("cudnn") is None:
+        return "torch (pip install 'regpt[hopper]' for the faster cuDNN)"
+    return "cuDNN"
+
+
+def fused_loss(model: Transformer, device: torch.device) -> LossOfTokens:
+    """The fused `loss_sum(idx, targets, positions, cu_seqlens)` of `model`; see `kernels.gpt2` for what it keeps."""
+    from regpt.kernels.attention import CudnnAttention, TorchAttention
+    from regpt.kernels.cublaslt import Products
+    from regpt.kernels.gpt2 import FusedGPT2
+
+    attention = CudnnAttention(device) if find_spec("cudnn") else TorchAttention()
+    return FusedGPT2(model, Products(device), attention).loss_sum
