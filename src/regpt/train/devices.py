@@ -63,7 +63,7 @@ A10 = "NVIDIA A10 data sheet (2021)"
 L4 = "NVIDIA L4 data sheet (2023)"
 L40S = "NVIDIA L40S data sheet (2023)"
 L40 = "NVIDIA L40 data sheet (2022)"
-RTX_6000_ADA = "NVIDIA RTX 6000 Ada Generation data sheet (2023)"
+RTX_6000 = "NVIDIA RTX 6000 Ada Generation data sheet (2023)"
 RTX_A6000 = "NVIDIA RTX A6000 data sheet (2021); Ampere GA102 white paper, appendix"
 AMPERE = "NVIDIA Ampere GA102 white paper (2021), table 2"
 ADA = "NVIDIA Ada architecture white paper (2022), table 2"
@@ -107,7 +107,7 @@ DEVICES = (
     gpu("L4",             "l4",             "",           30.3,  60,    121,    121,    242.5,  22,    300,  L4),
     gpu("L40S",           "l40s",           "",           91.6,  183,   362.05, 362.05, 733,    44.4,  864,  L40S),
     gpu("L40",            "l40",            "",           90.5,  90.5,  181.05, 181.05, 362,    44.4,  864,  L40),
-    gpu("RTX 6000 Ada",   "6000 ada",       "6000 ada",   91.1,  182.1, 364.25, 364.25, 728.5,  47.4,  960,  RTX_6000_ADA),
+    gpu("RTX 6000 Ada",   "6000 ada",       "6000 ada",   91.1,  182.1, 364.25, 364.25, 728.5,  47.4,  960,  RTX_6000),
     gpu("RTX A6000",      "a6000",          "a6000",      38.7,  77.4,  154.8,  154.8,  None,   47.4,  768,  RTX_A6000),
     gpu("RTX 3090",       "3090",           "3090",       35.6,  35.6,  71,     71,     None,   23.7,  936,  AMPERE),
     gpu("RTX 4090",       "4090",           "4090",       82.6,  82.6,  165.2,  165.2,  330.3,  23.5,  1008, ADA),
