@@ -74,15 +74,20 @@ def sum_losses(
         byte_lengths: (V,) int64, `Tokenizer.byte_lengths()`.
     """
     lengths = None if byte_lengths is None else torch.as_tensor(byte_lengths)
-    nats: list[Tensor] = []  # left on the device: the loop does not wait for it
+    total = torch.zeros((), dtype=torch.float64)
+    waiting: list[Tensor] = []  # left on the device: the loop does not wait for it
     tokens = n_bytes = 0
     for batch in batches:
         targets = batch.targets[batch.targets != IGNORE_INDEX]
         tokens += targets.numel()
         n_bytes += 0 if lengths is None else int(lengths[targets].sum())
-        nats.append(loss_sum(batch.to(device)).detach())
-    # Summed on the CPU in float64, which MPS does not have.
-    total = torch.stack(nats).cpu().double().sum() if nats else torch.zeros((), dtype=torch.float64)
+        loss = loss_sum(batch.to(device)).detach()
+        if device.type == "cpu":  # small tensors kept in a list would part the memory that logits reuse
+            total += loss
+        else:
+            waiting.append(loss)
+    if waiting:  # summed on the CPU in float64, which MPS does not have
+        total += torch.stack(waiting).cpu().double().sum()
     return LossSums(total, *(torch.tensor(float(x), dtype=torch.float64) for x in (tokens, n_bytes)))
 
 
