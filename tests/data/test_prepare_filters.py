@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regpt.data import job, partition
+from regpt.data import partition, placement
 from regpt.data.contamination import N_WORDS, read_evaluations
 from regpt.data.duplicates import ExactDuplicates, NearDuplicates, Signatures
 from regpt.data.grams import WORD, WordCodes, grams
@@ -126,7 +126,7 @@ def test_near_duplicates_are_removed_and_named(tmp_path, monkeypatch):
     ]
     written = []
     for workers in (1, 2):
-        monkeypatch.setattr(job, "SMALL_BYTES", 0)
+        monkeypatch.setattr(placement, "SMALL_BYTES", 0)
         out = tmp_path / f"out{workers}"
         manifest = prepare(sources, out, TOKENIZER, val_fraction=0, workers=workers, filters=Filters(dedup="near"))
         written.append({path.name: path.read_bytes() for path in out.iterdir()})

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from regpt.data import job, partition, workers
+from regpt.data import partition, placement, workers
 from regpt.data.lock import locked
 from regpt.data.manifest import read_manifest
 from regpt.data.prepare import prepare
@@ -30,7 +30,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="uses fork or signals")
 def many_partitions(monkeypatch):
     """Tiny sources divide into several partitions, and are worth processes."""
     monkeypatch.setattr(partition, "MIN_BYTES", 600)
-    monkeypatch.setattr(job, "SMALL_BYTES", 0)
+    monkeypatch.setattr(placement, "SMALL_BYTES", 0)
 
 
 @pytest.fixture
@@ -122,10 +122,10 @@ def test_what_an_earlier_attempt_encoded_is_not_encoded_again(tmp_path, corpus, 
 DRIVER = """
 import sys
 from pathlib import Path
-from regpt.data import job, partition
+from regpt.data import partition, placement
 from regpt.data.prepare import prepare
 from regpt.text.open import open_tokenizer
-partition.MIN_BYTES, job.SMALL_BYTES = 600, 0
+partition.MIN_BYTES, placement.SMALL_BYTES = 600, 0
 folder = Path(sys.argv[1])
 if len(sys.argv) > 2:
     import resource

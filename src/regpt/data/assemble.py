@@ -11,14 +11,16 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from regpt.data.audit import Audit
 from regpt.data.duplicates import ExactDuplicates, NearDuplicates
 from regpt.data.manifest import SPLITS, Shard
 from regpt.data.partition import Partition, Split
 from regpt.data.parts import DOCUMENT, is_whole, load_signatures, load_summary
+from regpt.data.settings import Settings
 from regpt.data.summary import Summary
 from regpt.data.write import ShardWriter, remove_leftovers, sync_folder, write_file
 
@@ -74,24 +76,20 @@ class Assembly:
     """Writes the shards of `out` from the partitions in `work`; `add` takes them in order."""
 
     def __init__(
-        self,
-        out: Path,
-        work: Path,
-        dtype: Literal["uint16", "uint32"],
-        shard_tokens: int,
-        dedup: str,
-        state: State,
+        self, out: Path, work: Path, settings: Settings, shard_tokens: int, state: State, audit: Audit | None = None
     ) -> None:
-        self._out, self._work, self._dtype, self._state = out, work, np.dtype(dtype).newbyteorder("<"), state
+        self._out, self._work, self._state = out, work, state
+        self._dtype = np.dtype(settings.dtype).newbyteorder("<")
         found = {split: [Shard(**shard) for shard in state.shards[split]] for split in SPLITS}
         remove_leftovers(out, keep=[name for shards in found.values() for s in shards for name in (s.file, s.idx_file)])
-        self._writers = {split: ShardWriter(out, split, dtype, shard_tokens, found[split]) for split in SPLITS}
+        self._writers = {split: ShardWriter(out, split, settings.dtype, shard_tokens, found[split]) for split in SPLITS}
         self._in_shards = {split: sum(shard.tokens for shard in found[split]) for split in SPLITS}
         self._given = dict.fromkeys(SPLITS, 0)  # tokens of the partitions so far
         self._waiting: dict[str, deque[tuple[int, str, int]]] = {split: deque() for split in SPLITS}
         self._keys = hashlib.sha256()
-        self._exact = ExactDuplicates() if dedup != "none" else None
-        self._near = NearDuplicates() if dedup == "near" else None
+        self._exact = ExactDuplicates() if settings.dedup != "none" else None
+        self._near = NearDuplicates() if settings.dedup == "near" else None
+        self._audit = audit
         self._rows = 0  # documents read, those left out too
         self._index = 0
         self.summary = Summary()
@@ -117,12 +115,18 @@ class Assembly:
             return False
 
     def add(self, partition: Partition) -> None:
-        """Append `partition`, the next one."""
+        """Append `partition`, the next one.
+
+        Raises:
+            Unusable: its tokens are not the tokenizer's.
+        """
         found = load_summary(self._work, partition.name)
         tables = {
             split: np.fromfile(self._work / f"{partition.name}.{split}.docs", dtype=DOCUMENT)
             for split in found["splits"]
         }
+        if self._audit:
+            self._audit.check(partition.name, tables)
         kept = self._choose(partition, tables)
         self.summary.add(partition, found, tables, kept)
         self._rows += sum(source["rows"] for source in found["sources"])

@@ -6,22 +6,22 @@ was writing never get their names.
 
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from regpt.data.attempt import attempt
 from regpt.data.partition import Partition
 from regpt.data.settings import Settings
-from regpt.data.worker import attempt, use_one_thread
-from regpt.data.workers import raise_failure
+from regpt.data.workers import Finished, raise_failure
 from regpt.errors import UserError
+from regpt.text.fast import available
 
 TRIES = 5  # after the first
 CONNECT_S = 10
 
 
-def encode_on_ray(
-    work: Path, tasks: Iterator[Partition], settings: Settings, address: str | None
-) -> Iterator[Partition]:
+def encode_on_ray(work: Path, tasks: Iterator[Partition], settings: Settings, address: str | None) -> Finished:
     """Partitions in the order in which the cluster at `address` finishes them; without one, on this machine's cores.
 
     Raises:
@@ -50,10 +50,9 @@ def encode_on_ray(
 
 def encode_task(work: str, partition: str, settings: Settings) -> dict[str, Any]:
     """One partition, on the machine that Ray chose."""
-    given = Partition.from_json(partition)
-    if any(reading.source.file.endswith(".parquet") for reading in given.readings):
-        use_one_thread()
-    return attempt(Path(work), given, settings)
+    if not available():  # here, or in this version
+        settings = replace(settings, encoder="exact")
+    return attempt(Path(work), Partition.from_json(partition), settings)
 
 
 def result(ray: Any, task: Any, partition: Partition) -> dict[str, Any]:

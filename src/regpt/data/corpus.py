@@ -13,6 +13,10 @@ SMALL_BYTES = 10_000_000  # of sources; below it a two-hundredth would be too li
 SMALL_FRACTION, LARGE_FRACTION = 0.1, 0.005
 
 
+class Unusable(UserError):
+    """What was encoded cannot become a data set, so a second attempt shall find nothing of it."""
+
+
 def default_fraction(sources: Sequence[Source]) -> float:
     return SMALL_FRACTION if sum(source.bytes for source in sources) < SMALL_BYTES else LARGE_FRACTION
 
@@ -58,32 +62,32 @@ def cut_in_two(document: Document, val_fraction: float, name: str) -> tuple[Docu
 
 
 def check_texts(records: Iterable[Mapping[str, Any]]) -> None:
-    """Raise a UserError naming a source without any text; `records` are the manifest's."""
+    """Raise Unusable, naming a source without any text; `records` are the manifest's."""
     read: dict[str, int] = {}
     for record in records:
         read[record["source"]] = read.get(record["source"], 0) + record["documents"]
     for name, documents in read.items():
         if not documents:
-            raise UserError(f"{name!r} holds no text: every document is empty, or there is none; leave it out")
+            raise Unusable(f"{name!r} holds no text: every document is empty, or there is none; leave it out")
 
 
 def check_splits(rule: str, val_fraction: float, documents: Mapping[str, int], lowest: float) -> None:
-    """Raise a UserError when a split that there should be has no documents; `lowest` is the smallest fraction that
+    """Raise Unusable when a split that there should be has no documents; `lowest` is the smallest fraction that
     would have held out one."""
     total = sum(documents.values())
     if not total:
-        raise UserError("every document was left out by --min-chars, --dedup or --decontaminate; ask for less")
+        raise Unusable("every document was left out by --min-chars, --dedup or --decontaminate; ask for less")
     if rule != "documents" or all(documents.values()):
         return
     given = f"at --val-fraction {val_fraction:g}"
     if not documents["train"]:
-        raise UserError(
+        raise Unusable(
             f"all {total:,} documents fell into the validation split {given}; "
             "use a smaller fraction or name validation files with --val"
         )
     enough = int(lowest * 100 + 1) / 100  # the next hundredth above
     fix = f"--val-fraction {enough:g}" if enough < 1 else "more documents"
-    raise UserError(
+    raise Unusable(
         f"none of the {total:,} documents fell into the validation split {given}; "
         f"use {fix}, name validation files with --val, or do without: --val-fraction 0"
     )

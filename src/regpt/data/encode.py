@@ -22,9 +22,8 @@ from regpt.data.grams import WordCodes
 from regpt.data.partition import Partition, Reading, Split
 from regpt.data.parts import Counts, Piece, SplitFiles, place
 from regpt.data.settings import Settings
-from regpt.text.fast import accelerate
-from regpt.text.open import from_json
-from regpt.text.tokenizer import Tokenizer
+from regpt.text.fast import FastEncoder, find_model
+from regpt.text.tokenizer import Encoder
 
 PIECE_CHARS = 1 << 18  # about 15 ms of encoding: long enough to hide the hand-over, short enough to share a book
 # GPT-2's pattern has no piece in which white space follows another character, so text may be cut between the two.
@@ -50,25 +49,21 @@ def encode_partition(
     work: Path,
     partition: Partition,
     settings: Settings,
-    tokenizer: Tokenizer,
+    encoder: Encoder,
     threads: int = 1,
     progress: Callable[[Counts], None] | None = None,
 ) -> None:
     """Write `partition`'s files into the folder `work`; `<name>.json`, the last, says that they are complete."""
     reader = Reader(work, settings)
-    dtype = "<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4"
     counts = Counts()
     with contextlib.ExitStack() as files:
         writers: dict[Split, SplitFiles] = {}
         for batch in batches(reader.pieces(partition)):
-            encoded = tokenizer.encode_batch([piece.text for piece in batch], threads)
+            encoded = encoder.encode_batch([piece.text for piece in batch], threads)
             for split in ("train", "val"):
                 chosen = [(piece, ids) for piece, ids in zip(batch, encoded) if piece.split == split]
                 if chosen and split not in writers:
-                    near = settings.dedup == "near"
-                    writers[split] = files.enter_context(
-                        SplitFiles(work, f"{partition.name}.{split}", tokenizer.eot, dtype, near)
-                    )
+                    writers[split] = files.enter_context(SplitFiles(work, f"{partition.name}.{split}", settings))
                 if chosen:
                     counts.add(writers[split].write(chosen))
             if progress:
@@ -165,7 +160,14 @@ def batches(pieces: Iterable[Piece], limit: int | None = None) -> Iterator[list[
 
 
 @functools.lru_cache(maxsize=1)
-def open_encoder(tokenizer_json: str, encoder: str) -> Tokenizer:
-    """The tokenizer of `Settings`, kept from one partition to the next."""
-    tokenizer = from_json(tokenizer_json)
-    return accelerate(tokenizer) if encoder == "auto" else tokenizer
+def open_encoder(work: Path, settings: Settings) -> Encoder:
+    """What the process that began the work in `work` chose, kept from one partition to the next."""
+    model = find_model(work) if settings.encoder == "auto" else None
+    exact = functools.partial(open_exact, settings.tokenizer)
+    return FastEncoder(model, exact) if model else exact()
+
+
+def open_exact(tokenizer_json: str) -> Encoder:
+    from regpt.text.open import from_json  # takes 0.1 s, and most workers do not need it
+
+    return from_json(tokenizer_json)

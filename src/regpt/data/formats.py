@@ -22,7 +22,7 @@ ALLOWED = ", ".join(SUFFIXES)
 SNIFFED = 8000  # bytes in which git, too, looks for a zero to tell binary files from text
 ZSTD_BLOCK = 1 << 14  # compressed bytes at a time: their content, up to thousands of times larger, is in memory
 PARQUET_BUFFER = 1 << 20  # of a column that is read at a time, instead of its whole row group
-BATCH_ROWS = 256  # rows of a row group that are Python strings at a time
+BATCH_BYTES, BATCH_ROWS = 1 << 20, 1024  # of a row group that are Python strings at a time, at most
 
 
 class Document(NamedTuple):
@@ -236,10 +236,18 @@ def read_parquet(path: Path, column: str, part: Part | None = None) -> Iterator[
         share = (part.bytes if part else path.stat().st_size) / max(1, sum(rows[groups.start :]))
         row = sum(rows[: groups.start])
         for group in groups:  # one by one: pyarrow fetches all the groups that it is given at once
-            for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=[column]):
+            asked = {"batch_size": batch_rows(file.metadata.row_group(group), column), "columns": [column]}
+            for batch in file.iter_batches(row_groups=[group], use_threads=False, **asked):
                 for text in strings_of(batch.column(0), path, row):
                     yield Document(text, share)
                 row += len(batch)
+
+
+def batch_rows(group: Any, column: str) -> int:
+    """Rows of a row group that are about `BATCH_BYTES`."""
+    columns = map(group.column, range(group.num_columns))
+    size = sum(chunk.total_uncompressed_size for chunk in columns if chunk.path_in_schema == column)
+    return max(1, min(BATCH_ROWS, BATCH_BYTES * group.num_rows // max(1, size)))
 
 
 @contextmanager

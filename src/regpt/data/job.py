@@ -1,35 +1,35 @@
 """One preparation: its partitions through an executor into the shards, and the manifest at the end."""
 
+import contextlib
 import functools
 import itertools
-import os
 import platform
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+
+import numpy as np
 
 import regpt
 from regpt.data.assemble import NOTHING, Assembly, State, hash_keys, load_state
+from regpt.data.audit import Audit
 from regpt.data.contamination import Evaluations
-from regpt.data.corpus import check_splits, check_texts
+from regpt.data.corpus import Unusable, check_splits, check_texts
 from regpt.data.encode import encode_partition
 from regpt.data.manifest import Manifest, Shard
 from regpt.data.partition import Partition, Split, partitions, target_bytes
 from regpt.data.parts import Counts, load_summary
+from regpt.data.placement import Placement
 from regpt.data.remote import localized
 from regpt.data.settings import Settings
 from regpt.data.sources import DownloadProgress, Source
 from regpt.data.summary import Summary
-from regpt.data.workers import encode_here, encode_in_processes
+from regpt.data.workers import Finished, Pool, encode_here
 from regpt.data.write import remove_leftovers, sync_folder, write_file
-from regpt.errors import UserError
-from regpt.text.fast import accelerate, can_accelerate, encoder_name, is_standard
+from regpt.text.fast import accelerate, can_accelerate, encoder_name, find_model, save_model
 from regpt.text.open import NAMED
-from regpt.text.tokenizer import Tokenizer
-
-SMALL_BYTES = 24_000_000  # of sources; below it starting processes (0.7 s) takes longer than what they would save
+from regpt.text.tokenizer import Encoder, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -47,23 +47,6 @@ class Progress:
     found_tokens: int = 0
 
 
-@dataclass(frozen=True)
-class Placement:
-    """Where and how fast; nothing here changes a byte.
-
-    Attributes:
-        workers: processes on this machine; None is one a core.
-        executor: `local`, or `ray` for a cluster.
-        address: of the Ray cluster; None starts one on this machine.
-        encoder: `auto` takes the package `gigatoken` where it is installed; `exact` does not.
-    """
-
-    workers: int | None = None
-    executor: Literal["local", "ray"] = "local"
-    address: str | None = None
-    encoder: Literal["auto", "exact"] = "auto"
-
-
 @dataclass
 class Job:
     """Everything that one preparation knows; `run` does it."""
@@ -74,6 +57,8 @@ class Job:
     settings: Settings
     shard_tokens: int
     placement: Placement
+    workers: int
+    pool: Pool | None
     evaluations: Evaluations | None
     progress: Callable[[Progress], None] | None
     download: DownloadProgress | None
@@ -81,34 +66,39 @@ class Job:
     _found: Counts = field(default_factory=Counts)
     _running: dict[int, Counts] = field(default_factory=dict)
     _total: int = 1
-    _parquet: bool = False
 
     def __post_init__(self) -> None:
         self._fast = self.placement.encoder == "auto" and can_accelerate(self.tokenizer)
-        self._dtype: Literal["uint16", "uint32"] = "uint16" if self.tokenizer.n_vocab <= 1 << 16 else "uint32"
-        self._workers = self.placement.workers or available_cores()
 
     @functools.cached_property
-    def _encoder(self) -> Tokenizer:
+    def _encoder(self) -> Encoder:
         """Only where this process encodes."""
-        return accelerate(self.tokenizer) if self._fast else self.tokenizer
+        return accelerate(self.tokenizer, self.work) if self._fast else self.tokenizer
 
     def run(self, sources: Sequence[Source], val_sources: Sequence[Source]) -> Manifest:
         everything = [*sources, *val_sources]
         self._total = max(1, sum(source.bytes for source in everything))
-        self._parquet = any(source.file.endswith(".parquet") for source in everything)
+        if self._fast:
+            save_model(self.tokenizer, self.work)  # for other processes
+        elif left := find_model(self.work):  # by an attempt that had the package
+            left.unlink()
         splits: Sequence[Split] = ("train",) * len(sources) + ("val",) * len(val_sources)
         here = zip(localized(everything, self.download), splits)
         plan = partitions(here, target_bytes(self._total), self.settings.key())
         state, plan = self._earlier(plan)
-        with Assembly(self.out, self.work, self._dtype, self.shard_tokens, self.settings.dedup, state) as assembly:
-            self._encode(plan, assembly)
-            self._check(assembly.summary)
+        audit = Audit(self.work, self.tokenizer, np.dtype(self.settings.dtype)) if self._fast else None
+        with Assembly(self.out, self.work, self.settings, self.shard_tokens, state, audit) as assembly:
+            try:
+                self._encode(plan, assembly)
+                self._check(assembly.summary)
+            except Unusable:
+                self._give_up()
+                raise
             return self._finish(assembly.finish(), assembly.summary)
 
     def _earlier(self, plan: Iterator[Partition]) -> tuple[State, Iterator[Partition]]:
         """What finished shards hold, if the partitions that they were made from are still those of the plan."""
-        state = load_state(self.work, self.out, self.shard_tokens, 2 if self._dtype == "uint16" else 4)
+        state = load_state(self.work, self.out, self.shard_tokens, 2 if self.settings.dtype == "uint16" else 4)
         used = list(itertools.islice(plan, state.partitions))
         if hash_keys(used) != state.keys:
             state = NOTHING
@@ -130,30 +120,25 @@ class Job:
                 order.append(partition)
                 if assembly.is_ready(partition):
                     finish(partition, found=True)
-                elif not (partition.in_files or runs_here):
+                elif elsewhere and not partition.in_files:
                     encode_partition(self.work, partition, self.settings, self._encoder)
                     finish(partition)
                 else:
                     yield partition
 
-        runs_here = self._runs_here()
-        for partition in self._executor(tasks(), runs_here):
-            finish(partition)
+        elsewhere = self.pool or self.placement.executor == "ray"
+        with contextlib.closing(self._executor(tasks())) as finished:
+            for partition in finished:
+                finish(partition)
 
-    def _runs_here(self) -> bool:
-        """Not worth processes, or impossible in them."""
-        if self.placement.executor == "ray":
-            return False
-        return self._workers == 1 or self._total < SMALL_BYTES or not is_standard(self.tokenizer)
-
-    def _executor(self, tasks: Iterator[Partition], runs_here: bool) -> Iterator[Partition]:
+    def _executor(self, tasks: Iterator[Partition]) -> Finished:
         if self.placement.executor == "ray":
             from regpt.data.cluster import encode_on_ray
 
             return encode_on_ray(self.work, tasks, self.settings, self.placement.address)
-        if runs_here:
-            return encode_here(self.work, tasks, self.settings, self._encoder, self._workers, self._hear)
-        return encode_in_processes(self.work, tasks, self.settings, self._workers, self._parquet, self._hear)
+        if self.pool:
+            return self.pool.encode(self.work, tasks, self.settings, self._hear)
+        return encode_here(self.work, tasks, self.settings, self._encoder, self.workers, self._hear)
 
     def _hear(self, partition: Partition, counts: Counts) -> None:
         """News of a partition that is being encoded."""
@@ -181,16 +166,15 @@ class Job:
         self.progress(Progress(now.documents, now.text_bytes, now.tokens, done, found.text_bytes, found.tokens))
 
     def _check(self, summary: Summary) -> None:
-        """A corpus that cannot become a data set leaves nothing: the same text would fail again."""
-        try:
-            check_texts(summary.sources)
-            check_splits(self.settings.rule, self.settings.val_fraction, summary.documents, summary.lowest)
-        except UserError:
-            for path in self.work.iterdir():
-                if path.name != "lock":
-                    path.unlink()
-            remove_leftovers(self.out)
-            raise
+        check_texts(summary.sources)
+        check_splits(self.settings.rule, self.settings.val_fraction, summary.documents, summary.lowest)
+
+    def _give_up(self) -> None:
+        """Leave nothing: a second attempt would find the same."""
+        for path in self.work.iterdir():
+            if path.name != "lock":
+                path.unlink()
+        remove_leftovers(self.out)
 
     def _finish(self, shards: list[Shard], summary: Summary) -> Manifest:
         """Write what belongs to the shards; the manifest last."""
@@ -203,7 +187,7 @@ class Job:
             tokenizer_sha256=self.tokenizer.sha256,
             vocab_size=self.tokenizer.n_vocab,
             eot=self.tokenizer.eot,
-            dtype=self._dtype,
+            dtype=self.settings.dtype,
             shards=tuple(shards),
             text_bytes=summary.text_bytes,
             sources=tuple(summary.sources),
@@ -227,8 +211,3 @@ class Job:
         write_file(self.out / "manifest.json", manifest.to_json().encode())
         sync_folder(self.out)
         return manifest
-
-
-def available_cores() -> int:
-    """Cores that this process may use; macOS and Windows do not restrict them."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -18,6 +18,7 @@ import numpy as np
 
 from regpt.data.duplicates import KEY, PERMUTATIONS
 from regpt.data.partition import Split
+from regpt.data.settings import Settings
 
 # `number` counts all documents of the partition, those left out too; `key` begins the SHA-256 of the text.
 DOCUMENT = np.dtype([("number", "<i8"), ("tokens", "<i8"), ("bytes", "<i8"), ("key", KEY)])
@@ -52,11 +53,11 @@ class Piece(NamedTuple):
 class SplitFiles:
     """The files of one partition's split: `.bin` (tokens), `.docs` (`DOCUMENT` rows) and perhaps `.sig`."""
 
-    def __init__(self, work: Path, stem: str, eot: int, dtype: str, near: bool) -> None:
-        suffixes = (".bin", ".docs", ".sig") if near else (".bin", ".docs")
+    def __init__(self, work: Path, stem: str, settings: Settings) -> None:
+        suffixes = (".bin", ".docs", ".sig") if settings.dedup == "near" else (".bin", ".docs")
         self._files = {suffix: Checked(work / (stem + suffix)) for suffix in suffixes}
-        self._eot = np.array([eot], dtype=np.uint32)
-        self._dtype = np.dtype(dtype)
+        self._eot = np.array([settings.eot], dtype=np.uint32)
+        self._dtype = np.dtype(settings.dtype).newbyteorder("<")
         self._open: tuple[int, int, int, bytes] | None = None  # the document that may go on in the next batch
         self._total = Counts()
 

@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from regpt.data.assemble import STATE
+from regpt.data.attempt import FULL
 from regpt.data.contamination import Evaluations, read_evaluations
 from regpt.data.corpus import default_fraction, split_rule
-from regpt.data.job import Job, Placement, Progress
+from regpt.data.job import Job, Progress
 from regpt.data.lock import locked
 from regpt.data.manifest import Manifest
 from regpt.data.named import NAMED_OPTIONS, NamedOptions, open_sources
+from regpt.data.placement import Placement, count_workers, start_pool
 from regpt.data.settings import Filters, Settings
 from regpt.data.sources import DownloadProgress
-from regpt.data.worker import FULL
 from regpt.data.workers import DiskFull
 from regpt.data.write import remove_leftovers, write_file
 from regpt.errors import UserError
@@ -76,27 +77,45 @@ def prepare(
     check_options(sources, val_fraction, shard_tokens, filters, placement)
     check_out(out)
     opened, val_opened = open_sources(sources, named), open_sources(val_sources, named)
-    share = default_fraction(opened) if val_fraction is None else val_fraction
-    evaluations = read_evaluations(filters.decontaminate) if filters.decontaminate else None
-    settings = Settings(
+    count = count_workers(placement, filters)
+    try:
+        with start_pool(count, placement, [*opened, *val_opened], tokenizer) or contextlib.nullcontext() as pool:
+            evaluations = read_evaluations(filters.decontaminate) if filters.decontaminate else None
+            share = default_fraction(opened) if val_fraction is None else val_fraction
+            rule = split_rule(opened, bool(val_opened), share, text_column, download)
+            settings = make_settings(tokenizer, placement, rule, share, text_column, filters, evaluations)
+            places = (out, out / WORK, tokenizer, settings, shard_tokens, placement)
+            job = Job(*places, count, pool, evaluations, progress, download)
+            with in_work_folder(job.work, out, settings, evaluations, restart):
+                return job.run(opened, val_opened)
+    except (DiskFull, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in FULL:
+            raise
+        raise UserError(f"the disk of {out} is full; free space, then the same command goes on") from None
+
+
+def make_settings(
+    tokenizer: Tokenizer,
+    placement: Placement,
+    rule: str,
+    val_fraction: float,
+    text_column: str,
+    filters: Filters,
+    evaluations: Evaluations | None,
+) -> Settings:
+    return Settings(
         tokenizer=tokenizer.to_json(),
         tokenizer_sha256=tokenizer.sha256,
-        encoder=encoder,
-        rule=split_rule(opened, bool(val_opened), share, text_column, download),
-        val_fraction=share,
+        n_vocab=tokenizer.n_vocab,
+        eot=tokenizer.eot,
+        encoder=placement.encoder,
+        rule=rule,
+        val_fraction=val_fraction,
         text_column=text_column,
         min_chars=filters.min_chars,
         dedup=filters.dedup,
         evaluations=tuple(file["sha256"] for file in evaluations.files) if evaluations else (),
     )
-    job = Job(out, out / WORK, tokenizer, settings, shard_tokens, placement, evaluations, progress, download)
-    try:
-        with in_work_folder(job.work, out, settings, evaluations, restart):
-            return job.run(opened, val_opened)
-    except (DiskFull, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in FULL:
-            raise
-        raise UserError(f"the disk of {out} is full; free space, then the same command goes on") from None
 
 
 def check_options(

@@ -29,6 +29,8 @@ class Settings:
     Attributes:
         tokenizer: its `to_json`.
         tokenizer_sha256: its hash.
+        n_vocab: its number of tokens.
+        eot: its `<|endoftext|>`.
         encoder: `auto` for the fast one where it is installed, or `exact`.
         rule: how documents are held out: `documents`, `cut`, `sources` or `none`.
         val_fraction: of the rules `documents` and `cut`.
@@ -40,6 +42,8 @@ class Settings:
 
     tokenizer: str
     tokenizer_sha256: str
+    n_vocab: int
+    eot: int
     encoder: str = "auto"
     rule: str = "documents"
     val_fraction: float = 0.0
@@ -47,6 +51,11 @@ class Settings:
     min_chars: int = 0
     dedup: str = "none"
     evaluations: tuple[str, ...] = ()
+
+    @property
+    def dtype(self) -> Literal["uint16", "uint32"]:
+        """Of the tokens in shards."""
+        return "uint16" if self.n_vocab <= 1 << 16 else "uint32"
 
     def key(self) -> str:
         """Changes with the tokens: not with the encoder, which makes the same ones."""

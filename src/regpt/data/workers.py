@@ -4,84 +4,101 @@ Workers are started as `python -m regpt.data.worker`, which works alike on every
 that imports this package, and ends with it. One that is killed loses its partition's work; another does it again.
 """
 
-import contextlib
 import itertools
 import json
 import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from regpt.data.encode import encode_partition
 from regpt.data.partition import Partition
 from regpt.data.parts import Counts
 from regpt.data.settings import Settings
 from regpt.errors import UserError
-from regpt.text.tokenizer import Tokenizer
+from regpt.text.tokenizer import Encoder
 
 TRIES = 3  # of a partition whose process is killed
 News = Callable[[Partition, Counts], None]
+Finished = Generator[Partition, None, None]
 
 
 class DiskFull(Exception):
     """A worker could not write."""
 
 
+class Request(NamedTuple):
+    """A partition for a process, and the first line that the process must have been given."""
+
+    start: str
+    partition: Partition
+    threads: int
+
+
 def encode_here(
     work: Path,
     tasks: Iterator[Partition],
     settings: Settings,
-    tokenizer: Tokenizer,
+    encoder: Encoder,
     threads: int,
     news: News,
-) -> Iterator[Partition]:
+) -> Finished:
     """One partition after another; `threads` of this process encode."""
     for partition in tasks:
         encode_partition(
-            work, partition, settings, tokenizer, threads, progress=lambda counts, p=partition: news(p, counts)
+            work, partition, settings, encoder, threads, progress=lambda counts, p=partition: news(p, counts)
         )
         yield partition
 
 
-def encode_in_processes(
-    work: Path, tasks: Iterator[Partition], settings: Settings, workers: int, parquet: bool, news: News
-) -> Iterator[Partition]:
-    """Partitions in the order in which `workers` processes finish them; `parquet`: they will read such files.
+class Pool:
+    """Processes that encode. They start at once, and load what they need while the work is divided; they end with
+    `encode`, or with the context."""
 
-    Raises:
-        UserError: what a worker says about the text, or three processes were killed at the same partition.
-        DiskFull: a worker could not write.
-    """
-    requests: queue.SimpleQueue[tuple[Partition, int] | None] = queue.SimpleQueue()
-    answers: queue.SimpleQueue[tuple[Partition, dict[str, Any]]] = queue.SimpleQueue()
-    start = json.dumps({"work": str(work), "settings": asdict(settings), "parquet": parquet})
-    pool = [Attendant(start, requests, answers) for _ in range(workers)]  # they start while the work is divided
-    try:
-        first = list(itertools.islice(tasks, workers))
-        threads = workers // max(1, len(first))  # more than one for a few files that cannot be divided
-        tasks, waiting = itertools.chain(first, tasks), 0
-        while True:
-            while waiting < 2 * workers and (task := next(tasks, None)):
-                requests.put((task, threads))
-                waiting += 1
-            if not waiting:
-                return
-            partition, answer = answers.get()
-            if "counts" in answer:
-                news(partition, Counts(**answer["counts"]))
-            else:
-                raise_failure(answer)
-                waiting -= 1
-                yield partition
-    finally:
-        for attendant in pool:
+    def __init__(self, workers: int) -> None:
+        self._requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[tuple[Partition, dict[str, Any]]] = queue.SimpleQueue()
+        self._crew = [Attendant(self._requests, self._answers) for _ in range(workers)]
+
+    def encode(self, work: Path, tasks: Iterator[Partition], settings: Settings, news: News) -> Finished:
+        """Partitions in the order in which the processes finish them; ends the processes.
+
+        Raises:
+            UserError: what a worker says about the text, or three processes were killed at the same partition.
+            DiskFull: a worker could not write.
+        """
+        with self:
+            start = json.dumps({"work": str(work), "settings": asdict(settings)})
+            workers, waiting = len(self._crew), 0
+            first = list(itertools.islice(tasks, workers))
+            threads = workers // max(1, len(first))  # more than one for a few files that cannot be divided
+            tasks = itertools.chain(first, tasks)
+            while True:
+                while waiting < 2 * workers and (task := next(tasks, None)):
+                    self._requests.put(Request(start, task, threads))
+                    waiting += 1
+                if not waiting:
+                    return
+                partition, answer = self._answers.get()
+                if "counts" in answer:
+                    news(partition, Counts(**answer["counts"]))
+                else:
+                    raise_failure(answer)
+                    waiting -= 1
+                    yield partition
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for attendant in self._crew:
             attendant.stop()
-            requests.put(None)  # wakes one that has nothing to do
-        for attendant in pool:
+            self._requests.put(None)  # wakes one that has nothing to do
+        for attendant in self._crew:
             attendant.join()
 
 
@@ -100,13 +117,11 @@ class Attendant:
 
     def __init__(
         self,
-        start: str,
-        requests: "queue.SimpleQueue[tuple[Partition, int] | None]",
+        requests: "queue.SimpleQueue[Request | None]",
         answers: "queue.SimpleQueue[tuple[Partition, dict[str, Any]]]",
     ) -> None:
-        self._start = start + "\n"  # the first line to every process
         self._requests, self._answers = requests, answers
-        self._stopped = False
+        self._stopped, self._fresh = False, True
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
         self._thread = threading.Thread(target=self._attend, daemon=True)
@@ -124,18 +139,17 @@ class Attendant:
     def _attend(self) -> None:
         self._started()
         while (request := self._requests.get()) and not self._stopped:
-            partition, threads = request
             for _ in range(TRIES):
-                if self._encode(partition, threads) or self._stopped:
+                if self._encode(request) or self._stopped:
                     break
             else:
-                name = partition.readings[0].source.file
+                name = request.partition.readings[0].source.file
                 sentence = f"{TRIES} processes were killed while they read {name}"
                 fix = "perhaps for want of memory: use fewer --workers"
-                self._answers.put((partition, {"error": f"{sentence}, {fix}"}))
+                self._answers.put((request.partition, {"error": f"{sentence}, {fix}"}))
         self._end_process()
 
-    def _encode(self, partition: Partition, threads: int) -> bool:
+    def _encode(self, request: Request) -> bool:
         """False if the process ended without a last answer."""
         process = self._started()
         if process is None:
@@ -143,14 +157,17 @@ class Attendant:
         assert process.stdin
         assert process.stdout
         try:
-            process.stdin.write(f'{{"threads": {threads}, "partition": {partition.to_json()}}}\n')
+            if self._fresh:
+                process.stdin.write(request.start + "\n")
+                self._fresh = False
+            process.stdin.write(f'{{"threads": {request.threads}, "partition": {request.partition.to_json()}}}\n')
             process.stdin.flush()
         except OSError:  # it has ended
             self._end_process()
             return False
         for line in process.stdout:
             answer = json.loads(line)
-            self._answers.put((partition, answer))
+            self._answers.put((request.partition, answer))
             if "counts" not in answer:
                 return True
         self._end_process()
@@ -168,10 +185,7 @@ class Attendant:
                     text=True,
                     encoding="utf-8",
                 )
-                assert self._process.stdin
-                with contextlib.suppress(OSError):  # it has ended: the first request will notice
-                    self._process.stdin.write(self._start)
-                    self._process.stdin.flush()
+                self._fresh = True
             return self._process
 
     def _end_process(self) -> None:

@@ -2,34 +2,34 @@
 
 `gigatoken` (extra `fast`) looks words up in a cache instead of merging them again. Its only known difference from
 tiktoken and tokenizers is the edition of Unicode: characters that were assigned lately are letters to one and unknown
-to the other. Text with such a character is encoded by the tokenizer itself, as is one text in a thousand, to compare
-the two: a difference is an error, never a wrong shard.
+to the other. Text with such a character is encoded by the tokenizer itself. `data/audit.py` compares the two on one
+document in a thousand.
 """
 
 import functools
-import importlib.metadata
 import json
-import tempfile
+import os
 import time
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from regpt.errors import UserError
-from regpt.text.bpe import ENDOFTEXT, BPETokenizer
-from regpt.text.gpt2 import GPT2Tokenizer
-from regpt.text.tokenizer import Tokenizer
+from regpt.text.tokenizer import Encoder, Tokenizer
+
+if TYPE_CHECKING:
+    from regpt.text.bpe import BPETokenizer
+    from regpt.text.gpt2 import GPT2Tokenizer
 
 PACKAGE = "gigatoken"
 VETTED = "0.10."  # the versions that docs/log.md reports on
-COMPARE_EVERY = 1024  # texts: about 1 % of the time
-COMPARE_CHARS = 1 << 18
-# Version 0.10 never empties its cache. It grows with words not seen before, and those are what takes time, so time
-# bounds it: 3 s are about 1 GB of English and 0.3 GB of memory, or 30 MB of random letters and as much memory.
-RENEW_S = 3.0
+# Version 0.10 never empties its cache, which grows with words not seen before: by 35 MB over 500 MB of English, by as
+# much over 4 MB of random letters. So the encoder is made anew (50 ms) when the process has grown by so much, but not
+# all the time where a huge document is what it grew by.
+GROWN_BYTES = 64 << 20
+RENEW_S, RENEW_UNSEEN_S = 0.5, 3.0  # of encoding: at the soonest, and where the system does not tell the size
 # Letters and digits of Unicode 17, which gigatoken 0.10 knows and tiktoken 0.14 and tokenizers 0.23 do not. Found by
 # encoding every code point; a Python of Unicode 16 or older reports them as unassigned anyway.
 UNICODE_17 = (
@@ -43,54 +43,55 @@ FIRST_DISPUTED, FIRST_SURROGATE = 0x378, 0xD800  # U+0378 has been unassigned in
 TABLE_SIZE = 0x40000  # above it: tags, private use and nothing yet; too rare to tell apart, all counts as disputed
 
 
-class FastTokenizer:
-    """`exact`, encoding faster; not for several threads at once."""
+class FastEncoder:
+    """Encodes as `exact()` does, faster; not for several threads at once.
 
-    def __init__(self, exact: GPT2Tokenizer | BPETokenizer) -> None:
-        self.exact = exact
-        self.name, self.sha256, self.n_vocab, self.eot = exact.name, exact.sha256, exact.n_vocab, exact.eot
-        self._encoder = build(exact)
-        self._spent_s, self._texts = 0.0, 0
+    `model` is a file that `save_model` wrote. `exact` is called when it is needed first, which is hardly ever: it takes
+    20 MB and 0.1 s.
+    """
 
-    def encode(self, text: str) -> list[int]:
-        return self._encode(text).tolist()
+    def __init__(self, model: Path, exact: Callable[[], Encoder]) -> None:
+        self._model, self._exact = model, functools.cache(exact)
+        self._renew()
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
-        return [self._encode(text) for text in texts]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.exact.decode(ids)
-
-    def byte_lengths(self) -> np.ndarray:
-        return self.exact.byte_lengths()
-
-    def to_json(self) -> str:
-        return self.exact.to_json()
+        """One uint32 array of token ids a text, in the order given; one thread encodes, whatever `threads` says."""
+        if self._spent_s > RENEW_S and self._is_large():
+            self._renew()
+        start = time.perf_counter()
+        encoded = [self._encode(text) for text in texts]
+        self._spent_s += time.perf_counter() - start
+        return encoded
 
     def _encode(self, text: str) -> np.ndarray:
         if not text.isascii() and is_disputed(text):
-            return self.exact.encode_batch([text])[0]
-        if self._spent_s > RENEW_S:
-            self._encoder, self._spent_s = build(self.exact), 0.0
-        start = time.perf_counter()
-        ids = self._encoder.encode(text)
-        self._spent_s += time.perf_counter() - start
-        if self._texts % COMPARE_EVERY == 0 and len(text) <= COMPARE_CHARS:
-            self._compare(text, ids)
-        self._texts += 1
-        return ids
+            return self._exact().encode_batch([text])[0]
+        return self._encoder.encode(text)
 
-    def _compare(self, text: str, ids: np.ndarray) -> None:
-        if not np.array_equal(ids, self.exact.encode_batch([text])[0]):
-            raise UserError(
-                f"the package {PACKAGE} encodes {text[:40]!r}… differently from the tokenizer {self.name}; "
-                "do without it: --encoder exact"
-            )
+    def _is_large(self) -> bool:
+        now = own_bytes()
+        return self._spent_s > RENEW_UNSEEN_S if now is None else now - self._before > GROWN_BYTES
+
+    def _renew(self) -> None:
+        self._encoder: Any = None  # before there is another
+        self._encoder, self._spent_s = build(self._model), 0.0
+        self._before = own_bytes() or 0
 
 
-def accelerate(tokenizer: Tokenizer) -> Tokenizer:
-    """`tokenizer`, faster where the package is installed in a version that was vetted; otherwise itself."""
-    return FastTokenizer(tokenizer) if can_accelerate(tokenizer) else tokenizer  # type: ignore[arg-type]
+def own_bytes() -> int | None:
+    """Memory of this process, files that it shares with others left out; None where the system does not say."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            _, resident, shared, *_ = map(int, file.read().split())
+    except OSError:
+        return None
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+
+
+def accelerate(tokenizer: Tokenizer, folder: Path) -> Encoder:
+    """`tokenizer`, faster where the package is installed in a version that was vetted; otherwise itself. What the
+    package reads is written into `folder`."""
+    return FastEncoder(save_model(tokenizer, folder), lambda: tokenizer) if can_accelerate(tokenizer) else tokenizer
 
 
 def can_accelerate(tokenizer: Tokenizer) -> bool:
@@ -99,10 +100,15 @@ def can_accelerate(tokenizer: Tokenizer) -> bool:
 
 def is_standard(tokenizer: Tokenizer) -> bool:
     """Is it one that `to_json` describes wholly, so that another process can open it?"""
+    from regpt.text.bpe import BPETokenizer
+    from regpt.text.gpt2 import GPT2Tokenizer
+
     return type(tokenizer) in (GPT2Tokenizer, BPETokenizer)
 
 
 def available() -> bool:
+    import importlib.metadata  # takes 20 ms, which workers do without
+
     try:
         return importlib.metadata.version(PACKAGE).startswith(VETTED)
     except importlib.metadata.PackageNotFoundError:
@@ -111,30 +117,47 @@ def available() -> bool:
 
 def encoder_name(tokenizer: Tokenizer, accelerated: bool) -> str:
     """Package and version that turns text into tokens, such as `tiktoken 0.14.0`."""
-    package = PACKAGE if accelerated else "tiktoken" if isinstance(tokenizer, GPT2Tokenizer) else "tokenizers"
+    import importlib.metadata
+
+    package = PACKAGE if accelerated else "tiktoken" if tokenizer.name == "gpt2" else "tokenizers"
     return f"{package} {importlib.metadata.version(package)}"
 
 
-def build(exact: GPT2Tokenizer | BPETokenizer) -> Any:
-    """The package's encoder, without the special token: text that spells it is only text. Takes 50 ms."""
+def save_model(exact: "Tokenizer | GPT2Tokenizer | BPETokenizer", folder: Path) -> Path:
+    """Write what the package reads, without the special token: text that spells it is only text."""
+    if ranks := getattr(exact, "ranks", None):
+        path, content = folder / "model.tiktoken", ranks()
+    else:
+        described = json.loads(exact.to_json())
+        described["model"]["vocab"] = {token: i for token, i in described["model"]["vocab"].items() if i != exact.eot}
+        path, content = folder / "model.json", json.dumps({**described, "added_tokens": []}).encode()
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
+    return path
+
+
+def find_model(folder: Path) -> Path | None:
+    """What `save_model` wrote into `folder`."""
+    return next((path for path in (folder / "model.tiktoken", folder / "model.json") if path.exists()), None)
+
+
+def build(model: Path) -> Any:
+    """The package's encoder; takes 50 ms."""
     from gigatoken import gigatoken_rs  # type: ignore[import-not-found]
 
-    if isinstance(exact, BPETokenizer):
-        content = json.loads(exact.to_json())
-        content["model"]["vocab"].pop(ENDOFTEXT, None)
-        return gigatoken_rs.load_hf_json(json.dumps({**content, "added_tokens": []}))
-    with tempfile.TemporaryDirectory() as folder:  # it reads ranks from a file only
-        path = Path(folder) / "ranks.tiktoken"
-        path.write_bytes(exact.ranks())
-        return gigatoken_rs.BPETokenizer.from_tiktoken(str(path), "gpt2", None)
+    if model.suffix == ".json":
+        return gigatoken_rs.load_hf_json(model.read_text(encoding="utf-8"))
+    return gigatoken_rs.BPETokenizer.from_tiktoken(str(model), "gpt2", None)
 
 
 def is_disputed(text: str) -> bool:
     """Does `text` hold a character whose class may depend on the edition of Unicode, or a lone surrogate?"""
     units = characters_from(text, "utf-16-le", "<u2")  # half the memory, and enough for most texts
-    if len(units) and units.max() >= FIRST_SURROGATE:
-        units = characters_from(text, "utf-32-le", "<u4")
-    return bool(disputed_characters()[np.minimum(units, TABLE_SIZE - 1)].any())
+    if len(units) == 0 or units.max() < FIRST_SURROGATE:
+        return bool(disputed_characters(FIRST_SURROGATE)[units].any())
+    units = characters_from(text, "utf-32-le", "<u4")
+    return bool(disputed_characters(TABLE_SIZE)[np.minimum(units, TABLE_SIZE - 1)].any())
 
 
 def characters_from(text: str, encoding: str, dtype: str) -> np.ndarray:
@@ -144,12 +167,13 @@ def characters_from(text: str, encoding: str, dtype: str) -> np.ndarray:
 
 
 @functools.cache
-def disputed_characters() -> np.ndarray:
-    """(TABLE_SIZE,) bool: unassigned in this Python's Unicode, or assigned by Unicode 17; the last entry is True, for
-    everything above."""
-    table = np.array([unicodedata.category(chr(i)) in ("Cn", "Cs") for i in range(TABLE_SIZE)])
+def disputed_characters(size: int) -> np.ndarray:
+    """(size,) bool: unassigned in this Python's Unicode, or assigned by Unicode 17; the last entry of the whole table
+    is True, for everything above."""
+    unknown = map({"Cn", "Cs"}.__contains__, map(unicodedata.category, map(chr, range(size))))
+    table = np.frombuffer(bytearray(unknown), dtype=bool)
     for first, last in UNICODE_17:
         table[first : last + 1] = True
-    table[-1] = True
+    table[-1] |= size == TABLE_SIZE
     assert not table[:FIRST_DISPUTED].any()
     return table

@@ -6,7 +6,15 @@ from typing import Protocol
 import numpy as np
 
 
-class Tokenizer(Protocol):
+class Encoder(Protocol):
+    """Text to token ids. Text that spells a special token is encoded as ordinary characters."""
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        """One uint32 array of token ids a text, in the order given, without `eot`."""
+        ...
+
+
+class Tokenizer(Encoder, Protocol):
     """Text to token ids and back. Text that spells a special token is encoded as ordinary characters.
 
     Attributes:
@@ -23,10 +31,6 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without `eot`."""
-        ...
-
-    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
-        """One uint32 array of token ids a text, in the order given."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
