@@ -18,15 +18,18 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from torch.multiprocessing.spawn import start_processes
 
 from regpt.checkpoint.config import CheckpointConfig
+from regpt.checkpoint.save import Contents, save_checkpoint
+from regpt.checkpoint.state import DataPosition, RunState
 from regpt.config import RunConfig
 from regpt.data.batch import IGNORE_INDEX, Batch
 from regpt.data.config import DataConfig
 from regpt.evals.config import EvalConfig
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
-from regpt.model.weights import InitialWeights, load_weights, unpadded
+from regpt.model.weights import InitialWeights, load_weights, state_tensors, unpadded
 from regpt.parallel.mesh import Mesh
 from regpt.sample.config import SampleConfig
+from regpt.text.tokenizer import Tokenizer
 from regpt.train.config import OptimConfig, TrainConfig
 from regpt.train.loss import LossSum, make_loss_sum
 from regpt.train.optim import make_optimizer
@@ -152,6 +155,12 @@ def run_config(data: Path) -> RunConfig:
 def change(config: RunConfig, section: str, **values: Any) -> RunConfig:
     """`config` with other values in one section."""
     return replace(config, **{section: replace(getattr(config, section), **values)})
+
+
+def save_model(folder: Path, model: Transformer, tokenizer: Tokenizer, step: int = 3) -> Path:
+    """A checkpoint of a model without optimizer state."""
+    state = RunState(step, DataPosition("0" * 64, 0))
+    return save_checkpoint(folder, Contents(model.config, tokenizer, state_tensors(model), {}, state))
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------

@@ -46,9 +46,12 @@ class RunConfig:
                 f"lower the first or raise the second"
             )
 
+    def sections(self) -> dict[str, dict[str, Any]]:
+        """Section → key → value; what is None is left out, as in TOML."""
+        return {name: drop_none(values) for name, values in asdict(self).items()}
+
     def to_toml(self) -> str:
-        sections = {name: drop_none(values) for name, values in asdict(self).items()}
-        return tomli_w.dumps(sections)
+        return tomli_w.dumps(self.sections())
 
 
 def drop_none(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from regpt.checkpoint.load import checkpoint_folder
-from regpt.checkpoint.save import save_checkpoint
+from regpt.checkpoint.save import Contents, save_checkpoint
+from regpt.checkpoint.state import DataPosition, RunState
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize, state_tensors
@@ -39,12 +40,21 @@ def optimizer(model: Transformer) -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def save(model: Transformer, tokenizer: BPETokenizer, optimizer: dict[str, Tensor]) -> Callable[[Path, int], Path]:
+def contents(model: Transformer, tokenizer: BPETokenizer, optimizer: dict[str, Tensor]) -> Callable[[int], Contents]:
+    """`contents(step)`: what a checkpoint of the model would hold, over the tensors themselves."""
+
+    def at_step(step: int) -> Contents:
+        state = RunState(step, DataPosition("0" * 64, 3 * step), config={"sample": {"prompt": "é"}})
+        return Contents(model.config, tokenizer, state_tensors(model), optimizer, state)
+
+    return at_step
+
+
+@pytest.fixture
+def save(contents: Callable[[int], Contents]) -> Callable[..., Path]:
     """`save(run, step)` writes a checkpoint."""
 
-    def save_step(run: Path, step: int) -> Path:
-        state = {"step": step, "row": 3 * step, "name": "é"}
-        folder = checkpoint_folder(run, step)
-        return save_checkpoint(folder, model=model, tokenizer=tokenizer, optimizer=optimizer, state=state)
+    def save_step(run: Path, step: int, **options: int) -> Path:
+        return save_checkpoint(checkpoint_folder(run, step), contents(step), **options)
 
     return save_step

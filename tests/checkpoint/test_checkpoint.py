@@ -4,15 +4,15 @@ import errno
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import regpt.checkpoint.save
-from regpt.checkpoint.files import TensorFiles, whole_folder, write_tensors
-from regpt.checkpoint.load import checkpoints, load_checkpoint, newest_checkpoint
-from regpt.checkpoint.manifest import verify_checkpoint
+from regpt.checkpoint.files import whole_folder
+from regpt.checkpoint.load import checkpoints, load_checkpoint, newest_checkpoint, verify_checkpoint
 from regpt.checkpoint.save import prune_checkpoints
 from regpt.errors import UserError
 from regpt.model.config import ModelConfig
@@ -26,13 +26,13 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_checkpoint_comes_back_bit_for_bit(tmp_path, save, model, optimizer, tokenizer):
+def test_a_checkpoint_comes_back_bit_for_bit(tmp_path, save, contents, model, optimizer, tokenizer):
     folder = save(tmp_path, 250)
     assert folder == tmp_path / "checkpoints" / "step-00000250"
     assert names(folder) == FILES
     checkpoint = load_checkpoint(folder)
     assert checkpoint.config == model.config
-    assert checkpoint.state == {"step": 250, "row": 750, "name": "é"}
+    assert checkpoint.state == contents(250).state
     assert checkpoint.step == 250
     assert checkpoint.tokenizer().sha256 == tokenizer.sha256
     for stored, expected in ((checkpoint.weights(), state_tensors(model)), (checkpoint.optimizer(), optimizer)):
@@ -58,10 +58,8 @@ def test_a_checkpoint_can_be_copied_elsewhere(tmp_path, save):
     assert load_checkpoint(copy).step == 250
 
 
-def test_a_checkpoint_without_optimizer_state_is_fine(tmp_path, model, tokenizer):
-    folder = regpt.checkpoint.save.save_checkpoint(
-        tmp_path / "step-00000000", model=model, tokenizer=tokenizer, optimizer={}, state={"step": 0}
-    )
+def test_a_checkpoint_without_optimizer_state_is_fine(tmp_path, contents):
+    folder = regpt.checkpoint.save.save_checkpoint(tmp_path / "step-00000000", replace(contents(0), optimizer={}))
     assert dict(load_checkpoint(folder).optimizer()) == {}
 
 
@@ -70,7 +68,7 @@ def test_the_same_state_gives_the_same_bytes(tmp_path, save):
     assert (first / "manifest.json").read_bytes() == (second / "manifest.json").read_bytes()
 
 
-@pytest.mark.parametrize("dies_in", ["write_json", "write_tensors", "write_manifest"])
+@pytest.mark.parametrize("dies_in", ["write_json", "write_divided", "write_state", "write_manifest"])
 def test_a_save_that_dies_leaves_nothing_to_be_seen(tmp_path, save, monkeypatch, dies_in):
     save(tmp_path, 1)
     real = getattr(regpt.checkpoint.save, dies_in)
@@ -111,7 +109,7 @@ def test_a_full_disk_is_one_sentence_and_the_old_checkpoint_stays(tmp_path, save
     def full(path, tensors):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(regpt.checkpoint.save, "write_tensors", full)
+    monkeypatch.setattr(regpt.checkpoint.tensors, "write_tensors", full)
     with pytest.raises(UserError, match=r"cannot write .*step-00000002.*No space left.*untouched"):
         save(tmp_path, 2)
     assert names(tmp_path / "checkpoints") == [old.name]
@@ -255,15 +253,3 @@ def test_a_model_json_that_describes_no_model_is_refused(tmp_path, save, monkeyp
         (folder / "model.json").write_text(json.dumps(content))
         with pytest.raises(UserError, match=rf"model\.json' .*{complaint}"):
             load_checkpoint(folder, verified=True)
-
-
-def test_tensor_files_refuse_what_is_no_safetensors_and_names_held_twice(tmp_path):
-    write_tensors(tmp_path / "a", {"x": torch.ones(2).t()})
-    shutil.copy(tmp_path / "a", tmp_path / "b")
-    with pytest.raises(UserError, match="tensor 'x' is in both"):
-        TensorFiles([tmp_path / "a", tmp_path / "b"])
-    (tmp_path / "b").write_bytes(b"PK\x03\x04 a pickle, perhaps")
-    with pytest.raises(UserError, match="as safetensors"):
-        TensorFiles([tmp_path / "b"])
-    with pytest.raises(UserError, match="as safetensors"):
-        TensorFiles([tmp_path / "nowhere"])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from regpt.checkpoint.save import save_checkpoint
+import tiny
 from regpt.cli.sample import main
 from regpt.errors import UsageError, UserError
 from regpt.model.config import ModelConfig
@@ -33,7 +33,7 @@ def model(tokenizer) -> Transformer:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, tokenizer, model) -> str:
     folder = tmp_path_factory.mktemp("run") / "checkpoints" / "step-00000003"
-    return str(save_checkpoint(folder, model=model, tokenizer=tokenizer, optimizer={}, state={"step": 3}))
+    return str(tiny.save_model(folder, model, tokenizer))
 
 
 def run(capsys, *args: str) -> str:

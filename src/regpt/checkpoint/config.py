@@ -15,8 +15,14 @@ class CheckpointConfig:
     """Newest checkpoints that are kept; 0 keeps all."""
     keep_every: int = 0
     """Checkpoints at multiples of this step are kept for ever; 0 for none."""
+    background: bool = True
+    """Write while training goes on; otherwise training waits until the checkpoint is on the disk."""
+    max_file_mib: int = 4096
+    """Tensors beyond this size are stored in several files with an index."""
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "keep_last", "keep_every"):
             if getattr(self, name) < 0:
                 raise UsageError(f"checkpoint.{name} is {getattr(self, name)}, must be 0 or more")
+        if self.max_file_mib < 1:
+            raise UsageError(f"checkpoint.max_file_mib is {self.max_file_mib}, must be 1 or more")

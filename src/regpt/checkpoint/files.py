@@ -1,19 +1,19 @@
-"""Files as checkpoints and exports need them: written whole or not at all, read tensor by tensor."""
+"""Files as checkpoints and exports need them: written whole or not at all."""
 
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors import SafetensorError
 
 from regpt.errors import UserError
+
+SUCCESSOR = ".new"  # behind the name of a folder that is about to be replaced
 
 
 @contextmanager
@@ -21,7 +21,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that takes the name `folder` when the body is done, and is gone when the body raises.
 
     What the body writes with `write_json`, `write_text` and `write_tensors` has reached the disk before the rename. An
-    older `folder` is moved out of the way first: a crash between these two renames leaves neither under the name.
+    older `folder` is replaced as in `put_in_place`.
 
     Raises:
         UserError: the disk is full, or the place cannot be written to.
@@ -31,9 +31,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         flush_folder(temporary)
-        discard(folder)
-        temporary.replace(folder)
-        flush_folder(folder.parent)
+        put_in_place(temporary, folder)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"cannot write {str(folder)!r} ({error}); free some space or choose another place, "
@@ -41,6 +39,36 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put_in_place(temporary: Path, folder: Path) -> None:
+    """Give the finished folder `temporary` the name `folder`, whose older bearer is deleted.
+
+    Two folders cannot change names at once, so the new one waits as `successor(folder)` while the old one leaves: a
+    crash at any moment leaves the old one under its name or the new one under one of its two, always whole.
+    """
+    waiting = successor(folder)
+    if folder.exists():
+        discard(waiting)
+        temporary.replace(waiting)
+        flush_folder(folder.parent)
+        promote(waiting)
+    else:
+        temporary.replace(folder)
+        flush_folder(folder.parent)
+
+
+def promote(waiting: Path) -> None:
+    """Let a waiting successor take its name; the older bearer is deleted."""
+    folder = waiting.with_name(waiting.name.removesuffix(SUCCESSOR))
+    discard(folder)
+    waiting.replace(folder)
+    flush_folder(folder.parent)
+
+
+def successor(folder: Path) -> Path:
+    """Where what replaces `folder` waits for its name."""
+    return folder.with_name(folder.name + SUCCESSOR)
 
 
 def discard(folder: Path) -> None:
@@ -71,12 +99,6 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """One safetensors file of `tensors`, from any device; the metadata is what transformers asks for."""
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
-    flush(path)
-
-
 def flush(path: Path) -> None:
     """Wait until the contents of the file are on the disk."""
     with path.open("rb+") as file:  # Windows flushes only files that are open for writing
@@ -105,7 +127,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(
             f"cannot read {str(path)!r} ({error.strerror}); restore the file or choose another model"
         ) from None
-    except ValueError as error:  # not UTF-8, or not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a pit of brackets
         raise UserError(f"{str(path)!r} is not JSON ({error}); restore the file or choose another model") from None
     if not isinstance(content, dict):
         raise UserError(f"{str(path)!r} holds no JSON object; restore the file or choose another model")
@@ -115,44 +137,3 @@ def read_json(path: Path) -> dict[str, Any]:
 def is_plain_name(name: str) -> bool:
     """Whether `name` can only mean a file inside the folder that it is joined to, on every operating system."""
     return name not in ("", ".", "..") and not set(name) & set("/\\:\0")
-
-
-class TensorFiles(Mapping[str, Tensor]):
-    """The tensors of some safetensors files by name; each is read, to the CPU, only when it is asked for.
-
-    Raises:
-        UserError: a file that is missing or damaged, or a name that two files hold.
-    """
-
-    def __init__(self, files: Iterable[Path]):
-        self.file_of: dict[str, Path] = {}
-        for file in files:
-            with opened(file) as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                    if name in self.file_of:
-                        raise UserError(
-                            f"tensor {name!r} is in both {self.file_of[name]} and {file}; remove one of them"
-                        )
-                    self.file_of[name] = file
-
-    def __getitem__(self, name: str) -> Tensor:
-        with opened(self.file_of[name]) as tensors:
-            return tensors.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.file_of)
-
-    def __len__(self) -> int:
-        return len(self.file_of)
-
-
-@contextmanager
-def opened(file: Path) -> Iterator[Any]:
-    """A handle on a safetensors file; what is wrong with the file is a UserError."""
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            yield tensors
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"cannot read {str(file)!r} as safetensors ({error}); restore the file or choose another model"
-        ) from None

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from regpt.checkpoint.files import TensorFiles, is_plain_name, read_json
+from regpt.checkpoint.files import read_json
+from regpt.checkpoint.tensors import TensorFiles, find_divided
 from regpt.errors import UserError
 from regpt.model.config import ModelConfig
 from regpt.model.hf import WeightsFromHF, config_from_hf
@@ -49,32 +50,14 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         UserError: there are none, or the index is damaged.
     """
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if (folder / INDEX).is_file():
-        return [folder / name for name in shard_names(folder / INDEX)]
+    if files := find_divided(folder, "model"):
+        return files
     has = f"has only {PICKLE}, a pickle, which can execute code" if (folder / PICKLE).is_file() else f"has no {WEIGHTS}"
     raise UserError(f"model {str(folder)!r} {has}; regpt reads safetensors only: {how_to_convert()}")
 
 
 def how_to_convert() -> str:
     return "make them with transformers' save_pretrained, or choose another model"
-
-
-def shard_names(index: Path) -> list[str]:
-    """The files that the index of a sharded model names, each once.
-
-    Raises:
-        UserError: it names none, or something that is no file of its folder.
-    """
-    weight_map = read_json(index).get("weight_map")
-    names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-    if not names or not all(isinstance(name, str) and is_plain_name(name) for name in names):
-        raise UserError(
-            f"{str(index)!r} has no weight_map from tensors to plain file names; "
-            "restore the file or choose another model"
-        )
-    return names
 
 
 def hf_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:

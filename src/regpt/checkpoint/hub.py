@@ -4,7 +4,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from regpt.checkpoint.hf_folder import CONFIG, INDEX, PICKLE, TOKENIZER, WEIGHTS, hf_config, how_to_convert, shard_names
+from regpt.checkpoint.hf_folder import CONFIG, INDEX, PICKLE, TOKENIZER, WEIGHTS, hf_config, how_to_convert
+from regpt.checkpoint.tensors import shard_names
 from regpt.errors import UserError
 
 # GPT-2's short names, and where OpenAI's weights lie.

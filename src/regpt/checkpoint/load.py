@@ -6,27 +6,32 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from regpt.checkpoint.files import TensorFiles, read_json
+from regpt.checkpoint.files import SUCCESSOR, read_json
 from regpt.checkpoint.manifest import (
+    AVERAGE,
     FORMAT_VERSION,
     MODEL,
     OPTIMIZER,
     STATE,
     TOKENIZER,
     WEIGHTS,
+    Manifest,
     damaged,
-    verify_checkpoint,
+    read_manifest,
+    verify_files,
 )
+from regpt.checkpoint.state import RunState, read_state
+from regpt.checkpoint.tensors import TensorFiles
 from regpt.errors import UserError
 from regpt.model.config import ModelConfig
 from regpt.text.open import open_tokenizer
 from regpt.text.tokenizer import Tokenizer
 
-STEP_FOLDER = re.compile(r"step-(\d{8,})")
+STEP_FOLDER = re.compile(rf"step-(\d{{8,}})(?:{re.escape(SUCCESSOR)})?")
+DTYPES = ("F32", "F64")  # what a run computes its updates in; another type of a stored tensor is no rounding of ours
 
 
 @dataclass(frozen=True)
@@ -37,23 +42,33 @@ class Checkpoint:
         folder: where it lies.
         config: shape of the model.
         state: what the run stored; `step` is the number of updates done.
+        manifest: its files.
     """
 
     folder: Path
     config: ModelConfig
-    state: dict[str, Any]
+    state: RunState
+    manifest: Manifest
 
     @property
-    def step(self) -> int | None:
-        return self.state.get("step")
+    def step(self) -> int:
+        return self.state.step
 
     def weights(self) -> TensorFiles:
         """Name → weight at its real shape, for `load_weights`."""
-        return TensorFiles([self.folder / WEIGHTS])
+        return self.tensors(WEIGHTS)
 
     def optimizer(self) -> TensorFiles:
         """`exp_avg/<parameter>`, `exp_avg_sq/<parameter>` → tensor, without padding rows."""
-        return TensorFiles([self.folder / OPTIMIZER])
+        return self.tensors(OPTIMIZER)
+
+    def average(self) -> TensorFiles | None:
+        """Name → exponential moving average of the weight; None when the run keeps none."""
+        return self.tensors(AVERAGE) if self.manifest.tensor_files(AVERAGE) else None
+
+    def tensors(self, stem: str) -> TensorFiles:
+        files = [self.folder / name for name in self.manifest.tensor_files(stem)]
+        return TensorFiles(files, DTYPES)
 
     def tokenizer(self) -> Tokenizer:
         return open_tokenizer(self.folder / TOKENIZER)
@@ -65,16 +80,20 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The checkpoint folders of `run`, the oldest step first, whether intact or not."""
+    """The checkpoint folders of `run`, the oldest step first, whether intact or not.
+
+    Where a crash left the successor of a folder beside it (`files.put_in_place`), the successor comes later.
+    """
     folders = (run / "checkpoints").glob("step-*")
-    return sorted(
-        (f for f in folders if STEP_FOLDER.fullmatch(f.name) and f.is_dir() and not f.is_symlink()), key=step_of
-    )
+    real = (f for f in folders if STEP_FOLDER.fullmatch(f.name) and f.is_dir() and not f.is_symlink())
+    return sorted(real, key=lambda folder: (step_of(folder), folder.name))
 
 
 def step_of(folder: Path) -> int:
     """The step in the name of a checkpoint folder."""
-    return int(folder.name.removeprefix("step-"))
+    match = STEP_FOLDER.fullmatch(folder.name)
+    assert match
+    return int(match[1])
 
 
 def print_warning(message: str) -> None:
@@ -109,7 +128,30 @@ def load_checkpoint(folder: Path, *, optimizer: bool = True, verified: bool = Fa
     """
     if not verified:
         verify_checkpoint(folder, optimizer=optimizer)
-    return Checkpoint(folder, read_config(folder / MODEL), read_json(folder / STATE))
+    return Checkpoint(folder, read_config(folder / MODEL), read_state(folder / STATE), read_manifest(folder))
+
+
+def verify_checkpoint(folder: Path, *, optimizer: bool = True) -> None:
+    """Everything that can be known of a checkpoint without a run: its files, and that every number in them is finite.
+
+    Args:
+        optimizer: also read the optimizer's tensors, two thirds of the bytes, which only a resume needs.
+
+    Raises:
+        UserError: naming the first file that is missing, changed, no file of the folder, or not what it should be.
+    """
+    verify_files(folder, optimizer=optimizer)
+    checkpoint = load_checkpoint(folder, verified=True)
+    checkpoint.tokenizer()
+    for stem in (WEIGHTS, AVERAGE, OPTIMIZER) if optimizer else (WEIGHTS, AVERAGE):
+        refuse_non_finite(folder, checkpoint.tensors(stem))
+
+
+def refuse_non_finite(folder: Path, tensors: TensorFiles) -> None:
+    """Raise a UserError that names the first tensor with an infinity or a NaN in it."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise damaged(tensors.file_of[name], f"holds numbers in {name!r} that are not finite")
 
 
 def read_config(path: Path) -> ModelConfig:

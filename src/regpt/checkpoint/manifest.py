@@ -1,19 +1,23 @@
 """`manifest.json` of a checkpoint: its files with size and SHA-256, written last, checked before anything is read."""
 
 import hashlib
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
 from regpt.checkpoint.files import is_plain_name, write_json
+from regpt.checkpoint.tensors import SUFFIX
 from regpt.errors import UserError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MODEL, TOKENIZER, STATE = "model.json", "tokenizer.json", "state.json"
-WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
-FILES = (MODEL, TOKENIZER, WEIGHTS, OPTIMIZER, STATE)
+# Stems of tensor files: model.safetensors, or model-00001-of-00004.safetensors … with model.safetensors.index.json.
+WEIGHTS, OPTIMIZER, AVERAGE = "model", "optimizer", "ema"
+FILES = (MODEL, TOKENIZER, STATE)
+DIVIDED = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,19 @@ class Manifest:
     files: tuple[File, ...]
     format_version: int = FORMAT_VERSION
 
+    def names(self) -> set[str]:
+        return {file.file for file in self.files}
+
+    def tensor_files(self, stem: str) -> list[str]:
+        """The tensor files of `stem`, sorted; none when it was not stored."""
+        return sorted(name for name in self.names() if stem_of(name) == stem)
+
+
+def stem_of(name: str) -> str:
+    """`optimizer` for `optimizer.safetensors` and `optimizer-00001-of-00004.safetensors`; "" for any other file."""
+    divided = DIVIDED.fullmatch(name)
+    return divided[1] if divided else name.removesuffix(SUFFIX) if name.endswith(SUFFIX) else ""
+
 
 def write_manifest(folder: Path) -> None:
     """Describe the files that lie in `folder`."""
@@ -51,6 +68,8 @@ def read_manifest(folder: Path) -> Manifest:
             or names something outside the folder.
     """
     path = folder / MANIFEST
+    if path.is_symlink():
+        raise damaged(path, "is a symbolic link")
     if not path.is_file():
         what = "has no manifest.json, so it is no complete checkpoint" if folder.is_dir() else "does not exist"
         raise UserError(f"checkpoint {str(folder)!r} {what}; use another checkpoint of the run")
@@ -62,14 +81,31 @@ def read_manifest(folder: Path) -> Manifest:
         raise damaged(path, f"is not a manifest ({where}: {first['msg']})") from None
     if manifest.format_version != FORMAT_VERSION:
         raise damaged(path, f"has format version {manifest.format_version}, this regpt reads {FORMAT_VERSION}")
-    names = [file.file for file in manifest.files]
-    for name in names:
+    check_names(manifest, path)
+    return manifest
+
+
+def check_names(manifest: Manifest, path: Path) -> None:
+    """Raise a UserError unless the names lie in the folder and are those of a whole checkpoint."""
+    for name in manifest.names():
         if not is_plain_name(name):
             raise damaged(path, f"names {name!r}, which is no plain file name")
     for name in FILES:
-        if name not in names:
+        if name not in manifest.names():
             raise damaged(path, f"lacks {name!r}")
-    return manifest
+    for stem in (WEIGHTS, OPTIMIZER):
+        if not manifest.tensor_files(stem):
+            raise damaged(path, f"lacks '{stem}{SUFFIX}'")
+    for stem in (WEIGHTS, OPTIMIZER, AVERAGE):
+        files = manifest.tensor_files(stem)
+        if files and files != expected_files(stem, len(files)):
+            raise damaged(path, f"names {', '.join(files)}, which are not all files of {stem!r} and nothing else")
+
+
+def expected_files(stem: str, count: int) -> list[str]:
+    """The names of `count` tensor files of `stem`."""
+    divided = [f"{stem}-{number:05d}-of-{count:05d}{SUFFIX}" for number in range(1, count + 1)]
+    return [f"{stem}{SUFFIX}"] if count == 1 else divided
 
 
 def check_sizes(folder: Path) -> Manifest:
@@ -90,7 +126,7 @@ def check_sizes(folder: Path) -> Manifest:
     return manifest
 
 
-def verify_checkpoint(folder: Path, *, optimizer: bool = True) -> None:
+def verify_files(folder: Path, *, optimizer: bool = True) -> None:
     """Compare every file of `folder` with the manifest: sizes, then SHA-256.
 
     Args:
@@ -101,7 +137,7 @@ def verify_checkpoint(folder: Path, *, optimizer: bool = True) -> None:
     """
     for file in check_sizes(folder).files:
         path = folder / file.file
-        if (optimizer or file.file != OPTIMIZER) and sha256(path) != file.sha256:
+        if (optimizer or stem_of(file.file) != OPTIMIZER) and sha256(path) != file.sha256:
             raise damaged(path, "has been changed or damaged (its SHA-256 differs from the manifest's)")
 
 

@@ -1,82 +1,146 @@
 """Write a checkpoint, whole or not at all, and delete the ones that are no longer wanted."""
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from regpt.checkpoint.files import discard, remove_leftovers, whole_folder, write_json, write_tensors, write_text
-from regpt.checkpoint.load import checkpoints, step_of
+from regpt.checkpoint.files import (
+    SUCCESSOR,
+    discard,
+    promote,
+    remove_leftovers,
+    whole_folder,
+    write_json,
+    write_text,
+)
+from regpt.checkpoint.load import checkpoints, step_of, verify_checkpoint
 from regpt.checkpoint.manifest import (
+    AVERAGE,
     FORMAT_VERSION,
     MODEL,
     OPTIMIZER,
     STATE,
     TOKENIZER,
     WEIGHTS,
-    check_sizes,
     write_manifest,
 )
+from regpt.checkpoint.state import RunState, write_state
+from regpt.checkpoint.tensors import write_divided
 from regpt.errors import UserError
-from regpt.model.transformer import Transformer
-from regpt.model.weights import state_tensors
+from regpt.model.config import ModelConfig
 from regpt.text.tokenizer import Tokenizer
 
+MAX_FILE_BYTES = 4 << 30
 
-def save_checkpoint(
-    folder: Path,
-    *,
-    model: Transformer,
-    tokenizer: Tokenizer,
-    optimizer: Mapping[str, Tensor],
-    state: Mapping[str, Any],
-) -> Path:
-    """Everything that a run needs to go on, and a reader needs to sample, in `folder`; returns it.
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds: everything that a run needs to go on, and a reader needs to sample.
+
+    Attributes:
+        config: shape of the model.
+        tokenizer: stored beside the weights.
+        weights: all of them, learning or not, at the real vocabulary size, the tied head once.
+        optimizer: tensors named `exp_avg/<parameter>`, `exp_avg_sq/<parameter>`, without padding rows.
+        average: exponential moving average of the weights, named and shaped like them; empty when none is kept.
+        state: the rest.
+    """
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    state: RunState
+    average: Mapping[str, Tensor] | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors in one mapping, each name behind that of its file: `optimizer/exp_avg/wte.weight`."""
+        parts = {WEIGHTS: self.weights, OPTIMIZER: self.optimizer, AVERAGE: self.average or {}}
+        return {f"{stem}/{name}": tensor for stem, tensors in parts.items() for name, tensor in tensors.items()}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> "Contents":
+        """The same with other tensors, named as in `tensors()`."""
+        parts: dict[str, dict[str, Tensor]] = {WEIGHTS: {}, OPTIMIZER: {}, AVERAGE: {}}
+        for name, tensor in tensors.items():
+            stem, _, inner = name.partition("/")
+            parts[stem][inner] = tensor
+        average = parts[AVERAGE] if self.average is not None else None
+        return replace(self, weights=parts[WEIGHTS], optimizer=parts[OPTIMIZER], average=average)
+
+
+def save_checkpoint(folder: Path, contents: Contents, max_file_bytes: int = MAX_FILE_BYTES) -> Path:
+    """Write `contents` as the checkpoint `folder`; returns it.
 
     Nothing is seen under the name `folder` before all of it is on the disk. One process at a time may save into the
-    folder's parent: what it finds there half-written, a crash has left, and it is deleted.
+    folder's parent: what it finds there half-written, a crash has left, and it is deleted. A damaged checkpoint of the
+    same name is set aside (`step-00000250.damaged-1`), never deleted.
 
     Args:
         folder: `RUN/checkpoints/step-00000250`, see `checkpoint_folder`.
-        model: its weights are stored at the real vocabulary size, the tied head once.
-        tokenizer: stored beside the weights.
-        optimizer: tensors named `exp_avg/<parameter>`, `exp_avg_sq/<parameter>`, without padding rows.
-        state: JSON values; `step` is the number of updates done.
+        max_file_bytes: tensors beyond it go into several files with an index.
 
     Raises:
         UserError: the disk is full, or the place cannot be written to; earlier checkpoints are untouched.
     """
-    remove_leftovers(folder.parent, "step-*")
+    finish_replacements(folder.parent)
     with whole_folder(folder) as temporary:
-        write_json(temporary / MODEL, {"format_version": FORMAT_VERSION, **asdict(model.config)})
-        write_text(temporary / TOKENIZER, tokenizer.to_json())
-        write_tensors(temporary / WEIGHTS, state_tensors(model))
-        write_tensors(temporary / OPTIMIZER, optimizer)
-        write_json(temporary / STATE, state)
+        write_json(temporary / MODEL, {"format_version": FORMAT_VERSION, **asdict(contents.config)})
+        write_text(temporary / TOKENIZER, contents.tokenizer.to_json())
+        write_divided(temporary, WEIGHTS, contents.weights, max_file_bytes)
+        write_divided(temporary, OPTIMIZER, contents.optimizer, max_file_bytes)
+        if contents.average is not None:
+            write_divided(temporary, AVERAGE, contents.average, max_file_bytes)
+        write_state(temporary / STATE, contents.state)
         write_manifest(temporary)
+        if folder.exists() and not is_intact(folder):
+            set_aside(folder)
     return folder
 
 
-def prune_checkpoints(run: Path, keep_last: int, keep_every: int) -> list[Path]:
+def finish_replacements(parent: Path) -> None:
+    """Let the folders that a crash left waiting take their names, then delete what it left half-written."""
+    for waiting in parent.glob(f"step-*{SUCCESSOR}"):
+        if not is_intact(waiting):
+            set_aside(waiting)
+            continue
+        folder = waiting.with_name(waiting.name.removesuffix(SUCCESSOR))
+        if folder.exists() and not is_intact(folder):
+            set_aside(folder)
+        promote(waiting)
+    remove_leftovers(parent, "step-*")
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint so that it is no longer looked at."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.damaged-{number}")).exists():
+        number += 1
+    return folder.replace(aside)
+
+
+def is_intact(folder: Path) -> bool:
+    """Whether `verify_checkpoint` finds nothing wrong with `folder`."""
+    try:
+        verify_checkpoint(folder)
+    except UserError:
+        return False
+    return True
+
+
+def prune_checkpoints(
+    run: Path, keep_last: int, keep_every: int, intact: Callable[[Path], bool] = is_intact
+) -> list[Path]:
     """Delete the older checkpoints of `run`; returns those deleted.
 
     The newest `keep_last` stay (0: all stay), and those at multiples of `keep_every` (0: none). A damaged one is
-    neither counted nor deleted: it may be the only trace of something.
+    neither counted nor deleted: it may be the only trace of something. `intact` tells them apart.
     """
-    intact = [folder for folder in checkpoints(run) if is_intact(folder)]
-    old = intact[:-keep_last] if keep_last else []
+    if not keep_last:
+        return []
+    old = [folder for folder in checkpoints(run) if intact(folder)][:-keep_last]
     unwanted = [folder for folder in old if not (keep_every and step_of(folder) % keep_every == 0)]
     for folder in unwanted:
         discard(folder)
     return unwanted
-
-
-def is_intact(folder: Path) -> bool:
-    """Whether the files of `folder` have the sizes of its manifest."""
-    try:
-        check_sizes(folder)
-    except UserError:
-        return False
-    return True

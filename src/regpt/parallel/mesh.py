@@ -50,6 +50,20 @@ class Mesh:
         """True in every process when `flag` is true in one of them; waits for all, but not for their devices."""
         return bool(self.sum(torch.tensor(int(flag))))
 
+    def gather(self, data: bytes) -> list[bytes]:
+        """`data` of every process, by rank, in all of them."""
+        if self.world_size == 1:
+            return [data]
+        sizes = self.sum(
+            torch.tensor([len(data) * (rank == self.rank) for rank in range(self.world_size)]).to(self.device)
+        )
+        width = int(sizes.max())
+        mine = torch.zeros(width, dtype=torch.uint8)
+        mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        parts = [torch.empty(width, dtype=torch.uint8, device=self.device) for _ in range(self.world_size)]
+        dist.all_gather(parts, mine.to(self.device))
+        return [bytes(part[:size].tolist()) for part, size in zip(parts, sizes.tolist())]
+
     @torch.no_grad()
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Replace every gradient by its sum (not its mean) over all processes."""

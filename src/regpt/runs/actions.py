@@ -1,29 +1,34 @@
 """What a run does around its updates: rows of metrics, validation, samples, checkpoints."""
 
+import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from regpt.checkpoint.load import checkpoint_folder
-from regpt.checkpoint.save import prune_checkpoints, save_checkpoint
+from regpt.checkpoint.background import Saver
+from regpt.checkpoint.generators import generator_states
+from regpt.checkpoint.save import Contents
+from regpt.checkpoint.state import DataPosition, RunState
 from regpt.config import RunConfig
 from regpt.data.bos import PackedRows
 from regpt.data.mixture import MixedRows
 from regpt.data.rows import Rows
+from regpt.errors import UserError
 from regpt.evals.perplexity import LossSums, finish, sum_losses
 from regpt.model.transformer import Transformer
-from regpt.model.weights import count_parameters
+from regpt.model.weights import count_parameters, state_tensors
 from regpt.parallel.mesh import Mesh
 from regpt.runs.build import Corpus, choose_kernels, count_validation_rows, validation_batches
-from regpt.runs.folder import JsonLines, device_name
+from regpt.runs.folder import JsonLines, device_name, made_with
 from regpt.runs.terminal import Terminal
 from regpt.sample.generate import write_samples
 from regpt.sample.sampling import SamplingOptions
 from regpt.train.optim import optimizer_tensors
 from regpt.train.precision import autocast
+from regpt.train.schedule import make_schedule
 from regpt.train.trainer import Actions, Row, Trainer, due
 
 SAMPLED_WINDOWS = 16  # a few milliseconds each; what the whole epoch leaves out is said by regpt data info
@@ -43,18 +48,26 @@ class Job:
     terminal: Terminal
     metrics: JsonLines | None
     samples: JsonLines | None
+    saver: Saver
 
 
 def make_actions(job: Job, stop_requested: Callable[[], bool]) -> Actions:
     """The actions of `job`, for `Trainer.fit`."""
     n_rows = count_validation_rows(job.config, job.corpus)
     return Actions(
-        log=lambda row: write_row(job, row),
+        log=lambda row: log(job, row),
         validate=lambda step: validate(job, step, n_rows) if n_rows else None,
         sample=lambda step: sample(job, step),
         save=lambda step: save(job, step),
-        stop_requested=stop_requested,
+        # A checkpoint that could not be written ends the run like a stop: all processes together, after a second try.
+        stop_requested=lambda: stop_requested() or job.saver.failed,
     )
+
+
+def log(job: Job, row: Row) -> None:
+    """What is to be said after an update."""
+    write_row(job, row)
+    write_saved_rows(job)
 
 
 def write_row(job: Job, row: Row) -> None:
@@ -68,7 +81,7 @@ def write_row(job: Job, row: Row) -> None:
 
 def tell_fewer_rows(job: Job, rows: int) -> None:
     """A process ran out of memory; from now on each computes `rows` at once."""
-    event = {"kind": "event", "step": job.trainer.step, "name": "out_of_memory", "micro_batch_rows": rows}
+    event: Row = {"kind": "event", "step": job.trainer.step, "name": "out_of_memory", "micro_batch_rows": rows}
     write_row(job, event | {"time": time.time()})
     job.terminal.say(
         f"out of memory after step {job.trainer.step:,}: going on with {rows} rows at once, the same update in smaller "
@@ -114,18 +127,44 @@ def sample(job: Job, step: int) -> None:
 
 
 def save(job: Job, step: int) -> None:
-    """Write a checkpoint and remove the ones that are not kept; all processes return when it is there."""
-    if job.mesh.is_main:
-        save_checkpoint(
-            checkpoint_folder(job.run, step),
-            model=job.model,
-            tokenizer=job.corpus.tokenizer,
-            optimizer=optimizer_tensors(job.model, job.optimizer),
-            state={"step": step, "data_manifest_sha256": job.corpus.manifest_sha256, "trainer": job.trainer.state()},
-        )
-        keep = job.config.checkpoint
-        prune_checkpoints(job.run, keep_last=keep.keep_last, keep_every=keep.keep_every)
-    job.mesh.wait()
+    """Begin to write a checkpoint; what it needs to know of the other processes is collected first."""
+    states = job.mesh.gather(json.dumps(generator_states(job.mesh.device)).encode())
+    if not job.mesh.is_main:
+        return
+    try:
+        job.saver.wait()
+    except UserError as error:  # training stops here; see `stop_requested` in `make_actions`
+        job.terminal.say(f"{error}; trying once more")
+    contents = Contents(
+        config=job.config.model,
+        tokenizer=job.corpus.tokenizer,
+        weights=state_tensors(job.model),
+        optimizer=optimizer_tensors(job.model, job.optimizer),
+        state=run_state(job, step, [json.loads(state) for state in states]),
+    )
+    job.saver.save(contents, job.mesh.device)
+
+
+def run_state(job: Job, step: int, random: list[dict[str, str]]) -> RunState:
+    """What state.json says after `step` updates."""
+    config = job.config
+    data, rows = config.data, config.train.batch_tokens // config.data.seq_len
+    lr = make_schedule(config.optim, config.train.steps)(step) if step else 0.0
+    return RunState(
+        step=step,
+        data=DataPosition(job.corpus.manifest_sha256, step * rows, data.order, data.seed),
+        schedule={"name": config.optim.schedule, "steps": config.train.steps, "lr": lr},
+        trainer=job.trainer.state(),
+        random=tuple(random),
+        config=config.sections(),
+        made_with=made_with(job.mesh),
+    )
+
+
+def write_saved_rows(job: Job) -> None:
+    """A row of metrics for every checkpoint that has been finished since the last call."""
+    for saved in job.saver.take_done():
+        write_row(job, {"kind": "event", "name": "checkpoint", **asdict(saved), "time": time.time()})
 
 
 def summary(job: Job) -> str:

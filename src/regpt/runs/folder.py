@@ -64,39 +64,75 @@ def numbered_folder(parent: Path, name: str) -> Path:
     return path
 
 
+def whole_lines(path: Path) -> int:
+    """Bytes of the lines of a file that have an end."""
+    with path.open("rb") as file:
+        return sum(len(line) for line in file if line.endswith(b"\n"))
+
+
+def unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write {str(path)!r} ({error.strerror}); free some space or make the place writable, then go on with: "
+        f"regpt train --resume {path.parent}"
+    )
+
+
 class JsonLines:
-    """An append-only file of one JSON object a line, each written at once. A last line torn by a crash is cut off."""
+    """An append-only file of one JSON object a line, each written at once. A last line torn by a crash is cut off.
+
+    Use it as a context.
+
+    Raises:
+        UserError: the disk is full, or the place cannot be written to.
+    """
 
     def __init__(self, path: Path):
-        self.file = open(path, "a+b")  # noqa: SIM115 (closed by close)
-        self.file.seek(0)
-        whole = sum(len(line) for line in self.file if line.endswith(b"\n"))
-        self.file.truncate(whole)
+        self.path = path
+        try:
+            whole = whole_lines(path) if path.exists() else 0
+            self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by __exit__)
+            self.file.truncate(whole)
+        except OSError as error:
+            raise unwritable(path, error) from None
 
     def write(self, row: dict[str, Any]) -> None:
-        self.file.write(json.dumps(row).encode() + b"\n")
-        self.file.flush()
+        line = json.dumps(row).encode() + b"\n"
+        try:
+            while line:
+                line = line[self.file.write(line) :]
+        except OSError as error:
+            raise unwritable(self.path, error) from None
 
-    def close(self) -> None:
+    def __enter__(self) -> "JsonLines":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self.file.close()
 
 
 def describe_environment(mesh: Mesh, data: dict[str, Any], parameters: int, argv: Sequence[str]) -> dict[str, Any]:
     """What a run ran on and with: env.json; `data` says what it reads."""
     return {
-        "regpt": regpt.__version__,
+        **made_with(mesh),
         "commit": source_commit(),
-        "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "host": platform.node(),
-        "device": device_name(mesh.device),
-        "world_size": mesh.world_size,
         "argv": list(argv),
         "started": time.time(),
         "parameters": parameters,
         "data": data,
+    }
+
+
+def made_with(mesh: Mesh) -> dict[str, Any]:
+    """What computes."""
+    return {
+        "regpt": regpt.__version__,
+        "torch": torch.__version__,
+        "host": platform.node(),
+        "device": device_name(mesh.device),
+        "world_size": mesh.world_size,
     }
 
 

@@ -1,6 +1,7 @@
 """Pretraining: configuration → objects → `Trainer.fit`."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from regpt.checkpoint.background import Saver
+from regpt.checkpoint.generators import restore_generators
 from regpt.checkpoint.load import Checkpoint, load_checkpoint, newest_checkpoint
 from regpt.checkpoint.open import open_model
 from regpt.config import RunConfig
@@ -25,6 +28,7 @@ from regpt.runs.actions import (
     tell_fewer_rows,
     write_epochs,
     write_row,
+    write_saved_rows,
 )
 from regpt.runs.build import Corpus, build_loader, build_model, build_trainer, count_validation_rows, open_corpus
 from regpt.runs.folder import JsonLines, create_run, describe_environment, read_run_config, refuse_used_folder
@@ -110,15 +114,22 @@ def resume(run: Path) -> int:
             )
         model = load_weights(build_model(config, mesh.device), checkpoint.weights())
         optimizer = make_optimizer(model, config.optim, mesh.device)
-        step = int(checkpoint.state["step"])
-        load_optimizer(model, optimizer, checkpoint.optimizer(), step)
-        state = checkpoint.state.get("trainer", {})
-        return fit(config, run, mesh, corpus, model, optimizer, step=step, state=state)
+        load_optimizer(model, optimizer, checkpoint.optimizer(), checkpoint.step)
+        restore_random(checkpoint, mesh)
+        state = checkpoint.state.trainer
+        return fit(config, run, mesh, corpus, model, optimizer, step=checkpoint.step, state=state)
+
+
+def restore_random(checkpoint: Checkpoint, mesh: Mesh) -> None:
+    """Set this process's global generators as they were, where there were as many processes."""
+    states = checkpoint.state.random
+    if len(states) == mesh.world_size:
+        restore_generators(states[mesh.rank], mesh.device)
 
 
 def refuse_changed_data(checkpoint: Checkpoint, corpus: Corpus) -> None:
     """The row at which a run goes on means something in the shards that it was trained on only."""
-    if checkpoint.state.get("data_manifest_sha256") != corpus.manifest_sha256:
+    if checkpoint.state.data.manifest_sha256 != corpus.manifest_sha256:
         raise UserError(
             f"the shards in {corpus.facts()['path']} are not those that {checkpoint.folder} was trained on (another "
             "manifest.json); restore them, or start a new run from its weights with --init-from"
@@ -141,25 +152,27 @@ def fit(
     batches = Prefetcher(loader, steps=config.train.steps)
     trainer = build_trainer(config, mesh, model, optimizer, batches, step=step)
     terminal = Terminal(str(run), config.train.steps, Console(), enabled=mesh.is_main)
-    files = [JsonLines(run / name) if mesh.is_main else None for name in ("metrics.jsonl", "samples.jsonl")]
-    job = Job(config, run, mesh, corpus, model, optimizer, trainer, terminal, *files)
-    trainer.load_state(state)
-    trainer.micro_batch.on_fewer = lambda rows: tell_fewer_rows(job, rows)
-    terminal.say(summary(job))
-    peak = device_peak(mesh.device, config.train.precision)
-    terminal.say(f"100 % MFU is {peak}")
-    say_what_is_left_out(job, loader.rows)
-    if step:
-        resumed: Row = {"kind": "event", "step": step, "name": "resume", "world_size": mesh.world_size}
-        write_row(job, resumed | {"peak": asdict(peak)})
-    every = Every(config.eval.every_steps, config.sample.every_steps, config.checkpoint.every_steps)
-    if step == config.train.steps:
-        terminal.say(f"the run is complete: all {step:,} updates are made; regpt report {run} shows it")
-    with stop_request() as stop_requested, terminal, batches:
-        finished = trainer.fit(make_actions(job, stop_requested), every)
-    write_epochs(job, trainer.step, loader.epochs(trainer.step))
-    for file in filter(None, files):
-        file.close()
+    with ExitStack() as stack:
+        names = ("metrics.jsonl", "samples.jsonl")
+        files = [stack.enter_context(JsonLines(run / name)) if mesh.is_main else None for name in names]
+        saver = Saver(run, config.checkpoint)
+        job = Job(config, run, mesh, corpus, model, optimizer, trainer, terminal, *files, saver=saver)
+        trainer.load_state(state)
+        trainer.micro_batch.on_fewer = lambda rows: tell_fewer_rows(job, rows)
+        terminal.say(summary(job))
+        peak = device_peak(mesh.device, config.train.precision)
+        terminal.say(f"100 % MFU is {peak}")
+        say_what_is_left_out(job, loader.rows)
+        if step:
+            resumed: Row = {"kind": "event", "step": step, "name": "resume", "world_size": mesh.world_size}
+            write_row(job, resumed | {"peak": asdict(peak)})
+        every = Every(config.eval.every_steps, config.sample.every_steps, config.checkpoint.every_steps)
+        if step == config.train.steps:
+            terminal.say(f"the run is complete: all {step:,} updates are made; regpt report {run} shows it")
+        with stop_request() as stop_requested, terminal, batches, saver:
+            finished = trainer.fit(make_actions(job, stop_requested), every)
+        write_saved_rows(job)
+        write_epochs(job, trainer.step, loader.epochs(trainer.step))
     if not finished:
         terminal.say(f"stopped after step {trainer.step:,} and saved; go on with: regpt train --resume {run}")
     return 0 if finished else EXIT_SAVED

@@ -1,0 +1,122 @@
+"""Checkpoints written while training goes on: one at a time, in a thread."""
+
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from regpt.checkpoint.config import CheckpointConfig
+from regpt.checkpoint.files import flush
+from regpt.checkpoint.load import checkpoint_folder
+from regpt.checkpoint.save import Contents, is_intact, prune_checkpoints, save_checkpoint
+from regpt.checkpoint.snapshot import HostMemory, Snapshot, take_snapshot
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One finished save.
+
+    Attributes:
+        step: updates that the checkpoint has seen.
+        stall_ms: how long training waited.
+        write_ms: from then until the checkpoint was on the disk and older ones were gone.
+        bytes: of its tensors.
+        via: where they were copied first: `device` or `host`.
+    """
+
+    step: int
+    stall_ms: float
+    write_ms: float
+    bytes: int
+    via: str
+
+
+class Saver:
+    """Saves the checkpoints of one run; use it as a context, which ends when the last one is on the disk.
+
+    `save` returns as soon as the tensors have been copied. What goes wrong later is kept: `failed` tells, and the next
+    `wait` raises it. Two saves never overlap. When Ctrl-C ends the context nothing waits: the checkpoint that was being
+    written is not there, the ones before it are.
+    """
+
+    def __init__(self, run: Path, config: CheckpointConfig) -> None:
+        self.run, self.config = run, config
+        self.memory = HostMemory()
+        self.known: dict[Path, bool] = {}  # whether a checkpoint is intact: each is read once
+        self.thread: threading.Thread | None = None
+        self.failure: BaseException | None = None
+        self.done: list[Saved] = []
+
+    def save(self, contents: Contents, device: torch.device) -> None:
+        """Copy the tensors of `contents`, after what was queued on `device`; write them in the background.
+
+        Raises:
+            UserError: the save before this one failed.
+        """
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # the update itself is no part of what saving costs
+        started = time.perf_counter()
+        self.wait()
+        snapshot = take_snapshot(contents.tensors(), self.memory)
+        contents = contents.with_tensors({})  # the originals go on changing
+        stall_ms = (time.perf_counter() - started) * 1e3
+        self.thread = threading.Thread(target=self.work, args=(contents, snapshot, stall_ms), daemon=True)
+        self.thread.start()
+        if not self.config.background:
+            self.wait()
+
+    def work(self, contents: Contents, snapshot: Snapshot, stall_ms: float) -> None:
+        """Everything after the copy, in the thread."""
+        started = time.perf_counter()
+        try:
+            tensors = snapshot.on_host()
+            for rows in self.run.glob("*.jsonl"):
+                flush(rows)  # what was said of the steps before reaches the disk first
+            step = contents.state.step
+            folder = checkpoint_folder(self.run, step)
+            save_checkpoint(folder, contents.with_tensors(tensors), self.config.max_file_mib << 20)
+            self.known[folder] = True
+            prune_checkpoints(self.run, self.config.keep_last, self.config.keep_every, self.is_intact)
+        except BaseException as error:  # raised again by `wait`
+            self.failure = error
+            return
+        write_ms = (time.perf_counter() - started) * 1e3
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if not self.config.background:
+            stall_ms += write_ms
+        self.done.append(Saved(step, stall_ms, write_ms, size, snapshot.via))
+
+    def is_intact(self, folder: Path) -> bool:
+        if folder not in self.known:
+            self.known[folder] = is_intact(folder)
+        return self.known[folder]
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save went wrong that `wait` has not told of yet."""
+        return self.failure is not None
+
+    def wait(self) -> None:
+        """Return when nothing is being written; raises what went wrong, once."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.failure is not None:
+            failure, self.failure = self.failure, None
+            raise failure
+
+    def take_done(self) -> list[Saved]:
+        """The saves that were finished since the last call."""
+        done, self.done = self.done, []
+        return done
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self.wait()
+        elif isinstance(error, Exception) and self.thread is not None:
+            self.thread.join()  # what was begun is finished; its own failure would hide the error

@@ -1,0 +1,69 @@
+"""`state.json`: what a run needs to go on, besides its tensors."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from regpt.checkpoint.files import read_json, write_json
+from regpt.checkpoint.manifest import damaged
+
+
+@dataclass(frozen=True)
+class DataPosition:
+    """Where a run stands in its data: the next step begins at row `next_row` of this order of these shards."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    manifest_sha256: str
+    next_row: int
+    order: str = "shuffle"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The state of a run after `step` updates.
+
+    Attributes:
+        step: updates made.
+        data: the position in the data, and which data that is.
+        schedule: what set the learning rate: name, length, rate of the last update.
+        trainer: what the trainer keeps beside weights and moments, such as the scaler of float16.
+        random: for each process, the states of its global generators (see `checkpoint.generators`).
+        config: the whole configuration of the run, as in config.toml.
+        made_with: versions, device and number of processes.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    step: int
+    data: DataPosition
+    schedule: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    random: tuple[dict[str, str], ...] = ()
+    config: dict[str, dict[str, Any]] = field(default_factory=dict)
+    made_with: dict[str, Any] = field(default_factory=dict)
+
+
+def write_state(path: Path, state: RunState) -> None:
+    write_json(path, asdict(state))
+
+
+def read_state(path: Path) -> RunState:
+    """The state in `path`.
+
+    Raises:
+        UserError: the file is missing or holds something else.
+    """
+    try:
+        state = TypeAdapter(RunState).validate_json(json.dumps(read_json(path)), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise damaged(path, f"describes no run ({where}: {first['msg']})") from None
+    if state.step < 0 or state.data.next_row < 0:
+        raise damaged(path, f"has the step {state.step} and the row {state.data.next_row}, which may not be negative")
+    return state

@@ -1,0 +1,128 @@
+"""Named tensors in safetensors files: one file, or several with an index, written and read."""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from regpt.checkpoint.files import flush, is_plain_name, read_json, write_json
+from regpt.errors import UserError
+
+SUFFIX, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"  # the names that transformers gives, too
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One safetensors file of `tensors`, from any device; the metadata is what transformers asks for."""
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
+    flush(path)
+
+
+def write_divided(folder: Path, stem: str, tensors: Mapping[str, Tensor], max_bytes: int) -> None:
+    """`STEM.safetensors`; beyond `max_bytes` `STEM-00001-of-00004.safetensors`, … with an index of what is where.
+
+    Consecutive tensors share a file; one that alone is larger than `max_bytes` has its own.
+    """
+    parts = list(divide(tensors, max_bytes))
+    if len(parts) == 1:
+        write_tensors(folder / f"{stem}{SUFFIX}", parts[0])
+        return
+    weight_map: dict[str, str] = {}
+    for number, part in enumerate(parts, start=1):
+        file = f"{stem}-{number:05d}-of-{len(parts):05d}{SUFFIX}"
+        write_tensors(folder / file, part)
+        weight_map |= dict.fromkeys(part, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    write_json(folder / f"{stem}{INDEX_SUFFIX}", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def divide(tensors: Mapping[str, Tensor], max_bytes: int) -> Iterator[dict[str, Tensor]]:
+    """Consecutive tensors, together at most `max_bytes` (or one that is larger); one empty part of no tensors."""
+    part: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors.items():
+        if part and size + tensor.nbytes > max_bytes:
+            yield part
+            part, size = {}, 0
+        part[name] = tensor
+        size += tensor.nbytes
+    yield part
+
+
+def find_divided(folder: Path, stem: str) -> list[Path]:
+    """The files that `write_divided` wrote, the index left out; none when there is neither a file nor an index.
+
+    Raises:
+        UserError: the index is damaged.
+    """
+    if (folder / f"{stem}{SUFFIX}").is_file():
+        return [folder / f"{stem}{SUFFIX}"]
+    index = folder / f"{stem}{INDEX_SUFFIX}"
+    return [folder / name for name in shard_names(index)] if index.is_file() else []
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index names, each once.
+
+    Raises:
+        UserError: it names none, or something that is no file of its folder.
+    """
+    weight_map = read_json(index).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) and is_plain_name(name) for name in names):
+        raise UserError(
+            f"{str(index)!r} has no weight_map from tensors to plain file names; "
+            "restore the file or choose another model"
+        )
+    return sorted(set(names))
+
+
+class TensorFiles(Mapping[str, Tensor]):
+    """The tensors of some safetensors files by name; each is read, to the CPU, only when it is asked for.
+
+    Raises:
+        UserError: a file that is missing or damaged, a name that two files hold, or a tensor of a type that is not
+            among `dtypes` (in safetensors' names, such as F32), where these are given.
+    """
+
+    def __init__(self, files: Iterable[Path], dtypes: Collection[str] = ()):
+        self.file_of: dict[str, Path] = {}
+        for file in files:
+            with opened(file) as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+                    if name in self.file_of:
+                        raise UserError(
+                            f"tensor {name!r} is in both {self.file_of[name]} and {file}; remove one of them"
+                        )
+                    dtype = str(tensors.get_slice(name).get_dtype())
+                    if dtypes and dtype not in dtypes:
+                        raise UserError(
+                            f"tensor {name!r} in {str(file)!r} has type {dtype}, must be {' or '.join(dtypes)}; "
+                            "restore the file or choose another model"
+                        )
+                    self.file_of[name] = file
+
+    def __getitem__(self, name: str) -> Tensor:
+        with opened(self.file_of[name]) as tensors:
+            return tensors.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.file_of)
+
+    def __len__(self) -> int:
+        return len(self.file_of)
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """A handle on a safetensors file; what is wrong with the file is a UserError."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot read {str(file)!r} as safetensors ({error}); restore the file or choose another model"
+        ) from None

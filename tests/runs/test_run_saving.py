@@ -1,0 +1,147 @@
+"""Checkpoints of a run: what they cost is written down, and a disk that cannot take them loses nothing."""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import regpt.checkpoint.tensors
+import tiny
+from regpt.checkpoint.load import checkpoint_folder, checkpoints, load_checkpoint
+from regpt.config import RunConfig
+from regpt.errors import UserError
+from regpt.runs.pretrain import pretrain, resume
+from regpt.runs.stop import EXIT_SAVED
+
+
+@pytest.fixture(scope="module")
+def config(shards) -> RunConfig:
+    return tiny.run_config(shards)
+
+
+@pytest.fixture(scope="module")
+def straight(config, tmp_path_factory) -> Path:
+    """The run without a fault; read only."""
+    run = tmp_path_factory.mktemp("straight") / "run"
+    assert pretrain(config, run) == 0
+    return run
+
+
+def final_files(run: Path) -> dict[str, bytes]:
+    folder = checkpoint_folder(run, 8)
+    return {name: (folder / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")}
+
+
+def rows_of(run: Path, kind: str) -> list[dict]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row for row in rows if row["kind"] == kind]
+
+
+def steps(run: Path) -> list[int]:
+    return [load_checkpoint(folder).step for folder in checkpoints(run)]
+
+
+def test_every_checkpoint_has_a_row_that_says_how_long_training_waited(straight):
+    rows = [row for row in rows_of(straight, "event") if row["name"] == "checkpoint"]
+    assert [row["step"] for row in rows] == [2, 4, 6, 8] == steps(straight)
+    for row in rows:
+        assert row["stall_ms"] > 0
+        assert row["write_ms"] > 0
+        assert row["via"] == "host"
+        files = checkpoint_folder(straight, row["step"]).glob("*.safetensors")
+        assert row["bytes"] == sum(
+            t.nbytes for file in files for t in regpt.checkpoint.tensors.TensorFiles([file]).values()
+        )
+
+
+def test_the_state_says_where_the_run_stands(straight, config):
+    state = load_checkpoint(checkpoint_folder(straight, 4)).state
+    assert state.step == 4
+    assert state.data.next_row == 4 * 64 // 16
+    assert (state.data.order, state.data.seed) == (config.data.order, config.data.seed)
+    env = json.loads((straight / "env.json").read_text(encoding="utf-8"))
+    assert state.data.manifest_sha256 == env["data"]["manifest_sha256"]
+    row = rows_of(straight, "train")[3]
+    assert state.schedule == {"name": "cosine", "steps": 8, "lr": row["lr"]}
+    assert state.config["model"]["n_embd"] == 16
+    assert state.made_with["torch"] == torch.__version__
+    assert [sorted(states) for states in state.random] == [["cpu", "numpy", "python"]]
+
+
+def test_global_generators_go_on_where_they_were(config, straight, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    drawn = []
+    states = load_checkpoint(checkpoint_folder(run, 8)).state.random[0]
+    for _ in range(2):
+        assert resume(run) == 0
+        drawn.append(torch.rand(3).tolist())
+    assert drawn[0] == drawn[1]
+    assert set(states) == {"cpu", "numpy", "python"}
+
+
+@pytest.fixture
+def disk(monkeypatch) -> list[int]:
+    """Its one element counts the files of tensors that can still be written."""
+    room, real = [1000], regpt.checkpoint.tensors.write_tensors
+
+    def write(path, tensors):
+        room[0] -= 1
+        if room[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(path, tensors)
+
+    monkeypatch.setattr(regpt.checkpoint.tensors, "write_tensors", write)
+    return room
+
+
+def test_a_full_disk_stops_the_run_in_one_sentence_and_the_rest_is_bitwise_the_same(config, straight, tmp_path, disk):
+    run = tmp_path / "run"
+    disk[0] = 3  # the second checkpoint fails half-way, and so does every later one
+    with pytest.raises(UserError, match=r"cannot write .*No space left.*free some space.*untouched"):
+        pretrain(config, run)
+    assert steps(run) == [2]
+    assert rows_of(run, "train")[-1]["step"] < 8  # it did not train on without saving
+    disk[0] = 1000
+    assert resume(run) == 0
+    assert final_files(run) == final_files(straight)
+
+
+@pytest.mark.parametrize("fails", [2, 3])
+def test_a_disk_that_was_full_for_a_moment_costs_a_stop_and_no_step(
+    config, straight, tmp_path, monkeypatch, capsys, fails
+):
+    run, calls, real = tmp_path / "run", [], regpt.checkpoint.tensors.write_tensors
+
+    def write(path, tensors):
+        calls.append(path)
+        if len(calls) == fails + 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(path, tensors)
+
+    monkeypatch.setattr(regpt.checkpoint.tensors, "write_tensors", write)
+    assert pretrain(config, run) == EXIT_SAVED
+    last = rows_of(run, "train")[-1]["step"]
+    assert steps(run)[-1] == last >= 4  # the state at the stop, not the one that could not be written
+    assert "No space left on device" in capsys.readouterr().out.replace("\n", " ")
+    assert resume(run) == 0
+    assert final_files(run) == final_files(straight)
+
+
+def test_metrics_that_cannot_be_written_are_one_sentence(config, straight, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl.*make the place writable.*--resume"):
+        resume(run)
+
+
+def test_a_run_without_background_saves_the_same(config, straight, tmp_path):
+    assert pretrain(tiny.change(config, "checkpoint", background=False), tmp_path / "run") == 0
+    assert final_files(tmp_path / "run") == final_files(straight)
+    assert steps(tmp_path / "run") == [2, 4, 6, 8]
