@@ -36,9 +36,9 @@ class Saved:
 class Saver:
     """Saves the checkpoints of one run; use it as a context, which ends when the last one is on the disk.
 
-    `save` returns as soon as the tensors have been copied. What goes wrong later is kept: `failed` tells, and the next
-    `wait` raises it. Two saves never overlap. When Ctrl-C ends the context nothing waits: the checkpoint that was being
-    written is not there, the ones before it are.
+    `save` returns as soon as the tensors have been copied. When something goes wrong later, `failed` becomes true and
+    stays so, and the next `wait` raises what it was. Two saves never overlap. When Ctrl-C ends the context nothing
+    waits: the checkpoint that was being written is not there, the ones before it are.
     """
 
     def __init__(self, run: Path, config: CheckpointConfig) -> None:
@@ -46,6 +46,7 @@ class Saver:
         self.memory = HostMemory()
         self.known: dict[Path, bool] = {}  # whether a checkpoint is intact: each is read once
         self.thread: threading.Thread | None = None
+        self.failed = False
         self.failure: BaseException | None = None
         self.done: list[Saved] = []
 
@@ -80,7 +81,7 @@ class Saver:
             self.known[folder] = True
             prune_checkpoints(self.run, self.config.keep_last, self.config.keep_every, self.is_intact)
         except BaseException as error:  # raised again by `wait`
-            self.failure = error
+            self.failure, self.failed = error, True
             return
         write_ms = (time.perf_counter() - started) * 1e3
         size = sum(tensor.nbytes for tensor in tensors.values())
@@ -92,11 +93,6 @@ class Saver:
         if folder not in self.known:
             self.known[folder] = is_intact(folder)
         return self.known[folder]
-
-    @property
-    def failed(self) -> bool:
-        """Whether a save went wrong that `wait` has not told of yet."""
-        return self.failure is not None
 
     def wait(self) -> None:
         """Return when nothing is being written; raises what went wrong, once."""

@@ -59,7 +59,7 @@ def make_actions(job: Job, stop_requested: Callable[[], bool]) -> Actions:
         validate=lambda step: validate(job, step, n_rows) if n_rows else None,
         sample=lambda step: sample(job, step),
         save=lambda step: save(job, step),
-        # A checkpoint that could not be written ends the run like a stop: all processes together, after a second try.
+        # After a checkpoint that could not be written the run stops: all processes together, with a second try.
         stop_requested=lambda: stop_requested() or job.saver.failed,
     )
 
