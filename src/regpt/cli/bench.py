@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -45,12 +47,34 @@ class TrainArgs:
     config: Annotated[tyro.conf.FlagConversionOff[RunConfig], tyro.conf.arg(name="")] = field(default_factory=RunConfig)
 
 
+@dataclass(frozen=True)
+class LadderArgs:
+    """Climb the lecture's ladder on this device: float32, TF32, bfloat16, torch.compile, flash attention, padded
+    vocabulary, fused AdamW, and what this package adds. Each rung trains the same model on invented tokens."""
+
+    model: Annotated[str, tyro.conf.arg(metavar="RECIPE|FILE")] = ""
+    """Recipe whose model is trained; default: gpt2-124m on a GPU, gpt2-tiny on a CPU."""
+    rows: int = 0
+    """Rows a step; default: 16 on a GPU, as in the lecture, the recipe's train.micro_batch_rows on a CPU."""
+    steps: int = 20
+    """Steps of each rung that are timed."""
+    warmup: int = 3
+    """Steps before them."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """auto: CUDA, then MPS, then CPU."""
+    out: Annotated[str | None, tyro.conf.arg(metavar="FILE.png|.svg")] = None
+    """Also draw the ladder into this file."""
+    json: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Also write the report to this file, rung by rung; - prints it as JSON instead."""
+
+
 def main(args: list[str]) -> int:
     """Hand over to the subcommand."""
-    commands = {"train": train_main}
+    commands = {"train": train_main, "ladder": ladder_main}
     if args[:1] in (["--help"], ["-h"]):
         print(f"usage: regpt bench {{{','.join(commands)}}} …\n")
-        print("  train   tokens/s, MFU, memory and time to the first step of a recipe")
+        print("  train    tokens/s, MFU, memory and time to the first step of a recipe")
+        print("  ladder   what makes training fast, change by change, on this device")
         return 0
     if not args:
         raise UsageError(f"regpt bench needs a command; choose from {', '.join(commands)}")
@@ -93,6 +117,36 @@ def run_train(given: TrainArgs, args: list[str], started: float) -> int:
         from regpt.tools.bench.tables import train_table
 
         show(report, given.json, train_table)
+    return 0
+
+
+def ladder_main(args: list[str]) -> int:
+    given = parse(LadderArgs, args, prog="regpt bench ladder")
+    check_json(given.json)
+    from regpt.parallel.mesh import choose_device, under_launcher
+    from regpt.runs.bench import Window
+    from regpt.runs.bench_ladder import bench_ladder
+    from regpt.tools.bench.ladder import LADDER, LECTURE_ROWS
+    from regpt.tools.bench.picture import check_picture, draw_ladder
+    from regpt.tools.bench.tables import ladder_table
+
+    if given.out:
+        check_picture(Path(given.out))
+    if under_launcher():
+        raise UsageError("regpt bench ladder runs in one process; start it without torchrun")
+    window, on_gpu = Window(given.steps, given.warmup), choose_device(given.device).type == "cuda"
+    name = given.model or ("gpt2-124m" if on_gpu else "gpt2-tiny")
+    config = read_config(name)
+    config = replace(config, train=replace(config.train, device=given.device))
+    rows = given.rows or (LECTURE_ROWS if on_gpu else config.train.micro_batch_rows)
+    target = None if given.json in (None, "-") else Path(given.json)
+    keep = partial(write_json, target) if target else lambda report: None
+    with progress() as say:
+        report = bench_ladder(config, LADDER, window, name=name, rows=rows, progress=say, keep=keep)
+    show(report, given.json, ladder_table)
+    if given.out:
+        draw_ladder(report, Path(given.out))
+        print(f"drawn: {given.out}", file=sys.stderr)
     return 0
 
 

@@ -1,7 +1,7 @@
-"""`regpt bench train` and `ladder`: the trainer that `regpt train` runs, over a few steps, with a clock beside it."""
+"""`regpt bench train`: the trainer that `regpt train` runs, over a few steps, with a clock beside it."""
 
 import contextlib
-import gc
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,8 +22,9 @@ from regpt.runs.build import Corpus, build_loader, build_model, build_trainer, o
 from regpt.runs.folder import device_name, source_commit
 from regpt.tools.bench.active import attention_backend, computing_dtype, replaced_ops, versions
 from regpt.tools.bench.invent import MEAN_LENGTH, document_lengths, invent_shards
-from regpt.tools.bench.steps import StepTimes, speed, time_steps
+from regpt.tools.bench.steps import StepTimes, reset_peak, speed, time_steps
 from regpt.train.config import PrecisionName
+from regpt.train.memory import free_memory
 from regpt.train.metrics import peak_memory_gib
 from regpt.train.optim import make_optimizer
 from regpt.train.peak import PRODUCT_SIZE, device_figures, matmul_flops, synchronize
@@ -121,7 +122,7 @@ def bench_train(
                 "loss": [row["loss"] for row in (times.rows[0], times.rows[-1])],
             }
         del trainer  # its memory is needed for the product
-        free_memory(mesh.device)
+        start_afresh(mesh.device)
         progress("a large matrix product")
         report |= utilisation(report["flops_per_s"], mesh, config.train.precision)
     return report if mesh.is_main else None
@@ -129,9 +130,8 @@ def bench_train(
 
 def describe(trainer: Trainer, config: RunConfig, mesh: Mesh) -> dict[str, Any]:
     """What runs, where and how."""
-    model, train = trainer.model, trainer.config
+    model, train, rows = trainer.model, trainer.config, trainer.micro_batch.rows
     dtype = computing_dtype(train.precision)
-    micro_batch_tokens = train.micro_batch_rows * config.data.seq_len * mesh.world_size
     return {
         "device": device_name(mesh.device),
         "world_size": mesh.world_size,
@@ -139,8 +139,8 @@ def describe(trainer: Trainer, config: RunConfig, mesh: Mesh) -> dict[str, Any]:
         "parameters": count_parameters(model),
         "seq_len": config.data.seq_len,
         "batch_tokens": train.batch_tokens,
-        "micro_batch_rows": train.micro_batch_rows,
-        "accumulation": train.batch_tokens // micro_batch_tokens,
+        "micro_batch_rows": rows,
+        "accumulation": train.batch_tokens // (rows * config.data.seq_len * mesh.world_size),
         "precision": train.precision,
         "compile": train.compile,
         "pad_vocab": train.pad_vocab,
@@ -188,10 +188,9 @@ def greatest(mesh: Mesh, value: float | None) -> float | None:
     return mesh.sum(values).max().item() or None
 
 
-def free_memory(device: torch.device) -> None:
-    """Let go of compiled graphs and cached memory, and count peaks from here."""
-    torch.compiler.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+def start_afresh(device: torch.device) -> None:
+    """Let go of compiled graphs and of memory, and count its peak from here."""
+    if "torch._dynamo" in sys.modules:  # else nothing was compiled, and importing it takes seconds
+        torch.compiler.reset()
+    free_memory(device)
+    reset_peak(device)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from regpt.model.config import ModelConfig
+from regpt.model.transformer import VOCAB_MULTIPLE
 
 LECTURE_MODEL = ModelConfig()  # GPT-2 124M
 LECTURE_ROWS, LECTURE_SEQ_LEN = 16, 1024
@@ -19,7 +20,8 @@ LECTURE_ROWS, LECTURE_SEQ_LEN = 16, 1024
 AttentionForm = Literal["explicit", "torch"]
 AdamWForm = Literal["default", "fused"]
 Need = Literal["tf32", "bf16", "compile", "flash"]
-RECIPE = "the recipe's"  # a change to the value that the recipe itself has
+RECIPE = object()  # a change to the value that the recipe itself has
+PADDING = "train.pad_vocab"
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Rung:
 LADDER = (
     Rung(
         "float32",
-        {"train.precision": "fp32", "train.compile": False, "train.pad_vocab": False},
+        {"train.precision": "fp32", "train.compile": False, PADDING: False},
         attention="explicit",
         adamw="default",
         lecture_ms=1000,
@@ -55,7 +57,7 @@ LADDER = (
     Rung("bfloat16", {"train.precision": "bf16"}, needs="bf16", lecture_ms=300),
     Rung("torch.compile", {"train.compile": True}, needs="compile", lecture_ms=130),
     Rung("flash attention", attention="torch", needs="flash", lecture_ms=96),
-    Rung("padded vocabulary", {"train.pad_vocab": True}, lecture_ms=93),
+    Rung("padded vocabulary", {PADDING: True}, lecture_ms=93),
     Rung("fused AdamW", adamw="fused", lecture_ms=90),
     Rung("the recipe's batch", {"train.batch_tokens": RECIPE, "train.micro_batch_rows": RECIPE}, attention="torch"),
 )
@@ -70,20 +72,31 @@ class Setup:
     adamw: AdamWForm
 
 
-def climb(rungs: Sequence[Rung], missing: Callable[[Need], str | None]) -> list[tuple[Rung, Setup | str]]:
-    """Each rung with what is in force on it, or with the reason why this device skips it.
+def climb(
+    rungs: Sequence[Rung], missing: Callable[[Need], str | None], recipe: Callable[[str], object], vocab_size: int
+) -> list[tuple[Rung, Setup | str]]:
+    """Each rung with what is in force on it, or with the reason why it is skipped, and then changes nothing later.
 
-    `missing(need)` says what the device lacks, None where it lacks nothing.
+    Args:
+        missing: what the device lacks for a need, None where it lacks nothing.
+        recipe: the recipe's own value of a configuration key.
+        vocab_size: of the model: one that needs no padding has no rung of it.
     """
     state = Setup({}, "torch", "fused")
     climbed: list[tuple[Rung, Setup | str]] = []
     for rung in rungs:
-        reason = missing(rung.needs) if rung.needs else None
-        if reason is None:
-            state = Setup(
-                {**state.changes, **rung.changes}, rung.attention or state.attention, rung.adamw or state.adamw
-            )
-        climbed.append((rung, state if reason is None else reason))
+        changes = {key: recipe(key) if value is RECIPE else value for key, value in rung.changes.items()}
+        setup = Setup({**state.changes, **changes}, rung.attention or state.attention, rung.adamw or state.adamw)
+        lacking = missing(rung.needs) if rung.needs else None
+        if lacking:
+            climbed.append((rung, f"not on this device: {lacking}"))
+        elif setup == state:
+            climbed.append((rung, "no change here: all of it is so already"))
+        elif changes == {PADDING: True} and vocab_size % VOCAB_MULTIPLE == 0:
+            climbed.append((rung, f"no change here: {vocab_size:,} is a multiple of {VOCAB_MULTIPLE}"))
+        else:
+            climbed.append((rung, setup))
+            state = setup
     return climbed
 
 

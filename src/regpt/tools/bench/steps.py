@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from regpt.train.trainer import Actions, Every, Row, Trainer
 
 
@@ -39,10 +41,16 @@ def time_steps(trainer: Trainer, warmup: int, progress: Callable[[str], None] = 
     assert 0 < warmup < trainer.config.steps
     clock = [time.perf_counter()]
     rows: list[Row] = []
+    fitted = [trainer.micro_batch.rows]
 
     def log(row: Row) -> None:
         clock.append(time.perf_counter())
         rows.append(row)
+        if (
+            trainer.micro_batch.rows != fitted[-1]
+        ):  # the step ran out of memory and was repeated: its peak tells nothing
+            fitted.append(trainer.micro_batch.rows)
+            reset_peak(trainer.mesh.device)
         progress(f"step {len(rows)} of {trainer.config.steps}")
 
     nothing = Actions(log=log, validate=ignore, sample=ignore, save=ignore, stop_requested=lambda: False)
@@ -52,6 +60,12 @@ def time_steps(trainer: Trainer, warmup: int, progress: Callable[[str], None] = 
     compile_s, cache = compile_costs(before, compile_counts())
     steady = [(end - begin) * 1e3 for begin, end in zip(clock[warmup:], clock[warmup + 1 :])]
     return StepTimes(clock[1] - clock[0], tuple(steady), compile_s, cache, tuple(rows))
+
+
+def reset_peak(device: torch.device) -> None:
+    """Count the peak of a GPU's memory from here."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def ignore(step: int) -> None:

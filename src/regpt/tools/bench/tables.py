@@ -6,6 +6,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+LECTURE = 'lecture: milliseconds on one A100 in "Let\'s reproduce GPT-2 (124M)" (Karpathy 2024)'
+
 
 def pairs(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     """Two columns: what, and how much."""
@@ -74,3 +76,58 @@ def active_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("versions", ", ".join(names)),
     ]
+
+
+def ladder_table(report: dict[str, Any]) -> Table:
+    """The report of `regpt bench ladder`."""
+    what = f"{report['tokens']:,} tokens, median of {report['steps']} steps"
+    title = Text(f"{report['model_name']} on {report['device']}: {what}")
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    memory = any(rung.get("peak_memory_gib") for rung in report["rungs"])
+    table.add_column("rung", no_wrap=True)
+    for heading in ["ms", "p10–p90", "× before", "× first", "tokens/s", *(["GiB"] if memory else [])]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    if report["lectures"]:
+        table.add_column("lecture", justify="right", style="dim", no_wrap=True)
+    table.add_column("", style="dim")
+    for rung in report["rungs"]:
+        lecture = [figure_of(rung["lecture_ms"])] if report["lectures"] else []
+        cells = [rung["name"], *rung_cells(rung, memory), *lecture, rung_note(rung, report["tokens"])]
+        table.add_row(*map(Text, cells))
+    if report["lectures"]:
+        table.caption, table.caption_justify = LECTURE, "left"
+    return table
+
+
+def rung_cells(rung: dict[str, Any], memory: bool) -> list[str]:
+    """The measured cells of one rung, empty where it was skipped."""
+    if "ms" not in rung:
+        return [""] * (6 if memory else 5)
+    cells = [
+        figure_of(rung["ms"]),
+        f"{figure_of(rung['p10'])}–{figure_of(rung['p90'])}",
+        f"{rung['factor']:.2f}",
+        f"{rung['total']:.2f}",
+        f"{rung['tokens_per_s']:,.0f}",
+    ]
+    return cells + ([f"{rung['peak_memory_gib']:.1f}"] if memory else [])
+
+
+def rung_note(rung: dict[str, Any], tokens: int) -> str:
+    """What one must know to read a rung's figures."""
+    if "skipped" in rung:
+        return rung["skipped"]
+    notes = []
+    if rung["rows"] != rung["rows_wanted"]:
+        notes.append(f"out of memory with {rung['rows_wanted']} rows at once, so {rung['rows']}")
+    if rung["batch_tokens"] != tokens:
+        notes.append(f"steps of {rung['batch_tokens']:,} tokens, {rung['rows']} rows at once; ms of {tokens:,} of them")
+    return "; ".join(notes)
+
+
+def figure_of(value: float | None) -> str:
+    """Three digits of a number below a hundred, all before the point above; nothing for None."""
+    if value is None:
+        return ""
+    places = 0 if value >= 100 else 1 if value >= 10 else 2
+    return f"{value:,.{places}f}"

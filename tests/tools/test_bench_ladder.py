@@ -1,0 +1,332 @@
+"""`regpt bench ladder`: each rung computes what it says, the factors are right, and what a device lacks is said."""
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+import tiny
+from regpt.config import read_config
+from regpt.model.loss import loss_sum
+from regpt.model.ops import PLAIN, attention
+from regpt.runs import bench_ladder as ladder_module
+from regpt.runs.bench import Window
+from regpt.runs.bench_ladder import bench_ladder
+from regpt.tools.bench import ladder as parts
+from regpt.tools.bench.explicit import EXPLICIT, explicit_attention, unfused
+from regpt.tools.bench.ladder import LADDER, RECIPE, Rung, Setup, climb, is_lectures, missing, with_factors
+from regpt.tools.bench.picture import draw_ladder, right_edge
+from regpt.tools.bench.steps import StepTimes
+from regpt.tools.bench.tables import figure_of, ladder_table
+from regpt.train.optim import make_optimizer
+
+
+def run_ladder(recipe: str, rungs=LADDER, **options) -> dict:
+    window = Window(steps=3, warmup=1)
+    return bench_ladder(read_config(recipe), rungs, window, name="tiny", rows=4, progress=lambda text: None, **options)
+
+
+# ---- the lecture's first forms ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "masked"])
+@pytest.mark.parametrize("T", [1, 3, 7])
+def test_explicit_attention_is_the_plain_one(T: int, masked: bool):
+    generator = torch.Generator().manual_seed(T)
+    q = torch.randn(2, 3, T, 4, dtype=torch.float64, generator=generator, requires_grad=True)
+    k, v = (torch.randn(2, 3, 7, 4, dtype=torch.float64, generator=generator, requires_grad=True) for _ in range(2))
+    mask = None
+    if masked:
+        mask = (torch.rand(2, 1, T, 7, generator=generator) < 0.5) | torch.eye(T, 7, dtype=torch.bool)
+    ours, plain = explicit_attention(q, k, v, mask), attention(q, k, v, mask)
+    torch.testing.assert_close(ours, plain, rtol=1e-13, atol=1e-13)
+    weights = torch.randn(ours.shape, dtype=torch.float64, generator=generator)
+    for a, b in zip(torch.autograd.grad(ours, (q, k, v), weights), torch.autograd.grad(plain, (q, k, v), weights)):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_a_model_with_explicit_attention_has_the_same_loss_and_gradients():
+    def gradients(ops) -> dict[str, Tensor]:
+        model = tiny.build_model()
+        for module in model.modules():
+            if hasattr(module, "ops"):
+                module.ops = ops
+        loss = loss_sum(model, *tiny.Rows().rows(0))
+        loss.backward()
+        return {"loss": loss} | {name: p.grad for name, p in model.named_parameters()}
+
+    assert tiny.largest_error(gradients(EXPLICIT), gradients(PLAIN)) < 1e-13
+
+
+def test_the_unfused_optimizer_makes_the_same_updates():
+    models = [tiny.build_model() for _ in range(2)]
+    optimizers = [make_optimizer(model, tiny.OPTIM, tiny.CPU) for model in models]
+    optimizers[1] = unfused(optimizers[1])
+    assert [optimizer.defaults.get("fused") for optimizer in optimizers] == [True, None]
+    for step in range(3):
+        for model, optimizer in zip(models, optimizers):
+            optimizer.zero_grad()
+            loss_sum(model, *tiny.Rows().rows(step)).backward()
+            optimizer.step()
+    one, other = ({name: p.detach() for name, p in model.named_parameters()} for model in models)
+    assert tiny.largest_error(one, other) < 1e-8  # Adam makes much of gradients that are only rounding
+    decays = [[group["weight_decay"] for group in optimizer.param_groups] for optimizer in optimizers]
+    assert decays == [[0.1, 0.0]] * 2
+
+
+# ---- which rungs there are -------------------------------------------------------------------------------------------
+
+
+def everything(need: str) -> None:
+    return None
+
+
+def test_changes_stay_in_force_on_later_rungs():
+    rungs = [
+        Rung("a", {"train.precision": "fp32", "train.pad_vocab": False}, attention="explicit", adamw="default"),
+        Rung("b", {"train.precision": "bf16"}, needs="bf16"),
+        Rung("c", attention="torch"),
+        Rung("d", {"train.batch_tokens": RECIPE}, adamw="fused"),
+    ]
+    setups = [setup for _, setup in climb(rungs, everything, lambda key: f"the recipe's {key}", 97)]
+    precision = {"train.precision": "bf16", "train.pad_vocab": False}
+    assert setups == [
+        Setup({"train.precision": "fp32", "train.pad_vocab": False}, "explicit", "default"),
+        Setup(precision, "explicit", "default"),
+        Setup(precision, "torch", "default"),
+        Setup(precision | {"train.batch_tokens": "the recipe's train.batch_tokens"}, "torch", "fused"),
+    ]
+
+
+def test_a_skipped_rung_says_why_and_changes_nothing():
+    rungs = [
+        Rung("a", {"train.precision": "fp32"}, attention="explicit"),
+        Rung("b", {"train.precision": "tf32"}, needs="tf32"),
+        Rung("c", adamw="default"),
+        Rung("d", adamw="default"),
+        Rung("e", {"train.pad_vocab": True}),
+    ]
+    climbed = climb(rungs, lambda need: "it is too old", str, 256)
+    setups = [setup for _, setup in climbed]
+    assert setups[1] == "not on this device: it is too old"
+    assert setups[2] == Setup({"train.precision": "fp32"}, "explicit", "default")
+    assert setups[3] == "no change here: all of it is so already"
+    assert setups[4] == "no change here: 256 is a multiple of 128"
+
+
+def test_the_ladder_is_the_lectures():
+    names = ["float32", "TF32", "bfloat16", "torch.compile", "flash attention", "padded vocabulary", "fused AdamW"]
+    assert [(rung.name, rung.lecture_ms) for rung in LADDER[:7]] == list(zip(names, (1000, 333, 300, 130, 96, 93, 90)))
+    assert all(rung.lecture_ms is None for rung in LADDER[7:])
+    lecture = read_config("gpt2-124m").model
+    assert is_lectures(lecture, 16384, 1024)
+    assert not is_lectures(lecture, 8192, 1024)
+    assert not is_lectures(read_config("gpt2-350m").model, 16384, 1024)
+
+
+def test_a_cpu_has_no_tf32_and_the_rest_is_tried():
+    assert "Ampere" in missing("tf32", tiny.CPU)
+    assert missing("bf16", tiny.CPU) is None
+    assert missing("flash", tiny.CPU) is None  # torch has a flash kernel for CPUs
+
+
+@pytest.mark.parametrize("need", ["bf16", "compile", "flash"])
+def test_what_fails_when_tried_is_missing(monkeypatch: pytest.MonkeyPatch, need: str):
+    def fail(*args, **options):
+        raise RuntimeError("no kernel\nand more")
+
+    monkeypatch.setattr(parts.torch, "autocast", fail)
+    monkeypatch.setattr(parts.torch, "compile", fail)
+    monkeypatch.setattr(parts.F, "scaled_dot_product_attention", fail)
+    assert missing(need, tiny.CPU).endswith("(no kernel)")
+
+
+# ---- climbing --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """What each rung's trainer is, in place of timing it; every rung is twice as fast as the one before."""
+    trainers = []
+
+    def look(trainer, warmup, progress) -> StepTimes:
+        compiled = getattr(trainer.loss_sum, "_torchdynamo_orig_callable", None) is not None
+        trainers.append(
+            {
+                "attention": trainer.model.ops.attention.__name__,
+                "fused": bool(trainer.optimizer.defaults["fused"]),
+                "vocabulary": trainer.model.wte.num_embeddings,
+                "precision": trainer.config.precision,
+                "compiled": compiled,
+                "batch_tokens": trainer.config.batch_tokens,
+            }
+        )
+        ms = 64.0 / 2 ** len(trainers) * trainer.config.batch_tokens / 64
+        return StepTimes(1.0, (ms, ms, ms), None, None, ({"loss": 5.0},))
+
+    monkeypatch.setattr(ladder_module, "time_steps", look)
+    monkeypatch.setattr(parts, "lacks_tf32", everything)
+    monkeypatch.setattr(parts, "lacks_compile", everything)
+    return trainers
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_each_rung_trains_what_it_says(recipe: str, seen: list[dict]):
+    report = run_ladder(recipe)
+    plain = {
+        "attention": "explicit_attention",
+        "fused": False,
+        "vocabulary": 300,
+        "precision": "fp32",
+        "compiled": False,
+        "batch_tokens": 64,
+    }
+    changes = [
+        {},
+        {"precision": "tf32"},
+        {"precision": "bf16"},
+        {"compiled": True},
+        {"attention": "attention"},
+        {"vocabulary": 384},
+        {"fused": True},
+        {"batch_tokens": 128},
+    ]
+    expected = []
+    for change in changes:
+        plain = plain | change
+        expected.append(plain)
+    assert seen == expected
+    assert [rung["ms"] for rung in report["rungs"]] == [32, 16, 8, 4, 2, 1, 0.5, 0.25]  # of the same 64 tokens
+    assert [rung["factor"] for rung in report["rungs"]] == [1, 2, 2, 2, 2, 2, 2, 2]
+    assert report["rungs"][-1]["total"] == 128
+    assert report["rungs"][-1]["tokens_per_s"] == 64 / 0.25e-3
+    assert report["rungs"][-1]["batch_tokens"] == 128
+
+
+def test_factors_leave_out_what_was_skipped():
+    rows = with_factors([{"ms": 12.0}, {"skipped": "no"}, {"ms": 4.0}, {"ms": 8.0}])
+    assert [row.get("factor") for row in rows] == [1, None, 3, 0.5]
+    assert [row.get("total") for row in rows] == [1, None, 3, 1.5]
+    assert "ms" not in rows[1]
+    assert with_factors([{"skipped": "no"}]) == [{"skipped": "no"}]
+
+
+def test_a_rung_that_needs_too_much_memory_computes_fewer_rows_at_once(recipe: str, monkeypatch: pytest.MonkeyPatch):
+    def hungry(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        if len(q) > 2:
+            raise MemoryError
+        return explicit_attention(q, k, v, mask)
+
+    monkeypatch.setattr(ladder_module, "EXPLICIT", replace(PLAIN, attention=hungry))
+    report = run_ladder(recipe, [LADDER[0], Rung("flash", attention="torch")])
+    assert [(rung["rows"], rung["rows_wanted"]) for rung in report["rungs"]] == [(2, 4), (4, 4)]
+    assert "out of memory with 4 rows at once, so 2" in printed(report)
+
+
+def test_what_was_measured_is_kept_when_a_later_rung_fails(recipe: str, monkeypatch: pytest.MonkeyPatch):
+    kept: list[dict] = []
+    monkeypatch.setattr(ladder_module, "unfused", lambda optimizer: kept[-1]["no such key"])
+    rungs = [Rung("good", {"train.precision": "fp32", "train.compile": False}), Rung("bad", adamw="default")]
+    with pytest.raises(KeyError, match="no such key"):
+        run_ladder(recipe, rungs, keep=kept.append)
+    assert [rung["name"] for rung in kept[-1]["rungs"]] == ["good"]
+    assert kept[-1]["rungs"][0]["ms"] > 0
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def printed(report: dict) -> str:
+    out = io.StringIO()
+    Console(file=out, width=200).print(ladder_table(report))
+    return out.getvalue()
+
+
+def test_the_command_writes_table_json_and_picture(bench, recipe: str, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(parts, "lacks_compile", lambda device: "there is no compiler")
+    out = ["--out", tmp_path / "ladder.png", "--json", tmp_path / "ladder.json"]
+    code, said, err = bench("ladder", "--model", recipe, "--steps", 2, "--warmup", 1, "--device", "cpu", *out)
+    assert code == 0, err
+    report = json.loads((tmp_path / "ladder.json").read_text(encoding="utf-8"))
+    assert (report["kind"], report["rows"], report["tokens"], report["lectures"]) == ("bench ladder", 4, 64, False)
+    rungs = {rung["name"]: rung for rung in report["rungs"]}
+    assert list(rungs) == [rung.name for rung in LADDER]
+    for name in ("float32", "bfloat16", "flash attention", "padded vocabulary", "fused AdamW", "the recipe's batch"):
+        assert rungs[name]["ms"] > 0, rungs[name]
+        assert rungs[name]["tokens_per_s"] == pytest.approx(64e3 / rungs[name]["ms"])
+        assert rungs[name]["p10"] <= rungs[name]["ms"] <= rungs[name]["p90"]
+    assert rungs["float32"]["setup"] == {
+        "train.precision": "fp32",
+        "train.compile": False,
+        "train.pad_vocab": False,
+        "attention": "explicit",
+        "adamw": "default",
+    }
+    assert rungs["TF32"]["skipped"].startswith("not on this device: TensorFloat-32")
+    assert rungs["torch.compile"]["skipped"] == "not on this device: there is no compiler"
+    assert "there is no compiler" in said
+    assert "lecture" not in said
+    assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_losses_on_every_rung(recipe: str):
+    rungs = [
+        LADDER[0],
+        Rung("flash", attention="torch"),
+        Rung("padded", {"train.pad_vocab": True}),
+        Rung("fused", adamw="fused"),
+    ]
+    losses = [rung["loss"] for rung in run_ladder(recipe, rungs)["rungs"]]
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
+
+
+def test_the_lecture_stands_beside_the_same_work_only(tmp_path: Path):
+    rungs = [{"name": rung.name, "lecture_ms": rung.lecture_ms} for rung in LADDER]
+    measured = {"p10": 1.0, "p90": 2.0, "rows": 8, "rows_wanted": 16, "batch_tokens": 16384, "peak_memory_gib": 7.25}
+    rungs = [rung | measured | {"ms": 300.0 - i, "tokens_per_s": 5e4} for i, rung in enumerate(rungs)]
+    rungs[1] = {"name": "TF32", "lecture_ms": 333, "skipped": "not on this device: too old"}
+    report = {"model_name": "gpt2-124m", "device": "a GPU", "tokens": 16384, "steps": 10, "rungs": with_factors(rungs)}
+    alone, beside = report | {"lectures": False}, report | {"lectures": True}
+    assert "1,000" in printed(beside)
+    assert "Karpathy 2024" in printed(beside)
+    assert "1,000" not in printed(alone)
+    assert "7.2" in printed(alone)
+    for name, shown in (("alone", alone), ("beside", beside)):
+        draw_ladder(shown, tmp_path / f"{name}.svg")
+    drawn = [(tmp_path / f"{name}.svg").read_text(encoding="utf-8") for name in ("alone", "beside")]
+    assert ["Karpathy" in svg for svg in drawn] == [False, True]
+    assert all("not on this device" in svg and "8 rows at once" in svg for svg in drawn)
+    assert right_edge(report["rungs"], compared=True) >= 1000
+    assert right_edge(report["rungs"], compared=False) < 700
+
+
+def test_figures_have_three_digits():
+    assert [figure_of(value) for value in (0.1234, 9.876, 12.34, 1234.5, None)] == ["0.12", "9.88", "12.3", "1,234", ""]
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "parts"),
+    [
+        (["--steps", "0"], 2, ["--steps is 0"]),
+        (["--rows", "-1"], 2, ["--rows is -1", "at least 1"]),
+        (["--model", "gpt2-125m"], 2, ["'gpt2-125m'", "did you mean"]),
+        (["--out", "ladder.jpeg"], 2, ["ladder.jpeg", ".png or .svg"]),
+        (["--out", "no/such/folder/x.png"], 1, ["no/such/folder/x.png", "make it first"]),
+        (["--json", "no/such/folder/x.json"], 1, ["no/such/folder/x.json"]),
+        (["--device", "tpu"], 2, ["tpu", "cpu"]),
+        (["--rungs", "2"], 2, ["--rungs"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_a_mistake_is_one_sentence(bench, recipe: str, flags, code: int, parts):
+    got, _, err = bench("ladder", "--model", recipe, "--device", "cpu", *flags)
+    assert got == code, err
+    assert err.startswith("regpt: "), err
+    assert err.count("\n") == 1, err
+    for part in parts:
+        assert part in err
