@@ -1,22 +1,24 @@
 """How fast text becomes token shards: regpt, the lecture's script and Hugging Face's, on the same files in one run.
 
-    python benchmarks/tokenization.py FILE.parquet… [--workers 1 2] [--repeat 1] [--folder DIR]
+    python benchmarks/tokenization.py FILE.parquet… [--workers 1 2] [--repeat 1] [--results DIR] [--folder DIR]
 
 Each measurement runs in a process of its own, from the first byte read to the last file written, starting the workers
 included, importing packages not; all must make the same tokens. Peak memory is that of the whole process tree, sampled
-20 times a second: PSS, in which shared pages count once. `independent` are N processes that each prepare an N-th of
-the files by themselves (all of them where the number does not divide): what N workers could reach at best. With
---repeat the files are given several times; repeated words are cheaper for an encoder with a cache, so it is for
-machines that are too fast for one pass. Prints a table and writes
-benchmarks/results/tokenization-<hardware>-<date>.json.
+ten times a second: PSS, in which shared pages count once. `independent` are N processes that each prepare about an
+N-th of the files by themselves: what N workers could reach at best. With --repeat 6 the files are given six times;
+repeated words are cheaper for an encoder with a cache, so it is for machines that are too fast for one pass. With
+--repeat 1 6 everything is measured on six passes, and the largest number of workers also on one. Prints a table and
+writes DIR/tokenization-<hardware>-<date>.json after every measurement.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import json
 import multiprocessing
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -43,12 +45,16 @@ class Args:
     """Parquet files with a column `text`."""
     workers: tuple[int, ...] = (1, 2)
     """Numbers of processes to measure; the comparison is made with the last."""
-    repeat: int = 1
-    """How often the files are given."""
+    repeat: tuple[int, ...] = (1,)
+    """How often the files are given; all methods are measured with the last of these numbers."""
     skip: tuple[str, ...] = ()
     """Methods not to measure, such as huggingface (which is also left out where datasets is not installed)."""
+    limit_s: float = 600
+    """A measurement that takes longer is given up."""
+    results: str = str(Path(__file__).parent / "results")
+    """Folder for the JSON."""
     folder: str = ""
-    """Where to write; default: a temporary folder."""
+    """Where to write shards; default: a temporary folder."""
     measure: str = ""
     """One measurement, as JSON on standard output (how the script calls itself)."""
 
@@ -56,47 +62,75 @@ class Args:
 def main(args: Args) -> None:
     if args.measure:
         method, workers, out = args.measure.split(":", 2)
-        print(json.dumps(METHODS[method](args.files * args.repeat, int(workers), Path(out))))
+        print(json.dumps(METHODS[method](args.files * args.repeat[-1], int(workers), Path(out))))
         return
-    most = args.workers[-1]
-    plan = [("regpt", n) for n in args.workers] + [("independent", n) for n in args.workers if n > 1]
-    plan += [("regpt-exact", most), ("lecture", most)]
-    if importlib.util.find_spec("datasets"):
-        plan.append(("huggingface", most))
-    plan = [(method, workers) for method, workers in plan if method not in args.skip]
-    text_bytes = args.repeat * sum(map(count_bytes, args.files))
-    results = []
-    for method, workers in plan:
+    text_bytes = {str(Path(file).resolve()): count_bytes(file) for file in args.files}
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(dir=args.folder or None) as folder:
+        measure(args, "regpt", args.workers[-1], 1, folder)  # the first time, programs come from the disk
+    for repeat, method, workers in plan(args):
+        result = {"method": method, "workers": workers, "repeat": repeat, "load_before": round(os.getloadavg()[0], 2)}
         with tempfile.TemporaryDirectory(dir=args.folder or None) as folder:
-            result = measure(args, method, workers, folder)
-        copies = result.pop("copies", 1)
-        result |= {"method": method, "workers": workers, "load_before": round(os.getloadavg()[0], 2)}
-        result["mb_per_s"] = round(copies * text_bytes / 1e6 / result["seconds"], 1)
-        result["tokens_per_s"] = round(copies * result["tokens"] / result["seconds"])
+            result |= measure(args, method, workers, repeat, folder)
+        if "seconds" in result:
+            read = result.pop("read", None) or [*text_bytes] * repeat
+            result["text_bytes"] = sum(text_bytes[file] for file in read)
+            result["mb_per_s"] = round(result["text_bytes"] / 1e6 / result["seconds"], 1)
+            result["tokens_per_s"] = round(result["tokens"] / result["seconds"])
         results.append(result)
         print(row(result), flush=True)
-    same = len({result["sha256"] for result in results if "sha256" in result}) == 1
-    print(f"text {text_bytes / 1e6:,.1f} MB; " + ("the tokens are identical" if same else "THE TOKENS DIFFER"))
-    save({"machine": machine(), "text_bytes": text_bytes, "repeat": args.repeat, "identical": same, "results": results})
+        save(args, sum(text_bytes.values()), results)
+    same = identical(results)
+    print("the tokens are identical" if same else "THE TOKENS DIFFER")
     sys.exit(not same)
 
 
-def measure(args: Args, method: str, workers: int, folder: str) -> dict[str, Any]:
+def plan(args: Args) -> Iterator[tuple[int, str, int]]:
+    """(repeat, method, workers): the quick ones first."""
+    *fewer, repeat = args.repeat
+    most = args.workers[-1]
+    planned = [(times, method, most) for times in fewer for method in ("regpt", "independent", "lecture")]
+    planned += [(repeat, "regpt", n) for n in reversed(args.workers)] + [(repeat, "lecture", most)]
+    planned += [(repeat, "independent", n) for n in reversed(args.workers) if n > 1] + [(repeat, "regpt-exact", most)]
+    if importlib.util.find_spec("datasets"):
+        planned.append((repeat, "huggingface", most))
+    return (entry for entry in planned if entry[1] not in args.skip)
+
+
+def measure(args: Args, method: str, workers: int, repeat: int, folder: str) -> dict[str, Any]:
     files = [str(Path(file).resolve()) for file in args.files]
-    command = [sys.executable, __file__, *files, "--repeat", str(args.repeat)]
+    command = [sys.executable, __file__, *files, "--repeat", str(repeat)]
     command += ["--measure", f"{method}:{workers}:{folder}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     peak = Peak(process.pid)
-    output = process.communicate()[0]
+    try:
+        output = process.communicate(timeout=args.limit_s)[0]
+    except subprocess.TimeoutExpired:
+        for pid in sorted(tree(process.pid), reverse=True):
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        process.communicate()
+        return {"error": f"more than {args.limit_s:g} s"}
+    finally:
+        peak_bytes = peak.stop()
     if process.returncode:
-        sys.exit(f"{method} with {workers} failed")
-    return {**json.loads(output.splitlines()[-1]), "peak_mib": round(peak.stop() / 2**20)}
+        return {"error": f"exit code {process.returncode}"}
+    return {**json.loads(output.splitlines()[-1]), "peak_mib": round(peak_bytes / 2**20)}
+
+
+def identical(results: list[dict[str, Any]]) -> bool:
+    """Did all that read the same make the same?"""
+    hashes = {(result["repeat"], result["sha256"]) for result in results if "sha256" in result}
+    return len(hashes) == len({repeat for repeat, _ in hashes})
 
 
 def row(result: dict[str, Any]) -> str:
+    name = f"{result['method']:<12} {result['workers']:>3} x{result['repeat']}"
+    if "error" in result:
+        return f"{name}  {result['error']}"
     speed = f"{result['mb_per_s']:>8.1f} MB/s {result['tokens_per_s']:>14,} tokens/s"
-    memory = f"{result['peak_mib']:>7,} MiB"
-    return f"{result['method']:<12} {result['workers']:>3} {result['seconds']:>8.2f} s {speed} {memory}"
+    phases = f"  encoded after {result['encoded_s']:.2f} s" if "encoded_s" in result else ""
+    return f"{name} {result['seconds']:>8.2f} s {speed} {result['peak_mib']:>7,} MiB{phases}"
 
 
 def regpt(files: tuple[str, ...], workers: int, out: Path, encoder: str = "auto") -> dict[str, Any]:
@@ -105,10 +139,17 @@ def regpt(files: tuple[str, ...], workers: int, out: Path, encoder: str = "auto"
 
     tokenizer = open_tokenizer("gpt2")
     start = time.perf_counter()
-    manifest = prepare(files, out / "shards", tokenizer, val_fraction=0, workers=workers, encoder=encoder)
+    news: list[tuple[float, float]] = []
+
+    def hear(now: Any) -> None:
+        news.append((time.perf_counter() - start, now.done))
+
+    options = {"workers": workers, "encoder": encoder, "progress": hear}
+    manifest = prepare(files, out / "shards", tokenizer, val_fraction=0, **options)
     seconds = time.perf_counter() - start
     blocks = (block for shard in manifest.shards for block in tokens_of(out / "shards" / shard.file))
-    return {"seconds": seconds, "encoder": manifest.made_with["encoder"], **summary(blocks)}
+    phases = {"first_news_s": news[0][0], "encoded_s": min(at for at, done in news if done == news[-1][1])}
+    return {"seconds": seconds, **phases, "encoder": manifest.made_with["encoder"], **summary(blocks)}
 
 
 def tokens_of(path: Path, block: int = 1 << 22) -> Iterator[np.ndarray]:
@@ -122,21 +163,21 @@ def regpt_exact(files: tuple[str, ...], workers: int, out: Path) -> dict[str, An
 
 
 def independent(files: tuple[str, ...], workers: int, out: Path) -> dict[str, Any]:
-    """`workers` processes that know nothing of each other; all begin together, and the last counts."""
-    divides = len(files) % workers == 0
-    shares = [files[k::workers] if divides else files for k in range(workers)]
+    """`workers` processes that know nothing of each other, with equally many files each; they begin together, and the
+    last counts."""
+    each = max(1, round(len(files) / workers))
+    read = [files[i % len(files)] for i in range(each * workers)]
     processes = [
         subprocess.Popen(
-            [sys.executable, __file__, *share, "--measure", f"regpt:1:{out / str(k)}"],
+            [sys.executable, __file__, *read[k::workers], "--measure", f"regpt:1:{out / str(k)}"],
             stdout=subprocess.PIPE,
             text=True,
         )
-        for k, share in enumerate(shares)
+        for k in range(workers)
     ]
     answers = [json.loads(process.communicate()[0].splitlines()[-1]) for process in processes]
     seconds, tokens = max(answer["seconds"] for answer in answers), sum(answer["tokens"] for answer in answers)
-    copies = 1 if divides else workers
-    return {"seconds": seconds, "tokens": tokens // copies, "copies": copies}
+    return {"seconds": seconds, "tokens": tokens, "read": read}
 
 
 def lecture(files: tuple[str, ...], workers: int, out: Path) -> dict[str, Any]:
@@ -255,7 +296,7 @@ class Peak:
         return self._most
 
     def _watch(self) -> None:
-        while not self._stop.wait(0.05):
+        while not self._stop.wait(0.1):
             self._most = max(self._most, sum(map(pss, tree(self._pid))))
 
 
@@ -290,13 +331,15 @@ def read(path: str) -> str:
     return Path(path).read_text() if Path(path).exists() else ""
 
 
-def save(content: dict[str, Any]) -> None:
-    hardware = f"{content['machine']['cores']}-cores" + (f"-x{content['repeat']}" if content["repeat"] > 1 else "")
-    folder = Path(__file__).parent / "results"
-    folder.mkdir(exist_ok=True)
+def save(args: Args, text_bytes: int, results: list[dict[str, Any]]) -> None:
+    """What there is so far; `text_bytes` are those of the files given once."""
+    described = machine()
+    hardware = f"{described['cores']}-cores" + (f"-x{args.repeat[-1]}" if args.repeat[-1] > 1 else "")
+    folder = Path(args.results)
+    folder.mkdir(exist_ok=True, parents=True)
     path = folder / f"tokenization-{hardware}-{datetime.now(UTC):%Y-%m-%d}.json"
+    content = {"machine": described, "text_bytes": text_bytes, "identical": identical(results), "results": results}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {path}")
 
 
 if __name__ == "__main__":
