@@ -60,6 +60,8 @@ def test_a_recipe_may_build_on_another():
         ("[optim]\nlr = nan", "optim.lr is nan, must be 0 or more"),
         ("[model]\nn_embd = 100\nn_head = 3", "model.n_embd = 100 is not divisible by model.n_head = 3"),
         ("[model]\nmax_seq_len = 512", "data.seq_len 1024 is longer than model.max_seq_len 512; lower the first"),
+        ("[train]\nmicro_batch_rows = 1.5", "train.micro_batch_rows is 1.5, must be 'auto' or a valid integer"),
+        ("[train]\nmicro_batch_rows = 'all'", "train.micro_batch_rows is 'all', must be 'auto' or a valid integer"),
         ("train = 3", "train is 3, must be"),
         ('recipe = "gpt2-12m"', "names the unknown recipe 'gpt2-12m' (did you mean 'gpt2-124m'?); choose from "),
         ("recipe = 124", "names the unknown recipe 124"),

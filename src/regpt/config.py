@@ -136,7 +136,9 @@ def explain(error: ValidationError) -> str:
         return f"unknown key {'.'.join(where)!r}{nearest(where[-1], known)}; allowed here: {', '.join(known)}"
     if cause := first.get("ctx", {}).get("error"):
         return str(cause)  # a section's own sentence
-    wanted = first["msg"].removeprefix("Input should be ")
+    either = where[-1].startswith("literal[")  # one of several types; then each has an error of its own
+    errors = [e for e in error.errors() if e["loc"][:-1] == first["loc"][:-1]] if either else [first]
+    wanted = " or ".join(e["msg"].removeprefix("Input should be ") for e in errors)
     return f"{key} is {first['input']!r}, must be {wanted}"
 
 

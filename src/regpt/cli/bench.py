@@ -138,7 +138,7 @@ def ladder_main(args: list[str]) -> int:
     name = given.model or ("gpt2-124m" if on_gpu else "gpt2-tiny")
     config = read_config(name)
     config = replace(config, train=replace(config.train, device=given.device))
-    rows = given.rows or (LECTURE_ROWS if on_gpu else config.train.micro_batch_rows)
+    rows = given.rows or (LECTURE_ROWS if on_gpu else config.train.first_rows)
     target = None if given.json in (None, "-") else Path(given.json)
     keep = partial(write_json, target) if target else lambda report: None
     with progress() as say:

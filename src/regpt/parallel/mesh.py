@@ -64,6 +64,13 @@ class Mesh:
         dist.all_gather(parts, mine.to(self.device))
         return [bytes(part[:size].tolist()) for part, size in zip(parts, sizes.tolist())]
 
+    def smallest(self, number: int) -> int:
+        """The smallest of the numbers that the processes give."""
+        x = torch.tensor(number)
+        if self.world_size > 1:
+            dist.all_reduce(x, op=dist.ReduceOp.MIN)
+        return int(x)
+
     @torch.no_grad()
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Replace every gradient by its sum (not its mean) over all processes."""

@@ -171,14 +171,14 @@ def summary(job: Job) -> str:
     """One line: what is trained, on what, how."""
     config, mesh = job.config, job.mesh
     name = device_name(mesh.device)
-    rows = config.train.micro_batch_rows * mesh.world_size * config.data.seq_len
+    B, T = job.trainer.micro_batch.rows, config.data.seq_len
     kernels = choose_kernels(config, job.model, mesh.device)
     return (
         f"{count_parameters(job.model):,} parameters on {mesh.world_size} × {name}, {config.train.precision}"
         f"{', compiled' if config.train.compile and kernels.name == 'plain' else ''}, {kernels.name} kernels "
         f"({kernels.reason}); {config.train.batch_tokens:,} tokens a step "
-        f"({config.train.batch_tokens // rows} × {mesh.world_size} × {config.train.micro_batch_rows} rows of "
-        f"{config.data.seq_len}); {job.corpus.tokens('train'):,} training tokens, tokenizer "
+        f"({config.train.batch_tokens // (B * mesh.world_size * T)} × {mesh.world_size} × {B} rows of {T}); "
+        f"{job.corpus.tokens('train'):,} training tokens, tokenizer "
         f"{job.corpus.tokenizer.name}"
     )
 

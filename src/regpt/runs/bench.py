@@ -18,7 +18,7 @@ from regpt.errors import UsageError
 from regpt.model.ops import PLAIN, Ops
 from regpt.model.weights import count_parameters, initialize
 from regpt.parallel.mesh import Mesh, open_mesh
-from regpt.runs.build import Corpus, build_loader, build_model, build_trainer, open_shards
+from regpt.runs.build import Corpus, build_loader, build_model, build_trainer, open_shards, with_chosen_rows
 from regpt.runs.folder import device_name, source_commit
 from regpt.tools.bench.active import attention_backend, computing_dtype, replaced_ops, versions
 from regpt.tools.bench.invent import MEAN_LENGTH, document_lengths, invent_shards
@@ -59,7 +59,7 @@ def shortened(config: RunConfig, window: Window) -> RunConfig:
 def check(config: RunConfig, processes: int) -> None:
     """Raise what `bench_train` would for data or a batch that do not fit, before any process is started."""
     data = config.data
-    check_batch(data.seq_len, config.train.batch_tokens, config.train.micro_batch_rows, processes)
+    check_batch(data.seq_len, config.train.batch_tokens, config.train.first_rows, processes)
     if data.path or data.mixture:
         build_loader(config, open_shards(config), Mesh(0, processes, torch.device("cpu")))
 
@@ -88,7 +88,9 @@ def opened_trainer(
     model = initialize(build_model(config, mesh.device, ops), config.train.seed)
     optimizer = adamw(make_optimizer(model, config.optim, mesh.device))
     with Prefetcher(build_loader(config, corpus, mesh), steps=config.train.steps) as batches:
-        yield build_trainer(config, mesh, model, optimizer, batches)
+        trainer = build_trainer(config, mesh, model, optimizer, batches)
+        with_chosen_rows(config, trainer)
+        yield trainer
 
 
 def bench_train(

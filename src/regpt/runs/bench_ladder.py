@@ -108,7 +108,7 @@ def climb_rung(
             "tokens_per_s": config.train.batch_tokens / ms["median"] * 1e3,
             "batch_tokens": config.train.batch_tokens,
             "rows": trainer.micro_batch.rows,
-            "rows_wanted": config.train.micro_batch_rows,
+            "rows_wanted": config.train.first_rows,
             "first_step_s": times.first_s,
             "peak_memory_gib": peak_memory_gib(mesh.device) if mesh.device.type == "cuda" else None,
             "loss": times.rows[-1]["loss"],

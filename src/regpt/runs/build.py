@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from regpt.text.open import open_tokenizer
 from regpt.text.tokenizer import Tokenizer
 from regpt.train.loss import make_loss_sum
 from regpt.train.precision import parameter_dtype, set_matmul_precision
+from regpt.train.probe import choose_rows
 from regpt.train.schedule import make_schedule
 from regpt.train.trainer import Trainer
 
@@ -154,7 +155,7 @@ def build_loader(config: RunConfig, corpus: Corpus, mesh: Mesh) -> Loader:
     return Loader(
         corpus.rows("train", data.order, data.seed, data.seq_len),
         batch_tokens=config.train.batch_tokens,
-        micro_batch_rows=config.train.micro_batch_rows,
+        micro_batch_rows=config.train.first_rows,
         dp_rank=mesh.rank,
         dp_size=mesh.world_size,
         eot=mask_token(config, corpus),
@@ -179,6 +180,16 @@ def build_trainer(
     )
     lr_at = make_schedule(config.optim, config.train.steps)
     return Trainer(model, loss_sum, optimizer, lr_at, batches, mesh, config.train, step=step)
+
+
+def with_chosen_rows(config: RunConfig, trainer: Trainer) -> tuple[RunConfig, dict[str, Any]]:
+    """`config` with a number in the place of `train.micro_batch_rows = "auto"`, and how it was found, for env.json."""
+    if config.train.micro_batch_rows != "auto":
+        return config, {}
+    choice = choose_rows(trainer)
+    trainer.micro_batch.rows = choice.rows
+    config = replace(config, train=replace(config.train, micro_batch_rows=choice.rows))
+    return config, {"micro_batch_rows": choice.facts()}
 
 
 def choose_kernels(config: RunConfig, model: Transformer, device: torch.device) -> Kernels:

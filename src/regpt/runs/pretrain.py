@@ -1,6 +1,6 @@
 """Pretraining: configuration → objects → `Trainer.fit`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from regpt.checkpoint.load import Checkpoint, load_checkpoint, newest_checkpoint
 from regpt.checkpoint.open import open_model
 from regpt.config import RunConfig
 from regpt.data.config import DataConfig
+from regpt.data.loader import Loader
 from regpt.data.prefetch import Prefetcher
 from regpt.errors import UserError
 from regpt.model.transformer import Transformer
@@ -30,7 +31,15 @@ from regpt.runs.actions import (
     write_row,
     write_saved_rows,
 )
-from regpt.runs.build import Corpus, build_loader, build_model, build_trainer, count_validation_rows, open_corpus
+from regpt.runs.build import (
+    Corpus,
+    build_loader,
+    build_model,
+    build_trainer,
+    count_validation_rows,
+    open_corpus,
+    with_chosen_rows,
+)
 from regpt.runs.folder import JsonLines, create_run, describe_environment, read_run_config, refuse_used_folder
 from regpt.runs.stop import EXIT_SAVED, stop_request
 from regpt.runs.terminal import Terminal
@@ -38,7 +47,7 @@ from regpt.sample.generate import check_length, encode_prompt
 from regpt.train.optim import load_optimizer, make_optimizer
 from regpt.train.peak import device_peak
 from regpt.train.schedule import make_schedule
-from regpt.train.trainer import Every, Row
+from regpt.train.trainer import Every, Row, Trainer
 
 
 def check(config: RunConfig, run: Path | None, processes: int = 1) -> None:
@@ -68,13 +77,17 @@ def pretrain(
         config = replace(config, data=resolved(config.data, corpus))
         model = build_model(config, mesh.device)
         start_weights(model, config, init_from)
-        if mesh.is_main:
-            env = describe_environment(mesh, corpus.facts(), count_parameters(model), argv)
-            env |= {"peak": asdict(device_peak(mesh.device, config.train.precision))}
-            create_run(run, config, env | {"init_from": init_from} | (facts or {}), beside)
-        mesh.wait()
         optimizer = make_optimizer(model, config.optim, mesh.device)
-        return fit(config, run, mesh, corpus, model, optimizer, step=0, state={})
+        loader = build_loader(config, corpus, mesh)
+        with Prefetcher(loader, steps=config.train.steps) as batches:
+            trainer = build_trainer(config, mesh, model, optimizer, batches)
+            config, chosen = with_chosen_rows(config, trainer)
+            if mesh.is_main:
+                env = describe_environment(mesh, corpus.facts(), count_parameters(model), argv)
+                env |= {"peak": asdict(device_peak(mesh.device, config.train.precision)), "init_from": init_from}
+                create_run(run, config, env | chosen | (facts or {}), beside)
+            mesh.wait()
+            return fit(config, run, corpus, loader, trainer)
 
 
 def resolved(data: DataConfig, corpus: Corpus) -> DataConfig:
@@ -115,9 +128,12 @@ def resume(run: Path) -> int:
         model = load_weights(build_model(config, mesh.device), checkpoint.weights())
         optimizer = make_optimizer(model, config.optim, mesh.device)
         load_optimizer(model, optimizer, checkpoint.optimizer(), checkpoint.step)
-        restore_random(checkpoint, mesh)
-        state = checkpoint.state.trainer
-        return fit(config, run, mesh, corpus, model, optimizer, step=checkpoint.step, state=state)
+        loader = build_loader(config, corpus, mesh)
+        with Prefetcher(loader, steps=config.train.steps) as batches:
+            trainer = build_trainer(config, mesh, model, optimizer, batches, step=checkpoint.step)
+            trainer.load_state(checkpoint.state.trainer)
+            restore_random(checkpoint, mesh)
+            return fit(config, run, corpus, loader, trainer)
 
 
 def restore_random(checkpoint: Checkpoint, mesh: Mesh) -> None:
@@ -136,28 +152,15 @@ def refuse_changed_data(checkpoint: Checkpoint, corpus: Corpus) -> None:
         )
 
 
-def fit(
-    config: RunConfig,
-    run: Path,
-    mesh: Mesh,
-    corpus: Corpus,
-    model: Transformer,
-    optimizer: torch.optim.Optimizer,
-    *,
-    step: int,
-    state: Mapping[str, Any],
-) -> int:
-    """Train from `step` updates and the trainer's `state` on; 0, or 75 when a stop was requested and the run saved."""
-    loader = build_loader(config, corpus, mesh)
-    batches = Prefetcher(loader, steps=config.train.steps)
-    trainer = build_trainer(config, mesh, model, optimizer, batches, step=step)
+def fit(config: RunConfig, run: Path, corpus: Corpus, loader: Loader, trainer: Trainer) -> int:
+    """Train until the end of the run; 0, or 75 when a stop was requested and the run saved."""
+    mesh, step = trainer.mesh, trainer.step
     terminal = Terminal(str(run), config.train.steps, Console(), enabled=mesh.is_main)
     with ExitStack() as stack:
         names = ("metrics.jsonl", "samples.jsonl")
         files = [stack.enter_context(JsonLines(run / name)) if mesh.is_main else None for name in names]
         saver = Saver(run, config.checkpoint)
-        job = Job(config, run, mesh, corpus, model, optimizer, trainer, terminal, *files, saver=saver)
-        trainer.load_state(state)
+        job = Job(config, run, mesh, corpus, trainer.model, trainer.optimizer, trainer, terminal, *files, saver=saver)
         trainer.micro_batch.on_fewer = lambda rows: tell_fewer_rows(job, rows)
         terminal.say(summary(job))
         peak = device_peak(mesh.device, config.train.precision)
@@ -169,7 +172,7 @@ def fit(
         every = Every(config.eval.every_steps, config.sample.every_steps, config.checkpoint.every_steps)
         if step == config.train.steps:
             terminal.say(f"the run is complete: all {step:,} updates are made; regpt report {run} shows it")
-        with stop_request() as stop_requested, terminal, batches, saver:
+        with stop_request() as stop_requested, terminal, saver:
             finished = trainer.fit(make_actions(job, stop_requested), every)
         write_saved_rows(job)
         write_epochs(job, trainer.step, loader.epochs(trainer.step))

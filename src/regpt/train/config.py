@@ -34,8 +34,9 @@ class TrainConfig:
     """Updates in the whole run (the lecture: 10 billion tokens)."""
     batch_tokens: int = 524288
     """Tokens an update, over all processes (GPT-3 paper, table 2.1: 0.5 M for 125M)."""
-    micro_batch_rows: int = 64
-    """Rows that one process computes at once; the rest of the batch is accumulated."""
+    micro_batch_rows: Literal["auto"] | int = 64
+    """Rows that one process computes at once; the rest of the batch is accumulated. auto: what fits, tried at the
+    start and kept in config.toml."""
     precision: PrecisionName = "bf16"
     """fp32; tf32: float32 with TensorFloat-32 products; bf16: bfloat16 autocast, float32 weights; fp64 for tests."""
     compile: bool = True
@@ -52,8 +53,15 @@ class TrainConfig:
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto: CUDA, then MPS, then CPU."""
 
+    @property
+    def first_rows(self) -> int:
+        """Rows at once before `auto` has been decided: one, which divides every batch."""
+        return 1 if self.micro_batch_rows == "auto" else self.micro_batch_rows
+
     def __post_init__(self) -> None:
-        require("train", self, {"steps": 1, "batch_tokens": 1, "micro_batch_rows": 1, "grad_clip": 0})
+        require("train", self, {"steps": 1, "batch_tokens": 1, "grad_clip": 0})
+        if self.micro_batch_rows != "auto":
+            require("train", self, {"micro_batch_rows": 1})
 
 
 @dataclass(frozen=True)

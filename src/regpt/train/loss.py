@@ -40,6 +40,11 @@ def make_loss_sum(
     return torch.compile(loss_sum, dynamic=False) if compile else loss_sum
 
 
+def uncompiled(loss_sum: LossSum) -> LossSum | None:
+    """The function that `loss_sum` was compiled from; None when it is not compiled."""
+    return getattr(loss_sum, "_torchdynamo_orig_callable", None)
+
+
 def valid_targets(batches: list[Batch]) -> int:
     """Targets of `batches` that carry loss."""
     return sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in batches)

@@ -80,7 +80,7 @@ class Trainer:
     ):
         self.model, self.loss_sum, self.optimizer, self.lr_at = model, loss_sum, optimizer, lr_at
         self.loader, self.mesh, self.config, self.step = loader, mesh, config, step
-        self.micro_batch = MicroBatch(config.micro_batch_rows, mesh)
+        self.micro_batch = MicroBatch(config.first_rows, mesh)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         for p in self.parameters:
             p.grad = torch.zeros_like(p)  # here once; see clear_gradients
@@ -129,7 +129,7 @@ class Trainer:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` gave."""
         rows = state.get("micro_batch_rows", self.micro_batch.rows)
-        if self.config.micro_batch_rows % rows == 0:  # else the configuration was changed since
+        if self.micro_batch.rows % rows == 0:  # else the configuration was changed since
             self.micro_batch.rows = rows
 
     def gradients(self) -> tuple[Tensor, Tensor]:
