@@ -30,6 +30,7 @@ from regpt.train.optim import optimizer_tensors
 from regpt.train.precision import autocast
 from regpt.train.schedule import make_schedule
 from regpt.train.trainer import Actions, Row, Trainer, due
+from regpt.train.updates import UpdateRatios
 
 SAMPLED_WINDOWS = 16  # a few milliseconds each; what the whole epoch leaves out is said by regpt data info
 
@@ -45,6 +46,7 @@ class Job:
     model: Transformer
     optimizer: torch.optim.Optimizer
     trainer: Trainer
+    update_ratios: UpdateRatios
     terminal: Terminal
     metrics: JsonLines | None
     samples: JsonLines | None
@@ -67,6 +69,9 @@ def make_actions(job: Job, stop_requested: Callable[[], bool]) -> Actions:
 def log(job: Job, row: Row) -> None:
     """What is to be said after an update."""
     write_row(job, row)
+    ratios = job.update_ratios.take()
+    if ratios is not None:
+        write_row(job, ratios | {"kind": "updates", "step": row["step"], "time": time.time()})
     write_saved_rows(job)
 
 

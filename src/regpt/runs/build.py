@@ -71,9 +71,22 @@ class Corpus:
             "path": " + ".join(str(folder.path) for folder in self.folders),
             "manifest_sha256": self.manifest_sha256,
             "tokenizer": self.folders[0].manifest.tokenizer,
+            "tokenizer_sha256": self.folders[0].manifest.tokenizer_sha256,
             "train_tokens": self.tokens("train"),
             "val_tokens": self.tokens("val"),
+            "train_bytes": self.text_bytes("train"),
+            "val_bytes": self.text_bytes("val"),
+            "sources": list(dict.fromkeys(str(one.get("source", "")) for one in self.sources())),
         }
+
+    def sources(self) -> list[dict[str, Any]]:
+        """What the manifests say of where the text came from."""
+        return [source for folder in self.folders for source in folder.manifest.sources]
+
+    def text_bytes(self, split: str) -> int | None:
+        """UTF-8 bytes of the documents of a split; None where a folder does not say."""
+        known = [folder.manifest.text_bytes.get(split) for folder in self.folders]
+        return sum(n for n in known if n is not None) if None not in known else None
 
     def tokens(self, split: str) -> int:
         return sum(folder.manifest.tokens(split) for folder in self.folders)

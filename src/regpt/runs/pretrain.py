@@ -48,6 +48,7 @@ from regpt.train.optim import load_optimizer, make_optimizer
 from regpt.train.peak import device_peak
 from regpt.train.schedule import make_schedule
 from regpt.train.trainer import Every, Row, Trainer
+from regpt.train.updates import watch_updates
 
 
 def check(config: RunConfig, run: Path | None, processes: int = 1) -> None:
@@ -160,7 +161,10 @@ def fit(config: RunConfig, run: Path, corpus: Corpus, loader: Loader, trainer: T
         names = ("metrics.jsonl", "samples.jsonl")
         files = [stack.enter_context(JsonLines(run / name)) if mesh.is_main else None for name in names]
         saver = Saver(run, config.checkpoint)
-        job = Job(config, run, mesh, corpus, trainer.model, trainer.optimizer, trainer, terminal, *files, saver=saver)
+        ratios = watch_updates(trainer, config.log.update_ratios_every_steps)
+        job = Job(
+            config, run, mesh, corpus, trainer.model, trainer.optimizer, trainer, ratios, terminal, *files, saver=saver
+        )
         trainer.micro_batch.on_fewer = lambda rows: tell_fewer_rows(job, rows)
         terminal.say(summary(job))
         peak = device_peak(mesh.device, config.train.precision)

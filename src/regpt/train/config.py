@@ -106,6 +106,8 @@ class LogConfig:
 
     every_steps: int = 1
     """Steps between rows of metrics.jsonl; the terminal follows every step."""
+    update_ratios_every_steps: int = 20
+    """Steps between measurements of the updates' size beside the weights'; 0 measures none."""
 
     def __post_init__(self) -> None:
-        require("log", self, {"every_steps": 1})
+        require("log", self, {"every_steps": 1, "update_ratios_every_steps": 0})
