@@ -18,7 +18,8 @@ COMMANDS = {
     "eval": "validation loss and bits per byte of a model",
     "sample": "write text with a model",
     "export": "write a model as a Hugging Face folder",
-    "report": "a run as one self-contained page",
+    "report": "a run, or several over each other, as one self-contained page",
+    "diff": "two runs against each other: what differs, and whether it matters",
     "bench": "how fast training, batches and sampling are on this machine",
 }
 INTERRUPTED = 130

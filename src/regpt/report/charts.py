@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from regpt.report.bits import bytes_per_token, need_bits, to_bits
 from regpt.report.markup import visible
 from regpt.report.read import Row, Run, number, section
 from regpt.report.references import Reference, loss_references, task_references
-from regpt.report.series import MAX_POINTS, Column, build_table, positions, thin_samples
+from regpt.report.series import MAX_POINTS, Column, build_table, positions, short, thin_samples
 
 MAX_TEXT = 4000  # characters of one sample
 MAX_EVENTS = 500
@@ -209,6 +211,42 @@ def with_values(panels: Sequence[Panel], tables: Sequence[Table]) -> list[Panel]
         if lines:
             kept.append(replace(panel, lines=lines))
     return kept
+
+
+def with_difference(data: Row, bits: bool) -> Row:
+    """`charts` of two runs with one more panel, the second run minus the first after as many tokens."""
+    first, second = (run["axes"].get("tokens") for run in data["runs"])
+    if first is None or second is None:
+        return data
+    ours, theirs = (run["columns"] for run in data["runs"])
+    lines = []
+    for column, role, label, hue in (
+        ("loss_smooth", "line", "training, smoothed", 2),  # hues of neither run
+        ("val_loss", "points", "validation", 3),
+    ):
+        found = difference(first, ours.get(column, []), second, theirs.get(column, []))
+        if any(value is not None for value in found):
+            ours[f"difference:{column}"] = found
+            lines.append(Line(role, f"difference:{column}", label, hue))
+    unit = f"{'bits per byte' if bits else 'nats per token'}, after as many tokens"
+    shown = Panel("B - A", unit, "loss", lines, [Reference("no difference", 0.0)], note="below zero: B is ahead")
+    data["panels"][2:2] = [panel_row(shown)] if lines else []
+    return data
+
+
+def difference(x: Column, a: Column, at: Column, b: Column) -> Column:
+    """b - a at every `x` where `a` is known, b interpolated between its values; None beyond their ends."""
+    known = [(place, value) for place, value in zip(at, b) if place is not None and value is not None]
+    if not known:
+        return [None] * len(x)
+    places, values = np.array([place for place, _ in known]), np.array([value for _, value in known])
+
+    def one(place: float | None, value: float | None) -> float | None:
+        if place is None or value is None or not places[0] <= place <= places[-1]:
+            return None
+        return short(float(np.interp(place, places, values)) - value)
+
+    return [one(place, value) for place, value in zip(x, a)]
 
 
 # ---- what else a run holds

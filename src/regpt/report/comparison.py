@@ -12,9 +12,10 @@ from regpt.report.summary import Summary, duration, loss, sentence, si, summariz
 WORDS = {"good": "healthy", "note": "worth a look", "bad": "something is wrong"}
 
 
-def header_of_several(runs: Sequence[Run], eyebrow: str = "") -> str:
+def header_of_several(runs: Sequence[Run], eyebrow: str = "", said: str = "") -> str:
     kind = eyebrow or f"regpt · {len(runs)} runs"
-    return f'<header><p class="eyebrow">{text(kind)}</p><h1>{text(title(runs))}</h1>{overview(runs)}</header>'
+    sentence = f'<p class="said">{text(said)}</p>' if said else ""
+    return f'<header><p class="eyebrow">{text(kind)}</p><h1>{text(title(runs))}</h1>{sentence}{overview(runs)}</header>'
 
 
 def title(runs: Sequence[Run]) -> str:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from regpt.report.read import Row, Run, number, section
 from regpt.report.series import Column, column, smooth, smoothing_span
+from regpt.report.summary import count
 
 MIN_ROWS = 20  # fewer say nothing about a curve
 BLOCKS = 20  # parts of a run whose means are compared
@@ -233,10 +234,6 @@ def speed(run: Run, curve: Curve) -> list[Finding]:
     if end >= SLOW * usual:
         return []
     return [Finding("note", "slower", f"the last tenth ran at {end / usual:.0%} of the usual throughput")]
-
-
-def count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def to_dict(finding: Finding) -> Row:

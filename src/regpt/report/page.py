@@ -6,6 +6,7 @@ from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 
+import regpt
 from regpt.errors import UserError
 from regpt.report.charts import MAX_EVENTS, charts
 from regpt.report.comparison import header_of_several, sections_of_several
@@ -84,18 +85,18 @@ def write_page(page: str, out: Path) -> Path:
 def render(runs: Sequence[Run]) -> str:
     """The page. The same runs give the same bytes."""
     if len(runs) == 1:
-        return document(runs[0].name, header(runs[0]), "", sections(runs[0]), runs)
+        return document(runs[0].name, header(runs[0]), "", sections(runs[0]), charts(runs))
     title = " · ".join(run.name for run in runs)
-    return document(title, header_of_several(runs), "", sections_of_several(runs), runs)
+    return document(title, header_of_several(runs), "", sections_of_several(runs), charts(runs))
 
 
-def document(title: str, head: str, above: str, below: str, runs: Sequence[Run]) -> str:
-    """A whole page: `head`, sections `above` the charts of `runs`, and sections `below` them."""
+def document(title: str, head: str, above: str, below: str, data: Row) -> str:
+    """A whole page: `head`, sections `above` the charts of `data` (see `charts`), and sections `below` them."""
     main = (
         '<main><noscript><p class="card note">The charts and samples need JavaScript.</p></noscript>'
         f'{above}<section id="charts" aria-label="Charts"></section>'
         f'<section id="samples" aria-label="Samples"></section>{below}</main>'
-        f"<footer>regpt {text(runs[0].env.get('regpt', ''))} · charts by uPlot, under the MIT licence</footer>"
+        f"<footer>regpt {regpt.__version__} · charts by uPlot, under the MIT licence</footer>"
     )
     return f"""<!doctype html>
 <html lang="en">
@@ -113,7 +114,7 @@ def document(title: str, head: str, above: str, below: str, runs: Sequence[Run])
 </head>
 <body>
 {head}{main}
-<script type="application/json" id="data">{embed(charts(runs))}</script>
+<script type="application/json" id="data">{embed(data)}</script>
 <script>
 /*
 uPlot

@@ -91,7 +91,7 @@ def sentence(summary: Summary) -> str:
     model = "A model" if summary.parameters is None else f"A model of {si(summary.parameters)} parameters"
     read = "" if summary.tokens is None else f"read {si(summary.tokens)} tokens in "
     verb = read or "made "
-    parts = [f"{model} {verb}{summary.steps:,} {'step' if summary.steps == 1 else 'steps'}"]
+    parts = [f"{model} {verb}{count(summary.steps, 'step')}"]
     if summary.planned_steps and summary.steps < summary.planned_steps:
         parts.append(f" of {summary.planned_steps:,}")
     if summary.seconds is not None:
@@ -161,7 +161,7 @@ def model_tile(summary: Summary, config: dict[str, Any]) -> Tile | None:
 
 
 def tokens_tile(summary: Summary, config: dict[str, Any]) -> Tile | None:
-    steps = f"{summary.steps:,} {'step' if summary.steps == 1 else 'steps'}"
+    steps = f"{count(summary.steps, 'step')}"
     if summary.tokens is None:
         return Tile("Steps", f"{summary.steps:,}")
     batch_tokens = number(section(config, "train").get("batch_tokens"))
@@ -234,3 +234,8 @@ def duration(seconds: float) -> str:
         return f"{minutes // 60} h {minutes % 60:02d} min"
     hours = round(seconds / 3600)
     return f"{hours // 24} d {hours % 24} h"
+
+
+def count(n: int, noun: str) -> str:
+    """`1 step`, `1,200 steps`."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"

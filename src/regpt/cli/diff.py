@@ -1,0 +1,112 @@
+"""`regpt diff`: two runs against each other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from regpt.cli.parse import parse
+from regpt.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from regpt.report.compare import Comparison
+
+MAX_CURVE = 8  # rows of the terminal's table of losses
+WIDE = 160  # columns where no terminal sets a width
+
+
+@dataclass(frozen=True)
+class DiffArgs:
+    """Compare two runs: what differs in configuration, code and data; curves; final numbers with paired tests."""
+
+    a: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_A")]
+    """Run folder to compare with."""
+    b: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_B")]
+    """Run folder that is compared; differences are B - A."""
+    seeds: tuple[Path, ...] = ()
+    """Runs of A's or B's configuration with other seeds: does the difference exceed the noise between them?"""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.html")] = None
+    """Also write the comparison, with the curves of both runs, as one HTML page."""
+    json: bool = False
+    """Print one JSON object instead."""
+
+
+def main(args: list[str]) -> int:
+    given = parse(DiffArgs, args, prog="regpt diff")
+    folders = [given.a, given.b, *given.seeds]
+    for i, folder in enumerate(folders):
+        if folder.resolve() in [other.resolve() for other in folders[:i]]:
+            raise UsageError(f"run folder {str(folder)!r} is given twice; give different runs")
+    from regpt.report.compare import compare, to_dict
+    from regpt.report.page import with_own_names
+    from regpt.report.read import read_run
+    from regpt.report.significance import scipy_stats
+
+    scipy_stats()  # missing: say so before any work
+    a, b, *others = with_own_names([read_run(folder) for folder in folders])
+    found = compare(a, b, others)
+    if given.json:
+        print(json.dumps(to_dict(found), ensure_ascii=False, default=str))
+    else:
+        print_comparison(found)
+    if given.out is not None:
+        from regpt.report.diff_page import write_diff
+
+        page = write_diff(found, given.out)
+        if not given.json:
+            print(page)
+    return 0
+
+
+def print_comparison(found: Comparison) -> None:
+    from rich.console import Console
+
+    from regpt.report.verdict import HEAD, SEEDS_HEAD, code_lines, headline, measure_cells, seeds_rows
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.width = console.width if console.is_terminal else WIDE
+    console.print(f"A {found.a.name}\nB {found.b.name}\n\n{headline(found)}")
+    table(console, "final numbers", HEAD, [measure_cells(one) for one in found.measures])
+    table(console, "against the noise between seeds", SEEDS_HEAD, seeds_rows(found))
+    unit = "bits per byte" if found.bits else "validation loss"
+    rows = [[f"{tokens:,}", f"{a:.4f}", f"{b:.4f}", f"{b - a:+.4f}"] for tokens, a, b in thinned(found.curve)]
+    table(console, f"{unit} after as many tokens", ("tokens", "A", "B", "B - A"), rows)
+    for name, differing in (("configuration", found.config), ("code and machine", found.code), ("data", found.data)):
+        rows = [[key, *map(shown, values)] for key, values in differing]
+        table(console, f"differing {name}", ("key", "A", "B"), rows)
+        if not rows:
+            console.print(f"\n{name}: the same")
+    lines = code_lines(found)
+    if lines:
+        console.print("\nchanges of the source\n  " + "\n  ".join(lines))
+
+
+def table(console: Console, title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.table import Table
+
+    if not rows:
+        return
+    made = Table(box=None, padding=(0, 2, 0, 0))
+    for i, name in enumerate(head):
+        made.add_column(name, justify="right" if i and "A" in head[1] and name in ("A", "B", "B - A") else "left")
+    for row in rows:
+        made.add_row(*row)
+    console.print(f"\n{title}")
+    console.print(made)
+
+
+def thinned(curve: Sequence[tuple[int, float, float]]) -> list[tuple[int, float, float]]:
+    if len(curve) <= MAX_CURVE:
+        return list(curve)
+    return [curve[round(i * (len(curve) - 1) / (MAX_CURVE - 1))] for i in range(MAX_CURVE)]
+
+
+def shown(value: Any) -> str:
+    return "–" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,213 @@
+"""Two runs against each other: what is paired with what, and what is said."""
+
+import json
+import random
+
+import pytest
+from run_files import CONFIG, ENV, train_row, val_row, write_rows
+from test_page import check
+
+from regpt.cli.diff import main
+from regpt.errors import UsageError, UserError
+from regpt.report.compare import compare, to_dict
+from regpt.report.page import with_own_names
+from regpt.report.read import read_run
+from regpt.report.verdict import headline
+
+SEED = CONFIG + "[data]\nseed = {}\n"
+
+
+def rows_of(loss, **val):
+    rows = [train_row(step, loss=3 + loss + 5 / step) for step in range(1, 41)]
+    return [*rows, val_row(0, 8.0), val_row(20, loss + 0.5), val_row(40, loss) | val]
+
+
+def scored(make_run, name, right, *, loss=3.25, config=CONFIG, rows=(), task="hellaswag", metric="acc_norm", env=None):
+    """A run whose evaluation got the items in `right` right, out of 200."""
+    value = {"kind": "eval", "step": 40, "task": task, "metric": metric, "value": len(right) / 200, "n": 200}
+    folder = make_run(rows=[*rows_of(loss), value | {"stderr": 0.03}, *rows], config=config, name=name, env=env)
+    (folder / "evals").mkdir()
+    write_rows(
+        folder / "evals" / f"{task.replace('/', '-')}-step-00000040.jsonl",
+        [{"item": i, "correct": int(i in right), "acc": 1} for i in range(200)],
+    )
+    return folder
+
+
+def measures(*folders, seeds=()):
+    a, b = (read_run(folder) for folder in folders)
+    return {one.name: one for one in compare(a, b, [read_run(folder) for folder in seeds]).measures}
+
+
+def test_items_are_paired_by_their_name_whatever_their_order(make_run):
+    a, b = scored(make_run, "a", set(range(60))), scored(make_run, "b", set(range(50, 120)))
+    path = b / "evals" / "hellaswag-step-00000040.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    random.Random(0).shuffle(lines)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    one = measures(a, b)["hellaswag acc_norm"]
+    assert one.test is not None
+    assert (one.test.name, one.test.n) == ("McNemar, exact", 200)
+    assert one.test.difference == pytest.approx(one.difference) == pytest.approx(0.05)
+    assert one.test.interval[0] < 0 < one.test.interval[1]
+    assert one.better == "b"
+
+
+def test_only_items_that_both_have_are_compared(make_run):
+    a, b = scored(make_run, "a", {1, 2}), scored(make_run, "b", {1, 3})
+    path = b / "evals" / "hellaswag-step-00000040.jsonl"
+    path.write_text("".join(path.read_text(encoding="utf-8").splitlines(keepends=True)[:150]), encoding="utf-8")
+    test = measures(a, b)["hellaswag acc_norm"].test
+    assert test is not None
+    assert test.n == 150
+
+
+def test_correct_stands_for_the_headline_metric_only(make_run):
+    row = {"kind": "eval", "step": 40, "task": "hellaswag", "metric": "acc", "value": 0.3, "stderr": 0.03, "n": 200}
+    found = measures(
+        scored(make_run, "a", {1}, rows=[row]), scored(make_run, "b", {2, 3, 4}, rows=[row | {"value": 0.4}])
+    )
+    assert found["hellaswag acc_norm"].test.difference == pytest.approx(2 / 200)
+    assert found["hellaswag acc"].test.difference == 0  # the items' own `acc`, which is 1 for all of them
+
+
+def test_parts_of_a_benchmark_find_their_files(make_run):
+    folders = [
+        scored(make_run, name, right, task="core/piqa", metric="centered_acc")
+        for name, right in (("a", {1}), ("b", {2}))
+    ]
+    assert measures(*folders)["core/piqa centered_acc"].test.n == 200
+
+
+def test_the_items_of_the_last_step_count(make_run):
+    folders = [scored(make_run, name, {1, 2}) for name in "ab"]
+    for folder in folders:
+        write_rows(folder / "evals" / "hellaswag-step-00000020.jsonl", [{"item": 1, "correct": 0}])
+    assert measures(*folders)["hellaswag acc_norm"].test.n == 200
+
+
+def test_validation_windows_are_paired(make_run):
+    folders = [make_run(rows=rows_of(loss), name=name) for name, loss in (("a", 3.3), ("b", 3.2))]
+    draw = random.Random(1)
+    hard = [draw.gauss(3, 1) for _ in range(50)]
+    for folder, shift in zip(folders, (0.0, -0.1)):
+        (folder / "evals").mkdir()
+        rows = [{"item": i, "loss": x + shift + draw.gauss(0, 0.01)} for i, x in enumerate(hard)]
+        write_rows(folder / "evals" / "val-step-00000040.jsonl", rows)
+    one = measures(*folders)["validation loss"]
+    assert one.test.name == "paired t"
+    assert one.test.p < 1e-20
+    assert one.lower
+    assert one.better == "b"
+
+
+def test_without_items_the_errors_of_the_two_numbers_are_used(make_run):
+    folders = [make_run(rows=rows_of(loss, stderr=0.01), name=name) for name, loss in (("a", 3.3), ("b", 3.2))]
+    one = measures(*folders)["validation loss"]
+    assert one.test.name == "z of the two errors, unpaired"
+    plain = [make_run(rows=rows_of(loss), name=name) for name, loss in (("c", 3.3), ("d", 3.2))]
+    assert measures(*plain)["validation loss"].conclusion() == "not tested: no scores"
+
+
+def test_losses_on_other_text_are_not_tested(make_run):
+    def env(sha):
+        return ENV | {"data": ENV["data"] | {"manifest_sha256": sha}}
+
+    folders = [make_run(rows=rows_of(3.2, stderr=0.01), name=name, env=env(name)) for name in "ab"]
+    assert measures(*folders)["validation loss"].conclusion() == "not tested: other data"
+
+
+def test_different_tokenizers_leave_bits_per_byte_only(make_run):
+    folders = [make_run(name=name, env=ENV | {"data": {"tokenizer": name}}) for name in "ab"]
+    assert set(measures(*folders)) == {"bits per byte"}
+
+
+def seeded(make_run, name, seed, loss, config=SEED):
+    return make_run(rows=rows_of(loss), config=config.format(seed), name=name)
+
+
+def test_seeds_say_whether_a_difference_exceeds_their_noise(make_run):
+    a = seeded(make_run, "a", 1, 3.300)
+    seeds = [seeded(make_run, f"a{i}", i, 3.3 + 0.001 * i) for i in (2, 3, 4)]
+    wider = SEED.replace("n_embd = 64", "n_embd = 128")
+    near, far = (seeded(make_run, name, 1, loss, wider) for name, loss in (("near", 3.301), ("far", 3.2)))
+    one = measures(a, near, seeds=seeds)["validation loss"]
+    assert one.seeds.runs == (4, 1)
+    assert one.conclusion() == "within the noise between seeds"
+    assert measures(a, far, seeds=seeds)["validation loss"].conclusion() == "exceeds the noise between seeds"
+
+
+def test_each_seed_run_belongs_to_the_configuration_it_repeats(make_run):
+    wider = SEED.replace("n_embd = 64", "n_embd = 128")
+    a, b = seeded(make_run, "a", 1, 3.3), seeded(make_run, "b", 1, 3.2, wider)
+    seeds = [
+        seeded(make_run, "a2", 2, 3.31),
+        seeded(make_run, "b2", 2, 3.21, wider),
+        seeded(make_run, "b3", 3, 3.2, wider),
+    ]
+    assert measures(a, b, seeds=seeds)["validation loss"].seeds.runs == (2, 3)
+
+
+def test_a_run_that_differs_in_more_than_its_seeds_is_refused(make_run):
+    a, b = seeded(make_run, "a", 1, 3.3), seeded(make_run, "b", 2, 3.2)
+    other = seeded(make_run, "other", 3, 3.2, SEED.replace("n_layer = 2", "n_layer = 3"))
+    with pytest.raises(UserError, match=r"'other' of --seeds differs from 'a' in more .* \(model.n_layer\)"):
+        measures(a, b, seeds=[other])
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '{"correct": 1}', '{"item": [1]}', '{"item": 1}\n{"item": 1}'])
+def test_a_damaged_file_of_items_is_named(make_run, line):
+    a, b = scored(make_run, "a", {1}), scored(make_run, "b", {1})
+    (b / "evals" / "hellaswag-step-00000040.jsonl").write_text(line + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"hellaswag-step-00000040\.jsonl line [12] .*evaluate that checkpoint again"):
+        measures(a, b)
+
+
+def test_the_headline_says_who_is_better_and_whether_it_is_more_than_chance(make_run):
+    a = make_run(rows=rows_of(3.3, stderr=0.01), name="a")
+    b = make_run(rows=rows_of(3.2, stderr=0.01), name="b")
+    said = headline(compare(read_run(a), read_run(b)))
+    assert said.startswith("b has the better validation loss: 3.2000 against 3.3000, a significant difference (z of")
+    assert headline(compare(read_run(a), read_run(make_run(rows=rows_of(3.3), name="c")))).startswith(
+        "Both runs have the same validation loss, 3.3000"
+    )
+    bare = [read_run(make_run(rows=[train_row(1)], name=name)) for name in ("d", "e")]
+    assert "no measure in common" in headline(compare(*bare))
+
+
+def test_curves_are_compared_after_as_many_tokens(make_run):
+    a = make_run(rows=[*(train_row(step) for step in range(1, 41)), val_row(20, 3.5), val_row(40, 3.0)], name="a")
+    rows = [*(train_row(step, tokens=2048 * step) for step in range(1, 21)), val_row(10, 3.4), val_row(15, 3.2)]
+    found = compare(read_run(a), read_run(make_run(rows=rows, name="b")))
+    assert found.curve == [(20480, 3.5, 3.4)]
+
+
+def test_the_command_prints_a_table_and_writes_the_page(make_run, tmp_path, capsys):
+    a, b = scored(make_run, "a", {1, 2, 3}), scored(make_run, "b", set(range(9)), config=CONFIG.replace("2", "3"))
+    assert main([str(a), str(b), "--out", str(tmp_path / "diff.html")]) == 0
+    said = capsys.readouterr().out
+    for words in ("hellaswag acc_norm", "model.n_layer", "McNemar", "data: the same", str(tmp_path / "diff.html")):
+        assert words in said
+    page = check((tmp_path / "diff.html").read_text(encoding="utf-8"))
+    data = json.loads(page.scripts[0])
+    assert [panel["title"] for panel in data["panels"][:3]] == ["Validation loss", "Training loss", "B - A"]
+    assert data["runs"][0]["columns"]["difference:val_loss"][-1] == 0
+    assert "hellaswag acc_norm" in page.text
+
+
+def test_json_has_everything(make_run, capsys):
+    a, b = scored(make_run, "a", {1, 2, 3}), scored(make_run, "b", set(range(9)), loss=3.0)
+    assert main([str(a), str(b), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    one = next(one for one in found["measures"] if one["name"] == "hellaswag acc_norm")
+    assert one["test"]["name"] == "McNemar, exact"
+    assert one["better"] == "b"
+    assert found["curve"][-1] == {"tokens": 40960, "a": 3.25, "b": 3.0}
+    runs = [read_run(a), read_run(b)]
+    assert json.loads(json.dumps(to_dict(compare(*with_own_names(runs))))) == found
+
+
+def test_a_run_cannot_be_compared_with_itself(make_run):
+    run = str(make_run())
+    with pytest.raises(UsageError, match="given twice"):
+        main([run, run])
