@@ -125,6 +125,15 @@ def test_a_chart_without_values_is_left_out(make_run):
     assert data["panels"][0]["references"] == [{"label": "unigram model", "value": 4.5}]
 
 
+def test_checkpoints_are_listed_but_not_marked(make_run):
+    saved = {"kind": "event", "step": 1, "name": "checkpoint", "stall_ms": 12.5}
+    page = check(
+        write_report(make_run(rows=[train_row(1), saved, saved | {"name": "skip"}])).read_text(encoding="utf-8")
+    )
+    assert [event["name"] for event in json.loads(page.scripts[0])["runs"][0]["events"]] == ["skip"]
+    assert {"checkpoint", "skip"} <= set(page.text)
+
+
 def test_the_lectures_full_run_stays_below_a_megabyte(make_run):
     rows = [
         train_row(step, loss=3 + 1 / (step + 0.123456789), mfu=0.4 + 1e-7 * step, peak_memory_gib=60.123)

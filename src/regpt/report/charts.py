@@ -13,6 +13,7 @@ from regpt.report.series import MAX_POINTS, Column, build_table, positions, shor
 
 MAX_TEXT = 4000  # characters of one sample
 MAX_EVENTS = 500
+UNMARKED = ("checkpoint", "epochs")  # events that happen in every run: listed, not marked in the charts
 MAX_SOURCES = 8  # lines of one chart
 ACCURACIES = ("acc", "acc_norm", "centered_acc")  # metrics of one task that share a chart
 USUAL_UPDATE = Reference("usual with Adam", 1e-3, "a rule of thumb: updates of a thousandth of the weights")
@@ -253,8 +254,8 @@ def difference(x: Column, a: Column, at: Column, b: Column) -> Column:
 
 
 def events(run: Run) -> list[Row]:
-    """The newest events with their place on every axis."""
-    kept = run.events[-MAX_EVENTS:]
+    """The newest events worth a mark, with their place on every axis."""
+    kept = [row for row in run.events if row.get("name") not in UNMARKED][-MAX_EVENTS:]
     axes = positions(run.train, [row["step"] for row in kept])
     return [
         {"name": visible(row.get("name", "event")), **{axis: at[i] for axis, at in axes.items()}}
