@@ -2,11 +2,10 @@
 
 import json
 
-from tiny import change, run_config, write_shards
-
 from regpt.report.bits import bytes_per_token
 from regpt.report.read import read_run
 from regpt.runs.pretrain import pretrain
+from tiny import change, run_config, write_shards
 
 
 def test_update_ratios_are_written_when_they_are_due(tmp_path):
