@@ -18,8 +18,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import tiny
+from kernels import reference as pieces
 from regpt.checkpoint.load import checkpoint_folder
 from regpt.data.batch import IGNORE_INDEX, Batch
+from regpt.kernels.attention import TorchAttention
+from regpt.kernels.gpt2 import FusedGPT2
 from regpt.model.cache import KVCache
 from regpt.model.hf import WeightsFromHF, weights_to_hf
 from regpt.model.weights import state_tensors
@@ -125,6 +128,13 @@ def compiled() -> list[tuple[Found, Found]]:
     return [(ours(compile=True), ours())]
 
 
+def fused_path() -> list[tuple[Found, Found]]:
+    model = tiny.build_model()
+    path = FusedGPT2(model, pieces.products, TorchAttention(), pieces, torch.float64)
+    trainer = tiny.build_trainer(model, tiny.Rows(micro_batch_rows=2), loss_sum=lambda batch: path.loss_sum(*batch))
+    return [(tiny.step_gradients(trainer), ours())]
+
+
 def padded_vocabulary() -> list[tuple[Found, Found]]:
     return [(ours(), ours(pad_vocab=False))]
 
@@ -219,6 +229,7 @@ CELLS = [
     ),
     Cell("one process", "2 and 4 processes", "loss, gradients", 1e-14, processes),
     Cell("`torch.compile` on", "off", "loss, gradients", 1e-14, compiled, slow=True),
+    Cell("fused path of GPT-2, its pieces in float64", "plain path", "loss, gradients", 1e-13, fused_path),
     Cell("vocabulary padded to a multiple of 128", "not padded", "loss, gradients", 1e-14, padded_vocabulary),
     Cell("documents packed into rows, masked", "one a row, padded", "loss, gradients", 1e-14, packed_documents),
     Cell("key-value cache, any split", "whole sequence", "logits", 1e-14, key_value_cache),

@@ -1,48 +1,92 @@
-"""The products of `kernels.cublaslt` in plain PyTorch: their meaning, for tests on any device."""
+"""The pieces of the fused path in plain PyTorch, with the signatures of `cublaslt.Products` and of `triton_ops`: what
+they mean, in any precision and on any device.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-class TorchProducts:
-    def __call__(
-        self,
-        a: Tensor,
-        b: Tensor,
-        out: Tensor,
-        *,
-        transpose_a: bool = False,
-        transpose_b: bool = False,
-        epilogue: str = "none",
-        bias: Tensor | None = None,
-        aux: Tensor | None = None,
-        add: Tensor | None = None,
-        scale: Tensor | None = None,
-    ) -> Tensor:
-        wide = torch.float64 if a.dtype in (torch.float32, torch.float64) else torch.float32
-        a, b = (a.T if transpose_a else a).to(wide), (b.T if transpose_b else b).to(wide)
-        result = a @ b
-        if scale is not None:
-            result = result * scale.to(wide)
-        if add is not None:
-            result = result + add.to(wide)
-        if epilogue in ("bias", "gelu_aux_bias"):
-            assert bias is not None
-            result = result + bias.to(wide)
-        if epilogue == "gelu_aux_bias":
-            assert aux is not None
-            aux.copy_(result)
-            result = F.gelu(aux.to(wide), approximate="tanh")
-        if epilogue.startswith("dgelu"):
-            assert aux is not None
-            with torch.enable_grad():
-                before = aux.to(wide).detach().requires_grad_()
-                result = result * torch.autograd.grad(F.gelu(before, approximate="tanh").sum(), before)[0]
-        if epilogue == "dgelu_bgrad":
-            assert bias is not None
-            bias.copy_(result.sum(0))
-        if epilogue == "bgradb":
-            assert bias is not None
-            bias.copy_(a.sum(1))
-        return out.copy_(result)
+def gelu_gradient(before: Tensor) -> Tensor:
+    with torch.enable_grad():
+        x = before.detach().requires_grad_()
+        return torch.autograd.grad(F.gelu(x, approximate="tanh").sum(), x)[0]
+
+
+def products(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    *,
+    transpose_a: bool = False,
+    transpose_b: bool = False,
+    epilogue: str = "none",
+    bias: Tensor | None = None,
+    aux: Tensor | None = None,
+    add: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    wide = torch.float64 if a.dtype.itemsize > 2 else torch.float32
+    result = (a.T if transpose_a else a).to(wide) @ (b.T if transpose_b else b).to(wide)
+    if scale is not None:
+        result = result * scale.to(wide)
+    if add is not None:
+        result = result + add.to(wide)
+    if bias is not None:
+        result = result + bias.to(wide)
+    if epilogue == "gelu_aux_bias":
+        assert aux is not None
+        aux.copy_(result)
+        result = F.gelu(aux.to(wide), approximate="tanh")
+    if epilogue == "dgelu":
+        assert aux is not None
+        result = result * gelu_gradient(aux.to(wide))
+    return out.copy_(result)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    h, mean, rstd = torch.native_layer_norm(x, (x.size(1),), weight, bias, eps)
+    return h, (mean, rstd)
+
+
+def layer_norm_backward(
+    dh: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, dresidual: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    bias = torch.zeros_like(weight)
+    dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+        dh, x, (x.size(1),), mean, rstd, weight, bias, [True, True, True]
+    )
+    dx = dx if dresidual is None else dx + dresidual
+    return dx, torch.stack([dweight, dbias, dx.sum(0)])[None]
+
+
+def add_partial_sums(partial: Tensor, outs: list[tuple[Tensor, bool]]) -> Tensor:
+    for k, (out, add) in enumerate(outs):
+        total = partial[:, k].sum(0)
+        out.copy_(out + total if add else total)
+    return partial
+
+
+def add_column_sums(x: Tensor, out: Tensor, add: bool) -> None:
+    out.copy_(out + x.sum(0) if add else x.sum(0))
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, n_vocab: int, ignore_index: int, *, gradient: bool) -> Tensor:
+    with torch.enable_grad():
+        given = logits[:, :n_vocab].detach().clone().requires_grad_()
+        losses = F.cross_entropy(given, targets, ignore_index=ignore_index, reduction="none")
+        if gradient:
+            logits.zero_()
+            logits[:, :n_vocab] = torch.autograd.grad(losses.sum(), given)[0]
+    return losses.detach()
+
+
+def embed(idx: Tensor, positions: Tensor | None, wte: Tensor, wpe: Tensor, dtype: torch.dtype) -> Tensor:
+    at = torch.arange(idx.size(1)).expand(idx.shape) if positions is None else positions
+    return (wte[idx] + wpe[at]).flatten(0, 1).detach().to(dtype)
+
+
+def embed_backward(dx: Tensor, idx: Tensor, positions: Tensor | None, dwte: Tensor, dwpe: Tensor) -> None:
+    at = torch.arange(idx.size(1)).expand(idx.shape) if positions is None else positions
+    dwte.index_add_(0, idx.flatten(), dx.to(dwte.dtype))
+    dwpe.index_add_(0, at.flatten(), dx.to(dwpe.dtype))

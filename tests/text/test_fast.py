@@ -11,7 +11,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from regpt.errors import UserError
 from regpt.text import fast, gpt2
 from regpt.text.bpe import train_bpe
 from regpt.text.fast import FastEncoder, accelerate, encoder_name, find_model, is_disputed, save_model

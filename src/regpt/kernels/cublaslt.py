@@ -20,7 +20,7 @@ DATA_TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}
 TRANSA, TRANSB, EPILOGUE, BIAS_POINTER, AUX_POINTER, AUX_LD, BIAS_TYPE = 3, 4, 7, 8, 11, 12, 26
 POINTER_MODE, POINTER_MODE_DEVICE = 2, 1
 PREFERENCE_WORKSPACE = 1
-EPILOGUES = {"none": 1, "bias": 4, "gelu_aux_bias": 164, "dgelu": 192, "dgelu_bgrad": 208, "bgradb": 512}
+EPILOGUES = {"none": 1, "bias": 4, "gelu_aux_bias": 164, "dgelu": 192}
 WORKSPACE_BYTES = 64 * 2**20  # NVIDIA advises 32 MiB on Hopper; more lets split products be chosen
 CANDIDATES = 8
 TRIAL_MS, ROUNDS = 4.0, 3
@@ -110,17 +110,14 @@ class Products:
             b: (K, N), or (N, K) with `transpose_b`; the dtype of a.
             out: (M, N), the dtype of a, or float32.
             epilogue: none; bias: + bias; gelu_aux_bias: GELU(tanh) of the sum with bias, which is also written to aux;
-                dgelu: times the derivative of GELU at aux; dgelu_bgrad: and its sum over rows to bias;
-                bgradb: the sum of a over K to bias (of a weight gradient, the gradient of the bias).
-            bias: (N,), for bgradb (M,); the dtype of out, or of a.
+                dgelu: times the derivative of GELU at aux.
+            bias: (N,), the dtype of out.
             aux: (M, N).
             add: (M, N) with the dtype of out; `out` itself accumulates.
             scale: float32 scalar on the device; None is 1.
         """
-        key = (
-            (a.shape, b.shape, a.dtype, out.dtype, transpose_a, transpose_b, epilogue)
-            + (None if bias is None else bias.dtype, add is None, add is out, scale is None)
-        )  # fmt: skip
+        options = None if bias is None else bias.dtype, add is None, add is out, scale is None
+        key = (a.shape, b.shape, a.dtype, out.dtype, transpose_a, transpose_b, epilogue, *options)
         plan = self.plans.get(key)
         if plan is None:
             plan = self.plans[key] = self.describe(a, b, out, transpose_a, transpose_b, epilogue, bias, scale)

@@ -22,16 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regpt.kernels.cublaslt import Products
-from regpt.kernels.triton_ops import (
-    add_column_sums,
-    add_partial_sums,
-    cross_entropy,
-    embed,
-    embed_backward,
-    layer_norm,
-    layer_norm_backward,
-)
 from regpt.model.ops import IGNORE_INDEX
 from regpt.model.transformer import NORM_EPS, Block, CausalSelfAttention, Transformer
 
@@ -72,7 +62,9 @@ class FusedGPT2:
 
     Args:
         model: its parameters are read, and their `.grad` written.
-        products, attention: of the same device (`kernels.select`).
+        products: a `cublaslt.Products` of the same device, or what has its signature.
+        attention: a `CudnnAttention` or `TorchAttention`.
+        between: the module `triton_ops`, or what has its functions.
         dtype: of products and activations.
         overlap: compute the gradients of weights on a second stream, beside those of activations: what is bound by
             memory then runs while a product is bound by arithmetic.
@@ -81,13 +73,14 @@ class FusedGPT2:
     def __init__(
         self,
         model: Transformer,
-        products: Products,
+        products: Any,
         attention: Any,
+        between: Any,
         dtype: torch.dtype = torch.bfloat16,
         *,
         overlap: bool = True,
     ):
-        self.model, self.products, self.attention, self.dtype = model, products, attention, dtype
+        self.model, self.products, self.attention, self.between, self.dtype = model, products, attention, between, dtype
         self.blocks: list[Any] = list(model.h)
         matrices = [
             p for name, p in model.named_parameters() if not name.startswith(("wpe", "ln_")) and ".ln_" not in name
@@ -124,27 +117,29 @@ class FusedGPT2:
         """The loss, and what the backward needs; without `gradient` the state is of no use."""
         model = self.model
         self.join()  # if the last backward was broken off, by a lack of memory say
-        x = embed(idx, positions, model.wte.weight, model.wpe.weight, self.dtype)  # (N, C)
+        x = self.between.embed(idx, positions, model.wte.weight, model.wpe.weight, self.dtype)  # (N, C)
         states = []
         for block in self.blocks:
             x, state = self.block_forward(block, x, idx.shape, cu_seqlens)
             states += [state] if gradient else []
-        h, norm = layer_norm(x, model.ln_f.weight, model.ln_f.bias, NORM_EPS)
+        h, norm = self.between.layer_norm(x, model.ln_f.weight, model.ln_f.bias, NORM_EPS)
         head = self.copies[model.wte.weight]
         logits = self.products(h, head, h.new_empty(len(h), len(head)), transpose_b=True)  # (N, V)
-        losses = cross_entropy(logits, targets.flatten(), model.config.vocab_size, IGNORE_INDEX, gradient=gradient)
+        losses = self.between.cross_entropy(
+            logits, targets.flatten(), model.config.vocab_size, IGNORE_INDEX, gradient=gradient
+        )
         return losses.sum(), ForwardState(idx, positions, cu_seqlens, states, x, h, norm, logits)
 
     def block_forward(
         self, block: Block, x: Tensor, shape: torch.Size, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, BlockState]:
         attn, mlp = block.attn, block.mlp
-        h_1, norm_1 = layer_norm(x, block.ln_1.weight, block.ln_1.bias, NORM_EPS)
+        h_1, norm_1 = self.between.layer_norm(x, block.ln_1.weight, block.ln_1.bias, NORM_EPS)
         qkv = self.linear(h_1, attn.c_attn)  # (N, 3·C)
         attended, stats = self.attention.forward(qkv.view(*shape, -1), attn.n_head, cu_seqlens)
         attended = attended.view(x.shape)
         x_mid = self.linear(attended, attn.c_proj, residual=x)
-        h_2, norm_2 = layer_norm(x_mid, block.ln_2.weight, block.ln_2.bias, NORM_EPS)
+        h_2, norm_2 = self.between.layer_norm(x_mid, block.ln_2.weight, block.ln_2.bias, NORM_EPS)
         before_gelu, after_gelu = (h_2.new_empty(len(x), mlp.c_fc.out_features) for _ in range(2))
         weight, bias = self.copies[mlp.c_fc.weight], self.copies[mlp.c_fc.bias]
         self.products(h_2, weight, after_gelu, transpose_b=True, epilogue="gelu_aux_bias", bias=bias, aux=before_gelu)
@@ -164,7 +159,7 @@ class FusedGPT2:
         """Add `scale` times the gradient of the summed loss to every parameter's `.grad`; takes `state` apart."""
         model = self.model
         dh = self.head_backward(scale, state)
-        dx, sums = layer_norm_backward(dh, state.x, model.ln_f.weight, *state.norm, None)
+        dx, sums = self.between.layer_norm_backward(dh, state.x, model.ln_f.weight, *state.norm, None)
         self.join()
         above: Any = model.ln_f
         for block in reversed(self.blocks):
@@ -177,7 +172,7 @@ class FusedGPT2:
             dwpe, add = self.gradient(model.wpe.weight)
             if not add:
                 dwpe.zero_()
-            embed_backward(dx, state.idx, state.positions, self.gradient(model.wte.weight)[0], dwpe)
+            self.between.embed_backward(dx, state.idx, state.positions, self.gradient(model.wte.weight)[0], dwpe)
         self.join()
 
     def head_backward(self, scale: Tensor, state: ForwardState) -> Tensor:
@@ -201,10 +196,10 @@ class FusedGPT2:
         self.products(dx, weight, dbefore, epilogue="dgelu", aux=state.before_gelu)
         self.weight_gradient(dx, state.after_gelu, mlp.c_proj.weight)
         with self.beside(dbefore):
-            add_column_sums(dbefore, *self.gradient(mlp.c_fc.bias))
+            self.between.add_column_sums(dbefore, *self.gradient(mlp.c_fc.bias))
         self.weight_gradient(dbefore, state.h_2, mlp.c_fc.weight)
         dh = self.products(dbefore, self.copies[mlp.c_fc.weight], torch.empty_like(dx))
-        dx, sums = layer_norm_backward(dh, state.x_mid, block.ln_2.weight, *state.norm_2, dx)
+        dx, sums = self.between.layer_norm_backward(dh, state.x_mid, block.ln_2.weight, *state.norm_2, dx)
         sums = self.finish(sums, block.ln_2, attn.c_proj.bias)
         dattended = self.products(dx, self.copies[attn.c_proj.weight], torch.empty_like(dx))
         self.weight_gradient(dx, state.attended, attn.c_proj.weight)
@@ -213,7 +208,7 @@ class FusedGPT2:
         self.attention_bias_gradient(dqkv, sums, attn)
         self.weight_gradient(dqkv, state.h_1, attn.c_attn.weight)
         dh = self.products(dqkv, self.copies[attn.c_attn.weight], torch.empty_like(dx))
-        return layer_norm_backward(dh, state.x, block.ln_1.weight, *state.norm_1, dx)
+        return self.between.layer_norm_backward(dh, state.x, block.ln_1.weight, *state.norm_1, dx)
 
     def attention_bias_gradient(self, dqkv: Tensor, sums: Tensor, attn: CausalSelfAttention) -> None:
         """Of the three parts of the bias only the queries' takes a pass over its gradient. The keys' has none: it adds
@@ -225,7 +220,7 @@ class FusedGPT2:
             grad, add = self.gradient(attn.c_attn.bias)
             if not add:
                 grad.zero_()
-            add_column_sums(dqkv[:, :C], grad[:C], add=True)
+            self.between.add_column_sums(dqkv[:, :C], grad[:C], add=True)
             grad[2 * C :].addmv_(attn.c_proj.weight.T, sums[:, 2].sum(0))
 
     def weight_gradient(self, dy: Tensor, x: Tensor, weight: Tensor) -> None:
@@ -239,7 +234,7 @@ class FusedGPT2:
         """
         outs = [norm.weight, norm.bias] + ([] if bias_before is None else [bias_before])
         with self.beside(sums):
-            return add_partial_sums(sums, [self.gradient(p) for p in outs])
+            return self.between.add_partial_sums(sums, [self.gradient(p) for p in outs])
 
     @contextmanager
     def beside(self, *used: Tensor) -> Iterator[None]:
@@ -299,7 +294,9 @@ class LossSum(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if ctx.kept is None:
+            raise RuntimeError("the fused path allows one backward through a loss: its logits were overwritten")
         fused, state = ctx.kept
-        del ctx.kept
+        ctx.kept = None
         fused.backward(scale, state)
         return (None,) * 6

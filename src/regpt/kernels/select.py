@@ -12,7 +12,7 @@ from regpt.errors import UsageError
 from regpt.model.transformer import Transformer
 
 KernelsName = Literal["auto", "plain", "fused"]
-# Hopper, which it was written and measured on; it should work from Ampere on, so there it is not chosen but may be asked for.
+# It was written and measured on Hopper. It should work from Ampere on: there it is not chosen, but may be asked for.
 MEASURED_CAPABILITY, LEAST_CAPABILITY = (9, 0), (8, 0)
 LossOfTokens = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
@@ -33,7 +33,9 @@ def obstacle(model: Transformer, device: torch.device, precision: str) -> str | 
         return f"it needs compute capability 8.0 or more, {torch.cuda.get_device_name(device)} has less"
     if precision != "bf16":
         return f"it computes in bfloat16, train.precision is {precision}"
-    if find_spec("triton") is None:
+    if model.wte.weight.dtype != torch.float32 or not all(p.requires_grad for p in model.parameters()):
+        return "it trains all parameters, in float32; this model has frozen ones or is in float64"
+    if not find_spec("triton"):
         return "it needs the package triton"
     if model.config.n_embd % 8 or model.wte.num_embeddings % 8:
         return "it needs n_embd and the (padded) vocabulary to be multiples of 8; set train.pad_vocab"
@@ -66,16 +68,17 @@ def choose(
 
 
 def attention_library() -> str:
-    if find_spec("cudnn") is None:
+    if not find_spec("cudnn"):
         return "torch (pip install 'regpt[hopper]' for the faster cuDNN)"
     return "cuDNN"
 
 
 def fused_loss(model: Transformer, device: torch.device) -> LossOfTokens:
     """The fused `loss_sum(idx, targets, positions, cu_seqlens)` of `model`; see `kernels.gpt2` for what it keeps."""
+    from regpt.kernels import triton_ops
     from regpt.kernels.attention import CudnnAttention, TorchAttention
     from regpt.kernels.cublaslt import Products
     from regpt.kernels.gpt2 import FusedGPT2
 
     attention = CudnnAttention(device) if find_spec("cudnn") else TorchAttention()
-    return FusedGPT2(model, Products(device), attention).loss_sum
+    return FusedGPT2(model, Products(device), attention, triton_ops).loss_sum

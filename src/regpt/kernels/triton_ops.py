@@ -144,8 +144,9 @@ def cross_entropy_kernel(
         total = total * tl.exp(largest - new) + tl.sum(tl.exp(x - new[:, None]), 1)
         largest = new
     highest = tl.max(largest, 0)
-    log_sum = highest + tl.log(tl.sum(total * tl.exp(largest - highest), 0))
-    tl.store(loss_ptr + row, log_sum - at_target)
+    rest = tl.log(tl.sum(total * tl.exp(largest - highest), 0))
+    tl.store(loss_ptr + row, rest + (highest - at_target))  # in this order nothing large cancels
+    log_sum = highest + rest
     if GRADIENT:
         for first in range(0, V, BLOCK):
             at = first + column
@@ -213,7 +214,8 @@ def layer_norm_backward(
     partial = torch.empty(programs, 3, C, dtype=torch.float32, device=x.device)
     layer_norm_backward_kernel[(programs,)](
         dh, x, weight, mean, rstd, dresidual, dx, partial, N,
-        C=C, BLOCK=triton.next_power_of_2(C), ROWS=BACKWARD_ROWS, RESIDUAL=dresidual is not None, num_warps=BACKWARD_WARPS,
+        C=C, BLOCK=triton.next_power_of_2(C), ROWS=BACKWARD_ROWS, RESIDUAL=dresidual is not None,
+        num_warps=BACKWARD_WARPS,
     )  # fmt: skip
     return dx, partial
 

@@ -28,7 +28,13 @@ def make_optimizer(model: Transformer, config: OptimConfig, device: torch.device
         # The fused step wants its counter beside the parameter, the plain one keeps it on the host.
         counter = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
         optimizer.state[p] = {"step": counter} | {moment: torch.zeros_like(p) for moment in MOMENTS}
+    optimizer.register_step_post_hook(lambda *_: count_as_changed(learning))
     return optimizer
+
+
+def count_as_changed(parameters: list[Tensor]) -> None:
+    """Raise the parameters' versions, by which copies are renewed: torch's fused optimizers do not."""
+    torch.autograd.graph.increment_version(parameters)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

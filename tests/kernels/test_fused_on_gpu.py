@@ -1,0 +1,138 @@
+"""The fused path as a GPU runs it, against float32 and against the plain path in bfloat16."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels import reference
+from regpt.data.batch import Batch
+from regpt.kernels.select import choose, fused_loss
+from regpt.model.config import ModelConfig
+from regpt.model.transformer import Transformer
+from regpt.model.weights import initialize
+from regpt.train.config import OptimConfig
+from regpt.train.loss import make_loss_sum
+from regpt.train.optim import make_optimizer
+
+pytestmark = pytest.mark.gpu
+DEVICE = torch.device("cuda")
+CONFIG = ModelConfig(n_layer=3, n_head=4, n_embd=256, vocab_size=1000, max_seq_len=256)
+B, T = 6, 256
+
+
+def build() -> Transformer:
+    model = Transformer(CONFIG).to(DEVICE)
+    initialize(model, 0)
+    return model
+
+
+def tokens(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(CONFIG.vocab_size, (B, T + 1), generator=generator)
+    targets = ids[:, 1:].masked_fill(torch.rand(B, T, generator=generator) < 0.2, -100)
+    return ids[:, :-1].contiguous().to(DEVICE), targets.contiguous().to(DEVICE)
+
+
+def documents() -> dict[str, torch.Tensor]:
+    """Documents of many lengths, cut where rows end; padded with empty ones to a power of two."""
+    lengths = torch.tensor([1, 100, 155, 256, 7, 249, 256, 128, 128, 256])
+    cu = F.pad(lengths.cumsum(0), (1, 6), value=B * T)
+    cu[0] = 0
+    positions = torch.cat([torch.arange(n) for n in lengths]).view(B, T)
+    return {"positions": positions.to(DEVICE), "cu_seqlens": cu.to(DEVICE)}
+
+
+def gradients(model: Transformer, loss_sum, **given: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss = loss_sum(Batch(*tokens(), **given)) / (B * T)
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def error(given, expected) -> dict[str, float]:
+    return {
+        name: ((given[name] - exact).norm() / exact.norm().clamp(min=1e-12)).item() for name, exact in expected.items()
+    }
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["rows", "documents"])
+def test_the_fused_path_is_as_exact_as_the_plain_one_in_bfloat16(masked):
+    model, given = build(), documents() if masked else {}
+    assert choose("auto", model, DEVICE, "bf16").name == "fused"
+    exact = gradients(model, make_loss_sum(model, "fp32", DEVICE, compile=False), **given)
+    plain = error(gradients(model, make_loss_sum(model, "bf16", DEVICE, compile=False), **given), exact)
+    fused = error(gradients(model, make_loss_sum(model, "bf16", DEVICE, True, "fused"), **given), exact)
+    for name, bound in plain.items():
+        assert fused[name] < max(1.6 * bound, 1e-4), f"{name}: fused {fused[name]:.1e}, plain {bound:.1e}"
+
+
+def test_each_document_is_computed_as_if_it_were_alone():
+    model, given = build(), documents()
+    loss_sum = fused_loss(model, DEVICE)
+    idx, targets = tokens()
+    together = gradients(model, lambda batch: loss_sum(*batch), **given)
+    model.zero_grad()
+    starts = given["cu_seqlens"].unique().tolist()
+    total = 0.0
+    for start, end in pairwise(starts):
+        alone = loss_sum(idx.view(1, -1)[:, start:end], targets.view(1, -1)[:, start:end]) / (B * T)
+        alone.backward()
+        total += alone.item()
+    assert total == pytest.approx(together["loss"].item(), rel=2e-4)
+    for name, p in model.named_parameters():
+        assert ((p.grad - together[name]).norm() / together[name].norm()).item() < 2e-2, name
+
+
+def test_micro_batches_add_up_and_updates_are_seen():
+    model = build()
+    loss_sum = fused_loss(model, DEVICE)
+    optimizer = make_optimizer(model, OptimConfig(lr=1e-2), DEVICE)
+    whole = gradients(model, lambda batch: loss_sum(*batch))
+    model.zero_grad()
+    idx, targets = tokens()
+    for half in (slice(0, 3), slice(3, 6)):
+        (loss_sum(idx[half], targets[half]) / (B * T)).backward()
+    for name, p in model.named_parameters():
+        assert ((p.grad - whole[name]).norm() / whole[name].norm()).item() < 1e-2, name
+    optimizer.step()
+    with torch.no_grad():
+        after = loss_sum(idx, targets).item()
+        plain = make_loss_sum(model, "bf16", DEVICE, compile=False)(Batch(idx, targets)).item()
+    assert after < 0.98 * whole["loss"].item() * B * T
+    assert after == pytest.approx(plain, rel=1e-3)
+
+
+def test_two_streams_change_nothing():
+    """The order of additions to the embedding is not fixed, so it is left out."""
+    from regpt.kernels import triton_ops
+    from regpt.kernels.attention import CudnnAttention
+    from regpt.kernels.cublaslt import Products
+    from regpt.kernels.gpt2 import FusedGPT2
+
+    model, products, attention = build(), Products(DEVICE, tune=False), CudnnAttention(DEVICE, deterministic=True)
+    found = []
+    for overlap in (True, False):
+        path = FusedGPT2(model, products, attention, triton_ops, overlap=overlap)
+        found.append(gradients(model, lambda batch, path=path: path.loss_sum(*batch)))
+    for name, gradient in found[0].items():
+        assert name.startswith("w") or torch.equal(gradient, found[1][name]), name
+
+
+@pytest.mark.parametrize("epilogue", ["none", "bias", "gelu_aux_bias", "dgelu"])
+@pytest.mark.parametrize(("transpose_a", "transpose_b"), [(False, False), (False, True), (True, False)])
+def test_products(epilogue, transpose_a, transpose_b):
+    from regpt.kernels.cublaslt import Products
+
+    M, N, K = 96, 160, 224
+    a = torch.randn(*((K, M) if transpose_a else (M, K)), device=DEVICE).bfloat16()
+    b = torch.randn(*((N, K) if transpose_b else (K, N)), device=DEVICE).bfloat16()
+    options = {"transpose_a": transpose_a, "transpose_b": transpose_b, "epilogue": epilogue}
+    options["bias"] = torch.randn(N, device=DEVICE).bfloat16() if "bias" in epilogue else None
+    options["add"] = torch.randn(M, N, device=DEVICE).bfloat16() if epilogue in ("none", "bias") else None
+    aux = [torch.randn(M, N, device=DEVICE).bfloat16() for _ in range(1)] * 2 if "gelu" in epilogue else [None, None]
+    given, expected = (torch.full((M, N), float("nan"), device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    reference.products(a, b, expected, aux=aux[1].clone() if aux[1] is not None else None, **options)
+    Products(DEVICE)(a, b, given, aux=aux[0], **options)
+    assert ((given.float() - expected.float()).norm() / expected.float().norm()).item() < 4e-3

@@ -1,0 +1,65 @@
+import pytest
+import torch
+
+import tiny
+from regpt.errors import UsageError
+from regpt.kernels.select import choose
+
+
+def test_a_cpu_takes_the_plain_path_and_says_why():
+    chosen = choose("auto", tiny.build_model(), tiny.CPU, "bf16")
+    assert chosen.name == "plain"
+    assert "NVIDIA GPU, this is cpu" in chosen.reason
+
+
+def test_asking_for_the_fused_path_where_it_cannot_be_had_is_an_error():
+    with pytest.raises(UsageError, match=r"train\.kernels is fused, but it needs an NVIDIA GPU.*set train\.kernels"):
+        choose("fused", tiny.build_model(), tiny.CPU, "bf16")
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A machine that says it has an H100 and triton."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    monkeypatch.setattr("regpt.kernels.select.find_spec", lambda name: name == "triton")
+    return torch.device("cuda")
+
+
+def test_hopper_takes_the_fused_path(hopper):
+    chosen = choose("auto", tiny.build_model(dtype=torch.float32), hopper, "bf16")
+    assert chosen.name == "fused"
+    assert "pip install 'regpt[hopper]'" in chosen.reason
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"precision": "fp32"}, "train.precision is fp32"),
+        ({"deterministic": True}, "train.deterministic is true"),
+        ({"model": tiny.build_model(pad_vocab=False, dtype=torch.float32)}, "set train.pad_vocab"),
+        ({"model": tiny.build_model()}, "float64"),
+    ],
+)
+def test_what_the_fused_path_cannot_do_takes_the_plain_one(hopper, change, reason):
+    given = {"model": tiny.build_model(dtype=torch.float32), "precision": "bf16"} | change
+    chosen = choose("auto", device=hopper, **given)
+    assert chosen.name == "plain"
+    assert reason in chosen.reason
+
+
+def test_frozen_parameters_take_the_plain_path(hopper):
+    model = tiny.build_model(dtype=torch.float32)
+    model.wpe.weight.requires_grad_(False)
+    assert "frozen" in choose("auto", model, hopper, "bf16").reason
+
+
+def test_older_gpus_take_the_plain_path_unless_asked(hopper, monkeypatch):
+    model = tiny.build_model(dtype=torch.float32)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert choose("auto", model, hopper, "bf16").name == "plain"
+    assert choose("fused", model, hopper, "bf16").name == "fused"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(UsageError, match=r"8\.0 or more"):
+        choose("fused", model, hopper, "bf16")
