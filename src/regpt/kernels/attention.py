@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regpt.errors import UserError
 from regpt.model.ops import attention, document_mask
 
 CUDNN_TYPES = {torch.bfloat16: "BFLOAT16", torch.float16: "HALF", torch.float32: "FLOAT", torch.int32: "INT32"}
@@ -122,11 +123,14 @@ class CudnnAttention:
             self.add_backward(graph, shape, tensors, options)
         else:
             self.add_forward(graph, shape, tensors, options)
-        graph.validate()
-        graph.build_operation_graph()
-        graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
-        graph.check_support()
-        graph.build_plans()
+        try:
+            graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+        except (RuntimeError, cudnn.cudnnGraphNotSupportedError) as error:
+            raise UserError(
+                f"cuDNN {cudnn.backend_version()} with nvidia-cudnn-frontend {cudnn.__version__} cannot compute attention "
+                f"of {shape} ({str(error)[:200]}); install the tested pair with pip install 'regpt[hopper]', or uninstall "
+                "nvidia-cudnn-frontend, or set train.kernels to plain"
+            ) from error
         return Graph(graph, tensors, graph.get_workspace_size())
 
     def add_forward(self, graph: Any, shape: Shape, tensors: dict[str, Any], options: dict[str, Any]) -> None:

@@ -36,6 +36,7 @@ from regpt.runs.build import (
     build_loader,
     build_model,
     build_trainer,
+    choose_kernels,
     count_validation_rows,
     open_corpus,
     with_chosen_rows,
@@ -86,6 +87,7 @@ def pretrain(
             if mesh.is_main:
                 env = describe_environment(mesh, corpus.facts(), count_parameters(model), argv)
                 env |= {"peak": asdict(device_peak(mesh.device, config.train.precision)), "init_from": init_from}
+                env |= {"kernels": asdict(choose_kernels(config, model, mesh.device))}
                 create_run(run, config, env | chosen | (facts or {}), beside)
             mesh.wait()
             return fit(config, run, corpus, loader, trainer)
