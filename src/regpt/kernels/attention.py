@@ -127,9 +127,9 @@ class CudnnAttention:
             graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
         except (RuntimeError, cudnn.cudnnGraphNotSupportedError) as error:
             raise UserError(
-                f"cuDNN {cudnn.backend_version()} with nvidia-cudnn-frontend {cudnn.__version__} cannot compute attention "
-                f"of {shape} ({str(error)[:200]}); install the tested pair with pip install 'regpt[hopper]', or uninstall "
-                "nvidia-cudnn-frontend, or set train.kernels to plain"
+                f"cuDNN {cudnn.backend_version()} with nvidia-cudnn-frontend {cudnn.__version__} cannot compute "
+                f"attention of {shape} ({str(error)[:200]}); install the tested pair with pip install 'regpt[hopper]', "
+                "or uninstall nvidia-cudnn-frontend, or set train.kernels to plain"
             ) from error
         return Graph(graph, tensors, graph.get_workspace_size())
 
