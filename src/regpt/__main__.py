@@ -20,6 +20,7 @@ COMMANDS = {
     "export": "write a model as a Hugging Face folder",
     "report": "a run, or several over each other, as one self-contained page",
     "diff": "two runs against each other: what differs, and whether it matters",
+    "scaling": "a power law through the losses of runs, and what it predicts",
     "bench": "how fast training, batches and sampling are on this machine",
 }
 INTERRUPTED = 130

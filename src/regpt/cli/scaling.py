@@ -1,0 +1,201 @@
+"""`regpt scaling`: a power law through the losses of runs, and what it predicts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from regpt.cli.parse import parse
+from regpt.errors import UsageError, UserError
+
+if TYPE_CHECKING:
+    from regpt.report.scaling import Fit
+
+
+@dataclass(frozen=True)
+class ScalingArgs:
+    """Fit L = E + A / N^alpha + B / D^beta to the validation losses of runs: N parameters, D tokens."""
+
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """Run folders of at least three model sizes and three numbers of tokens."""
+    points: Literal["final", "all"] = "final"
+    """final: the last validation of each run; all: every one after the warmup, right for learning rates that do not
+    decay (schedule constant), too high for others."""
+    count: Literal["total", "non-embedding"] = "total"
+    """What N counts."""
+    bootstrap: int = 200
+    """Fits to resampled residuals, for the uncertainty; 0 for none."""
+    predict: Annotated[str | None, tyro.conf.arg(metavar="RECIPE|FILE.toml")] = None
+    """Predict the loss of this configuration's run."""
+    parameters: Annotated[float | None, tyro.conf.arg(metavar="N")] = None
+    """Predict the loss of a run with so many parameters, and --tokens."""
+    tokens: Annotated[float | None, tyro.conf.arg(metavar="D")] = None
+    """Tokens of the predicted run; with --predict the configuration's own by default."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png|.svg")] = None
+    """Draw the law over its points into this file."""
+    json: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Also write the law to this file, for regpt plan --scaling; - prints it as JSON instead."""
+
+
+def main(args: list[str]) -> int:
+    given = parse(ScalingArgs, args, prog="regpt scaling")
+    check(given)
+    from regpt.report.page import with_own_names
+    from regpt.report.read import read_run
+    from regpt.report.scaling import fit
+    from regpt.report.scaling_runs import points_of
+
+    plan = planned(given)
+    points, unit = points_of(with_own_names([read_run(run) for run in given.runs]), given.points, given.count)
+    found = fit(points, given.bootstrap)
+    document = to_dict(found, unit, given, plan)
+    if given.json == "-":
+        print(json.dumps(document))
+    else:
+        print_fit(found, unit, plan)
+    if given.json not in (None, "-"):
+        write_json(Path(given.json), document)
+    if given.out is not None:
+        from regpt.report.scaling_picture import draw_scaling
+
+        draw_scaling(found, given.out, unit, plan)
+        if given.json != "-":
+            print(given.out)
+    return 0
+
+
+def check(given: ScalingArgs) -> None:
+    """What can be wrong with the arguments alone."""
+    if len(given.runs) < 2:
+        raise UsageError("a scaling law needs several runs; regpt scaling RUN RUN RUN …")
+    if given.bootstrap < 0:
+        raise UsageError(f"--bootstrap is {given.bootstrap}, must be 0 or more")
+    for name in ("parameters", "tokens"):
+        value = getattr(given, name)
+        if value is not None and not value > 0:
+            raise UsageError(f"--{name} is {value}, must be above 0")
+    if given.predict is not None and given.parameters is not None:
+        raise UsageError("--predict and --parameters both say what is predicted; give one of them")
+    if (given.parameters is None) != (given.tokens is None) and given.predict is None:
+        raise UsageError("a prediction needs --parameters and --tokens, or --predict RECIPE")
+    if given.out is not None:
+        from regpt.data.picture import check_picture
+
+        check_picture(given.out)
+
+
+def planned(given: ScalingArgs) -> tuple[float, float] | None:
+    """Parameters, as N counts them, and tokens of the run to predict."""
+    if given.predict is None:
+        return None if given.parameters is None or given.tokens is None else (given.parameters, given.tokens)
+    import torch
+
+    from regpt.config import read_config
+    from regpt.model.transformer import Transformer
+    from regpt.model.weights import count_parameters
+    from regpt.report.scaling_runs import non_embedding
+
+    config = read_config(given.predict)
+    with torch.device("meta"):
+        total = float(count_parameters(Transformer(config.model)))
+    parameters = total if given.count == "total" else non_embedding(total, asdict(config.model))
+    return parameters, given.tokens or float(config.train.steps * config.train.batch_tokens)
+
+
+def to_dict(found: Fit, unit: str, given: ScalingArgs, plan: tuple[float, float] | None) -> dict[str, Any]:
+    """The law for scripts; `regpt plan --scaling` reads form, E, A, B, alpha, beta."""
+    from regpt.report.scaling import LEVEL, NAMES
+
+    document: dict[str, Any] = {"form": "chinchilla", **asdict(found.law), "unit": unit, "parameters": given.count}
+    document |= {
+        "level": LEVEL,
+        "intervals": {name: found.interval(name) for name in NAMES},
+        "residual": found.residual,
+    }
+    document["points"] = [
+        asdict(point) | {"fitted": found.law.loss(point.parameters, point.tokens)} for point in found.points
+    ]
+    document["prediction"] = None
+    if plan is not None:
+        value, interval = found.predict(*plan)
+        document["prediction"] = {"parameters": plan[0], "tokens": plan[1], "loss": value, "interval": interval}
+    return document | {"warnings": found.warnings}
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {str(path)!r} ({error.strerror}); choose another place for --json") from None
+
+
+def print_fit(found: Fit, unit: str, plan: tuple[float, float] | None) -> None:
+    from rich.console import Console
+
+    from regpt.report.scaling import NAMES
+    from regpt.report.summary import si
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    rows = [
+        [
+            p.run,
+            si(p.parameters),
+            si(p.tokens),
+            f"{p.flops:.3g}",
+            f"{p.loss:.4f}",
+            f"{fitted:.4f}",
+            f"{p.loss - fitted:+.4f}",
+        ]
+        for p in found.points
+        for fitted in [found.law.loss(p.parameters, p.tokens)]
+    ]
+    table(console, ("run", "parameters", "tokens", "FLOPs", f"loss, {unit}", "law", "loss - law"), rows)
+    console.print("\nL = E + A / N^alpha + B / D^beta")
+    rows = [[name, f"{getattr(found.law, name):.4g}", interval_text(found.interval(name))] for name in NAMES]
+    table(console, ("", "value", "95 % interval"), rows)
+    console.print(f"residuals: {100 * found.residual:.2f} % of the loss (root mean square)")
+    if plan is not None:
+        value, interval = found.predict(*plan)
+        console.print(
+            f"\na run of {si(plan[0])} parameters on {si(plan[1])} tokens: {value:.4f} {unit} "
+            f"(95 % interval {interval_text(interval)})"
+        )
+        print_optimum(console, found, 6 * plan[0] * plan[1])
+    for warning in found.warnings:
+        console.print(f"careful: {warning}")
+
+
+def print_optimum(console: Any, found: Fit, flops: float) -> None:
+    from regpt.report.summary import si
+
+    try:
+        parameters, tokens = found.law.optimum(flops)
+    except UserError as error:
+        console.print(str(error))
+        return
+    loss = found.law.loss(parameters, tokens)
+    console.print(
+        f"the same {flops:.3g} FLOPs (6·N·D) would do best with {si(parameters)} parameters and {si(tokens)} tokens: "
+        f"{loss:.4f}"
+    )
+
+
+def interval_text(interval: tuple[float, float] | None) -> str:
+    return "not known" if interval is None else f"{interval[0]:.4g} to {interval[1]:.4g}"
+
+
+def table(console: Any, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.table import Table
+
+    made = Table(box=None, padding=(0, 2, 0, 0))
+    for i, name in enumerate(head):
+        made.add_column(name, justify="right" if i else "left", no_wrap=True)
+    for row in rows:
+        made.add_row(*row)
+    console.print(made)

@@ -1,0 +1,198 @@
+"""How loss depends on parameters and tokens: a power law fitted to runs, its uncertainty, and what it predicts.
+
+L(N, D) = E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, section 3.3, equation 2): E is the entropy of the text,
+the others what a model of N parameters lacks, and what D tokens do not teach.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import exp, sqrt
+
+import numpy as np
+
+from regpt.errors import UserError
+from regpt.report.scaling_runs import Point
+
+HUBER = 1e-3  # Hoffmann et al. 2022, appendix D.3, of log losses
+# Starting points of Hoffmann et al. 2022, appendix D.3: a = ln A, b = ln B, e = ln E, alpha, beta.
+STARTS = tuple(
+    product(range(0, 26, 5), range(0, 26, 5), np.arange(-1, 1.5, 0.5), np.arange(0, 2.5, 0.5), np.arange(0, 2.5, 0.5))
+)
+BEST_STARTS = 12  # of the 4,500, by their value: the others end in the same minima, or worse ones
+BOUNDS = ((-10.0, 60.0), (-10.0, 60.0), (-10.0, 5.0), (0.0, 3.0), (0.0, 3.0))
+LEAST_POINTS, LEAST_SIZES = 6, 3
+LEVEL = 0.95
+NAMES = ("E", "A", "B", "alpha", "beta")
+
+
+@dataclass(frozen=True)
+class Law:
+    """E + A / N^alpha + B / D^beta, in the unit of the losses that it was fitted to."""
+
+    E: float
+    A: float
+    B: float
+    alpha: float
+    beta: float
+
+    def loss(self, parameters: float, tokens: float) -> float:
+        return self.E + self.A / parameters**self.alpha + self.B / tokens**self.beta
+
+    def optimum(self, flops: float) -> tuple[float, float]:
+        """Parameters and tokens with the lowest loss among those with 6·N·D = `flops` (equation 4)."""
+        if self.alpha + self.beta == 0 or min(self.A, self.B, self.alpha, self.beta) <= 0:
+            raise UserError(
+                "the fitted law has no optimum: one of its terms vanished; add runs of other sizes or lengths"
+            )
+        ratio = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
+        parameters = ratio * (flops / 6) ** (self.beta / (self.alpha + self.beta))
+        return parameters, flops / 6 / parameters
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A law, the points it was fitted to, and laws fitted to what the points could have been as well.
+
+    Attributes:
+        residual: root mean square of ln(loss) - ln(fitted loss).
+        samples: laws of the bootstrap; empty when there is no uncertainty to tell.
+        warnings: why the law should be doubted, a sentence each.
+    """
+
+    law: Law
+    points: tuple[Point, ...]
+    residual: float
+    samples: tuple[Law, ...]
+    warnings: tuple[str, ...]
+
+    def interval(self, name: str) -> tuple[float, float] | None:
+        """95 % of the bootstrap's values of a coefficient."""
+        return quantiles([getattr(law, name) for law in self.samples])
+
+    def predict(self, parameters: float, tokens: float) -> tuple[float, tuple[float, float] | None]:
+        """The loss of a run, with the interval in which 95 % of such runs would end.
+
+        Each of the bootstrap's laws is one guess at the law; the residuals are what runs add to it.
+        """
+        guesses = [law.loss(parameters, tokens) for law in self.samples]
+        spread = self.residual * sqrt(len(self.points) / max(1, len(self.points) - len(NAMES)))
+        noise = np.random.default_rng(1).normal(0, spread, len(guesses))
+        return self.law.loss(parameters, tokens), quantiles([guess * exp(x) for guess, x in zip(guesses, noise)])
+
+
+def fit(points: Sequence[Point], bootstrap: int = 200, seed: int = 0) -> Fit:
+    """Fit the law to `points` by the Huber loss of the logarithms, and again to `bootstrap` resamples.
+
+    The resamples keep every point's parameters and tokens and give its fitted loss another point's residual (widened
+    for the five fitted numbers): few runs on a grid leave no other way, for drawing runs would leave out sizes.
+
+    Raises:
+        UserError: too few points to determine five numbers.
+    """
+    check_points(points)
+    n, d, y = (np.log([getattr(point, key) for point in points]) for key in ("parameters", "tokens", "loss"))
+    best = minimize(n, d, y, starts(n, d, y))
+    fitted = log_loss(best, n, d)
+    residuals = y - fitted
+    widened = residuals * sqrt(len(points) / max(1, len(points) - len(NAMES)))
+    draw = np.random.default_rng(seed)
+    resampled = [minimize(n, d, fitted + draw.choice(widened, len(points)), best[None]) for _ in range(bootstrap)]
+    law = to_law(best)
+    return Fit(
+        law=law,
+        points=tuple(points),
+        residual=float(np.sqrt(np.mean(residuals**2))),
+        samples=tuple(to_law(one) for one in resampled),
+        warnings=tuple(doubts(best, points)),
+    )
+
+
+def check_points(points: Sequence[Point]) -> None:
+    sizes, lengths = {point.parameters for point in points}, {point.tokens for point in points}
+    if len(points) < LEAST_POINTS or min(len(sizes), len(lengths)) < LEAST_SIZES:
+        raise UserError(
+            f"the law has five numbers, which {len(points)} losses of {len(sizes)} model sizes and {len(lengths)} "
+            f"numbers of tokens do not determine; give at least {LEAST_POINTS}, of {LEAST_SIZES} sizes and "
+            f"{LEAST_SIZES} numbers of tokens, or use every validation of the runs with --points all"
+        )
+
+
+def doubts(theta: np.ndarray, points: Sequence[Point]) -> list[str]:
+    """What speaks against trusting the fit."""
+    found = [
+        f"{name} ended at the edge of its range"
+        for name, value, (low, high) in zip(("A", "B", "E", "alpha", "beta"), theta, BOUNDS)
+        if value <= low + 1e-6 or value >= high - 1e-6
+    ]
+    for key, what in (("parameters", "model sizes"), ("tokens", "numbers of tokens")):
+        values = [getattr(point, key) for point in points]
+        if max(values) < 4 * min(values):
+            found.append(f"the {what} differ by less than a factor of four")
+    return found
+
+
+# ---- the minimisation
+
+
+def log_loss(theta: np.ndarray, n: np.ndarray, d: np.ndarray) -> np.ndarray:
+    """ln L for each point, (…, points), of coefficients (…, 5)."""
+    a, b, e, alpha, beta = (theta[..., i, None] for i in range(5))
+    terms = np.stack(np.broadcast_arrays(a - alpha * n, b - beta * d, e))
+    return np.logaddexp.reduce(terms, axis=0)
+
+
+def errors(theta: np.ndarray, n: np.ndarray, d: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """ln of the fitted loss - ln of the loss, (points,)."""
+    return log_loss(theta, n, d) - y
+
+
+def jacobian(theta: np.ndarray, n: np.ndarray, d: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Derivatives of `errors`, (points, 5)."""
+    a, b, e, alpha, beta = theta
+    terms = np.stack(np.broadcast_arrays(a - alpha * n, b - beta * d, e))
+    share = np.exp(terms - np.logaddexp.reduce(terms, axis=0))  # (3, points): each term's part of the loss
+    return np.stack([share[0], share[1], share[2], -share[0] * n, -share[1] * d], axis=1)
+
+
+def huber(error: np.ndarray) -> np.ndarray:
+    size = np.abs(error)
+    return np.where(size <= HUBER, error**2 / 2, HUBER * (size - HUBER / 2))
+
+
+def starts(n: np.ndarray, d: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The most promising starting points, (BEST_STARTS, 5)."""
+    grid = np.array(STARTS, dtype=float)
+    values = huber(log_loss(grid, n, d) - y).sum(axis=-1)
+    return grid[np.argsort(values, kind="stable")[:BEST_STARTS]]
+
+
+def minimize(n: np.ndarray, d: np.ndarray, y: np.ndarray, begin: np.ndarray) -> np.ndarray:
+    """The best of the minima of the summed Huber losses that are reached from each row of `begin`, (5,).
+
+    By a trust-region method for least squares, not by L-BFGS as in the paper: the valley is long and flat, and L-BFGS
+    stopped in it before the minimum (Besiroglu et al. 2024).
+    """
+    try:
+        from scipy.optimize import least_squares
+    except ImportError:
+        raise UserError("a fit needs SciPy; install it with: pip install 'regpt[report]'") from None
+    low, high = (np.array(side) for side in zip(*BOUNDS))
+    inside = np.clip(begin, low + 1e-3, high - 1e-3)
+    found = [
+        least_squares(errors, row, jacobian, (low, high), loss="huber", f_scale=HUBER, x_scale="jac", args=(n, d, y))
+        for row in inside
+    ]
+    return min(found, key=lambda one: one.cost).x
+
+
+def to_law(theta: np.ndarray) -> Law:
+    a, b, e, alpha, beta = map(float, theta)
+    return Law(E=exp(e), A=exp(a), B=exp(b), alpha=alpha, beta=beta)
+
+
+def quantiles(values: Sequence[float]) -> tuple[float, float] | None:
+    if not values:
+        return None
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
