@@ -1,0 +1,122 @@
+"""A task: prompts, and what their scores say; evaluated whole or on a fixed part, with standard errors."""
+
+import base64
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from regpt.data.order import permutation
+from regpt.errors import UsageError
+from regpt.evals.packing import Prompt
+from regpt.evals.score import Progress, Scorer, Scores
+
+SUBSET_SEED = 0  # of the order in which items are taken when not all of them are: the same for every run
+PILOT_ITEMS = 256  # timed to find out how many items a time budget allows
+
+
+class Task(Protocol):
+    """Items with one prompt each.
+
+    Attributes:
+        name: as in results, such as `hellaswag` or `core/arc_easy`.
+        n_items: how many there are.
+        items_sha256: hash of what is asked.
+        baseline: expected accuracy of a guess, None where it is unknown.
+    """
+
+    name: str
+    n_items: int
+    items_sha256: str
+    baseline: float | None
+
+    def prompts(self, chosen: Sequence[int]) -> list[Prompt]:
+        """The prompts of the items numbered `chosen`."""
+        ...
+
+    def judge(self, scores: Scores, chosen: Sequence[int]) -> dict[str, np.ndarray]:
+        """Metric → (chosen,) float64, what each item contributes: 1 for right, 0 for wrong."""
+        ...
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over `n` items and its standard error, the sample's standard deviation / √n; None of one item."""
+
+    value: float
+    stderr: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a task gave.
+
+    Attributes:
+        task: its name.
+        outcomes: metric → (items,) what each evaluated item contributes.
+        chosen: (items,) the numbers of these items, ascending.
+        n_items: how many the task has.
+        items_sha256, baseline: the task's.
+        seconds: tokenization, computation and everything else but compilation.
+        details: what a task's own file adds to reports.
+    """
+
+    task: str
+    outcomes: dict[str, np.ndarray]
+    chosen: np.ndarray
+    n_items: int
+    items_sha256: str
+    baseline: float | None
+    seconds: float
+    details: dict[str, object] = field(default_factory=dict)
+
+    def estimates(self) -> dict[str, Estimate]:
+        return {metric: estimate(values) for metric, values in self.outcomes.items()}
+
+    def packed_outcomes(self) -> dict[str, str]:
+        """Metric → base64 of one bit an item (NumPy's packbits), to compare models item by item."""
+        return {
+            metric: base64.b64encode(np.packbits(values > 0.5).tobytes()).decode()
+            for metric, values in self.outcomes.items()
+        }
+
+
+def estimate(values: np.ndarray) -> Estimate:
+    """Mean and standard error of `values` (items,). For 0 and 1 the latter is √(p(1-p)/(n-1)), as lm-eval's."""
+    n = len(values)
+    return Estimate(float(values.mean()), float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else None, n)
+
+
+def evaluate(
+    task: Task, scorer: Scorer, *, max_items: int = 0, seconds: float = 0.0, progress: Progress | None = None
+) -> Result:
+    """The result of `task` on all items, or on a part.
+
+    A part is the first items of one fixed order, so smaller parts lie within larger ones: `max_items` of them, and not
+    more than `seconds` are expected to suffice for, after a pilot. 0 sets no limit.
+    """
+    if max_items < 0 or seconds < 0:
+        raise UsageError("a limit of items or seconds is below 0; 0 sets no limit")
+    before, started = scorer.cost.compile_seconds, time.perf_counter()
+    order = permutation(SUBSET_SEED, 0, task.n_items).astype(np.int64)
+    n = min(max_items or task.n_items, task.n_items)
+    if seconds and n > PILOT_ITEMS:
+        n = min(n, affordable(task, scorer, order, seconds))
+    chosen = np.sort(order[:n])
+    scores = scorer(task.prompts(chosen.tolist()), progress)
+    outcomes = task.judge(scores, chosen.tolist())
+    spent = time.perf_counter() - started - (scorer.cost.compile_seconds - before)
+    return Result(task.name, outcomes, chosen, task.n_items, task.items_sha256, task.baseline, spent)
+
+
+def affordable(task: Task, scorer: Scorer, order: np.ndarray, seconds: float) -> int:
+    """How many items can be evaluated in `seconds`, the pilot's own time included; at least the pilot's. All processes
+    agree."""
+    before, started = scorer.cost.compile_seconds, time.perf_counter()
+    scorer(task.prompts(np.sort(order[:PILOT_ITEMS]).tolist()))
+    spent = time.perf_counter() - started - (scorer.cost.compile_seconds - before)
+    spent = scorer.slowest(spent)
+    return max(PILOT_ITEMS, int((seconds / spent - 1) * PILOT_ITEMS))
