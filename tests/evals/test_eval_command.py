@@ -116,6 +116,8 @@ def test_the_number_of_rows_computed_at_once_does_not_matter(evaluate, run, batc
     args = (run, "--precision", "fp64")
     whole, parts = (evaluate(*args, *more)["tasks"]["val"] for more in ((), ("--batch-rows", batch_rows)))
     assert parts.pop("data") == whole.pop("data")
+    errors = ("stderr", "bpb_stderr")  # these take a batch as their unit
+    parts, whole = ({key: x for key, x in val.items() if key not in errors} for val in (parts, whole))
     assert parts == pytest.approx(whole, rel=1e-13)
 
 
@@ -191,8 +193,8 @@ def test_out_of_memory_names_what_to_try(run, monkeypatch, error):
     def exhausted(*args: object) -> None:
         raise error
 
-    monkeypatch.setattr("regpt.evals.perplexity.validate", exhausted)
-    refused(UserError, "out of memory with --batch-rows 4; try --batch-rows 2", run)
+    monkeypatch.setattr("regpt.runs.validation.sum_losses", exhausted)
+    refused(UserError, "out of memory with --batch-rows 8; try --batch-rows 4", run)
     refused(UserError, "try a shorter --seq-len", run, "--batch-rows", 1)
 
 
@@ -207,3 +209,47 @@ def test_damaged_weights_give_no_number(run, tmp_path, tokenizer):
         "--data",
         run.parent / "data",
     )
+
+
+# ---- other tasks -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("mc") / "q.jsonl"
+    rows = [{"ctx": f"{i} is", "endings": [f"{(i * k) % 7}" for k in range(1, 5)], "label": i % 4} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_tasks_are_reported_with_errors_and_outcomes(evaluate, run, questions):
+    report = evaluate(run, "--tasks", f"val,hellaswag:{questions},mc:{questions}")
+    assert list(report["tasks"]) == ["val", "hellaswag", f"mc:{questions}"]
+    found = report["tasks"]["hellaswag"]
+    assert (found["n"], found["n_items"], found["baseline"]) == (40, 40, 0.25)
+    p = found["metrics"]["acc"]["value"]
+    assert found["metrics"]["acc"]["stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 39))
+    assert found["metrics"] == report["tasks"][f"mc:{questions}"]["metrics"]  # these endings get a space either way
+    assert found["items_sha256"] == report["tasks"][f"mc:{questions}"]["items_sha256"]
+
+
+def test_a_part_of_a_task_is_shown_as_such(run, questions, capsys):
+    assert main([str(run), "--tasks", f"mc:{questions}", "--device", "cpu", "--max-items", "10"]) == 0
+    assert "10 of 40" in capsys.readouterr().out
+
+
+def test_limits_below_zero_are_refused(run, questions):
+    refused(UsageError, "a limit of items or seconds is below 0", run, "--tasks", f"mc:{questions}", "--max-items", -1)
+
+
+def test_files_are_read_before_anything_is_computed(run, tmp_path):
+    refused(UserError, "does not exist", run, "--tasks", f"val,mc:{tmp_path / 'no.jsonl'}")
+
+
+def test_several_processes_find_the_same(evaluate, run, questions, tmp_path):
+    args = ("--tasks", f"val,hellaswag:{questions}", "--precision", "fp64")
+    file = tmp_path / "two.json"
+    assert main([str(run), *args, "--device", "cpu", "--nproc", "2", "--json", str(file)]) == 0
+    alone, together = evaluate(run, *args)["tasks"], json.loads(file.read_text(encoding="utf-8"))["tasks"]
+    assert together["val"]["loss"] == pytest.approx(alone["val"]["loss"], rel=1e-13)
+    assert together["hellaswag"]["outcomes"] == alone["hellaswag"]["outcomes"]

@@ -71,21 +71,45 @@ def test_the_split_into_batches_does_not_matter(model, batch, batch_rows):
     """A mean of batch means would differ: the batches have different numbers of targets."""
     whole = validate(loss_sum(model), [batch], BYTE_LENGTHS, CPU)
     parts = validate(loss_sum(model), split(batch, batch_rows), BYTE_LENGTHS, CPU)
-    assert parts[2:] == whole[2:]
+    assert parts[2:4] == whole[2:4]
     assert parts[:2] == pytest.approx(whole[:2], rel=1e-13)
 
 
 def test_sums_over_ranks_give_the_whole(model, batch):
     parts = split(batch, 1)
     ranks = [sum_losses(loss_sum(model), parts[rank::3], BYTE_LENGTHS, CPU) for rank in range(3)]
-    total = torch.stack([torch.stack(sums) for sums in ranks]).sum(0)  # what an all-reduce does
-    assert finish(LossSums(*total)) == pytest.approx(validate(loss_sum(model), [batch], BYTE_LENGTHS, CPU), rel=1e-13)
+    total = torch.stack([sums.pack() for sums in ranks]).sum(0)  # what an all-reduce does
+    alone = validate(loss_sum(model), parts, BYTE_LENGTHS, CPU)
+    assert finish(LossSums.unpack(total)) == pytest.approx(alone, rel=1e-13)
+
+
+def test_standard_errors_are_those_of_a_ratio_over_batches(model, batch):
+    """By hand: residuals of each batch's loss from the mean, batches being the sample."""
+    parts = split(batch, 1)
+    y = np.array([float(loss_sum(model)(part).detach()) for part in parts])
+    targets = [part.targets[part.targets != IGNORE_INDEX].numpy() for part in parts]
+    whole = validate(loss_sum(model), parts, BYTE_LENGTHS, CPU)
+    units = [np.array([len(t) for t in targets]), np.array([BYTE_LENGTHS[t].sum() for t in targets]) * math.log(2)]
+    for x, given in zip(units, (whole.stderr, whole.bpb_stderr)):
+        m = (units[0] > 0).sum()
+        expected = math.sqrt(m * ((y - y.sum() / x.sum() * x) ** 2).sum() / (m - 1)) / x.sum()
+        assert given == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_single_batch_has_no_standard_error(model, batch):
+    result = validate(loss_sum(model), [batch], BYTE_LENGTHS, CPU)
+    assert result.stderr is None
+    assert result.bpb_stderr is None
+
+
+def test_equal_batches_have_no_error(model, batch):
+    assert validate(loss_sum(model), [batch] * 5, BYTE_LENGTHS, CPU).stderr == pytest.approx(0, abs=1e-7)
 
 
 def test_a_rank_without_batches_adds_nothing(model):
     sums = sum_losses(loss_sum(model), [], BYTE_LENGTHS, CPU)
-    assert [float(x) for x in sums] == [0.0, 0.0, 0.0]
-    assert all(x.dtype == torch.float64 for x in sums)
+    assert sums.pack().tolist() == [0.0] * 13
+    assert sums.pack().dtype == torch.float64
 
 
 def test_an_untrained_model_has_the_loss_of_a_guess(model, batch):

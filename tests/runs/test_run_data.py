@@ -15,8 +15,9 @@ from regpt.data.manifest import read_manifest
 from regpt.data.mixture import MixedRows
 from regpt.errors import UsageError, UserError
 from regpt.parallel.mesh import Mesh
-from regpt.runs.build import build_loader, count_validation_rows, open_corpus, validation_batches
+from regpt.runs.build import build_loader, count_validation_rows, mask_token, open_corpus, validation_parts
 from regpt.runs.pretrain import pretrain, resume
+from regpt.runs.validation import part_batches
 
 CPU = torch.device("cpu")
 
@@ -98,7 +99,9 @@ def test_every_order_trains_with_and_without_document_mask(shards, tmp_path, ord
 def test_validation_is_masked_like_training_and_ends_where_it_should(shards):
     config = tiny.change(tiny.run_config(shards), "data", document_mask=True)
     config = tiny.change(config, "train", micro_batch_rows=4)
-    (batch,) = validation_batches(config, open_corpus(config), 3, Mesh(0, 1, CPU), 4)
+    corpus = open_corpus(config)
+    (part,) = validation_parts(config, corpus)
+    (batch,) = part_batches(part, Mesh(0, 1, CPU), 4, mask_token(config, corpus))
     assert batch.positions is not None
     assert batch.cu_seqlens is not None
     assert (batch.targets[3] == IGNORE_INDEX).all()

@@ -58,6 +58,19 @@ class ShardStream:
         return self.corpus.read(begins, ends)
 
 
+class Span:
+    """Tokens [begin, end) of a stream's first epoch, as a stream of their own that is read once, not over and over."""
+
+    def __init__(self, stream: TokenStream, begin: int, end: int) -> None:
+        self.stream, self.begin = stream, begin
+        self.source = f"tokens {begin:,} to {end:,} of {stream.source}"
+        self.epoch_tokens = end - begin
+
+    def tokens(self, start: int, count: int) -> np.ndarray:
+        """What lies behind the end is the stream's, whose rows a caller leaves out."""
+        return self.stream.tokens(self.begin + start, count)
+
+
 def by_epoch(start: int, count: int, epoch_tokens: int) -> Iterator[tuple[int, int, int]]:
     """Stream positions [start, start + count) as (epoch, begin, end), positions counted within the epoch."""
     assert start >= 0

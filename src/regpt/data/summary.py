@@ -19,7 +19,8 @@ Count = dict[str, int]
 class Summary:
     """
     Attributes:
-        sources: the record of every source file, its split, and its numbers of documents and of empty ones.
+        sources: the record of every source file, its split, and its numbers of documents, of empty ones, and of those
+            that are in the split `val`.
         documents: kept ones of each split.
         text_bytes: UTF-8 bytes of the kept documents of each split.
         removed: documents and bytes left out, by reason.
@@ -45,13 +46,17 @@ class Summary:
     ) -> None:
         """Count a partition of which `found` is known, and its tables of documents with what was `kept` of them."""
         first = self._rows
+        held_out = np.sort(tables["val"]["number"][kept["val"]]) if "val" in tables else np.empty(0, np.int64)
         for reading, source in zip(partition.readings, found["sources"]):
             if source["record"]:
-                self.sources.append({**source["record"], "split": reading.split, "documents": 0, "empty": 0})
+                counts = {"documents": 0, "empty": 0, "val_documents": 0}
+                self.sources.append({**source["record"], "split": reading.split, **counts})
             record = self.sources[-1]
             self._spans.append((self._rows, record, record["documents"] + record["empty"]))
             record["documents"] += source["documents"]
             record["empty"] += source["rows"] - source["documents"]
+            before = self._rows - first
+            record["val_documents"] += int(np.diff(np.searchsorted(held_out, (before, before + source["rows"])))[0])
             self._rows += source["rows"]
         for split, table in tables.items():
             self.documents[split] += int(kept[split].sum())

@@ -66,7 +66,7 @@ class Choices:
 
 
 def largest(values: np.ndarray, counts: Sequence[int]) -> np.ndarray:
-    """(groups,) the place of the largest of each group of `counts` (groups,) neighbouring values, the first of equals."""
+    """(groups,) the place of the largest of each group of `counts` neighbouring values, the first of equals."""
     ends = np.cumsum(counts)
     return np.array([values[end - n : end].argmax() for end, n in zip(ends, counts)], dtype=np.int64)
 

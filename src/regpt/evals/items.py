@@ -11,7 +11,7 @@ from regpt.data.formats import JSONL, decode, decompressed, suffix_of
 from regpt.errors import UserError
 
 Kind = TypeVar("Kind")
-NAMES = {str: "text", int: "a whole number", list: "a list", dict: "an object", bool: "true or false", float: "a number"}
+NAMES = {str: "text", int: "a whole number", list: "a list"}
 
 
 class Item(NamedTuple):
@@ -25,7 +25,7 @@ class Item(NamedTuple):
         if key not in self.row:
             raise UserError(f"{self.where}: the item has no {key!r}, it has {', '.join(self.row) or 'nothing'}")
         value = self.row[key]
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        if not isinstance(value, kind) or isinstance(value, bool):
             raise UserError(f"{self.where}: {key!r} is {shown(value)}, must be {NAMES[kind]}")
         return value
 
@@ -48,13 +48,11 @@ class Item(NamedTuple):
 
     def label(self, key: str, choices: int) -> int:
         """The number of the right choice, counted from 0; also written as a text of digits."""
-        value = self.row.get(key)
-        if isinstance(value, str) and value.isascii() and value.isdigit():
-            value = int(value)
-        else:
-            value = self.get(key, int)
+        given = self.row.get(key)
+        digits = isinstance(given, str) and given.isascii() and given.isdigit()
+        value = int(given) if digits else self.get(key, int)  # pyright: ignore[reportArgumentType]
         if not 0 <= value < choices:
-            raise UserError(f"{self.where}: {key!r} is {value}, must be 0 to {choices - 1}: there are {choices} choices")
+            raise UserError(f"{self.where}: {key!r} is {value}, must be 0 to {choices - 1}, as there are {choices}")
         return value
 
 

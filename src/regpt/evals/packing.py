@@ -94,7 +94,9 @@ def plant(prompts: Iterable[Prompt], max_seq_len: int) -> list[Tree]:
             continue
         fits = [k for k, ending in enumerate(endings) if len(ending) <= room]
         if fits:
-            trees.append(Tree(context, *([part[k] for k in fits] for part in (endings, scored, owners))))
+            trees.append(
+                Tree(context, [endings[k] for k in fits], [scored[k] for k in fits], [owners[k] for k in fits])
+            )
         for k in sorted(set(range(len(endings))) - set(fits)):
             trees.append(truncated(context, endings[k], scored[k], owners[k], max_seq_len, number))
     return trees

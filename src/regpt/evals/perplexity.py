@@ -13,19 +13,26 @@ from regpt.errors import UsageError, UserError
 
 
 class LossSums(NamedTuple):
-    """What is added up over batches and over processes, each a float64 scalar on the CPU.
-
-    `LossSums(*total)` restores them from `torch.stack(sums)` summed over all ranks.
+    """What is added up over batches and over processes, float64 on the CPU: `unpack` of the sum of `pack`s.
 
     Attributes:
-        nats: sum of -ln p(target) over the valid targets.
-        tokens: number of valid targets.
-        bytes: UTF-8 bytes of the valid targets; 0 where the lengths of the tokens are unknown.
+        totals: (3,) sum of -ln p(target) over the valid targets, their number, and the UTF-8 bytes that they stand for
+            (0 where the lengths of the tokens are unknown).
+        products: (3, 3) sum over batches of the outer product of a batch's own totals, for the standard error.
+        batches: scalar, batches with a valid target.
     """
 
-    nats: Tensor
-    tokens: Tensor
-    bytes: Tensor
+    totals: Tensor
+    products: Tensor
+    batches: Tensor
+
+    def pack(self) -> Tensor:
+        """All of it in one tensor, (13,)."""
+        return torch.cat([self.totals, self.products.flatten(), self.batches[None]])
+
+    @classmethod
+    def unpack(cls, packed: Tensor) -> "LossSums":
+        return cls(packed[:3], packed[3:12].view(3, 3), packed[12])
 
 
 class Validation(NamedTuple):
@@ -36,12 +43,15 @@ class Validation(NamedTuple):
         bpb: bits per UTF-8 byte of the targets, comparable between tokenizers; None where the bytes are unknown.
         tokens: valid targets.
         bytes: UTF-8 bytes that they stand for.
+        stderr, bpb_stderr: standard errors of loss and bpb; None of a single batch.
     """
 
     loss: float
     bpb: float | None
     tokens: int
     bytes: int
+    stderr: float | None = None
+    bpb_stderr: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -74,21 +84,20 @@ def sum_losses(
         byte_lengths: (V,) int64, `Tokenizer.byte_lengths()`.
     """
     lengths = None if byte_lengths is None else torch.as_tensor(byte_lengths)
-    total = torch.zeros((), dtype=torch.float64)
-    waiting: list[Tensor] = []  # left on the device: the loop does not wait for it
-    tokens = n_bytes = 0
+    nats: list = []  # on a GPU left there: the loop does not wait for it
+    counts: list[tuple[int, int]] = []
     for batch in batches:
         targets = batch.targets[batch.targets != IGNORE_INDEX]
-        tokens += targets.numel()
-        n_bytes += 0 if lengths is None else int(lengths[targets].sum())
+        counts.append((targets.numel(), 0 if lengths is None else int(lengths[targets].sum())))
         loss = loss_sum(batch.to(device)).detach()
-        if device.type == "cpu":  # small tensors kept in a list would part the memory that logits reuse
-            total += loss
-        else:
-            waiting.append(loss)
-    if waiting:  # summed on the CPU in float64, which MPS does not have
-        total += torch.stack(waiting).cpu().double().sum()
-    return LossSums(total, *(torch.tensor(float(x), dtype=torch.float64) for x in (tokens, n_bytes)))
+        # On the CPU small tensors kept in a list would part the memory that logits reuse.
+        nats.append(float(loss) if device.type == "cpu" else loss)
+    # Summed on the CPU in float64, which MPS does not have.
+    of_batch = torch.zeros(len(nats), 3, dtype=torch.float64)
+    if nats:
+        of_batch[:, 0] = torch.tensor(nats, dtype=torch.float64) if device.type == "cpu" else torch.stack(nats).cpu()
+        of_batch[:, 1:] = torch.tensor(counts, dtype=torch.float64)
+    return LossSums(of_batch.sum(dim=0), of_batch.T @ of_batch, (of_batch[:, 1] > 0).sum().double())
 
 
 def finish(sums: LossSums) -> Validation:
@@ -97,11 +106,33 @@ def finish(sums: LossSums) -> Validation:
     Raises:
         UserError: there was no valid target.
     """
-    nats, tokens, n_bytes = float(sums.nats), int(sums.tokens), int(sums.bytes)
+    nats, tokens, n_bytes = sums.totals.tolist()
     if not tokens:
         raise UserError("there is no token to evaluate on; give more validation text")
-    bpb = nats / math.log(2) / n_bytes if n_bytes else None
-    return Validation(nats / tokens, bpb, tokens, n_bytes)
+    bits = 1 / math.log(2)
+    bpb_stderr = ratio_stderr(sums, 2)
+    return Validation(
+        nats / tokens,
+        nats * bits / n_bytes if n_bytes else None,
+        int(tokens),
+        int(n_bytes),
+        ratio_stderr(sums, 1),
+        None if bpb_stderr is None else bpb_stderr * bits,
+    )
+
+
+def ratio_stderr(sums: LossSums, by: int) -> float | None:
+    """Standard error of the nats' total over total `by`, batches taken as the sampled units (Cochran 1977, section
+    2.11: the residuals of each batch's nats from the ratio). None of fewer than two batches, or where the total is 0.
+
+    Neighbouring rows often are of one document: a batch of them, not a token, is what can be called independent.
+    """
+    m, total = float(sums.batches), float(sums.totals[by])
+    if m < 2 or not total:
+        return None
+    ratio = float(sums.totals[0]) / total
+    residuals = float(sums.products[0, 0] - 2 * ratio * sums.products[0, by] + ratio**2 * sums.products[by, by])
+    return math.sqrt(max(0.0, residuals) * m / (m - 1)) / total
 
 
 def count_rows(split_tokens: int, seq_len: int, limit_tokens: int = 0) -> int:

@@ -2,11 +2,12 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from regpt.checkpoint.background import Saver
 from regpt.checkpoint.generators import generator_states
@@ -17,13 +18,13 @@ from regpt.data.bos import PackedRows
 from regpt.data.mixture import MixedRows
 from regpt.data.rows import Rows
 from regpt.errors import UserError
-from regpt.evals.perplexity import LossSums, finish, sum_losses
 from regpt.model.transformer import Transformer
 from regpt.model.weights import count_parameters, state_tensors
 from regpt.parallel.mesh import Mesh
-from regpt.runs.build import Corpus, choose_kernels, count_validation_rows, validation_batches
+from regpt.runs.build import Corpus, choose_kernels, mask_token, validation_parts
 from regpt.runs.folder import JsonLines, device_name, made_with
 from regpt.runs.terminal import Terminal
+from regpt.runs.validation import Part, own_sums, part_batches, result
 from regpt.sample.generate import write_samples
 from regpt.sample.sampling import SamplingOptions
 from regpt.train.optim import optimizer_tensors
@@ -55,10 +56,10 @@ class Job:
 
 def make_actions(job: Job, stop_requested: Callable[[], bool]) -> Actions:
     """The actions of `job`, for `Trainer.fit`."""
-    n_rows = count_validation_rows(job.config, job.corpus)
+    parts = validation_parts(job.config, job.corpus)
     return Actions(
         log=lambda row: log(job, row),
-        validate=lambda step: validate(job, step, n_rows) if n_rows else None,
+        validate=lambda step: validate(job, step, parts) if parts else None,
         sample=lambda step: sample(job, step),
         save=lambda step: save(job, step),
         # After a checkpoint that could not be written the run stops: all processes together, with a second try.
@@ -95,18 +96,22 @@ def tell_fewer_rows(job: Job, rows: int) -> None:
 
 
 @torch.no_grad()
-def validate(job: Job, step: int, n_rows: int) -> None:
-    """Mean loss and bits per byte over the first `n_rows` rows of the validation split, all processes together."""
+def validate(job: Job, step: int, parts: Sequence[Part]) -> None:
+    """Mean loss and bits per byte over the rows of `parts`, all processes together; also of each source."""
+    lengths, eot = job.corpus.tokenizer.byte_lengths(), mask_token(job.config, job.corpus)
 
-    def own_share(micro_batch_rows: int) -> LossSums:
-        batches = validation_batches(job.config, job.corpus, n_rows, job.mesh, micro_batch_rows)
-        return sum_losses(job.trainer.loss_sum, batches, job.corpus.tokenizer.byte_lengths(), job.mesh.device)
+    def own_share(rows: int) -> Tensor:
+        return own_sums(
+            parts, lambda part: part_batches(part, job.mesh, rows, eot), job.trainer.loss_sum, lengths, job.mesh.device
+        )
 
-    sums = job.trainer.micro_batch.attempt(own_share)
-    dtype = torch.float32 if job.mesh.device.type == "mps" else torch.float64  # MPS has no float64
-    total = job.mesh.sum(torch.stack(sums).to(job.mesh.device, dtype)).cpu()
-    result = finish(LossSums(*total))
-    write_row(job, {"kind": "val", "step": step, "loss": result.loss, "bpb": result.bpb, "time": time.time()})
+    found = result(parts, job.mesh.total(job.trainer.micro_batch.attempt(own_share)))
+    for source, sums in {"": found.whole, **found.sources}.items():
+        row: Row = {"kind": "val", "step": step, "loss": sums.loss, "bpb": sums.bpb, "stderr": sums.stderr}
+        row |= {"bpb_stderr": sums.bpb_stderr, "tokens": sums.tokens, "time": time.time()}
+        if source:
+            row["source"] = source
+        write_row(job, row)
 
 
 def sample(job: Job, step: int) -> None:

@@ -1,8 +1,6 @@
 """The pieces of a run, from its sections."""
 
 import hashlib
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,8 +9,7 @@ from typing import Any
 import torch
 
 from regpt.config import RunConfig
-from regpt.data.batch import IGNORE_INDEX, Batch
-from regpt.data.loader import Loader, StepBatches, row_batch
+from regpt.data.loader import Loader, StepBatches
 from regpt.data.manifest import Manifest, read_manifest
 from regpt.data.mixture import MixedRows, whole_shares
 from regpt.data.rows import Rows, open_rows
@@ -23,6 +20,7 @@ from regpt.kernels.select import Kernels, choose
 from regpt.model.ops import PLAIN, Ops
 from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import Mesh
+from regpt.runs.validation import Part, folder_parts, mixture_parts
 from regpt.text.open import open_tokenizer
 from regpt.text.tokenizer import Tokenizer
 from regpt.train.loss import make_loss_sum
@@ -227,17 +225,14 @@ def count_validation_rows(config: RunConfig, corpus: Corpus) -> int:
     return count_rows(whole * T + 1, T, config.eval.val_tokens)
 
 
-def validation_batches(
-    config: RunConfig, corpus: Corpus, n_rows: int, mesh: Mesh, micro_batch_rows: int
-) -> Iterator[Batch]:
-    """This process's share of the first `n_rows` validation rows, every batch of the training's own shape.
-
-    Rows beyond `n_rows` carry no target: a compiled loss sees one shape only, and every process makes as many calls.
-    """
-    rows = corpus.rows("val", "sequential", 0, config.data.seq_len)
-    B = micro_batch_rows
-    for call in range(math.ceil(n_rows / (B * mesh.world_size))):
-        first = (call * mesh.world_size + mesh.rank) * B
-        batch = row_batch(rows, first, B, mask_token(config, corpus))
-        batch.targets[max(0, n_rows - first) :] = IGNORE_INDEX
-        yield batch
+def validation_parts(config: RunConfig, corpus: Corpus) -> list[Part]:
+    """What each validation reads, source by source; empty when there is no validation split."""
+    n_rows, T = count_validation_rows(config, corpus), config.data.seq_len
+    if not n_rows:
+        return []
+    if len(corpus.folders) == 1:
+        folder = corpus.folders[0]
+        return folder_parts(folder.path, folder.manifest, T, config.eval.val_tokens)
+    rows = corpus.rows("val", "sequential", 0, T)
+    names = [str(folder.path) for folder in corpus.folders if folder.manifest.tokens("val")]
+    return mixture_parts(rows, names, n_rows) if isinstance(rows, MixedRows) else [Part("", rows, n_rows)]

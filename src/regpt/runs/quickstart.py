@@ -78,7 +78,7 @@ def chunks(corpus: Corpus, split: str, start: int, count: int) -> Iterator[np.nd
 def read_outcome(run: Path, unigram: float) -> Outcome:
     """The last validation loss, the first and the last samples."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    losses = [row["loss"] for row in rows if row["kind"] == "val"]
+    losses = [row["loss"] for row in rows if row["kind"] == "val" and "source" not in row]
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     return Outcome(losses[-1], unigram, samples[0]["texts"], samples[-1]["texts"])
 

@@ -47,7 +47,7 @@ class Terminal:
         """Show one row of metrics.jsonl."""
         if not self.enabled:
             return
-        if row["kind"] == "val":
+        if row["kind"] == "val" and "source" not in row:
             bits = "" if row.get("bpb") is None else f"  {row['bpb']:.4f} bits per byte"
             self.val = f"{row['loss']:.4f} after step {row['step']:,}{bits}"
             self.say(f"validation loss {self.val}")

@@ -1,0 +1,240 @@
+"""`regpt eval`: a model, tasks → numbers; on one process or several."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from regpt.checkpoint.open import OpenModel, open_model
+from regpt.config import RunConfig, read_config
+from regpt.data.batch import Batch
+from regpt.data.manifest import read_manifest
+from regpt.errors import UsageError, UserError
+from regpt.evals.score import Progress, Scorer
+from regpt.evals.specs import Spec
+from regpt.evals.suite import Suite, open_suite, rows_of
+from regpt.evals.task import Result, evaluate
+from regpt.parallel.mesh import Mesh
+from regpt.runs.validation import Part, Validated, folder_parts, own_sums, part_batches, result
+from regpt.text.fast import accelerate
+from regpt.train.config import PrecisionName
+from regpt.train.loss import make_loss_sum
+from regpt.train.precision import autocast, parameter_dtype, set_matmul_precision
+
+# progress(name) is a context that gives a function: (done, total) of what is counted.
+ShowProgress = Callable[[str], AbstractContextManager[Progress]]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a model.
+
+    Attributes:
+        model: MODEL as typed.
+        specs: the tasks.
+        data: folder of token shards for `val`; None is the run's own.
+        val_tokens, seq_len, batch_rows: which rows `val` reads and how many at once.
+        precision: number format of the computation.
+        compile: compile what scores tasks.
+        max_items, max_seconds: limits of each task, 0 for none.
+    """
+
+    model: str
+    specs: Sequence[Spec]
+    data: str | None = None
+    val_tokens: int = 0
+    seq_len: int | None = None
+    batch_rows: int = 8
+    precision: PrecisionName = "fp32"
+    compile: bool = False
+    max_items: int = 0
+    max_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class ValTask:
+    """The rows of the split `val` of `folder` that are read."""
+
+    folder: Path
+    seq_len: int
+    split_tokens: int
+    parts: list[Part]
+
+    @property
+    def n_rows(self) -> int:
+        return sum(part.n_rows for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was found: `val` where it was asked for, and each suite's results."""
+
+    opened: OpenModel
+    val: tuple[ValTask, Validated] | None
+    suites: list[tuple[Suite, list[Result]]]
+    compile_seconds: float
+
+
+def answer(asked: Question, mesh: Mesh, show: ShowProgress) -> Answer:
+    """Open the model and evaluate it; every process of `mesh` gets the whole answer.
+
+    Raises:
+        UsageError: a model, folder or length that does not fit.
+        UserError: files that cannot be had, data of another tokenizer, damaged weights, too little memory.
+    """
+    run = run_config(asked.model)
+    wants_val = any(spec.kind == "val" for spec in asked.specs)
+    folder = data_folder(asked, run) if wants_val else None
+    opened = open_model(asked.model, mesh.device)
+    set_matmul_precision(asked.precision)
+    opened.model.to(parameter_dtype(asked.precision)).eval()
+    task = open_val(asked, run, folder, opened) if folder else None
+    tokenizer = accelerate(opened.tokenizer)
+    suites = [open_suite(spec, tokenizer) for spec in asked.specs if spec.kind != "val"]
+    val = (task, validate(asked, task, opened, mesh, show)) if task else None
+    scorer = Scorer(opened.model, mesh, autocast=lambda: autocast(asked.precision, mesh.device), compile=asked.compile)
+    found = []
+    for suite in suites:
+        results = []
+        for one in suite.tasks:
+            with show(one.name) as progress:
+                limits = {"max_items": asked.max_items, "seconds": asked.max_seconds}
+                results.append(evaluate(one, scorer, **limits, progress=progress))
+        found.append((suite, results))
+    return Answer(opened, val, found, scorer.cost.compile_seconds)
+
+
+def run_config(model: str) -> RunConfig | None:
+    """Configuration of the run that `model` names, or whose checkpoint it names; None for another model."""
+    folder = Path(model).resolve()
+    if folder.parent.name == "checkpoints":
+        folder = folder.parents[1]
+    return read_config(str(folder / "config.toml")) if (folder / "config.toml").is_file() else None
+
+
+def data_folder(asked: Question, run: RunConfig | None) -> Path:
+    """--data, or the run's own data."""
+    if asked.data is not None:
+        return Path(asked.data)
+    if run is not None and run.data.mixture:
+        raise UsageError(
+            f"{asked.model!r} was trained on several folders; choose one of them with --data DIR: "
+            f"{', '.join(run.data.mixture)}"
+        )
+    if run is None or not run.data.path:
+        raise UsageError(
+            f"{asked.model!r} names no run that knows its data; give the folder of token shards with --data DIR"
+        )
+    return Path(run.data.path)
+
+
+def open_val(asked: Question, run: RunConfig | None, folder: Path, opened: OpenModel) -> ValTask:
+    """The validation rows.
+
+    Raises:
+        UserError: a data folder that is broken, made with another tokenizer, or too small.
+        UsageError: a sequence length that the model does not have.
+    """
+    manifest = read_manifest(folder)
+    if manifest.tokenizer_sha256 != opened.tokenizer.sha256:
+        raise UserError(
+            f"data folder {str(folder)!r} was made with the tokenizer {manifest.tokenizer!r} "
+            f"({manifest.tokenizer_sha256[:12]}…), the model has {opened.tokenizer.name!r} "
+            f"({opened.tokenizer.sha256[:12]}…); prepare the text again with the model's tokenizer"
+        )
+    longest = opened.model.config.max_seq_len
+    seq_len = asked.seq_len if asked.seq_len is not None else run.data.seq_len if run else longest
+    if not 1 <= seq_len <= longest:
+        raise UsageError(f"seq-len is {seq_len}, must be between 1 and the model's {longest}")
+    if asked.batch_rows < 1:
+        raise UsageError(f"batch-rows is {asked.batch_rows}, must be at least 1")
+    parts = folder_parts(folder, manifest, seq_len, asked.val_tokens)
+    return ValTask(folder, seq_len, manifest.tokens("val"), parts)
+
+
+def validate(asked: Question, task: ValTask, opened: OpenModel, mesh: Mesh, show: ShowProgress) -> Validated:
+    """Read the rows and sum their losses."""
+    loss_sum = make_loss_sum(opened.model, asked.precision, mesh.device, compile=False)
+    done = 0
+
+    def batches(part: Part) -> Iterator[Batch]:
+        nonlocal done
+        read = 0
+        for batch in part_batches(part, mesh, asked.batch_rows):
+            yield batch
+            new = min(part.n_rows, read + asked.batch_rows * mesh.world_size) - read
+            read, done = read + new, done + new
+            progress(done, task.n_rows)
+
+    try:
+        with show("val") as progress:
+            sums = own_sums(task.parts, batches, loss_sum, opened.tokenizer.byte_lengths(), mesh.device)
+    except (RuntimeError, MemoryError) as error:  # CUDA's, PyTorch's on the CPU, Python's
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        advice = f"--batch-rows {asked.batch_rows // 2}" if asked.batch_rows > 1 else "a shorter --seq-len"
+        raise UserError(f"out of memory with --batch-rows {asked.batch_rows}; try {advice}") from error
+    found = result(task.parts, mesh.total(sums))
+    if not math.isfinite(found.whole.loss):
+        raise UserError(
+            f"the loss is {found.whole.loss}: the weights of {asked.model!r} are damaged; use an earlier checkpoint"
+        )
+    return found
+
+
+def report(asked: Question, found: Answer) -> dict[str, Any]:
+    """The answer as JSON."""
+    tasks: dict[str, Any] = {}
+    if found.val:
+        task, val = found.val
+        sources = {name: val_numbers(one) for name, one in val.sources.items()}
+        where = {"seq_len": task.seq_len, "data": str(task.folder)}
+        tasks["val"] = val_numbers(val.whole) | ({"sources": sources} if sources else {}) | where
+    for suite, results in found.suites:
+        for one in results:
+            tasks[one.task] = task_numbers(one)
+        for row in suite.summarize(results):
+            tasks[row["task"]] = {key: value for key, value in row.items() if key != "task"}
+    return {
+        "model": asked.model,
+        "source": found.opened.source,
+        "step": found.opened.step,
+        "precision": asked.precision,
+        "compiled": asked.compile,
+        "compile_seconds": found.compile_seconds,
+        "tasks": tasks,
+    }
+
+
+def val_numbers(val: Any) -> dict[str, Any]:
+    perplexity = val.perplexity if math.isfinite(val.perplexity) else None  # JSON has no infinity
+    return {**val._asdict(), "perplexity": perplexity}
+
+
+def task_numbers(one: Result) -> dict[str, Any]:
+    metrics = {name: dataclasses.asdict(found) for name, found in one.estimates().items()}
+    return {
+        "metrics": metrics,
+        "n": len(one.chosen),
+        "n_items": one.n_items,
+        "baseline": one.baseline,
+        "seconds": one.seconds,
+        "items_sha256": one.items_sha256,
+        "outcomes": one.packed_outcomes(),
+        **one.details,
+    }
+
+
+def suite_rows(suite: Suite, results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Rows of `metrics.jsonl`, without kind and step: every task's, then those of the suite."""
+    return [*rows_of(results), *suite.summarize(results)]
+
+
+@contextlib.contextmanager
+def silent(name: str) -> Iterator[Progress]:
+    """Shows nothing."""
+    yield lambda done, total: None

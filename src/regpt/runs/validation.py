@@ -1,0 +1,113 @@
+"""Loss on held-out text, in training and in `regpt eval`: which rows are read, source by source."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regpt.data.batch import IGNORE_INDEX, Batch
+from regpt.data.loader import row_batch
+from regpt.data.manifest import Manifest
+from regpt.data.mixture import MixedRows
+from regpt.data.rows import Rows, StreamRows
+from regpt.data.stream import Span, document_starts, open_stream
+from regpt.evals.perplexity import LossSums, Validation, count_rows, finish, sum_losses
+from regpt.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Part:
+    """The first `n_rows` of `rows`, all of one source; `name` is empty where the data has one source only."""
+
+    name: str
+    rows: Rows
+    n_rows: int
+
+
+@dataclass(frozen=True)
+class Validated:
+    """The result over all parts, and that of each where there are several."""
+
+    whole: Validation
+    sources: dict[str, Validation]
+
+
+def folder_parts(folder: Path, manifest: Manifest, seq_len: int, limit_tokens: int = 0) -> list[Part]:
+    """What is read of the split `val` of one folder, as stored.
+
+    With one source the first rows of the split, so many that they hold `limit_tokens` (0: all). With several, the first
+    rows of each source, which share the limit by their tokens; a row never holds two sources.
+
+    Raises:
+        UserError: not one row.
+        UsageError: a limit below one row.
+    """
+    stream = open_stream(folder, manifest, "val", "sequential", seed=0)
+    n_rows = count_rows(stream.epoch_tokens, seq_len, limit_tokens)
+    spans = source_spans(folder, manifest)
+    whole = {name: (end - begin - 1) // seq_len for name, (begin, end) in spans.items()}
+    whole = {name: rows for name, rows in whole.items() if rows}
+    if len(spans) < 2 or not whole:
+        return [Part("", StreamRows(stream, seq_len), n_rows)]
+    share = min(1.0, n_rows / sum(whole.values()))
+    return [
+        Part(name, StreamRows(Span(stream, *spans[name]), seq_len), max(1, int(rows * share)))
+        for name, rows in whole.items()
+    ]
+
+
+def source_spans(folder: Path, manifest: Manifest) -> dict[str, tuple[int, int]]:
+    """Source → its tokens [begin, end) in the split `val`, in the order stored; empty where that is not known."""
+    documents: dict[str, int] = {}
+    for record in manifest.sources:
+        name = str(record.get("source", ""))
+        if name in documents and name != next(reversed(documents)):
+            return {}  # its documents lie in several places
+        documents[name] = documents.get(name, 0) + int(record.get("val_documents", 0))
+    if sum(documents.values()) != manifest.documents("val"):
+        return {}
+    starts, spans, at = document_starts(folder, manifest, "val"), {}, 0
+    for name, count in documents.items():
+        if count:
+            spans[name] = (int(starts[at]), int(starts[at + count]))
+        at += count
+    return spans
+
+
+def mixture_parts(rows: MixedRows, names: Sequence[str], n_rows: int) -> list[Part]:
+    """The first `n_rows` of a mixture, folder by folder."""
+    return [Part(name, part, rows.part_row(k, n_rows)) for k, (name, part) in enumerate(zip(names, rows.parts))]
+
+
+def part_batches(part: Part, mesh: Mesh, micro_batch_rows: int, eot: int | None = None) -> Iterator[Batch]:
+    """This process's share of a part, every batch of the same shape.
+
+    Rows beyond the part's carry no target: a compiled loss sees one shape only, and every process makes as many calls.
+    """
+    B = micro_batch_rows
+    for call in range(math.ceil(part.n_rows / (B * mesh.world_size))):
+        first = (call * mesh.world_size + mesh.rank) * B
+        batch = row_batch(part.rows, first, B, eot)
+        batch.targets[max(0, part.n_rows - first) :] = IGNORE_INDEX
+        yield batch
+
+
+def own_sums(
+    parts: Sequence[Part],
+    batches: Callable[[Part], Iterator[Batch]],
+    loss_sum: Callable[[Batch], Tensor],
+    byte_lengths: Any,
+    device: torch.device,
+) -> Tensor:
+    """(parts, 13): `LossSums.pack` of each part, over this process's batches."""
+    return torch.stack([sum_losses(loss_sum, batches(part), byte_lengths, device).pack() for part in parts])
+
+
+def result(parts: Sequence[Part], sums: Tensor) -> Validated:
+    """From the sums (parts, 13) over all processes."""
+    named = {part.name: finish(LossSums.unpack(row)) for part, row in zip(parts, sums) if part.name and part.n_rows}
+    return Validated(finish(LossSums.unpack(sums.sum(dim=0))), named if len(named) > 1 else {})

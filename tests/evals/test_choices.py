@@ -1,0 +1,190 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from naive import naive_scores
+
+import tiny
+from regpt.errors import UserError
+from regpt.evals.choices import Choices, Question, largest, open_choices
+from regpt.evals.score import Scorer, Scores
+from regpt.evals.task import PILOT_ITEMS, Result, estimate, evaluate
+from regpt.text.bpe import BPETokenizer, train_bpe
+
+TEXT = "the cat sat on a mat and dogs ran home in the rain while birds sang"
+WORDS = TEXT.split()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> BPETokenizer:
+    """Each byte a token, and a few merges; the model's vocabulary is the same."""
+    return train_bpe([" ".join(WORDS * 5)], 280)
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = tiny.replace(tiny.CONFIG, vocab_size=280, max_seq_len=64)
+    return tiny.build_model(config=config)
+
+
+def questions(n: int, seed: int = 0) -> list[Question]:
+    draw = np.random.default_rng(seed)
+
+    def text(words: int) -> str:
+        return " ".join(draw.choice(WORDS, size=words))
+
+    return [
+        Question(
+            text(int(draw.integers(0, 6))),
+            tuple(f" {text(int(draw.integers(1, 5)))}" for _ in range(int(draw.integers(2, 6)))),
+            int(draw.integers(2)),
+        )
+        for _ in range(n)
+    ]
+
+
+def test_accuracy_is_that_of_one_question_at_a_time(model, tokenizer):
+    """The lecture's loop: sums and means of the losses of each ending, the smallest is the prediction."""
+    task = Choices("mine", questions(50), tokenizer)
+    found = evaluate(task, Scorer(model, tiny.ALONE))
+    for i, question in enumerate(task.questions):
+        losses = []
+        for ending in question.endings:
+            context = tokenizer.encode(question.context) or [tokenizer.eot]
+            tokens = np.array(context + tokenizer.encode(ending))
+            logits = model(tiny.torch.from_numpy(tokens)[None, :-1])[0].detach().numpy()
+            each = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(logits)), tokens[1:]]
+            losses.append(each[len(context) - 1 :])
+        assert found.outcomes["acc"][i] == (np.argmin([x.sum() for x in losses]) == question.label)
+        assert found.outcomes["acc_norm"][i] == (np.argmin([x.mean() for x in losses]) == question.label)
+    assert not np.array_equal(found.outcomes["acc"], found.outcomes["acc_norm"])
+    assert task.baseline == pytest.approx(np.mean([1 / len(q.endings) for q in task.questions]))
+
+
+def test_prompts_are_context_and_endings_encoded_apart(tokenizer):
+    task = Choices("mine", [Question("the c", ("at sat", " on"), 0), Question("", (" a", " b"), 0)], tokenizer)
+    first, second = task.prompts([0, 1])
+    assert first.context.tolist() == tokenizer.encode("the c")
+    assert [x.tolist() for x in first.endings] == [tokenizer.encode("at sat"), tokenizer.encode(" on")]
+    assert list(first.scored) == [len(x) for x in first.endings]
+    assert second.context.tolist() == [tokenizer.eot]
+
+
+def test_of_equal_endings_the_first_counts():
+    assert largest(np.array([1.0, 1.0, 0.0, 2.0, 2.0]), [3, 2]).tolist() == [0, 0]
+
+
+def test_an_ending_without_a_token_is_an_error(tokenizer):
+    with pytest.raises(UserError, match="an ending of item 1 has no token"):
+        Choices("mine", [Question("a", ("b", "c"), 0), Question("a", ("b", ""), 0)], tokenizer).prompts([0, 1])
+
+
+# ---- a user's file ---------------------------------------------------------------------------------------------------
+
+
+def write(path: Path, *rows: object) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_both_spellings_of_a_question_are_read(tmp_path, tokenizer):
+    rows = [
+        {"ctx": "a", "endings": ["b", "\nc"], "label": 1},
+        {"query": "a", "choices": ["b", "\nc"], "gold": "1", "category": "x"},
+    ]
+    task = open_choices(write(tmp_path / "q.jsonl", *rows), "mine", tokenizer)
+    assert task.questions == [Question("a", (" b", "\nc"), 1)] * 2
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"ctx": "a"}, r"line 2: the item has neither 'endings' nor 'choices'"),
+        ({"ctx": "a", "endings": ["b"], "label": 0}, r"line 2: 'endings' holds 1, an item needs at least 2"),
+        ({"ctx": "a", "endings": ["b", " "], "label": 0}, r"line 2: 'endings'\[1\] is \" \", must be text that is not"),
+        ({"ctx": "a", "endings": ["b", "c"], "label": 2}, r"line 2: 'label' is 2, must be 0 to 1"),
+        ({"query": 3, "choices": ["b", "c"], "gold": 0}, r"line 2: 'query' is 3, must be text"),
+    ],
+)
+def test_a_malformed_question_names_its_line(tmp_path, tokenizer, row, said):
+    path = write(tmp_path / "q.jsonl", {"ctx": "a", "endings": ["b", "c"], "label": 0}, row)
+    with pytest.raises(UserError, match=said):
+        open_choices(path, "mine", tokenizer)
+
+
+# ---- parts and errors ------------------------------------------------------------------------------------------------
+
+
+def test_a_part_of_a_task_lies_within_a_larger_part(model, tokenizer):
+    task = Choices("mine", questions(60), tokenizer)
+    scorer = Scorer(model, tiny.ALONE)
+    small, large, whole = (evaluate(task, scorer, max_items=n) for n in (10, 25, 0))
+    assert [len(x.chosen) for x in (small, large, whole)] == [10, 25, 60]
+    assert set(small.chosen) < set(large.chosen)
+    assert small.chosen.tolist() != list(range(10))
+    for part in (small, large):
+        for metric, values in part.outcomes.items():
+            assert values.tolist() == whole.outcomes[metric][part.chosen].tolist()
+
+
+class Clock:
+    """Every prompt takes a second."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(("seconds", "evaluated"), [(1, 256), (256.5, 256), (400, 256), (1000, 744), (5000, 2000)])
+def test_a_time_budget_chooses_a_part_after_a_pilot(tokenizer, monkeypatch, seconds, evaluated):
+    clock = Clock()
+    monkeypatch.setattr("regpt.evals.task.time.perf_counter", clock)
+    asked = []
+
+    class Slow(Scorer):
+        def __init__(self) -> None:
+            self.cost, self.mesh = type("", (), {"compile_seconds": 0.0}), tiny.ALONE
+
+        def __call__(self, prompts, progress=None) -> Scores:
+            asked.append(len(prompts))
+            clock.now += len(prompts)
+            n = sum(len(prompt.endings) for prompt in prompts)
+            return Scores(np.zeros(n), np.ones(n, dtype=np.int64), np.zeros(n, dtype=bool))
+
+    task = Choices("mine", questions(20) * 100, tokenizer)
+    found = evaluate(task, Slow(), seconds=seconds)
+    assert asked == [PILOT_ITEMS, evaluated]
+    assert len(found.chosen) == evaluated
+    assert evaluated in (256, 2000) or found.seconds <= seconds
+
+
+def test_standard_errors_are_lm_evals():
+    """lm_eval.api.metrics.mean_stderr: the sample's standard deviation over the root of n."""
+    values = np.array([1.0, 0, 0, 1, 1])
+    found = estimate(values)
+    assert found.value == pytest.approx(0.6)
+    assert found.stderr == pytest.approx((0.6 * 0.4 * 5 / 4) ** 0.5 / 5**0.5)
+    assert estimate(np.ones(1)).stderr is None
+
+
+def test_outcomes_are_kept_one_bit_an_item():
+    import base64
+
+    values = np.array([1.0, 0, 0, 1, 1, 0, 1, 0, 1])
+    one = Result("t", {"acc": values}, np.arange(9), 9, "", None, 0.0)
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(one.packed_outcomes()["acc"]), np.uint8), count=9)
+    assert bits.tolist() == values.tolist()
+
+
+def test_the_hash_of_items_follows_what_is_asked(tokenizer):
+    one, same, other = (Choices("mine", q, tokenizer).items_sha256 for q in (questions(5), questions(5), questions(6)))
+    assert one == same != other
+
+
+def test_naive_scores_agree_with_the_packed_ones(model, tokenizer):
+    prompts = Choices("mine", questions(20), tokenizer).prompts(range(20))
+    found = Scorer(model, tiny.ALONE)(prompts)
+    np.testing.assert_allclose(found.log_likelihood, [x for x, _, _ in naive_scores(model, prompts)], rtol=1e-12)
