@@ -28,6 +28,10 @@ def model():
     return tiny.build_model(config=config)
 
 
+def task_of(given: list[Question], tokenizer: BPETokenizer) -> Choices:
+    return Choices("mine", given, tokenizer, tokenizer.eot)
+
+
 def questions(n: int, seed: int = 0) -> list[Question]:
     draw = np.random.default_rng(seed)
 
@@ -46,7 +50,7 @@ def questions(n: int, seed: int = 0) -> list[Question]:
 
 def test_accuracy_is_that_of_one_question_at_a_time(model, tokenizer):
     """The lecture's loop: sums and means of the losses of each ending, the smallest is the prediction."""
-    task = Choices("mine", questions(50), tokenizer)
+    task = task_of(questions(50), tokenizer)
     found = evaluate(task, Scorer(model, tiny.ALONE))
     for i, question in enumerate(task.questions):
         losses = []
@@ -63,7 +67,7 @@ def test_accuracy_is_that_of_one_question_at_a_time(model, tokenizer):
 
 
 def test_prompts_are_context_and_endings_encoded_apart(tokenizer):
-    task = Choices("mine", [Question("the c", ("at sat", " on"), 0), Question("", (" a", " b"), 0)], tokenizer)
+    task = task_of([Question("the c", ("at sat", " on"), 0), Question("", (" a", " b"), 0)], tokenizer)
     first, second = task.prompts([0, 1])
     assert first.context.tolist() == tokenizer.encode("the c")
     assert [x.tolist() for x in first.endings] == [tokenizer.encode("at sat"), tokenizer.encode(" on")]
@@ -77,7 +81,7 @@ def test_of_equal_endings_the_first_counts():
 
 def test_an_ending_without_a_token_is_an_error(tokenizer):
     with pytest.raises(UserError, match="an ending of item 1 has no token"):
-        Choices("mine", [Question("a", ("b", "c"), 0), Question("a", ("b", ""), 0)], tokenizer).prompts([0, 1])
+        task_of([Question("a", ("b", "c"), 0), Question("a", ("b", ""), 0)], tokenizer)
 
 
 # ---- a user's file ---------------------------------------------------------------------------------------------------
@@ -93,7 +97,7 @@ def test_both_spellings_of_a_question_are_read(tmp_path, tokenizer):
         {"ctx": "a", "endings": ["b", "\nc"], "label": 1},
         {"query": "a", "choices": ["b", "\nc"], "gold": "1", "category": "x"},
     ]
-    task = open_choices(write(tmp_path / "q.jsonl", *rows), "mine", tokenizer)
+    task = open_choices(write(tmp_path / "q.jsonl", *rows), "mine", tokenizer, tokenizer.eot)
     assert task.questions == [Question("a", (" b", "\nc"), 1)] * 2
 
 
@@ -110,14 +114,14 @@ def test_both_spellings_of_a_question_are_read(tmp_path, tokenizer):
 def test_a_malformed_question_names_its_line(tmp_path, tokenizer, row, said):
     path = write(tmp_path / "q.jsonl", {"ctx": "a", "endings": ["b", "c"], "label": 0}, row)
     with pytest.raises(UserError, match=said):
-        open_choices(path, "mine", tokenizer)
+        open_choices(path, "mine", tokenizer, tokenizer.eot)
 
 
 # ---- parts and errors ------------------------------------------------------------------------------------------------
 
 
 def test_a_part_of_a_task_lies_within_a_larger_part(model, tokenizer):
-    task = Choices("mine", questions(60), tokenizer)
+    task = task_of(questions(60), tokenizer)
     scorer = Scorer(model, tiny.ALONE)
     small, large, whole = (evaluate(task, scorer, max_items=n) for n in (10, 25, 0))
     assert [len(x.chosen) for x in (small, large, whole)] == [10, 25, 60]
@@ -154,7 +158,7 @@ def test_a_time_budget_chooses_a_part_after_a_pilot(tokenizer, monkeypatch, seco
             n = sum(len(prompt.endings) for prompt in prompts)
             return Scores(np.zeros(n), np.ones(n, dtype=np.int64), np.zeros(n, dtype=bool))
 
-    task = Choices("mine", questions(20) * 100, tokenizer)
+    task = task_of(questions(20) * 100, tokenizer)
     found = evaluate(task, Slow(), seconds=seconds)
     assert asked == [PILOT_ITEMS, evaluated]
     assert len(found.chosen) == evaluated
@@ -170,21 +174,22 @@ def test_standard_errors_are_lm_evals():
     assert estimate(np.ones(1)).stderr is None
 
 
-def test_outcomes_are_kept_one_bit_an_item():
-    import base64
-
-    values = np.array([1.0, 0, 0, 1, 1, 0, 1, 0, 1])
-    one = Result("t", {"acc": values}, np.arange(9), 9, "", None, 0.0)
-    bits = np.unpackbits(np.frombuffer(base64.b64decode(one.packed_outcomes()["acc"]), np.uint8), count=9)
-    assert bits.tolist() == values.tolist()
+def test_items_are_written_one_a_line():
+    one = Result(
+        "t", {"acc": np.array([1.0, 0.0]), "acc_norm": np.array([1.0, 1.0])}, np.array([3, 7]), 9, "abcdefghij"
+    )
+    assert [json.loads(line) for line in one.item_lines().splitlines()] == [
+        {"item": "abcdefgh:3", "acc": 1.0, "acc_norm": 1.0},
+        {"item": "abcdefgh:7", "acc": 0.0, "acc_norm": 1.0},
+    ]
 
 
 def test_the_hash_of_items_follows_what_is_asked(tokenizer):
-    one, same, other = (Choices("mine", q, tokenizer).items_sha256 for q in (questions(5), questions(5), questions(6)))
+    one, same, other = (task_of(q, tokenizer).items_sha256 for q in (questions(5), questions(5), questions(6)))
     assert one == same != other
 
 
 def test_naive_scores_agree_with_the_packed_ones(model, tokenizer):
-    prompts = Choices("mine", questions(20), tokenizer).prompts(range(20))
+    prompts = task_of(questions(20), tokenizer).prompts(range(20))
     found = Scorer(model, tiny.ALONE)(prompts)
     np.testing.assert_allclose(found.log_likelihood, [x for x, _, _ in naive_scores(model, prompts)], rtol=1e-12)

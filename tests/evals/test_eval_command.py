@@ -248,8 +248,21 @@ def test_files_are_read_before_anything_is_computed(run, tmp_path):
 
 def test_several_processes_find_the_same(evaluate, run, questions, tmp_path):
     args = ("--tasks", f"val,hellaswag:{questions}", "--precision", "fp64")
+    alone = evaluate(run, *args, "--items", tmp_path / "one")["tasks"]
     file = tmp_path / "two.json"
-    assert main([str(run), *args, "--device", "cpu", "--nproc", "2", "--json", str(file)]) == 0
-    alone, together = evaluate(run, *args)["tasks"], json.loads(file.read_text(encoding="utf-8"))["tasks"]
+    more = ("--nproc", "2", "--json", str(file), "--items", str(tmp_path / "two"))
+    assert main([str(run), *args, "--device", "cpu", *more]) == 0
+    together = json.loads(file.read_text(encoding="utf-8"))["tasks"]
     assert together["val"]["loss"] == pytest.approx(alone["val"]["loss"], rel=1e-13)
-    assert together["hellaswag"]["outcomes"] == alone["hellaswag"]["outcomes"]
+    one, two = ((tmp_path / name / "hellaswag-step-00000003.jsonl").read_text() for name in ("one", "two"))
+    assert one == two
+    assert one.count("\n") == 40
+    assert json.loads(one.splitlines()[0]).keys() == {"item", "acc", "acc_norm"}
+
+
+def test_items_of_earlier_steps_give_way(run, questions, tmp_path):
+    for step in (1, 5):
+        (tmp_path / f"hellaswag-step-{step:08d}.jsonl").write_text("", encoding="utf-8")
+    args = ["--tasks", f"hellaswag:{questions}", "--device", "cpu", "--items", str(tmp_path)]
+    assert main([str(run), *args]) == 0
+    assert sorted(path.name[15:23] for path in tmp_path.iterdir()) == ["00000003", "00000005"]

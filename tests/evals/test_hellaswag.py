@@ -14,7 +14,7 @@ import tiny
 from regpt.data.download import PATIENCE
 from regpt.errors import UserError
 from regpt.evals.choices import Choices
-from regpt.evals.hellaswag import LABEL_COUNTS, N_ITEMS, URL, download, open_hellaswag
+from regpt.evals.hellaswag import LABEL_COUNTS, N_ITEMS, URL, download, open_hellaswag, read_hellaswag
 from regpt.evals.score import Scorer
 from regpt.evals.task import evaluate
 from regpt.model.transformer import Transformer
@@ -46,11 +46,11 @@ def write(path: Path, *rows: dict) -> Path:
     return path
 
 
-def test_the_official_format_and_the_bundles_give_the_same(tmp_path, tokenizer):
+def test_the_official_format_and_the_bundles_give_the_same(tmp_path):
     bundle = {key: OFFICIAL[key] for key in ("ctx", "endings", "label", "activity_label")}
     core = {"query": OFFICIAL["ctx"], "choices": OFFICIAL["endings"], "gold": 3}
     for row in (OFFICIAL, bundle, core):
-        (question,) = open_hellaswag(write(tmp_path / "h.jsonl", row), tokenizer).questions
+        (question,) = read_hellaswag(write(tmp_path / "h.jsonl", row))
         assert question.context == "A man is sitting on a roof. he"
         assert question.endings[0] == " is using wrap."  # the leading space is the lecture's
         assert question.label == 3
@@ -67,19 +67,19 @@ def test_the_official_format_and_the_bundles_give_the_same(tmp_path, tokenizer):
         ({"ctx": ""}, "'ctx' is empty"),
     ],
 )
-def test_a_malformed_item_names_its_line(tmp_path, tokenizer, change, said):
+def test_a_malformed_item_names_its_line(tmp_path, change, said):
     with pytest.raises(UserError, match=f"h.jsonl, line 2: {said}"):
-        open_hellaswag(write(tmp_path / "h.jsonl", OFFICIAL, OFFICIAL | change), tokenizer)
+        read_hellaswag(write(tmp_path / "h.jsonl", OFFICIAL, OFFICIAL | change))
 
 
-def test_the_whole_set_must_have_its_labels(tmp_path, tokenizer):
+def test_the_whole_set_must_have_its_labels(tmp_path):
     counts = list(LABEL_COUNTS)
     assert sum(counts) == N_ITEMS
     rows = [{"ctx": "a", "endings": list("abcd"), "label": label} for label, n in enumerate(counts) for _ in range(n)]
-    assert open_hellaswag(write(tmp_path / "h.jsonl", *rows), tokenizer).n_items == N_ITEMS
+    assert len(read_hellaswag(write(tmp_path / "h.jsonl", *rows))) == N_ITEMS
     rows[0]["label"] = 3
     with pytest.raises(UserError, match=r"10,042 items but the label counts \(2514, 2485, 2584, 2459\)"):
-        open_hellaswag(write(tmp_path / "h.jsonl", *rows), tokenizer)
+        read_hellaswag(write(tmp_path / "h.jsonl", *rows))
 
 
 @pytest.fixture
@@ -120,24 +120,24 @@ def test_a_download_with_another_hash_is_refused(tmp_path, web):
 @pytest.mark.network
 def test_the_authors_file_has_the_hash_that_others_published(tmp_path):
     assert URL.startswith("https://raw.githubusercontent.com/rowanz/hellaswag/")
-    assert open_hellaswag(download(cache=tmp_path), train_bpe(["a b"], 257)).n_items == N_ITEMS
+    assert len(read_hellaswag(download(cache=tmp_path))) == N_ITEMS
 
 
 @pytest.mark.shared
 @needs_shared
 def test_the_file_beside_the_repository_is_whole(tokenizer):
-    task = open_hellaswag(SHARED, tokenizer)
+    task = open_hellaswag(SHARED, tokenizer, tokenizer.eot)
     assert task.n_items == N_ITEMS
     assert tuple(np.bincount([question.label for question in task.questions])) == LABEL_COUNTS
 
 
 @torch.no_grad()
-def lecture(model: Transformer, task: Choices) -> tuple[np.ndarray, np.ndarray]:
+def lecture(model: Transformer, task: Choices, tokenizer: BPETokenizer) -> tuple[np.ndarray, np.ndarray]:
     """(items,) predictions by sum and by mean: four padded rows an item, one item at a time, all logits."""
     found = []
     for question in task.questions:
-        context = task.tokenizer.encode(question.context)
-        endings = [task.tokenizer.encode(ending) for ending in question.endings]
+        context = tokenizer.encode(question.context)
+        endings = [tokenizer.encode(ending) for ending in question.endings]
         length = len(context) + max(map(len, endings))
         tokens, mask = torch.zeros(2, 4, length, dtype=torch.long)
         for k, ending in enumerate(endings):
@@ -155,7 +155,7 @@ def equal_to_the_lecture(task: Choices, tokenizer: BPETokenizer, longest: int) -
     model = tiny.build_model(config=tiny.replace(tiny.CONFIG, vocab_size=tokenizer.n_vocab, max_seq_len=longest))
     found = evaluate(task, Scorer(model, tiny.ALONE, batch_tokens=4096))
     labels = np.array([question.label for question in task.questions])
-    for metric, predicted in zip(("acc", "acc_norm"), lecture(model, task)):
+    for metric, predicted in zip(("acc", "acc_norm"), lecture(model, task, tokenizer)):
         assert found.outcomes[metric].tolist() == (predicted == labels).tolist()
         assert 0.15 < found.estimates()[metric].value < 0.35  # random weights guess
 
@@ -163,9 +163,9 @@ def equal_to_the_lecture(task: Choices, tokenizer: BPETokenizer, longest: int) -
 @pytest.mark.shared
 @needs_shared
 def test_300_items_are_judged_as_by_the_lectures_loop():
-    some = open_hellaswag(SHARED, train_bpe(["a b"], 257)).questions[::33]
+    some = read_hellaswag(SHARED)[::33]
     tokenizer = train_bpe((" ".join((q.context, *q.endings)) for q in some), 1024)
-    equal_to_the_lecture(Choices("hellaswag", some, tokenizer), tokenizer, 400)
+    equal_to_the_lecture(Choices("hellaswag", some, tokenizer, tokenizer.eot), tokenizer, 400)
 
 
 @pytest.mark.slow
@@ -173,6 +173,6 @@ def test_300_items_are_judged_as_by_the_lectures_loop():
 @pytest.mark.shared
 @needs_shared
 def test_all_items_are_judged_as_by_the_lectures_loop():
-    every = open_hellaswag(SHARED, train_bpe(["a b"], 257)).questions
+    every = read_hellaswag(SHARED)
     tokenizer = train_bpe((" ".join((q.context, *q.endings)) for q in every[::10]), 1024)
-    equal_to_the_lecture(Choices("hellaswag", every, tokenizer), tokenizer, 500)
+    equal_to_the_lecture(Choices("hellaswag", every, tokenizer, tokenizer.eot), tokenizer, 500)

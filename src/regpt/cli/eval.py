@@ -43,7 +43,9 @@ class EvalArgs:
     max_seconds: float = 0.0
     """Seconds that each other task may take, as far as a pilot can tell; 0 for no limit."""
     json: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """Also write the results to this file, with the outcome of every item; - prints them as JSON instead."""
+    """Also write the results to this file; - prints them as JSON instead."""
+    items: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """Also write what every item gave, TASK-step-N.jsonl, into this folder; regpt diff reads RUN/evals."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto: CUDA, then MPS, then CPU."""
     precision: PrecisionName = "fp32"
@@ -83,6 +85,8 @@ def main(args: list[str]) -> int:
         found = answer(asked, mesh, bar if mesh.is_main else silent)
         if not mesh.is_main:
             return 0
+    if given.items is not None:
+        write_items(Path(given.items), found)
     if given.json == "-":
         print(json.dumps(report(asked, found), ensure_ascii=False))
         return 0
@@ -138,7 +142,7 @@ def show_tasks(console: Any, asked: Question, found: Answer) -> None:
         for one in results:
             of = "" if len(one.chosen) == one.n_items else f" of {one.n_items:,}"
             for metric, value in one.estimates().items():
-                seconds = f"{one.seconds:.1f}"
+                seconds = f"{one.seconds + suite.seconds / len(results):.1f}"
                 table.add_row(one.task, metric, with_error(value.value, value.stderr), f"{value.n:,}{of}", seconds)
         for row in suite.summarize(results):
             value = with_error(row["value"], row["stderr"])
@@ -150,6 +154,17 @@ def show_tasks(console: Any, asked: Question, found: Answer) -> None:
 
 def with_error(value: float, stderr: float | None) -> str:
     return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"
+
+
+def write_items(folder: Path, found: Answer) -> None:
+    from regpt.runs.items import write_items
+
+    try:
+        for _, results in found.suites:
+            for one in results:
+                write_items(folder, one, found.opened.step or 0)
+    except OSError as error:
+        raise UserError(f"cannot write into {str(folder)!r} ({error.strerror}); choose another --items") from None
 
 
 def write_report(path: Path, content: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from regpt.errors import UserError
 from regpt.evals.items import Item, hash_of, read_items
 from regpt.evals.packing import Prompt
 from regpt.evals.score import Scores
-from regpt.text.tokenizer import Tokenizer
+from regpt.text.tokenizer import Encoder
 
 KEYS = (("ctx", "endings", "label"), ("query", "choices", "gold"))  # HellaSwag's names, and those of CORE's files
 
@@ -30,32 +30,29 @@ class Choices:
     mean log-likelihood of a token is (which is the smallest mean loss). Of equals the first counts.
     """
 
-    def __init__(self, name: str, questions: Sequence[Question], tokenizer: Tokenizer):
-        self.name, self.questions, self.tokenizer = name, questions, tokenizer
-        self.n_items = len(questions)
-        self.items_sha256 = hash_of((question.context, *question.endings) for question in questions)
-        counts = {len(question.endings) for question in questions}
-        self.baseline = float(np.mean([1 / len(question.endings) for question in questions])) if counts else None
-
-    def prompts(self, chosen: Sequence[int]) -> list[Prompt]:
-        """Context and endings are encoded apart, as the lecture does; an empty context is `<|endoftext|>`.
+    def __init__(self, name: str, questions: Sequence[Question], encoder: Encoder, eot: int):
+        """Encodes everything: context and endings apart, as the lecture does; an empty context is `eot`.
 
         Raises:
             UserError: an ending without a token.
         """
-        questions = [self.questions[i] for i in chosen]
+        self.name, self.questions, self.n_items = name, questions, len(questions)
+        self.items_sha256 = hash_of((question.context, *question.endings) for question in questions)
+        self.baseline = float(np.mean([1 / len(question.endings) for question in questions])) if questions else None
         texts = [question.context for question in questions]
         texts += [ending for question in questions for ending in question.endings]
-        tokens = self.tokenizer.encode_batch(texts)
-        contexts, endings = tokens[: len(questions)], iter(tokens[len(questions) :])
-        empty = np.array([self.tokenizer.eot], dtype=np.uint32)
-        prompts = []
-        for number, question, context in zip(chosen, questions, contexts):
-            own = [next(endings) for _ in question.endings]
-            if not all(map(len, own)):
-                raise UserError(f"{self.name}: an ending of item {number} has no token; give it a text")
-            prompts.append(Prompt(context if len(context) else empty, own, [len(ending) for ending in own]))
-        return prompts
+        tokens = encoder.encode_batch(texts)
+        empty = np.array([eot], dtype=np.uint32)
+        self.contexts = [context if len(context) else empty for context in tokens[: self.n_items]]
+        each = iter(tokens[self.n_items :])
+        self.endings = [[next(each) for _ in question.endings] for question in questions]
+        for number, endings in enumerate(self.endings):
+            if not all(map(len, endings)):
+                raise UserError(f"{name}: an ending of item {number} has no token; give it a text")
+
+    def prompts(self, chosen: Sequence[int]) -> list[Prompt]:
+        """Every token of an ending is scored."""
+        return [Prompt(self.contexts[i], self.endings[i], [len(x) for x in self.endings[i]]) for i in chosen]
 
     def judge(self, scores: Scores, chosen: Sequence[int]) -> dict[str, np.ndarray]:
         counts = [len(self.questions[i].endings) for i in chosen]
@@ -71,7 +68,7 @@ def largest(values: np.ndarray, counts: Sequence[int]) -> np.ndarray:
     return np.array([values[end - n : end].argmax() for end, n in zip(ends, counts)], dtype=np.int64)
 
 
-def open_choices(path: Path, name: str, tokenizer: Tokenizer) -> Choices:
+def open_choices(path: Path, name: str, encoder: Encoder, eot: int) -> Choices:
     """The questions of a user's file: a line has `ctx`, `endings`, `label`, or `query`, `choices`, `gold`.
 
     A space is put before an ending that does not begin with white space.
@@ -79,7 +76,7 @@ def open_choices(path: Path, name: str, tokenizer: Tokenizer) -> Choices:
     Raises:
         UserError: a file that cannot be read, or a malformed line.
     """
-    return Choices(name, list(questions_of(read_items(path))), tokenizer)
+    return Choices(name, list(questions_of(read_items(path))), encoder, eot)
 
 
 def questions_of(items: Iterable[Item]) -> Iterable[Question]:

@@ -11,7 +11,7 @@ from regpt.data.sources import DownloadProgress
 from regpt.errors import UserError
 from regpt.evals.choices import Choices, Question
 from regpt.evals.items import Item, read_items
-from regpt.text.tokenizer import Tokenizer
+from regpt.text.tokenizer import Encoder
 
 N_ITEMS = 10_042
 LABEL_COUNTS = (2515, 2485, 2584, 2458)  # how often each place holds the right ending
@@ -21,8 +21,13 @@ URL = f"https://raw.githubusercontent.com/rowanz/hellaswag/{COMMIT}/data/hellasw
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 
 
-def open_hellaswag(path: Path | None, tokenizer: Tokenizer, progress: DownloadProgress | None = None) -> Choices:
-    """HellaSwag from `path`, or from the authors' repository (kept in `.cache/regpt` of the home folder).
+def open_hellaswag(path: Path | None, encoder: Encoder, eot: int, progress: DownloadProgress | None = None) -> Choices:
+    """HellaSwag as a task; raises what `read_hellaswag` does."""
+    return Choices("hellaswag", read_hellaswag(path, progress), encoder, eot)
+
+
+def read_hellaswag(path: Path | None, progress: DownloadProgress | None = None) -> list[Question]:
+    """The questions in `path`, or in the authors' repository (kept in `.cache/regpt` of the home folder).
 
     Both formats that are about are read: the authors' (`ctx`, `endings`, `label`) and that of CORE's bundle.
 
@@ -30,7 +35,7 @@ def open_hellaswag(path: Path | None, tokenizer: Tokenizer, progress: DownloadPr
         UserError: a file that cannot be read or downloaded, malformed items, or all 10,042 items with other labels.
     """
     items = read_items(path if path else download(progress=progress))
-    return Choices("hellaswag", checked(list(questions_of(items)), str(path or URL)), tokenizer)
+    return checked(list(questions_of(items)), str(path or URL))
 
 
 def download(

@@ -1,7 +1,9 @@
 """Tasks that are reported together, from what the user named to rows of metrics."""
 
+import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ from regpt.evals.choices import open_choices
 from regpt.evals.hellaswag import open_hellaswag
 from regpt.evals.specs import Spec
 from regpt.evals.task import Result, Task
-from regpt.text.tokenizer import Tokenizer
+from regpt.text.fast import accelerate
+from regpt.text.tokenizer import Encoder, Tokenizer
 
 Row = dict[str, Any]
 
@@ -23,24 +26,37 @@ class Suite:
         name: `hellaswag`, `core`, or the name of a user's file.
         tasks: what it consists of.
         summarize: rows about all of them together, beside those of each.
+        seconds: what reading and encoding took.
     """
 
     name: str
     tasks: tuple[Task, ...]
     summarize: Callable[[Sequence[Result]], list[Row]] = lambda results: []
+    seconds: float = 0.0
 
 
-def open_suite(spec: Spec, tokenizer: Tokenizer, progress: DownloadProgress | None = None) -> Suite:
-    """The tasks that `spec` names, read and checked.
+def open_suites(specs: Iterable[Spec], tokenizer: Tokenizer, progress: DownloadProgress | None = None) -> list[Suite]:
+    """The tasks that `specs` name, read, checked and encoded; by gigatoken where it is installed.
 
     Raises:
         UserError: a file that cannot be had, or malformed items.
     """
+    suites = []
+    with tempfile.TemporaryDirectory() as folder:
+        encoder = accelerate(tokenizer, Path(folder))
+        for spec in specs:
+            started = time.perf_counter()
+            suite = open_suite(spec, encoder, tokenizer.eot, progress)
+            suites.append(replace(suite, seconds=time.perf_counter() - started))
+    return suites
+
+
+def open_suite(spec: Spec, encoder: Encoder, eot: int, progress: DownloadProgress | None) -> Suite:
     path = Path(spec.argument)
     if spec.kind == "hellaswag":
-        return Suite("hellaswag", (open_hellaswag(path if spec.argument else None, tokenizer, progress),))
+        return Suite("hellaswag", (open_hellaswag(path if spec.argument else None, encoder, eot, progress),))
     if spec.kind == "mc":
-        return Suite(str(spec), (open_choices(path, str(spec), tokenizer),))
+        return Suite(str(spec), (open_choices(path, str(spec), encoder, eot),))
     raise UsageError(f"task {str(spec)!r} cannot be evaluated here; see regpt eval --help")
 
 

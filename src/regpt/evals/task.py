@@ -1,6 +1,6 @@
 """A task: prompts, and what their scores say; evaluated whole or on a fixed part, with standard errors."""
 
-import base64
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -69,19 +69,22 @@ class Result:
     chosen: np.ndarray
     n_items: int
     items_sha256: str
-    baseline: float | None
-    seconds: float
+    baseline: float | None = None
+    seconds: float = 0.0
     details: dict[str, object] = field(default_factory=dict)
 
     def estimates(self) -> dict[str, Estimate]:
         return {metric: estimate(values) for metric, values in self.outcomes.items()}
 
-    def packed_outcomes(self) -> dict[str, str]:
-        """Metric → base64 of one bit an item (NumPy's packbits), to compare models item by item."""
-        return {
-            metric: base64.b64encode(np.packbits(values > 0.5).tobytes()).decode()
-            for metric, values in self.outcomes.items()
-        }
+    def item_lines(self) -> str:
+        """One JSON object a line for each evaluated item, so that two models can be compared item by item: `item` names
+        it across files of the same items, and a number for each metric."""
+        names = [f"{self.items_sha256[:8]}:{i}" for i in self.chosen.tolist()]
+        columns = {metric: values.tolist() for metric, values in self.outcomes.items()}
+        rows = [
+            {"item": name} | {metric: column[k] for metric, column in columns.items()} for k, name in enumerate(names)
+        ]
+        return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def estimate(values: np.ndarray) -> Estimate:

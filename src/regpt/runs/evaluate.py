@@ -16,11 +16,10 @@ from regpt.data.manifest import read_manifest
 from regpt.errors import UsageError, UserError
 from regpt.evals.score import Progress, Scorer
 from regpt.evals.specs import Spec
-from regpt.evals.suite import Suite, open_suite, rows_of
+from regpt.evals.suite import Suite, open_suites, rows_of
 from regpt.evals.task import Result, evaluate
 from regpt.parallel.mesh import Mesh
 from regpt.runs.validation import Part, Validated, folder_parts, own_sums, part_batches, result
-from regpt.text.fast import accelerate
 from regpt.train.config import PrecisionName
 from regpt.train.loss import make_loss_sum
 from regpt.train.precision import autocast, parameter_dtype, set_matmul_precision
@@ -93,8 +92,7 @@ def answer(asked: Question, mesh: Mesh, show: ShowProgress) -> Answer:
     set_matmul_precision(asked.precision)
     opened.model.to(parameter_dtype(asked.precision)).eval()
     task = open_val(asked, run, folder, opened) if folder else None
-    tokenizer = accelerate(opened.tokenizer)
-    suites = [open_suite(spec, tokenizer) for spec in asked.specs if spec.kind != "val"]
+    suites = open_suites([spec for spec in asked.specs if spec.kind != "val"], opened.tokenizer)
     val = (task, validate(asked, task, opened, mesh, show)) if task else None
     scorer = Scorer(opened.model, mesh, autocast=lambda: autocast(asked.precision, mesh.device), compile=asked.compile)
     found = []
@@ -196,7 +194,7 @@ def report(asked: Question, found: Answer) -> dict[str, Any]:
         tasks["val"] = val_numbers(val.whole) | ({"sources": sources} if sources else {}) | where
     for suite, results in found.suites:
         for one in results:
-            tasks[one.task] = task_numbers(one)
+            tasks[one.task] = task_numbers(one) | {"read_seconds": suite.seconds}
         for row in suite.summarize(results):
             tasks[row["task"]] = {key: value for key, value in row.items() if key != "task"}
     return {
@@ -224,7 +222,6 @@ def task_numbers(one: Result) -> dict[str, Any]:
         "baseline": one.baseline,
         "seconds": one.seconds,
         "items_sha256": one.items_sha256,
-        "outcomes": one.packed_outcomes(),
         **one.details,
     }
 
