@@ -175,9 +175,8 @@ def test_standard_errors_are_lm_evals():
 
 
 def test_items_are_written_one_a_line():
-    one = Result(
-        "t", {"acc": np.array([1.0, 0.0]), "acc_norm": np.array([1.0, 1.0])}, np.array([3, 7]), 9, "abcdefghij"
-    )
+    outcomes = {"acc": np.array([1.0, 0.0]), "acc_norm": np.array([1.0, 1.0])}
+    one = Result("t", outcomes, np.array([3, 7]), 9, "abcdefghij")
     assert [json.loads(line) for line in one.item_lines().splitlines()] == [
         {"item": "abcdefgh:3", "acc": 1.0, "acc_norm": 1.0},
         {"item": "abcdefgh:7", "acc": 0.0, "acc_norm": 1.0},

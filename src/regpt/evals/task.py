@@ -81,9 +81,7 @@ class Result:
         it across files of the same items, and a number for each metric."""
         names = [f"{self.items_sha256[:8]}:{i}" for i in self.chosen.tolist()]
         columns = {metric: values.tolist() for metric, values in self.outcomes.items()}
-        rows = [
-            {"item": name} | {metric: column[k] for metric, column in columns.items()} for k, name in enumerate(names)
-        ]
+        rows = [{"item": name} | {key: column[k] for key, column in columns.items()} for k, name in enumerate(names)]
         return "".join(json.dumps(row) + "\n" for row in rows)
 
 
