@@ -85,16 +85,6 @@ def write_row(job: Job, row: Row) -> None:
         job.metrics.write(row)
 
 
-def tell_fewer_rows(job: Job, rows: int) -> None:
-    """A process ran out of memory; from now on each computes `rows` at once."""
-    event: Row = {"kind": "event", "step": job.trainer.step, "name": "out_of_memory", "micro_batch_rows": rows}
-    write_row(job, event | {"time": time.time()})
-    job.terminal.say(
-        f"out of memory after step {job.trainer.step:,}: going on with {rows} rows at once, the same update in smaller "
-        "parts"
-    )
-
-
 @torch.no_grad()
 def validate(job: Job, step: int, parts: Sequence[Part]) -> None:
     """Mean loss and bits per byte over the rows of `parts`, all processes together; also of each source."""

@@ -26,7 +26,6 @@ from regpt.runs.actions import (
     make_actions,
     say_what_is_left_out,
     summary,
-    tell_fewer_rows,
     write_epochs,
     write_row,
     write_saved_rows,
@@ -167,7 +166,6 @@ def fit(config: RunConfig, run: Path, corpus: Corpus, loader: Loader, trainer: T
         job = Job(
             config, run, mesh, corpus, trainer.model, trainer.optimizer, trainer, ratios, terminal, *files, saver=saver
         )
-        trainer.micro_batch.on_fewer = lambda rows: tell_fewer_rows(job, rows)
         terminal.say(summary(job))
         peak = device_peak(mesh.device, config.train.precision)
         terminal.say(f"100 % MFU is {peak}")

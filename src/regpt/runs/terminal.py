@@ -13,6 +13,10 @@ from rich.text import Text
 
 CURVE_WIDTH, CURVE_HEIGHT = 60, 6  # in characters; a Braille character holds 2 × 4 dots
 PLAIN_SECONDS = 5.0  # between lines where nothing can be redrawn
+EVENTS = {  # that are said at once, with the keys of their rows
+    "out_of_memory": "out of memory, going on with {micro_batch_rows} rows at once: the same update in smaller parts",
+    "loss_scale": "loss scale {loss_scale:g} ({reason})",
+}
 SMOOTHING = 0.9  # of the rate behind the time left
 
 
@@ -53,6 +57,8 @@ class Terminal:
             self.say(f"validation loss {self.val}")
         elif row["kind"] == "train":
             self.train_row(row)
+        elif row.get("name") in EVENTS:
+            self.say(f"after step {row['step']:,}: {EVENTS[row['name']].format(**row)}")
 
     def train_row(self, row: dict[str, Any]) -> None:
         self.losses.append(row["loss"])

@@ -7,7 +7,7 @@ from typing import Literal
 from regpt.errors import UsageError
 from regpt.kernels.select import KernelsName
 
-PrecisionName = Literal["fp64", "fp32", "tf32", "bf16"]
+PrecisionName = Literal["fp64", "fp32", "tf32", "bf16", "fp16"]
 
 
 def require_finite(section: str, config: object, names: tuple[str, ...]) -> None:
@@ -38,7 +38,8 @@ class TrainConfig:
     """Rows that one process computes at once; the rest of the batch is accumulated. auto: what fits, tried at the
     start and kept in config.toml."""
     precision: PrecisionName = "bf16"
-    """fp32; tf32: float32 with TensorFloat-32 products; bf16: bfloat16 autocast, float32 weights; fp64 for tests."""
+    """fp32; tf32: float32 with TensorFloat-32 products; bf16: bfloat16 autocast, float32 weights; fp16: float16
+    autocast and a loss scale, for devices without bfloat16; fp64 for tests."""
     compile: bool = True
     """Compile the training step with torch.compile; of no effect with the fused kernels."""
     kernels: KernelsName = "auto"

@@ -15,6 +15,7 @@ from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import Mesh
 from regpt.train.config import TrainConfig
 from regpt.train.loss import LossSum, valid_targets
+from regpt.train.loss_scale import LossScale
 from regpt.train.memory import memory_advice
 from regpt.train.metrics import flops_per_token, peak_memory_gib
 from regpt.train.micro_batch import MicroBatch
@@ -33,7 +34,8 @@ def due(step: int, every: int) -> bool:
 class Actions:
     """What happens around the updates; handed in, so that training knows nothing of evaluation, files or terminals.
 
-    Each takes the number of updates made so far; `log` takes the row of one update. They run in every process.
+    Each takes the number of updates made so far; `log` takes the row of one update, or of an event. They run in every
+    process.
     """
 
     log: Callable[[Row], None]
@@ -80,7 +82,14 @@ class Trainer:
     ):
         self.model, self.loss_sum, self.optimizer, self.lr_at = model, loss_sum, optimizer, lr_at
         self.loader, self.mesh, self.config, self.step = loader, mesh, config, step
-        self.micro_batch = MicroBatch(config.first_rows, mesh)
+        self.report: Callable[[Row], None] = lambda row: None  # of events; `fit` sets it
+        self.micro_batch = MicroBatch(
+            config.first_rows, mesh, lambda rows: self.event("out_of_memory", micro_batch_rows=rows)
+        )
+        self.loss_scale = LossScale(
+            dynamic=config.precision == "fp16",
+            on_change=lambda scale, reason: self.event("loss_scale", loss_scale=scale, reason=reason),
+        )
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         for p in self.parameters:
             p.grad = torch.zeros_like(p)  # here once; see clear_gradients
@@ -89,6 +98,7 @@ class Trainer:
 
     def fit(self, do: Actions, every: Every) -> bool:
         """Train until `config.steps` updates are made; False when a stop was requested before that."""
+        self.report = do.log
         self.evaluate(do, every)  # at initialisation; after a resume, what a stop may have left out
         while self.step < self.config.steps:
             do.log(self.update())
@@ -115,22 +125,29 @@ class Trainer:
         lr = self.lr_at(self.step + 1)
         with memory_advice(f"with train.micro_batch_rows = {self.micro_batch.rows}", self.micro_batch.advice()):
             loss, norm = torch.stack(self.gradients()).tolist()  # waits for the device, as nothing else in a step does
+            while self.loss_scale.too_large(loss, norm):
+                loss, norm = torch.stack(self.gradients()).tolist()
             row: Row = {"kind": "train", "step": self.step + 1, "loss": loss, "lr": lr, "grad_norm": norm}
             self.refuse_non_finite(row)
             set_lr(self.optimizer, lr)
             self.optimizer.step()
         self.step += 1
+        self.loss_scale.note_update()
         return row | self.costs(time.perf_counter() - started)
+
+    def event(self, name: str, **facts: object) -> None:
+        self.report({"kind": "event", "step": self.step, "name": name, **facts, "time": time.time()})
 
     def state(self) -> dict[str, object]:
         """What a run needs to go on, besides weights, moments and the number of the step: JSON values."""
-        return {"micro_batch_rows": self.micro_batch.rows}
+        return {"micro_batch_rows": self.micro_batch.rows, "loss_scale": self.loss_scale.state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` gave."""
         rows = state.get("micro_batch_rows", self.micro_batch.rows)
         if self.micro_batch.rows % rows == 0:  # else the configuration was changed since
             self.micro_batch.rows = rows
+        self.loss_scale.load_state(state.get("loss_scale", {}))
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """Gradients of the mean loss over every valid target of the step, summed over micro-batches and processes.
@@ -141,17 +158,19 @@ class Trainer:
         own = valid_targets(self.loader.step(self.step, self.micro_batch.rows))
         dtype = self.parameters[0].dtype
         count = self.mesh.sum(torch.full((), own, device=self.mesh.device, dtype=dtype))  # there: nothing waits for it
-        total = self.micro_batch.attempt(lambda rows: self.accumulate(rows, count))
+        scale = self.loss_scale.scale
+        total = self.micro_batch.attempt(lambda rows: self.accumulate(rows, count / scale))
         self.mesh.sum_gradients(self.parameters)
+        self.loss_scale.unscale(self.parameters)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip or math.inf)
-        return self.mesh.sum(total), norm
+        return self.mesh.sum(total) / scale, norm
 
-    def accumulate(self, rows: int, count: Tensor) -> Tensor:
-        """This process's part of the loss and of the gradients, in micro-batches of `rows`."""
+    def accumulate(self, rows: int, divisor: Tensor) -> Tensor:
+        """This process's part of the loss and its gradients, in micro-batches of `rows`, each loss over `divisor`."""
         self.clear_gradients()
-        total = torch.zeros_like(count)
+        total = torch.zeros_like(divisor)
         for batch in self.loader.step(self.step, rows):
-            loss = self.loss_sum(batch.to(self.mesh.device)) / count
+            loss = self.loss_sum(batch.to(self.mesh.device)) / divisor
             loss.backward()
             total += loss.detach()
         return total
