@@ -14,7 +14,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-import time
 import tracemalloc
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,11 +23,8 @@ import numpy as np
 import torch
 import tyro
 
-from regpt.data.bos import PackedRows
-from regpt.data.loader import Loader
-from regpt.data.manifest import read_manifest
-from regpt.data.prefetch import Prefetcher
-from regpt.data.rows import ORDERS, open_rows
+from regpt.data.rows import ORDERS
+from regpt.tools.bench.batches import Reading, time_batches, time_first_batch
 from regpt.tools.bench.invent import document_lengths, invent_shards
 
 SEQ_LEN, BATCH_TOKENS, MICRO_BATCH_ROWS = 1024, 524288, 64  # the lecture's run
@@ -109,47 +105,26 @@ def measured(*what: object) -> dict:
 
 def measure_throughput(folder: str, order: str, mask: str) -> dict:
     """Steps of the loader behind the prefetcher, for three seconds after the first two."""
-    loader = open_loader(Path(folder), order, mask == "1")
-    with Prefetcher(loader) as batches:
-        for step in range(2):
-            batches.step(step)
-        step, started, cpu = 2, time.perf_counter(), time.process_time()
-        while (seconds := time.perf_counter() - started) < 3:
-            batches.step(step)
-            step += 1
-        cpu = time.process_time() - cpu
-    millions = (step - 2) * BATCH_TOKENS / 1e6
-    rows = loader.rows
-    left_out = rows.left_out() if isinstance(rows, PackedRows) else None
-    return {"mtokens_per_s": millions / seconds, "mtokens_per_cpu_s": millions / cpu, "left_out": left_out}
+    times = time_batches(reading(folder, order, mask == "1"), seconds=3)
+    millions = {f"m{name}": times[name] / 1e6 for name in ("tokens_per_s", "tokens_per_cpu_s")}
+    return millions | {"left_out": times["left_out"]}
 
 
 def measure_first(folder: str, order: str, step: str) -> dict:
-    started, cpu = time.perf_counter(), time.process_time()
-    open_loader(Path(folder), order, mask=False).step(int(step))
-    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-    return {"seconds": seconds, "cpu_s": cpu}
+    return time_first_batch(reading(folder, order), int(step))
 
 
 def measure_memory(folder: str, order: str, step: str) -> dict:
     tracemalloc.start()
-    open_loader(Path(folder), order, mask=False).step(int(step))
+    reading(folder, order).loader().step(int(step))
     return {"extra_mb": tracemalloc.get_traced_memory()[1] / 1e6}
 
 
 MEASUREMENTS = {"throughput": measure_throughput, "first": measure_first, "memory": measure_memory}
 
 
-def open_loader(folder: Path, order: str, mask: bool) -> Loader:
-    manifest = read_manifest(folder)
-    rows = open_rows(folder, manifest, "train", order, SEED, SEQ_LEN)
-    return Loader(
-        rows,
-        batch_tokens=BATCH_TOKENS,
-        micro_batch_rows=MICRO_BATCH_ROWS,
-        eot=VOCAB - 1 if mask else None,
-        pin_memory=torch.cuda.is_available(),
-    )
+def reading(folder: str, order: str, mask: bool = False) -> Reading:
+    return Reading(Path(folder), order, mask, SEED, SEQ_LEN, BATCH_TOKENS, MICRO_BATCH_ROWS)
 
 
 def machine() -> dict:

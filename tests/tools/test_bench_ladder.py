@@ -12,6 +12,7 @@ from torch import Tensor
 
 import tiny
 from regpt.config import read_config
+from regpt.kernels.select import Kernels
 from regpt.model.loss import loss_sum
 from regpt.model.ops import PLAIN, attention
 from regpt.runs import bench_ladder as ladder_module
@@ -129,10 +130,16 @@ def test_the_ladder_is_the_lectures():
     assert not is_lectures(read_config("gpt2-350m").model, 16384, 1024)
 
 
+def test_the_kernels_are_those_that_a_run_would_choose(monkeypatch: pytest.MonkeyPatch):
+    assert "this is cpu" in missing("kernels", tiny.CPU, tiny.CONFIG)
+    monkeypatch.setattr(parts, "choose", lambda *args: Kernels("fused", "all is there"))
+    assert missing("kernels", tiny.CPU, tiny.CONFIG) is None
+
+
 def test_a_cpu_has_no_tf32_and_the_rest_is_tried():
-    assert "Ampere" in missing("tf32", tiny.CPU)
-    assert missing("bf16", tiny.CPU) is None
-    assert missing("flash", tiny.CPU) is None  # torch has a flash kernel for CPUs
+    assert "Ampere" in missing("tf32", tiny.CPU, tiny.CONFIG)
+    assert missing("bf16", tiny.CPU, tiny.CONFIG) is None
+    assert missing("flash", tiny.CPU, tiny.CONFIG) is None  # torch has a flash kernel for CPUs
 
 
 @pytest.mark.parametrize("need", ["bf16", "compile", "flash"])
@@ -143,7 +150,7 @@ def test_what_fails_when_tried_is_missing(monkeypatch: pytest.MonkeyPatch, need:
     monkeypatch.setattr(parts.torch, "autocast", fail)
     monkeypatch.setattr(parts.torch, "compile", fail)
     monkeypatch.setattr(parts.F, "scaled_dot_product_attention", fail)
-    assert missing(need, tiny.CPU).endswith("(no kernel)")
+    assert missing(need, tiny.CPU, tiny.CONFIG).endswith("(no kernel)")
 
 
 # ---- climbing --------------------------------------------------------------------------------------------------------
@@ -163,6 +170,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
                 "vocabulary": trainer.model.wte.num_embeddings,
                 "precision": trainer.config.precision,
                 "compiled": compiled,
+                "kernels": trainer.config.kernels,
                 "batch_tokens": trainer.config.batch_tokens,
             }
         )
@@ -172,6 +180,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     monkeypatch.setattr(ladder_module, "time_steps", look)
     monkeypatch.setattr(parts, "lacks_tf32", everything)
     monkeypatch.setattr(parts, "lacks_compile", everything)
+    monkeypatch.setattr(parts, "lacks_kernels", lambda device, model: None)
     return trainers
 
 
@@ -184,6 +193,7 @@ def test_each_rung_trains_what_it_says(recipe: str, seen: list[dict]):
         "vocabulary": 300,
         "precision": "fp32",
         "compiled": False,
+        "kernels": "plain",
         "batch_tokens": 64,
     }
     changes = [
@@ -194,6 +204,7 @@ def test_each_rung_trains_what_it_says(recipe: str, seen: list[dict]):
         {"attention": "attention"},
         {"vocabulary": 384},
         {"fused": True},
+        {"kernels": "auto"},
         {"batch_tokens": 128},
     ]
     expected = []
@@ -201,10 +212,10 @@ def test_each_rung_trains_what_it_says(recipe: str, seen: list[dict]):
         plain = plain | change
         expected.append(plain)
     assert seen == expected
-    assert [rung["ms"] for rung in report["rungs"]] == [32, 16, 8, 4, 2, 1, 0.5, 0.25]  # of the same 64 tokens
-    assert [rung["factor"] for rung in report["rungs"]] == [1, 2, 2, 2, 2, 2, 2, 2]
-    assert report["rungs"][-1]["total"] == 128
-    assert report["rungs"][-1]["tokens_per_s"] == 64 / 0.25e-3
+    assert [rung["ms"] for rung in report["rungs"]] == [32, 16, 8, 4, 2, 1, 0.5, 0.25, 0.125]  # of the same 64 tokens
+    assert [rung["factor"] for rung in report["rungs"]] == [1] + [2] * 8
+    assert report["rungs"][-1]["total"] == 256
+    assert report["rungs"][-1]["tokens_per_s"] == 64 / 0.125e-3
     assert report["rungs"][-1]["batch_tokens"] == 128
 
 
@@ -226,6 +237,13 @@ def test_a_rung_that_needs_too_much_memory_computes_fewer_rows_at_once(recipe: s
     report = run_ladder(recipe, [LADDER[0], Rung("flash", attention="torch")])
     assert [(rung["rows"], rung["rows_wanted"]) for rung in report["rungs"]] == [(2, 4), (4, 4)]
     assert "out of memory with 4 rows at once, so 2" in printed(report)
+
+
+def test_rows_that_the_device_chooses_are_no_lack_of_memory(recipe: str):
+    rungs = [Rung("first", {"train.precision": "fp32"}), Rung("auto", {"train.micro_batch_rows": "auto"})]
+    (first, auto) = run_ladder(recipe, rungs)["rungs"]
+    assert (first["rows"], first["rows_wanted"]) == (4, 4)
+    assert auto["rows"] == auto["rows_wanted"]
 
 
 def test_what_was_measured_is_kept_when_a_later_rung_fails(recipe: str, monkeypatch: pytest.MonkeyPatch):
@@ -263,6 +281,7 @@ def test_the_command_writes_table_json_and_picture(bench, recipe: str, tmp_path:
     assert rungs["float32"]["setup"] == {
         "train.precision": "fp32",
         "train.compile": False,
+        "train.kernels": "plain",
         "train.pad_vocab": False,
         "attention": "explicit",
         "adamw": "default",

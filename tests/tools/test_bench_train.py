@@ -12,11 +12,9 @@ import torch
 import tiny
 from regpt.__main__ import main
 from regpt.config import read_config
-from regpt.model.ops import PLAIN
 from regpt.parallel.mesh import open_mesh
 from regpt.runs.bench import Window, bench_train, greatest
-from regpt.tools.bench.active import attention_backend, replaced_ops
-from regpt.tools.bench.explicit import EXPLICIT
+from regpt.tools.bench.active import attention_backend
 from regpt.tools.bench.steps import compile_costs, compile_counts, spread, time_steps
 from regpt.tools.bench.tables import train_table
 from regpt.train.metrics import flops_per_token
@@ -59,6 +57,8 @@ def test_the_report_has_what_the_page_says(report: dict, recipe: str):
     assert (first["compile_s"], first["compile_cache"]) == (0, None)
     assert report["versions"]["torch"] == torch.__version__
     assert (report["precision"], report["compile"], report["fused_adamw"]) == ("fp32", False, True)
+    assert report["kernels"]["name"] == "plain"
+    assert "cpu" in report["kernels"]["reason"]
 
 
 def test_the_table_has_one_row_a_figure(report: dict):
@@ -163,7 +163,7 @@ def test_torch_counts_its_compilations():
 
 
 def test_caches_are_fresh_within_and_back_after(monkeypatch: pytest.MonkeyPatch):
-    from regpt.cli.bench import CACHES, fresh_caches
+    from regpt.cli.bench_train import CACHES, fresh_caches
 
     monkeypatch.setenv(CACHES[0], "mine")
     monkeypatch.delenv(CACHES[1], raising=False)
@@ -175,8 +175,6 @@ def test_caches_are_fresh_within_and_back_after(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_is_active_is_named():
-    assert replaced_ops(PLAIN) == {}
-    assert replaced_ops(EXPLICIT) == {"attention": "regpt.tools.bench.explicit.explicit_attention"}
     assert attention_backend(tiny.CONFIG, 16, torch.float32, tiny.CPU) == "flash"  # torch has one for CPUs
     assert attention_backend(tiny.CONFIG, 16, torch.float64, tiny.CPU) in ("flash", "math")
 

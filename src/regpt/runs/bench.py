@@ -18,9 +18,17 @@ from regpt.errors import UsageError
 from regpt.model.ops import PLAIN, Ops
 from regpt.model.weights import count_parameters, initialize
 from regpt.parallel.mesh import Mesh, open_mesh
-from regpt.runs.build import Corpus, build_loader, build_model, build_trainer, open_shards, with_chosen_rows
+from regpt.runs.build import (
+    Corpus,
+    build_loader,
+    build_model,
+    build_trainer,
+    choose_kernels,
+    open_shards,
+    with_chosen_rows,
+)
 from regpt.runs.folder import device_name, source_commit
-from regpt.tools.bench.active import attention_backend, computing_dtype, replaced_ops, versions
+from regpt.tools.bench.active import attention_backend, computing_dtype, versions
 from regpt.tools.bench.invent import MEAN_LENGTH, document_lengths, invent_shards
 from regpt.tools.bench.steps import StepTimes, reset_peak, speed, time_steps
 from regpt.train.config import PrecisionName
@@ -134,6 +142,7 @@ def describe(trainer: Trainer, config: RunConfig, mesh: Mesh) -> dict[str, Any]:
     """What runs, where and how."""
     model, train, rows = trainer.model, trainer.config, trainer.micro_batch.rows
     dtype = computing_dtype(train.precision)
+    kernels = choose_kernels(config, model, mesh.device)
     return {
         "device": device_name(mesh.device),
         "world_size": mesh.world_size,
@@ -144,11 +153,11 @@ def describe(trainer: Trainer, config: RunConfig, mesh: Mesh) -> dict[str, Any]:
         "micro_batch_rows": rows,
         "accumulation": train.batch_tokens // (rows * config.data.seq_len * mesh.world_size),
         "precision": train.precision,
-        "compile": train.compile,
+        "kernels": asdict(kernels),
+        "compile": train.compile and kernels.name == "plain",
         "pad_vocab": train.pad_vocab,
         "document_mask": config.data.document_mask,
         "attention": attention_backend(model.config, config.data.seq_len, dtype, mesh.device),
-        "replaced_ops": replaced_ops(model.ops),
         "fused_adamw": bool(trainer.optimizer.defaults.get("fused")),
         "versions": {**versions(), "commit": source_commit()},
     }

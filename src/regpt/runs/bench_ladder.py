@@ -44,7 +44,10 @@ def bench_ladder(
     with open_mesh(config.train.device) as mesh, opened_data(shortened(first, window)) as (first, corpus):
         progress("what this device can do")
         climbed = climb(
-            rungs, lambda need: missing(need, mesh.device), partial(value_in, config), config.model.vocab_size
+            rungs,
+            lambda need: missing(need, mesh.device, config.model),
+            partial(value_in, config),
+            config.model.vocab_size,
         )
         head = heading(config, mesh, window, name, rows)
         done: list[Report] = []
@@ -96,6 +99,7 @@ def climb_rung(
     ops = EXPLICIT if setup.attention == "explicit" else PLAIN
     progress("building")
     with opened_trainer(config, mesh, corpus, ops, unfused if setup.adamw == "default" else unchanged) as trainer:
+        wanted = trainer.micro_batch.rows
         times = time_steps(trainer, window.warmup, progress)
         ms = spread(times.steady_ms)
         share = first.train.batch_tokens / config.train.batch_tokens
@@ -108,7 +112,7 @@ def climb_rung(
             "tokens_per_s": config.train.batch_tokens / ms["median"] * 1e3,
             "batch_tokens": config.train.batch_tokens,
             "rows": trainer.micro_batch.rows,
-            "rows_wanted": config.train.first_rows,
+            "rows_wanted": wanted,
             "first_step_s": times.first_s,
             "peak_memory_gib": peak_memory_gib(mesh.device) if mesh.device.type == "cuda" else None,
             "loss": times.rows[-1]["loss"],

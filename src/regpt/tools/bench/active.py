@@ -1,7 +1,6 @@
-"""What is active: operations, attention backend, versions. Asked for where it runs, not guessed."""
+"""What is active: attention backend, number format, versions. Asked for where it runs, not guessed."""
 
 import platform
-from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -9,17 +8,6 @@ from torch.nn.attention import SDPBackend
 
 import regpt
 from regpt.model.config import ModelConfig
-from regpt.model.ops import PLAIN, Ops
-
-
-def replaced_ops(ops: Ops) -> dict[str, str]:
-    """Operation → what computes it, for those of `ops` that are not the plain ones."""
-    chosen = {field.name: getattr(ops, field.name) for field in fields(ops)}
-    return {
-        name: f"{getattr(op, '__module__', '')}.{getattr(op, '__qualname__', type(op).__name__)}"
-        for name, op in chosen.items()
-        if op is not getattr(PLAIN, name)
-    }
 
 
 def attention_backend(config: ModelConfig, seq_len: int, dtype: torch.dtype, device: torch.device) -> str:

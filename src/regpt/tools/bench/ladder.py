@@ -11,15 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from regpt.kernels.select import choose
 from regpt.model.config import ModelConfig
-from regpt.model.transformer import VOCAB_MULTIPLE
+from regpt.model.transformer import VOCAB_MULTIPLE, Transformer
 
 LECTURE_MODEL = ModelConfig()  # GPT-2 124M
 LECTURE_ROWS, LECTURE_SEQ_LEN = 16, 1024
 
 AttentionForm = Literal["explicit", "torch"]
 AdamWForm = Literal["default", "fused"]
-Need = Literal["tf32", "bf16", "compile", "flash"]
+Need = Literal["tf32", "bf16", "compile", "flash", "kernels"]
 RECIPE = object()  # a change to the value that the recipe itself has
 PADDING = "train.pad_vocab"
 
@@ -48,7 +49,7 @@ class Rung:
 LADDER = (
     Rung(
         "float32",
-        {"train.precision": "fp32", "train.compile": False, PADDING: False},
+        {"train.precision": "fp32", "train.compile": False, "train.kernels": "plain", PADDING: False},
         attention="explicit",
         adamw="default",
         lecture_ms=1000,
@@ -59,7 +60,8 @@ LADDER = (
     Rung("flash attention", attention="torch", needs="flash", lecture_ms=96),
     Rung("padded vocabulary", {PADDING: True}, lecture_ms=93),
     Rung("fused AdamW", adamw="fused", lecture_ms=90),
-    Rung("the recipe's batch", {"train.batch_tokens": RECIPE, "train.micro_batch_rows": RECIPE}, attention="torch"),
+    Rung("fused kernels", {"train.kernels": "auto"}, needs="kernels"),
+    Rung("the recipe's batch", {"train.batch_tokens": RECIPE, "train.micro_batch_rows": RECIPE}),
 )
 
 
@@ -121,9 +123,17 @@ def is_lectures(model: ModelConfig, tokens: int, seq_len: int) -> bool:
     return model == LECTURE_MODEL and seq_len == LECTURE_SEQ_LEN and tokens == LECTURE_ROWS * LECTURE_SEQ_LEN
 
 
-def missing(need: Need, device: torch.device) -> str | None:
-    """Why `device` does not do `need`, found by trying; None when it does."""
+def missing(need: Need, device: torch.device, model: ModelConfig) -> str | None:
+    """Why `device` does not do `need` for `model`, found by trying; None when it does."""
+    if need == "kernels":
+        return lacks_kernels(device, model)
     return {"tf32": lacks_tf32, "bf16": lacks_bf16, "compile": lacks_compile, "flash": lacks_flash}[need](device)
+
+
+def lacks_kernels(device: torch.device, model: ModelConfig) -> str | None:
+    with torch.device("meta"):
+        kernels = choose("auto", Transformer(model), device, "bf16")
+    return None if kernels.name == "fused" else kernels.reason
 
 
 def lacks_tf32(device: torch.device) -> str | None:

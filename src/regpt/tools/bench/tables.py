@@ -61,7 +61,8 @@ def start_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 def active_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     found = report["versions"]
-    replaced = ", ".join(f"{name} by {op}" for name, op in report["replaced_ops"].items()) or "plain PyTorch"
+    kernels = report["kernels"]
+    attention = f", attention {report['attention']}" if kernels["name"] == "plain" else ""
     names = [f"{name} {found[name]}" for name in ("torch", "cuda", "cudnn", "triton", "python") if found[name]]
     return [
         (
@@ -71,8 +72,9 @@ def active_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         (
             "active",
-            f"{report['precision']}{', compiled' if report['compile'] else ''}, attention {report['attention']}, "
-            f"{'fused ' if report['fused_adamw'] else ''}AdamW, operations: {replaced}",
+            f"{report['precision']}, {kernels['name']} kernels ({kernels['reason']})"
+            f"{', compiled' if report['compile'] else ''}{attention}, "
+            f"{'fused ' if report['fused_adamw'] else ''}AdamW",
         ),
         ("versions", ", ".join(names)),
     ]
@@ -131,3 +133,35 @@ def figure_of(value: float | None) -> str:
         return ""
     places = 0 if value >= 100 else 1 if value >= 10 else 2
     return f"{value:,.{places}f}"
+
+
+def data_table(report: dict[str, Any]) -> Table:
+    """The report of `regpt bench data`."""
+    mask = ", masked by document" if report["document_mask"] else ""
+    first = report["first_step"]
+    timed = f"{report['steps']} of {report['batch_tokens']:,} tokens were timed"
+    rows = [
+        ("tokens/s", f"{report['tokens_per_s']:,.0f}"),
+        ("a second of the processor", f"{report['tokens_per_cpu_s']:,.0f} tokens"),
+        ("steps/s", f"{figure_of(report['steps_per_s'])} ({timed})"),
+        ("first step after", f"{first['seconds']:.2f} s ({first['cpu_s']:.2f} s of the processor)"),
+        ("rows", f"{report['seq_len']:,} tokens, {report['micro_batch_rows']} at once, {report['order']}{mask}"),
+    ]
+    if report["left_out"] is not None:
+        rows.append(("left out", f"{report['left_out']:.1%} of the tokens"))
+    return pairs(f"batches from {report['folder']}, one process", rows)
+
+
+def sample_table(report: dict[str, Any]) -> Table:
+    """The report of `regpt bench sample`."""
+    what = f"{report['source']} ({report['parameters']:,} parameters) on {report['device']}, {report['precision']}"
+    lengths = f"prompts of {report['prompt_tokens']} tokens, {report['new_tokens']} new ones"
+    table = Table(title=Text(f"{what}; {lengths}"), title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for heading in ("texts at once", "tokens/s", "ms a token", "first token, ms", "spread"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in report["batches"]:
+        each = row["seconds"] / report["new_tokens"] * 1e3
+        first = figure_of(row["first_token_s"] * 1e3)
+        cells = (str(row["batch"]), f"{row['tokens_per_s']:,.0f}", figure_of(each), first, f"{row['spread']:.1%}")
+        table.add_row(*map(Text, cells))
+    return table

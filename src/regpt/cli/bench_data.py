@@ -1,0 +1,61 @@
+"""`regpt bench data`: how fast a data folder is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from regpt.cli.output import check_json, progress, show
+from regpt.cli.parse import parse
+from regpt.data.config import DataConfig
+from regpt.errors import UsageError
+from regpt.train.config import TrainConfig
+
+DATA, TRAIN = DataConfig(), TrainConfig()
+
+
+@dataclass(frozen=True)
+class DataArgs:
+    """Time how fast one process makes batches from a folder of token shards, as it does while training."""
+
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """Folder of token shards."""
+    order: Literal["shuffle", "sequential", "bos"] = DATA.order
+    """As data.order."""
+    document_mask: tyro.conf.FlagCreatePairsOff[bool] = False
+    """As data.document_mask: find the documents in each row."""
+    seq_len: int = DATA.seq_len
+    """Tokens a row."""
+    batch_tokens: int = TRAIN.batch_tokens
+    """Tokens a step."""
+    micro_batch_rows: int = 64
+    """Rows of a micro-batch."""
+    seed: int = DATA.seed
+    """Seed of the document order."""
+    seconds: float = 3.0
+    """How long to read, after the first two steps."""
+    json: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Also write the report to this file; - prints it as JSON instead."""
+
+
+def main(args: list[str]) -> int:
+    """Parse, read, print."""
+    given = parse(DataArgs, args, prog="regpt bench data")
+    for name in ("seq_len", "batch_tokens", "micro_batch_rows"):
+        if getattr(given, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(given, name)}, must be at least 1")
+    if not 0 < given.seconds <= 3600:
+        raise UsageError(f"--seconds is {given.seconds}, must be above 0 and at most 3600")
+    check_json(given.json)
+    from regpt.tools.bench.batches import Reading, bench_data
+    from regpt.tools.bench.tables import data_table
+
+    sizes = (given.seq_len, given.batch_tokens, given.micro_batch_rows)
+    reading = Reading(Path(given.folder), given.order, given.document_mask, given.seed, *sizes)
+    with progress() as say:
+        report = bench_data(reading, given.seconds, say)
+    show(report, given.json, data_table)
+    return 0

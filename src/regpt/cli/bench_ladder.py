@@ -1,0 +1,70 @@
+"""`regpt bench ladder`: what makes training fast, change by change, on this device."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from regpt.cli.output import check_json, progress, show, write_json
+from regpt.cli.parse import parse
+from regpt.config import read_config
+from regpt.errors import UsageError
+
+CPU_ROWS = 8  # where the recipe leaves it to the device
+
+
+@dataclass(frozen=True)
+class LadderArgs:
+    """Climb the lecture's ladder on this device: float32, TF32, bfloat16, torch.compile, flash attention, padded
+    vocabulary, fused AdamW, and what this package adds. Each rung trains the same model on invented tokens."""
+
+    model: Annotated[str, tyro.conf.arg(metavar="RECIPE|FILE")] = ""
+    """Recipe whose model is trained; default: gpt2-124m on a GPU, gpt2-tiny on a CPU."""
+    rows: int = 0
+    """Rows a step; default: 16 on a GPU, as in the lecture, the recipe's train.micro_batch_rows on a CPU."""
+    steps: int = 20
+    """Steps of each rung that are timed."""
+    warmup: int = 3
+    """Steps before them."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """auto: CUDA, then MPS, then CPU."""
+    out: Annotated[str | None, tyro.conf.arg(metavar="FILE.png|.svg")] = None
+    """Also draw the ladder into this file."""
+    json: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Also write the report to this file, rung by rung; - prints it as JSON instead."""
+
+
+def main(args: list[str]) -> int:
+    given = parse(LadderArgs, args, prog="regpt bench ladder")
+    check_json(given.json)
+    from regpt.parallel.mesh import choose_device, under_launcher
+    from regpt.runs.bench import Window
+    from regpt.runs.bench_ladder import bench_ladder
+    from regpt.tools.bench.ladder import LADDER, LECTURE_ROWS
+    from regpt.tools.bench.picture import check_picture, draw_ladder
+    from regpt.tools.bench.tables import ladder_table
+
+    if given.out:
+        check_picture(Path(given.out))
+    if under_launcher():
+        raise UsageError("regpt bench ladder runs in one process; start it without torchrun")
+    window, on_gpu = Window(given.steps, given.warmup), choose_device(given.device).type == "cuda"
+    name = given.model or ("gpt2-124m" if on_gpu else "gpt2-tiny")
+    config = read_config(name)
+    config = replace(config, train=replace(config.train, device=given.device))
+    own = config.train.micro_batch_rows
+    rows = given.rows or (LECTURE_ROWS if on_gpu else CPU_ROWS if own == "auto" else own)
+    target = None if given.json in (None, "-") else Path(given.json)
+    keep = partial(write_json, target) if target else lambda report: None
+    with progress() as say:
+        report = bench_ladder(config, LADDER, window, name=name, rows=rows, progress=say, keep=keep)
+    show(report, given.json, ladder_table)
+    if given.out:
+        draw_ladder(report, Path(given.out))
+        print(f"drawn: {given.out}", file=sys.stderr)
+    return 0

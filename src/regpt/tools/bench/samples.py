@@ -1,0 +1,103 @@
+"""How fast a model writes: tokens/s for one text and for many at once."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from regpt.errors import UsageError
+from regpt.model.transformer import Transformer
+from regpt.model.weights import count_parameters
+from regpt.sample.generate import generate
+from regpt.sample.sampling import SamplingOptions
+from regpt.tools.bench.active import versions
+from regpt.tools.bench.steps import spread
+from regpt.train.config import PrecisionName
+from regpt.train.peak import driver_name, synchronize
+
+OPTIONS = SamplingOptions(top_k=50)
+
+
+def bench_sample(
+    model: Transformer,
+    batches: Sequence[int],
+    prompt_tokens: int,
+    new_tokens: int,
+    repeats: int,
+    precision: PrecisionName,
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """The report of `regpt bench sample`, called where `precision` is in force; raises what `time_samples` does."""
+    device = model.wte.weight.device
+    return {
+        "model": asdict(model.config),
+        "parameters": count_parameters(model),
+        "device": driver_name(device) if device.type != "cpu" else f"cpu with {torch.get_num_threads()} threads",
+        "precision": precision,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "repeats": repeats,
+        "batches": time_samples(model, batches, prompt_tokens, new_tokens, repeats, progress),
+        "versions": versions(),
+    }
+
+
+def time_samples(
+    model: Transformer,
+    batches: Sequence[int],
+    prompt_tokens: int,
+    new_tokens: int,
+    repeats: int,
+    progress: Callable[[str], None] = lambda text: None,
+) -> list[dict[str, Any]]:
+    """One row for each number of texts in `batches`: every text a prompt of random tokens and `new_tokens` more.
+
+    Each is written once without the clock, then `repeats` times: `seconds` from the prompts to the last token, and
+    `first_token_s` to the first, are medians. No text ends early.
+
+    Raises:
+        UsageError: a number below 1, or more tokens than the model reads.
+    """
+    refuse(batches, prompt_tokens, new_tokens, repeats, model.config.max_seq_len)
+    rows = []
+    for batch in batches:
+        progress(f"{batch} at once")
+        whole = time_generation(model, batch, prompt_tokens, new_tokens, repeats)
+        first = time_generation(model, batch, prompt_tokens, 1, repeats)
+        row = {"batch": batch, "seconds": whole["median"], "first_token_s": first["median"], "spread": whole["spread"]}
+        rows.append(row | {"tokens_per_s": batch * new_tokens / whole["median"]})
+    return rows
+
+
+def refuse(batches: Sequence[int], prompt_tokens: int, new_tokens: int, repeats: int, longest: int) -> None:
+    """Raise a UsageError for what cannot be timed on a model that reads `longest` tokens."""
+    numbers = {"--batch": min(batches, default=0), "--prompt-tokens": prompt_tokens}
+    numbers |= {"--new-tokens": new_tokens, "--repeats": repeats}
+    for name, number in numbers.items():
+        if number < 1:
+            raise UsageError(f"{name} is {number}, must be at least 1")
+    if prompt_tokens + new_tokens > longest:
+        raise UsageError(
+            f"--prompt-tokens {prompt_tokens} and --new-tokens {new_tokens} are together more than the "
+            f"{longest} tokens that the model reads; try --prompt-tokens {longest // 2} --new-tokens {longest // 2}"
+        )
+
+
+def time_generation(
+    model: Transformer, batch: int, prompt_tokens: int, new_tokens: int, repeats: int
+) -> dict[str, float]:
+    """`spread` of the seconds of `repeats` generations after one that is not timed."""
+    device = model.wte.weight.device
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (batch, prompt_tokens)
+    prompts = torch.randint(model.config.vocab_size, shape, generator=generator, device=device)  # (B, P)
+    seconds = []
+    for _ in range(repeats + 1):
+        synchronize(device)
+        started = time.perf_counter()
+        generate(model, prompts, new_tokens, options=OPTIONS, generator=generator)
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return spread(seconds[1:])
