@@ -20,15 +20,18 @@ class Device:
         name: how it is called here, and on the command line (spaces, case and hyphens do not matter).
         driver: words that all occur in the name that its driver gives; the first device that matches is taken.
         also: other names that a user may type.
+        capability: CUDA's compute capability; None for other makers.
         fp32, tf32, bf16, fp16, fp8: dense TFLOP/s; None where the card has no such units or nothing is published.
         memory_gib: memory that PyTorch reports, GiB.
         bandwidth: of that memory, GB/s.
+        link: to another such GPU of one host, GB/s each way: NVLink or Infinity Fabric where it has one, else PCIe.
         source: where the figures are from.
     """
 
     name: str
     driver: tuple[str, ...]
     also: tuple[str, ...]
+    capability: float | None
     fp32: float
     tf32: float | None
     bf16: float | None
@@ -36,6 +39,7 @@ class Device:
     fp8: float | None
     memory_gib: float
     bandwidth: float
+    link: float | None
     source: str
 
     @property
@@ -48,6 +52,8 @@ class Device:
         """FLOP/s in `peak_precision`."""
         return getattr(self, self.peak_precision) * 1e12
 
+
+BF16_CAPABILITY = 8.0  # Ampere
 
 APPLE = "Apple press release of {}; later chips, and matrix products, have no published figure"
 H100 = "NVIDIA H100 Tensor Core GPU data sheet (2024); Hopper white paper, table 2"
@@ -63,66 +69,70 @@ A10 = "NVIDIA A10 data sheet (2021)"
 L4 = "NVIDIA L4 data sheet (2023)"
 L40S = "NVIDIA L40S data sheet (2023)"
 L40 = "NVIDIA L40 data sheet (2022)"
-RTX_6000 = "NVIDIA RTX 6000 Ada Generation data sheet (2023)"
-RTX_A6000 = "NVIDIA RTX A6000 data sheet (2021); Ampere GA102 white paper, appendix"
+ADA6000 = "NVIDIA RTX 6000 Ada Generation data sheet (2023)"
+A6000 = "NVIDIA RTX A6000 data sheet (2021); Ampere GA102 white paper, appendix"
 AMPERE = "NVIDIA Ampere GA102 white paper (2021), table 2"
 ADA = "NVIDIA Ada architecture white paper (2022), table 2"
-BLACKWELL = "NVIDIA RTX Blackwell architecture white paper (2025), table 2"
+RTX50 = "NVIDIA RTX Blackwell architecture white paper (2025), table 2"
 V100 = "NVIDIA V100 data sheet (2020), 16 GB"
 T4 = "NVIDIA T4 data sheet (2019)"
 P100 = "NVIDIA P100 data sheet (2016), 16 GB"
 MI300X = "AMD Instinct MI300X data sheet (2023)"
 MI325X = "AMD Instinct MI325X data sheet (2024)"
-M1_ULTRA = APPLE.format("M1 Ultra (2022)")
-M1_MAX = APPLE.format("M1 Max (2021)")
-M1_PRO = APPLE.format("M1 Pro (2021)")
+M1U = APPLE.format("M1 Ultra (2022)")
+M1X = APPLE.format("M1 Max (2021)")
+M1P = APPLE.format("M1 Pro (2021)")
 M1 = APPLE.format("M1 (2020)")
 M2 = APPLE.format("M2 (2022)")
 
 
-def gpu(name: str, driver: str, also: str, *figures: float | str | None) -> Device:
-    """One row of the table: words of the driver's name and other names as one string each, then the figures."""
+def gpu(name: str, driver: str, also: str, capability: float | None, *figures: float | str | None) -> Device:
+    """One row of the table; words of the driver's name and other names as one string each. Figures as in `Device`, but
+    that those of bfloat16 and float16 are one: they are equal wherever both exist, and cards before Ampere have no
+    bfloat16."""
+    fp32, tf32, half, *rest = figures
+    bf16 = half if capability is None or capability >= BF16_CAPABILITY else None
     others = tuple(filter(None, also.split(", ")))
-    return Device(name, tuple(driver.split()), others, *figures)  # type: ignore[arg-type]
+    return Device(name, tuple(driver.split()), others, capability, fp32, tf32, bf16, half, *rest)  # type: ignore[arg-type]
 
 
 # fmt: off
 DEVICES = (
-    #   name              driver's words    also typed    fp32   tf32   bf16    fp16    fp8     GiB    GB/s  source
-    gpu("H100 SXM",       "h100 hbm3",      "h100",       66.9,  494.7, 989.4,  989.4,  1978.9, 79.1,  3350, H100),
-    gpu("H100 PCIe",      "h100 pcie",      "",           51.2,  378,   756,    756,    1513,   79.1,  2000, H100),
-    gpu("H100 NVL",       "h100 nvl",       "",           60,    417.5, 835.5,  835.5,  1670.5, 93.1,  3900, H100),
-    gpu("H200 NVL",       "h200 nvl",       "",           60,    417.5, 835.5,  835.5,  1670.5, 139.7, 4800, H200),
-    gpu("H200 SXM",       "h200",           "h200",       66.9,  494.7, 989.4,  989.4,  1978.9, 139.7, 4800, H200),
-    gpu("GH200",          "gh200",          "",           66.9,  494.7, 989.4,  989.4,  1978.9, 94.5,  4000, GH200),
-    gpu("GB200",          "gb200",          "",           80,    1250,  2500,   2500,   5000,   184,   8000, GB200),
-    gpu("B200",           "b200",           "",           75,    1125,  2250,   2250,   4500,   178.3, 8000, B200),
-    gpu("A100 80GB PCIe", "a100 80gb pcie", "",           19.5,  156,   312,    312,    None,   79.1,  1935, A100),
-    gpu("A100 80GB SXM",  "a100 80gb",      "a100",       19.5,  156,   312,    312,    None,   79.1,  2039, A100),
-    gpu("A100 40GB",      "a100 40gb",      "",           19.5,  156,   312,    312,    None,   39.4,  1555, A100),
-    gpu("A30",            "a30",            "",           10.3,  82,    165,    165,    None,   23.5,  933,  A30),
-    gpu("A40",            "a40",            "",           37.4,  74.8,  149.7,  149.7,  None,   44.4,  696,  A40),
-    gpu("A10G",           "a10g",           "",           31.5,  35,    70,     70,     None,   22,    600,  A10G),
-    gpu("A10",            "a10",            "",           31.2,  62.5,  125,    125,    None,   22,    600,  A10),
-    gpu("L4",             "l4",             "",           30.3,  60,    121,    121,    242.5,  22,    300,  L4),
-    gpu("L40S",           "l40s",           "",           91.6,  183,   362.05, 362.05, 733,    44.4,  864,  L40S),
-    gpu("L40",            "l40",            "",           90.5,  90.5,  181.05, 181.05, 362,    44.4,  864,  L40),
-    gpu("RTX 6000 Ada",   "6000 ada",       "6000 ada",   91.1,  182.1, 364.25, 364.25, 728.5,  47.4,  960,  RTX_6000),
-    gpu("RTX A6000",      "a6000",          "a6000",      38.7,  77.4,  154.8,  154.8,  None,   47.4,  768,  RTX_A6000),
-    gpu("RTX 3090",       "3090",           "3090",       35.6,  35.6,  71,     71,     None,   23.7,  936,  AMPERE),
-    gpu("RTX 4090",       "4090",           "4090",       82.6,  82.6,  165.2,  165.2,  330.3,  23.5,  1008, ADA),
-    gpu("RTX 5090",       "5090",           "5090",       104.8, 104.8, 209.5,  209.5,  419,    31.3,  1792, BLACKWELL),
-    gpu("V100 SXM2",      "v100 sxm2",      "v100",       15.7,  None,  None,   125,    None,   15.8,  900,  V100),
-    gpu("V100 PCIe",      "v100 pcie",      "",           14,    None,  None,   112,    None,   15.8,  900,  V100),
-    gpu("T4",             "t4",             "",           8.1,   None,  None,   65,     None,   14.6,  320,  T4),
-    gpu("P100 PCIe",      "p100 pcie",      "p100",       9.3,   None,  None,   18.7,   None,   15.9,  732,  P100),
-    gpu("MI300X",         "mi300x",         "",           163.4, 653.7, 1307.4, 1307.4, 2614.9, 191.7, 5300, MI300X),
-    gpu("MI325X",         "mi325x",         "",           163.4, 653.7, 1307.4, 1307.4, 2614.9, 255.7, 6000, MI325X),
-    gpu("Apple M1 Ultra", "apple m1 ultra", "m1 ultra",   21,    None,  None,   None,   None,   48,    800,  M1_ULTRA),
-    gpu("Apple M1 Max",   "apple m1 max",   "m1 max",     10.4,  None,  None,   None,   None,   24,    400,  M1_MAX),
-    gpu("Apple M1 Pro",   "apple m1 pro",   "m1 pro",     5.2,   None,  None,   None,   None,   12,    200,  M1_PRO),
-    gpu("Apple M1",       "apple m1",       "m1",         2.6,   None,  None,   None,   None,   6,     68,   M1),
-    gpu("Apple M2",       "apple m2",       "m2",         3.6,   None,  None,   None,   None,   6,     100,  M2),
+    #   name              driver's words    also typed  cap.  fp32   tf32   half    fp8     GiB    GB/s  link  source
+    gpu("H100 SXM",       "h100 hbm3",      "h100",     9.0,  66.9,  494.7, 989.4,  1978.9, 79.1,  3350, 450,  H100),
+    gpu("H100 PCIe",      "h100 pcie",      "",         9.0,  51.2,  378,   756,    1513,   79.1,  2000, 64,   H100),
+    gpu("H100 NVL",       "h100 nvl",       "",         9.0,  60,    417.5, 835.5,  1670.5, 93.1,  3900, 300,  H100),
+    gpu("H200 NVL",       "h200 nvl",       "",         9.0,  60,    417.5, 835.5,  1670.5, 139.7, 4800, 450,  H200),
+    gpu("H200 SXM",       "h200",           "h200",     9.0,  66.9,  494.7, 989.4,  1978.9, 139.7, 4800, 450,  H200),
+    gpu("GH200",          "gh200",          "",         9.0,  66.9,  494.7, 989.4,  1978.9, 94.5,  4000, 450,  GH200),
+    gpu("GB200",          "gb200",          "",         10.0, 80,    1250,  2500,   5000,   184,   8000, 900,  GB200),
+    gpu("B200",           "b200",           "",         10.0, 75,    1125,  2250,   4500,   178.3, 8000, 900,  B200),
+    gpu("A100 80GB PCIe", "a100 80gb pcie", "",         8.0,  19.5,  156,   312,    None,   79.1,  1935, 32,   A100),
+    gpu("A100 80GB SXM",  "a100 80gb",      "a100",     8.0,  19.5,  156,   312,    None,   79.1,  2039, 300,  A100),
+    gpu("A100 40GB",      "a100 40gb",      "",         8.0,  19.5,  156,   312,    None,   39.4,  1555, 300,  A100),
+    gpu("A30",            "a30",            "",         8.0,  10.3,  82,    165,    None,   23.5,  933,  32,   A30),
+    gpu("A40",            "a40",            "",         8.6,  37.4,  74.8,  149.7,  None,   44.4,  696,  32,   A40),
+    gpu("A10G",           "a10g",           "",         8.6,  31.5,  35,    70,     None,   22,    600,  32,   A10G),
+    gpu("A10",            "a10",            "",         8.6,  31.2,  62.5,  125,    None,   22,    600,  32,   A10),
+    gpu("L4",             "l4",             "",         8.9,  30.3,  60,    121,    242.5,  22,    300,  32,   L4),
+    gpu("L40S",           "l40s",           "",         8.9,  91.6,  183,   362.05, 733,    44.4,  864,  32,   L40S),
+    gpu("L40",            "l40",            "",         8.9,  90.5,  90.5,  181.05, 362,    44.4,  864,  32,   L40),
+    gpu("RTX 6000 Ada",   "6000 ada",       "6000 ada", 8.9,  91.1,  182.1, 364.25, 728.5,  47.4,  960,  32,   ADA6000),
+    gpu("RTX A6000",      "a6000",          "a6000",    8.6,  38.7,  77.4,  154.8,  None,   47.4,  768,  32,   A6000),
+    gpu("RTX 3090",       "3090",           "3090",     8.6,  35.6,  35.6,  71,     None,   23.7,  936,  32,   AMPERE),
+    gpu("RTX 4090",       "4090",           "4090",     8.9,  82.6,  82.6,  165.2,  330.3,  23.5,  1008, 32,   ADA),
+    gpu("RTX 5090",       "5090",           "5090",     12.0, 104.8, 104.8, 209.5,  419,    31.3,  1792, 64,   RTX50),
+    gpu("V100 SXM2",      "v100 sxm2",      "v100",     7.0,  15.7,  None,  125,    None,   15.8,  900,  150,  V100),
+    gpu("V100 PCIe",      "v100 pcie",      "",         7.0,  14,    None,  112,    None,   15.8,  900,  16,   V100),
+    gpu("T4",             "t4",             "",         7.5,  8.1,   None,  65,     None,   14.6,  320,  16,   T4),
+    gpu("P100 PCIe",      "p100 pcie",      "p100",     6.0,  9.3,   None,  18.7,   None,   15.9,  732,  16,   P100),
+    gpu("MI300X",         "mi300x",         "",         None, 163.4, 653.7, 1307.4, 2614.9, 191.7, 5300, 448,  MI300X),
+    gpu("MI325X",         "mi325x",         "",         None, 163.4, 653.7, 1307.4, 2614.9, 255.7, 6000, 448,  MI325X),
+    gpu("Apple M1 Ultra", "apple m1 ultra", "m1 ultra", None, 21,    None,  None,   None,   48,    800,  None, M1U),
+    gpu("Apple M1 Max",   "apple m1 max",   "m1 max",   None, 10.4,  None,  None,   None,   24,    400,  None, M1X),
+    gpu("Apple M1 Pro",   "apple m1 pro",   "m1 pro",   None, 5.2,   None,  None,   None,   12,    200,  None, M1P),
+    gpu("Apple M1",       "apple m1",       "m1",       None, 2.6,   None,  None,   None,   6,     68,   None, M1),
+    gpu("Apple M2",       "apple m2",       "m2",       None, 3.6,   None,  None,   None,   6,     100,  None, M2),
 )
 # fmt: on
 # Apple's memory is shared with the CPU and comes in several sizes: three quarters of the smallest, the share that Metal
