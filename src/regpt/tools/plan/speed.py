@@ -1,0 +1,80 @@
+"""Milliseconds a step from the figures of a device and the coefficients of a path."""
+
+from dataclasses import dataclass
+
+from regpt.errors import UsageError
+from regpt.tools.plan.coefficients import (
+    LAUNCH_SECONDS,
+    LINK_SHARE,
+    OPTIMIZER_TRAFFIC,
+    STEP_SECONDS,
+    path_of,
+)
+from regpt.tools.plan.shape import Shape
+from regpt.train.devices import Device
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one step.
+
+    Attributes:
+        parts: name → seconds; their sum is `seconds`.
+        micro_batch: seconds of one micro-batch, which are in `parts`.
+        how: where it is from.
+    """
+
+    parts: dict[str, float]
+    micro_batch: float
+    how: str
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.parts.values())
+
+
+def product_rate(device: Device, precision: str) -> float:
+    """FLOP/s of matrix products in `precision` on the data sheet; bfloat16 without units for it is computed in float32.
+
+    Raises:
+        UsageError: no figure for this precision.
+    """
+    if precision == "fp64":
+        raise UsageError("no time can be planned for train.precision fp64, which is for tests; use fp32")
+    rate = {"fp32": device.fp32, "tf32": device.tf32, "bf16": device.bf16, "fp16": device.fp16}[precision]
+    return (rate or device.fp32) * 1e12
+
+
+def gpu_speed(
+    shape: Shape, rows: int, micro_batches: int, gpus: int, device: Device, *, path_name: str, precision: str
+) -> Speed:
+    """A step of `micro_batches` of `rows` on each of `gpus` devices."""
+    path, rate, bandwidth = path_of(path_name, precision), product_rate(device, precision), device.bandwidth * 1e9
+    N = rows * shape.seq_len
+    micro = {
+        "products": N * shape.product_flops / (rate * path.product_share),
+        "attention": N * shape.attention_flops / (rate * path.attention_share),
+        "logits": path.logits_traffic * N * shape.vocab_rows / bandwidth,
+        "norms, residuals, GELU": path.traffic * N * shape.n_layer * shape.n_embd / bandwidth,
+        "weights": path.weight_traffic * shape.padded / bandwidth,
+    }
+    floor = path.launches * shape.n_layer * LAUNCH_SECONDS
+    micro["waiting for launches"] = max(0.0, floor - sum(micro.values()))
+    parts = {name: seconds * micro_batches for name, seconds in micro.items()}
+    parts["optimizer"] = OPTIMIZER_TRAFFIC * shape.padded / bandwidth
+    parts["between steps"] = STEP_SECONDS
+    if gpus > 1:
+        parts["sum over GPUs"] = all_reduce(4 * shape.padded, gpus, device)
+    return Speed(parts, sum(micro.values()), f"figures of the {device.name} and {path.origin}")
+
+
+def all_reduce(n_bytes: float, gpus: int, device: Device) -> float:
+    """Seconds of one sum over the GPUs of a host: each sends and receives 2·(n - 1)/n of the bytes (Patarasuk & Yuan
+    2009)."""
+    return 2 * (gpus - 1) / gpus * n_bytes / ((device.link or 16) * 1e9 * LINK_SHARE)
+
+
+def speed_at(mfu: float, flops: float, micro_batches: int, peak: float) -> Speed:
+    """A step of `flops` a device at an MFU that the user states."""
+    seconds = flops / (mfu * peak)
+    return Speed({"at the stated MFU": seconds}, seconds / micro_batches, f"stated: MFU {mfu:.1%}")
