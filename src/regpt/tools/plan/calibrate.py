@@ -24,7 +24,8 @@ from regpt.train.peak import synchronize
 from regpt.train.precision import parameter_dtype
 
 PIECE_SECONDS = 0.25  # longest time expected of one timed micro-batch
-FASTER_THAN_PEAK = 0.4  # share of the measured product that a micro-batch is expected to reach: for choosing its size only
+EXPECTED_SHARE = 0.4  # of the measured product, reached by a micro-batch: for choosing its size only
+
 REPEATS = 5
 FEW, MORE = 1, 3  # layers
 
@@ -64,7 +65,7 @@ def calibrated_speed(
 def sizes(model: ModelConfig, train: TrainConfig, seq_len: int, rows: int, peak: float) -> tuple[int, int]:
     """Rows and their length that take about PIECE_SECONDS in the larger of the two models."""
     largest = shape_of(replace(model, n_layer=min(MORE, model.n_layer)), seq_len, pad_vocab=train.pad_vocab)
-    tokens = PIECE_SECONDS * FASTER_THAN_PEAK * peak / largest.flops_per_token
+    tokens = PIECE_SECONDS * EXPECTED_SHARE * peak / largest.flops_per_token
     if tokens >= seq_len:
         return max(1, min(rows, int(tokens // seq_len))), seq_len
     return 1, max(1, min(seq_len, int(tokens)))

@@ -27,7 +27,7 @@ class Path:
         logits: per token and row of the head (N·V).
         copies: per weight of a matrix product, while forward and backward run.
         fresh: per parameter, when backward ends: gradients that are not yet added to those of earlier micro-batches.
-        tied: per weight of the head, when backward ends: its gradient, which has waited for the embedding's.
+        tied: per weight of the head, when backward ends: its gradient, the embedding's and their sum.
 
     Time:
         product_share: of the device's peak in the run's format, reached by the matrix products.
@@ -83,7 +83,7 @@ EAGER_HALF = Path(
     logits=12,  # float32, three times: log-softmax, its gradient, the gradient before it
     copies=2,
     fresh=0,  # gradients are added as they come
-    tied=8,
+    tied=12,
     product_share=0.698,
     attention_share=0.392,
     # Counted as bytes read and written by each operation, over 0.75 of the bandwidth; not measured.
@@ -94,8 +94,8 @@ EAGER_HALF = Path(
     origin="eager, bfloat16: memory counted, time estimated from the operations",
 )
 FUSED_HALF = Path(
-    # Counted in kernels/gpt2.py. Residual stream in bfloat16 2 + 2, norms' results 2 + 2, q, k, v 6, attended 2, before and
-    # after GELU 8 + 8.
+    # Counted in kernels/gpt2.py. Residual stream in bfloat16 2 + 2, norms' results 2 + 2, q, k, v 6, attended 2, before
+    # and after GELU 8 + 8.
     activation=32,
     norms=8,
     last=6,
@@ -138,7 +138,7 @@ EAGER_FULL = Path(
     logits=12,
     copies=0,
     fresh=0,
-    tied=8,
+    tied=12,
     product_share=0.75,
     attention_share=0.4,
     traffic=420,
@@ -166,15 +166,21 @@ FRAGMENTED_SHARE = 0.03  # of the peak: blocks that the allocator holds and cann
 
 # --- memory of a process on a CPU beside tensors, Linux, glibc, torch 2.13, measured 2026-11-22 (docs/log.md) ---
 PROCESS_BYTES = 320 * 2**20  # Python, torch and regpt imported, the model's class used once; read anew where possible
-RUN_BYTES = 33 * 2**20  # the rest of a run: oneDNN's kernels and buffers, batches made ahead, terminal, tokenizer's code
+RUN_BYTES = (
+    33 * 2**20
+)  # the rest of a run: oneDNN's kernels and buffers, batches made ahead, terminal, tokenizer's code
 TOKENIZER_BYTES = 430  # per entry of the vocabulary: GPT-2's 50,257 take 20.6 MiB
 KEPT_BELOW_BYTES = 32 * 2**20  # glibc keeps freed blocks below this size (its largest M_MMAP_THRESHOLD) in the process
 MALLOC_SHARE = 0.02  # of the tensors: what lies between blocks
 
 # --- time ---
 LAUNCH_SECONDS = 6e-6  # for PyTorch to launch a kernel: the floor of small models on a GPU; typical, not measured
-STEP_SECONDS = 0.010  # of a GPU a step: nothing to do while the host reads the loss and starts the next; H100, see above
-OPTIMIZER_TRAFFIC = 44  # bytes per parameter and step: fused AdamW reads 16, writes 12; norm and clipping 12; 90 % of peak
+STEP_SECONDS = (
+    0.010  # of a GPU a step: nothing to do while the host reads the loss and starts the next; H100, see above
+)
+OPTIMIZER_TRAFFIC = (
+    44  # bytes per parameter and step: fused AdamW reads 16, writes 12; norm and clipping 12; 90 % of peak
+)
 LINK_SHARE = 0.6  # of a link's rate, reached by an all-reduce in buckets; assumed
 LARGE_PRODUCT_SHARE = 0.78  # an 8192³ bfloat16 product on an H100 SXM: 768 of 989 TFLOP/s
 FORWARD_SHARE = 0.36  # of a micro-batch's time: its forward alone, as validation runs it (a third of the products)

@@ -1,6 +1,6 @@
 """What a run is planned for: a GPU of the table, or what this machine has, measured where no data sheet is known."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -91,10 +91,3 @@ def this_host(here: torch.device, precision: str) -> Machine:
     peak = device_peak(here, precision)  # type: ignore[arg-type]
     name = driver_name(here) if here.type == "mps" else f"CPU with {torch.get_num_threads()} threads"
     return Machine(name, here.type, device_figures(here), here, memory_bytes(here), peak.flops, peak.how)
-
-
-def share(machine: Machine, processes: int) -> Machine:
-    """One of `processes` on the same host: a CPU's memory is divided."""
-    if machine.kind == "gpu" or machine.memory is None:
-        return machine
-    return replace(machine, memory=machine.memory / processes)

@@ -1,5 +1,6 @@
 """Memory by part at its peak, and the largest micro-batch that fits."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from regpt.tools.plan.coefficients import (
@@ -98,22 +99,30 @@ def gpu_memory(shape: Shape, rows: int, settings: Settings) -> Memory:
 
 
 def cpu_memory(
-    shape: Shape, rows: int, settings: Settings, vocab_size: int, process_bytes: float = PROCESS_BYTES
+    shape: Shape,
+    rows: int,
+    settings: Settings,
+    vocab_size: int,
+    checkpoint_copy: float = 0,
+    process_bytes: float = PROCESS_BYTES,
 ) -> Memory:
     """Of one process on a CPU: the resident memory of all of it.
 
     Args:
+        checkpoint_copy: bytes that a checkpoint written in the background holds.
         process_bytes: what Python and the libraries take before a model is built.
     """
     parts = tensors(shape, rows, settings)
     freed = path_of(settings.path, settings.precision).tied * shape.vocab_rows * shape.n_embd
-    kept = freed if freed / 2 < KEPT_BELOW_BYTES else 0.0  # two blocks of half that size
+    kept = freed if freed / 3 < KEPT_BELOW_BYTES else 0.0  # three blocks
+    if checkpoint_copy:
+        parts["checkpoint copy"] = checkpoint_copy
     parts["allocator"] = kept + MALLOC_SHARE * sum(parts.values())
     parts["process"] = process_bytes + RUN_BYTES + TOKENIZER_BYTES * vocab_size
     peak = sum(parts.values())
     return Memory(parts, peak)
 
 
-def largest_rows(choices: list[int], needed, available: float) -> int | None:
+def largest_rows(choices: list[int], needed: Callable[[int], float], available: float) -> int | None:
     """The largest of `choices` (ascending) whose `needed(rows)` bytes are available; None when none is."""
     return max((rows for rows in choices if needed(rows) <= available), default=None)

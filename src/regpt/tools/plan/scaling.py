@@ -1,0 +1,78 @@
+"""The loss that a fitted scaling law predicts for a planned run; the file is written by `regpt scaling --json`."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from regpt.errors import UserError
+
+ORDER = ("E", "A", "B", "alpha", "beta")  # of the rows and columns of the covariance
+
+
+@dataclass(frozen=True)
+class Law:
+    """L(N, D) = E + A/N^alpha + B/D^beta (Hoffmann et al. 2022, section 3.3), nats a token; N parameters, D tokens.
+
+    Attributes:
+        covariance: of (E, A, B, alpha, beta), where the fit gave it.
+    """
+
+    E: float
+    A: float
+    B: float
+    alpha: float
+    beta: float
+    covariance: tuple[tuple[float, ...], ...] | None = None
+
+    def loss(self, parameters: float, tokens: float) -> float:
+        return self.E + self.A / parameters**self.alpha + self.B / tokens**self.beta
+
+    def standard_error(self, parameters: float, tokens: float) -> float | None:
+        """Of the loss, to first order in the coefficients; None without a covariance."""
+        if self.covariance is None:
+            return None
+        size, data = parameters**-self.alpha, tokens**-self.beta
+        slope = [1.0, size, data, -self.A * size * math.log(parameters), -self.B * data * math.log(tokens)]
+        variance = float(np.array(slope) @ np.array(self.covariance) @ np.array(slope))
+        return math.sqrt(max(0.0, variance))
+
+
+def read_law(path: Path) -> Law:
+    """The law in a JSON file: `{"form": "chinchilla", "E": …, "A": …, "B": …, "alpha": …, "beta": …}` and, optional,
+    `"covariance"`, 5 × 5 in that order. Other keys are not looked at.
+
+    Raises:
+        UserError: no such file, no JSON, another form, a coefficient that is missing or no number.
+    """
+    advice = f"write it with: regpt scaling RUN… --json {path}"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the scaling law {str(path)!r} ({error.strerror}); {advice}") from None
+    except ValueError:
+        raise UserError(f"{path} is not JSON; {advice}") from None
+    if not isinstance(values, dict) or values.get("form") != "chinchilla":
+        form = values.get("form") if isinstance(values, dict) else None
+        raise UserError(f"{path} holds a law of the form {form!r}, 'chinchilla' is known; {advice}")
+    known = {key: values[key] for key in (*ORDER, "covariance") if key in values}
+    try:
+        law = TypeAdapter(Law).validate_python(known)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: {where} is wrong ({first['msg'].lower()}); {advice}") from None
+    return checked(law, path, advice)
+
+
+def checked(law: Law, path: Path, advice: str) -> Law:
+    numbers: list[Any] = [getattr(law, key) for key in ORDER]
+    square = law.covariance is None or [len(row) for row in law.covariance] == [len(ORDER)] * len(ORDER)
+    if not all(map(math.isfinite, numbers)) or not square:
+        what = "a coefficient is not finite" if square else "the covariance is not 5 × 5"
+        raise UserError(f"{path}: {what}; {advice}")
+    return law

@@ -1,0 +1,85 @@
+"""What deserves a second thought before a run is started, one sentence each."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from regpt.data.config import DataConfig
+from regpt.data.loader import check_batch
+from regpt.errors import UsageError
+from regpt.tools.plan.coefficients import GOOD_EPOCHS, USELESS_EPOCHS
+from regpt.tools.plan.machine import Machine
+from regpt.train.config import OptimConfig, TrainConfig
+from regpt.train.schedule import make_schedule
+
+FEW_TOKENS_PER_PARAMETER = 0.5  # a fortieth of what is optimal
+HALF = 0.5
+
+
+def refusals(data: DataConfig, train: TrainConfig, optim: OptimConfig, gpus: int, rows: int) -> Iterator[str]:
+    """Why `regpt train` would not start."""
+    yield from said_by(lambda: check_batch(data.seq_len, train.batch_tokens, rows, gpus))
+    yield from said_by(lambda: make_schedule(optim, train.steps))
+
+
+def said_by(check: Callable[[], object]) -> Iterator[str]:
+    try:
+        check()
+    except UsageError as error:
+        yield f"regpt train will refuse this: {error}"
+
+
+def of_precision(train: TrainConfig, machine: Machine) -> Iterator[str]:
+    """A format that the device computes only slowly, or not at all."""
+    device = machine.figures
+    if machine.kind != "gpu" or device is None:
+        return
+    if getattr(device, train.precision, 1.0) is None:
+        better = next((name for name in ("bf16", "fp16", "tf32") if getattr(device, name)), "fp32")
+        yield f"{machine.name} has no units for {train.precision}: time is planned for float32; it has {better}"
+    if train.compile and device.capability is not None and device.capability < 7.0:
+        has = f"{machine.name} has {device.capability}"
+        yield f"torch.compile needs compute capability 7.0, {has}; set train.compile false"
+
+
+def of_memory(memory: dict[str, Any], rows: int) -> Iterator[str]:
+    available, largest = memory["available_gib"], memory["largest_micro_batch_rows"]
+    if available is None:
+        yield "the system does not tell how much memory there is; whether the run fits is not known"
+    elif not memory["fits"]:
+        way_out = f"set train.micro_batch_rows to {largest}" if largest else "use a smaller model or a larger device"
+        yield (
+            f"{rows} rows at once will not fit: {memory['needed_gib']:.1f} GiB are needed, {available:.1f} GiB are "
+            f"there; {way_out}"
+        )
+
+
+def of_data(data: dict[str, Any] | None, tokens: int, parameters: int) -> Iterator[str]:
+    if data is not None and data["epochs"] > GOOD_EPOCHS:
+        effect = "almost nothing" if data["epochs"] > USELESS_EPOCHS else "less than new data would"
+        yield (
+            f"the data is read {data['epochs']:.1f} times; beyond {GOOD_EPOCHS} times, repeating brings {effect} "
+            "(Muennighoff et al. 2023): use more data, or fewer steps"
+        )
+    if tokens / parameters < FEW_TOKENS_PER_PARAMETER:
+        yield (
+            f"{tokens / parameters:.2g} tokens a parameter: a smaller model would reach a lower loss in this time "
+            "(20 are optimal: Hoffmann et al. 2022)"
+        )
+
+
+def of_disk(disk: dict[str, Any]) -> Iterator[str]:
+    free = disk["free_gib"]
+    if free is not None and disk["checkpoints_gib"] > free:
+        yield (
+            f"the checkpoints take {disk['checkpoints_gib']:.1f} GiB and {free:.1f} GiB are free here; keep fewer "
+            "(checkpoint.keep_last) or choose another disk with --out"
+        )
+
+
+def of_time(time: dict[str, Any]) -> Iterator[str]:
+    waiting = time["parts_ms"].get("waiting for launches", 0.0)
+    if waiting > HALF * time["step_ms"]:
+        yield (
+            "the GPU will mostly wait for the host to launch small kernels; larger micro-batches cost nothing: raise "
+            "train.micro_batch_rows"
+        )
