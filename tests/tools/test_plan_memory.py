@@ -1,13 +1,16 @@
 """Memory by part: against the published sizes, against autograd's own allocations, against what the compiler keeps."""
 
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 import tiny
+from kernels import reference
 from regpt.data.batch import Batch
+from regpt.kernels.attention import TorchAttention
+from regpt.kernels.gpt2 import FusedGPT2
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
@@ -23,7 +26,12 @@ MOMENTARY = ("activations", "logits", "low-precision copies", "fresh gradients")
 
 @pytest.mark.parametrize(
     ("layers", "heads", "width", "parameters"),
-    [(12, 12, 768, 124_439_808), (24, 16, 1024, 354_823_168), (36, 20, 1280, 774_030_080), (48, 25, 1600, 1_557_611_200)],
+    [
+        (12, 12, 768, 124_439_808),
+        (24, 16, 1024, 354_823_168),
+        (36, 20, 1280, 774_030_080),
+        (48, 25, 1600, 1_557_611_200),
+    ],
 )
 def test_the_four_sizes_of_gpt2(layers: int, heads: int, width: int, parameters: int):
     """Parameters as counted on OpenAI's weights; FLOPs by hand: 6 a weight of a product, and attention."""
@@ -121,3 +129,128 @@ def kept_by_the_compiler(config: ModelConfig, rows: int, precision: str) -> int:
     tokens = torch.zeros(rows, config.max_seq_len, dtype=torch.int64)
     loss(Batch(tokens, tokens)).backward()
     return sum(kept.values())
+
+
+def test_the_fused_path_keeps_what_its_states_hold():
+    """Its code with the plain pieces of tests/kernels in place of cuBLASLt and Triton."""
+    kept = {layers: kept_by_the_fused_path(replace(SMALL, n_layer=layers), 8) for layers in (1, 2)}
+
+    def predicted(layers: int) -> float:
+        shape = shape_of(replace(SMALL, n_layer=layers), SMALL.max_seq_len, pad_vocab=True)
+        parts = tensors(shape, 8, Settings("fused", "bf16"))
+        hidden_gradient = 2 * 8 * 64 * 64  # not kept, made where backward begins
+        return parts["activations"] + parts["logits"] - hidden_gradient
+
+    assert predicted(2) - predicted(1) == pytest.approx(kept[2] - kept[1], rel=0.01)
+    assert predicted(2) == pytest.approx(kept[2], rel=0.01)
+
+
+def kept_by_the_fused_path(config: ModelConfig, rows: int) -> int:
+    """Bytes of the tensors in the state of one micro-batch, each memory once, what it was given left out."""
+    model = initialize(Transformer(config), 0)
+    path = FusedGPT2(model, reference.products, TorchAttention(), reference, torch.bfloat16)
+    path.copy_weights()
+    tokens = torch.zeros(rows, config.max_seq_len, dtype=torch.int64)
+    _, state = path.forward(tokens, tokens, None, None, gradient=True)
+    found: dict[int, int] = {}
+
+    def look(value: object) -> None:
+        if isinstance(value, torch.Tensor):
+            found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, list | tuple):
+            for part in value:
+                look(part)
+        elif is_dataclass(value):
+            for part in fields(value):
+                look(getattr(value, part.name))
+
+    look(state)
+    return sum(found.values()) - tokens.nbytes
+
+
+# ---- the rest of a device and of a process --------------------------------------------------------------------------
+
+GPT2 = shape_of(ModelConfig(), 1024, pad_vocab=True)
+
+
+def test_the_measured_peak_on_an_h100():
+    """28.9 GiB: gpt2-124m with 64 rows of 1024, torch.compile, bfloat16 (docs/log.md)."""
+    assert gpu_memory(GPT2, 64, Settings("compiled", "bf16")).peak / GIB == pytest.approx(28.9, abs=0.1)
+
+
+@pytest.mark.parametrize("path", ["compiled", "eager", "fused"])
+def test_memory_grows_with_the_rows(path: str):
+    settings = Settings(path, "bf16")
+    few, many = (gpu_memory(GPT2, rows, settings) for rows in (8, 64))
+    for name in ("weights", "gradients", "optimizer"):
+        assert few.parts[name] == many.parts[name]
+    assert many.parts["activations"] == 8 * few.parts["activations"]
+    assert many.parts["logits"] == 8 * few.parts["logits"]
+    assert many.needed > many.peak
+
+
+def test_weights_gradients_and_moments_are_16_bytes_a_parameter():
+    parts = gpu_memory(GPT2, 1, Settings("compiled", "bf16")).parts
+    assert parts["weights"] + parts["gradients"] + parts["optimizer"] == 16 * GPT2.padded
+    assert parts["low-precision copies"] == 2 * GPT2.matrices
+    assert gpu_memory(GPT2, 1, Settings("compiled", "bf16", offload=True)).parts["optimizer"] == 0
+
+
+def test_float64_takes_twice_as_much():
+    once, twice = (tensors(GPT2, 4, Settings("eager", precision)) for precision in ("fp32", "fp64"))
+    assert {name: 2 * size for name, size in once.items()} == twice
+
+
+def test_checkpointing_keeps_the_inputs_of_the_blocks_and_one_block():
+    plain, kept = (tensors(GPT2, 8, Settings("eager", "bf16", checkpointing=c))["activations"] for c in (False, True))
+    assert kept < plain / 4
+    assert kept > 4 * 8 * 1024 * 12 * 768
+
+
+def test_a_document_mask_on_the_plain_path_is_a_matrix_a_row():
+    plain, masked = (
+        tensors(GPT2, 8, Settings("compiled", "bf16", document_mask=m))["activations"] for m in (False, True)
+    )
+    assert masked - plain == 8 * 1024**2
+
+
+def test_a_process_on_the_cpu_has_its_libraries_and_a_checkpoint_s_copy():
+    settings = Settings("eager", "fp32")
+    small = shape_of(SMALL, 64, pad_vocab=True)
+    without = cpu_memory(small, 8, settings, 1000)
+    with_copy = cpu_memory(small, 8, settings, 1000, checkpoint_copy=5e6)
+    assert with_copy.peak - without.peak == pytest.approx(5e6, rel=0.05)
+    assert cpu_memory(small, 8, settings, 1000, process_bytes=1e9).peak > 1e9
+    assert set(without.parts) == {*tensors(small, 8, settings), "allocator", "process"}
+
+
+def test_the_largest_micro_batch_is_the_largest_that_fits():
+    assert largest_rows([1, 2, 4, 8], lambda rows: 10.0 * rows, 45) == 4
+    assert largest_rows([1, 2, 4, 8], lambda rows: 10.0 * rows, 9) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("path", ["compiled", "eager", "fused"])
+@pytest.mark.parametrize("rows", [4, 16])
+def test_the_peak_on_a_gpu_is_within_ten_per_cent(path: str, rows: int):
+    from regpt.train.config import OptimConfig
+    from regpt.train.optim import make_optimizer
+
+    device = torch.device("cuda")
+    torch.compiler.reset()
+    torch.cuda.empty_cache()
+    config = ModelConfig(n_layer=6)
+    with device:
+        model = initialize(Transformer(config), 0)
+    kernels = "fused" if path == "fused" else "plain"
+    loss_sum = make_loss_sum(model, "bf16", device, path == "compiled", kernels)
+    optimizer = make_optimizer(model, OptimConfig(), device)
+    tokens = torch.zeros(rows, 1024, dtype=torch.int64, device=device)
+    for _ in range(2):
+        for _ in range(2):
+            (loss_sum(Batch(tokens, tokens)) / 7).backward()
+        optimizer.step()
+        torch.cuda.reset_peak_memory_stats()
+        (loss_sum(Batch(tokens, tokens)) / 7).backward()
+    predicted = gpu_memory(shape_of(config, 1024, pad_vocab=True), rows, Settings(path, "bf16")).peak
+    assert torch.cuda.max_memory_allocated() == pytest.approx(predicted, rel=0.1)

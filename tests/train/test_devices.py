@@ -1,6 +1,7 @@
 """The table of data sheets: consistent in itself, found by what drivers and users say, and not found by mistake."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -120,3 +121,12 @@ def test_the_figures_of_a_device_fit_together(device):
 def test_the_h100_is_the_data_sheets():
     h100 = device_by_name("h100")
     assert (h100.bf16, h100.fp8, h100.bandwidth) == (1979 / 2 - 0.1, 3957.8 / 2, 3350)
+
+
+def test_the_documentation_has_the_same_table():
+    page = (Path(__file__).parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
+    for device in DEVICES:
+        figures = (device.fp32, device.tf32, device.bf16, device.fp16, device.fp8)
+        figures += (device.memory_gib, device.bandwidth, device.link)
+        cells = [device.name, *("–" if x is None else f"{x:,g}" for x in figures), device.source]
+        assert f"| {' | '.join(cells)} |\n" in page

@@ -16,9 +16,12 @@ HALF = 0.5
 
 
 def refusals(data: DataConfig, train: TrainConfig, optim: OptimConfig, gpus: int, rows: int) -> Iterator[str]:
-    """Why `regpt train` would not start."""
+    """Why `regpt train` would not start, or not do what is meant."""
     yield from said_by(lambda: check_batch(data.seq_len, train.batch_tokens, rows, gpus))
     yield from said_by(lambda: make_schedule(optim, train.steps))
+    if optim.warmup_steps >= train.steps:
+        length = f"the warmup of {optim.warmup_steps:,} steps is as long as the run ({train.steps:,})"
+        yield f"{length}: shorten optim.warmup_steps"
 
 
 def said_by(check: Callable[[], object]) -> Iterator[str]:
@@ -77,8 +80,9 @@ def of_disk(disk: dict[str, Any]) -> Iterator[str]:
 
 
 def of_time(time: dict[str, Any]) -> Iterator[str]:
-    waiting = time["parts_ms"].get("waiting for launches", 0.0)
-    if waiting > HALF * time["step_ms"]:
+    parts = time["parts_ms"]
+    waiting = parts.get("waiting for launches", 0.0)
+    if waiting > HALF * (time["step_ms"] - parts.get("between steps", 0.0)):
         yield (
             "the GPU will mostly wait for the host to launch small kernels; larger micro-batches cost nothing: raise "
             "train.micro_batch_rows"
