@@ -29,6 +29,7 @@ from regpt.model.weights import state_tensors
 from regpt.parallel.mesh import open_mesh
 from regpt.reference import gpt2
 from regpt.runs.pretrain import pretrain, resume
+from regpt.train.recompute import recompute_blocks
 
 README = Path(__file__).parents[1] / "README.md"
 Found = dict[str, Tensor]
@@ -135,6 +136,11 @@ def fused_path() -> list[tuple[Found, Found]]:
     return [(tiny.step_gradients(trainer), ours())]
 
 
+def recomputed() -> list[tuple[Found, Found]]:
+    again = recompute_blocks(tiny.build_model())
+    return [(tiny.step_gradients(tiny.build_trainer(again, tiny.Rows())), ours())]
+
+
 def padded_vocabulary() -> list[tuple[Found, Found]]:
     return [(ours(), ours(pad_vocab=False))]
 
@@ -230,6 +236,7 @@ CELLS = [
     Cell("one process", "2 and 4 processes", "loss, gradients", 1e-14, processes),
     Cell("`torch.compile` on", "off", "loss, gradients", 1e-14, compiled, slow=True),
     Cell("fused path of GPT-2, its pieces in float64", "plain path", "loss, gradients", 1e-13, fused_path),
+    Cell("activation checkpointing on", "off", "loss, gradients", 0.0, recomputed),
     Cell("vocabulary padded to a multiple of 128", "not padded", "loss, gradients", 1e-14, padded_vocabulary),
     Cell("documents packed into rows, masked", "one a row, padded", "loss, gradients", 1e-14, packed_documents),
     Cell("key-value cache, any split", "whole sequence", "logits", 1e-14, key_value_cache),

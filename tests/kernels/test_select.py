@@ -38,6 +38,7 @@ def test_hopper_takes_the_fused_path(hopper):
     [
         ({"precision": "fp32"}, "train.precision is fp32"),
         ({"deterministic": True}, "train.deterministic is true"),
+        ({"recompute": True}, "train.activation_checkpointing is true"),
         ({"model": tiny.build_model(pad_vocab=False, dtype=torch.float32)}, "set train.pad_vocab"),
         ({"model": tiny.build_model()}, "float64"),
     ],

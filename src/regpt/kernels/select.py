@@ -46,7 +46,13 @@ def obstacle(model: Transformer, device: torch.device, precision: str) -> str | 
 
 
 def choose(
-    wanted: KernelsName, model: Transformer, device: torch.device, precision: str, *, deterministic: bool = False
+    wanted: KernelsName,
+    model: Transformer,
+    device: torch.device,
+    precision: str,
+    *,
+    deterministic: bool = False,
+    recompute: bool = False,
 ) -> Kernels:
     """The path to take.
 
@@ -58,6 +64,8 @@ def choose(
     reason = obstacle(model, device, precision)
     if reason is None and deterministic:
         reason = "the order of its sums is not fixed, train.deterministic is true"
+    if reason is None and recompute:
+        reason = "it keeps what its backward needs, train.activation_checkpointing is true"
     if reason is not None and wanted == "fused":
         raise UsageError(f"train.kernels is fused, but {reason}; set train.kernels to plain or auto")
     if reason is None and wanted == "auto" and torch.cuda.get_device_capability(device) < MEASURED_CAPABILITY:

@@ -26,6 +26,7 @@ from regpt.text.tokenizer import Tokenizer
 from regpt.train.loss import make_loss_sum
 from regpt.train.precision import parameter_dtype, set_matmul_precision
 from regpt.train.probe import choose_rows
+from regpt.train.recompute import recompute_blocks
 from regpt.train.schedule import make_schedule
 from regpt.train.trainer import Trainer
 
@@ -186,6 +187,8 @@ def build_trainer(
     """The trainer of a run after `step` updates; sets how this process multiplies float32 matrices."""
     set_matmul_precision(config.train.precision)
     train = config.train
+    if train.activation_checkpointing:
+        recompute_blocks(model)
     loss_sum = make_loss_sum(
         model, train.precision, mesh.device, train.compile, choose_kernels(config, model, mesh.device).name
     )
@@ -205,7 +208,8 @@ def with_chosen_rows(config: RunConfig, trainer: Trainer) -> tuple[RunConfig, di
 
 def choose_kernels(config: RunConfig, model: Transformer, device: torch.device) -> Kernels:
     """The path that computes the loss; raises what `kernels.select.choose` does."""
-    return choose(config.train.kernels, model, device, config.train.precision)
+    train = config.train
+    return choose(train.kernels, model, device, train.precision, recompute=train.activation_checkpointing)
 
 
 def mask_token(config: RunConfig, corpus: Corpus) -> int | None:

@@ -45,6 +45,9 @@ class TrainConfig:
     kernels: KernelsName = "auto"
     """plain: the model as it is written; fused: the hand-written path for one NVIDIA GPU each; auto: fused where it was
     measured to be faster."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each block and compute the rest again in the backward: a third more time, much less
+    memory."""
     grad_clip: float = 1.0
     """Largest gradient norm, larger ones are scaled down (GPT-3 paper, appendix B); 0 clips nothing."""
     pad_vocab: bool = True

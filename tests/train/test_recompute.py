@@ -1,0 +1,119 @@
+"""Activation checkpointing: the same results from less memory."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import tiny
+from regpt.model.cache import KVCache
+from regpt.model.config import ModelConfig
+from regpt.model.transformer import Transformer
+from regpt.model.weights import state_tensors
+from regpt.runs.pretrain import pretrain
+from regpt.train.capacity import SavedTensors
+from regpt.train.recompute import recompute_blocks
+from regpt.train.trainer import Trainer
+
+DEEP = ModelConfig(n_layer=6, n_head=3, n_embd=24, vocab_size=97, max_seq_len=16)
+
+
+def trainers(compile: bool = False) -> tuple[Trainer, Trainer]:
+    """Without and with recomputation."""
+    models = tiny.build_model(config=DEEP), recompute_blocks(tiny.build_model(config=DEEP))
+    plain, again = (tiny.build_trainer(model, tiny.Rows(micro_batch_rows=4), compile=compile) for model in models)
+    return plain, again
+
+
+def test_losses_gradients_and_updates_are_bitwise_the_same():
+    plain, again = trainers()
+    for _ in range(3):
+        ours, theirs = (tiny.step_gradients(trainer) for trainer in (again, plain))
+        assert ours.keys() == theirs.keys()
+        assert all(tensor.equal(theirs[name]) for name, tensor in ours.items())
+        assert again.update()["loss"] == plain.update()["loss"]
+    weights = state_tensors(plain.model)
+    assert all(w.equal(weights[name]) for name, w in state_tensors(again.model).items())
+
+
+def saved_bytes(trainer: Trainer) -> int:
+    saved = SavedTensors(list(trainer.model.parameters()))
+    with saved:
+        loss = trainer.loss_sum(trainer.loader.step(0)[0])
+    loss.backward()
+    return saved.bytes
+
+
+def test_the_blocks_save_only_their_inputs():
+    plain, again = trainers()
+    logits = 4 * tiny.SEQ_LEN * 128 * 8  # of the loss, which is no block's
+    state = 4 * tiny.SEQ_LEN * DEEP.n_embd * 8
+    assert saved_bytes(plain) > 6 * 10 * state  # a block keeps its norms, q, k, v, the MLP's width of four, …
+    assert saved_bytes(again) < 4 * logits
+
+
+def test_each_block_is_computed_twice_and_not_for_validation():
+    _, again = trainers()
+    calls = []
+    for block in again.model.h:
+        block.ln_1.register_forward_hook(lambda *_: calls.append(1))
+    again.gradients()
+    assert len(calls) == 2 * 2 * DEEP.n_layer  # of two micro-batches
+    calls.clear()
+    with torch.no_grad():
+        again.loss_sum(again.loader.step(0)[0])
+    assert len(calls) == DEEP.n_layer
+
+
+def test_the_module_and_its_cache_work_as_before():
+    model, plain = recompute_blocks(tiny.build_model()), tiny.build_model()
+    assert type(model) is Transformer
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    idx, _ = tiny.Rows().rows(0)
+    with torch.no_grad():
+        for m in (model, plain):
+            cache = KVCache(tiny.CONFIG, tiny.N_ROWS, tiny.SEQ_LEN, device=tiny.CPU, dtype=torch.float64)
+            whole = torch.cat([m(part, cache=cache) for part in idx.split([5, 7], dim=1)], dim=1)
+            torch.testing.assert_close(whole, plain(idx), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.slow
+@tiny.IMPORTS_COMPILER
+@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_it_is_one_graph_with_the_same_results():
+    torch._dynamo.reset()
+    counters.clear()
+    plain, again = trainers(compile=True)
+    assert tiny.largest_error(tiny.step_gradients(again), tiny.step_gradients(trainers()[0])) < 1e-12
+    again.update()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+def test_a_run_with_it_is_bitwise_a_run_without(shards, tmp_path: Path):
+    losses = []
+    for recompute in (False, True):
+        config = tiny.change(tiny.run_config(shards), "train", activation_checkpointing=recompute)
+        run = tmp_path / str(recompute)
+        assert pretrain(config, run) == 0
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        losses.append([row["loss"] for row in rows if row["kind"] in ("train", "val")])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_peak_falls(shards, tmp_path: Path):
+    peaks = []
+    for recompute in (False, True):
+        config = tiny.change(tiny.run_config(shards), "model", n_layer=12, n_embd=256, max_seq_len=16)
+        config = tiny.change(config, "train", batch_tokens=16 * 256, micro_batch_rows=256, device="cuda")
+        config = tiny.change(config, "train", activation_checkpointing=recompute, kernels="plain")
+        torch.cuda.reset_peak_memory_stats()
+        run = tmp_path / str(recompute)
+        assert pretrain(config, run) == 0
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        peaks.append([row["peak_memory_gib"] for row in rows if row["kind"] == "train"][-1])
+    assert peaks[1] < 0.8 * peaks[0]
