@@ -22,6 +22,7 @@ COMMANDS = {
     "report": "a run, or several over each other, as one self-contained page",
     "diff": "two runs against each other: what differs, and whether it matters",
     "scaling": "a power law through the losses of runs, and what it predicts",
+    "inspect": "a model's parameters, pictures of its weights, tokens nearest to a token",
     "bench": "how fast training, batches and sampling are on this machine",
 }
 INTERRUPTED = 130

@@ -116,7 +116,9 @@ def test_what_the_points_do_not_determine_is_a_warning():
     narrow = fit(points(noise=0.001, sizes=(1e8, 1.2e8, 1.5e8)), bootstrap=0)
     assert "the model sizes differ by less than a factor of four" in narrow.warnings
     flat = Law(E=2.0, A=1e-9, B=400.0, alpha=0.3, beta=0.3)  # a loss that does not depend on the size
-    assert any("edge" in warning for warning in fit(points(flat), bootstrap=0).warnings)
+    assert any("do not determine" in warning for warning in fit(points(flat), bootstrap=0).warnings)
+    noisy = fit(points(noise=0.03, sizes=SIZES[:3], lengths=LENGTHS[:3]), bootstrap=20)
+    assert any("do not determine" in warning for warning in noisy.warnings)
 
 
 # ---- runs

@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from regpt.cli.parse import parse
+from regpt.cli.table import print_rows
 from regpt.errors import UsageError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from regpt.report.compare import Comparison
 
 MAX_CURVE = 8  # rows of the terminal's table of losses
-WIDE = 160  # columns where no terminal sets a width
 
 
 @dataclass(frozen=True)
@@ -66,40 +64,28 @@ def main(args: list[str]) -> int:
 
 
 def print_comparison(found: Comparison) -> None:
-    from rich.console import Console
-
     from regpt.report.verdict import HEAD, SEEDS_HEAD, code_lines, headline, measure_cells, seeds_rows
 
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    console.width = console.width if console.is_terminal else WIDE
-    console.print(f"A {found.a.name}\nB {found.b.name}\n\n{headline(found)}")
-    table(console, "final numbers", HEAD, [measure_cells(one) for one in found.measures])
-    table(console, "against the noise between seeds", SEEDS_HEAD, seeds_rows(found))
+    print(f"A {found.a.name}\nB {found.b.name}\n\n{headline(found)}")
+    print_part("final numbers", HEAD, [measure_cells(one) for one in found.measures], left=(0, 5, 7))
+    print_part("against the noise between seeds", SEEDS_HEAD, seeds_rows(found), left=(0, 5))
     unit = "bits per byte" if found.bits else "validation loss"
     rows = [[f"{tokens:,}", f"{a:.4f}", f"{b:.4f}", f"{b - a:+.4f}"] for tokens, a, b in thinned(found.curve)]
-    table(console, f"{unit} after as many tokens", ("tokens", "A", "B", "B - A"), rows)
+    print_part(f"{unit} after as many tokens", ("tokens", "A", "B", "B - A"), rows)
     for name, differing in (("configuration", found.config), ("code and machine", found.code), ("data", found.data)):
         rows = [[key, *map(shown, values)] for key, values in differing]
-        table(console, f"differing {name}", ("key", "A", "B"), rows)
+        print_part(f"differing {name}", ("key", "A", "B"), rows, left=(0, 1, 2))
         if not rows:
-            console.print(f"\n{name}: the same")
+            print(f"\n{name}: the same")
     lines = code_lines(found)
     if lines:
-        console.print("\nchanges of the source\n  " + "\n  ".join(lines))
+        print("\nchanges of the source\n  " + "\n  ".join(lines))
 
 
-def table(console: Console, title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.table import Table
-
-    if not rows:
-        return
-    made = Table(box=None, padding=(0, 2, 0, 0))
-    for i, name in enumerate(head):
-        made.add_column(name, justify="right" if i and "A" in head[1] and name in ("A", "B", "B - A") else "left")
-    for row in rows:
-        made.add_row(*row)
-    console.print(f"\n{title}")
-    console.print(made)
+def print_part(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> None:
+    if rows:
+        print(f"\n{title}")
+        print_rows(head, rows, left)
 
 
 def thinned(curve: Sequence[tuple[int, float, float]]) -> list[tuple[int, float, float]]:

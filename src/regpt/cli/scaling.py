@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from regpt.cli.parse import parse
+from regpt.cli.table import print_rows
 from regpt.errors import UsageError, UserError
 
 if TYPE_CHECKING:
@@ -136,12 +136,9 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
 
 
 def print_fit(found: Fit, unit: str, plan: tuple[float, float] | None) -> None:
-    from rich.console import Console
-
     from regpt.report.scaling import NAMES
     from regpt.report.summary import si
 
-    console = Console(highlight=False, markup=False, soft_wrap=True)
     rows = [
         [
             p.run,
@@ -155,32 +152,32 @@ def print_fit(found: Fit, unit: str, plan: tuple[float, float] | None) -> None:
         for p in found.points
         for fitted in [found.law.loss(p.parameters, p.tokens)]
     ]
-    table(console, ("run", "parameters", "tokens", "FLOPs", f"loss, {unit}", "law", "loss - law"), rows)
-    console.print("\nL = E + A / N^alpha + B / D^beta")
+    print_rows(("run", "parameters", "tokens", "FLOPs", f"loss, {unit}", "law", "loss - law"), rows)
+    print("\nL = E + A / N^alpha + B / D^beta")
     rows = [[name, f"{getattr(found.law, name):.4g}", interval_text(found.interval(name))] for name in NAMES]
-    table(console, ("", "value", "95 % interval"), rows)
-    console.print(f"residuals: {100 * found.residual:.2f} % of the loss (root mean square)")
+    print_rows(("", "value", "95 % interval"), rows)
+    print(f"residuals: {100 * found.residual:.2f} % of the loss (root mean square)")
     if plan is not None:
         value, interval = found.predict(*plan)
-        console.print(
+        print(
             f"\na run of {si(plan[0])} parameters on {si(plan[1])} tokens: {value:.4f} {unit} "
             f"(95 % interval {interval_text(interval)})"
         )
-        print_optimum(console, found, 6 * plan[0] * plan[1])
+        print_optimum(found, 6 * plan[0] * plan[1])
     for warning in found.warnings:
-        console.print(f"careful: {warning}")
+        print(f"careful: {warning}")
 
 
-def print_optimum(console: Any, found: Fit, flops: float) -> None:
+def print_optimum(found: Fit, flops: float) -> None:
     from regpt.report.summary import si
 
     try:
         parameters, tokens = found.law.optimum(flops)
     except UserError as error:
-        console.print(str(error))
+        print(str(error))
         return
     loss = found.law.loss(parameters, tokens)
-    console.print(
+    print(
         f"the same {flops:.3g} FLOPs (6·N·D) would do best with {si(parameters)} parameters and {si(tokens)} tokens: "
         f"{loss:.4f}"
     )
@@ -188,14 +185,3 @@ def print_optimum(console: Any, found: Fit, flops: float) -> None:
 
 def interval_text(interval: tuple[float, float] | None) -> str:
     return "not known" if interval is None else f"{interval[0]:.4g} to {interval[1]:.4g}"
-
-
-def table(console: Any, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.table import Table
-
-    made = Table(box=None, padding=(0, 2, 0, 0))
-    for i, name in enumerate(head):
-        made.add_column(name, justify="right" if i else "left", no_wrap=True)
-    for row in rows:
-        made.add_row(*row)
-    console.print(made)

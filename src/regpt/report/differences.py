@@ -9,7 +9,7 @@ from regpt.report.read import Row, Run, section
 MISSING = None  # a key that a run does not have; a null in its file means as little
 DATA = ("manifest_sha256", "tokenizer", "tokenizer_sha256", "train_tokens", "val_tokens")
 # Follow from other keys, differ between any two runs, or are shown elsewhere.
-INCIDENTAL = ("argv", "started", "host", "data", "unigram_loss", "parameters")
+INCIDENTAL = ("argv", "started", "host", "data", "unigram_loss", "parameters", "peak")
 
 
 def differing(documents: Sequence[Row]) -> list[tuple[str, list[Any]]]:

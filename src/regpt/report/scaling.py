@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import exp, sqrt
+from typing import Any
 
 import numpy as np
 
@@ -21,9 +22,12 @@ STARTS = tuple(
 )
 BEST_STARTS = 12  # of the 4,500, by their value: the others end in the same minima, or worse ones
 BOUNDS = ((-10.0, 60.0), (-10.0, 60.0), (-10.0, 5.0), (0.0, 3.0), (0.0, 3.0))
+MAX_STEPS = 200  # of one descent; twenty are usual
+EDGE = 0.01  # of a coefficient's range: nearer to its end it was held back
 LEAST_POINTS, LEAST_SIZES = 6, 3
 LEVEL = 0.95
 NAMES = ("E", "A", "B", "alpha", "beta")
+IN_ORDER = ("A", "B", "E", "alpha", "beta")  # of the fitted coefficients
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ def fit(points: Sequence[Point], bootstrap: int = 200, seed: int = 0) -> Fit:
         points=tuple(points),
         residual=float(np.sqrt(np.mean(residuals**2))),
         samples=tuple(to_law(one) for one in resampled),
-        warnings=tuple(doubts(best, points)),
+        warnings=tuple(doubts([best, *resampled], points)),
     )
 
 
@@ -118,13 +122,13 @@ def check_points(points: Sequence[Point]) -> None:
         )
 
 
-def doubts(theta: np.ndarray, points: Sequence[Point]) -> list[str]:
-    """What speaks against trusting the fit."""
-    found = [
-        f"{name} ended at the edge of its range"
-        for name, value, (low, high) in zip(("A", "B", "E", "alpha", "beta"), theta, BOUNDS)
-        if value <= low + 1e-6 or value >= high - 1e-6
-    ]
+def doubts(fits: Sequence[np.ndarray], points: Sequence[Point]) -> list[str]:
+    """What speaks against trusting the fit, the first of `fits`, whose others are the bootstrap's."""
+    low, high = (np.array(side) for side in zip(*BOUNDS))
+    share = (np.array(fits) - low) / (high - low)  # (fits, 5): where in its range each coefficient ended
+    held = (share < EDGE) | (share > 1 - EDGE)
+    loose = [name for name, first, rest in zip(IN_ORDER, held[0], held.mean(axis=0)) if first or rest > (1 - LEVEL) / 2]
+    found = [f"the runs do not determine {', '.join(loose)}: the edge of what was tried is as likely"] if loose else []
     for key, what in (("parameters", "model sizes"), ("tokens", "numbers of tokens")):
         values = [getattr(point, key) for point in points]
         if max(values) < 4 * min(values):
@@ -177,12 +181,11 @@ def minimize(n: np.ndarray, d: np.ndarray, y: np.ndarray, begin: np.ndarray) -> 
         from scipy.optimize import least_squares
     except ImportError:
         raise UserError("a fit needs SciPy; install it with: pip install 'regpt[report]'") from None
+    how: dict[str, Any] = {"jac": jacobian, "loss": "huber", "f_scale": HUBER, "x_scale": "jac", "args": (n, d, y)}
+    how |= {"max_nfev": MAX_STEPS}
     low, high = (np.array(side) for side in zip(*BOUNDS))
     inside = np.clip(begin, low + 1e-3, high - 1e-3)
-    found = [
-        least_squares(errors, row, jacobian, (low, high), loss="huber", f_scale=HUBER, x_scale="jac", args=(n, d, y))
-        for row in inside
-    ]
+    found = [least_squares(errors, row, bounds=(low, high), **how) for row in inside]
     return min(found, key=lambda one: one.cost).x
 
 

@@ -1,0 +1,125 @@
+"""`regpt inspect`: what is in a model's weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from regpt.cli.parse import parse
+from regpt.cli.table import print_rows
+from regpt.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from regpt.checkpoint.open import OpenModel
+    from regpt.report.weights import Neighbour, Tensors
+
+LECTURE_CHANNELS = (150, 200, 250)
+LECTURE_MATRIX = "h.1.attn.c_attn.weight"
+
+
+@dataclass(frozen=True)
+class InspectArgs:
+    """Show a model's parameters, draw its position embeddings and a matrix, and find the tokens nearest to a token."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A run folder, a checkpoint folder, a Hugging Face folder, or a hub name such as gpt2."""
+    token: tuple[str, ...] = ()
+    """Show the tokens whose embeddings are nearest to those of these tokens; a space at the front counts."""
+    n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 10
+    """Nearest tokens shown."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png|.svg")] = None
+    """Draw the position embeddings, some of their channels and a corner of a matrix into this file."""
+    channels: tuple[int, ...] = ()
+    """Channels of the position embeddings to draw; default 150, 200 and 250 (the lecture's), where they exist."""
+    matrix: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Matrix to draw; default h.1.attn.c_attn.weight as in the lecture, or that of the only block."""
+    all: bool = False
+    """A row for every parameter, instead of one for those of the same name in all blocks."""
+    json: bool = False
+    """Print one JSON object instead."""
+
+
+def main(args: list[str]) -> int:
+    given = parse(InspectArgs, args, prog="regpt inspect")
+    if given.n < 1:
+        raise UsageError(f"-n is {given.n}, must be at least 1")
+    if given.out is not None:
+        from regpt.data.picture import check_picture
+
+        check_picture(given.out)
+    from regpt.checkpoint.open import open_model
+    from regpt.model.weights import count_parameters, state_tensors
+    from regpt.report.weights import EMBEDDING, nearest_tokens, parameter_table, token_id
+
+    opened = open_model(given.model)
+    tensors = state_tensors(opened.model)
+    ids = {text: token_id(opened.tokenizer, text) for text in given.token}
+    near = {text: nearest_tokens(tensors[EMBEDDING], opened.tokenizer, i, given.n) for text, i in ids.items()}
+    if given.out is not None:
+        draw(given, tensors)
+    table, total = parameter_table(tensors, every=given.all), count_parameters(opened.model)
+    if given.json:
+        print(json.dumps(to_dict(opened, table, total, near), ensure_ascii=False))
+        return 0
+    print_table(opened, table, total)
+    for text, found in near.items():
+        print_neighbours(text, ids[text], found)
+    if given.out is not None:
+        print(f"\n{given.out}")
+    return 0
+
+
+def draw(given: InspectArgs, tensors: Mapping[str, Tensor]) -> None:
+    """The picture, with the lecture's choices where the model is large enough for them."""
+    from regpt.report.weight_pictures import draw_weights
+    from regpt.report.weights import POSITIONS, find_tensor
+
+    assert given.out is not None
+    positions = tensors.get(POSITIONS)
+    channels = given.channels
+    if positions is not None:
+        width = positions.size(1)
+        if not channels:
+            channels = LECTURE_CHANNELS if width > max(LECTURE_CHANNELS) else (width // 5, width // 4, width // 3)
+        for channel in channels:
+            if not 0 <= channel < width:
+                raise UsageError(f"--channels holds {channel}, the position embeddings have channels 0 to {width - 1}")
+    elif channels:
+        raise UsageError("--channels was given, and this model has no learned position embeddings; leave it out")
+    name = given.matrix or (LECTURE_MATRIX if LECTURE_MATRIX in tensors else LECTURE_MATRIX.replace("1", "0", 1))
+    draw_weights(given.out, positions, channels, (name, find_tensor(tensors, name)))
+
+
+def to_dict(opened: OpenModel, table: list[Tensors], total: int, near: dict[str, list[Neighbour]]) -> dict[str, object]:
+    return {
+        "source": opened.source,
+        "step": opened.step,
+        "parameters": total,
+        "tensors": [asdict(row) | {"parameters": row.parameters} for row in table],
+        "nearest": {text: [asdict(one) for one in found] for text, found in near.items()},
+    }
+
+
+def print_table(opened: OpenModel, table: list[Tensors], total: int) -> None:
+    step = "" if opened.step is None else f", after {opened.step:,} steps"
+    rows = [
+        [row.name, " × ".join(map(str, row.shape)), f"{row.parameters:,}", f"{100 * row.parameters / total:.1f} %"]
+        + [f"{value:.4f}" for value in (row.mean, row.std, row.least, row.greatest)]
+        for row in table
+    ]
+    print(f"{opened.source}{step}: {total:,} parameters")
+    print_rows(["parameter", "shape", "values", "share", "mean", "std", "least", "greatest"], rows)
+
+
+def print_neighbours(text: str, token: int, found: list[Neighbour]) -> None:
+    print(f"\nnearest to {text!r} (token {token}), by the angle between embeddings")
+    rows = [[repr(one.text), str(one.id), f"{one.cosine:.4f}", f"{one.norm:.3f}"] for one in found]
+    print_rows(["token", "id", "cosine", "norm"], rows)

@@ -1,0 +1,124 @@
+"""What is in a model's weights: a table of its parameters, and the tokens whose embeddings lie near a token's."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from regpt.errors import UserError, nearest
+from regpt.text.tokenizer import Tokenizer
+
+BLOCK = re.compile(r"^(\w+)\.(\d+)\.(.+)$")
+EMBEDDING, POSITIONS = "wte.weight", "wpe.weight"
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """A parameter, or the parameters of one name and shape in consecutive blocks.
+
+    Attributes:
+        name: `wte.weight`; `h.0-11.attn.c_attn.weight` for twelve of them.
+        shape: of each.
+        count: how many.
+        mean, std: over all their values.
+        least, greatest: value.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    count: int
+    mean: float
+    std: float
+    least: float
+    greatest: float
+
+    @property
+    def parameters(self) -> int:
+        return self.count * torch.Size(self.shape).numel()
+
+
+def parameter_table(tensors: Mapping[str, Tensor], *, every: bool = False) -> list[Tensors]:
+    """The parameters in the model's order, those of equal name and shape in all blocks in one row unless `every`."""
+    groups: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for name, tensor in tensors.items():
+        block = BLOCK.match(name)
+        key = name if every or block is None else f"{block[1]}.*.{block[3]}"
+        groups.setdefault((key, tuple(tensor.shape)), []).append(name)
+    return [describe(key, names, tensors) for (key, _), names in groups.items()]
+
+
+def describe(key: str, names: list[str], tensors: Mapping[str, Tensor]) -> Tensors:
+    values = [tensors[name].double() for name in names]
+    n = sum(x.numel() for x in values)
+    mean = sum(x.sum().item() for x in values) / n
+    variance = sum((x - mean).square().sum().item() for x in values) / n
+    return Tensors(
+        name=key.replace("*", block_range(names)) if "*" in key else key,
+        shape=tuple(values[0].shape),
+        count=len(names),
+        mean=mean,
+        std=variance**0.5,
+        least=min(x.min().item() for x in values),
+        greatest=max(x.max().item() for x in values),
+    )
+
+
+def block_range(names: Iterable[str]) -> str:
+    """`0-11` of the blocks that `names` are in."""
+    numbers = [int(block[2]) for name in names if (block := BLOCK.match(name))]
+    return f"{min(numbers)}-{max(numbers)}" if len(numbers) > 1 else str(numbers[0])
+
+
+def find_tensor(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """The matrix called `name`.
+
+    Raises:
+        UserError: there is none, or it has not two dimensions.
+    """
+    matrices = [other for other, tensor in tensors.items() if tensor.dim() == 2]
+    if name not in matrices:
+        what = "is no matrix" if name in tensors else "is unknown"
+        some = ", ".join(matrices[:6]) + (", …" if len(matrices) > 6 else "")
+        raise UserError(f"parameter {name!r} {what}{nearest(name, matrices)}; choose a matrix: {some}")
+    return tensors[name]
+
+
+# ---- tokens
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A token near another: `cosine` of the angle between their embeddings, `norm` of its own."""
+
+    id: int
+    text: str
+    cosine: float
+    norm: float
+
+
+def token_id(tokenizer: Tokenizer, text: str) -> int:
+    """The one token that `text` is.
+
+    Raises:
+        UserError: it is several, or none.
+    """
+    ids = tokenizer.encode(text)
+    if len(ids) == 1:
+        return ids[0]
+    if not ids:
+        raise UserError("the text given as token is empty; give the text of one token, such as ' the'")
+    parts = ", ".join(repr(tokenizer.decode([i])) for i in ids[:8])
+    raise UserError(f"{text!r} is {len(ids)} tokens, not one: {parts}; give one of them (a space at the front counts)")
+
+
+@torch.no_grad()
+def nearest_tokens(embedding: Tensor, tokenizer: Tokenizer, token: int, n: int) -> list[Neighbour]:
+    """The `n` tokens whose rows of `embedding` (V, C) make the smallest angle with that of `token`, itself left out."""
+    rows = embedding.float()
+    norms = rows.norm(dim=1)  # (V,)
+    cosines = (rows @ rows[token]) / (norms * norms[token]).clamp(min=1e-12)
+    cosines[token] = -2.0  # below every cosine
+    found = torch.topk(cosines, min(n, len(rows) - 1)).indices.tolist()
+    return [Neighbour(i, tokenizer.decode([i]), cosines[i].item(), norms[i].item()) for i in found]
