@@ -115,8 +115,6 @@ def test_bad_arguments_are_one_sentence(run, args, words):
 
 
 def test_any_matrix_can_be_drawn(run, tmp_path):
-    assert (
-        main([str(run), "--matrix", "h.0.mlp.c_fc.weight", "--channels", "0", "3", "--out", str(tmp_path / "x.svg")])
-        == 0
-    )
-    assert "h.0.mlp.c_fc.weight" in (tmp_path / "x.svg").read_text(encoding="utf-8")
+    picture = tmp_path / "x.svg"
+    assert main([str(run), "--matrix", "h.0.mlp.c_fc.weight", "--channels", "0", "3", "--out", str(picture)]) == 0
+    assert "h.0.mlp.c_fc.weight" in picture.read_text(encoding="utf-8")
