@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 import tiny
 from regpt.errors import UserError
+from regpt.evals.head import CpuHead, in_cache, log_probability
 from regpt.evals.packing import Prompt
 from regpt.evals.score import HEAD_ROWS, Scorer, Scores
 from regpt.parallel.mesh import open_mesh
@@ -100,6 +101,47 @@ def test_contexts_are_computed_once(prompts):
     scorer([Prompt(np.arange(10), [np.arange(4)] * 4, [4] * 4)])
     assert scorer.cost.tokens == 10 + 4 * 3
     assert scorer.cost.scored == 16
+
+
+def test_too_little_memory_halves_the_batches(prompts, expected):
+    scorer = Scorer(tiny.build_model(), tiny.ALONE, batch_tokens=2048)
+    hidden, sizes = scorer.hidden, []
+
+    def limited(idx: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
+        sizes.append(idx.numel())
+        if idx.numel() > 600:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return hidden(idx, *more)
+
+    scorer.hidden = limited
+    check(scorer(prompts), expected, 1e-12)
+    assert scorer.batch_tokens == 512
+    before = len(sizes)
+    check(scorer(prompts), expected, 1e-12)
+    assert max(sizes[before:]) <= 600  # without another failure
+    scorer.hidden = lambda *args: limited(torch.empty(1000))
+    with pytest.raises(UserError, match="out of memory; evaluate on a device with more memory"):
+        scorer(prompts)
+
+
+@torch.no_grad()
+def test_the_processors_head_gives_what_the_plain_form_does():
+    model = tiny.build_model(dtype=torch.float32)
+    hidden, targets = torch.randn(100, 24, generator=torch.Generator().manual_seed(1)), torch.arange(100) % V
+    targets[:50] = model.logits(hidden[:50]).argmax(dim=-1).detach()
+    head = CpuHead(model, 64)
+    for n in (100, 1, 33, 64):  # the buffer grows, and is used again
+        found, expected = head(hidden[:n], targets[:n]), log_probability(model.logits(hidden[:n]), targets[:n])
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        assert 0 < found[1].sum() == min(n, 50)
+
+
+def test_of_equally_likely_tokens_the_first_is_the_likeliest():
+    logits = torch.tensor([[1.0, 3, 3, 0]] * 4)
+    for form in (log_probability, in_cache):
+        log_p, hit = form(logits, torch.arange(4))
+        assert hit.tolist() == [False, True, False, False]
+        torch.testing.assert_close(log_p, logits[0].log_softmax(0))
 
 
 def score_in_a_process(prompts: list[Prompt], batch_tokens: int) -> list[list[float]]:

@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 
 from regpt.errors import UserError
+from regpt.evals.head import CpuHead, log_probability
 from regpt.evals.packing import Batch, Plan, Prompt, Tree, bucketed, fill, packed, plant
 from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import Mesh
 
 # Tokens of a batch and places whose logits are computed at once. A GPU wants large products, and logits of 4,096 places
-# take 0.8 GB in float32; a CPU's caches want small ones.
+# take 0.8 GB in float32; a CPU wants to keep its caches.
 BATCH_TOKENS = {"cuda": 32768, "mps": 4096, "cpu": 1024}
-HEAD_ROWS = {"cuda": 4096, "mps": 512, "cpu": 128}
+HEAD_ROWS = {"cuda": 4096, "mps": 512, "cpu": 512}
+SMALLEST_BATCH = 256  # tokens, when memory is short
 IN_FLIGHT = 2  # batches that a GPU has before it: it never waits, and progress is not far ahead of the truth
 Progress = Callable[[int, int], None]  # items done, of how many
 
@@ -92,9 +94,11 @@ class Scorer:
             with autocast():
                 return model.hidden(idx, positions=positions, mask=tree_mask(ends))  # (B, T, C)
 
+        on_cpu = CpuHead(model, self.head_rows) if kind == "cpu" and not compile else None
+
         def head(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
             with autocast():
-                return log_probability(model.logits(hidden), targets)
+                return on_cpu(hidden, targets) if on_cpu else log_probability(model.logits(hidden), targets)
 
         self.hidden = torch.compile(hidden, dynamic=False) if compile else hidden
         self.head = torch.compile(head, dynamic=False) if compile else head
@@ -103,27 +107,50 @@ class Scorer:
     def __call__(self, prompts: Sequence[Prompt], progress: Progress | None = None) -> Scores:
         """The scores of every ending of `prompts`.
 
+        Where a GPU's memory does not suffice, smaller batches are tried, and kept.
+
         Raises:
-            UserError: an ending longer than the model, or a log-likelihood that is not a number.
+            UserError: an ending longer than the model, a log-likelihood that is not a number, or too little memory.
         """
         trees = plant(prompts, self.model.config.max_seq_len)
         sizes = np.array([tree.size for tree in trees], dtype=np.int64)
-        plans = (packed if self.compile else bucketed)(sizes, self.batch_tokens)
-        self.warm_up(plans, trees)
-        started = time.perf_counter()
         endings = sum(len(prompt.endings) for prompt in prompts)
-        queue = Queue(self, endings)
-        for batch, done in self.share(plans, trees):
-            queue.add(*self.places(batch))
-            if progress:
-                progress(done, len(trees))
-        scores = queue.finish()
-        self.cost.seconds += time.perf_counter() - started
-        self.cost.tokens += int(sizes.sum())
-        self.cost.scored += int(scores.tokens.sum())
-        if not np.isfinite(scores.log_likelihood).all():
+        while (own := self.attempt(trees, sizes, endings, progress)) is None:
+            if self.batch_tokens < 2 * SMALLEST_BATCH:
+                raise UserError("out of memory; evaluate on a device with more memory, or on the CPU")
+            self.batch_tokens //= 2
+            self.shapes.clear()
+        log_likelihood, tokens, hits = self.mesh.total(torch.from_numpy(own)).numpy()
+        if not np.isfinite(log_likelihood).all():
             raise UserError("the model gives a log-likelihood that is not a number; its weights are damaged")
-        return scores
+        self.cost.tokens += int(sizes.sum())
+        self.cost.scored += int(tokens.sum())
+        return Scores(log_likelihood, tokens.astype(np.int64), hits == tokens)
+
+    def attempt(
+        self, trees: Sequence[Tree], sizes: np.ndarray, endings: int, progress: Progress | None
+    ) -> np.ndarray | None:
+        """This process's share, (3, endings); None, in every process, where one of them ran out of memory."""
+        own = None
+        try:
+            plans = (packed if self.compile else bucketed)(sizes, self.batch_tokens)
+            self.warm_up(plans, trees)
+            started = time.perf_counter()
+            queue = Queue(self)
+            for batch, done in self.share(plans, trees):
+                queue.add(*self.places(batch))
+                if progress:
+                    progress(done, len(trees))
+            own = queue.sums(endings)
+            self.cost.seconds += time.perf_counter() - started
+        except torch.OutOfMemoryError:
+            pass
+        # Outside that block: an exception holds on to the tensors of its frames.
+        if not self.mesh.any(own is None):
+            return own
+        if self.mesh.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
 
     def warm_up(self, plans: Sequence[Plan], trees: Sequence[Tree]) -> None:
         """Compile what `plans` need and has not been seen; the time counts as compilation."""
@@ -171,8 +198,8 @@ class Scorer:
 class Queue:
     """Places, collected until there are enough for one call of the head."""
 
-    def __init__(self, scorer: Scorer, endings: int):
-        self.scorer, self.endings = scorer, endings
+    def __init__(self, scorer: Scorer):
+        self.scorer = scorer
         self.waiting: list[tuple[Tensor, Tensor]] = []
         self.n_waiting = 0
         self.found: list[tuple[Tensor, Tensor]] = []  # log-probabilities and hits, on the device
@@ -197,19 +224,16 @@ class Queue:
         self.waiting = [(hidden[end:], targets[end:])]
         self.n_waiting = len(hidden) - end
 
-    def finish(self) -> Scores:
-        """The scores of all endings, of all processes."""
+    def sums(self, endings: int) -> np.ndarray:
+        """(3, endings) float64: the log-likelihood of each ending, its scored tokens, and the likeliest among them."""
         if self.n_waiting:
             self.compute(whole=False)
-        owners = np.concatenate([np.empty(0, np.int64), *self.owners])
-        nothing = torch.empty(0)
-        log_p, hit = (
-            torch.cat([nothing.to(part[0].dtype), *(x.cpu() for x in part)]).numpy()
-            for part in (zip(*self.found) if self.found else ([nothing], [nothing]))
-        )
-        sums = [np.bincount(owners, weights=x, minlength=self.endings) for x in (log_p, np.ones(len(hit)), hit)]
-        log_likelihood, tokens, hits = self.scorer.mesh.total(torch.from_numpy(np.stack(sums))).numpy()
-        return Scores(log_likelihood, tokens.astype(np.int64), hits == tokens)
+        if not self.found:
+            return np.zeros((3, endings))
+        owners = np.concatenate(self.owners)
+        log_p, hit = (torch.cat([x.cpu() for x in part]).numpy() for part in zip(*self.found))
+        weights = (log_p, np.ones(len(hit)), hit)
+        return np.stack([np.bincount(owners, weights=x, minlength=endings) for x in weights])
 
 
 class Pace:
@@ -232,15 +256,6 @@ def tree_mask(ends: Tensor) -> Tensor:
     """(B, 1, T, T) bool, True where token i may look at token j: j ≤ i < ends[j], from `ends` (B, T)."""
     i = torch.arange(ends.size(1), device=ends.device)[:, None]
     return ((i >= i.T) & (i < ends[:, None, :]))[:, None]
-
-
-def log_probability(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Natural log of the probability of `targets` (N,) under `logits` (N, V), in float32 (float64 for float64), and
-    whether each is the likeliest token (the first of equals)."""
-    likeliest = logits.argmax(dim=-1)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    chosen = logits.gather(1, targets[:, None])[:, 0]
-    return chosen - logits.logsumexp(dim=-1), likeliest == targets
 
 
 def filled(hidden: Tensor, targets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
