@@ -202,6 +202,11 @@ def test_a_mistake_is_one_sentence(bench, recipe: str, flags, code: int, parts):
         assert part in err
 
 
+def test_data_of_any_tokenizer_will_do(bench, recipe: str, shards: Path):
+    code, _, err = bench("train", recipe, *FAST, "--data", shards, "--data.tokenizer", "gpt2", "--json", "-")
+    assert code == 0, err
+
+
 def test_data_of_another_vocabulary_is_refused_before_the_model_is_built(bench, recipe: str, shards: Path):
     code, _, err = bench("train", recipe, "--data", shards, "--model.vocab-size", "301")
     assert code == 1

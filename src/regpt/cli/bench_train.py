@@ -68,7 +68,7 @@ def run_train(given: TrainArgs, args: list[str], started: float) -> int:
     if given.data:
         config = replace(config, data=chosen_data(config.data, given.data))
     if launcher_rank() == 0:
-        check(config, given.nproc or launcher_world_size())
+        check(config, window, given.nproc or launcher_world_size())
     if given.nproc and not under_launcher():
         return launch(given.nproc, ["bench", "train", *args])
     imported_s = time.perf_counter() - started

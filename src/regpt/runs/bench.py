@@ -59,13 +59,16 @@ class Window:
 
 
 def shortened(config: RunConfig, window: Window) -> RunConfig:
-    """`config` for so many steps; the learning rate follows no schedule that could be too long for them."""
+    """`config` for so many steps; the learning rate follows no schedule that could be too long for them, and any
+    tokenizer will do: tokens are not read as text."""
     train = replace(config.train, steps=window.warmup + window.steps)
-    return replace(config, train=train, optim=replace(config.optim, schedule="constant", decay_steps=None))
+    optim = replace(config.optim, schedule="constant", decay_steps=None)
+    return replace(config, train=train, optim=optim, data=replace(config.data, tokenizer=""))
 
 
-def check(config: RunConfig, processes: int) -> None:
+def check(config: RunConfig, window: Window, processes: int) -> None:
     """Raise what `bench_train` would for data or a batch that do not fit, before any process is started."""
+    config = shortened(config, window)
     data = config.data
     check_batch(data.seq_len, config.train.batch_tokens, config.train.first_rows, processes)
     if data.path or data.mixture:
@@ -80,7 +83,7 @@ def opened_data(config: RunConfig) -> Iterator[tuple[RunConfig, Corpus]]:
             shards = Path(folder) / "shards"
             tokens = 4 * config.train.batch_tokens + 1_000_000  # enough for every order, little to write
             invent_shards(shards, document_lengths(tokens // MEAN_LENGTH), config.model.vocab_size)
-            config = replace(config, data=replace(config.data, path=str(shards), tokenizer=""))
+            config = replace(config, data=replace(config.data, path=str(shards)))
         yield config, open_shards(config)
 
 
