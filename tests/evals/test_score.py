@@ -166,3 +166,23 @@ def test_compiled_functions_give_the_same_and_are_compiled_once(prompts, expecte
     check(found, expected, 1e-12)
     assert counters["stats"]["unique_graphs"] == 2  # the hidden states and the head, whatever the number of items
     assert scorer.cost.compile_seconds > 0
+
+
+@pytest.mark.slow
+@needs_compiler
+@tiny.IMPORTS_COMPILER
+def test_a_compiled_training_step_is_not_compiled_again_for_an_evaluation_in_between(prompts):
+    curves = []
+    for evaluating in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        trainer = tiny.build_trainer(tiny.build_model(), tiny.Rows(micro_batch_rows=4), compile=True)
+        scorer = Scorer(trainer.model, tiny.ALONE, compile=True, batch_tokens=1024)
+        curve = []
+        for _ in range(4):
+            curve.append(trainer.update()["loss"])
+            if evaluating:
+                scorer(prompts)
+        curves.append(curve)
+        assert counters["stats"]["unique_graphs"] == (3 if evaluating else 1)
+    assert curves[0] == curves[1]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from regpt.errors import UsageError
+from regpt.evals.specs import Spec, parse_tasks
 
 
 @dataclass(frozen=True)
@@ -12,9 +13,24 @@ class EvalConfig:
     every_steps: int = 250
     """Steps between validations; 0 validates only at the end."""
     val_tokens: int = 655360
-    """Validation tokens read each time, from the start of the split; 0 reads all."""
+    """Validation tokens read each time, from the start of the split (of each source); 0 reads all."""
+    tasks: str = ""
+    """Tasks evaluated with each validation, as regpt eval --tasks names them: hellaswag; core:DIR; mc:FILE."""
+    max_items: int = 0
+    """Items of each task, the first of a fixed order; 0 takes all."""
+    max_seconds: float = 0.0
+    """Seconds for all tasks of one evaluation; the first one finds out how many items that allows. 0 sets no limit."""
 
     def __post_init__(self) -> None:
-        for name in ("every_steps", "val_tokens"):
-            if getattr(self, name) < 0:
+        for name in ("every_steps", "val_tokens", "max_items", "max_seconds"):
+            if not getattr(self, name) >= 0:  # "not >=": NaN fails too
                 raise UsageError(f"eval.{name} is {getattr(self, name)}, must be 0 or more")
+        for spec in self.specs():
+            if spec.kind == "val":
+                raise UsageError("eval.tasks names val, which is evaluated anyway (eval.val_tokens); leave it out")
+            if spec.kind == "lm-eval":
+                raise UsageError("eval.tasks names lm-eval, whose tasks are for a finished model: regpt eval --tasks")
+
+    def specs(self) -> list[Spec]:
+        """The tasks; raises what `parse_tasks` does."""
+        return parse_tasks(self.tasks) if self.tasks.strip() else []

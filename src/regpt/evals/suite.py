@@ -60,10 +60,12 @@ def open_suite(spec: Spec, encoder: Encoder, eot: int, progress: DownloadProgres
     raise UsageError(f"task {str(spec)!r} cannot be evaluated here; see regpt eval --help")
 
 
-def rows_of(results: Iterable[Result]) -> list[Row]:
-    """One row a task and metric, as `metrics.jsonl` keeps them (without kind and step)."""
-    return [
-        {"task": result.task, "metric": metric, "value": found.value, "stderr": found.stderr, "n": found.n}
-        for result in results
-        for metric, found in result.estimates().items()
+def suite_rows(suite: Suite, results: Sequence[Result]) -> list[Row]:
+    """Rows of `metrics.jsonl` without kind and step: one a task and metric, then those of the suite."""
+    rows = [
+        {"task": one.task, "metric": metric, "value": found.value, "stderr": found.stderr, "n": found.n}
+        for one in results
+        for metric, found in one.estimates().items()
     ]
+    seconds = {one.task: one.seconds for one in results}
+    return [*(row | {"seconds": seconds[row["task"]]} for row in rows), *suite.summarize(results)]

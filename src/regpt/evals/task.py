@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from regpt.data.order import permutation
-from regpt.errors import UsageError
+from regpt.errors import UsageError, UserError
 from regpt.evals.packing import Prompt
 from regpt.evals.score import Progress, Scorer, Scores
 
@@ -25,12 +25,14 @@ class Task(Protocol):
         n_items: how many there are.
         items_sha256: hash of what is asked.
         baseline: expected accuracy of a guess, None where it is unknown.
+        longest: most scored tokens of an ending; a model must have as many positions.
     """
 
     name: str
     n_items: int
     items_sha256: str
     baseline: float | None
+    longest: int
 
     def prompts(self, chosen: Sequence[int]) -> list[Prompt]:
         """The prompts of the items numbered `chosen`."""
@@ -83,6 +85,15 @@ class Result:
         columns = {metric: values.tolist() for metric, values in self.outcomes.items()}
         rows = [{"item": name} | {key: column[k] for key, column in columns.items()} for k, name in enumerate(names)]
         return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def refuse_long_endings(task: Task, max_seq_len: int) -> None:
+    """Raise a UserError, before anything is computed, where a model of `max_seq_len` cannot score an ending."""
+    if task.longest > max_seq_len:
+        raise UserError(
+            f"{task.name} has an ending of {task.longest:,} tokens, the model reads at most {max_seq_len:,}; leave the "
+            "task out, or use a model with longer sequences"
+        )
 
 
 def estimate(values: np.ndarray) -> Estimate:

@@ -22,6 +22,7 @@ from regpt.model.transformer import Transformer
 from regpt.model.weights import count_parameters, state_tensors
 from regpt.parallel.mesh import Mesh
 from regpt.runs.build import Corpus, choose_kernels, mask_token, validation_parts
+from regpt.runs.evaluations import Evaluations
 from regpt.runs.folder import JsonLines, device_name, made_with
 from regpt.runs.terminal import Terminal
 from regpt.runs.validation import Part, own_sums, part_batches, result
@@ -48,6 +49,7 @@ class Job:
     optimizer: torch.optim.Optimizer
     trainer: Trainer
     update_ratios: UpdateRatios
+    evaluations: Evaluations
     terminal: Terminal
     metrics: JsonLines | None
     samples: JsonLines | None
@@ -59,7 +61,7 @@ def make_actions(job: Job, stop_requested: Callable[[], bool]) -> Actions:
     parts = validation_parts(job.config, job.corpus)
     return Actions(
         log=lambda row: log(job, row),
-        validate=lambda step: validate(job, step, parts) if parts else None,
+        validate=lambda step: evaluate(job, step, parts),
         sample=lambda step: sample(job, step),
         save=lambda step: save(job, step),
         # After a checkpoint that could not be written the run stops: all processes together, with a second try.
@@ -83,6 +85,14 @@ def write_row(job: Job, row: Row) -> None:
     turn = row["kind"] != "train" or due(step, every) or step in (1, job.config.train.steps)
     if job.metrics is not None and turn:
         job.metrics.write(row)
+
+
+def evaluate(job: Job, step: int, parts: Sequence[Part]) -> None:
+    """Validate where there is held-out text, then the tasks."""
+    if parts:
+        validate(job, step, parts)
+    for row in job.evaluations.rows(step):
+        write_row(job, row)
 
 
 @torch.no_grad()

@@ -16,8 +16,8 @@ from regpt.data.manifest import read_manifest
 from regpt.errors import UsageError, UserError
 from regpt.evals.score import Progress, Scorer
 from regpt.evals.specs import Spec
-from regpt.evals.suite import Suite, open_suites, rows_of
-from regpt.evals.task import Result, evaluate
+from regpt.evals.suite import Suite, open_suites
+from regpt.evals.task import Result, evaluate, refuse_long_endings
 from regpt.parallel.mesh import Mesh
 from regpt.runs.validation import Part, Validated, folder_parts, own_sums, part_batches, result
 from regpt.train.config import PrecisionName
@@ -93,6 +93,8 @@ def answer(asked: Question, mesh: Mesh, show: ShowProgress) -> Answer:
     opened.model.to(parameter_dtype(asked.precision)).eval()
     task = open_val(asked, run, folder, opened) if folder else None
     suites = open_suites([spec for spec in asked.specs if spec.kind != "val"], opened.tokenizer)
+    for one in (one for suite in suites for one in suite.tasks):
+        refuse_long_endings(one, opened.model.config.max_seq_len)
     val = (task, validate(asked, task, opened, mesh, show)) if task else None
     scorer = Scorer(opened.model, mesh, autocast=lambda: autocast(asked.precision, mesh.device), compile=asked.compile)
     found = []
@@ -224,11 +226,6 @@ def task_numbers(one: Result) -> dict[str, Any]:
         "items_sha256": one.items_sha256,
         **one.details,
     }
-
-
-def suite_rows(suite: Suite, results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Rows of `metrics.jsonl`, without kind and step: every task's, then those of the suite."""
-    return [*rows_of(results), *suite.summarize(results)]
 
 
 @contextlib.contextmanager

@@ -40,6 +40,7 @@ from regpt.runs.build import (
     open_corpus,
     with_chosen_rows,
 )
+from regpt.runs.evaluations import Evaluations, open_run_suites
 from regpt.runs.folder import JsonLines, create_run, describe_environment, read_run_config, refuse_used_folder
 from regpt.runs.stop import EXIT_SAVED, stop_request
 from regpt.runs.terminal import Terminal
@@ -59,6 +60,7 @@ def check(config: RunConfig, run: Path | None, processes: int = 1) -> None:
     make_schedule(config.optim, config.train.steps)
     build_loader(config, corpus, Mesh(0, processes, torch.device("cpu")))
     count_validation_rows(config, corpus)
+    open_run_suites(config, corpus.tokenizer)
     prompt = encode_prompt(corpus.tokenizer, config.sample.prompt)
     check_length(len(prompt), config.sample.max_new_tokens, config.model.max_seq_len)
 
@@ -163,9 +165,10 @@ def fit(config: RunConfig, run: Path, corpus: Corpus, loader: Loader, trainer: T
         files = [stack.enter_context(JsonLines(run / name)) if mesh.is_main else None for name in names]
         saver = Saver(run, config.checkpoint)
         ratios = watch_updates(trainer, config.log.update_ratios_every_steps)
-        job = Job(
-            config, run, mesh, corpus, trainer.model, trainer.optimizer, trainer, ratios, terminal, *files, saver=saver
-        )
+        suites = open_run_suites(config, corpus.tokenizer)
+        evaluations = Evaluations(config, run, suites, trainer.model, mesh, terminal.say)
+        parts = (trainer.model, trainer.optimizer, trainer, ratios, evaluations, terminal)
+        job = Job(config, run, mesh, corpus, *parts, *files, saver=saver)
         terminal.say(summary(job))
         peak = device_peak(mesh.device, config.train.precision)
         terminal.say(f"100 % MFU is {peak}")

@@ -1,0 +1,138 @@
+"""Tasks while a model trains."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiny
+from regpt.checkpoint.load import checkpoint_folder
+from regpt.cli.eval import main
+from regpt.config import RunConfig
+from regpt.errors import UsageError, UserError
+from regpt.runs import evaluations
+from regpt.runs.pretrain import check, pretrain, resume
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("mc") / "q.jsonl"
+    words = ["ba", "do", "mi", "ta", "ru"]
+    rows = [
+        {"ctx": words[i % 5], "endings": [f"{words[(i + k) % 5]} {words[k]}" for k in range(4)], "label": i % 4}
+        for i in range(300)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def with_tasks(shards: Path, questions: Path, **values: object) -> RunConfig:
+    return tiny.change(tiny.run_config(shards), "eval", tasks=f"hellaswag:{questions}", **values)
+
+
+def rows(run: Path, kind: str) -> list[dict]:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def test_tasks_are_evaluated_with_validation_and_give_what_regpt_eval_gives(shards, questions, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert pretrain(with_tasks(shards, questions), run) == 0
+    found = rows(run, "eval")
+    assert [(row["step"], row["metric"]) for row in found] == [
+        (s, m) for s in (0, 3, 6, 8) for m in ("acc", "acc_norm")
+    ]
+    assert {(row["task"], row["n"]) for row in found} == {("hellaswag", 300)}
+    assert [path.name for path in (run / "evals").iterdir()] == ["hellaswag-step-00000008.jsonl"]
+    assert "hellaswag after step 8: acc 0." in capsys.readouterr().out
+    args = ["--tasks", f"hellaswag:{questions}", "--device", "cpu", "--json", "-"]
+    assert main([str(run), *args]) == 0
+    metrics = json.loads(capsys.readouterr().out)["tasks"]["hellaswag"]["metrics"]
+    for row in found[-2:]:
+        assert metrics[row["metric"]] == {"value": row["value"], "stderr": row["stderr"], "n": 300}
+
+
+def everything(run: Path) -> dict[str, torch.Tensor]:
+    """Weights and moments after the last update."""
+    folder = checkpoint_folder(run, 8)
+    return load_file(folder / "model.safetensors") | load_file(folder / "optimizer.safetensors")
+
+
+def test_training_is_bitwise_the_same_with_evaluation_on_and_off(shards, questions, tmp_path):
+    off = tiny.change(tiny.run_config(shards), "eval", every_steps=0)
+    states = []
+    for name, config in (("on", with_tasks(shards, questions, every_steps=1)), ("off", off)):
+        torch.manual_seed(1)
+        assert pretrain(config, tmp_path / name) == 0
+        states.append(torch.get_rng_state())
+    assert len(rows(tmp_path / "on", "eval")) == 9 * 2
+    on, off = (everything(tmp_path / name) for name in ("on", "off"))
+    assert on.keys() == off.keys()
+    assert all(on[name].equal(off[name]) for name in on)
+    losses = [[row["loss"] for row in rows(tmp_path / name, "train")] for name in ("on", "off")]
+    assert losses[0] == losses[1]
+    assert states[0].equal(states[1])
+
+
+def test_several_processes_evaluate_together(shards, questions, tmp_path):
+    config = with_tasks(shards, questions)
+    assert pretrain(config, tmp_path / "one") == 0
+    assert tiny.in_processes(2, pretrain, config, tmp_path / "two") == [0, 0]
+    one, two = (rows(tmp_path / name, "eval") for name in ("one", "two"))
+    assert one[0]["value"] == two[0]["value"]  # at initialisation; later the weights differ by rounding
+    assert len(one) == len(two)
+
+
+def test_the_first_evaluation_chooses_the_part_and_a_resumed_run_keeps_it(shards, questions, tmp_path, monkeypatch):
+    asked = []
+    original = evaluations.evaluate
+
+    def watched(task, scorer, *, max_items=0, seconds=0.0):
+        asked.append((max_items, seconds))
+        return original(task, scorer, max_items=max_items or 270, seconds=0.0)
+
+    monkeypatch.setattr(evaluations, "evaluate", watched)
+    run = tmp_path / "run"
+    assert pretrain(with_tasks(shards, questions, max_seconds=5.0), run) == 0
+    assert asked == [(0, 5.0), (270, 0.0), (270, 0.0), (270, 0.0)]
+    for step in (6, 8):
+        shutil.rmtree(checkpoint_folder(run, step))
+    asked.clear()
+    assert resume(run) == 0
+    assert set(asked) == {(270, 0.0)}
+    assert {row["n"] for row in rows(run, "eval")} == {270}
+
+
+def test_a_limit_of_items_takes_a_part(shards, questions, tmp_path):
+    assert pretrain(with_tasks(shards, questions, max_items=40), tmp_path / "run") == 0
+    assert {row["n"] for row in rows(tmp_path / "run", "eval")} == {40}
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"tasks": "hella"}, "task 'hella' is unknown"),
+        ({"tasks": "val"}, "eval.tasks names val, which is evaluated anyway"),
+        ({"tasks": "lm-eval:piqa"}, "eval.tasks names lm-eval, whose tasks are for a finished model"),
+        ({"max_items": -1}, "eval.max_items is -1, must be 0 or more"),
+        ({"max_seconds": float("nan")}, "eval.max_seconds is nan, must be 0 or more"),
+    ],
+)
+def test_a_wrong_configuration_is_refused(shards, values, said):
+    with pytest.raises(UsageError, match=said):
+        tiny.change(tiny.run_config(shards), "eval", **values)
+
+
+def test_what_cannot_be_evaluated_stops_before_the_run_begins(shards, tmp_path):
+    config = tiny.change(tiny.run_config(shards), "eval", tasks=f"mc:{tmp_path / 'no.jsonl'}")
+    with pytest.raises(UserError, match="does not exist"):
+        check(config, tmp_path / "run")
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"ctx": "a", "endings": ["ba do mi ta ru" * 9, "b"], "label": 0}), encoding="utf-8")
+    config = tiny.change(tiny.run_config(shards), "eval", tasks=f"mc:{long}")
+    with pytest.raises(UserError, match=r"has an ending of \d+ tokens, the model reads at most 16; leave the task out"):
+        check(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
