@@ -86,7 +86,7 @@ def test_the_module_and_its_cache_work_as_before():
 def test_compiled_it_is_one_graph_with_the_same_results():
     torch._dynamo.reset()
     counters.clear()
-    plain, again = trainers(compile=True)
+    _, again = trainers(compile=True)
     assert tiny.largest_error(tiny.step_gradients(again), tiny.step_gradients(trainers()[0])) < 1e-12
     again.update()
     assert counters["stats"]["unique_graphs"] == 1
