@@ -1,9 +1,11 @@
 """The compiled training step gives what the plain one gives, and leaves validation, sampling and chance alone."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo
@@ -11,12 +13,15 @@ from torch._dynamo.utils import counters
 
 import tiny
 from regpt.data.batch import IGNORE_INDEX, Batch
+from regpt.data.loader import document_bounds
+from regpt.evals.packing import Prompt
 from regpt.evals.perplexity import validate
+from regpt.evals.score import Scorer
 from regpt.model.transformer import Transformer
 from regpt.runs.pretrain import pretrain
 from regpt.sample.generate import generate
 from regpt.sample.sampling import SamplingOptions
-from regpt.train.loss import make_loss_sum
+from regpt.train.loss import make_loss_sum, uncompiled
 
 pytestmark = [
     tiny.IMPORTS_COMPILER,
@@ -78,6 +83,86 @@ def test_training_validation_and_sampling_share_a_process():
         assert torch.get_rng_state().equal(chance)
     assert graphs() == 2
     assert not counters["graph_break"]
+
+
+class Documents(tiny.Rows):
+    """Rows masked by document, with another number of documents in each micro-batch."""
+
+    def step(self, step: int, micro_batch_rows: int | None = None) -> list[Batch]:
+        masked = []
+        for batch in super().step(step, micro_batch_rows):
+            share = (0.02, 0.2, 0.5, 0.9)[(step + len(masked)) % 4]
+            starts = torch.rand(batch.idx.shape, generator=torch.Generator().manual_seed(step)) < share
+            positions, cu_seqlens = (torch.from_numpy(x) for x in document_bounds(starts.numpy()))
+            masked.append(batch._replace(positions=positions, cu_seqlens=cu_seqlens))
+        return masked
+
+
+def test_documents_of_any_number_share_a_graph():
+    plain, compiled = (
+        tiny.build_trainer(tiny.build_model(), Documents(micro_batch_rows=4), compile=compile)
+        for compile in (False, True)
+    )
+    sizes = set()
+    for step in range(6):
+        batches = Documents(micro_batch_rows=4).step(step)
+        sizes |= {len(batch.cu_seqlens) for batch in batches if batch.cu_seqlens is not None}
+        assert compiled.update()["loss"] == pytest.approx(plain.update()["loss"], rel=1e-9), f"step {step}"
+        losses = [validate(t.loss_sum, batches, None, tiny.CPU).loss for t in (compiled, plain)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+    assert len(sizes) >= 3  # each would have been compiled
+    assert graphs() == 2
+
+
+def test_training_validation_sampling_and_hellaswag_in_one_process_compile_nothing_twice():
+    """HellaSwag's rows have many lengths and four endings; its own compiled functions see few shapes."""
+    trainer = tiny.build_trainer(tiny.build_model(), tiny.Rows(micro_batch_rows=4), compile=True)
+    draw = torch.Generator().manual_seed(3)
+
+    def tokens(n: int) -> np.ndarray:
+        return torch.randint(97, (n,), generator=draw).numpy()
+
+    def items(n: int) -> list[Prompt]:
+        lengths = torch.randint(1, 5, (n, 5), generator=draw).tolist()
+        return [Prompt(tokens(first), [tokens(k) for k in rest], rest) for first, *rest in lengths]
+
+    scorers = [Scorer(trainer.model, tiny.ALONE, compile=compile, batch_tokens=64) for compile in (False, True)]
+    found = []
+    for _ in range(4):
+        trainer.update()
+        validate(trainer.loss_sum, held_out(), None, tiny.CPU)
+        drawn(trainer.model)
+        prompts = items(12)
+        ours, theirs = (scorer(prompts).log_likelihood for scorer in scorers)
+        assert theirs == pytest.approx(ours, rel=1e-9)
+        found.append(graphs())
+    assert found[0] == 4  # the step, validation, hidden states and logits of HellaSwag
+    assert found[-1] == found[1]  # a second length of rows may have come up
+    assert found[-1] <= 5
+    assert not counters["graph_break"]
+
+
+def test_after_an_out_of_memory_the_smaller_shape_is_compiled_and_the_larger_forgotten():
+    """Down to one row: with every shape kept, training and validation would pass torch's limit of eight graphs."""
+    trainer = tiny.build_trainer(tiny.build_model(), tiny.Rows(), compile=True)
+    whole, limit = trainer.loss_sum, [8]
+
+    @functools.wraps(whole)
+    def limited(batch: Batch) -> torch.Tensor:
+        if len(batch.idx) > limit[0]:
+            raise torch.OutOfMemoryError
+        return whole(batch)
+
+    trainer.loss_sum = limited
+    for rows in (8, 4, 2, 1):
+        limit[0] = rows
+        trainer.update()
+        with torch.no_grad():
+            limited(tiny.Rows(micro_batch_rows=rows).step(0)[0])
+    assert graphs() == 2 * 4
+    assert trainer.micro_batch.rows == 1
+    cached = torch._dynamo.eval_frame._debug_get_cache_entry_list(uncompiled(whole).__code__)  # type: ignore[union-attr]
+    assert len(cached) == 2  # with and without gradients, of one row
 
 
 def test_the_module_stays_a_plain_module():

@@ -1,5 +1,6 @@
 """A micro-batch's summed loss in the precision of the run, compiled if asked for."""
 
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -37,12 +38,25 @@ def make_loss_sum(
             idx, targets, positions, cu_seqlens = batch
             return summed_loss(model, idx, targets, positions=positions, cu_seqlens=cu_seqlens)
 
-    return torch.compile(loss_sum, dynamic=False) if compile else loss_sum
+    return compiled(loss_sum) if compile else loss_sum
+
+
+def compiled(loss_sum: LossSum) -> LossSum:
+    """`loss_sum`, compiled once for a shape of idx, however many documents a batch holds."""
+    static = torch.compile(loss_sum, dynamic=False)
+
+    @functools.wraps(loss_sum)
+    def call(batch: Batch) -> Tensor:
+        if batch.cu_seqlens is not None:
+            torch._dynamo.maybe_mark_dynamic(batch.cu_seqlens, 0)  # else each new length would compile everything again
+        return static(batch)
+
+    return call
 
 
 def uncompiled(loss_sum: LossSum) -> LossSum | None:
     """The function that `loss_sum` was compiled from; None when it is not compiled."""
-    return getattr(loss_sum, "_torchdynamo_orig_callable", None)
+    return getattr(loss_sum, "__wrapped__", None)
 
 
 def valid_targets(batches: list[Batch]) -> int:

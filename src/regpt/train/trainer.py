@@ -14,7 +14,7 @@ from regpt.errors import UserError
 from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import Mesh
 from regpt.train.config import TrainConfig
-from regpt.train.loss import LossSum, valid_targets
+from regpt.train.loss import LossSum, uncompiled, valid_targets
 from regpt.train.loss_scale import LossScale
 from regpt.train.memory import memory_advice
 from regpt.train.metrics import flops_per_token, peak_memory_gib
@@ -83,9 +83,7 @@ class Trainer:
         self.model, self.loss_sum, self.optimizer, self.lr_at = model, loss_sum, optimizer, lr_at
         self.loader, self.mesh, self.config, self.step = loader, mesh, config, step
         self.report: Callable[[Row], None] = lambda row: None  # of events; `fit` sets it
-        self.micro_batch = MicroBatch(
-            config.first_rows, mesh, lambda rows: self.event("out_of_memory", micro_batch_rows=rows)
-        )
+        self.micro_batch = MicroBatch(config.first_rows, mesh, self.go_on_with)
         self.loss_scale = LossScale(
             dynamic=config.precision == "fp16",
             on_change=lambda scale, reason: self.event("loss_scale", loss_scale=scale, reason=reason),
@@ -134,6 +132,12 @@ class Trainer:
         self.step += 1
         self.loss_scale.note_update()
         return row | self.costs(time.perf_counter() - started)
+
+    def go_on_with(self, rows: int) -> None:
+        """A process ran out of memory, and now all compute `rows` at once."""
+        if uncompiled(self.loss_sum):
+            torch.compiler.reset()  # forgets the graphs of the former shape, which count against torch's limit of eight
+        self.event("out_of_memory", micro_batch_rows=rows)
 
     def event(self, name: str, **facts: object) -> None:
         self.report({"kind": "event", "step": self.step, "name": name, **facts, "time": time.time()})
