@@ -23,8 +23,9 @@ from regpt.model.weights import count_parameters, state_tensors
 from regpt.parallel.mesh import Mesh
 from regpt.runs.build import Corpus, choose_kernels, mask_token, validation_parts
 from regpt.runs.evaluations import Evaluations
-from regpt.runs.folder import JsonLines, device_name, made_with
+from regpt.runs.folder import device_name, made_with
 from regpt.runs.terminal import Terminal
+from regpt.runs.trackers import Sink
 from regpt.runs.validation import Part, own_sums, part_batches, result
 from regpt.sample.generate import write_samples
 from regpt.sample.sampling import SamplingOptions
@@ -51,8 +52,8 @@ class Job:
     update_ratios: UpdateRatios
     evaluations: Evaluations
     terminal: Terminal
-    metrics: JsonLines | None
-    samples: JsonLines | None
+    metrics: Sink | None
+    samples: Sink | None
     saver: Saver
 
 

@@ -44,6 +44,7 @@ from regpt.runs.evaluations import Evaluations, open_run_suites
 from regpt.runs.folder import JsonLines, create_run, describe_environment, read_run_config, refuse_used_folder
 from regpt.runs.stop import EXIT_SAVED, stop_request
 from regpt.runs.terminal import Terminal
+from regpt.runs.trackers import Tee, check_trackers, open_trackers
 from regpt.sample.generate import check_length, encode_prompt
 from regpt.train.optim import load_optimizer, make_optimizer
 from regpt.train.peak import device_peak
@@ -61,6 +62,7 @@ def check(config: RunConfig, run: Path | None, processes: int = 1) -> None:
     build_loader(config, corpus, Mesh(0, processes, torch.device("cpu")))
     count_validation_rows(config, corpus)
     open_run_suites(config, corpus.tokenizer)
+    check_trackers(config.log)
     prompt = encode_prompt(corpus.tokenizer, config.sample.prompt)
     check_length(len(prompt), config.sample.max_new_tokens, config.model.max_seq_len)
 
@@ -163,6 +165,9 @@ def fit(config: RunConfig, run: Path, corpus: Corpus, loader: Loader, trainer: T
     with ExitStack() as stack:
         names = ("metrics.jsonl", "samples.jsonl")
         files = [stack.enter_context(JsonLines(run / name)) if mesh.is_main else None for name in names]
+        if mesh.is_main:
+            trackers = open_trackers(config.log, run, asdict(config), step, stack)
+            files = [Tee(file, trackers) for file in files if file is not None]
         saver = Saver(run, config.checkpoint)
         ratios = watch_updates(trainer, config.log.update_ratios_every_steps)
         suites = open_run_suites(config, corpus.tokenizer)

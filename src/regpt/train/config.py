@@ -112,6 +112,12 @@ class LogConfig:
     """Steps between rows of metrics.jsonl; the terminal follows every step."""
     update_ratios_every_steps: int = 20
     """Steps between measurements of the updates' size beside the weights'; 0 measures none."""
+    tensorboard: bool = False
+    """Also write the metrics for TensorBoard, into RUN/tensorboard (extra tensorboard)."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Also log to Weights & Biases (extra wandb); offline: into RUN/wandb, nothing is sent."""
+    wandb_project: str = "regpt"
+    """Project of Weights & Biases."""
 
     def __post_init__(self) -> None:
         require("log", self, {"every_steps": 1, "update_ratios_every_steps": 0})

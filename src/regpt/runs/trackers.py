@@ -1,0 +1,132 @@
+"""Copies of a run's metrics for TensorBoard and Weights & Biases. The run folder stays the record."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from regpt.errors import UserError
+from regpt.report.read import number
+from regpt.train.config import LogConfig
+
+PACKAGES = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases"}
+UNDRAWN = ("kind", "step", "time", "tokens", "flops")
+
+
+class Sink(Protocol):
+    """Takes the rows of metrics.jsonl and samples.jsonl."""
+
+    def write(self, row: dict[str, Any]) -> None: ...
+
+
+class Tee:
+    """Writes each row to the run's own file first, then to the trackers."""
+
+    def __init__(self, file: Sink, trackers: Sequence[Sink]):
+        self.file, self.trackers = file, trackers
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.file.write(row)
+        for tracker in self.trackers:
+            tracker.write(row)
+
+
+def wanted(log: LogConfig) -> list[str]:
+    return [name for name in PACKAGES if getattr(log, name) not in (False, "off")]
+
+
+def check_trackers(log: LogConfig) -> None:
+    """Raise a UserError for a tracker whose package is not installed."""
+    for name in wanted(log):
+        found = find_spec(name)
+        if found is None or found.origin is None:  # a folder of this name, such as its own logs, is no package
+            raise UserError(
+                f"log.{name} asks for {PACKAGES[name]}, which is not installed; install it with: "
+                f"pip install 'regpt[{name}]', or leave it out"
+            )
+
+
+def open_trackers(log: LogConfig, run: Path, config: Mapping[str, Any], step: int, stack: ExitStack) -> list[Sink]:
+    """The trackers that `[log]` asks for, closed with `stack`; `step` updates were made before."""
+    trackers: list[Sink] = []
+    if log.tensorboard:
+        trackers.append(TensorBoard(run / "tensorboard", step, stack))
+    if log.wandb != "off":
+        trackers.append(WandB(log, run, config, stack))
+    return trackers
+
+
+class TensorBoard:
+    """Event files in RUN/tensorboard. What a run that is resumed had written beyond its checkpoint is discarded."""
+
+    def __init__(self, folder: Path, step: int, stack: ExitStack):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(log_dir=str(folder), purge_step=step + 1 if step else None)
+        stack.callback(self.writer.close)
+
+    def write(self, row: dict[str, Any]) -> None:
+        for name, value in scalars(row).items():
+            self.writer.add_scalar(name, value, row["step"], walltime=row.get("time"))
+        for prompt, text in texts(row):
+            self.writer.add_text(f"samples/{prompt}", text, row["step"], walltime=row.get("time"))
+
+
+class WandB:
+    """A run of Weights & Biases: in RUN/wandb, and nowhere else while `log.wandb` is `offline`."""
+
+    def __init__(self, log: LogConfig, run: Path, config: Mapping[str, Any], stack: ExitStack):
+        import wandb
+
+        self.wandb = wandb
+        self.run = wandb.init(
+            project=log.wandb_project,
+            dir=str(run),
+            id=run_id(run),
+            name=run.resolve().name,
+            config=dict(config),
+            mode="online" if log.wandb == "online" else "offline",
+            resume="allow",
+            settings=wandb.Settings(silent=True, console="off"),  # the terminal is ours
+        )
+        stack.callback(wandb.teardown)  # finish alone returns before its own process has written everything
+        stack.callback(self.run.finish)
+        # Rows of one step come at several times, and after a resume steps come again: the step is a value like others.
+        self.run.define_metric("step")
+        self.run.define_metric("*", step_metric="step")
+
+    def write(self, row: dict[str, Any]) -> None:
+        values: dict[str, Any] = dict(scalars(row))
+        found = texts(row)
+        if found:
+            values["samples"] = self.wandb.Table(columns=["prompt", "text"], data=[list(one) for one in found])
+        if values:
+            self.run.log(values | {"step": row["step"]})
+
+
+def run_id(run: Path) -> str:
+    """The same for every part of a run that was stopped and resumed: a hash of its env.json."""
+    return hashlib.sha256((run / "env.json").read_bytes()).hexdigest()[:12]
+
+
+def scalars(row: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a row of metrics.jsonl under names that trackers group by: `train/loss`, `eval/hellaswag/acc`."""
+    kind = row.get("kind")
+    if kind == "eval":
+        found = {f"{row.get('task')}/{row.get('metric')}": row.get("value")}
+    elif kind == "updates":
+        found = {"all": row.get("ratio"), **(row.get("ratios") or {})}
+    elif kind in ("train", "val"):
+        prefix = f"{row['source']}/" if "source" in row else ""
+        found = {prefix + key: value for key, value in row.items() if key not in UNDRAWN}
+    else:
+        return {}
+    numbers = {key: number(value) for key, value in found.items()}
+    return {f"{kind}/{key}": value for key, value in numbers.items() if value is not None}
+
+
+def texts(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Prompt and text of each sample of a row of samples.jsonl."""
+    return [(str(row.get("prompt")), str(text)) for text in row.get("texts") or ()]
