@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from regpt.data import partition, placement
 from regpt.data.contamination import N_WORDS, read_evaluations
-from regpt.data.duplicates import ExactDuplicates, NearDuplicates, Signatures
 from regpt.data.grams import WORD, WordCodes, grams
 from regpt.data.manifest import Manifest
 from regpt.data.prepare import prepare
@@ -40,6 +39,11 @@ def documents(folder: Path, manifest: Manifest, split: str = "train") -> list[st
 
 def removed(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "removed.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def at(source: str, document: int) -> dict:
+    """A document in `removed.jsonl`."""
+    return {"source": source, "file": source, "document": document}
 
 
 def sentence(chosen: random.Random, words: int) -> str:
@@ -84,25 +88,16 @@ def test_the_first_of_equal_documents_stays(tmp_path_factory, texts, size, share
     assert verify(folder / "out") == []
 
 
-@given(st.lists(st.lists(st.integers(0, 40), max_size=30), max_size=12))
-@settings(deadline=None, max_examples=100)
-def test_duplicates_are_found_as_a_set_finds_them(calls):
-    index, seen = ExactDuplicates(), set()
-    for numbers in calls:
-        keys = np.array([b"%016d" % number for number in numbers], dtype="S16")
-        expected = []
-        for number in numbers:
-            expected.append(number in seen)
-            seen.add(number)
-        assert index.add(keys).tolist() == expected
-
-
 def test_equal_texts_are_removed_across_the_splits_that_sources_make(tmp_path):
     train = write_jsonl(tmp_path / "a.jsonl", ["the cat", "the mat"])
     val = write_jsonl(tmp_path / "b.jsonl", ["the mat", "a dog", "a dog"])
     manifest = prepare([train], tmp_path / "out", TOKENIZER, val_sources=[val], filters=Filters(dedup="exact"))
     assert documents(tmp_path / "out", manifest, "val") == ["a dog"]
     assert manifest.removed == {"exact_duplicates": {"documents": 2, "text_bytes": 12}}
+    assert removed(tmp_path / "out") == [
+        {**at(val, 0), "reason": "exact_duplicate", "of": at(train, 1)},
+        {**at(val, 2), "reason": "exact_duplicate", "of": at(val, 1)},
+    ]
 
 
 def jaccard(one: str, other: str) -> float:
@@ -136,33 +131,17 @@ def test_near_duplicates_are_removed_and_named(tmp_path, monkeypatch):
         "exact_duplicates": 1,
         "near_duplicates": 4,
     }
-    line = {"source": sources[1], "file": sources[1], "document": 5, "reason": "near_duplicate"}
-    assert removed(out)[0] == {**line, "of": {"source": sources[0], "file": sources[0], "document": 1}}
+    near = [{**at(sources[1], 5 + i), "reason": "near_duplicate", "of": at(sources[0], 1 + i)} for i in range(4)]
+    exact = {**at(sources[1], 9), "reason": "exact_duplicate", "of": at(sources[0], 1)}
+    assert removed(out) == [*near, exact]
     assert verify(out) == []
-
-
-def test_signatures_estimate_the_similarity():
-    pytest.importorskip("datasketch")
-    chosen, signatures = random.Random(5), Signatures()
-    words = [f"w{i}" for i in range(1000)]
-    for share in (0.2, 0.5, 0.8, 0.95):
-        other = [word if i < share * 1000 else chosen.choice("xyz") + word for i, word in enumerate(words)]
-        texts = " ".join(words), " ".join(other)
-        estimate = (signatures.of(texts[0]) == signatures.of(texts[1])).mean()
-        assert abs(estimate - jaccard(*texts)) < 0.13  # three standard errors of 128 permutations
-
-
-def test_texts_too_short_to_compare_resemble_nothing():
-    pytest.importorskip("datasketch")
-    index, signatures = NearDuplicates(), Signatures()
-    assert index.add(0, signatures.of("one two three four")) is None
-    assert index.add(1, signatures.of("one two three four")) is None
 
 
 QUESTION = "A man is sitting on a roof. He starts pulling up roofing, and then he looks down at the street"
 
 
-def test_documents_with_evaluation_text_are_removed_and_named(tmp_path):
+def test_documents_with_evaluation_text_are_removed_and_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(partition, "MIN_BYTES", 100)
     chosen = random.Random(4)
     filler = sentence(chosen, 30)
     (tmp_path / "items.jsonl").write_text(

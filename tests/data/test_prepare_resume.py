@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,10 @@ import numpy as np
 import pytest
 
 from regpt.data import partition, placement, workers
+from regpt.data.duplicates import SIGNATURE
 from regpt.data.lock import locked
 from regpt.data.manifest import read_manifest
+from regpt.data.parts import DOCUMENT
 from regpt.data.prepare import prepare
 from regpt.data.settings import Filters
 from regpt.data.verify import verify
@@ -79,13 +82,15 @@ def killed_at(step: int, function) -> bool:
 
 @posix
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.parametrize("dedup", ["none", "exact"])
+@pytest.mark.parametrize("dedup", ["none", "exact", "near"])
 def test_an_attempt_killed_at_any_step_is_gone_on_with(tmp_path, corpus, dedup):
     filters = Filters(dedup=dedup)
+    if dedup == "near":
+        pytest.importorskip("datasketch")
     make(corpus, tmp_path / "whole", filters=filters)
     whole = contents(tmp_path / "whole")
     assert len([name for name in whole if name.startswith("train")]) > 6
-    step, stride = 1, 5 if dedup == "none" else 11
+    step, stride = 1, {"none": 9, "exact": 11, "near": 29}[dedup]
     while killed_at(step, lambda out=tmp_path / f"out{step}": make(corpus, out, filters=filters)):
         out = tmp_path / f"out{step}"
         if not (out / "manifest.json").exists():
@@ -292,16 +297,35 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path, corpus):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_a_damaged_part_of_an_earlier_attempt_is_made_again(tmp_path, corpus):
+DAMAGE = {  # of the same size: only the checksum tells
+    ".train.bin": (np.dtype("<u2"), lambda tokens: tokens.__setitem__(3, tokens[3] ^ 1)),
+    ".val.bin": (np.dtype("<u2"), lambda tokens: tokens.__setitem__(1, tokens[1] ^ 1)),
+    ".train.docs": (DOCUMENT, lambda rows: rows["bytes"].__iadd__(1)),
+    ".val.docs": (DOCUMENT, lambda rows: rows["bytes"].__iadd__(1)),
+    ".sig": (SIGNATURE, lambda rows: rows["values"].__setitem__(..., 7)),
+}
+
+
+@pytest.mark.parametrize("suffix", DAMAGE)
+def test_a_damaged_part_of_an_earlier_attempt_is_made_again(tmp_path, corpus, suffix):
+    options = {"filters": Filters(dedup="near" if suffix == ".sig" else "none"), "shard_tokens": 10**6}
+    if suffix == ".sig":
+        pytest.importorskip("datasketch")
     with pytest.raises(KeyboardInterrupt):
-        make(corpus, tmp_path / "out", progress=interrupt_after(50))
-    path = sorted((tmp_path / "out" / ".work").glob("part-*.train.bin"))[-1]
-    tokens = np.fromfile(path, dtype="<u2")
-    tokens[3] ^= 1
-    tokens.tofile(path)
-    make(corpus, tmp_path / "out")
-    make(corpus, tmp_path / "whole")
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+        make(corpus, tmp_path / "out", progress=interrupt_after(50), **options)
+    shutil.copytree(tmp_path / "out", tmp_path / "cut")
+    make(corpus, tmp_path / "whole", **options)
+    paths = list((tmp_path / "out" / ".work").glob(f"part-*{suffix}"))
+    assert paths
+    for path in paths:
+        shutil.copytree(tmp_path / "cut", tmp_path / "out", dirs_exist_ok=True)
+        dtype, change = DAMAGE[suffix]
+        content = np.fromfile(path, dtype=dtype)
+        change(content)
+        content.tofile(path)
+        make(corpus, tmp_path / "out", **options)
+        assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+        shutil.rmtree(tmp_path / "out")
 
 
 def test_a_folder_in_use_is_refused_untouched(tmp_path, corpus):

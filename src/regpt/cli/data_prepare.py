@@ -50,7 +50,7 @@ class PrepareArgs:
     decontaminate: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE")] = ()
     """Leave out documents that share 13 words in a row with an item of these evaluation files."""
     workers: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """Processes that encode; default: one a core. The files do not depend on it."""
+    """Processes that encode; default: one a core, as far as 2 GiB of memory allow. The files do not depend on it."""
     executor: Literal["local", "ray"] = "local"
     """Where they run: here, or on a Ray cluster with shared storage (pip install 'regpt[ray]')."""
     address: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
@@ -72,7 +72,7 @@ def main(args: list[str]) -> int:
 
     tokenizer = open_tokenizer(given.tokenizer)
     try:
-        with ProgressLine() as line:
+        with ProgressLine(given.workers is None) as line:
             manifest = prepare(
                 given.sources,
                 Path(given.out),
@@ -108,14 +108,15 @@ def cache_folder() -> Path | None:
 class ProgressLine:
     """One line in the terminal: part done, documents, text, tokens, speed, time left."""
 
-    def __init__(self) -> None:
+    def __init__(self, counted: bool) -> None:
+        """`counted`: the number of processes is ours."""
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
         columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[done]}"), TimeRemainingColumn())
         self._progress = Progress(*columns, console=Console(stderr=True))
         self._task = self._progress.add_task("", total=1.0, done="reading")
-        self._download = ""
+        self._download, self._counted = "", counted
 
     def __enter__(self) -> ProgressLine:
         return self  # the line appears with the first news: an error before stands alone
@@ -127,6 +128,9 @@ class ProgressLine:
     def show(self, now: Any) -> None:
         """`now` is a `regpt.data.job.Progress`."""
         self._progress.start()  # again and again: only the first counts
+        if self._counted and now.processes:
+            self._counted = False
+            self._explain(now.processes)
         seconds = max(self._progress.tasks[0].elapsed or 0.0, 1e-9)
         speed = (now.text_bytes - now.found_bytes) / 1e6 / seconds
         done = (
@@ -134,6 +138,14 @@ class ProgressLine:
             f"{now.tokens:,} tokens ({(now.tokens - now.found_tokens) / seconds:,.0f}/s){self._download}"
         )
         self._progress.update(self._task, completed=now.done, done=done)
+
+    def _explain(self, processes: int) -> None:
+        """Say why cores have nothing to do."""
+        from regpt.data.placement import available_cores
+
+        if processes < (cores := available_cores()):
+            said = f"{processes} of {cores} cores encode, to stay within 2 GiB of memory; more: --workers N"
+            self._progress.console.print(said, highlight=False)
 
     def show_download(self, news: Any) -> None:
         """`news` is a `regpt.data.sources.Download`."""

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from regpt.data.audit import Audit
-from regpt.data.duplicates import ExactDuplicates, NearDuplicates
+from regpt.data.contamination import Evaluations
+from regpt.data.deduplicate import Deduplication
 from regpt.data.manifest import SPLITS, Shard
 from regpt.data.partition import Partition, Split
-from regpt.data.parts import DOCUMENT, is_whole, load_signatures, load_summary
+from regpt.data.parts import DOCUMENT, is_whole, load_summary
 from regpt.data.settings import Settings
 from regpt.data.summary import Summary
 from regpt.data.write import ShardWriter, remove_leftovers, sync_folder, write_file
@@ -76,7 +77,14 @@ class Assembly:
     """Writes the shards of `out` from the partitions in `work`; `add` takes them in order."""
 
     def __init__(
-        self, out: Path, work: Path, settings: Settings, shard_tokens: int, state: State, audit: Audit | None = None
+        self,
+        out: Path,
+        work: Path,
+        settings: Settings,
+        shard_tokens: int,
+        state: State,
+        audit: Audit | None = None,
+        evaluations: Evaluations | None = None,
     ) -> None:
         self._out, self._work, self._state = out, work, state
         self._dtype = np.dtype(settings.dtype).newbyteorder("<")
@@ -87,12 +95,10 @@ class Assembly:
         self._given = dict.fromkeys(SPLITS, 0)  # tokens of the partitions so far
         self._waiting: dict[str, deque[tuple[int, str, int]]] = {split: deque() for split in SPLITS}
         self._keys = hashlib.sha256()
-        self._exact = ExactDuplicates() if settings.dedup != "none" else None
-        self._near = NearDuplicates() if settings.dedup == "near" else None
+        self._dedup = Deduplication(work, settings.dedup)
         self._audit = audit
-        self._rows = 0  # documents read, those left out too
         self._index = 0
-        self.summary = Summary()
+        self.summary = Summary(work / "removed.partial", evaluations)
 
     def __enter__(self) -> "Assembly":
         return self
@@ -100,11 +106,16 @@ class Assembly:
     def __exit__(self, *error: Any) -> None:
         for writer in self._writers.values():
             writer.__exit__(*error)
+        self._dedup.close()
+        self.summary.close()
 
     def is_ready(self, partition: Partition) -> bool:
         """Is the work of an earlier attempt on `partition` there and whole?"""
         try:
             found = load_summary(self._work, partition.name)
+            signatures = found["signatures"]
+            if signatures and not is_whole(self._work / f"{partition.name}.sig", signatures):
+                return False
             return found["key"] == partition.key and all(
                 is_whole(self._work / f"{partition.name}.{split}{suffix}", check)
                 for split, content in found["splits"].items()
@@ -127,9 +138,8 @@ class Assembly:
         }
         if self._audit:
             self._audit.check(partition.name, tables)
-        kept = self._choose(partition, tables)
-        self.summary.add(partition, found, tables, kept)
-        self._rows += sum(source["rows"] for source in found["sources"])
+        kept, repeats = self._dedup.choose(partition.name, self.summary.rows, tables)
+        self.summary.add(partition, found, tables, kept, repeats)
         before = self._finished()
         for split, table in tables.items():
             self._copy(partition, split, table, kept[split])
@@ -143,43 +153,6 @@ class Assembly:
         for writer in self._writers.values():
             writer.finish()
         return [shard for split in SPLITS for shard in self._writers[split].shards]
-
-    def _choose(self, partition: Partition, tables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """(documents,) bool for each split: which stay."""
-        kept = {split: np.ones(len(table), dtype=bool) for split, table in tables.items()}
-        if self._exact and tables:
-            self._drop_exact(self._exact, tables, kept)
-        if self._near:
-            self._drop_near(self._near, partition, tables, kept)
-        return kept
-
-    def _drop_exact(self, seen: ExactDuplicates, tables: dict[str, np.ndarray], kept: dict[str, np.ndarray]) -> None:
-        together = np.concatenate([*tables.values()])
-        order = np.argsort(together["number"], kind="stable")
-        repeated = np.empty(len(order), dtype=bool)
-        repeated[order] = seen.add(together["key"][order])
-        for split, table in tables.items():
-            kept[split][repeated[: len(table)]] = False
-            repeated = repeated[len(table) :]
-            self.summary.drop("exact_duplicates", table["bytes"][~kept[split]])
-
-    def _drop_near(
-        self,
-        seen: NearDuplicates,
-        partition: Partition,
-        tables: dict[str, np.ndarray],
-        kept: dict[str, np.ndarray],
-    ) -> None:
-        signatures = {split: load_signatures(self._work / f"{partition.name}.{split}.sig") for split in tables}
-        rows = [
-            (int(table["number"][i]), split, i) for split, table in tables.items() for i in np.flatnonzero(kept[split])
-        ]
-        for number, split, i in sorted(rows):
-            original = seen.add(self._rows + number, signatures[split][i])
-            if original is not None:
-                kept[split][i] = False
-                self.summary.drop("near_duplicates", tables[split]["bytes"][i : i + 1])
-                self.summary.resembles(self._rows + number, original)
 
     def _copy(self, partition: Partition, split: Split, table: np.ndarray, kept: np.ndarray) -> None:
         """Hand the kept documents to the writer, but for what finished shards hold."""

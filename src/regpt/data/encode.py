@@ -20,7 +20,7 @@ from regpt.data.duplicates import Signatures
 from regpt.data.formats import Document
 from regpt.data.grams import WordCodes
 from regpt.data.partition import Partition, Reading, Split
-from regpt.data.parts import Counts, Piece, SplitFiles, place
+from regpt.data.parts import Counts, Piece, SignatureFile, SplitFiles, place
 from regpt.data.settings import Settings
 from regpt.text.fast import FastEncoder, find_model
 from regpt.text.tokenizer import Encoder
@@ -58,6 +58,8 @@ def encode_partition(
     counts = Counts()
     with contextlib.ExitStack() as files:
         writers: dict[Split, SplitFiles] = {}
+        near = settings.dedup == "near"
+        signatures = files.enter_context(SignatureFile(work / f"{partition.name}.sig")) if near else None
         for batch in batches(reader.pieces(partition)):
             encoded = encoder.encode_batch([piece.text for piece in batch], threads)
             for split in ("train", "val"):
@@ -66,10 +68,13 @@ def encode_partition(
                     writers[split] = files.enter_context(SplitFiles(work, f"{partition.name}.{split}", settings))
                 if chosen:
                     counts.add(writers[split].write(chosen))
+            if signatures:
+                signatures.write(batch)
             if progress:
                 progress(counts)
         splits = {split: writer.finish() for split, writer in writers.items()}
-    summary = {"key": partition.key, "splits": splits, **reader.summary()}
+        check = signatures.finish() if signatures else None
+    summary = {"key": partition.key, "splits": splits, "signatures": check, **reader.summary()}
     place(work / f"{partition.name}.json", json.dumps(summary).encode())
 
 

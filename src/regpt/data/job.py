@@ -26,7 +26,7 @@ from regpt.data.settings import Settings
 from regpt.data.sources import DownloadProgress, Source
 from regpt.data.summary import Summary
 from regpt.data.workers import Finished, Pool, encode_here
-from regpt.data.write import remove_leftovers, sync_folder, write_file
+from regpt.data.write import move_file, remove_leftovers, sync_folder, write_file
 from regpt.text.fast import accelerate, can_accelerate, encoder_name, find_model, save_model
 from regpt.text.open import NAMED
 from regpt.text.tokenizer import Encoder, Tokenizer
@@ -36,7 +36,8 @@ from regpt.text.tokenizer import Encoder, Tokenizer
 class Progress:
     """What has been encoded so far; `done` is the part of the source files, from 0 to 1.
 
-    `found_bytes` and `found_tokens` are what an earlier attempt had done; they took no time now.
+    `found_bytes` and `found_tokens` are what an earlier attempt had done; they took no time now. `processes` encode on
+    this machine beside this one; 0 when it does it alone, or a cluster does.
     """
 
     documents: int = 0
@@ -45,6 +46,7 @@ class Progress:
     done: float = 0.0
     found_bytes: int = 0
     found_tokens: int = 0
+    processes: int = 0
 
 
 @dataclass
@@ -87,14 +89,16 @@ class Job:
         plan = partitions(here, target_bytes(self._total), self.settings.key())
         state, plan = self._earlier(plan)
         audit = Audit(self.work, self.tokenizer, np.dtype(self.settings.dtype)) if self._fast else None
-        with Assembly(self.out, self.work, self.settings, self.shard_tokens, state, audit) as assembly:
-            try:
+        places = (self.out, self.work, self.settings, self.shard_tokens, state)
+        try:
+            with Assembly(*places, audit, self.evaluations) as assembly:
                 self._encode(plan, assembly)
                 self._check(assembly.summary)
-            except Unusable:
-                self._give_up()
-                raise
-            return self._finish(assembly.finish(), assembly.summary)
+                shards = assembly.finish()
+        except Unusable:
+            self._give_up()
+            raise
+        return self._finish(shards, assembly.summary)
 
     def _earlier(self, plan: Iterator[Partition]) -> tuple[State, Iterator[Partition]]:
         """What finished shards hold, if the partitions that they were made from are still those of the plan."""
@@ -163,7 +167,8 @@ class Job:
             now.add(counts)
         done = min(1.0, now.source_bytes / self._total)
         found = self._found
-        self.progress(Progress(now.documents, now.text_bytes, now.tokens, done, found.text_bytes, found.tokens))
+        counts = (now.documents, now.text_bytes, now.tokens, done, found.text_bytes, found.tokens)
+        self.progress(Progress(*counts, self.workers if self.pool else 0))
 
     def _check(self, summary: Summary) -> None:
         check_texts(summary.sources)
@@ -180,8 +185,8 @@ class Job:
         """Write what belongs to the shards; the manifest last."""
         if self.tokenizer.name not in NAMED:
             write_file(self.out / "tokenizer.json", self.tokenizer.to_json().encode())
-        if lines := summary.removed_lines(self.evaluations):
-            write_file(self.out / "removed.jsonl", lines.encode())
+        if summary.lines:
+            move_file(summary.path, self.out / "removed.jsonl")
         manifest = Manifest(
             tokenizer=self.tokenizer.name,
             tokenizer_sha256=self.tokenizer.sha256,

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from regpt.data.duplicates import KEY, PERMUTATIONS
+from regpt.data.duplicates import KEY, SIGNATURE
 from regpt.data.partition import Split
 from regpt.data.settings import Settings
 
@@ -51,11 +51,10 @@ class Piece(NamedTuple):
 
 
 class SplitFiles:
-    """The files of one partition's split: `.bin` (tokens), `.docs` (`DOCUMENT` rows) and perhaps `.sig`."""
+    """The files of one partition's split: `.bin` (tokens) and `.docs` (`DOCUMENT` rows)."""
 
     def __init__(self, work: Path, stem: str, settings: Settings) -> None:
-        suffixes = (".bin", ".docs", ".sig") if settings.dedup == "near" else (".bin", ".docs")
-        self._files = {suffix: Checked(work / (stem + suffix)) for suffix in suffixes}
+        self._files = {suffix: Checked(work / (stem + suffix)) for suffix in (".bin", ".docs")}
         self._eot = np.array([settings.eot], dtype=np.uint32)
         self._dtype = np.dtype(settings.dtype).newbyteorder("<")
         self._open: tuple[int, int, int, bytes] | None = None  # the document that may go on in the next batch
@@ -74,8 +73,6 @@ class SplitFiles:
                 self._open = (number, 0, text_bytes, key)
                 added.documents += 1
                 added.text_bytes += text_bytes
-                if piece.signature is not None:
-                    self._files[".sig"].write(piece.signature.astype("<u4"))
             assert self._open
             number, before, text_bytes, key = self._open
             self._open = (number, before + length, text_bytes, key)
@@ -100,6 +97,26 @@ class SplitFiles:
     def __exit__(self, *error: object) -> None:
         for file in self._files.values():
             file.close()
+
+
+class SignatureFile:
+    """The signatures of one partition's documents, in their order: `SIGNATURE`s."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = Checked(path)
+
+    def write(self, pieces: Sequence[Piece]) -> None:
+        rows = [(piece.row[0], piece.signature) for piece in pieces if piece.row is not None]
+        self._file.write(np.array(rows, dtype=SIGNATURE))
+
+    def finish(self) -> list[int]:
+        return self._file.finish()
+
+    def __enter__(self) -> "SignatureFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
 
 
 class Checked:
@@ -148,11 +165,6 @@ def is_whole(path: Path, check: Sequence[int]) -> bool:
         while block := file.read(1 << 20):
             crc = zlib.crc32(block, crc)
     return crc == check[1]
-
-
-def load_signatures(path: Path) -> np.ndarray:
-    """(documents, PERMUTATIONS) uint32."""
-    return np.fromfile(path, dtype="<u4").reshape(-1, PERMUTATIONS)
 
 
 def load_summary(work: Path, name: str) -> dict[str, Any]:

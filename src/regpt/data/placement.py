@@ -14,7 +14,7 @@ from regpt.text.tokenizer import Tokenizer
 SMALL_BYTES = 24_000_000  # of sources; below it starting processes (0.3 s) takes longer than what they would save
 # All processes together, and what they take (measured with English text): the first, another that encodes, and more
 # when it compares words, or has `datasketch` in it.
-MEMORY_BYTES, FIRST_BYTES, WORKER_BYTES, WORDS_BYTES, NEAR_BYTES = 2 << 30, 160 << 20, 115 << 20, 50 << 20, 100 << 20
+MEMORY_BYTES, FIRST_BYTES, WORKER_BYTES, WORDS_BYTES, NEAR_BYTES = 2 << 30, 160 << 20, 115 << 20, 30 << 20, 45 << 20
 
 
 @dataclass(frozen=True)

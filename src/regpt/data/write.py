@@ -115,6 +115,13 @@ def write_file(path: Path, data: bytes) -> None:
     os.replace(partial, path)
 
 
+def move_file(path: Path, to: Path) -> None:
+    """Give `path`, once it is on disk, its name in another folder of the same disk."""
+    with path.open("rb+") as file:
+        finish_file(file)
+    os.replace(path, to)
+
+
 def finish_file(file) -> None:
     file.flush()
     os.fsync(file.fileno())
