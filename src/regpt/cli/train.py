@@ -28,6 +28,8 @@ class Train:
     """Start from the weights of this model: a run, a checkpoint, a Hugging Face folder or hub name such as gpt2."""
     nproc: int = 0
     """Start this many processes on this machine (torchrun): one a GPU, or several on the CPU."""
+    profile: int = 0
+    """Record so many steps from the fourth on: RUN/profile gets a Chrome trace and the ten largest costs."""
     config: Annotated[tyro.conf.FlagConversionOff[RunConfig], tyro.conf.arg(name="")] = field(default_factory=RunConfig)
 
 
@@ -37,6 +39,8 @@ def main(args: list[str]) -> int:
     given = parse(Train, args, prog="regpt train", default=over)
     if given.nproc < 0:
         raise UsageError(f"--nproc is {given.nproc}, must be at least 1, or 0 for this process alone")
+    if given.profile < 0:
+        raise UsageError(f"--profile is {given.profile}, must be at least 1 step, or 0 for none")
     if given.resume:
         return resume(given, args)
     if not given.recipe:
@@ -88,7 +92,8 @@ def start(given: Train, config: RunConfig, args: list[str]) -> int:
         check(config, run, processes=given.nproc or launcher_world_size())
     if given.nproc and not under_launcher():
         return launch(given.nproc, ["train", *args])
-    return pretrain(config, run, init_from=given.init_from or None, argv=["regpt", "train", *args])
+    argv = ["regpt", "train", *args]
+    return pretrain(config, run, init_from=given.init_from or None, argv=argv, profile_steps=given.profile)
 
 
 def resume(given: Train, args: list[str]) -> int:
@@ -98,12 +103,12 @@ def resume(given: Train, args: list[str]) -> int:
     from regpt.runs.pretrain import check
     from regpt.runs.pretrain import resume as go_on
 
-    if replace(given, resume="", nproc=0) != Train():
+    if replace(given, resume="", nproc=0, profile=0) != Train():
         raise UsageError(
-            "--resume RUN takes everything from the run's config.toml; leave out all other arguments but --nproc, or "
-            "start a new run from it with: regpt train RUN/config.toml --out RUN2 --init-from RUN"
+            "--resume RUN takes everything from the run's config.toml; leave out all other arguments but --nproc and "
+            "--profile, or start a new run from it with: regpt train RUN/config.toml --out RUN2 --init-from RUN"
         )
     check(read_run_config(Path(given.resume)), None, processes=given.nproc or launcher_world_size())
     if given.nproc and not under_launcher():
         return launch(given.nproc, ["train", *args])
-    return go_on(Path(given.resume))
+    return go_on(Path(given.resume), profile_steps=given.profile)

@@ -42,6 +42,7 @@ from regpt.runs.build import (
 )
 from regpt.runs.evaluations import Evaluations, open_run_suites
 from regpt.runs.folder import JsonLines, create_run, describe_environment, read_run_config, refuse_used_folder
+from regpt.runs.profile import profiled
 from regpt.runs.stop import EXIT_SAVED, stop_request
 from regpt.runs.terminal import Terminal
 from regpt.runs.trackers import Tee, check_trackers, open_trackers
@@ -75,8 +76,10 @@ def pretrain(
     argv: Sequence[str] = (),
     facts: dict[str, Any] | None = None,
     beside: Sequence[str] = (),
+    profile_steps: int = 0,
 ) -> int:
-    """Start a run in the new folder `run`; the exit code. `facts` go into env.json, `beside` is as in `create_run`."""
+    """Start a run in the new folder `run`; the exit code. `facts` go into env.json, `beside` is as in `create_run`,
+    `profile_steps` as in `runs.profile`."""
     with open_mesh(config.train.device) as mesh:
         corpus = open_corpus(config)
         config = replace(config, data=resolved(config.data, corpus))
@@ -93,7 +96,7 @@ def pretrain(
                 env |= {"kernels": asdict(choose_kernels(config, model, mesh.device))}
                 create_run(run, config, env | chosen | (facts or {}), beside)
             mesh.wait()
-            return fit(config, run, corpus, loader, trainer)
+            return fit(config, run, corpus, loader, trainer, profile_steps)
 
 
 def resolved(data: DataConfig, corpus: Corpus) -> DataConfig:
@@ -120,7 +123,7 @@ def start_weights(model: Transformer, config: RunConfig, init_from: str | None) 
     load_weights(model, state_tensors(source))
 
 
-def resume(run: Path) -> int:
+def resume(run: Path, profile_steps: int = 0) -> int:
     """Go on with the run in `run` from its newest valid checkpoint; the exit code."""
     config = read_run_config(run)
     with open_mesh(config.train.device) as mesh:
@@ -139,7 +142,7 @@ def resume(run: Path) -> int:
             trainer = build_trainer(config, mesh, model, optimizer, batches, step=checkpoint.step)
             trainer.load_state(checkpoint.state.trainer)
             restore_random(checkpoint, mesh)
-            return fit(config, run, corpus, loader, trainer)
+            return fit(config, run, corpus, loader, trainer, profile_steps)
 
 
 def restore_random(checkpoint: Checkpoint, mesh: Mesh) -> None:
@@ -158,7 +161,7 @@ def refuse_changed_data(checkpoint: Checkpoint, corpus: Corpus) -> None:
         )
 
 
-def fit(config: RunConfig, run: Path, corpus: Corpus, loader: Loader, trainer: Trainer) -> int:
+def fit(config: RunConfig, run: Path, corpus: Corpus, loader: Loader, trainer: Trainer, profile_steps: int = 0) -> int:
     """Train until the end of the run; 0, or 75 when a stop was requested and the run saved."""
     mesh, step = trainer.mesh, trainer.step
     terminal = Terminal(str(run), config.train.steps, Console(), enabled=mesh.is_main)
@@ -184,8 +187,10 @@ def fit(config: RunConfig, run: Path, corpus: Corpus, loader: Loader, trainer: T
         every = Every(config.eval.every_steps, config.sample.every_steps, config.checkpoint.every_steps)
         if step == config.train.steps:
             terminal.say(f"the run is complete: all {step:,} updates are made; regpt report {run} shows it")
-        with stop_request() as stop_requested, terminal, saver:
-            finished = trainer.fit(make_actions(job, stop_requested), every)
+        profile = profiled(profile_steps * mesh.is_main, run / "profile", mesh.device, terminal.console, terminal.say)
+        with stop_request() as stop_requested, terminal, saver, profile as note_step:
+            do = make_actions(job, stop_requested)
+            finished = trainer.fit(replace(do, log=lambda row: (do.log(row), note_step(row))[0]), every)
         write_saved_rows(job)
         write_epochs(job, trainer.step, loader.epochs(trainer.step))
     if not finished:
