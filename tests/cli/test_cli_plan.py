@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from regpt.tools.plan import plan as plan_module
+from regpt.tools.plan import room as room_module
 
 KEYS = {
     "recipe": str,
@@ -205,7 +206,7 @@ def test_a_disk_that_is_too_small_is_a_warning(plan, tiny_flags, monkeypatch):
 
 
 def test_memory_that_nothing_tells_is_a_warning(plan, tiny_flags, monkeypatch):
-    monkeypatch.setattr(plan_module, "available_memory", lambda: None)
+    monkeypatch.setattr(room_module, "available_memory", lambda: None)
     found = plan("gpt2-tiny", *tiny_flags, "--gpu", "cpu", "--mfu", "0.5")
     assert found["memory"]["fits"] is None
     assert any("does not tell how much memory" in warning for warning in found["warnings"])
@@ -217,7 +218,16 @@ def test_a_law_predicts_the_loss(plan, regpt, tmp_path: Path):
     found = plan("gpt2-124m", "--gpu", "h100", "--scaling", law)
     expected = 1.69 + 406.4 / 124_439_808**0.34 + 410.7 / (19_073 * 524_288) ** 0.28
     assert found["loss"]["loss"] == pytest.approx(expected)
-    assert f"{expected:.3f} nats a token" in regpt("plan", "gpt2-124m", "--gpu", "h100", "--scaling", law)[1]
+    assert f"{expected:.3f} nats per token" in regpt("plan", "gpt2-124m", "--gpu", "h100", "--scaling", law)[1]
+
+
+def test_a_law_may_count_parameters_without_embeddings(plan, tmp_path: Path):
+    law = tmp_path / "law.json"
+    values = {"form": "chinchilla", "E": 1.0, "A": 400.0, "B": 400.0, "alpha": 0.3, "beta": 0.3}
+    law.write_text(json.dumps(values | {"parameters": "non-embedding", "unit": "bits per byte"}))
+    found = plan("gpt2-124m", "--gpu", "h100", "--scaling", law)["loss"]
+    assert found["parameters"] == 124_439_808 - (50_257 + 1024) * 768
+    assert found["unit"] == "bits per byte"
 
 
 def test_it_prints_a_table(regpt):

@@ -45,6 +45,7 @@ def test_other_keys_are_not_looked_at(tmp_path):
         (PUBLISHED | {"form": "kaplan"}, "of the form 'kaplan', 'chinchilla' is known"),
         ({key: value for key, value in PUBLISHED.items() if key != "beta"}, "beta is wrong"),
         (PUBLISHED | {"A": "many"}, "A is wrong"),
+        (PUBLISHED | {"parameters": "some"}, "parameters is wrong"),
         (PUBLISHED | {"A": float("nan")}, "a coefficient is not finite"),
         (PUBLISHED | {"covariance": [[1.0]]}, "the covariance is not 5 × 5"),
     ],

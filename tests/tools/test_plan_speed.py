@@ -11,6 +11,7 @@ from regpt.errors import UsageError
 from regpt.model.config import ModelConfig
 from regpt.tools.plan.calibrate import Case, Piece, calibrated_speed, extrapolate, sizes, time_pieces
 from regpt.tools.plan.coefficients import COMPILED_HALF
+from regpt.tools.plan.memory import Settings, gpu_memory
 from regpt.tools.plan.shape import shape_of
 from regpt.tools.plan.speed import gpu_speed, speed_at
 from regpt.train.config import OptimConfig, TrainConfig
@@ -24,6 +25,23 @@ PLAIN = {"path_name": "compiled", "precision": "bf16"}
 def test_the_measured_step_on_an_h100():
     """1,084.7 ms: gpt2-124m, 8 micro-batches of 64 rows of 1024, torch.compile, bfloat16 (docs/log.md)."""
     assert gpu_speed(GPT2, 64, 8, 1, H100, **PLAIN).seconds == pytest.approx(1.0847, rel=0.01)
+
+
+MEASURED = [  # docs/log.md, "The fused path": layers, heads, width, T, rows, micro-batches, ms a step, GiB
+    (12, 12, 768, 1024, 64, 8, 891.2, 26.83),
+    (12, 12, 768, 1024, 128, 4, 878.2, 51.39),
+    (12, 12, 768, 2048, 32, 8, 974.1, 26.85),
+    (24, 16, 1024, 1024, 32, 16, 2506.9, 33.52),
+    (48, 25, 1600, 1024, 8, 16, 2606.7, 47.02),
+]
+
+
+@pytest.mark.parametrize(("layers", "heads", "width", "T", "rows", "micro_batches", "ms", "gib"), MEASURED)
+def test_the_measured_steps_of_the_fused_path(layers, heads, width, T, rows, micro_batches, ms, gib):
+    shape = shape_of(ModelConfig(n_layer=layers, n_head=heads, n_embd=width, max_seq_len=T), T, pad_vocab=True)
+    speed = gpu_speed(shape, rows, micro_batches, 1, H100, path_name="fused", precision="bf16")
+    assert speed.seconds == pytest.approx(ms / 1e3, rel=0.05)
+    assert gpu_memory(shape, rows, Settings("fused", "bf16")).peak / 2**30 == pytest.approx(gib, rel=0.03)
 
 
 def test_products_take_their_flops_over_the_rate_that_they_reach():

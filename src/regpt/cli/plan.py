@@ -15,7 +15,7 @@ from regpt.config import RunConfig, read_config, recipe_names
 from regpt.errors import UsageError
 
 if TYPE_CHECKING:
-    from regpt.tools.plan.plan import DataFacts
+    from regpt.tools.plan.request import DataFacts
 
 SWITCHES = ("--json",)  # flags that take no value
 
@@ -50,7 +50,8 @@ def main(args: list[str]) -> int:
     given = parse(PlanArgs, args, prog="regpt plan", default=over)
     if not given.recipe:
         raise UsageError(f"no recipe was given; regpt plan RECIPE, with one of {', '.join(recipe_names())}")
-    from regpt.tools.plan.plan import Request, Sections, make_plan
+    from regpt.tools.plan.plan import make_plan
+    from regpt.tools.plan.request import Request, Sections
     from regpt.tools.plan.scaling import read_law
 
     law = read_law(Path(given.scaling)) if given.scaling else None
@@ -73,7 +74,7 @@ def data_facts(config: RunConfig) -> DataFacts | None:
     if not config.data.path and not config.data.mixture:
         return None
     from regpt.runs.build import open_shards
-    from regpt.tools.plan.plan import DataFacts
+    from regpt.tools.plan.request import DataFacts
 
     corpus = open_shards(config)
     disk_bytes = sum(
@@ -168,7 +169,7 @@ def loss_lines(loss: dict[str, Any] | None) -> list[tuple[str, str]]:
     if loss is None:
         return []
     error = "" if loss["standard_error"] is None else f" ± {loss['standard_error']:.3f}"
-    return [("loss", f"{loss['loss']:.3f}{error} nats a token at the end, by the fitted law")]
+    return [("loss", f"{loss['loss']:.3f}{error} {loss['unit']} at the end, by the fitted law")]
 
 
 def hours(h: float) -> str:

@@ -22,6 +22,7 @@ from regpt.train.loss import make_loss_sum
 from regpt.train.optim import make_optimizer
 from regpt.train.peak import synchronize
 from regpt.train.precision import parameter_dtype
+from regpt.train.recompute import recompute_blocks
 
 PIECE_SECONDS = 0.25  # longest time expected of one timed micro-batch
 EXPECTED_SHARE = 0.4  # of the measured product, reached by a micro-batch: for choosing its size only
@@ -82,6 +83,8 @@ class Case:
             empty = Transformer(model, pad_vocab=train.pad_vocab)
         self.model = initialize(empty.to(parameter_dtype(train.precision)).to_empty(device=device), seed=0)
         self.optimizer = make_optimizer(self.model, optim, device)
+        if train.activation_checkpointing:
+            recompute_blocks(self.model)
         precision: PrecisionName = train.precision
         self.loss_sum = make_loss_sum(self.model, precision, device, False)
         tokens = torch.arange(rows * (seq_len + 1), device=device).view(rows, seq_len + 1) % model.vocab_size

@@ -15,6 +15,11 @@ from dataclasses import dataclass
 
 from regpt.errors import UsageError
 
+CUBLAS_BYTES = 32 * 2**20  # what cuBLAS takes from PyTorch's allocator on Hopper (its CUBLAS_WORKSPACE_CONFIG)
+# Attention's share of the peak grows with the length of rows as T/(T + this): skipping what causality masks pays in
+# blocks. From the fused path's steps with rows of 1024 (40 % reached) and of 2048 (51.5 %) on an H100.
+ATTENTION_HALF_LENGTH = 826
+
 
 @dataclass(frozen=True)
 class Path:
@@ -27,11 +32,13 @@ class Path:
         logits: per token and row of the head (N·V).
         copies: per weight of a matrix product, while forward and backward run.
         fresh: per parameter, when backward ends: gradients that are not yet added to those of earlier micro-batches.
+        workspace: of the libraries, from PyTorch's allocator.
         tied: per weight of the head, when backward ends: its gradient, the embedding's and their sum.
 
     Time:
         product_share: of the device's peak in the run's format, reached by the matrix products.
-        attention_share: of the same peak, reached by attention, its FLOPs counted without a discount for causality.
+        attention_share: of the same peak, approached by attention in long rows (ATTENTION_HALF_LENGTH), its FLOPs
+            counted without a discount for causality.
         traffic: bytes moved at the full bandwidth of the data sheet, per token, layer and channel, by all the rest:
             norms, residuals, GELU, casts, bias gradients.
         logits_traffic: likewise, per token and row of the head.
@@ -46,6 +53,7 @@ class Path:
     copies: float
     fresh: float
     tied: float
+    workspace: float
     product_share: float
     attention_share: float
     traffic: float
@@ -64,11 +72,12 @@ COMPILED_HALF = Path(
     copies=2,
     fresh=4,  # backward is one graph: all its gradients come out together
     tied=0,
+    workspace=CUBLAS_BYTES,
     # Measured on one H100 SXM 80GB, gpt2-124m, 64 rows of 1024, torch 2.11, 2026-11-22: 1084.7 ms a step; its profile
     # has products 136, attention 37, logits 21 and all else 65 of 259 ms for two micro-batches, here scaled up by the
     # 3.5 % that a step took longer in a run than in the profile.
     product_share=0.698,
-    attention_share=0.392,
+    attention_share=0.708,
     traffic=180,
     logits_traffic=11.1,
     weight_traffic=30,
@@ -84,8 +93,9 @@ EAGER_HALF = Path(
     copies=2,
     fresh=0,  # gradients are added as they come
     tied=12,
+    workspace=CUBLAS_BYTES,
     product_share=0.698,
-    attention_share=0.392,
+    attention_share=0.708,
     # Counted as bytes read and written by each operation, over 0.75 of the bandwidth; not measured.
     traffic=260,
     logits_traffic=80,
@@ -103,15 +113,18 @@ FUSED_HALF = Path(
     copies=2,
     fresh=0,  # products add into the gradients
     tied=0,
-    # Estimated for 848 ms a step of gpt2-124m on an H100 SXM: products 600, attention 143, logits 35, all else 70; not
-    # measured yet.
-    product_share=0.655,
-    attention_share=0.42,
-    traffic=42,
-    logits_traffic=4.5,
-    weight_traffic=8,
+    workspace=0.28 * 2**30,  # cuBLASLt's, and what the second stream holds; the measured peak less what was counted
+    # Measured on one H100 SXM 80GB, torch 2.11, 2026-11-22 (docs/log.md, "The fused path"): logits 5.4 and norms with
+    # bias sums 7.8 ms a micro-batch of 64 rows of 1024 in the profile, a tenth more in a run at the power limit;
+    # attention from rows of 1024 against rows of 2048; the products' share fitted to five runs (124M, 350M, 1558M),
+    # which the whole meets to 3 %.
+    product_share=0.63,
+    attention_share=0.723,
+    traffic=47.5,
+    logits_traffic=6,
+    weight_traffic=16,
     launches=30,
-    origin="fused kernels, bfloat16: memory counted, time estimated before the first measurement",
+    origin="fused kernels, bfloat16: memory counted, time measured on an H100 SXM (124M, 350M, 1558M)",
 )
 COMPILED_FULL = Path(
     # Counted. As in bfloat16, products' inputs, q, k, v and GELU in float32: 8 + 28 + 12 + 16.
@@ -122,8 +135,9 @@ COMPILED_FULL = Path(
     copies=0,
     fresh=4,
     tied=0,
+    workspace=CUBLAS_BYTES,
     product_share=0.75,
-    attention_share=0.4,
+    attention_share=0.723,
     traffic=320,  # as compiled bfloat16, with what is bfloat16 there doubled; not measured
     logits_traffic=22,
     weight_traffic=16,
@@ -139,8 +153,9 @@ EAGER_FULL = Path(
     copies=0,
     fresh=0,
     tied=12,
+    workspace=CUBLAS_BYTES,
     product_share=0.75,
-    attention_share=0.4,
+    attention_share=0.723,
     traffic=420,
     logits_traffic=80,
     weight_traffic=16,
@@ -156,11 +171,16 @@ PATHS = {
 }
 
 LSE_BYTES = 4  # per token, layer and head: attention keeps a float32 log-sum-exp (Dao 2023, section 3.1)
+CHECKPOINT_BYTES = 12  # per parameter: float32 weights and two moments
 MOMENTS = {"adamw": 2}  # tensors as large as the parameters that an optimizer keeps
-CHECKPOINTED_BYTES = {"half": 4, "full": 4}  # per N·L·C with activation checkpointing: each block's input, float32
+BLOCK_INPUT_BYTES = 4  # per N·L·C with activation checkpointing: each block's input, float32 (counted)
+RECOMPUTED = {
+    "half": 1.5,
+    "full": 1.3,
+}  # of one block's activations: with the gradients that its backward makes (measured)
+RECOMPUTE_SHARE = 1 / 3  # of a block's forward and backward: its forward, made again
 
 # --- memory of a GPU beside tensors ---
-WORKSPACE_BYTES = 32 * 2**20  # cuBLAS on Hopper takes 32 MiB from PyTorch's allocator (its CUBLAS_WORKSPACE_CONFIG)
 CONTEXT_BYTES = 0.7 * 2**30  # CUDA context and loaded kernels, outside of PyTorch's count; 0.5 to 0.8 GiB seen, assumed
 FRAGMENTED_SHARE = 0.03  # of the peak: blocks that the allocator holds and cannot use; assumed
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from regpt.tools.plan.coefficients import (
-    CHECKPOINTED_BYTES,
+    BLOCK_INPUT_BYTES,
     CONTEXT_BYTES,
     FRAGMENTED_SHARE,
     KEPT_BELOW_BYTES,
@@ -12,9 +12,9 @@ from regpt.tools.plan.coefficients import (
     MALLOC_SHARE,
     MOMENTS,
     PROCESS_BYTES,
+    RECOMPUTED,
     RUN_BYTES,
     TOKENIZER_BYTES,
-    WORKSPACE_BYTES,
     Path,
     path_of,
 )
@@ -54,37 +54,58 @@ class Settings:
 def tensors(shape: Shape, rows: int, settings: Settings) -> dict[str, float]:
     """Tensors at the peak of a step, in bytes by part.
 
-    The peak is either where the loss's backward begins, when all activations and the logits are there, or where
-    backward ends, when all gradients are; in between the ones go as the others come.
+    The peak is where the loss's backward begins, when all that was kept and the logits are there; or, for few tokens,
+    where backward ends, when all gradients are; or, with activation checkpointing, within a block that is computed
+    again. In between the ones go as the others come.
     """
     path = path_of(settings.path, settings.precision)
     word = 8 if settings.precision == "fp64" else 4
-    wide = word / 4  # counts are of float32, those of fp64 twice that
-    kept = 0 if settings.offload else MOMENTS[settings.optimizer]
-    parts = {
+    moments = 0 if settings.offload else MOMENTS[settings.optimizer]
+    steady = {
         "weights": word * shape.padded,
         "gradients": word * shape.padded,
-        "optimizer": word * kept * shape.padded,
+        "optimizer": word * moments * shape.padded,
     }
-    copies = path.copies * shape.matrices
-    loss = {"activations": wide * activations(shape, rows, path, settings), "logits": wide * logits(shape, rows, path)}
-    tied = path.tied * shape.vocab_rows * shape.n_embd
-    end = {"fresh gradients": wide * (path.fresh * shape.padded + tied)}
-    return parts | {"low-precision copies": copies} | max(loss, end, key=lambda part: sum(part.values()))
+    peaks = recomputed_peaks if settings.checkpointing else kept_peaks
+    wide = word / 4  # counts are of float32, those of fp64 twice that
+    candidates = [{name: wide * size for name, size in peak.items()} for peak in peaks(shape, rows, path, settings)]
+    return steady | max(candidates, key=lambda parts: sum(parts.values()))
 
 
-def activations(shape: Shape, rows: int, path: Path, settings: Settings) -> float:
-    """What forward keeps for backward, logits apart, in bytes."""
-    N, L, C = rows * shape.seq_len, shape.n_layer, shape.n_embd
-    block = N * (path.activation * C + LSE_BYTES * shape.n_head + 2 * path.norms)
-    mask = 0.0
-    if settings.document_mask and settings.path != "fused":
-        mask = rows * shape.seq_len**2  # bool, (B, 1, T, T)
-    tail = N * (path.last * C + path.norms) + mask
-    if settings.checkpointing:
-        width = "half" if path.copies else "full"
-        return N * L * C * CHECKPOINTED_BYTES[width] + block + tail
-    return L * block + tail
+def kept_peaks(shape: Shape, rows: int, path: Path, settings: Settings) -> list[dict[str, float]]:
+    """What comes on top of weights, gradients and moments where the peak may be."""
+    copies = {"low-precision copies": path.copies * shape.matrices}
+    kept = shape.n_layer * block(shape, rows, path) + tail(shape, rows, path, settings)
+    return [copies | {"activations": kept, "logits": logits(shape, rows, path)}, copies | fresh(shape, path)]
+
+
+def recomputed_peaks(shape: Shape, rows: int, path: Path, settings: Settings) -> list[dict[str, float]]:
+    """The same with activation checkpointing: forward keeps no weight copies but the head's."""
+    copies = {"low-precision copies": path.copies * shape.vocab_rows * shape.n_embd}
+    kept = BLOCK_INPUT_BYTES * rows * shape.seq_len * shape.n_layer * shape.n_embd
+    again = RECOMPUTED["half" if path.copies else "full"] * block(shape, rows, path)
+    return [
+        copies | {"activations": kept + tail(shape, rows, path, settings), "logits": logits(shape, rows, path)},
+        {"activations": kept + again},
+        fresh(shape, path),
+    ]
+
+
+def block(shape: Shape, rows: int, path: Path) -> float:
+    """What one block keeps for its backward."""
+    return rows * shape.seq_len * (path.activation * shape.n_embd + LSE_BYTES * shape.n_head + 2 * path.norms)
+
+
+def tail(shape: Shape, rows: int, path: Path, settings: Settings) -> float:
+    """What is kept around the last norm, and a mask that all blocks share."""
+    masked = settings.document_mask and settings.path != "fused"
+    mask = rows * shape.seq_len**2 if masked else 0  # bool, (B, 1, T, T)
+    return rows * shape.seq_len * (path.last * shape.n_embd + path.norms) + mask
+
+
+def fresh(shape: Shape, path: Path) -> dict[str, float]:
+    """Gradients where backward ends."""
+    return {"fresh gradients": path.fresh * shape.padded + path.tied * shape.vocab_rows * shape.n_embd}
 
 
 def logits(shape: Shape, rows: int, path: Path) -> float:
@@ -93,7 +114,8 @@ def logits(shape: Shape, rows: int, path: Path) -> float:
 
 def gpu_memory(shape: Shape, rows: int, settings: Settings) -> Memory:
     """Of one process on a GPU of its own."""
-    parts = tensors(shape, rows, settings) | {"workspace": float(WORKSPACE_BYTES)}
+    workspace = path_of(settings.path, settings.precision).workspace
+    parts = tensors(shape, rows, settings) | {"workspace": float(workspace)}
     peak = sum(parts.values())
     return Memory(parts, peak * (1 + FRAGMENTED_SHARE) + CONTEXT_BYTES)
 

@@ -1,85 +1,24 @@
 """The plan of a run: its sections and a machine go in, a dictionary of plain values comes out (docs/plan.md)."""
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from regpt.checkpoint.config import CheckpointConfig
-from regpt.data.config import DataConfig
 from regpt.errors import UsageError
-from regpt.evals.config import EvalConfig
-from regpt.kernels.select import MEASURED_CAPABILITY, choose
-from regpt.model.config import ModelConfig
-from regpt.model.transformer import Transformer
 from regpt.tools.measure import free_disk_bytes, resident_bytes
 from regpt.tools.plan import warn
 from regpt.tools.plan.calibrate import calibrated_speed
-from regpt.tools.plan.coefficients import FORWARD_SHARE, START_SECONDS, TOKENS_PER_PARAMETER
+from regpt.tools.plan.coefficients import CHECKPOINT_BYTES, FORWARD_SHARE, START_SECONDS, TOKENS_PER_PARAMETER
 from regpt.tools.plan.machine import Machine, machine_of
-from regpt.tools.plan.memory import Memory, Settings, cpu_memory, gpu_memory, largest_rows
+from regpt.tools.plan.memory import Settings
+from regpt.tools.plan.request import DataFacts, Request, Sections
+from regpt.tools.plan.room import GIB, Rooms, settings_of
 from regpt.tools.plan.scaling import Law
 from regpt.tools.plan.shape import Shape, shape_of
 from regpt.tools.plan.speed import Speed, gpu_speed, speed_at
-from regpt.train.capacity import available_memory
-from regpt.train.config import OptimConfig, TrainConfig
-from regpt.train.probe import row_choices
 
-GIB = 2**30
-ROWS_ON_CPU = 8  # of `auto`, which tries there what is fastest
-CHECKPOINT_BYTES = 12  # per parameter: float32 weights and two moments
 WORD_BYTES = {True: 2, False: 4}  # of a token on disk: 16 bits are enough for 65,536
-
-
-@dataclass(frozen=True)
-class Sections:
-    """Of the run's configuration."""
-
-    model: ModelConfig
-    data: DataConfig
-    train: TrainConfig
-    optim: OptimConfig
-    eval: EvalConfig
-    checkpoint: CheckpointConfig
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked for beside the configuration.
-
-    Attributes:
-        gpu: a name from the table, `cpu`, or empty for this machine.
-        price: of an hour of one GPU, in whatever currency.
-        mfu: to reckon with, in place of the predicted one.
-        law: that predicts the loss.
-    """
-
-    recipe: str
-    gpu: str = ""
-    gpus: int = 1
-    price: float | None = None
-    mfu: float | None = None
-    law: Law | None = None
-
-    def __post_init__(self) -> None:
-        if self.gpus < 1:
-            raise UsageError(f"--gpus is {self.gpus}, must be at least 1")
-        if self.price is not None and not 0 <= self.price < math.inf:
-            raise UsageError(f"--price is {self.price}, must be 0 or more, for an hour of one GPU")
-        if self.mfu is not None and not 0 < self.mfu <= 1:
-            raise UsageError(f"--mfu is {self.mfu}, must be above 0 and at most 1, such as 0.4")
-
-
-@dataclass(frozen=True)
-class DataFacts:
-    """Of the data that was given."""
-
-    path: str
-    train_tokens: int
-    val_tokens: int
-    disk_bytes: int
 
 
 def make_plan(run: Sections, request: Request, facts: DataFacts | None = None) -> dict[str, Any]:
@@ -93,7 +32,7 @@ def make_plan(run: Sections, request: Request, facts: DataFacts | None = None) -
     machine = machine_of(request.gpu, run.train.device, run.train.precision)
     if machine.kind != "gpu" and request.gpus > 1:
         raise UsageError(f"--gpus is {request.gpus}, but this is planned for {machine.name}; add --gpu NAME")
-    settings = Settings(path_name(run, machine), run.train.precision, document_mask=run.data.document_mask)
+    settings = settings_of(run, machine)
     rooms = Rooms(run, request, machine, shape, settings, process_bytes)
     rows = rooms.rows()
     memory = rooms.describe(rows)
@@ -109,89 +48,11 @@ def make_plan(run: Sections, request: Request, facts: DataFacts | None = None) -
         "memory": memory,
         "disk": disk(run, shape, machine, facts),
         "time": time_of(run, request, machine, shape, speed, rows, facts),
-        "loss": predicted(request.law, shape.parameters, tokens),
+        "loss": predicted(request.law, shape, tokens),
     }
     plan["cost"] = cost(request, plan["time"]["hours"])
     plan["warnings"] = warnings(run, request, machine, plan, rows)
     return plan
-
-
-def path_name(run: Sections, machine: Machine) -> str:
-    """eager, compiled or fused: as `regpt train` would choose on that machine."""
-    train, model = run.train, run.model
-    plain = "compiled" if train.compile else "eager"
-    if train.kernels == "plain":
-        return plain
-    if machine.here is not None:
-        with torch.device("meta"):
-            empty = Transformer(model, pad_vocab=train.pad_vocab)
-        return "fused" if choose(train.kernels, empty, machine.here, train.precision).name == "fused" else plain
-    if train.kernels == "fused":
-        return "fused"
-    head = model.n_embd // model.n_head
-    suits = train.precision == "bf16" and model.n_embd % 8 == 0 and head % 8 == 0 and head <= 128
-    suits = suits and (train.pad_vocab or model.vocab_size % 8 == 0)
-    major, minor = MEASURED_CAPABILITY
-    capability = machine.figures.capability if machine.figures else None
-    return "fused" if suits and (capability or 0.0) >= major + minor / 10 else plain
-
-
-@dataclass(frozen=True)
-class Rooms:
-    """Memory of the run with any number of rows."""
-
-    run: Sections
-    request: Request
-    machine: Machine
-    shape: Shape
-    settings: Settings
-    process_bytes: int | None
-
-    def choices(self) -> list[int]:
-        """Micro-batches that divide the batch; powers of two where nothing does."""
-        batch_rows, rest = divmod(self.run.train.batch_tokens, self.run.data.seq_len * self.request.gpus)
-        return [2**n for n in range(11)] if rest or not batch_rows else row_choices(batch_rows)
-
-    def memory(self, rows: int) -> Memory:
-        if self.machine.kind == "cpu":
-            copy = CHECKPOINT_BYTES * self.shape.parameters if self.run.checkpoint.background else 0
-            process = {} if self.process_bytes is None else {"process_bytes": self.process_bytes}
-            return cpu_memory(self.shape, rows, self.settings, self.run.model.vocab_size, copy, **process)
-        return gpu_memory(self.shape, rows, self.settings)
-
-    def available(self) -> float | None:
-        """Bytes that the run may take: of a GPU all of it, of this host what is free."""
-        if self.machine.kind == "cpu":
-            free = available_memory()
-            return free if free is None else float(free + (self.process_bytes or 0))
-        return self.machine.memory
-
-    def largest(self) -> int | None:
-        room = self.available()
-        return None if room is None else largest_rows(self.choices(), lambda rows: self.memory(rows).needed, room)
-
-    def rows(self) -> int:
-        """The configured micro-batch; for `auto` the largest that fits, on a CPU a few rows."""
-        rows = self.run.train.micro_batch_rows
-        if rows != "auto":
-            return rows
-        largest = self.largest() or 1
-        if self.machine.kind == "cpu":
-            return max(n for n in self.choices() if n <= min(ROWS_ON_CPU, largest))
-        return largest
-
-    def describe(self, rows: int) -> dict[str, Any]:
-        memory, room = self.memory(rows), self.available()
-        return {
-            "path": self.settings.path,
-            "of": "the process" if self.machine.kind == "cpu" else "tensors",
-            "parts_gib": {name: size / GIB for name, size in memory.parts.items()},
-            "peak_gib": memory.peak / GIB,
-            "needed_gib": memory.needed / GIB,
-            "available_gib": None if room is None else room / GIB,
-            "fits": None if room is None else memory.needed <= room,
-            "largest_micro_batch_rows": self.largest(),
-        }
 
 
 def speed_of(run: Sections, request: Request, machine: Machine, shape: Shape, settings: Settings, rows: int) -> Speed:
@@ -320,11 +181,17 @@ def validation_seconds(run: Sections, gpus: int, speed: Speed, rows: int, facts:
     return times * batches * FORWARD_SHARE * speed.micro_batch
 
 
-def predicted(law: Law | None, parameters: int, tokens: int) -> dict[str, Any] | None:
+def predicted(law: Law | None, shape: Shape, tokens: int) -> dict[str, Any] | None:
     if law is None:
         return None
-    error = law.standard_error(parameters, tokens)
-    return {"loss": law.loss(parameters, tokens), "standard_error": error, "parameters": parameters, "tokens": tokens}
+    parameters = shape.parameters - (shape.embeddings if law.parameters == "non-embedding" else 0)
+    return {
+        "loss": law.loss(parameters, tokens),
+        "unit": law.unit,
+        "standard_error": law.standard_error(parameters, tokens),
+        "parameters": parameters,
+        "tokens": tokens,
+    }
 
 
 def cost(request: Request, hours: float) -> dict[str, Any] | None:

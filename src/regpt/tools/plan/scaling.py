@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -20,6 +20,8 @@ class Law:
 
     Attributes:
         covariance: of (E, A, B, alpha, beta), where the fit gave it.
+        unit: of the loss.
+        parameters: what N counts: all parameters, or those without token and position embeddings.
     """
 
     E: float
@@ -28,6 +30,8 @@ class Law:
     alpha: float
     beta: float
     covariance: tuple[tuple[float, ...], ...] | None = None
+    unit: str = "nats per token"
+    parameters: Literal["total", "non-embedding"] = "total"
 
     def loss(self, parameters: float, tokens: float) -> float:
         return self.E + self.A / parameters**self.alpha + self.B / tokens**self.beta
@@ -44,7 +48,7 @@ class Law:
 
 def read_law(path: Path) -> Law:
     """The law in a JSON file: `{"form": "chinchilla", "E": …, "A": …, "B": …, "alpha": …, "beta": …}` and, optional,
-    `"covariance"`, 5 × 5 in that order. Other keys are not looked at.
+    `"covariance"`, 5 × 5 in that order, `"unit"`, `"parameters"`. Other keys are not looked at.
 
     Raises:
         UserError: no such file, no JSON, another form, a coefficient that is missing or no number.
@@ -59,7 +63,7 @@ def read_law(path: Path) -> Law:
     if not isinstance(values, dict) or values.get("form") != "chinchilla":
         form = values.get("form") if isinstance(values, dict) else None
         raise UserError(f"{path} holds a law of the form {form!r}, 'chinchilla' is known; {advice}")
-    known = {key: values[key] for key in (*ORDER, "covariance") if key in values}
+    known = {key: values[key] for key in (*ORDER, "covariance", "unit", "parameters") if key in values}
     try:
         law = TypeAdapter(Law).validate_python(known)
     except ValidationError as error:

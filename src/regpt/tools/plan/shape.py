@@ -17,6 +17,7 @@ class Shape:
 
     Attributes:
         parameters: without vocabulary padding, the tied head once.
+        embeddings: of `parameters`, those of tokens (the tied head with them) and positions.
         padded: what is in memory.
         matrices: weights of matrix products, the padded head included: those that bfloat16 copies are made of.
         vocab_rows: rows of the head, padded.
@@ -24,6 +25,7 @@ class Shape:
     """
 
     parameters: int
+    embeddings: int
     padded: int
     matrices: int
     n_layer: int
@@ -51,6 +53,7 @@ def shape_of(config: ModelConfig, seq_len: int, *, pad_vocab: bool) -> Shape:
     linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     return Shape(
         parameters=count_parameters(model),
+        embeddings=(config.vocab_size + config.max_seq_len) * config.n_embd,
         padded=sum(p.numel() for p in model.parameters()),
         matrices=linear + model.head_weight.numel(),
         n_layer=config.n_layer,

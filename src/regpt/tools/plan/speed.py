@@ -4,10 +4,13 @@ from dataclasses import dataclass
 
 from regpt.errors import UsageError
 from regpt.tools.plan.coefficients import (
+    ATTENTION_HALF_LENGTH,
     LAUNCH_SECONDS,
     LINK_SHARE,
     OPTIMIZER_TRAFFIC,
+    RECOMPUTE_SHARE,
     STEP_SECONDS,
+    Path,
     path_of,
 )
 from regpt.tools.plan.shape import Shape
@@ -46,18 +49,30 @@ def product_rate(device: Device, precision: str) -> float:
 
 
 def gpu_speed(
-    shape: Shape, rows: int, micro_batches: int, gpus: int, device: Device, *, path_name: str, precision: str
+    shape: Shape,
+    rows: int,
+    micro_batches: int,
+    gpus: int,
+    device: Device,
+    *,
+    path_name: str,
+    precision: str,
+    recompute: bool = False,
 ) -> Speed:
     """A step of `micro_batches` of `rows` on each of `gpus` devices."""
     path, rate, bandwidth = path_of(path_name, precision), product_rate(device, precision), device.bandwidth * 1e9
     N = rows * shape.seq_len
     micro = {
         "products": N * shape.product_flops / (rate * path.product_share),
-        "attention": N * shape.attention_flops / (rate * path.attention_share),
+        "attention": N * shape.attention_flops / (rate * attention_share(path, shape.seq_len)),
         "logits": path.logits_traffic * N * shape.vocab_rows / bandwidth,
         "norms, residuals, GELU": path.traffic * N * shape.n_layer * shape.n_embd / bandwidth,
         "weights": path.weight_traffic * shape.padded / bandwidth,
     }
+    if recompute:
+        blocks = N * (shape.product_flops - 6 * shape.vocab_rows * shape.n_embd) / (rate * path.product_share)
+        again = blocks + micro["attention"] + micro["norms, residuals, GELU"]
+        micro["blocks again"] = RECOMPUTE_SHARE * again
     floor = path.launches * shape.n_layer * LAUNCH_SECONDS
     micro["waiting for launches"] = max(0.0, floor - sum(micro.values()))
     parts = {name: seconds * micro_batches for name, seconds in micro.items()}
@@ -66,6 +81,11 @@ def gpu_speed(
     if gpus > 1:
         parts["sum over GPUs"] = all_reduce(4 * shape.padded, gpus, device)
     return Speed(parts, sum(micro.values()), f"figures of the {device.name} and {path.origin}")
+
+
+def attention_share(path: Path, seq_len: int) -> float:
+    """Of the peak, for rows of this length."""
+    return path.attention_share * seq_len / (seq_len + ATTENTION_HALF_LENGTH)
 
 
 def all_reduce(n_bytes: float, gpus: int, device: Device) -> float:
