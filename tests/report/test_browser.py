@@ -6,10 +6,13 @@ import shutil
 import subprocess
 
 import pytest
-from run_files import train_row, val_row
+from run_files import CONFIG, train_row, val_row
 
+from regpt.report.compare import compare
+from regpt.report.diff_page import write_diff
 from regpt.report.markup import visible
 from regpt.report.page import write_overlay, write_report
+from regpt.report.read import read_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
@@ -17,8 +20,21 @@ FLAGS += ["--disable-background-networking", "--disable-component-update", "--en
 HOSTILE = "Hello</script><script>window.pwned=1</script><img src=x onerror='window.pwned=1'>\x00"
 # Presses every control, then tells the page around it what it sees.
 PROBE = """<script>
+const hues = ["train", "val", "c0", "c1", "c2", "c3", "c4", "c5", "c6"].map((name) => {
+  const hex = getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
+  return hex.match(/[0-9a-f]{2}/g).map((byte) => parseInt(byte, 16));
+});
+/** Whether a canvas holds something in the colour of a line: the axes alone are grey. */
+function lined(canvas) {
+  const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+  for (let i = 0; i < data.length; i += 4) {
+    if (data[i + 3] > 200 && hues.some((hue) => hue.every((x, k) => Math.abs(x - data[i + k]) < 6))) return true;
+  }
+  return false;
+}
 const least = (selector, measure) => Math.min(...[...document.querySelectorAll(selector)].map(measure));
 addEventListener("load", () => setTimeout(() => {
+  const empty = [...document.querySelectorAll(".panel")].filter((one) => !lined(one.querySelector("canvas")));
   for (const button of document.querySelectorAll("button")) button.click();
   const slider = document.querySelector("input[type=range]");
   slider.value = 0;
@@ -31,6 +47,7 @@ addEventListener("load", () => setTimeout(() => {
     narrowest: least(".plot", (one) => one.clientWidth),
     wide: [...document.querySelectorAll("body *")].filter((one) => one.getBoundingClientRect().right > innerWidth + 1
       && !one.closest(".scroll")).map((one) => one.tagName + "." + one.className).slice(0, 5),
+    empty: empty.map((one) => one.querySelector("h3").textContent),
     charts: document.querySelectorAll("canvas").length,
     drawn: [...document.querySelectorAll("canvas")].every((one) =>
       one.getContext("2d").getImageData(0, 0, one.width, one.height).data.some((byte) => byte)),
@@ -71,6 +88,7 @@ def assert_usable(one):
     assert one["narrowest"] >= min(300, 0.75 * one["width"])
     assert one["smallest"] >= 24
     assert one["drawn"]
+    assert not one["empty"]
 
 
 @pytest.mark.browser
@@ -115,6 +133,18 @@ class TestInABrowser:
         seen, console = look(write_report(make_run(rows=rows)), tmp_path, (1000,))
         assert not console
         assert seen[1000]["drawn"]
+
+    def test_a_comparison_of_two_runs_shows_both_and_their_difference(self, make_run, tmp_path):
+        vals = [val_row(0, 8.0), val_row(20, 4.0), val_row(40, 3.25)]
+        rows = [train_row(step, loss=3.1 + 5 / step) for step in range(1, 41)]
+        other = CONFIG.replace("n_layer = 2", f'n_layer = 3\nlong = "{"y" * 300}"')
+        runs = [read_run(make_run()), read_run(make_run(rows=[*rows, *vals], config=other, name="run-2"))]
+        seen, console = look(write_diff(compare(*runs), tmp_path / "diff.html"), tmp_path, (400, 1400))
+        assert not console
+        assert sorted(seen) == [400, 1400]
+        for one in seen.values():
+            assert_usable(one)
+            assert one["charts"] == 6
 
     def test_several_runs_of_different_tokenizers_are_drawn_over_each_other(self, make_run, tmp_path):
         vals = [val_row(0, 8.0), val_row(40, 3.25)]
