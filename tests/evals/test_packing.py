@@ -73,10 +73,25 @@ def test_every_token_sees_its_own_sequence_and_nothing_else():
 def test_endings_that_do_not_fit_lose_the_beginning_of_their_context_alone():
     context, short, long = np.arange(8), np.array([90]), np.arange(50, 55)
     trees = plant([Prompt(context, [long, short], [5, 1]), Prompt(context[:2], [short], [1])], max_seq_len=10)
-    assert [tree.owners for tree in trees] == [[1], [0], range(2, 3)]
-    assert trees[0].context.tolist() == list(range(8))
-    assert trees[1].context.tolist() == [2, 3, 4, 5, 6, 7]  # 6 + 5 = 11: the last one is only predicted
-    assert trees[1].endings[0].tolist() == long.tolist()
+    assert [list(tree.owners) for tree in trees] == [[0], [1], [2]]
+    assert trees[0].context.tolist() == [2, 3, 4, 5, 6, 7]  # 6 + 5 = 11: the last one is only predicted
+    assert trees[0].endings[0].tolist() == long.tolist()
+    assert trees[1].context.tolist() == list(range(8))
+
+
+def test_cut_endings_of_one_length_share_what_is_left_of_the_context():
+    letters = [np.array([token]) for token in (60, 61, 62)]
+    trees = plant([Prompt(np.arange(30), [*letters, np.array([70, 71])], [1, 1, 1, 2])], max_seq_len=10)
+    assert [list(tree.owners) for tree in trees] == [[0, 1, 2], [3]]
+    assert [len(tree.context) for tree in trees] == [10, 9]
+    assert trees[0].size == 10
+
+
+def test_endings_without_a_common_beginning_have_trees_of_their_own():
+    rows = [np.array([1, 2, 9]), np.array([3, 9]), np.arange(20)]
+    trees = plant([Prompt(np.empty(0, np.int64), rows, [1, 1, 2])], max_seq_len=10)
+    assert [tree.context.tolist() for tree in trees] == [[1, 2], [3], list(range(9, 18))]
+    assert [tree.endings[0].tolist() for tree in trees] == [[9], [9], [18, 19]]
 
 
 def test_a_shared_part_that_does_not_fit_is_cut_like_any_context():

@@ -24,7 +24,7 @@ class Prompt(NamedTuple):
     """A context and the endings that may follow it.
 
     Attributes:
-        context: (n,) token ids, at least one.
+        context: (n,) token ids; none where the endings have no beginning in common, whose own tokens are context then.
         endings: token ids of each ending, at least one token each.
         scored: for each ending, how many of its last tokens count; the others belong to the context in truth.
     """
@@ -79,7 +79,8 @@ def plant(prompts: Iterable[Prompt], max_seq_len: int) -> list[Tree]:
     """The trees of `prompts`; endings are numbered through all of them.
 
     Where context and ending are longer than the model, their last `max_seq_len + 1` tokens are kept (the last one is
-    only predicted), as lm-eval does; such an ending shares nothing and becomes a tree of its own.
+    only predicted), as lm-eval does. Such endings share their context where they are equally long, since the same of it
+    is left.
 
     Raises:
         UserError: more scored tokens than the model has positions.
@@ -89,26 +90,35 @@ def plant(prompts: Iterable[Prompt], max_seq_len: int) -> list[Tree]:
         room = max_seq_len + 1 - len(context)
         owners = range(owner, owner + len(endings))
         owner += len(endings)
-        if max(map(len, endings)) <= room:
+        if max(map(len, endings)) <= room and len(context):
             trees.append(Tree(context, endings, scored, owners))
             continue
-        fits = [k for k, ending in enumerate(endings) if len(ending) <= room]
-        if fits:
-            trees.append(
-                Tree(context, [endings[k] for k in fits], [scored[k] for k in fits], [owners[k] for k in fits])
-            )
-        for k in sorted(set(range(len(endings))) - set(fits)):
-            trees.append(truncated(context, endings[k], scored[k], owners[k], max_seq_len, number))
+        for length, members in group_by_length(endings, room if len(context) else 0).items():
+            some = [endings[k] for k in members], [scored[k] for k in members], [owners[k] for k in members]
+            kept = context[-max(0, max_seq_len + 1 - length) :] if length < max_seq_len + 1 else context[:0]
+            if len(kept):
+                trees.append(Tree(kept, *some))
+            else:
+                trees += [apart(*one, max_seq_len, number) for one in zip(*some)]
     return trees
 
 
-def truncated(context: np.ndarray, ending: np.ndarray, scored: int, owner: int, max_seq_len: int, number: int) -> Tree:
+def group_by_length(endings: Sequence[np.ndarray], room: int) -> dict[int, list[int]]:
+    """Numbers of the endings that fit into `room` under 0, of the others under their length."""
+    groups: dict[int, list[int]] = {}
+    for k, ending in enumerate(endings):
+        groups.setdefault(0 if len(ending) <= room else len(ending), []).append(k)
+    return groups
+
+
+def apart(ending: np.ndarray, scored: int, owner: int, max_seq_len: int, number: int) -> Tree:
+    """A tree of an ending whose own first tokens are all its context."""
     if scored > max_seq_len:
         raise UserError(
             f"item {number} has an ending of {scored:,} tokens, the model reads at most {max_seq_len:,}; shorten it or "
             "use a model with longer sequences"
         )
-    kept = np.concatenate([context, ending])[-max_seq_len - 1 :]
+    kept = ending[-max_seq_len - 1 :]
     return Tree(kept[:-scored], [kept[-scored:]], [scored], [owner])
 
 

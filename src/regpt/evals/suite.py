@@ -10,6 +10,7 @@ from typing import Any
 from regpt.data.sources import DownloadProgress
 from regpt.errors import UsageError
 from regpt.evals.choices import open_choices
+from regpt.evals.core import open_core, summarize
 from regpt.evals.hellaswag import open_hellaswag
 from regpt.evals.specs import Spec
 from regpt.evals.task import Result, Task
@@ -57,6 +58,9 @@ def open_suite(spec: Spec, encoder: Encoder, eot: int, progress: DownloadProgres
         return Suite("hellaswag", (open_hellaswag(path if spec.argument else None, encoder, eot, progress),))
     if spec.kind == "mc":
         return Suite(str(spec), (open_choices(path, str(spec), encoder, eot),))
+    if spec.kind == "core":
+        tasks, missing = open_core(path, encoder, eot)
+        return Suite("core", tuple(tasks), lambda results: summarize(results, missing))
     raise UsageError(f"task {str(spec)!r} cannot be evaluated here; see regpt eval --help")
 
 
