@@ -101,7 +101,7 @@ def test_a_schema_prompt_scores_the_same_words_after_each_context(tasks, tokeniz
         (f"{before}She ran as he", " was late."),
     ]
     context, endings, scored = tasks["winograd"].prompt(0)
-    assert tokenizer.decode(context.tolist()).endswith("The cat sat because the")  # which both have
+    assert tokenizer.decode(context.tolist()).rstrip().endswith("The cat sat because the")  # which both have
     assert scored[0] == scored[1] < len(endings[0])
 
 
@@ -255,6 +255,7 @@ def test_a_folder_that_is_none_of_cores_is_refused(tmp_path, tokenizer):
 # ---- the real files --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 @needs_shared
 def test_pieces_encoded_apart_are_the_prompt_encoded_whole():
@@ -268,6 +269,6 @@ def test_pieces_encoded_apart_are_the_prompt_encoded_whole():
     for task in tasks:
         for i in range(0, task.n_items, task.n_items // 5):
             for before, answer in texts(task, i, gpt2):  # type: ignore[arg-type]
-                context, endings, scored = task.prompt(i)
+                context, endings, _ = task.prompt(i)
                 whole = {tuple(np.concatenate([context, ending]).tolist()) for ending in endings}
                 assert tuple(gpt2.encode(before + answer)) in whole, (task.name, i)
