@@ -234,7 +234,10 @@ def test_a_rung_that_needs_too_much_memory_computes_fewer_rows_at_once(recipe: s
         return explicit_attention(q, k, v, mask)
 
     monkeypatch.setattr(ladder_module, "EXPLICIT", replace(PLAIN, attention=hungry))
+    peaks_forgotten: list[torch.device] = []
+    monkeypatch.setattr("regpt.tools.bench.steps.reset_peak", peaks_forgotten.append)
     report = run_ladder(recipe, [LADDER[0], Rung("flash", attention="torch")])
+    assert peaks_forgotten == [tiny.CPU]  # that of the attempt that failed
     assert [(rung["rows"], rung["rows_wanted"]) for rung in report["rungs"]] == [(2, 4), (4, 4)]
     assert "out of memory with 4 rows at once, so 2" in printed(report)
 

@@ -139,6 +139,7 @@ def test_the_spread_is_that_of_the_percentiles():
     assert (numbers["median"], numbers["min"], numbers["max"], numbers["mean"]) == (3, 1, 5, 3)
     assert (numbers["p10"], numbers["p90"]) == pytest.approx((1.4, 4.6))
     assert numbers["spread"] == pytest.approx(3.2 / 3)
+    assert spread([1.0, 2.0, 4.0])["p90"] == pytest.approx(3.6)
     assert spread([7.0])["p10"] == spread([7.0])["p90"] == 7
 
 

@@ -1,0 +1,75 @@
+"""`regpt bench` on one CUDA device: what only exists there."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from regpt.model.config import ModelConfig
+from regpt.tools.bench.ladder import LADDER, missing
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+RECIPE = """
+[model]
+n_layer = 2
+n_head = 2
+n_embd = 128
+vocab_size = 300
+max_seq_len = 64
+
+[data]
+seq_len = 64
+
+[train]
+batch_tokens = 1024
+micro_batch_rows = 8
+device = "cuda"
+"""
+
+
+@pytest.fixture
+def gpu_recipe(tmp_path: Path) -> str:
+    path = tmp_path / "gpu.toml"
+    path.write_text(RECIPE, encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("kernels", ["plain", "auto"])
+def test_training_is_reported(bench, gpu_recipe: str, kernels: str):
+    code, out, err = bench("train", gpu_recipe, "--steps", 3, "--warmup", 2, "--train.kernels", kernels, "--json", "-")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["peak_memory_of"] == "gpu"
+    assert 0 < report["peak_memory_gib"] < 4  # the measured product came later
+    assert (report["product"]["n"], report["product"]["precision"]) == (8192, "bf16")
+    assert (report["mfu"] is None) == (report["data_sheet"] is None)
+    assert report["compile"] == (report["kernels"]["name"] == "plain")
+    if report["compile"]:
+        assert report["first_step"]["compile_s"] > 0
+        assert report["first_step"]["compile_cache"] in ("cold", "warm", "partly warm")
+    assert report["attention"] in ("flash", "cudnn", "efficient", "math")
+
+
+def test_a_cold_start_compiles_anew(bench, gpu_recipe: str):
+    code, out, err = bench(
+        "train", gpu_recipe, "--cold", "--steps", 1, "--warmup", 1, "--train.kernels", "plain", "--json", "-"
+    )
+    assert code == 0, err
+    assert json.loads(out)["first_step"]["compile_cache"] == "cold"
+
+
+def test_every_rung_is_climbed_or_its_lack_named(bench, gpu_recipe: str):
+    code, out, err = bench("ladder", "--model", gpu_recipe, "--rows", 4, "--steps", 2, "--warmup", 1, "--json", "-")
+    assert code == 0, err
+    rungs = {rung["name"]: rung for rung in json.loads(out)["rungs"]}
+    assert len(rungs) == len(LADDER)
+    model = ModelConfig(n_layer=2, n_head=2, n_embd=128, vocab_size=300, max_seq_len=64)
+    for rung in LADDER:
+        lacking = missing(rung.needs, CUDA, model) if rung.needs else None
+        assert ("ms" in rungs[rung.name]) == (lacking is None), rungs[rung.name]
+        if lacking is None:
+            assert rungs[rung.name]["peak_memory_gib"] > 0
+    losses = [rung["loss"] for rung in rungs.values() if "loss" in rung and rung["batch_tokens"] == 256]
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=0.02)
