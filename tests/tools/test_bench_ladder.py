@@ -24,6 +24,7 @@ from regpt.tools.bench.ladder import LADDER, RECIPE, Rung, Setup, climb, is_lect
 from regpt.tools.bench.picture import draw_ladder, right_edge
 from regpt.tools.bench.steps import StepTimes
 from regpt.tools.bench.tables import figure_of, ladder_table
+from regpt.train.loss import uncompiled
 from regpt.train.optim import make_optimizer
 
 
@@ -162,7 +163,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     trainers = []
 
     def look(trainer, warmup, progress) -> StepTimes:
-        compiled = getattr(trainer.loss_sum, "_torchdynamo_orig_callable", None) is not None
+        compiled = uncompiled(trainer.loss_sum) is not None
         trainers.append(
             {
                 "attention": trainer.model.ops.attention.__name__,
