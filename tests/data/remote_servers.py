@@ -1,5 +1,6 @@
 """A web server on this machine that misbehaves on request, and one that imitates the Hugging Face hub."""
 
+import base64
 import hashlib
 import json
 import threading
@@ -108,6 +109,75 @@ class Hub(Web):
         return [{"type": "directory", "path": folder or "sample", "oid": "0" * 40}, *entries]
 
 
+class Bucket(Web):
+    """A bucket `bkt` that holds `objects`."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__(port)
+        self.objects: dict[str, bytes] = {}
+
+    def send_object(self, request: BaseHTTPRequestHandler, name: str) -> None:
+        path = urllib.parse.urlsplit(request.path).path
+        self.files = {path: self.objects[name]} if name in self.objects else {}
+        super().answer(request)
+
+    def below(self, query: str) -> tuple[list[str], list[str]]:
+        """Names that begin as `query` asks, and the folders in which others lie."""
+        asked = dict(urllib.parse.parse_qsl(query))
+        prefix, delimiter = asked.get("prefix", ""), asked.get("delimiter", "")
+        rest = [name.removeprefix(prefix) for name in sorted(self.objects) if name.startswith(prefix)]
+        files = [prefix + name for name in rest if not delimiter or delimiter not in name]
+        folders = {prefix + name.split(delimiter)[0] + delimiter for name in rest if delimiter and delimiter in name}
+        return files, sorted(folders)
+
+
+class GoogleStorage(Bucket):
+    """Google's JSON interface (cloud.google.com/storage/docs/json_api), as far as reading goes."""
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        url = urllib.parse.urlsplit(request.path)
+        _, inside, name = url.path.partition("/b/bkt/o")
+        name = urllib.parse.unquote(name.removeprefix("/"))
+        if not inside or (name and name not in self.objects):
+            send(
+                request, 404, b'{"error": {"code": 404, "message": "not found"}}', {"Content-Type": "application/json"}
+            )
+        elif name and "alt=media" in url.query:
+            self.send_object(request, name)
+        elif name:
+            send_json(request, self.describe(name))
+        else:
+            files, folders = self.below(url.query)
+            send_json(request, {"items": [*map(self.describe, files)], "prefixes": folders})
+
+    def describe(self, name: str) -> dict[str, Any]:
+        content = self.objects[name]
+        md5 = base64.b64encode(hashlib.md5(content).digest()).decode()
+        times = dict.fromkeys(("updated", "timeCreated"), "2024-01-01T00:00:00Z")
+        return {"name": name, "bucket": "bkt", "size": str(len(content)), "md5Hash": md5, "generation": "17", **times}
+
+
+class S3(Bucket):
+    """Amazon's interface (docs.aws.amazon.com/AmazonS3/latest/API), as far as reading goes."""
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        url = urllib.parse.urlsplit(request.path)
+        bucket, _, name = urllib.parse.unquote(url.path).strip("/").partition("/")
+        if bucket != "bkt":
+            send(request, 404, b"<Error><Code>NoSuchBucket</Code><Message>no such bucket</Message></Error>")
+        elif name:
+            self.headers = {"Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT", "ETag": '"17"'}
+            self.send_object(request, name)
+        else:
+            files, folders = self.below(url.query)
+            times = "<LastModified>2024-01-01T00:00:00.000Z</LastModified><ETag>&quot;17&quot;</ETag>"
+            sizes = [f"<Key>{name}</Key><Size>{len(self.objects[name])}</Size>{times}" for name in files]
+            content = "".join(f"<Contents>{size}</Contents>" for size in sizes)
+            content += "".join(f"<CommonPrefixes><Prefix>{name}</Prefix></CommonPrefixes>" for name in folders)
+            listing = f"<ListBucketResult><IsTruncated>false</IsTruncated>{content}</ListBucketResult>"
+            send(request, 200, listing.encode(), {"Content-Type": "application/xml"})
+
+
 def send(
     request: BaseHTTPRequestHandler,
     status: int,
@@ -119,7 +189,8 @@ def send(
     for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
         request.send_header(name, value)
     request.end_headers()
-    request.wfile.write(body[:cut])
+    if request.command != "HEAD":
+        request.wfile.write(body[:cut])
     request.close_connection = request.close_connection or cut is not None
 
 
@@ -132,7 +203,7 @@ def serve(kind: type[Web]) -> Iterator[Any]:
         def do_GET(self) -> None:
             site.answer(self)
 
-        do_POST = do_GET
+        do_POST = do_HEAD = do_GET
 
         def log_message(self, *args: object) -> None: ...
 

@@ -5,6 +5,7 @@ Credentials, regions and endpoints are those of s3fs and gcsfs (their environmen
 """
 
 import base64
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,18 +57,20 @@ def bucket_file(url: str, info: dict[str, Any]) -> BucketFile:
 
 def file_system(source: str) -> tuple[Any, str]:
     """fsspec's file system for an address, and the path in it."""
-    import fsspec
-    from fsspec.registry import known_implementations
-
+    fsspec, known_implementations = import_fsspec(source)
     scheme = source.split("://")[0].lower()
     if scheme in ("file", "local") or scheme not in known_implementations:
         kinds = "hf://datasets/…, https://…, s3://…, gs://… or a local path"
         raise UserError(f"{source} is an address of a kind that is not read; give {kinds}")
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints the traceback of what it raises
     try:
         return fsspec.url_to_fs(source)
+    except OSError as error:  # some connect at once
+        raise UserError(f"{source} could not be read: {error.strerror or error}") from None
     except ImportError:
         package = PACKAGES.get(scheme)
-        said = f"{package}; install it with: pip install {package}" if package else known_implementations[scheme]["err"]
+        fix = f"{package}; install it with: pip install 'regpt[buckets]'"
+        said = fix if package else known_implementations[scheme]["err"]
         raise UserError(f"reading {source} needs {said}") from None
 
 
@@ -77,3 +80,12 @@ def open_bucket(address: str, offset: int) -> Iterator[tuple[BinaryIO, int]]:
     with fs.open(path, "rb", block_size=BLOCK_BYTES) as stream:
         stream.seek(offset)
         yield stream, offset
+
+
+def import_fsspec(source: str) -> tuple[Any, Any]:
+    try:
+        import fsspec
+        from fsspec.registry import known_implementations
+    except ImportError:
+        raise UserError(f"reading {source} needs fsspec; install it with: pip install 'regpt[data]'") from None
+    return fsspec, known_implementations

@@ -236,6 +236,8 @@ def problem_of(error: BaseException) -> Problem:
     cause = cause if isinstance(cause, BaseException) else error
     lasts = bool(LASTING & {kind.__name__ for kind in type(cause).__mro__})
     text = " ".join(str(cause).split()) or type(cause).__name__
+    if text.startswith("Forbidden") or type(cause).__name__ == "NoCredentialsError":  # gcsfs, s3fs; botocore
+        return Problem(f"{text[:200]}; log in, or ask for access", lasts=True)
     return Problem(f"there is no such file ({text})" if isinstance(cause, FileNotFoundError) else text, lasts)
 
 
