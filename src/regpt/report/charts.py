@@ -92,7 +92,8 @@ def run_table(run: Run, runs: int, bits: bool) -> Table:
 
 
 def panel_row(panel: Panel) -> Row:
-    sourced = [f"{one.label}: {one.source}" for one in panel.references if one.source]
+    sources = dict.fromkeys(one.source for one in panel.references if one.source)
+    sourced = [f"{', '.join(one.label for one in panel.references if one.source == said)}: {said}" for said in sources]
     return {
         "title": panel.title,
         "unit": panel.unit,
