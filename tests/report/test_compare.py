@@ -9,6 +9,7 @@ from test_page import check
 
 from regpt.cli.diff import main
 from regpt.errors import UsageError, UserError
+from regpt.report.charts import difference
 from regpt.report.compare import compare, to_dict
 from regpt.report.page import with_own_names
 from regpt.report.read import read_run
@@ -180,6 +181,11 @@ def test_curves_are_compared_after_as_many_tokens(make_run):
     rows = [*(train_row(step, tokens=2048 * step) for step in range(1, 21)), val_row(10, 3.4), val_row(15, 3.2)]
     found = compare(read_run(a), read_run(make_run(rows=rows, name="b")))
     assert found.curve == [(20480, 3.5, 3.4)]
+
+
+def test_the_difference_is_that_of_b_from_a_after_as_many_tokens():
+    found = difference([0, 10, 20, 30], [4.0, 3.0, None, 1.0], [5, 15, 25], [4.0, 3.0, None])
+    assert found == [None, pytest.approx(0.5), None, None]  # between 4.0 and 3.0, less 3.0; beyond 15 nothing is known
 
 
 def test_the_command_prints_a_table_and_writes_the_page(make_run, tmp_path, capsys):
