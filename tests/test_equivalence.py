@@ -222,6 +222,13 @@ def resumed_by_two(shards: Path, folder: Path) -> list[tuple[Found, Found]]:
     return [(at_the_end(cut), at_the_end(straight))]
 
 
+def offloaded(shards: Path, folder: Path) -> list[tuple[Found, Found]]:
+    runs = [folder / "host", folder / "device"]
+    for run in runs:
+        assert pretrain(tiny.change(tiny.run_config(shards), "optim", offload=run.name == "host"), run) == 0
+    return [(at_the_end(runs[0]), at_the_end(runs[1]))]
+
+
 CELLS = [
     Cell("regpt", "Hugging Face's GPT-2", "logits, loss, gradients", 1e-14, hugging_face),
     Cell("regpt", "GPT-2 by hand in NumPy", "loss, gradients", 1e-14, numpy_reference),
@@ -237,6 +244,7 @@ CELLS = [
     Cell("`torch.compile` on", "off", "loss, gradients", 1e-14, compiled, slow=True),
     Cell("fused path of GPT-2, its pieces in float64", "plain path", "loss, gradients", 1e-13, fused_path),
     Cell("activation checkpointing on", "off", "loss, gradients", 0.0, recomputed),
+    Cell("moments in the host's memory", "on the device", "weights, moments, in float32", 0.0, offloaded),
     Cell("vocabulary padded to a multiple of 128", "not padded", "loss, gradients", 1e-14, padded_vocabulary),
     Cell("documents packed into rows, masked", "one a row, padded", "loss, gradients", 1e-14, packed_documents),
     Cell("key-value cache, any split", "whole sequence", "logits", 1e-14, key_value_cache),
@@ -265,7 +273,7 @@ def table() -> str:
     ],
 )
 def test_a_and_b_find_the_same(cell: Cell, request: pytest.FixtureRequest, tmp_path: Path):
-    whole_runs = cell.run in (resumed, resumed_by_two)
+    whole_runs = cell.run in (resumed, resumed_by_two, offloaded)
     pairs = cell.run(request.getfixturevalue("shards"), tmp_path) if whole_runs else cell.run()
     assert pairs
     error = max(tiny.largest_error(a, b) for a, b in pairs)

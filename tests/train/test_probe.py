@@ -185,7 +185,7 @@ def test_one_row_that_does_not_fit_is_one_sentence(monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr("regpt.train.loss.summed_loss", exhausted)
-    with pytest.raises(UserError, match=r"^out of memory with one row at a time, tried for .*'auto'; use a smaller"):
+    with pytest.raises(UserError, match=r"^out of memory with one row at a time, tried for .*'auto'; try --train"):
         choose_rows(trainer_to_choose_for())
 
 

@@ -184,10 +184,12 @@ def summary(job: Job) -> str:
     name = device_name(mesh.device)
     B, T = job.trainer.micro_batch.rows, config.data.seq_len
     kernels = choose_kernels(config, job.model, mesh.device)
+    spared = ", activation checkpointing" * config.train.activation_checkpointing
+    spared += ", moments in host memory" * config.optim.offload
     return (
         f"{count_parameters(job.model):,} parameters on {mesh.world_size} × {name}, {config.train.precision}"
         f"{', compiled' if config.train.compile and kernels.name == 'plain' else ''}, {kernels.name} kernels "
-        f"({kernels.reason}); {config.train.batch_tokens:,} tokens a step "
+        f"({kernels.reason}){spared}; {config.train.batch_tokens:,} tokens a step "
         f"({config.train.batch_tokens // (B * mesh.world_size * T)} × {mesh.world_size} × {B} rows of {T}); "
         f"{job.corpus.tokens('train'):,} training tokens, tokenizer "
         f"{job.corpus.tokenizer.name}"

@@ -95,7 +95,7 @@ def summarize(averages: Any, recorded: dict[int, float], device: torch.device) -
     for event in averages:
         if event.key.startswith("ProfilerStep") or getattr(event, "is_user_annotation", False):
             continue
-        if on_gpu != (event.device_type == torch.autograd.DeviceType.CUDA):
+        if on_gpu != (event.device_type.name == "CUDA"):
             continue
         us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         parts.append({"name": event.key, "calls": event.count / n, "ms": us / 1e3 / n})

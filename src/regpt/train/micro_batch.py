@@ -8,6 +8,10 @@ from regpt.parallel.mesh import Mesh
 from regpt.train.memory import free_memory, is_out_of_memory
 
 Result = TypeVar("Result")
+LAST_RESORTS = (
+    "try --train.activation-checkpointing true and --optim.offload true, a smaller model, a shorter data.seq_len or a "
+    "device with more memory"
+)
 
 
 class MicroBatch:
@@ -56,7 +60,7 @@ class MicroBatch:
         """What may help where fewer rows cannot be tried at once."""
         if self.rows > 1:
             return f"try --train.micro-batch-rows {fewer(self.rows)}, which computes the same update in smaller parts"
-        return "use a smaller model, a shorter data.seq_len or a device with more memory"
+        return LAST_RESORTS
 
 
 def fewer(rows: int) -> int:

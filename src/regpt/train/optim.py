@@ -1,6 +1,6 @@
 """The optimizer, and its state as named tensors at the real vocabulary size."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from regpt.errors import UserError
 from regpt.model.transformer import Transformer
 from regpt.model.weights import real_shape, unpadded
 from regpt.train.config import OptimConfig
+from regpt.train.offload import OffloadedAdamW
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FUSED_DEVICES = ("cuda", "cpu")
@@ -21,18 +22,21 @@ def make_optimizer(model: Transformer, config: OptimConfig, device: torch.device
         {"params": [p for p in learning if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in learning if p.dim() < 2], "weight_decay": 0.0},
     ]
-    betas = (config.beta1, config.beta2)
     fused = device.type in FUSED_DEVICES
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
-    for p in learning:  # now, not in the first update: what does not fit is known before anything is computed
-        # The fused step wants its counter beside the parameter, the plain one keeps it on the host.
-        counter = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
-        optimizer.state[p] = {"step": counter} | {moment: torch.zeros_like(p) for moment in MOMENTS}
+    options = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps, "fused": fused}
+    if config.offload:
+        optimizer = OffloadedAdamW(groups, device=device, **options)
+    else:
+        optimizer = torch.optim.AdamW(groups, **options)
+        for p in learning:  # now, not in the first update: what does not fit is known before anything is computed
+            # The fused step wants its counter beside the parameter, the plain one keeps it on the host.
+            counter = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
+            optimizer.state[p] = {"step": counter} | {moment: torch.zeros_like(p) for moment in MOMENTS}
     optimizer.register_step_post_hook(lambda *_: count_as_changed(learning))
     return optimizer
 
 
-def count_as_changed(parameters: list[Tensor]) -> None:
+def count_as_changed(parameters: Sequence[Tensor]) -> None:
     """Raise the parameters' versions, by which copies are renewed: torch's fused optimizers do not."""
     torch.autograd.graph.increment_version(parameters)
 

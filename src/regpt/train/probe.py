@@ -15,6 +15,7 @@ from regpt.errors import UserError
 from regpt.train.capacity import Capacity, SavedTensors, capacity, peak_bytes, start_counting
 from regpt.train.loss import LossSum, uncompiled
 from regpt.train.memory import free_memory, is_out_of_memory
+from regpt.train.micro_batch import LAST_RESORTS
 from regpt.train.trainer import Trainer
 
 FASTER = 0.95  # of the time a row: what twice the rows must save on a CPU to be worth its memory
@@ -86,8 +87,7 @@ def choose_rows(trainer: Trainer) -> Choice:
     rows = mesh.smallest(rows)
     if not rows:
         raise UserError(
-            "out of memory with one row at a time, tried for train.micro_batch_rows = 'auto'; use a smaller model, a "
-            "shorter data.seq_len or a device with more memory"
+            f"out of memory with one row at a time, tried for train.micro_batch_rows = 'auto'; {LAST_RESORTS}"
         )
     return Choice(rows, why, tuple(prober.done))
 
