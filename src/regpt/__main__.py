@@ -14,6 +14,7 @@ COMMANDS = {
     "quickstart": "text to a trained, evaluated and sampled model on this machine, in about two minutes",
     "data": "prepare, describe and verify token shards",
     "tokenizer": "train a byte-level BPE",
+    "doctor": "what this machine can do, tried; what is missing and how to get it",
     "plan": "parameters, memory, time and cost of a run, before it runs",
     "train": "train a model from a recipe, or go on with a run",
     "eval": "validation loss and bits per byte of a model",

@@ -1,0 +1,200 @@
+"""The doctor's trials on a CPU, and what happens to those that fail, crash or hang."""
+
+import sys
+
+import pytest
+import torch
+
+import tiny
+from regpt.tools.doctor import device as device_module
+from regpt.tools.doctor import doctor as doctor_module
+from regpt.tools.doctor import host as host_module
+from regpt.tools.doctor.device import check_attention, check_product, close, device_trials, training_trials
+from regpt.tools.doctor.doctor import Findings, by_group, examine, run_group
+from regpt.tools.doctor.host import extras, host_trials, packages_of_extras
+from regpt.tools.doctor.software import flex_attention, process_trials
+from regpt.tools.doctor.trial import LONGEST, Trial, attempt
+
+OK = Trial("cpu", "training step", "ok", "")
+
+
+def test_what_a_trial_returns_is_its_result():
+    assert attempt("g", "n", lambda: "fine") == Trial("g", "n", "ok", "fine")
+    assert attempt("g", "n", lambda: ("fast", 2.0, "GB/s")) == Trial("g", "n", "ok", "fast", 2.0, "GB/s")
+
+
+def test_whatever_a_trial_raises_is_its_result():
+    def fail() -> str:
+        raise RuntimeError("no kernel\nand a stack trace")
+
+    assert attempt("g", "n", fail) == Trial("g", "n", "no", "RuntimeError: no kernel")
+
+    def ramble() -> str:
+        raise ValueError("x" * 1000)
+
+    assert len(attempt("g", "n", ramble).detail) == LONGEST
+
+
+# ---- devices --------------------------------------------------------------------------------------------------------
+
+
+def test_the_cpu_trains():
+    found = {trial.name: trial for trial in training_trials(tiny.CPU)}
+    assert found["training step"].status == "ok", found["training step"].detail
+    assert found["device"].status == "ok"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_products_are_compared_with_float64(precision: str, monkeypatch: pytest.MonkeyPatch):
+    assert "relative error" in str(check_product(tiny.CPU, precision)())
+    monkeypatch.setitem(device_module.TOLERANCE, precision, 1e-12)
+    with pytest.raises(ArithmeticError, match="relative error"):
+        check_product(tiny.CPU, precision)()
+
+
+def test_products_leave_the_precision_as_it_was():
+    check_product(tiny.CPU, "tf32")()
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_not_a_number_is_an_error():
+    with pytest.raises(ArithmeticError, match="nan"):
+        close(torch.tensor([float("nan")]), torch.tensor([1.0]), 0.1)
+
+
+def test_attention_is_compared_with_the_formula(monkeypatch: pytest.MonkeyPatch):
+    assert "float32, relative error" in str(check_attention(tiny.CPU, "math")())
+    monkeypatch.setattr(device_module, "exact_attention", lambda q, k, v: v)
+    with pytest.raises(ArithmeticError):
+        check_attention(tiny.CPU, "math")()
+
+
+def test_a_backend_that_is_not_here_is_a_no():
+    trial = attempt("cpu", "attention cuDNN", check_attention(tiny.CPU, "cuDNN"))
+    assert trial.status == "no"
+    assert "RuntimeError" in trial.detail
+
+
+def test_the_cpu_is_tried_in_all_its_formats():
+    found = {trial.name: trial.status for trial in device_trials(tiny.CPU)}
+    assert found.keys() == {f"product {name}" for name in ("fp32", "bf16", "fp16")} | {
+        "attention flash",
+        "attention math",
+    }
+    assert set(found.values()) == {"ok"}
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without:UserWarning")
+def test_flex_attention_is_tried():
+    assert "forward, uncompiled" in flex_attention(tiny.CPU)
+
+
+def test_gloo_sums():
+    gloo = next(iter(process_trials()))
+    assert (gloo.name, gloo.status, gloo.detail) == ("gloo", "ok", "sum of one process: 1")
+
+
+# ---- host -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_host_is_described(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(host_module, "disk_write_bytes", lambda folder: 2.5e9)
+    found = {trial.name: trial for trial in host_trials(tmp_path)}
+    assert found["torch"].detail == str(torch.__version__)
+    assert found["disk"].value == 2500
+    assert "2,500 MB/s" in found["disk"].detail
+    assert found["memory"].value > 0.5
+    assert "cores" in found["CPU"].detail
+
+
+def test_a_folder_that_cannot_be_written_is_a_no(tmp_path):
+    found = {trial.name: trial for trial in host_trials(tmp_path / "none")}
+    assert found["disk"].status == "no"
+
+
+def test_packages_of_extras_are_read_from_the_metadata():
+    lines = [
+        "torch>=2.11",
+        'pyarrow>=18; extra == "data"',
+        "zstandard>=0.23 ; extra == 'data'",
+        'huggingface_hub[x]>=0.30; python_version > "3" and extra == "hub-tools"',
+        'regpt[data]; extra == "all"',
+        'pytest>=8; extra == "dev"',
+    ]
+    assert packages_of_extras(lines) == {"data": ["pyarrow", "zstandard"], "hub-tools": ["huggingface_hub"]}
+
+
+def test_a_missing_extra_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
+    class Metadata:
+        requires = ['numpy; extra == "there"', 'no-such-package; extra == "data"']
+
+    monkeypatch.setattr(host_module, "distribution", lambda name: Metadata)
+    there, missing = extras()
+    assert there.status == "ok"
+    assert missing.status == "no"
+    assert "no-such-package missing; pip install 'regpt[data]'" in missing.detail
+
+
+# ---- processes of their own -----------------------------------------------------------------------------------------
+
+PRINTS = 'print(\'regpt-trial {"group": "g", "name": "n", "status": "ok", "detail": "d"}\', flush=True)'
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("", None),
+        ("import os; os.abort()", "the process ended with code"),
+        ("raise SystemExit('broken driver')", "ended with code 1 broken driver"),
+        ("import time; time.sleep(60)", "did not end within 1 s"),
+    ],
+    ids=["fine", "crashes", "fails", "hangs"],
+)
+def test_a_group_that_ends_badly_keeps_what_it_found(code: str, said: str | None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor_module, "CHILD", ("-c", f"print('noise'); {PRINTS}; {code}"))
+    monkeypatch.setattr(doctor_module, "OTHER_SECONDS", 1.0 if "sleep" in code else 60.0)
+    first, *rest = run_group("group")
+    assert first == Trial("g", "n", "ok", "d")
+    assert [trial.status for trial in rest] == (["no"] if said else [])
+    assert all(said in trial.detail for trial in rest if said)
+
+
+def test_a_python_that_does_not_start_is_a_no(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    (trial,) = run_group("group")
+    assert "could not be started" in trial.detail
+
+
+def test_everything_is_examined(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[str] = []
+    monkeypatch.setattr(doctor_module, "host_trials", lambda folder: [])
+    monkeypatch.setattr(doctor_module, "run_group", lambda group: asked.append(group) or [Trial(group, "n", "ok", "")])
+    heard: list[str] = []
+    findings = examine(tmp_path, heard.append)
+    assert set(asked) == {"training", "rates", "devices", "compile", "flex", "processes"}
+    assert asked[:2] == ["training", "rates"]  # what is measured is measured alone
+    assert len(heard) == 7
+    assert not findings.can_train
+
+
+def test_one_device_that_trains_is_enough():
+    broken = Trial("cuda:0", "training step", "no", "")
+    assert Findings((broken, OK)).can_train
+    assert not Findings((broken, Trial("cpu", "product fp32", "ok", ""))).can_train
+
+
+def test_trials_are_grouped_in_order():
+    trials = [Trial("b", "1", "ok", ""), Trial("a", "2", "ok", ""), Trial("b", "3", "ok", "")]
+    assert {group: [t.name for t in found] for group, found in by_group(trials).items()} == {
+        "b": ["1", "3"],
+        "a": ["2"],
+    }
+
+
+@pytest.mark.slow
+def test_the_real_thing_on_this_machine(tmp_path):
+    found = {(trial.group, trial.name): trial for trial in examine(tmp_path).trials}
+    assert found["cpu", "training step"].status == "ok"
+    assert found["cpu", "rate fp32"].value > 0
+    assert found["processes", "gloo"].status == "ok"
+    assert found["compiler", "torch.compile"].status == "ok"
