@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,12 +25,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvalArgs:
-    """Evaluate a model: loss and bits per byte on held-out text, HellaSwag, multiple choice of your own."""
+    """Evaluate a model: loss and bits per byte on held-out text, HellaSwag, CORE, multiple choice, lm-eval's tasks."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run folder, a checkpoint folder, a Hugging Face folder, or a hub name such as gpt2."""
     tasks: str = "val"
-    """Names with commas between them: val; hellaswag, or hellaswag:FILE; mc:FILE."""
+    """Names with commas between them: val; hellaswag, or hellaswag:FILE; core:DIR; mc:FILE; lm-eval:TASK,TASK…"""
     data: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """val: folder of token shards; default: the one that the run was trained on."""
     val_tokens: int = 0
@@ -69,6 +70,7 @@ def main(args: list[str]) -> int:
         return launch(given.nproc, ["eval", *args])
     from regpt.runs.evaluate import Question, answer, report, silent
 
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval would fork processes for standard errors
     with open_mesh(given.device) as mesh:
         asked = Question(
             model=given.model,
@@ -116,7 +118,7 @@ def show(asked: Question, found: Answer) -> None:
     console = Console(file=sys.stdout)
     if found.val:
         show_val(console, found)
-    if found.suites:
+    if found.suites or found.harness:
         show_tasks(console, asked, found)
 
 
@@ -147,7 +149,13 @@ def show_tasks(console: Any, asked: Question, found: Answer) -> None:
         for row in suite.summarize(results):
             value = with_error(row["value"], row["stderr"])
             table.add_row(row["task"], row["metric"], value, str(row.get("items", "")))
+    for one in found.harness:
+        for metric, (value, error) in one.metrics.items():
+            table.add_row(one.task, metric, with_error(value, error), f"{one.n:,}")
     console.print(table)
+    for suite, results in found.suites:
+        for missing in filter(None, (row.get("missing") for row in suite.summarize(results))):
+            console.print(f"{suite.name}: {', '.join(missing)} missing, so this is not the metric of all tasks")
     if asked.compile:
         console.print(f"compiled in {found.compile_seconds:.1f} s, not counted above", highlight=False)
 
@@ -160,9 +168,11 @@ def write_items(folder: Path, found: Answer) -> None:
     from regpt.runs.items import write_items
 
     try:
-        for _, results in found.suites:
-            for one in results:
-                write_items(folder, one, found.opened.step or 0)
+        step = found.opened.step or 0
+        for one in (one for _, results in found.suites for one in results):
+            write_items(folder, one.task, one.item_lines(), step)
+        for one in found.harness:
+            write_items(folder, one.task, "".join(json.dumps(row) + "\n" for row in one.items), step)
     except OSError as error:
         raise UserError(f"cannot write into {str(folder)!r} ({error.strerror}); choose another --items") from None
 

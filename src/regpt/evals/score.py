@@ -84,7 +84,7 @@ class Scorer:
         batch_tokens: int | None = None,
     ):
         kind = mesh.device.type
-        self.model, self.mesh, self.compile = model, mesh, compile
+        self.model, self.mesh, self.autocast, self.compile = model, mesh, autocast, compile
         self.batch_tokens = batch_tokens or BATCH_TOKENS[kind]
         self.head_rows = HEAD_ROWS[kind]
         self.cost = Cost()

@@ -70,11 +70,12 @@ class ValTask:
 
 @dataclass(frozen=True)
 class Answer:
-    """What was found: `val` where it was asked for, and each suite's results."""
+    """What was found: `val` where it was asked for, each suite's results, and those of lm-eval (`HarnessResult`)."""
 
     opened: OpenModel
     val: tuple[ValTask, Validated] | None
     suites: list[tuple[Suite, list[Result]]]
+    harness: list[Any]
     compile_seconds: float
 
 
@@ -92,7 +93,9 @@ def answer(asked: Question, mesh: Mesh, show: ShowProgress) -> Answer:
     set_matmul_precision(asked.precision)
     opened.model.to(parameter_dtype(asked.precision)).eval()
     task = open_val(asked, run, folder, opened) if folder else None
-    suites = open_suites([spec for spec in asked.specs if spec.kind != "val"], opened.tokenizer)
+    suites = open_suites([spec for spec in asked.specs if spec.kind not in ("val", "lm-eval")], opened.tokenizer)
+    harness = [spec.argument for spec in asked.specs if spec.kind == "lm-eval"]
+    run_harness = import_harness() if harness else None
     for one in (one for suite in suites for one in suite.tasks):
         refuse_long_endings(one, opened.model.config.max_seq_len)
     val = (task, validate(asked, task, opened, mesh, show)) if task else None
@@ -105,7 +108,22 @@ def answer(asked: Question, mesh: Mesh, show: ShowProgress) -> Answer:
                 limits = {"max_items": asked.max_items, "seconds": asked.max_seconds}
                 results.append(evaluate(one, scorer, **limits, progress=progress))
         found.append((suite, results))
-    return Answer(opened, val, found, scorer.cost.compile_seconds)
+    theirs = run_harness(harness[0], scorer, opened, asked.max_items) if run_harness else []
+    return Answer(opened, val, found, theirs, scorer.cost.compile_seconds)
+
+
+def import_harness() -> Callable[[str, Scorer, OpenModel, int], list[Any]]:
+    """What runs tasks of lm-eval; a UserError where it is not installed."""
+    try:
+        from regpt.evals.harness import HarnessModel, evaluate_harness
+    except ImportError:
+        raise UserError("lm-eval is not installed; install it with: pip install 'regpt[lm-eval]'") from None
+
+    def run(names: str, scorer: Scorer, opened: OpenModel, max_items: int) -> list[Any]:
+        wanted = [name.strip() for name in names.split(",") if name.strip()]
+        return evaluate_harness(wanted, HarnessModel(scorer, opened.tokenizer), max_items)
+
+    return run
 
 
 def run_config(model: str) -> RunConfig | None:
@@ -199,6 +217,9 @@ def report(asked: Question, found: Answer) -> dict[str, Any]:
             tasks[one.task] = task_numbers(one) | {"read_seconds": suite.seconds}
         for row in suite.summarize(results):
             tasks[row["task"]] = {key: value for key, value in row.items() if key != "task"}
+    for one in found.harness:
+        numbers = {name: {"value": value, "stderr": error, "n": one.n} for name, (value, error) in one.metrics.items()}
+        tasks[one.task] = {"metrics": numbers, "n": one.n}
     return {
         "model": asked.model,
         "source": found.opened.source,

@@ -64,7 +64,7 @@ class Evaluations:
                 results.append(self.evaluate(task, share))
                 left, tasks_left = left - self.scorer.slowest(results[-1].seconds), tasks_left - 1
                 if self.mesh.is_main:
-                    write_items(self.run / "evals", results[-1], step)
+                    write_items(self.run / "evals", task.name, results[-1].item_lines(), step)
             rows = suite_rows(suite, results)
             for row in rows:
                 yield {"kind": "eval", "step": step, **row, "time": time.time()}

@@ -3,16 +3,14 @@
 import re
 from pathlib import Path
 
-from regpt.evals.task import Result
 
-
-def write_items(folder: Path, result: Result, step: int) -> Path:
-    """The file of `result` at `step`, in the place of those of earlier steps: the last one is compared."""
+def write_items(folder: Path, task: str, lines: str, step: int) -> Path:
+    """The file of `task` at `step`, in the place of those of earlier steps: the last one is compared."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[/:\\]", "-", result.task)
+    name = re.sub(r"[/:\\]", "-", task)
     path = folder / f"{name}-step-{step:08d}.jsonl"
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(result.item_lines(), encoding="utf-8")
+    temporary.write_text(lines, encoding="utf-8")
     temporary.replace(path)
     for other in folder.glob(f"{name}-step-*.jsonl"):
         if re.fullmatch(re.escape(name) + r"-step-\d{8}\.jsonl", other.name) and other < path:
