@@ -16,7 +16,7 @@ from regpt.data.job import Progress
 from regpt.data.manifest import Manifest, read_manifest
 from regpt.data.prepare import prepare
 from regpt.data.verify import verify
-from regpt.errors import UserError
+from regpt.errors import UsageError, UserError
 from regpt.text import gpt2
 from regpt.text.bpe import BPETokenizer, train_bpe
 from regpt.text.tokenizer import Tokenizer
@@ -278,11 +278,17 @@ def test_an_empty_split_says_which_fraction_would_do(tmp_path):
 )
 def test_an_option_out_of_range_is_refused_before_anything_is_written(tmp_path, options, said):
     source = write_jsonl(tmp_path / "a.jsonl", ["the cat", "the mat"])
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UsageError, match=said):
         prepare([source], tmp_path / "out", TOKENIZER, **options)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="no SOURCE given"):
+    with pytest.raises(UsageError, match="no SOURCE given"):
         prepare([], tmp_path / "out", TOKENIZER)
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", ["the cat", "the mat"])
+    with pytest.raises(UserError, match=r"out cannot be made \(.+\); choose another folder"):
+        prepare([source], tmp_path / "a.jsonl" / "out", TOKENIZER, val_fraction=0)
 
 
 def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ from regpt.data.settings import Filters, Settings
 from regpt.data.sources import DownloadProgress
 from regpt.data.workers import DiskFull
 from regpt.data.write import remove_leftovers, write_file
-from regpt.errors import UserError
+from regpt.errors import UsageError, UserError
 from regpt.text.tokenizer import Tokenizer
 
 SHARD_TOKENS = 100_000_000  # the size of FineWeb-Edu's shards in build-nanogpt
@@ -122,17 +122,17 @@ def check_options(
     sources: Sequence[str], val_fraction: float | None, shard_tokens: int, filters: Filters, placement: Placement
 ) -> None:
     if not sources:
-        raise UserError("no SOURCE given; give files, folders, globs or a named set")
+        raise UsageError("no SOURCE given; give files, folders, globs or a named set")
     if val_fraction is not None and not 0 <= val_fraction < 1:
-        raise UserError(f"val fraction is {val_fraction}, must be at least 0 and below 1")
+        raise UsageError(f"val fraction is {val_fraction}, must be at least 0 and below 1")
     if shard_tokens < 1:
-        raise UserError(f"shard tokens is {shard_tokens}, must be at least 1")
+        raise UsageError(f"shard tokens is {shard_tokens}, must be at least 1")
     if placement.workers is not None and placement.workers < 1:
-        raise UserError(f"workers is {placement.workers}, must be at least 1")
+        raise UsageError(f"workers is {placement.workers}, must be at least 1")
     if filters.min_chars < 0:
-        raise UserError(f"min chars is {filters.min_chars}, must be at least 0")
+        raise UsageError(f"min chars is {filters.min_chars}, must be at least 0")
     if placement.address is not None and placement.executor != "ray":
-        raise UserError(f"address {placement.address!r} is of a Ray cluster; add --executor ray, or leave it out")
+        raise UsageError(f"address {placement.address!r} is of a Ray cluster; add --executor ray, or leave it out")
 
 
 def check_out(out: Path) -> None:
@@ -148,7 +148,7 @@ def check_out(out: Path) -> None:
 @contextlib.contextmanager
 def in_work_folder(work: Path, out: Path, settings: Settings, evaluations: Evaluations | None, restart: bool):
     """Hold `work` for this process; afterwards it is gone if everything is finished, or nothing is."""
-    work.mkdir(parents=True, exist_ok=True)
+    make_folder(work, out)
     try:
         with locked(work / "lock", out):
             check_out(out)  # another process may have finished it meanwhile
@@ -168,6 +168,13 @@ def in_work_folder(work: Path, out: Path, settings: Settings, evaluations: Evalu
         with contextlib.suppress(OSError):  # not empty
             work.rmdir()
             out.rmdir()
+
+
+def make_folder(work: Path, out: Path) -> None:
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made ({error.strerror}); choose another folder") from None
 
 
 def begin(work: Path, out: Path, settings: Settings) -> None:
