@@ -159,7 +159,7 @@ def change(config: RunConfig, section: str, **values: Any) -> RunConfig:
 
 def save_model(folder: Path, model: Transformer, tokenizer: Tokenizer, step: int = 3) -> Path:
     """A checkpoint of a model without optimizer state."""
-    state = RunState(step, DataPosition("0" * 64, 0))
+    state = RunState(step, DataPosition("0" * 64, next_row=0, seq_len=1, order="shuffle", seed=0))
     return save_checkpoint(folder, Contents(model.config, tokenizer, state_tensors(model), {}, state))
 
 

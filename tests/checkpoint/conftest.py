@@ -44,7 +44,8 @@ def contents(model: Transformer, tokenizer: BPETokenizer, optimizer: dict[str, T
     """`contents(step)`: what a checkpoint of the model would hold, over the tensors themselves."""
 
     def at_step(step: int) -> Contents:
-        state = RunState(step, DataPosition("0" * 64, 3 * step), config={"sample": {"prompt": "é"}})
+        position = DataPosition("0" * 64, next_row=3 * step, seq_len=8, order="shuffle", seed=5)
+        state = RunState(step, position, config={"sample": {"prompt": "é"}})
         return Contents(model.config, tokenizer, state_tensors(model), optimizer, state)
 
     return at_step

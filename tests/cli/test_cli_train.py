@@ -207,8 +207,8 @@ def test_resume_refuses_a_model_of_another_shape(regpt, finished_run: Path, tmp_
     config = (run / "config.toml").read_text(encoding="utf-8")
     (run / "config.toml").write_text(config.replace("n_layer = 1", "n_layer = 2"), encoding="utf-8")
     code, _, err = regpt("train", "--resume", run)
-    assert code == 1
-    assert "another shape" in err
+    assert code == 2
+    assert "another shape: model.n_layer 1 → 2" in err
     assert one_sentence(err)
 
 

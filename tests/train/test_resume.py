@@ -138,9 +138,17 @@ def test_shards_that_changed_since_are_refused(straight, shards, tmp_path: Path)
         resume(run)
 
 
-@pytest.mark.parametrize("also", [["--train.steps", "20"], ["--data", "elsewhere"], ["--out", "x"], ["gpt2-tiny"]])
-def test_an_argument_that_resume_would_ignore_is_refused(straight, also: list[str]):
-    with pytest.raises(UsageError, match=r"--resume RUN takes everything from the run's config\.toml; leave out"):
+@pytest.mark.parametrize(
+    ("also", "sentence"),
+    [
+        (["--out", "x"], "--resume goes on with a run where it is and --out starts one"),
+        (["--init-from", "x"], "--resume goes on with a run where it is and --init-from starts one"),
+        (["gpt2-tiny"], "RECIPE and --resume exclude each other"),
+        (["--fork-from", "x"], "--resume and --fork-from exclude each other"),
+    ],
+)
+def test_what_contradicts_resume_is_refused(straight, also: list[str], sentence: str):
+    with pytest.raises(UsageError, match=sentence):
         main(["--resume", str(straight), *also])
 
 

@@ -30,6 +30,7 @@ from regpt.model.config import ModelConfig
 from regpt.text.open import open_tokenizer
 from regpt.text.tokenizer import Tokenizer
 
+CHECKPOINTS = "checkpoints"  # the folder of a run that holds them
 STEP_FOLDER = re.compile(rf"step-(\d{{8,}})(?:{re.escape(SUCCESSOR)})?")
 DTYPES = ("F32", "F64")  # what a run computes its updates in; another type of a stored tensor is no rounding of ours
 
@@ -76,7 +77,7 @@ class Checkpoint:
 
 def checkpoint_folder(run: Path, step: int) -> Path:
     """Where `run` keeps its checkpoint after `step` updates."""
-    return run / "checkpoints" / f"step-{step:08d}"
+    return run / CHECKPOINTS / f"step-{step:08d}"
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -84,7 +85,7 @@ def checkpoints(run: Path) -> list[Path]:
 
     Where a crash left the successor of a folder beside it (`files.put_in_place`), the successor comes later.
     """
-    folders = (run / "checkpoints").glob("step-*")
+    folders = (run / CHECKPOINTS).glob("step-*")
     real = (f for f in folders if STEP_FOLDER.fullmatch(f.name) and f.is_dir() and not f.is_symlink())
     return sorted(real, key=lambda folder: (step_of(folder), folder.name))
 

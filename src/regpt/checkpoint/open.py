@@ -9,7 +9,7 @@ from torch import Tensor
 
 from regpt.checkpoint.hf_folder import CONFIG, hf_config, hf_tokenizer, hf_weights
 from regpt.checkpoint.hub import SHORT_NAMES, download, repository
-from regpt.checkpoint.load import STEP_FOLDER, load_checkpoint, newest_checkpoint
+from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, load_checkpoint, newest_checkpoint
 from regpt.checkpoint.manifest import MODEL
 from regpt.errors import UsageError, UserError, nearest
 from regpt.model.config import ModelConfig
@@ -47,7 +47,7 @@ def open_model(name: str, device: torch.device | str = "cpu") -> OpenModel:
         UserError: it is one, but damaged, of a kind that we do not implement, or not to be had.
     """
     path = Path(name)
-    if (path / "checkpoints").is_dir():
+    if (path / CHECKPOINTS).is_dir():
         return open_checkpoint(newest_checkpoint(path, optimizer=False), device, verified=True)
     if (path / MODEL).is_file() or (path.is_dir() and STEP_FOLDER.fullmatch(path.name)):
         return open_checkpoint(path, device)

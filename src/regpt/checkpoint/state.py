@@ -13,14 +13,15 @@ from regpt.checkpoint.manifest import damaged
 
 @dataclass(frozen=True)
 class DataPosition:
-    """Where a run stands in its data: the next step begins at row `next_row` of this order of these shards."""
+    """Where a run stands in its data: the next step begins at row `next_row`, of `seq_len` tokens, of this order."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
     manifest_sha256: str
     next_row: int
-    order: str = "shuffle"
-    seed: int = 0
+    seq_len: int
+    order: str
+    seed: int
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,11 @@ class Train:
     out: str = ""
     """New folder for the run."""
     resume: str = ""
-    """Go on with the run in this folder from its newest valid checkpoint."""
+    """Go on with the run in this folder from its newest valid checkpoint; flags change its settings."""
+    fork_from: str = ""
+    """Start the new run --out from this checkpoint: its weights, optimizer and settings, changed by the flags given."""
+    force: bool = False
+    """With --resume: also with settings that make another run of it."""
     init_from: str = ""
     """Start from the weights of this model: a run, a checkpoint, a Hugging Face folder or hub name such as gpt2."""
     nproc: int = 0
@@ -35,24 +39,61 @@ class Train:
 
 def main(args: list[str]) -> int:
     recipe = named_recipe(args)
-    over = Train(recipe=recipe, config=read_config(recipe)) if recipe else None
+    default = default_config(args, recipe)
+    over = Train(recipe=recipe, config=default) if default else None
     given = parse(Train, args, prog="regpt train", default=over)
+    refuse_contradictions(given)
+    if given.data:
+        given = replace(given, config=replace(given.config, data=chosen_data(given.config.data, given.data)))
+    return (resume if given.resume else start)(given, args)
+
+
+def default_config(args: list[str], recipe: str) -> RunConfig | None:
+    """The values under the flags: of the run to go on with, of the checkpoint to fork from, or of the recipe."""
+    ways = {"RECIPE": recipe} | {flag: flag_value(args, flag) for flag in ("--resume", "--fork-from")}
+    chosen = [name for name, value in ways.items() if value]
+    if len(chosen) > 1:
+        raise UsageError(f"{' and '.join(chosen)} exclude each other; give one of them")
+    if run := ways["--resume"]:
+        from regpt.runs.folder import read_run_config
+
+        return read_run_config(Path(run))
+    if source := ways["--fork-from"]:
+        from regpt.runs.begin import fork_config
+
+        return fork_config(Path(source))
+    return read_config(recipe) if recipe else None
+
+
+def refuse_contradictions(given: Train) -> None:
+    """Raise a UsageError for what is missing or cannot be asked for together."""
     if given.nproc < 0:
         raise UsageError(f"--nproc is {given.nproc}, must be at least 1, or 0 for this process alone")
     if given.profile < 0:
         raise UsageError(f"--profile is {given.profile}, must be at least 1 step, or 0 for none")
-    if given.resume:
-        return resume(given, args)
-    if not given.recipe:
+    if not (given.recipe or given.resume or given.fork_from):
         raise UsageError(
             f"no recipe was given; regpt train RECIPE --data DIR --out RUN, with one of {', '.join(recipe_names())}"
         )
-    if not given.out:
+    if given.resume and (given.out or given.init_from):
+        other = "--out" if given.out else "--init-from"
+        raise UsageError(f"--resume goes on with a run where it is and {other} starts one; leave out one of them")
+    if given.fork_from and given.init_from:
+        raise UsageError("--fork-from and --init-from exclude each other; give one of them")
+    if given.force and not given.resume:
+        raise UsageError("--force belongs to --resume; leave it out")
+    if not given.resume and not given.out:
         raise UsageError("no folder for the run was given; add --out RUN, a folder that does not exist yet")
-    config = given.config
-    if given.data:
-        config = replace(config, data=chosen_data(config.data, given.data))
-    return start(given, config, args)
+
+
+def flag_value(args: list[str], flag: str) -> str:
+    """What follows the last `flag` in `args`, before they are parsed; "" without it."""
+    found = ""
+    for arg, following in zip(args, [*args[1:], ""]):
+        name, equals, value = arg.partition("=")
+        if name.replace("_", "-") == flag:
+            found = value if equals else following
+    return found
 
 
 def named_recipe(args: list[str]) -> str:
@@ -61,7 +102,7 @@ def named_recipe(args: list[str]) -> str:
     for arg in rest:
         if not arg.startswith("-"):
             return arg
-        if "=" not in arg and arg not in ("-h", "--help"):
+        if "=" not in arg and arg not in ("-h", "--help", "--force", "--no-force"):
             next(rest, None)  # every flag takes one value
     return ""
 
@@ -82,33 +123,30 @@ def chosen_data(data: DataConfig, given: tuple[str, ...]) -> DataConfig:
     return replace(data, path="", mixture=mixture)
 
 
-def start(given: Train, config: RunConfig, args: list[str]) -> int:
+def start(given: Train, args: list[str]) -> int:
     from regpt.parallel.launch import launch
     from regpt.parallel.mesh import launcher_rank, launcher_world_size, under_launcher
-    from regpt.runs.pretrain import check, pretrain
+    from regpt.runs.pretrain import check, fork, pretrain
 
-    run = Path(given.out)
+    run, argv = Path(given.out), ["regpt", "train", *args]
     if launcher_rank() == 0:  # one process refuses bad input; torchrun ends the others
-        check(config, run, processes=given.nproc or launcher_world_size())
+        check(given.config, run, processes=given.nproc or launcher_world_size())
     if given.nproc and not under_launcher():
         return launch(given.nproc, ["train", *args])
-    argv = ["regpt", "train", *args]
-    return pretrain(config, run, init_from=given.init_from or None, argv=argv, profile_steps=given.profile)
+    if given.fork_from:
+        return fork(given.config, Path(given.fork_from), run, argv=argv, profile_steps=given.profile)
+    init_from = given.init_from or None
+    return pretrain(given.config, run, init_from=init_from, argv=argv, profile_steps=given.profile)
 
 
 def resume(given: Train, args: list[str]) -> int:
     from regpt.parallel.launch import launch
-    from regpt.parallel.mesh import launcher_world_size, under_launcher
-    from regpt.runs.folder import read_run_config
+    from regpt.parallel.mesh import launcher_rank, launcher_world_size, under_launcher
     from regpt.runs.pretrain import check
     from regpt.runs.pretrain import resume as go_on
 
-    if replace(given, resume="", nproc=0, profile=0) != Train():
-        raise UsageError(
-            "--resume RUN takes everything from the run's config.toml; leave out all other arguments but --nproc and "
-            "--profile, or start a new run from it with: regpt train RUN/config.toml --out RUN2 --init-from RUN"
-        )
-    check(read_run_config(Path(given.resume)), None, processes=given.nproc or launcher_world_size())
+    if launcher_rank() == 0:
+        check(given.config, None, processes=given.nproc or launcher_world_size())
     if given.nproc and not under_launcher():
         return launch(given.nproc, ["train", *args])
-    return go_on(Path(given.resume), profile_steps=given.profile)
+    return go_on(Path(given.resume), given.config, force=given.force, profile_steps=given.profile)

@@ -28,7 +28,8 @@ class Loader:
     """The batches of a run. Its whole state is the number of the step: `step(s)` is a pure function.
 
     Step s takes rows [s·R, (s + 1)·R), R = batch_tokens / T, however many processes share them. Micro-step m of rank r
-    takes the B rows from s·R + (m·W + r)·B on, which is build-nanogpt's order.
+    takes the B rows from s·R + (m·W + r)·B on, which is build-nanogpt's order. (All of them `first_row` later, in a run
+    that changed its batch or its data on the way.)
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Loader:
         dp_size: int = 1,
         eot: int | None = None,
         pin_memory: bool = False,
+        first_row: int = 0,
     ) -> None:
         """`batch_tokens` counts the tokens of a step over all `dp_size` processes; `eot` is the token that starts a
         document, given where attention is to be masked by document.
@@ -60,17 +62,19 @@ class Loader:
         self.dp_size = dp_size
         self.eot = eot
         self.pin_memory = pin_memory
+        self.first_row = first_row
 
     def step(self, step: int, micro_batch_rows: int | None = None) -> list[Batch]:
         """This rank's micro-batches of `step`, counted from 0, on the CPU: B rows each, or `micro_batch_rows`."""
         B, R = micro_batch_rows or self.micro_batch_rows, self.batch_rows
         assert R % (B * self.dp_size) == 0
-        firsts = range(step * R + self.dp_rank * B, (step + 1) * R, self.dp_size * B)
+        first, end = self.first_row + step * R, self.first_row + (step + 1) * R
+        firsts = range(first + self.dp_rank * B, end, self.dp_size * B)
         return [row_batch(self.rows, first, B, self.eot, self.pin_memory) for first in firsts]
 
     def epochs(self, steps: int) -> list[float]:
         """For each folder, how many times it has been read after `steps` steps."""
-        return self.rows.epochs(steps * self.batch_rows)
+        return self.rows.epochs(self.first_row + steps * self.batch_rows)
 
 
 def row_batch(rows: Rows, first: int, count: int, eot: int | None = None, pin_memory: bool = False) -> Batch:

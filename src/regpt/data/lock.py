@@ -10,18 +10,13 @@ from regpt.errors import UserError
 
 
 @contextmanager
-def locked(path: Path, folder: Path) -> Iterator[None]:
+def locked(path: Path, folder: Path, otherwise: str = "choose another --out") -> Iterator[None]:
     """Hold the lock file `path`, which belongs to `folder`; it is deleted afterwards.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it; `otherwise` is what else to do than to wait.
     """
-    with path.open("a+", encoding="utf-8") as file:
-        if not take(file):
-            file.seek(0)
-            holder = file.read().strip()
-            who = f"process {holder}" if holder else "another process"
-            raise UserError(f"{folder} is being written by {who}; wait until it has finished, or choose another --out")
+    with taken(path, folder, otherwise) as file:
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
@@ -33,6 +28,29 @@ def locked(path: Path, folder: Path) -> Iterator[None]:
     if os.name != "posix":  # Windows deletes no open file
         with suppress(OSError):
             path.unlink()
+
+
+@contextmanager
+def taken(path: Path, folder: Path, otherwise: str) -> Iterator[IO[str]]:
+    """The lock file, open and locked."""
+    while True:
+        with path.open("a+", encoding="utf-8") as file:
+            if not take(file):
+                file.seek(0)
+                holder = file.read().strip()
+                who = f"process {holder}" if holder else "another process"
+                raise UserError(f"{folder} is being written by {who}; wait until it has finished, or {otherwise}")
+            if still_there(file, path):
+                yield file
+                return
+
+
+def still_there(file: IO[str], path: Path) -> bool:
+    """False when the holder before us deleted the file between our opening and our locking it."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 if os.name == "posix":

@@ -157,9 +157,12 @@ def map_shard(path: Path, dtype: np.dtype) -> np.ndarray:
     try:
         return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
     except OSError as error:
-        raise UserError(
-            f"shard {path} cannot be opened ({error.strerror}); check its permissions and ulimit -n"
-        ) from None
+        raise unreadable(path, error) from None
+
+
+def unreadable(path: Path, error: OSError) -> UserError:
+    what = "restore the file" if isinstance(error, FileNotFoundError) else "check its permissions and ulimit -n"
+    return UserError(f"shard {path} cannot be opened ({error.strerror}); {what}")
 
 
 def filled_shards(folder: Path, manifest: Manifest, split: str) -> list[Shard]:
@@ -185,7 +188,10 @@ def document_starts(folder: Path, manifest: Manifest, split: str) -> np.ndarray:
     filled, offset = 0, 0
     for shard in shards:
         path = folder / shard.idx_file
-        local = np.fromfile(path, dtype="<i8")
+        try:
+            local = np.fromfile(path, dtype="<i8")
+        except OSError as error:
+            raise unreadable(path, error) from None
         inside = len(local) == 0 or (local[0] >= 0 and local[-1] < shard.tokens)
         if len(local) != shard.documents or not inside or not (local[1:] > local[:-1]).all():
             raise UserError(f"index {path} does not fit its shard; prepare the folder again or restore the file")

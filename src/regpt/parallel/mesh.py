@@ -59,7 +59,7 @@ class Mesh:
         )
         width = int(sizes.max())
         mine = torch.zeros(width, dtype=torch.uint8)
-        mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        mine[: len(data)] = torch.tensor(list(data), dtype=torch.uint8)
         parts = [torch.empty(width, dtype=torch.uint8, device=self.device) for _ in range(self.world_size)]
         dist.all_gather(parts, mine.to(self.device))
         return [bytes(part[:size].tolist()) for part, size in zip(parts, sizes.tolist())]

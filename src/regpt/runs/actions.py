@@ -15,6 +15,7 @@ from regpt.checkpoint.save import Contents
 from regpt.checkpoint.state import DataPosition, RunState
 from regpt.config import RunConfig
 from regpt.data.bos import PackedRows
+from regpt.data.loader import Loader
 from regpt.data.mixture import MixedRows
 from regpt.data.rows import Rows
 from regpt.errors import UserError
@@ -44,10 +45,8 @@ class Job:
 
     config: RunConfig
     run: Path
-    mesh: Mesh
     corpus: Corpus
-    model: Transformer
-    optimizer: torch.optim.Optimizer
+    loader: Loader
     trainer: Trainer
     update_ratios: UpdateRatios
     evaluations: Evaluations
@@ -55,6 +54,14 @@ class Job:
     metrics: Sink | None
     samples: Sink | None
     saver: Saver
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.trainer.mesh
+
+    @property
+    def model(self) -> Transformer:
+        return self.trainer.model
 
 
 def make_actions(job: Job, stop_requested: Callable[[], bool]) -> Actions:
@@ -150,7 +157,7 @@ def save(job: Job, step: int) -> None:
         config=job.config.model,
         tokenizer=job.corpus.tokenizer,
         weights=state_tensors(job.model),
-        optimizer=optimizer_tensors(job.model, job.optimizer),
+        optimizer=optimizer_tensors(job.model, job.trainer.optimizer),
         state=run_state(job, step, [json.loads(state) for state in states]),
     )
     job.saver.save(contents, job.mesh.device)
@@ -159,11 +166,12 @@ def save(job: Job, step: int) -> None:
 def run_state(job: Job, step: int, random: list[dict[str, str]]) -> RunState:
     """What state.json says after `step` updates."""
     config = job.config
-    data, rows = config.data, config.train.batch_tokens // config.data.seq_len
+    data = config.data
+    next_row = job.loader.first_row + step * job.loader.batch_rows
     lr = make_schedule(config.optim, config.train.steps)(step) if step else 0.0
     return RunState(
         step=step,
-        data=DataPosition(job.corpus.manifest_sha256, step * rows, data.order, data.seed),
+        data=DataPosition(job.corpus.manifest_sha256, next_row, data.seq_len, data.order, data.seed),
         schedule={"name": config.optim.schedule, "steps": config.train.steps, "lr": lr},
         trainer=job.trainer.state(),
         random=tuple(random),

@@ -162,7 +162,7 @@ def build_model(config: RunConfig, device: torch.device, ops: Ops = PLAIN) -> Tr
     return model.to(parameter_dtype(config.train.precision)).to_empty(device=device)
 
 
-def build_loader(config: RunConfig, corpus: Corpus, mesh: Mesh) -> Loader:
+def build_loader(config: RunConfig, corpus: Corpus, mesh: Mesh, first_row: int = 0) -> Loader:
     data = config.data
     return Loader(
         corpus.rows("train", data.order, data.seed, data.seq_len),
@@ -172,6 +172,7 @@ def build_loader(config: RunConfig, corpus: Corpus, mesh: Mesh) -> Loader:
         dp_size=mesh.world_size,
         eot=mask_token(config, corpus),
         pin_memory=mesh.device.type == "cuda",
+        first_row=first_row,
     )
 
 

@@ -4,16 +4,39 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import regpt
+from regpt.checkpoint.files import flush_folder, write_json, write_text
 from regpt.config import RunConfig, read_config
+from regpt.data.lock import locked
 from regpt.errors import UserError
 from regpt.parallel.mesh import Mesh
+
+CONFIG, LOCK = "config.toml", ".lock"
+
+
+@contextmanager
+def owned(run: Path) -> Iterator[None]:
+    """The folder `run`, made if need be, is this process's own: no other one can write there before it has ended.
+
+    Raises:
+        UserError: another process has it, or it cannot be written to.
+    """
+    with ExitStack() as stack:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(run / LOCK, run, "choose another folder"))
+        except OSError as error:
+            raise UserError(
+                f"cannot write the run folder {str(run)!r} ({error.strerror}); make it writable or choose another"
+            ) from None
+        yield
 
 
 def create_run(run: Path, config: RunConfig, env: dict[str, Any], beside: Sequence[str] = ()) -> None:
@@ -25,21 +48,39 @@ def create_run(run: Path, config: RunConfig, env: dict[str, Any], beside: Sequen
     refuse_used_folder(run, beside)
     try:
         run.mkdir(parents=True, exist_ok=True)
-        (run / "config.toml").write_text(config.to_toml(), encoding="utf-8")
-        (run / "env.json").write_text(json.dumps(env, indent=1) + "\n", encoding="utf-8")
+        write_json(run / "env.json", env)
+        write_text(run / CONFIG, config.to_toml())  # last: it makes a run of the folder
+        flush_folder(run)
     except OSError as error:
         raise UserError(f"cannot write the run folder {str(run)!r} ({error.strerror}); choose another --out") from None
 
 
+def write_run_config(run: Path, config: RunConfig) -> None:
+    """Replace config.toml, whole or not at all, when it says something else.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    path, temporary = run / CONFIG, run / f".{CONFIG}.tmp"
+    if path.read_text(encoding="utf-8") == config.to_toml():
+        return
+    try:
+        write_text(temporary, config.to_toml())
+        temporary.replace(path)
+        flush_folder(run)
+    except OSError as error:
+        raise unwritable(path, error) from None
+
+
 def refuse_used_folder(run: Path, beside: Sequence[str] = ()) -> None:
     """Raise a UserError unless `run` can become the folder of a new run."""
-    if (run / "config.toml").exists():
+    if (run / CONFIG).exists():
         raise UserError(
             f"{str(run)!r} already holds a run; go on with: regpt train --resume {run}, or choose another --out"
         )
     if run.exists() and not run.is_dir():
         raise UserError(f"--out {str(run)!r} is a file; choose a folder that does not exist yet")
-    if run.is_dir() and any(path.name not in beside for path in run.iterdir()):
+    if run.is_dir() and any(path.name not in (*beside, LOCK, "env.json") for path in run.iterdir()):
         raise UserError(f"{str(run)!r} is not empty; choose a folder for the run that does not exist yet")
 
 
@@ -49,7 +90,7 @@ def read_run_config(run: Path) -> RunConfig:
     Raises:
         UserError: the folder does not exist or holds no run.
     """
-    path = run / "config.toml"
+    path = run / CONFIG
     if not path.is_file():
         what = "holds no run (no config.toml)" if run.is_dir() else "does not exist"
         raise UserError(f"run folder {str(run)!r} {what}; start one with: regpt train RECIPE --data DIR --out {run}")

@@ -1,5 +1,6 @@
 """Pretraining: configuration → objects → `Trainer.fit`."""
 
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -10,16 +11,11 @@ import torch
 from rich.console import Console
 
 from regpt.checkpoint.background import Saver
-from regpt.checkpoint.generators import restore_generators
-from regpt.checkpoint.load import Checkpoint, load_checkpoint, newest_checkpoint
-from regpt.checkpoint.open import open_model
+from regpt.checkpoint.files import read_json
+from regpt.checkpoint.load import checkpoints, load_checkpoint
+from regpt.checkpoint.manifest import MANIFEST, sha256
 from regpt.config import RunConfig
-from regpt.data.config import DataConfig
-from regpt.data.loader import Loader
-from regpt.data.prefetch import Prefetcher
-from regpt.errors import UserError
-from regpt.model.transformer import Transformer
-from regpt.model.weights import count_parameters, initialize, load_weights, state_tensors
+from regpt.model.weights import count_parameters
 from regpt.parallel.mesh import Mesh, open_mesh
 from regpt.runs.actions import (
     Job,
@@ -30,27 +26,38 @@ from regpt.runs.actions import (
     write_row,
     write_saved_rows,
 )
-from regpt.runs.build import (
-    Corpus,
-    build_loader,
-    build_model,
-    build_trainer,
-    choose_kernels,
-    count_validation_rows,
-    open_corpus,
-    with_chosen_rows,
+from regpt.runs.begin import (
+    Machine,
+    Start,
+    assemble,
+    choose_checkpoint,
+    open_parts,
+    refuse_changed_data,
+    start_again,
+    start_at,
+    start_new,
+)
+from regpt.runs.build import build_loader, choose_kernels, count_validation_rows, open_corpus
+from regpt.runs.changes import changes, refuse_changes
+from regpt.runs.folder import (
+    JsonLines,
+    create_run,
+    describe_environment,
+    made_with,
+    owned,
+    read_run_config,
+    refuse_used_folder,
+    write_run_config,
 )
 from regpt.runs.evaluations import Evaluations, open_run_suites
-from regpt.runs.folder import JsonLines, create_run, describe_environment, read_run_config, refuse_used_folder
 from regpt.runs.profile import profiled
 from regpt.runs.stop import EXIT_SAVED, stop_request
 from regpt.runs.terminal import Terminal
 from regpt.runs.trackers import Tee, check_trackers, open_trackers
 from regpt.sample.generate import check_length, encode_prompt
-from regpt.train.optim import load_optimizer, make_optimizer
 from regpt.train.peak import device_peak
 from regpt.train.schedule import make_schedule
-from regpt.train.trainer import Every, Row, Trainer
+from regpt.train.trainer import Every, Row
 from regpt.train.updates import watch_updates
 
 
@@ -80,89 +87,82 @@ def pretrain(
 ) -> int:
     """Start a run in the new folder `run`; the exit code. `facts` go into env.json, `beside` is as in `create_run`,
     `profile_steps` as in `runs.profile`."""
-    with open_mesh(config.train.device) as mesh:
-        corpus = open_corpus(config)
-        config = replace(config, data=resolved(config.data, corpus))
-        model = build_model(config, mesh.device)
-        start_weights(model, config, init_from)
-        optimizer = make_optimizer(model, config.optim, mesh.device)
-        loader = build_loader(config, corpus, mesh)
-        with Prefetcher(loader, steps=config.train.steps) as batches:
-            trainer = build_trainer(config, mesh, model, optimizer, batches)
-            config, chosen = with_chosen_rows(config, trainer)
-            if mesh.is_main:
-                env = describe_environment(mesh, corpus.facts(), count_parameters(model), argv)
-                env |= {"peak": asdict(device_peak(mesh.device, config.train.precision)), "init_from": init_from}
-                env |= {"kernels": asdict(choose_kernels(config, model, mesh.device))}
-                create_run(run, config, env | chosen | (facts or {}), beside)
-            mesh.wait()
-            return fit(config, run, corpus, loader, trainer, profile_steps)
+    init_from = str(Path(init_from).resolve()) if init_from and Path(init_from).exists() else init_from
+    with open_mesh(config.train.device) as mesh, ExitStack() as stack:
+        parts = open_parts(config, mesh)
+        start = start_new(parts, init_from)
+        machine = assemble(stack, parts, start)
+        create(stack, machine, run, argv, {"init_from": init_from} | (facts or {}), beside)
+        return fit(machine, run, start, profile_steps)
 
 
-def resolved(data: DataConfig, corpus: Corpus) -> DataConfig:
-    """`data` with whole paths and the tokenizer's name, as config.toml keeps it."""
-    paths = [str(folder.path.resolve()) for folder in corpus.folders]
-    tokenizer = corpus.folders[0].manifest.tokenizer
-    if data.mixture:
-        return replace(data, mixture=dict(zip(paths, data.mixture.values())), tokenizer=tokenizer)
-    return replace(data, path=paths[0], tokenizer=tokenizer)
+def fork(config: RunConfig, source: Path, run: Path, *, argv: Sequence[str] = (), profile_steps: int = 0) -> int:
+    """Start a run in the new folder `run` from the checkpoint `source` with the settings `config`; the exit code."""
+    with open_mesh(config.train.device) as mesh, ExitStack() as stack:
+        checkpoint = load_checkpoint(source)
+        parts = open_parts(config, mesh)
+        found = changes(checkpoint.state.config, parts.config.sections())
+        refuse_changes(found, checkpoint.step, force=True)
+        place, digest = str(source.resolve()), sha256(source / MANIFEST)
+        parent = {"checkpoint": place, "step": checkpoint.step, "manifest_sha256": digest, "changed": found}
+        start = replace(start_at(parts, checkpoint, {"name": "fork", "parent": parent}, found), save=True)
+        machine = assemble(stack, parts, start)
+        create(stack, machine, run, argv, {"parent": parent})
+        return fit(machine, run, start, profile_steps)
 
 
-def start_weights(model: Transformer, config: RunConfig, init_from: str | None) -> None:
-    """Random weights from `train.seed`, or those of another model of the same shape."""
-    if init_from is None:
-        initialize(model, config.train.seed)
-        return
-    source = open_model(init_from).model
-    if source.config != config.model:
-        ours, theirs = asdict(config.model), asdict(source.config)
-        other = ", ".join(f"{key} {theirs[key]} there, {ours[key]} here" for key in ours if ours[key] != theirs[key])
-        raise UserError(
-            f"--init-from {init_from} is a model of another shape ({other}); set the [model] keys to its values"
-        )
-    load_weights(model, state_tensors(source))
+def resume(run: Path, config: RunConfig | None = None, *, force: bool = False, profile_steps: int = 0) -> int:
+    """Go on with the run in `run` from its newest valid checkpoint; the exit code.
+
+    Args:
+        config: instead of the run's config.toml, which it then replaces.
+        force: also with settings that make another run of it.
+    """
+    config = config or read_run_config(run)
+    with open_mesh(config.train.device) as mesh, ExitStack() as stack:
+        if mesh.is_main:
+            stack.enter_context(owned(run))
+        mesh.wait()  # nobody reads before it is certain that nobody else writes
+        event: Row = {"name": "resume", **made_with(mesh)}
+        if checkpoints(run):
+            checkpoint, skipped = choose_checkpoint(run, mesh)
+            parts = open_parts(config, mesh)
+            found = changes(checkpoint.state.config, parts.config.sections())
+            refuse_changes(found, checkpoint.step, force)
+            refuse_changed_data(checkpoint, parts.corpus)
+            start = start_at(parts, checkpoint, event | {"changed": found, "skipped": skipped}, found)
+        else:
+            parts = open_parts(config, mesh)
+            start = start_again(parts, run, read_json(run / "env.json"), event)
+        machine = assemble(stack, parts, start)
+        if mesh.is_main:
+            write_run_config(run, machine.config)
+        return fit(machine, run, start, profile_steps)
 
 
-def resume(run: Path, profile_steps: int = 0) -> int:
-    """Go on with the run in `run` from its newest valid checkpoint; the exit code."""
-    config = read_run_config(run)
-    with open_mesh(config.train.device) as mesh:
-        corpus = open_corpus(config)
-        checkpoint = load_checkpoint(newest_checkpoint(run), verified=True)
-        refuse_changed_data(checkpoint, corpus)
-        if checkpoint.config != config.model:
-            raise UserError(
-                f"{checkpoint.folder} holds a model of another shape than {run}/config.toml; restore that file"
-            )
-        model = load_weights(build_model(config, mesh.device), checkpoint.weights())
-        optimizer = make_optimizer(model, config.optim, mesh.device)
-        load_optimizer(model, optimizer, checkpoint.optimizer(), checkpoint.step)
-        loader = build_loader(config, corpus, mesh)
-        with Prefetcher(loader, steps=config.train.steps) as batches:
-            trainer = build_trainer(config, mesh, model, optimizer, batches, step=checkpoint.step)
-            trainer.load_state(checkpoint.state.trainer)
-            restore_random(checkpoint, mesh)
-            return fit(config, run, corpus, loader, trainer, profile_steps)
+def create(
+    stack: ExitStack,
+    machine: Machine,
+    run: Path,
+    argv: Sequence[str],
+    facts: dict[str, Any],
+    beside: Sequence[str] = (),
+) -> None:
+    """Make the folder of a new run, which is this process's own until `stack` ends; all processes return then."""
+    config, mesh, trainer = machine.config, machine.trainer.mesh, machine.trainer
+    if mesh.is_main:
+        env = describe_environment(mesh, machine.corpus.facts(), count_parameters(trainer.model), argv)
+        env |= {"peak": asdict(device_peak(mesh.device, config.train.precision))} | machine.chosen
+        env |= {"kernels": asdict(choose_kernels(config, trainer.model, mesh.device))}
+        refuse_used_folder(run, beside)
+        stack.enter_context(owned(run))
+        create_run(run, config, env | facts, beside)
+    mesh.wait()
 
 
-def restore_random(checkpoint: Checkpoint, mesh: Mesh) -> None:
-    """Set this process's global generators as they were, where there were as many processes."""
-    states = checkpoint.state.random
-    if len(states) == mesh.world_size:
-        restore_generators(states[mesh.rank], mesh.device)
-
-
-def refuse_changed_data(checkpoint: Checkpoint, corpus: Corpus) -> None:
-    """The row at which a run goes on means something in the shards that it was trained on only."""
-    if checkpoint.state.data.manifest_sha256 != corpus.manifest_sha256:
-        raise UserError(
-            f"the shards in {corpus.facts()['path']} are not those that {checkpoint.folder} was trained on (another "
-            "manifest.json); restore them, or start a new run from its weights with --init-from"
-        )
-
-
-def fit(config: RunConfig, run: Path, corpus: Corpus, loader: Loader, trainer: Trainer, profile_steps: int = 0) -> int:
-    """Train until the end of the run; 0, or 75 when a stop was requested and the run saved."""
+def fit(machine: Machine, run: Path, start: Start, profile_steps: int = 0) -> int:
+    """Train from `start` to the end of the run; 0, or 75 when a stop was requested and the run saved."""
+    config, trainer, loader = machine.config, machine.trainer, machine.loader
     mesh, step = trainer.mesh, trainer.step
     terminal = Terminal(str(run), config.train.steps, Console(), enabled=mesh.is_main)
     with ExitStack() as stack:
@@ -173,23 +173,26 @@ def fit(config: RunConfig, run: Path, corpus: Corpus, loader: Loader, trainer: T
             files = [Tee(file, trackers) for file in files if file is not None]
         saver = Saver(run, config.checkpoint)
         ratios = watch_updates(trainer, config.log.update_ratios_every_steps)
-        suites = open_run_suites(config, corpus.tokenizer)
+        suites = open_run_suites(config, machine.corpus.tokenizer)
         evaluations = Evaluations(config, run, suites, trainer.model, mesh, terminal.say)
-        parts = (trainer.model, trainer.optimizer, trainer, ratios, evaluations, terminal)
-        job = Job(config, run, mesh, corpus, *parts, *files, saver=saver)
+        parts = (machine.corpus, loader, trainer, ratios, evaluations, terminal)
+        job = Job(config, run, *parts, *files, saver=saver)
         terminal.say(summary(job))
         peak = device_peak(mesh.device, config.train.precision)
         terminal.say(f"100 % MFU is {peak}")
+        if start.changed:
+            terminal.say(start.changed)
         say_what_is_left_out(job, loader.rows)
-        if step:
-            resumed: Row = {"kind": "event", "step": step, "name": "resume", "world_size": mesh.world_size}
-            write_row(job, resumed | {"peak": asdict(peak)})
+        if start.event is not None:
+            write_row(job, {"kind": "event", "step": step, **start.event, "peak": asdict(peak), "time": time.time()})
         every = Every(config.eval.every_steps, config.sample.every_steps, config.checkpoint.every_steps)
         if step == config.train.steps:
             terminal.say(f"the run is complete: all {step:,} updates are made; regpt report {run} shows it")
         profile = profiled(profile_steps * mesh.is_main, run / "profile", mesh.device, terminal.console, terminal.say)
         with stop_request() as stop_requested, terminal, saver, profile as note_step:
             do = make_actions(job, stop_requested)
+            if start.save:
+                do.save(step)
             finished = trainer.fit(replace(do, log=lambda row: (do.log(row), note_step(row))[0]), every)
         write_saved_rows(job)
         write_epochs(job, trainer.step, loader.epochs(trainer.step))

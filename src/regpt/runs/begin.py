@@ -1,0 +1,191 @@
+"""Where a run begins: at random weights, another model's, a checkpoint of its own or of another run."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regpt.checkpoint.generators import restore_generators
+from regpt.checkpoint.load import (
+    CHECKPOINTS,
+    Checkpoint,
+    checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    print_warning,
+)
+from regpt.checkpoint.manifest import MANIFEST, STATE, sha256
+from regpt.checkpoint.open import open_model
+from regpt.checkpoint.state import read_state
+from regpt.config import RunConfig, validate
+from regpt.data.config import DataConfig
+from regpt.data.loader import Loader
+from regpt.data.prefetch import Prefetcher
+from regpt.errors import UserError
+from regpt.model.transformer import Transformer
+from regpt.model.weights import initialize, load_weights, state_tensors
+from regpt.parallel.mesh import Mesh
+from regpt.runs.build import Corpus, build_loader, build_model, build_trainer, open_corpus, with_chosen_rows
+from regpt.runs.changes import Changes, describe, first_row
+from regpt.train.optim import load_optimizer, make_optimizer
+from regpt.train.trainer import Row, Trainer
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of, before it is known where it begins; the weights are not yet set."""
+
+    config: RunConfig
+    mesh: Mesh
+    corpus: Corpus
+    model: Transformer
+    optimizer: torch.optim.Optimizer
+
+
+def open_parts(config: RunConfig, mesh: Mesh) -> Parts:
+    corpus = open_corpus(config)
+    config = replace(config, data=resolved(config.data, corpus))
+    model = build_model(config, mesh.device)
+    return Parts(config, mesh, corpus, model, make_optimizer(model, config.optim, mesh.device))
+
+
+def resolved(data: DataConfig, corpus: Corpus) -> DataConfig:
+    """`data` with whole paths and the tokenizer's name, as config.toml keeps it."""
+    paths = [str(folder.path.resolve()) for folder in corpus.folders]
+    tokenizer = corpus.folders[0].manifest.tokenizer
+    if data.mixture:
+        return replace(data, mixture=dict(zip(paths, data.mixture.values())), tokenizer=tokenizer)
+    return replace(data, path=paths[0], tokenizer=tokenizer)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins, or goes on.
+
+    Attributes:
+        step: updates made.
+        first_row: of the loader.
+        trainer: what the trainer's `state` gave then.
+        random: the states of this process's random generators, where they are known.
+        event: what metrics.jsonl says about it.
+        changed: settings, from those before, in words.
+        save: whether to save at once: the first checkpoint of the run's own.
+    """
+
+    step: int = 0
+    first_row: int = 0
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    random: dict[str, str] | None = None
+    event: Row | None = None
+    changed: str = ""
+    save: bool = False
+
+
+def start_new(parts: Parts, init_from: str | None) -> Start:
+    """Random weights from `train.seed`, or those of another model of the same shape."""
+    model, config = parts.model, parts.config
+    if init_from is None:
+        initialize(model, config.train.seed)
+        return Start()
+    source = open_model(init_from).model
+    if source.config != config.model:
+        ours, theirs = asdict(config.model), asdict(source.config)
+        other = ", ".join(f"{key} {theirs[key]} there, {ours[key]} here" for key in ours if ours[key] != theirs[key])
+        raise UserError(
+            f"--init-from {init_from} is a model of another shape ({other}); set the [model] keys to its values"
+        )
+    load_weights(model, state_tensors(source))
+    return Start()
+
+
+def start_at(parts: Parts, checkpoint: Checkpoint, event: Row, found: Changes | None = None) -> Start:
+    """Weights, moments and all the rest of `checkpoint`; `found` has changed since."""
+    state, mesh = checkpoint.state, parts.mesh
+    load_weights(parts.model, checkpoint.weights())
+    load_optimizer(parts.model, parts.optimizer, checkpoint.optimizer(), state.step)
+    return Start(
+        step=state.step,
+        first_row=first_row(state.data, state.step, parts.config, parts.corpus.manifest_sha256),
+        trainer=state.trainer,
+        random=state.random[mesh.rank] if len(state.random) == mesh.world_size else None,
+        event=event,
+        changed=describe(found, state, parts.config) if found else "",
+    )
+
+
+def start_again(parts: Parts, run: Path, env: Mapping[str, Any], event: Row) -> Start:
+    """Where the run began that ended before its first checkpoint; `env` is its env.json."""
+    parent = env.get("parent")
+    if parent is None:
+        return replace(start_new(parts, env.get("init_from")), event=event)
+    source = Path(parent["checkpoint"])
+    checkpoint = load_checkpoint(source)
+    if sha256(source / MANIFEST) != parent["manifest_sha256"]:
+        raise UserError(f"{source} is no longer the checkpoint that {run} began with; fork again into another --out")
+    return replace(start_at(parts, checkpoint, event), save=True)
+
+
+def choose_checkpoint(run: Path, mesh: Mesh) -> tuple[Checkpoint, list[str]]:
+    """The newest valid checkpoint, and what was wrong with newer ones; read and chosen by one process for all."""
+    skipped: list[str] = []
+
+    def warn(message: str) -> None:
+        skipped.append(message)
+        print_warning(message)
+
+    chosen = newest_checkpoint(run, warn=warn).name.encode() if mesh.is_main else b""
+    name = mesh.gather(chosen)[0].decode()
+    return load_checkpoint(run / CHECKPOINTS / name, verified=True), skipped
+
+
+def fork_config(source: Path) -> RunConfig:
+    """The configuration that the checkpoint `source` was made with.
+
+    Raises:
+        UserError: it is no checkpoint of a run.
+    """
+    if folders := checkpoints(source):
+        raise UserError(f"--fork-from {str(source)!r} is a run; give one of its checkpoints, such as {folders[-1]}")
+    if not (source / STATE).is_file():
+        raise UserError(f"--fork-from {str(source)!r} is no checkpoint; give RUN/{CHECKPOINTS}/step-…")
+    values = read_state(source / STATE).config
+    if not values:
+        raise UserError(f"checkpoint {str(source)!r} holds no configuration of a run; give one that a run has saved")
+    return validate(values, str(source / STATE))
+
+
+def refuse_changed_data(checkpoint: Checkpoint, corpus: Corpus) -> None:
+    """The row at which a run goes on means something in the shards that it was trained on only."""
+    if checkpoint.state.data.manifest_sha256 != corpus.manifest_sha256:
+        raise UserError(
+            f"the shards in {corpus.facts()['path']} are not those that {checkpoint.folder} was trained on (another "
+            "manifest.json); restore them, or start a new run with --fork-from"
+        )
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A run that is ready: all it needs to train."""
+
+    config: RunConfig
+    corpus: Corpus
+    loader: Loader
+    trainer: Trainer
+    chosen: dict[str, Any]
+    """What was chosen for this device, for env.json."""
+
+
+def assemble(stack: ExitStack, parts: Parts, start: Start) -> Machine:
+    """The trainer at `start`, whose batches are made until `stack` ends."""
+    mesh = parts.mesh
+    loader = build_loader(parts.config, parts.corpus, mesh, start.first_row)
+    batches = stack.enter_context(Prefetcher(loader, steps=parts.config.train.steps))
+    trainer = build_trainer(parts.config, mesh, parts.model, parts.optimizer, batches, step=start.step)
+    trainer.load_state(start.trainer)
+    config, chosen = with_chosen_rows(parts.config, trainer)
+    if start.random is not None:
+        restore_generators(start.random, mesh.device)
+    return Machine(config, parts.corpus, loader, trainer, chosen)

@@ -1,0 +1,93 @@
+"""What differs between the configuration of a checkpoint and the one to go on with, and what that means."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from regpt.checkpoint.state import DataPosition, RunState
+from regpt.config import RunConfig, validate
+from regpt.errors import UsageError
+from regpt.train.schedule import make_schedule
+
+Sections = Mapping[str, Mapping[str, Any]]
+Changes = dict[str, list[Any]]  # "train.steps": [before, after]; None where the key was not set
+
+# What changes no update but for rounding. The shards are compared by their manifest, not by their path; every other key
+# changes the run, those of the future too, until they are listed here.
+FREE_SECTIONS = ("eval", "sample", "checkpoint", "log")
+FREE_KEYS = {
+    "data.path",
+    "data.mixture",
+    "data.tokenizer",
+    "train.micro_batch_rows",
+    "train.compile",
+    "train.kernels",
+    "train.pad_vocab",
+    "train.device",
+}
+
+
+def changes(before: Sections, after: Sections) -> Changes:
+    """Every key whose value differs; none when nothing is known of `before`."""
+    keys = [(section, key) for section in after for key in {**before.get(section, {}), **after[section]}]
+    pairs = {f"{s}.{key}": [before.get(s, {}).get(key), after[s].get(key)] for s, key in keys}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]} if before else {}
+
+
+def refuse_changes(found: Changes, step: int, force: bool) -> None:
+    """Raise a UsageError for changes with which the run would not be the same; `force` allows all that can be done.
+
+    More steps than planned are always allowed.
+    """
+    if steps := found.get("train.steps"):
+        if steps[1] < step:
+            raise UsageError(
+                f"train.steps is {steps[1]}, but {step} updates are made already; give {step} or more, or start from "
+                "an earlier checkpoint with --fork-from"
+            )
+        found = {key: pair for key, pair in found.items() if key != "train.steps" or pair[1] < (pair[0] or 0)}
+    shape = {key: pair for key, pair in found.items() if key.startswith("model.")}
+    if shape:
+        raise UsageError(
+            f"the weights of the checkpoint have another shape: {listed(shape)}; leave [model] as it is, or start a "
+            "new run"
+        )
+    serious = {key: pair for key, pair in found.items() if not is_free(key)}
+    if serious and not force:
+        raise UsageError(
+            f"this would be another run: {listed(serious)}; leave these as they are, add --force to go on all the "
+            "same, or start a new run from the checkpoint with --fork-from"
+        )
+
+
+def is_free(key: str) -> bool:
+    return key in FREE_KEYS or key.partition(".")[0] in FREE_SECTIONS
+
+
+def listed(found: Changes) -> str:
+    """`optim.lr 0.0006 → 0.0003, train.seed 1 → 2`."""
+    return ", ".join(f"{key} {shown(before)} → {shown(after)}" for key, (before, after) in found.items())
+
+
+def describe(found: Changes, state: RunState, config: RunConfig) -> str:
+    """A line for the terminal; with the next learning rate, where it is another one than it would have been."""
+    step = state.step + 1
+    before = validate(state.config, "the checkpoint")  # its configuration was valid when it was stored
+    old, new = (make_schedule(c.optim, c.train.steps)(step) for c in (before, config))
+    rate = f"; the learning rate of step {step:,} is {new:.2e} instead of {old:.2e}" if new != old else ""
+    return f"changed: {listed(found)}{rate}"
+
+
+def shown(value: Any) -> str:
+    return "unset" if value is None else str(value)
+
+
+def first_row(data: DataPosition, step: int, config: RunConfig, manifest_sha256: str) -> int:
+    """The `first_row` of the loader with which step `step` goes on where `data` says.
+
+    The rows of another length begin at the same token, rounded up; another order, seed or corpus is read from its
+    beginning.
+    """
+    T = config.data.seq_len
+    same = (data.manifest_sha256, data.order, data.seed) == (manifest_sha256, config.data.order, config.data.seed)
+    next_row = -(-data.next_row * data.seq_len // T) if same else 0
+    return next_row - step * (config.train.batch_tokens // T)
