@@ -162,7 +162,8 @@ def test_a_shard_that_has_vanished_is_named(cut, shards, tmp_path):
 
 
 @unix
-def test_data_that_vanish_while_a_run_reads_them_are_one_sentence(config, straight, shards, tmp_path, monkeypatch):
+def test_shards_deleted_under_a_run_stay_readable_to_it(config, straight, shards, tmp_path, monkeypatch):
+    """They are mapped from the start; Windows does not let them be deleted."""
     data, run = shutil.copytree(shards, tmp_path / "data"), tmp_path / "run"
     show = Terminal.row
 
@@ -172,13 +173,8 @@ def test_data_that_vanish_while_a_run_reads_them_are_one_sentence(config, straig
             shutil.rmtree(data)
 
     monkeypatch.setattr(Terminal, "row", vanish)
-    with pytest.raises(
-        UserError, match=r"shard .*val-00000\.bin cannot be opened \(No such file.*\); restore the file"
-    ):
-        pretrain(tiny.change(config, "data", path=str(data)), run)
-    monkeypatch.undo()
-    shutil.copytree(shards, data)
-    assert resume(run) == 0
+    assert pretrain(tiny.change(config, "data", path=str(data)), run) == 0
+    assert not data.exists()
     assert final_files(run) == final_files(straight)
 
 

@@ -21,6 +21,7 @@ FREE_KEYS = {
     "train.micro_batch_rows",
     "train.compile",
     "train.kernels",
+    "train.activation_checkpointing",
     "train.pad_vocab",
     "train.device",
 }
