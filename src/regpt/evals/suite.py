@@ -42,7 +42,10 @@ def open_suites(specs: Iterable[Spec], tokenizer: Tokenizer, progress: DownloadP
     Raises:
         UserError: a file that cannot be had, or malformed items.
     """
-    suites = []
+    suites: list[Suite] = []
+    specs = list(specs)
+    if not specs:
+        return suites  # a run without tasks writes no temporary file
     with tempfile.TemporaryDirectory() as folder:
         encoder = accelerate(tokenizer, Path(folder))
         for spec in specs:

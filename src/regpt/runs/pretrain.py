@@ -39,6 +39,7 @@ from regpt.runs.begin import (
 )
 from regpt.runs.build import build_loader, choose_kernels, count_validation_rows, open_corpus
 from regpt.runs.changes import changes, refuse_changes
+from regpt.runs.evaluations import Evaluations, open_run_suites
 from regpt.runs.folder import (
     JsonLines,
     create_run,
@@ -49,7 +50,6 @@ from regpt.runs.folder import (
     refuse_used_folder,
     write_run_config,
 )
-from regpt.runs.evaluations import Evaluations, open_run_suites
 from regpt.runs.profile import profiled
 from regpt.runs.stop import EXIT_SAVED, stop_request
 from regpt.runs.terminal import Terminal
