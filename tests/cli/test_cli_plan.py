@@ -31,6 +31,7 @@ KEYS = {
         "of": str,
         "parts_gib": dict,
         "peak_gib": float,
+        "host_gib": float,
         "needed_gib": float,
         "available_gib": float,
         "fits": bool,
@@ -120,6 +121,26 @@ def test_eight_gpus_cost_as_much_and_take_an_eighth(plan):
     assert eight["run"]["accumulation"] == 1
     assert eight["time"]["hours"] == pytest.approx(one["time"]["hours"] / 8, rel=0.15)
     assert eight["cost"]["total"] == pytest.approx(one["cost"]["total"], rel=0.15)
+
+
+def test_moments_in_host_memory(plan):
+    here = plan("gpt2-1558m", "--gpu", "rtx3090", "--train.micro-batch-rows", "1")
+    away = plan("gpt2-1558m", "--gpu", "rtx3090", "--train.micro-batch-rows", "1", "--optim.offload", "True")
+    saved = here["memory"]["peak_gib"] - away["memory"]["peak_gib"]
+    assert saved == pytest.approx(8 * here["model"]["parameters_in_memory"] / 2**30 - 0.1875)
+    assert away["memory"]["host_gib"] == here["memory"]["parts_gib"]["optimizer"]
+    assert away["time"]["parts_ms"]["moments from and to the host"] > 100
+    assert away["memory"]["fits"]
+    assert not here["memory"]["fits"]
+
+
+def test_checkpointing_takes_time_and_saves_memory(plan):
+    plain = plan("gpt2-350m", "--gpu", "a100")
+    again = plan("gpt2-350m", "--gpu", "a100", "--train.activation-checkpointing", "True")
+    assert 1.2 < again["time"]["step_ms"] / plain["time"]["step_ms"] < 1.34
+    assert again["memory"]["peak_gib"] < 0.5 * plain["memory"]["peak_gib"]
+    fused = plan("gpt2-350m", "--gpu", "h100", "--train.activation-checkpointing", "True")
+    assert fused["memory"]["path"] == "compiled"
 
 
 def test_auto_takes_the_largest_that_fits(plan):
@@ -262,6 +283,7 @@ def test_switches_may_come_first(regpt):
         (["gpt2-124m", "--gpu", "h100", "--train.step", "9"], 2, ["--train.step"]),
         (["gpt2-124m", "--gpu", "h100", "--train.precision", "fp64"], 2, ["fp64", "fp32"]),
         (["gpt2-124m", "--gpu", "h100", "--train.kernels", "fused", "--train.precision", "fp32"], 2, ["fused", "fp32"]),
+        (["gpt2-124m", "--gpu", "h100", "--train.kernels", "fused", "--train.precision", "fp16"], 2, ["fused", "fp16"]),
         (["gpt2-124m", "--gpu", "h100", "--data", "/no/such/folder"], 1, ["/no/such/folder", "does not exist"]),
         (["gpt2-124m", "--gpu", "h100", "--scaling", "/no/law.json"], 1, ["/no/law.json", "regpt scaling"]),
         (["gpt2-124m", "--gpu", "h100", "--data.seq-len", "2048"], 2, ["data.seq_len 2048", "max_seq_len 1024"]),

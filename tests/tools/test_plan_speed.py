@@ -19,12 +19,12 @@ from regpt.train.devices import device_by_name
 
 GPT2 = shape_of(ModelConfig(), 1024, pad_vocab=True)
 H100 = device_by_name("h100")
-PLAIN = {"path_name": "compiled", "precision": "bf16"}
+PLAIN = Settings("compiled", "bf16")
 
 
 def test_the_measured_step_on_an_h100():
     """1,084.7 ms: gpt2-124m, 8 micro-batches of 64 rows of 1024, torch.compile, bfloat16 (docs/log.md)."""
-    assert gpu_speed(GPT2, 64, 8, 1, H100, **PLAIN).seconds == pytest.approx(1.0847, rel=0.01)
+    assert gpu_speed(GPT2, 64, 8, 1, H100, PLAIN).seconds == pytest.approx(1.0847, rel=0.01)
 
 
 MEASURED = [  # docs/log.md, "The fused path": layers, heads, width, T, rows, micro-batches, ms a step, GiB
@@ -39,13 +39,13 @@ MEASURED = [  # docs/log.md, "The fused path": layers, heads, width, T, rows, mi
 @pytest.mark.parametrize(("layers", "heads", "width", "T", "rows", "micro_batches", "ms", "gib"), MEASURED)
 def test_the_measured_steps_of_the_fused_path(layers, heads, width, T, rows, micro_batches, ms, gib):
     shape = shape_of(ModelConfig(n_layer=layers, n_head=heads, n_embd=width, max_seq_len=T), T, pad_vocab=True)
-    speed = gpu_speed(shape, rows, micro_batches, 1, H100, path_name="fused", precision="bf16")
+    speed = gpu_speed(shape, rows, micro_batches, 1, H100, Settings("fused", "bf16"))
     assert speed.seconds == pytest.approx(ms / 1e3, rel=0.05)
     assert gpu_memory(shape, rows, Settings("fused", "bf16")).peak / 2**30 == pytest.approx(gib, rel=0.03)
 
 
 def test_products_take_their_flops_over_the_rate_that_they_reach():
-    parts = gpu_speed(GPT2, 64, 8, 1, H100, **PLAIN).parts
+    parts = gpu_speed(GPT2, 64, 8, 1, H100, PLAIN).parts
     flops = 6 * (12 * 12 * 768**2 + 50304 * 768) * 524_288
     assert parts["products"] == pytest.approx(flops / (989.4e12 * COMPILED_HALF.product_share))
 
@@ -54,45 +54,45 @@ def test_a_larger_model_comes_closer_to_the_peak():
     mfu = []
     for layers, width in ((12, 768), (24, 1024), (48, 1600)):
         shape = shape_of(ModelConfig(n_layer=layers, n_head=width // 64, n_embd=width), 1024, pad_vocab=True)
-        seconds = gpu_speed(shape, 8, 1, 1, H100, **PLAIN).micro_batch
+        seconds = gpu_speed(shape, 8, 1, 1, H100, PLAIN).micro_batch
         mfu.append(shape.flops_per_token * 8 * 1024 / seconds / H100.peak_flops)
     assert mfu == sorted(mfu)
     assert all(0.2 < share < 0.7 for share in mfu)
 
 
 def test_several_gpus_share_the_micro_batches_and_add_a_sum():
-    one, eight = gpu_speed(GPT2, 64, 8, 1, H100, **PLAIN), gpu_speed(GPT2, 64, 1, 8, H100, **PLAIN)
+    one, eight = gpu_speed(GPT2, 64, 8, 1, H100, PLAIN), gpu_speed(GPT2, 64, 1, 8, H100, PLAIN)
     assert eight.parts["products"] == one.parts["products"] / 8
     assert eight.parts["sum over GPUs"] == pytest.approx(2 * 7 / 8 * 4 * GPT2.padded / (450e9 * 0.6))
     assert "sum over GPUs" not in one.parts
 
 
 def test_a_slower_card_is_slower_in_what_it_is_slower_at():
-    a100 = gpu_speed(GPT2, 64, 8, 1, device_by_name("a100"), **PLAIN).parts
-    h100 = gpu_speed(GPT2, 64, 8, 1, H100, **PLAIN).parts
+    a100 = gpu_speed(GPT2, 64, 8, 1, device_by_name("a100"), PLAIN).parts
+    h100 = gpu_speed(GPT2, 64, 8, 1, H100, PLAIN).parts
     assert a100["products"] / h100["products"] == pytest.approx(989.4 / 312)
     assert a100["logits"] / h100["logits"] == pytest.approx(3350 / 2039)
 
 
 def test_a_tiny_model_waits_for_launches():
     shape = shape_of(ModelConfig(n_layer=4, n_head=4, n_embd=128, vocab_size=2048), 128, pad_vocab=True)
-    speed = gpu_speed(shape, 8, 1, 1, H100, path_name="eager", precision="fp32")
+    speed = gpu_speed(shape, 8, 1, 1, H100, Settings("eager", "fp32"))
     assert speed.parts["waiting for launches"] > 0.5 * speed.micro_batch
-    assert gpu_speed(GPT2, 64, 1, 1, H100, **PLAIN).parts["waiting for launches"] == 0
+    assert gpu_speed(GPT2, 64, 1, 1, H100, PLAIN).parts["waiting for launches"] == 0
 
 
 def test_a_format_without_units_is_reckoned_as_float32():
     v100 = device_by_name("v100")
-    parts = gpu_speed(GPT2, 8, 1, 1, v100, **PLAIN).parts
+    parts = gpu_speed(GPT2, 8, 1, 1, v100, PLAIN).parts
     flops = GPT2.product_flops * 8 * 1024
     assert parts["products"] == pytest.approx(flops / (15.7e12 * COMPILED_HALF.product_share))
 
 
 def test_combinations_without_numbers_are_refused():
     with pytest.raises(UsageError, match="fused path does not compute in fp32"):
-        gpu_speed(GPT2, 8, 1, 1, H100, path_name="fused", precision="fp32")
+        gpu_speed(GPT2, 8, 1, 1, H100, Settings("fused", "fp32"))
     with pytest.raises(UsageError, match="fp64"):
-        gpu_speed(GPT2, 8, 1, 1, H100, path_name="eager", precision="fp64")
+        gpu_speed(GPT2, 8, 1, 1, H100, Settings("eager", "fp64"))
 
 
 def test_a_stated_mfu_is_what_comes_out():

@@ -136,7 +136,8 @@ def memory_lines(memory: dict[str, Any], run: dict[str, Any]) -> list[tuple[str,
     fits = f"; up to {largest} rows at once fit" if largest else ""
     peak = f"{memory['peak_gib']:.2f} GiB of {memory['of']} at the peak ({memory['path']})"
     parts = [f"{name} {size:.2f}" for name, size in memory["parts_gib"].items() if size >= 0.005]
-    return [("memory", f"{peak}, needs {memory['needed_gib']:.2f}{room}{fits}"), ("", " · ".join(parts))]
+    host = f", moments of {memory['host_gib']:.2f} GiB in host memory" if memory["host_gib"] else ""
+    return [("memory", f"{peak}{host}, needs {memory['needed_gib']:.2f}{room}{fits}"), ("", " · ".join(parts))]
 
 
 def disk_lines(disk: dict[str, Any]) -> list[tuple[str, str]]:

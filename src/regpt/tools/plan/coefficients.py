@@ -173,6 +173,7 @@ PATHS = {
 LSE_BYTES = 4  # per token, layer and head: attention keeps a float32 log-sum-exp (Dao 2023, section 3.1)
 CHECKPOINT_BYTES = 12  # per parameter: float32 weights and two moments
 MOMENTS = {"adamw": 2}  # tensors as large as the parameters that an optimizer keeps
+OFFLOAD_BYTES = 3 * 2 * 4 * 2**23  # on the device with moments in host memory: three pieces of both (train/offload.py)
 BLOCK_INPUT_BYTES = 4  # per N·L·C with activation checkpointing: each block's input, float32 (counted)
 RECOMPUTED = {
     "half": 1.5,
@@ -201,6 +202,7 @@ STEP_SECONDS = (
 OPTIMIZER_TRAFFIC = (
     44  # bytes per parameter and step: fused AdamW reads 16, writes 12; norm and clipping 12; 90 % of peak
 )
+HOST_BYTES_PER_SECOND = {True: 50e9, False: 25e9}  # between host and GPU, PCIe 5 (Hopper on) or 4; typical, not measured
 LINK_SHARE = 0.6  # of a link's rate, reached by an all-reduce in buckets; assumed
 LARGE_PRODUCT_SHARE = 0.78  # an 8192³ bfloat16 product on an H100 SXM: 768 of 989 TFLOP/s
 FORWARD_SHARE = 0.36  # of a micro-batch's time: its forward alone, as validation runs it (a third of the products)

@@ -11,6 +11,7 @@ from regpt.tools.plan.coefficients import (
     LSE_BYTES,
     MALLOC_SHARE,
     MOMENTS,
+    OFFLOAD_BYTES,
     PROCESS_BYTES,
     RECOMPUTED,
     RUN_BYTES,
@@ -66,6 +67,8 @@ def tensors(shape: Shape, rows: int, settings: Settings) -> dict[str, float]:
         "gradients": word * shape.padded,
         "optimizer": word * moments * shape.padded,
     }
+    if settings.offload:
+        steady["offload buffers"] = min(OFFLOAD_BYTES, 2 * word * shape.padded)
     peaks = recomputed_peaks if settings.checkpointing else kept_peaks
     wide = word / 4  # counts are of float32, those of fp64 twice that
     candidates = [{name: wide * size for name, size in peak.items()} for peak in peaks(shape, rows, path, settings)]

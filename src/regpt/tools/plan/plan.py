@@ -64,8 +64,7 @@ def speed_of(run: Sections, request: Request, machine: Machine, shape: Shape, se
         return speed_at(request.mfu, flops, micro_batches, machine.peak)
     if machine.kind == "gpu":
         assert machine.figures is not None
-        path, precision = settings.path, train.precision
-        return gpu_speed(shape, rows, micro_batches, request.gpus, machine.figures, path_name=path, precision=precision)
+        return gpu_speed(shape, rows, micro_batches, request.gpus, machine.figures, settings)
     assert machine.here is not None
     return calibrated_speed(
         run.model,

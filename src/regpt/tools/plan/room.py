@@ -27,6 +27,7 @@ def settings_of(run: Sections, machine: Machine) -> Settings:
         train.precision,
         optimizer=run.optim.name,
         checkpointing=train.activation_checkpointing,
+        offload=run.optim.offload and machine.kind != "cpu",  # where all memory is the host's
         document_mask=run.data.document_mask,
     )
 
@@ -110,6 +111,7 @@ class Rooms:
             "of": "the process" if self.machine.kind == "cpu" else "tensors",
             "parts_gib": {name: size / GIB for name, size in memory.parts.items()},
             "peak_gib": memory.peak / GIB,
+            "host_gib": 8 * self.shape.padded / GIB if self.settings.offload else 0.0,
             "needed_gib": memory.needed / GIB,
             "available_gib": None if room is None else room / GIB,
             "fits": None if room is None else memory.needed <= room,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from regpt.errors import UsageError
 from regpt.tools.plan.coefficients import (
     ATTENTION_HALF_LENGTH,
+    HOST_BYTES_PER_SECOND,
     LAUNCH_SECONDS,
     LINK_SHARE,
     OPTIMIZER_TRAFFIC,
@@ -13,8 +14,11 @@ from regpt.tools.plan.coefficients import (
     Path,
     path_of,
 )
+from regpt.tools.plan.memory import Settings
 from regpt.tools.plan.shape import Shape
 from regpt.train.devices import Device
+
+PCIE_5_CAPABILITY = 9.0  # Hopper
 
 
 @dataclass(frozen=True)
@@ -49,18 +53,11 @@ def product_rate(device: Device, precision: str) -> float:
 
 
 def gpu_speed(
-    shape: Shape,
-    rows: int,
-    micro_batches: int,
-    gpus: int,
-    device: Device,
-    *,
-    path_name: str,
-    precision: str,
-    recompute: bool = False,
+    shape: Shape, rows: int, micro_batches: int, gpus: int, device: Device, settings: Settings
 ) -> Speed:
     """A step of `micro_batches` of `rows` on each of `gpus` devices."""
-    path, rate, bandwidth = path_of(path_name, precision), product_rate(device, precision), device.bandwidth * 1e9
+    path, rate = path_of(settings.path, settings.precision), product_rate(device, settings.precision)
+    bandwidth = device.bandwidth * 1e9
     N = rows * shape.seq_len
     micro = {
         "products": N * shape.product_flops / (rate * path.product_share),
@@ -69,7 +66,7 @@ def gpu_speed(
         "norms, residuals, GELU": path.traffic * N * shape.n_layer * shape.n_embd / bandwidth,
         "weights": path.weight_traffic * shape.padded / bandwidth,
     }
-    if recompute:
+    if settings.checkpointing:
         blocks = N * (shape.product_flops - 6 * shape.vocab_rows * shape.n_embd) / (rate * path.product_share)
         again = blocks + micro["attention"] + micro["norms, residuals, GELU"]
         micro["blocks again"] = RECOMPUTE_SHARE * again
@@ -77,6 +74,9 @@ def gpu_speed(
     micro["waiting for launches"] = max(0.0, floor - sum(micro.values()))
     parts = {name: seconds * micro_batches for name, seconds in micro.items()}
     parts["optimizer"] = OPTIMIZER_TRAFFIC * shape.padded / bandwidth
+    if settings.offload:  # moments come and go at the same time
+        newer = (device.capability or 0.0) >= PCIE_5_CAPABILITY
+        parts["moments from and to the host"] = 8 * shape.padded / HOST_BYTES_PER_SECOND[newer]
     parts["between steps"] = STEP_SECONDS
     if gpus > 1:
         parts["sum over GPUs"] = all_reduce(4 * shape.padded, gpus, device)
