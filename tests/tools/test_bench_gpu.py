@@ -46,10 +46,11 @@ def test_training_is_reported(bench, gpu_recipe: str, kernels: str):
     assert (report["product"]["n"], report["product"]["precision"]) == (8192, "bf16")
     assert (report["mfu"] is None) == (report["data_sheet"] is None)
     assert report["compile"] == (report["kernels"]["name"] == "plain")
+    assert (report["attention"] is None) == (report["kernels"]["name"] == "fused")
     if report["compile"]:
         assert report["first_step"]["compile_s"] > 0
         assert report["first_step"]["compile_cache"] in ("cold", "warm", "partly warm")
-    assert report["attention"] in ("flash", "cudnn", "efficient", "math")
+        assert report["attention"] in ("flash", "cudnn", "efficient", "math")
 
 
 def test_a_cold_start_compiles_anew(bench, gpu_recipe: str):

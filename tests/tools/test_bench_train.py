@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 import tiny
 from regpt.__main__ import main
@@ -175,9 +176,20 @@ def test_caches_are_fresh_within_and_back_after(monkeypatch: pytest.MonkeyPatch)
     assert CACHES[1] not in os.environ
 
 
-def test_what_is_active_is_named():
+def test_the_attention_backend_is_the_one_that_torch_chooses(monkeypatch: pytest.MonkeyPatch):
     assert attention_backend(tiny.CONFIG, 16, torch.float32, tiny.CPU) == "flash"  # torch has one for CPUs
-    assert attention_backend(tiny.CONFIG, 16, torch.float64, tiny.CPU) in ("flash", "math")
+    asked = []
+
+    def choose(q, k, v, *, attn_mask, dropout_p, is_causal):
+        asked.append(
+            (tuple(q.shape), q.requires_grad, None if attn_mask is None else attn_mask.sum().item(), is_causal)
+        )
+        return SDPBackend.CUDNN_ATTENTION.value
+
+    monkeypatch.setattr(torch, "_fused_sdp_choice", choose)
+    for masked in (False, True):
+        assert attention_backend(tiny.CONFIG, 16, torch.float32, tiny.CPU, masked=masked) == "cudnn"
+    assert asked == [((1, 3, 16, 8), True, None, True), ((1, 3, 16, 8), True, 16 * 17 / 2, False)]
 
 
 @pytest.mark.parametrize(

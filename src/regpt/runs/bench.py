@@ -144,7 +144,7 @@ def bench_train(
 def describe(trainer: Trainer, config: RunConfig, mesh: Mesh) -> dict[str, Any]:
     """What runs, where and how."""
     model, train, rows = trainer.model, trainer.config, trainer.micro_batch.rows
-    dtype = computing_dtype(train.precision)
+    masked = config.data.document_mask
     kernels = choose_kernels(config, model, mesh.device)
     return {
         "device": device_name(mesh.device),
@@ -159,8 +159,14 @@ def describe(trainer: Trainer, config: RunConfig, mesh: Mesh) -> dict[str, Any]:
         "kernels": asdict(kernels),
         "compile": train.compile and kernels.name == "plain",
         "pad_vocab": train.pad_vocab,
-        "document_mask": config.data.document_mask,
-        "attention": attention_backend(model.config, config.data.seq_len, dtype, mesh.device),
+        "document_mask": masked,
+        "attention": (  # None where the fused kernels compute it: their reason says with what
+            attention_backend(
+                model.config, config.data.seq_len, computing_dtype(train.precision), mesh.device, masked=masked
+            )
+            if kernels.name == "plain"
+            else None
+        ),
         "fused_adamw": bool(trainer.optimizer.defaults.get("fused")),
         "versions": {**versions(), "commit": source_commit()},
     }

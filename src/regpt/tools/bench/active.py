@@ -10,12 +10,16 @@ import regpt
 from regpt.model.config import ModelConfig
 
 
-def attention_backend(config: ModelConfig, seq_len: int, dtype: torch.dtype, device: torch.device) -> str:
-    """What torch's scaled_dot_product_attention computes causal attention of this shape with: flash, cudnn, math, …"""
+def attention_backend(
+    config: ModelConfig, seq_len: int, dtype: torch.dtype, device: torch.device, *, masked: bool = False
+) -> str:
+    """What torch's scaled_dot_product_attention computes attention of this shape with: flash, cudnn, math, …; causal,
+    or `masked` as for documents."""
     shape = (1, config.n_head, seq_len, config.n_embd // config.n_head)  # (B, H, T, D)
     q = torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
+    mask = torch.ones(1, 1, seq_len, seq_len, dtype=torch.bool, device=device).tril() if masked else None
     choose = torch._fused_sdp_choice  # pyright: ignore[reportPrivateImportUsage]  (nothing public says it)
-    choice = choose(q, q, q, attn_mask=None, dropout_p=0.0, is_causal=True)
+    choice = choose(q, q, q, attn_mask=mask, dropout_p=0.0, is_causal=not masked)
     return SDPBackend(choice).name.lower().removesuffix("_attention")
 
 

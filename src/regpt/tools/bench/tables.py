@@ -62,7 +62,7 @@ def start_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
 def active_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     found = report["versions"]
     kernels = report["kernels"]
-    attention = f", attention {report['attention']}" if kernels["name"] == "plain" else ""
+    attention = f", attention {report['attention']}" if report["attention"] else ""
     names = [f"{name} {found[name]}" for name in ("torch", "cuda", "cudnn", "triton", "python") if found[name]]
     return [
         (
