@@ -1,22 +1,16 @@
 """Hub names, against a local server that imitates the hub; nothing here reaches the internet."""
 
-import hashlib
-import os
 import subprocess
 import sys
-import threading
-from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 
+from hub_server import Server
 from regpt.checkpoint.export import export_hf
 from regpt.checkpoint.hub import repository
 
 pytest.importorskip("huggingface_hub")
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OPEN = """
 import sys, warnings
 warnings.simplefilter("error")
@@ -31,62 +25,11 @@ else:
 """
 
 
-class Hub(BaseHTTPRequestHandler):
-    """`/OWNER/NAME/resolve/REVISION/FILE` from the folder `root/NAME`; 401 for a repository that is not there."""
-
-    protocol_version = "HTTP/1.1"
-
-    def __init__(self, *args, root: Path, asked: list[str]):
-        self.root, self.asked = root, asked
-        super().__init__(*args)
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
-
-    def answer(self, body: bool) -> None:
-        _, _, name, _, _, file = self.path.split("/")
-        self.asked.append(f"{self.command} {file}")
-        path = self.root / name / file
-        content = path.read_bytes() if path.is_file() else b""
-        self.send_response(200 if path.is_file() else 404 if path.parent.is_dir() else 401)
-        if path.is_file():
-            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-        elif path.parent.is_dir():
-            self.send_header("X-Error-Code", "EntryNotFound")
-        else:  # what the hub tells a stranger
-            self.send_header("X-Error-Code", "RepoNotFound")
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def log_message(self, format: str, *args) -> None:
-        pass
-
-
-class Server:
-    """The imitation, and `open` to open a model in a process that takes it for the hub."""
-
-    def __init__(self, folder: Path):
-        self.root, self.cache, self.asked = folder / "hub", folder / "cache", []
-        self.root.mkdir()
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, root=self.root, asked=self.asked))
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-        self.address = f"http://127.0.0.1:{self.http.server_address[1]}"
-
-    def stop(self) -> None:
-        self.http.shutdown()
-        self.http.server_close()
-
+class Client(Server):
     def open(self, name: str) -> str:
-        proxies = ("http_proxy", "https_proxy", "all_proxy", "hf_token", "hf_hub_offline")
-        env = {key: value for key, value in os.environ.items() if key.lower() not in proxies}
-        env |= {"HF_ENDPOINT": self.address, "HF_HOME": str(self.cache), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        """What a process says that opens a model and takes the imitation for the hub."""
         command = [sys.executable, "-c", OPEN, name]
+        env = self.environment()
         done = subprocess.run(command, env=env, cwd=self.root, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
@@ -94,7 +37,7 @@ class Server:
 
 @pytest.fixture
 def hub(tmp_path):
-    server = Server(tmp_path)
+    server = Client(tmp_path)
     yield server
     server.stop()
 
