@@ -19,8 +19,10 @@ from torch import Tensor
 
 import tiny
 from kernels import reference as pieces
+from naive import naive_scores, random_prompts
 from regpt.checkpoint.load import checkpoint_folder
 from regpt.data.batch import IGNORE_INDEX, Batch
+from regpt.evals.score import Scorer
 from regpt.kernels.attention import TorchAttention
 from regpt.kernels.gpt2 import FusedGPT2
 from regpt.model.cache import KVCache
@@ -187,6 +189,20 @@ def key_value_cache() -> list[tuple[Found, Found]]:
     return pairs
 
 
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def packed_endings() -> list[tuple[Found, Found]]:
+    """Several endings behind one context, many contexts a batch; some longer than the model's 16 positions."""
+    prompts, model = random_prompts(60, tiny.CONFIG.vocab_size, longest=20), tiny.build_model()
+    alone = torch.tensor([log_p for log_p, _, _ in naive_scores(model, prompts)], dtype=torch.float64)
+    pairs = []
+    for batch_tokens in (1, 60, 4096):
+        found = Scorer(model, tiny.ALONE, batch_tokens=batch_tokens)(prompts).log_likelihood
+        pairs.append(({"log-likelihoods": torch.from_numpy(found)}, {"log-likelihoods": alone}))
+    return pairs
+
+
 # ---- whole runs ------------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +264,7 @@ CELLS = [
     Cell("vocabulary padded to a multiple of 128", "not padded", "loss, gradients", 1e-14, padded_vocabulary),
     Cell("documents packed into rows, masked", "one a row, padded", "loss, gradients", 1e-14, packed_documents),
     Cell("key-value cache, any split", "whole sequence", "logits", 1e-14, key_value_cache),
+    Cell("endings behind one context, packed", "one sequence at a time", "log-likelihoods", 1e-14, packed_endings),
     Cell("straight run", "stopped and resumed at any checkpoint", "weights, moments, in float32", 0.0, resumed),
     Cell("one process", "resumed by two", "weights, moments, in float32", 2e-4, resumed_by_two),
 ]

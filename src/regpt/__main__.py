@@ -17,7 +17,7 @@ COMMANDS = {
     "doctor": "what this machine can do, tried; what is missing and how to get it",
     "plan": "parameters, memory, time and cost of a run, before it runs",
     "train": "train a model from a recipe, or go on with a run",
-    "eval": "validation loss and bits per byte of a model",
+    "eval": "validation loss, HellaSwag, CORE and other tasks of a model",
     "sample": "write text with a model",
     "export": "write a model as a Hugging Face folder",
     "report": "a run, or several over each other, as one self-contained page",
