@@ -18,6 +18,8 @@ COMMANDS = {
     "plan": "parameters, memory, time and cost of a run, before it runs",
     "train": "train a model from a recipe, or go on with a run",
     "eval": "validation loss, HellaSwag, CORE and other tasks of a model",
+    "replay": "one step of a run once more: its loss, norm and documents",
+    "verify-resume": "a run that is killed again and again against one that is not, and a certificate",
     "sample": "write text with a model",
     "export": "write a model as a Hugging Face folder",
     "report": "a run, or several over each other, as one self-contained page",
@@ -49,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         print(f"regpt: {type(error).__name__}: {first_line(error)}; traceback in {write_traceback()}", file=sys.stderr)
-        return 1
+        return getattr(error, "exit_code", 1)
 
 
 def dispatch(args: list[str]) -> int:
@@ -62,7 +64,7 @@ def dispatch(args: list[str]) -> int:
     name, *rest = args
     if name not in COMMANDS:
         raise UsageError(f"no command is called {name!r}{nearest(name, COMMANDS)}; choose from {', '.join(COMMANDS)}")
-    return import_module(f"regpt.cli.{name}").main(rest)
+    return import_module(f"regpt.cli.{name.replace('-', '_')}").main(rest)
 
 
 def usage() -> str:

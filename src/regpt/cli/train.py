@@ -1,5 +1,7 @@
 """`regpt train`: start a run from a recipe or a file, or go on with one."""
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +11,7 @@ import tyro
 from regpt.cli.parse import parse
 from regpt.config import RunConfig, read_config, recipe_names
 from regpt.data.config import DataConfig
-from regpt.errors import UsageError
+from regpt.errors import UsageError, UserError
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Train:
     """Start this many processes on this machine (torchrun): one a GPU, or several on the CPU."""
     profile: int = 0
     """Record so many steps from the fourth on: RUN/profile gets a Chrome trace and the ten largest costs."""
+    max_restarts: int = 3
+    """With --nproc: how often in a row, without a new checkpoint, all processes are started again when one has died."""
     config: Annotated[tyro.conf.FlagConversionOff[RunConfig], tyro.conf.arg(name="")] = field(default_factory=RunConfig)
 
 
@@ -124,29 +128,68 @@ def chosen_data(data: DataConfig, given: tuple[str, ...]) -> DataConfig:
 
 
 def start(given: Train, args: list[str]) -> int:
-    from regpt.parallel.launch import launch
-    from regpt.parallel.mesh import launcher_rank, launcher_world_size, under_launcher
+    from regpt.parallel.mesh import launcher_rank, launcher_restarts, launcher_world_size, under_launcher
+    from regpt.runs.folder import is_run
     from regpt.runs.pretrain import check, fork, pretrain
+    from regpt.runs.pretrain import resume as go_on
 
     run, argv = Path(given.out), ["regpt", "train", *args]
-    if launcher_rank() == 0:  # one process refuses bad input; torchrun ends the others
+    again = launcher_restarts() and is_run(run)
+    if launcher_rank() == 0 and not again:  # one process refuses bad input; torchrun ends the others
         check(given.config, run, processes=given.nproc or launcher_world_size())
     if given.nproc and not under_launcher():
-        return launch(given.nproc, ["train", *args])
+        return launched(given, run, args)
+    if again:
+        return worth_another_try(lambda: go_on(run))
     if given.fork_from:
-        return fork(given.config, Path(given.fork_from), run, argv=argv, profile_steps=given.profile)
-    init_from = given.init_from or None
-    return pretrain(given.config, run, init_from=init_from, argv=argv, profile_steps=given.profile)
+        source = Path(given.fork_from)
+        return worth_another_try(lambda: fork(given.config, source, run, argv=argv, profile_steps=given.profile))
+    options = {"init_from": given.init_from or None, "profile_steps": given.profile}
+    return worth_another_try(lambda: pretrain(given.config, run, argv=argv, **options))
 
 
 def resume(given: Train, args: list[str]) -> int:
-    from regpt.parallel.launch import launch
     from regpt.parallel.mesh import launcher_rank, launcher_world_size, under_launcher
     from regpt.runs.pretrain import check
     from regpt.runs.pretrain import resume as go_on
 
+    run = Path(given.resume)
     if launcher_rank() == 0:
         check(given.config, None, processes=given.nproc or launcher_world_size())
     if given.nproc and not under_launcher():
-        return launch(given.nproc, ["train", *args])
-    return go_on(Path(given.resume), given.config, force=given.force, profile_steps=given.profile)
+        return launched(given, run, args)
+    return worth_another_try(lambda: go_on(run, given.config, force=given.force, profile_steps=given.profile))
+
+
+def launched(given: Train, run: Path, args: list[str]) -> int:
+    """The command as several processes, started again from the last checkpoint when one of them dies."""
+    from regpt.checkpoint.load import checkpoints
+    from regpt.parallel.launch import launch
+    from regpt.runs.folder import is_run
+
+    def again() -> list[str]:
+        return ["train", *args] if given.resume or not is_run(run) else ["train", "--resume", str(run)]
+
+    return launch(
+        given.nproc,
+        ["train", *args],
+        again=again,
+        progress=lambda: [folder.name for folder in checkpoints(run)],
+        max_restarts=given.max_restarts,
+        say=lambda text: print(f"regpt: {text}", file=sys.stderr, flush=True),
+    )
+
+
+def worth_another_try(work: Callable[[], int]) -> int:
+    """`work()`; what is unexpected ends a launched process with the exit code at which all are started again."""
+    from regpt.parallel.launch import UNEXPECTED
+    from regpt.parallel.mesh import under_launcher
+
+    try:
+        return work()
+    except UserError:
+        raise
+    except Exception as error:
+        if under_launcher():
+            error.exit_code = UNEXPECTED  # type: ignore[attr-defined]
+        raise

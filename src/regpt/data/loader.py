@@ -72,6 +72,11 @@ class Loader:
         firsts = range(first + self.dp_rank * B, end, self.dp_size * B)
         return [row_batch(self.rows, first, B, self.eot, self.pin_memory) for first in firsts]
 
+    def step_rows(self, step: int) -> range:
+        """The rows of `step` that this rank takes when it takes them one at a time."""
+        first = self.first_row + step * self.batch_rows
+        return range(first + self.dp_rank, first + self.batch_rows, self.dp_size)
+
     def epochs(self, steps: int) -> list[float]:
         """For each folder, how many times it has been read after `steps` steps."""
         return self.rows.epochs(self.first_row + steps * self.batch_rows)

@@ -1,6 +1,7 @@
 """A split as one endless stream of tokens, read from memory-mapped shards."""
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -92,11 +93,17 @@ class Corpus:
     def __init__(self, folder: Path, manifest: Manifest, split: str) -> None:
         shards = filled_shards(folder, manifest, split)
         self.source = f"split {split!r} of {str(folder)!r}"
+        self.folder, self.manifest, self.split = folder, manifest, split
         self.vocab_size = manifest.vocab_size
         self.dtype = manifest.numpy_dtype
         self.maps = [map_shard(folder / shard.file, self.dtype) for shard in shards]
         self.offsets = np.cumsum([0, *(shard.tokens for shard in shards)], dtype=np.int64)  # (shards + 1,)
         self.n_tokens = int(self.offsets[-1])
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """`document_starts` of the split, read when it is first asked for."""
+        return document_starts(self.folder, self.manifest, self.split)
 
     def read(self, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """The tokens of the stored ranges [begins[k], ends[k]), in order, in one array of `dtype`.

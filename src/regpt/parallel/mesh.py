@@ -8,17 +8,21 @@ import contextlib
 import importlib
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from regpt.errors import UsageError
+from regpt.parallel.pulse import Pulse, Store, watched
 from regpt.parallel.reduce import sum_in_buckets
+from regpt.parallel.repeatable import ENVIRONMENT, repeatable
 
-TIMEOUT = timedelta(minutes=10)  # a collective that waits longer is a hang
+HANG_SECONDS = 600.0  # a process that waits longer for the others waits in vain
+GRACE_SECONDS = 120.0  # after which NCCL and gloo give up too, when nothing was said before
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Mesh:
     rank: int
     world_size: int
     device: torch.device
+    pulse: Pulse = field(default_factory=Pulse, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -44,16 +49,22 @@ class Mesh:
         """`x`, which is on the CPU, summed over all processes: on the CPU, the same in each."""
         if self.world_size == 1:
             return x
-        return self.sum(x.to(self.device)).cpu()
+        with self.pulse.waiting("a sum of results"):
+            return self.sum(x.to(self.device)).cpu()
 
     def any(self, flag: bool) -> bool:
         """True in every process when `flag` is true in one of them; waits for all, but not for their devices."""
-        return bool(self.sum(torch.tensor(int(flag))))
+        with self.pulse.waiting("a common decision"):
+            return bool(self.sum(torch.tensor(int(flag))))
 
     def gather(self, data: bytes) -> list[bytes]:
         """`data` of every process, by rank, in all of them."""
         if self.world_size == 1:
             return [data]
+        with self.pulse.waiting("what every process tells the others"):
+            return self.gathered(data)
+
+    def gathered(self, data: bytes) -> list[bytes]:
         sizes = self.sum(
             torch.tensor([len(data) * (rank == self.rank) for rank in range(self.world_size)]).to(self.device)
         )
@@ -68,14 +79,16 @@ class Mesh:
         """The smallest of the numbers that the processes give."""
         x = torch.tensor(number)
         if self.world_size > 1:
-            dist.all_reduce(x, op=dist.ReduceOp.MIN)
+            with self.pulse.waiting("the smallest of several numbers"):
+                dist.all_reduce(x, op=dist.ReduceOp.MIN)
         return int(x)
 
     @torch.no_grad()
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Replace every gradient by its sum (not its mean) over all processes."""
         if self.world_size > 1:
-            sum_in_buckets([p.grad for p in parameters if p.grad is not None], dist.all_reduce)
+            with self.pulse.waiting("the sum of the gradients"):
+                sum_in_buckets([p.grad for p in parameters if p.grad is not None], dist.all_reduce)
 
     def wait(self) -> None:
         """Return when every process has come here."""
@@ -97,13 +110,32 @@ def launcher_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launcher_restarts() -> int:
+    """How often torchrun (`--max-restarts`) has started this group of processes again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 @contextlib.contextmanager
-def open_mesh(device_name: str = "auto") -> Iterator[Mesh]:
+def open_mesh(
+    device_name: str = "auto", *, deterministic: bool = False, hang_seconds: float = HANG_SECONDS
+) -> Iterator[Mesh]:
     """The mesh that torchrun's environment describes, one process without it; NCCL on GPUs, gloo elsewhere.
+
+    `deterministic`: what is computed in it is bitwise the same in the next one (see `parallel.repeatable`).
+    A process that waits `hang_seconds` for the others says for which of them, and ends (see `parallel.pulse`).
 
     Raises:
         UsageError: a device that this machine does not have.
     """
+    if deterministic:
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+    with repeatable(deterministic), joined(device_name, hang_seconds) as mesh:
+        yield mesh
+
+
+@contextlib.contextmanager
+def joined(device_name: str, hang_seconds: float) -> Iterator[Mesh]:
     rank, world_size = launcher_rank(), launcher_world_size()
     device = choose_device(device_name, index=int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
@@ -118,12 +150,22 @@ def open_mesh(device_name: str = "auto") -> Iterator[Mesh]:
     # Functions of this module keep the process group of the time of its import as a default (torch 2.13). Imported
     # later, by an optimizer say, it would hold ours: gloo's threads would outlive it and abort an ending process.
     importlib.import_module("torch.distributed.nn")
+    timeout = timedelta(seconds=hang_seconds + GRACE_SECONDS)
     # On GPUs both: what the processes agree on beside the gradients goes through the CPU, and waits for no kernel.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    mesh = Mesh(rank, world_size, device)
     try:
-        yield Mesh(rank, world_size, device)
+        with watched(mesh.pulse, rank, world_size, meeting_point, hang_seconds):
+            yield mesh
     finally:
         dist.destroy_process_group()
+
+
+def meeting_point() -> Store:
+    """A connection of its own to the store of this group of processes."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
+    return PrefixStore(f"attempt-{launcher_restarts()}", store)
 
 
 def share_cores(processes: int) -> None:

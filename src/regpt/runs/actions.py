@@ -24,7 +24,9 @@ from regpt.model.weights import count_parameters, state_tensors
 from regpt.parallel.mesh import Mesh
 from regpt.runs.build import Corpus, choose_kernels, mask_token, validation_parts
 from regpt.runs.evaluations import Evaluations
+from regpt.runs.examine import examine
 from regpt.runs.folder import device_name, made_with
+from regpt.runs.rewind import go_back
 from regpt.runs.terminal import Terminal
 from regpt.runs.trackers import Sink
 from regpt.runs.validation import Part, own_sums, part_batches, result
@@ -74,7 +76,16 @@ def make_actions(job: Job, stop_requested: Callable[[], bool]) -> Actions:
         save=lambda step: save(job, step),
         # After a checkpoint that could not be written the run stops: all processes together, with a second try.
         stop_requested=lambda: stop_requested() or job.saver.failed,
+        examine=lambda: examine(job.trainer, job.loader, job.corpus.tokenizer),
+        rewind=lambda: rewind(job),
     )
+
+
+def rewind(job: Job) -> None:
+    """Go back to the newest valid checkpoint, and on with the batch after the present one: at once on the disk."""
+    job.saver.wait()
+    go_back(job.run, job.trainer)
+    save(job, job.trainer.step)
 
 
 def log(job: Job, row: Row) -> None:
@@ -167,7 +178,7 @@ def run_state(job: Job, step: int, random: list[dict[str, str]]) -> RunState:
     """What state.json says after `step` updates."""
     config = job.config
     data = config.data
-    next_row = job.loader.first_row + step * job.loader.batch_rows
+    next_row = job.loader.first_row + (step + job.trainer.skipped) * job.loader.batch_rows
     lr = make_schedule(config.optim, config.train.steps)(step) if step else 0.0
     return RunState(
         step=step,

@@ -1,7 +1,7 @@
 """Where a run begins: at random weights, another model's, a checkpoint of its own or of another run."""
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from regpt.checkpoint.load import (
 )
 from regpt.checkpoint.manifest import MANIFEST, STATE, sha256
 from regpt.checkpoint.open import open_model
-from regpt.checkpoint.state import read_state
+from regpt.checkpoint.state import RunState, read_state
 from regpt.config import RunConfig, validate
 from regpt.data.config import DataConfig
 from regpt.data.loader import Loader
@@ -27,11 +27,14 @@ from regpt.data.prefetch import Prefetcher
 from regpt.errors import UserError
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize, load_weights, state_tensors
-from regpt.parallel.mesh import Mesh
+from regpt.parallel.mesh import Mesh, open_mesh
 from regpt.runs.build import Corpus, build_loader, build_model, build_trainer, open_corpus, with_chosen_rows
 from regpt.runs.changes import Changes, describe, first_row
+from regpt.runs.folder import made_with
 from regpt.train.optim import load_optimizer, make_optimizer
 from regpt.train.trainer import Row, Trainer
+
+SAME_NUMBERS = ("torch", "device", "world_size")  # under others, deterministic sums too have another order
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,12 @@ class Parts:
     corpus: Corpus
     model: Transformer
     optimizer: torch.optim.Optimizer
+
+
+def run_mesh(config: RunConfig) -> AbstractContextManager[Mesh]:
+    """The processes of a run, as its `[train]` section wants them."""
+    train = config.train
+    return open_mesh(train.device, deterministic=train.deterministic, hang_seconds=train.hang_seconds)
 
 
 def open_parts(config: RunConfig, mesh: Mesh) -> Parts:
@@ -106,14 +115,29 @@ def start_at(parts: Parts, checkpoint: Checkpoint, event: Row, found: Changes | 
     state, mesh = checkpoint.state, parts.mesh
     load_weights(parts.model, checkpoint.weights())
     load_optimizer(parts.model, parts.optimizer, checkpoint.optimizer(), state.step)
+    said = [describe(found, state, parts.config) if found else "", not_bitwise(parts, state)]
     return Start(
         step=state.step,
         first_row=first_row(state.data, state.step, parts.config, parts.corpus.manifest_sha256),
         trainer=state.trainer,
         random=state.random[mesh.rank] if len(state.random) == mesh.world_size else None,
-        event=event,
-        changed=describe(found, state, parts.config) if found else "",
+        event=event | ({"not_bitwise": said[1]} if said[1] else {}),
+        changed="\n".join(filter(None, said)),
     )
+
+
+def not_bitwise(parts: Parts, state: RunState) -> str:
+    """Why a deterministic run does not go on bitwise as it would have; empty when it does."""
+    before, now = (facts | {"device": kind_of(facts)} for facts in (state.made_with, made_with(parts.mesh)))
+    others = [f"{key} {before.get(key)} → {now[key]}" for key in SAME_NUMBERS if before.get(key) != now[key]]
+    if not parts.config.train.deterministic or not others:
+        return ""
+    return f"not bitwise the run that was stopped, in spite of train.deterministic: {', '.join(others)}"
+
+
+def kind_of(facts: Mapping[str, Any]) -> str:
+    """The device without its threads, whose number the checkpoint sets."""
+    return str(facts.get("device", "")).partition(" with ")[0]
 
 
 def start_again(parts: Parts, run: Path, env: Mapping[str, Any], event: Row) -> Start:

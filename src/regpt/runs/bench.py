@@ -114,7 +114,10 @@ def bench_train(
         imported_s: seconds that the caller has spent on imports.
     """
     source = config.data.path or " + ".join(config.data.mixture) or INVENTED
-    with open_mesh(config.train.device) as mesh, opened_data(shortened(config, window)) as (config, corpus):
+    with (
+        open_mesh(config.train.device, deterministic=config.train.deterministic) as mesh,
+        opened_data(shortened(config, window)) as (config, corpus),
+    ):
         progress("building")
         started = time.perf_counter()
         with opened_trainer(config, mesh, corpus) as trainer:

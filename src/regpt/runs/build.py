@@ -190,8 +190,9 @@ def build_trainer(
     train = config.train
     if train.activation_checkpointing:
         recompute_blocks(model)
+    kernels = choose_kernels(config, model, mesh.device).name
     loss_sum = make_loss_sum(
-        model, train.precision, mesh.device, train.compile, choose_kernels(config, model, mesh.device).name
+        model, train.precision, mesh.device, train.compile, kernels, deterministic=train.deterministic
     )
     lr_at = make_schedule(config.optim, config.train.steps)
     return Trainer(model, loss_sum, optimizer, lr_at, batches, mesh, config.train, step=step)
@@ -210,7 +211,8 @@ def with_chosen_rows(config: RunConfig, trainer: Trainer) -> tuple[RunConfig, di
 def choose_kernels(config: RunConfig, model: Transformer, device: torch.device) -> Kernels:
     """The path that computes the loss; raises what `kernels.select.choose` does."""
     train = config.train
-    return choose(train.kernels, model, device, train.precision, recompute=train.activation_checkpointing)
+    again = train.activation_checkpointing
+    return choose(train.kernels, model, device, train.precision, deterministic=train.deterministic, recompute=again)
 
 
 def mask_token(config: RunConfig, corpus: Corpus) -> int | None:

@@ -24,6 +24,13 @@ FREE_KEYS = {
     "train.activation_checkpointing",
     "train.pad_vocab",
     "train.device",
+    "train.deterministic",
+    "train.on_non_finite",
+    "train.on_spike",
+    "train.spike_score",
+    "train.max_refused",
+    "train.stop_seconds",
+    "train.hang_seconds",
 }
 
 

@@ -72,6 +72,10 @@ def write_run_config(run: Path, config: RunConfig) -> None:
         raise unwritable(path, error) from None
 
 
+def is_run(run: Path) -> bool:
+    return (run / CONFIG).is_file()
+
+
 def refuse_used_folder(run: Path, beside: Sequence[str] = ()) -> None:
     """Raise a UserError unless `run` can become the folder of a new run."""
     if (run / CONFIG).exists():

@@ -16,7 +16,7 @@ from regpt.checkpoint.load import checkpoints, load_checkpoint
 from regpt.checkpoint.manifest import MANIFEST, sha256
 from regpt.config import RunConfig
 from regpt.model.weights import count_parameters
-from regpt.parallel.mesh import Mesh, open_mesh
+from regpt.parallel.mesh import Mesh
 from regpt.runs.actions import (
     Job,
     make_actions,
@@ -33,6 +33,7 @@ from regpt.runs.begin import (
     choose_checkpoint,
     open_parts,
     refuse_changed_data,
+    run_mesh,
     start_again,
     start_at,
     start_new,
@@ -88,7 +89,7 @@ def pretrain(
     """Start a run in the new folder `run`; the exit code. `facts` go into env.json, `beside` is as in `create_run`,
     `profile_steps` as in `runs.profile`."""
     init_from = str(Path(init_from).resolve()) if init_from and Path(init_from).exists() else init_from
-    with open_mesh(config.train.device) as mesh, ExitStack() as stack:
+    with run_mesh(config) as mesh, ExitStack() as stack:
         parts = open_parts(config, mesh)
         start = start_new(parts, init_from)
         machine = assemble(stack, parts, start)
@@ -98,7 +99,7 @@ def pretrain(
 
 def fork(config: RunConfig, source: Path, run: Path, *, argv: Sequence[str] = (), profile_steps: int = 0) -> int:
     """Start a run in the new folder `run` from the checkpoint `source` with the settings `config`; the exit code."""
-    with open_mesh(config.train.device) as mesh, ExitStack() as stack:
+    with run_mesh(config) as mesh, ExitStack() as stack:
         checkpoint = load_checkpoint(source)
         parts = open_parts(config, mesh)
         found = changes(checkpoint.state.config, parts.config.sections())
@@ -119,7 +120,7 @@ def resume(run: Path, config: RunConfig | None = None, *, force: bool = False, p
         force: also with settings that make another run of it.
     """
     config = config or read_run_config(run)
-    with open_mesh(config.train.device) as mesh, ExitStack() as stack:
+    with run_mesh(config) as mesh, ExitStack() as stack:
         if mesh.is_main:
             stack.enter_context(owned(run))
         mesh.wait()  # nobody reads before it is certain that nobody else writes
@@ -189,13 +190,15 @@ def fit(machine: Machine, run: Path, start: Start, profile_steps: int = 0) -> in
         if step == config.train.steps:
             terminal.say(f"the run is complete: all {step:,} updates are made; regpt report {run} shows it")
         profile = profiled(profile_steps * mesh.is_main, run / "profile", mesh.device, terminal.console, terminal.say)
-        with stop_request() as stop_requested, terminal, saver, profile as note_step:
+        stopping = stop_request(config.train.stop_seconds)
+        with stopping as stop_requested, terminal, saver, profile as note_step:
             do = make_actions(job, stop_requested)
             if start.save:
                 do.save(step)
             finished = trainer.fit(replace(do, log=lambda row: (do.log(row), note_step(row))[0]), every)
         write_saved_rows(job)
-        write_epochs(job, trainer.step, loader.epochs(trainer.step))
+        write_epochs(job, trainer.step, loader.epochs(trainer.data_step))
     if not finished:
+        mesh.wait()  # a launcher ends the others when the first has ended: not while they write
         terminal.say(f"stopped after step {trainer.step:,} and saved; go on with: regpt train --resume {run}")
     return 0 if finished else EXIT_SAVED

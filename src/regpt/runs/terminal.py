@@ -16,6 +16,9 @@ PLAIN_SECONDS = 5.0  # between lines where nothing can be redrawn
 EVENTS = {  # that are said at once, with the keys of their rows
     "out_of_memory": "out of memory, going on with {micro_batch_rows} rows at once: the same update in smaller parts",
     "loss_scale": "loss scale {loss_scale:g} ({reason})",
+    "non_finite": "loss {loss}, gradient norm {grad_norm}: the update was not applied (train.on_non_finite {policy})",
+    "spike": "a spike: loss {loss:.4f}, {score:.1f} deviations above the median (train.on_spike {policy})",
+    "rewind": "went back {updates} updates to {checkpoint}, and on with the next batch",
 }
 SMOOTHING = 0.9  # of the rate behind the time left
 

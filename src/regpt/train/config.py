@@ -52,6 +52,23 @@ class TrainConfig:
     """Largest gradient norm, larger ones are scaled down (GPT-3 paper, appendix B); 0 clips nothing."""
     pad_vocab: bool = True
     """Pad the embedding to a multiple of 128 rows while training; no result depends on it."""
+    deterministic: bool = False
+    """A run that is stopped and resumed is bitwise the run that is not, at a cost in speed: deterministic algorithms, a
+    fixed order of sums, pinned micro-batch and threads."""
+    on_non_finite: Literal["stop", "skip", "rewind"] = "stop"
+    """A loss or gradient that is not finite is never applied. stop: the run ends; skip: the same update with the next
+    batch; rewind: back to the last checkpoint, and on with the batch after the bad one."""
+    on_spike: Literal["record", "skip"] = "record"
+    """A loss that jumps up is recorded; skip: the same update with the next batch."""
+    spike_score: float = 7.0
+    """Standard deviations above the median of the last 128 losses, robustly estimated, that make a spike (OLMo 2,
+    Walsh et al. 2024, counts spikes from 7); 0 looks for none."""
+    max_refused: int = 3
+    """Updates in a row that may be skipped or rewound before the run stops."""
+    stop_seconds: int = 300
+    """After Ctrl-C or SIGTERM the step is finished and saved; a process that has not ended by then ends at once."""
+    hang_seconds: int = 600
+    """A process that waits so long for the others names those missing and ends; the launcher starts all again."""
     seed: int = 1337
     """Seed of the initial weights."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
@@ -63,7 +80,8 @@ class TrainConfig:
         return 1 if self.micro_batch_rows == "auto" else self.micro_batch_rows
 
     def __post_init__(self) -> None:
-        require("train", self, {"steps": 1, "batch_tokens": 1, "grad_clip": 0})
+        require("train", self, {"steps": 1, "batch_tokens": 1, "grad_clip": 0, "spike_score": 0, "max_refused": 1})
+        require("train", self, {"stop_seconds": 1, "hang_seconds": 1})
         if self.micro_batch_rows != "auto":
             require("train", self, {"micro_batch_rows": 1})
 

@@ -23,11 +23,14 @@ def make_loss_sum(
     device: torch.device,
     compile: bool,
     kernels: Literal["plain", "fused"] = "plain",
+    *,
+    deterministic: bool = False,
 ) -> LossSum:
     """`loss_sum(batch)`: cross-entropy in nats summed over the valid targets of `batch`, a float32 scalar.
 
     Compiled, it is the model's forward and the loss in one graph; the model itself is left as it is, so sampling and
     evaluation go on using it. Fused (`kernels.gpt2`), gradients go straight to `.grad` of the parameters.
+    `deterministic`: compiled without choices that depend on timings.
     """
     if kernels == "fused":
         of_tokens = fused_loss(model, device)
@@ -38,12 +41,14 @@ def make_loss_sum(
             idx, targets, positions, cu_seqlens = batch
             return summed_loss(model, idx, targets, positions=positions, cu_seqlens=cu_seqlens)
 
-    return compiled(loss_sum) if compile else loss_sum
+    return compiled(loss_sum, deterministic) if compile else loss_sum
 
 
-def compiled(loss_sum: LossSum) -> LossSum:
+def compiled(loss_sum: LossSum, deterministic: bool = False) -> LossSum:
     """`loss_sum`, compiled once for a shape of idx, however many documents a batch holds."""
-    static = torch.compile(loss_sum, dynamic=False)
+    # Inductor's option skips all that is decided by timing kernels and moves numbers.
+    options: dict[str, str | int | bool | Callable[..., object]] = {"deterministic": True}
+    static = torch.compile(loss_sum, dynamic=False, options=options if deterministic else None)
 
     @functools.wraps(loss_sum)
     def call(batch: Batch) -> Tensor:

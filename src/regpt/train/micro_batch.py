@@ -21,10 +21,11 @@ class MicroBatch:
         rows: to begin with; divides what a process computes in a step.
         mesh: the processes that agree on the number.
         on_fewer: called in every process with the new number, before anything is computed with it.
+        pinned: never go on with fewer, which would round otherwise.
     """
 
-    def __init__(self, rows: int, mesh: Mesh, on_fewer: Callable[[int], None] = lambda rows: None):
-        self.rows, self.mesh, self.on_fewer = rows, mesh, on_fewer
+    def __init__(self, rows: int, mesh: Mesh, on_fewer: Callable[[int], None] = lambda rows: None, *, pinned=False):
+        self.rows, self.mesh, self.on_fewer, self.pinned = rows, mesh, on_fewer, pinned
 
     def attempt(self, compute: Callable[[int], Result]) -> Result:
         """`compute(rows)`, repeated with fewer rows as long as it runs out of memory in one of the processes.
@@ -53,6 +54,11 @@ class MicroBatch:
         """Go on with the largest divisor of the present number that is at most half of it."""
         if self.rows == 1:
             raise UserError(f"out of memory with train.micro_batch_rows = 1, the smallest; {self.advice()}")
+        if self.pinned:
+            raise UserError(
+                f"out of memory with train.micro_batch_rows = {self.rows}, which train.deterministic pins; "
+                f"{self.advice()}"
+            )
         self.rows = fewer(self.rows)
         self.on_fewer(self.rows)
 

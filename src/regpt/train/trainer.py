@@ -14,6 +14,7 @@ from regpt.errors import UserError
 from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import Mesh
 from regpt.train.config import TrainConfig
+from regpt.train.guard import Guard, Verdict
 from regpt.train.loss import LossSum, uncompiled, valid_targets
 from regpt.train.loss_scale import LossScale
 from regpt.train.memory import memory_advice
@@ -43,6 +44,8 @@ class Actions:
     sample: Callable[[int], None]
     save: Callable[[int], None]
     stop_requested: Callable[[], bool]
+    examine: Callable[[], Row] = dict  # what there is to know of the present step's batch
+    rewind: Callable[[], None] | None = None  # back to the last checkpoint, on with the batch after this one
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,11 @@ class Trainer:
     ):
         self.model, self.loss_sum, self.optimizer, self.lr_at = model, loss_sum, optimizer, lr_at
         self.loader, self.mesh, self.config, self.step = loader, mesh, config, step
-        self.report: Callable[[Row], None] = lambda row: None  # of events; `fit` sets it
-        self.micro_batch = MicroBatch(config.first_rows, mesh, self.go_on_with)
+        self.skipped = 0  # batches that no update was made with, since `loader` begins
+        self.do: Actions | None = None  # `fit` sets it, and:
+        self.report: Callable[[Row], None] = lambda row: None  # of events
+        self.guard = Guard(config)
+        self.micro_batch = MicroBatch(config.first_rows, mesh, self.go_on_with, pinned=config.deterministic)
         self.loss_scale = LossScale(
             dynamic=config.precision == "fp16",
             on_change=lambda scale, reason: self.event("loss_scale", loss_scale=scale, reason=reason),
@@ -96,7 +102,7 @@ class Trainer:
 
     def fit(self, do: Actions, every: Every) -> bool:
         """Train until `config.steps` updates are made; False when a stop was requested before that."""
-        self.report = do.log
+        self.do, self.report = do, do.log
         self.evaluate(do, every)  # at initialisation; after a resume, what a stop may have left out
         while self.step < self.config.steps:
             do.log(self.update())
@@ -117,20 +123,22 @@ class Trainer:
         if last or due(self.step, every.sample):
             do.sample(self.step)
 
+    @property
+    def data_step(self) -> int:
+        """The loader's step that the next update is made with."""
+        return self.step + self.skipped
+
     def update(self) -> Row:
         """One update; its row of metrics, the loss taken before it over the whole global batch."""
         started = time.perf_counter()
-        lr = self.lr_at(self.step + 1)
+        self.mesh.pulse.step = self.step + 1
         with memory_advice(f"with train.micro_batch_rows = {self.micro_batch.rows}", self.micro_batch.advice()):
-            loss, norm = torch.stack(self.gradients()).tolist()  # waits for the device, as nothing else in a step does
-            while self.loss_scale.too_large(loss, norm):
-                loss, norm = torch.stack(self.gradients()).tolist()
-            row: Row = {"kind": "train", "step": self.step + 1, "loss": loss, "lr": lr, "grad_norm": norm}
-            self.refuse_non_finite(row)
-            set_lr(self.optimizer, lr)
+            row = self.accepted()
+            set_lr(self.optimizer, float(row["lr"]))  # type: ignore[arg-type]
             self.optimizer.step()
         self.step += 1
         self.loss_scale.note_update()
+        self.guard.note_update(self.step, float(row["loss"]))  # type: ignore[arg-type]
         return row | self.costs(time.perf_counter() - started)
 
     def go_on_with(self, rows: int) -> None:
@@ -139,19 +147,42 @@ class Trainer:
             torch.compiler.reset()  # forgets the graphs of the former shape, which count against torch's limit of eight
         self.event("out_of_memory", micro_batch_rows=rows)
 
+    def accepted(self) -> Row:
+        """Gradients that may be applied, of the first batch that gives such; the row of metrics so far."""
+        while True:
+            loss, norm = self.measured()
+            while self.loss_scale.too_large(loss, norm):
+                loss, norm = self.measured()
+            row: Row = {"kind": "train", "step": self.step + 1, "loss": loss, "lr": self.lr_at(self.step + 1)}
+            row["grad_norm"] = norm
+            verdict = self.guard.judge(self.step, loss, norm)
+            if verdict is None or not self.refused(row, verdict):
+                return row
+
+    def measured(self) -> tuple[float, float]:
+        """Mean loss and norm of the gradients, which are there now; waits for the device, as nothing else in a step."""
+        found = torch.stack(self.gradients())
+        with self.mesh.pulse.waiting("the gradients of all processes"):
+            loss, norm = found.tolist()
+        return loss, norm
+
     def event(self, name: str, **facts: object) -> None:
         self.report({"kind": "event", "step": self.step, "name": name, **facts, "time": time.time()})
 
     def state(self) -> dict[str, object]:
         """What a run needs to go on, besides weights, moments and the number of the step: JSON values."""
-        return {"micro_batch_rows": self.micro_batch.rows, "loss_scale": self.loss_scale.state()}
+        parts = {"loss_scale": self.loss_scale.state(), "guard": self.guard.state()}
+        return {"micro_batch_rows": self.micro_batch.rows, "threads": torch.get_num_threads(), **parts}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave."""
+    def load_state(self, state: Mapping[str, Any], *, rewound: bool = False) -> None:
+        """Go on from what `state` gave; `rewound` as in `Guard.load_state`."""
         rows = state.get("micro_batch_rows", self.micro_batch.rows)
         if self.micro_batch.rows % rows == 0:  # else the configuration was changed since
             self.micro_batch.rows = rows
+        if self.config.deterministic and self.mesh.device.type == "cpu":  # a sum is divided by their number
+            torch.set_num_threads(state.get("threads", torch.get_num_threads()))
         self.loss_scale.load_state(state.get("loss_scale", {}))
+        self.guard.load_state(state.get("guard", {}), rewound=rewound)
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """Gradients of the mean loss over every valid target of the step, summed over micro-batches and processes.
@@ -159,7 +190,7 @@ class Trainer:
         Each micro-loss is a sum, divided by the whole step's count *before* its backward: the result does not depend
         on how the batch is split, padded or masked. Returns the mean loss and the gradients' norm before clipping.
         """
-        own = valid_targets(self.loader.step(self.step, self.micro_batch.rows))
+        own = valid_targets(self.loader.step(self.data_step, self.micro_batch.rows))
         dtype = self.parameters[0].dtype
         count = self.mesh.sum(torch.full((), own, device=self.mesh.device, dtype=dtype))  # there: nothing waits for it
         scale = self.loss_scale.scale
@@ -173,7 +204,7 @@ class Trainer:
         """This process's part of the loss and its gradients, in micro-batches of `rows`, each loss over `divisor`."""
         self.clear_gradients()
         total = torch.zeros_like(divisor)
-        for batch in self.loader.step(self.step, rows):
+        for batch in self.loader.step(self.data_step, rows):
             loss = self.loss_sum(batch.to(self.mesh.device)) / divisor
             loss.backward()
             total += loss.detach()
@@ -183,18 +214,43 @@ class Trainer:
         """Set the gradients to zero where they lie: backward adds to them, and their memory stays the same."""
         self.optimizer.zero_grad(set_to_none=False)
 
-    def refuse_non_finite(self, row: Row) -> None:
-        """Stop before an update that would spoil the weights. Loss and norm are global: all processes come here."""
-        loss, norm = row["loss"], row["grad_norm"]
-        if math.isfinite(loss) and math.isfinite(norm):  # type: ignore[arg-type]
-            return
-        own = valid_targets(self.loader.step(self.step, self.micro_batch.rows))
+    def refused(self, row: Row, verdict: Verdict) -> bool:
+        """Record what is wrong with the step, and leave its batch out; False when it is to be applied all the same.
+
+        Loss and norm are global: all processes come here.
+
+        Raises:
+            UserError: the policy is to stop.
+        """
+        own = valid_targets(self.loader.step(self.data_step, self.micro_batch.rows))
         if not self.mesh.sum(torch.tensor(own, device=self.mesh.device)).item():
             raise UserError(f"step {row['step']}: no target carries loss; check the data and what masks its targets")
-        raise UserError(
-            f"step {row['step']}: the loss is {loss} and the gradient norm {norm} at learning rate {row['lr']}, "
-            "so the update was not applied; resume from the last checkpoint with a lower optim.lr, more "
-            "optim.warmup_steps, or precision fp32"
+        facts: Row = {key: written(row[key]) for key in ("loss", "grad_norm", "lr")}
+        facts |= {"at_step": row["step"], "policy": verdict.policy, "score": verdict.score}
+        found = self.do.examine() if self.do is not None and not verdict.again else {}
+        self.event(verdict.name, **facts, **found)
+        if verdict.policy == "record":
+            return False
+        if verdict.policy == "stop":
+            raise self.stopped(row, found)
+        if verdict.policy == "skip":
+            self.skipped += 1
+        elif self.do is None or self.do.rewind is None:
+            raise UserError(
+                f"step {row['step']} cannot be rewound, there is no run folder; set train.on_non_finite skip"
+            )
+        else:
+            self.do.rewind()
+        return True
+
+    def stopped(self, row: Row, found: Row) -> UserError:
+        """Why the run ends."""
+        again = self.guard.refused_in_row - 1
+        before = f", after {again} more that were left out" if again else ""
+        return UserError(
+            f"step {row['step']}: the loss is {row['loss']} and the gradient norm {row['grad_norm']} at learning rate "
+            f"{row['lr']}{before}{found.get('where', '')}, so the update was not applied; resume from the last "
+            "checkpoint with a lower optim.lr, more optim.warmup_steps, precision fp32, or train.on_non_finite skip"
         )
 
     def costs(self, seconds: float) -> Row:
@@ -210,3 +266,8 @@ class Trainer:
             "peak_memory_gib": peak_memory_gib(self.mesh.device),
             "time": time.time(),
         }
+
+
+def written(number: object) -> object:
+    """JSON knows no NaN: `"nan"`, `"inf"`."""
+    return number if not isinstance(number, float) or math.isfinite(number) else str(number)

@@ -1,0 +1,106 @@
+"""`regpt verify-resume`: is a run that is killed the run that would have happened anyway? On this machine, here."""
+
+import json
+import os
+import random
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from regpt.cli.parse import parse
+from regpt.cli.train import chosen_data, named_recipe
+from regpt.config import RunConfig, read_config, recipe_names
+from regpt.errors import UsageError
+
+
+@dataclass(frozen=True)
+class VerifyResume:
+    """Train straight; then killed by SIGKILL at random moments; then on another number of processes; and compare."""
+
+    recipe: tyro.conf.Positional[str] = ""
+    """A recipe by name, or a .toml file."""
+    data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Folder of token shards; repeated as DIR=WEIGHT, a mixture of several."""
+    steps: int = 24
+    """Updates of each run; the learning rates stay those of the whole run."""
+    nproc: int = 1
+    """Processes of the straight and of the killed run."""
+    other_nproc: int = 2
+    """Processes that go on with the third run."""
+    kills: int = 3
+    """How often the second run is killed."""
+    tolerance: float = 0.01
+    """Relative difference of losses and weights that is accepted where bitwise equality is not to be had: on another
+    number of processes, or without train.deterministic."""
+    seed: int = 0
+    """Of the moments of the kills."""
+    out: str = ""
+    """Keep the runs in this new folder; default: a temporary one."""
+    fresh_caches: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Begin with an empty cache of compiled code, instead of the user's."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print the certificate as one JSON object."""
+    config: Annotated[tyro.conf.FlagConversionOff[RunConfig], tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+
+
+def main(args: list[str]) -> int:
+    recipe = named_recipe([arg for arg in args if arg not in ("--json", "--fresh-caches")])
+    over = VerifyResume(recipe=recipe, config=read_config(recipe)) if recipe else None
+    given = parse(VerifyResume, args, prog="regpt verify-resume", default=over)
+    if not given.recipe:
+        raise UsageError(
+            f"no recipe was given; regpt verify-resume RECIPE --data DIR, with {', '.join(recipe_names())}"
+        )
+    for name, least in {"steps": 2, "nproc": 1, "other_nproc": 1, "kills": 1, "tolerance": 0}.items():
+        if not getattr(given, name) >= least:
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(given, name)}, must be at least {least}")
+    if given.out and Path(given.out).exists():
+        raise UsageError(f"--out {given.out!r} exists; choose a folder that does not")
+    if given.out:
+        return verified(given, Path(given.out).resolve())
+    with tempfile.TemporaryDirectory(prefix="regpt-verify-") as folder:
+        return verified(given, Path(folder))
+
+
+def verified(given: VerifyResume, folder: Path) -> int:
+    from regpt.runs.pretrain import check
+    from regpt.runs.verify_resume import Bench, verify_resume
+
+    config = shortened(given)
+    check(config, None, processes=given.nproc)
+    check(config, None, processes=given.other_nproc)
+    environment = dict(os.environ)
+    if given.fresh_caches:
+        environment["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
+    say = (lambda text: None) if given.json else (lambda text: print(text, flush=True))
+    found = verify_resume(
+        config,
+        Bench(folder, environment, random.Random(given.seed), say),
+        processes=given.nproc,
+        other_processes=given.other_nproc,
+        kills=given.kills,
+        tolerance=given.tolerance,
+    )
+    if given.json:
+        print(json.dumps(found))
+    else:
+        made = found["made_with"]
+        mode = "deterministic" if found["deterministic"] else "fast"
+        print(f"{'passed' if found['passed'] else 'FAILED'}: {mode} mode, {made['device']}, torch {made['torch']}")
+    return 0 if found["passed"] else 1
+
+
+def shortened(given: VerifyResume) -> RunConfig:
+    """The run's first steps."""
+    config = given.config
+    if given.data:
+        config = replace(config, data=chosen_data(config.data, given.data))
+    optim = config.optim
+    if optim.schedule == "cosine":
+        optim = replace(optim, decay_steps=optim.decay_steps or max(config.train.steps, optim.warmup_steps + 1))
+    elif optim.schedule == "wsd":
+        optim = replace(optim, schedule="constant")
+    return replace(config, train=replace(config.train, steps=given.steps), optim=optim)

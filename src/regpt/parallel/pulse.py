@@ -1,0 +1,123 @@
+"""Where each process stands, told to the others, so that one that waits in vain can say for whom.
+
+A collective that one process does not come to makes all others wait: NCCL and gloo report that much later, if at all,
+and never who is missing. Every process writes now and then how many waits it has begun, and which, into the store that
+the processes met at; one that has waited too long in the same one reads what the others wrote, says it, and ends with
+an exit code at which the launcher starts all processes again.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+HUNG = 70  # sysexits.h EX_SOFTWARE: unexpected, worth another try
+LONGEST_PAUSE = 5.0  # seconds between two notes
+
+
+class Store(Protocol):
+    """What is needed of torch.distributed's stores."""
+
+    def set(self, key: str, value: str, /) -> None: ...
+    def get(self, key: str, /) -> bytes: ...
+    def check(self, keys: list[str], /) -> bool: ...
+
+
+class Pulse:
+    """What one process is doing. `step` is the update it works on; all processes begin the same waits in order."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.waits = 0
+        self.doing = ""  # what is waited for; empty while computing
+        self.since = time.monotonic()
+
+    @contextlib.contextmanager
+    def waiting(self, doing: str) -> Iterator[None]:
+        """Around what returns only when all processes have come to it."""
+        self.waits += 1
+        self.doing, self.since = doing, time.monotonic()
+        try:
+            yield
+        finally:
+            self.doing, self.since = "", time.monotonic()
+
+    def note(self) -> dict[str, Any]:
+        return {"step": self.step, "waits": self.waits, "doing": self.doing, "time": time.time()}
+
+
+@contextlib.contextmanager
+def watched(pulse: Pulse, rank: int, world_size: int, connect: Callable[[], Store], seconds: float) -> Iterator[None]:
+    """Tell the others about `pulse`, and end this process when it has waited `seconds` for one of them."""
+    done = threading.Event()
+    watch = Watch(pulse, rank, world_size, connect, seconds, done)
+    thread = threading.Thread(target=watch.run, name="regpt-pulse", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=LONGEST_PAUSE)
+
+
+class Watch:
+    """The thread of `watched`."""
+
+    def __init__(
+        self,
+        pulse: Pulse,
+        rank: int,
+        world_size: int,
+        connect: Callable[[], Store],
+        seconds: float,
+        done: threading.Event,
+    ):
+        self.pulse, self.rank, self.world_size = pulse, rank, world_size
+        self.connect, self.seconds, self.done = connect, seconds, done
+
+    def run(self) -> None:
+        store = None
+        while not self.done.wait(min(LONGEST_PAUSE, self.seconds / 4)):
+            with contextlib.suppress(Exception):  # the store is gone when the launcher is: then there is nobody to tell
+                store = store or self.connect()
+                store.set(key(self.rank), json.dumps(self.pulse.note()))
+            waited = time.monotonic() - self.pulse.since
+            if self.pulse.doing and waited > self.seconds:
+                print(f"regpt: {self.diagnosis(store, waited)}", file=sys.stderr, flush=True)
+                os._exit(HUNG)
+
+    def diagnosis(self, store: Store | None, waited: float) -> str:
+        notes: dict[int, Mapping[str, Any]] = {}
+        with contextlib.suppress(Exception):
+            for rank in range(self.world_size):
+                if store is not None and store.check([key(rank)]):
+                    notes[rank] = json.loads(store.get(key(rank)))
+        return diagnosis(self.rank, self.world_size, self.pulse.note(), notes, waited)
+
+
+def key(rank: int) -> str:
+    return f"regpt/pulse/{rank}"
+
+
+def diagnosis(
+    rank: int, world_size: int, own: Mapping[str, Any], notes: Mapping[int, Mapping[str, Any]], waited: float
+) -> str:
+    """One sentence: the step, what is waited for, who has not come to it and what was last heard of them."""
+    begin = f"step {own['step']}: rank {rank} has waited {waited:.0f} seconds for {own['doing']}"
+    if not notes:
+        return f"{begin}; the store is not to be reached, so its host is gone"
+    missing = [other for other in range(world_size) if other not in notes or notes[other]["waits"] < own["waits"]]
+    if not missing:
+        return f"{begin}; all {world_size} ranks are in it: suspect a device or the network (NCCL_DEBUG=INFO says more)"
+    return f"{begin}; missing: " + ", ".join(heard(other, notes.get(other), own["time"]) for other in missing)
+
+
+def heard(rank: int, note: Mapping[str, Any] | None, now: float) -> str:
+    if note is None:
+        return f"rank {rank} (never heard of)"
+    doing = f"waiting for {note['doing']}" if note["doing"] else "computing"
+    return f"rank {rank} ({doing} in step {note['step']}, heard of {now - note['time']:.0f} seconds ago)"

@@ -1,0 +1,32 @@
+"""`python -m regpt.parallel.worker FOLDER ARGS…`: `regpt ARGS…` as one process of `launch`, which writes down its end.
+
+torchrun tells its caller how the first process ended that failed, and nothing after a signal; FOLDER gets all of them.
+"""
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+from regpt.parallel.mesh import launcher_rank
+
+
+def main(folder: Path, args: list[str]) -> None:
+    rank = launcher_rank()
+    (folder / f"{rank}.pid").write_text(str(os.getpid()), encoding="utf-8")
+    sys.argv = ["regpt", *args]
+    code: object = 1
+    try:
+        runpy.run_module("regpt", run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+        raise
+    finally:
+        whole = folder / f"{rank}.tmp"
+        whole.write_text(str(code if isinstance(code, int) else 1), encoding="utf-8")
+        whole.replace(folder / f"{rank}.exit")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,50 @@
+"""Back to the last checkpoint, within a run that goes on."""
+
+from pathlib import Path
+
+import torch
+
+from regpt.checkpoint.generators import restore_generators
+from regpt.checkpoint.load import checkpoints
+from regpt.errors import UserError
+from regpt.model.weights import load_weights
+from regpt.runs.begin import choose_checkpoint
+from regpt.train.optim import MOMENTS, load_optimizer
+from regpt.train.trainer import Trainer
+
+
+def go_back(run: Path, trainer: Trainer) -> None:
+    """Give `trainer` the state of the newest valid checkpoint of `run`; its next batch is the one after the present.
+
+    All batches from the checkpoint on are left out, the present one too: PaLM's remedy (Chowdhery et al. 2022, section
+    5.1), whose authors found that neither the state nor the data alone made a spike.
+
+    Raises:
+        UserError: there is no checkpoint.
+    """
+    mesh, failed_at, following = trainer.mesh, trainer.step, trainer.data_step + 1
+    if mesh.any(mesh.is_main and not checkpoints(run)):
+        raise UserError(
+            f"step {failed_at + 1} is not finite and run {str(run)!r} has no checkpoint to go back to; set a smaller "
+            "checkpoint.every_steps, or train.on_non_finite skip"
+        )
+    checkpoint, _ = choose_checkpoint(run, mesh)
+    load_weights(trainer.model, checkpoint.weights())
+    clear_moments(trainer.optimizer)
+    load_optimizer(trainer.model, trainer.optimizer, checkpoint.optimizer(), checkpoint.step)
+    trainer.load_state(checkpoint.state.trainer, rewound=True)
+    states = checkpoint.state.random
+    if len(states) == mesh.world_size:
+        restore_generators(states[mesh.rank], mesh.device)
+    trainer.step = checkpoint.step
+    trainer.skipped = following - checkpoint.step
+    back = failed_at - checkpoint.step
+    trainer.event("rewind", checkpoint=checkpoint.folder.name, updates=back, batches_left_out=back + 1)
+
+
+@torch.no_grad()
+def clear_moments(optimizer: torch.optim.Optimizer) -> None:
+    """As before the first update: what a checkpoint without updates does not set."""
+    for state in optimizer.state.values():
+        for name in ("step", *MOMENTS):
+            state[name].zero_()

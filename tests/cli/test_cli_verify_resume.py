@@ -1,0 +1,88 @@
+"""`regpt verify-resume`: the certificate of a run that goes on, and of one that does not."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tiny
+from regpt.__main__ import main
+from regpt.checkpoint.load import checkpoint_folder
+from regpt.checkpoint.manifest import write_manifest
+from regpt.runs.pretrain import pretrain
+from regpt.runs.verify_resume import Comparison, Kill, compare, sentence
+
+POSIX = pytest.mark.skipif(os.name != "posix", reason="kills processes")
+
+
+@pytest.fixture(scope="module")
+def run(shards, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("verify") / "run"
+    assert pretrain(tiny.run_config(shards), folder) == 0
+    return folder
+
+
+def compared(straight: Path, other: Path, deterministic: bool = True) -> Comparison:
+    return compare(straight, other, (1, 1), (Kill(3, 2),), deterministic, 0.01)
+
+
+def test_a_run_is_bitwise_itself(run: Path):
+    found = compared(run, run)
+    assert (found.passed, found.bitwise, found.steps, found.loss_difference) == (True, True, 8, 0.0)
+    assert sentence(found) == "8 steps on 1 processes, killed after 3: bitwise equal, as it must be (bitwise)"
+
+
+@pytest.mark.parametrize(("by", "within"), [(1e-6, True), (3.0, False)])
+def test_a_changed_weight_fails_the_deterministic_and_the_tolerant_certificate(run, tmp_path, by: float, within: bool):
+    other = tmp_path / "run"
+    shutil.copytree(run, other)
+    folder = checkpoint_folder(other, 8)
+    weights = load_file(folder / "model.safetensors")
+    weights["wpe.weight"] += by * torch.linspace(-1, 1, 16)
+    save_file(weights, folder / "model.safetensors")
+    (folder / "manifest.json").unlink()
+    write_manifest(folder)
+    assert not compared(run, other).passed
+    assert compared(run, other, deterministic=False).passed is within
+
+
+def test_a_changed_or_missing_row_fails_the_certificate(run: Path, tmp_path: Path):
+    for change in (lambda row: row | {"loss": row["loss"] * 1.1}, lambda row: None):
+        other = tmp_path / str(change)
+        shutil.copytree(run, other)
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        rows = [change(row) if (row["kind"], row["step"]) == ("train", 5) else row for row in rows]
+        text = "".join(json.dumps(row) + "\n" for row in rows if row is not None)
+        (other / "metrics.jsonl").write_text(text, encoding="utf-8")
+        assert not compared(run, other).passed
+        assert not compared(run, other, deterministic=False).passed
+
+
+@POSIX
+@pytest.mark.slow
+def test_a_killed_run_gets_its_certificate(shards, tmp_path: Path, capsys):
+    config = tiny.change(tiny.run_config(shards), "train", deterministic=True)
+    (tmp_path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    out = str(tmp_path / "out")
+    assert (
+        main(["verify-resume", str(tmp_path / "config.toml"), "--steps", "16", "--kills", "2", "--out", out, "--json"])
+        == 0
+    )
+    found = json.loads(capsys.readouterr().out)
+    assert found["passed"]
+    killed, other = found["comparisons"]["killed"], found["comparisons"]["other_world_size"]
+    assert (killed["bitwise"], killed["must_be_bitwise"], len(killed["kills"])) == (True, True, 2)
+    assert (other["bitwise"], other["must_be_bitwise"], other["world_sizes"]) == (False, False, [1, 2])
+    assert other["loss_difference"] < 1e-3
+
+
+def test_what_cannot_be_verified_is_refused(shards, tmp_path: Path, capsys):
+    (tmp_path / "config.toml").write_text(tiny.run_config(shards).to_toml(), encoding="utf-8")
+    assert main(["verify-resume", str(tmp_path / "config.toml"), "--kills", "0"]) == 2
+    assert "--kills is 0, must be at least 1" in capsys.readouterr().err
+    assert main(["verify-resume", str(tmp_path / "config.toml"), "--other-nproc", "3"]) == 2
+    assert "is not a multiple of 48" in capsys.readouterr().err

@@ -1,0 +1,142 @@
+"""What the launcher does about a process that dies, by how it died; and a run that goes on by itself."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_launch import PATIENCE, finished, regpt, rows  # type: ignore[import-not-found]
+
+import tiny
+from regpt.checkpoint.load import checkpoint_folder, checkpoints
+from regpt.parallel import launch as module
+from regpt.parallel.launch import launch, may_do_better, verdict
+
+POSIX = pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
+KILLED = -signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("codes", "again", "code"),
+    [
+        ({0: 0, 1: 0}, True, 0),
+        ({0: 75, 1: 75}, False, 75),
+        ({0: 75, 1: 0}, False, 75),  # torchrun ended process 1, which had nothing left to do
+        ({0: 75, 1: KILLED}, False, 1),
+        ({0: 70, 1: KILLED}, True, 1),
+        ({0: 70, 1: 2}, False, 2),
+        ({0: 70, 1: 1}, False, 1),
+        ({0: 130, 1: 75}, False, 130),
+    ],
+)
+def test_the_exit_code_and_whether_another_try_is_of_use(codes: dict[int, int], again: bool, code: int):
+    assert may_do_better(codes) is again
+    assert verdict(codes) == code
+
+
+def tries(monkeypatch, *ends: dict[int, int], **options) -> tuple[int, list[list[str]]]:
+    """The launcher's exit code, and the arguments of each group that it started; they end as `ends` says."""
+    started: list[list[str]] = []
+    left = iter(ends)
+
+    def run_once(processes: int, args: list[str]) -> tuple[dict[int, int], bool]:
+        started.append(list(args))
+        return next(left), False
+
+    monkeypatch.setattr(module, "run_once", run_once)
+    return launch(2, ["first"], again=lambda: ["again"], say=lambda text: None, **options), started
+
+
+def test_a_death_starts_all_again_and_a_refusal_does_not(monkeypatch):
+    dead, refused, well = {0: 70, 1: -9}, {0: 1, 1: 70}, {0: 0, 1: 0}
+    assert tries(monkeypatch, dead, well, max_restarts=3) == (0, [["first"], ["again"]])
+    assert tries(monkeypatch, refused, max_restarts=3) == (1, [["first"]])
+    assert tries(monkeypatch, dead, dead, dead, max_restarts=2) == (1, [["first"], ["again"], ["again"]])
+    assert tries(monkeypatch, dead, max_restarts=0) == (1, [["first"]])
+
+
+def test_progress_begins_the_count_anew(monkeypatch):
+    dead, well = {0: -9, 1: 70}, {0: 0, 1: 0}
+    reached = iter(range(100))
+    code, started = tries(monkeypatch, *[dead] * 5, well, max_restarts=1, progress=lambda: next(reached))
+    assert (code, len(started)) == (0, 6)
+
+
+@POSIX
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_killed_process_is_replaced_and_the_run_goes_on_bitwise(shards, processes: int, tmp_path: Path):
+    config = tiny.change(tiny.run_config(shards), "train", deterministic=True, steps=60)
+    for section in ("eval", "sample"):
+        config = tiny.change(config, section, every_steps=0)
+    (tmp_path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    assert finished("train", tmp_path / "config.toml", "--out", straight, "--nproc", processes)[0] == 0
+    with regpt("train", tmp_path / "config.toml", "--out", run, "--nproc", processes) as process:
+        killed = kill_one(process, run)
+        _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, err
+    assert f"process {killed} ended with SIGKILL" in err
+    assert f"starting all of them again (1 of 3): regpt train --resume {run}" in err
+    assert [row["name"] for row in rows(run, "event")].count("resume") == 1
+    ours, theirs = (checkpoint_folder(r, 60) / "model.safetensors" for r in (run, straight))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def kill_one(process, run: Path, kind: signal.Signals = signal.SIGKILL) -> int:
+    """Send `kind` to the last process of the group when the run has a checkpoint; its rank."""
+    limit = time.monotonic() + PATIENCE
+    while not checkpoints(run):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < limit
+    ranks = workers(process.pid)
+    os.kill(ranks[max(ranks)], kind)
+    return max(ranks)
+
+
+def workers(launcher: int) -> dict[int, int]:
+    """Process ids of the group that `launcher` started, by rank."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            environment = (folder / "environ").read_bytes().split(b"\0")
+        except (OSError, IndexError):
+            continue
+        rank = [int(entry[5:]) for entry in environment if entry.startswith(b"RANK=")]
+        if parent == launcher and rank:
+            found[rank[0]] = int(folder.name)
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+@pytest.mark.slow
+def test_a_process_that_hangs_is_named_and_replaced(shards, tmp_path: Path):
+    config = tiny.change(tiny.run_config(shards), "train", hang_seconds=5, steps=200)
+    for section in ("eval", "sample"):
+        config = tiny.change(config, section, every_steps=0)
+    (tmp_path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    run = tmp_path / "run"
+    with regpt("train", tmp_path / "config.toml", "--out", run, "--nproc", 2) as process:
+        kill_one(process, run, signal.SIGSTOP)
+        _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, err
+    assert "rank 0 has waited" in err
+    assert "; missing: rank 1 (" in err
+    assert rows(run, "train")[-1]["step"] == 200
+
+
+@POSIX
+def test_bad_input_is_not_tried_again(shards, tmp_path: Path):
+    """What the processes themselves refuse, a loss that is not finite."""
+    config = tiny.change(tiny.run_config(shards), "train", on_non_finite="stop")
+    config = tiny.change(config, "optim", lr=1e30, warmup_steps=0, schedule="constant")
+    (tmp_path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    code, _, err = finished("train", tmp_path / "config.toml", "--out", tmp_path / "run", "--nproc", 2)
+    assert code == 1
+    assert "so the update was not applied" in err
+    assert "starting all of them again" not in err
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["name"] == "non_finite"

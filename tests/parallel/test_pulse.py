@@ -1,0 +1,81 @@
+"""A process that waits in vain says for whom."""
+
+import json
+import time
+
+import pytest
+
+from regpt.parallel import pulse as module
+from regpt.parallel.pulse import HUNG, Pulse, diagnosis, key, watched
+
+
+def note(step: int, waits: int, doing: str = "", time: float = 100.0) -> dict:
+    return {"step": step, "waits": waits, "doing": doing, "time": time}
+
+
+OWN = note(7, 21, "the sum of the gradients")
+
+
+def test_the_ranks_that_have_begun_fewer_waits_are_missing():
+    notes = {0: OWN, 1: note(6, 20, time=88.0), 2: OWN}
+    assert diagnosis(0, 4, OWN, notes, 61.0) == (
+        "step 7: rank 0 has waited 61 seconds for the sum of the gradients; missing: "
+        "rank 1 (computing in step 6, heard of 12 seconds ago), rank 3 (never heard of)"
+    )
+
+
+def test_when_nobody_is_missing_the_device_or_the_network_is_suspected():
+    assert "all 2 ranks are in it: suspect" in diagnosis(0, 2, OWN, {0: OWN, 1: OWN}, 61.0)
+
+
+def test_without_a_store_its_host_is_said_to_be_gone():
+    assert diagnosis(1, 2, OWN, {}, 61.0).endswith("the store is not to be reached, so its host is gone")
+
+
+def test_a_pulse_counts_waits_and_knows_the_present_one():
+    pulse = Pulse()
+    with pulse.waiting("x"):
+        assert (pulse.waits, pulse.doing) == (1, "x")
+    with pytest.raises(KeyError), pulse.waiting("y"):
+        raise KeyError
+    assert (pulse.waits, pulse.doing) == (2, "")
+
+
+class Shelf(dict):
+    """A store in memory."""
+
+    def set(self, name: str, value: str) -> None:
+        self[name] = value.encode()
+
+    def check(self, names: list[str]) -> bool:
+        return all(name in self for name in names)
+
+
+def test_the_process_ends_when_its_wait_is_too_long_and_not_before(monkeypatch, capfd):
+    ended: list[int] = []
+    pulse, shelf = Pulse(), Shelf({key(1): json.dumps(note(4, 0, time=time.time())).encode()})
+    pulse.step = 5
+
+    def end(code: int) -> None:
+        ended.append(code)
+        pulse.since += 3600  # so that it ends once
+
+    monkeypatch.setattr(module.os, "_exit", end)
+    with watched(pulse, 0, 2, lambda: shelf, seconds=0.2):
+        with pulse.waiting("a common decision"):
+            while not ended:
+                pass
+        said = capfd.readouterr().err
+    assert ended == [HUNG]
+    assert "regpt: step 5: rank 0 has waited 0 seconds for a common decision; missing: rank 1 (computing in" in said
+    assert json.loads(shelf[key(0)])["step"] == 5
+
+
+def test_a_long_computation_is_no_wait(monkeypatch):
+    monkeypatch.setattr(module.os, "_exit", lambda code: pytest.fail("ended"))
+    pulse = Pulse()
+    noted = Shelf()
+    with watched(pulse, 0, 2, lambda: noted, seconds=0.01):
+        pulse.since -= 3600
+        while key(0) not in noted:
+            pass

@@ -1,0 +1,71 @@
+"""Signals: the first asks, the second ends at once, whatever the main thread is doing."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from regpt.runs.stop import stop_request
+
+POSIX = pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals to another process")
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_a_request_and_the_handlers_are_put_back(kind: signal.Signals):
+    before = [signal.getsignal(k) for k in (signal.SIGINT, signal.SIGTERM)]
+    with stop_request() as requested:
+        assert not requested()
+        signal.raise_signal(kind)
+        assert requested()
+        signal.raise_signal(kind)  # the same press, that a launcher passes on
+    assert [signal.getsignal(k) for k in (signal.SIGINT, signal.SIGTERM)] == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+# A process whose main thread runs no Python code when the signals come, as in a collective that hangs.
+BLOCKED = """
+import ctypes, sys
+from regpt.runs import stop
+stop.SAME_PRESS_SECONDS = float(sys.argv[1])
+def blocked_in_c():
+    libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(256)
+    while True:  # the second call waits for ever, and no signal makes it return: handlers in Python never run
+        libc.pthread_mutex_lock(mutex)
+with stop.stop_request(seconds=float(sys.argv[2])):
+    print("ready", flush=True)
+    blocked_in_c()
+"""
+
+
+def blocked(*args: float) -> subprocess.Popen:
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", BLOCKED, *map(str, args)]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@POSIX
+def test_a_second_signal_ends_a_process_that_hangs_with_130():
+    process = blocked(0.0, 0.0)
+    process.send_signal(signal.SIGINT)
+    while process.poll() is None:  # the second may come with the first: signals do not queue
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(0.2)
+        except subprocess.TimeoutExpired:
+            continue
+    assert process.returncode == 130
+    assert "interrupted twice; what was saved before is untouched" in process.communicate()[1]
+
+
+@POSIX
+def test_a_process_that_does_not_stop_in_time_is_ended():
+    process = blocked(60.0, 0.5)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 70
+    assert "not stopped 0.5 seconds after the signal" in err
