@@ -32,7 +32,7 @@ def test_the_two_commands_are_targets_of_the_makefile():
 
 def test_the_table_names_every_command():
     table = README[README.index("| command |") :].split("\n\n")[0]
-    assert set(re.findall(r"`regpt (\w+)", table)) == COMMANDS.keys()
+    assert set(re.findall(r"`regpt ([\w-]+)", table)) == COMMANDS.keys()
 
 
 class Parsed(Exception):

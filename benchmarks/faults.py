@@ -1,0 +1,452 @@
+"""What a run survives: the same tiny run killed, stopped, starved of disk, damaged and fed with NaN, again and again.
+
+    nice python benchmarks/faults.py [--scale 1.0] [--only kills,flips] [--folder DIR]
+
+Prints a table and writes benchmarks/results/faults-<hardware>-<date>.json. A run of a hundred updates in deterministic
+mode is made once in one piece; every other one has to end with the same bytes, whatever happened on the way. Runs are
+forked from this process, which has imported everything, so that a hundred of them are started in minutes: POSIX only.
+"""
+
+import contextlib
+import json
+import math
+import os
+import platform
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import tyro
+
+from regpt.checkpoint.config import CheckpointConfig
+from regpt.checkpoint.load import checkpoint_folder, checkpoints, newest_checkpoint, step_of, verify_checkpoint
+from regpt.config import RunConfig
+from regpt.data.config import DataConfig
+from regpt.data.manifest import read_manifest
+from regpt.data.prepare import prepare
+from regpt.errors import UserError
+from regpt.evals.config import EvalConfig
+from regpt.model.config import ModelConfig
+from regpt.runs import build
+from regpt.runs.metric_rows import last_rows
+from regpt.runs.pretrain import pretrain, resume
+from regpt.runs.verify_resume import Bench
+from regpt.sample.config import SampleConfig
+from regpt.text.bpe import train_bpe
+from regpt.train.config import OptimConfig, TrainConfig
+from regpt.train.loss import make_loss_sum
+
+STEPS, EVERY = 100, 3
+COUNTS = {
+    "kills": 100,
+    "flips": 50,
+    "truncations": 20,
+    "full_disk": 20,
+    "sigterms": 20,
+    "process_deaths": 4,
+    "nan": 4,
+}
+
+
+@dataclass(frozen=True)
+class Args:
+    scale: float = 1.0
+    """Share of the full campaign."""
+    only: str = ""
+    """Kinds of faults, separated by commas; default: all."""
+    folder: str = ""
+    """Where the runs lie; default: a temporary folder."""
+    seed: int = 0
+    """Of all random moments and places."""
+    write: bool = True
+    """Write benchmarks/results/faults-….json."""
+
+
+class Campaign:
+    """The folder of all runs, the straight run, and what was seen."""
+
+    def __init__(self, folder: Path, seed: int):
+        self.folder, self.draw = folder, random.Random(seed)
+        self.config = tiny_config(write_data(folder / "data"))
+        self.straight = folder / "straight"
+        assert self.run(lambda: pretrain(self.config, self.straight)) == 0
+        self.expected = final_bytes(self.straight)
+        rows = last_rows(self.straight, "train")
+        self.step_seconds = sum(row["dt_ms"] for row in rows.values()) / len(rows) / 1e3
+
+    def start(self, work: Callable[[], int]) -> int:
+        """`work()` in a process of its own; its id. Output is left out."""
+        child = os.fork()
+        if child:
+            return child
+        code = 99
+        with open(os.devnull, "w", encoding="utf-8") as nothing, contextlib.suppress(BaseException):
+            os.dup2(nothing.fileno(), 1)
+            os.dup2(nothing.fileno(), 2)
+            try:
+                code = work()
+            except UserError as error:
+                (self.folder / "said.txt").write_text(str(error), encoding="utf-8")
+                code = error.exit_code
+        os._exit(code)
+
+    def run(self, work: Callable[[], int]) -> int:
+        return ended(self.start(work))
+
+    def begin_or_resume(self, run: Path, config: RunConfig | None = None) -> Callable[[], int]:
+        return lambda: resume(run) if (run / "config.toml").exists() else pretrain(config or self.config, run)
+
+    def said(self) -> str:
+        path = self.folder / "said.txt"
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        path.unlink(missing_ok=True)
+        return text
+
+    def is_straight(self, run: Path) -> bool:
+        """Whether the finished run has the bytes of the straight one, and its loss curve."""
+        keys = ("loss", "grad_norm", "lr")
+        curves = [{s: [row[k] for k in keys] for s, row in last_rows(r, "train").items()} for r in (run, self.straight)]
+        return curves[0] == curves[1] and final_bytes(run) == self.expected
+
+    def copy(self, name: str, upto: int) -> Path:
+        """The straight run as it was after step `upto`."""
+        run = self.folder / name
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(self.straight, run)
+        for folder in checkpoints(run):
+            if step_of(folder) > upto:
+                shutil.rmtree(folder)
+        return run
+
+
+def ended(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def final_bytes(run: Path) -> list[bytes]:
+    folder = checkpoint_folder(run, STEPS)
+    return [(folder / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")]
+
+
+def write_data(folder: Path) -> Path:
+    draw = random.Random(0)
+    words = ["".join(draw.choices(["ba", "do", "mi", "ta", "ru", "ke"], k=draw.randint(1, 3))) for _ in range(40)]
+    texts = [" ".join(draw.choices(words, k=draw.randint(5, 50))) for _ in range(60)]
+    source = folder.with_suffix(".jsonl")
+    source.write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
+    prepare([str(source)], folder, train_bpe(texts, 300), val_fraction=0.2, workers=1)
+    return folder
+
+
+def tiny_config(data: Path) -> RunConfig:
+    """Checkpoints every few steps, all of them kept for the damage to choose from."""
+    return RunConfig(
+        model=ModelConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=300, max_seq_len=16),
+        data=DataConfig(path=str(data), seq_len=16),
+        train=TrainConfig(
+            steps=STEPS, batch_tokens=64, micro_batch_rows=4, precision="fp32", compile=False, device="cpu",
+            deterministic=True,
+        ),
+        optim=OptimConfig(lr=1e-2, warmup_steps=2),
+        eval=EvalConfig(every_steps=0, val_tokens=48),
+        sample=SampleConfig(every_steps=0, prompt="ba bo", n=1, max_new_tokens=4),
+        checkpoint=CheckpointConfig(every_steps=EVERY, keep_last=0),
+    )  # fmt: skip
+
+
+# ---- faults ----------------------------------------------------------------------------------------------------------
+
+
+def kills(c: Campaign, count: int) -> dict[str, object]:
+    """SIGKILL, every second one as soon as a checkpoint is being written; runs are finished and compared every ten."""
+    wrong = lost = inside = runs = invalid = done = 0
+    while done < count:
+        run = c.folder / f"killed-{runs}"
+        for _ in range(min(10, count - done)):
+            aimed = done % 2 == 0
+            known = {folder.name for folder in checkpoints(run)}
+            child = c.start(c.begin_or_resume(run))
+            wait_for_writing(run, child) if aimed else wait_for_new_row(run, child, c.draw)
+            time.sleep(c.draw.random() * (2e-3 if aimed else c.step_seconds * EVERY))
+            os.kill(child, signal.SIGKILL)
+            ended(child)
+            inside += any(run.glob("checkpoints/.step-*.tmp-*"))
+            invalid += sum(not intact(folder) for folder in checkpoints(run))
+            announced = [row["step"] for row in events(run, "checkpoint")]
+            lost += bool(announced) and max(announced) > newest(run)
+            lost += not known <= {folder.name for folder in checkpoints(run)}
+            done += 1
+        wrong += c.run(c.begin_or_resume(run)) != 0 or not c.is_straight(run)
+        runs += 1
+    return {
+        "faults": done,
+        "while writing a checkpoint": inside,
+        "runs": runs,
+        "lost": lost,
+        "invalid": invalid,
+        "wrong": wrong,
+    }
+
+
+def flips(c: Campaign, count: int) -> dict[str, object]:
+    """One bit of one file of the newest checkpoint, all files in turn."""
+
+    def flip(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        place = c.draw.randrange(len(data) * 8)
+        data[place // 8] ^= 1 << place % 8
+        path.write_bytes(data)
+
+    return damaged(c, count, flip)
+
+
+def truncations(c: Campaign, count: int) -> dict[str, object]:
+    return damaged(c, count, lambda path: os.truncate(path, c.draw.randrange(path.stat().st_size)))
+
+
+def damaged(c: Campaign, count: int, damage: Callable[[Path], None]) -> dict[str, object]:
+    """Each damage must be seen, the checkpoint before it be chosen, the damaged one stay; some runs are finished."""
+    unseen = deleted = wrong = finished = 0
+    files: dict[str, int] = {}
+    for number in range(count):
+        last = STEPS // EVERY * EVERY
+        run = c.copy("damaged", last)
+        folder = checkpoint_folder(run, last)
+        names = sorted(path.name for path in folder.iterdir())
+        name = names[number % len(names)]
+        files[name] = files.get(name, 0) + 1
+        damage(folder / name)
+        unseen += newest(run) != last - EVERY
+        if number % 10 == 0:
+            finished += 1
+            wrong += c.run(lambda run=run: resume(run)) != 0 or not c.is_straight(run)
+            kept = [path for path in (run / "checkpoints").iterdir() if path.name.startswith(f"{folder.name}.damaged")]
+            deleted += not kept
+    return {"faults": count, "files": files, "unseen": unseen, "runs": finished, "lost": deleted, "wrong": wrong}
+
+
+def full_disk(c: Campaign, count: int) -> dict[str, object]:
+    """No file may grow beyond a random size, as on a full disk: the run says so, and goes on when there is room."""
+    wrong = unsaid = lost = 0
+    largest = max(path.stat().st_size for path in checkpoint_folder(c.straight, STEPS).iterdir())
+    for _ in range(count):
+        upto = EVERY * c.draw.randint(2, STEPS // EVERY - 2)
+        run = c.copy("full", upto)
+        with (run / "metrics.jsonl").open("rb+") as file:
+            file.truncate(0)  # so that the limit is met by the checkpoint rather than by the rows
+        limit = c.draw.randint(largest // 8, largest - 1)
+        code = c.run(lambda run=run, limit=limit: limited(run, limit))
+        unsaid += code != 1 or "cannot write" not in c.said()
+        lost += newest(run) < upto or any(not intact(folder) for folder in checkpoints(run))
+        wrong += c.run(lambda run=run: resume(run)) != 0 or final_bytes(run) != c.expected
+    return {"faults": count, "unseen": unsaid, "lost": lost, "runs": count, "wrong": wrong}
+
+
+def limited(run: Path, limit: int) -> int:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    return resume(run)
+
+
+def sigterms(c: Campaign, count: int) -> dict[str, object]:
+    """The run must save and end with 75; then it is stopped again, or finished and compared."""
+    wrong = refused = done = runs = 0
+    longest = 0.0
+    while done < count:
+        run = c.folder / f"stopped-{runs}"
+        for _ in range(min(5, count - done)):
+            child = c.start(c.begin_or_resume(run))
+            wait_for_new_row(run, child, c.draw)
+            began = time.monotonic()
+            os.kill(child, signal.SIGTERM)
+            code = ended(child)
+            longest = max(longest, time.monotonic() - began)
+            refused += code != 75 or newest(run) != max(last_rows(run, "train"))
+            done += 1
+        wrong += c.run(c.begin_or_resume(run)) != 0 or not c.is_straight(run)
+        runs += 1
+    return {"faults": done, "unseen": refused, "runs": runs, "wrong": wrong, "longest stop, s": round(longest, 2)}
+
+
+def process_deaths(c: Campaign, count: int) -> dict[str, object]:
+    """One of 2, then of 4 processes is killed; the launcher starts all again; compared with as many undisturbed."""
+    wrong = done = 0
+    config = replace(c.config, train=replace(c.config.train, micro_batch_rows=1))
+    (c.folder / "ranks.toml").write_text(config.to_toml(), encoding="utf-8")
+    for processes in (2, 4):
+        bench = Bench(c.folder / f"ranks-{processes}", dict(os.environ), c.draw, print)
+        bench.folder.mkdir()
+        start = ["train", str(c.folder / "ranks.toml"), "--nproc", str(processes), "--out"]
+        bench.finish(*start, str(bench.folder / "straight"))
+        for number in range(count // 2):
+            run = bench.folder / f"killed-{number}"
+            process = bench.start(*start, str(run))
+            while not checkpoints(run) and process.poll() is None:
+                time.sleep(0.01)
+            time.sleep(c.draw.random() * c.step_seconds * 20)
+            victims = [*bench.folder.glob("tmp/regpt-launch-*/*.pid")]
+            victims = [path for path in victims if not path.with_suffix(".exit").exists()]
+            if victims:
+                os.kill(int(c.draw.choice(victims).read_text(encoding="utf-8")), signal.SIGKILL)
+            wrong += process.wait() != 0 or final_bytes(run) != final_bytes(bench.folder / "straight")
+            wrong += len(events(run, "resume")) != 1
+            done += 1
+    return {"faults": done, "runs": done, "wrong": wrong}
+
+
+def nan(c: Campaign, count: int) -> dict[str, object]:
+    """In a shard (a token beyond the vocabulary), in the loss, a gradient, a weight: refused, never applied."""
+    unseen = wrong = 0
+    for kind in ["data", "loss", "gradient", "weight"][:count]:
+        run = c.folder / f"nan-{kind}"
+        config = c.config
+        if kind == "data":
+            spoiled = c.folder / "spoiled"
+            shutil.copytree(config.data.path, spoiled)
+            shard = next(s for s in read_manifest(spoiled).shards if s.split == "train")
+            with (spoiled / shard.file).open("rb+") as file:
+                file.seek(2 * (shard.tokens // 2))
+                file.write(b"\xff\xff")
+            config = replace(config, data=replace(config.data, path=str(spoiled)))
+        code = c.run(lambda config=config, run=run, kind=kind: injected(config, run, kind))
+        said = c.said()
+        unseen += code != 1 or ("vocabulary" if kind == "data" else "was not applied") not in said
+        if kind != "data":
+            unseen += [row["at_step"] for row in events(run, "non_finite")] != [51] or 51 in last_rows(run, "train")
+            wrong += any(not intact(folder) for folder in checkpoints(run))
+            wrong += c.run(lambda run=run: resume(run)) != 0 or not c.is_straight(run)
+    return {"faults": min(count, 4), "unseen": unseen, "runs": max(0, min(count, 4) - 1), "wrong": wrong}
+
+
+def injected(config: RunConfig, run: Path, kind: str) -> int:
+    """The run with a NaN in the loss, a gradient or a weight of update 51."""
+    calls = [0]
+
+    def make(model: torch.nn.Module, *args: object, **options: object) -> Callable[..., torch.Tensor]:
+        good = make_loss_sum(model, *args, **options)  # type: ignore[arg-type]
+        weight = next(model.parameters())
+
+        def loss_sum(batch: object) -> torch.Tensor:
+            loss = good(batch)  # type: ignore[arg-type]
+            calls[0] += torch.is_grad_enabled()
+            if calls[0] >= 51 and torch.is_grad_enabled():
+                if kind == "loss":
+                    return loss * math.nan
+                if kind == "gradient":
+                    loss.register_hook(lambda grad: grad * math.nan)
+                if kind == "weight":
+                    with torch.no_grad():
+                        weight.view(-1)[5] = math.nan
+                    return good(batch)  # type: ignore[arg-type]
+            return loss
+
+        return loss_sum
+
+    if kind != "data":
+        build.make_loss_sum = make  # type: ignore[assignment]
+    return pretrain(config, run)
+
+
+# ---- looking on ------------------------------------------------------------------------------------------------------
+
+
+def wait_for_new_row(run: Path, child: int, draw: random.Random) -> None:
+    """Until the child has written a random number of rows."""
+    known = size(run)
+    wanted = draw.randint(1, 12)
+    while alive(child) and size(run) - known < 250 * wanted:
+        time.sleep(1e-3)
+
+
+def wait_for_writing(run: Path, child: int) -> None:
+    """Until a checkpoint is being written."""
+    old = {path.name for path in run.glob("checkpoints/.step-*.tmp-*")}
+    while alive(child) and not {path.name for path in run.glob("checkpoints/.step-*.tmp-*")} - old:
+        pass
+
+
+def alive(child: int) -> bool:
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+
+def size(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.stat().st_size if path.exists() else 0
+
+
+def intact(folder: Path) -> bool:
+    try:
+        verify_checkpoint(folder)
+    except UserError:
+        return False
+    return True
+
+
+def newest(run: Path) -> int:
+    try:
+        return step_of(newest_checkpoint(run, warn=lambda message: None))
+    except UserError:
+        return 0
+
+
+def events(run: Path, name: str) -> list[dict]:
+    path = run / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    return [row for row in rows if row.get("name") == name]
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+KINDS = {f.__name__: f for f in (kills, flips, truncations, full_disk, sigterms, process_deaths, nan)}
+
+
+def main(args: Args) -> int:
+    torch.set_num_threads(1)
+    chosen = args.only.split(",") if args.only else list(KINDS)
+    with folder_of(args) as base:
+        campaign = Campaign(base, args.seed)
+        results: dict[str, dict[str, object]] = {}
+        print("| fault | faults | runs finished | unseen | lost | wrong | also |\n" + "| --- " * 7 + "|", flush=True)
+        for kind in chosen:
+            began = time.monotonic()
+            results[kind] = KINDS[kind](campaign, max(1, round(COUNTS[kind] * args.scale)))
+            results[kind]["seconds"] = round(time.monotonic() - began)
+            print(line(kind, results[kind]), flush=True)
+    if args.write:
+        where = Path(__file__).parent / "results"
+        name = f"faults-{platform.machine()}-{os.cpu_count()}cores-{datetime.now(UTC):%Y-%m-%d}.json"
+        machine = {"cores": os.cpu_count(), "platform": platform.system(), "torch": torch.__version__}
+        text = json.dumps({"machine": machine, "seed": args.seed, "results": results}, indent=1)
+        (where / name).write_text(text + "\n", encoding="utf-8")
+    bad = ("unseen", "lost", "invalid", "wrong")
+    return int(any(result.get(key) for result in results.values() for key in bad))
+
+
+@contextlib.contextmanager
+def folder_of(args: Args) -> Iterator[Path]:
+    if args.folder:
+        Path(args.folder).mkdir(parents=True)
+        yield Path(args.folder).resolve()
+        return
+    with tempfile.TemporaryDirectory(prefix="regpt-faults-") as folder:
+        yield Path(folder)
+
+
+def line(kind: str, result: dict[str, object]) -> str:
+    known = ("faults", "runs", "unseen", "lost", "wrong")
+    also = ", ".join(f"{key} {value}" for key, value in result.items() if key not in known)
+    return f"| {kind} | " + " | ".join(str(result.get(key, "")) for key in known) + f" | {also} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Args)))
