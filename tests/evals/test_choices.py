@@ -3,9 +3,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from naive import naive_scores
 
 import tiny
+from naive import naive_scores
 from regpt.errors import UserError
 from regpt.evals.choices import Choices, Question, largest, open_choices
 from regpt.evals.score import Scorer, Scores

@@ -4,9 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from naive import naive_scores
 
 import tiny
+from naive import naive_scores
 from regpt.data.order import splitmix64
 from regpt.errors import UserError
 from regpt.evals.core import TASKS, CoreTask, Example, Settings, common, open_core, shots_for, summarize

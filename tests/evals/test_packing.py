@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from naive import random_prompts
 
+from naive import random_prompts
 from regpt.errors import UserError
 from regpt.evals.packing import Plan, Prompt, Tree, best_fit, bucketed, fill, packed, plant
 

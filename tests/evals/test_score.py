@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo
-from naive import naive_scores, random_prompts
 from torch._dynamo.utils import counters
 
 import tiny
+from naive import naive_scores, random_prompts
 from regpt.errors import UserError
 from regpt.evals.head import CpuHead, in_cache, log_probability
 from regpt.evals.packing import Prompt

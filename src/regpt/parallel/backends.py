@@ -17,7 +17,8 @@ def sum_alone(backend: str, device: torch.device) -> float:
         RuntimeError, ValueError: `backend` (gloo, nccl) is not part of this torch, or does not start.
     """
     with tempfile.TemporaryDirectory() as folder:
-        store = dist.FileStore(str(Path(folder) / "store"), 1)
+        path = str(Path(folder) / "store")
+        store = dist.FileStore(path, 1)  # pyright: ignore[reportPrivateImportUsage]
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=WAIT)

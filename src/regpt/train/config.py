@@ -111,7 +111,7 @@ class OptimConfig:
     eps: float = 1e-8
     """Added to the root of the second moment."""
     offload: bool = False
-    """Keep the moments in the host's memory and bring them to the device for each update: for models that do not fit."""
+    """Keep the moments in the host's memory, on the device only for the update: for models that do not fit."""
 
     def __post_init__(self) -> None:
         require("optim", self, {"lr": 0, "min_lr_ratio": 0, "warmup_steps": 0, "decay_steps": 1, "weight_decay": 0})

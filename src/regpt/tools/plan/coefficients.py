@@ -202,7 +202,10 @@ STEP_SECONDS = (
 OPTIMIZER_TRAFFIC = (
     44  # bytes per parameter and step: fused AdamW reads 16, writes 12; norm and clipping 12; 90 % of peak
 )
-HOST_BYTES_PER_SECOND = {True: 50e9, False: 25e9}  # between host and GPU, PCIe 5 (Hopper on) or 4; typical, not measured
+HOST_BYTES_PER_SECOND = {
+    True: 50e9,
+    False: 25e9,
+}  # host to GPU, PCIe 5 (Hopper on) or 4; typical, not measured
 LINK_SHARE = 0.6  # of a link's rate, reached by an all-reduce in buckets; assumed
 LARGE_PRODUCT_SHARE = 0.78  # an 8192³ bfloat16 product on an H100 SXM: 768 of 989 TFLOP/s
 FORWARD_SHARE = 0.36  # of a micro-batch's time: its forward alone, as validation runs it (a third of the products)

@@ -52,9 +52,7 @@ def product_rate(device: Device, precision: str) -> float:
     return (rate or device.fp32) * 1e12
 
 
-def gpu_speed(
-    shape: Shape, rows: int, micro_batches: int, gpus: int, device: Device, settings: Settings
-) -> Speed:
+def gpu_speed(shape: Shape, rows: int, micro_batches: int, gpus: int, device: Device, settings: Settings) -> Speed:
     """A step of `micro_batches` of `rows` on each of `gpus` devices."""
     path, rate = path_of(settings.path, settings.precision), product_rate(device, settings.precision)
     bandwidth = device.bandwidth * 1e9
