@@ -169,24 +169,26 @@ def tiny_config(data: Path) -> RunConfig:
 def kills(c: Campaign, count: int) -> dict[str, object]:
     """SIGKILL, every second one as soon as a checkpoint is being written; runs are finished and compared every ten."""
     wrong = lost = inside = runs = invalid = done = 0
+    config = replace(c.config, checkpoint=replace(c.config.checkpoint, keep_last=5))
     while done < count:
         run = c.folder / f"killed-{runs}"
         for _ in range(min(10, count - done)):
             aimed = done % 2 == 0
             known = {folder.name for folder in checkpoints(run)}
-            child = c.start(c.begin_or_resume(run))
+            child = c.start(c.begin_or_resume(run, config))
             wait_for_writing(run, child) if aimed else wait_for_new_row(run, child, c.draw)
             time.sleep(c.draw.random() * (2e-3 if aimed else c.step_seconds * EVERY))
             os.kill(child, signal.SIGKILL)
             ended(child)
             inside += any(run.glob("checkpoints/.step-*.tmp-*"))
-            invalid += sum(not intact(folder) for folder in checkpoints(run))
+            invalid += sum(not intact(folder) for folder in checkpoints(run) if folder.name not in known)
             announced = [row["step"] for row in events(run, "checkpoint")]
             lost += bool(announced) and max(announced) > newest(run)
-            lost += not known <= {folder.name for folder in checkpoints(run)}
+            lost += newest(run) < max((step_of(run / name) for name in known), default=0)
             done += 1
-        wrong += c.run(c.begin_or_resume(run)) != 0 or not c.is_straight(run)
+        wrong += c.run(c.begin_or_resume(run, config)) != 0 or not c.is_straight(run)
         runs += 1
+        print(f"{done} of {count} kills, {inside} while writing, {wrong} wrong", file=sys.stderr, flush=True)
     return {
         "faults": done,
         "while writing a checkpoint": inside,
@@ -371,7 +373,7 @@ def wait_for_writing(run: Path, child: int) -> None:
     """Until a checkpoint is being written."""
     old = {path.name for path in run.glob("checkpoints/.step-*.tmp-*")}
     while alive(child) and not {path.name for path in run.glob("checkpoints/.step-*.tmp-*")} - old:
-        pass
+        time.sleep(1e-4)
 
 
 def alive(child: int) -> bool:
