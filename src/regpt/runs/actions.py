@@ -134,25 +134,20 @@ def validate(job: Job, step: int, parts: Sequence[Part]) -> None:
 
 
 def sample(job: Job, step: int) -> None:
-    """Continue the prompt with the uncompiled model and a generator of its own, in the main process."""
+    """Continue the prompts with the uncompiled model and a generator of its own, in the main process."""
     if job.samples is None:
         return
     config = job.config.sample
     options = SamplingOptions(temperature=config.temperature, top_k=config.top_k)
-    with autocast(job.config.train.precision, job.mesh.device):
-        texts = write_samples(
-            job.model,
-            job.corpus.tokenizer,
-            config.prompt,
-            n=config.n,
-            max_new_tokens=config.max_new_tokens,
-            options=options,
-            seed=config.seed,
-        )
-    job.samples.write(
-        {"step": step, "prompt": config.prompt, "texts": [text.text for text in texts], "time": time.time()}
-    )
-    job.terminal.say(f"sample after step {step:,}: {texts[0].text!r}")
+    lengths = {"n": config.n, "max_new_tokens": config.max_new_tokens}
+    for prompt in config.prompts:
+        with autocast(job.config.train.precision, job.mesh.device):
+            tokenizer = job.corpus.tokenizer
+            found = write_samples(job.model, tokenizer, prompt, **lengths, options=options, seed=config.seed)
+        texts = [one.text for one in found]
+        row = {"step": step, "prompt": prompt, "texts": texts, "time": time.time()}
+        job.samples.write(row)
+        job.terminal.say(f"sample after step {step:,}: {texts[0]!r}")
 
 
 def save(job: Job, step: int) -> None:

@@ -72,8 +72,9 @@ def check(config: RunConfig, run: Path | None, processes: int = 1) -> None:
     count_validation_rows(config, corpus)
     open_run_suites(config, corpus.tokenizer)
     check_trackers(config.log)
-    prompt = encode_prompt(corpus.tokenizer, config.sample.prompt)
-    check_length(len(prompt), config.sample.max_new_tokens, config.model.max_seq_len)
+    for prompt in config.sample.prompts:
+        tokens = encode_prompt(corpus.tokenizer, prompt)
+        check_length(len(tokens), config.sample.max_new_tokens, config.model.max_seq_len)
 
 
 def pretrain(

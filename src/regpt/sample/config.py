@@ -13,8 +13,10 @@ class SampleConfig:
     """Steps between samples; 0 writes them only at the end."""
     prompt: str = "Hello, I'm a language model,"
     """Text that every sample continues (the lecture's)."""
+    more_prompts: tuple[str, ...] = ()
+    """Further texts, each continued as often."""
     n: int = 4
-    """Samples each time."""
+    """Samples of each prompt each time."""
     max_new_tokens: int = 32
     """Tokens a sample."""
     top_k: int = 50
@@ -24,7 +26,14 @@ class SampleConfig:
     seed: int = 1337
     """Seed of the sampling generator; training's random state is never touched."""
 
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """All of them."""
+        return (self.prompt, *self.more_prompts)
+
     def __post_init__(self) -> None:
+        if len(set(self.prompts)) < len(self.prompts):
+            raise UsageError("sample.more_prompts names a prompt twice; name each once")
         for name in ("every_steps", "top_k"):
             if getattr(self, name) < 0:
                 raise UsageError(f"sample.{name} is {getattr(self, name)}, must be 0 or more")
