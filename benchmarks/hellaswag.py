@@ -4,17 +4,10 @@
 
 Prints a table and writes DIR/hellaswag-<hardware>-<date>.json. Without --model the weights are random ones of GPT-2
 124M: speed does not depend on them. The loop judges --lecture-items items drawn from all; its time for all is
-<<<<<<< HEAD
 proportional. The processor's time is given, too: other programs on the machine change it less.
 What is compared besides time: on these items the predictions of both, once in --precision and once in
 float32, where both should agree but for ties closer than rounding. Reading and encoding count for ours, not for the
 loop; compilation counts for neither and stands beside.
-=======
-proportional. The processor's time is given, too: other programs on the machine change it less. What is compared besides
-time: on these items the predictions of both, once in --precision and once in float32, where both should agree but for
-ties closer than rounding. Reading and encoding count for ours, not for the loop; compilation counts for neither and
-stands beside.
->>>>>>> 3520c81 (Tests of validation by source; style)
 """
 
 import json
