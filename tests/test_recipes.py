@@ -48,9 +48,9 @@ def test_a_recipe_can_be_built(name: str):
 def test_the_batch_is_divisible_by_what_the_processes_compute(name: str, processes: int):
     train, seq_len = read_config(name).train, read_config(name).data.seq_len
     rows = train.batch_tokens // seq_len
-    check_batch(seq_len, train.batch_tokens, min(train.micro_batch_rows, rows // processes), processes)
+    check_batch(seq_len, train.batch_tokens, min(train.first_rows, rows // processes), processes)
     if processes == 1:
-        check_batch(seq_len, train.batch_tokens, train.micro_batch_rows, processes)
+        check_batch(seq_len, train.batch_tokens, train.first_rows, processes)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "quickstart"])

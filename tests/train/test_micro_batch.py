@@ -17,10 +17,12 @@ import tiny
 from regpt.checkpoint.load import checkpoint_folder
 from regpt.data.batch import Batch
 from regpt.errors import UserError
+from regpt.model.config import ModelConfig
 from regpt.model.weights import state_tensors
 from regpt.parallel.mesh import Mesh, open_mesh
 from regpt.runs.pretrain import pretrain, resume
 from regpt.train import loss as training_loss
+from regpt.train.config import TrainConfig
 from regpt.train.loss import make_loss_sum
 from regpt.train.micro_batch import MicroBatch, fewer
 from regpt.train.trainer import Trainer
@@ -60,7 +62,7 @@ class Limit:
 
 def trainer_with(rows: int, mesh: Mesh = tiny.ALONE) -> Trainer:
     loader = tiny.Rows(micro_batch_rows=rows, dp_rank=mesh.rank, dp_size=mesh.world_size)
-    return tiny.build_trainer(tiny.build_model(), loader, mesh=mesh)
+    return tiny.build_trainer(tiny.build_model().to(mesh.device), loader, mesh=mesh)
 
 
 def three_updates(trainer: Trainer) -> dict[str, Tensor]:
@@ -162,14 +164,14 @@ def test_gradients_keep_their_memory():
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 
-def shared_updates(rows: int, limit_of_the_last: int) -> dict[str, Tensor]:
+def shared_updates(rows: int, limit_of_the_last: int, device: str = "cpu") -> dict[str, Tensor]:
     """Two processes of which only the last runs out of memory, in its second micro-batch."""
-    with open_mesh("cpu") as mesh:
+    with open_mesh(device) as mesh:
         trainer = trainer_with(rows, mesh)
         if mesh.rank == mesh.world_size - 1:
             trainer.loss_sum = Limit(trainer.model, rows=limit_of_the_last, failing=1)
         found = three_updates(trainer)
-        return found | {"rows": torch.tensor(trainer.micro_batch.rows)}
+        return {name: x.cpu() for name, x in found.items()} | {"rows": torch.tensor(trainer.micro_batch.rows)}
 
 
 def test_when_one_process_fails_all_repeat_the_step():
@@ -177,6 +179,16 @@ def test_when_one_process_fails_all_repeat_the_step():
     found = tiny.in_processes(2, shared_updates, 2, 1)
     assert [mine["rows"].item() for mine in found] == [1, 1]
     assert all(same(mine, other) for mine, other in zip(found, expected))
+
+
+@pytest.mark.multi_gpu
+def test_when_one_gpu_fails_all_repeat_the_step():
+    """The gradients go through NCCL, the agreement through gloo."""
+    expected = tiny.in_processes(2, shared_updates, 1, 1, "cuda")
+    found = tiny.in_processes(2, shared_updates, 2, 1, "cuda")
+    assert [mine["rows"].item() for mine in found] == [1, 1]
+    for mine, other in zip(found, expected):
+        assert tiny.largest_error(mine, other) < 1e-12
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------
@@ -244,3 +256,37 @@ def test_rows_in_a_state_that_no_longer_fit_the_configuration_are_left_alone():
     assert trainer.micro_batch.rows == 2
     assert trainer.state()["micro_batch_rows"] == 2
     assert math.isfinite(float(str(trainer.update()["loss"])))
+
+
+class Many:
+    """A step of 16,384 random rows."""
+
+    seq_len, rows = tiny.SEQ_LEN, 16384
+
+    def step(self, step: int, micro_batch_rows: int | None = None) -> list[Batch]:
+        generator = torch.Generator().manual_seed(step)
+        tokens = torch.randint(97, (self.rows, self.seq_len), generator=generator)
+        return [Batch(part, part.roll(-1, dims=1)) for part in tokens.split(micro_batch_rows or self.rows)]
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_is_really_full_is_survived():
+    """A gibibyte of it, where all rows at once take several."""
+    device = torch.device("cuda")
+    mesh, config = Mesh(0, 1, device), ModelConfig(n_layer=8, n_head=2, n_embd=64, vocab_size=97, max_seq_len=16)
+
+    def losses(rows: int) -> tuple[int, list[float]]:
+        model = tiny.build_model(dtype=torch.float32, config=config).to(device)
+        trainer = tiny.build_trainer(model, Many(), mesh=mesh, train=TrainConfig(precision="fp32"))
+        trainer.micro_batch.rows = rows
+        found = [float(str(trainer.update()["loss"])) for _ in range(3)]
+        return trainer.micro_batch.rows, found
+
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(2**30 / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        rows, found = losses(Many.rows)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert 1 <= rows < Many.rows
+    assert found == pytest.approx(losses(rows)[1], rel=1e-4)
