@@ -93,13 +93,27 @@ def test_validation_windows_are_paired(make_run):
     hard = [draw.gauss(3, 1) for _ in range(50)]
     for folder, shift in zip(folders, (0.0, -0.1)):
         (folder / "evals").mkdir()
-        rows = [{"item": i, "loss": x + shift + draw.gauss(0, 0.01)} for i, x in enumerate(hard)]
+        rows = [{"item": i, "loss": x + shift + draw.gauss(0, 0.01), "source": "ab"[i % 2]} for i, x in enumerate(hard)]
         write_rows(folder / "evals" / "val-step-00000040.jsonl", rows)
-    one = measures(*folders)["validation loss"]
-    assert one.test.name == "paired t"
+    found = measures(*folders)
+    one = found["validation loss"]
+    assert (one.test.name, one.test.n) == ("paired t", 50)
+    assert found["bits per byte"].test is None  # the items have none
     assert one.test.p < 1e-20
     assert one.lower
     assert one.better == "b"
+
+
+def test_validation_of_one_source_has_its_own_items(make_run):
+    folders = []
+    for name, loss in (("a", 3.3), ("b", 3.2)):
+        part = val_row(40, loss) | {"source": "books"}
+        folders.append(make_run(rows=[*rows_of(loss), part], name=name))
+        (folders[-1] / "evals").mkdir()
+        rows = [{"item": i, "loss": loss + i / 100, "source": ["books", "web"][i % 2]} for i in range(10)]
+        write_rows(folders[-1] / "evals" / "val-step-00000040.jsonl", rows)
+    assert measures(*folders)["validation loss, books"].test.n == 5
+    assert measures(*folders)["validation loss"].test.n == 10
 
 
 def test_without_items_the_errors_of_the_two_numbers_are_used(make_run):

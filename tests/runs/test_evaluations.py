@@ -46,7 +46,10 @@ def test_tasks_are_evaluated_with_validation_and_give_what_regpt_eval_gives(shar
         (s, m) for s in (0, 3, 6, 8) for m in ("acc", "acc_norm")
     ]
     assert {(row["task"], row["n"]) for row in found} == {("hellaswag", 300)}
-    assert [path.name for path in (run / "evals").iterdir()] == ["hellaswag-step-00000008.jsonl"]
+    assert {path.name for path in (run / "evals").iterdir()} == {
+        "hellaswag-step-00000008.jsonl",
+        "val-step-00000008.jsonl",
+    }
     assert "hellaswag after step 8: acc 0." in capsys.readouterr().out
     args = ["--tasks", f"hellaswag:{questions}", "--device", "cpu", "--json", "-"]
     assert main([str(run), *args]) == 0

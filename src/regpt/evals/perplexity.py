@@ -20,11 +20,13 @@ class LossSums(NamedTuple):
             (0 where the lengths of the tokens are unknown).
         products: (3, 3) sum over batches of the outer product of a batch's own totals, for the standard error.
         batches: scalar, batches with a valid target.
+        each: (batches, 3) what this process added up, batch by batch; not in `pack`.
     """
 
     totals: Tensor
     products: Tensor
     batches: Tensor
+    each: Tensor | None = None
 
     def pack(self) -> Tensor:
         """All of it in one tensor, (13,)."""
@@ -97,7 +99,7 @@ def sum_losses(
     if nats:
         of_batch[:, 0] = torch.tensor(nats, dtype=torch.float64) if device.type == "cpu" else torch.stack(nats).cpu()
         of_batch[:, 1:] = torch.tensor(counts, dtype=torch.float64)
-    return LossSums(of_batch.sum(dim=0), of_batch.T @ of_batch, (of_batch[:, 1] > 0).sum().double())
+    return LossSums(of_batch.sum(dim=0), of_batch.T @ of_batch, (of_batch[:, 1] > 0).sum().double(), of_batch)
 
 
 def finish(sums: LossSums) -> Validation:

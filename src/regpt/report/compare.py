@@ -8,7 +8,7 @@ from typing import Any
 from regpt.errors import UserError
 from regpt.report.bits import need_bits
 from regpt.report.differences import code_differences, config_differences, data_differences, differing
-from regpt.report.items import common_scores, item_files, read_items, task_file_name
+from regpt.report.items import Items, common_scores, item_files, read_items, task_file_name
 from regpt.report.read import Row, Run, number
 from regpt.report.series import positions
 from regpt.report.significance import SeedNoise, Test, against_seeds, paired_test, unpaired_z
@@ -199,18 +199,39 @@ def paired_scores(a: Run, b: Run) -> Callable[[str], tuple[list[float], list[flo
     files = item_files(a), item_files(b)
     read = cache(read_items)
 
-    def scores(name: str) -> tuple[list[float], list[float]] | None:
-        task, _, metric = ("val", "", "loss") if name == "validation loss" else name.rpartition(" ")
+    def items(task: str) -> tuple[Items, Items] | None:
         key = task_file_name(task)
-        if key not in files[0] or key not in files[1]:
-            return None
-        items = read(files[0][key]), read(files[1][key])
-        found = common_scores(*items, metric)
-        if found is None and metric == headline(a, b, task):
-            found = common_scores(*items, "correct")
+        return (read(files[0][key]), read(files[1][key])) if key in files[0] and key in files[1] else None
+
+    def scores(name: str) -> tuple[list[float], list[float]] | None:
+        if is_validation(name):
+            return validation_scores(items("val"), name)
+        task, _, metric = name.rpartition(" ")
+        both = items(task)
+        found = common_scores(*both, metric) if both else None
+        if both and found is None and metric == headline(a, b, task):
+            found = common_scores(*both, "correct")
         return found
 
     return scores
+
+
+def validation_scores(both: tuple[Items, Items] | None, name: str) -> tuple[list[float], list[float]] | None:
+    """Losses of the batches that both runs validated on; of one source where `name` ends in one.
+
+    Each is weighted by its tokens (bytes), so that the mean is the whole's loss (bits per byte).
+    """
+    if both is None:
+        return None
+    source, bits = name.partition(", ")[2], name.startswith("bits")
+    key, weight = ("bpb", "bytes") if bits else ("loss", "tokens")
+    ours = {item: row for item, row in both[0].items() if source in ("", row.get("source"))}
+    found, weights = common_scores(ours, both[1], key), common_scores(ours, both[1], weight)
+    if found is None or weights is None or len(weights[0]) != len(found[0]) or weights[0] != weights[1]:
+        return found
+    mean = sum(weights[0]) / len(weights[0])
+    x, y = ([value * w / mean for value, w in zip(values, weights[0])] for values in found)
+    return x, y
 
 
 def headline(a: Run, b: Run, task: str) -> str | None:

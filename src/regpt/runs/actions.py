@@ -2,9 +2,10 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from regpt.checkpoint.generators import generator_states
 from regpt.checkpoint.save import Contents
 from regpt.checkpoint.state import DataPosition, RunState
 from regpt.config import RunConfig
+from regpt.data.batch import Batch
 from regpt.data.bos import PackedRows
 from regpt.data.loader import Loader
 from regpt.data.mixture import MixedRows
@@ -26,10 +28,11 @@ from regpt.runs.build import Corpus, choose_kernels, mask_token, validation_part
 from regpt.runs.evaluations import Evaluations
 from regpt.runs.examine import examine
 from regpt.runs.folder import device_name, made_with
+from regpt.runs.items import write_items
 from regpt.runs.rewind import go_back
 from regpt.runs.terminal import Terminal
 from regpt.runs.trackers import Sink
-from regpt.runs.validation import Part, own_sums, part_batches, result
+from regpt.runs.validation import Part, batch_items, own_sums, part_batches, result
 from regpt.sample.generate import write_samples
 from regpt.sample.sampling import SamplingOptions
 from regpt.train.optim import optimizer_tensors
@@ -119,12 +122,23 @@ def validate(job: Job, step: int, parts: Sequence[Part]) -> None:
     """Mean loss and bits per byte over the rows of `parts`, all processes together; also of each source."""
     lengths, eot = job.corpus.tokenizer.byte_lengths(), mask_token(job.config, job.corpus)
 
+    items: list[dict[str, Any]] = []
+
     def own_share(rows: int) -> Tensor:
-        return own_sums(
-            parts, lambda part: part_batches(part, job.mesh, rows, eot), job.trainer.loss_sum, lengths, job.mesh.device
-        )
+        items.clear()  # of an attempt that ran out of memory
+
+        def batches(part: Part) -> Iterator[Batch]:
+            return part_batches(part, job.mesh, rows, eot)
+
+        def keep(part: Part, each: Tensor) -> None:
+            items.extend(batch_items(part, each, rows, job.mesh))
+
+        return own_sums(parts, batches, job.trainer.loss_sum, lengths, job.mesh.device, keep)
 
     found = result(parts, job.mesh.total(job.trainer.micro_batch.attempt(own_share)))
+    everyone = [one for data in job.mesh.gather(json.dumps(items).encode()) for one in json.loads(data)]
+    if job.mesh.is_main:
+        write_items(job.run / "evals", "val", "".join(json.dumps(one) + "\n" for one in everyone), step)
     for source, sums in {"": found.whole, **found.sources}.items():
         row: Row = {"kind": "val", "step": step, "loss": sums.loss, "bpb": sums.bpb, "stderr": sums.stderr}
         row |= {"bpb_stderr": sums.bpb_stderr, "tokens": sums.tokens, "time": time.time()}

@@ -102,9 +102,31 @@ def own_sums(
     loss_sum: Callable[[Batch], Tensor],
     byte_lengths: Any,
     device: torch.device,
+    keep: Callable[[Part, Tensor], None] | None = None,
 ) -> Tensor:
-    """(parts, 13): `LossSums.pack` of each part, over this process's batches."""
-    return torch.stack([sum_losses(loss_sum, batches(part), byte_lengths, device).pack() for part in parts])
+    """(parts, 13): `LossSums.pack` of each part, over this process's batches; `keep` gets what each of them gave."""
+    packed = []
+    for part in parts:
+        sums = sum_losses(loss_sum, batches(part), byte_lengths, device)
+        if keep is not None and sums.each is not None:
+            keep(part, sums.each)
+        packed.append(sums.pack())
+    return torch.stack(packed)
+
+
+def batch_items(part: Part, each: Tensor, micro_batch_rows: int, mesh: Mesh) -> list[dict[str, Any]]:
+    """An item for each batch of `part_batches`, by the rows that it holds: two runs that read the same are compared."""
+    items = []
+    for call, (nats, tokens, n_bytes) in enumerate(each.tolist()):
+        first = (call * mesh.world_size + mesh.rank) * micro_batch_rows
+        if not tokens:  # beyond the part's end
+            continue
+        last = min(first + micro_batch_rows, part.n_rows) - 1
+        bits = nats / math.log(2) / n_bytes if n_bytes else None
+        item = f"{part.name} rows {first}-{last}".strip()
+        counts = {"tokens": int(tokens), "bytes": int(n_bytes)}
+        items.append({"item": item, "source": part.name, "loss": nats / tokens, "bpb": bits, **counts})
+    return items
 
 
 def result(parts: Sequence[Part], sums: Tensor) -> Validated:
