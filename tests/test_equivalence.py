@@ -30,7 +30,8 @@ from regpt.model.hf import WeightsFromHF, weights_to_hf
 from regpt.model.weights import state_tensors
 from regpt.parallel.mesh import open_mesh
 from regpt.reference import gpt2
-from regpt.runs.pretrain import pretrain, resume
+from regpt.runs.folder import read_run_config
+from regpt.runs.pretrain import fork, pretrain, resume
 from regpt.train.recompute import recompute_blocks
 
 README = Path(__file__).parents[1] / "README.md"
@@ -232,6 +233,27 @@ def resumed(shards: Path, folder: Path) -> list[tuple[Found, Found]]:
     return pairs
 
 
+def forked(shards: Path, folder: Path) -> list[tuple[Found, Found]]:
+    straight, _ = straight_and_cut(shards, folder, 4)
+    for step in (2, 4, 6):
+        assert fork(read_run_config(straight), checkpoint_folder(straight, step), folder / f"fork-{step}") == 0
+    return [(at_the_end(folder / f"fork-{step}"), at_the_end(straight)) for step in (2, 4, 6)]
+
+
+def averaged(shards: Path, folder: Path) -> list[tuple[Found, Found]]:
+    """The average of a resumed run; and the weights beside an average, without one."""
+    config = tiny.change(tiny.run_config(shards), "train", ema_decay=0.9)
+    straight, cut = folder / "averaged", folder / "cut"
+    assert pretrain(config, straight) == 0
+    shutil.copytree(straight, cut)
+    for later in (6, 8):
+        shutil.rmtree(checkpoint_folder(cut, later))
+    assert resume(cut) == 0
+    ours, theirs = (load_file(checkpoint_folder(run, 8) / "ema.safetensors") for run in (cut, straight))
+    plain, _ = straight_and_cut(shards, folder, 4)
+    return [(ours, theirs), (at_the_end(straight), at_the_end(plain))]
+
+
 def resumed_by_two(shards: Path, folder: Path) -> list[tuple[Found, Found]]:
     straight, cut = straight_and_cut(shards, folder, 4)
     assert tiny.in_processes(2, resume, cut) == [0, 0]
@@ -266,6 +288,8 @@ CELLS = [
     Cell("key-value cache, any split", "whole sequence", "logits", 1e-14, key_value_cache),
     Cell("endings behind one context, packed", "one sequence at a time", "log-likelihoods", 1e-14, packed_endings),
     Cell("straight run", "stopped and resumed at any checkpoint", "weights, moments, in float32", 0.0, resumed),
+    Cell("straight run", "forked from any checkpoint", "weights, moments, in float32", 0.0, forked),
+    Cell("moving average of the weights", "stopped and resumed", "average, in float32", 0.0, averaged),
     Cell("one process", "resumed by two", "weights, moments, in float32", 2e-4, resumed_by_two),
 ]
 
@@ -290,7 +314,7 @@ def table() -> str:
     ],
 )
 def test_a_and_b_find_the_same(cell: Cell, request: pytest.FixtureRequest, tmp_path: Path):
-    whole_runs = cell.run in (resumed, resumed_by_two, offloaded)
+    whole_runs = cell.run in (resumed, forked, averaged, resumed_by_two, offloaded)
     pairs = cell.run(request.getfixturevalue("shards"), tmp_path) if whole_runs else cell.run()
     assert pairs
     error = max(tiny.largest_error(a, b) for a, b in pairs)

@@ -1,8 +1,10 @@
 """`open_model`: what every command means by MODEL."""
 
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +32,7 @@ class OpenModel:
         model: in eval mode, on the device asked for.
         tokenizer: the one it was trained with.
         step: updates done, for a checkpoint of ours.
-        source: the folder or hub name it was read from.
+        source: the folder or hub name it was read from; and whether its weights are the average.
     """
 
     model: Transformer
@@ -39,8 +41,11 @@ class OpenModel:
     source: str
 
 
-def open_model(name: str, device: torch.device | str = "cpu") -> OpenModel:
+def open_model(name: str, device: torch.device | str = "cpu", *, ema: bool = False) -> OpenModel:
     """The model that `name` means: a run's newest intact checkpoint, a checkpoint, a Hugging Face folder, a hub name.
+
+    Args:
+        ema: with the moving average of the weights instead of the last ones.
 
     Raises:
         UsageError: `name` is none of these.
@@ -48,9 +53,11 @@ def open_model(name: str, device: torch.device | str = "cpu") -> OpenModel:
     """
     path = Path(name)
     if (path / CHECKPOINTS).is_dir():
-        return open_checkpoint(newest_checkpoint(path, optimizer=False), device, verified=True)
+        return open_checkpoint(newest_checkpoint(path, optimizer=False), device, ema=ema, verified=True)
     if (path / MODEL).is_file() or (path.is_dir() and STEP_FOLDER.fullmatch(path.name)):
-        return open_checkpoint(path, device)
+        return open_checkpoint(path, device, ema=ema)
+    if ema:
+        raise UsageError(f"model {name!r} is no run and no checkpoint, which alone have an average; leave out --ema")
     if (path / CONFIG).is_file():
         return open_hf(path, name, device)
     repo = repository(name)
@@ -65,10 +72,18 @@ def is_inside_folder(path: Path) -> bool:
     return len(path.parts) > 1 and Path(path.parts[0]).is_dir()
 
 
-def open_checkpoint(folder: Path, device: torch.device | str, *, verified: bool = False) -> OpenModel:
+def open_checkpoint(folder: Path, device: torch.device | str, *, ema: bool, verified: bool = False) -> OpenModel:
     checkpoint = load_checkpoint(folder, optimizer=False, verified=verified)
-    model = build(checkpoint.config, checkpoint.weights(), device, str(folder))
-    return OpenModel(model, checkpoint.tokenizer(), checkpoint.step, str(folder))
+    weights, average = checkpoint.weights(), checkpoint.average()
+    if ema and average is None:
+        raise UsageError(
+            f"checkpoint {str(folder)!r} keeps no average of its weights; leave out --ema, or train with "
+            "--train.ema-decay 0.999"
+        )
+    # What does not learn has no average.
+    chosen = ChainMap(cast(Any, average), cast(Any, weights)) if ema else weights
+    model = build(checkpoint.config, chosen, device, str(folder))
+    return OpenModel(model, checkpoint.tokenizer(), checkpoint.step, f"{folder}, average" if ema else str(folder))
 
 
 def open_hf(folder: Path, source: str, device: torch.device | str) -> OpenModel:

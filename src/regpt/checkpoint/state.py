@@ -33,6 +33,7 @@ class RunState:
         data: the position in the data, and which data that is.
         schedule: what set the learning rate: name, length, rate of the last update.
         trainer: what the trainer keeps beside weights and moments, such as the scaler of float16.
+        average_updates: updates in the moving average of the weights, where one is kept.
         random: for each process, the states of its global generators (see `checkpoint.generators`).
         config: the whole configuration of the run, as in config.toml.
         made_with: versions, device and number of processes.
@@ -44,6 +45,7 @@ class RunState:
     data: DataPosition
     schedule: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
+    average_updates: int = 0
     random: tuple[dict[str, str], ...] = ()
     config: dict[str, dict[str, Any]] = field(default_factory=dict)
     made_with: dict[str, Any] = field(default_factory=dict)

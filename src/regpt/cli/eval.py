@@ -43,6 +43,8 @@ class EvalArgs:
     """Items of each other task, the first of a fixed order; 0 for all."""
     max_seconds: float = 0.0
     """Seconds that each other task may take, as far as a pilot can tell; 0 for no limit."""
+    ema: bool = False
+    """With the moving average of the weights, which train.ema_decay keeps."""
     json: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Also write the results to this file; - prints them as JSON instead."""
     items: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
@@ -83,6 +85,7 @@ def main(args: list[str]) -> int:
             compile=mesh.device.type == "cuda" if given.compile == "auto" else given.compile == "on",
             max_items=given.max_items,
             max_seconds=given.max_seconds,
+            ema=given.ema,
         )
         found = answer(asked, mesh, bar if mesh.is_main else silent)
         if not mesh.is_main:

@@ -17,6 +17,8 @@ class Export:
     """A run folder, a checkpoint folder, a Hugging Face folder, or a hub name such as gpt2."""
     out: Path
     """Folder to write, new or empty."""
+    ema: bool = False
+    """With the moving average of the weights, which train.ema_decay keeps."""
     format: Literal["hf"] = "hf"
     """hf: config.json, model.safetensors and the tokenizer."""
 
@@ -27,7 +29,7 @@ def main(args: list[str]) -> int:
     from regpt.checkpoint.open import open_model
     from regpt.model.weights import count_parameters
 
-    opened = open_model(command.model)
+    opened = open_model(command.model, ema=command.ema)
     folder = export_hf(opened.model, opened.tokenizer, command.out)
     print(f"wrote {opened.source} ({count_parameters(opened.model):,} parameters) to {folder}")
     print(f"open it with: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})")

@@ -32,6 +32,8 @@ class SampleArgs:
     """Logits are divided by it: below 1 safer, above 1 more surprising text."""
     seed: int = 1337
     """The same seed gives the same samples on the same machine."""
+    ema: bool = False
+    """With the moving average of the weights, which train.ema_decay keeps."""
     json: bool = False
     """Print one JSON object with token ids and texts instead."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
@@ -52,7 +54,7 @@ def main(args: list[str]) -> int:
 
     options = SamplingOptions(given.temperature, given.top_k, given.top_p)  # refused before a model is read
     device = choose_device(given.device)
-    opened = open_model(given.model, device)
+    opened = open_model(given.model, device, ema=given.ema)
     set_matmul_precision(given.precision)
     model = opened.model.to(parameter_dtype(given.precision))
     with autocast(given.precision, device):

@@ -32,9 +32,10 @@ from regpt.runs.items import write_items
 from regpt.runs.rewind import go_back
 from regpt.runs.terminal import Terminal
 from regpt.runs.trackers import Sink
-from regpt.runs.validation import Part, batch_items, own_sums, part_batches, result
+from regpt.runs.validation import Part, Validated, batch_items, own_sums, part_batches, result
 from regpt.sample.generate import write_samples
 from regpt.sample.sampling import SamplingOptions
+from regpt.train.average import Average
 from regpt.train.optim import optimizer_tensors
 from regpt.train.precision import autocast
 from regpt.train.schedule import make_schedule
@@ -59,6 +60,7 @@ class Job:
     metrics: Sink | None
     samples: Sink | None
     saver: Saver
+    average: Average | None
 
     @property
     def mesh(self) -> Mesh:
@@ -87,7 +89,7 @@ def make_actions(job: Job, stop_requested: Callable[[], bool]) -> Actions:
 def rewind(job: Job) -> None:
     """Go back to the newest valid checkpoint, and on with the batch after the present one: at once on the disk."""
     job.saver.wait()
-    go_back(job.run, job.trainer)
+    go_back(job.run, job.trainer, job.average)
     save(job, job.trainer.step)
 
 
@@ -135,15 +137,22 @@ def validate(job: Job, step: int, parts: Sequence[Part]) -> None:
 
         return own_sums(parts, batches, job.trainer.loss_sum, lengths, job.mesh.device, keep)
 
-    found = result(parts, job.mesh.total(job.trainer.micro_batch.attempt(own_share)))
+    def whole_result() -> Validated:
+        return result(parts, job.mesh.total(job.trainer.micro_batch.attempt(own_share)))
+
+    found = whole_result()
     everyone = [one for data in job.mesh.gather(json.dumps(items).encode()) for one in json.loads(data)]
     if job.mesh.is_main:
         write_items(job.run / "evals", "val", "".join(json.dumps(one) + "\n" for one in everyone), step)
+    averaged: Row = {}
+    if job.average is not None:
+        with job.average.applied():
+            ema = whole_result().whole
+        averaged = {"loss_ema": ema.loss, "bpb_ema": ema.bpb}
     for source, sums in {"": found.whole, **found.sources}.items():
         row: Row = {"kind": "val", "step": step, "loss": sums.loss, "bpb": sums.bpb, "stderr": sums.stderr}
         row |= {"bpb_stderr": sums.bpb_stderr, "tokens": sums.tokens, "time": time.time()}
-        if source:
-            row["source"] = source
+        row |= {"source": source} if source else averaged
         write_row(job, row)
 
 
@@ -178,6 +187,7 @@ def save(job: Job, step: int) -> None:
         tokenizer=job.corpus.tokenizer,
         weights=state_tensors(job.model),
         optimizer=optimizer_tensors(job.model, job.trainer.optimizer),
+        average=None if job.average is None else job.average.tensors(),
         state=run_state(job, step, [json.loads(state) for state in states]),
     )
     job.saver.save(contents, job.mesh.device)
@@ -194,6 +204,7 @@ def run_state(job: Job, step: int, random: list[dict[str, str]]) -> RunState:
         data=DataPosition(job.corpus.manifest_sha256, next_row, data.seq_len, data.order, data.seed),
         schedule={"name": config.optim.schedule, "steps": config.train.steps, "lr": lr},
         trainer=job.trainer.state(),
+        average_updates=job.average.updates if job.average else 0,
         random=tuple(random),
         config=config.sections(),
         made_with=made_with(job.mesh),

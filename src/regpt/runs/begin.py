@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from regpt.checkpoint.generators import restore_generators
 from regpt.checkpoint.load import (
@@ -31,6 +32,7 @@ from regpt.parallel.mesh import Mesh, open_mesh
 from regpt.runs.build import Corpus, build_loader, build_model, build_trainer, open_corpus, with_chosen_rows
 from regpt.runs.changes import Changes, describe, first_row
 from regpt.runs.folder import made_with
+from regpt.train.average import Average
 from regpt.train.optim import load_optimizer, make_optimizer
 from regpt.train.trainer import Row, Trainer
 
@@ -79,6 +81,7 @@ class Start:
         first_row: of the loader.
         trainer: what the trainer's `state` gave then.
         random: the states of this process's random generators, where they are known.
+        average: of the weights, and the updates in it; None where the run begins with a new one.
         event: what metrics.jsonl says about it.
         changed: settings, from those before, in words.
         save: whether to save at once: the first checkpoint of the run's own.
@@ -88,6 +91,7 @@ class Start:
     first_row: int = 0
     trainer: Mapping[str, Any] = field(default_factory=dict)
     random: dict[str, str] | None = None
+    average: tuple[Mapping[str, Tensor], int] | None = None
     event: Row | None = None
     changed: str = ""
     save: bool = False
@@ -116,11 +120,13 @@ def start_at(parts: Parts, checkpoint: Checkpoint, event: Row, found: Changes | 
     load_weights(parts.model, checkpoint.weights())
     load_optimizer(parts.model, parts.optimizer, checkpoint.optimizer(), state.step)
     said = [describe(found, state, parts.config) if found else "", not_bitwise(parts, state)]
+    average = checkpoint.average()
     return Start(
         step=state.step,
         first_row=first_row(state.data, state.step, parts.config, parts.corpus.manifest_sha256),
         trainer=state.trainer,
         random=state.random[mesh.rank] if len(state.random) == mesh.world_size else None,
+        average=None if average is None else (average, state.average_updates),
         event=event | ({"not_bitwise": said[1]} if said[1] else {}),
         changed="\n".join(filter(None, said)),
     )
@@ -198,6 +204,7 @@ class Machine:
     corpus: Corpus
     loader: Loader
     trainer: Trainer
+    average: Average | None
     chosen: dict[str, Any]
     """What was chosen for this device, for env.json."""
 
@@ -212,4 +219,14 @@ def assemble(stack: ExitStack, parts: Parts, start: Start) -> Machine:
     config, chosen = with_chosen_rows(parts.config, trainer)
     if start.random is not None:
         restore_generators(start.random, mesh.device)
-    return Machine(config, parts.corpus, loader, trainer, chosen)
+    return Machine(config, parts.corpus, loader, trainer, make_average(trainer, start), chosen)
+
+
+def make_average(trainer: Trainer, start: Start) -> Average | None:
+    """The moving average of the weights where one is wanted: that of `start`, or one that begins there."""
+    if not trainer.config.ema_decay:
+        return None
+    average = Average(trainer.model, trainer.optimizer, trainer.config.ema_decay)
+    if start.average is not None:
+        average.load(*start.average)
+    return average

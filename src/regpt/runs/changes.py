@@ -31,6 +31,7 @@ FREE_KEYS = {
     "train.max_refused",
     "train.stop_seconds",
     "train.hang_seconds",
+    "optim.offload",
 }
 
 

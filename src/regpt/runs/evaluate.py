@@ -40,6 +40,7 @@ class Question:
         precision: number format of the computation.
         compile: compile what scores tasks.
         max_items, max_seconds: limits of each task, 0 for none.
+        ema: with the moving average of the weights.
     """
 
     model: str
@@ -52,6 +53,7 @@ class Question:
     compile: bool = False
     max_items: int = 0
     max_seconds: float = 0.0
+    ema: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def answer(asked: Question, mesh: Mesh, show: ShowProgress) -> Answer:
     run = run_config(asked.model)
     wants_val = any(spec.kind == "val" for spec in asked.specs)
     folder = data_folder(asked, run) if wants_val else None
-    opened = open_model(asked.model, mesh.device)
+    opened = open_model(asked.model, mesh.device, ema=asked.ema)
     set_matmul_precision(asked.precision)
     opened.model.to(parameter_dtype(asked.precision)).eval()
     task = open_val(asked, run, folder, opened) if folder else None

@@ -178,7 +178,7 @@ def fit(machine: Machine, run: Path, start: Start, profile_steps: int = 0) -> in
         suites = open_run_suites(config, machine.corpus.tokenizer)
         evaluations = Evaluations(config, run, suites, trainer.model, mesh, terminal.say)
         parts = (machine.corpus, loader, trainer, ratios, evaluations, terminal)
-        job = Job(config, run, *parts, *files, saver=saver)
+        job = Job(config, run, *parts, *files, saver=saver, average=machine.average)
         terminal.say(summary(job))
         peak = device_peak(mesh.device, config.train.precision)
         terminal.say(f"100 % MFU is {peak}")

@@ -9,12 +9,14 @@ from regpt.checkpoint.load import checkpoints
 from regpt.errors import UserError
 from regpt.model.weights import load_weights
 from regpt.runs.begin import choose_checkpoint
+from regpt.train.average import Average
 from regpt.train.optim import MOMENTS, load_optimizer
 from regpt.train.trainer import Trainer
 
 
-def go_back(run: Path, trainer: Trainer) -> None:
+def go_back(run: Path, trainer: Trainer, average: Average | None) -> None:
     """Give `trainer` the state of the newest valid checkpoint of `run`; its next batch is the one after the present.
+    So with the `average` of its weights, where one is kept.
 
     All batches from the checkpoint on are left out, the present one too: PaLM's remedy (Chowdhery et al. 2022, section
     5.1), whose authors found that neither the state nor the data alone made a spike.
@@ -32,6 +34,8 @@ def go_back(run: Path, trainer: Trainer) -> None:
     load_weights(trainer.model, checkpoint.weights())
     clear_moments(trainer.optimizer)
     load_optimizer(trainer.model, trainer.optimizer, checkpoint.optimizer(), checkpoint.step)
+    if average is not None:
+        average.load(checkpoint.average() or checkpoint.weights(), checkpoint.state.average_updates)
     trainer.load_state(checkpoint.state.trainer, rewound=True)
     states = checkpoint.state.random
     if len(states) == mesh.world_size:

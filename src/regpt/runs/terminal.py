@@ -56,7 +56,8 @@ class Terminal:
             return
         if row["kind"] == "val" and "source" not in row:
             bits = "" if row.get("bpb") is None else f"  {row['bpb']:.4f} bits per byte"
-            self.val = f"{row['loss']:.4f} after step {row['step']:,}{bits}"
+            average = f"  {row['loss_ema']:.4f} of the average" if "loss_ema" in row else ""
+            self.val = f"{row['loss']:.4f} after step {row['step']:,}{bits}{average}"
             self.say(f"validation loss {self.val}")
         elif row["kind"] == "train":
             self.train_row(row)

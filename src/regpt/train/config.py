@@ -50,6 +50,9 @@ class TrainConfig:
     memory."""
     grad_clip: float = 1.0
     """Largest gradient norm, larger ones are scaled down (GPT-3 paper, appendix B); 0 clips nothing."""
+    ema_decay: float = 0.0
+    """Keep an exponential moving average of the weights with this decay, validated and stored beside them (0.999, say);
+    0 keeps none."""
     pad_vocab: bool = True
     """Pad the embedding to a multiple of 128 rows while training; no result depends on it."""
     deterministic: bool = False
@@ -80,8 +83,10 @@ class TrainConfig:
         return 1 if self.micro_batch_rows == "auto" else self.micro_batch_rows
 
     def __post_init__(self) -> None:
-        require("train", self, {"steps": 1, "batch_tokens": 1, "grad_clip": 0, "spike_score": 0, "max_refused": 1})
-        require("train", self, {"stop_seconds": 1, "hang_seconds": 1})
+        require("train", self, {"steps": 1, "batch_tokens": 1, "grad_clip": 0, "ema_decay": 0, "spike_score": 0})
+        require("train", self, {"max_refused": 1, "stop_seconds": 1, "hang_seconds": 1})
+        if self.ema_decay >= 1:
+            raise UsageError(f"train.ema_decay is {self.ema_decay}, must be below 1")
         if self.micro_batch_rows != "auto":
             require("train", self, {"micro_batch_rows": 1})
 

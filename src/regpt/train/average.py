@@ -1,0 +1,75 @@
+"""An exponential moving average of the weights, kept beside them (Polyak & Juditsky 1992; Morales-Brotons et al. 2024).
+
+It changes no update. Its weights are often better than the last ones while the learning rate is high.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from regpt.errors import UserError
+from regpt.model.transformer import Transformer
+from regpt.model.weights import real_shape, unpadded
+
+
+class Average:
+    """The average of those parameters of `model` that learn; follows `optimizer` through its own hooks.
+
+    After update t, `average = d · average + (1 - d) · weight` with d = min(decay, (1 + t) / (10 + t)), so that the
+    first weights are soon forgotten (the rule of TensorFlow's ExponentialMovingAverage). t counts from 1.
+
+    Attributes:
+        updates: t, the updates averaged so far.
+    """
+
+    def __init__(self, model: Transformer, optimizer: torch.optim.Optimizer, decay: float):
+        self.model, self.decay, self.updates = model, decay, 0
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
+        optimizer.register_step_post_hook(self.follow)
+
+    @torch.no_grad()
+    def follow(self, *_: Any) -> None:
+        """Take in the weights after an update."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        weights = [p.detach() for p in self.parameters.values()]
+        get_ema_multi_avg_fn(decay)(list(self.averages.values()), weights, self.updates)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """While it lasts the model computes with the averages; the weights come back bit for bit."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        for name, p in self.parameters.items():
+            weight = p.detach().clone()
+            p.copy_(self.averages[name])
+            self.averages[name].copy_(weight)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name → average at its real shape, views."""
+        return {name: unpadded(self.model, name, average) for name, average in self.averages.items()}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor], updates: int) -> None:
+        """Go on from what `tensors` gave after `updates`.
+
+        Raises:
+            UserError: a tensor is missing or of another shape.
+        """
+        for name, average in self.averages.items():
+            shape = real_shape(self.model, name, average)
+            if name not in tensors or tuple(tensors[name].shape) != shape:
+                raise UserError(f"the average lacks {name!r} of shape {shape}; resume from another checkpoint")
+            unpadded(self.model, name, average).copy_(tensors[name])
+        self.updates = updates
