@@ -132,6 +132,20 @@ def test_rewind_goes_back_to_the_last_checkpoint_and_on_after_the_bad_batch(conf
     assert load_checkpoint(checkpoint_folder(run, 4)).state.data.next_row == 4 * (4 + 2)  # a crash forgets nothing
 
 
+def test_rewind_takes_the_average_of_the_weights_back_too(config, spoiled, tmp_path: Path):
+    spoiled(bad_row(config, step=5))
+    run, again = tmp_path / "run", tmp_path / "again"
+    config = tiny.change(config, "train", on_non_finite="rewind", ema_decay=0.9)
+    assert pretrain(config, run) == 0
+    assert load_checkpoint(checkpoint_folder(run, 8)).state.average_updates == 8
+    shutil.copytree(run, again)
+    for later in (6, 8):
+        shutil.rmtree(checkpoint_folder(again, later))
+    assert resume(again) == 0
+    ours, theirs = (checkpoint_folder(r, 8) / "ema.safetensors" for r in (run, again))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
 def test_rewind_heals_weights_that_a_fault_has_spoiled(config, monkeypatch, tmp_path: Path):
     from regpt.runs import pretrain as module
 
