@@ -48,16 +48,27 @@ def test_flops_of_the_smallest_are_those_of_the_comparison_tables():
     assert shape_of(ModelConfig(), 1024, pad_vocab=True).flops_per_token == pytest.approx(854.65e6, rel=1e-3)
 
 
-def peak_of_a_micro_batch(config: ModelConfig, rows: int, precision: str, *, checkpointing: bool = False) -> int:
+def batch_of(config: ModelConfig, rows: int, *, masked: bool = False) -> Batch:
+    """Zeros; masked, with one document a row."""
+    T = config.max_seq_len
+    tokens = torch.zeros(rows, T, dtype=torch.int64)
+    return Batch(
+        tokens, tokens, *((torch.arange(T).expand(rows, T), torch.arange(0, rows * T + 1, T)) if masked else ())
+    )
+
+
+def peak_of_a_micro_batch(
+    config: ModelConfig, rows: int, precision: str, *, checkpointing: bool = False, masked: bool = False
+) -> int:
     """Most bytes allocated at once by forward and backward, gradients of an earlier micro-batch there already."""
     model = initialize(Transformer(config), 0)
     if checkpointing:
         recompute_blocks(model)
     loss_sum = make_loss_sum(model, precision, tiny.CPU, False)  # type: ignore[arg-type]
-    tokens = torch.zeros(rows, config.max_seq_len, dtype=torch.int64)
-    (loss_sum(Batch(tokens, tokens)) / 7).backward()
+    batch = batch_of(config, rows, masked=masked)
+    (loss_sum(batch) / 7).backward()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        (loss_sum(Batch(tokens, tokens)) / 7).backward()
+        (loss_sum(batch) / 7).backward()
     events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     held = most = 0
@@ -75,6 +86,22 @@ def test_the_eager_path_is_exact(precision: str, change: dict):
     parts = tensors(shape, 8, Settings("eager", precision))
     predicted = sum(size for name, size in parts.items() if name in MOMENTARY)
     assert predicted == pytest.approx(peak_of_a_micro_batch(config, 8, precision), rel=0.005)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_document_mask_is_a_matrix_for_each_layer_or_for_all(precision: str):
+    config = replace(SMALL, max_seq_len=256)
+    shape = shape_of(config, 256, pad_vocab=True)
+    predicted = {}
+    for path in ("eager", "compiled"):
+        plain, masked = (tensors(shape, 4, Settings(path, precision, document_mask=m)) for m in (False, True))
+        predicted[path] = masked["activations"] - plain["activations"]
+    plain, masked = (peak_of_a_micro_batch(config, 4, precision, masked=m) for m in (False, True))
+    assert predicted["eager"] == pytest.approx(masked - plain, rel=0.01)
+    assert predicted["eager"] == 3 * predicted["compiled"]
+    assert tensors(shape, 4, Settings("fused", "bf16")) == tensors(
+        shape, 4, Settings("fused", "bf16", document_mask=True)
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -105,14 +132,15 @@ def test_few_tokens_peak_where_backward_ends():
 
 @tiny.IMPORTS_COMPILER
 @pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd:UserWarning")
+@pytest.mark.parametrize("masked", [False, True], ids=["rows", "documents"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_compiled_path_keeps_what_the_partitioner_keeps(precision: str):
-    kept = {layers: kept_by_the_compiler(replace(SMALL, n_layer=layers), 8, precision) for layers in (1, 2)}
+def test_the_compiled_path_keeps_what_the_partitioner_keeps(precision: str, masked: bool):
+    kept = {layers: kept_by_the_compiler(replace(SMALL, n_layer=layers), 8, precision, masked) for layers in (1, 2)}
     shapes = {n: shape_of(replace(SMALL, n_layer=n), SMALL.max_seq_len, pad_vocab=True) for n in (1, 2)}
     path = PATHS["compiled", "half" if precision == "bf16" else "full"]
 
     def predicted(layers: int) -> float:
-        parts = tensors(shapes[layers], 8, Settings("compiled", precision))
+        parts = tensors(shapes[layers], 8, Settings("compiled", precision, document_mask=masked))
         hidden_gradient = (2 if precision == "bf16" else 4) * 8 * 64 * 64  # not kept, made where backward begins
         return sum(parts[name] for name in MOMENTARY if name in parts) - hidden_gradient
 
@@ -121,7 +149,7 @@ def test_the_compiled_path_keeps_what_the_partitioner_keeps(precision: str):
     assert path.logits == (2 if precision == "bf16" else 4)
 
 
-def kept_by_the_compiler(config: ModelConfig, rows: int, precision: str) -> int:
+def kept_by_the_compiler(config: ModelConfig, rows: int, precision: str, masked: bool) -> int:
     """Bytes that torch.compile's partition of the graph keeps for backward, each memory once, weights left out."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -145,8 +173,7 @@ def kept_by_the_compiler(config: ModelConfig, rows: int, precision: str) -> int:
     )
     model = initialize(Transformer(config), 0)
     loss = torch.compile(make_loss_sum(model, precision, tiny.CPU, False), backend=backend, dynamic=False)  # type: ignore[arg-type]
-    tokens = torch.zeros(rows, config.max_seq_len, dtype=torch.int64)
-    loss(Batch(tokens, tokens)).backward()
+    loss(batch_of(config, rows, masked=masked)).backward()
     return sum(kept.values())
 
 
@@ -218,13 +245,6 @@ def test_weights_gradients_and_moments_are_16_bytes_a_parameter():
 def test_float64_takes_twice_as_much():
     once, twice = (tensors(GPT2, 4, Settings("eager", precision)) for precision in ("fp32", "fp64"))
     assert {name: 2 * size for name, size in once.items()} == twice
-
-
-def test_a_document_mask_on_the_plain_path_is_a_matrix_a_row():
-    plain, masked = (
-        tensors(GPT2, 8, Settings("compiled", "bf16", document_mask=m))["activations"] for m in (False, True)
-    )
-    assert masked - plain == 8 * 1024**2
 
 
 def test_a_process_on_the_cpu_has_its_libraries_and_a_checkpoint_s_copy():

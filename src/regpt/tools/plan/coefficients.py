@@ -12,6 +12,7 @@ To set a path's numbers after a measurement on another GPU or with other kernels
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from regpt.errors import UsageError
 
@@ -30,6 +31,8 @@ class Path:
         norms: per token and norm (N·(2L + 1)): means and deviations, float32.
         last: per token and channel (N·C): around the last norm and the head.
         logits: per token and row of the head (N·V).
+        mask: per pair of positions of a row (B·T²), with attention masked by document: a number for each pair,
+        masks: for all layers together, or for each.
         copies: per weight of a matrix product, while forward and backward run.
         fresh: per parameter, when backward ends: gradients that are not yet added to those of earlier micro-batches.
         workspace: of the libraries, from PyTorch's allocator.
@@ -50,6 +53,8 @@ class Path:
     norms: float
     last: float
     logits: float
+    mask: float
+    masks: Literal["one", "each layer"]
     copies: float
     fresh: float
     tied: float
@@ -69,6 +74,8 @@ COMPILED_HALF = Path(
     norms=4,  # one deviation a norm
     last=8,  # x̂ of the last norm 4, its bfloat16 result 2, its gradient 2
     logits=2,  # bfloat16; their gradient is written over them
+    mask=2,
+    masks="one",
     copies=2,
     fresh=4,  # backward is one graph: all its gradients come out together
     tied=0,
@@ -90,6 +97,8 @@ EAGER_HALF = Path(
     norms=8,  # mean and deviation
     last=6,
     logits=12,  # float32, three times: log-softmax, its gradient, the gradient before it
+    mask=2,
+    masks="each layer",
     copies=2,
     fresh=0,  # gradients are added as they come
     tied=12,
@@ -110,6 +119,8 @@ FUSED_HALF = Path(
     norms=8,
     last=6,
     logits=2,  # overwritten by their gradient
+    mask=0,
+    masks="one",
     copies=2,
     fresh=0,  # products add into the gradients
     tied=0,
@@ -132,6 +143,8 @@ COMPILED_FULL = Path(
     norms=4,
     last=12,
     logits=4,
+    mask=4,
+    masks="one",
     copies=0,
     fresh=4,
     tied=0,
@@ -150,6 +163,8 @@ EAGER_FULL = Path(
     norms=8,
     last=8,
     logits=12,
+    mask=4,
+    masks="each layer",
     copies=0,
     fresh=0,
     tied=12,
@@ -202,10 +217,8 @@ STEP_SECONDS = (
 OPTIMIZER_TRAFFIC = (
     44  # bytes per parameter and step: fused AdamW reads 16, writes 12; norm and clipping 12; 90 % of peak
 )
-HOST_BYTES_PER_SECOND = {
-    True: 50e9,
-    False: 25e9,
-}  # host to GPU, PCIe 5 (Hopper on) or 4; typical, not measured
+# Between host and GPU, PCIe 5 (Hopper on) or 4; typical, not measured.
+HOST_BYTES_PER_SECOND = {True: 50e9, False: 25e9}
 LINK_SHARE = 0.6  # of a link's rate, reached by an all-reduce in buckets; assumed
 LARGE_PRODUCT_SHARE = 0.78  # an 8192³ bfloat16 product on an H100 SXM: 768 of 989 TFLOP/s
 FORWARD_SHARE = 0.36  # of a micro-batch's time: its forward alone, as validation runs it (a third of the products)

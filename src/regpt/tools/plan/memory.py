@@ -100,9 +100,9 @@ def block(shape: Shape, rows: int, path: Path) -> float:
 
 
 def tail(shape: Shape, rows: int, path: Path, settings: Settings) -> float:
-    """What is kept around the last norm, and a mask that all blocks share."""
-    masked = settings.document_mask and settings.path != "fused"
-    mask = rows * shape.seq_len**2 if masked else 0  # bool, (B, 1, T, T)
+    """What is kept around the last norm, and the masks of attention."""
+    masks = 1 if path.masks == "one" or settings.checkpointing else shape.n_layer
+    mask = path.mask * masks * rows * shape.seq_len**2 if settings.document_mask else 0
     return rows * shape.seq_len * (path.last * shape.n_embd + path.norms) + mask
 
 
