@@ -22,6 +22,7 @@ FREE_KEYS = {
     "train.compile",
     "train.kernels",
     "train.activation_checkpointing",
+    "optim.offload",
     "train.pad_vocab",
     "train.device",
     "train.deterministic",
