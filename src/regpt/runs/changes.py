@@ -22,6 +22,7 @@ FREE_KEYS = {
     "train.compile",
     "train.kernels",
     "train.activation_checkpointing",
+    "optim.offload",
     "train.pad_vocab",
     "train.device",
     "train.deterministic",
@@ -38,8 +39,13 @@ FREE_KEYS = {
 def changes(before: Sections, after: Sections) -> Changes:
     """Every key whose value differs; none when nothing is known of `before`."""
     keys = [(section, key) for section in after for key in {**before.get(section, {}), **after[section]}]
-    pairs = {f"{s}.{key}": [before.get(s, {}).get(key), after[s].get(key)] for s, key in keys}
+    pairs = {f"{s}.{key}": [stored(before.get(s, {}).get(key)), stored(after[s].get(key))] for s, key in keys}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]} if before else {}
+
+
+def stored(value: Any) -> Any:
+    """`value` as JSON gives it back, which has no tuples."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def refuse_changes(found: Changes, step: int, force: bool) -> None:

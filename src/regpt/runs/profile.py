@@ -79,7 +79,9 @@ def write(
     report = summarize(profiler.key_averages(), found.recorded, device)
     (folder / "costs.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     with (folder / "costs.txt").open("w", encoding="utf-8") as file:
-        Console(file=file, width=NAME_WIDTH + 50).print(costs_table(report))
+        written = Console(file=file, width=NAME_WIDTH + 50)
+        written.print(heading(report), costs_table(report), sep="\n")
+    say(heading(report))
     console.print(costs_table(report))
     say(f"profile of steps {min(found.recorded)} to {max(found.recorded)} written to {folder}")
 
@@ -112,12 +114,13 @@ def summarize(averages: Any, recorded: dict[int, float], device: torch.device) -
     }
 
 
-def costs_table(report: dict[str, Any]) -> Table:
+def heading(report: dict[str, Any]) -> str:
     what = "kernels" if report["device"] == "cuda" else "operations"
-    table = Table(
-        title=f"a step of {report['step_ms']:.1f} ms (profiled), {report['work_ms']:.1f} ms in {what}; the largest:",
-        title_justify="left",
-    )
+    return f"a step of {report['step_ms']:.1f} ms (profiled), {report['work_ms']:.1f} ms in {what}; the largest:"
+
+
+def costs_table(report: dict[str, Any]) -> Table:
+    table = Table()
     table.add_column("what", overflow="ellipsis", no_wrap=True, max_width=NAME_WIDTH)
     for name in ("calls a step", "ms a step", "share"):
         table.add_column(name, justify="right", no_wrap=True)

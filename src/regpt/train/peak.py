@@ -12,6 +12,7 @@ from regpt.train.devices import Device, device_by_driver
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 DTYPES["fp16"] = torch.float16
 PRODUCT_SIZE = {"cpu": 1024, "mps": 2048, "cuda": 4096}  # large enough for the best rate, done in milliseconds
+SLOW_SIZE = 256  # of float16 on a CPU, which most CPUs have no units for: a larger product takes seconds
 MEASURE_SECONDS = 0.2  # once a run
 LEAST_PRODUCTS, MOST_PRODUCTS = 3, 50
 
@@ -41,7 +42,7 @@ def device_peak(device: torch.device, precision: PrecisionName) -> Peak:
     sheet = device_figures(device)
     if sheet is not None:
         return Peak(sheet.peak_flops, False, f"data sheet of the {sheet.name}, dense {sheet.peak_precision}")
-    n = PRODUCT_SIZE.get(device.type, 1024)
+    n = SLOW_SIZE if (device.type, precision) == ("cpu", "fp16") else PRODUCT_SIZE.get(device.type, 1024)
     flops = matmul_flops(device, precision, n)
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     return Peak(flops, True, f"measured here: a {precision} product of {n} × {n} matrices on {device.type}{threads}")
