@@ -127,10 +127,12 @@ def test_a_split_that_begins_inside_a_document_is_an_error(write_shards):
 
 def test_a_shard_that_cannot_be_opened_is_named(write_shards):
     folder, manifest, _ = write_shards([5])
-    (folder / "train-00000.bin").unlink()
-    with pytest.raises(
-        UserError, match=r"train-00000.bin cannot be opened \(.+\); check its permissions and ulimit -n"
-    ):
+    shard = folder / "train-00000.bin"
+    shard.unlink()
+    with pytest.raises(UserError, match=r"train-00000.bin cannot be opened \(.+\); restore the file"):
+        open_stream(folder, manifest, "train", "sequential", 0)
+    shard.mkdir()  # there, but no file: an error of another kind, for root too
+    with pytest.raises(UserError, match=r"train-00000.bin cannot be opened \(.+\); check its permissions and ulimit"):
         open_stream(folder, manifest, "train", "sequential", 0)
 
 
