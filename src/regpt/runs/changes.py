@@ -32,7 +32,6 @@ FREE_KEYS = {
     "train.max_refused",
     "train.stop_seconds",
     "train.hang_seconds",
-    "optim.offload",
 }
 
 
