@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from regpt.train.trainer import Row
@@ -79,10 +80,11 @@ def write(
     report = summarize(profiler.key_averages(), found.recorded, device)
     (folder / "costs.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     with (folder / "costs.txt").open("w", encoding="utf-8") as file:
-        written = Console(file=file, width=NAME_WIDTH + 50)
-        written.print(heading(report), costs_table(report), sep="\n")
+        width = max(len(part["name"]) for part in report["costs"]) if report["costs"] else NAME_WIDTH
+        written = Console(file=file, width=width + 50)
+        written.print(heading(report), costs_table(report, width), sep="\n")
     say(heading(report))
-    console.print(costs_table(report))
+    console.print(costs_table(report, NAME_WIDTH))
     say(f"profile of steps {min(found.recorded)} to {max(found.recorded)} written to {folder}")
 
 
@@ -119,11 +121,12 @@ def heading(report: dict[str, Any]) -> str:
     return f"a step of {report['step_ms']:.1f} ms (profiled), {report['work_ms']:.1f} ms in {what}; the largest:"
 
 
-def costs_table(report: dict[str, Any]) -> Table:
+def costs_table(report: dict[str, Any], name_width: int) -> Table:
+    """The largest costs; longer names than `name_width` are cut."""
     table = Table()
-    table.add_column("what", overflow="ellipsis", no_wrap=True, max_width=NAME_WIDTH)
+    table.add_column("what", overflow="ellipsis", no_wrap=True, max_width=name_width)
     for name in ("calls a step", "ms a step", "share"):
         table.add_column(name, justify="right", no_wrap=True)
     for part in report["costs"]:
-        table.add_row(part["name"], f"{part['calls']:,.0f}", f"{part['ms']:.3f}", f"{part['share']:.1%}")
+        table.add_row(escape(part["name"]), f"{part['calls']:,.0f}", f"{part['ms']:.3f}", f"{part['share']:.1%}")
     return table
