@@ -60,6 +60,7 @@ def test_the_rate_is_operations_over_the_shortest_time(monkeypatch):
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp64"])
 def test_measuring_leaves_no_trace(precision: str):
+    torch.set_float32_matmul_precision("highest")  # another test may have left another
     before = torch.get_rng_state()
     assert matmul_flops(tiny.CPU, precision, 16, seconds=0) > 0
     assert torch.equal(torch.get_rng_state(), before)
