@@ -120,6 +120,58 @@ def test_two_streams_change_nothing():
         assert name.startswith("w") or torch.equal(gradient, found[1][name]), name
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["rows", "documents"])
+def test_graphs_compute_what_they_were_captured_from(masked):
+    """Micro-batches, updates and validation, three times over; the embedding's additions have no fixed order."""
+    from regpt.kernels import triton_ops
+    from regpt.kernels.attention import CudnnAttention
+    from regpt.kernels.cublaslt import Products
+    from regpt.kernels.gpt2 import FusedGPT2
+    from regpt.kernels.graphs import GraphedLoss
+
+    given = documents() if masked else {}
+    products, attention = Products(DEVICE, tune=False), CudnnAttention(DEVICE, deterministic=True)
+    found = []
+    for graphs in (True, False):
+        model = build()
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        fused = FusedGPT2(model, products, attention, triton_ops)
+        path = GraphedLoss(fused) if graphs else fused
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # its update is linear: no difference grows
+        losses = []
+        for step in range(6):
+            optimizer.zero_grad(set_to_none=False)
+            for micro in range(2):
+                loss = path.loss_sum(*tokens(2 * step + micro), **given) / (2 * B * T)
+                loss.backward()
+                losses.append(loss.detach())
+            with torch.no_grad():
+                losses.append(path.loss_sum(*tokens(99), **given))
+            if step < 5:
+                optimizer.step()
+        if graphs:
+            assert len(path.steps) == 2
+            assert path.captures_left == 14
+        found.append({"losses": torch.stack(losses)} | {name: p.grad.clone() for name, p in model.named_parameters()})
+    for name, value in found[0].items():
+        assert ((value - found[1][name]).norm() / found[1][name].norm()).item() < 2e-3, name
+
+
+def test_what_a_graph_holds_is_given_back_when_the_rows_change():
+    model = build()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    loss_sum = fused_loss(model, DEVICE)
+    idx, targets = tokens()
+    for rows in (6, 6, 6, 2, 2, 2):
+        loss_sum(idx[:rows], targets[:rows]).backward()
+        torch.cuda.empty_cache()
+        if rows == 6:
+            most = torch.cuda.memory_reserved()
+    assert torch.cuda.memory_reserved() < most
+
+
 @pytest.mark.parametrize("epilogue", ["none", "bias", "gelu_aux_bias", "dgelu"])
 @pytest.mark.parametrize(("transpose_a", "transpose_b"), [(False, False), (False, True), (True, False)])
 def test_products(epilogue, transpose_a, transpose_b):

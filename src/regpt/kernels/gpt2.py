@@ -91,12 +91,14 @@ class FusedGPT2:
         self.side = torch.cuda.Stream(device) if overlap and device.type == "cuda" else None
         self.used_beside: list[Any] = []  # tensors that must not be freed before the side stream has used them
         self.before: tuple[Any, list[Any]] | None = None
+        self.warm: set[tuple[torch.Size, int | None]] = set()  # shapes that have added to gradients: idx, cu_seqlens
 
     def loss_sum(
         self, idx: Tensor, targets: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> Tensor:
         """Cross-entropy in nats summed over the valid targets (B, T), a float32 scalar; arguments as in `Batch`."""
         self.copy_weights()
+        self.join()  # if the last backward was broken off, by a lack of memory say
         if torch.is_grad_enabled():
             return LossSum.apply(self.model.wte.weight, self, idx, targets, positions, cu_seqlens)  # type: ignore[return-value]
         return self.forward(idx, targets, positions, cu_seqlens, gradient=False)[0]
@@ -116,7 +118,6 @@ class FusedGPT2:
     ) -> tuple[Tensor, ForwardState]:
         """The loss, and what the backward needs; without `gradient` the state is of no use."""
         model = self.model
-        self.join()  # if the last backward was broken off, by a lack of memory say
         x = self.between.embed(idx, positions, model.wte.weight, model.wpe.weight, self.dtype)  # (N, C)
         states = []
         for block in self.blocks:
@@ -158,6 +159,7 @@ class FusedGPT2:
     def backward(self, scale: Tensor, state: ForwardState) -> None:
         """Add `scale` times the gradient of the summed loss to every parameter's `.grad`; takes `state` apart."""
         model = self.model
+        adding = all(p.grad is not None for p in model.parameters())
         dh = self.head_backward(scale, state)
         dx, sums = self.between.layer_norm_backward(dh, state.x, model.ln_f.weight, *state.norm, None)
         self.join()
@@ -174,6 +176,8 @@ class FusedGPT2:
                 dwpe.zero_()
             self.between.embed_backward(dx, state.idx, state.positions, self.gradient(model.wte.weight)[0], dwpe)
         self.join()
+        if adding:
+            self.warm.add((state.idx.shape, None if state.cu_seqlens is None else state.cu_seqlens.numel()))
 
     def head_backward(self, scale: Tensor, state: ForwardState) -> Tensor:
         """Gradient of the last norm's result, (N, C); that of the head goes to the embedding."""
@@ -263,7 +267,11 @@ class FusedGPT2:
         """Wait, on the device, for the side stream; then the memory it used may be used again."""
         if self.side is not None:
             torch.cuda.current_stream(self.side.device).wait_stream(self.side)
-        self.used_beside.clear()
+        self.forget_beside()
+
+    def forget_beside(self) -> None:
+        """Nothing that the side stream was given is to be waited for."""
+        self.used_beside = []
         self.before = None
 
     def gradient(self, p: Tensor) -> tuple[Tensor, bool]:

@@ -72,7 +72,7 @@ def choose(
         reason = f"not measured on {torch.cuda.get_device_name(device)}; train.kernels fused tries it"
     if reason is not None:
         return Kernels("plain", reason)
-    return Kernels("fused", f"cuBLASLt, Triton, attention by {attention_library()}")
+    return Kernels("fused", f"cuBLASLt, Triton, CUDA graphs, attention by {attention_library()}")
 
 
 def attention_library() -> str:
@@ -87,6 +87,7 @@ def fused_loss(model: Transformer, device: torch.device) -> LossOfTokens:
     from regpt.kernels.attention import CudnnAttention, TorchAttention
     from regpt.kernels.cublaslt import Products
     from regpt.kernels.gpt2 import FusedGPT2
+    from regpt.kernels.graphs import GraphedLoss
 
     attention = CudnnAttention(device) if find_spec("cudnn") else TorchAttention()
-    return FusedGPT2(model, Products(device), attention, triton_ops).loss_sum
+    return GraphedLoss(FusedGPT2(model, Products(device), attention, triton_ops)).loss_sum
