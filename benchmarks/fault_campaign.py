@@ -72,9 +72,9 @@ class Campaign:
         curves = [{s: [row[k] for k in keys] for s, row in last_rows(r, "train").items()} for r in (run, self.straight)]
         return curves[0] == curves[1] and final_bytes(run) == self.expected
 
-    def copy(self, name: str, upto: int) -> Path:
-        """The straight run as it was after step `upto`."""
-        run = self.folder / name
+    def copy(self, name: str, upto: int, inside: Path | None = None) -> Path:
+        """The straight run as it was after step `upto`, in a folder of the campaign or `inside` another one."""
+        run = (inside or self.folder) / name
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(self.straight, run)
         for folder in checkpoints(run):

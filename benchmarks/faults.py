@@ -15,6 +15,7 @@ import platform
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -38,10 +39,12 @@ from fault_campaign import (
     wait_for_writing,
 )
 
+import regpt
 from regpt.checkpoint.load import checkpoint_folder, checkpoints, step_of
 from regpt.config import RunConfig
 from regpt.data.manifest import read_manifest
 from regpt.runs import build
+from regpt.runs.folder import source_commit
 from regpt.runs.metric_rows import last_rows
 from regpt.runs.pretrain import pretrain, resume
 from regpt.runs.verify_resume import Bench
@@ -69,7 +72,9 @@ class Args:
     seed: int = 0
     """Of all random moments and places."""
     write: bool = True
-    """Write benchmarks/results/faults-….json."""
+    """Write the results as JSON."""
+    out: str = ""
+    """Where to; default: benchmarks/results/faults-<hardware>-<date>.json."""
 
 
 # ---- faults ----------------------------------------------------------------------------------------------------------
@@ -146,26 +151,65 @@ def damaged(c: Campaign, count: int, damage: Callable[[Path], None]) -> dict[str
 
 
 def full_disk(c: Campaign, count: int) -> dict[str, object]:
-    """No file may grow beyond a random size, as on a full disk: the run says so, and goes on when there is room."""
+    """A small file system with a random number of bytes left: the run says so, and goes on when there is room again.
+
+    Where none may be mounted (that takes root), no file may grow beyond a random size instead.
+    """
     wrong = unsaid = lost = 0
-    largest = max(path.stat().st_size for path in checkpoint_folder(c.straight, STEPS).iterdir())
-    for _ in range(count):
-        upto = EVERY * c.draw.randint(2, STEPS // EVERY - 2)
-        run = c.copy("full", upto)
-        with (run / "metrics.jsonl").open("rb+") as file:
-            file.truncate(0)  # so that the limit is met by the checkpoint rather than by the rows
-        limit = c.draw.randint(largest // 8, largest - 1)
-        code = c.run(lambda run=run, limit=limit: limited(run, limit))
-        unsaid += code != 1 or "cannot write" not in c.said()
-        lost += newest(run) < upto or any(not intact(folder) for folder in checkpoints(run))
-        wrong += c.run(lambda run=run: resume(run)) != 0 or final_bytes(run) != c.expected
-    return {"faults": count, "unseen": unsaid, "lost": lost, "runs": count, "wrong": wrong}
+    sizes = [path.stat().st_size for path in checkpoint_folder(c.straight, STEPS).iterdir()]
+    with small_file_system(c.folder / "small", 2 * folder_bytes(c.straight) + sum(sizes)) as small:
+        for _ in range(count):
+            upto = EVERY * c.draw.randint(2, STEPS // EVERY - 2)
+            run = c.copy("full", upto, inside=small)
+            with (run / "metrics.jsonl").open("rb+") as file:
+                file.truncate(0)  # so that the limit is met by the checkpoint rather than by the rows
+            filler = fill(small, c.draw.randint(sum(sizes) // 8, sum(sizes))) if small else None
+            limit = None if small else c.draw.randint(max(sizes) // 8, max(sizes) - 1)
+            code = c.run(lambda run=run, limit=limit: limited(run, limit))
+            unsaid += code != 1 or "cannot write" not in c.said()
+            lost += newest(run) < upto or any(not intact(folder) for folder in checkpoints(run))
+            if filler:
+                filler.unlink()
+            wrong += c.run(lambda run=run: resume(run)) != 0 or final_bytes(run) != c.expected
+    how = "a small file system" if small else "a file-size limit"
+    return {"faults": count, "unseen": unsaid, "lost": lost, "runs": count, "wrong": wrong, "by": how}
 
 
-def limited(run: Path, limit: int) -> int:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+def limited(run: Path, limit: int | None) -> int:
+    if limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     return resume(run)
+
+
+def folder_bytes(folder: Path) -> int:
+    """What the files below take, in whole pages."""
+    pages = [-(-path.stat().st_size // 4096) for path in folder.rglob("*") if path.is_file()]
+    return 4096 * (sum(pages) + len(pages))
+
+
+def fill(folder: Path, left: int) -> Path:
+    """A file that leaves `left` bytes of its file system."""
+    path = folder / "filler"
+    with path.open("wb") as file:
+        file.write(bytes(max(0, shutil.disk_usage(folder).free - left)))
+    return path
+
+
+@contextlib.contextmanager
+def small_file_system(folder: Path, size: int) -> Iterator[Path | None]:
+    """`folder`, a file system of its own in memory; None where it cannot be mounted."""
+    folder.mkdir()
+    try:
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        mounted = subprocess.run(command, capture_output=True).returncode == 0
+    except OSError:
+        mounted = False
+    try:
+        yield folder if mounted else None
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(folder)], check=True)
 
 
 def sigterms(c: Campaign, count: int) -> dict[str, object]:
@@ -275,6 +319,9 @@ KINDS = {f.__name__: f for f in (kills, flips, truncations, full_disk, sigterms,
 def main(args: Args) -> int:
     torch.set_num_threads(1)
     chosen = args.only.split(",") if args.only else list(KINDS)
+    if unknown := set(chosen) - set(KINDS):
+        sys.exit(f"--only names {', '.join(sorted(unknown))}; choose from {', '.join(KINDS)}")
+    load = [os.getloadavg()[0]]
     with folder_of(args) as base:
         campaign = Campaign(base, args.seed)
         results: dict[str, dict[str, object]] = {}
@@ -283,15 +330,29 @@ def main(args: Args) -> int:
             began = time.monotonic()
             results[kind] = KINDS[kind](campaign, max(1, round(COUNTS[kind] * args.scale)))
             results[kind]["seconds"] = round(time.monotonic() - began)
+            load.append(os.getloadavg()[0])
             print(line(kind, results[kind]), flush=True)
     if args.write:
-        where = Path(__file__).parent / "results"
-        name = f"faults-{platform.machine()}-{os.cpu_count()}cores-{datetime.now(UTC):%Y-%m-%d}.json"
-        machine = {"cores": os.cpu_count(), "platform": platform.system(), "torch": torch.__version__}
-        text = json.dumps({"machine": machine, "seed": args.seed, "results": results}, indent=1)
-        (where / name).write_text(text + "\n", encoding="utf-8")
+        write_results(args, results, load)
     bad = ("unseen", "lost", "invalid", "wrong")
     return int(any(result.get(key) for result in results.values() for key in bad))
+
+
+def write_results(args: Args, results: dict[str, dict[str, object]], load: list[float]) -> None:
+    """The table as JSON, with what it was made on; `load` of the machine before and after each kind."""
+    name = f"faults-{platform.machine()}-{os.cpu_count()}cores-{datetime.now(UTC):%Y-%m-%d}.json"
+    path = Path(args.out) if args.out else Path(__file__).parent / "results" / name
+    machine = {
+        "cores": os.cpu_count(),
+        "load": load,
+        "platform": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "regpt": regpt.__version__,
+        "commit": source_commit(),
+    }
+    content = {"machine": machine, "scale": args.scale, "seed": args.seed, "results": results}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
