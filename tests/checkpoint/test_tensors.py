@@ -1,6 +1,7 @@
 """Tensors in one file or several: the same tensors come back, and nothing else is accepted."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -49,6 +50,13 @@ def test_a_checkpoint_of_several_files_comes_back_bit_for_bit(tmp_path, save, co
     ):
         assert stored.keys() == expected.keys()
         assert all(stored[name].equal(tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has other rights")
+def test_tensors_may_be_read_by_whom_other_files_may_be_read(tmp_path):
+    (tmp_path / "other").write_text("")
+    write_tensors(tmp_path / "a", {"x": torch.ones(2)})
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_files_that_refuse_what_is_no_safetensors_and_names_held_twice(tmp_path):

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from regpt.errors import UserError
 
+MAX_JSON_BYTES = 64 << 20  # tokenizers of 250,000 tokens have 17 MB; a state of 1,024 processes has 14 MB
 SUCCESSOR = ".new"  # behind the name of a folder that is about to be replaced
 
 
@@ -122,15 +123,32 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: no such file, or something else in it.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"cannot read {str(path)!r} ({error.strerror}); restore the file or choose another model"
-        ) from None
+        content = json.loads(read_small(path).decode())
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a pit of brackets
         raise UserError(f"{str(path)!r} is not JSON ({error}); restore the file or choose another model") from None
     if not isinstance(content, dict):
         raise UserError(f"{str(path)!r} holds no JSON object; restore the file or choose another model")
+    return content
+
+
+def read_small(path: Path) -> bytes:
+    """The bytes of a JSON file, of `MAX_JSON_BYTES` at most.
+
+    Raises:
+        UserError: no such file, or a larger one.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise UserError(
+            f"cannot read {str(path)!r} ({error.strerror}); restore the file or choose another model"
+        ) from None
+    if len(content) > MAX_JSON_BYTES:
+        raise UserError(
+            f"{str(path)!r} has more than {MAX_JSON_BYTES >> 20} MiB, too much for its kind; restore the file or "
+            "choose another model"
+        )
     return content
 
 

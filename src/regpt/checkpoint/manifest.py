@@ -1,13 +1,14 @@
 """`manifest.json` of a checkpoint: its files with size and SHA-256, written last, checked before anything is read."""
 
 import hashlib
+import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from regpt.checkpoint.files import is_plain_name, write_json
+from regpt.checkpoint.files import is_plain_name, read_small, write_json
 from regpt.checkpoint.tensors import SUFFIX
 from regpt.errors import UserError
 
@@ -73,16 +74,30 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         what = "has no manifest.json, so it is no complete checkpoint" if folder.is_dir() else "does not exist"
         raise UserError(f"checkpoint {str(folder)!r} {what}; use another checkpoint of the run")
+    content = read_small(path)
+    refuse_other_version(content, path)
     try:
-        manifest = TypeAdapter(Manifest).validate_json(path.read_bytes(), strict=True)
+        manifest = TypeAdapter(Manifest).validate_json(content, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise damaged(path, f"is not a manifest ({where}: {first['msg']})") from None
-    if manifest.format_version != FORMAT_VERSION:
-        raise damaged(path, f"has format version {manifest.format_version}, this regpt reads {FORMAT_VERSION}")
     check_names(manifest, path)
     return manifest
+
+
+def refuse_other_version(content: bytes, path: Path) -> None:
+    """Raise a UserError for a manifest of another format, whatever else it holds; nothing for what is no manifest."""
+    try:
+        version = json.loads(content)["format_version"]
+    except (ValueError, RecursionError, TypeError, KeyError):
+        return
+    if type(version) is int and version != FORMAT_VERSION:
+        remedy = "install a newer regpt" if version > FORMAT_VERSION else "restore it"
+        raise UserError(
+            f"checkpoint file {str(path)!r} has format version {version}, this regpt reads {FORMAT_VERSION}; {remedy} "
+            "or use another checkpoint of the run"
+        )
 
 
 def check_names(manifest: Manifest, path: Path) -> None:

@@ -17,7 +17,10 @@ SUFFIX, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"  # the names th
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """One safetensors file of `tensors`, from any device; the metadata is what transformers asks for."""
+    path.touch()
+    mode = path.stat().st_mode
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
+    path.chmod(mode)  # the library's file is its owner's alone; ours is readable to whom the user lets read
     flush(path)
 
 
