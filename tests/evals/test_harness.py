@@ -17,10 +17,7 @@ from regpt.text.bpe import train_bpe
 missing = [
     name for name in ("lm_eval", "accelerate", "transformers") if find_spec(name) is None
 ]  # importing takes long
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}"),
-]
+pytestmark = pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
 TEXT = "the cat sat on a mat and dogs ran home in the rain while birds sang of spring"
 WORDS = TEXT.split()
 TASKS = {
@@ -101,23 +98,33 @@ json.dump(keep, open(out, "w"), default=str)
 """
 OURS = """
 import json, sys
-from pathlib import Path
 import torch
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.tasks import TaskManager
 from regpt.checkpoint.open import open_model
-from regpt.evals.harness import HarnessModel, evaluate_harness
+from regpt.evals.harness import HarnessModel, results_of
 from regpt.evals.score import Scorer
 from regpt.parallel.mesh import Mesh
-folder, out, *names = sys.argv[1:]
+folder, tasks, out, *names = sys.argv[1:]
 opened = open_model(folder)
-scorer = Scorer(opened.model.double(), Mesh(0, 1, torch.device("cpu")))
-results = evaluate_harness(names, HarnessModel(scorer, opened.tokenizer))
-keep = [[one.task, one.metrics, one.n, one.items] for one in results]
-json.dump({"results": keep}, open(out, "w"))
+model = HarnessModel(Scorer(opened.model.double(), Mesh(0, 1, torch.device("cpu"))), opened.tokenizer)
+found = simple_evaluate(model=model, tasks=names, bootstrap_iters=100, task_manager=TaskManager(include_path=tasks))
+results = [[one.task, one.metrics, one.n, one.items] for one in results_of(found)]
+json.dump({"results": results, "samples": found["samples"]}, open(out, "w"), default=str)
+"""
+COMMAND = """
+import json, sys
+from regpt.__main__ import main
+model, names, unknown, missing, *rest = sys.argv[1:]
+asked = ["eval", model, "--device", "cpu", "--tasks"]
+assert main([*asked, f"lm-eval:{names}", *rest]) == 0
+for name in (unknown, missing):
+    assert main([*asked, f"lm-eval:{name}"]) == 2, name
 """
 
 
-def run(code: str, cwd: Path, *args: object) -> None:
-    """In a process of its own: the harness sets random seeds and handlers of this one."""
+def run(code: str, cwd: Path, *args: object) -> str:
+    """What `code` says on its error stream, in a process of its own: the harness sets random seeds and handlers."""
     env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "hf"), "DISABLE_MULTIPROC": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, args)],
@@ -125,15 +132,16 @@ def run(code: str, cwd: Path, *args: object) -> None:
         env=tiny.os.environ | env,
         capture_output=True,
         text=True,
+        encoding="utf-8",
         timeout=280,
     )
     assert not done.returncode, done.stderr[-3000:]
+    return done.stderr
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    """Their results and ours on the same model and items."""
-    folder = tmp_path_factory.mktemp("harness")
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Items, tasks that read them, and an exported model."""
     draw = np.random.default_rng(0)
 
     def text(n: int) -> str:
@@ -149,63 +157,63 @@ def found(tmp_path_factory) -> tuple[Path, dict[str, Any], dict[str, Any]]:
         }
         for _ in range(24)
     ]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     for name, yaml in TASKS.items():
-        (folder / f"{name}.yaml").write_text(yaml.format(data=folder / "data.jsonl"), encoding="utf-8")
+        (tmp_path / f"{name}.yaml").write_text(yaml.format(data=tmp_path / "data.jsonl"), encoding="utf-8")
     tokenizer = train_bpe([" ".join(WORDS * 3)], 290)
     config = tiny.replace(tiny.CONFIG, vocab_size=290, max_seq_len=48)
-    export_hf(tiny.build_model(config=config, dtype=tiny.torch.float32), tokenizer, folder / "model")
-    run(THEIRS, folder, folder / "model", folder, folder / "theirs.json", *TASKS)
-    files = [folder / f"{name}.yaml" for name in TASKS]
-    run(OURS, folder, folder / "model", folder / "ours.json", *files)
-    return folder, *(json.loads((folder / name).read_text(encoding="utf-8")) for name in ("theirs.json", "ours.json"))
+    export_hf(tiny.build_model(config=config, dtype=tiny.torch.float32), tokenizer, tmp_path / "model")
+    return tmp_path
 
 
-def ours(found: tuple[Path, dict, dict], task: str) -> tuple[dict[str, list], int, list[dict]]:
-    (one,) = [row for row in found[2]["results"] if row[0] == f"lm-eval/{task}"]
-    return one[1], one[2], one[3]
+def test_every_answer_is_that_of_the_hugging_face_backend(folder):
+    """Log-likelihoods, greedy text, judgements of each item, and metrics with their standard errors."""
+    for code, name in ((THEIRS, "theirs.json"), (OURS, "ours.json")):
+        run(code, folder, folder / "model", folder, folder / name, *TASKS)
+    theirs, ours = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("theirs.json", "ours.json"))
+    found = {task: rest for task, *rest in ours["results"]}
+    for task in TASKS:
+        expected, answered = ({one["doc_id"]: one for one in each["samples"][task]} for each in (theirs, ours))
+        assert len(expected) == 24
+        for number, one in expected.items():
+            same_answers(answered[number]["filtered_resps"], one["filtered_resps"])
+        metrics, n, items = found[f"lm-eval/{task}"]
+        assert n == 24
+        same_metrics(metrics, theirs["results"][task])
+        for row in items:
+            for metric in {"acc", "acc_norm"} & row.keys():
+                assert row[metric] == float(expected[row["item"]][metric])
 
 
-@pytest.mark.parametrize("task", list(TASKS))
-def test_metrics_and_errors_are_those_of_the_hugging_face_backend(found, task):
-    theirs, (metrics, n, _) = found[1]["results"][task], ours(found, task)
-    assert n == 24
-    assert metrics
-    for name, (value, error) in metrics.items():
-        assert value == pytest.approx(theirs[f"{name},none"], rel=1e-6, abs=1e-9)
-        expected = theirs[f"{name}_stderr,none"]
-        assert error == pytest.approx(expected, rel=0.2) if isinstance(expected, float) else error is None
+def same_answers(given: list, expected: list) -> None:
+    """Texts, log-likelihoods, or pairs of a log-likelihood and whether it was the greedy choice."""
+    assert len(given) == len(expected) > 0
+    for one, other in zip(given, expected):
+        if isinstance(other, str):
+            assert one == other
+        else:
+            assert one == pytest.approx(other, rel=1e-9)
 
 
-def test_every_item_is_judged_alike(found):
-    theirs = {one["doc_id"]: one for one in found[1]["samples"]["choices"]}
-    for row in ours(found, "choices")[2]:
-        for metric in ("acc", "acc_norm"):
-            assert row[metric] == float(theirs[row["item"]][metric])
+def same_metrics(given: dict[str, list], expected: dict[str, float | str]) -> None:
+    assert given
+    for name, (value, error) in given.items():
+        assert value == pytest.approx(expected[f"{name},none"], rel=1e-6, abs=1e-9)
+        theirs = expected[f"{name}_stderr,none"]
+        assert error == pytest.approx(theirs, rel=0.2) if isinstance(theirs, float) else error is None
 
 
-def test_the_command_runs_tasks_by_file_and_writes_items(found, tmp_path):
-    folder, theirs, _ = found
-    code = "import sys; from regpt.__main__ import main; sys.exit(main(sys.argv[1:]))"
-    names = f"lm-eval:{folder / 'choices.yaml'},{folder / 'lastword.yaml'}"
-    args = ["eval", folder / "model", "--tasks", names, "--device", "cpu", "--json", tmp_path / "out.json"]
-    run(code, folder, *args, "--items", tmp_path / "items")
-    tasks = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["tasks"]
+def test_the_command_runs_tasks_by_file_and_refuses_others_in_one_sentence(folder):
+    names = f"{folder / 'choices.yaml'},{folder / 'lastword.yaml'}"
+    wrong = "arc_eazy", folder / "no.yaml"
+    said = run(COMMAND, folder, folder / "model", names, *wrong, "--json", folder / "out.json", "--items", folder / "it")
+    assert "lm-eval knows no task 'arc_eazy'" in said
+    assert "no.yaml' does not exist" in said
+    tasks = json.loads((folder / "out.json").read_text(encoding="utf-8"))["tasks"]
     assert list(tasks) == ["lm-eval/choices", "lm-eval/lastword"]
-    assert tasks["lm-eval/choices"]["metrics"]["acc"]["value"] == pytest.approx(
-        theirs["results"]["choices"]["acc,none"]
-    )
-    lines = (tmp_path / "items" / "lm-eval-choices-step-00000000.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 24
-    assert json.loads(lines[0]).keys() == {"item", "acc", "acc_norm"}
-
-
-def test_a_task_that_is_unknown_or_a_file_that_is_missing_is_one_sentence(found):
-    folder = found[0]
-    code = (
-        "import sys; from regpt.__main__ import main\n"
-        "code = main(['eval', sys.argv[1], '--device', 'cpu', '--tasks', sys.argv[2]])\n"
-        "assert code == 2, code"
-    )
-    for name in ("arc_eazy", "no.yaml"):
-        run(code, folder, folder / "model", f"lm-eval:{name}")
+    assert tasks["lm-eval/choices"]["n"] == 24
+    lines = (folder / "it" / "lm-eval-choices-step-00000000.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row.keys() for row in rows] == [{"item", "acc", "acc_norm"}] * 24
+    accuracy = tasks["lm-eval/choices"]["metrics"]["acc"]["value"]
+    assert accuracy == pytest.approx(sum(row["acc"] for row in rows) / 24)

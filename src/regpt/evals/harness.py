@@ -131,8 +131,8 @@ def evaluate_harness(names: Sequence[str], model: HarnessModel, max_items: int =
         UserError: a task's data cannot be had.
     """
     files = [Path(name).resolve() for name in names if name.endswith((".yaml", ".yml"))]
+    wanted: list[Any] = [task_of(name) for name in names]  # refused before the harness reads its thousands of tasks
     manager = TaskManager(include_path=[str(folder) for folder in dict.fromkeys(file.parent for file in files)] or None)
-    wanted: list[Any] = [task_of(name) for name in names]
     for name in wanted:
         if name not in manager.all_tasks:
             close = nearest(name, manager.all_tasks)
