@@ -2,10 +2,10 @@
 
     python benchmarks/evaluations.py hellaswag_val.jsonl.zst [--model MODEL] [--items 0] [--skip lm-eval …] [--out DIR]
 
-Reference: the lecture's loop, one item at a time, four padded rows, all logits, in float64. Against it: ours in float64,
-float32 and bfloat16, with other sizes of batches, by two processes, compiled. Then lm-eval's definition of HellaSwag
-(read from a local file, as the hub is not needed): our adapter against lm-eval's own Hugging Face backend on the exported
-model. Prints a table, writes DIR/evaluations-<name>-<hardware>-<date>.json, and exits with 1 where a difference is
+Reference: the lecture's loop, one item at a time, four padded rows, all logits, in float64. Against it: ours in
+float64, float32 and bfloat16, with other sizes of batches, by two processes, compiled. Then lm-eval's definition of
+HellaSwag (items read from the local file): our adapter against lm-eval's own Hugging Face backend on the exported
+model. Prints a line each, writes DIR/evaluations-<name>-<hardware>-<date>.json, and exits with 1 where a difference is
 above its bound. Without --model: two layers of width 64 with random weights and GPT-2's vocabulary.
 """
 
@@ -221,12 +221,13 @@ def harness_ways(args: Args, folder: Path, work: Path) -> list[Row]:
     opened = open_model(str(folder))
     scorer = Scorer(opened.model.to(parameter_dtype(precision)), ALONE)
     found = through_harness(HarnessModel(scorer, opened.tokenizer), work)
-    return [*rows, shown(against("lm-eval, our adapter", name, precision, found, theirs, time.perf_counter() - started))]
+    spent = time.perf_counter() - started
+    return [*rows, shown(against("lm-eval, our adapter", name, precision, found, theirs, spent))]
 
 
 def lm_eval_items(args: Args) -> list[dict[str, Any]]:
-    """Items as lm-eval's own HellaSwag makes them: the activity before the context, tags removed. The second part of the
-    context is capitalised where the file has it apart."""
+    """Items as lm-eval makes them: the activity before the context, tags removed, and, where the file has
+    the context's second part apart, that capitalised."""
     items = []
     for item in read_items(Path(args.file))[: args.items or None]:
         row = item.row
@@ -241,7 +242,7 @@ def cleaned(text: str) -> str:
 
 
 def through_harness(model: Any, work: Path) -> dict[str, np.ndarray]:
-    """What the harness made of each item: (items, 4) log-likelihoods, (items, 4) tokens' greediness, (items,) metrics."""
+    """Of each item: (items, 4) log-likelihoods, (items, 4) tokens' greediness, (items,) metrics."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -255,9 +256,7 @@ def through_harness(model: Any, work: Path) -> dict[str, np.ndarray]:
     return {"sums": pairs[..., 0].astype(float), "greedy": pairs[..., 1].astype(bool), "chars": lengths} | metrics
 
 
-def against(
-    way: str, beside: str, precision: str, found: dict[str, Any], other: dict[str, Any], seconds: float
-) -> Row:
+def against(way: str, beside: str, precision: str, found: dict[str, Any], other: dict[str, Any], seconds: float) -> Row:
     """Differences are divided by a quarter of the characters, about the tokens."""
     difference = (np.abs(found["sums"] - other["sums"]) / np.maximum(1, other["chars"] / 4)).max()
     assert (found["greedy"] == other["greedy"]).all()

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -206,7 +205,9 @@ def same_metrics(given: dict[str, list], expected: dict[str, float | str]) -> No
 def test_the_command_runs_tasks_by_file_and_refuses_others_in_one_sentence(folder):
     names = f"{folder / 'choices.yaml'},{folder / 'lastword.yaml'}"
     wrong = "arc_eazy", folder / "no.yaml"
-    said = run(COMMAND, folder, folder / "model", names, *wrong, "--json", folder / "out.json", "--items", folder / "it")
+    said = run(
+        COMMAND, folder, folder / "model", names, *wrong, "--json", folder / "out.json", "--items", folder / "it"
+    )
     assert "lm-eval knows no task 'arc_eazy'" in said
     assert "no.yaml' does not exist" in said
     tasks = json.loads((folder / "out.json").read_text(encoding="utf-8"))["tasks"]
