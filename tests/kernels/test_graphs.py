@@ -166,7 +166,10 @@ def test_shapes_that_keep_changing_are_captured_a_bounded_number_of_times(log):
 
 def test_what_cannot_be_captured_goes_on_without(log):
     def fail(*_):
-        raise RuntimeError("no graphs today")
+        try:
+            raise RuntimeError("no graphs today")
+        finally:
+            raise RuntimeError("capture was broken off")
 
     path, plain = graphed(fail), graphed(capture=None)
     plain.captures_left = 0

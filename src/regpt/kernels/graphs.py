@@ -5,6 +5,7 @@ from then on. All graphs share one pool of memory, for only one of them is at wo
 do (gradients that were replaced, a second loss before the backward of the first) runs as it would without graphs.
 """
 
+import gc
 import warnings
 import weakref
 from collections.abc import Callable
@@ -44,6 +45,7 @@ class CapturedStep:
         assert idx is not None
         assert targets is not None
         with torch.no_grad(), torch.cuda.device(device):
+            torch.cuda.current_blas_handle()  # each thread has one of its own, and it cannot be made in a capture
             with torch.cuda.graph(self.graphs[0], **options):
                 self.loss, state = fused.forward(idx, targets, positions, cu_seqlens, gradient=gradient)
             if gradient:
@@ -124,21 +126,31 @@ class GraphedLoss:
         self.captures_left -= 1
         self.pool = self.pool or self.make_pool()
         self.fused.join()
+        reason = ""
         try:
             self.steps[key] = self.capture(self.fused, inputs, key[-1], self.pool)
         except Exception as error:  # whatever it is: without graphs the step has worked
-            self.release()
-            self.captures_left = 0
-            self.fused.forget_beside()
+            while error.__context__ is not None:  # the first one: to leave a capture that has failed fails, too
+                error = error.__context__
             reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-            warnings.warn(
-                f"the step could not be captured as CUDA graphs ({reason}); training goes on without them",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        if reason:  # outside that block: an exception holds on to the tensors of its frames
+            self.give_up(reason)
             return None
         self.where[key] = where
         return self.steps[key]
+
+    def give_up(self, reason: str) -> None:
+        self.release()
+        self.captures_left = 0
+        self.fused.forget_beside()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        warnings.warn(
+            f"the step could not be captured as CUDA graphs ({reason}); training goes on without them",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
     def places(self, gradient: bool) -> list[int]:
         """Where the weights lie, and with `gradient` their gradients; 0 for one that is not there."""
