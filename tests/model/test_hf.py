@@ -43,7 +43,7 @@ def saved(model, folder: Path, **options) -> Path:
 
 
 def ours(folder: Path) -> Transformer:
-    return build(hf_config(folder), hf_weights(folder), "cpu", "test")
+    return build(hf_config(folder), hf_weights(folder, hf_config(folder)), "cpu", "test")
 
 
 def tokens(vocab_size: int, *shape: int) -> Tensor:

@@ -48,6 +48,8 @@ def restore_generators(states: dict[str, str], device: torch.device) -> None:
         version, *words, has_gauss, gauss = struct.unpack(PYTHON, base64.b64decode(states["python"]))
         random.setstate((version, tuple(words), gauss if has_gauss else None))
         *key, position, has_gauss, gauss = struct.unpack(NUMPY, base64.b64decode(states["numpy"]))
+        if not 0 <= position <= len(key):  # NumPy would read there, whatever lies there
+            raise ValueError(f"position {position} of {len(key)} words")
         np.random.set_state(("MT19937", np.array(key, np.uint32), position, has_gauss, gauss))  # noqa: NPY002
     except (KeyError, ValueError, TypeError, struct.error, RuntimeError) as error:
         raise UserError(

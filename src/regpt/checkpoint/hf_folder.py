@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+import torch
+
 from regpt.checkpoint.files import read_json
 from regpt.checkpoint.tensors import TensorFiles, find_divided
 from regpt.errors import UserError
 from regpt.model.config import ModelConfig
 from regpt.model.hf import WeightsFromHF, config_from_hf
+from regpt.model.transformer import Transformer
+from regpt.model.weights import count_parameters
 from regpt.text.open import open_tokenizer
 from regpt.text.tokenizer import Tokenizer
 
@@ -31,13 +35,21 @@ def hf_config(folder: Path) -> ModelConfig:
         raise UserError(f"model {str(folder)!r} cannot be read: {error}") from None
 
 
-def hf_weights(folder: Path) -> WeightsFromHF:
+def hf_weights(folder: Path, config: ModelConfig) -> WeightsFromHF:
     """Our names → the folder's weights, read when they are asked for.
 
     Raises:
-        UserError: no safetensors, or some that are damaged or have a head of their own.
+        UserError: no safetensors, or some that are damaged, have a head of their own, or are fewer than `config` wants.
     """
-    files = TensorFiles(weight_files(folder))
+    paths = weight_files(folder)
+    files = TensorFiles(paths)
+    with torch.device("meta"):
+        wanted = count_parameters(Transformer(config))
+    if wanted > sum(path.stat().st_size for path in paths):  # before memory is taken for them
+        raise UserError(
+            f"model {str(folder)!r} has fewer bytes of weights than the {wanted:,} parameters of its {CONFIG}; "
+            "restore the folder or choose another model"
+        )
     try:
         return WeightsFromHF(files)
     except UserError as error:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 
 from regpt.checkpoint.files import SUCCESSOR, read_json
@@ -27,6 +28,8 @@ from regpt.checkpoint.state import RunState, read_state
 from regpt.checkpoint.tensors import TensorFiles
 from regpt.errors import UserError
 from regpt.model.config import ModelConfig
+from regpt.model.transformer import Transformer
+from regpt.model.weights import InitialWeights
 from regpt.text.open import open_tokenizer
 from regpt.text.tokenizer import Tokenizer
 
@@ -143,9 +146,24 @@ def verify_checkpoint(folder: Path, *, optimizer: bool = True) -> None:
     """
     verify_files(folder, optimizer=optimizer)
     checkpoint = load_checkpoint(folder, verified=True)
-    checkpoint.tokenizer()
+    tokens, vocab_size = checkpoint.tokenizer().n_vocab, checkpoint.config.vocab_size
+    if tokens != vocab_size:
+        raise damaged(folder / TOKENIZER, f"has {tokens:,} tokens, {MODEL} has {vocab_size:,}")
+    refuse_other_shapes(checkpoint)
     for stem in (WEIGHTS, AVERAGE, OPTIMIZER) if optimizer else (WEIGHTS, AVERAGE):
         refuse_non_finite(folder, checkpoint.tensors(stem))
+
+
+def refuse_other_shapes(checkpoint: Checkpoint) -> None:
+    """Raise a UserError unless the weights are those of the model in model.json; nothing is read or built for it."""
+    with torch.device("meta"):
+        shapes = InitialWeights(Transformer(checkpoint.config), seed=0).shapes
+    for stem, complete in ((WEIGHTS, True), (AVERAGE, False)):  # what does not learn has no average
+        stored = checkpoint.tensors(stem).shape_of
+        for name, shape in shapes.items():
+            if stored.get(name, None if complete else shape) != shape:
+                has = f"{name!r} of shape {stored[name]}" if name in stored else f"no {name!r}"
+                raise damaged(checkpoint.folder / MODEL, f"asks for {name!r} of shape {shape}, the tensors have {has}")
 
 
 def refuse_non_finite(folder: Path, tensors: TensorFiles) -> None:

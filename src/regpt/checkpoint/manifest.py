@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from regpt.checkpoint.files import is_plain_name, read_small, write_json
+from regpt.checkpoint.files import MAX_JSON_BYTES, is_plain_name, read_small, write_json
 from regpt.checkpoint.tensors import SUFFIX
 from regpt.errors import UserError
 
@@ -138,6 +138,8 @@ def check_sizes(folder: Path) -> Manifest:
             raise damaged(path, "is missing")
         if path.stat().st_size != file.size:
             raise damaged(path, f"has {path.stat().st_size:,} bytes instead of {file.size:,}")
+        if file.file in FILES and file.size > MAX_JSON_BYTES:
+            raise damaged(path, f"has {file.size:,} bytes, more than {MAX_JSON_BYTES:,}, too much for its kind")
     return manifest
 
 

@@ -89,7 +89,8 @@ def open_checkpoint(folder: Path, device: torch.device | str, *, ema: bool, veri
 def open_hf(folder: Path, source: str, device: torch.device | str) -> OpenModel:
     config = hf_config(folder)
     tokenizer = hf_tokenizer(folder, config.vocab_size)
-    return OpenModel(build(config, hf_weights(folder), device, source), tokenizer, None, source)
+    weights = hf_weights(folder, config)
+    return OpenModel(build(config, weights, device, source), tokenizer, None, source)
 
 
 def build(config: ModelConfig, weights: Mapping[str, Tensor], device: torch.device | str, source: str) -> Transformer:

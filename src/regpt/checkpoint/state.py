@@ -10,6 +10,8 @@ from pydantic import TypeAdapter, ValidationError
 from regpt.checkpoint.files import read_json, write_json
 from regpt.checkpoint.manifest import damaged
 
+LARGEST_NUMBER = 1 << 53  # what every reader of JSON keeps exactly (RFC 8259, section 6)
+
 
 @dataclass(frozen=True)
 class DataPosition:
@@ -67,6 +69,8 @@ def read_state(path: Path) -> RunState:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise damaged(path, f"describes no run ({where}: {first['msg']})") from None
-    if state.step < 0 or state.data.next_row < 0:
-        raise damaged(path, f"has the step {state.step} and the row {state.data.next_row}, which may not be negative")
+    numbers = {"step": state.step, "data.next_row": state.data.next_row, "average_updates": state.average_updates}
+    for name, number in (numbers | {"data.seq_len": state.data.seq_len}).items():
+        if not 0 <= number <= LARGEST_NUMBER:
+            raise damaged(path, f"has {name} {number}, which must be between 0 and {LARGEST_NUMBER}")
     return state

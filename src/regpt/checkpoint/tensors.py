@@ -1,5 +1,6 @@
 """Named tensors in safetensors files: one file, or several with an index, written and read."""
 
+import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,20 +94,23 @@ class TensorFiles(Mapping[str, Tensor]):
 
     def __init__(self, files: Iterable[Path], dtypes: Collection[str] = ()):
         self.file_of: dict[str, Path] = {}
+        self.shape_of: dict[str, tuple[int, ...]] = {}
         for file in files:
             with opened(file) as tensors:
+                refuse_repeated_names(file)
                 for name in tensors.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
                     if name in self.file_of:
                         raise UserError(
                             f"tensor {name!r} is in both {self.file_of[name]} and {file}; remove one of them"
                         )
-                    dtype = str(tensors.get_slice(name).get_dtype())
+                    header = tensors.get_slice(name)
+                    dtype = str(header.get_dtype())
                     if dtypes and dtype not in dtypes:
                         raise UserError(
                             f"tensor {name!r} in {str(file)!r} has type {dtype}, must be {' or '.join(dtypes)}; "
                             "restore the file or choose another model"
                         )
-                    self.file_of[name] = file
+                    self.file_of[name], self.shape_of[name] = file, tuple(header.get_shape())
 
     def __getitem__(self, name: str) -> Tensor:
         with opened(self.file_of[name]) as tensors:
@@ -117,6 +121,17 @@ class TensorFiles(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.file_of)
+
+
+def refuse_repeated_names(file: Path) -> None:
+    """Raise a UserError when a header that the library finds sound names a tensor twice: only one would be read."""
+    with file.open("rb") as raw:
+        header = raw.read(int.from_bytes(raw.read(8), "little"))
+    pairs: list[tuple[str, Any]] = json.loads(header, object_pairs_hook=list)
+    names = [name for name, _ in pairs]
+    if len(names) > len(set(names)):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"tensor {twice!r} is twice in {str(file)!r}; restore the file or choose another model")
 
 
 @contextmanager

@@ -5,6 +5,10 @@ from typing import Literal
 
 from regpt.errors import UsageError
 
+# Beyond any machine; a file that asks for more is damaged or made to fill the memory.
+LARGEST_SIZE = 1 << 24
+LARGEST = {"n_layer": 1 << 12}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -29,6 +33,10 @@ class ModelConfig:
         for name in ("n_layer", "n_head", "n_embd", "vocab_size", "max_seq_len"):
             if getattr(self, name) < 1:
                 raise UsageError(f"model.{name} is {getattr(self, name)}, must be at least 1")
+            if getattr(self, name) > LARGEST.get(name, LARGEST_SIZE):
+                raise UsageError(
+                    f"model.{name} is {getattr(self, name)}, must be at most {LARGEST.get(name, LARGEST_SIZE)}"
+                )
         if self.n_embd % self.n_head:
             fits = [n for n in range(1, min(self.n_embd, 4 * self.n_head) + 1) if self.n_embd % n == 0]
             near = sorted(sorted(fits, key=lambda n: abs(n - self.n_head))[:3])

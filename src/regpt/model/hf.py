@@ -111,6 +111,8 @@ class WeightsFromHF(Mapping[str, Tensor]):
                 f"weight {name!r} is stored as {tensor.dtype}, regpt reads floating point only; "
                 "choose a model that is not quantised"
             )
+        if not tensor.isfinite().all():
+            raise UserError(f"weight {name!r} holds numbers that are not finite; choose another model")
         return transposed(name, tensor)
 
     def __iter__(self) -> Iterator[str]:

@@ -114,7 +114,7 @@ def parse_json(text: str) -> tuple[dict[str, int], list[tuple[str, str]], int]:
     """
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"not JSON ({error})") from None
     require(isinstance(content, dict) and isinstance(content.get("model"), dict), "it describes no tokenizer")
     model, splitter = content["model"], content.get("pre_tokenizer") or {}

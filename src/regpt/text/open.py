@@ -55,7 +55,7 @@ def reference(text: str) -> tuple[str | None, str | None]:
     """Name and SHA-256 that a `tokenizer.json` of a named tokenizer holds; (None, None) for any other text."""
     try:
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # RecursionError: a pit of brackets
         return None, None
     if not isinstance(content, dict) or "model" in content or "name" not in content:
         return None, None

@@ -79,7 +79,13 @@ class Guard:
         return {"losses": list(self.losses), "refused_in_row": self.refused_in_row, "furthest": self.furthest}
 
     def load_state(self, state: Mapping[str, Any], *, rewound: bool = False) -> None:
-        """Go on from what `state` gave; `rewound`: in the same run, which has refused more since."""
+        """Go on from what `state` gave; `rewound`: in the same run, which has refused more since.
+
+        Raises:
+            ValueError: a loss that is not finite, which no update has.
+        """
+        if not all(math.isfinite(loss) for loss in state.get("losses", ())):
+            raise ValueError("losses that are not finite")
         self.losses = deque(map(float, state.get("losses", ())), maxlen=WINDOW)
         if not rewound:
             self.refused_in_row, self.furthest = int(state.get("refused_in_row", 0)), int(state.get("furthest", 0))

@@ -62,6 +62,13 @@ class LossScale:
         return {"scale": self.scale, "good_updates": self.good_updates} if self.dynamic else {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave; from the beginning where it gave nothing, in another precision."""
+        """Go on from what `state` gave; from the beginning where it gave nothing, in another precision.
+
+        Raises:
+            ValueError: the scale is none.
+        """
         if self.dynamic and state:
-            self.scale, self.good_updates = float(state["scale"]), int(state["good_updates"])
+            scale = float(state["scale"])
+            if not LEAST_SCALE <= scale < math.inf or math.frexp(scale)[0] != 0.5:
+                raise ValueError(f"the loss scale {scale} is no power of two")
+            self.scale, self.good_updates = scale, int(state["good_updates"])

@@ -24,6 +24,14 @@ from regpt.train.optim import set_lr
 from regpt.train.peak import device_peak
 
 Row = dict[str, object]
+MOST_THREADS = 4096  # of a CPU, that a checkpoint may ask for
+
+
+def whole(value: object, most: int) -> int:
+    """`value`, a whole number from 1 to `most`; anything else is a ValueError."""
+    if type(value) is not int or not 1 <= value <= most:
+        raise ValueError(f"{value!r} is no whole number from 1 to {most}")
+    return value
 
 
 def due(step: int, every: int) -> bool:
@@ -175,14 +183,23 @@ class Trainer:
         return {"micro_batch_rows": self.micro_batch.rows, "threads": torch.get_num_threads(), **parts}
 
     def load_state(self, state: Mapping[str, Any], *, rewound: bool = False) -> None:
-        """Go on from what `state` gave; `rewound` as in `Guard.load_state`."""
-        rows = state.get("micro_batch_rows", self.micro_batch.rows)
-        if self.micro_batch.rows % rows == 0:  # else the configuration was changed since
-            self.micro_batch.rows = rows
-        if self.config.deterministic and self.mesh.device.type == "cpu":  # a sum is divided by their number
-            torch.set_num_threads(state.get("threads", torch.get_num_threads()))
-        self.loss_scale.load_state(state.get("loss_scale", {}))
-        self.guard.load_state(state.get("guard", {}), rewound=rewound)
+        """Go on from what `state` gave; `rewound` as in `Guard.load_state`.
+
+        Raises:
+            UserError: it is not what `state` gives.
+        """
+        try:
+            rows = whole(state.get("micro_batch_rows", self.micro_batch.rows), self.config.batch_tokens)
+            if self.micro_batch.rows % rows == 0:  # else the configuration was changed since
+                self.micro_batch.rows = rows
+            if self.config.deterministic and self.mesh.device.type == "cpu":  # a sum is divided by their number
+                torch.set_num_threads(whole(state.get("threads", torch.get_num_threads()), MOST_THREADS))
+            self.loss_scale.load_state(state.get("loss_scale", {}))
+            self.guard.load_state(state.get("guard", {}), rewound=rewound)
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise UserError(
+                f"the checkpoint's state of the trainer cannot be used ({error}); resume from another one"
+            ) from None
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """Gradients of the mean loss over every valid target of the step, summed over micro-batches and processes.
