@@ -186,9 +186,17 @@ def test_another_shape_or_a_missing_tensor_is_refused(run, folder, capsys, name,
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("n_layer", 4000), ("n_layer", 10**12), ("n_layer", 10**400), ("n_embd", 1 << 24), ("vocab_size", 1 << 24)]
-    + [("vocab_size", 299), ("max_seq_len", 10**18), ("n_head", 10**9), ("n_layer", True), ("n_layer", "2")],
-)  # fmt: skip
+    [
+        *[("n_layer", 4000), ("n_layer", 10**12), ("n_layer", 10**400), ("n_layer", True), ("n_layer", "2")],
+        *[
+            ("vocab_size", 299),
+            ("vocab_size", 1 << 24),
+            ("max_seq_len", 10**18),
+            ("n_embd", 1 << 24),
+            ("n_head", 10**9),
+        ],
+    ],
+)
 def test_a_shape_that_the_tensors_have_not_is_refused_before_memory_is_taken(folder, capsys, key, value):
     edit(folder, MODEL, lambda content: content.update({key: value}))
     with pytest.raises(UserError, match=r"model\.json' (asks for|describes no model)|tokenizer\.json' has 300 tokens"):

@@ -138,18 +138,16 @@ def read_small(path: Path) -> bytes:
         UserError: no such file, or a larger one.
     """
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_JSON_BYTES + 1)
+        if path.stat().st_size <= MAX_JSON_BYTES:
+            return path.read_bytes()
     except OSError as error:
         raise UserError(
             f"cannot read {str(path)!r} ({error.strerror}); restore the file or choose another model"
         ) from None
-    if len(content) > MAX_JSON_BYTES:
-        raise UserError(
-            f"{str(path)!r} has more than {MAX_JSON_BYTES >> 20} MiB, too much for its kind; restore the file or "
-            "choose another model"
-        )
-    return content
+    raise UserError(
+        f"{str(path)!r} has more than {MAX_JSON_BYTES >> 20} MiB, too much for its kind; restore the file or choose "
+        "another model"
+    )
 
 
 def is_plain_name(name: str) -> bool:
