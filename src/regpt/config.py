@@ -45,6 +45,10 @@ class RunConfig:
                 f"data.seq_len {self.data.seq_len} is longer than model.max_seq_len {self.model.max_seq_len}; "
                 f"lower the first or raise the second"
             )
+        if self.eval.ema and not self.train.ema_decay:
+            raise UsageError(
+                "eval.ema asks for an average of the weights, which is not kept; set train.ema_decay, such as 0.999"
+            )
 
     def sections(self) -> dict[str, dict[str, Any]]:
         """Section → key → value; what is None is left out, as in TOML."""

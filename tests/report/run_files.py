@@ -47,8 +47,8 @@ def train_row(step: int, **changes) -> dict:
     return row | changes
 
 
-def val_row(step: int, loss: float) -> dict:
-    return {"kind": "val", "step": step, "loss": loss, "bpb": loss / 4}
+def val_row(step: int, loss: float, **more) -> dict:
+    return {"kind": "val", "step": step, "loss": loss, "bpb": loss / 4} | more
 
 
 def write_rows(path: Path, rows: list) -> None:

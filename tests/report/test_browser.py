@@ -108,7 +108,7 @@ class TestInABrowser:
         rows += [
             {"kind": "eval", "step": step, "task": task, "metric": metric, "value": 0.3, "n": 10}
             for step in (0, 40)
-            for task, metric in (("hellaswag", "acc_norm"), ("hellaswag", "acc"), ("core", "centered_acc"))
+            for task, metric in (("hellaswag", "acc_norm"), ("hellaswag", "acc"), ("core", "centered"))
         ]
         config = f'[model]\nn_layer = 2\nlong = "{"y" * 400}"\n'
         seen, console = look(write_report(make_run(rows=rows, samples=samples, config=config)), tmp_path, (400, 1400))

@@ -72,12 +72,21 @@ def test_correct_stands_for_the_headline_metric_only(make_run):
     assert found["hellaswag acc"].test.difference == 0  # the items' own `acc`, which is 1 for all of them
 
 
+def test_the_loss_of_averaged_weights_is_shown_but_has_no_items(make_run):
+    folders = [scored(make_run, "a", {1}, loss=3.0), scored(make_run, "b", {2}, loss=3.2)]
+    for folder, average in zip(folders, (2.9, 2.8)):
+        with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(val_row(40, 3.0, loss_ema=average)) + "\n")
+        write_rows(folder / "evals" / "val-step-00000040.jsonl", [{"item": i, "loss": 3.0, "tokens": 9} for i in "xyz"])
+    one = measures(*folders)["averaged weights: validation loss"]
+    assert (one.better, one.test, one.why) == ("b", None, "not tested: no scores")
+
+
 def test_parts_of_a_benchmark_find_their_files(make_run):
     folders = [
-        scored(make_run, name, right, task="core/piqa", metric="centered_acc")
-        for name, right in (("a", {1}), ("b", {2}))
+        scored(make_run, name, right, task="core/piqa", metric="centered") for name, right in (("a", {1}), ("b", {2}))
     ]
-    assert measures(*folders)["core/piqa centered_acc"].test.n == 200
+    assert measures(*folders)["core/piqa centered"].test.n == 200
 
 
 def test_the_items_of_the_last_step_count(make_run):

@@ -4,14 +4,15 @@ import json
 from math import log
 
 import pytest
-from run_files import CONFIG, ENV, train_row
+from run_files import CONFIG, ENV, train_row, val_row
 from test_page import check
 
 from regpt.cli.report import main
 from regpt.errors import UserError
 from regpt.report.bits import bytes_per_token, need_bits
+from regpt.report.charts import charts
 from regpt.report.differences import config_differences, data_differences, differing
-from regpt.report.page import write_overlay
+from regpt.report.page import write_overlay, write_report
 from regpt.report.read import read_run
 from regpt.report.references import loss_references, task_references
 
@@ -134,8 +135,8 @@ def test_tasks_have_charts_and_the_parts_of_a_benchmark_a_table(make_run, tmp_pa
         return {"kind": "eval", "step": 2, "task": task, "metric": metric, "value": value, "n": 100} | more
 
     rows = [train_row(1), train_row(2), row("hellaswag", "acc_norm", 0.29, stderr=0.005), row("hellaswag", "acc", 0.28)]
-    rows += [row("core", "centered_acc", 0.1), row("core/piqa", "centered_acc", 0.2), row("core", "missing", 3)]
-    from regpt.report.page import write_report
+    rows += [row("core", "centered", 0.1), row("core/piqa", "centered", 0.2), row("core", "missing", 3)]
+    rows += [row("core", "centered_20_of_22", 0.15, missing=["coqa", "squad"])]
 
     page = check(write_report(make_run(rows=rows)).read_text(encoding="utf-8"))
     panels = {panel["title"]: panel for panel in json.loads(page.scripts[0])["panels"]}
@@ -144,5 +145,24 @@ def test_tasks_have_charts_and_the_parts_of_a_benchmark_a_table(make_run, tmp_pa
     assert [line["label"] for line in panels["hellaswag"]["series"]] == ["acc_norm", "acc"]
     assert "Brown et al. 2020" in panels["hellaswag"]["note"]
     said = " ".join(" ".join(page.text).split())
-    assert "core/piqa centered_acc 0.2000" in said
+    assert "core/piqa centered 0.2000" in said
     assert "0.2900 ± 0.0050" in said
+    assert "core centered_20_of_22 without coqa, squad 0.1500 100 2 chance 0" in said
+    assert [line["label"] for line in panels["core"]["references"]] == ["chance"]
+
+
+def test_averaged_weights_have_lines_of_their_own(make_run):
+    rows = [train_row(1), train_row(2), val_row(0, 8.0, loss_ema=8.0, bpb_ema=2.0), val_row(2, 7.0, loss_ema=7.5)]
+    metrics = {"acc": 0.2, "acc_ema": 0.3, "acc_norm": 0.25, "acc_norm_ema": 0.35}
+    rows += [
+        {"kind": "eval", "step": 2, "task": "hellaswag", "metric": name, "value": value, "n": 100}
+        for name, value in metrics.items()
+    ]
+    drawn = charts([read_run(make_run(rows=rows))])
+    panels = {panel["title"]: [line["label"] for line in panel["series"]] for panel in drawn["panels"]}
+    assert panels["Loss"] == ["train, each step", "train, smoothed", "validation", "validation, averaged weights"]
+    assert drawn["runs"][0]["columns"]["val_loss_ema"] == [8.0, None, 7.5]
+    assert panels["hellaswag"] == ["acc_norm", "acc", "acc_norm_ema", "acc_ema"]
+    two = charts([read_run(make_run(rows=rows, name=name)) for name in "ab"])
+    shown = {panel["title"]: [line["column"] for line in panel["series"]] for panel in two["panels"]}
+    assert shown["hellaswag"] == ["eval:hellaswag/acc_norm"] * 2  # of the last weights

@@ -1,6 +1,7 @@
 """Tasks while a model trains."""
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -20,10 +21,13 @@ from regpt.runs.pretrain import check, pretrain, resume
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("mc") / "q.jsonl"
-    words = ["ba", "do", "mi", "ta", "ru"]
+    draw = random.Random(0)
+
+    def words(n: int) -> str:
+        return " ".join(draw.choices(["ba", "do", "mi", "ta", "ru"], k=n))
+
     rows = [
-        {"ctx": words[i % 5], "endings": [f"{words[(i + k) % 5]} {words[k]}" for k in range(4)], "label": i % 4}
-        for i in range(300)
+        {"ctx": words(1), "endings": [words(draw.randint(1, 3)) for _ in range(4)], "label": i % 4} for i in range(300)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -56,6 +60,36 @@ def test_tasks_are_evaluated_with_validation_and_give_what_regpt_eval_gives(shar
     metrics = json.loads(capsys.readouterr().out)["tasks"]["hellaswag"]["metrics"]
     for row in found[-2:]:
         assert metrics[row["metric"]] == {"value": row["value"], "stderr": row["stderr"], "n": 300}
+
+
+def test_tasks_are_judged_with_the_average_of_the_weights_too_where_asked(shards, questions, tmp_path, capsys):
+    run, plain = tmp_path / "run", tmp_path / "plain"
+    config = tiny.change(with_tasks(shards, questions), "train", ema_decay=0.9)
+    assert pretrain(tiny.change(config, "eval", ema=True), run) == 0
+    assert pretrain(config, plain) == 0
+    found = {(row["step"], row["metric"]): row["value"] for row in rows(run, "eval")}
+    assert found.keys() == {(s, m + e) for s in (0, 3, 6, 8) for m in ("acc", "acc_norm") for e in ("", "_ema")}
+    assert {key: value for key, value in found.items() if not key[1].endswith("_ema")} == {
+        (row["step"], row["metric"]): row["value"] for row in rows(plain, "eval")
+    }
+    assert everything(run).keys() == everything(plain).keys()
+    assert all(tensor.equal(everything(plain)[name]) for name, tensor in everything(run).items())
+    lines = (run / "evals" / "hellaswag-step-00000008.jsonl").read_text(encoding="utf-8").splitlines()
+    items = [json.loads(line) for line in lines]
+    capsys.readouterr()
+    assert main([str(run), "--ema", "--tasks", f"hellaswag:{questions}", "--device", "cpu", "--json", "-"]) == 0
+    metrics = json.loads(capsys.readouterr().out)["tasks"]["hellaswag"]["metrics"]
+    for metric in ("acc", "acc_norm"):
+        assert metrics[metric]["value"] == found[8, f"{metric}_ema"]
+        assert sum(item[f"{metric}_ema"] for item in items) / 300 == pytest.approx(found[8, f"{metric}_ema"])
+    assert any(item[metric] != item[f"{metric}_ema"] for item in items for metric in ("acc", "acc_norm"))
+
+
+def test_tasks_with_an_average_that_is_not_kept_are_refused(shards):
+    with pytest.raises(
+        UsageError, match=r"eval.ema asks for an average of weights that is not kept; set train.ema_decay"
+    ):
+        tiny.change(tiny.run_config(shards), "eval", ema=True)
 
 
 def everything(run: Path) -> dict[str, torch.Tensor]:

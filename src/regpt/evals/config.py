@@ -20,6 +20,8 @@ class EvalConfig:
     """Items of each task, the first of a fixed order; 0 takes all."""
     max_seconds: float = 0.0
     """Seconds for all tasks of one evaluation; the first one finds out how many items that allows. 0 sets no limit."""
+    ema: bool = False
+    """Tasks also with the average of the weights (train.ema_decay), as acc_ema, …; that takes twice the time."""
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "val_tokens", "max_items", "max_seconds"):

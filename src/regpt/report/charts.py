@@ -15,7 +15,8 @@ MAX_TEXT = 4000  # characters of one sample
 MAX_EVENTS = 500
 UNMARKED = ("checkpoint", "epochs")  # events that happen in every run: listed, not marked in the charts
 MAX_SOURCES = 8  # lines of one chart
-ACCURACIES = ("acc", "acc_norm", "centered_acc")  # metrics of one task that share a chart
+ACCURACIES = ("acc", "acc_norm", "centered")  # metrics of one task that share a chart
+OF_AVERAGE = "_ema"  # behind a name: measured with the moving average of the weights
 USUAL_UPDATE = Reference("usual with Adam", 1e-3, "a rule of thumb: updates of a thousandth of the weights")
 
 
@@ -87,7 +88,7 @@ def run_table(run: Run, runs: int, bits: bool) -> Table:
         assert each is not None  # need_bits would have raised
         for name in ("loss", "loss_smooth"):
             columns[name] = [to_bits(value, each) for value in columns.get(name, [])]
-        columns["val_loss"] = columns.get("val_bpb", [])
+        columns |= {f"val_loss{which}": columns.get(f"val_bpb{which}", []) for which in ("", OF_AVERAGE)}
     return Table(axes, columns)
 
 
@@ -117,6 +118,7 @@ def panels_alone(run: Run, table: Table) -> list[Panel]:
         Line("raw", "loss", "train, each step", "train"),
         Line("line", "loss_smooth", "train, smoothed", "train"),
         Line("points", "val_loss", "validation", "val"),
+        Line("points", f"val_loss{OF_AVERAGE}", "validation, averaged weights", 3),
     ]
     limit = [Reference("clipped above", clip)] if clip else []
     drawn = [
@@ -160,10 +162,12 @@ def task_panels(tables: Sequence[Table], names: Sequence[str] = ()) -> list[Pane
     for name in dict.fromkeys(name for table in tables for name in table.columns if name.startswith("eval:")):
         task, _, metric = name.removeprefix("eval:").rpartition("/")
         if "/" not in task and metric != "missing":
-            charted.setdefault((task, "" if metric in ACCURACIES else metric), []).append(metric)
+            kind = metric.removesuffix(OF_AVERAGE)
+            charted.setdefault((task, "" if kind in ACCURACIES else kind), []).append(metric)
     drawn = []
     for (task, _), metrics in charted.items():
-        metrics = sorted(metrics)  # acc before acc_norm, the one with reference figures
+        # acc before acc_norm, the one with reference figures; behind them those of the last weights
+        metrics = sorted(metrics, key=lambda metric: (not metric.endswith(OF_AVERAGE), metric))
         references = [one for metric in metrics for one in task_references(task, metric)]
         column = f"eval:{task}/"
         if names:

@@ -15,7 +15,8 @@ from regpt.report.significance import SeedNoise, Test, against_seeds, paired_tes
 
 SEEDS = ("train.seed", "data.seed", "sample.seed")
 LOWER_IS_BETTER = ("loss", "bpb", "bits_per_byte", "perplexity")
-HEADLINE = ("acc_norm", "centered_acc", "acc")  # the metric that an item's `correct` stands for: the first one there is
+AVERAGED = "averaged weights"
+HEADLINE = ("acc_norm", "centered", "acc")  # the metric that an item's `correct` stands for: the first one there is
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,8 @@ def finals(run: Run) -> dict[str, Final]:
     for row in run.val:
         keep(found, "validation loss", row, "loss", "stderr")
         keep(found, "bits per byte", row, "bpb", "bpb_stderr")
+        keep(found, f"{AVERAGED}: validation loss", row, "loss_ema", "")
+        keep(found, f"{AVERAGED}: bits per byte", row, "bpb_ema", "")
     for row in run.val_sources:
         keep(found, f"validation loss, {row['source']}", row, "loss", "stderr")
     for row in run.evals:
@@ -158,7 +161,7 @@ def measures(a: Run, b: Run, others: tuple[tuple[Run, ...], tuple[Run, ...]], bi
     pairs = paired_scores(a, b)
     found = []
     for name, x in ours.items():
-        if name not in theirs or (bits and name.startswith("validation loss")):
+        if name not in theirs or (bits and is_validation(name) and "bits" not in name):
             continue
         y, validation = theirs[name], is_validation(name)
         comparable = same_text or not validation
@@ -182,7 +185,7 @@ def validation_by_tokens(run: Run, key: str) -> dict[int, float]:
 
 
 def is_validation(name: str) -> bool:
-    return name.startswith(("validation loss", "bits per byte"))
+    return name.removeprefix(f"{AVERAGED}: ").startswith(("validation loss", "bits per byte"))
 
 
 def tested(a: Final, b: Final, scores: tuple[list[float], list[float]] | None) -> tuple[Test | None, str]:
@@ -204,6 +207,8 @@ def paired_scores(a: Run, b: Run) -> Callable[[str], tuple[list[float], list[flo
         return (read(files[0][key]), read(files[1][key])) if key in files[0] and key in files[1] else None
 
     def scores(name: str) -> tuple[list[float], list[float]] | None:
+        if name.startswith(AVERAGED):
+            return None  # of these only the number is kept
         if is_validation(name):
             return validation_scores(items("val"), name)
         task, _, metric = name.rpartition(" ")

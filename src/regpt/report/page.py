@@ -176,7 +176,9 @@ def evaluations_section(run: Run) -> str:
         shown = f"{value:,.0f}" if metric == "missing" else f"{value:.4f}"
         shown += "" if error is None else f' <span class="note">± {error:.4f}</span>'
         count = "" if items is None else f"{items:,}"
-        rows.append((text(task), text(metric), shown, count, f"{row['step']:,}", text(others)))
+        missing = row.get("missing")
+        named = f'<br><span class="note">without {text(", ".join(map(str, missing)))}</span>' if missing else ""
+        rows.append((text(task), text(metric) + named, shown, count, f"{row['step']:,}", text(others)))
     head = ("task", "metric", "value", "items", "step", "for comparison")
     return section_html("Evaluations", grid(head, rows) if rows else "")
 

@@ -116,12 +116,14 @@ def build_table(run: Run, limit: int = MAX_POINTS) -> tuple[dict[str, Column], d
 def measurements(run: Run) -> dict[str, dict[int, float | None]]:
     """Step → value of everything that is measured at some steps only.
 
-    Columns: `val_loss`, `val_bpb`, `val:<source>`, `eval:<task>/<metric>`, `updates` for all matrices together,
-    `updates:<kind>` for those of one kind.
+    Columns: `val_loss`, `val_bpb`, `val_loss_ema`, `val_bpb_ema`, `val:<source>`,
+    `eval:<task>/<metric>`, `updates` for all matrices together, `updates:<kind>` for those of one kind.
     """
     found: dict[str, dict[int, float | None]] = {
         "val_loss": {row["step"]: number(row.get("loss")) for row in run.val},
         "val_bpb": {row["step"]: number(row.get("bpb")) for row in run.val},
+        "val_loss_ema": {row["step"]: number(row.get("loss_ema")) for row in run.val},
+        "val_bpb_ema": {row["step"]: number(row.get("bpb_ema")) for row in run.val},
     }
     for row in run.val_sources:
         found.setdefault(f"val:{row['source']}", {})[row["step"]] = number(row.get("loss"))

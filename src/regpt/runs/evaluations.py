@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import Mesh
 from regpt.runs.items import write_items
 from regpt.text.tokenizer import Tokenizer
+from regpt.train.average import Average
 from regpt.train.precision import autocast
+
+OF_AVERAGE = "_ema"  # behind the name of a metric
 
 
 class Evaluations:
@@ -27,6 +31,7 @@ class Evaluations:
         config, run: of the run. Items are written into RUN/evals by the main process.
         model: the raw module that is trained.
         say: shows a line.
+        average: of its weights; with `eval.ema` the same items are judged with it, too: metrics end in `_ema` then.
     """
 
     def __init__(
@@ -37,7 +42,9 @@ class Evaluations:
         model: Transformer,
         mesh: Mesh,
         say: Callable[[str], None],
+        average: Average | None = None,
     ):
+        self.average = average if config.eval.ema else None
         self.config, self.run, self.suites, self.mesh, self.say = config, run, suites, mesh, say
         train = config.train
         kind = mesh.device.type
@@ -54,23 +61,40 @@ class Evaluations:
 
     def rows(self, step: int) -> Iterator[Row]:
         """The rows of metrics of every task, one suite after another; all processes together."""
-        limit = self.config.eval.max_seconds
-        left, tasks_left = limit, sum(len(suite.tasks) for suite in self.suites)
+        passes = 2 if self.average else 1
+        left, tasks_left = self.config.eval.max_seconds / passes, sum(len(suite.tasks) for suite in self.suites)
         compiled = self.scorer.cost.compile_seconds
         for suite in self.suites:
             results = []
             for task in suite.tasks:
-                share = max(0.01, left / tasks_left) if limit else 0.0
+                share = max(0.01, left / tasks_left) if self.config.eval.max_seconds else 0.0
                 results.append(self.evaluate(task, share))
                 left, tasks_left = left - self.scorer.slowest(results[-1].seconds), tasks_left - 1
-                if self.mesh.is_main:
-                    write_items(self.run / "evals", task.name, results[-1].item_lines(), step)
-            rows = suite_rows(suite, results)
-            for row in rows:
+            averaged = self.averaged(suite)
+            self.keep_items(results, averaged, step)
+            for row in [*suite_rows(suite, results), *map(of_average, suite_rows(suite, averaged) if averaged else [])]:
                 yield {"kind": "eval", "step": step, **row, "time": time.time()}
             self.say(headline(suite, results, step))
+            if averaged:
+                self.say(f"with the average of the weights: {headline(suite, averaged, step)}")
         if self.scorer.cost.compile_seconds > compiled:
             self.say(f"evaluation compiled in {self.scorer.cost.compile_seconds - compiled:.1f} s")
+
+    def averaged(self, suite: Suite) -> list[Result]:
+        """The same items of each task, judged with the average of the weights; none where it is not asked for."""
+        if self.average is None:
+            return []
+        with self.average.applied():
+            return [evaluate(task, self.scorer, max_items=self.counts[task.name]) for task in suite.tasks]
+
+    def keep_items(self, results: Sequence[Result], averaged: Sequence[Result], step: int) -> None:
+        """What each item gave, both ways in one line."""
+        if not self.mesh.is_main:
+            return
+        for i, one in enumerate(results):
+            also = averaged[i].outcomes if averaged else {}
+            both = one.outcomes | {f"{metric}{OF_AVERAGE}": values for metric, values in also.items()}
+            write_items(self.run / "evals", one.task, replace(one, outcomes=both).item_lines(), step)
 
     def evaluate(self, task: Any, seconds: float) -> Result:
         known = self.counts.get(task.name)
@@ -80,6 +104,10 @@ class Evaluations:
             found = evaluate(task, self.scorer, max_items=known)
         self.counts[task.name] = len(found.chosen)
         return found
+
+
+def of_average(row: Row) -> Row:
+    return row | {"metric": f"{row['metric']}{OF_AVERAGE}"}
 
 
 def open_run_suites(config: RunConfig, tokenizer: Tokenizer) -> list[Suite]:

@@ -176,7 +176,7 @@ def fit(machine: Machine, run: Path, start: Start, profile_steps: int = 0) -> in
         saver = Saver(run, config.checkpoint)
         ratios = watch_updates(trainer, config.log.update_ratios_every_steps)
         suites = open_run_suites(config, machine.corpus.tokenizer)
-        evaluations = Evaluations(config, run, suites, trainer.model, mesh, terminal.say)
+        evaluations = Evaluations(config, run, suites, trainer.model, mesh, terminal.say, machine.average)
         parts = (machine.corpus, loader, trainer, ratios, evaluations, terminal)
         job = Job(config, run, *parts, *files, saver=saver, average=machine.average)
         terminal.say(summary(job))
