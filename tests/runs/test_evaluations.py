@@ -87,7 +87,7 @@ def test_tasks_are_judged_with_the_average_of_the_weights_too_where_asked(shards
 
 def test_tasks_with_an_average_that_is_not_kept_are_refused(shards):
     with pytest.raises(
-        UsageError, match=r"eval.ema asks for an average of weights that is not kept; set train.ema_decay"
+        UsageError, match=r"eval.ema asks for an average of the weights, which is not kept; set train.ema"
     ):
         tiny.change(tiny.run_config(shards), "eval", ema=True)
 
