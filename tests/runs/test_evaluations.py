@@ -4,7 +4,9 @@ import json
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,6 +16,8 @@ from regpt.checkpoint.load import checkpoint_folder
 from regpt.cli.eval import main
 from regpt.config import RunConfig
 from regpt.errors import UsageError, UserError
+from regpt.evals.suite import Suite
+from regpt.evals.task import Result
 from regpt.runs import evaluations
 from regpt.runs.pretrain import check, pretrain, resume
 
@@ -141,6 +145,24 @@ def test_the_first_evaluation_chooses_the_part_and_a_resumed_run_keeps_it(shards
     assert resume(run) == 0
     assert set(asked) == {(270, 0.0)}
     assert {row["n"] for row in rows(run, "eval")} == {270}
+
+
+def test_every_name_has_the_same_share_of_the_time_however_many_tasks_are_behind_it(shards, tmp_path, monkeypatch):
+    asked = {}
+
+    def watched(task, scorer, *, max_items=0, seconds=0.0):
+        asked[task.name] = seconds
+        outcomes = {"acc": np.ones(2)}
+        return Result(task.name, outcomes, np.arange(2), 2, task.items_sha256, 0.0, 1.0 if task.name == "a" else 0.5)
+
+    monkeypatch.setattr(evaluations, "evaluate", watched)
+    tasks = {name: SimpleNamespace(name=name, items_sha256=name) for name in "abcde"}
+    suites = [Suite(name, tuple(tasks[letter] for letter in name)) for name in ("a", "bcd", "e")]
+    config = tiny.change(tiny.run_config(shards), "eval", max_seconds=9.0)
+    found = evaluations.Evaluations(config, tmp_path, suites, tiny.build_model(), tiny.ALONE, lambda text: None)
+    list(found.rows(0))
+    # 9 / 3 = 3; it leaves 8, half of which are for three tasks that take 0.5 each; 6.5 are left for the last
+    assert asked == pytest.approx({"a": 3.0, "b": 4 / 3, "c": 3.5 / 2, "d": 3.0, "e": 6.5})
 
 
 def test_a_limit_of_items_takes_a_part(shards, questions, tmp_path):

@@ -62,14 +62,16 @@ class Evaluations:
     def rows(self, step: int) -> Iterator[Row]:
         """The rows of metrics of every task, one suite after another; all processes together."""
         passes = 2 if self.average else 1
-        left, tasks_left = self.config.eval.max_seconds / passes, sum(len(suite.tasks) for suite in self.suites)
+        left = self.config.eval.max_seconds / passes
         compiled = self.scorer.cost.compile_seconds
-        for suite in self.suites:
+        for i, suite in enumerate(self.suites):
+            # Every name in eval.tasks has the same share, however many tasks are behind it; what one leaves is others'.
+            end = left - left / (len(self.suites) - i)
             results = []
-            for task in suite.tasks:
-                share = max(0.01, left / tasks_left) if self.config.eval.max_seconds else 0.0
+            for k, task in enumerate(suite.tasks):
+                share = max(0.01, (left - end) / (len(suite.tasks) - k)) if self.config.eval.max_seconds else 0.0
                 results.append(self.evaluate(task, share))
-                left, tasks_left = left - self.scorer.slowest(results[-1].seconds), tasks_left - 1
+                left -= self.scorer.slowest(results[-1].seconds)
             averaged = self.averaged(suite)
             self.keep_items(results, averaged, step)
             for row in [*suite_rows(suite, results), *map(of_average, suite_rows(suite, averaged) if averaged else [])]:
