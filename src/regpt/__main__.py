@@ -18,6 +18,7 @@ COMMANDS = {
     "plan": "parameters, memory, time and cost of a run, before it runs",
     "train": "train a model from a recipe, or go on with a run",
     "eval": "validation loss, HellaSwag, CORE and other tasks of a model",
+    "checkpoint": "list the checkpoints of a run; check every file of them",
     "replay": "one step of a run once more: its loss, norm and documents",
     "verify-resume": "a run that is killed again and again against one that is not, and a certificate",
     "sample": "write text with a model",

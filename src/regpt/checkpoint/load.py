@@ -146,16 +146,16 @@ def verify_checkpoint(folder: Path, *, optimizer: bool = True) -> None:
     """
     verify_files(folder, optimizer=optimizer)
     checkpoint = load_checkpoint(folder, verified=True)
-    tokens, vocab_size = checkpoint.tokenizer().n_vocab, checkpoint.config.vocab_size
-    if tokens != vocab_size:
-        raise damaged(folder / TOKENIZER, f"has {tokens:,} tokens, {MODEL} has {vocab_size:,}")
-    refuse_other_shapes(checkpoint)
+    refuse_disagreement(checkpoint)
     for stem in (WEIGHTS, AVERAGE, OPTIMIZER) if optimizer else (WEIGHTS, AVERAGE):
         refuse_non_finite(folder, checkpoint.tensors(stem))
 
 
-def refuse_other_shapes(checkpoint: Checkpoint) -> None:
-    """Raise a UserError unless the weights are those of the model in model.json; nothing is read or built for it."""
+def refuse_disagreement(checkpoint: Checkpoint) -> None:
+    """Raise a UserError unless tokenizer and weights fit the model in model.json; nothing is read or built for it."""
+    tokens, vocab_size = checkpoint.tokenizer().n_vocab, checkpoint.config.vocab_size
+    if tokens != vocab_size:
+        raise damaged(checkpoint.folder / TOKENIZER, f"has {tokens:,} tokens, {MODEL} has {vocab_size:,}")
     with torch.device("meta"):
         shapes = InitialWeights(Transformer(checkpoint.config), seed=0).shapes
     for stem, complete in ((WEIGHTS, True), (AVERAGE, False)):  # what does not learn has no average

@@ -131,16 +131,21 @@ def check_sizes(folder: Path) -> Manifest:
     """
     manifest = read_manifest(folder)
     for file in manifest.files:
-        path = folder / file.file
-        if path.is_symlink():
-            raise damaged(path, "is a symbolic link")
-        if not path.is_file():
-            raise damaged(path, "is missing")
-        if path.stat().st_size != file.size:
-            raise damaged(path, f"has {path.stat().st_size:,} bytes instead of {file.size:,}")
-        if file.file in FILES and file.size > MAX_JSON_BYTES:
-            raise damaged(path, f"has {file.size:,} bytes, more than {MAX_JSON_BYTES:,}, too much for its kind")
+        check_size(folder, file)
     return manifest
+
+
+def check_size(folder: Path, file: File) -> None:
+    """Raise a UserError unless `file` is a file of `folder` and has the size that the manifest says."""
+    path = folder / file.file
+    if path.is_symlink():
+        raise damaged(path, "is a symbolic link")
+    if not path.is_file():
+        raise damaged(path, "is missing")
+    if path.stat().st_size != file.size:
+        raise damaged(path, f"has {path.stat().st_size:,} bytes instead of {file.size:,}")
+    if file.file in FILES and file.size > MAX_JSON_BYTES:
+        raise damaged(path, f"has {file.size:,} bytes, more than {MAX_JSON_BYTES:,}, too much for its kind")
 
 
 def verify_files(folder: Path, *, optimizer: bool = True) -> None:
@@ -153,9 +158,14 @@ def verify_files(folder: Path, *, optimizer: bool = True) -> None:
         UserError: naming the first file that is missing, changed or no file of the folder.
     """
     for file in check_sizes(folder).files:
-        path = folder / file.file
-        if (optimizer or stem_of(file.file) != OPTIMIZER) and sha256(path) != file.sha256:
-            raise damaged(path, "has been changed or damaged (its SHA-256 differs from the manifest's)")
+        if optimizer or stem_of(file.file) != OPTIMIZER:
+            check_sha256(folder, file)
+
+
+def check_sha256(folder: Path, file: File) -> None:
+    """Raise a UserError unless the bytes of `file` are those that the manifest says."""
+    if sha256(folder / file.file) != file.sha256:
+        raise damaged(folder / file.file, "has been changed or damaged (its SHA-256 differs from the manifest's)")
 
 
 def sha256(path: Path) -> str:
@@ -163,5 +173,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def damaged(path: Path, what: str) -> UserError:
-    return UserError(f"checkpoint file {str(path)!r} {what}; restore it or use another checkpoint of the run")
+class DamagedFile(UserError):
+    """What is wrong with the file `name` of a checkpoint: `what`."""
+
+    def __init__(self, path: Path, what: str):
+        super().__init__(f"checkpoint file {str(path)!r} {what}; restore it or use another checkpoint of the run")
+        self.name, self.what = path.name, what
+
+
+def damaged(path: Path, what: str) -> DamagedFile:
+    return DamagedFile(path, what)

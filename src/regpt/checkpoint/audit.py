@@ -1,0 +1,139 @@
+"""What lies among the checkpoints of a run, and everything that is wrong with it; nothing is changed."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from regpt.checkpoint.load import (
+    CHECKPOINTS,
+    DTYPES,
+    STEP_FOLDER,
+    load_checkpoint,
+    read_config,
+    refuse_disagreement,
+    refuse_non_finite,
+    step_of,
+)
+from regpt.checkpoint.manifest import (
+    AVERAGE,
+    MANIFEST,
+    MODEL,
+    STATE,
+    TOKENIZER,
+    DamagedFile,
+    check_sha256,
+    check_size,
+    check_sizes,
+    read_manifest,
+    stem_of,
+)
+from regpt.checkpoint.state import read_state
+from regpt.checkpoint.tensors import TensorFiles
+from regpt.errors import UserError
+from regpt.text.open import open_tokenizer
+
+SET_ASIDE, UNFINISHED = ".damaged-", ".tmp-"  # in the names that `save.set_aside` and `files.temporary_beside` give
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A folder among the checkpoints of a run.
+
+    Attributes:
+        name: of the folder.
+        step: updates made, by the folder's name; None for what is no checkpoint (any more, or yet).
+        kind: a checkpoint; a damaged one that was set aside; one that is being written, or that a crash has left.
+        bytes: of all its files.
+        written: Unix seconds, of the file that was written last.
+        average: whether a moving average of the weights is stored.
+        problem: why it is not complete, by names and sizes alone; "" when it is.
+    """
+
+    name: str
+    step: int | None
+    kind: Literal["checkpoint", "set aside", "unfinished"]
+    bytes: int
+    written: float
+    average: bool
+    problem: str
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What is wrong with one file of a checkpoint."""
+
+    file: str
+    what: str
+
+
+def list_checkpoints(run: Path) -> list[Listed]:
+    """Everything among the checkpoints of `run`, by step and name; the contents of the files are not read."""
+    folders = [path for path in (run / CHECKPOINTS).glob("*") if path.is_dir() and not path.is_symlink()]
+    listed = [described(folder) for folder in folders]
+    return sorted(listed, key=lambda one: (one.step is None, one.step or 0, one.name))
+
+
+def described(folder: Path) -> Listed:
+    files = [path.stat() for path in folder.iterdir() if path.is_file()]
+    known = bool(STEP_FOLDER.fullmatch(folder.name))
+    problem, average = "", False
+    try:
+        average = bool(check_sizes(folder).tensor_files(AVERAGE))
+    except UserError as error:
+        problem = f"{error.name} {error.what}" if isinstance(error, DamagedFile) else str(error)
+    return Listed(
+        name=folder.name,
+        step=step_of(folder) if known else None,
+        kind="checkpoint" if known else "set aside" if SET_ASIDE in folder.name else "unfinished",
+        bytes=sum(file.st_size for file in files),
+        written=max((file.st_mtime for file in files), default=folder.stat().st_mtime),
+        average=average,
+        problem=problem,
+    )
+
+
+def find_damage(folder: Path, look: Callable[[str], None] = lambda file: None) -> list[Damage]:
+    """Every file of the checkpoint `folder` that is not as it should be; none for a checkpoint that a run can take.
+
+    It is the judgement of `load.verify_checkpoint`, which ends at the first one.
+
+    Args:
+        look: told the name of each file before it is read.
+    """
+    found: list[Damage] = []
+    with noted(found, MANIFEST):
+        for file in read_manifest(folder).files:
+            look(file.file)
+            with noted(found, file.file):
+                check_size(folder, file)
+                check_sha256(folder, file)
+                check_content(folder, file.file)
+    if not found:
+        with noted(found, MODEL):
+            refuse_disagreement(load_checkpoint(folder, verified=True))
+    return found
+
+
+def check_content(folder: Path, name: str) -> None:
+    """Raise a UserError unless the file holds what its name says; files of other names may hold anything."""
+    path = folder / name
+    if name in READERS:
+        READERS[name](path)
+    elif stem_of(name):
+        refuse_non_finite(folder, TensorFiles([path], DTYPES))
+
+
+READERS: dict[str, Callable[[Path], object]] = {MODEL: read_config, STATE: read_state, TOKENIZER: open_tokenizer}
+
+
+@contextmanager
+def noted(found: list[Damage], file: str) -> Iterator[None]:
+    """A UserError in the body becomes damage of `file`."""
+    try:
+        yield
+    except DamagedFile as error:
+        found.append(Damage(error.name, error.what))
+    except UserError as error:
+        found.append(Damage(file, str(error)))

@@ -1,0 +1,148 @@
+"""`regpt checkpoint`: the checkpoints of a run, and whether they are intact."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from regpt.cli.output import progress
+from regpt.cli.parse import parse
+from regpt.cli.table import print_rows
+from regpt.errors import UsageError, UserError, nearest
+
+if TYPE_CHECKING:
+    from regpt.checkpoint.audit import Damage, Listed
+
+
+@dataclass(frozen=True)
+class ListArgs:
+    """List the checkpoints of a run: step, date, size, and whether all files are there in their sizes."""
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """The run's folder; nothing in it changes."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print one JSON object instead."""
+
+
+@dataclass(frozen=True)
+class VerifyArgs:
+    """Read every file of a run's checkpoints, or of one: size, SHA-256, format, shapes, numbers that are not finite.
+    Exit code 1 if one is damaged."""
+
+    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN|CHECKPOINT")]
+    """A run's folder, or that of one checkpoint; nothing in it changes."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print one JSON object instead."""
+
+
+def main(args: list[str]) -> int:
+    """Hand over to the subcommand."""
+    commands = {"list": list_main, "verify": verify_main}
+    if args[:1] in (["--help"], ["-h"]):
+        print("usage: regpt checkpoint {list,verify} …\n\n  list     steps, dates and sizes of a run's checkpoints")
+        print("  verify   read every file of a run's checkpoints, or of one")
+        return 0
+    if not args:
+        raise UsageError(f"regpt checkpoint needs a command; choose from {', '.join(commands)}")
+    if args[0] not in commands:
+        hint = nearest(args[0], commands)
+        raise UsageError(f"regpt checkpoint has no command {args[0]!r}{hint}; choose from {', '.join(commands)}")
+    return commands[args[0]](args[1:])
+
+
+def list_main(args: list[str]) -> int:
+    given = parse(ListArgs, args, prog="regpt checkpoint list")
+    from regpt.checkpoint.audit import list_checkpoints
+    from regpt.runs.folder import is_run
+
+    run = Path(given.run)
+    listed = list_checkpoints(run)
+    if not listed and not is_run(run):
+        raise UsageError(f"{given.run!r} {'is no run' if run.is_dir() else 'does not exist'}; give the folder of a run")
+    if given.json:
+        print(json.dumps({"run": given.run, "checkpoints": [asdict(one) for one in listed]}))
+    else:
+        print_list(given.run, listed)
+    return 0
+
+
+def print_list(run: str, listed: list[Listed]) -> None:
+    rows = [
+        [one.name, "" if one.step is None else f"{one.step:,}", local_time(one.written), size(one.bytes), state_of(one)]
+        for one in listed
+    ]
+    if not rows:
+        print(f"{run} has no checkpoint yet")
+        return
+    print_rows(["checkpoint", "step", "written", "size", "state"], rows, left=(0, 4))
+    print(f"regpt checkpoint verify {run} reads them too")
+
+
+def state_of(one: Listed) -> str:
+    if one.kind == "checkpoint":
+        return f"incomplete: {one.problem}" if one.problem else "complete" + ", with average" * one.average
+    return "damaged, set aside" if one.kind == "set aside" else "being written, or left by a crash"
+
+
+def verify_main(args: list[str]) -> int:
+    given = parse(VerifyArgs, args, prog="regpt checkpoint verify")
+    from regpt.checkpoint.audit import find_damage
+
+    folders = chosen(Path(given.path))
+    found: dict[Path, list[Damage]] = {}
+    with progress(quiet=given.json) as say:
+        for folder in folders:
+            found[folder] = find_damage(folder, lambda file, name=folder.name: say(f"reading {name}/{file}"))
+    damaged = [folder for folder in folders if found[folder]]
+    if given.json:
+        checkpoints = [
+            {"name": folder.name, "intact": not damage, "damage": [asdict(one) for one in damage]}
+            for folder, damage in found.items()
+        ]
+        print(json.dumps({"path": given.path, "intact": not damaged, "checkpoints": checkpoints}))
+        return int(bool(damaged))
+    for folder, damage in found.items():
+        print(f"{folder.name}  {'DAMAGED' if damage else 'intact'}")
+        for one in damage:
+            print(f"  {one.file}: {one.what}")
+    if damaged:
+        raise UserError(verdict(folders, damaged))
+    return 0
+
+
+def chosen(path: Path) -> list[Path]:
+    """The checkpoints of the run `path`, or the one that it is."""
+    from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, checkpoints
+    from regpt.checkpoint.manifest import MANIFEST, MODEL
+
+    if (path / CHECKPOINTS).is_dir():
+        if folders := checkpoints(path):
+            return folders
+        raise UserError(f"run {str(path)!r} has no checkpoint yet; wait for the first, or give another run")
+    if path.is_dir() and (STEP_FOLDER.fullmatch(path.name) or (path / MANIFEST).is_file() or (path / MODEL).is_file()):
+        return [path]
+    what = "is neither a run with checkpoints nor a checkpoint" if path.exists() else "does not exist"
+    raise UsageError(f"{str(path)!r} {what}; give the folder of a run, or RUN/checkpoints/step-…")
+
+
+def verdict(folders: list[Path], damaged: list[Path]) -> str:
+    """One sentence: how much is damaged, and what a resume would do."""
+    names = ", ".join(folder.name for folder in damaged)
+    if len(folders) == 1:
+        return f"checkpoint {names} is damaged; restore the files named above, or use another checkpoint"
+    intact = [folder for folder in folders if folder not in damaged]
+    goes_on = f"a resume goes on from {intact[-1].name}" if intact else "no resume is possible"
+    return f"{len(damaged)} of {len(folders)} checkpoints are damaged ({names}); restore their files; {goes_on}"
+
+
+def local_time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:,.1f} MB" if n_bytes >= 1e6 else f"{n_bytes / 1e3:,.1f} kB"
