@@ -55,6 +55,14 @@ def test_a_loss_that_rises_has_diverged(make_run):
     assert "at the end" in found["diverging"].text
 
 
+def test_a_run_that_diverged_is_not_told_to_look_for_repeated_data(make_run):
+    rows = rows_of(lambda step: curve(step) + max(0, step - 300) * 0.02)
+    assert "gap" in kinds(make_run, [*rows_of(curve), val_row(STEPS, 9.0)])
+    found = kinds(lambda **given: make_run(**given, name="other"), [*rows, val_row(100, 6.0), val_row(STEPS, 9.0)])
+    assert {"diverging", "validation rising"} <= found.keys()
+    assert "gap" not in found
+
+
 def test_a_rising_training_loss_is_no_fault_while_validation_falls(make_run):
     vals = [val_row(step, curve(step)) for step in range(0, STEPS + 1, 20)]
     rows = rows_of(lambda step: curve(step) + max(0, step - 300) * 0.004)

@@ -107,6 +107,8 @@ def test_json_has_the_same(run, capsys):
         (["-n", "0"], "at least 1"),
         (["--out", "x.pdf"], r"\.png or \.svg"),
         (["--channels", "16", "--out", "x.png"], "channels 0 to 15"),
+        (["--channels", "1"], "give the picture's file with --out"),
+        (["--matrix", "wpe.weight"], "give the picture's file with --out"),
     ],
 )
 def test_bad_arguments_are_one_sentence(run, args, words):

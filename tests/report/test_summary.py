@@ -65,6 +65,15 @@ def test_the_sentence_tells_an_unfinished_run_and_an_earlier_best(make_run):
     )
 
 
+@pytest.mark.parametrize(
+    ("device", "world_size", "said"),
+    [("cpu with 1 threads", 1, "CPU with 1 thread"), ("cpu with 12 threads", 2, "2 × CPU with 12 threads")],
+)
+def test_a_processor_is_named_with_its_threads(make_run, device, world_size, said):
+    run = read_run(make_run(rows=[train_row(1)], env={"device": device, "world_size": world_size}))
+    assert summarize(run).device == said
+
+
 def test_a_run_that_says_little_still_has_a_sentence(make_run):
     run = read_run(make_run(rows=[{"kind": "train", "step": 1, "loss": float("nan")}], env={}, config=""))
     assert sentence(summarize(run)) == "A model made 1 step."

@@ -40,7 +40,7 @@ function yRange(panel) {
   return (u) => {
     const last = u.data[0].length - 1;
     const [from, to] = u.series[0].idxs || [0, last];
-    const focus = !view.whole && !view.log;
+    const focus = !view.whole && !view.log && panel.form !== "score"; // a score has no steep start
     const skipTo = u.data[0][0] + SKIP * (u.data[0][last] - u.data[0][0]);
     const begin = focus && from === 0 ? u.data[0].findIndex((x) => x >= skipTo) : from;
     const extents = panel.series.map((series, i) => (u.series[i + 1].show ? extent(u.data[i + 1], begin, to) : null));

@@ -64,6 +64,8 @@ def examine(run: Run) -> list[Finding]:
     rules: list[Callable[[Run, Curve], list[Finding]]] = [training, spikes, plateau, validation, repetition, gap]
     for rule in [*rules, gradients, speed]:
         found += rule(run, curve)
+    if any(one.kind == "diverging" for one in found):  # explains what the gap would blame on the data
+        found = [one for one in found if one.kind != "gap"]
     return sorted(found, key=lambda one: ("bad", "note", "good").index(one.level))
 
 

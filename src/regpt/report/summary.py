@@ -1,5 +1,6 @@
 """A run in one sentence and a row of figures."""
 
+import re
 from dataclasses import dataclass
 from math import exp
 from statistics import median
@@ -78,11 +79,11 @@ def middle(values: list[float | None]) -> float | None:
 
 
 def device_name(env: dict[str, Any]) -> str | None:
-    """`NVIDIA H100`, `8 × NVIDIA H100` for more processes than one."""
+    """`NVIDIA H100`, `8 × NVIDIA H100` for more processes than one, `CPU with 1 thread`."""
     device, world_size = env.get("device"), number(env.get("world_size")) or 1
     if not isinstance(device, str) or not device:
         return None
-    device = "CPU" if device == "cpu" else device
+    device = re.sub(r"^cpu\b", "CPU", re.sub(r"\b1 threads$", "1 thread", device))
     return device if world_size == 1 else f"{world_size:.0f} × {device}"
 
 
