@@ -56,9 +56,7 @@ def main(args: list[str]) -> int:
 
         check_picture(given.out)
     elif given.matrix is not None or given.channels:
-        raise UsageError(
-            "--matrix and --channels say what to draw; give the picture's file with --out"
-        )
+        raise UsageError("--matrix and --channels say what to draw; give the picture's file with --out")
     from regpt.checkpoint.open import open_model
     from regpt.model.weights import count_parameters, state_tensors
     from regpt.report.weights import EMBEDDING, nearest_tokens, parameter_table, token_id

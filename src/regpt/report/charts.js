@@ -154,18 +154,49 @@ function eventMarks(u, dpr, run, named, hue) {
   const { ctx, bbox } = u;
   ctx.setLineDash([2 * dpr, 4 * dpr]);
   ctx.strokeStyle = hue;
-  let free = -Infinity; // labels do not overlap: one that finds no room is left out, the table below names it
-  for (const event of run.events) {
-    const x = Math.round(u.valToPos(event[view.axis], "x", true));
-    if (!(x >= bbox.left && x <= bbox.left + bbox.width)) continue;
-    line(ctx, x, bbox.top, x, bbox.top + bbox.height);
-    const width = ctx.measureText(event.name).width + 6 * dpr;
-    if (!named || x < free) continue;
-    const left = x + width > bbox.left + bbox.width;
-    if (left && x - width < free) continue;
-    say(ctx, event.name, x + (left ? -5 : 5) * dpr, bbox.top + FONT * dpr, left ? "right" : "left");
-    free = x + (left ? 0 : width);
+  const groups = eventGroups(u, 12 * dpr, run);
+  for (const { from, to } of groups) {
+    line(ctx, from, bbox.top, from, bbox.top + bbox.height);
+    if (to > from) band(ctx, from, to, bbox, hue);
   }
+  // Labels do not overlap: the most frequent first; one that finds no room is left out, the table below names it.
+  const taken = [];
+  for (const { name, from, n } of named ? [...groups].sort((a, b) => b.n - a.n) : []) {
+    const label = n > 1 ? `${name} × ${n}` : name;
+    const width = ctx.measureText(label).width + 6 * dpr;
+    const left = from + width > bbox.left + bbox.width;
+    const begin = left ? from - width : from;
+    if (taken.some(([a, b]) => begin < b && begin + width > a)) continue;
+    say(ctx, label, from + (left ? -5 : 5) * dpr, bbox.top + FONT * dpr, left ? "right" : "left");
+    taken.push([begin, begin + width]);
+  }
+}
+
+/** The events in sight; those of one name that lie closer than `gap` pixels are one. */
+function eventGroups(u, gap, run) {
+  const groups = [], newestOf = new Map();
+  for (const event of run.events) {
+    const x = Math.round(u.valToPos(event[view.axis], "x", true)), last = newestOf.get(event.name);
+    if (!(x >= u.bbox.left && x <= u.bbox.left + u.bbox.width)) continue;
+    if (last && x - last.to < gap) {
+      last.to = x;
+      last.n += 1;
+    } else {
+      newestOf.set(event.name, { name: event.name, from: x, to: x, n: 1 });
+      groups.push(newestOf.get(event.name));
+    }
+  }
+  return groups;
+}
+
+/** A pale stretch that ends in a line. */
+function band(ctx, from, to, bbox, hue) {
+  ctx.save();
+  ctx.globalAlpha = 0.12;
+  ctx.fillStyle = hue;
+  ctx.fillRect(from, bbox.top, to - from, bbox.height);
+  ctx.restore();
+  line(ctx, to, bbox.top, to, bbox.top + bbox.height);
 }
 
 /** Dashed lines with their names at the right, or at the left where the one before is close. */
