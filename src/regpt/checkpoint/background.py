@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,8 +42,15 @@ class Saver:
     waits: the checkpoint that was being written is not there, the ones before it are.
     """
 
-    def __init__(self, run: Path, config: CheckpointConfig) -> None:
-        self.run, self.config = run, config
+    def __init__(
+        self,
+        run: Path,
+        config: CheckpointConfig,
+        in_use: Callable[[Path], bool] = lambda folder: False,
+        saved: Callable[[], object] = lambda: None,
+    ) -> None:
+        """`in_use(folder)`: an old checkpoint is not to be deleted yet; `saved()` is called after each save."""
+        self.run, self.config, self.in_use, self.saved = run, config, in_use, saved
         self.memory = HostMemory()
         self.known: dict[Path, bool] = {}  # whether a checkpoint is intact: each is read once
         self.thread: threading.Thread | None = None
@@ -79,7 +87,8 @@ class Saver:
             folder = checkpoint_folder(self.run, step)
             save_checkpoint(folder, contents.with_tensors(tensors), self.config.max_file_mib << 20)
             self.known[folder] = True
-            prune_checkpoints(self.run, self.config.keep_last, self.config.keep_every, self.is_intact)
+            self.prune()
+            self.saved()
         except BaseException as error:  # raised again by `wait`
             self.failure, self.failed = error, True
             return
@@ -88,6 +97,10 @@ class Saver:
         if not self.config.background:
             stall_ms += write_ms
         self.done.append(Saved(step, stall_ms, write_ms, size, snapshot.via))
+
+    def prune(self) -> None:
+        """Delete the checkpoints that are no longer wanted."""
+        prune_checkpoints(self.run, self.config.keep_last, self.config.keep_every, self.is_intact, self.in_use)
 
     def is_intact(self, folder: Path) -> bool:
         if folder not in self.known:

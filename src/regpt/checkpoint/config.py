@@ -19,10 +19,15 @@ class CheckpointConfig:
     """Write while training goes on; otherwise training waits until the checkpoint is on the disk."""
     max_file_mib: int = 4096
     """Tensors beyond this size are stored in several files with an index."""
+    staging: str = ""
+    """Remote run folders (s3://…): local folder that holds the runs being written; "" is .cache/regpt/runs at home."""
+    lease_seconds: int = 60
+    """Remote run folders: a process that has not renewed its lease for so long may be replaced by another one."""
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "keep_last", "keep_every"):
             if getattr(self, name) < 0:
                 raise UsageError(f"checkpoint.{name} is {getattr(self, name)}, must be 0 or more")
-        if self.max_file_mib < 1:
-            raise UsageError(f"checkpoint.max_file_mib is {self.max_file_mib}, must be 1 or more")
+        for name in ("max_file_mib", "lease_seconds"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"checkpoint.{name} is {getattr(self, name)}, must be 1 or more")

@@ -44,6 +44,10 @@ class Manifest:
     def names(self) -> set[str]:
         return {file.file for file in self.files}
 
+    def needed(self, *, optimizer: bool) -> list[File]:
+        """All files, or all but the optimizer's tensors."""
+        return [file for file in self.files if optimizer or stem_of(file.file) != OPTIMIZER]
+
     def tensor_files(self, stem: str) -> list[str]:
         """The tensor files of `stem`, sorted; none when it was not stored."""
         return sorted(name for name in self.names() if stem_of(name) == stem)
@@ -123,14 +127,17 @@ def expected_files(stem: str, count: int) -> list[str]:
     return [f"{stem}{SUFFIX}"] if count == 1 else divided
 
 
-def check_sizes(folder: Path) -> Manifest:
+def check_sizes(folder: Path, *, optimizer: bool = True) -> Manifest:
     """The manifest of `folder`, after a look at every file that it names: quick, and enough to see a torn copy.
+
+    Args:
+        optimizer: also at the optimizer's tensors, which a copy for sampling and evaluation leaves out.
 
     Raises:
         UserError: as in `read_manifest`, or a file is missing, is a symbolic link, or has another size.
     """
     manifest = read_manifest(folder)
-    for file in manifest.files:
+    for file in manifest.needed(optimizer=optimizer):
         check_size(folder, file)
     return manifest
 
@@ -152,14 +159,13 @@ def verify_files(folder: Path, *, optimizer: bool = True) -> None:
     """Compare every file of `folder` with the manifest: sizes, then SHA-256.
 
     Args:
-        optimizer: also hash the optimizer's tensors, two thirds of the bytes, which only a resume reads.
+        optimizer: also the optimizer's tensors, two thirds of the bytes, which only a resume reads.
 
     Raises:
         UserError: naming the first file that is missing, changed or no file of the folder.
     """
-    for file in check_sizes(folder).files:
-        if optimizer or stem_of(file.file) != OPTIMIZER:
-            check_sha256(folder, file)
+    for file in check_sizes(folder, optimizer=optimizer).needed(optimizer=optimizer):
+        check_sha256(folder, file)
 
 
 def check_sha256(folder: Path, file: File) -> None:

@@ -2,17 +2,19 @@
 
 from collections import ChainMap
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from regpt.checkpoint.fetch import fetch_model
 from regpt.checkpoint.hf_folder import CONFIG, hf_config, hf_tokenizer, hf_weights
 from regpt.checkpoint.hub import SHORT_NAMES, download, repository
 from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, load_checkpoint, newest_checkpoint
 from regpt.checkpoint.manifest import MODEL
+from regpt.checkpoint.store import is_address
 from regpt.errors import UsageError, UserError, nearest
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
@@ -20,7 +22,8 @@ from regpt.model.weights import load_weights
 from regpt.text.tokenizer import Tokenizer
 
 ALLOWED = (
-    f"a run folder, a checkpoint folder, a Hugging Face folder, or a hub name ({', '.join(SHORT_NAMES)}, or OWNER/NAME)"
+    "a run folder, a checkpoint folder, the address of one (s3://…), a Hugging Face folder, or a hub name "
+    f"({', '.join(SHORT_NAMES)}, or OWNER/NAME)"
 )
 
 
@@ -42,7 +45,8 @@ class OpenModel:
 
 
 def open_model(name: str, device: torch.device | str = "cpu", *, ema: bool = False) -> OpenModel:
-    """The model that `name` means: a run's newest intact checkpoint, a checkpoint, a Hugging Face folder, a hub name.
+    """The model that `name` means: a run's newest intact checkpoint, a checkpoint, one of them at an address
+    (s3://…; copied to this machine), a Hugging Face folder, a hub name.
 
     Args:
         ema: with the moving average of the weights instead of the last ones.
@@ -51,6 +55,9 @@ def open_model(name: str, device: torch.device | str = "cpu", *, ema: bool = Fal
         UsageError: `name` is none of these.
         UserError: it is one, but damaged, of a kind that we do not implement, or not to be had.
     """
+    if is_address(name):
+        opened = open_checkpoint(fetch_model(name), device, ema=ema)
+        return replace(opened, source=f"{name}, step {opened.step}" + ", average" * ema)
     path = Path(name)
     if (path / CHECKPOINTS).is_dir():
         return open_checkpoint(newest_checkpoint(path, optimizer=False), device, ema=ema, verified=True)

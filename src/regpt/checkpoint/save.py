@@ -130,17 +130,23 @@ def is_intact(folder: Path) -> bool:
 
 
 def prune_checkpoints(
-    run: Path, keep_last: int, keep_every: int, intact: Callable[[Path], bool] = is_intact
+    run: Path,
+    keep_last: int,
+    keep_every: int,
+    intact: Callable[[Path], bool] = is_intact,
+    in_use: Callable[[Path], bool] = lambda folder: False,
 ) -> list[Path]:
     """Delete the older checkpoints of `run`; returns those deleted.
 
     The newest `keep_last` stay (0: all stay), and those at multiples of `keep_every` (0: none). A damaged one is
-    neither counted nor deleted: it may be the only trace of something. `intact` tells them apart.
+    neither counted nor deleted: it may be the only trace of something. `intact` tells them apart. One that is `in_use`
+    stays until the next time.
     """
     if not keep_last:
         return []
     old = [folder for folder in checkpoints(run) if intact(folder)][:-keep_last]
     unwanted = [folder for folder in old if not (keep_every and step_of(folder) % keep_every == 0)]
+    unwanted = [folder for folder in unwanted if not in_use(folder)]
     for folder in unwanted:
         discard(folder)
     return unwanted

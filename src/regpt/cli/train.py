@@ -1,17 +1,23 @@
 """`regpt train`: start a run from a recipe or a file, or go on with one."""
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from regpt.checkpoint.store import is_address
 from regpt.cli.parse import parse
 from regpt.config import RunConfig, read_config, recipe_names
 from regpt.data.config import DataConfig
 from regpt.errors import UsageError, UserError
+
+if TYPE_CHECKING:
+    from regpt.runs.remote import RemoteRun
 
 
 @dataclass(frozen=True)
@@ -23,9 +29,9 @@ class Train:
     data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Folder of token shards, from `regpt data prepare`; repeated as DIR=WEIGHT, a mixture of several."""
     out: str = ""
-    """New folder for the run."""
+    """New folder for the run; s3://… and the like are written by way of a folder of this machine (docs/remote.md)."""
     resume: str = ""
-    """Go on with the run in this folder from its newest valid checkpoint; flags change its settings."""
+    """Go on with the run in this folder (or at s3://…) from its newest valid checkpoint; flags change its settings."""
     fork_from: str = ""
     """Start the new run --out from this checkpoint: its weights, optimizer and settings, changed by the flags given."""
     force: bool = False
@@ -60,12 +66,14 @@ def default_config(args: list[str], recipe: str) -> RunConfig | None:
         raise UsageError(f"{' and '.join(chosen)} exclude each other; give one of them")
     if run := ways["--resume"]:
         from regpt.runs.folder import read_run_config
+        from regpt.runs.remote import stored_config
 
-        return read_run_config(Path(run))
+        staging = flag_value(args, "--checkpoint.staging")
+        return stored_config(run, staging) if is_address(run) else read_run_config(Path(run))
     if source := ways["--fork-from"]:
-        from regpt.runs.begin import fork_config
+        from regpt.runs.begin import checkpoint_at, fork_config
 
-        return fork_config(Path(source))
+        return fork_config(checkpoint_at(source))
     return read_config(recipe) if recipe else None
 
 
@@ -133,19 +141,21 @@ def start(given: Train, args: list[str]) -> int:
     from regpt.runs.pretrain import check, fork, pretrain
     from regpt.runs.pretrain import resume as go_on
 
-    run, argv = Path(given.out), ["regpt", "train", *args]
+    run, remote = place(given.out, given.config)
+    argv = ["regpt", "train", *args]
     again = launcher_restarts() and is_run(run)
     if launcher_rank() == 0 and not again:  # one process refuses bad input; torchrun ends the others
-        check(given.config, run, processes=given.nproc or launcher_world_size())
+        if remote:
+            remote.refuse_used()
+        check(given.config, None if remote else run, processes=given.nproc or launcher_world_size())
     if given.nproc and not under_launcher():
-        return launched(given, run, args)
+        return launched(given, run, given.out, args)
     if again:
-        return worth_another_try(lambda: go_on(run))
+        return worth_another_try(lambda: go_on(run, remote=remote))
+    options: dict[str, Any] = {"argv": argv, "profile_steps": given.profile, "remote": remote}
     if given.fork_from:
-        source = Path(given.fork_from)
-        return worth_another_try(lambda: fork(given.config, source, run, argv=argv, profile_steps=given.profile))
-    options = {"init_from": given.init_from or None, "profile_steps": given.profile}
-    return worth_another_try(lambda: pretrain(given.config, run, argv=argv, **options))
+        return worth_another_try(lambda: fork(given.config, given.fork_from, run, **options))
+    return worth_another_try(lambda: pretrain(given.config, run, init_from=given.init_from or None, **options))
 
 
 def resume(given: Train, args: list[str]) -> int:
@@ -153,22 +163,36 @@ def resume(given: Train, args: list[str]) -> int:
     from regpt.runs.pretrain import check
     from regpt.runs.pretrain import resume as go_on
 
-    run = Path(given.resume)
+    run, remote = place(given.resume, given.config)
     if launcher_rank() == 0:
         check(given.config, None, processes=given.nproc or launcher_world_size())
     if given.nproc and not under_launcher():
-        return launched(given, run, args)
-    return worth_another_try(lambda: go_on(run, given.config, force=given.force, profile_steps=given.profile))
+        return launched(given, run, given.resume, args)
+    options: dict[str, Any] = {"force": given.force, "profile_steps": given.profile, "remote": remote}
+    return worth_another_try(lambda: go_on(run, given.config, **options))
 
 
-def launched(given: Train, run: Path, args: list[str]) -> int:
-    """The command as several processes, started again from the last checkpoint when one of them dies."""
+def place(name: str, config: RunConfig) -> tuple[Path, RemoteRun | None]:
+    """The local folder of the run at `name`, and the run itself where that is an address."""
+    if not is_address(name):
+        return Path(name), None
+    from regpt.runs.remote import RemoteRun
+
+    remote = RemoteRun(name, config.checkpoint)
+    return remote.folder, remote
+
+
+def launched(given: Train, run: Path, name: str, args: list[str]) -> int:
+    """The command as several processes, started again from the last checkpoint when one of them dies.
+
+    `name` is what was typed for `run`.
+    """
     from regpt.checkpoint.load import checkpoints
     from regpt.parallel.launch import launch
     from regpt.runs.folder import is_run
 
     def again() -> list[str]:
-        return ["train", *args] if given.resume or not is_run(run) else ["train", "--resume", str(run)]
+        return ["train", *args] if given.resume or not is_run(run) else ["train", "--resume", name]
 
     return launch(
         given.nproc,

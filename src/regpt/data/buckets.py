@@ -57,21 +57,32 @@ def bucket_file(url: str, info: dict[str, Any]) -> BucketFile:
 
 def file_system(source: str) -> tuple[Any, str]:
     """fsspec's file system for an address, and the path in it."""
-    fsspec, known_implementations = import_fsspec(source)
+    _, known_implementations = import_fsspec(source)
     scheme = source.split("://")[0].lower()
     if scheme in ("file", "local") or scheme not in known_implementations:
         kinds = "hf://datasets/…, https://…, s3://…, gs://… or a local path"
         raise UserError(f"{source} is an address of a kind that is not read; give {kinds}")
+    return connect(source)
+
+
+def connect(address: str, doing: str = "reading", **options: Any) -> tuple[Any, str]:
+    """fsspec's file system for an address of a scheme that it knows, with these options, and the path in it.
+
+    Raises:
+        UserError: a package that is missing, or a server that cannot be reached; `doing` begins the sentence.
+    """
+    fsspec, known_implementations = import_fsspec(address, doing)
+    scheme = address.split("://")[0].lower()
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints the traceback of what it raises
     try:
-        return fsspec.url_to_fs(source)
+        return fsspec.url_to_fs(address, **options)
     except OSError as error:  # some connect at once
-        raise UserError(f"{source} could not be read: {error.strerror or error}") from None
+        raise UserError(f"{address} could not be read: {error.strerror or error}") from None
     except ImportError:
         package = PACKAGES.get(scheme)
         fix = f"{package}; install it with: pip install 'regpt[buckets]'"
         said = fix if package else known_implementations[scheme]["err"]
-        raise UserError(f"reading {source} needs {said}") from None
+        raise UserError(f"{doing} {address} needs {said}") from None
 
 
 @contextmanager
@@ -82,10 +93,10 @@ def open_bucket(address: str, offset: int) -> Iterator[tuple[BinaryIO, int]]:
         yield stream, offset
 
 
-def import_fsspec(source: str) -> tuple[Any, Any]:
+def import_fsspec(source: str, doing: str = "reading") -> tuple[Any, Any]:
     try:
         import fsspec
         from fsspec.registry import known_implementations
     except ImportError:
-        raise UserError(f"reading {source} needs fsspec; install it with: pip install 'regpt[data]'") from None
+        raise UserError(f"{doing} {source} needs fsspec; install it with: pip install 'regpt[data]'") from None
     return fsspec, known_implementations

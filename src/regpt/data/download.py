@@ -189,8 +189,13 @@ def persistently(
     patience: Patience,
     gained: Callable[[], int] = lambda: 0,
     waiting: Callable[[str], None] = lambda note: None,
+    done: str = "read",
 ) -> T:
-    """The result of `attempt`, tried again while its error may pass; a try that gained bytes starts the count anew."""
+    """The result of `attempt`, tried again while its error may pass; a try that gained bytes starts the count anew.
+
+    Raises:
+        UserError: `name` could not be `done`.
+    """
     tries, before = 0, gained()
     while True:
         try:
@@ -201,7 +206,7 @@ def persistently(
         before = gained()
         if problem.lasts or tries >= patience.tries:
             again = "" if problem.lasts else f", {tries} times; the same command continues where this one stopped"
-            raise UserError(f"{name} could not be read: {problem.text}{again}")
+            raise UserError(f"{name} could not be {done}: {problem.text}{again}")
         wait_s = max(problem.retry_after_s, min(patience.longest_wait_s, patience.wait_s * 2 ** max(0, tries - 1)))
         pause(wait_s, problem.text, patience, waiting)
 

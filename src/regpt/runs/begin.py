@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regpt.checkpoint.fetch import fetch_model, split_address
 from regpt.checkpoint.generators import restore_generators
 from regpt.checkpoint.load import (
     CHECKPOINTS,
@@ -21,6 +22,7 @@ from regpt.checkpoint.load import (
 from regpt.checkpoint.manifest import MANIFEST, STATE, sha256
 from regpt.checkpoint.open import open_model
 from regpt.checkpoint.state import RunState, read_state
+from regpt.checkpoint.store import is_address
 from regpt.config import RunConfig, validate
 from regpt.data.config import DataConfig
 from regpt.data.loader import Loader
@@ -151,10 +153,12 @@ def start_again(parts: Parts, run: Path, env: Mapping[str, Any], event: Row) -> 
     parent = env.get("parent")
     if parent is None:
         return replace(start_new(parts, env.get("init_from")), event=event)
-    source = Path(parent["checkpoint"])
+    source = checkpoint_at(parent["checkpoint"])
     checkpoint = load_checkpoint(source)
     if sha256(source / MANIFEST) != parent["manifest_sha256"]:
-        raise UserError(f"{source} is no longer the checkpoint that {run} began with; fork again into another --out")
+        raise UserError(
+            f"{parent['checkpoint']} is no longer the checkpoint that {run} began with; fork again into another --out"
+        )
     return replace(start_at(parts, checkpoint, event), save=True)
 
 
@@ -169,6 +173,15 @@ def choose_checkpoint(run: Path, mesh: Mesh) -> tuple[Checkpoint, list[str]]:
     chosen = newest_checkpoint(run, warn=warn).name.encode() if mesh.is_main else b""
     name = mesh.gather(chosen)[0].decode()
     return load_checkpoint(run / CHECKPOINTS / name, verified=True), skipped
+
+
+def checkpoint_at(name: str) -> Path:
+    """The folder of the checkpoint `name`: `name` itself, or a copy on this machine of what lies at that address."""
+    if not is_address(name):
+        return Path(name)
+    if not split_address(name)[1]:
+        raise UserError(f"--fork-from {name!r} is no checkpoint; give RUN/{CHECKPOINTS}/step-…")
+    return fetch_model(name, optimizer=True)
 
 
 def fork_config(source: Path) -> RunConfig:

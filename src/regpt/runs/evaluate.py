@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from regpt.checkpoint.fetch import fetch_model
 from regpt.checkpoint.open import OpenModel, open_model
+from regpt.checkpoint.store import is_address
 from regpt.config import RunConfig, read_config
 from regpt.data.batch import Batch
 from regpt.data.manifest import read_manifest
@@ -130,7 +132,7 @@ def import_harness() -> Callable[[str, Scorer, OpenModel, int], list[Any]]:
 
 def run_config(model: str) -> RunConfig | None:
     """Configuration of the run that `model` names, or whose checkpoint it names; None for another model."""
-    folder = Path(model).resolve()
+    folder = fetch_model(model) if is_address(model) else Path(model).resolve()
     if folder.parent.name == "checkpoints":
         folder = folder.parents[1]
     return read_config(str(folder / "config.toml")) if (folder / "config.toml").is_file() else None

@@ -1,7 +1,7 @@
 """Pretraining: configuration → objects → `Trainer.fit`."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,6 +14,8 @@ from regpt.checkpoint.background import Saver
 from regpt.checkpoint.files import read_json
 from regpt.checkpoint.load import checkpoints, load_checkpoint
 from regpt.checkpoint.manifest import MANIFEST, sha256
+from regpt.checkpoint.mirror import Mirror
+from regpt.checkpoint.store import is_address
 from regpt.config import RunConfig
 from regpt.model.weights import count_parameters
 from regpt.parallel.mesh import Mesh
@@ -30,6 +32,7 @@ from regpt.runs.begin import (
     Machine,
     Start,
     assemble,
+    checkpoint_at,
     choose_checkpoint,
     open_parts,
     refuse_changed_data,
@@ -52,6 +55,7 @@ from regpt.runs.folder import (
     write_run_config,
 )
 from regpt.runs.profile import profiled
+from regpt.runs.remote import NOTE, RemoteRun, bring_up_to_date, by_main
 from regpt.runs.stop import EXIT_SAVED, stop_request
 from regpt.runs.terminal import Terminal
 from regpt.runs.trackers import Tee, check_trackers, open_trackers
@@ -86,45 +90,65 @@ def pretrain(
     facts: dict[str, Any] | None = None,
     beside: Sequence[str] = (),
     profile_steps: int = 0,
+    remote: RemoteRun | None = None,
 ) -> int:
     """Start a run in the new folder `run`; the exit code. `facts` go into env.json, `beside` is as in `create_run`,
-    `profile_steps` as in `runs.profile`."""
+    `profile_steps` as in `runs.profile`. `run` is the staging folder of `remote`, where that is given."""
     init_from = str(Path(init_from).resolve()) if init_from and Path(init_from).exists() else init_from
     with run_mesh(config) as mesh, ExitStack() as stack:
         parts = open_parts(config, mesh)
         start = start_new(parts, init_from)
         machine = assemble(stack, parts, start)
-        create(stack, machine, run, argv, {"init_from": init_from} | (facts or {}), beside)
-        return fit(machine, run, start, profile_steps)
+        mirror = create(stack, machine, run, argv, {"init_from": init_from} | (facts or {}), beside, remote)
+        return fit(machine, run, start, profile_steps, mirror)
 
 
-def fork(config: RunConfig, source: Path, run: Path, *, argv: Sequence[str] = (), profile_steps: int = 0) -> int:
-    """Start a run in the new folder `run` from the checkpoint `source` with the settings `config`; the exit code."""
+def fork(
+    config: RunConfig,
+    source: str | Path,
+    run: Path,
+    *,
+    argv: Sequence[str] = (),
+    profile_steps: int = 0,
+    remote: RemoteRun | None = None,
+) -> int:
+    """Start a run in the new folder `run` from the checkpoint `source`, a folder or an address, with the settings
+    `config`; the exit code. `remote` is as in `pretrain`."""
     with run_mesh(config) as mesh, ExitStack() as stack:
-        checkpoint = load_checkpoint(source)
+        checkpoint = load_checkpoint(checkpoint_at(str(source)))
         parts = open_parts(config, mesh)
         found = changes(checkpoint.state.config, parts.config.sections())
         refuse_changes(found, checkpoint.step, force=True)
-        place, digest = str(source.resolve()), sha256(source / MANIFEST)
+        digest = sha256(checkpoint.folder / MANIFEST)
+        place = source if is_address(str(source)) else str(checkpoint.folder.resolve())
         parent = {"checkpoint": place, "step": checkpoint.step, "manifest_sha256": digest, "changed": found}
         start = replace(start_at(parts, checkpoint, {"name": "fork", "parent": parent}, found), save=True)
         machine = assemble(stack, parts, start)
-        create(stack, machine, run, argv, {"parent": parent})
-        return fit(machine, run, start, profile_steps)
+        mirror = create(stack, machine, run, argv, {"parent": parent}, remote=remote)
+        return fit(machine, run, start, profile_steps, mirror)
 
 
-def resume(run: Path, config: RunConfig | None = None, *, force: bool = False, profile_steps: int = 0) -> int:
+def resume(
+    run: Path,
+    config: RunConfig | None = None,
+    *,
+    force: bool = False,
+    profile_steps: int = 0,
+    remote: RemoteRun | None = None,
+) -> int:
     """Go on with the run in `run` from its newest valid checkpoint; the exit code.
 
     Args:
         config: instead of the run's config.toml, which it then replaces.
         force: also with settings that make another run of it.
+        remote: as in `pretrain`.
     """
     config = config or read_run_config(run)
     with run_mesh(config) as mesh, ExitStack() as stack:
         if mesh.is_main:
             stack.enter_context(owned(run))
         mesh.wait()  # nobody reads before it is certain that nobody else writes
+        mirror = by_main(mesh, lambda: remote.go_on(stack)) if remote else None
         event: Row = {"name": "resume", **made_with(mesh)}
         if checkpoints(run):
             checkpoint, skipped = choose_checkpoint(run, mesh)
@@ -139,7 +163,7 @@ def resume(run: Path, config: RunConfig | None = None, *, force: bool = False, p
         machine = assemble(stack, parts, start)
         if mesh.is_main:
             write_run_config(run, machine.config)
-        return fit(machine, run, start, profile_steps)
+        return fit(machine, run, start, profile_steps, mirror)
 
 
 def create(
@@ -149,31 +173,73 @@ def create(
     argv: Sequence[str],
     facts: dict[str, Any],
     beside: Sequence[str] = (),
-) -> None:
-    """Make the folder of a new run, which is this process's own until `stack` ends; all processes return then."""
+    remote: RemoteRun | None = None,
+) -> Mirror | None:
+    """Make the folder of a new run, which is this process's own until `stack` ends; all processes return then.
+
+    Returns what copies the folder to `remote`, in the main process.
+    """
     config, mesh, trainer = machine.config, machine.trainer.mesh, machine.trainer
-    if mesh.is_main:
+
+    def make() -> Mirror | None:
         env = describe_environment(mesh, machine.corpus.facts(), count_parameters(trainer.model), argv)
         env |= {"peak": asdict(device_peak(mesh.device, config.train.precision))} | machine.chosen
         env |= {"kernels": asdict(choose_kernels(config, trainer.model, mesh.device))}
-        refuse_used_folder(run, beside)
+        if remote is None:
+            refuse_used_folder(run, beside)
         stack.enter_context(owned(run))
-        create_run(run, config, env | facts, beside)
-    mesh.wait()
+        mirror = remote.begin(stack) if remote else None
+        create_run(run, config, env | facts, (*beside, NOTE))
+        return mirror
+
+    return by_main(mesh, make)
 
 
-def fit(machine: Machine, run: Path, start: Start, profile_steps: int = 0) -> int:
-    """Train from `start` to the end of the run; 0, or 75 when a stop was requested and the run saved."""
+def fit(machine: Machine, run: Path, start: Start, profile_steps: int = 0, mirror: Mirror | None = None) -> int:
+    """Train from `start` to the end of the run; 0, or 75 when a stop was requested and the run saved.
+
+    `mirror` copies the folder elsewhere meanwhile; this returns when it has copied everything.
+    """
+    config, mesh = machine.config, machine.trainer.mesh
+    name = mirror.store.url if mirror else str(run)
+    terminal = Terminal(name, config.train.steps, Console(), enabled=mesh.is_main)
+    saver = Saver(run, config.checkpoint)
+    if mirror is not None:
+        saver.in_use, saver.saved = mirror.is_uploading, mirror.notify
+        mirror.intact, mirror.say = saver.is_intact, terminal.say
+        mirror.notify()
+    with stop_request(config.train.stop_seconds) as stop_requested:
+        finished = train(machine, run, start, profile_steps, terminal, saver, lambda: stop_requested() or lost(mirror))
+        bring_up_to_date(mirror, mesh, terminal.say)
+    if not finished:
+        mesh.wait()  # a launcher ends the others when the first has ended: not while they write
+        step = machine.trainer.step
+        terminal.say(f"stopped after step {step:,} and saved; go on with: regpt train --resume {name}")
+    return 0 if finished else EXIT_SAVED
+
+
+def lost(mirror: Mirror | None) -> bool:
+    return mirror is not None and mirror.failed
+
+
+def train(
+    machine: Machine,
+    run: Path,
+    start: Start,
+    profile_steps: int,
+    terminal: Terminal,
+    saver: Saver,
+    stop_requested: Callable[[], bool],
+) -> bool:
+    """All steps that are left, with everything that `run` keeps of them; False when a stop was requested."""
     config, trainer, loader = machine.config, machine.trainer, machine.loader
     mesh, step = trainer.mesh, trainer.step
-    terminal = Terminal(str(run), config.train.steps, Console(), enabled=mesh.is_main)
     with ExitStack() as stack:
         names = ("metrics.jsonl", "samples.jsonl")
         files = [stack.enter_context(JsonLines(run / name)) if mesh.is_main else None for name in names]
         if mesh.is_main:
             trackers = open_trackers(config.log, run, asdict(config), step, stack)
             files = [Tee(file, trackers) for file in files if file is not None]
-        saver = Saver(run, config.checkpoint)
         ratios = watch_updates(trainer, config.log.update_ratios_every_steps)
         suites = open_run_suites(config, machine.corpus.tokenizer)
         evaluations = Evaluations(config, run, suites, trainer.model, mesh, terminal.say, machine.average)
@@ -191,15 +257,11 @@ def fit(machine: Machine, run: Path, start: Start, profile_steps: int = 0) -> in
         if step == config.train.steps:
             terminal.say(f"the run is complete: all {step:,} updates are made; regpt report {run} shows it")
         profile = profiled(profile_steps * mesh.is_main, run / "profile", mesh.device, terminal.console, terminal.say)
-        stopping = stop_request(config.train.stop_seconds)
-        with stopping as stop_requested, terminal, saver, profile as note_step:
+        with terminal, saver, profile as note_step:
             do = make_actions(job, stop_requested)
             if start.save:
                 do.save(step)
             finished = trainer.fit(replace(do, log=lambda row: (do.log(row), note_step(row))[0]), every)
         write_saved_rows(job)
         write_epochs(job, trainer.step, loader.epochs(trainer.data_step))
-    if not finished:
-        mesh.wait()  # a launcher ends the others when the first has ended: not while they write
-        terminal.say(f"stopped after step {trainer.step:,} and saved; go on with: regpt train --resume {run}")
-    return 0 if finished else EXIT_SAVED
+    return finished

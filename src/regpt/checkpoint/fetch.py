@@ -1,0 +1,217 @@
+"""Runs and checkpoints of a store, copied to this machine: the files that are needed, checked before they count."""
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+from regpt.checkpoint.files import SUCCESSOR, put_in_place, temporary_beside
+from regpt.checkpoint.lease import FOLDER as LEASE
+from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, print_warning, step_of, verify_checkpoint
+from regpt.checkpoint.manifest import MANIFEST, check_sizes, read_manifest
+from regpt.checkpoint.mirror import CONFIG, content
+from regpt.checkpoint.store import Store
+from regpt.data.download import locked
+from regpt.errors import UserError
+
+Warn = Callable[[str], None]
+T = TypeVar("T")
+
+
+def cache_folder() -> Path:
+    """Where copies of what lies elsewhere are kept."""
+    return Path.home() / ".cache" / "regpt"
+
+
+def folder_name(url: str) -> str:
+    """A name for the copy of `url`: its end, and a hash of all of it."""
+    parts = [part for part in url.rstrip("/").partition("://")[2].split("/") if part]
+    plain = "".join(c if c.isalnum() or c in "-_." else "-" for c in "-".join(parts[-2:]))
+    return f"{plain.lstrip('.') or 'run'}-{hashlib.sha256(url.rstrip('/').encode()).hexdigest()[:8]}"
+
+
+def fetch_model(url: str, *, optimizer: bool = False, warn: Warn = print_warning) -> Path:
+    """The checkpoint that `url` means, a run's newest intact one or a checkpoint, in a folder of this machine.
+
+    It lies in the copy of its run (`checkpoints/step-…` beside `config.toml`), which is made once: a checkpoint that is
+    there with the same manifest is not downloaded again.
+
+    Args:
+        optimizer: also its optimizer's tensors, two thirds of the bytes.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    run_url, step = split_address(url)
+    store = Store(run_url)
+    run = cache_folder() / "fetched" / folder_name(run_url)
+    run.mkdir(parents=True, exist_ok=True)
+    with locked(run / CHECKPOINTS, lambda: None):
+        if (config := store.tries(lambda: store.read(CONFIG), name=CONFIG)) is not None:
+            write_whole(run / CONFIG, config)
+        names, folder = [""], None
+        while folder is None and names != (names := [step] if step else complete_checkpoints(store)):
+            # Once more where others have been written, and these deleted, meanwhile.
+            folder, _ = first_intact(store, names, run, optimizer=optimizer, warn=warn)
+    if folder is None:
+        what = f"none of its {len(names)} checkpoints is intact" if names else "it has no complete checkpoint"
+        raise UserError(f"{url} cannot be opened, {what}; check the address, or choose another run")
+    return folder
+
+
+def fetch_run(url: str) -> Path:
+    """A copy of the run at `url` without its checkpoints: configuration, metrics, samples, evaluations.
+
+    Raises:
+        UserError: there is no run, or it cannot be read.
+    """
+    store = Store(url)
+    run = cache_folder() / "fetched" / folder_name(store.url)
+    run.mkdir(parents=True, exist_ok=True)
+    with locked(run / CHECKPOINTS, lambda: None):
+        if not get_run_files(store, run):
+            raise UserError(f"{url} holds no run (no {CONFIG}); check the address")
+    return run
+
+
+def restore(store: Store, run: Path, warn: Warn = print_warning) -> list[str]:
+    """Download the whole run, of its checkpoints the newest intact one, into `run`; the names of the damaged ones.
+
+    Raises:
+        UserError: there is no run, none of its checkpoints is intact, or it cannot be read.
+    """
+    names = complete_checkpoints(store)
+    folder, damaged = first_intact(store, names, run, optimizer=True, warn=warn)
+    if names and folder is None:
+        raise UserError(
+            f"run {store.url} cannot be opened, none of its {len(names)} checkpoints is intact; start it again with "
+            "another --out, or choose another run"
+        )
+    if not get_run_files(store, run):
+        raise UserError(f"{store.url} holds no run (no {CONFIG}); check the address")
+    return damaged
+
+
+def split_address(url: str) -> tuple[str, str]:
+    """The address of the run, and the name of the checkpoint that `url` names in it, if it does."""
+    parts = url.rstrip("/").rsplit("/", 2)
+    if len(parts) == 3 and parts[1] == CHECKPOINTS and STEP_FOLDER.fullmatch(parts[2]):
+        return parts[0], parts[2]
+    return url.rstrip("/"), ""
+
+
+def get_run_files(store: Store, run: Path) -> bool:
+    """Download the files beside checkpoints, config.toml last; whether that one is there."""
+    names = store.tries(store.files)
+    beside = [name for name in names if PurePosixPath(name).parts[0] not in (CHECKPOINTS, LEASE)]
+    for name in sorted(beside, key=lambda name: name == CONFIG):
+        get(store, name, run / name)
+    return CONFIG in beside
+
+
+def complete_checkpoints(store: Store) -> list[str]:
+    """The names of those with a manifest, the newest first."""
+    names = {part.split("/")[1] for part in store.tries(lambda: store.files(CHECKPOINTS)) if is_manifest(part)}
+    return sorted((name for name in names if STEP_FOLDER.fullmatch(name)), key=order, reverse=True)
+
+
+def is_manifest(part: str) -> bool:
+    return PurePosixPath(part).parts[2:] == (MANIFEST,)
+
+
+def order(name: str) -> tuple[int, str]:
+    """By the step; what replaces a checkpoint is newer than that."""
+    return step_of(Path(name)), name
+
+
+def first_intact(
+    store: Store, names: list[str], run: Path, *, optimizer: bool, warn: Warn
+) -> tuple[Path | None, list[str]]:
+    """The first of `names` that is what its manifest says, as a folder in `run`; and the damaged ones before it."""
+    damaged: list[str] = []
+    for name in names:
+        try:
+            return get_checkpoint(store, name, run, optimizer=optimizer), damaged
+        except Damaged as error:
+            damaged.append(name)
+            warn(f"skipped {store.url}/{CHECKPOINTS}/{name}: {error}")
+    return None, damaged
+
+
+class Damaged(UserError):
+    """A checkpoint that is not what its manifest says."""
+
+
+def get_checkpoint(store: Store, name: str, run: Path, *, optimizer: bool) -> Path:
+    """Download a checkpoint, whole or not at all, unless it is there already; returns where it lies.
+
+    Raises:
+        Damaged: it is not what its manifest says, or has none.
+        UserError: it cannot be read.
+    """
+    place = f"{CHECKPOINTS}/{name}"
+    folder = run / CHECKPOINTS / name.removesuffix(SUCCESSOR)
+    manifest = store.tries(lambda: store.read(f"{place}/{MANIFEST}"), name=place)
+    if manifest is not None and content(folder / MANIFEST) == manifest and is_there(folder, optimizer=optimizer):
+        return folder
+    if manifest is None:
+        raise Damaged(f"it has no {MANIFEST}, so it is not complete")
+    temporary = temporary_beside(folder)
+    try:
+        temporary.mkdir(parents=True)
+        write_whole(temporary / MANIFEST, manifest)
+        sizes = store.tries(lambda: store.files(place), name=place)
+        for file in checked(lambda: read_manifest(temporary)).needed(optimizer=optimizer):
+            part = f"{place}/{file.file}"
+            if sizes.get(part) != file.size:
+                have = f"{sizes[part]:,}" if part in sizes else "none"
+                raise Damaged(f"{file.file} has {have} of its {file.size:,} bytes")
+            get(store, part, temporary / file.file)
+        checked(lambda: verify_checkpoint(temporary, optimizer=optimizer))
+        put_in_place(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def checked(check: Callable[[], T]) -> T:
+    """The result of `check`; its UserError as `Damaged`."""
+    try:
+        return check()
+    except UserError as error:
+        raise Damaged(str(error)) from None
+
+
+def is_there(folder: Path, *, optimizer: bool) -> bool:
+    """Whether the copy of a checkpoint has the files that are needed."""
+    try:
+        check_sizes(folder, optimizer=optimizer)
+    except UserError:
+        return False
+    return True
+
+
+def get(store: Store, name: str, path: Path) -> None:
+    """Download a file.
+
+    Raises:
+        Damaged: it is no longer there.
+        UserError: it cannot be read.
+    """
+
+    def download() -> bool:
+        try:
+            store.get(name, path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    if not store.tries(download, name=name):
+        raise Damaged(f"{PurePosixPath(name).name} has just been deleted")
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)

@@ -1,0 +1,147 @@
+"""A folder behind an address that fsspec knows (s3://, gs://, …): its files by their names in it.
+
+Credentials, regions and endpoints are those of s3fs and gcsfs, as for sources of text (`data.buckets`). Nothing is
+remembered between calls: another machine may have written meanwhile.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from regpt.checkpoint.files import is_plain_name
+from regpt.data.buckets import connect, import_fsspec
+from regpt.data.download import PATIENCE, Patience, persistently, status_of, transport_errors
+from regpt.errors import UsageError
+
+# Stores that can create a file only where none is, in one step; `create` of others is a look and a write.
+EXCLUSIVE = {"s3", "s3a", "gs", "gcs", "file", "local", "memory"}
+REFUSED = (409, 412)  # HTTP: there is such a file, or it is being created
+STORES = "s3://BUCKET/FOLDER, gs://BUCKET/FOLDER or another address that fsspec can write to"
+T = TypeVar("T")
+
+
+def is_address(name: str) -> bool:
+    """Whether `name` is an address like s3://bucket/runs/a, not a path; C:\\runs is a path."""
+    scheme, found, _ = name.partition("://")
+    return bool(found) and len(scheme) > 1 and scheme.replace("+", "").replace("-", "").replace(".", "").isalnum()
+
+
+class Store:
+    """The folder at `url`. Methods raise what fsspec raises, for `persistently`, but for those of `self.tries`."""
+
+    def __init__(self, url: str, patience: Patience = PATIENCE) -> None:
+        """Raises:
+        UsageError: an address of an unknown kind.
+        UserError: a package that is missing.
+        """
+        _, known = import_fsspec(url, "using")
+        self.url, self.patience = url.rstrip("/"), patience
+        self.scheme = url.split("://")[0].lower()
+        if self.scheme not in known or self.scheme in ("http", "https"):
+            raise UsageError(f"{url} is an address of a kind that runs are not kept at; give a folder or {STORES}")
+        options = {"auto_mkdir": True} if self.is_local else {}
+        self.fs, root = connect(url, "using", use_listings_cache=False, **options)
+        self.root = root.rstrip("/")
+
+    def tries(self, action: Callable[[], T], done: str = "read", name: str = "") -> T:
+        """The result of `action`, tried again while its error may pass.
+
+        Raises:
+            UserError: the file `name` could not be `done`, all tries together or for a reason that lasts.
+        """
+        return persistently(action, f"{self.url}/{name}".rstrip("/"), self.patience, done=done)
+
+    def files(self, folder: str = "") -> dict[str, int]:
+        """The size of each file below `folder`, by its name in the store; hidden ones, half-written, are left out."""
+        self.fs.invalidate_cache()
+        try:
+            found: dict[str, Any] = self.fs.find(self.place(folder), detail=True)
+        except FileNotFoundError:
+            return {}
+        start = f"{self.root}/"
+        inside = {path: info for path, info in found.items() if path.startswith(start) and info["type"] == "file"}
+        sizes = {path.removeprefix(start): int(info["size"]) for path, info in inside.items()}
+        return {name: size for name, size in sizes.items() if is_safe(name)}
+
+    def read(self, name: str) -> bytes | None:
+        """The content of a file; None when there is none."""
+        try:
+            return self.fs.cat_file(self.place(name))
+        except (FileNotFoundError, IsADirectoryError):
+            return None
+
+    def write(self, name: str, data: bytes) -> None:
+        self.whole(name, lambda place: self.fs.pipe_file(place, data))
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a file that does not exist yet; False when there is one.
+
+        Where `is_exclusive`, of several that try this at once one succeeds.
+        """
+        try:
+            if self.is_local:
+                with self.fs.open(self.place(name), "xb") as file:
+                    file.write(data)
+            else:
+                self.fs.pipe_file(self.place(name), data, mode="create")
+        except FileExistsError:
+            return False
+        except transport_errors() as error:
+            if says_it_exists(error):
+                return False
+            raise
+        return True
+
+    @property
+    def is_local(self) -> bool:
+        return self.scheme in ("file", "local")
+
+    @property
+    def is_exclusive(self) -> bool:
+        return self.scheme in EXCLUSIVE
+
+    def put(self, name: str, path: Path) -> None:
+        """Write the file `path`."""
+        self.whole(name, lambda place: self.fs.put_file(str(path), place))
+
+    def whole(self, name: str, write: Callable[[str], object]) -> None:
+        """`write(place)`, so that nobody sees half a file: buckets name it at the end, folders must be made to."""
+        place = self.place(name)
+        if not self.is_local:
+            write(place)
+            return
+        parent, _, last = place.rpartition("/")
+        write(f"{parent}/.{last}.partial")
+        os.replace(f"{parent}/.{last}.partial", place)
+
+    def get(self, name: str, path: Path) -> None:
+        """Download a file; `path` bears its name only when it is whole."""
+        partial = path.with_name(f".{path.name}.partial")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.fs.get_file(self.place(name), str(partial))
+        os.replace(partial, path)
+
+    def copy(self, name: str, other: str) -> None:
+        self.fs.cp_file(self.place(name), self.place(other))
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Delete files, in this order; those that are gone already are none."""
+        for name in names:
+            try:
+                self.fs.rm_file(self.place(name))
+            except FileNotFoundError:
+                continue
+
+    def place(self, name: str) -> str:
+        return f"{self.root}/{name}" if name else self.root
+
+
+def is_safe(name: str) -> bool:
+    """Whether a name in a store names a file inside the folder that it is downloaded to, and none that is hidden."""
+    return all(is_plain_name(part) and not part.startswith(".") for part in name.split("/"))
+
+
+def says_it_exists(error: BaseException) -> bool:
+    """Whether `error` says that a file exists, as S3's answer to a condition that does not hold."""
+    return status_of(error) in REFUSED or (error.__cause__ is not None and status_of(error.__cause__) in REFUSED)

@@ -1,0 +1,244 @@
+"""Runs whose folder is behind an address (s3://…): written on this machine, copied there by `checkpoint.mirror`.
+
+The local folder, the staging folder, is as that of any run, with its lock, its checkpoints, its metrics. It holds what
+the store holds, and perhaps more, as long as the newest claim in the store's lease is its own; else another machine has
+gone on, and the store counts.
+"""
+
+import json
+import shutil
+import sys
+import threading
+import tomllib
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TypedDict, TypeVar
+
+from regpt.checkpoint.config import CheckpointConfig
+from regpt.checkpoint.fetch import cache_folder, folder_name, restore, write_whole
+from regpt.checkpoint.lease import CLOCK, Claim, Clock, Lease
+from regpt.checkpoint.mirror import Mirror
+from regpt.checkpoint.store import Store
+from regpt.config import RunConfig, validate
+from regpt.data.download import PATIENCE, Patience
+from regpt.errors import UserError
+from regpt.parallel.mesh import Mesh
+from regpt.runs.folder import CONFIG, LOCK, is_run, read_run_config
+
+NOTE = ".remote.json"  # in the staging folder: its address, its last claim, and whether it is all there
+WAIT_SECONDS = 5.0  # of the main process, between two signs of life to the others
+T = TypeVar("T")
+
+
+class Note(TypedDict):
+    """What a staging folder remembers: tokens of its last claims, and whether it holds all that the store held."""
+
+    claims: list[str]
+    whole: bool
+
+
+class RemoteRun:
+    """The run at `url`. `folder` is its staging folder; the store is first asked by the methods below."""
+
+    def __init__(self, url: str, config: CheckpointConfig, patience: Patience = PATIENCE, clock: Clock = CLOCK) -> None:
+        self.config, self.clock = config, clock
+        self.store = Store(url, patience)
+        self.url = self.store.url
+        self.folder = staging_folder(url, config.staging)
+
+    def refuse_used(self) -> None:
+        """Raise a UserError where a run is already."""
+        if self.store.tries(lambda: self.store.read(CONFIG), name=CONFIG) is not None:
+            raise UserError(
+                f"{self.url} already holds a run; go on with: regpt train --resume {self.url}, or choose another --out"
+            )
+        if is_run(self.folder):
+            raise UserError(
+                f"{self.folder} holds a run that never reached {self.url}; go on with: regpt train --resume "
+                f"{self.url}, or delete that folder"
+            )
+
+    def begin(self, stack: ExitStack) -> Mirror:
+        """Claim a new run until `stack` ends; the staging folder is this process's own already."""
+        self.refuse_used()
+        lease = self.lease()
+        self.claim(stack, lease, read_note(self.folder))
+        self.refuse_used()
+        empty(self.folder)
+        self.note([lease.claim.token], whole=True)
+        return self.mirror(stack, lease)
+
+    def go_on(self, stack: ExitStack) -> Mirror:
+        """Claim the run until `stack` ends, and make the staging folder hold it; that is this process's own already.
+
+        Raises:
+            UserError: another process holds it, there is no run, or none of its checkpoints is intact.
+        """
+        lease, known = self.lease(), read_note(self.folder)
+        before = self.claim(stack, lease, known)
+        if holds_all(self.folder, known, before):
+            self.note([lease.claim.token], whole=True)
+            return self.mirror(stack, lease)
+        if is_run(self.folder) and known["whole"]:
+            who = f"{self.url} was written by {before.holder} since" if before else f"{self.url} was emptied"
+            say(f"{who}; what this machine had of it is now in {set_aside(self.folder)}")
+        self.note([lease.claim.token], whole=False)
+        empty(self.folder)
+        say(f"copying {self.url} to {self.folder}")
+        damaged = restore(self.store, self.folder)
+        self.note([lease.claim.token], whole=True)
+        return self.mirror(stack, lease, set(damaged))
+
+    def lease(self) -> Lease:
+        return Lease(self.store, self.config.lease_seconds, self.clock)
+
+    def claim(self, stack: ExitStack, lease: Lease, known: Note) -> Claim | None:
+        """Acquire `lease`, and renew it until `stack` ends; the claim before.
+
+        This folder's lock is ours, so processes that claimed the run for it before have ended.
+        """
+        self.note([*known["claims"], lease.claim.token], whole=known["whole"])  # first: a crash may follow
+        before = lease.acquire(dead=known["claims"], say=say)
+        stack.enter_context(lease.kept())
+        return before
+
+    def note(self, claims: list[str], whole: bool) -> None:
+        content = {"url": self.url, "claims": claims, "whole": whole}
+        write_whole(self.folder / NOTE, json.dumps(content, indent=1).encode())
+
+    def mirror(self, stack: ExitStack, lease: Lease, damaged: set[str] | None = None) -> Mirror:
+        """What copies the folder until `stack` ends, also when an error ends it."""
+        mirror = Mirror(self.folder, lease, self.config, damaged)
+        mirror.say = say
+        mirror.start()
+        stack.push(lambda kind, error, trace: end(mirror, error))
+        return mirror
+
+
+def end(mirror: Mirror, error: BaseException | None) -> None:
+    """Copy what is left, such as the row that says what was wrong; not when Ctrl-C ends the run."""
+    if error is None or isinstance(error, Exception):
+        mirror.finish()
+        if mirror.failure is not None and mirror.failure is not error:
+            say(str(mirror.failure))
+
+
+def staging_folder(url: str, staging: str) -> Path:
+    """Where the run at `url` lies on this machine."""
+    return (Path(staging).expanduser() if staging else cache_folder() / "runs") / folder_name(url)
+
+
+def stored_config(url: str, staging: str) -> RunConfig:
+    """The configuration of the run at `url`: that of its staging folder where this holds all that the store holds.
+
+    Args:
+        staging: instead of the run's own checkpoint.staging.
+
+    Raises:
+        UserError: there is no run, or it cannot be read.
+    """
+    store = Store(url)
+    data = store.tries(lambda: store.read(CONFIG), name=CONFIG)
+    there = None if data is None else parse_config(data, f"{store.url}/{CONFIG}")
+    folder = staging_folder(store.url, staging or (there.checkpoint.staging if there else ""))
+    if holds_all(folder, read_note(folder), store.tries(Lease(store).newest)):
+        return read_run_config(folder)
+    if there is None:
+        raise UserError(
+            f"{store.url} holds no run (no {CONFIG}); start one with: regpt train RECIPE --data DIR --out {store.url}"
+        )
+    return there
+
+
+def parse_config(data: bytes, source: str) -> RunConfig:
+    try:
+        values = tomllib.loads(data.decode())
+    except ValueError as error:  # no TOML, or no text
+        raise UserError(f"{source} is not valid TOML: {error}; restore the file") from None
+    return validate(values, source)
+
+
+def holds_all(folder: Path, known: Note, newest: Claim | None) -> bool:
+    """Whether the staging folder `folder` has all that the store has: nobody else claimed the run since."""
+    return is_run(folder) and known["whole"] and (newest is None or newest.token in known["claims"])
+
+
+def read_note(folder: Path) -> Note:
+    """What is noted in a staging folder; nothing, where there is none or it cannot be read."""
+    try:
+        content = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+        return {"claims": [str(token) for token in content["claims"]], "whole": bool(content["whole"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"claims": [], "whole": False}
+
+
+def set_aside(folder: Path) -> Path:
+    """Move the content of `folder` to a new folder beside it; the lock, which is held, stays."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    aside.mkdir()
+    for path in list(folder.iterdir()):
+        if path.name not in (LOCK, NOTE):
+            path.replace(aside / path.name)
+    return aside
+
+
+def empty(folder: Path) -> None:
+    """Delete what a download that was not finished has left."""
+    for path in list(folder.iterdir()):
+        if path.name not in (LOCK, NOTE):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def by_main(mesh: Mesh, work: Callable[[], T]) -> T | None:
+    """`work()` in the main process, however long it takes; the others get None, when it has ended."""
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)  # so that the others can be told that nothing hangs
+    if mesh.is_main:
+        thread.start()
+    while mesh.any(mesh.is_main and not ended(thread)):
+        pass
+    if errors:
+        raise errors[0]
+    return results[0] if results else None
+
+
+def ended(thread: threading.Thread) -> bool:
+    thread.join(WAIT_SECONDS)
+    return not thread.is_alive()
+
+
+def bring_up_to_date(mirror: Mirror | None, mesh: Mesh, tell: Callable[[str], None]) -> None:
+    """Return, in all processes, when the main one has copied everything; says what is left.
+
+    Raises:
+        UserError: it could not be copied, or the run was taken over.
+    """
+    if mirror is not None and not mirror.failed and not mirror.finish(0):
+        tell(left(mirror))
+    while mesh.any(mirror is not None and not mirror.finish(WAIT_SECONDS)):
+        if mirror is not None:
+            tell(left(mirror))
+    if mirror is not None and mirror.failure is not None:
+        raise mirror.failure
+    if mirror is not None:
+        tell(f"{mirror.store.url} is complete; the copy on this machine, {mirror.run}, may be deleted")
+
+
+def left(mirror: Mirror) -> str:
+    files, size = mirror.left()
+    return f"copying to {mirror.store.url}: {files:,} files, {size / 1e6:,.1f} MB left"
+
+
+def say(text: str) -> None:
+    print(f"regpt: {text}", file=sys.stderr, flush=True)

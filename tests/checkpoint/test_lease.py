@@ -1,0 +1,255 @@
+"""One writer at a time: claims on a store, by processes whose clocks need not agree."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from regpt.checkpoint.lease import SETTLE_SECONDS, Claim, Lease, LeaseLost
+from regpt.checkpoint.store import Store
+from regpt.errors import UserError
+from remote_stores import FaultyStore, Hand, memory_bucket
+
+pytest.importorskip("fsspec")
+
+
+@pytest.fixture
+def url():
+    with memory_bucket() as url:
+        yield url
+
+
+def lease(url: str, hand: Hand | None = None, host: str = "here", store: Store | None = None) -> Lease:
+    made = Lease(store or FaultyStore(url), 60, (hand or Hand()).clock)
+    made.claim = replace(made.claim, host=host, pid=7)
+    return made
+
+
+def acquire(given: Lease, **options) -> list[str]:
+    """What is said while the lease is acquired."""
+    said: list[str] = []
+    given.acquire(say=said.append, **options)
+    return said
+
+
+def test_a_claim_says_who_holds_it(url):
+    first = lease(url, Hand(start=1000.0))
+    assert acquire(first) == []
+    stored = json.loads(first.store.read("lease/00000001.json") or b"")
+    assert stored == {
+        "number": 1, "token": first.claim.token, "host": "here", "pid": 7, "claimed": 1000.0, "renewed": 1000.0,
+        "seconds": 60, "renewals": 0, "released": False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("their_clock", [1e9, 5.0, 9e9])
+def test_a_holder_that_renews_keeps_the_lease_whatever_its_clock_says(url, their_clock):
+    first = lease(url, Hand(start=their_clock), "there")
+    acquire(first)
+    hand = Hand()
+    hand.meanwhile = lambda: len(hand.slept) == 3 and first.renew()
+    second = lease(url, hand)
+    with pytest.raises(
+        UserError, match=r"bucket/runs/a is being written by process 7 on there, whose lease lasts until"
+    ):
+        acquire(second)
+    assert len(hand.slept) == 3
+    first.check()
+    assert sorted(first.store.files("lease")) == ["lease/00000001.json"]
+
+
+def test_a_lease_without_renewals_is_taken_over_after_its_time_and_the_old_holder_notices(url):
+    first = lease(url, host="there")
+    acquire(first)
+    hand = Hand(start=0.0)
+    second = lease(url, hand)
+    said = acquire(second)
+    assert said == [f"process 7 on there holds {url}; taken over unless renewed within 60 seconds"]
+    assert sum(hand.slept) >= 60
+    assert sorted(second.store.files("lease")) == ["lease/00000002.json"]
+    stored = second.store.content(), second.store.read("lease/00000002.json")
+    for action in (first.check, first.renew, first.release):
+        with pytest.raises(LeaseLost, match="was taken over by process 7 on here"):
+            action()
+    assert (second.store.content(), second.store.read("lease/00000002.json")) == stored
+    assert isinstance(first.store, FaultyStore)
+    assert first.store.journal == []
+    second.renew()
+
+
+def test_renewals_just_in_time_are_enough(url):
+    first = lease(url)
+    acquire(first)
+    hand = Hand()
+    hand.meanwhile = lambda: sum(hand.slept) >= 60 and first.renew()  # in the last moment
+    with pytest.raises(UserError, match="is being written by"):
+        acquire(lease(url, hand))
+
+
+def test_a_released_lease_is_free_at_once(url):
+    first = lease(url)
+    acquire(first)
+    first.release()
+    hand = Hand()
+    second = lease(url, hand)
+    assert acquire(second) == []
+    assert hand.slept == []
+    assert second.claim.number == 2
+    with pytest.raises(LeaseLost):
+        first.renew()
+
+
+def test_a_renewal_that_comes_after_the_release_changes_nothing(url):
+    first = lease(url)
+    acquire(first)
+    first.release()
+    first.renew()
+    assert json.loads(first.store.read("lease/00000001.json") or b"")["released"] is True
+
+
+def test_the_claim_of_a_process_that_is_known_to_be_dead_is_taken_over_at_once(url):
+    first = lease(url)
+    acquire(first)
+    hand = Hand()
+    assert acquire(lease(url, hand), dead=[first.claim.token]) == []
+    assert hand.slept == []
+
+
+def test_of_two_that_create_the_same_claim_one_gets_it(url, monkeypatch):
+    first, second = lease(url, host="there"), lease(url)
+    hand = Hand()
+    hand.meanwhile = lambda: first.renew()
+    second.clock = hand.clock
+    create = Store.create
+
+    def late(self, name: str, data: bytes) -> bool:
+        if self is second.store and first.claim.number == 0:
+            acquire(first)  # between the look of the second and its creation
+        return create(self, name, data)
+
+    monkeypatch.setattr(Store, "create", late)
+    with pytest.raises(UserError, match="is being written by process 7 on there"):
+        acquire(second)
+    first.check()
+
+
+def test_a_claim_whose_number_was_used_and_deleted_is_void(url, monkeypatch):
+    first, third, late = lease(url, host="one"), lease(url, host="three"), lease(url, host="late")
+    acquire(first)
+    first.release()
+    hand = Hand()
+    hand.meanwhile = lambda: third.renew()
+    late.clock = hand.clock
+    create = Store.create
+
+    def slow(self, name: str, data: bytes) -> bool:
+        if self is late.store and third.claim.number == 0:
+            between = lease(url, host="two")
+            acquire(between)
+            between.release()
+            acquire(third)  # deletes the files of numbers 1 and 2
+            assert name == "lease/00000002.json"
+        return create(self, name, data)
+
+    monkeypatch.setattr(Store, "create", slow)
+    with pytest.raises(UserError, match="is being written by process 7 on three"):
+        acquire(late)
+    third.check()
+
+
+def test_an_answer_that_was_lost_costs_nothing(url, monkeypatch):
+    create, calls = Store.create, []
+
+    def torn(self, name: str, data: bytes) -> bool:
+        done = create(self, name, data)
+        calls.append(done)
+        if len(calls) == 1:
+            raise ConnectionError("reset by peer")
+        return done
+
+    monkeypatch.setattr(Store, "create", torn)
+    first = lease(url)
+    acquire(first)
+    assert calls == [True, False, False]
+    first.renew()
+
+
+@pytest.mark.parametrize("kind", ["unknown store", "server without conditions"])
+def test_a_store_that_creates_twice_is_said_and_the_last_writer_wins(url, monkeypatch, kind):
+    def create(self, name: str, data: bytes) -> bool:
+        self.write(name, data)
+        return True
+
+    monkeypatch.setattr(Store, "create", create)
+    if kind == "unknown store":
+        monkeypatch.setattr("regpt.checkpoint.store.EXCLUSIVE", set())
+    second, hand = lease(url, host="there"), Hand()
+    first = lease(url, hand)
+
+    def write_too() -> None:
+        if len(hand.slept) == 1:
+            second.claim = replace(second.claim, number=1)
+            create(second.store, "lease/00000001.json", second.claim.data())
+        else:
+            second.renew()
+
+    hand.meanwhile = write_too
+    said: list[str] = []
+    with pytest.raises(UserError, match="is being written by process 7 on there"):
+        first.acquire(say=said.append)
+    assert said[0].endswith("this store lets two processes create one file, so the lease is weaker there")
+    assert hand.slept[0] == SETTLE_SECONDS
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"seconds": "soon"}', b'{"seconds": 1e999, "token": 1}'])
+def test_a_claim_that_cannot_be_read_is_waited_for(url, content):
+    store = FaultyStore(url)
+    store.write("lease/00000004.json", content)
+    store.write("lease/notes.txt", b"?")
+    hand = Hand()
+    second = lease(url, hand)
+    acquire(second)
+    assert sum(hand.slept) >= 60
+    assert second.claim.number == 5
+
+
+class Ticks:
+    """A stop signal that comes after a number of intervals."""
+
+    def __init__(self, n: int) -> None:
+        self.left, self.waited = n, []
+
+    def wait(self, seconds: float) -> bool:
+        self.waited.append(seconds)
+        self.left -= 1
+        return self.left < 0
+
+
+def test_a_network_that_fails_for_a_while_does_not_end_the_renewals(url):
+    trouble = iter([True, True, False, False])
+
+    def before(kind: str, name: str) -> None:
+        if next(trouble):
+            raise ConnectionError("no route")
+
+    first = lease(url, store=FaultyStore(url, before))
+    acquire(first)
+    ticks = Ticks(4)
+    first.keep(ticks)  # type: ignore[arg-type]
+    stored = json.loads(first.store.read("lease/00000001.json") or b"")
+    assert stored["renewals"] >= 2
+    assert set(ticks.waited) == {15.0}
+
+
+def test_the_thread_renews_until_it_is_stopped(url):
+    first = Lease(FaultyStore(url), 0.004)
+    first.acquire()
+    with first.kept():
+        while first.claim.renewals < 3:
+            pass
+    first.release()
+
+
+def test_claims_are_in_the_order_of_their_numbers():
+    names = [Claim(number, "").name for number in (9, 10, 100, 12345678)]
+    assert names == sorted(names)
