@@ -82,6 +82,8 @@ def test_googles_md5_is_checked(tmp_path):
 @pytest.mark.parametrize(("address", "package"), [("s3://bucket/a.txt", "s3fs"), ("gs://bucket/*.parquet", "gcsfs")])
 def test_a_missing_package_is_named(monkeypatch, options, address, package):
     monkeypatch.setitem(sys.modules, package, None)
+    registry = pytest.importorskip("fsspec.registry")
+    monkeypatch.delitem(registry._registry, address.partition(":")[0], raising=False)  # where it was found before
     with pytest.raises(UserError, match=rf"needs {package}; install it with: pip install 'regpt\[buckets\]'"):
         open_sources([address], options)
 
