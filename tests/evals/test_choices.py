@@ -151,6 +151,7 @@ def test_a_time_budget_chooses_a_part_after_a_pilot(tokenizer, monkeypatch, seco
     class Slow(Scorer):
         def __init__(self) -> None:
             self.cost, self.mesh = type("", (), {"compile_seconds": 0.0}), tiny.ALONE
+            self.max_seq_len = 64
 
         def __call__(self, prompts, progress=None) -> Scores:
             asked.append(len(prompts))

@@ -238,6 +238,17 @@ def test_a_part_of_a_task_is_shown_as_such(run, questions, capsys):
     assert "10 of 40" in capsys.readouterr().out
 
 
+def test_items_longer_than_the_model_are_counted_and_said(evaluate, run, tmp_path, capsys):
+    rows = [{"ctx": "x" * n, "endings": ["ab", "c"], "label": 0} for n in (1, 14, 15, 99)]  # " ab": three tokens
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    report = evaluate(run, "--tasks", f"mc:{path}")
+    assert report["tasks"][f"mc:{path}"]["cut"] == 2  # the last token of sixteen and one is only predicted
+    assert main([str(run), "--device", "cpu", "--tasks", f"mc:{path}"]) == 0
+    said = capsys.readouterr().out
+    assert f"2 of 4 items of mc:{path} are longer than the model's 16 tokens: the beginning of their context" in said
+
+
 def test_limits_below_zero_are_refused(run, questions):
     refused(UsageError, "a limit of items or seconds is below 0", run, "--tasks", f"mc:{questions}", "--max-items", -1)
 

@@ -89,6 +89,15 @@ def test_tasks_are_judged_with_the_average_of_the_weights_too_where_asked(shards
     assert any(item[metric] != item[f"{metric}_ema"] for item in items for metric in ("acc", "acc_norm"))
 
 
+def test_items_longer_than_the_model_are_told_once_and_kept(shards, tmp_path, capsys):
+    path = tmp_path / "q.jsonl"
+    rows_ = [{"ctx": "ba do mi ta ru " * n, "endings": ["ba", "do"], "label": 0} for n in (1, 9)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows_), encoding="utf-8")
+    assert pretrain(tiny.change(tiny.run_config(shards), "eval", tasks=f"mc:{path}"), tmp_path / "run") == 0
+    assert capsys.readouterr().out.count("are longer than the model's 16 tokens") == 1
+    assert {row["cut"] for row in rows(tmp_path / "run", "eval")} == {1}
+
+
 def test_tasks_with_an_average_that_is_not_kept_are_refused(shards):
     with pytest.raises(
         UsageError, match=r"eval.ema asks for an average of the weights, which is not kept; set train.ema"

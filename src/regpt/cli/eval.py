@@ -142,6 +142,8 @@ def show_val(console: Any, found: Answer) -> None:
 def show_tasks(console: Any, asked: Question, found: Answer) -> None:
     from rich.table import Table
 
+    from regpt.evals.task import said_of_cuts
+
     table = Table("task", "metric", "value", "items", "seconds")
     for suite, results in found.suites:
         for one in results:
@@ -159,6 +161,9 @@ def show_tasks(console: Any, asked: Question, found: Answer) -> None:
     for suite, results in found.suites:
         for missing in filter(None, (row.get("missing") for row in suite.summarize(results))):
             console.print(f"{suite.name}: {', '.join(missing)} missing, so this is not the metric of all tasks")
+    longest = found.opened.model.config.max_seq_len
+    if said := said_of_cuts((one for _, results in found.suites for one in results), longest):
+        console.print(said, highlight=False, soft_wrap=True)
     if asked.compile:
         console.print(f"compiled in {found.compile_seconds:.1f} s, not counted above", highlight=False)
 

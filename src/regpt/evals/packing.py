@@ -103,6 +103,11 @@ def plant(prompts: Iterable[Prompt], max_seq_len: int) -> list[Tree]:
     return trees
 
 
+def is_cut(prompt: Prompt, max_seq_len: int) -> bool:
+    """Whether `plant` leaves out the beginning of its context for one of its endings."""
+    return len(prompt.context) + max(map(len, prompt.endings)) > max_seq_len + 1
+
+
 def group_by_length(endings: Sequence[np.ndarray], room: int) -> dict[int, list[int]]:
     """Numbers of the endings that fit into `room` under 0, of the others under their length."""
     groups: dict[int, list[int]] = {}

@@ -86,6 +86,7 @@ class Scorer:
         kind = mesh.device.type
         self.model, self.mesh, self.autocast, self.compile = model, mesh, autocast, compile
         self.batch_tokens = batch_tokens or BATCH_TOKENS[kind]
+        self.max_seq_len = model.config.max_seq_len
         self.head_rows = HEAD_ROWS[kind]
         self.cost = Cost()
         self.shapes: set[tuple[int, int]] = set()
@@ -112,7 +113,7 @@ class Scorer:
         Raises:
             UserError: an ending longer than the model, a log-likelihood that is not a number, or too little memory.
         """
-        trees = plant(prompts, self.model.config.max_seq_len)
+        trees = plant(prompts, self.max_seq_len)
         sizes = np.array([tree.size for tree in trees], dtype=np.int64)
         endings = sum(len(prompt.endings) for prompt in prompts)
         while (own := self.attempt(trees, sizes, endings, progress)) is None:

@@ -74,5 +74,5 @@ def suite_rows(suite: Suite, results: Sequence[Result]) -> list[Row]:
         for one in results
         for metric, found in one.estimates().items()
     ]
-    seconds = {one.task: one.seconds for one in results}
-    return [*(row | {"seconds": seconds[row["task"]]} for row in rows), *suite.summarize(results)]
+    more = {one.task: {"seconds": one.seconds} | ({"cut": one.cut} if one.cut else {}) for one in results}
+    return [*(row | more[row["task"]] for row in rows), *suite.summarize(results)]

@@ -2,15 +2,15 @@
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from regpt.data.order import permutation
 from regpt.errors import UsageError, UserError
-from regpt.evals.packing import Prompt
+from regpt.evals.packing import Prompt, is_cut
 from regpt.evals.score import Progress, Scorer, Scores
 
 SUBSET_SEED = 0  # of the order in which items are taken when not all of them are: the same for every run
@@ -63,7 +63,7 @@ class Result:
         n_items: how many the task has.
         items_sha256, baseline: the task's.
         seconds: tokenization, computation and everything else but compilation.
-        details: what a task's own file adds to reports.
+        cut: items whose context lost its beginning, as the model reads no longer ones.
     """
 
     task: str
@@ -73,7 +73,7 @@ class Result:
     items_sha256: str
     baseline: float | None = None
     seconds: float = 0.0
-    details: dict[str, object] = field(default_factory=dict)
+    cut: int = 0
 
     def estimates(self) -> dict[str, Estimate]:
         return {metric: estimate(values) for metric, values in self.outcomes.items()}
@@ -94,6 +94,13 @@ def refuse_long_endings(task: Task, max_seq_len: int) -> None:
             f"{task.name} has an ending of {task.longest:,} tokens, the model reads at most {max_seq_len:,}; leave the "
             "task out, or use a model with longer sequences"
         )
+
+
+def said_of_cuts(results: Iterable[Result], max_seq_len: int) -> str:
+    """A sentence about the items that a model of `max_seq_len` did not see whole; empty where it saw all."""
+    cut = [f"{one.cut:,} of {len(one.chosen):,} items of {one.task}" for one in results if one.cut]
+    what = f"are longer than the model's {max_seq_len:,} tokens: the beginning of their context was left out"
+    return f"{', '.join(cut)} {what}" if cut else ""
 
 
 def estimate(values: np.ndarray) -> Estimate:
@@ -118,10 +125,12 @@ def evaluate(
     if seconds and n > PILOT_ITEMS:
         n = min(n, affordable(task, scorer, order, seconds))
     chosen = np.sort(order[:n])
-    scores = scorer(task.prompts(chosen.tolist()), progress)
+    prompts = task.prompts(chosen.tolist())
+    cut = sum(is_cut(prompt, scorer.max_seq_len) for prompt in prompts)
+    scores = scorer(prompts, progress)
     outcomes = task.judge(scores, chosen.tolist())
     spent = time.perf_counter() - started - (scorer.cost.compile_seconds - before)
-    return Result(task.name, outcomes, chosen, task.n_items, task.items_sha256, task.baseline, spent)
+    return Result(task.name, outcomes, chosen, task.n_items, task.items_sha256, task.baseline, spent, cut)
 
 
 def affordable(task: Task, scorer: Scorer, order: np.ndarray, seconds: float) -> int:

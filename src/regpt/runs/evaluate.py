@@ -248,8 +248,8 @@ def task_numbers(one: Result) -> dict[str, Any]:
         "n_items": one.n_items,
         "baseline": one.baseline,
         "seconds": one.seconds,
+        "cut": one.cut,
         "items_sha256": one.items_sha256,
-        **one.details,
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from regpt.config import RunConfig
 from regpt.evals.score import BATCH_TOKENS, Scorer
 from regpt.evals.suite import Row, Suite, open_suites, suite_rows
-from regpt.evals.task import Result, evaluate, refuse_long_endings
+from regpt.evals.task import Result, evaluate, refuse_long_endings, said_of_cuts
 from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import Mesh
 from regpt.runs.items import write_items
@@ -58,6 +58,7 @@ class Evaluations:
             batch_tokens=min(BATCH_TOKENS[kind], max(1024, rows * config.data.seq_len)),
         )
         self.counts = counts_before(run / "metrics.jsonl")
+        self.told: set[str] = set()
 
     def rows(self, step: int) -> Iterator[Row]:
         """The rows of metrics of every task, one suite after another; all processes together."""
@@ -77,10 +78,18 @@ class Evaluations:
             for row in [*suite_rows(suite, results), *map(of_average, suite_rows(suite, averaged) if averaged else [])]:
                 yield {"kind": "eval", "step": step, **row, "time": time.time()}
             self.say(headline(suite, results, step))
+            self.tell_of_cuts(results)
             if averaged:
                 self.say(f"with the average of the weights: {headline(suite, averaged, step)}")
         if self.scorer.cost.compile_seconds > compiled:
             self.say(f"evaluation compiled in {self.scorer.cost.compile_seconds - compiled:.1f} s")
+
+    def tell_of_cuts(self, results: Sequence[Result]) -> None:
+        """Once a task: it is the same at every step."""
+        new = [one for one in results if one.task not in self.told]
+        self.told |= {one.task for one in new}
+        if said := said_of_cuts(new, self.config.model.max_seq_len):
+            self.say(said)
 
     def averaged(self, suite: Suite) -> list[Result]:
         """The same items of each task, judged with the average of the weights; none where it is not asked for."""
