@@ -136,7 +136,10 @@ def test_tasks_have_charts_and_the_parts_of_a_benchmark_a_table(make_run, tmp_pa
 
     rows = [train_row(1), train_row(2), row("hellaswag", "acc_norm", 0.29, stderr=0.005), row("hellaswag", "acc", 0.28)]
     rows += [row("core", "centered", 0.1), row("core/piqa", "centered", 0.2), row("core", "missing", 3)]
-    rows += [row("core", "centered_20_of_22", 0.15, missing=["coqa", "squad"])]
+    rows += [
+        row("core", "centered_20_of_22", 0.15, missing=["coqa", "squad"]),
+        row("core", "centered_20_of_22_ema", 0.1),
+    ]
 
     page = check(write_report(make_run(rows=rows)).read_text(encoding="utf-8"))
     panels = {panel["title"]: panel for panel in json.loads(page.scripts[0])["panels"]}

@@ -127,11 +127,10 @@ def test_a_chart_without_values_is_left_out(make_run):
 
 def test_checkpoints_are_listed_but_not_marked(make_run):
     saved = {"kind": "event", "step": 1, "name": "checkpoint", "stall_ms": 12.5}
-    page = check(
-        write_report(make_run(rows=[train_row(1), saved, saved | {"name": "skip"}])).read_text(encoding="utf-8")
-    )
-    assert [event["name"] for event in json.loads(page.scripts[0])["runs"][0]["events"]] == ["skip"]
-    assert {"checkpoint", "skip"} <= set(page.text)
+    rows = [train_row(1), saved, saved | {"name": "resume"}, saved | {"name": "non_finite", "policy": "skip"}]
+    page = check(write_report(make_run(rows=rows)).read_text(encoding="utf-8"))
+    assert [event["name"] for event in json.loads(page.scripts[0])["runs"][0]["events"]] == ["resume", "skip"]
+    assert {"checkpoint", "resume", "non_finite"} <= set(page.text)
 
 
 def test_the_lectures_full_run_stays_below_a_megabyte(make_run):

@@ -168,7 +168,7 @@ def task_panels(tables: Sequence[Table], names: Sequence[str] = ()) -> list[Pane
     for (task, _), metrics in charted.items():
         # acc before acc_norm, the one with reference figures; behind them those of the last weights
         metrics = sorted(metrics, key=lambda metric: (not metric.endswith(OF_AVERAGE), metric))
-        references = [one for metric in metrics for one in task_references(task, metric)]
+        references = list(dict.fromkeys(one for metric in metrics for one in task_references(task, metric)))
         column = f"eval:{task}/"
         if names:
             lines = [Line("points", column + metrics[-1], name, i, i) for i, name in enumerate(names)]
@@ -262,10 +262,13 @@ def events(run: Run) -> list[Row]:
     """The newest events worth a mark, with their place on every axis."""
     kept = [row for row in run.events if row.get("name") not in UNMARKED][-MAX_EVENTS:]
     axes = positions(run.train, [row["step"] for row in kept])
-    return [
-        {"name": visible(row.get("name", "event")), **{axis: at[i] for axis, at in axes.items()}}
-        for i, row in enumerate(kept)
-    ]
+    return [{"name": visible(mark_of(row)), **{axis: at[i] for axis, at in axes.items()}} for i, row in enumerate(kept)]
+
+
+def mark_of(event: Row) -> str:
+    """What stands beside its mark: of a bad batch what was done about it, `skip` or `rewind`."""
+    policy = event.get("policy")
+    return policy if policy in ("skip", "rewind") else str(event.get("name", "event"))
 
 
 def samples(run: Run) -> list[Row]:
