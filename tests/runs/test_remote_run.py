@@ -80,7 +80,7 @@ def stop_after(step: int, monkeypatch) -> None:
     def logged(job: Any, row: Any) -> None:
         log(job, row)
         if row["step"] == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(actions, "log", logged)
 
@@ -305,8 +305,9 @@ def create_twice_is_refused(url: str) -> None:
     assert store.read("lease/test") == b"1"
 
 
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
 def test_the_machine_on_which_a_run_was_killed_goes_on_at_once(config, straight, tmp_path):
-    url = f"file://{tmp_path}/store/a"
+    url = f"{tmp_path.as_uri()}/store/a"
     file = tmp_path / "run.toml"
     file.write_text(on(tmp_path / "one", config).to_toml(), encoding="utf-8")
     paths = os.pathsep.join([str(Path(tiny.__file__).parent), *sys.path])
@@ -324,7 +325,7 @@ def be_rank(url: str, config: RunConfig) -> int:
 
 def test_of_several_processes_the_main_one_copies(config, tmp_path):
     pytest.importorskip("fsspec")
-    url = f"file://{tmp_path}/store/a"
+    url = f"{tmp_path.as_uri()}/store/a"
     assert tiny.in_processes(2, be_rank, url, on(tmp_path / "staging", config)) == [0, 0]
     assert complete(url) == [6, 8]
     newest = Lease(Store(url)).newest()

@@ -11,7 +11,7 @@ from regpt.checkpoint.lease import FOLDER as LEASE
 from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, print_warning, step_of, verify_checkpoint
 from regpt.checkpoint.manifest import MANIFEST, check_sizes, read_manifest
 from regpt.checkpoint.mirror import CONFIG, content
-from regpt.checkpoint.store import Store
+from regpt.checkpoint.store import Store, is_address
 from regpt.data.download import locked
 from regpt.errors import UserError
 
@@ -27,8 +27,12 @@ def cache_folder() -> Path:
 def folder_name(url: str) -> str:
     """A name for the copy of `url`: its end, and a hash of all of it."""
     parts = [part for part in url.rstrip("/").partition("://")[2].split("/") if part]
-    plain = "".join(c if c.isalnum() or c in "-_." else "-" for c in "-".join(parts[-2:]))
-    return f"{plain.lstrip('.') or 'run'}-{hashlib.sha256(url.rstrip('/').encode()).hexdigest()[:8]}"
+    return f"{plain('-'.join(parts[-2:])) or 'run'}-{hashlib.sha256(url.rstrip('/').encode()).hexdigest()[:8]}"
+
+
+def plain(name: str) -> str:
+    """`name` with letters, digits and a few signs only, for the name of a folder."""
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).lstrip(".")
 
 
 def fetch_model(url: str, *, optimizer: bool = False, warn: Warn = print_warning) -> Path:
@@ -45,9 +49,8 @@ def fetch_model(url: str, *, optimizer: bool = False, warn: Warn = print_warning
     """
     run_url, step = split_address(url)
     store = Store(run_url)
-    run = cache_folder() / "fetched" / folder_name(run_url)
-    run.mkdir(parents=True, exist_ok=True)
-    with locked(run / CHECKPOINTS, lambda: None):
+    run = copy_of(run_url)
+    with locked(run.parent / "copy", lambda: None):
         if (config := store.tries(lambda: store.read(CONFIG), name=CONFIG)) is not None:
             write_whole(run / CONFIG, config)
         names, folder = [""], None
@@ -67,12 +70,25 @@ def fetch_run(url: str) -> Path:
         UserError: there is no run, or it cannot be read.
     """
     store = Store(url)
-    run = cache_folder() / "fetched" / folder_name(store.url)
-    run.mkdir(parents=True, exist_ok=True)
-    with locked(run / CHECKPOINTS, lambda: None):
+    run = copy_of(store.url)
+    with locked(run.parent / "copy", lambda: None):
+        for path in set(run.iterdir()) - {run / CHECKPOINTS}:  # some may have gone there
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         if not get_run_files(store, run):
             raise UserError(f"{url} holds no run (no {CONFIG}); check the address")
     return run
+
+
+def local_run(name: str) -> Path:
+    """The folder of the run `name`: `name` itself, or a copy without checkpoints of what lies at that address."""
+    return fetch_run(name) if is_address(name) else Path(name)
+
+
+def copy_of(url: str) -> Path:
+    """The folder, with the run's own name, that its copy is kept in; made if need be."""
+    folder = cache_folder() / "fetched" / folder_name(url) / (plain(url.rstrip("/").rsplit("/", 1)[-1]) or "run")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def restore(store: Store, run: Path, warn: Warn = print_warning) -> list[str]:

@@ -27,6 +27,19 @@ def is_address(name: str) -> bool:
     return bool(found) and len(scheme) > 1 and scheme.replace("+", "").replace("-", "").replace(".", "").isalnum()
 
 
+def local_folder(name: str, command: str) -> Path:
+    """The folder `name`.
+
+    Raises:
+        UsageError: it is an address, which `command` does not read.
+    """
+    if is_address(name):
+        raise UsageError(
+            f"{command} reads folders of this machine and {name} is an address; copy the run here and give that folder"
+        )
+    return Path(name)
+
+
 class Store:
     """The folder at `url`. Methods raise what fsspec raises, for `persistently`, but for those of `self.tries`."""
 

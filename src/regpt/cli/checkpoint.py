@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from regpt.checkpoint.store import local_folder
 from regpt.cli.output import progress
 from regpt.cli.parse import parse
 from regpt.cli.table import print_rows
@@ -60,7 +61,7 @@ def list_main(args: list[str]) -> int:
     from regpt.checkpoint.audit import list_checkpoints
     from regpt.runs.folder import is_run
 
-    run = Path(given.run)
+    run = local_folder(given.run, "regpt checkpoint")
     listed = list_checkpoints(run)
     if not listed and not is_run(run):
         raise UsageError(f"{given.run!r} {'is no run' if run.is_dir() else 'does not exist'}; give the folder of a run")
@@ -93,7 +94,7 @@ def verify_main(args: list[str]) -> int:
     given = parse(VerifyArgs, args, prog="regpt checkpoint verify")
     from regpt.checkpoint.audit import find_damage
 
-    folders = chosen(Path(given.path))
+    folders = chosen(local_folder(given.path, "regpt checkpoint"))
     found: dict[Path, list[Damage]] = {}
     with progress(quiet=given.json) as say:
         for folder in folders:

@@ -24,11 +24,11 @@ MAX_CURVE = 8  # rows of the terminal's table of losses
 class DiffArgs:
     """Compare two runs: what differs in configuration, code and data; curves; final numbers with paired tests."""
 
-    a: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_A")]
-    """Run folder to compare with."""
-    b: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_B")]
+    a: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_A")]
+    """Run folder to compare with, or its address (s3://…)."""
+    b: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_B")]
     """Run folder that is compared; differences are B - A."""
-    seeds: tuple[Path, ...] = ()
+    seeds: tuple[str, ...] = ()
     """Runs of A's or B's configuration with other seeds: does the difference exceed the noise between them?"""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.html")] = None
     """Also write the comparison, with the curves of both runs, as one HTML page."""
@@ -38,7 +38,9 @@ class DiffArgs:
 
 def main(args: list[str]) -> int:
     given = parse(DiffArgs, args, prog="regpt diff")
-    folders = [given.a, given.b, *given.seeds]
+    from regpt.checkpoint.fetch import local_run
+
+    folders = [local_run(run) for run in (given.a, given.b, *given.seeds)]
     for i, folder in enumerate(folders):
         if folder.resolve() in [other.resolve() for other in folders[:i]]:
             raise UsageError(f"run folder {str(folder)!r} is given twice; give different runs")

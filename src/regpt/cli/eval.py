@@ -28,7 +28,7 @@ class EvalArgs:
     """Evaluate a model: loss and bits per byte on held-out text, HellaSwag, CORE, multiple choice, lm-eval's tasks."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A run folder, a checkpoint folder, a Hugging Face folder, or a hub name such as gpt2."""
+    """A run or checkpoint folder, the address of one (s3://…), a Hugging Face folder, or a hub name such as gpt2."""
     tasks: str = "val"
     """Names with commas between them: val; hellaswag, or hellaswag:FILE; core:DIR; mc:FILE; lm-eval:TASK,TASK…"""
     data: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None

@@ -14,7 +14,7 @@ class Export:
     """Write a model for other programs: a folder that Hugging Face's from_pretrained opens."""
 
     model: tyro.conf.Positional[str]
-    """A run folder, a checkpoint folder, a Hugging Face folder, or a hub name such as gpt2."""
+    """A run or checkpoint folder, the address of one (s3://…), a Hugging Face folder, or a hub name such as gpt2."""
     out: Path
     """Folder to write, new or empty."""
     ema: bool = False

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -31,9 +30,10 @@ def main(args: list[str]) -> int:
     given = parse(Replay, args, prog="regpt replay")
     if given.documents < 0:
         raise UsageError(f"--documents is {given.documents}, must be 0 or more")
+    from regpt.checkpoint.store import local_folder
     from regpt.runs.replay import replay
 
-    found = replay(Path(given.run), given.step, op_level=given.op_level)
+    found = replay(local_folder(given.run, "regpt replay"), given.step, op_level=given.op_level)
     print(json.dumps(found) if given.json else "\n".join(lines(found, given.documents)))
     return 0
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import tyro
 
+from regpt.checkpoint.store import is_address
 from regpt.cli.parse import parse
 from regpt.errors import UsageError
 
@@ -15,8 +16,8 @@ class ReportArgs:
     """Write a run's report: what happened, charts, samples, configuration and origin in one HTML file. Several runs are
     drawn over each other."""
 
-    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
-    """Run folders, made by `regpt train`."""
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """Run folders, made by `regpt train`, or addresses of some (s3://…)."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.html")] = None
     """HTML file to write; default RUN/report.html for one run."""
 
@@ -25,21 +26,25 @@ def main(args: list[str]) -> int:
     given = parse(ReportArgs, args, prog="regpt report")
     if not given.runs:
         raise UsageError("no run was given; regpt report RUN, the folder that regpt train --out made")
+    from regpt.checkpoint.fetch import local_run
     from regpt.report.page import write_overlay, write_report
 
+    if len(given.runs) == 1 and given.out is None and is_address(given.runs[0]):
+        raise UsageError(f"a report is not written to {given.runs[0]}; add --out FILE.html")
     if len(given.runs) == 1:
-        print(write_report(given.runs[0], given.out))
+        print(write_report(local_run(given.runs[0]), given.out))
         return 0
     if given.out is None:
         raise UsageError(f"{len(given.runs)} runs make one report that belongs to none of them; add --out FILE.html")
     refuse_twice(given.runs)
-    print(write_overlay(given.runs, given.out))
+    print(write_overlay([local_run(run) for run in given.runs], given.out))
     return 0
 
 
-def refuse_twice(runs: tuple[Path, ...]) -> None:
-    seen: set[Path] = set()
+def refuse_twice(runs: tuple[str, ...]) -> None:
+    seen: set[str] = set()
     for run in runs:
-        if run.resolve() in seen:
-            raise UsageError(f"run folder {str(run)!r} is given twice; give each run once")
-        seen.add(run.resolve())
+        place = run.rstrip("/") if is_address(run) else str(Path(run).resolve())
+        if place in seen:
+            raise UsageError(f"run folder {run!r} is given twice; give each run once")
+        seen.add(place)

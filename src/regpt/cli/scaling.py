@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class ScalingArgs:
     """Fit L = E + A / N^alpha + B / D^beta to the validation losses of runs: N parameters, D tokens."""
 
-    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
     """Run folders of at least three model sizes and three numbers of tokens."""
     points: Literal["final", "all"] = "final"
     """final: the last validation of each run; all: every one after the warmup, right for learning rates that do not
@@ -45,13 +45,16 @@ class ScalingArgs:
 def main(args: list[str]) -> int:
     given = parse(ScalingArgs, args, prog="regpt scaling")
     check(given)
+    from regpt.checkpoint.fetch import local_run
     from regpt.report.page import with_own_names
     from regpt.report.read import read_run
     from regpt.report.scaling import fit
     from regpt.report.scaling_runs import points_of
 
     plan = planned(given)
-    points, unit = points_of(with_own_names([read_run(run) for run in given.runs]), given.points, given.count)
+    points, unit = points_of(
+        with_own_names([read_run(local_run(run)) for run in given.runs]), given.points, given.count
+    )
     found = fit(points, given.bootstrap)
     document = to_dict(found, unit, given, plan)
     if given.json == "-":

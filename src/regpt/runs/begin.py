@@ -34,6 +34,7 @@ from regpt.parallel.mesh import Mesh, open_mesh
 from regpt.runs.build import Corpus, build_loader, build_model, build_trainer, open_corpus, with_chosen_rows
 from regpt.runs.changes import Changes, describe, first_row
 from regpt.runs.folder import made_with
+from regpt.runs.remote import on_this_machine
 from regpt.train.average import Average
 from regpt.train.optim import load_optimizer, make_optimizer
 from regpt.train.trainer import Row, Trainer
@@ -105,7 +106,7 @@ def start_new(parts: Parts, init_from: str | None) -> Start:
     if init_from is None:
         initialize(model, config.train.seed)
         return Start()
-    source = open_model(init_from).model
+    source = open_model(on_this_machine(init_from, parts.mesh)).model
     if source.config != config.model:
         ours, theirs = asdict(config.model), asdict(source.config)
         other = ", ".join(f"{key} {theirs[key]} there, {ours[key]} here" for key in ours if ours[key] != theirs[key])
@@ -153,7 +154,7 @@ def start_again(parts: Parts, run: Path, env: Mapping[str, Any], event: Row) -> 
     parent = env.get("parent")
     if parent is None:
         return replace(start_new(parts, env.get("init_from")), event=event)
-    source = checkpoint_at(parent["checkpoint"])
+    source = Path(on_this_machine(parent["checkpoint"], parts.mesh, optimizer=True))
     checkpoint = load_checkpoint(source)
     if sha256(source / MANIFEST) != parent["manifest_sha256"]:
         raise UserError(

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regpt.checkpoint.fetch import fetch_model
 from regpt.checkpoint.open import OpenModel, open_model
-from regpt.checkpoint.store import is_address
 from regpt.config import RunConfig, read_config
 from regpt.data.batch import Batch
 from regpt.data.manifest import read_manifest
@@ -21,6 +19,7 @@ from regpt.evals.specs import Spec
 from regpt.evals.suite import Suite, open_suites
 from regpt.evals.task import Result, evaluate, refuse_long_endings
 from regpt.parallel.mesh import Mesh
+from regpt.runs.remote import on_this_machine
 from regpt.runs.validation import Part, Validated, folder_parts, own_sums, part_batches, result
 from regpt.train.config import PrecisionName
 from regpt.train.loss import make_loss_sum
@@ -90,10 +89,11 @@ def answer(asked: Question, mesh: Mesh, show: ShowProgress) -> Answer:
         UsageError: a model, folder or length that does not fit.
         UserError: files that cannot be had, data of another tokenizer, damaged weights, too little memory.
     """
-    run = run_config(asked.model)
+    model = on_this_machine(asked.model, mesh)
+    run = run_config(model)
     wants_val = any(spec.kind == "val" for spec in asked.specs)
     folder = data_folder(asked, run) if wants_val else None
-    opened = open_model(asked.model, mesh.device, ema=asked.ema)
+    opened = open_model(model, mesh.device, ema=asked.ema)
     set_matmul_precision(asked.precision)
     opened.model.to(parameter_dtype(asked.precision)).eval()
     task = open_val(asked, run, folder, opened) if folder else None
@@ -132,7 +132,7 @@ def import_harness() -> Callable[[str, Scorer, OpenModel, int], list[Any]]:
 
 def run_config(model: str) -> RunConfig | None:
     """Configuration of the run that `model` names, or whose checkpoint it names; None for another model."""
-    folder = fetch_model(model) if is_address(model) else Path(model).resolve()
+    folder = Path(model).resolve()
     if folder.parent.name == "checkpoints":
         folder = folder.parents[1]
     return read_config(str(folder / "config.toml")) if (folder / "config.toml").is_file() else None

@@ -32,7 +32,6 @@ from regpt.runs.begin import (
     Machine,
     Start,
     assemble,
-    checkpoint_at,
     choose_checkpoint,
     open_parts,
     refuse_changed_data,
@@ -55,7 +54,7 @@ from regpt.runs.folder import (
     write_run_config,
 )
 from regpt.runs.profile import profiled
-from regpt.runs.remote import NOTE, RemoteRun, bring_up_to_date, by_main
+from regpt.runs.remote import NOTE, RemoteRun, bring_up_to_date, by_main, on_this_machine
 from regpt.runs.stop import EXIT_SAVED, stop_request
 from regpt.runs.terminal import Terminal
 from regpt.runs.trackers import Tee, check_trackers, open_trackers
@@ -115,7 +114,7 @@ def fork(
     """Start a run in the new folder `run` from the checkpoint `source`, a folder or an address, with the settings
     `config`; the exit code. `remote` is as in `pretrain`."""
     with run_mesh(config) as mesh, ExitStack() as stack:
-        checkpoint = load_checkpoint(checkpoint_at(str(source)))
+        checkpoint = load_checkpoint(Path(on_this_machine(str(source), mesh, optimizer=True)))
         parts = open_parts(config, mesh)
         found = changes(checkpoint.state.config, parts.config.sections())
         refuse_changes(found, checkpoint.step, force=True)

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TypedDict, TypeVar
 
 from regpt.checkpoint.config import CheckpointConfig
-from regpt.checkpoint.fetch import cache_folder, folder_name, restore, write_whole
+from regpt.checkpoint.fetch import cache_folder, fetch_model, folder_name, restore, write_whole
 from regpt.checkpoint.lease import CLOCK, Claim, Clock, Lease
 from regpt.checkpoint.mirror import Mirror
-from regpt.checkpoint.store import Store
+from regpt.checkpoint.store import Store, is_address
 from regpt.config import RunConfig, validate
 from regpt.data.download import PATIENCE, Patience
 from regpt.errors import UserError
@@ -211,6 +211,14 @@ def by_main(mesh: Mesh, work: Callable[[], T]) -> T | None:
     if errors:
         raise errors[0]
     return results[0] if results else None
+
+
+def on_this_machine(name: str, mesh: Mesh, *, optimizer: bool = False) -> str:
+    """The model `name`; a copy of the checkpoint that it means where it is an address, the same in all processes."""
+    if not is_address(name):
+        return name
+    folder = by_main(mesh, lambda: fetch_model(name, optimizer=optimizer))
+    return mesh.gather(str(folder or "").encode())[0].decode()
 
 
 def ended(thread: threading.Thread) -> bool:
