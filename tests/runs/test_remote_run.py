@@ -294,7 +294,7 @@ def test_against_s3_a_run_killed_while_it_copies_goes_on_bitwise_elsewhere(confi
     assert go_on(url, tmp_path / "two", hand) == 0
     assert sum(hand.slept) >= 60  # nobody knows on this machine that the holder is dead
     assert final(url) == straight
-    assert complete(url) == [6, 8]
+    assert complete(url) in ([6, 8], [8])  # the second where 8 was there already and 6 was on its way
     create_twice_is_refused(url)
 
 
