@@ -171,6 +171,8 @@ def test_data_of_another_tokenizer_is_refused(run, tmp_path, tokenizer, tokens):
 
 def test_what_cannot_be_evaluated_is_one_sentence(run, tmp_path, tokenizer, tokens):
     refused(UserError, "does not exist", run, "--data", tmp_path / "nowhere")
+    refused(UsageError, "model 'nowhere' does not exist", "nowhere")
+    refused(UsageError, "'gpt2' names no run that knows its data; give the folder", "gpt2")
     small = write_data(tmp_path / "small", tokenizer, tokens[:8])
     refused(UserError, "the split has 8 tokens and one row needs 9", run, "--data", small)
     refused(UsageError, "seq-len is 17, must be between 1 and the model's 16", run, "--seq-len", 17)

@@ -68,15 +68,17 @@ def open_model(name: str, device: torch.device | str = "cpu", *, ema: bool = Fal
     if (path / CONFIG).is_file():
         return open_hf(path, name, device)
     repo = repository(name)
-    if path.exists() or repo is None or is_inside_folder(path):
+    if path.exists() or repo is None or not may_be_model(name):
         what = "holds no model" if path.exists() else "does not exist"
         raise UsageError(f"model {name!r} {what}{nearest(name, SHORT_NAMES)}; a model is {ALLOWED}")
     return open_hf(download(repo), repo, device)
 
 
-def is_inside_folder(path: Path) -> bool:
-    """Whether `path`, such as `runs/typo`, begins with a folder that exists: then it is no OWNER/NAME on the hub."""
-    return len(path.parts) > 1 and Path(path.parts[0]).is_dir()
+def may_be_model(name: str) -> bool:
+    """Whether `name` exists or may be a hub name; `runs/typo` is no OWNER/NAME where there is a folder `runs`."""
+    path = Path(name)
+    inside_folder = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
+    return path.exists() or (repository(name) is not None and not inside_folder)
 
 
 def open_checkpoint(folder: Path, device: torch.device | str, *, ema: bool, verified: bool = False) -> OpenModel:

@@ -131,8 +131,8 @@ function axes(panel) {
   return [x, y];
 }
 
-/** Horizontal references and vertical event marks, on the canvas under the cursor. */
-function marks(panel, main) {
+/** A hook that draws inside the frame, in the marks' colour. */
+function inFrame(draw) {
   return (u) => {
     const { ctx, bbox } = u;
     const dpr = window.devicePixelRatio;
@@ -143,11 +143,14 @@ function marks(panel, main) {
     ctx.font = `${FONT * dpr}px ${getComputedStyle(document.body).fontFamily}`;
     ctx.fillStyle = ctx.strokeStyle = colour("mark");
     ctx.lineWidth = dpr;
-    page.runs.forEach((run, i) => view.hidden.has(i) || eventMarks(u, dpr, run, main && !several, several ? hueOf(i) : colour("mark")));
-    ctx.fillStyle = ctx.strokeStyle = colour("mark");
-    references(u, dpr, panel);
+    draw(u, dpr);
     ctx.restore();
   };
+}
+
+/** Vertical marks of all runs in sight. */
+function marks(u, dpr, main) {
+  page.runs.forEach((run, i) => view.hidden.has(i) || eventMarks(u, dpr, run, main && !several, several ? hueOf(i) : colour("mark")));
 }
 
 function eventMarks(u, dpr, run, named, hue) {
@@ -267,7 +270,10 @@ function plot(panel, card) {
       axes: axes(panel),
       cursor: { sync: { key: "run", setSeries: false, scales: ["x", null] }, y: false, drag: { x: true, y: false }, points: { size: 8, fill: (u, i) => u.series[i].points.stroke(), width: 0 } },
       legend: { live: true, mount: (u, legend) => top.append(legend), markers: { width: 2.5 } },
-      hooks: { draw: [marks(panel, main)] },
+      hooks: {
+        drawAxes: [inFrame((u, dpr) => references(u, dpr, panel))], // the lines stay above their labels
+        draw: [inFrame((u, dpr) => marks(u, dpr, main))],
+      },
     },
     data,
     box

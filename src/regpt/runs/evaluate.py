@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regpt.checkpoint.open import OpenModel, open_model
+from regpt.checkpoint.open import OpenModel, may_be_model, open_model
 from regpt.config import RunConfig, read_config
 from regpt.data.batch import Batch
 from regpt.data.manifest import read_manifest
@@ -148,6 +148,8 @@ def data_folder(asked: Question, run: RunConfig | None) -> Path:
             f"{', '.join(run.data.mixture)}"
         )
     if run is None or not run.data.path:
+        if not may_be_model(asked.model):
+            open_model(asked.model)  # which says so
         raise UsageError(
             f"{asked.model!r} names no run that knows its data; give the folder of token shards with --data DIR"
         )
