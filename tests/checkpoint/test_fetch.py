@@ -74,6 +74,10 @@ DAMAGE = {
     "a missing file": (lambda s, f: s.remove([f"{f}/model.json"]), r"model\.json has none of its 128 bytes"),
     "a torn manifest": (lambda s, f: change(s, f"{f}/manifest.json", lambda data: data[:50]), "is not a manifest"),
     "an empty manifest": (lambda s, f: s.write(f"{f}/manifest.json", b""), "is not a manifest"),
+    "a huge manifest": (
+        lambda s, f: s.write(f"{f}/manifest.json", b" " * ((64 << 20) + 1)),
+        "more than 67,108,864 bytes",
+    ),
     "a path out of the folder": (lambda s, f: change(s, f"{f}/manifest.json", crafted), "is no plain file name"),
     "weights that are not finite": (consistent_nan, "not finite"),
 }
@@ -94,6 +98,7 @@ def test_a_damaged_checkpoint_is_named_skipped_and_kept(store, tmp_path, kind):
     (message,) = warned
     assert message.startswith(f"skipped {store.url}/checkpoints/step-00000002: ")
     assert re.search(said, message)
+    assert str(tmp_path) not in message  # but its address
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000001"]
     assert (run / "config.toml").read_text(encoding="utf-8") == "[train]\nsteps = 2\n"
     assert store.content() == before

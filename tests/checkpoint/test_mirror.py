@@ -339,12 +339,13 @@ def tiny_patience():
     return Patience()
 
 
-def test_a_holder_that_lost_its_lease_changes_nothing_from_then_on(run, saved, url):
+@pytest.mark.parametrize("last", ["env.json", "model.safetensors", "tokenizer.json"])
+def test_a_holder_that_lost_its_lease_changes_nothing_from_then_on(run, saved, url, last):
     add(run, saved, 1)
     m, others = mirror(run, url), []
 
     def before(kind: str, name: str) -> None:
-        if name.endswith("model.safetensors"):  # this file is on its way; the next one must not be
+        if name.endswith(last):  # this file is on its way; the next one must not be, the manifest neither
             other = Lease(FaultyStore(url))
             other.acquire(dead=DEAD)
             others.append(other)
@@ -355,11 +356,42 @@ def test_a_holder_that_lost_its_lease_changes_nothing_from_then_on(run, saved, u
     assert isinstance(m.failure, UserError)
     assert "was taken over by process" in str(m.failure)
     assert f"what this process trained is in {run}" in str(m.failure)
-    assert journal(m)[-1][1].endswith("model.safetensors")
+    assert journal(m)[-1][1].endswith(last)
     assert steps(url) == []
     with pytest.raises(LeaseLost):
         m.copy_all()
     others[0].check()
+
+
+@pytest.mark.parametrize("action", ["drop", "set aside", "gone"])
+def test_a_holder_that_lost_its_lease_deletes_nothing(run, saved, url, action):
+    folder = add(run, saved, 1)
+    m = mirror(run, url)
+    m.copy_all()
+    other = Lease(FaultyStore(url))
+    other.acquire(dead=DEAD)
+    before = journal(m)
+    (run / "env.json").unlink()
+    with pytest.raises(LeaseLost):
+        m.drop(folder.name) if action == "drop" else m.set_aside(folder.name) if action == "set aside" else m.copy_all()
+    assert journal(m) == before
+
+
+def test_a_checkpoint_that_was_saved_during_a_copy_has_its_rows_there_first(run, saved, url):
+    add(run, saved, 1)
+
+    def before(kind: str, name: str) -> None:
+        if name.endswith("1/tokenizer.json"):  # training goes on
+            (run / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n', encoding="utf-8")
+            add(run, saved, 2)
+
+    m = mirror(run, url)
+    m.store.before = before  # type: ignore[attr-defined]
+    m.copy_all()
+    names = [name for _, name in journal(m)]
+    assert names.count("metrics.jsonl") == 2
+    later = len(names) - names[::-1].index("metrics.jsonl") - 1
+    assert later < names.index("checkpoints/step-00000002/manifest.json")
 
 
 def test_the_thread_copies_what_it_is_told_of_and_releases_the_lease_at_the_end(run, saved, url):

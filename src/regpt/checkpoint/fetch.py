@@ -9,7 +9,7 @@ from typing import TypeVar
 from regpt.checkpoint.files import SUCCESSOR, put_in_place, temporary_beside
 from regpt.checkpoint.lease import FOLDER as LEASE
 from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, print_warning, step_of, verify_checkpoint
-from regpt.checkpoint.manifest import MANIFEST, check_sizes, read_manifest
+from regpt.checkpoint.manifest import MANIFEST, MAX_JSON_BYTES, check_sizes, read_manifest
 from regpt.checkpoint.mirror import CONFIG, content
 from regpt.checkpoint.store import Store, is_address
 from regpt.data.download import locked
@@ -168,6 +168,9 @@ def get_checkpoint(store: Store, name: str, run: Path, *, optimizer: bool) -> Pa
     """
     place = f"{CHECKPOINTS}/{name}"
     folder = run / CHECKPOINTS / name.removesuffix(SUCCESSOR)
+    sizes = store.tries(lambda: store.files(place), name=place)
+    if sizes.get(f"{place}/{MANIFEST}", 0) > MAX_JSON_BYTES:
+        raise Damaged(f"its {MANIFEST} has more than {MAX_JSON_BYTES:,} bytes")
     manifest = store.tries(lambda: store.read(f"{place}/{MANIFEST}"), name=place)
     if manifest is not None and content(folder / MANIFEST) == manifest and is_there(folder, optimizer=optimizer):
         return folder
@@ -177,26 +180,25 @@ def get_checkpoint(store: Store, name: str, run: Path, *, optimizer: bool) -> Pa
     try:
         temporary.mkdir(parents=True)
         write_whole(temporary / MANIFEST, manifest)
-        sizes = store.tries(lambda: store.files(place), name=place)
-        for file in checked(lambda: read_manifest(temporary)).needed(optimizer=optimizer):
+        for file in checked(lambda: read_manifest(temporary), temporary, store, place).needed(optimizer=optimizer):
             part = f"{place}/{file.file}"
             if sizes.get(part) != file.size:
                 have = f"{sizes[part]:,}" if part in sizes else "none"
                 raise Damaged(f"{file.file} has {have} of its {file.size:,} bytes")
             get(store, part, temporary / file.file)
-        checked(lambda: verify_checkpoint(temporary, optimizer=optimizer))
+        checked(lambda: verify_checkpoint(temporary, optimizer=optimizer), temporary, store, place)
         put_in_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
-def checked(check: Callable[[], T]) -> T:
-    """The result of `check`; its UserError as `Damaged`."""
+def checked(check: Callable[[], T], folder: Path, store: Store, place: str) -> T:
+    """The result of `check`, of what was downloaded into `folder`; its UserError as `Damaged`, at its `place`."""
     try:
         return check()
     except UserError as error:
-        raise Damaged(str(error)) from None
+        raise Damaged(str(error).replace(str(folder), f"{store.url}/{place}")) from None
 
 
 def is_there(folder: Path, *, optimizer: bool) -> bool:

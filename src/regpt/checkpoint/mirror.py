@@ -53,7 +53,7 @@ class Mirror:
         self.damaged = damaged or set()
         self.intact: Callable[[Path], bool] = is_intact
         self.say: Callable[[str], None] = print
-        self.sent: dict[str, tuple[int, int]] = {}  # files beside checkpoints: size and time of what is there
+        self.sent: dict[str, tuple[int, ...]] = {}  # files beside checkpoints: size and time of what is there
         self.parts: dict[str, bytes] = {}  # files of checkpoints that are there, with the manifest that they belong to
         self.pruned = False  # since the last checkpoint was added there
         self.uploading: Path | None = None
@@ -86,7 +86,7 @@ class Mirror:
 
     def left(self) -> tuple[int, int]:
         """Files still to be copied, and their bytes, as far as is known."""
-        sizes = [path.stat().st_size for name, path in self.changed_files()]
+        sizes = [size for _, path in self.changed_files() for size in stamp_of(path)[:1]]
         for folder in self.missing_checkpoints():
             manifest, files = content(folder / MANIFEST), read_manifest(folder).files
             name = f"{CHECKPOINTS}/{folder.name}"
@@ -165,19 +165,27 @@ class Mirror:
         """Copy the files beside checkpoints; delete those there that were copied and have gone here."""
         present = dict(self.files())
         for name, path in self.changed_files():
-            stat = path.stat()
+            stamp = stamp_of(path)
             self.lease.check()
-            if path.suffix == ".jsonl":  # rows are written meanwhile
-                data = path.read_bytes()
-                self.store.write(name, data[: data.rfind(b"\n") + 1])
-            else:
-                self.store.put(name, path)
-            self.sent[name] = (stat.st_size, stat.st_mtime_ns)
+            try:
+                self.put_file(name, path)
+            except FileNotFoundError:
+                if path.exists():
+                    raise
+                continue  # it was deleted here
+            self.sent[name] = stamp
         gone = [name for name in self.sent if name not in present]
         if gone:
             self.lease.check()
             self.store.remove(gone)
             self.sent = {name: known for name, known in self.sent.items() if name in present}
+
+    def put_file(self, name: str, path: Path) -> None:
+        if path.suffix == ".jsonl":  # rows are written meanwhile
+            data = path.read_bytes()
+            self.store.write(name, data[: data.rfind(b"\n") + 1])
+        else:
+            self.store.put(name, path)
 
     def files(self) -> Iterator[tuple[str, Path]]:
         """The files beside checkpoints that are no one's own, by their names; config.toml last."""
@@ -188,8 +196,8 @@ class Mirror:
 
     def changed_files(self) -> Iterator[tuple[str, Path]]:
         for name, path in self.files():
-            stat = path.stat()
-            if self.sent.get(name) != (stat.st_size, stat.st_mtime_ns):
+            stamp = stamp_of(path)
+            if stamp and self.sent.get(name) != stamp:
                 yield name, path
 
     def missing_checkpoints(self) -> Iterator[Path]:
@@ -297,6 +305,15 @@ def look(store: Store, damaged: set[str]) -> Remote:
         if rest == [MANIFEST] and STEP_FOLDER.fullmatch(name) and name not in damaged:
             manifests[name] = store.read(part) or b""
     return Remote(manifests, set(damaged))
+
+
+def stamp_of(path: Path) -> tuple[int, ...]:
+    """Size and time of a file; nothing when it has just been deleted."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return ()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def content(path: Path) -> bytes | None:
