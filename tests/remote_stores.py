@@ -1,9 +1,16 @@
 """Stores for the tests of remote runs: in memory, with faults on request, and a server that imitates S3."""
 
+import base64
+import hashlib
+import json
+import sys
+import threading
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +120,79 @@ def s3_bucket() -> Iterator[tuple[str, dict[str, str]]]:
         yield "s3://bucket", environment
     finally:
         server.stop()
+
+
+class Google(BaseHTTPRequestHandler):
+    """Google's JSON interface (cloud.google.com/storage/docs/json_api), as far as small objects go."""
+
+    objects: dict[str, bytes] = {}
+
+    def handle_any(self) -> None:
+        url = urllib.parse.urlsplit(self.path)
+        query = dict(urllib.parse.parse_qsl(url.query))
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        _, _, rest = url.path.partition("/b/bucket/o")
+        name, _, target = rest.removeprefix("/").partition("/rewriteTo/b/bucket/o/")
+        name, target = urllib.parse.unquote(name), urllib.parse.unquote(target)
+        if url.path.startswith("/upload/"):
+            self.upload(body, query)
+        elif not name:
+            prefix = query.get("prefix", "")
+            self.answer(200, {"items": [self.describe(one) for one in self.objects if one.startswith(prefix)]})
+        elif name not in self.objects:
+            self.answer(404, {"error": {"code": 404, "message": "not found"}})
+        elif target:
+            self.objects[target] = self.objects[name]
+            self.answer(200, {"done": True})
+        elif self.command == "DELETE":
+            del self.objects[name]
+            self.answer(204, None)
+        else:
+            self.answer(200, self.objects[name] if query.get("alt") == "media" else self.describe(name))
+
+    do_GET = do_POST = do_DELETE = handle_any
+
+    def upload(self, body: bytes, query: dict[str, str]) -> None:
+        """A body of two parts: metadata and content."""
+        _, metadata, content = body.split(b"--==0==\n" if b"--==0==\n" in body else b"--==0==", 2)
+        name = json.loads(metadata.partition(b"\n\n")[2])["name"]
+        if query.get("ifGenerationMatch") == "0" and name in self.objects:
+            self.answer(412, {"error": {"code": 412, "message": "conditionNotMet"}})
+            return
+        self.objects[name] = content.partition(b"\n\n")[2].removesuffix(b"\n--==0==--")
+        self.answer(200, self.describe(name))
+
+    def describe(self, name: str) -> dict[str, str]:
+        content = self.objects[name]
+        md5 = base64.b64encode(hashlib.md5(content).digest()).decode()
+        return {"name": name, "bucket": "bucket", "size": str(len(content)), "md5Hash": md5, "generation": "1"}
+
+    def answer(self, status: int, content: dict[str, Any] | bytes | None) -> None:
+        data = content if isinstance(content, bytes) else b"" if content is None else json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args: object) -> None: ...
+
+
+@contextmanager
+def google_bucket() -> Iterator[str]:
+    """The address of a bucket on a server that imitates Google's storage."""
+    fsspec = pytest.importorskip("fsspec")
+    core = pytest.importorskip("gcsfs.core", reason="needs regpt[buckets]")
+    with pytest.MonkeyPatch.context() as patched, ThreadingHTTPServer(("127.0.0.1", 0), Google) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        options = {"endpoint_url": f"http://127.0.0.1:{server.server_port}", "token": "anon"}
+        patched.setitem(fsspec.config.conf, "gs", options)
+        patched.setattr(Google, "objects", {})
+        # Another class of it asks a second interface, gRPC, of what kind a bucket is.
+        patched.setitem(sys.modules["fsspec.registry"]._registry, "gs", core.GCSFileSystem)
+        try:
+            yield "gs://bucket"
+        finally:
+            server.shutdown()
+            thread.join()

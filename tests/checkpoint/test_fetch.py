@@ -249,3 +249,13 @@ def test_a_local_store_never_shows_half_a_file(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "store")
     assert store.files() == {}
     assert store.read("a/b.txt") is None
+
+
+def test_a_local_store_keeps_no_empty_folders(tmp_path):
+    store = Store((tmp_path / "store").as_uri())
+    for name in ("a/b.txt", "a/c.txt"):
+        store.write(name, b"one")
+    store.remove(["a/b.txt", "a/b.txt"])
+    assert (tmp_path / "store" / "a" / "c.txt").is_file()
+    store.remove(["a/c.txt"])
+    assert not (tmp_path / "store" / "a").exists()

@@ -4,6 +4,7 @@ Credentials, regions and endpoints are those of s3fs and gcsfs, as for sources o
 remembered between calls: another machine may have written meanwhile.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -141,10 +142,11 @@ class Store:
     def remove(self, names: Iterable[str]) -> None:
         """Delete files, in this order; those that are gone already are none."""
         for name in names:
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 self.fs.rm_file(self.place(name))
-            except FileNotFoundError:
-                continue
+            if self.is_local and "/" in name:
+                with contextlib.suppress(OSError):  # there are other files; in buckets a folder is but a name
+                    os.rmdir(self.place(name.rpartition("/")[0]))
 
     def place(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
