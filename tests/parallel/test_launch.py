@@ -22,12 +22,12 @@ PATIENCE = 120.0  # seconds; a test that waits this long has failed
 
 
 @contextlib.contextmanager
-def regpt(*args: object) -> Iterator[subprocess.Popen]:
-    """The command as a process of its own session, which does not outlive the test, nor do its children."""
+def module_process(module: str, *args: object) -> Iterator[subprocess.Popen]:
+    """`python -m module` as a process of its own session, which does not outlive the test, nor do its children."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         env.pop(name, None)
-    command = [sys.executable, "-m", "regpt", *map(str, args)]
+    command = [sys.executable, "-m", module, *map(str, args)]
     process = subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -38,6 +38,10 @@ def regpt(*args: object) -> Iterator[subprocess.Popen]:
             os.killpg(process.pid, signal.SIGKILL)
         process.kill()
         process.communicate()
+
+
+def regpt(*args: object) -> contextlib.AbstractContextManager[subprocess.Popen]:
+    return module_process("regpt", *args)
 
 
 def finished(*args: object) -> tuple[int, str, str]:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_launch import PATIENCE, finished, regpt, rows  # type: ignore[import-not-found]
+from test_launch import PATIENCE, finished, module_process, regpt, rows  # type: ignore[import-not-found]
 
 import tiny
 from regpt.checkpoint.load import checkpoint_folder, checkpoints
@@ -84,6 +84,24 @@ def test_a_killed_process_is_replaced_and_the_run_goes_on_bitwise(shards, proces
     assert [row["name"] for row in rows(run, "event")].count("resume") == 1
     ours, theirs = (checkpoint_folder(r, 60) / "model.safetensors" for r in (run, straight))
     assert ours.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+@pytest.mark.slow
+def test_torchrun_starts_the_same_command_again_and_it_goes_on(shards, tmp_path: Path):
+    """Its default rendezvous keeps the store, in which the processes that died have left their addresses."""
+    config = tiny.change(tiny.run_config(shards), "train", deterministic=True, steps=60)
+    for section in ("eval", "sample"):
+        config = tiny.change(config, section, every_steps=0)
+    (tmp_path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    run = tmp_path / "run"
+    command = ["--nproc-per-node", 2, "--max-restarts", 2, "-m", "regpt", "train", tmp_path / "config.toml"]
+    with module_process("torch.distributed.run", *command, "--out", run) as process:
+        kill_one(process, run)
+        _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, err
+    assert [row["name"] for row in rows(run, "event")].count("resume") == 1
+    assert rows(run, "train")[-1]["step"] == 60
 
 
 def kill_one(process, run: Path, kind: signal.Signals = signal.SIGKILL) -> int:

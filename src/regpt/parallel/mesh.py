@@ -17,11 +17,13 @@ from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from regpt.errors import UsageError
+from regpt.parallel.meeting import agree_on_name
 from regpt.parallel.pulse import Pulse, Store, watched
 from regpt.parallel.reduce import sum_in_buckets
 from regpt.parallel.repeatable import ENVIRONMENT, repeatable
 
 HANG_SECONDS = 600.0  # a process that waits longer for the others waits in vain
+STORE_TIMEOUT = timedelta(seconds=30)  # to say how a process is, and to hear of others
 GRACE_SECONDS = 120.0  # after which NCCL and gloo give up too, when nothing was said before
 
 
@@ -151,21 +153,25 @@ def joined(device_name: str, hang_seconds: float) -> Iterator[Mesh]:
     # later, by an optimizer say, it would hold ours: gloo's threads would outlive it and abort an ending process.
     importlib.import_module("torch.distributed.nn")
     timeout = timedelta(seconds=hang_seconds + GRACE_SECONDS)
+    name, place = "", {}
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):  # the launcher has one; otherwise rank 0 makes one
+        name = agree_on_name(meeting_point(), rank, world_size, hang_seconds)
+        place = {"store": meeting_point(name, timeout), "rank": rank, "world_size": world_size}
     # On GPUs both: what the processes agree on beside the gradients goes through the CPU, and waits for no kernel.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout, **place)
     mesh = Mesh(rank, world_size, device)
     try:
-        with watched(mesh.pulse, rank, world_size, meeting_point, hang_seconds):
+        with watched(mesh.pulse, rank, world_size, lambda: meeting_point(name), hang_seconds):
             yield mesh
     finally:
         dist.destroy_process_group()
 
 
-def meeting_point() -> Store:
-    """A connection of its own to the store of this group of processes."""
+def meeting_point(name: str = "", timeout: timedelta = STORE_TIMEOUT) -> Store:
+    """A connection of its own to the launcher's store, or to the corner of it that is this group's alone."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
-    return PrefixStore(f"attempt-{launcher_restarts()}", store)
+    store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
+    return PrefixStore(name, store) if name else store
 
 
 def share_cores(processes: int) -> None:

@@ -261,7 +261,8 @@ def sentence(c: Comparison) -> str:
     )
     wanted = "bitwise" if c.must_be_bitwise else f"within {c.tolerance:g}"
     verdict = "as it must be" if c.passed else "NOT as it must be"
-    return f"{c.steps} steps on {worlds} processes, killed after {ends}: {same}, {verdict} ({wanted})"
+    on = f"{worlds} {'process' if worlds == '1' else 'processes'}"
+    return f"{c.steps} steps on {on}, killed after {ends}: {same}, {verdict} ({wanted})"
 
 
 def nproc(processes: int) -> list[str]:
