@@ -33,7 +33,7 @@ def compared(straight: Path, other: Path, deterministic: bool = True) -> Compari
 def test_a_run_is_bitwise_itself(run: Path):
     found = compared(run, run)
     assert (found.passed, found.bitwise, found.steps, found.loss_difference) == (True, True, 8, 0.0)
-    assert sentence(found) == "8 steps on 1 processes, killed after 3: bitwise equal, as it must be (bitwise)"
+    assert sentence(found) == "8 steps on 1 process, killed after 3: bitwise equal, as it must be (bitwise)"
 
 
 @pytest.mark.parametrize(("by", "within"), [(1e-6, True), (3.0, False)])
