@@ -1,5 +1,6 @@
 """`regpt COMMAND …`: find the command, run it, turn errors into one sentence and an exit code."""
 
+import select
 import sys
 import tempfile
 import traceback
@@ -45,10 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("regpt: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # `regpt … | head`
-        sys.stderr.close()
-        return 1
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and output_has_no_reader():  # `regpt … | head`
+            sys.stderr.close()
+            return 1
         if debug:
             raise
         print(f"regpt: {type(error).__name__}: {first_line(error)}; traceback in {write_traceback()}", file=sys.stderr)
@@ -73,6 +74,17 @@ def usage() -> str:
     return "\n".join(
         ["regpt: train GPTs from scratch", "", *lines, "", "regpt COMMAND --help shows what a command takes."]
     )
+
+
+def output_has_no_reader() -> bool:
+    """Whether stdout or stderr is a pipe whose other end was closed: a broken pipe may be another one."""
+    if not hasattr(select, "poll"):  # on Windows nothing tells
+        return True
+    poll = select.poll()
+    for stream in (sys.__stdout__, sys.__stderr__):
+        if stream is not None and not stream.closed:
+            poll.register(stream.fileno(), 0)  # errors are told whatever is asked for
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def first_line(error: Exception) -> str:

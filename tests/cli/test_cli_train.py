@@ -1,7 +1,11 @@
 """`regpt train` as a user meets it: a whole run, its folder, and every mistake in one sentence."""
 
 import json
+import os
+import select
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -232,3 +236,27 @@ def test_an_unexpected_error_is_one_line_and_its_traceback_a_file(regpt, monkeyp
     log.unlink()
     with pytest.raises(RuntimeError):
         regpt("report", "x", "--debug")
+
+
+def test_a_broken_pipe_that_is_not_the_output_is_said(regpt, monkeypatch):
+    def broken(args: list[str]) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("regpt.cli.report.main", broken)
+    monkeypatch.setattr("regpt.__main__.output_has_no_reader", lambda: False)
+    code, _, err = regpt("report", "x")
+    assert code == 1
+    assert err.startswith("regpt: BrokenPipeError")
+    Path(err.rsplit(" ", 1)[1].strip()).unlink()
+
+
+@pytest.mark.skipif(not hasattr(select, "poll"), reason="only poll tells of a pipe without a reader")
+def test_output_without_a_reader_is_no_error(tmp_path: Path):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-u", "-m", "regpt", "--help"]
+    with os.fdopen(write, "wb") as closed:
+        found = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, timeout=60, check=False)
+    assert (found.returncode, found.stderr) == (1, b"")
+    with open(tmp_path / "out", "wb") as file:
+        assert subprocess.run(command, stdout=file, stderr=subprocess.PIPE, timeout=60, check=False).stderr == b""
