@@ -6,6 +6,7 @@ Every product asks for several algorithms once, times them on its own operands, 
 """
 
 import ctypes
+from collections.abc import Callable
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,7 +24,7 @@ PREFERENCE_WORKSPACE = 1
 EPILOGUES = {"none": 1, "bias": 4, "gelu_aux_bias": 164, "dgelu": 192}
 WORKSPACE_BYTES = 64 * 2**20  # NVIDIA advises 32 MiB on Hopper; more lets split products be chosen
 CANDIDATES = 8
-TRIAL_MS, ROUNDS = 4.0, 3
+TRIAL_MS, ROUNDS, MUCH_SLOWER = 4.0, 3, 1.25
 
 
 class Algorithm(Structure):
@@ -60,6 +61,24 @@ def library() -> ctypes.CDLL:
 def check(status: int, call: str) -> None:
     if status:
         raise RuntimeError(f"{call} failed with cuBLAS status {status}")
+
+
+def fastest(candidates: int, time: Callable[[int, int], float]) -> int:
+    """The number of the fastest candidate; `time(i, runs)` is the milliseconds of one of `runs` runs of candidate i.
+
+    One run tells those that are far behind. The others run in turn: on a busy device, at its power limit, the order is
+    another than on a cool one.
+    """
+    once = [time(i, 1) for i in range(candidates)]
+    left = [i for i, ms in enumerate(once) if ms <= MUCH_SLOWER * min(once)]
+    if len(left) == 1:
+        return left[0]
+    runs = max(1, min(50, int(TRIAL_MS / min(once))))
+    totals = dict.fromkeys(left, 0.0)
+    for _ in range(ROUNDS):
+        for i in left:
+            totals[i] += time(i, runs)
+    return min(left, key=totals.__getitem__)
 
 
 @dataclass
@@ -190,12 +209,7 @@ class Products:
             return algorithms[0]
         trial = torch.empty_like(out) if add is out else out  # what is accumulated must not be written to in trials
         operands = a, b, trial, add, scale
-        runs = max(1, min(50, int(TRIAL_MS / self.time(plan, algorithms[0], 2, *operands))))
-        totals = [0.0] * len(algorithms)
-        for _ in range(ROUNDS):  # in turn, on a busy device: at the power limit the order is another than on a cool one
-            for i, algorithm in enumerate(algorithms):
-                totals[i] += self.time(plan, algorithm, runs, *operands)
-        return algorithms[totals.index(min(totals))]
+        return algorithms[fastest(len(algorithms), lambda i, runs: self.time(plan, algorithms[i], runs, *operands))]
 
     def time(self, plan: Plan, algorithm: Algorithm, runs: int, *operands: Any) -> float:
         """Milliseconds of one of `runs` runs."""
