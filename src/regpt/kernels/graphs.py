@@ -85,6 +85,7 @@ class GraphedLoss:
         self.steps: dict[Key, Any] = {}
         self.where: dict[Key, list[int]] = {}  # the weights and gradients that a graph was captured with
         self.seen: set[Key] = set()
+        self.refused: set[Key] = set()  # what could not be captured
         self.pool: Any = None
         self.captures_left = MOST_CAPTURES
         self.outstanding: Callable[[], Token | None] = lambda: None
@@ -118,7 +119,7 @@ class GraphedLoss:
         if key in self.steps and gradient:
             self.release()
         warm = (shape, key[2]) in self.fused.warm if gradient else key in self.seen and self.pool is not None
-        if key in self.steps or not warm or 0 in where or not self.captures_left:
+        if key in self.steps or key in self.refused or not warm or 0 in where or not self.captures_left:
             return None
         return self.captured(key, inputs, where)
 
@@ -134,20 +135,20 @@ class GraphedLoss:
                 error = error.__context__
             reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         if reason:  # outside that block: an exception holds on to the tensors of its frames
-            self.give_up(reason)
+            self.give_up(key, reason)
             return None
         self.where[key] = where
         return self.steps[key]
 
-    def give_up(self, reason: str) -> None:
+    def give_up(self, key: Key, reason: str) -> None:
         self.release()
-        self.captures_left = 0
+        self.refused.add(key)
         self.fused.forget_beside()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         warnings.warn(
-            f"the step could not be captured as CUDA graphs ({reason}); training goes on without them",
+            f"the step could not be captured as CUDA graphs ({reason}); steps of its shape go on without",
             RuntimeWarning,
             stacklevel=4,
         )
