@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -96,6 +97,22 @@ def test_items_longer_than_the_model_are_told_once_and_kept(shards, tmp_path, ca
     assert pretrain(tiny.change(tiny.run_config(shards), "eval", tasks=f"mc:{path}"), tmp_path / "run") == 0
     assert capsys.readouterr().out.count("are longer than the model's 16 tokens") == 1
     assert {row["cut"] for row in rows(tmp_path / "run", "eval")} == {1}
+
+
+def test_a_stop_does_not_wait_for_the_tasks_that_are_left(shards, questions, tmp_path, capsys, monkeypatch):
+    original = evaluations.evaluate
+
+    def interrupted(task, scorer, **limits):
+        if len(rows(tmp_path / "run", "train")) == 3:
+            signal.raise_signal(signal.SIGTERM)  # while the first task is judged
+        return original(task, scorer, **limits)
+
+    monkeypatch.setattr(evaluations, "evaluate", interrupted)
+    names = f"hellaswag:{questions},mc:{questions}"
+    assert pretrain(tiny.change(tiny.run_config(shards), "eval", tasks=names), tmp_path / "run") == 75
+    assert "asked to stop: the evaluation after step 3 ends before mc:" in capsys.readouterr().out
+    assert [(row["step"], row["task"]) for row in rows(tmp_path / "run", "eval")][-2:] == [(3, "hellaswag")] * 2
+    assert checkpoint_folder(tmp_path / "run", 4).is_dir()
 
 
 def test_tasks_with_an_average_that_is_not_kept_are_refused(shards):

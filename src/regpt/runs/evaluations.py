@@ -31,6 +31,7 @@ class Evaluations:
         config, run: of the run. Items are written into RUN/evals by the main process.
         model: the raw module that is trained.
         say: shows a line.
+        stop_requested: of this process; asked before each task, as all of them may take longer than the sender waits.
         average: of its weights; with `eval.ema` the same items are judged with it, too: metrics end in `_ema` then.
     """
 
@@ -42,8 +43,11 @@ class Evaluations:
         model: Transformer,
         mesh: Mesh,
         say: Callable[[str], None],
+        *,
         average: Average | None = None,
+        stop_requested: Callable[[], bool] = lambda: False,
     ):
+        self.stop_requested = stop_requested
         self.average = average if config.eval.ema else None
         self.config, self.run, self.suites, self.mesh, self.say = config, run, suites, mesh, say
         train = config.train
@@ -70,6 +74,9 @@ class Evaluations:
             end = left - left / (len(self.suites) - i)
             results = []
             for k, task in enumerate(suite.tasks):
+                if self.mesh.any(self.stop_requested()):
+                    self.say(f"asked to stop: the evaluation after step {step:,} ends before {task.name}")
+                    return
                 share = max(0.01, (left - end) / (len(suite.tasks) - k)) if self.config.eval.max_seconds else 0.0
                 results.append(self.evaluate(task, share))
                 left -= self.scorer.slowest(results[-1].seconds)

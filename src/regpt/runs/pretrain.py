@@ -241,7 +241,8 @@ def train(
             files = [Tee(file, trackers) for file in files if file is not None]
         ratios = watch_updates(trainer, config.log.update_ratios_every_steps)
         suites = open_run_suites(config, machine.corpus.tokenizer)
-        evaluations = Evaluations(config, run, suites, trainer.model, mesh, terminal.say, machine.average)
+        kept = {"average": machine.average, "stop_requested": stop_requested}
+        evaluations = Evaluations(config, run, suites, trainer.model, mesh, terminal.say, **kept)
         parts = (machine.corpus, loader, trainer, ratios, evaluations, terminal)
         job = Job(config, run, *parts, *files, saver=saver, average=machine.average)
         terminal.say(summary(job))
