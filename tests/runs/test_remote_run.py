@@ -204,18 +204,20 @@ def test_a_run_that_is_taken_over_stops_and_overwrites_nothing(config, url, tmp_
     others: list[Lease] = []
     saved = tiny_saver(monkeypatch)
 
-    def take_over(step: int) -> None:
+    def take_over(step: int, mirror: Any) -> None:
         if step == 4:
             other = Lease(FaultyStore(url), clock=Hand().clock)
             other.acquire(say=lambda text: None)
             others.append(other)
             others[0].store.write("theirs", b"")
+            mirror.notify()
+            mirror.thread.join()  # the save of step 6 waits for this one, so training does not get further
 
     saved.append(take_over)
     with pytest.raises(
         UserError, match=rf"{url} was taken over by process .*; what this process trained is in {tmp_path}"
     ):
-        start(url, on(tmp_path, config))
+        start(url, on(tmp_path, tiny.change(config, "train", steps=16)))
     assert max(complete(url), default=0) <= 4
     newest = others[0].newest()
     assert newest is not None
@@ -223,20 +225,21 @@ def test_a_run_that_is_taken_over_stops_and_overwrites_nothing(config, url, tmp_
     staging = RemoteRun(url, on(tmp_path, config).checkpoint).folder
     rows = (staging / "metrics.jsonl").read_text(encoding="utf-8")
     last = max(json.loads(line)["step"] for line in rows.splitlines())
+    assert last < 16
     assert checkpoints(staging)[-1].name == f"step-{last:08d}"  # what was trained is saved here
 
 
-def tiny_saver(monkeypatch) -> list[Callable[[int], None]]:
-    """Functions that are called with the step after each local save, before the copy is told of it."""
+def tiny_saver(monkeypatch) -> list[Callable[[int, Any], None]]:
+    """Functions that are called with the step after each local save, and the mirror before it is told of it."""
     from regpt.checkpoint.background import Saver
 
-    called: list[Callable[[int], None]] = []
+    called: list[Callable[[int, Any], None]] = []
     prune = Saver.prune
 
     def pruned(self: Any) -> None:
         prune(self)
         for function in called:
-            function(int(checkpoints(self.run)[-1].name[5:]))
+            function(int(checkpoints(self.run)[-1].name[5:]), self.saved.__self__)
 
     monkeypatch.setattr(Saver, "prune", pruned)
     return called
