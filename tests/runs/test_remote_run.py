@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from regpt.checkpoint.load import checkpoint_folder, checkpoints
 from regpt.checkpoint.store import Store
 from regpt.config import RunConfig
 from regpt.errors import UserError
+from regpt.runs import actions
 from regpt.runs.pretrain import pretrain, resume
 from regpt.runs.remote import RemoteRun, stored_config
 from remote_stores import PATIENT, FaultyStore, Hand, memory_bucket, s3_bucket
@@ -73,8 +75,6 @@ def complete(url: str) -> list[int]:
 
 def stop_after(step: int, monkeypatch) -> None:
     """The process gets SIGTERM after this step."""
-    from regpt.runs import actions
-
     log = actions.log
 
     def logged(job: Any, row: Any) -> None:
@@ -109,6 +109,54 @@ def test_a_stopped_run_goes_on_bitwise_on_another_machine(config, straight, url,
     assert final(url) == straight
     rows = [json.loads(line) for line in (Store(url).read("metrics.jsonl") or b"").splitlines()]
     assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_training_does_not_wait_for_the_network_and_the_newest_checkpoints_arrive(
+    config, straight, url, tmp_path, monkeypatch
+):
+    trained, puts, log = threading.Event(), [], actions.log
+    put = Store.put
+
+    def slow(self, name: str, path: Path) -> None:
+        if name.startswith("checkpoints/"):
+            puts.append(name)
+            assert trained.wait(60)  # the network takes longer than all steps together
+        put(self, name, path)
+
+    def logged(job: Any, row: Any) -> None:
+        log(job, row)
+        if row["step"] == 8:
+            trained.set()
+
+    monkeypatch.setattr(Store, "put", slow)
+    monkeypatch.setattr(actions, "log", logged)
+    assert start(url, on(tmp_path, config)) == 0
+    assert trained.is_set()
+    assert not puts[0].startswith("checkpoints/step-00000008")  # it began long before
+    assert complete(url) == [6, 8]
+    assert final(url) == straight
+    staging = RemoteRun(url, on(tmp_path, config).checkpoint).folder
+    assert [folder.name for folder in checkpoints(staging)] == ["step-00000006", "step-00000008"]
+
+
+def test_a_damaged_checkpoint_of_the_store_is_skipped_and_the_run_is_the_same(
+    config, straight, url, tmp_path, monkeypatch, capsys
+):
+    with monkeypatch.context() as patched:
+        stop_after(5, patched)
+        assert start(url, on(tmp_path / "one", config)) == 75
+    assert complete(url) == [4, 5]
+    store, name = Store(url), "checkpoints/step-00000005/optimizer.safetensors"
+    store.write(name, (store.read(name) or b"")[:-1] + b"\x55")
+    assert go_on(url, tmp_path / "two") == 0
+    assert f"warning: skipped {url}/checkpoints/step-00000005: " in capsys.readouterr().err
+    assert final(url) == straight
+    rows = [json.loads(line) for line in (store.read("metrics.jsonl") or b"").splitlines()]
+    (event,) = [row for row in rows if row.get("name") == "resume"]
+    assert event["step"] == 4
+    assert len(event["skipped"]) == 1
+    assert "optimizer.safetensors" in event["skipped"][0]
+    assert store.read(name) is not None  # never deleted: no other checkpoint took its name
 
 
 def test_the_machine_that_was_left_behind_fetches_what_others_have_trained(config, url, tmp_path, monkeypatch, capsys):

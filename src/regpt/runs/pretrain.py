@@ -151,6 +151,7 @@ def resume(
         event: Row = {"name": "resume", **made_with(mesh)}
         if checkpoints(run):
             checkpoint, skipped = choose_checkpoint(run, mesh)
+            skipped = [*(remote.skipped if remote else ()), *skipped]
             parts = open_parts(config, mesh)
             found = changes(checkpoint.state.config, parts.config.sections())
             refuse_changes(found, checkpoint.step, force)
@@ -210,6 +211,8 @@ def fit(machine: Machine, run: Path, start: Start, profile_steps: int = 0, mirro
     with stop_request(config.train.stop_seconds) as stop_requested:
         finished = train(machine, run, start, profile_steps, terminal, saver, lambda: stop_requested() or lost(mirror))
         bring_up_to_date(mirror, mesh, terminal.say)
+        if mirror is not None:
+            saver.prune()  # what had to stay while it was copied
     if not finished:
         mesh.wait()  # a launcher ends the others when the first has ended: not while they write
         step = machine.trainer.step

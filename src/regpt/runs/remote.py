@@ -18,6 +18,7 @@ from typing import TypedDict, TypeVar
 from regpt.checkpoint.config import CheckpointConfig
 from regpt.checkpoint.fetch import cache_folder, fetch_model, folder_name, restore, write_whole
 from regpt.checkpoint.lease import CLOCK, Claim, Clock, Lease
+from regpt.checkpoint.load import print_warning
 from regpt.checkpoint.mirror import Mirror
 from regpt.checkpoint.store import Store, is_address
 from regpt.config import RunConfig, validate
@@ -43,6 +44,7 @@ class RemoteRun:
 
     def __init__(self, url: str, config: CheckpointConfig, patience: Patience = PATIENCE, clock: Clock = CLOCK) -> None:
         self.config, self.clock = config, clock
+        self.skipped: list[str] = []  # what was wrong with checkpoints of the store that were not used
         self.store = Store(url, patience)
         self.url = self.store.url
         self.folder = staging_folder(url, config.staging)
@@ -86,9 +88,14 @@ class RemoteRun:
         self.note([lease.claim.token], whole=False)
         empty(self.folder)
         say(f"copying {self.url} to {self.folder}")
-        damaged = restore(self.store, self.folder)
+        damaged = restore(self.store, self.folder, self.skip)
         self.note([lease.claim.token], whole=True)
         return self.mirror(stack, lease, set(damaged))
+
+    def skip(self, message: str) -> None:
+        """Say that a checkpoint is damaged, and remember it."""
+        self.skipped.append(message)
+        print_warning(message)
 
     def lease(self) -> Lease:
         return Lease(self.store, self.config.lease_seconds, self.clock)
