@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from regpt.__main__ import main
+from regpt.checkpoint.files import read_json
 from regpt.checkpoint.generators import NUMPY, encode
 from regpt.checkpoint.load import checkpoint_folder, checkpoints, load_checkpoint, newest_checkpoint, verify_checkpoint
 from regpt.checkpoint.manifest import write_manifest
@@ -326,3 +327,8 @@ def test_a_state_that_cannot_be_is_refused(run, folder, capsys, kind):
     edit(folder, STATE, STATES[kind])
     shutil.rmtree(checkpoint_folder(run, 1))
     assert "checkpoint" in refused(capsys, "train", "--resume", run)
+
+
+def test_a_file_that_is_not_there_is_said_to_be_missing_not_to_be_no_json(tmp_path):
+    with pytest.raises(UserError, match=r"^cannot read '.*state\.json' \(No such file or directory\); restore"):
+        read_json(tmp_path / STATE)

@@ -130,3 +130,10 @@ def test_the_command_says_it_in_words_and_in_json(run: Path, capsys):
     assert out.count("  document ") == 2
     assert main(["replay", str(run), "--step", "5", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["step"] == 5
+
+
+def test_rows_that_are_no_rows_do_not_hide_the_others(run: Path, tmp_path: Path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    with (copy / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\xfe\x00 no text\n[1]\n{\n")
+    assert replay(copy, 5)["recorded"] == replay(run, 5)["recorded"] is not None

@@ -245,3 +245,19 @@ def test_a_run_that_changed_its_batch_goes_on_bitwise(cut, tmp_path):
 def test_nothing_is_a_change_where_nothing_is_known():
     assert changes({}, {"train": {"steps": 3}}) == {}
     assert changes({"train": {"steps": 3}}, {"train": {"steps": 3}, "new": {"key": 1}}) == {"new.key": [None, 1]}
+
+
+def test_a_checkpoint_in_the_place_of_a_run_says_both_ways_on(cut):
+    folder = checkpoint_folder(cut, 4)
+    with pytest.raises(
+        UserError, match=rf"lies in one; go on with: regpt train --resume {cut}, .*--fork-from {folder} "
+    ):
+        read_run_config(folder)
+
+
+def test_a_run_that_has_lost_its_configuration_can_be_forked(cut, tmp_path):
+    (cut / "config.toml").unlink()
+    folder = checkpoint_folder(cut, 4)
+    with pytest.raises(UserError, match=rf"lost its config\.toml; restore it, or .*--fork-from {folder} "):
+        read_run_config(cut)
+    assert main(["--fork-from", str(folder), "--out", str(tmp_path / "fork")]) == 0

@@ -122,8 +122,9 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, or something else in it.
     """
+    text = read_small(path)
     try:
-        content = json.loads(read_small(path).decode())
+        content = json.loads(text.decode())
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a pit of brackets
         raise UserError(f"{str(path)!r} is not JSON ({error}); restore the file or choose another model") from None
     if not isinstance(content, dict):

@@ -13,6 +13,7 @@ import torch
 
 import regpt
 from regpt.checkpoint.files import flush_folder, write_json, write_text
+from regpt.checkpoint.load import checkpoints
 from regpt.config import RunConfig, read_config
 from regpt.data.lock import locked
 from regpt.errors import UserError
@@ -96,7 +97,17 @@ def read_run_config(run: Path) -> RunConfig:
     """
     path = run / CONFIG
     if not path.is_file():
-        what = "holds no run (no config.toml)" if run.is_dir() else "does not exist"
+        if is_run(run.parent.parent):
+            raise UserError(
+                f"{str(run)!r} is no run but lies in one; go on with: regpt train --resume {run.parent.parent}, or "
+                f"start a new run from a checkpoint with: regpt train --fork-from {run} --out RUN2"
+            )
+        if folders := checkpoints(run):
+            raise UserError(
+                f"run folder {str(run)!r} has lost its {CONFIG}; restore it, or start a new run from its newest "
+                f"checkpoint with: regpt train --fork-from {folders[-1]} --out RUN2"
+            )
+        what = f"holds no run (no {CONFIG})" if run.is_dir() else "does not exist"
         raise UserError(f"run folder {str(run)!r} {what}; start one with: regpt train RECIPE --data DIR --out {run}")
     return read_config(str(path))
 

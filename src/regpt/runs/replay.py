@@ -105,11 +105,13 @@ def recorded(run: Path, step: int) -> dict[str, Any] | None:
     """What metrics.jsonl says of the step, the last time that it was made or refused."""
     found = None
     path = run / "metrics.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
         except ValueError:
             continue  # torn by a crash
+        if not isinstance(row, dict):
+            continue
         made = row.get("kind") == "train" and row.get("step") == step
         if made or (row.get("name") == "non_finite" and row.get("at_step") == step):
             found = {key: row.get(key) for key in ("loss", "grad_norm", "lr")}
