@@ -99,11 +99,17 @@ class Evaluations:
             self.say(said)
 
     def averaged(self, suite: Suite) -> list[Result]:
-        """The same items of each task, judged with the average of the weights; none where it is not asked for."""
+        """The same items of each task, judged with the average of the weights; none where it is not asked for, or before
+        a stop."""
+        results: list[Result] = []
         if self.average is None:
-            return []
+            return results
         with self.average.applied():
-            return [evaluate(task, self.scorer, max_items=self.counts[task.name]) for task in suite.tasks]
+            for task in suite.tasks:
+                if self.mesh.any(self.stop_requested()):
+                    return []
+                results.append(evaluate(task, self.scorer, max_items=self.counts[task.name]))
+        return results
 
     def keep_items(self, results: Sequence[Result], averaged: Sequence[Result], step: int) -> None:
         """What each item gave, both ways in one line."""
