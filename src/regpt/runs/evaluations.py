@@ -99,7 +99,7 @@ class Evaluations:
             self.say(said)
 
     def averaged(self, suite: Suite) -> list[Result]:
-        """The same items of each task, judged with the average of the weights; none where it is not asked for, or before
+        """The same items of each task, judged with the average of the weights; none where it is not wanted, or before
         a stop."""
         results: list[Result] = []
         if self.average is None:
