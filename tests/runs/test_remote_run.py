@@ -183,6 +183,20 @@ def test_the_same_machine_goes_on_from_its_own_folder(config, url, tmp_path, mon
     assert got == []
 
 
+@pytest.mark.parametrize("content", [None, b"", b"[]", b'{"claims": 1}'])
+def test_a_staging_folder_without_its_note_is_kept_beside(config, straight, url, tmp_path, monkeypatch, content):
+    with monkeypatch.context() as patched:
+        stop_after(3, patched)
+        assert start(url, on(tmp_path, config)) == 75
+    staging = RemoteRun(url, on(tmp_path, config).checkpoint).folder
+    (staging / ".remote.json").unlink()
+    if content is not None:
+        (staging / ".remote.json").write_bytes(content)
+    assert go_on(url, tmp_path) == 0
+    assert [folder.name for folder in checkpoints(Path(f"{staging}.old-1"))] == ["step-00000002", "step-00000003"]
+    assert final(url) == straight
+
+
 def test_an_unfinished_download_is_begun_again(config, straight, url, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         stop_after(3, patched)

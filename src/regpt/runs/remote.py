@@ -172,12 +172,12 @@ def holds_all(folder: Path, known: Note, newest: Claim | None) -> bool:
 
 
 def read_note(folder: Path) -> Note:
-    """What is noted in a staging folder; nothing, where there is none or it cannot be read."""
+    """What is noted in a staging folder; where nothing can be read, what is in the folder may be all that there is."""
     try:
         content = json.loads((folder / NOTE).read_text(encoding="utf-8"))
         return {"claims": [str(token) for token in content["claims"]], "whole": bool(content["whole"])}
     except (OSError, ValueError, KeyError, TypeError):
-        return {"claims": [], "whole": False}
+        return {"claims": [], "whole": True}
 
 
 def set_aside(folder: Path) -> Path:
