@@ -1,5 +1,6 @@
 """A run folder copied to a store: in which order, what an interruption leaves, what is deleted when."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -121,6 +122,29 @@ def test_what_is_there_is_not_copied_again_and_what_has_gone_is_deleted(run, sav
     again.copy_all()
     assert not [name for _, name in journal(again) if name.startswith("checkpoints/")]
     assert ".lock" not in m.store.files()
+
+
+def test_folders_that_come_and_go_meanwhile_are_no_trouble(run, saved, url, monkeypatch):
+    add(run, saved, 1)
+    (run / "evals").mkdir()
+    (run / "evals" / "a.jsonl").write_text("{}\n", encoding="utf-8")
+    scan, gone = os.scandir, []
+
+    def racing(path):
+        if Path(path) == run / "evals":
+            gone.append(path)
+            raise FileNotFoundError(path)
+        assert "checkpoints/." not in Path(path).as_posix()  # half-written checkpoints are none of its business
+        return scan(path)
+
+    (run / "checkpoints" / ".step-00000002.tmp-1").mkdir()
+    monkeypatch.setattr(os, "scandir", racing)
+    m = mirror(run, url)
+    m.store.before = lambda kind, name: (run / "env.json").unlink(missing_ok=True)  # type: ignore[attr-defined]
+    m.copy_all()
+    assert gone
+    assert not {"evals/a.jsonl", "env.json"} & set(m.store.files())
+    assert steps(url) == ["step-00000001"]
 
 
 def kill_at(n: int):

@@ -5,6 +5,7 @@ as long as the run goes on; the last copy, at the end, is given up after a numbe
 written the lease decides (`checkpoint.lease`), before every single file.
 """
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -189,10 +190,13 @@ class Mirror:
 
     def files(self) -> Iterator[tuple[str, Path]]:
         """The files beside checkpoints that are no one's own, by their names; config.toml last."""
-        paths = [path for path in sorted(self.run.rglob("*")) if path.is_file() and not path.is_symlink()]
-        named = [(path.relative_to(self.run).as_posix(), path) for path in paths]
-        chosen = [(name, path) for name, path in named if is_safe(name) and not name.startswith(f"{CHECKPOINTS}/")]
-        yield from sorted(chosen, key=lambda pair: pair[0] == CONFIG)
+        paths: list[Path] = []
+        for folder, folders, names in os.walk(self.run):  # which passes over folders that are just being deleted
+            if Path(folder) == self.run:
+                folders[:] = [name for name in folders if name != CHECKPOINTS]
+            paths += [path for path in (Path(folder, name) for name in names) if not path.is_symlink()]
+        named = [(path.relative_to(self.run).as_posix(), path) for path in sorted(paths)]
+        yield from sorted((pair for pair in named if is_safe(pair[0])), key=lambda pair: pair[0] == CONFIG)
 
     def changed_files(self) -> Iterator[tuple[str, Path]]:
         for name, path in self.files():
