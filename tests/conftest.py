@@ -1,5 +1,7 @@
 """Makes `tiny` importable from every folder of tests."""
 
+import shutil
+
 import pytest
 from hypothesis import settings
 
@@ -22,3 +24,32 @@ def shards(tmp_path_factory):
     import tiny
 
     return tiny.write_shards(tmp_path_factory.mktemp("language") / "data")
+
+
+@pytest.fixture(scope="session")
+def config(shards):
+    """The configuration of `tiny.run_config`: eight steps, a checkpoint every second one."""
+    import tiny
+
+    return tiny.run_config(shards)
+
+
+@pytest.fixture(scope="session")
+def straight(config, tmp_path_factory):
+    """The run of eight steps in one piece; read only."""
+    from regpt.runs.pretrain import pretrain
+
+    run = tmp_path_factory.mktemp("straight") / "run"
+    assert pretrain(config, run) == 0
+    return run
+
+
+@pytest.fixture
+def cut(straight, tmp_path):
+    """Its copy that ended after the checkpoint of step 4."""
+    from regpt.checkpoint.load import checkpoint_folder
+
+    run = shutil.copytree(straight, tmp_path / "run")
+    for later in (6, 8):
+        shutil.rmtree(checkpoint_folder(run, later))
+    return run

@@ -18,6 +18,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from torch.multiprocessing.spawn import start_processes
 
 from regpt.checkpoint.config import CheckpointConfig
+from regpt.checkpoint.load import checkpoints
 from regpt.checkpoint.save import Contents, save_checkpoint
 from regpt.checkpoint.state import DataPosition, RunState
 from regpt.config import RunConfig
@@ -155,6 +156,17 @@ def run_config(data: Path) -> RunConfig:
 def change(config: RunConfig, section: str, **values: Any) -> RunConfig:
     """`config` with other values in one section."""
     return replace(config, **{section: replace(getattr(config, section), **values)})
+
+
+def rows_of(run: Path, kind: str) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl of that kind, in order."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row for row in rows if row["kind"] == kind]
+
+
+def final_files(run: Path) -> dict[str, bytes]:
+    """The tensor files of the last checkpoint: weights, moments, and the average where there is one."""
+    return {path.name: path.read_bytes() for path in sorted(checkpoints(run)[-1].glob("*.safetensors"))}
 
 
 def save_model(folder: Path, model: Transformer, tokenizer: Tokenizer, step: int = 3) -> Path:

@@ -42,15 +42,10 @@ def with_tasks(shards: Path, questions: Path, **values: object) -> RunConfig:
     return tiny.change(tiny.run_config(shards), "eval", tasks=f"hellaswag:{questions}", **values)
 
 
-def rows(run: Path, kind: str) -> list[dict]:
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
-
-
 def test_tasks_are_evaluated_with_validation_and_give_what_regpt_eval_gives(shards, questions, tmp_path, capsys):
     run = tmp_path / "run"
     assert pretrain(with_tasks(shards, questions), run) == 0
-    found = rows(run, "eval")
+    found = tiny.rows_of(run, "eval")
     assert [(row["step"], row["metric"]) for row in found] == [
         (s, m) for s in (0, 3, 6, 8) for m in ("acc", "acc_norm")
     ]
@@ -72,10 +67,10 @@ def test_tasks_are_judged_with_the_average_of_the_weights_too_where_asked(shards
     config = tiny.change(with_tasks(shards, questions), "train", ema_decay=0.9)
     assert pretrain(tiny.change(config, "eval", ema=True), run) == 0
     assert pretrain(config, plain) == 0
-    found = {(row["step"], row["metric"]): row["value"] for row in rows(run, "eval")}
+    found = {(row["step"], row["metric"]): row["value"] for row in tiny.rows_of(run, "eval")}
     assert found.keys() == {(s, m + e) for s in (0, 3, 6, 8) for m in ("acc", "acc_norm") for e in ("", "_ema")}
     assert {key: value for key, value in found.items() if not key[1].endswith("_ema")} == {
-        (row["step"], row["metric"]): row["value"] for row in rows(plain, "eval")
+        (row["step"], row["metric"]): row["value"] for row in tiny.rows_of(plain, "eval")
     }
     assert everything(run).keys() == everything(plain).keys()
     assert all(tensor.equal(everything(plain)[name]) for name, tensor in everything(run).items())
@@ -96,14 +91,14 @@ def test_items_longer_than_the_model_are_told_once_and_kept(shards, tmp_path, ca
     path.write_text("".join(json.dumps(row) + "\n" for row in rows_), encoding="utf-8")
     assert pretrain(tiny.change(tiny.run_config(shards), "eval", tasks=f"mc:{path}"), tmp_path / "run") == 0
     assert capsys.readouterr().out.count("are longer than the model's 16 tokens") == 1
-    assert {row["cut"] for row in rows(tmp_path / "run", "eval")} == {1}
+    assert {row["cut"] for row in tiny.rows_of(tmp_path / "run", "eval")} == {1}
 
 
 def test_a_stop_does_not_wait_for_the_tasks_that_are_left(shards, questions, tmp_path, capsys, monkeypatch):
     original = evaluations.evaluate
 
     def interrupted(task, scorer, **limits):
-        if len(rows(tmp_path / "run", "train")) == 3:
+        if len(tiny.rows_of(tmp_path / "run", "train")) == 3:
             signal.raise_signal(signal.SIGTERM)  # while the first task is judged
         return original(task, scorer, **limits)
 
@@ -111,7 +106,7 @@ def test_a_stop_does_not_wait_for_the_tasks_that_are_left(shards, questions, tmp
     names = f"hellaswag:{questions},mc:{questions}"
     assert pretrain(tiny.change(tiny.run_config(shards), "eval", tasks=names), tmp_path / "run") == 75
     assert "asked to stop: the evaluation after step 3 ends before mc:" in capsys.readouterr().out
-    assert [(row["step"], row["task"]) for row in rows(tmp_path / "run", "eval")][-2:] == [(3, "hellaswag")] * 2
+    assert [(row["step"], row["task"]) for row in tiny.rows_of(tmp_path / "run", "eval")][-2:] == [(3, "hellaswag")] * 2
     assert checkpoint_folder(tmp_path / "run", 4).is_dir()
 
 
@@ -135,11 +130,11 @@ def test_training_is_bitwise_the_same_with_evaluation_on_and_off(shards, questio
         torch.manual_seed(1)
         assert pretrain(config, tmp_path / name) == 0
         states.append(torch.get_rng_state())
-    assert len(rows(tmp_path / "on", "eval")) == 9 * 2
+    assert len(tiny.rows_of(tmp_path / "on", "eval")) == 9 * 2
     on, off = (everything(tmp_path / name) for name in ("on", "off"))
     assert on.keys() == off.keys()
     assert all(on[name].equal(off[name]) for name in on)
-    losses = [[row["loss"] for row in rows(tmp_path / name, "train")] for name in ("on", "off")]
+    losses = [[row["loss"] for row in tiny.rows_of(tmp_path / name, "train")] for name in ("on", "off")]
     assert losses[0] == losses[1]
     assert states[0].equal(states[1])
 
@@ -148,7 +143,7 @@ def test_several_processes_evaluate_together(shards, questions, tmp_path):
     config = with_tasks(shards, questions)
     assert pretrain(config, tmp_path / "one") == 0
     assert tiny.in_processes(2, pretrain, config, tmp_path / "two") == [0, 0]
-    one, two = (rows(tmp_path / name, "eval") for name in ("one", "two"))
+    one, two = (tiny.rows_of(tmp_path / name, "eval") for name in ("one", "two"))
     assert one[0]["value"] == two[0]["value"]  # at initialisation; later the weights differ by rounding
     assert len(one) == len(two)
 
@@ -170,7 +165,7 @@ def test_the_first_evaluation_chooses_the_part_and_a_resumed_run_keeps_it(shards
     asked.clear()
     assert resume(run) == 0
     assert set(asked) == {(270, 0.0)}
-    assert {row["n"] for row in rows(run, "eval")} == {270}
+    assert {row["n"] for row in tiny.rows_of(run, "eval")} == {270}
 
 
 def test_every_name_has_the_same_share_of_the_time_however_many_tasks_are_behind_it(shards, tmp_path, monkeypatch):
@@ -193,7 +188,7 @@ def test_every_name_has_the_same_share_of_the_time_however_many_tasks_are_behind
 
 def test_a_limit_of_items_takes_a_part(shards, questions, tmp_path):
     assert pretrain(with_tasks(shards, questions, max_items=40), tmp_path / "run") == 0
-    assert {row["n"] for row in rows(tmp_path / "run", "eval")} == {40}
+    assert {row["n"] for row in tiny.rows_of(tmp_path / "run", "eval")} == {40}
 
 
 @pytest.mark.parametrize(

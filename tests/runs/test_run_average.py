@@ -30,19 +30,8 @@ def straight(config, tmp_path_factory) -> Path:
     return run
 
 
-def rows_of(run: Path, kind: str) -> list[dict]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if row["kind"] == kind]
-
-
-def final_files(run: Path) -> dict[str, bytes]:
-    folder = checkpoint_folder(run, 8)
-    names = ("model.safetensors", "optimizer.safetensors", "ema.safetensors")
-    return {name: (folder / name).read_bytes() for name in names}
-
-
 def test_validation_rows_carry_the_loss_of_the_average(straight):
-    rows = rows_of(straight, "val")
+    rows = tiny.rows_of(straight, "val")
     assert rows[0]["loss_ema"] == rows[0]["loss"]
     assert all(0 < row["bpb_ema"] < row["loss_ema"] for row in rows)
     assert rows[-1]["loss_ema"] != rows[-1]["loss"]
@@ -54,7 +43,7 @@ def test_the_rest_of_the_run_is_what_it_is_without(straight, config, tmp_path):
         ours, theirs = ((checkpoint_folder(run, 8) / name).read_bytes() for run in (straight, tmp_path / "run"))
         assert ours == theirs
     assert not (checkpoint_folder(tmp_path / "run", 8) / "ema.safetensors").exists()
-    assert "loss_ema" not in rows_of(tmp_path / "run", "val")[0]
+    assert "loss_ema" not in tiny.rows_of(tmp_path / "run", "val")[0]
 
 
 @pytest.mark.parametrize("step", [2, 6])
@@ -65,8 +54,8 @@ def test_resume_continues_the_average_bitwise(straight, tmp_path, step):
         shutil.rmtree(checkpoint_folder(run, later))
     assert load_checkpoint(checkpoint_folder(run, step)).state.average_updates == step
     assert resume(run) == 0
-    assert final_files(run) == final_files(straight)
-    assert rows_of(run, "val")[-1]["loss_ema"] == rows_of(straight, "val")[-1]["loss_ema"]
+    assert tiny.final_files(run) == tiny.final_files(straight)
+    assert tiny.rows_of(run, "val")[-1]["loss_ema"] == tiny.rows_of(straight, "val")[-1]["loss_ema"]
 
 
 def test_a_fork_may_begin_an_average(config, tmp_path):
@@ -92,7 +81,7 @@ def test_the_average_is_opened_on_demand(straight):
 def test_commands_read_it_and_agree_with_the_run(straight, tmp_path, capsys):
     assert main(["eval", str(straight), "--ema", "--val-tokens", "48", "--json", "-"]) == 0
     found = json.loads(capsys.readouterr().out)["tasks"]["val"]["loss"]
-    assert found == pytest.approx(rows_of(straight, "val")[-1]["loss_ema"], rel=1e-6)
+    assert found == pytest.approx(tiny.rows_of(straight, "val")[-1]["loss_ema"], rel=1e-6)
     assert main(["sample", str(straight), "--ema", "--prompt", "ba", "-n", "1", "--max-new-tokens", "2"]) == 0
     assert main(["export", str(straight), "--ema", "--out", str(tmp_path / "hf")]) == 0
     exported, stored = (

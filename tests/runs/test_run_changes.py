@@ -9,52 +9,18 @@ import pytest
 import tiny
 from regpt.checkpoint.load import checkpoint_folder, checkpoints, load_checkpoint
 from regpt.cli.train import main
-from regpt.config import RunConfig
 from regpt.errors import UsageError, UserError
 from regpt.runs.changes import changes, first_row
 from regpt.runs.folder import read_run_config
 from regpt.runs.pretrain import fork, pretrain, resume
 
 
-@pytest.fixture(scope="module")
-def config(shards) -> RunConfig:
-    return tiny.run_config(shards)
-
-
-@pytest.fixture(scope="module")
-def straight(config, tmp_path_factory) -> Path:
-    """The run of eight steps; read only."""
-    run = tmp_path_factory.mktemp("straight") / "run"
-    assert pretrain(config, run) == 0
-    return run
-
-
-@pytest.fixture
-def cut(straight, tmp_path) -> Path:
-    """Its copy that ended after the checkpoint of step 4."""
-    run = tmp_path / "run"
-    shutil.copytree(straight, run)
-    for later in (6, 8):
-        shutil.rmtree(checkpoint_folder(run, later))
-    return run
-
-
-def rows_of(run: Path, kind: str) -> list[dict]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if row["kind"] == kind]
-
-
 def losses(run: Path) -> dict[int, float]:
-    return {row["step"]: row["loss"] for row in rows_of(run, "train")}
+    return {row["step"]: row["loss"] for row in tiny.rows_of(run, "train")}
 
 
 def event(run: Path, name: str) -> dict:
-    return [row for row in rows_of(run, "event") if row["name"] == name][-1]
-
-
-def final_files(run: Path) -> dict[str, bytes]:
-    folder = checkpoints(run)[-1]
-    return {name: (folder / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")}
+    return [row for row in tiny.rows_of(run, "event") if row["name"] == name][-1]
 
 
 def test_a_run_is_extended_by_a_flag_and_remembers_it(config, straight, tmp_path, capsys):
@@ -76,7 +42,7 @@ def test_an_extended_run_of_constant_rate_is_the_longer_run(config, tmp_path):
     assert pretrain(longer, tmp_path / "longer") == 0
     assert pretrain(config, tmp_path / "run") == 0
     assert resume(tmp_path / "run", tiny.change(read_run_config(tmp_path / "run"), "train", steps=12)) == 0
-    assert final_files(tmp_path / "run") == final_files(tmp_path / "longer")
+    assert tiny.final_files(tmp_path / "run") == tiny.final_files(tmp_path / "longer")
 
 
 def test_what_changes_no_update_is_free(cut, straight, tmp_path, shards):
@@ -115,8 +81,8 @@ def test_an_edited_config_toml_is_noticed_too(cut):
 def test_force_goes_on_with_another_rate_and_says_so(cut, straight):
     assert main(["--resume", str(cut), "--force", "--optim.lr", "0.02"]) == 0
     assert event(cut, "resume")["changed"] == {"optim.lr": [0.01, 0.02]}
-    lr = {row["step"]: row["lr"] for row in rows_of(cut, "train")}
-    expected = {row["step"]: row["lr"] for row in rows_of(straight, "train")}
+    lr = {row["step"]: row["lr"] for row in tiny.rows_of(cut, "train")}
+    expected = {row["step"]: row["lr"] for row in tiny.rows_of(straight, "train")}
     assert lr[8] == pytest.approx(2 * expected[8])
     assert losses(cut)[5] == losses(straight)[5]  # before the first update of the new rate
     assert losses(cut)[7] != losses(straight)[7]
@@ -141,7 +107,7 @@ def test_a_fork_without_changes_is_the_same_run(straight, tmp_path):
     run, source = tmp_path / "fork", checkpoint_folder(straight, 4)
     before = {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()}
     assert main(["--fork-from", str(source), "--out", str(run)]) == 0
-    assert final_files(run) == final_files(straight)
+    assert tiny.final_files(run) == tiny.final_files(straight)
     assert min(losses(run)) == 5
     assert {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()} == before
     assert load_checkpoint(checkpoint_folder(run, 4)).step == 4  # self-contained from its first moment
@@ -163,7 +129,7 @@ def test_a_fork_takes_other_settings_and_records_its_parent(straight, tmp_path):
         "optim.decay_steps": [None, 3],
     }
     assert event(run, "fork")["parent"] == parent
-    assert [row["lr"] for row in rows_of(run, "train")][:3] == [0.01, 0.01, 0.01]
+    assert [row["lr"] for row in tiny.rows_of(run, "train")][:3] == [0.01, 0.01, 0.01]
     assert losses(run)[5] == losses(straight)[5]
     assert min(losses(run)) == 5
     assert max(losses(run)) == 10
@@ -176,7 +142,7 @@ def test_a_fork_that_is_killed_at_once_begins_again(straight, config, tmp_path, 
     monkeypatch.undo()
     assert checkpoints(run) == []
     assert resume(run) == 0
-    assert final_files(run) == final_files(straight)
+    assert tiny.final_files(run) == tiny.final_files(straight)
 
 
 def test_a_run_that_is_killed_before_its_first_checkpoint_begins_again(straight, config, tmp_path, monkeypatch):
@@ -185,9 +151,9 @@ def test_a_run_that_is_killed_before_its_first_checkpoint_begins_again(straight,
     assert pretrain(config, tmp_path / "second", init_from=str(straight)) == 0
     monkeypatch.undo()
     assert resume(tmp_path / "run") == 0
-    assert final_files(tmp_path / "run") == final_files(straight)
+    assert tiny.final_files(tmp_path / "run") == tiny.final_files(straight)
     assert resume(tmp_path / "second") == 0
-    assert rows_of(tmp_path / "second", "val")[0]["loss"] == rows_of(straight, "val")[-1]["loss"]
+    assert tiny.rows_of(tmp_path / "second", "val")[0]["loss"] == tiny.rows_of(straight, "val")[-1]["loss"]
 
 
 @pytest.mark.parametrize(
@@ -239,7 +205,7 @@ def test_a_run_that_changed_its_batch_goes_on_bitwise(cut, tmp_path):
     for later in (8, 10):
         shutil.rmtree(checkpoint_folder(again, later))
     assert resume(again) == 0
-    assert final_files(again) == final_files(cut)
+    assert tiny.final_files(again) == tiny.final_files(cut)
 
 
 def test_nothing_is_a_change_where_nothing_is_known():

@@ -32,11 +32,6 @@ def mixed_config(two_folders: dict[str, float]):
     return tiny.change(tiny.run_config(Path()), "data", path="", mixture=two_folders)
 
 
-def rows_of(run: Path, kind: str) -> list[dict]:
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
-
-
 def test_a_mixture_is_read_in_its_shares(two_folders):
     config = mixed_config(two_folders)
     corpus = open_corpus(config)
@@ -53,14 +48,14 @@ def test_a_run_on_a_mixture_ends_with_its_epochs_and_can_be_repeated_and_resumed
     run, again = tmp_path / "run", tmp_path / "again"
     config = mixed_config(two_folders)
     assert pretrain(config, run) == 0
-    (event,) = [row for row in rows_of(run, "event") if row["name"] == "epochs"]
+    (event,) = [row for row in tiny.rows_of(run, "event") if row["name"] == "epochs"]
     assert list(event["epochs"]) == [str(Path(path).resolve()) for path in two_folders]
     assert json.loads((run / "env.json").read_text())["data"]["path"].count(" + ") == 1
     shutil.copytree(run, again)
     for step in (6, 8):
         shutil.rmtree(again / "checkpoints" / f"step-{step:08d}")
     assert resume(again) == 0
-    straight, resumed = ({row["step"]: row["loss"] for row in rows_of(r, "train")} for r in (run, again))
+    straight, resumed = ({row["step"]: row["loss"] for row in tiny.rows_of(r, "train")} for r in (run, again))
     assert resumed == pytest.approx(straight, rel=1e-6)
 
 
@@ -93,7 +88,7 @@ def test_folders_without_validation_take_no_part_in_it(two_folders):
 def test_every_order_trains_with_and_without_document_mask(shards, tmp_path, order, mask):
     config = tiny.change(tiny.run_config(shards), "data", order=order, document_mask=mask)
     assert pretrain(config, tmp_path / "run") == 0
-    assert len(rows_of(tmp_path / "run", "train")) == 8
+    assert len(tiny.rows_of(tmp_path / "run", "train")) == 8
 
 
 def test_validation_is_masked_like_training_and_ends_where_it_should(shards):

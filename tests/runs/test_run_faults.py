@@ -13,40 +13,11 @@ from pathlib import Path
 import pytest
 
 import tiny
-from regpt.checkpoint.load import checkpoint_folder, checkpoints, load_checkpoint
-from regpt.config import RunConfig
+from regpt.checkpoint.load import checkpoints, load_checkpoint
 from regpt.errors import UserError
 from regpt.runs.folder import LOCK, owned
 from regpt.runs.pretrain import pretrain, resume
 from regpt.runs.terminal import Terminal
-
-
-@pytest.fixture(scope="module")
-def config(shards) -> RunConfig:
-    return tiny.run_config(shards)
-
-
-@pytest.fixture(scope="module")
-def straight(config, tmp_path_factory) -> Path:
-    """The run without a fault; read only."""
-    run = tmp_path_factory.mktemp("straight") / "run"
-    assert pretrain(config, run) == 0
-    return run
-
-
-@pytest.fixture
-def cut(straight, tmp_path) -> Path:
-    """Its copy that ended after the checkpoint of step 4."""
-    run = tmp_path / "run"
-    shutil.copytree(straight, run)
-    for later in (6, 8):
-        shutil.rmtree(checkpoint_folder(run, later))
-    return run
-
-
-def final_files(run: Path) -> dict[str, bytes]:
-    folder = checkpoint_folder(run, 8)
-    return {name: (folder / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")}
 
 
 def contents(run: Path) -> dict[Path, bytes]:
@@ -91,7 +62,7 @@ def test_the_lock_ends_with_a_process_that_is_killed(cut, straight):
             resume(cut)
         holder.kill()
     assert resume(cut) == 0
-    assert final_files(cut) == final_files(straight)
+    assert tiny.final_files(cut) == tiny.final_files(straight)
 
 
 # ---- the file system -------------------------------------------------------------------------------------------------
@@ -117,7 +88,7 @@ def test_a_disk_that_takes_no_more_bytes_is_one_sentence_and_nothing_is_lost(cut
     assert [load_checkpoint(folder).step for folder in checkpoints(cut)] == [2, 4]
     assert not list((cut / "checkpoints").glob(".*"))
     assert resume(cut) == 0
-    assert final_files(cut) == final_files(straight)
+    assert tiny.final_files(cut) == tiny.final_files(straight)
 
 
 def forbid_writing(monkeypatch, folder: Path) -> None:
@@ -175,7 +146,7 @@ def test_shards_deleted_under_a_run_stay_readable_to_it(config, straight, shards
     monkeypatch.setattr(Terminal, "row", vanish)
     assert pretrain(tiny.change(config, "data", path=str(data)), run) == 0
     assert not data.exists()
-    assert final_files(run) == final_files(straight)
+    assert tiny.final_files(run) == tiny.final_files(straight)
 
 
 # ---- the clock -------------------------------------------------------------------------------------------------------
@@ -192,7 +163,7 @@ def test_a_clock_that_jumps_changes_only_what_the_time_is_called(config, straigh
     monkeypatch.setattr(time, "time", jumping)
     assert pretrain(config, tmp_path / "run") == 0
     monkeypatch.undo()
-    assert final_files(tmp_path / "run") == final_files(straight)
+    assert tiny.final_files(tmp_path / "run") == tiny.final_files(straight)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert max(row["time"] for row in rows) - min(row["time"] for row in rows) > 3e9  # it did jump
     durations = [row[key] for row in rows for key in ("dt_ms", "stall_ms", "write_ms") if key in row]

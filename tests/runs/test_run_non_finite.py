@@ -1,6 +1,5 @@
 """A loss that is not finite, or jumps up, in the middle of a run: what is written, and what the run does next."""
 
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -50,20 +49,15 @@ def spoiled(config, monkeypatch) -> Callable[..., None]:
     return spoil
 
 
-def rows(run: Path, kind: str) -> list[dict]:
-    found = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return [row for row in found if row["kind"] == kind]
-
-
 def events(run: Path, name: str) -> list[dict]:
-    return [row for row in rows(run, "event") if row["name"] == name]
+    return [row for row in tiny.rows_of(run, "event") if row["name"] == name]
 
 
 def test_stop_names_the_step_and_the_documents_and_applies_nothing(config, spoiled, tmp_path: Path):
     spoiled(bad_row(config))
     with pytest.raises(UserError, match=r"^step 5: the loss is nan .* \(rank 0\), so the update was not applied"):
         pretrain(tiny.change(config, "train", on_non_finite="stop"), tmp_path / "run")
-    assert [row["step"] for row in rows(tmp_path / "run", "train")] == [1, 2, 3, 4]
+    assert [row["step"] for row in tiny.rows_of(tmp_path / "run", "train")] == [1, 2, 3, 4]
     (event,) = events(tmp_path / "run", "non_finite")
     assert (event["step"], event["at_step"], event["loss"], event["policy"]) == (4, 5, "nan", "stop")
     assert event["lr"] > 0
@@ -98,7 +92,7 @@ def test_the_documents_of_the_event_are_those_of_the_batch(config, spoiled, shar
 def test_skip_makes_the_update_with_the_next_batch(config, spoiled, tmp_path: Path):
     spoiled(bad_row(config))
     assert pretrain(config, tmp_path / "run") == 0
-    assert [row["step"] for row in rows(tmp_path / "run", "train")] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [row["step"] for row in tiny.rows_of(tmp_path / "run", "train")] == [1, 2, 3, 4, 5, 6, 7, 8]
     state = load_checkpoint(checkpoint_folder(tmp_path / "run", 8)).state
     assert state.data.next_row == 4 * (8 + 1)
 
@@ -125,7 +119,7 @@ def test_rewind_goes_back_to_the_last_checkpoint_and_on_after_the_bad_batch(conf
     spoiled(bad_row(config, step=5))  # update 6; the last checkpoint is of step 4
     run = tmp_path / "run"
     assert pretrain(tiny.change(config, "train", on_non_finite="rewind"), run) == 0
-    assert [row["step"] for row in rows(run, "train")] == [1, 2, 3, 4, 5, 5, 6, 7, 8]
+    assert [row["step"] for row in tiny.rows_of(run, "train")] == [1, 2, 3, 4, 5, 5, 6, 7, 8]
     (event,) = events(run, "rewind")
     assert (event["checkpoint"], event["updates"], event["batches_left_out"]) == ("step-00000004", 1, 2)
     assert load_checkpoint(checkpoint_folder(run, 8)).state.data.next_row == 4 * (8 + 2)
@@ -168,7 +162,7 @@ def test_rewind_heals_weights_that_a_fault_has_spoiled(config, monkeypatch, tmp_
     assert pretrain(tiny.change(config, "train", on_non_finite="rewind"), run) == 0
     (event,) = events(run, "non_finite")
     assert event["weights"] == "wpe.weight"
-    assert rows(run, "train")[-1]["step"] == 8
+    assert tiny.rows_of(run, "train")[-1]["step"] == 8
     load_checkpoint(checkpoint_folder(run, 8))  # its numbers are finite
 
 

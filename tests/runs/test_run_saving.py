@@ -12,33 +12,9 @@ import torch
 import regpt.checkpoint.tensors
 import tiny
 from regpt.checkpoint.load import checkpoint_folder, checkpoints, load_checkpoint
-from regpt.config import RunConfig
 from regpt.errors import UserError
 from regpt.runs.pretrain import pretrain, resume
 from regpt.runs.stop import EXIT_SAVED
-
-
-@pytest.fixture(scope="module")
-def config(shards) -> RunConfig:
-    return tiny.run_config(shards)
-
-
-@pytest.fixture(scope="module")
-def straight(config, tmp_path_factory) -> Path:
-    """The run without a fault; read only."""
-    run = tmp_path_factory.mktemp("straight") / "run"
-    assert pretrain(config, run) == 0
-    return run
-
-
-def final_files(run: Path) -> dict[str, bytes]:
-    folder = checkpoint_folder(run, 8)
-    return {name: (folder / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")}
-
-
-def rows_of(run: Path, kind: str) -> list[dict]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if row["kind"] == kind]
 
 
 def steps(run: Path) -> list[int]:
@@ -46,7 +22,7 @@ def steps(run: Path) -> list[int]:
 
 
 def test_every_checkpoint_has_a_row_that_says_how_long_training_waited(straight):
-    rows = [row for row in rows_of(straight, "event") if row["name"] == "checkpoint"]
+    rows = [row for row in tiny.rows_of(straight, "event") if row["name"] == "checkpoint"]
     assert [row["step"] for row in rows] == [2, 4, 6, 8] == steps(straight)
     for row in rows:
         assert row["stall_ms"] > 0
@@ -65,7 +41,7 @@ def test_the_state_says_where_the_run_stands(straight, config):
     assert (state.data.order, state.data.seed) == (config.data.order, config.data.seed)
     env = json.loads((straight / "env.json").read_text(encoding="utf-8"))
     assert state.data.manifest_sha256 == env["data"]["manifest_sha256"]
-    row = rows_of(straight, "train")[3]
+    row = tiny.rows_of(straight, "train")[3]
     assert state.schedule == {"name": "cosine", "steps": 8, "lr": row["lr"]}
     assert state.config["model"]["n_embd"] == 16
     assert state.made_with["torch"] == torch.__version__
@@ -105,10 +81,10 @@ def test_a_full_disk_stops_the_run_in_one_sentence_and_the_rest_is_bitwise_the_s
     with pytest.raises(UserError, match=r"cannot write .*No space left.*free some space.*untouched"):
         pretrain(config, run)
     assert steps(run) == [2]
-    assert rows_of(run, "train")[-1]["step"] < 8  # it did not train on without saving
+    assert tiny.rows_of(run, "train")[-1]["step"] < 8  # it did not train on without saving
     disk[0] = 1000
     assert resume(run) == 0
-    assert final_files(run) == final_files(straight)
+    assert tiny.final_files(run) == tiny.final_files(straight)
 
 
 @pytest.mark.parametrize("fails", [2, 3])
@@ -125,11 +101,11 @@ def test_a_disk_that_was_full_for_a_moment_costs_a_stop_and_no_step(
 
     monkeypatch.setattr(regpt.checkpoint.tensors, "write_tensors", write)
     assert pretrain(config, run) == EXIT_SAVED
-    last = rows_of(run, "train")[-1]["step"]
+    last = tiny.rows_of(run, "train")[-1]["step"]
     assert steps(run)[-1] == last >= 4  # the state at the stop, not the one that could not be written
     assert "No space left on device" in capsys.readouterr().out.replace("\n", " ")
     assert resume(run) == 0
-    assert final_files(run) == final_files(straight)
+    assert tiny.final_files(run) == tiny.final_files(straight)
 
 
 def test_metrics_that_cannot_be_written_are_one_sentence(config, straight, tmp_path):
@@ -143,5 +119,5 @@ def test_metrics_that_cannot_be_written_are_one_sentence(config, straight, tmp_p
 
 def test_a_run_without_background_saves_the_same(config, straight, tmp_path):
     assert pretrain(tiny.change(config, "checkpoint", background=False), tmp_path / "run") == 0
-    assert final_files(tmp_path / "run") == final_files(straight)
+    assert tiny.final_files(tmp_path / "run") == tiny.final_files(straight)
     assert steps(tmp_path / "run") == [2, 4, 6, 8]

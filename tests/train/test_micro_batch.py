@@ -1,6 +1,5 @@
 """Out of memory: all processes go on with fewer rows and repeat the step, whose result is that of fewer rows."""
 
-import json
 import math
 import shutil
 import weakref
@@ -205,17 +204,8 @@ def limit_the_device(monkeypatch: pytest.MonkeyPatch, rows: int, *, training_onl
     monkeypatch.setattr(training_loss, "summed_loss", limited)
 
 
-def final_files(run: Path) -> list[bytes]:
-    return [(checkpoint_folder(run, 8) / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")]
-
-
-def rows_of(run: Path, kind: str) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if row["kind"] == kind]
-
-
 def fewer_rows_events(run: Path) -> list[tuple[int, int]]:
-    return [(e["step"], e["micro_batch_rows"]) for e in rows_of(run, "event") if e["name"] == "out_of_memory"]
+    return [(e["step"], e["micro_batch_rows"]) for e in tiny.rows_of(run, "event") if e["name"] == "out_of_memory"]
 
 
 @pytest.mark.parametrize("training_only", [True, False])
@@ -227,8 +217,8 @@ def test_a_run_goes_on_in_training_and_validation_and_says_so(shards, tmp_path, 
     assert fewer_rows_events(tmp_path / "four") == [(0, 2)]
     assert fewer_rows_events(tmp_path / "two") == []
     assert "after step 0: out of memory, going on with 2 rows at once" in capsys.readouterr().out
-    assert final_files(tmp_path / "four") == final_files(tmp_path / "two")
-    losses = [[row["loss"] for row in rows_of(tmp_path / run, "val")] for run in ("two", "four")]
+    assert tiny.final_files(tmp_path / "four") == tiny.final_files(tmp_path / "two")
+    losses = [[row["loss"] for row in tiny.rows_of(tmp_path / run, "val")] for run in ("two", "four")]
     assert losses[0][1:] == losses[1][1:]
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-6)
 
@@ -237,12 +227,12 @@ def test_a_resumed_run_goes_on_with_the_fewer_rows(shards, tmp_path, monkeypatch
     run = tmp_path / "run"
     limit_the_device(monkeypatch, 1, training_only=True)
     assert pretrain(tiny.change(tiny.run_config(shards), "train", micro_batch_rows=4), run) == 0
-    expected = final_files(run)
+    expected = tiny.final_files(run)
     for later in (6, 8):
         shutil.rmtree(checkpoint_folder(run, later))
     monkeypatch.undo()
     assert resume(run) == 0
-    assert final_files(run) == expected  # bitwise: another number of rows would round differently
+    assert tiny.final_files(run) == expected  # bitwise: another number of rows would round differently
     assert fewer_rows_events(run) == [(0, 2), (0, 1)]
 
 

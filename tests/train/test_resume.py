@@ -11,29 +11,10 @@ import torch
 import tiny
 from regpt.checkpoint.load import checkpoint_folder
 from regpt.cli.train import main
-from regpt.config import RunConfig
 from regpt.errors import UsageError, UserError
 from regpt.runs.pretrain import check, pretrain, resume
 from regpt.runs.stop import EXIT_SAVED
 from regpt.runs.terminal import Terminal
-
-
-@pytest.fixture(scope="module")
-def config(shards) -> RunConfig:
-    return tiny.run_config(shards)
-
-
-@pytest.fixture(scope="module")
-def straight(config, tmp_path_factory) -> Path:
-    """The run without a stop; read only."""
-    run = tmp_path_factory.mktemp("straight") / "run"
-    assert pretrain(config, run) == 0
-    return run
-
-
-def final_files(run: Path) -> dict[str, bytes]:
-    folder = checkpoint_folder(run, 8)
-    return {name: (folder / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")}
 
 
 def last_rows(run: Path) -> dict[tuple, tuple]:
@@ -71,7 +52,7 @@ def test_resume_continues_bitwise_from_any_checkpoint(straight, tmp_path: Path, 
     kept = [line for line in lines if json.loads(line)["step"] <= step]
     (run / "metrics.jsonl").write_text("".join(kept) + '{"kind": "tra', encoding="utf-8")  # torn by the crash
     assert resume(run) == 0
-    assert final_files(run) == final_files(straight)
+    assert tiny.final_files(run) == tiny.final_files(straight)
     assert last_rows(run) == last_rows(straight)
 
 
@@ -92,7 +73,7 @@ def test_a_signal_saves_and_the_rest_of_the_run_is_bitwise_the_same(config, stra
     assert max(step for _, step in last_rows(run)) == 3
     monkeypatch.undo()
     assert resume(run) == 0
-    assert final_files(run) == final_files(straight)
+    assert tiny.final_files(run) == tiny.final_files(straight)
     assert last_rows(run) == last_rows(straight)
     assert texts(run) == texts(straight)
 
@@ -101,14 +82,14 @@ def test_a_finished_run_may_be_resumed_and_stays_as_it_is(straight, tmp_path: Pa
     run = tmp_path / "run"
     shutil.copytree(straight, run)
     assert resume(run) == 0
-    assert final_files(run) == final_files(straight)
+    assert tiny.final_files(run) == tiny.final_files(straight)
     assert last_rows(run) == last_rows(straight)
 
 
 def test_the_runs_own_config_repeats_it(straight, tmp_path: Path):
     chance = torch.get_rng_state()
     assert main([str(straight / "config.toml"), "--out", str(tmp_path / "again")]) == 0
-    assert final_files(tmp_path / "again") == final_files(straight)
+    assert tiny.final_files(tmp_path / "again") == tiny.final_files(straight)
     assert texts(tmp_path / "again") == texts(straight)
     assert torch.get_rng_state().equal(chance)  # initialisation, order and samples have generators of their own
 
