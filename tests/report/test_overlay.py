@@ -38,6 +38,13 @@ def test_each_run_has_one_line_in_each_chart(make_run, tmp_path):
     assert "Versions, commit and device are the same." in said
 
 
+def test_a_ninth_run_has_the_first_colour_everywhere(make_run, tmp_path):
+    runs = [make_run(name=f"run-{i}") for i in range(9)]
+    page = write_overlay(runs, tmp_path / "x.html").read_text(encoding="utf-8")
+    assert page.count('<span class="swatch" data-hue="0">') == 2 * page.count('<span class="swatch" data-hue="7">') > 0
+    assert 'data-hue="8"' not in page
+
+
 def test_runs_of_one_name_are_told_apart(make_run, tmp_path):
     first = make_run(name="run")
     (tmp_path / "other").mkdir()

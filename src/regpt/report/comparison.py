@@ -9,6 +9,7 @@ from regpt.report.markup import command_html, grid, section_html, text, value_ht
 from regpt.report.read import Run
 from regpt.report.summary import Summary, duration, loss, sentence, si, summarize
 
+HUES = 8  # colours of the style sheet
 WORDS = {"good": "healthy", "note": "worth a look", "bad": "something is wrong"}
 
 
@@ -30,12 +31,14 @@ def overview(runs: Sequence[Run]) -> str:
     return f'<div class="overview">{grid(("run", *figures), rows)}</div>'
 
 
+def swatch(run: int) -> str:
+    """A run's colour, as in the charts, where a ninth has the first one again, dashed; nothing for -1."""
+    return f'<span class="swatch" data-hue="{run % HUES}"></span>' if run >= 0 else ""
+
+
 def overview_row(i: int, run: Run, summary: Summary) -> list[str]:
     level, said = verdict(examine(run))
-    name = (
-        f'<span class="swatch" data-hue="{i}"></span>{text(run.name)} '
-        f'<span class="chip {level}" title="{text(said)}">{WORDS[level]}</span>'
-    )
+    name = f'{swatch(i)}{text(run.name)} <span class="chip {level}" title="{text(said)}">{WORDS[level]}</span>'
     val = None if summary.last_val is None else loss(summary.last_val[1])
     bpb = None if summary.last_bpb is None else f"{summary.last_bpb:.4f}"
     train = None if summary.train_loss is None else loss(summary.train_loss)
@@ -53,7 +56,7 @@ def sections_of_several(runs: Sequence[Run]) -> str:
 def verdicts(runs: Sequence[Run]) -> str:
     """What happened, a paragraph a run."""
     said = "".join(
-        f'<div class="card story"><h3><span class="swatch" data-hue="{i}"></span>{text(run.name)}</h3>'
+        f'<div class="card story"><h3>{swatch(i)}{text(run.name)}</h3>'
         f'<p>{text(sentence(summarize(run)))}</p><p class="note">{text(verdict(examine(run))[1])}</p></div>'
         for i, run in enumerate(runs)
     )
@@ -75,7 +78,7 @@ def differences_sections(runs: Sequence[Run]) -> str:
 def differences_table(runs: Sequence[Run], rows: Sequence[tuple[str, list[Any]]], same: str) -> str:
     if not rows:
         return f'<p class="note">{same}</p>'
-    head = ["key", *(f'<span class="swatch" data-hue="{i}"></span>{text(run.name)}' for i, run in enumerate(runs))]
+    head = ["key", *(f"{swatch(i)}{text(run.name)}" for i, run in enumerate(runs))]
     return grid(head, [[text(key), *map(value_html, values)] for key, values in rows], numbers=False)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from regpt.report.charts import charts, with_difference
 from regpt.report.compare import Comparison
-from regpt.report.comparison import commands, differences_sections, header_of_several, verdicts
+from regpt.report.comparison import commands, differences_sections, header_of_several, swatch, verdicts
 from regpt.report.markup import grid, section_html, text
 from regpt.report.page import document, write_page
 from regpt.report.verdict import HEAD, SEEDS_HEAD, code_lines, headline, measure_cells, seeds_rows
@@ -36,8 +36,3 @@ def below(found: Comparison) -> str:
     lines = "".join(f"<li>{text(line)}</li>" for line in code_lines(found))
     changes = section_html("Changes of the source", f'<ul class="card story">{lines}</ul>' if lines else "")
     return verdicts(runs) + differences_sections(runs) + changes + commands(runs)
-
-
-def swatch(run: int) -> str:
-    """The colour of a run's lines; nothing for -1."""
-    return f'<span class="swatch" data-hue="{run}"></span>' if run >= 0 else ""
