@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tiny
-from regpt.cli.eval import main
+from regpt.cli.eval import bar, main
 from regpt.config import RunConfig
 from regpt.data.config import DataConfig
 from regpt.data.manifest import Manifest, Shard
@@ -233,6 +233,16 @@ def test_tasks_are_reported_with_errors_and_outcomes(evaluate, run, questions):
     assert found["metrics"]["acc"]["stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 39))
     assert found["metrics"] == report["tasks"][f"mc:{questions}"]["metrics"]  # these endings get a space either way
     assert found["items_sha256"] == report["tasks"][f"mc:{questions}"]["items_sha256"]
+
+
+def test_a_terminal_shows_how_far_it_is(run, questions, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # for rich, a terminal
+    monkeypatch.setenv("COLUMNS", "200")
+    with bar("mine") as progress:  # drawn before the number of items is known
+        progress(7, 1000)
+    assert "7 of 1,000" in capsys.readouterr().err
+    assert main([str(run), "--tasks", f"val,mc:{questions}", "--device", "cpu"]) == 0
+    assert "40 of 40" in capsys.readouterr().err
 
 
 def test_a_part_of_a_task_is_shown_as_such(run, questions, capsys):

@@ -108,10 +108,14 @@ def bar(name: str) -> Iterator[Progress]:
     from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
     console = Console(stderr=True)
-    columns = (name, BarColumn(), "{task.completed:,} of {task.total:,}", TimeRemainingColumn())
+    columns = (name, BarColumn(), "{task.fields[counted]}", TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(name, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+        task = progress.add_task(name, total=None, counted="")  # nothing is known before the first batch
+
+        def update(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total, counted=f"{done:,} of {total:,}")
+
+        yield update
 
 
 def show(asked: Question, found: Answer) -> None:

@@ -21,7 +21,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyr
 
 from regpt.errors import UsageError, UserError, nearest
 from regpt.evals.packing import Prompt
-from regpt.evals.score import Scorer
+from regpt.evals.score import Progress, Scorer
 from regpt.sample.generate import generate
 from regpt.sample.sampling import SamplingOptions
 from regpt.text.tokenizer import Tokenizer
@@ -34,9 +34,9 @@ MAX_NEW_TOKENS = 256  # where a task does not say (the harness's own default)
 class HarnessModel(TemplateLM):
     """The harness's interface over a scorer. Every process asks for everything and gets everything."""
 
-    def __init__(self, scorer: Scorer, tokenizer: Tokenizer):
+    def __init__(self, scorer: Scorer, tokenizer: Tokenizer, progress: Progress | None = None):
         super().__init__()
-        self.scorer, self.text = scorer, tokenizer
+        self.scorer, self.text, self.progress = scorer, tokenizer, progress
         self.max_length = scorer.model.config.max_seq_len
 
     @property
@@ -60,7 +60,7 @@ class HarnessModel(TemplateLM):
             )
             for context, numbers in by_context.items()
         ]
-        scores = self.scorer(prompts)
+        scores = self.scorer(prompts, self.progress)
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)  # what nothing has: probability 1
         order = [k for numbers in by_context.values() for k in numbers]
         for k, log_likelihood, greedy in zip(order, scores.log_likelihood.tolist(), scores.greedy.tolist()):

@@ -21,6 +21,7 @@ from regpt.evals.task import Result, evaluate, refuse_long_endings
 from regpt.parallel.mesh import Mesh
 from regpt.runs.remote import on_this_machine
 from regpt.runs.validation import Part, Validated, folder_parts, own_sums, part_batches, result
+from regpt.text.tokenizer import Tokenizer
 from regpt.train.config import PrecisionName
 from regpt.train.loss import make_loss_sum
 from regpt.train.precision import autocast, parameter_dtype, set_matmul_precision
@@ -99,7 +100,7 @@ def answer(asked: Question, mesh: Mesh, show: ShowProgress) -> Answer:
     task = open_val(asked, run, folder, opened) if folder else None
     suites = open_suites([spec for spec in asked.specs if spec.kind not in ("val", "lm-eval")], opened.tokenizer)
     harness = [spec.argument for spec in asked.specs if spec.kind == "lm-eval"]
-    run_harness = import_harness() if harness else None
+    lm_eval = import_harness() if harness else None
     for one in (one for suite in suites for one in suite.tasks):
         refuse_long_endings(one, opened.model.config.max_seq_len)
     val = (task, validate(asked, task, opened, mesh, show)) if task else None
@@ -112,22 +113,33 @@ def answer(asked: Question, mesh: Mesh, show: ShowProgress) -> Answer:
                 limits = {"max_items": asked.max_items, "seconds": asked.max_seconds}
                 results.append(evaluate(one, scorer, **limits, progress=progress))
         found.append((suite, results))
-    theirs = run_harness(harness[0], scorer, opened, asked.max_items) if run_harness else []
+    theirs = []
+    if lm_eval:
+        with show("lm-eval") as progress:
+            model = lm_eval.model(scorer, opened.tokenizer, progress)
+            theirs = lm_eval.evaluate(split_names(harness[0]), model, asked.max_items)
     return Answer(opened, val, found, theirs, scorer.cost.compile_seconds)
 
 
-def import_harness() -> Callable[[str, Scorer, OpenModel, int], list[Any]]:
+@dataclass(frozen=True)
+class Harness:
+    """What `evals.harness` has, which only exists where lm-eval is installed."""
+
+    model: Callable[[Scorer, Tokenizer, Progress], Any]
+    evaluate: Callable[[Sequence[str], Any, int], list[Any]]
+
+
+def import_harness() -> Harness:
     """What runs tasks of lm-eval; a UserError where it is not installed."""
     try:
         from regpt.evals.harness import HarnessModel, evaluate_harness
     except ImportError:
         raise UserError("lm-eval is not installed; install it with: pip install 'regpt[lm-eval]'") from None
+    return Harness(HarnessModel, evaluate_harness)
 
-    def run(names: str, scorer: Scorer, opened: OpenModel, max_items: int) -> list[Any]:
-        wanted = [name.strip() for name in names.split(",") if name.strip()]
-        return evaluate_harness(wanted, HarnessModel(scorer, opened.tokenizer), max_items)
 
-    return run
+def split_names(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
 
 
 def run_config(model: str) -> RunConfig | None:
