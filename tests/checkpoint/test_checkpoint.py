@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import regpt.checkpoint.files
 import regpt.checkpoint.save
 from regpt.checkpoint.files import whole_folder
 from regpt.checkpoint.load import checkpoints, load_checkpoint, newest_checkpoint, verify_checkpoint
@@ -56,6 +57,19 @@ def test_a_checkpoint_can_be_copied_elsewhere(tmp_path, save):
     copy = tmp_path / "elsewhere"
     shutil.copytree(save(tmp_path / "run", 250), copy)
     assert load_checkpoint(copy).step == 250
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows does not flush folders")
+def test_every_new_name_reaches_the_disk_before_the_next_step(tmp_path, save, monkeypatch):
+    flushed, real = [], regpt.checkpoint.files.flush_folder
+    monkeypatch.setattr(
+        regpt.checkpoint.files, "flush_folder", lambda path: (flushed.append(Path(path)), real(path))[0]
+    )
+    run = tmp_path / "deep" / "run"
+    save(run, 1)
+    temporary = [path for path in flushed if path.name.startswith(".step-00000001.tmp-")]
+    assert set(flushed) == {tmp_path, tmp_path / "deep", run, *temporary, run / "checkpoints"}
+    assert flushed[-2:] == [*temporary, run / "checkpoints"]  # the files' names, then the checkpoint's own
 
 
 def test_a_checkpoint_without_optimizer_state_is_fine(tmp_path, contents):

@@ -20,10 +20,12 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from regpt.__main__ import main
+from regpt.checkpoint.export import export_hf
 from regpt.checkpoint.files import read_json
 from regpt.checkpoint.generators import NUMPY, encode
 from regpt.checkpoint.load import checkpoint_folder, checkpoints, load_checkpoint, newest_checkpoint, verify_checkpoint
 from regpt.checkpoint.manifest import write_manifest
+from regpt.checkpoint.open import open_model
 from regpt.errors import UserError
 from regpt.runs.pretrain import pretrain
 
@@ -185,6 +187,19 @@ def test_another_shape_or_a_missing_tensor_is_refused(run, folder, capsys, name,
     assert first in refused(capsys, "train", "--resume", run)
 
 
+def test_a_hugging_face_folder_that_asks_for_more_than_it_has_is_refused_before_memory_is_taken(
+    folder, capsys, tmp_path
+):
+    opened = open_model(str(folder))
+    exported = export_hf(opened.model, opened.tokenizer, tmp_path / "hf")
+    config = json.loads((exported / "config.json").read_text(encoding="utf-8"))
+    for change in ({"n_layer": 4000}, {"n_embd": 1 << 20}, {"n_positions": 1 << 24}):
+        (exported / "config.json").write_text(json.dumps(config | change), encoding="utf-8")
+        assert "has fewer weights than its config.json asks for" in refused(
+            capsys, "sample", exported, "--prompt", "ba"
+        )
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -319,6 +334,7 @@ STATES = {
         numpy=encode(struct.pack(NUMPY, *[1] * 624, 10**9, 0, 0.0))
     ),
     "a section": lambda s: s.update(config={"model": {"n_layer": "x"}}),
+    "steps of text": lambda s: s["config"]["train"].update(steps="x"),
 }
 
 

@@ -29,7 +29,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """
     temporary = temporary_beside(folder)
     try:
-        temporary.mkdir(parents=True)
+        make_folder(temporary)
         yield temporary
         flush_folder(temporary)
         put_in_place(temporary, folder)
@@ -104,6 +104,14 @@ def flush(path: Path) -> None:
     """Wait until the contents of the file are on the disk."""
     with path.open("rb+") as file:  # Windows flushes only files that are open for writing
         os.fsync(file.fileno())
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder`, which does not exist, and the folders above it; their names are on the disk when it returns."""
+    above = [parent for parent in folder.parents if not parent.exists()]
+    folder.mkdir(parents=True)
+    for parent in above:
+        flush_folder(parent.parent)
 
 
 def flush_folder(folder: Path) -> None:

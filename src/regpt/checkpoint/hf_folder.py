@@ -43,17 +43,20 @@ def hf_weights(folder: Path, config: ModelConfig) -> WeightsFromHF:
     """
     paths = weight_files(folder)
     files = TensorFiles(paths)
-    with torch.device("meta"):
-        wanted = count_parameters(Transformer(config))
-    if wanted > sum(path.stat().st_size for path in paths):  # before memory is taken for them
-        raise UserError(
-            f"model {str(folder)!r} has fewer bytes of weights than the {wanted:,} parameters of its {CONFIG}; "
-            "restore the folder or choose another model"
+    if config.n_layer > len(files) or parameters_of(config) > sum(path.stat().st_size for path in paths):
+        raise UserError(  # before memory is taken for them
+            f"model {str(folder)!r} has fewer weights than its {CONFIG} asks for; restore the folder or choose another "
+            "model"
         )
     try:
         return WeightsFromHF(files)
     except UserError as error:
         raise UserError(f"model {str(folder)!r} cannot be read: {error}") from None
+
+
+def parameters_of(config: ModelConfig) -> int:
+    with torch.device("meta"):
+        return count_parameters(Transformer(config))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -98,6 +101,9 @@ def hf_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
 def is_gpt2(path: Path) -> bool:
     """Whether the `tokenizer.json` at `path` holds GPT-2's vocabulary."""
     content = read_json(path)
-    vocab = content.get("model", {}).get("vocab", {})
-    vocab = {**vocab, **{token.get("content"): token.get("id") for token in content.get("added_tokens", [])}}
+    try:
+        added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
+        vocab = {**content["model"]["vocab"], **added}
+    except (KeyError, TypeError):
+        return False  # whatever it is; opening it says so
     return all(vocab.get(token) == token_id for token, token_id in GPT2_TOKENS.items())

@@ -156,6 +156,9 @@ def refuse_disagreement(checkpoint: Checkpoint) -> None:
     tokens, vocab_size = checkpoint.tokenizer().n_vocab, checkpoint.config.vocab_size
     if tokens != vocab_size:
         raise damaged(checkpoint.folder / TOKENIZER, f"has {tokens:,} tokens, {MODEL} has {vocab_size:,}")
+    stored, blocks = checkpoint.tensors(WEIGHTS).shape_of, checkpoint.config.n_layer
+    if blocks > len(stored):  # thousands of blocks take seconds to describe
+        raise damaged(checkpoint.folder / MODEL, f"asks for {blocks:,} blocks, there are {len(stored):,} tensors")
     with torch.device("meta"):
         shapes = InitialWeights(Transformer(checkpoint.config), seed=0).shapes
     for stem, complete in ((WEIGHTS, True), (AVERAGE, False)):  # what does not learn has no average

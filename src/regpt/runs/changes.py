@@ -58,7 +58,8 @@ def refuse_changes(found: Changes, step: int, force: bool) -> None:
                 f"train.steps is {steps[1]}, but {step} updates are made already; give {step} or more, or start from "
                 "an earlier checkpoint with --fork-from"
             )
-        found = {key: pair for key, pair in found.items() if key != "train.steps" or pair[1] < (pair[0] or 0)}
+        fewer = isinstance(steps[0], int) and steps[1] < steps[0]
+        found = {key: pair for key, pair in found.items() if key != "train.steps" or fewer}
     shape = {key: pair for key, pair in found.items() if key.startswith("model.")}
     if shape:
         raise UsageError(

@@ -52,6 +52,7 @@ def create_run(run: Path, config: RunConfig, env: dict[str, Any], beside: Sequen
         write_json(run / "env.json", env)
         write_text(run / CONFIG, config.to_toml())  # last: it makes a run of the folder
         flush_folder(run)
+        flush_folder(run.absolute().parent)
     except OSError as error:
         raise UserError(f"cannot write the run folder {str(run)!r} ({error.strerror}); choose another --out") from None
 

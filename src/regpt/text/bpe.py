@@ -118,16 +118,27 @@ def parse_json(text: str) -> tuple[dict[str, int], list[tuple[str, str]], int]:
         raise UserError(f"not JSON ({error})") from None
     require(isinstance(content, dict) and isinstance(content.get("model"), dict), "it describes no tokenizer")
     model, splitter = content["model"], content.get("pre_tokenizer") or {}
+    require(isinstance(splitter, dict), "its text is not split as GPT-2's is")
     kind = model.get("type", "BPE")  # the file that OpenAI's GPT-2 has on the hub leaves it out
     require(kind == "BPE", f"its model is {kind!r}, not 'BPE'")
     byte_level = splitter.get("type") == "ByteLevel" and splitter.get("use_regex", True)
     require(byte_level and not splitter.get("add_prefix_space"), "its text is not split as GPT-2's is")
     require(content.get("normalizer") is None, "it changes the text before encoding (a normalizer)")
-    special = {token.get("content"): token.get("id") for token in content.get("added_tokens") or []}
+    special = checked_special(content.get("added_tokens"))
     require(set(special) == {ENDOFTEXT}, f"its special tokens are {sorted(map(str, special))}, not [{ENDOFTEXT!r}]")
     vocab = {**checked_vocab(model.get("vocab")), **special}
     require(sorted(vocab.values()) == list(range(len(vocab))), "its token ids are not 0, 1, 2, …")
     return vocab, checked_merges(model.get("merges"), vocab), special[ENDOFTEXT]
+
+
+def checked_special(tokens: Any) -> dict[str, int]:
+    """Name → id of the special tokens."""
+    sound = isinstance(tokens or [], list) and all(
+        isinstance(token, dict) and isinstance(token.get("content"), str) and type(token.get("id")) is int
+        for token in tokens or []
+    )
+    require(sound, "its special tokens have no names and ids")
+    return {token["content"]: token["id"] for token in tokens or []}
 
 
 def checked_vocab(vocab: Any) -> dict[str, int]:
@@ -140,10 +151,16 @@ def checked_vocab(vocab: Any) -> dict[str, int]:
 
 def checked_merges(merges: Any, vocab: dict[str, int]) -> list[tuple[str, str]]:
     require(isinstance(merges, list), "it has no merges")
-    pairs: list[Any] = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
-    sound = all(len(pair) == 2 and pair[0] in vocab and pair[1] in vocab and "".join(pair) in vocab for pair in pairs)
+    pairs: list[Any] = [tuple(merge.split(" ")) if isinstance(merge, str) else merge for merge in merges]
+    sound = all(
+        isinstance(pair, (tuple, list))
+        and len(pair) == 2
+        and all(isinstance(part, str) and part in vocab for part in pair)
+        and "".join(pair) in vocab
+        for pair in pairs
+    )
     require(sound, "a merge joins tokens that are not in its vocabulary")
-    return pairs
+    return [(left, right) for left, right in pairs]
 
 
 def require(condition: bool, otherwise: str) -> None:
