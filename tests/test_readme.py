@@ -35,6 +35,12 @@ def test_the_table_names_every_command():
     assert set(re.findall(r"`regpt ([\w-]+)", table)) == COMMANDS.keys()
 
 
+@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], ids=lambda page: page.name)
+def test_no_page_keeps_the_marks_of_a_merge(page: Path):
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if line.startswith(("<<<<<<< ", ">>>>>>> ")) or line == "======="] == []
+
+
 class Parsed(Exception):
     """The arguments were accepted."""
 
