@@ -313,6 +313,27 @@ def test_trouble_is_said_once_and_everything_arrives_when_it_is_over(run, saved,
     assert steps(url) == ["step-00000001"]
 
 
+def test_trouble_during_the_run_leaves_all_tries_for_its_end(run, saved, url):
+    add(run, saved, 1)
+    m, seen = mirror(run, url), []
+
+    def before(kind: str, name: str) -> None:
+        if name.startswith("lease/"):
+            return
+        seen.append(m.closing)
+        if len(seen) == 50:  # the run ends after a long while without a network
+            m.closing = True
+        if seen.count(True) < 3:
+            raise ConnectionError("no route to host")
+
+    m.store.before = before  # type: ignore[attr-defined]
+    m.notify()
+    m.work()
+    assert m.failure is None
+    assert len(m.said) == 1  # type: ignore[attr-defined]
+    assert steps(url) == ["step-00000001"]
+
+
 def test_trouble_that_lasts_is_one_sentence_that_names_what_is_kept(run, saved, url):
     add(run, saved, 1)
 

@@ -98,12 +98,13 @@ class Mirror:
 
     def work(self) -> None:
         """Copy until the run has ended and everything is there, or until it is of no use."""
-        failures, wait_s = 0, None
+        failures, last_tries, wait_s = 0, 0, None
         while True:
             if not self.closing:
                 self.wake.wait(wait_s)
             self.wake.clear()
             closing = self.closing
+            last_tries += closing
             try:
                 self.copy_all()
                 if closing:
@@ -117,8 +118,13 @@ class Mirror:
                 return
             except (UserError, *transport_errors()) as error:
                 failures, wait_s = failures + 1, self.wait_seconds(failures + 1)
-                if self.give_up(error, failures, closing, wait_s):
+                if closing and self.give_up(error, last_tries):
                     return
+                if failures == 1:
+                    text = described(error)[0]
+                    self.say(f"{self.store.url} could not be written ({text}); tried again while the run goes on")
+                if closing:
+                    self.store.patience.sleep(wait_s)
             except Exception as error:  # a defect: raised again where the run ends, with its traceback
                 self.failure = error
                 return
@@ -127,20 +133,16 @@ class Mirror:
         patience = self.store.patience
         return min(patience.longest_wait_s, patience.wait_s * 2 ** min(failures - 1, 20))
 
-    def give_up(self, error: BaseException, failures: int, closing: bool, wait_s: float) -> bool:
-        """Say the first failure; at the end wait for another try, or make it the result."""
+    def give_up(self, error: BaseException, last_tries: int) -> bool:
+        """Whether the copy at the end, tried so often, is not tried again; then `error` is its failure."""
         text, lasts = described(error)
-        if closing and (lasts or failures >= self.store.patience.tries):
-            self.failure = UserError(
-                f"{self.store.url} could not be brought up to date: {text}; everything is in {self.run} on this "
-                f"machine, copy it with: regpt train --resume {self.store.url}"
-            )
-            return True
-        if failures == 1:
-            self.say(f"{self.store.url} could not be written ({text}); tried again while the run goes on")
-        if closing:
-            self.store.patience.sleep(wait_s)
-        return False
+        if not lasts and last_tries < self.store.patience.tries:
+            return False
+        self.failure = UserError(
+            f"{self.store.url} could not be brought up to date: {text}; everything is in {self.run} on this "
+            f"machine, copy it with: regpt train --resume {self.store.url}"
+        )
+        return True
 
     def copy_all(self) -> None:
         """Make the store hold what the folder holds."""
