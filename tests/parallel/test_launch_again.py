@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from test_launch import PATIENCE, finished, module_process, regpt, rows  # type: ignore[import-not-found]
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 import tiny
 from regpt.checkpoint.load import checkpoint_folder, checkpoints
@@ -63,6 +64,25 @@ def test_progress_begins_the_count_anew(monkeypatch):
     reached = iter(range(100))
     code, started = tries(monkeypatch, *[dead] * 5, well, max_restarts=1, progress=lambda: next(reached))
     assert (code, len(started)) == (0, 6)
+
+
+@pytest.mark.parametrize(("signals", "code"), [(1, 1), (2, 130)])
+def test_after_a_second_signal_the_exit_code_is_130(monkeypatch, signals: int, code: int):
+    """The processes then end at once and write nothing down."""
+
+    def interrupted(config, entrypoint):
+        def run(*args):
+            try:
+                raise SignalException("the first", signal.SIGINT)
+            except SignalException:
+                if signals == 2:
+                    raise SignalException("while they are ended", signal.SIGINT)  # noqa: B904 (as torch does)
+                raise
+
+        return run
+
+    monkeypatch.setattr(module, "elastic_launch", interrupted)
+    assert launch(2, ["train"]) == code
 
 
 @POSIX

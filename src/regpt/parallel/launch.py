@@ -78,18 +78,21 @@ def run_once(processes: int, args: Sequence[str]) -> tuple[dict[int, int], bool]
     )
     with tempfile.TemporaryDirectory(prefix="regpt-launch-") as folder:
         seen: dict[int, int] = {}
-        interrupted = False
+        interrupted, unknown = False, 0
         try:
             elastic_launch(config, sys.executable)("-m", "regpt.parallel.worker", folder, *args)
         except ChildFailedError as failed:
             seen = {rank: failure.exitcode for rank, failure in failed.failures.items()}
-        except SignalException:
-            interrupted = True
+        except SignalException as error:
+            interrupted, unknown = True, INTERRUPTED if is_second(error) else -signal.SIGTERM
             end_all(Path(folder))  # all have ended, unless this was a second signal
         found = {int(path.stem): int(path.read_text()) for path in Path(folder).glob("*.exit")}
-        return {
-            rank: found.get(rank, seen.get(rank, -signal.SIGTERM if interrupted else 0)) for rank in range(processes)
-        }, interrupted
+        return {rank: found.get(rank, seen.get(rank, unknown)) for rank in range(processes)}, interrupted
+
+
+def is_second(error: SignalException) -> bool:
+    """Whether the signal came while torchrun was ending the processes because of another one."""
+    return isinstance(error.__context__, SignalException)
 
 
 def end_all(folder: Path) -> None:
