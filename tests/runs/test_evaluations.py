@@ -186,6 +186,17 @@ def test_every_name_has_the_same_share_of_the_time_however_many_tasks_are_behind
     assert asked == pytest.approx({"a": 3.0, "b": 4 / 3, "c": 3.5 / 2, "d": 3.0, "e": 6.5})
 
 
+def test_a_run_finds_the_files_of_its_tasks_from_another_folder(shards, questions, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    monkeypatch.chdir(questions.parent)
+    config = tiny.change(tiny.run_config(shards), "eval", tasks=f"hellaswag:{questions.name}", max_items=10)
+    assert pretrain(config, run) == 0
+    shutil.rmtree(checkpoint_folder(run, 8))
+    monkeypatch.chdir(tmp_path)
+    assert resume(run) == 0
+    assert tiny.rows_of(run, "eval")[-1]["step"] == 8
+
+
 def test_a_limit_of_items_takes_a_part(shards, questions, tmp_path):
     assert pretrain(with_tasks(shards, questions, max_items=40), tmp_path / "run") == 0
     assert {row["n"] for row in tiny.rows_of(tmp_path / "run", "eval")} == {40}

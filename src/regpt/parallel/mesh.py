@@ -18,7 +18,7 @@ from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPri
 
 from regpt.errors import UsageError
 from regpt.parallel.meeting import agree_on_name
-from regpt.parallel.pulse import Pulse, Store, watched
+from regpt.parallel.pulse import Pulse, watched
 from regpt.parallel.reduce import sum_in_buckets
 from regpt.parallel.repeatable import ENVIRONMENT, repeatable
 
@@ -167,7 +167,7 @@ def joined(device_name: str, hang_seconds: float) -> Iterator[Mesh]:
         dist.destroy_process_group()
 
 
-def meeting_point(name: str = "", timeout: timedelta = STORE_TIMEOUT) -> Store:
+def meeting_point(name: str = "", timeout: timedelta = STORE_TIMEOUT) -> TCPStore | PrefixStore:
     """A connection of its own to the launcher's store, or to the corner of it that is this group's alone."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)

@@ -28,6 +28,8 @@ from regpt.data.config import DataConfig
 from regpt.data.loader import Loader
 from regpt.data.prefetch import Prefetcher
 from regpt.errors import UserError
+from regpt.evals.config import EvalConfig
+from regpt.evals.specs import Spec
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize, load_weights, state_tensors
 from regpt.parallel.mesh import Mesh, open_mesh
@@ -61,7 +63,7 @@ def run_mesh(config: RunConfig) -> AbstractContextManager[Mesh]:
 
 def open_parts(config: RunConfig, mesh: Mesh) -> Parts:
     corpus = open_corpus(config)
-    config = replace(config, data=resolved(config.data, corpus))
+    config = replace(config, data=resolved(config.data, corpus), eval=with_whole_paths(config.eval))
     model = build_model(config, mesh.device)
     return Parts(config, mesh, corpus, model, make_optimizer(model, config.optim, mesh.device))
 
@@ -73,6 +75,16 @@ def resolved(data: DataConfig, corpus: Corpus) -> DataConfig:
     if data.mixture:
         return replace(data, mixture=dict(zip(paths, data.mixture.values())), tokenizer=tokenizer)
     return replace(data, path=paths[0], tokenizer=tokenizer)
+
+
+def with_whole_paths(config: EvalConfig) -> EvalConfig:
+    """`config` with the files of its tasks as config.toml keeps them: found from other folders, too."""
+
+    def whole(spec: Spec) -> Spec:
+        path = Path(spec.argument)
+        return spec._replace(argument=str(path.resolve())) if spec.argument and path.exists() else spec
+
+    return replace(config, tasks=",".join(str(whole(spec)) for spec in config.specs()))
 
 
 @dataclass(frozen=True)
