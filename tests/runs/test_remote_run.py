@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import tiny
 from regpt.checkpoint.lease import Lease
@@ -341,6 +342,12 @@ sys.exit(pretrain(config, remote.folder, remote=remote))
 """
 
 
+def own_environment() -> dict[str, str]:
+    """That of this process, for one that is to compute bitwise what the tests do: on as many threads."""
+    paths = os.pathsep.join([str(Path(tiny.__file__).parent), *sys.path])
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
 @pytest.mark.filterwarnings("default")  # those of the server
 @pytest.mark.parametrize("after", [1, 3])  # of the four files with tensors that are copied at least
@@ -348,9 +355,8 @@ def test_against_s3_a_run_killed_while_it_copies_goes_on_bitwise_elsewhere(confi
     url = f"{s3}/runs/{after}"
     file = tmp_path / "run.toml"
     file.write_text(on(tmp_path / "one", config).to_toml(), encoding="utf-8")
-    paths = os.pathsep.join([str(Path(tiny.__file__).parent), *sys.path])
     command = [sys.executable, "-c", KILLED, url, str(file), str(after)]
-    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+    ended = subprocess.run(command, env=own_environment(), capture_output=True, text=True)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     before = Lease(Store(url)).newest()
     assert before is not None
@@ -375,9 +381,8 @@ def test_the_machine_on_which_a_run_was_killed_goes_on_at_once(config, straight,
     url = f"{tmp_path.as_uri()}/store/a"
     file = tmp_path / "run.toml"
     file.write_text(on(tmp_path / "one", config).to_toml(), encoding="utf-8")
-    paths = os.pathsep.join([str(Path(tiny.__file__).parent), *sys.path])
     command = [sys.executable, "-c", KILLED, url, str(file), "3"]
-    assert subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True).returncode < 0
+    assert subprocess.run(command, env=own_environment(), capture_output=True).returncode < 0
     hand = Hand()
     assert go_on(url, tmp_path / "one", hand) == 0
     assert hand.slept == []
