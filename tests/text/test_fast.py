@@ -222,7 +222,8 @@ def test_the_cache_is_kept_until_the_process_has_grown(monkeypatch, tmp_path):
 def test_a_process_knows_its_size():
     before, size = fast.own_bytes(), 100 << 20
     assert before
-    with mmap.mmap(-1, size) as memory:  # an array may come to lie in memory that the process has kept
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    with mmap.mmap(-1, size, flags=flags) as memory:  # an array may lie in memory that the process has kept
         memory.write(b"x" * size)
         after = fast.own_bytes()
     assert after
