@@ -31,7 +31,7 @@ def initialize(model: Transformer, seed: int) -> Transformer:
 class DrawnAhead(Mapping[str, Tensor]):
     """The values of `weights`, each to be asked for once and in order, the next few of them drawn by `threads` before.
 
-    A generator fills its tensor with one core: GPT-2 1558M takes a quarter of a minute so.
+    A generator fills its tensor with one core: GPT-2 124M takes 0.64 s so, 0.53 s on two of them.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], threads: ThreadPoolExecutor):
