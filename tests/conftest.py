@@ -26,6 +26,16 @@ def shards(tmp_path_factory):
     return tiny.write_shards(tmp_path_factory.mktemp("language") / "data")
 
 
+@pytest.fixture
+def url():
+    """The address of a run in an empty store."""
+    pytest.importorskip("fsspec")
+    from remote_stores import memory_bucket
+
+    with memory_bucket() as url:
+        yield url
+
+
 @pytest.fixture(scope="session")
 def config(shards):
     """The configuration of `tiny.run_config`: eight steps, a checkpoint every second one."""

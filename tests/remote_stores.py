@@ -22,6 +22,29 @@ from regpt.data.download import Patience
 
 PATIENT = Patience(tries=3, wait_s=0.0, longest_wait_s=0.0, sleep=lambda seconds: None)
 
+# Trains as argv says: address, configuration, and how many files with tensors are copied before SIGKILL.
+COPY_UNTIL_KILLED = """
+import os, signal, sys
+from pathlib import Path
+import tiny
+from regpt.checkpoint.store import Store
+from regpt.config import read_config
+from regpt.runs.pretrain import pretrain
+from regpt.runs.remote import RemoteRun
+
+put, left = Store.put, [int(sys.argv[3])]
+def killing(self, name, path):
+    if name.endswith(".safetensors"):
+        left[0] -= 1
+    if left[0] < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    put(self, name, path)
+Store.put = killing
+config = read_config(sys.argv[2])
+remote = RemoteRun(sys.argv[1], config.checkpoint)
+sys.exit(pretrain(config, remote.folder, remote=remote))
+"""
+
 
 class Killed(BaseException):
     """The process ends here, as by SIGKILL: nothing catches it."""

@@ -8,15 +8,9 @@ import pytest
 from regpt.checkpoint.lease import SETTLE_SECONDS, Claim, Lease, LeaseLost
 from regpt.checkpoint.store import Store
 from regpt.errors import UserError
-from remote_stores import FaultyStore, Hand, memory_bucket
+from remote_stores import FaultyStore, Hand
 
 pytest.importorskip("fsspec")
-
-
-@pytest.fixture
-def url():
-    with memory_bucket() as url:
-        yield url
 
 
 def lease(url: str, hand: Hand | None = None, host: str = "here", store: Store | None = None) -> Lease:

@@ -23,7 +23,7 @@ from regpt.errors import UserError
 from regpt.runs import actions
 from regpt.runs.pretrain import pretrain, resume
 from regpt.runs.remote import RemoteRun, stored_config
-from remote_stores import PATIENT, FaultyStore, Hand, memory_bucket, s3_bucket
+from remote_stores import COPY_UNTIL_KILLED, PATIENT, FaultyStore, Hand, s3_bucket
 
 pytest.importorskip("fsspec")
 TENSORS = ("model.safetensors", "optimizer.safetensors")
@@ -41,12 +41,6 @@ def straight(config, tmp_path_factory) -> dict[str, bytes]:
     run = tmp_path_factory.mktemp("straight") / "run"
     assert pretrain(config, run) == 0
     return {name: (checkpoint_folder(run, 8) / name).read_bytes() for name in TENSORS}
-
-
-@pytest.fixture
-def url():
-    with memory_bucket() as url:
-        yield url
 
 
 def on(machine: Path, config: RunConfig) -> RunConfig:
@@ -319,33 +313,15 @@ def s3():
         s3fs.S3FileSystem.clear_instance_cache()
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import tiny
-from regpt.checkpoint.store import Store
-from regpt.config import read_config
-from regpt.runs.pretrain import pretrain
-from regpt.runs.remote import RemoteRun
-
-put, left = Store.put, [int(sys.argv[3])]
-def killing(self, name, path):
-    if name.endswith(".safetensors"):
-        left[0] -= 1
-    if left[0] < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    put(self, name, path)
-Store.put = killing
-config = read_config(sys.argv[2])
-remote = RemoteRun(sys.argv[1], config.checkpoint)
-sys.exit(pretrain(config, remote.folder, remote=remote))
-"""
-
-
-def own_environment() -> dict[str, str]:
-    """That of this process, for one that is to compute bitwise what the tests do: on as many threads."""
+def killed(url: str, staging: Path, config: RunConfig, after: int) -> None:
+    """Train in a process that is killed when it copies its tensor file number `after`, from 0; on as many threads."""
+    file = staging.with_suffix(".toml")
+    file.write_text(on(staging, config).to_toml(), encoding="utf-8")
     paths = os.pathsep.join([str(Path(tiny.__file__).parent), *sys.path])
-    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-c", COPY_UNTIL_KILLED, url, str(file), str(after)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
@@ -353,11 +329,7 @@ def own_environment() -> dict[str, str]:
 @pytest.mark.parametrize("after", [1, 3])  # of the four files with tensors that are copied at least
 def test_against_s3_a_run_killed_while_it_copies_goes_on_bitwise_elsewhere(config, straight, s3, tmp_path, after):
     url = f"{s3}/runs/{after}"
-    file = tmp_path / "run.toml"
-    file.write_text(on(tmp_path / "one", config).to_toml(), encoding="utf-8")
-    command = [sys.executable, "-c", KILLED, url, str(file), str(after)]
-    ended = subprocess.run(command, env=own_environment(), capture_output=True, text=True)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    killed(url, tmp_path / "one", config, after)
     before = Lease(Store(url)).newest()
     assert before is not None
     assert not before.released
@@ -379,10 +351,7 @@ def create_twice_is_refused(url: str) -> None:
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
 def test_the_machine_on_which_a_run_was_killed_goes_on_at_once(config, straight, tmp_path):
     url = f"{tmp_path.as_uri()}/store/a"
-    file = tmp_path / "run.toml"
-    file.write_text(on(tmp_path / "one", config).to_toml(), encoding="utf-8")
-    command = [sys.executable, "-c", KILLED, url, str(file), "3"]
-    assert subprocess.run(command, env=own_environment(), capture_output=True).returncode < 0
+    killed(url, tmp_path / "one", config, after=3)
     hand = Hand()
     assert go_on(url, tmp_path / "one", hand) == 0
     assert hand.slept == []

@@ -1,4 +1,4 @@
-"""The fused micro-batch as CUDA graphs: two launches instead of some six hundred, so that Python is never waited for.
+"""The fused micro-batch as CUDA graphs: two launches instead of some 570, so that Python is never waited for.
 
 A shape runs as usual the first time, which tunes and compiles its kernels; the second time it is captured, and replayed
 from then on. All graphs share one pool of memory, for only one of them is at work at any time. Whatever a graph cannot

@@ -1,0 +1,146 @@
+"""What copies a run folder, in trouble: a network that fails, rights that are missing, a lease that is lost."""
+
+import pytest
+from mirrors import DEAD, FILES, add, journal, mirror, steps
+
+from regpt.checkpoint.lease import Lease, LeaseLost
+from regpt.checkpoint.mirror import Mirror
+from regpt.data.download import Patience
+from regpt.errors import UserError
+from remote_stores import FaultyStore
+
+pytest.importorskip("fsspec")
+
+
+def test_trouble_is_said_once_and_everything_arrives_when_it_is_over(run, saved, url):
+    add(run, saved, 1)
+    trouble = iter([True] * 2 + [False] * 100)
+
+    def before(kind: str, name: str) -> None:
+        if not name.startswith("lease/") and next(trouble):
+            raise ConnectionError("no route to host")
+
+    m = mirror(run, url)
+    m.store.before = before  # type: ignore[attr-defined]
+    m.closing = True
+    m.work()
+    assert m.failure is None
+    assert m.said == [f"{url} could not be written (no route to host); tried again while the run goes on"]  # type: ignore[attr-defined]
+    assert steps(url) == ["step-00000001"]
+
+
+def test_trouble_during_the_run_leaves_all_tries_for_its_end(run, saved, url):
+    add(run, saved, 1)
+    m, seen = mirror(run, url), []
+
+    def before(kind: str, name: str) -> None:
+        if name.startswith("lease/"):
+            return
+        seen.append(m.closing)
+        if len(seen) == 50:  # the run ends after a long while without a network
+            m.closing = True
+        if seen.count(True) < 3:
+            raise ConnectionError("no route to host")
+
+    m.store.before = before  # type: ignore[attr-defined]
+    m.notify()
+    m.work()
+    assert m.failure is None
+    assert len(m.said) == 1  # type: ignore[attr-defined]
+    assert steps(url) == ["step-00000001"]
+
+
+def test_trouble_that_lasts_is_one_sentence_that_names_what_is_kept(run, saved, url):
+    add(run, saved, 1)
+
+    def before(kind: str, name: str) -> None:
+        if not name.startswith("lease/"):
+            raise ConnectionError("no route to host")
+
+    m = mirror(run, url)
+    m.store.before = before  # type: ignore[attr-defined]
+    m.start()
+    assert m.finish()
+    assert m.failed
+    assert isinstance(m.failure, UserError)
+    assert str(m.failure) == (
+        f"{url} could not be brought up to date: no route to host; everything is in {run} on this machine, "
+        f"copy it with: regpt train --resume {url}"
+    )
+    files, size = m.left()
+    assert files == 3 + len(FILES) - 1
+    assert size > 30000
+    with pytest.raises(PermissionError):  # what lasts is not tried again at the end
+        refuse(m)
+
+
+def refuse(m: Mirror) -> None:
+    def before(kind: str, name: str) -> None:
+        raise PermissionError("Access Denied")
+
+    m.store.before = before  # type: ignore[attr-defined]
+    n = len(m.said)  # type: ignore[attr-defined]
+    m.failure = None
+    m.work()
+    assert m.failed
+    assert len(m.said) == n  # type: ignore[attr-defined]
+    m.copy_all()
+
+
+def test_waits_grow_to_a_limit():
+    m = Mirror.__new__(Mirror)
+    m.lease = None  # type: ignore[assignment]
+    m.store = type("S", (), {"patience": Patience()})()  # type: ignore[assignment]
+    assert [m.wait_seconds(n) for n in (1, 2, 3, 7, 100)] == [1, 2, 4, 60, 60]
+
+
+@pytest.mark.parametrize("last", ["env.json", "model.safetensors", "tokenizer.json"])
+def test_a_holder_that_lost_its_lease_changes_nothing_from_then_on(run, saved, url, last):
+    add(run, saved, 1)
+    m, others = mirror(run, url), []
+
+    def before(kind: str, name: str) -> None:
+        if name.endswith(last):  # this file is on its way; the next one must not be, the manifest neither
+            other = Lease(FaultyStore(url))
+            other.acquire(dead=DEAD)
+            others.append(other)
+
+    m.store.before = before  # type: ignore[attr-defined]
+    m.start()
+    m.finish()
+    assert isinstance(m.failure, UserError)
+    assert "was taken over by process" in str(m.failure)
+    assert f"what this process trained is in {run}" in str(m.failure)
+    assert journal(m)[-1][1].endswith(last)
+    assert steps(url) == []
+    with pytest.raises(LeaseLost):
+        m.copy_all()
+    others[0].check()
+
+
+@pytest.mark.parametrize("action", ["drop", "set aside", "gone"])
+def test_a_holder_that_lost_its_lease_deletes_nothing(run, saved, url, action):
+    folder = add(run, saved, 1)
+    m = mirror(run, url)
+    m.copy_all()
+    other = Lease(FaultyStore(url))
+    other.acquire(dead=DEAD)
+    before = journal(m)
+    (run / "env.json").unlink()
+    with pytest.raises(LeaseLost):
+        m.drop(folder.name) if action == "drop" else m.set_aside(folder.name) if action == "set aside" else m.copy_all()
+    assert journal(m) == before
+
+
+def test_the_thread_copies_what_it_is_told_of_and_releases_the_lease_at_the_end(run, saved, url):
+    m = mirror(run, url)
+    m.start()
+    add(run, saved, 1)
+    m.notify()
+    add(run, saved, 2)
+    assert m.finish()
+    assert m.failure is None
+    assert steps(url) == ["step-00000001", "step-00000002"]
+    newest = m.lease.newest()
+    assert newest is not None
+    assert newest.released
