@@ -19,6 +19,7 @@ from regpt.parallel.launch import launch
 from regpt.runs.pretrain import pretrain
 
 PATIENCE = 120.0  # seconds; a test that waits this long has failed
+DEVICES = [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.multi_gpu)]
 
 
 @contextlib.contextmanager
@@ -65,13 +66,14 @@ def test_fewer_than_one_process_is_refused():
         launch(0, [])
 
 
-def test_two_processes_have_the_loss_curve_of_one(shards, tmp_path: Path):
-    config = tiny.run_config(shards)
+@pytest.mark.parametrize("device", ["cpu", DEVICES[1]])
+def test_two_processes_have_the_loss_curve_of_one(shards, tmp_path: Path, device: str):
+    config = tiny.change(tiny.run_config(shards), "train", device=device)
     assert pretrain(config, tmp_path / "one") == 0
     (tmp_path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
     code, out, err = finished("train", tmp_path / "config.toml", "--out", tmp_path / "two", "--nproc", 2)
     assert code == 0, err
-    assert "8,368 parameters on 2 × cpu" in out
+    assert "8,368 parameters on 2 × " in out
     assert out.count("validation loss") == 4  # one process prints
     assert len(curve(tmp_path / "two")) == 8 + 4
     assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=1e-5)
@@ -80,11 +82,13 @@ def test_two_processes_have_the_loss_curve_of_one(shards, tmp_path: Path):
     assert [f.name for f in checkpoints(tmp_path / "two")] == [f"step-{s:08d}" for s in (2, 4, 6, 8)]
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_the_launcher_saves_and_two_processes_go_on(shards, tmp_path: Path, kind: signal.Signals):
-    config = tiny.run_config(shards)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_signal_to_the_launcher_saves_and_two_processes_go_on(
+    shards, tmp_path: Path, kind: signal.Signals, device: str
+):
+    config = tiny.change(tiny.run_config(shards), "train", device=device)
     for section in ("eval", "sample", "checkpoint"):
         config = tiny.change(config, section, every_steps=0)
     config = tiny.change(config, "train", steps=3000)
@@ -105,7 +109,7 @@ def test_a_signal_to_the_launcher_saves_and_two_processes_go_on(shards, tmp_path
     assert rows(run, "train")[-1]["step"] == step < 3000
     text = (run / "config.toml").read_text(encoding="utf-8").replace("steps = 3000", f"steps = {step + 2}")
     (run / "config.toml").write_text(text, encoding="utf-8")
-    code, _, err = finished("train", "--resume", run, "--nproc", 2)
+    code, _, err = finished("train", "--resume", run, "--force", "--nproc", 2)
     assert code == 0, err
     assert [row["step"] for row in rows(run, "train")] == list(range(1, step + 3))
 

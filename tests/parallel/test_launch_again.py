@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_launch import PATIENCE, finished, module_process, regpt, rows  # type: ignore[import-not-found]
+from test_launch import DEVICES, PATIENCE, finished, module_process, regpt, rows  # type: ignore[import-not-found]
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
 import tiny
@@ -86,10 +86,16 @@ def test_after_a_second_signal_the_exit_code_is_130(monkeypatch, signals: int, c
 
 
 @POSIX
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
-def test_a_killed_process_is_replaced_and_the_run_goes_on_bitwise(shards, processes: int, tmp_path: Path):
-    config = tiny.change(tiny.run_config(shards), "train", deterministic=True, steps=60)
+@pytest.mark.parametrize(
+    ("processes", "device"),
+    [
+        pytest.param(2, "cpu", marks=pytest.mark.slow),
+        pytest.param(4, "cpu", marks=pytest.mark.slow),
+        pytest.param(2, "cuda", marks=pytest.mark.multi_gpu),
+    ],
+)
+def test_a_killed_process_is_replaced_and_the_run_goes_on_bitwise(shards, processes: int, device: str, tmp_path: Path):
+    config = tiny.change(tiny.run_config(shards), "train", deterministic=True, steps=60, device=device)
     for section in ("eval", "sample"):
         config = tiny.change(config, section, every_steps=0)
     (tmp_path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
@@ -107,10 +113,10 @@ def test_a_killed_process_is_replaced_and_the_run_goes_on_bitwise(shards, proces
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
-@pytest.mark.slow
-def test_torchrun_starts_the_same_command_again_and_it_goes_on(shards, tmp_path: Path):
+@pytest.mark.parametrize("device", DEVICES)
+def test_torchrun_starts_the_same_command_again_and_it_goes_on(shards, tmp_path: Path, device: str):
     """Its default rendezvous keeps the store, in which the processes that died have left their addresses."""
-    config = tiny.change(tiny.run_config(shards), "train", deterministic=True, steps=60)
+    config = tiny.change(tiny.run_config(shards), "train", deterministic=True, steps=60, device=device)
     for section in ("eval", "sample"):
         config = tiny.change(config, section, every_steps=0)
     (tmp_path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
@@ -151,9 +157,9 @@ def workers(launcher: int) -> dict[int, int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
-@pytest.mark.slow
-def test_a_process_that_hangs_is_named_and_replaced(shards, tmp_path: Path):
-    config = tiny.change(tiny.run_config(shards), "train", hang_seconds=5, steps=200)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_process_that_hangs_is_named_and_replaced(shards, tmp_path: Path, device: str):
+    config = tiny.change(tiny.run_config(shards), "train", hang_seconds=5, steps=200, device=device)
     for section in ("eval", "sample"):
         config = tiny.change(config, section, every_steps=0)
     (tmp_path / "config.toml").write_text(config.to_toml(), encoding="utf-8")

@@ -1,5 +1,6 @@
 """Memory by part: against the published sizes, against autograd's own allocations, against what the compiler keeps."""
 
+import gc
 from dataclasses import fields, is_dataclass, replace
 
 import pytest
@@ -271,7 +272,10 @@ def test_the_peak_on_a_gpu_is_within_ten_per_cent(path: str, rows: int):
 
     device = torch.device("cuda")
     torch.compiler.reset()
+    gc.collect()
     torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()  # what other tests have left
+    torch.cuda.reset_peak_memory_stats()
     config = ModelConfig(n_layer=6)
     with device:
         model = initialize(Transformer(config), 0)
@@ -283,7 +287,5 @@ def test_the_peak_on_a_gpu_is_within_ten_per_cent(path: str, rows: int):
         for _ in range(2):
             (loss_sum(Batch(tokens, tokens)) / 7).backward()
         optimizer.step()
-        torch.cuda.reset_peak_memory_stats()
-        (loss_sum(Batch(tokens, tokens)) / 7).backward()
     predicted = gpu_memory(shape_of(config, 1024, pad_vocab=True), rows, Settings(path, "bf16")).peak
-    assert torch.cuda.max_memory_allocated() == pytest.approx(predicted, rel=0.1)
+    assert torch.cuda.max_memory_allocated() - before == pytest.approx(predicted, rel=0.1)
