@@ -5,7 +5,7 @@ import torch
 
 import tiny
 from regpt.errors import UsageError
-from regpt.parallel.mesh import choose_device, launcher_rank, launcher_world_size, open_mesh, under_launcher
+from regpt.parallel.mesh import Mesh, choose_device, launcher_rank, launcher_world_size, open_mesh, under_launcher
 
 
 @pytest.fixture
@@ -31,6 +31,36 @@ def test_one_process_is_a_mesh_of_one(alone):
         mesh.wait()
     assert torch.get_num_threads() == threads
     assert not torch.distributed.is_initialized()
+
+
+def test_every_collective_is_watched(monkeypatch):
+    """What is not would hang without a word when another process has stopped."""
+    mesh = Mesh(0, 2, tiny.CPU)
+    seen: list[str] = []
+
+    def all_reduce(x, op=None):
+        seen.append(mesh.pulse.doing)
+
+    def all_gather(parts, mine):
+        seen.append(mesh.pulse.doing)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.ones(2)
+    for collective in (
+        lambda: mesh.sum(torch.ones(1)),
+        lambda: mesh.total(torch.ones(1)),
+        lambda: mesh.any(True),
+        lambda: mesh.gather(b"x"),
+        lambda: mesh.smallest(3),
+        lambda: mesh.sum_gradients([weight]),
+        mesh.wait,
+    ):
+        seen.clear()
+        collective()
+        assert seen
+        assert all(seen)
 
 
 def test_the_launcher_says_who_a_process_is(monkeypatch):

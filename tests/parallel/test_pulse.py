@@ -41,6 +41,16 @@ def test_a_pulse_counts_waits_and_knows_the_present_one():
     assert (pulse.waits, pulse.doing) == (2, "")
 
 
+def test_a_wait_inside_another_is_not_one_of_its_own():
+    pulse = Pulse()
+    with pulse.waiting("x"):
+        since = pulse.since
+        with pulse.waiting("y"):
+            assert (pulse.waits, pulse.doing) == (1, "x")
+        assert (pulse.waits, pulse.doing, pulse.since) == (1, "x", since)
+    assert (pulse.waits, pulse.doing) == (1, "")
+
+
 class Shelf(dict):
     """A store in memory."""
 

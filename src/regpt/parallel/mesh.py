@@ -44,7 +44,8 @@ class Mesh:
     def sum(self, x: Tensor) -> Tensor:
         """`x`, on this process's device or the CPU, summed over all processes, in place."""
         if self.world_size > 1:
-            dist.all_reduce(x)
+            with self.pulse.waiting("a sum over all processes"):
+                dist.all_reduce(x)
         return x
 
     def total(self, x: Tensor) -> Tensor:

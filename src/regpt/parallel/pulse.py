@@ -38,7 +38,10 @@ class Pulse:
 
     @contextlib.contextmanager
     def waiting(self, doing: str) -> Iterator[None]:
-        """Around what returns only when all processes have come to it."""
+        """Around what returns only when all processes have come to it; a wait inside another is a part of that one."""
+        if self.doing:
+            yield
+            return
         self.waits += 1
         self.doing, self.since = doing, time.monotonic()
         try:
