@@ -14,4 +14,8 @@ runs/        all of it           composition roots: configuration â†’ objects â†
 cli/         the command line    one short file a command
 """
 
+import time
+
+STARTED = time.perf_counter()  # of this process, before what takes seconds to import
+
 __version__ = "0.1.0"

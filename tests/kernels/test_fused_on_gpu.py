@@ -2,14 +2,17 @@
 
 import weakref
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from kernels import reference
+from kernels.kept import Kept
 from regpt.data.batch import Batch
 from regpt.kernels.select import choose, fused_loss
+from regpt.kernels.tuned import Tuned
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
@@ -213,3 +216,24 @@ def test_products(epilogue, transpose_a, transpose_b):
     reference.products(a, b, expected, aux=aux[1].clone() if aux[1] is not None else None, **options)
     Products(DEVICE)(a, b, given, aux=aux[0], **options)
     assert ((given.float() - expected.float()).norm() / expected.float().norm()).item() < 4e-3
+
+
+def test_an_algorithm_found_by_another_process_is_taken_and_a_damaged_one_is_not(tmp_path: Path):
+    from regpt.kernels.cublaslt import Products, tuned_on
+
+    def folder(name: str) -> Kept:
+        return Kept(tmp_path / name)
+
+    a, b = (torch.randn(512, 512, device=DEVICE).bfloat16() for _ in range(2))
+    found = []
+    for damage in (None, None, b"short", b"\xff" * 96):
+        for path in tmp_path.glob("*/*") if damage else ():
+            path.write_bytes(damage)
+        products = Products(DEVICE, tuned=Tuned(tuned_on(DEVICE).about, folder))
+        chosen = []
+        choose = products.choose
+        products.choose = lambda *given, choose=choose, chosen=chosen: chosen.append(given) or choose(*given)
+        out = products(a, b, torch.empty_like(a))
+        found.append(len(chosen))
+        assert ((out.float() - a.float() @ b.float()).norm() / out.float().norm()).item() < 4e-3
+    assert found == [1, 0, 1, 1]

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import tyro
 
+from regpt import STARTED
 from regpt.cli.output import check_json, progress, show
 from regpt.cli.parse import parse
 from regpt.cli.train import chosen_data, named_recipe
@@ -46,7 +47,6 @@ class TrainArgs:
 
 
 def main(args: list[str]) -> int:
-    started = time.perf_counter()
     recipe = named_recipe([arg for arg in args if arg != "--cold"])  # the one flag that takes no value
     over = TrainArgs(recipe=recipe, config=read_config(recipe)) if recipe else None
     given = parse(TrainArgs, args, prog="regpt bench train", default=over)
@@ -56,10 +56,10 @@ def main(args: list[str]) -> int:
         raise UsageError(f"--nproc is {given.nproc}, must be at least 1, or 0 for this process alone")
     check_json(given.json)
     with fresh_caches() if given.cold else contextlib.nullcontext():
-        return run_train(given, args, started)
+        return run_train(given, args)
 
 
-def run_train(given: TrainArgs, args: list[str], started: float) -> int:
+def run_train(given: TrainArgs, args: list[str]) -> int:
     from regpt.parallel.launch import launch
     from regpt.parallel.mesh import launcher_rank, launcher_world_size, under_launcher
     from regpt.runs.bench import Window, bench_train, check
@@ -71,7 +71,7 @@ def run_train(given: TrainArgs, args: list[str], started: float) -> int:
         check(config, window, given.nproc or launcher_world_size())
     if given.nproc and not under_launcher():
         return launch(given.nproc, ["bench", "train", *args])
-    imported_s = time.perf_counter() - started
+    imported_s = time.perf_counter() - STARTED
     with progress(quiet=launcher_rank() > 0) as say:
         report = bench_train(config, window, recipe=given.recipe, imported_s=imported_s, progress=say)
     if report is not None:

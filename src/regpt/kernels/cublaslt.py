@@ -2,7 +2,7 @@
 
 torch calls the same library (cuBLASLt) but offers few of its epilogues, and none that a backward pass needs. The
 library is already in the process, so this file calls it by its documented C interface (NVIDIA, cuBLAS, section 3).
-Every product asks for several algorithms once, times them on its own operands, and keeps the fastest.
+Every product asks for several algorithms once, times them on its own operands, and keeps the fastest, also on disk.
 """
 
 import ctypes
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from regpt.kernels.tuned import Tuned
 
 # Values from cublasLt.h and library_types.h, version 13.
 COMPUTE_32F = 68
@@ -54,8 +56,15 @@ def library() -> ctypes.CDLL:
     lib.cublasLtMatmulDescSetAttribute.argtypes = [c_void_p, c_int, c_void_p, c_size_t]
     lib.cublasLtMatmulPreferenceSetAttribute.argtypes = [c_void_p, c_int, c_void_p, c_size_t]
     lib.cublasLtMatmulAlgoGetHeuristic.argtypes = [c_void_p] * 7 + [c_int, POINTER(Heuristic), POINTER(c_int)]
+    lib.cublasLtMatmulAlgoCheck.argtypes = [c_void_p] * 6 + [POINTER(Algorithm), POINTER(Heuristic)]
     lib.cublasLtMatmul.argtypes = [c_void_p] * 14 + [c_size_t, c_void_p]
+    lib.cublasLtGetVersion.restype = c_size_t
     return lib
+
+
+def tuned_on(device: torch.device) -> Tuned:
+    """What was found fastest on such a device with this version of the library."""
+    return Tuned(f"{torch.cuda.get_device_name(device)} cuBLASLt {library().cublasLtGetVersion()} {WORKSPACE_BYTES}")
 
 
 def check(status: int, call: str) -> None:
@@ -96,11 +105,12 @@ class Products:
     Args:
         device: a CUDA device.
         tune: time the algorithms on first use; otherwise take the library's first choice, which is the same every time.
+        tuned: keeps what was found fastest, for the next process; None keeps nothing.
     """
 
-    def __init__(self, device: torch.device, *, tune: bool = True):
+    def __init__(self, device: torch.device, *, tune: bool = True, tuned: Tuned | None = None):
         self.lib = library()
-        self.tune = tune
+        self.tune, self.tuned = tune, tuned if tune else None
         self.handle = c_void_p()
         check(self.lib.cublasLtCreate(byref(self.handle)), "cublasLtCreate")
         self.workspaces: dict[int, Tensor] = {}  # one for each stream: products on two streams run at the same time
@@ -142,7 +152,11 @@ class Products:
             plan = self.plans[key] = self.describe(a, b, out, transpose_a, transpose_b, epilogue, bias, scale)
         self.point(plan, bias, aux)
         if plan.algorithm is None:
+            plan.algorithm = self.recall(plan, key)
+        if plan.algorithm is None:
             plan.algorithm = self.choose(plan, a, b, out, add, scale)
+            if self.tuned is not None:
+                self.tuned.put(key, bytes(plan.algorithm))
         self.run(plan, plan.algorithm, a, b, out, add, scale)
         return out
 
@@ -189,6 +203,16 @@ class Products:
             self.set(plan.operation, BIAS_POINTER, c_void_p(bias.data_ptr()))
         if aux is not None:
             self.set(plan.operation, AUX_POINTER, c_void_p(aux.data_ptr()))
+
+    def recall(self, plan: Plan, key: tuple[Any, ...]) -> Algorithm | None:
+        """What another process has found fastest, if it is whole and the library still takes it."""
+        data = None if self.tuned is None else self.tuned.get(key)
+        if data is None or len(data) != ctypes.sizeof(Algorithm):
+            return None
+        algorithm, result = Algorithm.from_buffer_copy(data), Heuristic()
+        arguments = (self.handle, plan.operation, *plan.layouts, byref(algorithm), byref(result))
+        usable = self.lib.cublasLtMatmulAlgoCheck(*arguments) == 0 and result.workspace <= WORKSPACE_BYTES
+        return algorithm if usable else None
 
     def choose(
         self, plan: Plan, a: Tensor, b: Tensor, out: Tensor, add: Tensor | None, scale: Tensor | None

@@ -85,9 +85,9 @@ def fused_loss(model: Transformer, device: torch.device) -> LossOfTokens:
     """The fused `loss_sum(idx, targets, positions, cu_seqlens)` of `model`; see `kernels.gpt2` for what it keeps."""
     from regpt.kernels import triton_ops
     from regpt.kernels.attention import CudnnAttention, TorchAttention
-    from regpt.kernels.cublaslt import Products
+    from regpt.kernels.cublaslt import Products, tuned_on
     from regpt.kernels.gpt2 import FusedGPT2
     from regpt.kernels.graphs import GraphedLoss
 
     attention = CudnnAttention(device) if find_spec("cudnn") else TorchAttention()
-    return GraphedLoss(FusedGPT2(model, Products(device), attention, triton_ops)).loss_sum
+    return GraphedLoss(FusedGPT2(model, Products(device, tuned=tuned_on(device)), attention, triton_ops)).loss_sum

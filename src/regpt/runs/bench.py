@@ -111,36 +111,36 @@ def bench_train(
 
     Args:
         recipe: what the user called it.
-        imported_s: seconds that the caller has spent on imports.
+        imported_s: seconds from the start of the process to this call.
     """
     source = config.data.path or " + ".join(config.data.mixture) or INVENTED
-    with (
-        open_mesh(config.train.device, deterministic=config.train.deterministic) as mesh,
-        opened_data(shortened(config, window)) as (config, corpus),
-    ):
-        progress("building")
-        started = time.perf_counter()
-        with opened_trainer(config, mesh, corpus) as trainer:
-            synchronize(mesh.device)
-            built_s = time.perf_counter() - started
-            times = time_steps(trainer, window.warmup, progress)
-            report = {
-                "kind": "bench train",
-                "recipe": recipe,
-                "data": source,
-                **describe(trainer, config, mesh),
-                "steps": window.steps,
-                "warmup": window.warmup,
-                **speed(times, config.train.batch_tokens, trainer.flops_per_token, mesh.world_size),
-                "peak_memory_gib": greatest(mesh, peak_memory_gib(mesh.device)),
-                "peak_memory_of": "gpu" if mesh.device.type == "cuda" else "process",
-                "first_step": first_step(times, imported_s, built_s),
-                "loss": [row["loss"] for row in (times.rows[0], times.rows[-1])],
-            }
-        del trainer  # its memory is needed for the product
-        start_afresh(mesh.device)
-        progress("a large matrix product")
-        report |= utilisation(report["flops_per_s"], mesh, config.train.precision)
+    began = time.perf_counter()
+    with open_mesh(config.train.device, deterministic=config.train.deterministic) as mesh:
+        opened_s = time.perf_counter() - began
+        with opened_data(shortened(config, window)) as (config, corpus):
+            progress("building")
+            started = time.perf_counter()
+            with opened_trainer(config, mesh, corpus) as trainer:
+                synchronize(mesh.device)
+                built_s = opened_s + time.perf_counter() - started
+                times = time_steps(trainer, window.warmup, progress)
+                report = {
+                    "kind": "bench train",
+                    "recipe": recipe,
+                    "data": source,
+                    **describe(trainer, config, mesh),
+                    "steps": window.steps,
+                    "warmup": window.warmup,
+                    **speed(times, config.train.batch_tokens, trainer.flops_per_token, mesh.world_size),
+                    "peak_memory_gib": greatest(mesh, peak_memory_gib(mesh.device)),
+                    "peak_memory_of": "gpu" if mesh.device.type == "cuda" else "process",
+                    "first_step": first_step(times, imported_s, built_s),
+                    "loss": [row["loss"] for row in (times.rows[0], times.rows[-1])],
+                }
+            del trainer  # its memory is needed for the product
+            start_afresh(mesh.device)
+            progress("a large matrix product")
+            report |= utilisation(report["flops_per_s"], mesh, config.train.precision)
     return report if mesh.is_main else None
 
 
