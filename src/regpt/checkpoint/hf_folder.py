@@ -2,15 +2,13 @@
 
 from pathlib import Path
 
-import torch
-
 from regpt.checkpoint.files import read_json
 from regpt.checkpoint.tensors import TensorFiles, find_divided
 from regpt.errors import UserError
 from regpt.model.config import ModelConfig
 from regpt.model.hf import WeightsFromHF, config_from_hf
 from regpt.model.transformer import Transformer
-from regpt.model.weights import count_parameters
+from regpt.model.weights import count_parameters, without_memory
 from regpt.text.open import open_tokenizer
 from regpt.text.tokenizer import Tokenizer
 
@@ -55,7 +53,7 @@ def hf_weights(folder: Path, config: ModelConfig) -> WeightsFromHF:
 
 
 def parameters_of(config: ModelConfig) -> int:
-    with torch.device("meta"):
+    with without_memory():
         return count_parameters(Transformer(config))
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 
 from regpt.checkpoint.files import SUCCESSOR, read_json
@@ -29,7 +28,7 @@ from regpt.checkpoint.tensors import TensorFiles
 from regpt.errors import UserError
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
-from regpt.model.weights import InitialWeights
+from regpt.model.weights import InitialWeights, without_memory
 from regpt.text.open import open_tokenizer
 from regpt.text.tokenizer import Tokenizer
 
@@ -159,7 +158,7 @@ def refuse_disagreement(checkpoint: Checkpoint) -> None:
     stored, blocks = checkpoint.tensors(WEIGHTS).shape_of, checkpoint.config.n_layer
     if blocks > len(stored):  # thousands of blocks take seconds to describe
         raise damaged(checkpoint.folder / MODEL, f"asks for {blocks:,} blocks, there are {len(stored):,} tensors")
-    with torch.device("meta"):
+    with without_memory():
         shapes = InitialWeights(Transformer(checkpoint.config), seed=0).shapes
     for stem, complete in ((WEIGHTS, True), (AVERAGE, False)):  # what does not learn has no average
         stored = checkpoint.tensors(stem).shape_of

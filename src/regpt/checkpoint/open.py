@@ -18,7 +18,7 @@ from regpt.checkpoint.store import is_address
 from regpt.errors import UsageError, UserError, nearest
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
-from regpt.model.weights import load_weights
+from regpt.model.weights import allocate, load_weights, without_memory
 from regpt.text.tokenizer import Tokenizer
 
 ALLOWED = (
@@ -104,9 +104,9 @@ def open_hf(folder: Path, source: str, device: torch.device | str) -> OpenModel:
 
 def build(config: ModelConfig, weights: Mapping[str, Tensor], device: torch.device | str, source: str) -> Transformer:
     """A model of shape `config` on `device`, filled tensor by tensor, so that the weights are in memory once."""
-    with torch.device("meta"):  # no memory, no initialisation
+    with without_memory():
         model = Transformer(config)
     try:
-        return load_weights(model.to_empty(device=device), weights).eval()
+        return load_weights(allocate(model, device), weights).eval()
     except UserError as error:
         raise UserError(f"model {source!r} cannot be read: {error}") from None

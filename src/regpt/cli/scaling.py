@@ -96,15 +96,14 @@ def planned(given: ScalingArgs) -> tuple[float, float] | None:
     """Parameters, as N counts them, and tokens of the run to predict."""
     if given.predict is None:
         return None if given.parameters is None or given.tokens is None else (given.parameters, given.tokens)
-    import torch
 
     from regpt.config import read_config
     from regpt.model.transformer import Transformer
-    from regpt.model.weights import count_parameters
+    from regpt.model.weights import count_parameters, without_memory
     from regpt.report.scaling_runs import non_embedding
 
     config = read_config(given.predict)
-    with torch.device("meta"):
+    with without_memory():
         total = float(count_parameters(Transformer(config.model)))
     parameters = total if given.count == "total" else non_embedding(total, asdict(config.model))
     return parameters, given.tokens or float(config.train.steps * config.train.batch_tokens)

@@ -145,8 +145,10 @@ class GraphedLoss:
         self.refused.add(key)
         self.fused.forget_beside()
         gc.collect()
-        if torch.cuda.is_available():
+        device = self.fused.model.wte.weight.device
+        if device.type == "cuda":
             torch.cuda.empty_cache()
+            end_capture(device)
         warnings.warn(
             f"the step could not be captured as CUDA graphs ({reason}); steps of its shape go on without",
             RuntimeWarning,
@@ -164,6 +166,12 @@ class GraphedLoss:
         self.steps.clear()
         self.where.clear()
         self.pool = None
+
+
+def end_capture(device: torch.device) -> None:
+    """Let `device` draw random numbers again: after a capture that failed its generator waits for one that succeeds."""
+    with torch.cuda.device(device), torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+        torch.zeros((), device=device)
 
 
 class Replay(torch.autograd.Function):

@@ -71,7 +71,7 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     """Token ids to logits. The weights mean nothing until `weights.initialize` or `weights.load_weights` set them;
-    build under `torch.device("meta")` to spend no time on their first values.
+    build under `model.weights.without_memory` to spend no time on their first values.
 
     Args:
         config: the shape.

@@ -1,20 +1,53 @@
 """Fill a model with weights, and take them out again: always at the real vocabulary size, the tied head once."""
 
+import contextlib
 import hashlib
 import itertools
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from regpt.errors import UserError
 from regpt.model.transformer import INIT_STD, Transformer
 
 VOCAB_ROWS = "wte.weight"  # the parameter whose rows are padded
 MOST_AT_ONCE = 8  # initial values being drawn, or drawn and not yet in the model
+
+
+@contextlib.contextmanager
+def without_memory() -> Iterator[None]:
+    """Models made in this context have shapes only: their parameters are on the meta device."""
+    with torch.device("meta"), WithoutValues():
+        yield
+
+
+def allocate(model: Transformer, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Transformer:
+    """Give the parameters of a model made `without_memory` their memory on `device`; their values are not yet set."""
+    for module in model.modules():  # Module.to_empty would import sympy, again for seconds
+        for name, p in module.named_parameters(recurse=False):
+            values = torch.empty(p.shape, device=device, dtype=dtype)
+            setattr(module, name, nn.Parameter(values, requires_grad=p.requires_grad))
+    return model
+
+
+class WithoutValues(TorchFunctionMode):
+    """Modules keep their parameters as they were allocated: initial values on the meta device are for nothing, and
+    torch imports its compiler for them, which takes seconds.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == torch.nn.init.__name__:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def initialize(model: Transformer, seed: int) -> Transformer:

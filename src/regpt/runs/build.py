@@ -19,6 +19,7 @@ from regpt.evals.perplexity import count_rows
 from regpt.kernels.select import Kernels, choose
 from regpt.model.ops import PLAIN, Ops
 from regpt.model.transformer import Transformer
+from regpt.model.weights import allocate, without_memory
 from regpt.parallel.mesh import Mesh
 from regpt.runs.validation import Part, folder_parts, mixture_parts
 from regpt.text.open import open_tokenizer
@@ -157,9 +158,9 @@ def refuse_other_tokenizer(folder: DataFolder, tokenizer: Tokenizer) -> None:
 
 def build_model(config: RunConfig, device: torch.device, ops: Ops = PLAIN) -> Transformer:
     """The model on `device`, its weights not yet set."""
-    with torch.device("meta"):
+    with without_memory():
         model = Transformer(config.model, ops, pad_vocab=config.train.pad_vocab)
-    return model.to(parameter_dtype(config.train.precision)).to_empty(device=device)
+    return allocate(model, device, parameter_dtype(config.train.precision))
 
 
 def build_loader(config: RunConfig, corpus: Corpus, mesh: Mesh, first_row: int = 0) -> Loader:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from regpt.train.adamw import AdamW
+
 ARENA_ELEMENTS = 2**28  # 1 GiB: torch rounds page-locked memory up to a power of two, which wastes little of that
 PIECE_ELEMENTS = 2**23  # 32 MiB of each moment: large enough for the bus's full speed
 SLOTS = 3  # pieces on the device: one comes in, one is used, one goes back
@@ -40,7 +42,7 @@ class Piece:
     parts: tuple[Part, ...]
 
 
-class OffloadedAdamW(torch.optim.AdamW):
+class OffloadedAdamW(AdamW):
     """`torch.optim.AdamW` with its moments in host memory, page-locked where the parameters are on a CUDA device.
 
     `state[p]` holds `step`, `exp_avg` and `exp_avg_sq` from the beginning; the moments are views of larger tensors.

@@ -8,6 +8,7 @@ from torch import Tensor
 from regpt.errors import UserError
 from regpt.model.transformer import Transformer
 from regpt.model.weights import real_shape, unpadded
+from regpt.train.adamw import AdamW
 from regpt.train.config import OptimConfig
 from regpt.train.offload import OffloadedAdamW
 
@@ -27,7 +28,7 @@ def make_optimizer(model: Transformer, config: OptimConfig, device: torch.device
     if config.offload:
         optimizer = OffloadedAdamW(groups, device=device, **options)
     else:
-        optimizer = torch.optim.AdamW(groups, **options)
+        optimizer = AdamW(groups, **options)
         for p in learning:  # now, not in the first update: what does not fit is known before anything is computed
             # The fused step wants its counter beside the parameter, the plain one keeps it on the host.
             counter = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")

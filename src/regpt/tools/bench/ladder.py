@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from regpt.kernels.select import choose
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import VOCAB_MULTIPLE, Transformer
+from regpt.model.weights import without_memory
 
 LECTURE_MODEL = ModelConfig()  # GPT-2 124M
 LECTURE_ROWS, LECTURE_SEQ_LEN = 16, 1024
@@ -131,7 +132,7 @@ def missing(need: Need, device: torch.device, model: ModelConfig) -> str | None:
 
 
 def lacks_kernels(device: torch.device, model: ModelConfig) -> str | None:
-    with torch.device("meta"):
+    with without_memory():
         kernels = choose("auto", Transformer(model), device, "bf16")
     return None if kernels.name == "fused" else kernels.reason
 

@@ -14,7 +14,7 @@ import torch
 from regpt.data.batch import Batch
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
-from regpt.model.weights import initialize
+from regpt.model.weights import allocate, initialize, without_memory
 from regpt.tools.plan.shape import shape_of
 from regpt.tools.plan.speed import Speed
 from regpt.train.config import OptimConfig, PrecisionName, TrainConfig
@@ -79,9 +79,9 @@ class Case:
         self, model: ModelConfig, train: TrainConfig, optim: OptimConfig, rows: int, seq_len: int, device: torch.device
     ):
         self.layers, self.device = model.n_layer, device
-        with torch.device("meta"):
+        with without_memory():
             empty = Transformer(model, pad_vocab=train.pad_vocab)
-        self.model = initialize(empty.to(parameter_dtype(train.precision)).to_empty(device=device), seed=0)
+        self.model = initialize(allocate(empty, device, parameter_dtype(train.precision)), seed=0)
         self.optimizer = make_optimizer(self.model, optim, device)
         if train.activation_checkpointing:
             recompute_blocks(self.model)

@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from regpt.errors import UsageError
 from regpt.kernels.select import MEASURED_CAPABILITY, choose
 from regpt.model.transformer import Transformer
+from regpt.model.weights import without_memory
 from regpt.tools.plan.coefficients import CHECKPOINT_BYTES
 from regpt.tools.plan.machine import Machine
 from regpt.tools.plan.memory import Memory, Settings, cpu_memory, gpu_memory, largest_rows
@@ -39,7 +38,7 @@ def path_name(run: Sections, machine: Machine) -> str:
     if train.kernels == "plain":
         return plain
     if machine.here is not None:
-        with torch.device("meta"):
+        with without_memory():
             empty = Transformer(model, pad_vocab=train.pad_vocab)
         recompute = train.activation_checkpointing
         chosen = choose(train.kernels, empty, machine.here, train.precision, recompute=recompute)

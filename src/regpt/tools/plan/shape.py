@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
-from regpt.model.weights import count_parameters
+from regpt.model.weights import count_parameters, without_memory
 from regpt.train.metrics import flops_per_token
 
 
@@ -48,7 +47,7 @@ class Shape:
 
 def shape_of(config: ModelConfig, seq_len: int, *, pad_vocab: bool) -> Shape:
     """Count a model of this shape."""
-    with torch.device("meta"):
+    with without_memory():
         model = Transformer(config, pad_vocab=pad_vocab)
     linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     return Shape(
