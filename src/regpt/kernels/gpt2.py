@@ -14,9 +14,10 @@ What it computes is `Transformer.hidden` and `linear_cross_entropy`; how:
 Shapes: the glossary in `regpt.model`; N = B·T.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,9 +100,15 @@ class FusedGPT2:
         """Cross-entropy in nats summed over the valid targets (B, T), a float32 scalar; arguments as in `Batch`."""
         self.copy_weights()
         self.join()  # if the last backward was broken off, by a lack of memory say
+        inputs = idx, targets, positions, cu_seqlens
+
+        def compute() -> tuple[Tensor, Callable[[Tensor], None]]:
+            loss, state = self.forward(*inputs, gradient=True)
+            return loss, partial(self.backward, state=state)
+
         if torch.is_grad_enabled():
-            return LossSum.apply(self.model.wte.weight, self, idx, targets, positions, cu_seqlens)  # type: ignore[return-value]
-        return self.forward(idx, targets, positions, cu_seqlens, gradient=False)[0]
+            return HandWritten.apply(self.model.wte.weight, compute)  # type: ignore[return-value]
+        return self.forward(*inputs, gradient=False)[0]
 
     @torch.no_grad()
     def copy_weights(self) -> None:
@@ -282,29 +289,22 @@ class FusedGPT2:
         return p.grad, False
 
 
-class LossSum(torch.autograd.Function):
-    """Ties `FusedGPT2` to autograd through one parameter; the gradients go straight to `.grad`."""
+class HandWritten(torch.autograd.Function):
+    """Ties a loss whose backward is written by hand to autograd, through one parameter; gradients go to `.grad`.
+
+    `compute()` gives the loss, and what adds its gradients, times a scale, to the parameters'.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        anchor: Tensor,
-        fused: FusedGPT2,
-        idx: Tensor,
-        targets: Tensor,
-        positions: Tensor | None,
-        cu_seqlens: Tensor | None,
-    ) -> Tensor:
-        loss, state = fused.forward(idx, targets, positions, cu_seqlens, gradient=True)
-        ctx.kept = fused, state
+    def forward(ctx: Any, anchor: Tensor, compute: Callable[[], tuple[Tensor, Callable[[Tensor], None]]]) -> Tensor:
+        loss, ctx.add_gradients = compute()
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if ctx.kept is None:
+    def backward(ctx: Any, scale: Tensor) -> tuple[None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if ctx.add_gradients is None:
             raise RuntimeError("the fused path allows one backward through a loss: its logits were overwritten")
-        fused, state = ctx.kept
-        ctx.kept = None
-        fused.backward(scale, state)
-        return (None,) * 6
+        add_gradients, ctx.add_gradients = ctx.add_gradients, None
+        add_gradients(scale)
+        return None, None

@@ -14,14 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regpt.kernels.gpt2 import FusedGPT2
+from regpt.kernels.gpt2 import FusedGPT2, HandWritten
 
 MOST_CAPTURES = 16  # in a process: shapes that keep changing are not worth capturing
 Key = tuple[torch.Size, bool, int | None, bool]  # idx, positions or none, numbers in cu_seqlens, with gradient
-
-
-class Token:
-    """That a forward was replayed whose backward is still to come; as long as it lives, its results must stay."""
 
 
 class CapturedStep:
@@ -66,6 +62,16 @@ class CapturedStep:
         self.graphs[1].replay()
 
 
+class Backward:
+    """The backward of a forward that was replayed; as long as it lives, the results of that forward must stay."""
+
+    def __init__(self, step: Any):
+        self.step = step
+
+    def __call__(self, scale: Tensor) -> None:
+        self.step.backward(scale)
+
+
 class GraphedLoss:
     """`loss_sum` of `fused`, through graphs where possible.
 
@@ -88,7 +94,7 @@ class GraphedLoss:
         self.refused: set[Key] = set()  # what could not be captured
         self.pool: Any = None
         self.captures_left = MOST_CAPTURES
-        self.outstanding: Callable[[], Token | None] = lambda: None
+        self.outstanding: Callable[[], Backward | None] = lambda: None
 
     def loss_sum(
         self, idx: Tensor, targets: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None
@@ -104,7 +110,13 @@ class GraphedLoss:
                 self.seen.add(key)
             return loss
         self.fused.copy_weights()
-        return Replay.apply(self.fused.model.wte.weight, self, step, *inputs) if gradient else step.forward(*inputs)  # type: ignore[return-value]
+
+        def compute() -> tuple[Tensor, Callable[[Tensor], None]]:
+            loss, backward = step.forward(*inputs), Backward(step)
+            self.outstanding = weakref.ref(backward)
+            return loss, backward
+
+        return HandWritten.apply(self.fused.model.wte.weight, compute) if gradient else step.forward(*inputs)  # type: ignore[return-value]
 
     def step_for(self, key: Key, inputs: tuple[Tensor | None, ...]) -> Any:
         """The captured step for this key, captured now if its time has come; None where there is none."""
@@ -172,23 +184,3 @@ def end_capture(device: torch.device) -> None:
     """Let `device` draw random numbers again: after a capture that failed its generator waits for one that succeeds."""
     with torch.cuda.device(device), torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
         torch.zeros((), device=device)
-
-
-class Replay(torch.autograd.Function):
-    """Ties a captured step to autograd, as `gpt2.LossSum` does."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, graphed: GraphedLoss, step: Any, *inputs: Tensor | None) -> Tensor:
-        loss = step.forward(*inputs)
-        ctx.step, ctx.token = step, Token()
-        graphed.outstanding = weakref.ref(ctx.token)
-        return loss
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if ctx.token is None:
-            raise RuntimeError("the fused path allows one backward through a loss: its logits were overwritten")
-        ctx.token = None
-        ctx.step.backward(scale)
-        return (None,) * 7
