@@ -25,13 +25,17 @@ from regpt.data.batch import IGNORE_INDEX, Batch
 from regpt.evals.score import Scorer
 from regpt.kernels.attention import TorchAttention
 from regpt.kernels.gpt2 import FusedGPT2
+from regpt.kernels.select import ops_of
 from regpt.model.cache import KVCache
 from regpt.model.hf import WeightsFromHF, weights_to_hf
-from regpt.model.weights import state_tensors
+from regpt.model.transformer import Transformer
+from regpt.model.weights import initialize, state_tensors
 from regpt.parallel.mesh import open_mesh
 from regpt.reference import gpt2
 from regpt.runs.folder import read_run_config
 from regpt.runs.pretrain import fork, pretrain, resume
+from regpt.train.config import PrecisionName
+from regpt.train.precision import autocast, parameter_dtype
 from regpt.train.recompute import recompute_blocks
 
 README = Path(__file__).parents[1] / "README.md"
@@ -137,6 +141,33 @@ def fused_path() -> list[tuple[Found, Found]]:
     path = FusedGPT2(model, pieces.products, TorchAttention(), pieces, torch.float64)
     trainer = tiny.build_trainer(model, tiny.Rows(micro_batch_rows=2), loss_sum=lambda batch: path.loss_sum(*batch))
     return [(tiny.step_gradients(trainer), ours())]
+
+
+FP8_CONFIG = tiny.replace(tiny.CONFIG, n_head=2, n_embd=32)  # multiples of 16
+
+
+def linear_layers_in_fp8() -> list[tuple[Found, Found]]:
+    def found(precision: PrecisionName) -> Found:
+        model = Transformer(FP8_CONFIG, ops_of(precision, tiny.CPU))
+        model = initialize(model, seed=1).to(parameter_dtype(precision))
+        train = tiny.replace(tiny.TRAIN, precision=precision)
+        return {
+            name: x.double()
+            for name, x in tiny.step_gradients(tiny.build_trainer(model, tiny.Rows(), train=train)).items()
+        }
+
+    return [(found("fp8"), found("fp64"))]
+
+
+@torch.no_grad()
+def evaluated_in_fp8() -> list[tuple[Found, Found]]:
+    idx, _ = tiny.Rows().rows(0)
+
+    def found(precision: PrecisionName) -> Found:
+        with autocast(precision, tiny.CPU):
+            return {"logits": initialize(Transformer(FP8_CONFIG, ops_of(precision, tiny.CPU)), seed=1)(idx)}
+
+    return [(found("fp8"), found("bf16"))]
 
 
 def recomputed() -> list[tuple[Found, Found]]:
@@ -281,6 +312,8 @@ CELLS = [
     Cell("one process", "2 and 4 processes", "loss, gradients", 1e-14, processes),
     Cell("`torch.compile` on", "off", "loss, gradients", 1e-14, compiled, slow=True),
     Cell("fused path of GPT-2, its pieces in float64", "plain path", "loss, gradients", 1e-13, fused_path),
+    Cell("linear layers in FP8, the rest in bfloat16", "all in float64", "loss, gradients", 0.2, linear_layers_in_fp8),
+    Cell("`fp8` without gradients", "`bf16`", "logits", 0.0, evaluated_in_fp8),
     Cell("activation checkpointing on", "off", "loss, gradients", 0.0, recomputed),
     Cell("moments in the host's memory", "on the device", "weights, moments, in float32", 0.0, offloaded),
     Cell("vocabulary padded to a multiple of 128", "not padded", "loss, gradients", 1e-14, padded_vocabulary),

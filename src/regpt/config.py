@@ -19,6 +19,7 @@ from regpt.checkpoint.config import CheckpointConfig
 from regpt.data.config import DataConfig
 from regpt.errors import UsageError, nearest
 from regpt.evals.config import EvalConfig
+from regpt.kernels.fp8 import MULTIPLE as FP8_MULTIPLE
 from regpt.model.config import ModelConfig
 from regpt.sample.config import SampleConfig
 from regpt.train.config import LogConfig, OptimConfig, TrainConfig
@@ -45,6 +46,15 @@ class RunConfig:
                 f"data.seq_len {self.data.seq_len} is longer than model.max_seq_len {self.model.max_seq_len}; "
                 f"lower the first or raise the second"
             )
+        if self.train.precision == "fp8":
+            sizes = {"model.n_embd": self.model.n_embd, "data.seq_len": self.data.seq_len}
+            for name, size in sizes.items():
+                if size % FP8_MULTIPLE:
+                    near = max(size // FP8_MULTIPLE, 1) * FP8_MULTIPLE
+                    raise UsageError(
+                        f"{name} is {size}, train.precision fp8 multiplies sizes that are multiples of {FP8_MULTIPLE}; "
+                        f"set it to {near}, say, or train.precision to bf16"
+                    )
         if self.eval.ema and not self.train.ema_decay:
             raise UsageError(
                 "eval.ema asks for an average of the weights, which is not kept; set train.ema_decay, such as 0.999"

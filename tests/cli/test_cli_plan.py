@@ -115,6 +115,15 @@ def test_hopper_takes_the_fused_path_and_others_the_plain_one(plan):
     assert eager["memory"]["peak_gib"] > 1.5 * plan("gpt2-124m", "--gpu", "a100")["memory"]["peak_gib"]
 
 
+def test_fp8_is_planned_with_a_warning_that_it_is_not_calibrated(plan):
+    fp8 = plan("gpt2-124m", "--gpu", "h100", "--train.precision", "fp8")
+    assert fp8["memory"]["path"] == "compiled"
+    assert fp8["machine"]["peak_tflops"] == 1978.9  # what its MFU is a share of
+    assert fp8["warnings"] == ["fp8: time was not fitted to measurements; memory is that of bf16"]
+    refused = plan("gpt2-124m", "--gpu", "a100", "--train.precision", "fp8")["warnings"]
+    assert any("regpt train will refuse this: A100 80GB SXM has no units for fp8" in line for line in refused)
+
+
 def test_eight_gpus_cost_as_much_and_take_an_eighth(plan):
     one = plan("gpt2-124m", "--gpu", "h100", "--price", "3")
     eight = plan("gpt2-124m", "--gpu", "h100", "--gpus", "8", "--price", "3")

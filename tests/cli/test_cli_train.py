@@ -85,6 +85,8 @@ def test_a_run_starts_from_the_weights_of_another(regpt, finished_run: Path, tin
         (["--train.steps", "many"], 2, ["--train.steps", "many"]),
         (["--train.compile", "perhaps"], 2, ["--train.compile", "perhaps"]),
         (["--train.precision", "bf32"], 2, ["bf32", "bf16"]),
+        (["--train.precision", "fp8", "--data.seq-len", "8"], 2, ["data.seq_len is 8", "set it to 16", "to bf16"]),
+        (["--train.precision", "fp8", "--model.n-embd", "24"], 2, ["model.n_embd is 24", "set it to 16"]),
         (["--train.steps", "0"], 2, ["train.steps is 0", "must be 1 or more"]),
         (["--data", "/no/such/folder"], 1, ["/no/such/folder", "does not exist", "regpt data prepare"]),
         (["--data", ""], 1, ["no data was given", "--data DIR"]),

@@ -15,6 +15,7 @@ from regpt.model.ops import (
     document_mask,
     gelu,
     layer_norm,
+    linear,
     linear_cross_entropy,
 )
 
@@ -124,5 +125,5 @@ def test_the_loss_of_bfloat16_is_computed_in_float32():
 
 
 def test_plain_ops_are_the_functions_of_this_file():
-    ours = (PLAIN.attention, PLAIN.layer_norm, PLAIN.gelu, PLAIN.linear_cross_entropy)
-    assert ours == (attention, layer_norm, gelu, linear_cross_entropy)
+    ours = (PLAIN.attention, PLAIN.layer_norm, PLAIN.gelu, PLAIN.linear, PLAIN.linear_cross_entropy)
+    assert ours == (attention, layer_norm, gelu, linear, linear_cross_entropy)

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import tiny
+from regpt.kernels import fp8
 from regpt.tools.doctor import device as device_module
 from regpt.tools.doctor import doctor as doctor_module
 from regpt.tools.doctor import host as host_module
-from regpt.tools.doctor.device import check_attention, check_product, close, device_trials, training_trials
+from regpt.tools.doctor.device import check_attention, check_product, close, device_trials, fp8_linear, training_trials
 from regpt.tools.doctor.doctor import Findings, by_group, examine, run_group
 from regpt.tools.doctor.host import extras, host_trials, packages_of_extras
 from regpt.tools.doctor.software import flex_attention, process_trials
@@ -52,6 +53,13 @@ def test_products_are_compared_with_float64(precision: str, monkeypatch: pytest.
         check_product(tiny.CPU, precision)()
 
 
+def test_fp8_is_tried_as_training_uses_it(monkeypatch: pytest.MonkeyPatch):
+    assert "e4m3 forward, e5m2 backward, relative error 5" in fp8_linear(tiny.CPU)
+    monkeypatch.setattr(fp8, "error_of_linear", lambda device: float("nan"))
+    with pytest.raises(RuntimeError, match="wrong"):
+        fp8_linear(tiny.CPU)
+
+
 def test_products_leave_the_precision_as_it_was():
     check_product(tiny.CPU, "tf32")()
     assert torch.get_float32_matmul_precision() == "highest"
@@ -78,6 +86,7 @@ def test_a_backend_that_is_not_here_is_a_no():
 def test_the_cpu_is_tried_in_all_its_formats():
     found = {trial.name: trial.status for trial in device_trials(tiny.CPU)}
     assert found.keys() == {f"product {name}" for name in ("fp32", "bf16", "fp16")} | {
+        "linear fp8",
         "attention flash",
         "attention math",
     }

@@ -88,6 +88,20 @@ def test_a_format_without_units_is_reckoned_as_float32():
     assert parts["products"] == pytest.approx(flops / (15.7e12 * COMPILED_HALF.product_share))
 
 
+def test_fp8_halves_the_products_of_the_blocks_and_pays_for_casts():
+    bf16, fp8 = (gpu_speed(GPT2, 64, 8, 1, H100, Settings("compiled", name)) for name in ("bf16", "fp8"))
+    blocks = GPT2.block_flops * 524_288 / (989.4e12 * COMPILED_HALF.product_share)
+    assert GPT2.block_flops == 6 * 12 * 12 * 768**2
+    assert fp8.parts["products"] == pytest.approx(bf16.parts["products"] - blocks / 2, rel=1e-3)
+    casts = 16 * 768 * 12 * 7 * 524_288 + 8 * 5 * 12 * 12 * 768**2
+    assert fp8.parts["casts to FP8"] == pytest.approx(casts / 3350e9)
+    assert "FP8 reckoned, not measured" in fp8.how
+    assert "casts to FP8" not in bf16.parts
+    assert gpu_speed(GPT2, 64, 8, 1, device_by_name("a100"), Settings("compiled", "fp8")).parts == (
+        gpu_speed(GPT2, 64, 8, 1, device_by_name("a100"), PLAIN).parts
+    )
+
+
 def test_combinations_without_numbers_are_refused():
     with pytest.raises(UsageError, match="fused path does not compute in fp32"):
         gpu_speed(GPT2, 8, 1, 1, H100, Settings("fused", "fp32"))

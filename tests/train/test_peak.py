@@ -34,6 +34,12 @@ def test_a_known_gpu_has_its_data_sheet_s_peak(monkeypatch, name: str, flops: fl
     assert f"dense {precision}" in str(peak)
 
 
+def test_a_run_in_fp8_is_held_against_the_peak_of_fp8(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    peak = device_peak(torch.device("cuda"), "fp8")
+    assert (peak.flops, peak.how) == (1978.9e12, "data sheet of the H100 SXM, dense fp8")
+
+
 def test_an_unknown_gpu_is_measured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 9990")
     monkeypatch.setattr(peak_module, "matmul_flops", lambda device, precision, n: 5e12)
@@ -58,7 +64,7 @@ def test_the_rate_is_operations_over_the_shortest_time(monkeypatch):
     assert matmul_flops(tiny.CPU, "fp32", 8, seconds=5) == 2 * 8**3 / 1
 
 
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp64"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp8", "fp64"])
 def test_measuring_leaves_no_trace(precision: str):
     torch.set_float32_matmul_precision("highest")  # another test may have left another
     before = torch.get_rng_state()

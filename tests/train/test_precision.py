@@ -22,6 +22,7 @@ def matmul_precision():
         ("fp32", torch.float32, "highest"),
         ("tf32", torch.float32, "high"),
         ("bf16", torch.bfloat16, "high"),
+        ("fp8", torch.bfloat16, "high"),
     ],
 )
 def test_a_product_is_computed_in_the_chosen_format(matmul_precision, precision, product, allowed: str):

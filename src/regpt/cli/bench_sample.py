@@ -10,7 +10,7 @@ import tyro
 from regpt.cli.output import check_json, progress, show
 from regpt.cli.parse import parse
 from regpt.config import read_config, recipe_names
-from regpt.train.config import PrecisionName
+from regpt.train.config import InferencePrecision
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ class SampleArgs:
     """Times that each is written, after once without the clock; the median counts."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto: CUDA, then MPS, then CPU."""
-    precision: PrecisionName = "fp32"
+    precision: InferencePrecision = "fp32"
     """Number format of the computation."""
     json: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Also write the report to this file; - prints it as JSON instead."""

@@ -16,7 +16,7 @@ import tyro
 from regpt.cli.parse import parse
 from regpt.errors import UsageError, UserError
 from regpt.evals.specs import parse_tasks
-from regpt.train.config import PrecisionName
+from regpt.train.config import InferencePrecision
 
 if TYPE_CHECKING:
     from regpt.evals.score import Progress
@@ -51,7 +51,7 @@ class EvalArgs:
     """Also write what every item gave, TASK-step-N.jsonl, into this folder; regpt diff reads RUN/evals."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto: CUDA, then MPS, then CPU."""
-    precision: PrecisionName = "fp32"
+    precision: InferencePrecision = "fp32"
     """Number format of the computation; bf16 is the fast one on GPUs."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile what scores tasks with torch.compile; auto: on CUDA devices."""

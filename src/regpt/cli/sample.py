@@ -9,7 +9,7 @@ import tyro
 
 from regpt.cli.parse import parse
 from regpt.errors import UsageError, UserError
-from regpt.train.config import PrecisionName
+from regpt.train.config import InferencePrecision
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class SampleArgs:
     """Print one JSON object with token ids and texts instead."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto: CUDA, then MPS, then CPU."""
-    precision: PrecisionName = "fp32"
+    precision: InferencePrecision = "fp32"
     """Number format of the computation."""
 
 

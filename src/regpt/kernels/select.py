@@ -1,7 +1,7 @@
-"""Which path computes a model's loss: the plain one, or the fused one where it works."""
+"""Which path computes a model's loss: the plain one, with what operations, or the fused one where it works."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Literal
 
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from regpt.errors import UsageError
+from regpt.kernels import fp8
+from regpt.model.ops import PLAIN, Ops
 from regpt.model.transformer import Transformer
 
 KernelsName = Literal["auto", "plain", "fused"]
@@ -23,6 +25,20 @@ class Kernels:
 
     name: Literal["plain", "fused"]
     reason: str
+
+
+def ops_of(precision: str, device: torch.device, ops: Ops = PLAIN) -> Ops:
+    """`ops` as a model that trains in `precision` needs them: with linear layers of FP8 for fp8.
+
+    Raises:
+        UsageError: fp8 was asked for and `device` cannot.
+    """
+    if precision != "fp8":
+        return ops
+    reason = fp8.obstacle(device)
+    if reason is not None:
+        raise UsageError(f"train.precision is fp8, but {reason}; set train.precision to bf16 or fp32")
+    return replace(ops, linear=fp8.linear)
 
 
 def obstacle(model: Transformer, device: torch.device, precision: str) -> str | None:

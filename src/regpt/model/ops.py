@@ -48,6 +48,11 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x (..., C) · weightᵀ + bias; weight (F, C), bias (F,). A layer of a block: the head has its own operation."""
+    return F.linear(x, weight, bias)
+
+
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, n_vocab: int) -> Tensor:
     """Sum over the valid targets of -log softmax(hidden · weightᵀ)[target].
 
@@ -74,6 +79,7 @@ class Ops:
     attention: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = attention
     layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor] = layer_norm
     gelu: Callable[[Tensor], Tensor] = gelu
+    linear: Callable[[Tensor, Tensor, Tensor], Tensor] = linear
     linear_cross_entropy: Callable[[Tensor, Tensor, Tensor, int], Tensor] = linear_cross_entropy
 
 

@@ -26,11 +26,20 @@ class LayerNorm(nn.Module):
         return self.ops.layer_norm(x, self.weight, self.bias, NORM_EPS)  # (B, T, C)
 
 
+class Linear(nn.Linear):
+    def __init__(self, n_in: int, n_out: int, ops: Ops):
+        super().__init__(n_in, n_out)
+        self.ops = ops
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.ops.linear(input, self.weight, self.bias)  # (..., n_out)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: ModelConfig, ops: Ops, layer: int):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v of all heads in one product
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, ops)  # q, k and v of all heads in one product
+        self.c_proj = Linear(config.n_embd, config.n_embd, ops)
         self.n_head = config.n_head
         self.layer = layer
         self.ops = ops
@@ -48,8 +57,8 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, ops)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, ops)
         self.ops = ops
 
     def forward(self, x: Tensor) -> Tensor:

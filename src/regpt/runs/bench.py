@@ -191,13 +191,15 @@ def first_step(times: StepTimes, imported_s: float, built_s: float) -> dict[str,
 def utilisation(flops_per_s: float, mesh: Mesh, precision: PrecisionName) -> dict[str, Any]:
     """The share of what all devices could do: by their data sheet, and by a large product measured on each at once."""
     on_gpu = mesh.device.type == "cuda"
-    n, product = (GPU_PRODUCT, "bf16") if on_gpu else (PRODUCT_SIZE[mesh.device.type], precision)
+    wide = "fp8" if precision == "fp8" else "bf16"
+    n, product = (GPU_PRODUCT, wide) if on_gpu else (PRODUCT_SIZE[mesh.device.type], precision)
     reached = matmul_flops(mesh.device, product, n, seconds=PRODUCT_SECONDS)
     measured = mesh.sum(torch.tensor(reached / 1e12, device=mesh.device)).item()
     sheet = device_figures(mesh.device)
-    listed = sheet.peak_flops / 1e12 * mesh.world_size if sheet else None
+    listed = sheet.peak(precision) / 1e12 * mesh.world_size if sheet else None
+    named = sheet.mfu_precision(precision) if sheet else None
     return {
-        "data_sheet": {"tflops": listed, "precision": sheet.peak_precision, "source": sheet.source} if sheet else None,
+        "data_sheet": {"tflops": listed, "precision": named, "source": sheet.source} if sheet else None,
         "mfu": flops_per_s / listed / 1e12 if listed else None,
         "product": {"n": n, "precision": product, "tflops": measured},
         "share_of_product": flops_per_s / measured / 1e12,

@@ -16,7 +16,7 @@ from regpt.data.rows import Rows, open_rows
 from regpt.data.stream import TokenStream, open_stream
 from regpt.errors import UsageError, UserError
 from regpt.evals.perplexity import count_rows
-from regpt.kernels.select import Kernels, choose
+from regpt.kernels.select import Kernels, choose, ops_of
 from regpt.model.ops import PLAIN, Ops
 from regpt.model.transformer import Transformer
 from regpt.model.weights import allocate, without_memory
@@ -157,7 +157,12 @@ def refuse_other_tokenizer(folder: DataFolder, tokenizer: Tokenizer) -> None:
 
 
 def build_model(config: RunConfig, device: torch.device, ops: Ops = PLAIN) -> Transformer:
-    """The model on `device`, its weights not yet set."""
+    """The model on `device`, its weights not yet set, its operations those of `ops` but for what its precision changes.
+
+    Raises:
+        UsageError: the device cannot compute in this precision.
+    """
+    ops = ops_of(config.train.precision, device, ops)
     with without_memory():
         model = Transformer(config.model, ops, pad_vocab=config.train.pad_vocab)
     return allocate(model, device, parameter_dtype(config.train.precision))

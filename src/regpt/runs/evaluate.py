@@ -22,7 +22,7 @@ from regpt.parallel.mesh import Mesh
 from regpt.runs.remote import on_this_machine
 from regpt.runs.validation import Part, Validated, folder_parts, own_sums, part_batches, result
 from regpt.text.tokenizer import Tokenizer
-from regpt.train.config import PrecisionName
+from regpt.train.config import InferencePrecision
 from regpt.train.loss import make_loss_sum
 from regpt.train.precision import autocast, parameter_dtype, set_matmul_precision
 
@@ -51,7 +51,7 @@ class Question:
     val_tokens: int = 0
     seq_len: int | None = None
     batch_rows: int = 8
-    precision: PrecisionName = "fp32"
+    precision: InferencePrecision = "fp32"
     compile: bool = False
     max_items: int = 0
     max_seconds: float = 0.0

@@ -7,7 +7,8 @@ from typing import Literal
 from regpt.errors import UsageError
 from regpt.kernels.select import KernelsName
 
-PrecisionName = Literal["fp64", "fp32", "tf32", "bf16", "fp16"]
+InferencePrecision = Literal["fp64", "fp32", "tf32", "bf16", "fp16"]
+PrecisionName = InferencePrecision | Literal["fp8"]
 
 
 def require_finite(section: str, config: object, names: tuple[str, ...]) -> None:
@@ -39,7 +40,8 @@ class TrainConfig:
     start and kept in config.toml."""
     precision: PrecisionName = "bf16"
     """fp32; tf32: float32 with TensorFloat-32 products; bf16: bfloat16 autocast, float32 weights; fp16: float16
-    autocast and a loss scale, for devices without bfloat16; fp64 for tests."""
+    autocast and a loss scale, for devices without bfloat16; fp8: as bf16, the products of the blocks' linear layers in
+    8 bits, where the device has units for them; fp64 for tests."""
     compile: bool = True
     """Compile the training step with torch.compile; of no effect with the fused kernels."""
     kernels: KernelsName = "auto"

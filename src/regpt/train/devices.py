@@ -47,6 +47,15 @@ class Device:
         """The format that MFU is measured in: bfloat16, float16 where there is none, float32 where there is neither."""
         return next(name for name in ("bf16", "fp16", "fp32") if getattr(self, name))
 
+    def mfu_precision(self, precision: str) -> str:
+        """The format that the MFU of a run in `precision` is measured in: FP8 for one in FP8, though its attention and
+        head are computed in bfloat16; else `peak_precision`."""
+        return "fp8" if precision == "fp8" and self.fp8 else self.peak_precision
+
+    def peak(self, precision: str) -> float:
+        """FLOP/s of which the MFU of a run in `precision` is a share."""
+        return getattr(self, self.mfu_precision(precision)) * 1e12
+
     @property
     def peak_flops(self) -> float:
         """FLOP/s in `peak_precision`."""

@@ -2,15 +2,18 @@
 
 import functools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from regpt.kernels import fp8
 from regpt.train.config import PrecisionName
 from regpt.train.devices import Device, device_by_driver
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
-DTYPES["fp16"] = torch.float16
+DTYPES |= {"fp16": torch.float16, "fp8": fp8.E4M3}
 PRODUCT_SIZE = {"cpu": 1024, "mps": 2048, "cuda": 4096}  # large enough for the best rate, done in milliseconds
 SLOW_SIZE = 256  # of float16 on a CPU, which most CPUs have no units for: a larger product takes seconds
 MEASURE_SECONDS = 0.2  # once a run
@@ -37,11 +40,12 @@ class Peak:
 
 @functools.cache  # measured once in a process: at the start of a run
 def device_peak(device: torch.device, precision: PrecisionName) -> Peak:
-    """Data-sheet peak of `device` in dense bfloat16 (`Device.peak_precision`); of a device without one, a matrix
-    product in the format of `precision`, measured now in about 0.2 s."""
+    """Data-sheet peak of `device` in dense bfloat16, of FP8 for fp8 (`Device.mfu_precision`); of a device without one,
+    a matrix product in the format of `precision`, measured now in about 0.2 s."""
     sheet = device_figures(device)
     if sheet is not None:
-        return Peak(sheet.peak_flops, False, f"data sheet of the {sheet.name}, dense {sheet.peak_precision}")
+        listed = sheet.mfu_precision(precision)
+        return Peak(sheet.peak(precision), False, f"data sheet of the {sheet.name}, dense {listed}")
     n = SLOW_SIZE if (device.type, precision) == ("cpu", "fp16") else PRODUCT_SIZE.get(device.type, 1024)
     flops = matmul_flops(device, precision, n)
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
@@ -75,17 +79,23 @@ def matmul_flops(device: torch.device, precision: str, n: int, seconds: float = 
     try:
         generator = torch.Generator(device).manual_seed(0)  # its own: a run's random state is not touched
         a, b = (torch.randn(n, n, device=device, generator=generator).to(DTYPES[precision]) for _ in range(2))
-        torch.mm(a, b)  # the first one chooses and loads its kernel
+        multiply = fp8_product(device) if precision == "fp8" else torch.mm
+        multiply(a, b)  # the first one chooses and loads its kernel
         synchronize(device)
         best, started, products = float("inf"), time.perf_counter(), 0
         while products < LEAST_PRODUCTS or (products < MOST_PRODUCTS and time.perf_counter() - started < seconds):
             begin = time.perf_counter()
-            torch.mm(a, b)
+            multiply(a, b)
             synchronize(device)
             best, products = min(best, time.perf_counter() - begin), products + 1
     finally:
         torch.set_float32_matmul_precision(before)
     return 2 * n**3 / best
+
+
+def fp8_product(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    one = torch.ones((), device=device)
+    return lambda a, b: fp8.product(a, b, one, one, torch.bfloat16)
 
 
 def synchronize(device: torch.device) -> None:

@@ -7,11 +7,12 @@ import torch
 
 from regpt.train.config import PrecisionName
 
-HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
 
 def autocast(precision: PrecisionName, device: torch.device) -> AbstractContextManager[object]:
-    """The context that forward passes run in: matrix products of 16 bits under bf16 and fp16, nothing otherwise."""
+    """The context that forward passes run in: matrix products of 16 bits under bf16 and fp16, nothing otherwise. Under
+    fp8 that of bf16: the model's linear layers themselves (`kernels.fp8`) do the rest."""
     if precision in HALF_TYPES:
         return torch.autocast(device.type, dtype=HALF_TYPES[precision])
     return contextlib.nullcontext()
@@ -23,4 +24,4 @@ def parameter_dtype(precision: PrecisionName) -> torch.dtype:
 
 def set_matmul_precision(precision: PrecisionName) -> None:
     """Allow TensorFloat-32 for the float32 matrix products of this process, or forbid it."""
-    torch.set_float32_matmul_precision("high" if precision in ("tf32", "bf16", "fp16") else "highest")
+    torch.set_float32_matmul_precision("high" if precision in ("tf32", *HALF_TYPES) else "highest")

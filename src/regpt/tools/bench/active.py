@@ -24,8 +24,9 @@ def attention_backend(
 
 
 def computing_dtype(precision: str) -> torch.dtype:
-    """What matrix products compute in under this precision (TF32 products are of float32 numbers)."""
-    return {"fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    """What attention computes in under this precision (TF32 products are of float32 numbers; FP8 is for linears)."""
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+    return {"fp64": torch.float64, **half}.get(precision, torch.float32)
 
 
 def versions() -> dict[str, str | int | None]:

@@ -14,7 +14,7 @@ from regpt.sample.generate import generate
 from regpt.sample.sampling import SamplingOptions
 from regpt.tools.bench.active import versions
 from regpt.tools.bench.steps import spread
-from regpt.train.config import PrecisionName
+from regpt.train.config import InferencePrecision
 from regpt.train.peak import driver_name, synchronize
 
 OPTIONS = SamplingOptions(top_k=50)
@@ -26,7 +26,7 @@ def bench_sample(
     prompt_tokens: int,
     new_tokens: int,
     repeats: int,
-    precision: PrecisionName,
+    precision: InferencePrecision,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """The report of `regpt bench sample`, called where `precision` is in force; raises what `time_samples` does."""

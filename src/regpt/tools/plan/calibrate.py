@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from regpt.data.batch import Batch
+from regpt.kernels.select import ops_of
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import allocate, initialize, without_memory
@@ -79,8 +80,9 @@ class Case:
         self, model: ModelConfig, train: TrainConfig, optim: OptimConfig, rows: int, seq_len: int, device: torch.device
     ):
         self.layers, self.device = model.n_layer, device
+        ops = ops_of(train.precision, device)
         with without_memory():
-            empty = Transformer(model, pad_vocab=train.pad_vocab)
+            empty = Transformer(model, ops, pad_vocab=train.pad_vocab)
         self.model = initialize(allocate(empty, device, parameter_dtype(train.precision)), seed=0)
         self.optimizer = make_optimizer(self.model, optim, device)
         if train.activation_checkpointing:

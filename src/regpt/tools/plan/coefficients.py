@@ -220,6 +220,10 @@ OPTIMIZER_TRAFFIC = (
 # Between host and GPU, PCIe 5 (Hopper on) or 4; typical, not measured.
 HOST_BYTES_PER_SECOND = {True: 50e9, False: 25e9}
 LINK_SHARE = 0.6  # of a link's rate, reached by an all-reduce in buckets; assumed
+# FP8 (`kernels.fp8`), reckoned and not measured. The linear layers of a block are given 7 numbers a channel and give 9,
+# whose gradients are cast: read for the maximum (2 bytes) and the cast (2), written (1), and once more, transposed (2).
+FP8_TRAFFIC = 16 * 7  # bytes per token, layer and channel
+FP8_WEIGHT_TRAFFIC = 5  # bytes per weight and micro-batch more than a cast to bfloat16, which reads 4 and writes 2
 LARGE_PRODUCT_SHARE = 0.78  # an 8192³ bfloat16 product on an H100 SXM: 768 of 989 TFLOP/s
 FORWARD_SHARE = 0.36  # of a micro-batch's time: its forward alone, as validation runs it (a third of the products)
 START_SECONDS = {True: 45.0, False: 10.0}  # compiled or not: imports, building, the first step
@@ -237,7 +241,7 @@ def path_of(name: str, precision: str) -> Path:
     Raises:
         UsageError: no such combination.
     """
-    width = "half" if precision in ("bf16", "fp16") else "full"
+    width = "half" if precision in ("bf16", "fp16", "fp8") else "full"
     if (name, width) not in PATHS:
         raise UsageError(f"the {name} path does not compute in {precision}; set train.kernels to plain or auto")
     return PATHS[name, width]

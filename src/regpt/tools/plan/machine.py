@@ -46,24 +46,26 @@ def machine_of(typed: str, device: str, precision: str) -> Machine:
         if torch.cuda.is_available() and device_figures(torch.device("cuda")) == figures:
             here = torch.device("cuda")
         memory = memory_bytes(here) if here else figures.memory_gib * 2**30
-        return Machine(figures.name, "gpu", figures, here, memory, figures.peak_flops, f"data sheet: {figures.source}")
+        how = f"data sheet: {figures.source}"
+        return Machine(figures.name, "gpu", figures, here, memory, figures.peak(precision), how)
     here = choose_device(typed.lower() or device)
-    return this_gpu(here) if here.type == "cuda" else this_host(here, precision)
+    return this_gpu(here, precision) if here.type == "cuda" else this_host(here, precision)
 
 
-def this_gpu(here: torch.device) -> Machine:
+def this_gpu(here: torch.device, precision: str) -> Machine:
     memory = memory_bytes(here)
     figures = device_figures(here)
     if figures is not None:
-        return Machine(figures.name, "gpu", figures, here, memory, figures.peak_flops, f"data sheet: {figures.source}")
+        how = f"data sheet: {figures.source}"
+        return Machine(figures.name, "gpu", figures, here, memory, figures.peak(precision), how)
     figures = measured_figures(here)
-    return Machine(figures.name, "gpu", figures, here, memory, figures.peak_flops, figures.source)
+    return Machine(figures.name, "gpu", figures, here, memory, figures.peak(precision), figures.source)
 
 
 def measured_figures(here: torch.device) -> Device:
     """What stands in for a data sheet: large products and copies on the device, scaled up to what sheets promise."""
     rates = {}
-    for precision in ("fp32", "tf32", "bf16", "fp16"):
+    for precision in ("fp32", "tf32", "bf16", "fp16", "fp8"):
         try:
             rates[precision] = matmul_flops(here, precision, PRODUCT_SIZE["cuda"]) / LARGE_PRODUCT_SHARE / 1e12
         except RuntimeError:  # not on this device
@@ -78,7 +80,7 @@ def measured_figures(here: torch.device) -> Device:
         tf32=rates["tf32"],
         bf16=rates["bf16"],
         fp16=rates["fp16"],
-        fp8=None,
+        fp8=rates["fp8"],
         memory_gib=(memory_bytes(here) or 0) / 2**30,
         bandwidth=bandwidth_bytes(here) / 1e9,
         link=None,

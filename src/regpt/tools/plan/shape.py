@@ -40,6 +40,16 @@ class Shape:
         return 6 * self.matrices
 
     @property
+    def block_weights(self) -> int:
+        """Weights of the matrix products in blocks, without the head."""
+        return self.matrices - self.vocab_rows * self.n_embd
+
+    @property
+    def block_flops(self) -> int:
+        """FLOPs of those products for one token, forward and backward."""
+        return 6 * self.block_weights
+
+    @property
     def attention_flops(self) -> int:
         """FLOPs of attention for one token, forward and backward, without a discount for causality."""
         return 12 * self.n_layer * self.n_embd * self.seq_len

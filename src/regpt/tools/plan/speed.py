@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from regpt.errors import UsageError
 from regpt.tools.plan.coefficients import (
     ATTENTION_HALF_LENGTH,
+    FP8_TRAFFIC,
+    FP8_WEIGHT_TRAFFIC,
     HOST_BYTES_PER_SECOND,
     LAUNCH_SECONDS,
     LINK_SHARE,
@@ -48,25 +50,30 @@ def product_rate(device: Device, precision: str) -> float:
     """
     if precision == "fp64":
         raise UsageError("no time can be planned for train.precision fp64, which is for tests; use fp32")
-    rate = {"fp32": device.fp32, "tf32": device.tf32, "bf16": device.bf16, "fp16": device.fp16}[precision]
+    rate = {name: getattr(device, name) for name in ("fp32", "tf32", "bf16", "fp16", "fp8")}[precision]
     return (rate or device.fp32) * 1e12
 
 
 def gpu_speed(shape: Shape, rows: int, micro_batches: int, gpus: int, device: Device, settings: Settings) -> Speed:
     """A step of `micro_batches` of `rows` on each of `gpus` devices."""
-    path, rate = path_of(settings.path, settings.precision), product_rate(device, settings.precision)
+    path, fp8 = path_of(settings.path, settings.precision), settings.precision == "fp8" and device.fp8 is not None
+    rate = product_rate(device, "bf16" if settings.precision == "fp8" else settings.precision)
     bandwidth = device.bandwidth * 1e9
     N = rows * shape.seq_len
+    head = N * 6 * shape.vocab_rows * shape.n_embd / (rate * path.product_share)
+    in_blocks = N * shape.block_flops / ((product_rate(device, "fp8") if fp8 else rate) * path.product_share)
     micro = {
-        "products": N * shape.product_flops / (rate * path.product_share),
+        "products": in_blocks + head,
         "attention": N * shape.attention_flops / (rate * attention_share(path, shape.seq_len)),
         "logits": path.logits_traffic * N * shape.vocab_rows / bandwidth,
         "norms, residuals, GELU": path.traffic * N * shape.n_layer * shape.n_embd / bandwidth,
         "weights": path.weight_traffic * shape.padded / bandwidth,
     }
+    if fp8:
+        moved = FP8_TRAFFIC * N * shape.n_layer * shape.n_embd + FP8_WEIGHT_TRAFFIC * shape.block_weights
+        micro["casts to FP8"] = moved / bandwidth
     if settings.checkpointing:
-        blocks = N * (shape.product_flops - 6 * shape.vocab_rows * shape.n_embd) / (rate * path.product_share)
-        again = blocks + micro["attention"] + micro["norms, residuals, GELU"]
+        again = in_blocks + micro["attention"] + micro["norms, residuals, GELU"]
         micro["blocks again"] = RECOMPUTE_SHARE * again
     floor = path.launches * shape.n_layer * LAUNCH_SECONDS
     micro["waiting for launches"] = max(0.0, floor - sum(micro.values()))
@@ -78,7 +85,8 @@ def gpu_speed(shape: Shape, rows: int, micro_batches: int, gpus: int, device: De
     parts["between steps"] = STEP_SECONDS
     if gpus > 1:
         parts["sum over GPUs"] = all_reduce(4 * shape.padded, gpus, device)
-    return Speed(parts, sum(micro.values()), f"figures of the {device.name} and {path.origin}")
+    how = f"figures of the {device.name} and {path.origin}{'; FP8 reckoned, not measured' if fp8 else ''}"
+    return Speed(parts, sum(micro.values()), how)
 
 
 def attention_share(path: Path, seq_len: int) -> float:

@@ -36,7 +36,10 @@ def of_precision(train: TrainConfig, machine: Machine) -> Iterator[str]:
     device = machine.figures
     if machine.kind != "gpu" or device is None:
         return
-    if getattr(device, train.precision, 1.0) is None:
+    if train.precision == "fp8":
+        units = f"regpt train will refuse this: {machine.name} has no units for fp8; set train.precision to bf16"
+        yield units if device.fp8 is None else "fp8: time was not fitted to measurements; memory is that of bf16"
+    elif getattr(device, train.precision, 1.0) is None:
         better = next((name for name in ("bf16", "fp16", "tf32") if getattr(device, name)), "fp32")
         yield f"{machine.name} has no units for {train.precision}: time is planned for float32; it has {better}"
     if train.compile and device.capability is not None and device.capability < 7.0:
