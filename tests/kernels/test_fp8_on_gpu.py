@@ -108,6 +108,19 @@ def test_a_layer_repeats_bitwise():
         assert all(torch.equal(once[name], again[name]) for name in once)
 
 
+@pytest.mark.parametrize("compile", [False, True], ids=["plain", "compiled"])
+def test_operands_may_lie_in_any_way(compile: bool):
+    """The product takes rows only; a gradient comes as a view, or as one number spread over all."""
+    linear = torch.compile(fp8.linear, dynamic=False) if compile else fp8.linear
+    x, weight, bias, dy = layer(256, 512)
+    turned = (x.t().contiguous().t(), weight.t().contiguous().t(), bias, dy.t().contiguous().t())
+    expected, found = products(fp8.linear, x, weight, bias, dy), products(linear, *turned)
+    assert all(torch.equal(found[name], expected[name]) for name in ("y", "dx", "dw"))
+    spread = dy[:1, :1].expand_as(dy)
+    expected, found = (products(linear, x, weight, bias, z) for z in (spread.contiguous(), spread))
+    assert all(torch.equal(found[name], expected[name]) for name in ("y", "dx", "dw"))
+
+
 def test_without_gradients_and_with_odd_sizes_it_is_bitwise_bf16():
     x, weight, bias, _ = layer(256, 512)
     weight.requires_grad_()
