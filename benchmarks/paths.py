@@ -5,9 +5,9 @@
 
 Each arm is `regpt train RECIPE` with other flags: the same weights, the same batches. Several GPUs take one arm each at
 a time. `plain` is the reference: compiled, with the recipe's rows. `other-rows` sums in another order but rounds every
-activation alike; `uncompiled` rounds at other places; `tf32` shows where less rounding leads. With --more-seeds `plain`
-and `fused` are compared from N other initial weights, too: a difference that rounding makes has another sign and size
-for each, one that is a wrong term has not. Prints, for each arm, the mean absolute and mean signed difference of the
+activation alike; `uncompiled` rounds at other places; `tf32` shows where less rounding leads, `fp8` where more. With
+--more-seeds `plain`, `fused` and `fp8` are compared from N other initial weights, too: a difference that rounding makes
+has another sign and size for each, one that is a wrong term has not. Prints, for each arm, the mean absolute and mean signed difference of the
 last quarter's losses and the largest of the first twenty, and the validation losses; writes DIR/paths-DEVICE-DATE.json
 after every arm. Flags after -- go to every arm. About two minutes an arm on one H100 with
 `-- --train.batch-tokens 131072`.
@@ -36,6 +36,7 @@ ARMS = {
     "other-rows": ["--train.kernels", "plain", "--train.micro-batch-rows", "32"],
     "uncompiled": ["--train.kernels", "plain", "--train.compile", "False"],
     "tf32": ["--train.kernels", "plain", "--train.precision", "tf32"],
+    "fp8": ["--train.kernels", "plain", "--train.precision", "fp8"],
 }
 REFERENCE = "plain"
 Rows = list[dict[str, Any]]
@@ -58,7 +59,8 @@ def main() -> None:
     common = ["--data", given.data, "--train.steps", str(given.steps), "--optim.warmup-steps", str(given.steps // 10)]
     common += ["--eval.every-steps", str(every), "--log.every-steps", "1", "--checkpoint.keep-last", "1", *given.flags]
     arms: list[Arm] = [(name, None) for name in given.only]
-    arms += [(name, seed) for seed in range(1, 1 + given.more_seeds) for name in (REFERENCE, "fused")]
+    seeded = [name for name in (REFERENCE, "fused", "fp8") if name in given.only]
+    arms += [(name, seed) for seed in range(1, 1 + given.more_seeds) for name in seeded]
     path = given.out / f"paths-{re.sub(r'[^a-z0-9]+', '-', device.lower())}-{datetime.date.today()}.json"
     about = {"device": device, "torch": torch.__version__, "recipe": given.recipe, "flags": common[2:]}
 

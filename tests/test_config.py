@@ -55,7 +55,10 @@ def test_a_recipe_may_build_on_another():
         ("[train]\nsteps = true", "train.steps is True, must be a valid integer"),
         ('[optim]\nlr = "6e-4"', "optim.lr is '6e-4', must be a valid number"),
         ("[train]\ncompile = 1", "train.compile is 1, must be a valid boolean"),
-        ('[train]\nprecision = "fp8"', "train.precision is 'fp8', must be 'fp64', 'fp32', 'tf32', 'bf16' or 'fp16'"),
+        (
+            '[train]\nprecision = "fp4"',
+            "train.precision is 'fp4', must be 'fp64', 'fp32', 'tf32', 'bf16', 'fp16' or 'fp8'",
+        ),
         ("[train]\nsteps = 0", "train.steps is 0, must be 1 or more"),
         ("[optim]\nlr = nan", "optim.lr is nan, must be 0 or more"),
         ("[model]\nn_embd = 100\nn_head = 3", "model.n_embd = 100 is not divisible by model.n_head = 3"),

@@ -8,7 +8,7 @@ from regpt.errors import UsageError
 from regpt.kernels.select import KernelsName
 
 InferencePrecision = Literal["fp64", "fp32", "tf32", "bf16", "fp16"]
-PrecisionName = InferencePrecision | Literal["fp8"]
+PrecisionName = Literal[InferencePrecision, "fp8"]
 
 
 def require_finite(section: str, config: object, names: tuple[str, ...]) -> None:
