@@ -7,9 +7,9 @@ Each arm is `regpt train RECIPE` with other flags: the same weights, the same ba
 a time. `plain` is the reference: compiled, with the recipe's rows. `other-rows` sums in another order but rounds every
 activation alike; `uncompiled` rounds at other places; `tf32` shows where less rounding leads, `fp8` where more. With
 --more-seeds `plain`, `fused` and `fp8` are compared from N other initial weights, too: a difference that rounding makes
-has another sign and size for each, one that is a wrong term has not. Prints, for each arm, the mean absolute and mean signed difference of the
-last quarter's losses and the largest of the first twenty, and the validation losses; writes DIR/paths-DEVICE-DATE.json
-after every arm. Flags after -- go to every arm. About two minutes an arm on one H100 with
+has another sign and size for each, one that is a wrong term has not. Prints, for each arm, the mean absolute and mean
+signed difference of the last quarter's losses and the largest of the first twenty, and the validation losses; writes
+DIR/paths-DEVICE-DATE.json after every arm. Flags after -- go to every arm. About two minutes an arm on one H100 with
 `-- --train.batch-tokens 131072`.
 """
 
