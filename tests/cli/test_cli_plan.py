@@ -119,7 +119,7 @@ def test_fp8_is_planned_with_a_warning_that_it_is_not_calibrated(plan):
     fp8 = plan("gpt2-124m", "--gpu", "h100", "--train.precision", "fp8")
     assert fp8["memory"]["path"] == "compiled"
     assert fp8["machine"]["peak_tflops"] == 1978.9  # what its MFU is a share of
-    assert fp8["warnings"] == ["fp8: time was not fitted to measurements; memory is that of bf16"]
+    assert fp8["warnings"] == ["fp8: the time was reckoned, not fitted to measurements"]
     refused = plan("gpt2-124m", "--gpu", "a100", "--train.precision", "fp8")["warnings"]
     assert any("regpt train will refuse this: A100 80GB SXM has no units for fp8" in line for line in refused)
 

@@ -12,6 +12,7 @@ from kernels import reference
 from regpt.data.batch import Batch
 from regpt.kernels.attention import TorchAttention
 from regpt.kernels.gpt2 import FusedGPT2
+from regpt.kernels.select import ops_of
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
@@ -62,7 +63,7 @@ def peak_of_a_micro_batch(
     config: ModelConfig, rows: int, precision: str, *, checkpointing: bool = False, masked: bool = False
 ) -> int:
     """Most bytes allocated at once by forward and backward, gradients of an earlier micro-batch there already."""
-    model = initialize(Transformer(config), 0)
+    model = initialize(Transformer(config, ops_of(precision, tiny.CPU)), 0)
     if checkpointing:
         recompute_blocks(model)
     loss_sum = make_loss_sum(model, precision, tiny.CPU, False)  # type: ignore[arg-type]
@@ -79,7 +80,7 @@ def peak_of_a_micro_batch(
     return most
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 @pytest.mark.parametrize("change", [{}, {"n_layer": 5}, {"n_embd": 128}, {"vocab_size": 2048}, {"n_head": 2}], ids=str)
 def test_the_eager_path_is_exact(precision: str, change: dict):
     config = replace(SMALL, **change)
@@ -133,21 +134,22 @@ def test_few_tokens_peak_where_backward_ends():
 
 @tiny.IMPORTS_COMPILER
 @pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch does, in Dynamo
 @pytest.mark.parametrize("masked", [False, True], ids=["rows", "documents"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 def test_the_compiled_path_keeps_what_the_partitioner_keeps(precision: str, masked: bool):
     kept = {layers: kept_by_the_compiler(replace(SMALL, n_layer=layers), 8, precision, masked) for layers in (1, 2)}
     shapes = {n: shape_of(replace(SMALL, n_layer=n), SMALL.max_seq_len, pad_vocab=True) for n in (1, 2)}
-    path = PATHS["compiled", "half" if precision == "bf16" else "full"]
+    path, half = PATHS["compiled", {"bf16": "half", "fp32": "full", "fp8": "fp8"}[precision]], precision != "fp32"
 
     def predicted(layers: int) -> float:
         parts = tensors(shapes[layers], 8, Settings("compiled", precision, document_mask=masked))
-        hidden_gradient = (2 if precision == "bf16" else 4) * 8 * 64 * 64  # not kept, made where backward begins
+        hidden_gradient = (2 if half else 4) * 8 * 64 * 64  # not kept, made where backward begins
         return sum(parts[name] for name in MOMENTARY if name in parts) - hidden_gradient
 
     assert predicted(2) - predicted(1) == pytest.approx(kept[2] - kept[1], rel=0.01)
     assert predicted(2) == pytest.approx(kept[2], rel=0.02)
-    assert path.logits == (2 if precision == "bf16" else 4)
+    assert path.logits == (2 if half else 4)
 
 
 def kept_by_the_compiler(config: ModelConfig, rows: int, precision: str, masked: bool) -> int:
@@ -172,7 +174,7 @@ def kept_by_the_compiler(config: ModelConfig, rows: int, precision: str, masked:
         partition_fn=min_cut_rematerialization_partition,
         decompositions=select_decomp_table(),
     )
-    model = initialize(Transformer(config), 0)
+    model = initialize(Transformer(config, ops_of(precision, tiny.CPU)), 0)
     loss = torch.compile(make_loss_sum(model, precision, tiny.CPU, False), backend=backend, dynamic=False)  # type: ignore[arg-type]
     loss(batch_of(config, rows, masked=masked)).backward()
     return sum(kept.values())

@@ -95,7 +95,7 @@ def test_fp8_halves_the_products_of_the_blocks_and_pays_for_casts():
     assert fp8.parts["products"] == pytest.approx(bf16.parts["products"] - blocks / 2, rel=1e-3)
     casts = 16 * 768 * 12 * 7 * 524_288 + 8 * 5 * 12 * 12 * 768**2
     assert fp8.parts["casts to FP8"] == pytest.approx(casts / 3350e9)
-    assert "FP8 reckoned, not measured" in fp8.how
+    assert "reckoned from bfloat16 and not measured" in fp8.how
     assert "casts to FP8" not in bf16.parts
     assert gpu_speed(GPT2, 64, 8, 1, device_by_name("a100"), Settings("compiled", "fp8")).parts == (
         gpu_speed(GPT2, 64, 8, 1, device_by_name("a100"), PLAIN).parts

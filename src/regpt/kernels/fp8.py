@@ -76,7 +76,7 @@ def quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     # Row by row first: a compiler can do that where it makes the rows. Of abs(): maxima are exact in every type.
     largest = x.detach().abs().amax(1).amax().float().clamp(min=SMALLEST_MAXIMUM)
     floor = (largest.view(torch.int32) & EXPONENT_BITS).view(torch.float32)  # the power of two at or below
-    return (x.float() * (TOP[dtype] / floor)).to(dtype).contiguous(), floor / TOP[dtype]
+    return (x * (TOP[dtype] / floor)).to(dtype).contiguous(), floor / TOP[dtype]  # exact in bfloat16, too
 
 
 def transposed(x8: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ To set a path's numbers after a measurement on another GPU or with other kernels
 `PER_PARAMETER`·P + copies), time from its profile. `python benchmarks/plan.py` prints both beside the prediction.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from regpt.errors import UsageError
@@ -33,7 +33,8 @@ class Path:
         logits: per token and row of the head (N·V).
         mask: per pair of positions of a row (B·T²), with attention masked by document: a number for each pair,
         masks: for all layers together, or for each.
-        copies: per weight of a matrix product, while forward and backward run.
+        copies: per weight of a block's matrix products, while forward and backward run.
+        head_copies: the same of the head's.
         fresh: per parameter, when backward ends: gradients that are not yet added to those of earlier micro-batches.
         workspace: of the libraries, from PyTorch's allocator.
         tied: per weight of the head, when backward ends: its gradient, the embedding's and their sum.
@@ -56,6 +57,7 @@ class Path:
     mask: float
     masks: Literal["one", "each layer"]
     copies: float
+    head_copies: float
     fresh: float
     tied: float
     workspace: float
@@ -77,6 +79,7 @@ COMPILED_HALF = Path(
     mask=2,
     masks="one",
     copies=2,
+    head_copies=2,
     fresh=4,  # backward is one graph: all its gradients come out together
     tied=0,
     workspace=CUBLAS_BYTES,
@@ -100,6 +103,7 @@ EAGER_HALF = Path(
     mask=2,
     masks="each layer",
     copies=2,
+    head_copies=2,
     fresh=0,  # gradients are added as they come
     tied=12,
     workspace=CUBLAS_BYTES,
@@ -122,6 +126,7 @@ FUSED_HALF = Path(
     mask=0,
     masks="one",
     copies=2,
+    head_copies=2,
     fresh=0,  # products add into the gradients
     tied=0,
     workspace=0.28 * 2**30,  # cuBLASLt's, and what the second stream holds; the measured peak less what was counted
@@ -146,6 +151,7 @@ COMPILED_FULL = Path(
     mask=4,
     masks="one",
     copies=0,
+    head_copies=0,
     fresh=4,
     tied=0,
     workspace=CUBLAS_BYTES,
@@ -166,6 +172,7 @@ EAGER_FULL = Path(
     mask=4,
     masks="each layer",
     copies=0,
+    head_copies=0,
     fresh=0,
     tied=12,
     workspace=CUBLAS_BYTES,
@@ -177,7 +184,24 @@ EAGER_FULL = Path(
     launches=90,
     origin="eager, float32: memory counted, time estimated from the operations",
 )
+COMPILED_FP8 = replace(
+    COMPILED_HALF,
+    # Counted. x̂ of two norms in float32 8, q, k, v 6, before GELU 8, attended 2, the same for its product 1: the other
+    # products' inputs, and the weights, are rounded once more in the backward.
+    activation=25,
+    copies=0,
+    origin="torch.compile, FP8: memory counted, time reckoned from bfloat16 and not measured",
+)
+EAGER_FP8 = replace(
+    EAGER_HALF,
+    # Counted. Residual stream into two norms 8, inputs of four products 7, q, k, v 6, attended 2, before GELU 8.
+    activation=31,
+    copies=1,
+    origin="eager, FP8: memory counted, time reckoned from the operations and not measured",
+)
 PATHS = {
+    ("compiled", "fp8"): COMPILED_FP8,
+    ("eager", "fp8"): EAGER_FP8,
     ("compiled", "half"): COMPILED_HALF,
     ("eager", "half"): EAGER_HALF,
     ("fused", "half"): FUSED_HALF,
@@ -241,7 +265,7 @@ def path_of(name: str, precision: str) -> Path:
     Raises:
         UsageError: no such combination.
     """
-    width = "half" if precision in ("bf16", "fp16", "fp8") else "full"
+    width = "fp8" if precision == "fp8" else "half" if precision in ("bf16", "fp16") else "full"
     if (name, width) not in PATHS:
         raise UsageError(f"the {name} path does not compute in {precision}; set train.kernels to plain or auto")
     return PATHS[name, width]

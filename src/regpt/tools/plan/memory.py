@@ -77,16 +77,17 @@ def tensors(shape: Shape, rows: int, settings: Settings) -> dict[str, float]:
 
 def kept_peaks(shape: Shape, rows: int, path: Path, settings: Settings) -> list[dict[str, float]]:
     """What comes on top of weights, gradients and moments where the peak may be."""
-    copies = {"low-precision copies": path.copies * shape.matrices}
+    head = path.head_copies * shape.vocab_rows * shape.n_embd
+    copies = {"low-precision copies": path.copies * shape.block_weights + head}
     kept = shape.n_layer * block(shape, rows, path) + tail(shape, rows, path, settings)
     return [copies | {"activations": kept, "logits": logits(shape, rows, path)}, copies | fresh(shape, path)]
 
 
 def recomputed_peaks(shape: Shape, rows: int, path: Path, settings: Settings) -> list[dict[str, float]]:
     """The same with activation checkpointing: forward keeps no weight copies but the head's."""
-    copies = {"low-precision copies": path.copies * shape.vocab_rows * shape.n_embd}
+    copies = {"low-precision copies": path.head_copies * shape.vocab_rows * shape.n_embd}
     kept = BLOCK_INPUT_BYTES * rows * shape.seq_len * shape.n_layer * shape.n_embd
-    again = RECOMPUTED["half" if path.copies else "full"] * block(shape, rows, path)
+    again = RECOMPUTED["half" if path.head_copies else "full"] * block(shape, rows, path)
     return [
         copies | {"activations": kept + tail(shape, rows, path, settings), "logits": logits(shape, rows, path)},
         {"activations": kept + again},

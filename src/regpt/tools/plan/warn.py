@@ -38,7 +38,7 @@ def of_precision(train: TrainConfig, machine: Machine) -> Iterator[str]:
         return
     if train.precision == "fp8":
         units = f"regpt train will refuse this: {machine.name} has no units for fp8; set train.precision to bf16"
-        yield units if device.fp8 is None else "fp8: time was not fitted to measurements; memory is that of bf16"
+        yield units if device.fp8 is None else "fp8: the time was reckoned, not fitted to measurements"
     elif getattr(device, train.precision, 1.0) is None:
         better = next((name for name in ("bf16", "fp16", "tf32") if getattr(device, name)), "fp32")
         yield f"{machine.name} has no units for {train.precision}: time is planned for float32; it has {better}"
