@@ -80,7 +80,8 @@ def test_each_product_is_that_of_the_operands_rounded_by_hand(inner: int, outer:
     print(inner, outer, compile, {name: f"{value:.1e}" for name, value in wrong.items()})
     assert wrong["y"] < 1e-2
     assert wrong["dx"] < 4e-3
-    assert wrong["dw"] < 2e-3  # Hopper's units sum 8-bit products with fewer bits than float32 has
+    # Hopper's units sum 8-bit products with some 14 bits: up to 2 % over 4,096 of them (DeepSeek-V3, section 3.3.2).
+    assert wrong["dw"] < 2e-2
     assert wrong["db"] < 1e-4
 
 
