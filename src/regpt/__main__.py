@@ -10,6 +10,7 @@ from pathlib import Path
 
 import regpt
 from regpt.errors import UsageError, UserError, nearest
+from regpt.parallel.signals import leave_when_terminated
 
 COMMANDS = {
     "quickstart": "text to a trained, evaluated and sampled model on this machine, in about two minutes",
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
+    if argv is None and args[:1] == ["train"]:
+        leave_when_terminated()  # before what takes seconds to import
     try:
         return dispatch(args)
     except UserError as error:

@@ -21,12 +21,14 @@ KILLED = -signal.SIGTERM
 
 
 @pytest.mark.parametrize(
-    ("codes", "again", "code"),
+    ("codes", "again", "code"),  # without a signal to the launcher
     [
-        ({0: 0, 1: 0}, True, 0),
+        ({0: 0, 1: 0}, False, 0),
         ({0: 75, 1: 75}, False, 75),
         ({0: 75, 1: 0}, False, 75),  # torchrun ended process 1, which had nothing left to do
-        ({0: 75, 1: KILLED}, False, 1),
+        ({0: 75, 1: KILLED}, False, 75),  # nor this one
+        ({0: 75, 1: -9}, True, 1),  # torchrun ended process 0, before its first step, as the other one had died
+        ({0: KILLED, 1: KILLED}, False, 1),
         ({0: 70, 1: KILLED}, True, 1),
         ({0: 70, 1: 2}, False, 2),
         ({0: 70, 1: 1}, False, 1),
@@ -38,12 +40,26 @@ def test_the_exit_code_and_whether_another_try_is_of_use(codes: dict[int, int], 
     assert verdict(codes) == code
 
 
+@pytest.mark.parametrize(
+    ("codes", "code"),
+    [
+        ({0: 75, 1: 75}, 75),
+        ({0: 70, 1: 75}, 75),  # before the first step: process 0 waited for the other one in vain
+        ({0: 70, 1: 70}, 70),  # train.stop_seconds were over
+        ({0: 1, 1: 70}, 1),  # the disk was full
+        ({0: 130, 1: 130}, 130),
+    ],
+)
+def test_the_exit_code_after_a_signal_to_the_launcher(codes: dict[int, int], code: int):
+    assert verdict(codes, interrupted=True) == code
+
+
 def tries(monkeypatch, *ends: dict[int, int], **options) -> tuple[int, list[list[str]]]:
     """The launcher's exit code, and the arguments of each group that it started; they end as `ends` says."""
     started: list[list[str]] = []
     left = iter(ends)
 
-    def run_once(processes: int, args: list[str]) -> tuple[dict[int, int], bool]:
+    def run_once(processes: int, args: list[str], stop_seconds: int) -> tuple[dict[int, int], bool]:
         started.append(list(args))
         return next(left), False
 
@@ -66,9 +82,9 @@ def test_progress_begins_the_count_anew(monkeypatch):
     assert (code, len(started)) == (0, 6)
 
 
-@pytest.mark.parametrize(("signals", "code"), [(1, 1), (2, 130)])
-def test_after_a_second_signal_the_exit_code_is_130(monkeypatch, signals: int, code: int):
-    """The processes then end at once and write nothing down."""
+@pytest.mark.parametrize(("signals", "code"), [(1, 70), (2, 130)])
+def test_the_exit_code_says_whether_the_processes_were_late_or_interrupted_twice(monkeypatch, signals: int, code: int):
+    """Both times they end at once and write nothing down."""
 
     def interrupted(config, entrypoint):
         def run(*args):
@@ -171,6 +187,44 @@ def test_a_process_that_hangs_is_named_and_replaced(shards, tmp_path: Path, devi
     assert "rank 0 has waited" in err
     assert "; missing: rank 1 (" in err
     assert rows(run, "train")[-1]["step"] == 200
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+@pytest.mark.parametrize(("kind", "often", "code"), [(signal.SIGTERM, 1, 70), (signal.SIGINT, 2, 130)])
+def test_a_suspended_process_does_not_outlive_a_stop(
+    shards, tmp_path: Path, kind: signal.Signals, often: int, code: int
+):
+    """It handles no signal itself: train.stop_seconds, or the second Ctrl-C, end it all the same."""
+    config = tiny.change(tiny.run_config(shards), "train", stop_seconds=5, steps=100_000, device="cpu")
+    (tmp_path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    run = tmp_path / "run"
+    with regpt("train", tmp_path / "config.toml", "--out", run, "--nproc", 2) as process:
+        kill_one(process, run, signal.SIGSTOP)
+        group = workers(process.pid)
+        process.send_signal(kind)
+        for _ in range(often - 1):
+            time.sleep(1.5)  # more than SAME_PRESS_SECONDS
+            process.send_signal(kind)
+        _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == code, err
+    assert not any(Path(f"/proc/{pid}").exists() for pid in group.values())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+def test_processes_whose_launcher_is_killed_save_and_end(shards, tmp_path: Path):
+    config = tiny.change(tiny.run_config(shards), "train", hang_seconds=5, steps=100_000, device="cpu")
+    (tmp_path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    run = tmp_path / "run"
+    with regpt("train", tmp_path / "config.toml", "--out", run, "--nproc", 2) as process:
+        while not checkpoints(run):
+            assert process.poll() is None, process.communicate()
+        process.kill()
+        out, err = process.communicate(timeout=PATIENCE)  # returns when its processes, which write there, have ended
+    assert "the launcher is gone; stopping" in err
+    assert checkpoints(run)[-1].name == f"step-{rows(run, 'train')[-1]['step']:08d}"
+    assert "and saved; go on with" in out
 
 
 @POSIX

@@ -1,10 +1,13 @@
 """One process answers every question of a mesh; a device that is not there is refused."""
 
+import contextlib
+
 import pytest
 import torch
 
 import tiny
 from regpt.errors import UsageError
+from regpt.parallel import mesh as mesh_module
 from regpt.parallel.mesh import Mesh, choose_device, launcher_rank, launcher_world_size, open_mesh, under_launcher
 
 
@@ -61,6 +64,18 @@ def test_every_collective_is_watched(monkeypatch):
         collective()
         assert seen
         assert all(seen)
+
+
+def test_the_beginning_and_the_end_of_all_processes_are_watched(monkeypatch):
+    seen = []
+    monkeypatch.setattr(mesh_module, "watched", lambda pulse, *_: contextlib.nullcontext(seen.append(pulse)))
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(mesh_module.dist, name, lambda *_, **__: seen.append(seen[0].doing))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with open_mesh("cpu") as mesh:
+        assert mesh.pulse.doing == ""
+    assert seen[1:] == ["the beginning of all processes", "the end of all processes"]
 
 
 def test_the_launcher_says_who_a_process_is(monkeypatch):

@@ -13,8 +13,8 @@ import regpt.checkpoint.tensors
 import tiny
 from regpt.checkpoint.load import checkpoint_folder, checkpoints, load_checkpoint
 from regpt.errors import UserError
+from regpt.parallel.signals import EXIT_SAVED
 from regpt.runs.pretrain import pretrain, resume
-from regpt.runs.stop import EXIT_SAVED
 
 
 def steps(run: Path) -> list[int]:

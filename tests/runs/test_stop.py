@@ -24,11 +24,39 @@ def test_the_first_signal_is_a_request_and_the_handlers_are_put_back(kind: signa
     assert signal.set_wakeup_fd(-1) == -1
 
 
+# Sends the second signal while the first one's handler is at its n-th call of a Python function.
+AT_ONCE = """
+import signal, sys
+from regpt.runs.stop import stop_request
+for n in range(20):
+    calls = []
+    def again(frame, event, arg):
+        if event == "call":
+            calls.append(frame.f_code.co_name)
+            if len(calls) == n:
+                signal.raise_signal(signal.SIGTERM)
+    with stop_request() as requested:
+        sys.setprofile(again)
+        signal.raise_signal(signal.SIGTERM)
+        sys.setprofile(None)
+        assert requested()
+print("done")
+"""
+
+
+def test_two_signals_at_once_are_one_request():
+    """As timeout(1) sends them, to its child and to the child's group; the first code had a lock there."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", AT_ONCE], env=env, capture_output=True, text=True, timeout=60)
+    assert run.stdout == "done\n", run.stderr
+
+
 # A process whose main thread runs no Python code when the signals come, as in a collective that hangs.
 BLOCKED = """
 import ctypes, sys
+from regpt.parallel import signals
 from regpt.runs import stop
-stop.SAME_PRESS_SECONDS = float(sys.argv[1])
+signals.SAME_PRESS_SECONDS = float(sys.argv[1])
 def blocked_in_c():
     libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(256)
     while True:  # the second call waits for ever, and no signal makes it return: handlers in Python never run

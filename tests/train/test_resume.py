@@ -12,8 +12,8 @@ import tiny
 from regpt.checkpoint.load import checkpoint_folder
 from regpt.cli.train import main
 from regpt.errors import UsageError, UserError
+from regpt.parallel.signals import EXIT_SAVED
 from regpt.runs.pretrain import check, pretrain, resume
-from regpt.runs.stop import EXIT_SAVED
 from regpt.runs.terminal import Terminal
 
 

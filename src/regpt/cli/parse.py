@@ -12,6 +12,7 @@ import tyro
 from regpt.errors import UsageError
 
 Args = TypeVar("Args")
+USAGE = 2  # with which tyro ends
 RULE = re.compile(r"^[╭╰│\s]*[─-]{3,}[╮╯│\s]*$")  # hyphens, and no frame, where output is not UTF-8
 
 
@@ -26,7 +27,7 @@ def parse(command: type[Args], args: Sequence[str], prog: str, default: Args | N
         with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(complaint):
             parsed = tyro.cli(command, args=list(args), prog=prog, default=default)
     except SystemExit as stop:
-        if not stop.code:  # --help
+        if stop.code != USAGE:  # --help; or a signal (`parallel.signals`)
             sys.stdout.write(shown.getvalue())
             raise
         raise UsageError(one_sentence(complaint.getvalue(), prog)) from None

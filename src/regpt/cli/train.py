@@ -200,6 +200,7 @@ def launched(given: Train, run: Path, name: str, args: list[str]) -> int:
         again=again,
         progress=lambda: [folder.name for folder in checkpoints(run)],
         max_restarts=given.max_restarts,
+        stop_seconds=given.config.train.stop_seconds,
         say=lambda text: print(f"regpt: {text}", file=sys.stderr, flush=True),
     )
 

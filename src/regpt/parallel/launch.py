@@ -9,20 +9,26 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.utils.api import macros
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from regpt.errors import UsageError
+from regpt.parallel.signals import EXIT_SAVED as SAVED
+from regpt.parallel.signals import INTERRUPTED, KINDS, told_of_signals
 
-SAVED, INTERRUPTED, UNEXPECTED = 75, 130, 70
-DELIBERATE = (1, 2, SAVED, INTERRUPTED)  # a process that ends with one of these says that another try is of no use
-STOP_SECONDS = 3600  # after a signal; the processes themselves end sooner (train.stop_seconds)
+UNEXPECTED = 70
+DELIBERATE = (1, 2, INTERRUPTED)  # a process that ends with one of these says that another try is of no use
+TOLD = (SAVED, -signal.SIGTERM)  # and with these, that it was told to: by the user, or by torchrun as another one died
+STOP_SECONDS = 300  # after a signal, for the processes to end by themselves
+GRACE_SECONDS = 5  # more, before they are killed: one that is suspended cannot end itself
 
 
 def launch(
@@ -32,6 +38,7 @@ def launch(
     again: Callable[[], Sequence[str]] | None = None,
     progress: Callable[[], object] = lambda: None,
     max_restarts: int = 0,
+    stop_seconds: int = STOP_SECONDS,
     say: Callable[[str], None] = print,
 ) -> int:
     """Run `regpt ARGS…` as `processes` processes until they end for good; the exit code of the first that failed, or 0.
@@ -40,6 +47,7 @@ def launch(
         again: the arguments to start with after a death.
         progress: something that changes when the run has come further.
         max_restarts: how often in a row, without progress, the processes are started again.
+        stop_seconds: within which they end by themselves after a signal.
 
     Raises:
         UsageError: fewer than one process.
@@ -48,9 +56,9 @@ def launch(
         raise UsageError(f"--nproc is {processes}, must be at least 1")
     restarts, reached = 0, progress()
     while True:
-        codes, interrupted = run_once(processes, args)
-        if interrupted or not any(codes.values()) or not may_do_better(codes):
-            return verdict(codes)
+        codes, interrupted = run_once(processes, args, stop_seconds)
+        if interrupted or not may_do_better(codes):
+            return verdict(codes, interrupted)
         if progress() != reached:
             restarts, reached = 0, progress()
         if restarts == max_restarts:
@@ -61,11 +69,14 @@ def launch(
         say(f"{died}; starting all of them again ({restarts} of {max_restarts}): regpt {' '.join(args)}")
 
 
-def run_once(processes: int, args: Sequence[str]) -> tuple[dict[int, int], bool]:
+def run_once(processes: int, args: Sequence[str], stop_seconds: int) -> tuple[dict[int, int], bool]:
     """The exit code of every process (negative: the signal that ended it), and whether the launcher got a signal."""
-    settings: dict[str, Any] = {}
-    if "shutdown_timeout" in {field.name for field in fields(LaunchConfig)}:  # older torch waits for 30 seconds
-        settings["shutdown_timeout"] = STOP_SECONDS
+    # Older torch waits for 30 seconds; of SIGHUP it knows no better than to end a run that nohup has started.
+    wanted: dict[str, Any] = {
+        "shutdown_timeout": stop_seconds + GRACE_SECONDS,
+        "signals_to_handle": ",".join(kind.name for kind in KINDS),
+    }
+    known = {field.name for field in fields(LaunchConfig)}
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -74,17 +85,19 @@ def run_once(processes: int, args: Sequence[str]) -> tuple[dict[int, int], bool]
         rdzv_endpoint="localhost:0",
         run_id="regpt",
         max_restarts=0,
-        **settings,
+        **{name: value for name, value in wanted.items() if name in known},
     )
     with tempfile.TemporaryDirectory(prefix="regpt-launch-") as folder:
         seen: dict[int, int] = {}
         interrupted, unknown = False, 0
         try:
-            elastic_launch(config, sys.executable)("-m", "regpt.parallel.worker", folder, *args)
+            with handlers_kept(), told_of_signals(first=lambda kind: None, second=lambda: end_soon(Path(folder))):
+                elastic_launch(config, sys.executable)("-m", "regpt.parallel.worker", folder, macros.local_rank, *args)
         except ChildFailedError as failed:
             seen = {rank: failure.exitcode for rank, failure in failed.failures.items()}
         except SignalException as error:
-            interrupted, unknown = True, INTERRUPTED if is_second(error) else -signal.SIGTERM
+            # Who writes nothing down has left because it was late, or was killed.
+            interrupted, unknown = True, INTERRUPTED if is_second(error) else UNEXPECTED
             end_all(Path(folder))  # all have ended, unless this was a second signal
         found = {int(path.stem): int(path.read_text()) for path in Path(folder).glob("*.exit")}
         return {rank: found.get(rank, seen.get(rank, unknown)) for rank in range(processes)}, interrupted
@@ -95,30 +108,53 @@ def is_second(error: SignalException) -> bool:
     return isinstance(error.__context__, SignalException)
 
 
+@contextlib.contextmanager
+def handlers_kept() -> Iterator[None]:
+    """torchrun puts its own in their place and leaves them there."""
+    before = [signal.getsignal(kind) for kind in KINDS]
+    try:
+        yield
+    finally:
+        for kind, handler in zip(KINDS, before):
+            signal.signal(kind, handler)
+
+
+def end_soon(folder: Path) -> None:
+    """After a second signal: the processes have got it too, and end by themselves if they can."""
+    time.sleep(GRACE_SECONDS)
+    end_all(folder)
+
+
 def end_all(folder: Path) -> None:
     """Kill the processes that have not said how they ended."""
     for path in folder.glob("*.pid"):
         if not path.with_suffix(".exit").exists():
-            with contextlib.suppress(OSError):  # it is gone
+            with contextlib.suppress(OSError, ValueError):  # it is gone; it has just begun
                 os.kill(int(path.read_text()), signal.SIGKILL if os.name == "posix" else signal.SIGTERM)
 
 
 def may_do_better(codes: dict[int, int]) -> bool:
-    """Whether no process ended as it wanted to."""
-    return not any(code in DELIBERATE for code in codes.values())
+    """Whether a process died, and none ended as it wanted to."""
+    ends = [code for code in codes.values() if code]
+    return not any(code in DELIBERATE for code in ends) and any(code not in TOLD for code in ends)
 
 
-def verdict(codes: dict[int, int]) -> int:
-    """One exit code for all: `SAVED` when nothing else is known; 1 for a death."""
+def verdict(codes: dict[int, int], interrupted: bool = False) -> int:
+    """One exit code for all: `SAVED` when nothing else is known; `UNEXPECTED` for processes that did not end in time
+    after a signal; 1 for a death."""
     ends = [code for code in codes.values() if code]
     if not ends:
         return 0
-    if all(code == SAVED for code in ends):  # what torchrun ended afterwards had nothing left to do
-        return SAVED
     if INTERRUPTED in ends:
         return INTERRUPTED
     said = [code for code in ends if code in (1, 2)]
-    return said[0] if said else 1
+    if said:
+        return said[0]
+    # A run saves when all have agreed, and none leaves before that: another end of others came later, or all are at
+    # the beginning still, where nothing is to be saved.
+    if SAVED in ends and (interrupted or all(code in TOLD for code in ends)):
+        return SAVED
+    return UNEXPECTED if interrupted and UNEXPECTED in ends else 1
 
 
 def described(code: int) -> str:

@@ -158,14 +158,17 @@ def joined(device_name: str, hang_seconds: float) -> Iterator[Mesh]:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):  # the launcher has one; otherwise rank 0 makes one
         name = agree_on_name(meeting_point(), rank, world_size, hang_seconds)
         place = {"store": meeting_point(name, timeout), "rank": rank, "world_size": world_size}
-    # On GPUs both: what the processes agree on beside the gradients goes through the CPU, and waits for no kernel.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout, **place)
     mesh = Mesh(rank, world_size, device)
-    try:
-        with watched(mesh.pulse, rank, world_size, lambda: meeting_point(name), hang_seconds):
+    with watched(mesh.pulse, rank, world_size, lambda: meeting_point(name), hang_seconds):
+        with mesh.pulse.waiting("the beginning of all processes"):
+            # On GPUs both: what the processes agree on beside the gradients goes through the CPU, and waits for no
+            # kernel.
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout, **place)
+        try:
             yield mesh
-    finally:
-        dist.destroy_process_group()
+        finally:
+            with mesh.pulse.waiting("the end of all processes"):  # NCCL finishes what was begun
+                dist.destroy_process_group()
 
 
 def meeting_point(name: str = "", timeout: timedelta = STORE_TIMEOUT) -> TCPStore | PrefixStore:

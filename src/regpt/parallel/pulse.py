@@ -9,6 +9,7 @@ an exit code at which the launcher starts all processes again.
 import contextlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -81,6 +82,7 @@ class Watch:
     ):
         self.pulse, self.rank, self.world_size = pulse, rank, world_size
         self.connect, self.seconds, self.done = connect, seconds, done
+        self.parent = os.getppid()
 
     def run(self) -> None:
         store = None
@@ -88,10 +90,18 @@ class Watch:
             with contextlib.suppress(Exception):  # the store is gone when the launcher is: then there is nobody to tell
                 store = store or self.connect()
                 store.set(key(self.rank), json.dumps(self.pulse.note()))
+            self.look_for_launcher()
             waited = time.monotonic() - self.pulse.since
             if self.pulse.doing and waited > self.seconds:
                 print(f"regpt: {self.diagnosis(store, waited)}", file=sys.stderr, flush=True)
                 os._exit(HUNG)
+
+    def look_for_launcher(self) -> None:
+        """Stop as after SIGTERM when the launcher was killed: nobody would start again what dies, or end what hangs."""
+        if os.getppid() != self.parent:
+            self.parent = os.getppid()
+            print(f"regpt: rank {self.rank}: the launcher is gone; stopping", file=sys.stderr, flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def diagnosis(self, store: Store | None, waited: float) -> str:
         notes: dict[int, Mapping[str, Any]] = {}

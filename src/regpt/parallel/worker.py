@@ -1,4 +1,4 @@
-"""`python -m regpt.parallel.worker FOLDER ARGS…`: `regpt ARGS…` as one process of `launch`, which writes down its end.
+"""`python -m regpt.parallel.worker FOLDER RANK ARGS…`: `regpt ARGS…` as one process of `launch`; writes down its end.
 
 torchrun tells its caller how the first process ended that failed, and nothing after a signal; FOLDER gets all of them.
 """
@@ -8,11 +8,18 @@ import runpy
 import sys
 from pathlib import Path
 
-from regpt.parallel.mesh import launcher_rank
+from regpt.parallel.signals import leave_when_terminated
 
 
-def main(folder: Path, args: list[str]) -> None:
-    rank = launcher_rank()
+def main(folder: Path, rank: str, args: list[str]) -> None:
+
+    def note(code: int) -> None:
+        whole = folder / f"{rank}.tmp"
+        whole.write_text(str(code), encoding="utf-8")
+        whole.replace(folder / f"{rank}.exit")
+
+    if args[:1] == ["train"]:
+        leave_when_terminated(note)
     (folder / f"{rank}.pid").write_text(str(os.getpid()), encoding="utf-8")
     sys.argv = ["regpt", *args]
     code: object = 1
@@ -23,10 +30,8 @@ def main(folder: Path, args: list[str]) -> None:
         code = end.code or 0
         raise
     finally:
-        whole = folder / f"{rank}.tmp"
-        whole.write_text(str(code if isinstance(code, int) else 1), encoding="utf-8")
-        whole.replace(folder / f"{rank}.exit")
+        note(code if isinstance(code, int) else 1)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])

@@ -19,6 +19,7 @@ from regpt.checkpoint.store import is_address
 from regpt.config import RunConfig
 from regpt.model.weights import count_parameters
 from regpt.parallel.mesh import Mesh
+from regpt.parallel.signals import EXIT_SAVED
 from regpt.runs.actions import (
     Job,
     make_actions,
@@ -55,7 +56,7 @@ from regpt.runs.folder import (
 )
 from regpt.runs.profile import profiled
 from regpt.runs.remote import NOTE, RemoteRun, bring_up_to_date, by_main, on_this_machine
-from regpt.runs.stop import EXIT_SAVED, stop_request
+from regpt.runs.stop import stop_request
 from regpt.runs.terminal import Terminal
 from regpt.runs.trackers import Tee, check_trackers, open_trackers
 from regpt.sample.generate import check_length, encode_prompt

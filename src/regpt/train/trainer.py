@@ -240,7 +240,7 @@ class Trainer:
             UserError: the policy is to stop.
         """
         own = valid_targets(self.loader.step(self.data_step, self.micro_batch.rows))
-        if not self.mesh.sum(torch.tensor(own, device=self.mesh.device)).item():
+        if not self.mesh.total(torch.tensor(own)).item():
             raise UserError(f"step {row['step']}: no target carries loss; check the data and what masks its targets")
         facts: Row = {key: written(row[key]) for key in ("loss", "grad_norm", "lr")}
         facts |= {"at_step": row["step"], "policy": verdict.policy, "score": verdict.score}

@@ -63,8 +63,10 @@ class UpdateRatios:
         """
         if self.squares is None:
             return None
-        updates, weights = self.squares.sqrt().tolist()
-        whole = self.squares.sum(dim=1).sqrt().tolist()
+        with self.mesh.pulse.waiting("the sizes of the updates"):
+            squares = self.squares.cpu()
+        updates, weights = squares.sqrt().tolist()
+        whole = squares.sum(dim=1).sqrt().tolist()
         self.squares = None
         ratios = {name: u / w if w else None for name, u, w in zip(self.kinds, updates, weights)}
         return {"ratio": whole[0] / whole[1] if whole[1] else None, "ratios": ratios}

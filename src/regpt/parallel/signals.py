@@ -1,0 +1,103 @@
+"""Signals, told to a thread: also while the main thread runs no Python code. Imports nothing heavy."""
+
+import atexit
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+KINDS = (signal.SIGINT, signal.SIGTERM)
+SAME_PRESS_SECONDS = 1.0  # one request may arrive twice: from the terminal or timeout(1), and from the launcher
+GRACE_SECONDS = 5.0  # for a main thread to end by itself
+INTERRUPTED = 130
+EXIT_SAVED = 75  # sysexits.h EX_TEMPFAIL: saved, ready to be started again
+
+
+def leave_when_terminated(note: Callable[[int], object] = lambda code: None) -> None:
+    """From now on SIGTERM ends this process with `EXIT_SAVED`, where nothing is to be saved: before the first step of a
+    run, which handles signals itself (`runs.stop`), and after the last.
+
+    A main thread that runs no Python code, as it waits for another process, is left after `GRACE_SECONDS`, also after
+    Ctrl-C; `note` is told the exit code then.
+    """
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        return  # it is done
+
+    def leave(signum: int, frame: object) -> None:
+        if threading.main_thread().is_alive():  # else the process is ending with a code of its own
+            with contextlib.suppress(OSError):
+                os.write(2, b"regpt: ended by SIGTERM; what was saved before is untouched\n")
+            sys.exit(EXIT_SAVED)
+
+    def leave_main_thread(kind: int) -> None:
+        time.sleep(GRACE_SECONDS)
+        code = EXIT_SAVED if kind == signal.SIGTERM else INTERRUPTED
+        note(code)
+        os._exit(code)
+
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    nothing = (lambda: None, lambda: None, 0.0)
+    threading.Thread(target=watch, args=(ours, leave_main_thread, *nothing), daemon=True).start()
+    signal.set_wakeup_fd(theirs.detach(), warn_on_full_buffer=False)  # open as long as the process lives
+    signal.signal(signal.SIGTERM, leave)
+    atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)  # the interpreter's end would make it deadly again
+
+
+@contextlib.contextmanager
+def told_of_signals(
+    first: Callable[[int], object],
+    second: Callable[[], object],
+    late: Callable[[], object] = lambda: None,
+    seconds: float = 0,
+) -> Iterator[None]:
+    """While it lasts, a thread calls `first` with a SIGINT or SIGTERM, `second` after another one more than
+    `SAME_PRESS_SECONDS` later, and `late` when `seconds` (0: no limit) have passed since the first.
+
+    A thread is told by the interpreter's wake-up descriptor, which a signal writes to whatever the main thread does.
+    """
+    ours, theirs = socket.socketpair()  # a pipe would not do on Windows
+    theirs.setblocking(False)
+    thread = threading.Thread(target=watch, args=(ours, first, second, late, seconds), daemon=True)
+    woken_before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(woken_before)
+        theirs.close()  # which ends the thread
+        thread.join()
+        ours.close()
+
+
+def watch(
+    woken: socket.socket,
+    first: Callable[[int], object],
+    second: Callable[[], object],
+    late: Callable[[], object],
+    seconds: float,
+) -> None:
+    """Wait for signals; leave with the process, or when the other end is closed."""
+    began: float | None = None
+    while True:
+        try:
+            signals = woken.recv(64)
+        except TimeoutError:
+            late()
+            return
+        if not signals:
+            return
+        for kind in signals:
+            if kind not in KINDS:
+                continue
+            if began is None:
+                began = time.monotonic()
+                first(kind)
+            elif time.monotonic() - began > SAME_PRESS_SECONDS:
+                second()
+        if began is not None and seconds:
+            woken.settimeout(max(began + seconds - time.monotonic(), 1e-3))
