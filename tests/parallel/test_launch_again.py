@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 import tiny
 from regpt.checkpoint.load import checkpoint_folder, checkpoints
 from regpt.parallel import launch as module
-from regpt.parallel.launch import launch, may_do_better, verdict
+from regpt.parallel.launch import launch, may_do_better, none_left, verdict
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
 KILLED = -signal.SIGTERM
@@ -59,7 +60,7 @@ def tries(monkeypatch, *ends: dict[int, int], **options) -> tuple[int, list[list
     started: list[list[str]] = []
     left = iter(ends)
 
-    def run_once(processes: int, args: list[str], stop_seconds: int) -> tuple[dict[int, int], bool]:
+    def run_once(processes: int, args: list[str], *rest: object) -> tuple[dict[int, int], bool]:
         started.append(list(args))
         return next(left), False
 
@@ -99,6 +100,19 @@ def test_the_exit_code_says_whether_the_processes_were_late_or_interrupted_twice
 
     monkeypatch.setattr(module, "elastic_launch", interrupted)
     assert launch(2, ["train"]) == code
+
+
+@POSIX
+def test_a_process_that_does_not_end_when_the_others_have_is_killed(tmp_path: Path, monkeypatch):
+    """Suspended after the last step, or hanging in a library's clean-up: nobody waits for it any more."""
+    monkeypatch.setattr(module, "LOOK_SECONDS", 0.01)
+    said: list[str] = []
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as hanging:
+        (tmp_path / "0.exit").write_text("0")
+        (tmp_path / "1.pid").write_text(str(hanging.pid))
+        with none_left(tmp_path, 2, 0.05, said.append):
+            assert hanging.wait(PATIENCE) == -signal.SIGKILL
+    assert said == ["process 1 has not ended 0.05 seconds after the others, and is killed"]
 
 
 @POSIX

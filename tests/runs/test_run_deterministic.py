@@ -81,6 +81,18 @@ def test_on_another_number_of_processes_it_is_close_and_the_run_says_that_it_is_
     assert numbers(stopped)["train", 8][0] == pytest.approx(numbers(straight)["train", 8][0], rel=1e-4)
 
 
+def test_another_micro_batch_is_the_one_asked_for_and_said_not_to_be_bitwise(config, tmp_path: Path):
+    """The checkpoint's own, smaller after a lack of memory, is for a run whose configuration stays what it is."""
+    straight = tmp_path / "straight"
+    assert pretrain(config, straight) == 0
+    stopped, before = stopped_after(straight, tmp_path / "stopped", 4), config.train.first_rows
+    assert resume(stopped, tiny.change(config, "train", micro_batch_rows=2 * before)) == 0
+    rows = map(json.loads, (stopped / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    (said,) = [row["not_bitwise"] for row in rows if row.get("name") == "resume"]
+    assert said.endswith(f"in spite of train.deterministic: train.micro_batch_rows {before} → {2 * before}")
+    assert read_state(checkpoints(stopped)[-1] / "state.json").trainer["micro_batch_rows"] == 2 * before
+
+
 def test_deterministic_algorithms_are_on_in_the_run_and_nowhere_else(config, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(tiny.Transformer, "hidden", recording(tiny.Transformer.hidden, seen))

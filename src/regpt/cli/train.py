@@ -201,6 +201,7 @@ def launched(given: Train, run: Path, name: str, args: list[str]) -> int:
         progress=lambda: [folder.name for folder in checkpoints(run)],
         max_restarts=given.max_restarts,
         stop_seconds=given.config.train.stop_seconds,
+        hang_seconds=given.config.train.hang_seconds,
         say=lambda text: print(f"regpt: {text}", file=sys.stderr, flush=True),
     )
 

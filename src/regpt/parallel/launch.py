@@ -5,10 +5,12 @@ that was killed, or met something unexpected, may do better next time; one that 
 """
 
 import contextlib
+import math
 import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
@@ -21,6 +23,7 @@ from torch.distributed.elastic.utils.api import macros
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from regpt.errors import UsageError
+from regpt.parallel.mesh import HANG_SECONDS
 from regpt.parallel.signals import EXIT_SAVED as SAVED
 from regpt.parallel.signals import INTERRUPTED, KINDS, told_of_signals
 
@@ -28,6 +31,7 @@ UNEXPECTED = 70
 DELIBERATE = (1, 2, INTERRUPTED)  # a process that ends with one of these says that another try is of no use
 TOLD = (SAVED, -signal.SIGTERM)  # and with these, that it was told to: by the user, or by torchrun as another one died
 STOP_SECONDS = 300  # after a signal, for the processes to end by themselves
+LOOK_SECONDS = 0.5
 GRACE_SECONDS = 5  # more, before they are killed: one that is suspended cannot end itself
 
 
@@ -39,6 +43,7 @@ def launch(
     progress: Callable[[], object] = lambda: None,
     max_restarts: int = 0,
     stop_seconds: int = STOP_SECONDS,
+    hang_seconds: float = HANG_SECONDS,
     say: Callable[[str], None] = print,
 ) -> int:
     """Run `regpt ARGS…` as `processes` processes until they end for good; the exit code of the first that failed, or 0.
@@ -48,6 +53,7 @@ def launch(
         progress: something that changes when the run has come further.
         max_restarts: how often in a row, without progress, the processes are started again.
         stop_seconds: within which they end by themselves after a signal.
+        hang_seconds: within which all have ended when one has ended well.
 
     Raises:
         UsageError: fewer than one process.
@@ -56,7 +62,7 @@ def launch(
         raise UsageError(f"--nproc is {processes}, must be at least 1")
     restarts, reached = 0, progress()
     while True:
-        codes, interrupted = run_once(processes, args, stop_seconds)
+        codes, interrupted = run_once(processes, args, stop_seconds, hang_seconds, say)
         if interrupted or not may_do_better(codes):
             return verdict(codes, interrupted)
         if progress() != reached:
@@ -69,7 +75,9 @@ def launch(
         say(f"{died}; starting all of them again ({restarts} of {max_restarts}): regpt {' '.join(args)}")
 
 
-def run_once(processes: int, args: Sequence[str], stop_seconds: int) -> tuple[dict[int, int], bool]:
+def run_once(
+    processes: int, args: Sequence[str], stop_seconds: int, hang_seconds: float, say: Callable[[str], None]
+) -> tuple[dict[int, int], bool]:
     """The exit code of every process (negative: the signal that ended it), and whether the launcher got a signal."""
     # Older torch waits for 30 seconds; of SIGHUP it knows no better than to end a run that nohup has started.
     wanted: dict[str, Any] = {
@@ -91,7 +99,11 @@ def run_once(processes: int, args: Sequence[str], stop_seconds: int) -> tuple[di
         seen: dict[int, int] = {}
         interrupted, unknown = False, 0
         try:
-            with handlers_kept(), told_of_signals(first=lambda kind: None, second=lambda: end_soon(Path(folder))):
+            with (
+                handlers_kept(),
+                told_of_signals(first=lambda kind: None, second=lambda: end_soon(Path(folder))),
+                none_left(Path(folder), processes, hang_seconds, say),
+            ):
                 elastic_launch(config, sys.executable)("-m", "regpt.parallel.worker", folder, macros.local_rank, *args)
         except ChildFailedError as failed:
             seen = {rank: failure.exitcode for rank, failure in failed.failures.items()}
@@ -117,6 +129,33 @@ def handlers_kept() -> Iterator[None]:
     finally:
         for kind, handler in zip(KINDS, before):
             signal.signal(kind, handler)
+
+
+@contextlib.contextmanager
+def none_left(folder: Path, processes: int, seconds: float, say: Callable[[str], None]) -> Iterator[None]:
+    """Kill the processes that have not ended `seconds` after the first: all meet at the end of a run, then nothing is
+    left to do, and nobody waits for them who would say that one hangs (`parallel.pulse`)."""
+    done = threading.Event()
+
+    def look() -> None:
+        first = math.inf
+        while not done.wait(LOOK_SECONDS):
+            missing = [rank for rank in range(processes) if not (folder / f"{rank}.exit").exists()]
+            if len(missing) < processes:
+                first = min(first, time.monotonic())
+            if missing and time.monotonic() - first > seconds:
+                ranks = ", ".join(map(str, missing))
+                say(f"process {ranks} has not ended {seconds:g} seconds after the others, and is killed")
+                end_all(folder)
+                return
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def end_soon(folder: Path) -> None:

@@ -34,7 +34,7 @@ from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize, load_weights, state_tensors
 from regpt.parallel.mesh import Mesh, open_mesh
 from regpt.runs.build import Corpus, build_loader, build_model, build_trainer, open_corpus, with_chosen_rows
-from regpt.runs.changes import Changes, describe, first_row
+from regpt.runs.changes import ROUNDING_KEYS, Changes, describe, first_row, listed
 from regpt.runs.folder import made_with
 from regpt.runs.remote import on_this_machine
 from regpt.train.average import Average
@@ -134,12 +134,12 @@ def start_at(parts: Parts, checkpoint: Checkpoint, event: Row, found: Changes | 
     state, mesh = checkpoint.state, parts.mesh
     load_weights(parts.model, checkpoint.weights())
     load_optimizer(parts.model, parts.optimizer, checkpoint.optimizer(), state.step)
-    said = [describe(found, state, parts.config) if found else "", not_bitwise(parts, state)]
+    said = [describe(found, state, parts.config) if found else "", not_bitwise(parts, state, found or {})]
     average = checkpoint.average()
     return Start(
         step=state.step,
         first_row=first_row(state.data, state.step, parts.config, parts.corpus.manifest_sha256),
-        trainer=state.trainer,
+        trainer={key: value for key, value in state.trainer.items() if f"train.{key}" not in (found or {})},
         random=state.random[mesh.rank] if len(state.random) == mesh.world_size else None,
         average=None if average is None else (average, state.average_updates),
         event=event | ({"not_bitwise": said[1]} if said[1] else {}),
@@ -147,10 +147,11 @@ def start_at(parts: Parts, checkpoint: Checkpoint, event: Row, found: Changes | 
     )
 
 
-def not_bitwise(parts: Parts, state: RunState) -> str:
+def not_bitwise(parts: Parts, state: RunState, found: Changes) -> str:
     """Why a deterministic run does not go on bitwise as it would have; empty when it does."""
     before, now = (facts | {"device": kind_of(facts)} for facts in (state.made_with, made_with(parts.mesh)))
     others = [f"{key} {before.get(key)} → {now[key]}" for key in SAME_NUMBERS if before.get(key) != now[key]]
+    others += [listed({key: found[key]}) for key in ROUNDING_KEYS if key in found]
     if not parts.config.train.deterministic or not others:
         return ""
     return f"not bitwise the run that was stopped, in spite of train.deterministic: {', '.join(others)}"

@@ -35,6 +35,17 @@ FREE_KEYS = {
 }
 
 
+# Those of FREE_KEYS that change the order of sums.
+ROUNDING_KEYS = (
+    "train.micro_batch_rows",
+    "train.compile",
+    "train.kernels",
+    "train.activation_checkpointing",
+    "train.pad_vocab",
+    "train.deterministic",
+)
+
+
 def changes(before: Sections, after: Sections) -> Changes:
     """Every key whose value differs; none when nothing is known of `before`."""
     keys = [(section, key) for section in after for key in {**before.get(section, {}), **after[section]}]

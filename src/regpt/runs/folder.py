@@ -20,6 +20,7 @@ from regpt.errors import UserError
 from regpt.parallel.mesh import Mesh
 
 CONFIG, LOCK = "config.toml", ".lock"
+UNFINISHED = f".{CONFIG}.tmp"  # a config.toml that is being written
 
 
 @contextmanager
@@ -50,8 +51,7 @@ def create_run(run: Path, config: RunConfig, env: dict[str, Any], beside: Sequen
     try:
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "env.json", env)
-        write_text(run / CONFIG, config.to_toml())  # last: it makes a run of the folder
-        flush_folder(run)
+        replace_config(run, config)  # last: it makes a run of the folder
         flush_folder(run.absolute().parent)
     except OSError as error:
         raise UserError(f"cannot write the run folder {str(run)!r} ({error.strerror}); choose another --out") from None
@@ -63,15 +63,20 @@ def write_run_config(run: Path, config: RunConfig) -> None:
     Raises:
         UserError: the folder cannot be written.
     """
-    path, temporary = run / CONFIG, run / f".{CONFIG}.tmp"
+    path = run / CONFIG
     if path.read_text(encoding="utf-8") == config.to_toml():
         return
     try:
-        write_text(temporary, config.to_toml())
-        temporary.replace(path)
-        flush_folder(run)
+        replace_config(run, config)
     except OSError as error:
         raise unwritable(path, error) from None
+
+
+def replace_config(run: Path, config: RunConfig) -> None:
+    """Write config.toml whole or not at all: half of one may be valid, and mean something else."""
+    write_text(run / UNFINISHED, config.to_toml())
+    (run / UNFINISHED).replace(run / CONFIG)
+    flush_folder(run)
 
 
 def is_run(run: Path) -> bool:
@@ -86,7 +91,7 @@ def refuse_used_folder(run: Path, beside: Sequence[str] = ()) -> None:
         )
     if run.exists() and not run.is_dir():
         raise UserError(f"--out {str(run)!r} is a file; choose a folder that does not exist yet")
-    if run.is_dir() and any(path.name not in (*beside, LOCK, "env.json") for path in run.iterdir()):
+    if run.is_dir() and any(path.name not in (*beside, LOCK, UNFINISHED, "env.json") for path in run.iterdir()):
         raise UserError(f"{str(run)!r} is not empty; choose a folder for the run that does not exist yet")
 
 

@@ -266,8 +266,9 @@ class Trainer:
         before = f", after {again} more that were left out" if again else ""
         return UserError(
             f"step {row['step']}: the loss is {row['loss']} and the gradient norm {row['grad_norm']} at learning rate "
-            f"{row['lr']}{before}{found.get('where', '')}, so the update was not applied; resume from the last "
-            "checkpoint with a lower optim.lr, more optim.warmup_steps, precision fp32, or train.on_non_finite skip"
+            f"{row['lr']}{before}{found.get('where', '')}, so the update was not applied; go on from "
+            "the last checkpoint with train.on_non_finite skip, or, with --force or --fork-from, a lower optim.lr, "
+            "more optim.warmup_steps or precision fp32"
         )
 
     def costs(self, seconds: float) -> Row:
