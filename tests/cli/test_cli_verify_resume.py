@@ -2,7 +2,10 @@
 
 import json
 import os
+import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,9 @@ import tiny
 from regpt.__main__ import main
 from regpt.checkpoint.load import checkpoint_folder
 from regpt.checkpoint.manifest import write_manifest
+from regpt.errors import UserError
 from regpt.runs.pretrain import pretrain
-from regpt.runs.verify_resume import Comparison, Kill, compare, sentence
+from regpt.runs.verify_resume import Bench, Comparison, Kill, compare, killed_run, sentence
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="kills processes")
 
@@ -60,6 +64,45 @@ def test_a_changed_or_missing_row_fails_the_certificate(run: Path, tmp_path: Pat
         (other / "metrics.jsonl").write_text(text, encoding="utf-8")
         assert not compared(run, other).passed
         assert not compared(run, other, deterministic=False).passed
+
+
+def bench(folder: Path, script: str) -> Bench:
+    """Runs `script` in the place of every command."""
+
+    class Scripted(Bench):
+        def start(self, *args: str) -> subprocess.Popen[bytes]:
+            self.commands.append(" ".join(["regpt", *args]))
+            with (folder / "output.txt").open("ab") as output:
+                return subprocess.Popen([sys.executable, "-c", script], stdout=output, stderr=output)
+
+    folder.mkdir()
+    return Scripted(folder, {}, random.Random(0), lambda text: None)
+
+
+@POSIX
+def test_a_run_that_ends_by_itself_is_not_called_killed(tmp_path: Path):
+    """Neither one that fails, whose failure is named, nor one that is complete too soon."""
+    crash = "import sys; print('regpt: step 3: the loss is nan'); sys.exit(1)"
+    for number, (script, said) in enumerate({crash: "1: step 3: the loss is nan", "": "give more --steps"}.items()):
+        one = bench(tmp_path / str(number), script)
+        with pytest.raises(UserError, match=said):
+            killed_run(one, tmp_path / "config.toml", tmp_path / "run", 8, 1, 1, 1)
+    with pytest.raises(UserError, match="regpt train there ended with 1: step 3: the loss is nan"):
+        bench(tmp_path / "other", crash).finish("train", "there")
+
+
+def test_a_changed_average_fails_the_certificate(shards, tmp_path: Path):
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    assert pretrain(tiny.change(tiny.run_config(shards), "train", ema_decay=0.9), ours) == 0
+    shutil.copytree(ours, theirs)
+    assert compared(ours, theirs).passed
+    folder = checkpoint_folder(theirs, 8)
+    average = load_file(folder / "ema.safetensors")
+    average["wpe.weight"][0, 0] += 1e-3
+    save_file(average, folder / "ema.safetensors")
+    (folder / "manifest.json").unlink()
+    write_manifest(folder)
+    assert not compared(ours, theirs).passed
 
 
 @POSIX

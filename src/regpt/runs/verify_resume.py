@@ -96,7 +96,14 @@ class Bench:
             self.kill(process)
             raise
         if code:
-            raise UserError(f"regpt {' '.join(args)} ended with {code}; see {self.folder / 'output.txt'}")
+            raise self.failure(code)
+
+    def failure(self, code: int) -> UserError:
+        """The last command ended with `code` by itself; with what it said last."""
+        lines = (self.folder / "output.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+        said = [line.removeprefix("regpt: ") for line in lines if line.startswith("regpt: ")]
+        why = f": {said[-1]}" if said else "; keep what it printed with --out FOLDER"
+        return UserError(f"{self.commands[-1]} ended with {code}{why}")
 
     def kill(self, process: subprocess.Popen[bytes]) -> None:
         """End the launcher and all its processes at once, as a power cut would: nothing of theirs runs afterwards."""
@@ -177,11 +184,21 @@ def killed_run(
         process = bench.start(*args)
         wait_for(run, process, bench.draw.randint(first + 1, max(first + 1, last)))
         time.sleep(bench.draw.random() * step_seconds(run))
+        code = process.poll()
         bench.kill(process)
+        if code:
+            raise bench.failure(code)
+        if code == 0:  # a certificate of kills that were none would be worth nothing
+            bench.say(
+                f"{run.name}: complete before it could be killed a {number + 1}. time; more --steps give more room"
+            )
+            break
         ends.append(Kill(len(last_rows(run, "train")), newest(run)))
         bench.say(f"{run.name}: killed after step {ends[-1].steps_done}, newest checkpoint {ends[-1].checkpoint}")
         if (run / "config.toml").is_file():
             args = ["train", "--resume", str(run), *nproc(processes)]
+    if not ends:
+        raise UserError(f"{run.name}: the run was complete before it could be killed; give more --steps")
     if (run / "config.toml").is_file():
         args = ["train", "--resume", str(run)]
     bench.finish(*[arg for arg in args if arg not in nproc(processes)], *nproc(last_processes))
@@ -240,8 +257,9 @@ def relative(ours: float | None, theirs: float) -> float:
 
 
 def same_numbers(ours: Checkpoint, theirs: Checkpoint) -> bool:
-    """Whether weights and moments are the same, bit by bit."""
-    pairs = ((ours.weights(), theirs.weights()), (ours.optimizer(), theirs.optimizer()))
+    """Whether weights, moments and the average of the weights are the same, bit by bit."""
+    averages = (ours.average() or {}, theirs.average() or {})
+    pairs = ((ours.weights(), theirs.weights()), (ours.optimizer(), theirs.optimizer()), averages)
     return all(set(a) == set(b) and all(a[name].equal(b[name]) for name in a) for a, b in pairs)
 
 
