@@ -102,7 +102,7 @@ def run_once(
             with (
                 handlers_kept(),
                 told_of_signals(first=lambda kind: None, second=lambda: end_soon(Path(folder))),
-                none_left(Path(folder), processes, hang_seconds, say),
+                none_left(Path(folder), hang_seconds, say),
             ):
                 elastic_launch(config, sys.executable)("-m", "regpt.parallel.worker", folder, macros.local_rank, *args)
         except ChildFailedError as failed:
@@ -132,7 +132,7 @@ def handlers_kept() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def none_left(folder: Path, processes: int, seconds: float, say: Callable[[str], None]) -> Iterator[None]:
+def none_left(folder: Path, seconds: float, say: Callable[[str], None]) -> Iterator[None]:
     """Kill the processes that have not ended `seconds` after the first: all meet at the end of a run, then nothing is
     left to do, and nobody waits for them who would say that one hangs (`parallel.pulse`)."""
     done = threading.Event()
@@ -140,11 +140,10 @@ def none_left(folder: Path, processes: int, seconds: float, say: Callable[[str],
     def look() -> None:
         first = math.inf
         while not done.wait(LOOK_SECONDS):
-            missing = [rank for rank in range(processes) if not (folder / f"{rank}.exit").exists()]
-            if len(missing) < processes:
+            if any(folder.glob("*.exit")):
                 first = min(first, time.monotonic())
-            if missing and time.monotonic() - first > seconds:
-                ranks = ", ".join(map(str, missing))
+            if time.monotonic() - first > seconds and (here := still_here(folder)):
+                ranks = ", ".join(map(str, sorted(here)))
                 say(f"process {ranks} has not ended {seconds:g} seconds after the others, and is killed")
                 end_all(folder)
                 return
@@ -165,11 +164,28 @@ def end_soon(folder: Path) -> None:
 
 
 def end_all(folder: Path) -> None:
-    """Kill the processes that have not said how they ended."""
-    for path in folder.glob("*.pid"):
-        if not path.with_suffix(".exit").exists():
-            with contextlib.suppress(OSError, ValueError):  # it is gone; it has just begun
-                os.kill(int(path.read_text()), signal.SIGKILL if os.name == "posix" else signal.SIGTERM)
+    """Kill the processes that are still here."""
+    for pid in still_here(folder).values():
+        with contextlib.suppress(OSError):  # it is gone
+            os.kill(pid, signal.SIGKILL if os.name == "posix" else signal.SIGTERM)
+
+
+def still_here(folder: Path) -> dict[int, int]:
+    """Rank → id of the processes that have not ended."""
+    with contextlib.suppress(ValueError):  # one has just begun
+        pids = {path: int(path.read_text()) for path in folder.glob("*.pid")}
+        return {int(path.stem): pid for path, pid in pids.items() if is_here(pid, path.with_suffix(".exit"))}
+    return {}
+
+
+def is_here(pid: int, ended: Path) -> bool:
+    """Whether our process `pid` runs; it writes `ended` shortly before it ends."""
+    if not hasattr(os, "waitid"):  # Windows, macOS
+        return not ended.exists()
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    except ChildProcessError:  # perhaps another one has its number now
+        return False
 
 
 def may_do_better(codes: dict[int, int]) -> bool:
