@@ -40,13 +40,14 @@ def products(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> dict[str, T
 
 def by_hand(x: Tensor, mantissa: int, least: int, top: int) -> Tensor:
     """`x` in float64, rounded to a float of so many bits of mantissa whose smallest normal number is 2**least, after
-    a scaling that puts the largest number between 2**top and twice that."""
-    x = x.double()
+    a scaling that puts the largest number between 2**top and twice that. On the CPU: a GPU's pow is not exact at
+    powers of two, and a scale that is the last bit too small rounds every half up."""
+    device, x = x.device, x.detach().cpu().double()
     scale = 2.0 ** (torch.floor(torch.log2(x.abs().max())) - top)
     scaled = x / scale
     exponent = torch.floor(torch.log2(scaled.abs().clamp(min=2.0**least))).clamp(min=least)
     step = 2.0 ** (exponent - mantissa)
-    return torch.round(scaled / step) * step * scale  # halves to even, as the hardware does
+    return (torch.round(scaled / step) * step * scale).to(device)  # halves to even, as the hardware does
 
 
 def e4m3(x: Tensor) -> Tensor:

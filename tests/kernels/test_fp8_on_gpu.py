@@ -78,10 +78,9 @@ def test_each_product_is_that_of_the_operands_rounded_by_hand(inner: int, outer:
     exact = {"y": x8 @ w8.t() + bias.double(), "dx": dy8 @ w8, "dw": dy8.t() @ x8, "db": dy.double().sum(0)}
     wrong = error({name: tensor.double() for name, tensor in found.items()}, exact)
     print(inner, outer, compile, {name: f"{value:.1e}" for name, value in wrong.items()})
-    assert wrong["y"] < 1e-2
-    assert wrong["dx"] < 4e-3
-    # Hopper's units sum 8-bit products with some 14 bits: up to 2 % over 4,096 of them (DeepSeek-V3, section 3.3.2).
-    assert wrong["dw"] < 2e-2
+    assert wrong["y"] < 4e-3  # 2.2e-3 on Hopper, of which bfloat16 makes 1.7e-3
+    assert wrong["dx"] < 3e-3
+    assert wrong["dw"] < 5e-4
     assert wrong["db"] < 1e-4
 
 
