@@ -25,11 +25,13 @@ def products(
     aux: Tensor | None = None,
     add: Tensor | None = None,
     scale: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
+    fast: bool = False,
 ) -> Tensor:
     wide = torch.float64 if a.dtype.itemsize > 2 else torch.float32
     result = (a.T if transpose_a else a).to(wide) @ (b.T if transpose_b else b).to(wide)
-    if scale is not None:
-        result = result * scale.to(wide)
+    for factor in (scale, *(scales or ())):
+        result = result if factor is None else result * factor.to(wide)
     if add is not None:
         result = result + add.to(wide)
     if bias is not None:
@@ -50,13 +52,21 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Ten
 
 
 def layer_norm_backward(
-    dh: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, dresidual: Tensor | None
+    dh: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dresidual: Tensor | None,
+    longest: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     bias = torch.zeros_like(weight)
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
         dh, x, (x.size(1),), mean, rstd, weight, bias, [True, True, True]
     )
     dx = dx if dresidual is None else dx + dresidual
+    if longest is not None:
+        longest.copy_(torch.maximum(longest, dx.norm(dim=1).max()))
     return dx, torch.stack([dweight, dbias, dx.sum(0)])[None]
 
 

@@ -12,7 +12,8 @@ from kernels.test_fp8 import e4m3, e5m2
 from kernels.test_fused_on_gpu import CONFIG, B, T, documents, error, gradients, tokens
 from regpt.data.batch import Batch
 from regpt.kernels import fp8
-from regpt.kernels.select import ops_of
+from regpt.kernels.cublaslt import Products
+from regpt.kernels.select import choose, ops_of
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
 from regpt.tools.doctor.device import fp8_linear
@@ -145,6 +146,69 @@ def test_the_model_s_gradients_are_as_exact_as_eight_bits_allow(compile: bool, r
     if compile:
         assert counters["stats"]["unique_graphs"] == 1
         assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["rows", "documents"])
+def test_the_fused_path_is_as_exact_as_the_plain_one_in_fp8(masked: bool):
+    given = documents() if masked else {}
+    reference = build("bf16")
+    exact = gradients(reference, make_loss_sum(reference, "fp32", DEVICE, compile=False), **given)
+    model = build("fp8")
+    assert choose("auto", model, DEVICE, "fp8").name == "fused"
+    plain = error(gradients(model, loss_of(model), **given), exact)
+    fused = error(gradients(model, make_loss_sum(model, "fp8", DEVICE, True, "fused"), **given), exact)
+    print({name: f"{value:.1e} {plain[name]:.1e}" for name, value in fused.items()})
+    for name, bound in plain.items():
+        assert fused[name] < max(1.3 * bound, 1e-4), f"{name}: fused {fused[name]:.1e}, plain {bound:.1e}"
+
+
+def test_fused_micro_batches_add_up_updates_are_seen_and_validation_is_bf16():
+    model = build("fp8")
+    loss_sum = make_loss_sum(model, "fp8", DEVICE, True, "fused")
+    bf16 = make_loss_sum(model, "bf16", DEVICE, True, "fused")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    whole = gradients(model, loss_sum)
+    for _ in range(3):  # as it is launched kernel by kernel, captured and replayed
+        idx, targets = tokens()
+        model.zero_grad()
+        for half in (slice(0, 3), slice(3, 6)):
+            (loss_sum(Batch(idx[half], targets[half])) / (B * T)).backward()
+        for name, p in model.named_parameters():
+            assert ((p.grad - whole[name]).norm() / whole[name].norm()).item() < 0.1, name
+    optimizer.step()
+    changed = gradients(model, loss_sum)
+    assert changed["loss"] < whole["loss"] - 0.02
+    with torch.no_grad():
+        batch = Batch(*tokens(1))
+        assert loss_sum(batch).item() == bf16(batch).item()
+        odd = Batch(*(tensor[:, :37].contiguous() for tensor in tokens(1)))
+    model.zero_grad()
+    loss = loss_sum(odd)  # 6 · 37 tokens are no multiple of 16
+    assert loss.item() == bf16(odd).item()
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("added", [False, True], ids=["overwritten", "added"])
+@pytest.mark.parametrize("wide", [torch.bfloat16, torch.float32], ids=str)
+def test_a_product_of_cublaslt_in_fp8(wide: torch.dtype, added: bool):
+    products = Products(DEVICE)
+    x, weight, bias, dy = layer(768, 2304)
+    (x8, sx), (w8, sw) = (fp8.quantized(tensor, fp8.E4M3) for tensor in (x, weight))
+    dy8, sdy = fp8.quantized(dy, fp8.E5M2)
+    if wide == torch.bfloat16:
+        a, b, scales, options = x8, w8, (sx, sw), {"epilogue": "bias", "bias": bias.bfloat16(), "fast": True}
+    else:
+        a, b, scales, options = fp8.transposed(dy8), fp8.transposed(x8), (sdy, sx), {}
+    exact = (a.double() * scales[0].double()) @ (b.double() * scales[1].double()).T
+    before = exact.mean() + exact.std() * torch.randn(exact.shape, device=DEVICE)
+    expected = exact + (bias.bfloat16().double() if wide == torch.bfloat16 else 0.0)
+    expected = expected + before.to(wide).double() if added else expected
+    out = before.to(wide) if wide == torch.float32 else torch.empty_like(before, dtype=wide)
+    given = {"add": out if wide == torch.float32 else before.to(wide)} if added else {}
+    found = products(a, b, out, transpose_b=True, scales=scales, **options, **given)
+    assert found is out
+    assert ((found.double() - expected).norm() / expected.norm()).item() < (3e-3 if wide == torch.bfloat16 else 3e-4)
 
 
 def test_training_and_validation_are_two_graphs_however_long():

@@ -7,7 +7,20 @@ Every product asks for several algorithms once, times them on its own operands, 
 
 import ctypes
 from collections.abc import Callable
-from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import (
+    POINTER,
+    Structure,
+    byref,
+    c_float,
+    c_int,
+    c_int8,
+    c_int32,
+    c_int64,
+    c_size_t,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -19,8 +32,9 @@ from regpt.kernels.tuned import Tuned
 
 # Values from cublasLt.h and library_types.h, version 13.
 COMPUTE_32F = 68
-DATA_TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}
+DATA_TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14, torch.float8_e4m3fn: 28, torch.float8_e5m2: 29}
 TRANSA, TRANSB, EPILOGUE, BIAS_POINTER, AUX_POINTER, AUX_LD, BIAS_TYPE = 3, 4, 7, 8, 11, 12, 26
+A_SCALE_POINTER, B_SCALE_POINTER, FAST_ACCUMULATION = 17, 18, 25
 POINTER_MODE, POINTER_MODE_DEVICE = 2, 1
 PREFERENCE_WORKSPACE = 1
 EPILOGUES = {"none": 1, "bias": 4, "gelu_aux_bias": 164, "dgelu": 192}
@@ -131,26 +145,31 @@ class Products:
         aux: Tensor | None = None,
         add: Tensor | None = None,
         scale: Tensor | None = None,
+        scales: tuple[Tensor, Tensor] | None = None,
+        fast: bool = False,
     ) -> Tensor:
         """out = epilogue(scale · op(a) · op(b) + add), all of them row-major matrices.
 
         Args:
-            a: (M, K), or (K, M) with `transpose_a`; 16-bit floats.
-            b: (K, N), or (N, K) with `transpose_b`; the dtype of a.
-            out: (M, N), the dtype of a, or float32.
+            a: (M, K), or (K, M) with `transpose_a`; 16-bit floats, or FP8.
+            b: (K, N), or (N, K) with `transpose_b`; the dtype of a. FP8 takes `transpose_b` and not `transpose_a`.
+            out: (M, N), the dtype of a, or float32; of FP8, bfloat16 or float32.
             epilogue: none; bias: + bias; gelu_aux_bias: GELU(tanh) of the sum with bias, which is also written to aux;
                 dgelu: times the derivative of GELU at aux.
             bias: (N,), the dtype of out.
             aux: (M, N).
             add: (M, N) with the dtype of out; `out` itself accumulates.
             scale: float32 scalar on the device; None is 1.
+            scales: of a and b, where they are FP8: float32 scalars on the device.
+            fast: FP8 may be summed with fewer bits than float32 has.
         """
         options = None if bias is None else bias.dtype, add is None, add is out, scale is None
-        key = (a.shape, b.shape, a.dtype, out.dtype, transpose_a, transpose_b, epilogue, *options)
+        eight = () if scales is None else (b.dtype, fast)
+        key = (a.shape, b.shape, a.dtype, out.dtype, transpose_a, transpose_b, epilogue, *options, *eight)
         plan = self.plans.get(key)
         if plan is None:
-            plan = self.plans[key] = self.describe(a, b, out, transpose_a, transpose_b, epilogue, bias, scale)
-        self.point(plan, bias, aux)
+            plan = self.plans[key] = self.describe(a, b, out, transpose_a, transpose_b, epilogue, bias, scale, fast)
+        self.point(plan, bias, aux, scales)
         if plan.algorithm is None:
             plan.algorithm = self.recall(plan, key)
         if plan.algorithm is None:
@@ -170,6 +189,7 @@ class Products:
         epilogue: str,
         bias: Tensor | None,
         scale: Tensor | None,
+        fast: bool,
     ) -> Plan:
         """cuBLAS counts columns first: a row-major out = a · b is its outᵀ = bᵀ · aᵀ, and a and b change places."""
         operation = c_void_p()
@@ -184,6 +204,8 @@ class Products:
             self.set(operation, BIAS_TYPE, c_int32(DATA_TYPES[bias.dtype]))
         if scale is not None:
             self.set(operation, POINTER_MODE, c_int32(POINTER_MODE_DEVICE))
+        if fast:
+            self.set(operation, FAST_ACCUMULATION, c_int8(1))
         return Plan(operation, [self.layout(matrix) for matrix in (b, a, out, out)])
 
     def layout(self, matrix: Tensor) -> c_void_p:
@@ -198,11 +220,14 @@ class Products:
         set_attribute = self.lib.cublasLtMatmulDescSetAttribute
         check(set_attribute(operation, attribute, byref(value), ctypes.sizeof(value)), f"attribute {attribute}")
 
-    def point(self, plan: Plan, bias: Tensor | None, aux: Tensor | None) -> None:
+    def point(self, plan: Plan, bias: Tensor | None, aux: Tensor | None, scales: tuple[Tensor, Tensor] | None) -> None:
         if bias is not None:
             self.set(plan.operation, BIAS_POINTER, c_void_p(bias.data_ptr()))
         if aux is not None:
             self.set(plan.operation, AUX_POINTER, c_void_p(aux.data_ptr()))
+        if scales is not None:  # a and b change places, see `describe`
+            self.set(plan.operation, A_SCALE_POINTER, c_void_p(scales[1].data_ptr()))
+            self.set(plan.operation, B_SCALE_POINTER, c_void_p(scales[0].data_ptr()))
 
     def recall(self, plan: Plan, key: tuple[Any, ...]) -> Algorithm | None:
         """What another process has found fastest, if it is whole and the library still takes it."""

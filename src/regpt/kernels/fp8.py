@@ -6,6 +6,7 @@ products are summed in float32 (on Hopper the forward's with fewer bits: `use_fa
 maxima: a resumed run and another micro-batch need nothing but the tensors.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,14 @@ SMALLEST_MAXIMUM = 2.0**-90  # of a tensor of zeros; the product of two scales s
 EXPONENT_BITS = 0x7F800000  # of float32
 MULTIPLE = 16  # of both dimensions of each operand: what the tensor cores take
 LEAST_CAPABILITY = (8, 9)  # Ada; then Hopper and later
+
+
+@dataclass
+class Rounded:
+    """A matrix in FP8: `numbers` times `scale`, a float32 scalar, a power of two."""
+
+    numbers: Tensor
+    scale: Tensor
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

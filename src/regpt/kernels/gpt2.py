@@ -128,7 +128,7 @@ class FusedGPT2:
         x = self.between.embed(idx, positions, model.wte.weight, model.wpe.weight, self.dtype)  # (N, C)
         states = []
         for block in self.blocks:
-            x, state = self.block_forward(block, x, idx.shape, cu_seqlens)
+            x, state = self.block_forward(block, x, idx.shape, cu_seqlens, gradient=gradient)
             states += [state] if gradient else []
         h, norm = self.between.layer_norm(x, model.ln_f.weight, model.ln_f.bias, NORM_EPS)
         head = self.copies[model.wte.weight]
@@ -139,8 +139,9 @@ class FusedGPT2:
         return losses.sum(), ForwardState(idx, positions, cu_seqlens, states, x, h, norm, logits)
 
     def block_forward(
-        self, block: Block, x: Tensor, shape: torch.Size, cu_seqlens: Tensor | None
+        self, block: Block, x: Tensor, shape: torch.Size, cu_seqlens: Tensor | None, *, gradient: bool
     ) -> tuple[Tensor, BlockState]:
+        """The block's output, and what `block_backward` needs; here it is the same without `gradient`."""
         attn, mlp = block.attn, block.mlp
         h_1, norm_1 = self.between.layer_norm(x, block.ln_1.weight, block.ln_1.bias, NORM_EPS)
         qkv = self.linear(h_1, attn.c_attn)  # (N, 3·C)
@@ -168,7 +169,7 @@ class FusedGPT2:
         model = self.model
         adding = all(p.grad is not None for p in model.parameters())
         dh = self.head_backward(scale, state)
-        dx, sums = self.between.layer_norm_backward(dh, state.x, model.ln_f.weight, *state.norm, None)
+        dx, sums = self.norm_backward(dh, state.x, model.ln_f, state.norm, None)
         self.join()
         above: Any = model.ln_f
         for block in reversed(self.blocks):
@@ -210,7 +211,7 @@ class FusedGPT2:
             self.between.add_column_sums(dbefore, *self.gradient(mlp.c_fc.bias))
         self.weight_gradient(dbefore, state.h_2, mlp.c_fc.weight)
         dh = self.products(dbefore, self.copies[mlp.c_fc.weight], torch.empty_like(dx))
-        dx, sums = self.between.layer_norm_backward(dh, state.x_mid, block.ln_2.weight, *state.norm_2, dx)
+        dx, sums = self.norm_backward(dh, state.x_mid, block.ln_2, state.norm_2, dx)
         sums = self.finish(sums, block.ln_2, attn.c_proj.bias)
         dattended = self.products(dx, self.copies[attn.c_proj.weight], torch.empty_like(dx))
         self.weight_gradient(dx, state.attended, attn.c_proj.weight)
@@ -219,7 +220,12 @@ class FusedGPT2:
         self.attention_bias_gradient(dqkv, sums, attn)
         self.weight_gradient(dqkv, state.h_1, attn.c_attn.weight)
         dh = self.products(dqkv, self.copies[attn.c_attn.weight], torch.empty_like(dx))
-        return self.between.layer_norm_backward(dh, state.x, block.ln_1.weight, *state.norm_1, dx)
+        return self.norm_backward(dh, state.x, block.ln_1, state.norm_1, dx)
+
+    def norm_backward(
+        self, dh: Tensor, x: Tensor, norm: Any, statistics: tuple[Tensor, Tensor], dresidual: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return self.between.layer_norm_backward(dh, x, norm.weight, *statistics, dresidual)
 
     def attention_bias_gradient(self, dqkv: Tensor, sums: Tensor, attn: CausalSelfAttention) -> None:
         """Of the three parts of the bias only the queries' takes a pass over its gradient. The keys' has none: it adds

@@ -47,14 +47,16 @@ def obstacle(model: Transformer, device: torch.device, precision: str) -> str | 
         return f"it needs an NVIDIA GPU, this is {device.type}"
     if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
         return f"it needs compute capability 8.0 or more, {torch.cuda.get_device_name(device)} has less"
-    if precision != "bf16":
-        return f"it computes in bfloat16, train.precision is {precision}"
+    if precision not in ("bf16", "fp8"):
+        return f"it computes in bfloat16 or FP8, train.precision is {precision}"
     if model.wte.weight.dtype != torch.float32 or not all(p.requires_grad for p in model.parameters()):
         return "it trains all parameters, in float32; this model has frozen ones or is in float64"
     if not find_spec("triton"):
         return "it needs the package triton"
     if model.config.n_embd % 8 or model.wte.num_embeddings % 8:
         return "it needs n_embd and the (padded) vocabulary to be multiples of 8; set train.pad_vocab"
+    if precision == "fp8" and model.config.n_embd % fp8.MULTIPLE:
+        return f"in FP8 it needs n_embd to be a multiple of {fp8.MULTIPLE}"
     head_size = model.config.n_embd // model.config.n_head
     if head_size % 8 or head_size > 128:
         return f"it needs heads of a multiple of 8, up to 128; they are of {head_size}"
@@ -97,8 +99,9 @@ def attention_library() -> str:
     return "cuDNN"
 
 
-def fused_loss(model: Transformer, device: torch.device) -> LossOfTokens:
-    """The fused `loss_sum(idx, targets, positions, cu_seqlens)` of `model`; see `kernels.gpt2` for what it keeps."""
+def fused_loss(model: Transformer, device: torch.device, precision: str = "bf16") -> LossOfTokens:
+    """The fused `loss_sum(idx, targets, positions, cu_seqlens)` of `model` in bf16 or fp8; see `kernels.gpt2` for what
+    it keeps."""
     from regpt.kernels import triton_ops
     from regpt.kernels.attention import CudnnAttention, TorchAttention
     from regpt.kernels.cublaslt import Products, tuned_on
@@ -106,4 +109,10 @@ def fused_loss(model: Transformer, device: torch.device) -> LossOfTokens:
     from regpt.kernels.graphs import GraphedLoss
 
     attention = CudnnAttention(device) if find_spec("cudnn") else TorchAttention()
-    return GraphedLoss(FusedGPT2(model, Products(device, tuned=tuned_on(device)), attention, triton_ops)).loss_sum
+    pieces = Products(device, tuned=tuned_on(device)), attention, triton_ops
+    if precision == "fp8":
+        from regpt.kernels import triton_fp8
+        from regpt.kernels.gpt2_fp8 import FusedGPT2FP8
+
+        return GraphedLoss(FusedGPT2FP8(model, *pieces, triton_fp8)).loss_sum
+    return GraphedLoss(FusedGPT2(model, *pieces)).loss_sum

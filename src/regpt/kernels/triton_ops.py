@@ -43,8 +43,8 @@ def layer_norm_forward_kernel(
 
 @triton.jit
 def layer_norm_backward_kernel(
-    dh_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dresidual_ptr, dx_ptr, partial_ptr, N,
-    C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, RESIDUAL: tl.constexpr,
+    dh_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dresidual_ptr, dx_ptr, partial_ptr, longest_ptr, N,
+    C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, RESIDUAL: tl.constexpr, LONGEST: tl.constexpr,
 ):  # fmt: skip
     program, programs = tl.program_id(0), tl.num_programs(0)
     column = tl.arange(0, BLOCK)
@@ -53,6 +53,7 @@ def layer_norm_backward_kernel(
     dweight = tl.zeros((ROWS, BLOCK), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK), tl.float32)
     dsum = tl.zeros((ROWS, BLOCK), tl.float32)
+    longest = tl.zeros((ROWS,), tl.float32)
     for first in range(program * ROWS, N, programs * ROWS):
         row = first + tl.arange(0, ROWS)
         at = row[:, None].to(tl.int64) * C + column[None, :]
@@ -72,10 +73,14 @@ def layer_norm_backward_kernel(
         dweight += dh * normed
         dbias += dh
         dsum += tl.where(inside, dx, 0.0)
+        if LONGEST:
+            longest = tl.maximum(longest, tl.sum(tl.where(inside, dx * dx, 0.0), 1))
     to = partial_ptr + program * 3 * C + column
     tl.store(to, tl.sum(dweight, 0), mask=real)
     tl.store(to + C, tl.sum(dbias, 0), mask=real)
     tl.store(to + 2 * C, tl.sum(dsum, 0), mask=real)
+    if LONGEST:
+        tl.atomic_max(longest_ptr, tl.sqrt(tl.max(longest, 0)), sem="relaxed")
 
 
 @triton.jit
@@ -203,19 +208,21 @@ def layer_norm_backward(
     mean: Tensor,
     rstd: Tensor,
     dresidual: Tensor | None,
+    longest: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of x (N, C), with the residual's own gradient added; and partial column sums, to be finished by
     `add_partial_sums`: (P, 3, C) float32 of the gradients of weight and bias, and of the gradient of x itself, which is
-    the gradient of the bias of the product that x came from.
+    the gradient of the bias of the product that x came from. `longest`, a float32 scalar, is raised to the length of
+    the longest row of the gradient of x.
     """
     N, C = x.shape
     dx = torch.empty_like(x)
     programs = min(multiprocessors(x.device) * BACKWARD_PROGRAMS, triton.cdiv(N, BACKWARD_ROWS))
     partial = torch.empty(programs, 3, C, dtype=torch.float32, device=x.device)
     layer_norm_backward_kernel[(programs,)](
-        dh, x, weight, mean, rstd, dresidual, dx, partial, N,
+        dh, x, weight, mean, rstd, dresidual, dx, partial, longest, N,
         C=C, BLOCK=triton.next_power_of_2(C), ROWS=BACKWARD_ROWS, RESIDUAL=dresidual is not None,
-        num_warps=BACKWARD_WARPS,
+        LONGEST=longest is not None, num_warps=BACKWARD_WARPS,
     )  # fmt: skip
     return dx, partial
 

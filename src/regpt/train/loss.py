@@ -34,7 +34,7 @@ def make_loss_sum(
     `deterministic`: compiled without choices that depend on timings.
     """
     if kernels == "fused":
-        of_tokens = fused_loss(model, device)
+        of_tokens = fused_loss(model, device, precision)
         return lambda batch: of_tokens(*batch)
 
     def loss_sum(batch: Batch) -> Tensor:
