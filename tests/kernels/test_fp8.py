@@ -10,7 +10,7 @@ from torch import Tensor
 import tiny
 from regpt.errors import UsageError
 from regpt.kernels import fp8
-from regpt.kernels.select import choose, ops_of
+from regpt.kernels.select import ops_of
 from regpt.model.config import ModelConfig
 from regpt.model.ops import PLAIN
 from regpt.model.transformer import Linear, Transformer
@@ -296,12 +296,3 @@ def test_a_wrong_product_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fp8, "product", lambda a, b, *rest, **options: torch.zeros(64, 64))
     with pytest.raises(UsageError, match="a product in FP8 on cpu is wrong by 100%"):
         ops_of("fp8", tiny.CPU)
-
-
-def test_the_fused_path_leaves_fp8_to_the_plain_one(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    chosen = choose("auto", build("fp8"), torch.device("cuda"), "fp8")
-    assert (chosen.name, chosen.reason) == ("plain", "it computes in bfloat16, train.precision is fp8")
-    with pytest.raises(UsageError, match=r"train\.kernels is fused, but it computes in bfloat16"):
-        choose("fused", build("fp8"), torch.device("cuda"), "fp8")

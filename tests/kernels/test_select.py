@@ -1,9 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 import tiny
 from regpt.errors import UsageError
+from regpt.kernels import select
 from regpt.kernels.select import choose
+from regpt.model.transformer import Transformer
 
 
 def test_a_cpu_takes_the_plain_path_and_says_why():
@@ -48,6 +52,26 @@ def test_what_the_fused_path_cannot_do_takes_the_plain_one(hopper, change, reaso
     chosen = choose("auto", device=hopper, **given)
     assert chosen.name == "plain"
     assert reason in chosen.reason
+
+
+@pytest.mark.parametrize("n_embd", [32, 24])
+@pytest.mark.parametrize("broken", [None, "Triton 0 compiles its rounding to FP8 wrongly on this GPU"])
+def test_fp8_takes_the_fused_path_where_its_kernels_work(hopper, monkeypatch, n_embd, broken):
+    tried = []
+    monkeypatch.setattr(select, "rounding_obstacle", lambda device, width: tried.append((device, width)) or broken)
+    model = Transformer(replace(tiny.CONFIG, n_embd=n_embd, n_head=n_embd // 8))
+    chosen = choose("auto", model, hopper, "fp8")
+    if n_embd % 16:
+        assert (chosen.name, chosen.reason) == ("plain", "in FP8 it needs n_embd to be a multiple of 16")
+        assert not tried
+    elif broken is None:
+        assert chosen.name == "fused"
+    else:
+        assert (chosen.name, chosen.reason, tried) == ("plain", broken, [(hopper, 32)])
+        with pytest.raises(
+            UsageError, match=r"train\.kernels is fused, but Triton 0 compiles .* wrongly .*; set train"
+        ):
+            choose("fused", model, hopper, "fp8")
 
 
 def test_frozen_parameters_take_the_plain_path(hopper):

@@ -129,3 +129,18 @@ def test_zeros_stay_and_what_is_not_finite_shows(dtype):
     rows, columns, _ = ops.round_both_ways(x, dtype, torch.ones((), device=DEVICE))
     assert value(rows)[3, 5].isnan()
     assert value(columns)[5, 3].isnan()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter rounds wrongly")
+def test_what_is_stored_is_checked_before_use(monkeypatch):
+    assert ops.obstacle(DEVICE, 768) is None
+    honest = ops.round_both_ways
+
+    def spoiled(*args, **options):
+        rows, columns, sums = honest(*args, **options)
+        if options.get("form") == "dgelu":
+            columns.numbers.view(torch.uint8)[3, 5] ^= 1
+        return rows, columns, sums
+
+    monkeypatch.setattr(ops, "round_both_ways", spoiled)
+    assert "compiles its rounding to FP8 wrongly" in ops.obstacle(DEVICE, 768)

@@ -118,16 +118,18 @@ class FusedGPT2FP8(FusedGPT2):
         )  # fmt: skip
 
     def linear_8(self, x: Rounded, layer: nn.Linear, residual: Tensor | None = None) -> Tensor:
-        """x · weightᵀ + bias + residual, (N, out) in the dtype of activations. The units may sum with fewer bits: the
-        noise is far below that of e4m3 itself."""
+        """x · weightᵀ + bias + residual, (N, out) in the dtype of activations."""
         bias = self.copies[layer.bias]
-        return self.multiply(x, self.weights[layer.weight].rows, bias=bias, epilogue="bias", add=residual, fast=True)
+        return self.multiply(x, self.weights[layer.weight].rows, bias=bias, epilogue="bias", add=residual)
 
-    def multiply(self, a: Rounded, b: Rounded, out: Tensor | None = None, **options: Any) -> Tensor:
-        """a (M, K) · bᵀ, b (N, K), times both scales: (M, N)."""
+    def multiply(self, a: Rounded, b: Rounded, out: Tensor | None = None, fast: bool = True, **options: Any) -> Tensor:
+        """a (M, K) · bᵀ, b (N, K), times both scales: (M, N). `fast`: summed with fewer bits than float32 has, whose
+        noise is far below that of FP8 itself."""
         if out is None:
             out = a.numbers.new_empty(len(a.numbers), len(b.numbers), dtype=self.dtype)
-        return self.products(a.numbers, b.numbers, out, transpose_b=True, scales=(a.scale, b.scale), **options)
+        return self.products(
+            a.numbers, b.numbers, out, transpose_b=True, scales=(a.scale, b.scale), fast=fast, **options
+        )
 
     def block_backward(
         self, block: Block, dx: Tensor, state: Any, shape: torch.Size, cu_seqlens: Tensor | None
@@ -162,7 +164,7 @@ class FusedGPT2FP8(FusedGPT2):
         """dy (F, N) and x (C, N) by columns."""
         with self.beside(dy.numbers, x.numbers, dy.scale, x.scale):
             grad, add = self.gradient(weight)
-            self.multiply(dy, x, grad, add=grad if add else None)
+            self.multiply(dy, x, grad, add=grad if add else None, fast=False)  # over all tokens
 
     def add_bias_gradient(self, sums: Tensor, bias: Tensor) -> None:
         with self.beside(sums):

@@ -60,7 +60,13 @@ def obstacle(model: Transformer, device: torch.device, precision: str) -> str | 
     head_size = model.config.n_embd // model.config.n_head
     if head_size % 8 or head_size > 128:
         return f"it needs heads of a multiple of 8, up to 128; they are of {head_size}"
-    return None
+    return rounding_obstacle(device, model.config.n_embd) if precision == "fp8" else None
+
+
+def rounding_obstacle(device: torch.device, n_embd: int) -> str | None:
+    from regpt.kernels import triton_fp8  # Triton is an import that only this needs
+
+    return triton_fp8.obstacle(device, n_embd)
 
 
 def choose(
