@@ -1,5 +1,6 @@
 """`regpt COMMAND …`: find the command, run it, turn errors into one sentence and an exit code."""
 
+import os
 import select
 import sys
 import tempfile
@@ -56,7 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         print(f"regpt: {type(error).__name__}: {first_line(error)}; traceback in {write_traceback()}", file=sys.stderr)
-        return getattr(error, "exit_code", 1)
+        code = getattr(error, "exit_code", 1)
+        if argv is None and device_is_lost(error):
+            sys.stdout.flush()
+            os._exit(code)
+        return code
 
 
 def dispatch(args: list[str]) -> int:
@@ -88,6 +93,12 @@ def output_has_no_reader() -> bool:
         if stream is not None and not stream.closed:
             poll.register(stream.fileno(), 0)  # errors are told whatever is asked for
     return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
+
+
+def device_is_lost(error: Exception) -> bool:
+    """Whether the GPU has failed: whatever is freed at the end would fail once more, and abort the process."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.AcceleratorError)
 
 
 def first_line(error: Exception) -> str:

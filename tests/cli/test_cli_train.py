@@ -262,3 +262,20 @@ def test_output_without_a_reader_is_no_error(tmp_path: Path):
     assert (found.returncode, found.stderr) == (1, b"")
     with open(tmp_path / "out", "wb") as file:
         assert subprocess.run(command, stdout=file, stderr=subprocess.PIPE, timeout=60, check=False).stderr == b""
+
+
+def test_a_gpu_that_failed_is_told_in_one_line_and_nothing_is_freed_afterwards():
+    script = (
+        "import atexit, os, sys, torch, regpt.__main__ as main\n"
+        "atexit.register(os.abort)  # as torch does when it frees memory of a GPU that has failed\n"
+        "def failing(args): raise torch.AcceleratorError('CUDA error: unspecified launch failure\\nmore')\n"
+        "main.dispatch = failing\n"
+        "sys.argv = ['regpt', 'train', 'gpt2-tiny']\n"
+        "sys.exit(main.main())\n"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert found.returncode == 1
+    said = found.stderr.strip()
+    assert said.startswith("regpt: AcceleratorError: CUDA error: unspecified launch failure; traceback in ")
+    assert len(said.splitlines()) == 1
+    Path(said.split(" in ")[-1]).unlink()

@@ -61,6 +61,7 @@ def test_fp8_is_tried_as_training_uses_it(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_products_leave_the_precision_as_it_was():
+    torch.set_float32_matmul_precision("highest")
     check_product(tiny.CPU, "tf32")()
     assert torch.get_float32_matmul_precision() == "highest"
 

@@ -2,8 +2,8 @@
 
 Activations and weights are e4m3, whose three bits of mantissa round by up to 1/16; gradients of outputs are e5m2, with
 more range and half the precision (their section 3). Each tensor is scaled by its present maximum before it is rounded;
-products are summed in float32 (on Hopper all but the gradients of weights with fewer bits: `use_fast_accum`). No state,
-no history of maxima: a resumed run and another micro-batch need nothing but the tensors.
+products are summed in float32 (on Hopper the forward's with fewer bits: `use_fast_accum`). No state, no history of
+maxima: a resumed run and another micro-batch need nothing but the tensors.
 """
 
 from dataclasses import dataclass
@@ -70,8 +70,7 @@ class LinearFP8(torch.autograd.Function):
         x8, x_scale, w8, w_scale = ctx.saved_tensors
         x_dtype, w_dtype, b_dtype = ctx.dtypes
         dy8, dy_scale = quantized(dy, E5M2)  # (N, F)
-        dx = product(dy8, transposed(w8), dy_scale, w_scale, torch.bfloat16, fast=True)  # (N, C)
-        # Over all tokens: a sum so long needs all bits of float32. Those above add far less than FP8 itself rounds.
+        dx = product(dy8, transposed(w8), dy_scale, w_scale, torch.bfloat16)  # (N, C)
         dw = product(transposed(dy8), transposed(x8), dy_scale, x_scale, torch.float32)  # (F, C)
         db = dy.sum(0, dtype=torch.float32)
         return dx.to(x_dtype), dw.to(w_dtype), db.to(b_dtype)

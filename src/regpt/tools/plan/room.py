@@ -44,14 +44,16 @@ def path_name(run: Sections, machine: Machine) -> str:
         chosen = choose(train.kernels, empty, machine.here, train.precision, recompute=recompute)
         return "fused" if chosen.name == "fused" else plain
     head = model.n_embd // model.n_head
-    suits = train.precision == "bf16" and not train.activation_checkpointing
     if train.kernels == "fused":
-        if not suits:
-            what = (
-                f"train.precision is {train.precision}" if train.precision != "bf16" else "checkpointing is asked for"
+        if train.precision not in ("bf16", "fp8") or train.activation_checkpointing:
+            wrong = (
+                "checkpointing is asked for"
+                if train.activation_checkpointing
+                else f"train.precision is {train.precision}"
             )
-            raise UsageError(f"train.kernels is fused, but {what}; set train.kernels to plain or auto")
+            raise UsageError(f"train.kernels is fused, but {wrong}; set train.kernels to plain or auto")
         return "fused"
+    suits = train.precision == "bf16" and not train.activation_checkpointing
     suits = suits and model.n_embd % 8 == 0 and head % 8 == 0 and head <= 128
     suits = suits and (train.pad_vocab or model.vocab_size % 8 == 0)
     major, minor = MEASURED_CAPABILITY
