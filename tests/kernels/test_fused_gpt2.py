@@ -1,5 +1,7 @@
 """The hand-written forward and backward, with its pieces in float64: the mathematics, on any machine."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,9 @@ from regpt.data.batch import Batch
 from regpt.kernels.attention import TorchAttention
 from regpt.kernels.gpt2 import FusedGPT2
 from regpt.kernels.gpt2_fp8 import FusedGPT2FP8
+from regpt.kernels.select import ops_of
+from regpt.model.transformer import Transformer
+from regpt.model.weights import initialize
 from regpt.train.config import OptimConfig
 from regpt.train.loss import make_loss_sum
 from regpt.train.optim import make_optimizer
@@ -88,3 +93,78 @@ def test_a_backward_twice_through_one_loss_is_refused():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="one backward"):
         loss.backward()
+
+
+# ---- in FP8 ----------------------------------------------------------------------------------------------------------
+
+
+def eight(model, rounding, **options) -> FusedGPT2FP8:
+    return FusedGPT2FP8(model, reference.products, TorchAttention(), reference, rounding, **options)
+
+
+def wider(precision: str) -> Transformer:
+    ops = ops_of(precision, tiny.CPU)
+    return initialize(Transformer(replace(tiny.CONFIG, n_embd=64, n_head=4), ops), 0)
+
+
+def test_what_is_rounded_to_fp8_stays_within_its_bounds_and_learns_like_fp8_layers():
+    """Weights, and with them the bounds, change with every update; each rounding asserts its bound."""
+    losses: dict[str, list[float]] = {}
+    rounding = reference_fp8.Rounding()
+    for way in ("fp32", "layers", "fused"):
+        model = wider("fp8" if way == "layers" else "fp32")
+        plain = make_loss_sum(model, "fp8" if way == "layers" else "fp32", tiny.CPU, compile=False)
+        of_tokens = eight(model, rounding, dtype=torch.float32).loss_sum if way == "fused" else None
+        optimizer = make_optimizer(model, OptimConfig(lr=1e-3), tiny.CPU)
+        losses[way] = []
+        for step in range(60):
+            idx, targets = tiny.Rows().rows(step % 2)
+            loss = of_tokens(idx, targets) if of_tokens else plain(Batch(idx, targets))
+            (loss / (targets >= 0).sum()).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+            losses[way].append(loss.item() / (targets >= 0).sum().item())
+    assert losses["fp32"][-1] < losses["fp32"][0] - 3
+    farthest = {
+        way: max(abs(a - b) for a, b in zip(losses[way], losses["fp32"])) for way in ("layers", "fused")
+    }  # 0.011 and 0.014
+    assert 0.002 < farthest["layers"] < 0.03
+    assert 0.002 < farthest["fused"] < 0.03
+    assert min(rounding.looseness) > 1 - 1e-6
+    assert max(rounding.looseness) < 64  # far inside the 15 binades of e4m3
+
+
+def test_gradients_in_fp8_are_as_exact_as_those_of_fp8_layers():
+    wrong: dict[str, dict[str, float]] = {}
+    reference_model = wider("fp32")
+    make_loss_sum(reference_model, "fp32", tiny.CPU, compile=False)(Batch(*tiny.Rows().rows(0))).backward()
+    expected = gradients(reference_model)
+    for way in ("layers", "fused"):
+        model = wider("fp8" if way == "layers" else "fp32")
+        if way == "layers":
+            loss = make_loss_sum(model, "fp8", tiny.CPU, compile=False)(Batch(*tiny.Rows().rows(0)))
+        else:
+            loss = eight(model, reference_fp8.Rounding(), dtype=torch.float32).loss_sum(*tiny.Rows().rows(0))
+        loss.backward()
+        wrong[way] = {
+            name: ((gradient - expected[name]).norm() / expected[name].norm()).item()
+            for name, gradient in gradients(model).items()
+        }
+    for name, layers in wrong["layers"].items():
+        assert wrong["fused"][name] < 1.5 * layers, (name, wrong["fused"][name], layers)
+    assert 0.05 < max(wrong["fused"].values()) < 0.2
+
+
+def test_rows_that_fp8_cannot_take_are_computed_as_without_it():
+    model, given = tiny.build_model(), [t[:5, :7].contiguous() for t in tiny.Rows().rows(0)]  # 35 tokens
+    path = eight(model, reference_fp8, dtype=torch.float64)
+    path.copy_weights()
+    path.rounding = None  # nothing is rounded
+    path.loss_sum(*given).backward()
+    found = gradients(model)
+    model.zero_grad()
+    fused(model).loss_sum(*given).backward()
+    assert tiny.largest_error(found, gradients(model)) == 0
+    with torch.no_grad():
+        whole = tiny.Rows().rows(0)
+        assert path.loss_sum(*whole).item() == fused(model).loss_sum(*whole).item()
