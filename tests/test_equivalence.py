@@ -19,12 +19,14 @@ from torch import Tensor
 
 import tiny
 from kernels import reference as pieces
+from kernels import reference_fp8 as pieces_fp8
 from naive import naive_scores, random_prompts
 from regpt.checkpoint.load import checkpoint_folder
 from regpt.data.batch import IGNORE_INDEX, Batch
 from regpt.evals.score import Scorer
 from regpt.kernels.attention import TorchAttention
 from regpt.kernels.gpt2 import FusedGPT2
+from regpt.kernels.gpt2_fp8 import FusedGPT2FP8
 from regpt.kernels.select import ops_of
 from regpt.model.cache import KVCache
 from regpt.model.hf import WeightsFromHF, weights_to_hf
@@ -137,8 +139,16 @@ def compiled() -> list[tuple[Found, Found]]:
 
 
 def fused_path() -> list[tuple[Found, Found]]:
+    return fused_paths(lambda model, *given: FusedGPT2(model, *given, torch.float64))
+
+
+def fused_path_of_fp8() -> list[tuple[Found, Found]]:
+    return fused_paths(lambda model, *given: FusedGPT2FP8(model, *given, pieces_fp8, dtype=torch.float64))
+
+
+def fused_paths(make: Callable[..., FusedGPT2]) -> list[tuple[Found, Found]]:
     model = tiny.build_model()
-    path = FusedGPT2(model, pieces.products, TorchAttention(), pieces, torch.float64)
+    path = make(model, pieces.products, TorchAttention(), pieces)
     trainer = tiny.build_trainer(model, tiny.Rows(micro_batch_rows=2), loss_sum=lambda batch: path.loss_sum(*batch))
     return [(tiny.step_gradients(trainer), ours())]
 
@@ -312,6 +322,7 @@ CELLS = [
     Cell("one process", "2 and 4 processes", "loss, gradients", 1e-14, processes),
     Cell("`torch.compile` on", "off", "loss, gradients", 1e-14, compiled, slow=True),
     Cell("fused path of GPT-2, its pieces in float64", "plain path", "loss, gradients", 1e-13, fused_path),
+    Cell("fused path of FP8, rounding nothing, in float64", "plain path", "loss, gradients", 1e-13, fused_path_of_fp8),
     Cell("linear layers in FP8, the rest in bfloat16", "all in float64", "loss, gradients", 0.2, linear_layers_in_fp8),
     Cell("`fp8` without gradients", "`bf16`", "logits", 0.0, evaluated_in_fp8),
     Cell("activation checkpointing on", "off", "loss, gradients", 0.0, recomputed),

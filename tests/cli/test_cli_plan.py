@@ -115,11 +115,14 @@ def test_hopper_takes_the_fused_path_and_others_the_plain_one(plan):
     assert eager["memory"]["peak_gib"] > 1.5 * plan("gpt2-124m", "--gpu", "a100")["memory"]["peak_gib"]
 
 
-def test_fp8_is_planned_with_a_warning_that_it_is_not_calibrated(plan):
+def test_fp8_is_planned_on_both_paths_where_it_can_be_computed(plan):
     fp8 = plan("gpt2-124m", "--gpu", "h100", "--train.precision", "fp8")
     assert fp8["memory"]["path"] == "compiled"
     assert fp8["machine"]["peak_tflops"] == 1978.9  # what its MFU is a share of
-    assert fp8["warnings"] == ["fp8: the time was reckoned, not fitted to measurements"]
+    assert fp8["warnings"] == []
+    fused = plan("gpt2-124m", "--gpu", "h100", "--train.precision", "fp8", "--train.kernels", "fused")
+    assert fused["memory"]["path"] == "fused"
+    assert fused["time"]["tokens_per_s"] > 1.3 * fp8["time"]["tokens_per_s"]
     refused = plan("gpt2-124m", "--gpu", "a100", "--train.precision", "fp8")["warnings"]
     assert any("regpt train will refuse this: A100 80GB SXM has no units for fp8" in line for line in refused)
 

@@ -10,7 +10,7 @@ import tiny
 from regpt.errors import UsageError
 from regpt.model.config import ModelConfig
 from regpt.tools.plan.calibrate import Case, Piece, calibrated_speed, extrapolate, sizes, time_pieces
-from regpt.tools.plan.coefficients import COMPILED_HALF
+from regpt.tools.plan.coefficients import COMPILED_FP8, COMPILED_HALF
 from regpt.tools.plan.memory import Settings, gpu_memory
 from regpt.tools.plan.shape import shape_of
 from regpt.tools.plan.speed import gpu_speed, speed_at
@@ -88,14 +88,31 @@ def test_a_format_without_units_is_reckoned_as_float32():
     assert parts["products"] == pytest.approx(flops / (15.7e12 * COMPILED_HALF.product_share))
 
 
-def test_fp8_halves_the_products_of_the_blocks_and_pays_for_casts():
+MEASURED_FP8 = [  # docs/log.md, "FP8 on the fused path": path, layers, heads, width, rows, micro-batches, ms, GiB
+    ("compiled", 12, 12, 768, 64, 8, 1120.0, 22.03),
+    ("compiled", 8, 25, 1600, 16, 8, 526.6, 11.74),
+    ("fused", 12, 12, 768, 64, 8, 799.7, 24.28),
+    ("fused", 12, 12, 768, 128, 4, 789.8, 46.03),
+    ("fused", 24, 16, 1024, 32, 4, 511.6, 30.42),
+    ("fused", 48, 25, 1600, 8, 16, 2028.1, 46.83),
+]
+
+
+@pytest.mark.parametrize(("path", "layers", "heads", "width", "rows", "micro_batches", "ms", "gib"), MEASURED_FP8)
+def test_the_measured_steps_in_fp8(path, layers, heads, width, rows, micro_batches, ms, gib):
+    shape = shape_of(ModelConfig(n_layer=layers, n_head=heads, n_embd=width), 1024, pad_vocab=True)
+    speed = gpu_speed(shape, rows, micro_batches, 1, H100, Settings(path, "fp8"))
+    assert speed.seconds == pytest.approx(ms / 1e3, rel=0.015)
+    assert gpu_memory(shape, rows, Settings(path, "fp8")).peak / 2**30 == pytest.approx(gib, rel=0.03)
+
+
+def test_fp8_has_another_rate_for_the_products_of_the_blocks_and_pays_for_casts():
     bf16, fp8 = (gpu_speed(GPT2, 64, 8, 1, H100, Settings("compiled", name)) for name in ("bf16", "fp8"))
-    blocks = GPT2.block_flops * 524_288 / (989.4e12 * COMPILED_HALF.product_share)
+    flops = GPT2.block_flops * 524_288
     assert GPT2.block_flops == 6 * 12 * 12 * 768**2
-    assert fp8.parts["products"] == pytest.approx(bf16.parts["products"] - blocks / 2, rel=1e-3)
-    casts = 16 * 768 * 12 * 7 * 524_288 + 8 * 5 * 12 * 12 * 768**2
-    assert fp8.parts["casts to FP8"] == pytest.approx(casts / 3350e9)
-    assert "reckoned from bfloat16 and not measured" in fp8.how
+    less = flops / (989.4e12 * COMPILED_HALF.product_share) - flops / (1979e12 * COMPILED_FP8.fp8_share)
+    assert fp8.parts["products"] == pytest.approx(bf16.parts["products"] - less, rel=1e-3)
+    assert fp8.parts["casts to FP8"] == pytest.approx(137 * 768 * 12 * 524_288 / 3350e9)
     assert "casts to FP8" not in bf16.parts
     assert gpu_speed(GPT2, 64, 8, 1, device_by_name("a100"), Settings("compiled", "fp8")).parts == (
         gpu_speed(GPT2, 64, 8, 1, device_by_name("a100"), PLAIN).parts

@@ -15,7 +15,7 @@ from regpt.model.transformer import Transformer
 
 KernelsName = Literal["auto", "plain", "fused"]
 # It was written and measured on Hopper. It should work from Ampere on: there it is not chosen, but may be asked for. In
-# FP8 it is never chosen: one start of some ten failed on an H100, and why is not known (docs/performance.md).
+# FP8 it is never chosen: one start of six failed on an H100, and why is not known (docs/performance.md).
 MEASURED_CAPABILITY, LEAST_CAPABILITY = (9, 0), (8, 0)
 LossOfTokens = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 

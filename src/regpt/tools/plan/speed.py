@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from regpt.errors import UsageError
 from regpt.tools.plan.coefficients import (
     ATTENTION_HALF_LENGTH,
-    FP8_TRAFFIC,
-    FP8_WEIGHT_TRAFFIC,
     HOST_BYTES_PER_SECOND,
     LAUNCH_SECONDS,
     LINK_SHARE,
@@ -61,7 +59,8 @@ def gpu_speed(shape: Shape, rows: int, micro_batches: int, gpus: int, device: De
     bandwidth = device.bandwidth * 1e9
     N = rows * shape.seq_len
     head = N * 6 * shape.vocab_rows * shape.n_embd / (rate * path.product_share)
-    in_blocks = N * shape.block_flops / ((product_rate(device, "fp8") if fp8 else rate) * path.product_share)
+    reached = product_rate(device, "fp8") * path.fp8_share if fp8 else rate * path.product_share
+    in_blocks = N * shape.block_flops / reached
     micro = {
         "products": in_blocks + head,
         "attention": N * shape.attention_flops / (rate * attention_share(path, shape.seq_len)),
@@ -70,8 +69,7 @@ def gpu_speed(shape: Shape, rows: int, micro_batches: int, gpus: int, device: De
         "weights": path.weight_traffic * shape.padded / bandwidth,
     }
     if fp8:
-        moved = FP8_TRAFFIC * N * shape.n_layer * shape.n_embd + FP8_WEIGHT_TRAFFIC * shape.block_weights
-        micro["casts to FP8"] = moved / bandwidth
+        micro["casts to FP8"] = path.casts * N * shape.n_layer * shape.n_embd / bandwidth
     if settings.checkpointing:
         again = in_blocks + micro["attention"] + micro["norms, residuals, GELU"]
         micro["blocks again"] = RECOMPUTE_SHARE * again

@@ -37,8 +37,8 @@ def of_precision(train: TrainConfig, machine: Machine) -> Iterator[str]:
     if machine.kind != "gpu" or device is None:
         return
     if train.precision == "fp8":
-        units = f"regpt train will refuse this: {machine.name} has no units for fp8; set train.precision to bf16"
-        yield units if device.fp8 is None else "fp8: the time was reckoned, not fitted to measurements"
+        if device.fp8 is None:
+            yield f"regpt train will refuse this: {machine.name} has no units for fp8; set train.precision to bf16"
     elif getattr(device, train.precision, 1.0) is None:
         better = next((name for name in ("bf16", "fp16", "tf32") if getattr(device, name)), "fp32")
         yield f"{machine.name} has no units for {train.precision}: time is planned for float32; it has {better}"
