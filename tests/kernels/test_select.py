@@ -85,6 +85,8 @@ def test_older_gpus_take_the_plain_path_unless_asked(hopper, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert choose("auto", model, hopper, "bf16").name == "plain"
     assert choose("fused", model, hopper, "bf16").name == "fused"
+    with pytest.raises(UsageError, match=r"in FP8 it needs compute capability 8\.9 or more, NVIDIA H100 has less"):
+        choose("fused", model, hopper, "fp8")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(UsageError, match=r"8\.0 or more"):
         choose("fused", model, hopper, "bf16")

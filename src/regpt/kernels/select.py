@@ -56,6 +56,8 @@ def obstacle(model: Transformer, device: torch.device, precision: str) -> str | 
         return "it needs the package triton"
     if model.config.n_embd % 8 or model.wte.num_embeddings % 8:
         return "it needs n_embd and the (padded) vocabulary to be multiples of 8; set train.pad_vocab"
+    if precision == "fp8" and torch.cuda.get_device_capability(device) < fp8.LEAST_CAPABILITY:
+        return f"in FP8 it needs compute capability 8.9 or more, {torch.cuda.get_device_name(device)} has less"
     if precision == "fp8" and model.config.n_embd % fp8.MULTIPLE:
         return f"in FP8 it needs n_embd to be a multiple of {fp8.MULTIPLE}"
     head_size = model.config.n_embd // model.config.n_head

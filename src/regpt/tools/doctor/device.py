@@ -66,6 +66,8 @@ def device_trials(device: torch.device) -> Iterator[Trial]:
     yield from attempts(group, ((f"attention {name}", check_attention(device, name)) for name in backends))
     if device.type == "cuda":
         yield attempt(group, "fused kernels", lambda: fused_kernels(device))
+        if fp8.obstacle(device) is None:
+            yield attempt(group, "fused fp8", lambda: fused_fp8(device))
 
 
 def rate_trials(device: torch.device) -> Iterator[Trial]:
@@ -162,6 +164,12 @@ def fused_kernels(device: torch.device) -> str:
     again = initialize(Transformer(TINY).to(device), 0)
     plain = one_update(again, make_loss_sum(again, "bf16", device, False), device)
     return f"{chosen.reason}; {close(torch.tensor(fused), torch.tensor(plain), TOLERANCE['bf16'])}"
+
+
+def fused_fp8(device: torch.device) -> str:
+    """The fused path in FP8: it is refused where its kernels do not store the same by rows and by columns."""
+    model = initialize(Transformer(TINY).to(device), 0)
+    return choose("fused", model, device, "fp8").reason
 
 
 def training_step(device: torch.device) -> str:
