@@ -1,6 +1,14 @@
 """Which of several algorithms is taken, with times made up."""
 
-from regpt.kernels.cublaslt import fastest
+import math
+from ctypes import c_void_p
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from regpt.kernels.cublaslt import Plan, Products, Unsupported, check, fastest
+from regpt.train.memory import is_out_of_memory
 
 
 def test_those_far_behind_run_once_and_the_others_in_turn():
@@ -23,3 +31,84 @@ def test_one_candidate_without_a_rival_is_not_timed_again():
     calls = []
     assert fastest(2, lambda i, runs: calls.append(i) or [9.0, 1.0][i]) == 1
     assert calls == [0, 1]
+
+
+def test_one_that_the_library_does_not_support_after_all_is_left_out():
+    calls = []
+    assert fastest(3, lambda i, runs: calls.append((i, runs)) or [math.inf, 2.0, 2.1][i]) == 1
+    assert calls == [(0, 1), (1, 1), (2, 1), *[(1, 2), (2, 2)] * 3]
+    with pytest.raises(RuntimeError, match="supports none of the algorithms"):
+        fastest(2, lambda i, runs: math.inf)
+
+
+def test_a_status_says_what_it_means():
+    check(0, "cublasLtMatmul")
+    with pytest.raises(Unsupported, match="cublasLtMatmul failed with cuBLAS status 15"):
+        check(15, "cublasLtMatmul")
+    with pytest.raises(RuntimeError) as raised:
+        check(3, "cublasLtMatmul")
+    assert is_out_of_memory(raised.value)
+    with pytest.raises(RuntimeError) as raised:
+        check(13, "cublasLtMatmul")
+    assert not is_out_of_memory(raised.value)
+
+
+class Proposing(Products):
+    """Whose library proposes algorithms and runs none: each trial adds 1 to the output."""
+
+    def __init__(self, times: list[float | Exception]):
+        def propose(*arguments) -> int:
+            found, count = arguments[-2], arguments[-1]._obj
+            for i in range(len(times)):
+                found[i].state, found[i].algorithm.data[0] = 0, i
+            count.value = len(times)
+            return 0
+
+        def done(*arguments) -> int:
+            return 0
+
+        self.lib = SimpleNamespace(
+            cublasLtMatmulPreferenceCreate=done,
+            cublasLtMatmulPreferenceSetAttribute=done,
+            cublasLtMatmulPreferenceDestroy=done,
+            cublasLtMatmulAlgoGetHeuristic=propose,
+        )
+        self.tune, self.handle, self.times, self.written = True, c_void_p(), times, []
+
+    def time(self, plan, algorithm, runs, a, b, out, add, scale) -> float:
+        self.written.append((out.data_ptr(), None if add is None else add.data_ptr()))
+        out += 1
+        found = self.times[algorithm.data[0]]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
+@pytest.fixture
+def without_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+
+
+def chosen(products: Products, out: torch.Tensor, add: torch.Tensor | None) -> int:
+    a, b = torch.zeros(2, 3), torch.zeros(3, 4)
+    return products.choose(Plan(c_void_p(), [c_void_p()] * 4), a, b, out, add, None).data[0]
+
+
+@pytest.mark.usefixtures("without_device")
+def test_trials_do_not_write_to_what_is_accumulated():
+    products, out = Proposing([3.0, 1.0, math.inf]), torch.full((2, 4), 5.0)
+    assert chosen(products, out, out) == 1
+    assert torch.equal(out, torch.full((2, 4), 5.0))
+    assert all(place == added != out.data_ptr() for place, added in products.written)
+    residual = torch.zeros(2, 4)
+    assert chosen(products, out, residual) == 1
+    assert products.written[-1] == (out.data_ptr(), residual.data_ptr())
+    assert not residual.any()
+
+
+@pytest.mark.usefixtures("without_device")
+def test_a_trial_that_loses_the_device_is_named():
+    products = Proposing([1.0, torch.AcceleratorError("CUDA error: unspecified launch failure")])
+    with pytest.raises(torch.AcceleratorError) as raised:
+        chosen(products, torch.zeros(2, 4), None)
+    assert raised.value.__notes__ == ["in a trial of cuBLASLt's algorithm 1 of 2 for (2, 3) by (3, 4), torch.float32"]

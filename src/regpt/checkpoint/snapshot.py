@@ -8,6 +8,7 @@ the copy, training waits until the tensors are on the host.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ class Snapshot:
         """
         device = self.largest.device
         if self.via == "device":
-            with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+            with torch.cuda.device(device), torch.cuda.stream(copying_stream(device)):
                 host = self.memory.views(self.tensors)
                 for name, tensor in self.tensors.items():
                     host[name].copy_(tensor, non_blocking=True)
@@ -64,6 +65,12 @@ class Snapshot:
         if not math.isfinite(self.largest.item()):
             raise UserError(f"{not_finite(self.tensors)!r} holds numbers that are not finite, so it was not saved")
         return self.tensors
+
+
+@lru_cache
+def copying_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all snapshots: torch has 32 in turn, so a new one each time would some day be one that another uses."""
+    return torch.cuda.Stream(device)
 
 
 def take_snapshot(tensors: Mapping[str, Tensor], memory: HostMemory) -> Snapshot:

@@ -6,6 +6,7 @@ Every product asks for several algorithms once, times them on its own operands, 
 """
 
 import ctypes
+import math
 from collections.abc import Callable
 from ctypes import (
     POINTER,
@@ -39,6 +40,7 @@ POINTER_MODE, POINTER_MODE_DEVICE = 2, 1
 PREFERENCE_WORKSPACE = 1
 EPILOGUES = {"none": 1, "bias": 4, "gelu_aux_bias": 164, "dgelu": 192}
 WORKSPACE_BYTES = 64 * 2**20  # NVIDIA advises 32 MiB on Hopper; more lets split products be chosen
+ALLOC_FAILED, NOT_SUPPORTED = 3, 15  # of cublasStatus_t
 CANDIDATES = 8
 TRIAL_MS, ROUNDS, MUCH_SLOWER = 4.0, 3, 1.25
 
@@ -76,6 +78,10 @@ def library() -> ctypes.CDLL:
     return lib
 
 
+class Unsupported(RuntimeError):
+    """The library proposes an algorithm and then does not support it."""
+
+
 def tuned_on(device: torch.device) -> Tuned:
     """What was found fastest on such a device with this version of the library."""
     return Tuned(f"{torch.cuda.get_device_name(device)} cuBLASLt {library().cublasLtGetVersion()} {WORKSPACE_BYTES}")
@@ -83,16 +89,22 @@ def tuned_on(device: torch.device) -> Tuned:
 
 def check(status: int, call: str) -> None:
     if status:
-        raise RuntimeError(f"{call} failed with cuBLAS status {status}")
+        name = " (CUBLAS_STATUS_ALLOC_FAILED)" if status == ALLOC_FAILED else ""
+        raise (Unsupported if status == NOT_SUPPORTED else RuntimeError)(
+            f"{call} failed with cuBLAS status {status}{name}"
+        )
 
 
 def fastest(candidates: int, time: Callable[[int, int], float]) -> int:
-    """The number of the fastest candidate; `time(i, runs)` is the milliseconds of one of `runs` runs of candidate i.
+    """The number of the fastest candidate; `time(i, runs)` is the milliseconds of one of `runs` runs of candidate i,
+    infinite for one that cannot be run.
 
     One run tells those that are far behind. The others run in turn: on a busy device, at its power limit, the order is
     another than on a cool one.
     """
     once = [time(i, 1) for i in range(candidates)]
+    if min(once) == math.inf:
+        raise RuntimeError("cuBLASLt supports none of the algorithms that it proposes")
     left = [i for i, ms in enumerate(once) if ms <= MUCH_SLOWER * min(once)]
     if len(left) == 1:
         return left[0]
@@ -246,7 +258,8 @@ class Products:
         preference = c_void_p()
         check(self.lib.cublasLtMatmulPreferenceCreate(byref(preference)), "cublasLtMatmulPreferenceCreate")
         limit = c_size_t(WORKSPACE_BYTES)
-        self.lib.cublasLtMatmulPreferenceSetAttribute(preference, PREFERENCE_WORKSPACE, byref(limit), 8)
+        set_attribute = self.lib.cublasLtMatmulPreferenceSetAttribute
+        check(set_attribute(preference, PREFERENCE_WORKSPACE, byref(limit), 8), "cublasLtMatmulPreferenceSetAttribute")
         found, count = (Heuristic * CANDIDATES)(), c_int()
         arguments = (self.handle, plan.operation, *plan.layouts, preference, CANDIDATES, found, byref(count))
         check(self.lib.cublasLtMatmulAlgoGetHeuristic(*arguments), "cublasLtMatmulAlgoGetHeuristic")
@@ -256,14 +269,27 @@ class Products:
             raise RuntimeError(f"cuBLASLt has no algorithm for {tuple(a.shape)} by {tuple(b.shape)}")
         if not self.tune:
             return algorithms[0]
-        trial = torch.empty_like(out) if add is out else out  # what is accumulated must not be written to in trials
-        operands = a, b, trial, add, scale
-        return algorithms[fastest(len(algorithms), lambda i, runs: self.time(plan, algorithms[i], runs, *operands))]
+        if add is out:  # what is accumulated must not be written to in trials
+            out = add = torch.zeros_like(out)
+
+        def trial(i: int, runs: int) -> float:
+            try:
+                return self.time(plan, algorithms[i], runs, a, b, out, add, scale)
+            except torch.AcceleratorError as error:  # the device is lost: say with what
+                sizes = f"{tuple(a.shape)} by {tuple(b.shape)}, {a.dtype}"
+                error.add_note(f"in a trial of cuBLASLt's algorithm {i} of {len(algorithms)} for {sizes}")
+                raise
+
+        torch.cuda.synchronize(out.device)  # a fault of what was launched before is not one of a trial
+        return algorithms[fastest(len(algorithms), trial)]
 
     def time(self, plan: Plan, algorithm: Algorithm, runs: int, *operands: Any) -> float:
-        """Milliseconds of one of `runs` runs."""
+        """Milliseconds of one of `runs` runs; infinite if the library does not support it after all."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.run(plan, algorithm, *operands)
+        try:
+            self.run(plan, algorithm, *operands)
+        except Unsupported:
+            return math.inf
         start.record()
         for _ in range(runs):
             self.run(plan, algorithm, *operands)

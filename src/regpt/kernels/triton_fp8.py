@@ -157,6 +157,8 @@ def round_both_ways(
             `triton_ops.add_partial_sums`.
         out: memory to write to.
     """
+    assert x.is_contiguous()
+    assert before is None or before.is_contiguous()
     N, M = x.shape
     rows, columns = out or both_ways(N, M, dtype, x.device)
     programs = triton.cdiv(N, ROWS)
@@ -172,6 +174,7 @@ def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, bound: Tensor
 ) -> tuple[Rounded, Rounded, tuple[Tensor, Tensor]]:
     """LayerNorm of x (N, C), rounded as `round_both_ways` does; and mean and 1/standard deviation, (N,) float32."""
+    assert x.is_contiguous()
     N, C = x.shape
     rows, columns = both_ways(N, C, dtype, x.device)
     mean, rstd = (torch.empty(N, dtype=torch.float32, device=x.device) for _ in range(2))
@@ -184,6 +187,7 @@ def layer_norm(
 
 def largest(x: Tensor) -> Tensor:
     """max |x| of x (N, M), a float32 scalar."""
+    assert x.is_contiguous()
     N, M = x.shape
     found = torch.zeros((), dtype=torch.float32, device=x.device)
     blocks = triton.cdiv(M, LARGEST_COLUMNS)

@@ -24,6 +24,7 @@ def free_memory(device: torch.device) -> None:
     """Give back what nobody refers to any more and what PyTorch has kept for later use."""
     gc.collect()  # an exception's frames and their tensors may refer to each other
     if device.type == "cuda":
+        torch.cuda.synchronize(device)  # work that was broken off may still be writing, on whatever stream
         torch.cuda.empty_cache()
     elif device.type == "mps":
         torch.mps.empty_cache()
