@@ -14,6 +14,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from regpt.kernels.fp8 import E4M3, E5M2, TOP, Rounded, quantized
+from regpt.kernels.triton_ops import multiprocessors
 
 ROWS, COLUMNS, WARPS = 64, 128, 4  # what one program rounds
 NORM_ROWS, NORM_COLUMNS, NORM_WARPS = 32, 256, 8
@@ -226,7 +227,3 @@ def pointers(rows: Rounded, columns: Rounded) -> tuple[Tensor, Tensor, Tensor]:
 
 def exponent(dtype: torch.dtype) -> int:
     return int(TOP[dtype]).bit_length() - 1
-
-
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
