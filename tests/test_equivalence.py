@@ -19,7 +19,7 @@ from torch import Tensor
 
 import tiny
 from kernels import reference as pieces
-from kernels import reference_fp8 as pieces_fp8
+from kernels.reference_fp8 import Rounding
 from naive import naive_scores, random_prompts
 from regpt.checkpoint.load import checkpoint_folder
 from regpt.data.batch import IGNORE_INDEX, Batch
@@ -143,7 +143,7 @@ def fused_path() -> list[tuple[Found, Found]]:
 
 
 def fused_path_of_fp8() -> list[tuple[Found, Found]]:
-    return fused_paths(lambda model, *given: FusedGPT2FP8(model, *given, pieces_fp8, dtype=torch.float64))
+    return fused_paths(lambda model, *given: FusedGPT2FP8(model, *given, Rounding(torch.float64), dtype=torch.float64))
 
 
 def fused_paths(make: Callable[..., FusedGPT2]) -> list[tuple[Found, Found]]:

@@ -1,5 +1,6 @@
 """`regpt COMMAND …`: find the command, run it, turn errors into one sentence and an exit code."""
 
+import atexit
 import os
 import select
 import sys
@@ -33,6 +34,7 @@ COMMANDS = {
     "bench": "how fast training, batches and sampling are on this machine",
 }
 INTERRUPTED = 130
+kept: list[Exception] = []  # with the tensors of their frames; see `leave_memory`
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,8 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"regpt: {type(error).__name__}: {first_line(error)}; traceback in {write_traceback()}", file=sys.stderr)
         code = getattr(error, "exit_code", 1)
         if argv is None and device_is_lost(error):
-            sys.stdout.flush()
-            os._exit(code)
+            leave_memory(error, code)
         return code
 
 
@@ -96,9 +97,20 @@ def output_has_no_reader() -> bool:
 
 
 def device_is_lost(error: Exception) -> bool:
-    """Whether the GPU has failed: whatever is freed at the end would fail once more, and abort the process."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(error, torch.AcceleratorError)
+
+
+def leave_memory(error: Exception, code: int) -> None:
+    """End with `code` when the interpreter is about to end, and free nothing until then: to free what belongs to a GPU
+    that has failed fails once more, in C++, and aborts the process."""
+
+    def leave() -> None:
+        sys.stdout.flush()
+        os._exit(code)
+
+    kept.append(error)
+    atexit.register(leave)
 
 
 def first_line(error: Exception) -> str:

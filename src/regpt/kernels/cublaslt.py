@@ -164,7 +164,8 @@ class Products:
 
         Args:
             a: (M, K), or (K, M) with `transpose_a`; 16-bit floats, or FP8.
-            b: (K, N), or (N, K) with `transpose_b`; the dtype of a. FP8 takes `transpose_b` and not `transpose_a`.
+            b: (K, N), or (N, K) with `transpose_b`; the dtype of a, or the other FP8. FP8 takes `transpose_b` and not
+                `transpose_a`, and not two e5m2.
             out: (M, N), the dtype of a, or float32; of FP8, bfloat16 or float32.
             epilogue: none; bias: + bias; gelu_aux_bias: GELU(tanh) of the sum with bias, which is also written to aux;
                 dgelu: times the derivative of GELU at aux.
@@ -175,9 +176,8 @@ class Products:
             scales: of a and b, where they are FP8: float32 scalars on the device.
             fast: FP8 may be summed with fewer bits than float32 has.
         """
-        options = None if bias is None else bias.dtype, add is None, add is out, scale is None
-        eight = () if scales is None else (b.dtype, fast)
-        key = (a.shape, b.shape, a.dtype, out.dtype, transpose_a, transpose_b, epilogue, *options, *eight)
+        options = None if bias is None else bias.dtype, add is None, add is out, scale is None, fast
+        key = (a.shape, b.shape, a.dtype, b.dtype, out.dtype, transpose_a, transpose_b, epilogue, *options)
         plan = self.plans.get(key)
         if plan is None:
             plan = self.plans[key] = self.describe(a, b, out, transpose_a, transpose_b, epilogue, bias, scale, fast)

@@ -45,12 +45,9 @@ def path_name(run: Sections, machine: Machine) -> str:
         return "fused" if chosen.name == "fused" else plain
     head = model.n_embd // model.n_head
     if train.kernels == "fused":
-        if train.precision not in ("bf16", "fp8") or train.activation_checkpointing:
-            wrong = (
-                "checkpointing is asked for"
-                if train.activation_checkpointing
-                else f"train.precision is {train.precision}"
-            )
+        wrong = "" if train.precision in ("bf16", "fp8") else f"train.precision is {train.precision}"
+        wrong = "checkpointing is asked for" if train.activation_checkpointing else wrong
+        if wrong:
             raise UsageError(f"train.kernels is fused, but {wrong}; set train.kernels to plain or auto")
         return "fused"
     suits = train.precision == "bf16" and not train.activation_checkpointing
