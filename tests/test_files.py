@@ -1,0 +1,43 @@
+"""Names that no file system takes, and files that are not their content."""
+
+import pytest
+
+from regpt.errors import UserError
+from regpt.files import exists, is_file, is_folder, is_lfs_pointer, refuse_lfs_pointer
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d7a2146" * 8 + b"\nsize 301966000\n"
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a" * 5000, "a/" * 6000, "a" * 5000 + "\0", "", "missing"])
+def test_a_name_that_no_file_system_takes_names_nothing(name):
+    assert not any(ask(name) for ask in (exists, is_file, is_folder))
+
+
+def test_files_and_folders_are_told_apart(tmp_path):
+    (tmp_path / "a").write_bytes(b"")
+    assert [ask(tmp_path / "a") for ask in (exists, is_file, is_folder)] == [True, True, False]
+    assert [ask(str(tmp_path)) for ask in (exists, is_file, is_folder)] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        POINTER,
+        POINTER.rstrip(),
+        POINTER.replace(b"\n", b"\r\n"),
+        POINTER.replace(b"oid", b"ext-0-foo sha256:" + b"0" * 64 + b"\noid"),
+        POINTER.replace(b"git-lfs", b"hawser"),
+    ],
+)
+def test_git_lfs_pointers_are_recognised_and_named(tmp_path, content):
+    assert is_lfs_pointer(content)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.safetensors' is a Git LFS pointer.*git lfs pull"):
+        refuse_lfs_pointer(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"", POINTER + b"is what a pointer looks like", b"x" + POINTER, POINTER[:60]])
+def test_text_about_pointers_is_no_pointer(tmp_path, content):
+    assert not is_lfs_pointer(content)
+    (tmp_path / "a.txt").write_bytes(content)
+    refuse_lfs_pointer(tmp_path / "a.txt")
