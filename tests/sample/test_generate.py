@@ -138,6 +138,15 @@ def test_mode_is_restored_after_an_error(model):
     assert model.training
 
 
+@pytest.mark.parametrize("options", [GREEDY, SamplingOptions(), SamplingOptions(0.7, 0, 0.9)])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("stop", [None, EOT])
+def test_logits_that_become_infinite_on_the_way_are_one_sentence(model, options, value, stop):
+    model.wpe.weight.data[5:] = value
+    with pytest.raises(UserError, match="logits are not finite"):
+        generate(model, prompts(2, 3), 8, options=options, generator=generator(), stop=stop)
+
+
 def test_it_runs_under_autocast(model):
     """The cache then holds bfloat16, as attention does."""
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -63,6 +63,29 @@ def test_nucleus_is_the_fewest_tokens_that_reach_p():
         assert kept == expected, p
 
 
+@pytest.mark.parametrize(("n", "p", "kept"), [(4, 0.25, 1), (4, 0.5, 2), (4, 0.75, 3), (2, 0.5, 1), (8, 0.125, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_nucleus_that_is_met_exactly_takes_no_token_more(n, p, kept, dtype):
+    """Equal logits, whose probabilities and sums are exact in binary."""
+    filtered = filter_logits(torch.zeros(2, n, dtype=dtype), SamplingOptions(top_k=0, top_p=p))
+    assert filtered.isfinite().sum(-1).tolist() == [kept, kept]
+
+
+@pytest.mark.parametrize("top_p", [1e-12, 1e-50, 5e-324])
+def test_the_likeliest_token_stays_however_small_the_nucleus(top_p):
+    logits = random_logits().float()
+    assert torch.equal(sample(logits, SamplingOptions(top_k=0, top_p=top_p), generator()), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("options", [SamplingOptions(1e300, 0), SamplingOptions(1e-300, 0, 1e-300), SamplingOptions()])
+@pytest.mark.parametrize(
+    "logits", [torch.tensor([[3e38, -3e38, 0.0]]), torch.tensor([[-3e38, -3e38]]), torch.zeros(1, 1)]
+)
+def test_the_largest_numbers_of_a_type_can_be_drawn_from(options, logits):
+    probs = filter_logits(logits, options).softmax(-1)
+    torch.testing.assert_close(probs.sum(-1), torch.ones(1))
+
+
 def test_ties_keep_exactly_k():
     assert filter_logits(torch.zeros(2, 10), SamplingOptions(top_k=3)).isfinite().sum(-1).tolist() == [3, 3]
 

@@ -118,12 +118,12 @@ def extend(
 ) -> Tensor:
     """The loop of `generate`; `cache` is empty."""
     done = torch.zeros(ids.size(0), dtype=torch.bool, device=ids.device)  # (B,)
+    finite = torch.ones((), dtype=torch.bool, device=ids.device)  # whether all logits so far were
     unread = ids
-    for new in range(max_new_tokens):
+    for _ in range(max_new_tokens):
         logits = model.logits(model.hidden(unread, cache=cache)[:, -1])  # (B, V)
-        if new == 0:
-            check_finite(logits)
-        token = sample(logits, options, generator)  # (B,)
+        finite &= logits.isfinite().all()
+        token = sample(logits.nan_to_num(), options, generator)  # (B,); to draw from NaN would abort CUDA's process
         if stop is not None:
             token = token.masked_fill(done, stop)
             done |= token == stop
@@ -131,6 +131,7 @@ def extend(
         ids = torch.cat((ids, unread), dim=1)
         if stop is not None and done.all():  # waits for the device
             break
+    check_finite(finite)
     return ids
 
 
@@ -162,9 +163,10 @@ def check_length(prompt_tokens: int, max_new_tokens: int, max_seq_len: int) -> N
         )
 
 
-def check_finite(logits: Tensor) -> None:
-    """Raise a UserError for logits that nothing can be drawn from; on CUDA the draw itself would abort the process."""
-    if not logits.isfinite().all():  # waits for the device; done once, on the prompt
+def check_finite(finite: Tensor) -> None:
+    """Raise a UserError unless `finite`, a scalar bool, is true; waits for the device."""
+    if not finite:
         raise UserError(
-            "the model's logits are not finite, so its weights are damaged; sample from an earlier checkpoint"
+            "the model's logits are not finite: its weights are damaged, or the precision has too small a range; "
+            "sample from an earlier checkpoint, or with --precision fp32"
         )

@@ -49,8 +49,9 @@ def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     # The maximum is subtracted before the division: a tiny temperature then gives -inf, never inf - inf. One that
-    # rounds to zero in the logits' type would give 0 / 0.
-    temperature = max(options.temperature, torch.finfo(logits.dtype).tiny)
+    # rounds to zero or to infinity in the logits' type would give 0 / 0 or inf / inf.
+    limits = torch.finfo(logits.dtype)
+    temperature = min(max(options.temperature, limits.tiny), limits.max)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     return keep_top_p(keep_top_k(logits, options.top_k), options.top_p)
 
@@ -69,5 +70,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
         return logits
     ordered, ids = logits.sort(dim=-1, descending=True)  # (B, V)
     probs = ordered.softmax(dim=-1)
-    before = probs.cumsum(dim=-1) - probs  # probability of the likelier tokens; 0 for the first, which always stays
-    return torch.empty_like(logits).scatter(-1, ids, ordered.masked_fill(before >= p, -math.inf))
+    before = probs.cumsum(dim=-1) - probs  # (B, V), probability of the likelier tokens
+    left_out = before >= p
+    left_out[..., 0] = False  # the likeliest stays, also where p rounds to 0 in float32
+    return torch.empty_like(logits).scatter(-1, ids, ordered.masked_fill(left_out, -math.inf))
