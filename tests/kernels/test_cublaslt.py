@@ -84,6 +84,19 @@ class Proposing(Products):
         return found
 
 
+def misaligned() -> torch.Tensor:
+    """(8, 8), whose first number is 4 bytes into its memory."""
+    return torch.zeros(65)[1:].view(8, 8)
+
+
+@pytest.mark.parametrize("place", ["a", "b", "out", "aux", "add"])
+@pytest.mark.parametrize("view", [lambda: torch.zeros(8, 24)[:, :8], lambda: torch.zeros(8, 8).t(), misaligned])
+def test_an_operand_of_other_strides_or_alignment_than_a_plan_assumes_is_refused(place, view):
+    given = {name: torch.zeros(8, 8) for name in ("a", "b", "out", "aux", "add")}
+    with pytest.raises(AssertionError, match="contiguous, aligned"):
+        Products.__call__(SimpleNamespace(), **given | {place: view()})  # type: ignore[arg-type]
+
+
 @pytest.fixture
 def without_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)

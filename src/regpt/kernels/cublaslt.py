@@ -41,6 +41,7 @@ PREFERENCE_WORKSPACE = 1
 EPILOGUES = {"none": 1, "bias": 4, "gelu_aux_bias": 164, "dgelu": 192}
 WORKSPACE_BYTES = 64 * 2**20  # NVIDIA advises 32 MiB on Hopper; more lets split products be chosen
 ALLOC_FAILED, NOT_SUPPORTED = 3, 15  # of cublasStatus_t
+ALIGNMENT = 16  # bytes, of every operand: what the kernels load at once; torch's allocations have 512
 CANDIDATES = 8
 TRIAL_MS, ROUNDS, MUCH_SLOWER = 4.0, 3, 1.25
 
@@ -160,7 +161,9 @@ class Products:
         scales: tuple[Tensor, Tensor] | None = None,
         fast: bool = False,
     ) -> Tensor:
-        """out = epilogue(scale · op(a) · op(b) + add), all of them row-major matrices.
+        """out = epilogue(scale · op(a) · op(b) + add), all of them contiguous matrices, aligned to 16 bytes.
+
+        A plan is found by shapes and types: it holds the row strides and assumes the alignment.
 
         Args:
             a: (M, K), or (K, M) with `transpose_a`; 16-bit floats, or FP8.
@@ -176,6 +179,10 @@ class Products:
             scales: of a and b, where they are FP8: float32 scalars on the device.
             fast: FP8 may be summed with fewer bits than float32 has.
         """
+        for matrix in (a, b, out, aux, add):
+            assert matrix is None or (matrix.is_contiguous() and matrix.data_ptr() % ALIGNMENT == 0), (
+                f"a product takes contiguous, aligned operands; this one has strides {matrix.stride()}"
+            )
         options = None if bias is None else bias.dtype, add is None, add is out, scale is None, fast
         key = (a.shape, b.shape, a.dtype, b.dtype, out.dtype, transpose_a, transpose_b, epilogue, *options)
         plan = self.plans.get(key)
