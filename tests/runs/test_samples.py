@@ -7,6 +7,7 @@ import pytest
 import tiny
 from regpt.config import read_config
 from regpt.errors import UsageError, UserError
+from regpt.runs import actions
 from regpt.runs.pretrain import check, pretrain
 
 
@@ -37,3 +38,13 @@ def test_prompts_that_cannot_be_continued_are_refused(shards, tmp_path):
     config = tiny.change(tiny.run_config(shards), "sample", more_prompts=("ba do mi ta ru ke " * 9,))
     with pytest.raises(UserError):
         check(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("error", [UserError("the model's logits are not finite"), MemoryError()])
+def test_a_text_that_cannot_be_sampled_ends_no_run(shards, tmp_path, monkeypatch, capsys, error):
+    def fail(*args: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(actions, "write_samples", fail)
+    assert pretrain(tiny.run_config(shards), tmp_path / "run") == 0
+    assert "no sample after step 8: " in capsys.readouterr().out

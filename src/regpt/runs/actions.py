@@ -36,12 +36,14 @@ from regpt.runs.validation import Part, Validated, batch_items, own_sums, part_b
 from regpt.sample.generate import write_samples
 from regpt.sample.sampling import SamplingOptions
 from regpt.train.average import Average
+from regpt.train.memory import memory_advice
 from regpt.train.optim import optimizer_tensors
 from regpt.train.precision import autocast
 from regpt.train.schedule import make_schedule
 from regpt.train.trainer import Actions, Row, Trainer, due
 from regpt.train.updates import UpdateRatios
 
+ADVICE = "set a smaller sample.n or sample.max_new_tokens"
 SAMPLED_WINDOWS = 16  # a few milliseconds each; what the whole epoch leaves out is said by regpt data info
 
 
@@ -164,9 +166,13 @@ def sample(job: Job, step: int) -> None:
     options = SamplingOptions(temperature=config.temperature, top_k=config.top_k)
     lengths = {"n": config.n, "max_new_tokens": config.max_new_tokens}
     for prompt in config.prompts:
-        with autocast(job.config.train.precision, job.mesh.device):
-            tokenizer = job.corpus.tokenizer
-            found = write_samples(job.model, tokenizer, prompt, **lengths, options=options, seed=config.seed)
+        try:
+            with autocast(job.config.train.precision, job.mesh.device), memory_advice("while sampling", ADVICE):
+                tokenizer = job.corpus.tokenizer
+                found = write_samples(job.model, tokenizer, prompt, **lengths, options=options, seed=config.seed)
+        except UserError as error:  # the next update judges the weights; a sample never ends a run
+            job.terminal.say(f"no sample after step {step:,}: {error}")
+            return
         texts = [one.text for one in found]
         row = {"step": step, "prompt": prompt, "texts": texts, "time": time.time()}
         job.samples.write(row)
