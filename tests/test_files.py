@@ -1,9 +1,11 @@
 """Names that no file system takes, and files that are not their content."""
 
+import errno
+
 import pytest
 
 from regpt.errors import UserError
-from regpt.files import exists, is_file, is_folder, is_lfs_pointer, refuse_lfs_pointer
+from regpt.files import exists, is_file, is_folder, is_lfs_pointer, matching, refuse_lfs_pointer, resolved
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d7a2146" * 8 + b"\nsize 301966000\n"
 
@@ -11,6 +13,29 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d7a214
 @pytest.mark.parametrize("name", ["a\0b", "a" * 5000, "a/" * 6000, "a" * 5000 + "\0", "", "missing"])
 def test_a_name_that_no_file_system_takes_names_nothing(name):
     assert not any(ask(name) for ask in (exists, is_file, is_folder))
+
+
+def test_a_circle_of_links_and_a_name_below_a_file_name_nothing(tmp_path):
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    (tmp_path / "file").write_bytes(b"")
+    assert not any(ask(tmp_path / name) for ask in (exists, is_file, is_folder) for name in ("a", "file/below"))
+    assert resolved(tmp_path / "a").name in ("a", "b")
+
+
+def test_a_folder_that_may_not_be_looked_into_is_not_called_absent(monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr("os.stat", refuse)
+    with pytest.raises(UserError, match=r"cannot look at 'private/run' \(Permission denied\)"):
+        is_folder("private/run")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\0/*", "a" * 5000 + "*", "a/" * 6000 + "*"])
+def test_a_name_that_no_file_system_takes_is_resolved_to_itself_and_matches_nothing(name):
+    assert str(resolved(name)).endswith(name.rstrip("/"))
+    assert matching(name) == []
 
 
 def test_files_and_folders_are_told_apart(tmp_path):

@@ -1,6 +1,7 @@
 """`regpt COMMAND …`: find the command, run it, turn errors into one sentence and an exit code."""
 
 import atexit
+import errno
 import os
 import select
 import sys
@@ -34,6 +35,7 @@ COMMANDS = {
     "bench": "how fast training, batches and sampling are on this machine",
 }
 INTERRUPTED = 130
+PLACES = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC)
 kept: list[Exception] = []  # with the tensors of their frames; see `leave_memory`
 
 
@@ -58,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         if debug:
             raise
+        if said := unusable_place(error):
+            print(f"regpt: {said}", file=sys.stderr)
+            return 1
         print(f"regpt: {type(error).__name__}: {first_line(error)}; traceback in {write_traceback()}", file=sys.stderr)
         code = getattr(error, "exit_code", 1)
         if argv is None and device_is_lost(error):
@@ -94,6 +99,14 @@ def output_has_no_reader() -> bool:
         if stream is not None and not stream.closed:
             poll.register(stream.fileno(), 0)  # errors are told whatever is asked for
     return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
+
+
+def unusable_place(error: Exception) -> str | None:
+    """One sentence about an error that only another file, folder or disk can mend; None for any other error."""
+    if not isinstance(error, OSError) or error.errno not in PLACES:
+        return None
+    where = f" {error.filename!r}" if error.filename else ""
+    return f"cannot use the place{where} ({error.strerror}); give another name or folder, or mend its disk or permissions"
 
 
 def device_is_lost(error: Exception) -> bool:

@@ -19,6 +19,7 @@ from regpt.checkpoint.config import CheckpointConfig
 from regpt.data.config import DataConfig
 from regpt.errors import UsageError, nearest
 from regpt.evals.config import EvalConfig
+from regpt.files import is_file
 from regpt.kernels.fp8 import MULTIPLE as FP8_MULTIPLE
 from regpt.model.config import ModelConfig
 from regpt.sample.config import SampleConfig
@@ -107,7 +108,7 @@ def read_text(name: str) -> str:
     path = Path(name)
     if path.suffix != ".toml":
         raise UsageError(f"no recipe is called {name!r}{did_you_mean(name)}; {known_recipes()}, or give a .toml file")
-    if not path.is_file():
+    if not is_file(path):
         raise UsageError(f"the file {name!r} does not exist; give an existing .toml file or {known_recipes()}")
     try:
         return path.read_text(encoding="utf-8")

@@ -1,7 +1,10 @@
 """Questions about files on disk that every reader asks: is there one by this name, and does it hold its content."""
 
+import errno
+import glob
 import os
 import re
+import stat
 from pathlib import Path
 
 from regpt.errors import UserError
@@ -13,21 +16,63 @@ LFS_POINTER = re.compile(
     rb"([a-z0-9.-]+ [^\r\n]+\r?\n)*oid \w+:[0-9a-f]+\r?\nsize \d+\s*"
 )
 LFS_POINTER_BYTES = 1024
+# Nothing can have this name, or nothing has it (on Windows EINVAL is a character that no name holds).
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.EBADF)
+
+
+def status(path: str | Path) -> os.stat_result | None:
+    """What the system knows about `path`; None where nothing has that name, also of one that no file system takes: too
+    long, or with a NUL character, for which `Path.is_file` and its siblings raise before Python 3.14.
+
+    Raises:
+        UserError: the system does not answer, such as for a folder that this user may not look into.
+    """
+    try:
+        return os.stat(path)
+    except ValueError:  # a NUL character, or a surrogate that no byte stands for
+        return None
+    except OSError as error:
+        if error.errno in ABSENT:
+            return None
+        raise UserError(f"cannot look at {str(path)!r} ({error.strerror}); check its permissions and its disk") from None
 
 
 def exists(path: str | Path) -> bool:
     """Whether `path` names something; False also for names that no file system takes (NUL, thousands of letters)."""
-    return os.path.exists(path)  # pathlib's own methods raise OSError for these before Python 3.14
+    return status(path) is not None
 
 
 def is_file(path: str | Path) -> bool:
     """Whether `path` names a file; False also for names that no file system takes."""
-    return os.path.isfile(path)
+    found = status(path)
+    return found is not None and stat.S_ISREG(found.st_mode)
 
 
 def is_folder(path: str | Path) -> bool:
     """Whether `path` names a folder; False also for names that no file system takes."""
-    return os.path.isdir(path)
+    found = status(path)
+    return found is not None and stat.S_ISDIR(found.st_mode)
+
+
+def resolved(path: str | Path) -> Path:
+    """The absolute `path` without links; of a name that no file system takes, and of a circle of links, as it is."""
+    try:
+        return Path(path).resolve()
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: a circle of links, before Python 3.13
+        return Path(path).absolute()
+
+
+def matching(pattern: str) -> list[Path]:
+    """What a glob matches (`**` for folders below), sorted; nothing for a pattern that no file system takes."""
+    try:
+        return [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
+    except (OSError, ValueError):
+        return []
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether `name` can only mean a file inside the folder that it is joined to, on every operating system."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\:\0")
 
 
 def is_lfs_pointer(head: bytes) -> bool:

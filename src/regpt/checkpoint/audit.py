@@ -32,6 +32,7 @@ from regpt.checkpoint.manifest import (
 from regpt.checkpoint.state import read_state
 from regpt.checkpoint.tensors import TensorFiles
 from regpt.errors import UserError
+from regpt.files import is_folder
 from regpt.text.open import open_tokenizer
 
 SET_ASIDE, UNFINISHED = ".damaged-", ".tmp-"  # in the names that `save.set_aside` and `files.temporary_beside` give
@@ -70,7 +71,8 @@ class Damage:
 
 def list_checkpoints(run: Path) -> list[Listed]:
     """Everything among the checkpoints of `run`, by step and name; the contents of the files are not read."""
-    folders = [path for path in (run / CHECKPOINTS).glob("*") if path.is_dir() and not path.is_symlink()]
+    within = (run / CHECKPOINTS).glob("*") if is_folder(run) else ()
+    folders = [path for path in within if path.is_dir() and not path.is_symlink()]
     listed = [described(folder) for folder in folders]
     return sorted(listed, key=lambda one: (one.step is None, one.step or 0, one.name))
 

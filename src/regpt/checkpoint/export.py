@@ -7,6 +7,7 @@ from regpt.checkpoint.hf_folder import CONFIG, TOKENIZER, WEIGHTS
 from regpt.checkpoint.hf_tokenizer import tokenizer_config, tokenizer_json
 from regpt.checkpoint.tensors import write_tensors
 from regpt.errors import UserError
+from regpt.files import exists, is_folder, resolved
 from regpt.model.hf import config_to_hf, weights_to_hf
 from regpt.model.transformer import Transformer
 from regpt.model.weights import state_tensors
@@ -19,8 +20,8 @@ def export_hf(model: Transformer, tokenizer: Tokenizer, folder: Path) -> Path:
     Raises:
         UserError: `folder` exists and is not empty, the disk is full, or the place cannot be written to.
     """
-    folder = folder.resolve()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    folder = resolved(folder)
+    if exists(folder) and not (is_folder(folder) and not any(folder.iterdir())):
         raise UserError(
             f"{str(folder)!r} exists and is not empty, an export needs a new folder; choose another --out or delete it"
         )

@@ -157,8 +157,3 @@ def read_small(path: Path) -> bytes:
         f"{str(path)!r} has more than {MAX_JSON_BYTES >> 20} MiB, too much for its kind; restore the file or choose "
         "another model"
     )
-
-
-def is_plain_name(name: str) -> bool:
-    """Whether `name` can only mean a file inside the folder that it is joined to, on every operating system."""
-    return name not in ("", ".", "..") and not set(name) & set("/\\:\0")

@@ -5,6 +5,7 @@ from pathlib import Path
 from regpt.checkpoint.files import read_json
 from regpt.checkpoint.tensors import TensorFiles, find_divided
 from regpt.errors import UserError
+from regpt.files import is_file
 from regpt.model.config import ModelConfig
 from regpt.model.hf import WeightsFromHF, config_from_hf
 from regpt.model.transformer import Transformer
@@ -65,7 +66,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if files := find_divided(folder, "model"):
         return files
-    has = f"has only {PICKLE}, a pickle, which can execute code" if (folder / PICKLE).is_file() else f"has no {WEIGHTS}"
+    has = f"has only {PICKLE}, a pickle, which can execute code" if is_file(folder / PICKLE) else f"has no {WEIGHTS}"
     raise UserError(f"model {str(folder)!r} {has}; regpt reads safetensors only: {how_to_convert()}")
 
 
@@ -80,9 +81,9 @@ def hf_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
         UserError: there is neither, or it has another number of tokens.
     """
     path = folder / TOKENIZER
-    if vocab_size == GPT2_VOCAB_SIZE and (not path.is_file() or is_gpt2(path)):
+    if vocab_size == GPT2_VOCAB_SIZE and (not is_file(path) or is_gpt2(path)):
         return open_tokenizer("gpt2")
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(
             f"model {str(folder)!r} has {vocab_size:,} tokens, which is not GPT-2's vocabulary, and no {TOKENIZER}; "
             f"put the {TOKENIZER} it was trained with into the folder"

@@ -26,6 +26,7 @@ from regpt.checkpoint.manifest import (
 from regpt.checkpoint.state import RunState, read_state
 from regpt.checkpoint.tensors import TensorFiles
 from regpt.errors import UserError
+from regpt.files import is_folder
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import InitialWeights, without_memory
@@ -87,7 +88,7 @@ def checkpoints(run: Path) -> list[Path]:
 
     Where a crash left the successor of a folder beside it (`files.put_in_place`), the successor comes later.
     """
-    folders = (run / CHECKPOINTS).glob("step-*")
+    folders = (run / CHECKPOINTS).glob("step-*") if is_folder(run) else ()
     real = (f for f in folders if STEP_FOLDER.fullmatch(f.name) and f.is_dir() and not f.is_symlink())
     return sorted(real, key=lambda folder: (step_of(folder), folder.name))
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from regpt.checkpoint.files import MAX_JSON_BYTES, is_plain_name, read_small, write_json
+from regpt.checkpoint.files import MAX_JSON_BYTES, read_small, write_json
 from regpt.checkpoint.tensors import SUFFIX
 from regpt.errors import UserError
+from regpt.files import is_file, is_folder, is_plain_name
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -75,8 +76,8 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if path.is_symlink():
         raise damaged(path, "is a symbolic link")
-    if not path.is_file():
-        what = "has no manifest.json, so it is no complete checkpoint" if folder.is_dir() else "does not exist"
+    if not is_file(path):
+        what = "has no manifest.json, so it is no complete checkpoint" if is_folder(folder) else "does not exist"
         raise UserError(f"checkpoint {str(folder)!r} {what}; use another checkpoint of the run")
     content = read_small(path)
     refuse_other_version(content, path)
@@ -147,7 +148,7 @@ def check_size(folder: Path, file: File) -> None:
     path = folder / file.file
     if path.is_symlink():
         raise damaged(path, "is a symbolic link")
-    if not path.is_file():
+    if not is_file(path):
         raise damaged(path, "is missing")
     if path.stat().st_size != file.size:
         raise damaged(path, f"has {path.stat().st_size:,} bytes instead of {file.size:,}")

@@ -16,6 +16,7 @@ from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, load_checkpoint, new
 from regpt.checkpoint.manifest import MODEL
 from regpt.checkpoint.store import is_address
 from regpt.errors import UsageError, UserError, nearest
+from regpt.files import exists, is_file, is_folder
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import allocate, load_weights, without_memory
@@ -59,17 +60,17 @@ def open_model(name: str, device: torch.device | str = "cpu", *, ema: bool = Fal
         opened = open_checkpoint(fetch_model(name), device, ema=ema)
         return replace(opened, source=f"{name}, step {opened.step}" + ", average" * ema)
     path = Path(name)
-    if (path / CHECKPOINTS).is_dir():
+    if is_folder(path / CHECKPOINTS):
         return open_checkpoint(newest_checkpoint(path, optimizer=False), device, ema=ema, verified=True)
-    if (path / MODEL).is_file() or (path.is_dir() and STEP_FOLDER.fullmatch(path.name)):
+    if is_file(path / MODEL) or (is_folder(path) and STEP_FOLDER.fullmatch(path.name)):
         return open_checkpoint(path, device, ema=ema)
     if ema:
         raise UsageError(f"model {name!r} is no run and no checkpoint, which alone have an average; leave out --ema")
-    if (path / CONFIG).is_file():
+    if is_file(path / CONFIG):
         return open_hf(path, name, device)
     repo = repository(name)
-    if path.exists() or repo is None or not may_be_model(name):
-        what = "holds no model" if path.exists() else "does not exist"
+    if exists(path) or repo is None or not may_be_model(name):
+        what = "holds no model" if exists(path) else "does not exist"
         raise UsageError(f"model {name!r} {what}{nearest(name, SHORT_NAMES)}; a model is {ALLOWED}")
     return open_hf(download(repo), repo, device)
 
@@ -77,8 +78,8 @@ def open_model(name: str, device: torch.device | str = "cpu", *, ema: bool = Fal
 def may_be_model(name: str) -> bool:
     """Whether `name` exists or may be a hub name; `runs/typo` is no OWNER/NAME where there is a folder `runs`."""
     path = Path(name)
-    inside_folder = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
-    return path.exists() or (repository(name) is not None and not inside_folder)
+    inside_folder = len(path.parts) > 1 and is_folder(path.parts[0])
+    return exists(path) or (repository(name) is not None and not inside_folder)
 
 
 def open_checkpoint(folder: Path, device: torch.device | str, *, ema: bool, verified: bool = False) -> OpenModel:

@@ -10,8 +10,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from regpt.checkpoint.files import flush, is_plain_name, read_json, write_json
+from regpt.checkpoint.files import flush, read_json, write_json
 from regpt.errors import UserError
+from regpt.files import is_file, is_plain_name
 
 SUFFIX, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"  # the names that transformers gives, too
 
@@ -62,10 +63,10 @@ def find_divided(folder: Path, stem: str) -> list[Path]:
     Raises:
         UserError: the index is damaged.
     """
-    if (folder / f"{stem}{SUFFIX}").is_file():
+    if is_file(folder / f"{stem}{SUFFIX}"):
         return [folder / f"{stem}{SUFFIX}"]
     index = folder / f"{stem}{INDEX_SUFFIX}"
-    return [folder / name for name in shard_names(index)] if index.is_file() else []
+    return [folder / name for name in shard_names(index)] if is_file(index) else []
 
 
 def shard_names(index: Path) -> list[str]:

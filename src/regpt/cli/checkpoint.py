@@ -15,6 +15,7 @@ from regpt.cli.output import progress
 from regpt.cli.parse import parse
 from regpt.cli.table import print_rows
 from regpt.errors import UsageError, UserError, nearest
+from regpt.files import exists, is_file, is_folder
 
 if TYPE_CHECKING:
     from regpt.checkpoint.audit import Damage, Listed
@@ -64,7 +65,9 @@ def list_main(args: list[str]) -> int:
     run = local_folder(given.run, "regpt checkpoint")
     listed = list_checkpoints(run)
     if not listed and not is_run(run):
-        raise UsageError(f"{given.run!r} {'is no run' if run.is_dir() else 'does not exist'}; give the folder of a run")
+        raise UsageError(
+            f"{given.run!r} {'is no run' if is_folder(run) else 'does not exist'}; give the folder of a run"
+        )
     if given.json:
         print(json.dumps({"run": given.run, "checkpoints": [asdict(one) for one in listed]}))
     else:
@@ -121,13 +124,13 @@ def chosen(path: Path) -> list[Path]:
     from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, checkpoints
     from regpt.checkpoint.manifest import MANIFEST, MODEL
 
-    if (path / CHECKPOINTS).is_dir():
+    if is_folder(path / CHECKPOINTS):
         if folders := checkpoints(path):
             return folders
         raise UserError(f"run {str(path)!r} has no checkpoint yet; wait for the first, or give another run")
-    if path.is_dir() and (STEP_FOLDER.fullmatch(path.name) or (path / MANIFEST).is_file() or (path / MODEL).is_file()):
+    if is_folder(path) and (STEP_FOLDER.fullmatch(path.name) or is_file(path / MANIFEST) or is_file(path / MODEL)):
         return [path]
-    what = "is neither a run with checkpoints nor a checkpoint" if path.exists() else "does not exist"
+    what = "is neither a run with checkpoints nor a checkpoint" if exists(path) else "does not exist"
     raise UsageError(f"{str(path)!r} {what}; give the folder of a run, or RUN/checkpoints/step-…")
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from regpt.cli.parse import parse
+from regpt.files import exists
 
 if TYPE_CHECKING:
     from regpt.data.manifest import Manifest
@@ -92,7 +93,7 @@ def main(args: list[str]) -> int:
                 download=line.show_download,
             )
     except KeyboardInterrupt:
-        if (Path(given.out) / WORK).exists():
+        if exists(Path(given.out) / WORK):
             print(f"{given.out} is unfinished; the same command goes on", file=sys.stderr)
         raise
     print_prepared(given.out, manifest)

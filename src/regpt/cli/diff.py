@@ -13,6 +13,7 @@ import tyro
 from regpt.cli.parse import parse
 from regpt.cli.table import print_rows
 from regpt.errors import UsageError
+from regpt.files import resolved
 
 if TYPE_CHECKING:
     from regpt.report.compare import Comparison
@@ -42,7 +43,7 @@ def main(args: list[str]) -> int:
 
     folders = [local_run(run) for run in (given.a, given.b, *given.seeds)]
     for i, folder in enumerate(folders):
-        if folder.resolve() in [other.resolve() for other in folders[:i]]:
+        if resolved(folder) in [resolved(other) for other in folders[:i]]:
             raise UsageError(f"run folder {str(folder)!r} is given twice; give different runs")
     from regpt.report.compare import compare, to_dict
     from regpt.report.page import with_own_names

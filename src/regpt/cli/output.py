@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from regpt.errors import UserError
+from regpt.files import is_folder
 
 WIDTH = 140  # of a table that goes into a file or a pipe
 
@@ -31,7 +32,7 @@ def show(report: dict[str, Any], target: str | None, table: Callable[[dict[str, 
 
 def check_json(target: str | None) -> None:
     """Refuse a file that cannot be written, before minutes are spent on what it would hold."""
-    if target not in (None, "-") and not Path(target).absolute().parent.is_dir():
+    if target not in (None, "-") and not is_folder(Path(target).absolute().parent):
         raise UserError(f"--json {target}: the folder does not exist; make it first")
 
 

@@ -12,6 +12,7 @@ import tyro
 from regpt.errors import UsageError
 
 Args = TypeVar("Args")
+WRITTEN = ("out", "json", "items")  # flags that name a file or folder to write
 USAGE = 2  # with which tyro ends
 RULE = re.compile(r"^[╭╰│\s]*[─-]{3,}[╮╯│\s]*$")  # hyphens, and no frame, where output is not UTF-8
 
@@ -32,7 +33,16 @@ def parse(command: type[Args], args: Sequence[str], prog: str, default: Args | N
             raise
         raise UsageError(one_sentence(complaint.getvalue(), prog)) from None
     assert parsed is not None
+    refuse_nul(parsed)
     return parsed
+
+
+def refuse_nul(parsed: object) -> None:
+    """Raise a UsageError for a NUL character in the name of something to write: no file can have that name."""
+    for flag in WRITTEN:
+        value = str(getattr(parsed, flag, ""))
+        if "\0" in value:
+            raise UsageError(f"--{flag} {value!r} holds a NUL character, which no file name can; choose another name")
 
 
 def one_sentence(box: str, prog: str) -> str:

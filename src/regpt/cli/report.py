@@ -9,6 +9,7 @@ import tyro
 from regpt.checkpoint.store import is_address
 from regpt.cli.parse import parse
 from regpt.errors import UsageError
+from regpt.files import resolved
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def main(args: list[str]) -> int:
 def refuse_twice(runs: tuple[str, ...]) -> None:
     seen: set[str] = set()
     for run in runs:
-        place = run.rstrip("/") if is_address(run) else str(Path(run).resolve())
+        place = run.rstrip("/") if is_address(run) else str(resolved(run))
         if place in seen:
             raise UsageError(f"run folder {run!r} is given twice; give each run once")
         seen.add(place)

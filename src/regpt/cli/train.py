@@ -15,6 +15,7 @@ from regpt.cli.parse import parse
 from regpt.config import RunConfig, read_config, recipe_names
 from regpt.data.config import DataConfig
 from regpt.errors import UsageError, UserError
+from regpt.files import is_folder
 
 if TYPE_CHECKING:
     from regpt.runs.remote import RemoteRun
@@ -121,7 +122,7 @@ def named_recipe(args: list[str]) -> str:
 
 def chosen_data(data: DataConfig, given: tuple[str, ...]) -> DataConfig:
     """`data` with what --data names: one folder, or several with their weights."""
-    if all("=" not in part or Path(part).is_dir() for part in given):
+    if all("=" not in part or is_folder(part) for part in given):
         return replace(data, path=given[-1], mixture={})  # the last one counts, as with every flag
     mixture: dict[str, float] = {}
     for part in given:

@@ -14,6 +14,7 @@ from regpt.cli.parse import parse
 from regpt.cli.train import chosen_data, named_recipe
 from regpt.config import RunConfig, read_config, recipe_names
 from regpt.errors import UsageError
+from regpt.files import exists, resolved
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,10 @@ def main(args: list[str]) -> int:
     for name, least in {"steps": 2, "nproc": 1, "other_nproc": 1, "kills": 1, "tolerance": 0}.items():
         if not getattr(given, name) >= least:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(given, name)}, must be at least {least}")
-    if given.out and Path(given.out).exists():
+    if given.out and exists(given.out):
         raise UsageError(f"--out {given.out!r} exists; choose a folder that does not")
     if given.out:
-        return verified(given, Path(given.out).resolve())
+        return verified(given, resolved(given.out))
     with tempfile.TemporaryDirectory(prefix="regpt-verify-") as folder:
         return verified(given, Path(folder))
 

@@ -19,6 +19,7 @@ from regpt.data.formats import ALLOWED, JSONL, PARQUET, decode, decompressed, op
 from regpt.data.grams import WordCodes, grams
 from regpt.data.sources import sha256_of
 from regpt.errors import UserError
+from regpt.files import is_file
 
 N_WORDS = 13
 SHIFT = np.uint64(42)  # of a hash, to its first 22 bits
@@ -80,7 +81,7 @@ def read_evaluations(paths: Sequence[str]) -> Evaluations:
     codes, hashes, items, files, firsts, total = WordCodes(), [], [], [], [], 0
     for given in paths:
         path = Path(given)
-        if not path.is_file() or not suffix_of(path):
+        if not is_file(path) or not suffix_of(path):
             raise UserError(f"--decontaminate {given!r} is not an evaluation file; give files of {ALLOWED}")
         firsts.append(total)
         short = 0

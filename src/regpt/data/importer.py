@@ -24,6 +24,7 @@ from regpt.data.manifest import Manifest, Shard
 from regpt.data.token_files import TokenFile, check_vocabulary, find_token_files
 from regpt.data.write import finish_file, sync_folder, write_file
 from regpt.errors import UserError
+from regpt.files import exists, is_folder
 from regpt.text.open import NAMED
 from regpt.text.tokenizer import Tokenizer
 
@@ -97,7 +98,7 @@ def split_files(
 def check_out(out: Path) -> None:
     if not out.name or out.name == "..":
         raise UserError(f"--out {out} is no new folder; give a name")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if exists(out) and not (is_folder(out) and not any(out.iterdir())):
         raise UserError(f"--out {out} exists already; choose another name or delete it")
 
 
@@ -132,7 +133,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         work.mkdir()
         try:
             yield work
-            if out.exists():
+            if exists(out):
                 out.rmdir()  # empty; Windows renames onto nothing that exists
             os.replace(work, out)
             sync_folder(out.parent)

@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from regpt.errors import UserError
+from regpt.files import is_file, is_folder, is_plain_name
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
@@ -101,8 +102,8 @@ def read_manifest(folder: Path) -> Manifest:
             file that is missing or of another size.
     """
     path = folder / "manifest.json"
-    if not path.is_file():
-        what = "has no manifest.json, so it was never finished" if folder.is_dir() else "does not exist"
+    if not is_file(path):
+        what = "has no manifest.json, so it was never finished" if is_folder(folder) else "does not exist"
         raise UserError(f"data folder {str(folder)!r} {what}; make it with: regpt data prepare SOURCE --out {folder}")
     try:
         manifest = TypeAdapter(Manifest).validate_json(path.read_bytes())
@@ -112,6 +113,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(
             f"{path} is not a manifest of token shards ({where}: {first['msg']}); prepare it again"
         ) from None
+    for shard in manifest.shards:
+        if not is_plain_name(shard.file) or not shard.file.endswith(".bin"):
+            raise UserError(
+                f"{path} names the shard {shard.file!r}, which is not a .bin file in its folder; prepare it again"
+            )
     if manifest.format_version != FORMAT_VERSION:
         raise UserError(
             f"{path} has format version {manifest.format_version}, this regpt reads {FORMAT_VERSION}; prepare it again"
@@ -126,7 +132,7 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
     for shard in manifest.shards:
         for name, expected in ((shard.file, shard.tokens * width), (shard.idx_file, shard.documents * 8)):
             path = folder / name
-            found = path.stat().st_size if path.is_file() else None
+            found = path.stat().st_size if is_file(path) else None
             if found != expected:
                 state = "is missing" if found is None else f"has {found:,} bytes instead of {expected:,}"
                 raise UserError(f"shard {path} {state}; prepare the folder again or restore the file")

@@ -14,6 +14,7 @@ from regpt.data.pydocs import pydocs
 from regpt.data.remote import RemoteFile, RemoteOptions, find_remote, is_remote
 from regpt.data.sources import DownloadProgress, Source, SourceFile, find_files, sha256_of
 from regpt.errors import UserError
+from regpt.files import is_file
 
 # The lecture's debugging text: 40,000 lines of Shakespeare in one file (karpathy/char-rnn).
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -109,7 +110,7 @@ def python_docs() -> TextSet:
 
 
 def local_shakespeare(path: Path) -> SourceFile:
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"tinyshakespeare's file {path} does not exist; leave the option out to download it")
     if path.stat().st_size != SHAKESPEARE_BYTES or sha256_of(path) != SHAKESPEARE_SHA256:
         raise UserError(

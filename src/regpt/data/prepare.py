@@ -27,6 +27,7 @@ from regpt.data.sources import DownloadProgress
 from regpt.data.workers import DiskFull
 from regpt.data.write import remove_leftovers, write_file
 from regpt.errors import UsageError, UserError
+from regpt.files import exists, is_folder
 from regpt.text.tokenizer import Tokenizer
 
 SHARD_TOKENS = 100_000_000  # the size of FineWeb-Edu's shards in build-nanogpt
@@ -136,12 +137,12 @@ def check_options(
 
 
 def check_out(out: Path) -> None:
-    if (out / "manifest.json").exists():
+    if exists(out / "manifest.json"):
         shutil.rmtree(out / WORK, ignore_errors=True)  # it was finished, and killed before it could tidy up
         raise UserError(
             f"{out} already holds a data set (see: regpt data info {out}); choose another --out or delete it"
         )
-    if out.exists() and not out.is_dir():
+    if exists(out) and not is_folder(out):
         raise UserError(f"--out {out} is a file; give a folder")
 
 
@@ -160,7 +161,7 @@ def in_work_folder(work: Path, out: Path, settings: Settings, evaluations: Evalu
             try:
                 yield
             finally:
-                if (out / "manifest.json").exists():
+                if exists(out / "manifest.json"):
                     clear(work)
                 elif not is_begun(work):
                     clear(work, out)

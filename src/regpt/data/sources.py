@@ -14,7 +14,6 @@ a folder, glob or repository in the order of their names. What can be asked of a
 Sources and parts are small and can be pickled, so that another process reads them.
 """
 
-import glob
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import Any, Protocol
 
 from regpt.data.formats import ALLOWED, Document, Part, parts_of, read_documents, suffix_of
 from regpt.errors import UserError, nearest
+from regpt.files import is_file, is_folder, matching
 
 NAMED = (
     "pydocs",
@@ -132,16 +132,16 @@ def find_files(source: str) -> list[SourceFile]:
         UserError: nothing there, nothing readable there, or a file of a kind that is not read.
     """
     path = Path(source)
-    if path.is_dir():
+    if is_folder(path):
         inside = sorted(
-            (file for file in path.rglob("*") if file.is_file()), key=lambda file: file.relative_to(path).parts
+            (file for file in path.rglob("*") if is_file(file)), key=lambda file: file.relative_to(path).parts
         )
         found = [SourceFile(source, file.relative_to(path).as_posix(), file) for file in inside if suffix_of(file)]
         if not found:
             raise UserError(f"folder {source!r} holds no readable file; allowed are {ALLOWED}")
         return found
-    matches = [path] if path.is_file() else [Path(match) for match in sorted(glob.glob(source, recursive=True))]
-    files = [match for match in matches if match.is_file()]
+    matches = [path] if is_file(path) else matching(source)
+    files = [match for match in matches if is_file(match)]
     if not files:
         raise UserError(
             f"no file matches {source!r}{nearest(source, NAMED)}; "

@@ -6,7 +6,6 @@ too, is `.bin` with a header of 256 int32: a magic number, a version, the number
 Nothing of these is a pickle, and a pickle beside them is not opened.
 """
 
-import glob
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from regpt.errors import UserError, nearest
+from regpt.files import is_file, is_folder, matching
 
 FORMATS = ("build-nanogpt", "nanogpt", "llm.c")
 SUFFIXES = (".npy", ".bin")
@@ -74,17 +74,17 @@ def check_vocabulary(files: Sequence[TokenFile]) -> None:
 def files_of(source: str) -> list[tuple[Path, str]]:
     """Path and name of each file that `source` means."""
     path = Path(source)
-    if (path / "manifest.json").is_file():
+    if is_file(path / "manifest.json"):
         raise UserError(f"{source} holds token shards of regpt already; use it as it is: regpt train … --data {source}")
-    if path.is_dir():
-        inside = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    if is_folder(path):
+        inside = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and is_file(file))
         if not inside:
             raise UserError(
                 f"folder {source} holds no {' or '.join(SUFFIXES)} file; give files, folders or globs of them"
             )
         return [(file, file.name) for file in inside]
-    matches = [path] if path.is_file() else sorted(Path(match) for match in glob.glob(source, recursive=True))
-    files = [match for match in matches if match.is_file()]
+    matches = [path] if is_file(path) else matching(source)
+    files = [match for match in matches if is_file(match)]
     if not files:
         raise UserError(f"no file matches {source}; give files, folders or globs of .npy or .bin")
     return [(file, str(file)) for file in files]

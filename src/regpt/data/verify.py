@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from regpt.data.manifest import SPLITS, Manifest, Shard, read_manifest
+from regpt.files import is_file
 from regpt.text.open import NAMED
 
 CHUNK_TOKENS = 16_000_000  # tokens compared at a time: tens of megabytes
@@ -39,7 +40,7 @@ def check_tokenizer(folder: Path, manifest: Manifest) -> Iterator[str]:
     if manifest.tokenizer in NAMED:
         return
     path = folder / "tokenizer.json"
-    if not path.is_file():
+    if not is_file(path):
         yield f"{path} is missing"
     elif file_sha256(path) != manifest.tokenizer_sha256:
         yield f"{path} is damaged: its SHA-256 is not the manifest's"

@@ -21,6 +21,7 @@ from regpt.evals.items import Item, hash_of, read_items
 from regpt.evals.packing import Prompt
 from regpt.evals.score import Scores
 from regpt.evals.task import Result
+from regpt.files import is_file
 from regpt.text.tokenizer import Encoder
 
 # The 22 of the metric; a folder may hold fewer, which is said.
@@ -164,7 +165,7 @@ def open_core(folder: Path, encoder: Encoder, eot: int) -> tuple[list[CoreTask],
         settings, file = settings_of(entry)
         if settings.name not in TASKS:
             raise UserError(f"{entry.where}: {settings.name!r} is none of CORE's tasks, which are {', '.join(TASKS)}")
-        if file is not None and (folder / file).is_file():
+        if file is not None and is_file(folder / file):
             examples = [example_of(item, settings.kind) for item in read_items(folder / file)]
             tasks.append(CoreTask(settings, examples, encoder, eot))
             present.add(settings.name)
@@ -175,7 +176,7 @@ def open_core(folder: Path, encoder: Encoder, eot: int) -> tuple[list[CoreTask],
 
 def read_entries(folder: Path) -> list[Item]:
     path = folder / FILE
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"CORE's folder {str(folder)!r} holds no {FILE}; give the folder that does")
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))

@@ -22,6 +22,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyr
 from regpt.errors import UsageError, UserError, nearest
 from regpt.evals.packing import Prompt
 from regpt.evals.score import Progress, Scorer
+from regpt.files import is_file, resolved
 from regpt.sample.generate import generate
 from regpt.sample.sampling import SamplingOptions
 from regpt.text.tokenizer import Tokenizer
@@ -130,7 +131,7 @@ def evaluate_harness(names: Sequence[str], model: HarnessModel, max_items: int =
         UsageError: a task that the harness does not know.
         UserError: a task's data cannot be had.
     """
-    files = [Path(name).resolve() for name in names if name.endswith((".yaml", ".yml"))]
+    files = [resolved(name) for name in names if name.endswith((".yaml", ".yml"))]
     wanted: list[Any] = [task_of(name) for name in names]  # refused before the harness reads its thousands of tasks
     manager = TaskManager(include_path=[str(folder) for folder in dict.fromkeys(file.parent for file in files)] or None)
     for name in wanted:
@@ -155,7 +156,7 @@ def task_of(name: str) -> str:
     """The name that a task file gives its task, or the name itself."""
     if not name.endswith((".yaml", ".yml")):
         return name
-    if not Path(name).is_file():
+    if not is_file(name):
         raise UsageError(f"the task file {name!r} does not exist; give an existing one, or the name of a task")
     lines = Path(name).read_text(encoding="utf-8").splitlines()
     named = [line.removeprefix("task:").strip().strip("'\"") for line in lines if line.startswith("task:")]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from regpt.data.formats import JSONL, decode, decompressed, suffix_of
 from regpt.errors import UserError
+from regpt.files import is_file
 
 Kind = TypeVar("Kind")
 NAMES = {str: "text", int: "a whole number", list: "a list"}
@@ -70,7 +71,7 @@ def read_items(path: Path) -> list[Item]:
     suffix = suffix_of(path)
     if suffix not in JSONL:
         raise UserError(f"{str(path)!r} is of a kind that holds no items; allowed are {', '.join(JSONL)}")
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"the file of items {str(path)!r} does not exist; give an existing one")
     try:
         with path.open("rb") as raw, nullcontext(raw) if suffix == ".jsonl" else decompressed(raw, path) as lines:

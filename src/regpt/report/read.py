@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from regpt.errors import UserError
+from regpt.files import is_file, is_folder, resolved
 
 Row = dict[str, Any]
 
@@ -46,10 +47,10 @@ def read_run(folder: Path) -> Run:
     Raises:
         UserError: no such folder, no metrics, no train row, or a file or line that cannot be read.
     """
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise UserError(f"run folder {str(folder)!r} does not exist; give the folder that regpt train --out made")
     path = folder / "metrics.jsonl"
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(
             f"{str(folder)!r} has no metrics.jsonl, so it is not a run folder; give one that regpt train --out made"
         )
@@ -59,7 +60,7 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{path} has no row of kind 'train' yet; wait until the run has made a step")
     samples = folder / "samples.jsonl"
     return Run(
-        name=folder.resolve().name,
+        name=resolved(folder).name,
         config=read_document(folder / "config.toml", tomllib.loads),
         env=read_document(folder / "env.json", json.loads),
         train=train,
@@ -68,14 +69,14 @@ def read_run(folder: Path) -> Run:
         evals=of_kind(rows, "eval", "task", "metric"),
         updates=of_kind(rows, "updates"),
         events=of_kind(rows, "event", "name"),
-        samples=latest(read_rows(samples) if samples.is_file() else [], "prompt"),
+        samples=latest(read_rows(samples) if is_file(samples) else [], "prompt"),
         folder=folder,
     )
 
 
 def read_document(path: Path, loads: Callable[[str], Any]) -> Row:
     """The table in a TOML or JSON file; empty when the file is absent."""
-    if not path.is_file():
+    if not is_file(path):
         return {}
     try:
         document = loads(path.read_text(encoding="utf-8"))

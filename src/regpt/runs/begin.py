@@ -30,6 +30,8 @@ from regpt.data.prefetch import Prefetcher
 from regpt.errors import UserError
 from regpt.evals.config import EvalConfig
 from regpt.evals.specs import Spec
+from regpt.files import exists, is_file
+from regpt.files import resolved as whole_path
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize, load_weights, state_tensors
 from regpt.parallel.mesh import Mesh, open_mesh
@@ -82,7 +84,7 @@ def with_whole_paths(config: EvalConfig) -> EvalConfig:
 
     def whole(spec: Spec) -> Spec:
         path = Path(spec.argument)
-        return spec._replace(argument=str(path.resolve())) if spec.argument and path.exists() else spec
+        return spec._replace(argument=str(whole_path(path))) if spec.argument and exists(path) else spec
 
     return replace(config, tasks=",".join(str(whole(spec)) for spec in config.specs()))
 
@@ -206,7 +208,7 @@ def fork_config(source: Path) -> RunConfig:
     """
     if folders := checkpoints(source):
         raise UserError(f"--fork-from {str(source)!r} is a run; give one of its checkpoints, such as {folders[-1]}")
-    if not (source / STATE).is_file():
+    if not is_file(source / STATE):
         raise UserError(f"--fork-from {str(source)!r} is no checkpoint; give RUN/{CHECKPOINTS}/step-…")
     values = read_state(source / STATE).config
     if not values:

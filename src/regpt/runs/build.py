@@ -16,6 +16,7 @@ from regpt.data.rows import Rows, open_rows
 from regpt.data.stream import TokenStream, open_stream
 from regpt.errors import UsageError, UserError
 from regpt.evals.perplexity import count_rows
+from regpt.files import is_file
 from regpt.kernels.select import Kernels, choose, ops_of
 from regpt.model.ops import PLAIN, Ops
 from regpt.model.transformer import Transformer
@@ -55,7 +56,7 @@ class Corpus:
     def tokenizer(self) -> Tokenizer:
         """Opened when it is first asked for: batches need none."""
         first = self.folders[0]
-        return open_tokenizer(first.path if (first.path / "tokenizer.json").is_file() else first.manifest.tokenizer)
+        return open_tokenizer(first.path if is_file(first.path / "tokenizer.json") else first.manifest.tokenizer)
 
     @property
     def manifest_sha256(self) -> str:

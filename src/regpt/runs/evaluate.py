@@ -18,6 +18,7 @@ from regpt.evals.score import Progress, Scorer
 from regpt.evals.specs import Spec
 from regpt.evals.suite import Suite, open_suites
 from regpt.evals.task import Result, evaluate, refuse_long_endings
+from regpt.files import is_file, resolved
 from regpt.parallel.mesh import Mesh
 from regpt.runs.remote import on_this_machine
 from regpt.runs.validation import Part, Validated, folder_parts, own_sums, part_batches, result
@@ -144,10 +145,10 @@ def split_names(names: str) -> list[str]:
 
 def run_config(model: str) -> RunConfig | None:
     """Configuration of the run that `model` names, or whose checkpoint it names; None for another model."""
-    folder = Path(model).resolve()
+    folder = resolved(model)
     if folder.parent.name == "checkpoints":
         folder = folder.parents[1]
-    return read_config(str(folder / "config.toml")) if (folder / "config.toml").is_file() else None
+    return read_config(str(folder / "config.toml")) if is_file(folder / "config.toml") else None
 
 
 def data_folder(asked: Question, run: RunConfig | None) -> Path:

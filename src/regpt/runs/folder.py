@@ -17,6 +17,7 @@ from regpt.checkpoint.load import checkpoints
 from regpt.config import RunConfig, read_config
 from regpt.data.lock import locked
 from regpt.errors import UserError
+from regpt.files import exists, is_file, is_folder
 from regpt.parallel.mesh import Mesh
 
 CONFIG, LOCK = "config.toml", ".lock"
@@ -80,18 +81,18 @@ def replace_config(run: Path, config: RunConfig) -> None:
 
 
 def is_run(run: Path) -> bool:
-    return (run / CONFIG).is_file()
+    return is_file(run / CONFIG)
 
 
 def refuse_used_folder(run: Path, beside: Sequence[str] = ()) -> None:
     """Raise a UserError unless `run` can become the folder of a new run."""
-    if (run / CONFIG).exists():
+    if exists(run / CONFIG):
         raise UserError(
             f"{str(run)!r} already holds a run; go on with: regpt train --resume {run}, or choose another --out"
         )
-    if run.exists() and not run.is_dir():
+    if exists(run) and not is_folder(run):
         raise UserError(f"--out {str(run)!r} is a file; choose a folder that does not exist yet")
-    if run.is_dir() and any(path.name not in (*beside, LOCK, UNFINISHED, "env.json") for path in run.iterdir()):
+    if is_folder(run) and any(path.name not in (*beside, LOCK, UNFINISHED, "env.json") for path in run.iterdir()):
         raise UserError(f"{str(run)!r} is not empty; choose a folder for the run that does not exist yet")
 
 
@@ -102,7 +103,7 @@ def read_run_config(run: Path) -> RunConfig:
         UserError: the folder does not exist or holds no run.
     """
     path = run / CONFIG
-    if not path.is_file():
+    if not is_file(path):
         if is_run(run.parent.parent):
             raise UserError(
                 f"{str(run)!r} is no run but lies in one; go on with: regpt train --resume {run.parent.parent}, or "
@@ -113,7 +114,7 @@ def read_run_config(run: Path) -> RunConfig:
                 f"run folder {str(run)!r} has lost its {CONFIG}; restore it, or start a new run from its newest "
                 f"checkpoint with: regpt train --fork-from {folders[-1]} --out RUN2"
             )
-        what = f"holds no run (no {CONFIG})" if run.is_dir() else "does not exist"
+        what = f"holds no run (no {CONFIG})" if is_folder(run) else "does not exist"
         raise UserError(f"run folder {str(run)!r} {what}; start one with: regpt train RECIPE --data DIR --out {run}")
     return read_config(str(path))
 

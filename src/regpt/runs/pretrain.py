@@ -17,6 +17,7 @@ from regpt.checkpoint.manifest import MANIFEST, sha256
 from regpt.checkpoint.mirror import Mirror
 from regpt.checkpoint.store import is_address
 from regpt.config import RunConfig
+from regpt.files import exists, resolved
 from regpt.model.weights import count_parameters
 from regpt.parallel.mesh import Mesh
 from regpt.parallel.signals import EXIT_SAVED
@@ -94,7 +95,7 @@ def pretrain(
 ) -> int:
     """Start a run in the new folder `run`; the exit code. `facts` go into env.json, `beside` is as in `create_run`,
     `profile_steps` as in `runs.profile`. `run` is the staging folder of `remote`, where that is given."""
-    init_from = str(Path(init_from).resolve()) if init_from and Path(init_from).exists() else init_from
+    init_from = str(resolved(init_from)) if init_from and exists(init_from) else init_from
     with run_mesh(config) as mesh, ExitStack() as stack:
         parts = open_parts(config, mesh)
         start = start_new(parts, init_from)

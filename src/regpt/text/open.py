@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from regpt.errors import UserError, nearest
+from regpt.files import is_file, is_folder
 from regpt.text.bpe import BPETokenizer
 from regpt.text.gpt2 import load_gpt2
 from regpt.text.tokenizer import Tokenizer
@@ -20,9 +21,11 @@ def open_tokenizer(spec: str | Path) -> Tokenizer:
     if isinstance(spec, str) and spec in NAMED:
         return NAMED[spec]()
     path = Path(spec)
-    file = path / "tokenizer.json" if path.is_dir() else path
-    if not file.is_file():
-        missing = f"folder {path} holds no tokenizer.json" if path.is_dir() else f"there is no tokenizer {str(spec)!r}"
+    file = path / "tokenizer.json" if is_folder(path) else path
+    if not is_file(file):
+        missing = (
+            f"folder {path} holds no tokenizer.json" if is_folder(path) else f"there is no tokenizer {str(spec)!r}"
+        )
         raise UserError(f"{missing}; give gpt2, a tokenizer.json or the folder of one{nearest(str(spec), NAMED)}")
     try:
         text = file.read_bytes().decode()  # bytes: a newline that Python translates would change the hash

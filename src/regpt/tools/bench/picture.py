@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regpt.errors import UsageError, UserError
+from regpt.files import is_folder
 from regpt.tools.bench.tables import figure_of
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def check_picture(path: Path) -> None:
     """Raise what `draw_ladder` would for the name of the file or a missing package, before any work."""
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"--out {str(path)!r} has no known kind of picture; end it in {' or '.join(SUFFIXES)}")
-    if not path.absolute().parent.is_dir():
+    if not is_folder(path.absolute().parent):
         raise UserError(f"--out {path}: the folder does not exist; make it first")
     try:
         import matplotlib  # noqa: F401
