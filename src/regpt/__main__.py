@@ -106,7 +106,9 @@ def unusable_place(error: Exception) -> str | None:
     if not isinstance(error, OSError) or error.errno not in PLACES:
         return None
     where = f" {error.filename!r}" if error.filename else ""
-    return f"cannot use the place{where} ({error.strerror}); give another name or folder, or mend its disk or permissions"
+    return (
+        f"cannot use the place{where} ({error.strerror}); give another name or folder, or mend its disk or permissions"
+    )
 
 
 def device_is_lost(error: Exception) -> bool:

@@ -34,7 +34,9 @@ def status(path: str | Path) -> os.stat_result | None:
     except OSError as error:
         if error.errno in ABSENT:
             return None
-        raise UserError(f"cannot look at {str(path)!r} ({error.strerror}); check its permissions and its disk") from None
+        raise UserError(
+            f"cannot look at {str(path)!r} ({error.strerror}); check its permissions and its disk"
+        ) from None
 
 
 def exists(path: str | Path) -> bool:

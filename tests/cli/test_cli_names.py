@@ -2,7 +2,7 @@
 
 import pytest
 
-NAMES = {"too long": "a" * 5000, "too deep": "a/" * 6000, "NUL": "a\0b", "NUL in a glob": "a\0/*.jsonl"}
+NAMES = {"too long": "a" * 5000, "NUL": "a\0b/*.jsonl"}
 PLACES = """
 sample NAME --prompt x
 sample NAME:/x --prompt x
@@ -80,7 +80,7 @@ def test_a_name_that_no_file_system_takes_is_refused_in_one_sentence(
     words = []
     for word in typed.split():
         words += tiny_flags[2:] if word == "TINY" else [str(known.get(word, word.replace("NAME", name)))]
-    code, out, err = regpt(*words)
+    code, _out, err = regpt(*words)
     assert code in (1, 2)
     assert err.splitlines()[-1].startswith("regpt: ")  # some show their progress first
     assert "traceback in" not in err
