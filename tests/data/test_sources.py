@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regpt.data.formats import Part, parts_of, read_documents
+from regpt.data.document import Part
+from regpt.data.formats import parts_of, read_documents
 from regpt.data.sources import find_files
 from regpt.errors import UserError
 

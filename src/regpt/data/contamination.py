@@ -15,8 +15,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from regpt.data.formats import ALLOWED, JSONL, PARQUET, decode, decompressed, opened_parquet, suffix_of
+from regpt.data.compression import decompressed
+from regpt.data.formats import ALLOWED, JSONL, PARQUET, decode, suffix_of
 from regpt.data.grams import WordCodes, grams
+from regpt.data.parquet import opened_parquet
 from regpt.data.sources import sha256_of
 from regpt.errors import UserError
 from regpt.files import is_file

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
-from regpt.data.formats import Document
+from regpt.data.document import Document
 from regpt.data.sources import DownloadProgress, Source
 from regpt.errors import UserError
 

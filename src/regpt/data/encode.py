@@ -16,8 +16,8 @@ from typing import Any
 
 from regpt.data.contamination import load_evaluations
 from regpt.data.corpus import cut_in_two, fraction
+from regpt.data.document import Document
 from regpt.data.duplicates import Signatures
-from regpt.data.formats import Document
 from regpt.data.grams import WordCodes
 from regpt.data.partition import Partition, Reading, Split
 from regpt.data.parts import Counts, Piece, SignatureFile, SplitFiles, place

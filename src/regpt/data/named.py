@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from regpt.data.document import Document, Part
 from regpt.data.download import PATIENCE, Checksum, Patience
-from regpt.data.formats import Document, Part
 from regpt.data.pydocs import pydocs
 from regpt.data.remote import RemoteFile, RemoteOptions, find_remote, is_remote
 from regpt.data.sources import DownloadProgress, Source, SourceFile, find_files, sha256_of

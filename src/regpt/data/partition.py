@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from regpt.data.formats import Part
+from regpt.data.document import Part
 from regpt.data.sources import Source, SourceFile
 from regpt.errors import UserError
 

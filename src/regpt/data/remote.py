@@ -17,8 +17,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar
 
 from regpt.data.buckets import list_bucket, open_bucket
+from regpt.data.document import Document, Part
 from regpt.data.download import PATIENCE, Checksum, Patience, compare, download, persistently
-from regpt.data.formats import ALLOWED, Document, Part, suffix_of
+from regpt.data.formats import ALLOWED, suffix_of
 from regpt.data.hub import authorization, kept_by_hub, list_dataset
 from regpt.data.sources import Download, DownloadProgress, Source, SourceFile
 from regpt.data.web import open_http, probe, shown

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from regpt.data.formats import ALLOWED, Document, Part, parts_of, read_documents, suffix_of
+from regpt.data.document import Document, Part
+from regpt.data.formats import ALLOWED, parts_of, read_documents, suffix_of
 from regpt.errors import UserError, nearest
 from regpt.files import is_file, is_folder, matching
 

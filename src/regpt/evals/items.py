@@ -7,7 +7,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from regpt.data.formats import JSONL, decode, decompressed, suffix_of
+from regpt.data.compression import decompressed
+from regpt.data.formats import JSONL, decode, suffix_of
 from regpt.errors import UserError
 from regpt.files import is_file
 

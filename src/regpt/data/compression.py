@@ -1,0 +1,69 @@
+"""Compressed files → their bytes, as a stream; damage is a UserError that names the file."""
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from regpt.errors import UserError
+
+ZSTD_BLOCK = 1 << 14  # compressed bytes at a time: their content, up to thousands of times larger, is in memory
+
+
+@contextmanager
+def decompressed(raw: BinaryIO, path: Path) -> Iterator[Iterable[bytes]]:
+    """Lines of `raw`, decompressed as the name of `path` says; damage is a UserError."""
+    if path.name.lower().endswith(".gz"):
+        reader, damage = gzip.GzipFile(fileobj=raw), (gzip.BadGzipFile, EOFError, zlib.error)
+    else:
+        zstandard = import_zstandard(path)
+        reader, damage = io.BufferedReader(ZstdFrames(raw, zstandard), ZSTD_BLOCK), (EOFError, zstandard.ZstdError)
+    try:
+        with reader:
+            if not path.stat().st_size:
+                raise EOFError("it is empty")
+            yield reader
+    except damage as error:
+        raise UserError(f"{path} is damaged: it does not decompress ({error})") from None
+
+
+class ZstdFrames(io.RawIOBase):
+    """The content of Zstandard frames, one after another; zstandard's own reader takes a cut file for a whole one."""
+
+    def __init__(self, raw: BinaryIO, zstandard: Any) -> None:
+        self._raw, self._new_frame = raw, zstandard.ZstdDecompressor().decompressobj
+        self._frame, self._packed, self._content = None, b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._content and self._advance():
+            pass
+        count = min(len(buffer), len(self._content))
+        buffer[:count], self._content = self._content[:count], self._content[count:]
+        return count
+
+    def _advance(self) -> bool:
+        """Decompress some more; False at the end."""
+        self._packed = self._packed or self._raw.read(ZSTD_BLOCK)
+        if not self._packed:
+            if self._frame:
+                raise EOFError("it ends inside a frame")
+            return False
+        self._frame = self._frame or self._new_frame()
+        self._content = memoryview(self._frame.decompress(self._packed))
+        self._packed = self._frame.unused_data if self._frame.eof else b""
+        self._frame = None if self._frame.eof else self._frame
+        return True
+
+
+def import_zstandard(path: Path) -> Any:
+    try:
+        import zstandard
+    except ImportError:
+        raise UserError(f"reading {path} needs zstandard; install it with: pip install 'regpt[data]'") from None
+    return zstandard
