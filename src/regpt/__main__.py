@@ -2,6 +2,7 @@
 
 import atexit
 import errno
+import faulthandler
 import os
 import select
 import sys
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = [arg for arg in args if arg != "--debug"]
     if argv is None and args[:1] == ["train"]:
         leave_when_terminated()  # before what takes seconds to import
+        if sys.__stderr__ is not None:
+            faulthandler.enable()  # a crash in native code (a shard cut in the middle of a read) names its line
     try:
         return dispatch(args)
     except UserError as error:

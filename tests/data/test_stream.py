@@ -1,6 +1,7 @@
 """The endless stream, against a reference that concatenates documents epoch after epoch."""
 
 import dataclasses
+import os
 import tracemalloc
 from functools import partial
 
@@ -100,6 +101,18 @@ def test_a_shard_is_mapped_and_not_read(tmp_path, order):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**22
+
+
+@pytest.mark.parametrize("order", ["shuffle", "sequential"])
+def test_a_shard_that_is_cut_while_it_is_read_is_named(write_shards, order):
+    folder, manifest, _ = write_shards([5000] * 4)
+    stream = open_stream(folder, manifest, "train", order, 0)
+    stream.tokens(0, 10_000)
+    os.truncate(folder / "train-00000.bin", 100)
+    with pytest.raises(
+        UserError, match=r"shard .*train-00000\.bin has been cut to 100 of [\d,]+ bytes while it was read"
+    ):
+        stream.tokens(10_000, 20_000)
 
 
 def test_a_token_outside_the_vocabulary_is_an_error_that_names_the_folder(write_shards):

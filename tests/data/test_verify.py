@@ -10,7 +10,7 @@ import pytest
 
 from regpt.data.manifest import read_manifest
 from regpt.data.prepare import prepare
-from regpt.data.verify import verify
+from regpt.data.verify import verify, verify_small
 from regpt.errors import UserError
 from regpt.text.bpe import train_bpe
 
@@ -51,6 +51,18 @@ def test_one_changed_bit_is_found_in_any_file(folder, name):
     data[3] ^= 1
     (folder / name).write_bytes(data)
     assert verify(folder) == [f"{folder / name} is damaged: its SHA-256 is not the manifest's"]
+
+
+@pytest.mark.parametrize("name", ["train-00001.bin", "train-00000.idx", "val-00000.bin"])
+def test_small_shards_are_compared_before_a_run_and_large_ones_are_not(folder, name):
+    manifest, data = read_manifest(folder), bytearray((folder / name).read_bytes())
+    total = sum(path.stat().st_size for kind in ("*.bin", "*.idx") for path in folder.glob(kind))
+    assert verify_small(folder, manifest) == verify_small(folder, manifest, total) == total
+    data[3] ^= 1
+    (folder / name).write_bytes(data)
+    with pytest.raises(UserError, match=rf"{name} is damaged: its SHA-256 is not the manifest's; restore the file"):
+        verify_small(folder, manifest)
+    assert verify_small(folder, manifest, total - 1) is None
 
 
 @pytest.mark.parametrize("name", ["train-00001.bin", "val-00000.idx"])

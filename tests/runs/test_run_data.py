@@ -16,7 +16,7 @@ from regpt.data.mixture import MixedRows
 from regpt.errors import UsageError, UserError
 from regpt.parallel.mesh import Mesh
 from regpt.runs.build import build_loader, count_validation_rows, mask_token, open_corpus, validation_parts
-from regpt.runs.pretrain import pretrain, resume
+from regpt.runs.pretrain import check, pretrain, resume
 from regpt.runs.validation import part_batches
 
 CPU = torch.device("cpu")
@@ -42,6 +42,22 @@ def test_a_mixture_is_read_in_its_shares(two_folders):
     loader = build_loader(config, corpus, Mesh(0, 1, CPU))
     read = [tokens / corpus.folders[0].manifest.tokens("train") for tokens in (3 * 64 * 2, 64 * 2)]
     assert loader.epochs(8) == pytest.approx(read)
+
+
+def test_a_flipped_bit_in_small_shards_is_found_before_a_run_and_large_ones_are_named(two_folders, monkeypatch, capsys):
+    config = mixed_config(two_folders)
+    check(config, None)
+    assert capsys.readouterr().err == ""
+    first, second = (Path(path) for path in two_folders)
+    data = bytearray((second / "train-00000.bin").read_bytes())
+    data[10] ^= 1
+    (second / "train-00000.bin").write_bytes(data)
+    with pytest.raises(UserError, match=r"second/train-00000\.bin is damaged"):
+        check(config, None)
+    room = sum(path.stat().st_size for path in first.glob("*-0*"))
+    monkeypatch.setattr("regpt.runs.build.SMALL_BYTES", room)
+    check(config, None)
+    assert capsys.readouterr().err.startswith(f"{second}: too large to be compared with its SHA-256 here")
 
 
 def test_a_run_on_a_mixture_ends_with_its_epochs_and_can_be_repeated_and_resumed(two_folders, tmp_path):

@@ -14,6 +14,7 @@ from regpt.data.manifest import Manifest, read_manifest
 from regpt.data.mixture import MixedRows, whole_shares
 from regpt.data.rows import Rows, open_rows
 from regpt.data.stream import TokenStream, open_stream
+from regpt.data.verify import SMALL_BYTES, verify_small
 from regpt.errors import UsageError, UserError
 from regpt.evals.perplexity import count_rows
 from regpt.files import is_file
@@ -88,6 +89,19 @@ class Corpus:
         """UTF-8 bytes of the documents of a split; None where a folder does not say."""
         known = [folder.manifest.text_bytes.get(split) for folder in self.folders]
         return sum(n for n in known if n is not None) if None not in known else None
+
+    def verify_small(self) -> list[Path]:
+        """Compare the shards of folders with little data with their SHA-256; the folders with more, which are not read.
+
+        Raises:
+            UserError: a damaged file.
+        """
+        left, unread = SMALL_BYTES, []
+        for folder in self.folders:
+            read = verify_small(folder.path, folder.manifest, left)
+            left -= read or 0
+            unread += [folder.path] if read is None else []
+        return unread
 
     def tokens(self, split: str) -> int:
         return sum(folder.manifest.tokens(split) for folder in self.folders)

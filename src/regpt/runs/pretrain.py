@@ -1,5 +1,6 @@
 """Pretraining: configuration → objects → `Trainer.fit`."""
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -72,6 +73,9 @@ def check(config: RunConfig, run: Path | None, processes: int = 1) -> None:
     if run is not None:
         refuse_used_folder(run)
     corpus = open_corpus(config)
+    for folder in corpus.verify_small():
+        said = f"{folder}: too large to be compared with its SHA-256 here; that does: regpt data verify {folder}"
+        print(said, file=sys.stderr)
     make_schedule(config.optim, config.train.steps)
     build_loader(config, corpus, Mesh(0, processes, torch.device("cpu")))
     count_validation_rows(config, corpus)
