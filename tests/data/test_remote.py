@@ -316,7 +316,7 @@ def test_a_file_that_huggingface_hub_keeps_is_not_downloaded_again(hub, options,
         ("hf://datasets/owner/nothing/*.txt", r"could not be read: the server answered 404 Not Found; check the name"),
         ("hf://owner/name/a.txt", "no address of a data set; write hf://datasets/OWNER/NAME/PATH"),
         ("hf://datasets/owner/na..me/a.txt", "no address of a data set"),
-        ("hf://datasets/owner/name/*", r"readme\.pdf is of a kind that is not read; allowed are \.txt"),
+        ("hf://datasets/owner/name/*", r"readme\.pdf' is of a kind that is not read; allowed are \.txt"),
         (
             "ftp2://host/a.txt",
             r"of a kind that is not read; give hf://datasets/…, https://…, s3://…, gs://… or a local",

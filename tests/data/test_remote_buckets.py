@@ -148,7 +148,7 @@ def test_google_and_amazon_are_read_by_file_folder_and_glob(served, options):
     [
         ("bkt/none.txt", r"bkt/none\.txt could not be read: there is no such file"),
         ("other/a.txt", r"other/a\.txt could not be read: there is no such file"),
-        ("bkt/d/z.csv", r"z\.csv is of a kind that is not read"),
+        ("bkt/d/z.csv", r"z\.csv' is of a kind that is not read"),
         ("bkt/*.md", r"no file matches .*://bkt/\*\.md"),
     ],
 )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from regpt.cli.data_prepare import print_left_out
 from regpt.cli.parse import parse
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def print_imported(out: str, manifest: Manifest) -> None:
     for source in manifest.sources:
         name, tokens, split = source["file"], source["tokens"], source["split"]
         print(f"{name}: {tokens:,} tokens in the format of {source['format']}, for {split}")
+    print_left_out(manifest.left_out)
     for split, inserted in manifest.options["inserted_eot"].items():
         if inserted:
             print(f"{split}: inserted one end-of-text token in front, because a document must start with it")

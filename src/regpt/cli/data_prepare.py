@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -158,11 +159,20 @@ class ProgressLine:
         self._progress.update(self._task, done=shown + self._download)
 
 
+def print_left_out(left_out: Mapping[str, int]) -> None:
+    """One line on the files that were found and not read."""
+    from regpt.data.listing import counted
+
+    if left_out:
+        print(f"left out {counted(left_out)}")
+
+
 def print_prepared(out: str, manifest: Manifest) -> None:
     for split in ("train", "val"):
         if shards := manifest.split(split):
             tokens, documents = manifest.tokens(split), manifest.documents(split)
             print(f"{split:5}  {documents:>12,} documents  {tokens:>15,} tokens  {len(shards):>4} shards")
+    print_left_out(manifest.left_out)
     if empty := sum(source["empty"] for source in manifest.sources):
         print(f"left out {empty:,} empty documents")
     for reason, count in manifest.removed.items():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from regpt.cli.data_prepare import cache_folder
+from regpt.cli.data_prepare import cache_folder, print_left_out
 from regpt.cli.parse import parse
 from regpt.errors import UsageError, UserError, nearest
 
@@ -54,14 +54,16 @@ def train_main(args: list[str]) -> int:
     file = Path(given.out) / "tokenizer.json"
     if file.exists():
         raise UserError(f"{file} exists already; choose another --out or delete it")
-    from regpt.data.named import NamedOptions, open_sources
+    from regpt.data.named import NamedOptions, list_sources
     from regpt.data.write import write_file
     from regpt.text.bpe import train_bpe
 
     if not given.sources:
         raise UsageError("no SOURCE given; give files, folders, globs or a named set")
     named = NamedOptions(cache=cache_folder(), file=Path(given.file) if given.file else None)
-    sources = open_sources(given.sources, named)
+    listing = list_sources(given.sources, options=named)
+    sources = listing.train
+    print_left_out(listing.left_out)
     tokenizer = train_bpe(shown(sources, given.text_column), given.vocab_size)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_file(file, tokenizer.to_json().encode())

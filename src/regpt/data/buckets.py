@@ -29,15 +29,17 @@ class BucketFile(NamedTuple):
     version: str
 
 
-def list_bucket(source: str, patience: Patience) -> tuple[list[BucketFile], bool]:
-    """The files that `source` names, and whether it is a folder.
+def list_bucket(source: str, patience: Patience) -> tuple[list[BucketFile], str | None]:
+    """The files that `source` names, and the folder that it is.
 
     Raises:
         UserError: a scheme that is not known, a package that is missing, no access, no network, nothing there.
     """
     fs, path = file_system(source)
     infos, is_folder = persistently(lambda: describe(fs, path), source, patience)
-    return [bucket_file(fs.unstrip_protocol(name), info) for name, info in infos.items()], is_folder
+    return [bucket_file(fs.unstrip_protocol(name), info) for name, info in infos.items()], fs.unstrip_protocol(
+        path
+    ) if is_folder else None
 
 
 def describe(fs: Any, path: str) -> tuple[dict[str, dict[str, Any]], bool]:
@@ -69,10 +71,14 @@ def connect(address: str, doing: str = "reading", **options: Any) -> tuple[Any, 
     """fsspec's file system for an address of a scheme that it knows, with these options, and the path in it.
 
     Raises:
-        UserError: a package that is missing, or a server that cannot be reached; `doing` begins the sentence.
+        UserError: no bucket in the address, a package that is missing, or a server that cannot be reached; `doing`
+            begins the sentence.
     """
     fsspec, known_implementations = import_fsspec(address, doing)
-    scheme = address.split("://")[0].lower()
+    scheme, path = address.split("://", 1)
+    scheme = scheme.lower()
+    if scheme in PACKAGES and not path.split("/")[0]:
+        raise UserError(f"{address} names no bucket; an address looks like {scheme}://BUCKET/PATH")
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints the traceback of what it raises
     try:
         return fsspec.url_to_fs(address, **options)

@@ -21,8 +21,9 @@ ALLOWED = ", ".join(SUFFIXES)
 SNIFFED = 8000  # bytes in which git, too, looks for a zero to tell binary files from text
 
 
-def suffix_of(path: Path) -> str | None:
-    return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
+def suffix_of(name: str | Path) -> str | None:
+    """The ending by which a file of this name is read; None for other kinds."""
+    return next((suffix for suffix in SUFFIXES if str(name).lower().endswith(suffix)), None)
 
 
 def parts_of(path: Path, target_bytes: int) -> list[Part]:

@@ -28,8 +28,8 @@ class HubFile(NamedTuple):
     address: str
 
 
-def list_dataset(source: str, endpoint: str | None, patience: Patience) -> tuple[list[HubFile], bool]:
-    """The files that `source` names, at the commit that its revision means now, and whether it is a folder.
+def list_dataset(source: str, endpoint: str | None, patience: Patience) -> tuple[list[HubFile], str | None]:
+    """The files that `source` names, at the commit that its revision means now, and the folder that it is.
 
     Raises:
         UserError: no such address, data set, revision or file; no access; no network; huggingface_hub is missing.
@@ -44,18 +44,18 @@ def list_dataset(source: str, endpoint: str | None, patience: Patience) -> tuple
     path = (match["path"] or "").strip("/")
     try:
         commit = persistently(lambda: api.dataset_info(repo, revision=revision).sha, source, patience)
-        entries, is_folder = persistently(lambda: tree(api, repo, commit, path), source, patience)
+        entries, root = persistently(lambda: tree(api, repo, commit, path), source, patience)
     except hub.errors.HFValidationError as error:
         raise UserError(f"{source} is no address of a data set ({error}); {how}") from None
     url, place = f"hf://datasets/{repo}@{commit}/", {"repo_type": "dataset", "revision": commit, "endpoint": endpoint}
     return [
         HubFile(entry.path, *size_and_hash(entry), url + entry.path, hub.hf_hub_url(repo, entry.path, **place))
         for entry in entries
-    ], is_folder
+    ], root
 
 
-def tree(api: Any, repo: str, commit: str, path: str) -> tuple[list[Any], bool]:
-    """huggingface_hub's description of each file that `path` names, and whether it is a folder."""
+def tree(api: Any, repo: str, commit: str, path: str) -> tuple[list[Any], str | None]:
+    """huggingface_hub's description of each file that `path` names, and the folder that it is."""
     place = {"repo_id": repo, "revision": commit, "repo_type": "dataset"}
     matches, folder = None, path
     if found := MAGIC.search(path):
@@ -65,10 +65,10 @@ def tree(api: Any, repo: str, commit: str, path: str) -> tuple[list[Any], bool]:
     elif path:
         known = [entry for entry in api.get_paths_info(paths=[path], **place) if hasattr(entry, "size")]
         if known:
-            return known, False
+            return known, None
     entries = api.list_repo_tree(path_in_repo=folder or None, recursive=True, **place)
     files = [entry for entry in entries if hasattr(entry, "size")]  # a folder has none
-    return [file for file in files if not matches or matches.match(file.path)], matches is None
+    return [file for file in files if not matches or matches.match(file.path)], None if matches else path
 
 
 def size_and_hash(entry: Any) -> tuple[int, Checksum | None]:

@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,30 +68,29 @@ def import_tokens(
         raise UserError("no PATH given; give files, folders or globs of .npy or .bin")
     if shard_tokens < 1:
         raise UserError(f"shard tokens is {shard_tokens}, must be at least 1")
-    splits = split_files(given, val, file_format, tokenizer.n_vocab)
+    left_out: Counter[str] = Counter()
+    splits = split_files(given, val, file_format, tokenizer.n_vocab, left_out)
     files = [file for group in splits.values() for file in group]
     if guessed_tokenizer:
         check_vocabulary(files)
     check_out(out)
     with new_folder(out) as folder:
         copy = Copy(folder, tokenizer, shard_tokens, sum(file.tokens for file in files), progress)
-        return write_folder(copy, splits, tokenizer, "sources" if val else "names")
+        return write_folder(copy, splits, tokenizer, "sources" if val else "names", left_out)
 
 
 def split_files(
-    given: Sequence[str], val: Sequence[str], file_format: str | None, n_vocab: int
+    given: Sequence[str], val: Sequence[str], file_format: str | None, n_vocab: int, left_out: Counter[str]
 ) -> dict[Split, list[TokenFile]]:
     """The files of each split; one that `val` names may also lie in a folder of `given`."""
-    held_out = find_token_files(val, file_format, n_vocab)
-    paths = {file.path.resolve() for file in held_out}
-    others = [file for file in find_token_files(given, file_format, n_vocab) if file.path.resolve() not in paths]
+    others, held_out = find_token_files(given, val, file_format, n_vocab, left_out)
     if not val:
         held_out = [file for file in others if VAL_NAME.search(file.path.stem.lower())]
         others = [file for file in others if file not in held_out]
     if not others:
+        why = "every file is held out by --val" if val else "every file has val in its name"
         raise UserError(
-            "every file has val in its name, so none is left to train on; give the training files too, "
-            "or say which files validate with --val"
+            f"{why}, so none is left to train on; give the training files too, or say which files validate with --val"
         )
     return {"train": others, "val": held_out}
 
@@ -102,7 +102,13 @@ def check_out(out: Path) -> None:
         raise UserError(f"--out {out} exists already; choose another name or delete it")
 
 
-def write_folder(copy: "Copy", splits: dict[Split, list[TokenFile]], tokenizer: Tokenizer, val_rule: str) -> Manifest:
+def write_folder(
+    copy: "Copy",
+    splits: dict[Split, list[TokenFile]],
+    tokenizer: Tokenizer,
+    val_rule: str,
+    left_out: Counter[str],
+) -> Manifest:
     shards = [*copy.split("train", splits["train"]), *copy.split("val", splits["val"])]
     if tokenizer.name not in NAMED:
         write_file(copy.folder / "tokenizer.json", tokenizer.to_json().encode())
@@ -117,6 +123,7 @@ def write_folder(copy: "Copy", splits: dict[Split, list[TokenFile]], tokenizer: 
         text_bytes=copy.text_bytes,
         sources=tuple(copy.records),
         options=options,
+        left_out=dict(left_out),
     )
     write_file(copy.folder / "manifest.json", manifest.to_json().encode())
     sync_folder(copy.folder)

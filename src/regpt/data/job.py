@@ -5,7 +5,7 @@ import functools
 import itertools
 import platform
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,12 +18,13 @@ from regpt.data.contamination import Evaluations
 from regpt.data.corpus import Unusable, check_splits, check_texts
 from regpt.data.encode import encode_partition
 from regpt.data.manifest import Manifest, Shard
+from regpt.data.named import Listing
 from regpt.data.partition import Partition, Split, partitions, target_bytes
 from regpt.data.parts import Counts, load_summary
 from regpt.data.placement import Placement
 from regpt.data.remote import localized
 from regpt.data.settings import Settings
-from regpt.data.sources import DownloadProgress, Source
+from regpt.data.sources import DownloadProgress
 from regpt.data.summary import Summary
 from regpt.data.workers import Finished, Pool, encode_here
 from regpt.data.write import move_file, remove_leftovers, sync_folder, write_file
@@ -77,14 +78,14 @@ class Job:
         """Only where this process encodes."""
         return accelerate(self.tokenizer, self.work) if self._fast else self.tokenizer
 
-    def run(self, sources: Sequence[Source], val_sources: Sequence[Source]) -> Manifest:
-        everything = [*sources, *val_sources]
+    def run(self, listing: Listing) -> Manifest:
+        everything = [*listing.train, *listing.val]
         self._total = max(1, sum(source.bytes for source in everything))
         if self._fast:
             save_model(self.tokenizer, self.work)  # for other processes
         elif left := find_model(self.work):  # by an attempt that had the package
             left.unlink()
-        splits: Sequence[Split] = ("train",) * len(sources) + ("val",) * len(val_sources)
+        splits: Sequence[Split] = ("train",) * len(listing.train) + ("val",) * len(listing.val)
         here = zip(localized(everything, self.download), splits)
         plan = partitions(here, target_bytes(self._total), self.settings.key())
         state, plan = self._earlier(plan)
@@ -98,7 +99,7 @@ class Job:
         except Unusable:
             self._give_up()
             raise
-        return self._finish(shards, assembly.summary)
+        return self._finish(shards, assembly.summary, listing.left_out)
 
     def _earlier(self, plan: Iterator[Partition]) -> tuple[State, Iterator[Partition]]:
         """What finished shards hold, if the partitions that they were made from are still those of the plan."""
@@ -181,7 +182,7 @@ class Job:
                 path.unlink()
         remove_leftovers(self.out)
 
-    def _finish(self, shards: list[Shard], summary: Summary) -> Manifest:
+    def _finish(self, shards: list[Shard], summary: Summary, left_out: Mapping[str, int]) -> Manifest:
         """Write what belongs to the shards; the manifest last."""
         if self.tokenizer.name not in NAMED:
             write_file(self.out / "tokenizer.json", self.tokenizer.to_json().encode())
@@ -206,6 +207,7 @@ class Job:
                 "decontaminate": list(self.evaluations.files) if self.evaluations else [],
             },
             removed=summary.removed,
+            left_out=dict(left_out),
             made_with={
                 "regpt": regpt.__version__,
                 "python": platform.python_version(),

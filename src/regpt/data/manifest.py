@@ -59,6 +59,7 @@ class Manifest:
         sources: where the text came from; one object a source, with at least `source`.
         options: the options that shaped the bytes.
         removed: documents and bytes that the options left out, by reason.
+        left_out: files that were found and not read, by kind.
         made_with: versions of what wrote the folder; other versions write the same shards.
     """
 
@@ -74,6 +75,7 @@ class Manifest:
     sources: tuple[dict[str, Any], ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     removed: dict[str, dict[str, int]] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
     made_with: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import platform
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from regpt.data.document import Document, Part
 from regpt.data.download import PATIENCE, Checksum, Patience
+from regpt.data.listing import split_once
 from regpt.data.pydocs import pydocs
 from regpt.data.remote import RemoteFile, RemoteOptions, find_remote, is_remote
 from regpt.data.sources import DownloadProgress, Source, SourceFile, find_files, sha256_of
@@ -69,6 +71,10 @@ class TextSet:
     def bytes(self) -> int:
         return sum(len(text.encode()) for text in self.texts)
 
+    @property
+    def identity(self) -> str:
+        return self.source
+
     def localize(self, progress: DownloadProgress | None = None) -> "TextSet":
         return self
 
@@ -84,23 +90,45 @@ class TextSet:
         return (Document(text, len(text.encode())) for text in self.texts)
 
 
-def open_sources(given: Sequence[str], options: NamedOptions = NAMED_OPTIONS) -> list[Source]:
-    """Everything that the user's SOURCE arguments name, in the order given; remote files are not downloaded yet.
+@dataclass(frozen=True)
+class Listing:
+    """What a command reads: every file once, in the split it belongs to; `left_out` counts the others by kind."""
+
+    train: list[Source]
+    val: list[Source]
+    left_out: Counter[str]
+
+
+def list_sources(given: Sequence[str], val: Sequence[str] = (), options: NamedOptions = NAMED_OPTIONS) -> Listing:
+    """Everything that the SOURCE arguments name, in the order given; remote files are not downloaded yet.
 
     Raises:
-        UserError: nothing readable under one of them, or a place that cannot be reached.
+        UserError: nothing readable under one of them, a place that cannot be reached, or all of it is held out.
     """
-    return [found for source in given for found in open_source(source, options)]
+    left_out: Counter[str] = Counter()
+    opened = (open_sources(given, options, left_out), open_sources(val, options, left_out))
+    train, held_out = split_once(*opened, lambda source: source.identity, left_out)
+    if opened[0] and not train:
+        raise UserError("every source is held out by --val, so nothing is left to train on; give other files too")
+    return Listing(train, held_out, left_out)
 
 
-def open_source(source: str, options: NamedOptions) -> Sequence[Source]:
+def open_sources(
+    given: Sequence[str], options: NamedOptions = NAMED_OPTIONS, left_out: Counter[str] | None = None
+) -> list[Source]:
+    """The files of each SOURCE, which may repeat; see `list_sources`."""
+    left_out = Counter() if left_out is None else left_out
+    return [found for source in given for found in open_source(source, options, left_out)]
+
+
+def open_source(source: str, options: NamedOptions, left_out: Counter[str]) -> Sequence[Source]:
     if source == "pydocs":
         return [python_docs()]
     if source == "tinyshakespeare":
         return [local_shakespeare(options.file) if options.file else remote_shakespeare(options)]
     if source in HUB_SETS:
-        return find_remote(HUB_SETS[source], options.remote, source)
-    return find_remote(source, options.remote) if is_remote(source) else find_files(source)
+        return find_remote(HUB_SETS[source], options.remote, left_out, source)
+    return find_remote(source, options.remote, left_out) if is_remote(source) else find_files(source, left_out)
 
 
 @functools.cache

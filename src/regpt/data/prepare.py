@@ -20,7 +20,7 @@ from regpt.data.corpus import default_fraction, split_rule
 from regpt.data.job import Job, Progress
 from regpt.data.lock import locked
 from regpt.data.manifest import Manifest
-from regpt.data.named import NAMED_OPTIONS, NamedOptions, open_sources
+from regpt.data.named import NAMED_OPTIONS, NamedOptions, list_sources
 from regpt.data.placement import Placement, count_workers, start_pool
 from regpt.data.settings import Filters, Settings
 from regpt.data.sources import DownloadProgress
@@ -77,7 +77,8 @@ def prepare(
     placement = Placement(workers, executor, address, encoder)
     check_options(sources, val_fraction, shard_tokens, filters, placement)
     check_out(out)
-    opened, val_opened = open_sources(sources, named), open_sources(val_sources, named)
+    listing = list_sources(sources, val_sources, named)
+    opened, val_opened = listing.train, listing.val
     count = count_workers(placement, filters)
     try:
         with start_pool(count, placement, [*opened, *val_opened], tokenizer) or contextlib.nullcontext() as pool:
@@ -88,7 +89,7 @@ def prepare(
             places = (out, out / WORK, tokenizer, settings, shard_tokens, placement)
             job = Job(*places, count, pool, evaluations, progress, download)
             with in_work_folder(job.work, out, settings, evaluations, restart):
-                return job.run(opened, val_opened)
+                return job.run(listing)
     except (DiskFull, OSError) as error:
         if isinstance(error, OSError) and error.errno not in FULL:
             raise

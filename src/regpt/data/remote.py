@@ -8,7 +8,7 @@ import hashlib
 import re
 import threading
 import urllib.parse
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -21,7 +21,8 @@ from regpt.data.document import Document, Part
 from regpt.data.download import PATIENCE, Checksum, Patience, compare, download, persistently
 from regpt.data.formats import ALLOWED, suffix_of
 from regpt.data.hub import authorization, kept_by_hub, list_dataset
-from regpt.data.sources import Download, DownloadProgress, Source, SourceFile
+from regpt.data.listing import choose, without_hidden
+from regpt.data.sources import TEXT_FILES, Download, DownloadProgress, Source, SourceFile
 from regpt.data.web import open_http, probe, shown
 from regpt.errors import UserError
 
@@ -64,6 +65,10 @@ class RemoteFile:
     checksum: Checksum | None = None
     version: str = ""
     advice: str = ""
+
+    @property
+    def identity(self) -> str:
+        return self.address
 
     def localize(self, progress: DownloadProgress | None = None) -> SourceFile:
         if found := self._in_hub_cache():
@@ -138,7 +143,9 @@ def is_remote(source: str) -> bool:
     return bool(SCHEME.match(source))
 
 
-def find_remote(address: str, options: RemoteOptions, source: str | None = None) -> list[Source]:
+def find_remote(
+    address: str, options: RemoteOptions, left_out: Counter[str], source: str | None = None
+) -> list[Source]:
     """The files at `address`: one file, a folder (recursively) or a glob, in the order of their names.
 
     `source` is what the user typed for it, if that is not the address.
@@ -151,15 +158,15 @@ def find_remote(address: str, options: RemoteOptions, source: str | None = None)
         return [find_over_http(address, options)]
     patience, source = listing_patience(options), source or address
     if scheme == "hf":
-        on_hub, is_folder = list_dataset(address, options.endpoint, patience)
+        on_hub, root = list_dataset(address, options.endpoint, patience)
         return [
             RemoteFile(source, file.name, file.bytes, file.url, file.address, options, file.checksum)
-            for file in chosen({file.name: file for file in on_hub}, address, is_folder)
+            for file in chosen({file.name: file for file in on_hub}, address, root, left_out)
         ]
-    in_bucket, is_folder = list_bucket(address, patience)
+    in_bucket, root = list_bucket(address, patience)
     return [
         RemoteFile(source, file.url, file.bytes, file.url, file.url, options, file.checksum, file.version)
-        for file in chosen({file.url: file for file in in_bucket}, address, is_folder)
+        for file in chosen({file.url: file for file in in_bucket}, address, root, left_out)
     ]
 
 
@@ -167,18 +174,20 @@ def listing_patience(options: RemoteOptions) -> Patience:
     return replace(options.patience, tries=min(LISTING_TRIES, options.patience.tries))
 
 
-def chosen(files: dict[str, T], address: str, is_folder: bool) -> list[T]:
-    """Those of `files` that are read, in the order of their names; what is no folder must hold only readable ones."""
+def chosen(files: dict[str, T], address: str, root: str | None, left_out: Counter[str]) -> list[T]:
+    """Those of `files` that are read, in the order of their names. In a folder `root`, others are counted; without, all
+    must be readable."""
     names = sorted(files, key=lambda name: name.split("/"))
-    readable = [name for name in names if suffix_of(Path(name))]
-    if is_folder and not readable:
-        raise UserError(f"{address} holds no readable file; allowed are {ALLOWED}")
+    if root is not None:
+        readable = choose(without_hidden(names, root, left_out), TEXT_FILES.rank, left_out)
+        if not readable:
+            raise UserError(f"{address} holds no readable file; allowed are {ALLOWED}")
+        return [files[name] for name in readable]
     if not names:
         raise UserError(f"no file matches {address}; give a file, a folder or a glob of {ALLOWED}")
-    if not is_folder and len(readable) < len(names):
-        other = next(name for name in names if name not in readable)
-        raise UserError(f"{other} is of a kind that is not read; allowed are {ALLOWED}")
-    return [files[name] for name in readable]
+    if other := next((name for name in names if not TEXT_FILES.accepts(name)), None):
+        raise TEXT_FILES.refuse(other)
+    return [files[name] for name in names]
 
 
 def find_over_http(given: str, options: RemoteOptions) -> Source:

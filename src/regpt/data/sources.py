@@ -15,6 +15,7 @@ Sources and parts are small and can be pickled, so that another process reads th
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,8 @@ from typing import Any, Protocol
 
 from regpt.data.document import Document, Part
 from regpt.data.formats import ALLOWED, parts_of, read_documents, suffix_of
-from regpt.errors import UserError, nearest
-from regpt.files import is_file, is_folder, matching
+from regpt.data.listing import Wanted, find_local, identity, printable
+from regpt.errors import UserError
 
 NAMED = (
     "pydocs",
@@ -31,6 +32,9 @@ NAMED = (
     "fineweb-edu-10B",
     "fineweb-10B",
 )  # sets that data/named.py opens; ./pydocs is a folder
+
+
+TEXT_FILES = Wanted(lambda name: int(bool(suffix_of(name))), lambda name: bool(suffix_of(name)), ALLOWED, known=NAMED)
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,11 @@ class Source(Protocol):
     @property
     def bytes(self) -> int: ...
 
+    @property
+    def identity(self) -> Any:
+        """Equal for two names of one file."""
+        ...
+
     def localize(self, progress: DownloadProgress | None = None) -> "Source": ...
 
     def parts(self, target_bytes: int) -> list[Part]: ...
@@ -98,6 +107,10 @@ class SourceFile:
     def bytes(self) -> int:
         return self.path.stat().st_size
 
+    @property
+    def identity(self) -> Any:
+        return identity(self.path)
+
     def localize(self, progress: DownloadProgress | None = None) -> "SourceFile":
         return self
 
@@ -126,29 +139,11 @@ def sha256_of(path: Path) -> str:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
 
 
-def find_files(source: str) -> list[SourceFile]:
+def find_files(source: str, left_out: Counter[str] | None = None) -> list[SourceFile]:
     """The files of one local SOURCE: a file, a folder (searched recursively) or a glob, in sorted order.
 
     Raises:
         UserError: nothing there, nothing readable there, or a file of a kind that is not read.
     """
-    path = Path(source)
-    if is_folder(path):
-        inside = sorted(
-            (file for file in path.rglob("*") if is_file(file)), key=lambda file: file.relative_to(path).parts
-        )
-        found = [SourceFile(source, file.relative_to(path).as_posix(), file) for file in inside if suffix_of(file)]
-        if not found:
-            raise UserError(f"folder {source!r} holds no readable file; allowed are {ALLOWED}")
-        return found
-    matches = [path] if is_file(path) else matching(source)
-    files = [match for match in matches if is_file(match)]
-    if not files:
-        raise UserError(
-            f"no file matches {source!r}{nearest(source, NAMED)}; "
-            f"give files, folders or globs of {ALLOWED}, or a named set ({', '.join(NAMED)})"
-        )
-    for file in files:
-        if not suffix_of(file):
-            raise UserError(f"{str(file)!r} is of a kind that is not read; allowed are {ALLOWED}")
-    return [SourceFile(source, str(file), file) for file in files]
+    found = find_local(source, TEXT_FILES, Counter() if left_out is None else left_out)
+    return [SourceFile(printable(source), name, path) for path, name in found]

@@ -6,14 +6,16 @@ too, is `.bin` with a header of 256 int32: a magic number, a version, the number
 Nothing of these is a pickle, and a pickle beside them is not opened.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from regpt.data.listing import Found, Wanted, find_local, identity, printable, split_once
 from regpt.errors import UserError, nearest
-from regpt.files import is_file, is_folder, matching
+from regpt.files import is_file
 
 FORMATS = ("build-nanogpt", "nanogpt", "llm.c")
 SUFFIXES = (".npy", ".bin")
@@ -23,6 +25,10 @@ HEADERS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic: version, dtype;
 EVALUATION_MAGIC = 20240522  # HellaSwag and MMLU: questions, not text
 NPY, ZIP = b"\x93NUMPY", b"PK\x03\x04"
 SNIFFED = 4096  # tokens that are looked at for a wrong width
+# One that is named may have any name: its content says what it is.
+TOKEN_FILES = Wanted(
+    lambda name: int(name.lower().endswith(SUFFIXES)), lambda name: True, ", ".join(SUFFIXES), deep=False
+)
 
 
 @dataclass(frozen=True)
@@ -44,21 +50,34 @@ class TokenFile:
         return np.memmap(self.path, dtype=self.dtype, mode="r", offset=self.offset, shape=(self.tokens,))
 
 
-def find_token_files(given: Sequence[str], forced: str | None, n_vocab: int) -> list[TokenFile]:
-    """The files of every PATH: files, folders (not what is deeper inside) or globs; those of a folder sorted by name.
+def find_token_files(
+    given: Sequence[str], val: Sequence[str], forced: str | None, n_vocab: int, left_out: Counter[str]
+) -> tuple[list[TokenFile], list[TokenFile]]:
+    """The files of every PATH for training, and those of `val`: files, folders (not what is deeper inside) or globs;
+    those of a folder sorted by name. Each once; `left_out` counts the others.
 
     Raises:
-        UserError: nothing there, a file twice, or one that is not of these formats.
+        UserError: nothing there, or a file that is not of these formats.
     """
     if forced and forced not in FORMATS:
         raise UserError(f"--format is {forced!r}{nearest(forced, FORMATS)}, must be one of {', '.join(FORMATS)}")
-    found: dict[Path, TokenFile] = {}
+    found = ([*files_of(given, left_out)], [*files_of(val, left_out)])
+    train, held_out = split_once(*found, lambda file: identity(file[1].path), left_out)
+
+    def opened(files: Sequence[tuple[str, Found]]) -> list[TokenFile]:
+        return [open_token_file(source, file.name, file.path, forced, n_vocab) for source, file in files]
+
+    return opened(train), opened(held_out)
+
+
+def files_of(given: Sequence[str], left_out: Counter[str]) -> Iterator[tuple[str, Found]]:
+    """Each PATH with each file that it means."""
     for source in given:
-        for path, name in files_of(source):
-            if path.resolve() in found:
-                raise UserError(f"{path} is given twice; its tokens would be there twice")
-            found[path.resolve()] = open_token_file(source, name, path, forced, n_vocab)
-    return list(found.values())
+        if is_file(Path(source) / "manifest.json"):
+            raise UserError(
+                f"{source} holds token shards of regpt already; use it as it is: regpt train … --data {source}"
+            )
+        yield from ((printable(source), file) for file in find_local(source, TOKEN_FILES, left_out))
 
 
 def check_vocabulary(files: Sequence[TokenFile]) -> None:
@@ -69,25 +88,6 @@ def check_vocabulary(files: Sequence[TokenFile]) -> None:
                 f"{file.path} lies beside meta.pkl, so its tokens are not GPT-2's; a pickle is never opened here: "
                 "give the tokenizer that made them with --tokenizer, or prepare the text anew"
             )
-
-
-def files_of(source: str) -> list[tuple[Path, str]]:
-    """Path and name of each file that `source` means."""
-    path = Path(source)
-    if is_file(path / "manifest.json"):
-        raise UserError(f"{source} holds token shards of regpt already; use it as it is: regpt train … --data {source}")
-    if is_folder(path):
-        inside = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and is_file(file))
-        if not inside:
-            raise UserError(
-                f"folder {source} holds no {' or '.join(SUFFIXES)} file; give files, folders or globs of them"
-            )
-        return [(file, file.name) for file in inside]
-    matches = [path] if is_file(path) else matching(source)
-    files = [match for match in matches if is_file(match)]
-    if not files:
-        raise UserError(f"no file matches {source}; give files, folders or globs of .npy or .bin")
-    return [(file, str(file)) for file in files]
 
 
 def open_token_file(source: str, name: str, path: Path, forced: str | None, n_vocab: int) -> TokenFile:
