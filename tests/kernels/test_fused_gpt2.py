@@ -168,3 +168,22 @@ def test_rows_that_fp8_cannot_take_are_computed_as_without_it():
     with torch.no_grad():
         whole = tiny.Rows().rows(0)
         assert path.loss_sum(*whole).item() == fused(model).loss_sum(*whole).item()
+
+
+@pytest.mark.parametrize("function", ["_foreach_copy_", "_foreach_norm"])
+def test_copies_that_found_no_memory_are_made_at_the_next_try(monkeypatch, function):
+    model = tiny.build_model()
+    path = fused(model, "fp8")
+    path.loss_sum(*tiny.Rows().rows(0))
+    with torch.no_grad():
+        model.h[0].mlp.c_fc.weight.mul_(2)
+
+    def fail(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, function, fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            path.loss_sum(*tiny.Rows().rows(0))
+    expected = fused(model, "fp8").loss_sum(*tiny.Rows().rows(0))
+    assert path.loss_sum(*tiny.Rows().rows(0)).item() == expected.item()

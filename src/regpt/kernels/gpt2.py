@@ -112,13 +112,17 @@ class FusedGPT2:
 
     @torch.no_grad()
     def copy_weights(self) -> None:
-        """Copies for the products, whenever a parameter was changed since the last ones."""
-        now = [(p.data_ptr(), p._version) for p in self.copies]
+        """Renew the copies when a parameter was changed since, by whoever writes to the parameter itself."""
+        now = [(p.data_ptr(), p._version) for p in self.model.parameters()]
         if now != self.copied:
-            torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
-                list(self.copies.values()), list(self.copies)
-            )
-            self.copied = now
+            self.renew_copies()
+            self.copied = now  # last: what ran out of memory is done again
+
+    def renew_copies(self) -> None:
+        """Make everything that is kept of the weights from the weights."""
+        torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
+            list(self.copies.values()), list(self.copies)
+        )
 
     def forward(
         self, idx: Tensor, targets: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None, *, gradient: bool

@@ -85,12 +85,8 @@ class FusedGPT2FP8(FusedGPT2):
         self.bounds = {block: Bounds(*row.unbind()) for block, row in zip(self.blocks, zero.unbind())}
         self.longest = zero.new_zeros(())  # row of the gradient that `norm_backward` made last: bounds its numbers
 
-    @torch.no_grad()
-    def copy_weights(self) -> None:
-        before = self.copied
-        super().copy_weights()
-        if self.copied is before:
-            return
+    def renew_copies(self) -> None:
+        super().renew_copies()
         largest = torch._foreach_norm(list(self.weights), math.inf)  # pyright: ignore[reportPrivateImportUsage]
         for (weight, eight), bound in zip(self.weights.items(), largest):
             self.rounding.round_both_ways(weight.detach(), E4M3, bound, out=(eight.rows, eight.columns))

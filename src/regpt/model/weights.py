@@ -148,8 +148,9 @@ def load_weights(model: Transformer, weights: Mapping[str, Tensor]) -> Transform
                 f"weight {name!r} has shape {tuple(value.shape)} and type {value.dtype}, this model needs {shape} and "
                 "floating-point numbers; build the model from the weights' own config"
             )
-        unpadded(model, name, parameter.data).copy_(value)
-        parameter.data[shape[0] :] = 0  # padding rows
+        # Through the parameter, not its `.data`: its version is what copies for the kernels are renewed by.
+        unpadded(model, name, parameter).copy_(value)
+        parameter[shape[0] :] = 0  # padding rows
     return model
 
 
