@@ -60,6 +60,31 @@ def test_losses_without_any_scatter_make_no_spike_of_a_last_digit():
     assert guard.judge(WINDOW, 3.001, 1.0) is None
 
 
+def test_losses_of_zero_are_losses():
+    """One batch that is known by heart, or a corpus of one token."""
+    guard = Guard(TrainConfig())
+    for step in range(WINDOW):
+        guard.note_update(step + 1, 0.0)
+    assert guard.score(0.0) == 0
+    assert guard.judge(WINDOW, 0.0, 0.0) is None
+    assert guard.judge(WINDOW, 1e-6, 1.0) is None
+    assert guard.judge(WINDOW, 0.5, 1.0) is not None
+    assert math.isfinite(guard.score(0.5))
+
+
+def test_without_a_score_nothing_is_scored(monkeypatch):
+    monkeypatch.setattr(Guard, "score", lambda *_: pytest.fail("scored"))
+    assert warmed_up(spike_score=0.0).judge(WINDOW, 400.0, 1.0) is None
+
+
+@pytest.mark.parametrize("spiked", [False, True])
+def test_a_loss_of_exactly_the_score_is_no_spike(spiked: bool):
+    loss = 4.0
+    score = warmed_up().score(loss)
+    bound = math.nextafter(score, 0) if spiked else score
+    assert (warmed_up(spike_score=bound).judge(WINDOW, loss, 1.0) is not None) == spiked
+
+
 def test_only_so_many_are_refused_in_a_row():
     guard = Guard(TrainConfig(on_non_finite="skip", max_refused=2))
     assert [guard.judge(5, NAN, 1.0).policy for _ in range(3)] == ["skip", "skip", "stop"]  # type: ignore[union-attr]
@@ -75,8 +100,28 @@ def test_an_update_before_the_place_of_a_refusal_does_not_end_the_row():
     """A rewound run makes good updates until it comes back to the place."""
     guard = Guard(TrainConfig(on_non_finite="rewind", max_refused=1))
     assert guard.judge(10, NAN, 1.0).policy == "rewind"  # type: ignore[union-attr]
-    guard.note_update(6, 3.0)
+    for updates in range(6, 11):  # up to the place itself
+        guard.note_update(updates, 3.0)
     assert guard.judge(10, NAN, 1.0).policy == "stop"  # type: ignore[union-attr]
+    guard = Guard(guard.config)
+    assert guard.judge(10, NAN, 1.0).policy == "rewind"  # type: ignore[union-attr]
+    for updates in range(6, 12):  # and beyond
+        guard.note_update(updates, 3.0)
+    assert guard.judge(12, NAN, 1.0).policy == "rewind"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("furthest", [10, 12])
+def test_the_furthest_refusal_counts_not_the_last(furthest: int):
+    """Rewound from 12, refused at 10 on the way: the row ends after 12 only."""
+    guard = Guard(TrainConfig(on_non_finite="rewind", max_refused=2))
+    assert [guard.judge(updates, NAN, 1.0).policy for updates in (12, 10)] == ["rewind"] * 2  # type: ignore[union-attr]
+    guard.note_update(furthest, 3.0)
+    assert guard.judge(furthest, NAN, 1.0).policy == "stop"  # type: ignore[union-attr]
+
+
+def test_a_spike_right_after_a_spike_is_again_one():
+    guard = warmed_up()
+    assert [guard.judge(WINDOW + i, 9.0, 1.0).again for i in (0, 1, 3)] == [False, True, False]  # type: ignore[union-attr]
 
 
 def test_after_as_many_skipped_spikes_the_level_is_taken_as_the_new_one():

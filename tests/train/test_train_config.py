@@ -27,7 +27,10 @@ from regpt.train.config import LogConfig, OptimConfig, TrainConfig
         (OptimConfig, {"weight_decay": -0.1}, r"^optim\.weight_decay is -0\.1, must be 0 or more$"),
         (OptimConfig, {"beta1": 1.0}, r"^optim\.beta1 is 1\.0, must be below 1$"),
         (OptimConfig, {"beta2": -0.1}, r"^optim\.beta2 is -0\.1, must be 0 or more$"),
-        (OptimConfig, {"eps": -1e-8}, r"^optim\.eps is -1e-08, must be 0 or more$"),
+        (OptimConfig, {"eps": -1e-8}, r"^optim\.eps is -1e-08, must be 1\.18e-38 or more"),
+        (OptimConfig, {"eps": 0.0}, r"^optim\.eps is 0\.0, must be 1\.18e-38 or more \(1e-8 is usual\)"),
+        (OptimConfig, {"eps": 1e-45}, r"^optim\.eps is 1e-45, must be 1\.18e-38 or more"),
+        (OptimConfig, {"eps": math.nan}, r"^optim\.eps is nan, must be 1\.18e-38 or more"),
         (LogConfig, {"every_steps": 0}, r"^log\.every_steps is 0, must be 1 or more$"),
     ],
 )

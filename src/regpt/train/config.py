@@ -7,6 +7,7 @@ from typing import Literal
 from regpt.errors import UsageError
 from regpt.kernels.select import KernelsName
 
+LEAST_EPS = 2.0**-126  # the smallest normal float32; a smaller one is 0 in the update
 InferencePrecision = Literal["fp64", "fp32", "tf32", "bf16", "fp16"]
 PrecisionName = Literal[InferencePrecision, "fp8"]
 
@@ -122,8 +123,13 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         require("optim", self, {"lr": 0, "min_lr_ratio": 0, "warmup_steps": 0, "decay_steps": 1, "weight_decay": 0})
-        require("optim", self, {"beta1": 0, "beta2": 0, "eps": 0})
+        require("optim", self, {"beta1": 0, "beta2": 0})
         require_finite("optim", self, ("lr", "weight_decay", "eps"))
+        if not self.eps >= LEAST_EPS:  # "not >=": NaN fails too
+            raise UsageError(
+                f"optim.eps is {self.eps}, must be {LEAST_EPS:.2e} or more (1e-8 is usual): weights without a gradient "
+                "divide zero by it"
+            )
         for name in ("beta1", "beta2"):
             if getattr(self, name) >= 1:
                 raise UsageError(f"optim.{name} is {getattr(self, name)}, must be below 1")

@@ -13,7 +13,9 @@ WINDOW, LEAST = 128, 32  # losses that a spike is judged by, and how many of the
 # 0.6745 is the 0.75 quantile of the normal distribution: it makes a median absolute deviation a standard deviation
 # (Iglewicz & Hoaglin 1993, "How to Detect and Handle Outliers", chapter 3: the modified z-score).
 QUANTILE = 0.6745
-LEAST_DEVIATION = 1e-3  # of the median: losses that hardly vary make no spike of a last digit
+# Losses that hardly vary make no spike of a last digit: a deviation is at least this share of the median, and of a loss
+# of 0.01 where the median is smaller: a batch that is known by heart has the loss 0.
+LEAST_DEVIATION, LEAST_MEDIAN = 1e-3, 0.01
 
 Policy = Literal["stop", "skip", "rewind", "record"]
 
@@ -48,8 +50,7 @@ class Guard:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             enough = self.count(updates) > self.config.max_refused
             return Verdict("non_finite", "stop" if enough else self.config.on_non_finite)
-        score = self.score(loss)
-        if not self.config.spike_score or score <= self.config.spike_score:
+        if not self.config.spike_score or (score := self.score(loss)) <= self.config.spike_score:
             return None
         skip = self.config.on_spike == "skip" and self.count(updates) <= self.config.max_refused
         again, self.spiked = self.spiked == updates - 1, updates
@@ -61,7 +62,7 @@ class Guard:
             return 0.0
         middle = median(self.losses)
         deviation = median(abs(x - middle) for x in self.losses)
-        return QUANTILE * (loss - middle) / max(deviation, LEAST_DEVIATION * abs(middle))
+        return QUANTILE * (loss - middle) / max(deviation, LEAST_DEVIATION * max(abs(middle), LEAST_MEDIAN))
 
     def count(self, updates: int) -> int:
         """Refusals in a row, this one included: with no update beyond the furthest of them."""
