@@ -66,6 +66,62 @@ def test_stop_names_the_step_and_the_documents_and_applies_nothing(config, spoil
     assert event["rows"] == [16, 19]  # four rows a step
 
 
+def test_a_norm_that_overflows_is_no_fault_of_the_moment(config, spoiled, tmp_path: Path, capsys):
+    """Loss and every gradient are finite; computed once more it is the same, so the hardware is not to be suspected."""
+    spoiled(*(bad_row(config, row=row) for row in range(4)), what=1e36)
+    with pytest.raises(UserError) as raised:
+        pretrain(tiny.change(config, "train", on_non_finite="stop"), tmp_path / "run")
+    (event,) = events(tmp_path / "run", "non_finite")
+    assert math.isfinite(event["loss"])
+    assert (event["grad_norm"], event["ranks"], event["repeats"], event["weights"]) == ("inf", [0], True, None)
+    assert not {document["loss"] for document in event["documents"]} & {"nan", "inf"}
+    said = str(raised.value)
+    assert "set a lower --optim.lr or more --optim.warmup-steps" in said
+    assert "hardware" not in said
+    assert "--train.precision" not in said  # it is fp32 already
+    assert "step 5: loss " in capsys.readouterr().out  # counted as in the error
+
+
+@pytest.mark.parametrize(
+    ("keys", "step", "found", "advice"),
+    [
+        (
+            {"precision": "bf16"},
+            4,
+            {"repeats": True},
+            "lower --optim.lr or more --optim.warmup-steps or --train.precis",
+        ),
+        (
+            {"precision": "fp32"},
+            4,
+            {"repeats": False},
+            "suspect the hardware, and go on from the last checkpoint with -",
+        ),
+        (
+            {"precision": "bf16"},
+            0,
+            {"repeats": True},
+            "skip, or, with --force or --fork-from, set --train.precision fp3",
+        ),
+        ({"precision": "fp32", "on_non_finite": "skip"}, 0, {}, "check the data and what --init-from named"),
+        ({"precision": "fp64"}, 0, {}, "go on from the last checkpoint with --train.on-non-finite skip"),
+        (
+            {"precision": "fp32", "on_non_finite": "rewind"},
+            3,
+            {},
+            "with --force or --fork-from, set a lower --optim.lr",
+        ),
+    ],
+)
+def test_the_advice_is_what_was_not_done_already(keys, step: int, found, advice: str):
+    trainer = tiny.build_trainer(tiny.build_model(), tiny.Rows(), train=tiny.replace(tiny.TRAIN, **keys))
+    trainer.step = step
+    said = str(trainer.stopped({"step": step + 1, "loss": 1.0, "grad_norm": math.inf, "lr": 0.1}, found))
+    assert advice in said
+    for flag in (f"on-non-finite {trainer.config.on_non_finite}", f"precision {trainer.config.precision}"):
+        assert flag not in said
+
+
 def test_the_documents_of_the_event_are_those_of_the_batch(config, spoiled, shards, tmp_path: Path):
     spoiled(bad_row(config))
     assert pretrain(config, tmp_path / "run") == 0

@@ -22,28 +22,31 @@ SHOWN, TEXT_CHARACTERS = 8, 80  # documents in an event, and how much of each
 def examine(trainer: Trainer, loader: Loader, tokenizer: Tokenizer) -> Row:
     """Facts about the batch of the present step, the same in every process, all of which call it.
 
-    Every process computes its part once more, so `ranks` are those where it is not finite again; a fault of the moment
-    leaves them empty, `repeats` false.
+    Every process computes its part once more, so `ranks` are those where it is not finite again. Then all compute the
+    step once more, as it was: `repeats` is whether its loss or norm is not finite again, which a fault of the moment is
+    not. The gradients are those of the step afterwards: an update may follow.
     """
     own = {"rank": trainer.mesh.rank, "finite": own_part_is_finite(trainer), "documents": []}
     own["documents"] = [*document_losses(trainer, loader, tokenizer)]
+    repeats = not all(map(math.isfinite, trainer.measured()))
     every = [json.loads(part) for part in trainer.mesh.gather(json.dumps(own).encode())]
     documents = worst_first([document for part in every for document in part["documents"]])
     ranks = [part["rank"] for part in every if not part["finite"]]
     rows = loader.first_row + trainer.data_step * loader.batch_rows
-    facts: Row = {"ranks": ranks, "repeats": bool(ranks), "weights": first_spoiled_weight(trainer)}
+    facts: Row = {"ranks": ranks, "repeats": repeats, "weights": first_spoiled_weight(trainer)}
     facts |= {"rows": [rows, rows + loader.batch_rows - 1], "n_documents": len(documents)}
-    return facts | {"documents": documents[:SHOWN], "where": where(ranks, documents)}
+    return facts | {"documents": documents[:SHOWN], "where": where(ranks, documents, repeats)}
 
 
 def own_part_is_finite(trainer: Trainer) -> bool:
-    """Whether this process's own loss and gradients are finite, computed once more and not summed with the others'."""
+    """Whether this process's own loss, gradients and their norm are finite, computed once more, not summed with the
+    others'."""
     valid = valid_targets(trainer.loader.step(trainer.data_step, trainer.micro_batch.rows)) * trainer.mesh.world_size
     divisor = torch.tensor(max(valid, 1), dtype=trainer.parameters[0].dtype, device=trainer.mesh.device)
     divisor /= trainer.loss_scale.scale
     total = trainer.micro_batch.attempt(lambda rows: trainer.accumulate(rows, divisor))
     gradients = [p.grad for p in trainer.parameters if p.grad is not None]
-    return bool(total.isfinite()) and all(bool(g.isfinite().all()) for g in gradients)
+    return bool(total.isfinite()) and bool(torch.nn.utils.get_total_norm(gradients).isfinite())
 
 
 def document_losses(trainer: Trainer, loader: Loader, tokenizer: Tokenizer) -> Iterable[dict[str, Any]]:
@@ -92,9 +95,10 @@ def first_spoiled_weight(trainer: Trainer) -> str | None:
     return next((name for name, p in trainer.model.named_parameters() if not p.isfinite().all()), None)
 
 
-def where(ranks: list[int], documents: list[dict[str, Any]]) -> str:
+def where(ranks: list[int], documents: list[dict[str, Any]], repeats: bool) -> str:
     """For the end of a sentence: ` (rank 1; document 17, row 40: 'ba do…')`."""
-    parts = [f"rank {', '.join(map(str, ranks))}" if ranks else "not so when computed once more"]
+    once_more = "again when computed once more" if repeats else "not so when computed once more"
+    parts = [f"rank {', '.join(map(str, ranks))}" if ranks else once_more]
     bad = [document for document in documents if isinstance(document["loss"], str)]
     if bad:
         parts.append(f"document {bad[0]['document']}, row {bad[0]['row']}: {bad[0]['text']!r}")

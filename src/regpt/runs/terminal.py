@@ -62,7 +62,8 @@ class Terminal:
         elif row["kind"] == "train":
             self.train_row(row)
         elif row.get("name") in EVENTS:
-            self.say(f"after step {row['step']:,}: {EVENTS[row['name']].format(**row)}")
+            when = f"step {row['at_step']:,}" if "at_step" in row else f"after step {row['step']:,}"
+            self.say(f"{when}: {EVENTS[row['name']].format(**row)}")
 
     def train_row(self, row: dict[str, Any]) -> None:
         self.losses.append(row["loss"])

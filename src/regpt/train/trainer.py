@@ -266,10 +266,19 @@ class Trainer:
         before = f", after {again} more that were left out" if again else ""
         return UserError(
             f"step {row['step']}: the loss is {row['loss']} and the gradient norm {row['grad_norm']} at learning rate "
-            f"{row['lr']}{before}{found.get('where', '')}, so the update was not applied; go on from "
-            "the last checkpoint with train.on_non_finite skip, or, with --force or --fork-from, a lower optim.lr, "
-            "more optim.warmup_steps or precision fp32"
+            f"{row['lr']}{before}{found.get('where', '')}, so the update was not applied; {self.advice(found)}"
         )
+
+    def advice(self, found: Row) -> str:
+        """What may help a run that ended, and was not done already."""
+        if not found.get("repeats", True):
+            return "suspect the hardware, and go on from the last checkpoint with --resume"
+        changes = ["a lower --optim.lr", "more --optim.warmup-steps"] if self.step else []  # no update made the first
+        changes += ["--train.precision fp32"] if self.config.precision not in ("fp32", "fp64") else []
+        again = "go on from the last checkpoint with --train.on-non-finite skip"
+        advice = [again] if self.config.on_non_finite == "stop" else []
+        advice += [f"with --force or --fork-from, set {' or '.join(changes)}"] if changes else []
+        return ", or, ".join(advice) or "check the data and what --init-from named"
 
     def costs(self, seconds: float) -> Row:
         """Tokens, time, speed and memory of the update just made."""
