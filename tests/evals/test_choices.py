@@ -6,10 +6,21 @@ import pytest
 
 import tiny
 from naive import naive_scores
+from regpt.data.order import permutation
 from regpt.errors import UserError
 from regpt.evals.choices import Choices, Question, largest, open_choices
 from regpt.evals.score import Scorer, Scores
-from regpt.evals.task import PILOT_ITEMS, Result, estimate, evaluate
+from regpt.evals.suite import Suite, suite_rows
+from regpt.evals.task import (
+    PILOT_ITEMS,
+    SUBSET_SEED,
+    Estimate,
+    Result,
+    estimate,
+    evaluate,
+    refuse_if_nothing_fits,
+    truncation_notice,
+)
 from regpt.text.bpe import BPETokenizer, train_bpe
 
 TEXT = "the cat sat on a mat and dogs ran home in the rain while birds sang"
@@ -130,6 +141,34 @@ def test_a_part_of_a_task_lies_within_a_larger_part(model, tokenizer):
     for part in (small, large):
         for metric, values in part.outcomes.items():
             assert values.tolist() == whole.outcomes[metric][part.chosen].tolist()
+
+
+def test_items_with_an_ending_longer_than_the_model_are_left_out_and_counted(tokenizer):
+    short = tiny.build_model(config=tiny.replace(tiny.CONFIG, vocab_size=tokenizer.n_vocab, max_seq_len=32))
+    given = questions(40)
+    for i in (3, 7, 30):
+        given[i] = given[i]._replace(endings=(*given[i].endings[:1], " x" * 33))
+    task, scorer = task_of(given, tokenizer), Scorer(short, tiny.ALONE)
+    whole, one = evaluate(task, scorer), evaluate(task, scorer, max_items=1)
+    assert set(range(40)) - set(whole.chosen.tolist()) == {3, 7, 30}
+    assert (whole.left_out, whole.estimates()["acc"].n) == (3, 37)
+    assert "3 of 40 items of mine have an ending longer than the model's 32 tokens: left out" in truncation_notice(
+        [whole], 32
+    )
+    first = next(i for i in permutation(SUBSET_SEED, 0, 40).tolist() if i not in (3, 7, 30))
+    assert one.chosen.tolist() == [first]
+
+
+def test_a_task_of_which_nothing_fits_has_no_value_and_refuses_no_other(tokenizer):
+    short = tiny.build_model(config=tiny.replace(tiny.CONFIG, vocab_size=tokenizer.n_vocab, max_seq_len=32))
+    long = task_of([one._replace(endings=(" x" * 33, " y")) for one in questions(3)], tokenizer)
+    found = evaluate(long, Scorer(short, tiny.ALONE))
+    assert (found.left_out, found.estimates()["acc"]) == (3, Estimate(None, None, 0))
+    refuse_if_nothing_fits([long, task_of(questions(3), tokenizer)], 32)
+    with pytest.raises(UserError, match="every item of mine has an ending longer than the 32 tokens"):
+        refuse_if_nothing_fits([long], 32)
+    row, _ = suite_rows(Suite("mine", (long,)), [found])
+    assert (row["value"], row["n"], row["left_out"]) == (None, 0, 3)
 
 
 class Clock:

@@ -8,7 +8,7 @@ import torch
 import tiny
 from naive import naive_scores
 from regpt.data.order import splitmix64
-from regpt.errors import UserError
+from regpt.errors import UsageError, UserError
 from regpt.evals.core import TASKS, CoreTask, Example, Settings, common, open_core, shots_for, summarize
 from regpt.evals.score import Scorer
 from regpt.evals.specs import Spec
@@ -272,3 +272,54 @@ def test_pieces_encoded_apart_are_the_prompt_encoded_whole():
                 context, endings, _ = task.prompt(i)
                 whole = {tuple(np.concatenate([context, ending]).tolist()) for ending in endings}
                 assert tuple(gpt2.encode(before + answer)) in whole, (task.name, i)
+
+
+# ---- a selection, and tasks in trouble -------------------------------------------------------------------------------
+
+
+def test_a_selection_is_read_from_the_folder_in_its_path(tmp_path, tokenizer):
+    folder = write(tmp_path / "core")
+    for given, chosen in (
+        (f"{folder}/arc_easy,jeopardy", ["arc_easy", "jeopardy"]),
+        (f"{folder}/winograd", ["winograd"]),
+    ):
+        (suite,) = open_suites([Spec("core", given)], tokenizer)
+        assert [task.name for task in suite.tasks] == [f"core/{name}" for name in chosen]
+        ones = [Result(f"core/{name}", {"centered": np.ones(2)}, np.arange(2), 2, "") for name in chosen]
+        (row,) = suite.summarize(ones)
+        assert (row["metric"], "missing" in row) == (f"centered_{len(chosen)}_of_22", False)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("core/arc_eazy", "holds no CORE task 'arc_eazy' .did you mean 'arc_easy'.*choose from arc_easy, winograd"),
+        ("core/squad", "holds no CORE task 'squad'"),  # in core.json, without a file
+        ("core/arc_easy,winograd,arc_easy", "names a task twice"),
+        ("core,piqa", "task 'piqa' follows all of CORE; choose some tasks with core:.*core/piqa"),
+    ],
+)
+def test_a_wrong_selection_is_refused(tmp_path, tokenizer, given, said):
+    write(tmp_path / "core")
+    with pytest.raises(UsageError, match=said):
+        open_suites([Spec("core", f"{tmp_path}/{given}")], tokenizer)
+
+
+def test_a_damaged_file_of_one_task_leaves_the_others(tmp_path, tokenizer):
+    folder = write(tmp_path / "core")
+    (folder / "winograd.jsonl").write_text('{"context_options": 5}\n', encoding="utf-8")
+    said = []
+    (suite,) = open_suites([Spec("core", str(folder))], tokenizer, tolerate=lambda *one: said.append(one))
+    assert [task.name for task in suite.tasks] == ["core/arc_easy", "core/jeopardy"]
+    assert [name for name, _ in said] == ["core/winograd"]
+    assert "winograd" in suite.summarize([])[0]["missing"]
+    with pytest.raises(UserError, match=r"winograd\.jsonl, line 1"):
+        open_suites([Spec("core", str(folder))], tokenizer)
+
+
+def test_a_task_without_a_scored_item_counts_as_missing():
+    scored = Result("core/piqa", {"centered": np.ones(2)}, np.arange(2), 2, "", left_out=0)
+    none = Result("core/copa", {"centered": np.ones(0)}, np.arange(0), 3, "", left_out=3)
+    (row,) = summarize([scored, none], ["squad"])
+    assert (row["metric"], row["value"], row["n"]) == ("centered_1_of_22", 1.0, 1)
+    assert (row["missing"], row["left_out"]) == (["squad", "copa"], 3)

@@ -71,6 +71,29 @@ metric_list:
   - {{metric: word_perplexity}}
   - {{metric: bits_per_byte}}
 """,
+    "lastword_of_long_texts": """
+task: lastword_of_long_texts
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{{{text}}}}"
+doc_to_target: " {{{{word}}}}"
+metric_list:
+  - {{metric: acc}}
+""",
+    "writing_after_long_texts": """
+task: writing_after_long_texts
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{text}}}}"
+doc_to_target: "{{{{word}}}}"
+generation_kwargs: {{until: "q", max_gen_toks: 8, temperature: 0.0, top_p: 0.9, num_beams: 1}}
+metric_list:
+  - {{metric: exact_match}}
+""",
     "writing": """
 task: writing
 dataset_path: json
@@ -108,15 +131,59 @@ folder, tasks, out, *names = sys.argv[1:]
 opened = open_model(folder)
 model = HarnessModel(Scorer(opened.model.double(), Mesh(0, 1, torch.device("cpu"))), opened.tokenizer)
 found = simple_evaluate(model=model, tasks=names, bootstrap_iters=100, task_manager=TaskManager(include_path=tasks))
-results = [[one.task, one.metrics, one.n, one.items] for one in results_of(found)]
-json.dump({"results": results, "samples": found["samples"]}, open(out, "w"), default=str)
+results = [[one.task, one.metrics, one.n, one.items] for one in results_of(found, model.noted)]
+noted = {task: {what: len(ids) for what, ids in each.items()} for task, each in model.noted.items()}
+json.dump({"results": results, "samples": found["samples"], "noted": noted}, open(out, "w"), default=str)
+"""
+ARGUMENTS = """
+import sys
+import pytest, torch
+from regpt.checkpoint.open import open_model
+from regpt.errors import UserError
+from regpt.evals.harness import GREEDY, HarnessModel, generation_of
+from regpt.evals.score import Scorer
+from regpt.parallel.mesh import Mesh
+from regpt.sample.sampling import SamplingOptions as Options
+for given, sampling in (
+    ({}, GREEDY),
+    ({"do_sample": False, "temperature": 0.8, "top_k": 5}, GREEDY),
+    ({"temperature": 0.8}, Options(temperature=0.8, top_k=0)),
+    ({"do_sample": True, "top_k": 5, "top_p": 0.9}, Options(temperature=1.0, top_k=5, top_p=0.9)),
+    ({"do_sample": True, "temperature": 0.5, "repetition_penalty": 1.0, "num_beams": 1, "seed": None}, Options(0.5, 0)),
+):
+    assert generation_of(given).sampling == sampling, given
+assert generation_of({"max_new_tokens": 5, "until": "a"})[1:] == (5, ["a"])
+assert generation_of({"until": None})[1:] == (256, [])
+for given, said in (
+    ({"num_beams": 4}, "num_beams = 4, which the adapter does not follow"),
+    ({"repetition_penalty": 1.2, "min_p": 0.1}, "repetition_penalty = 1.2, min_p = 0.1"),
+    ({"do_sample": True, "temperature": 0}, "temperature is 0.0, must be above 0"),
+    ({"do_sample": True, "top_p": 7}, "top-p is 7"),
+    ({"temperature": "hot"}, "not of the right kind"),
+    ({"max_gen_toks": 0}, "max_gen_toks is 0"),
+    ({"until": [5]}, "until"),
+):
+    with pytest.raises(UserError, match=said):
+        generation_of(given)
+opened = open_model(sys.argv[1])
+model = HarnessModel(Scorer(opened.model, Mesh(0, 1, torch.device("cpu"))), opened.tokenizer)
+ids = list(range(100))
+assert model.fitted(ids[:20], 8) == (ids[:20], 8)
+assert model.fitted(ids[:45], 8) == (ids[5:45], 8)
+assert model.fitted(ids[:45], 48) == (ids[:45], 3)
+assert model.fitted(ids[:48], 300) == (ids[24:48], 24)
+drawn = {"until": [], "max_gen_toks": 12, "temperature": 2.0}
+generator = torch.Generator().manual_seed(1)
+texts = [model.continuation("the cat", drawn, generator) for _ in range(2)]
+assert texts[0] != texts[1]
+assert model.continuation("the cat", drawn, torch.Generator().manual_seed(1)) == texts[0]
 """
 COMMAND = """
 import json, sys
 from regpt.__main__ import main
 model, names, unknown, missing, *rest = sys.argv[1:]
 asked = ["eval", model, "--device", "cpu", "--tasks"]
-assert main([*asked, f"lm-eval:{names}", *rest]) == 0
+assert main([*asked, f"lm-eval:{names}", *rest]) == 1  # beams.yaml cannot be done
 for name in (unknown, missing):
     assert main([*asked, f"lm-eval:{name}"]) == 2, name
 """
@@ -182,6 +249,10 @@ def test_every_answer_is_that_of_the_hugging_face_backend(folder):
         for row in items:
             for metric in {"acc", "acc_norm"} & row.keys():
                 assert row[metric] == float(expected[row["item"]][metric])
+    cut = "the beginning of the prompt was left out"
+    assert 5 < ours["noted"]["writing_after_long_texts"][cut] < 24
+    assert 5 < ours["noted"]["lastword_of_long_texts"][cut] < 24
+    assert not {"writing", "lastword", "choices", "rolling"} & ours["noted"].keys()
 
 
 def same_answers(given: list, expected: list) -> None:
@@ -202,14 +273,25 @@ def same_metrics(given: dict[str, list], expected: dict[str, float | str]) -> No
         assert error == pytest.approx(theirs, rel=0.2) if isinstance(theirs, float) else error is None
 
 
+def test_arguments_of_generation_are_followed_or_refused_by_name(folder):
+    run(ARGUMENTS, folder, folder / "model")
+
+
 def test_the_command_runs_tasks_by_file_and_refuses_others_in_one_sentence(folder):
     names = f"{folder / 'choices.yaml'},{folder / 'lastword.yaml'}"
     wrong = "arc_eazy", folder / "no.yaml"
+    beams = TASKS["writing"].replace("max_gen_toks: 8", "num_beams: 4").replace("task: writing", "task: beams")
+    (folder / "beams.yaml").write_text(beams.format(data=folder / "data.jsonl"), encoding="utf-8")
+    nothing = TASKS["choices"].replace("task: choices", "task: nothing")
+    (folder / "nothing.yaml").write_text(nothing.format(data=folder / "nothing.jsonl"), encoding="utf-8")
+    names = f"{folder / 'beams.yaml'},{folder / 'nothing.yaml'},{names}"
     said = run(
         COMMAND, folder, folder / "model", names, *wrong, "--json", folder / "out.json", "--items", folder / "it"
     )
     assert "lm-eval knows no task 'arc_eazy'" in said
     assert "no.yaml' does not exist" in said
+    assert "lm-eval/beams was not evaluated: the task asks for num_beams = 4, which the adapter does not follow" in said
+    assert "lm-eval/nothing was not evaluated: lm-eval cannot load it" in said
     tasks = json.loads((folder / "out.json").read_text(encoding="utf-8"))["tasks"]
     assert list(tasks) == ["lm-eval/choices", "lm-eval/lastword"]
     assert tasks["lm-eval/choices"]["n"] == 24

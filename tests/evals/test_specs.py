@@ -13,11 +13,12 @@ from regpt.evals.specs import check_specs, parse_tasks
         ("val,lm-eval:hellaswag,arc_easy", [("val", ""), ("lm-eval", "hellaswag,arc_easy")]),
         ("lm-eval:piqa", [("lm-eval", "piqa")]),
         ("core:data/evals", [("core", "data/evals")]),
+        ("core:d/arc_easy,piqa,hellaswag,mc:q", [("core", "d/arc_easy,piqa"), ("hellaswag", ""), ("mc", "q")]),
     ],
 )
 def test_lists_of_tasks(typed, meant):
     assert [tuple(spec) for spec in parse_tasks(typed)] == meant
-    assert str(parse_tasks(typed)[0]) == typed.split(",")[0]
+    assert parse_tasks(",".join(map(str, parse_tasks(typed)))) == parse_tasks(typed)
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,9 @@ def test_lists_of_tasks(typed, meant):
         ("lm-eval:", "task 'lm-eval' needs to know which"),
         ("val:x", "val takes nothing behind a colon"),
         ("val,hellaswag,val", "task 'val' is given twice"),
+        ("core:d/arc_easy,piqq", "'piqq' is neither a kind of task nor one of CORE's tasks .did you mean 'piqa'"),
+        ("core:a,val,core:b", "tasks 'core:a' and 'core:b' have one name in results"),
+        ("hellaswag,hellaswag:f", "tasks 'hellaswag' and 'hellaswag:f' have one name"),
     ],
 )
 def test_what_is_no_task_is_refused(typed, said):

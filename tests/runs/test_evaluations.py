@@ -19,6 +19,8 @@ from regpt.config import RunConfig
 from regpt.errors import UsageError, UserError
 from regpt.evals.suite import Suite
 from regpt.evals.task import Result
+from regpt.report.page import render
+from regpt.report.read import read_run
 from regpt.runs import evaluations
 from regpt.runs.pretrain import check, pretrain, resume
 
@@ -224,6 +226,25 @@ def test_what_cannot_be_evaluated_stops_before_the_run_begins(shards, tmp_path):
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"ctx": "a", "endings": ["ba do mi ta ru" * 9, "b"], "label": 0}), encoding="utf-8")
     config = tiny.change(tiny.run_config(shards), "eval", tasks=f"mc:{long}")
-    with pytest.raises(UserError, match=r"has an ending of \d+ tokens, the model reads at most 16; leave the task out"):
+    with pytest.raises(UserError, match=r"every item of .* has an ending longer than the 16 tokens"):
         check(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_short_model_counts_what_it_leaves_out_in_rows_files_and_report(shards, tmp_path, capsys):
+    rows = [{"ctx": "ba do", "endings": ["mi ta", "ru " * (20 if i < 2 else 1)], "label": 0} for i in range(6)]
+    for name, which in (("some", rows), ("all", rows[:2])):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in which), encoding="utf-8")
+        (tmp_path / name).rename(tmp_path / f"{name}.jsonl")
+    tasks = f"mc:{tmp_path / 'some.jsonl'},mc:{tmp_path / 'all.jsonl'}"
+    run = tmp_path / "run"
+    assert pretrain(tiny.change(tiny.run_config(shards), "eval", tasks=tasks), run) == 0
+    said = capsys.readouterr().out
+    assert said.count("2 of 6 items of") == 1  # once, not at every step
+    found = {row["task"]: row for row in tiny.rows_of(run, "eval") if row["metric"] == "acc"}
+    some, none = (found[f"mc:{tmp_path / name}"] for name in ("some.jsonl", "all.jsonl"))
+    assert (some["n"], some["left_out"], none["n"], none["left_out"], none["value"]) == (4, 2, 0, 2, None)
+    page = render([read_run(run)])
+    assert "2 left out" in page
+    assert main([str(run), "--tasks", tasks, "--device", "cpu"]) == 0
+    assert "2 of 6 items of" in capsys.readouterr().out

@@ -30,7 +30,8 @@ class EvalArgs:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run or checkpoint folder, the address of one (s3://…), a Hugging Face folder, or a hub name such as gpt2."""
     tasks: str = "val"
-    """Names with commas between them: val; hellaswag, or hellaswag:FILE; core:DIR; mc:FILE; lm-eval:TASK,TASK…"""
+    """Names with commas between them: val; hellaswag, or hellaswag:FILE; core:DIR, or core:DIR/TASK,TASK; mc:FILE;
+    lm-eval:TASK,TASK…"""
     data: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """val: folder of token shards; default: the one that the run was trained on."""
     val_tokens: int = 0
@@ -94,11 +95,13 @@ def main(args: list[str]) -> int:
         write_items(Path(given.items), found)
     if given.json == "-":
         print(json.dumps(report(asked, found), ensure_ascii=False))
-        return 0
-    show(asked, found)
-    if given.json is not None:
-        write_report(Path(given.json), report(asked, found))
-    return 0
+    else:
+        if given.json is not None:
+            write_report(Path(given.json), report(asked, found))
+        show(asked, found)
+    for said in found.failures:
+        print(f"regpt eval: {said}", file=sys.stderr)
+    return 1 if found.failures else 0
 
 
 @contextlib.contextmanager
@@ -146,12 +149,13 @@ def show_val(console: Any, found: Answer) -> None:
 def show_tasks(console: Any, asked: Question, found: Answer) -> None:
     from rich.table import Table
 
-    from regpt.evals.task import said_of_cuts
+    from regpt.evals.task import truncation_notice
 
     table = Table("task", "metric", "value", "items", "seconds")
     for suite, results in found.suites:
         for one in results:
             of = "" if len(one.chosen) == one.n_items else f" of {one.n_items:,}"
+            of += f", {one.left_out:,} left out" if one.left_out else ""
             for metric, value in one.estimates().items():
                 seconds = f"{one.seconds + suite.seconds / len(results):.1f}"
                 table.add_row(one.task, metric, with_error(value.value, value.stderr), f"{value.n:,}{of}", seconds)
@@ -166,13 +170,16 @@ def show_tasks(console: Any, asked: Question, found: Answer) -> None:
         for missing in filter(None, (row.get("missing") for row in suite.summarize(results))):
             console.print(f"{suite.name}: {', '.join(missing)} missing, so this is not the metric of all tasks")
     longest = found.opened.model.config.max_seq_len
-    if said := said_of_cuts((one for _, results in found.suites for one in results), longest):
+    notices = truncation_notice((one for _, results in found.suites for one in results), longest)
+    for said in [*notices, *(said for one in found.harness for said in one.notices(longest))]:
         console.print(said, highlight=False, soft_wrap=True)
     if asked.compile:
         console.print(f"compiled in {found.compile_seconds:.1f} s, not counted above", highlight=False)
 
 
-def with_error(value: float, stderr: float | None) -> str:
+def with_error(value: float | None, stderr: float | None) -> str:
+    if value is None:
+        return "-"
     return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"
 
 

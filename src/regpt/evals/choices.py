@@ -46,7 +46,7 @@ class Choices:
         self.contexts = [context if len(context) else empty for context in tokens[: self.n_items]]
         each = iter(tokens[self.n_items :])
         self.endings = [[next(each) for _ in question.endings] for question in questions]
-        self.longest = max((len(ending) for endings in self.endings for ending in endings), default=0)
+        self.lengths = np.array([max(map(len, endings)) for endings in self.endings], dtype=np.int64)
         for number, endings in enumerate(self.endings):
             if not all(map(len, endings)):
                 raise UserError(f"{name}: an ending of item {number} has no token; give it a text")

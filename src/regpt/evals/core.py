@@ -15,22 +15,16 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from regpt.data.order import splitmix64
-from regpt.errors import UserError
+from regpt.errors import UsageError, UserError, nearest
 from regpt.evals.choices import largest
 from regpt.evals.items import Item, hash_of, read_items
 from regpt.evals.packing import Prompt
 from regpt.evals.score import Scores
-from regpt.evals.task import Result
+from regpt.evals.specs import CORE_TASKS as TASKS
+from regpt.evals.task import Result, Tolerate, refuse
 from regpt.files import is_file
 from regpt.text.tokenizer import Encoder
 
-# The 22 of the metric; a folder may hold fewer, which is said.
-TASKS = (
-    *("hellaswag_zeroshot", "jeopardy", "bigbench_qa_wikidata", "arc_easy", "arc_challenge", "copa", "commonsense_qa"),
-    *("piqa", "openbook_qa", "lambada_openai", "hellaswag", "winograd", "winogrande", "bigbench_dyck_languages"),
-    *("agi_eval_lsat_ar", "bigbench_cs_algorithms", "bigbench_operators", "bigbench_repeat_copy_logic", "squad"),
-    *("coqa", "boolq", "bigbench_language_identification"),
-)
 FILE = "core.json"
 SEPARATOR = "\n"
 SHOT_SEED = 1234
@@ -79,7 +73,7 @@ class CoreTask:
         self.shots = [tokens[0] if tokens else None for tokens in shots]
         self.separator = encoder.encode_batch([SEPARATOR])[0]
         self.empty = np.array([eot], dtype=np.uint32)
-        self.longest = max(len(answer) for answers in self.answers for answer in answers)
+        self.lengths = np.array([max(map(len, answers)) for answers in self.answers], dtype=np.int64)
 
     def prompts(self, chosen: Sequence[int]) -> list[Prompt]:
         return [self.prompt(i) for i in chosen]
@@ -154,24 +148,56 @@ def common(rows: Sequence[np.ndarray]) -> int:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def open_core(folder: Path, encoder: Encoder, eot: int) -> tuple[list[CoreTask], list[str]]:
+def open_core(
+    folder: Path, encoder: Encoder, eot: int, chosen: Sequence[str] = (), tolerate: Tolerate = refuse
+) -> tuple[list[CoreTask], list[str]]:
     """The tasks in `folder`, which holds `core.json` and the files that it names; and those of the 22 that are missing.
 
+    Args:
+        chosen: names of the tasks that are wanted; nothing is missing then. Empty for all.
+        tolerate: receives what is wrong with the file of one task, whose neighbours are read all the same.
+
     Raises:
-        UserError: no core.json, an entry or an item that is malformed, or no task at all.
+        UsageError: a name in `chosen` that the folder does not have.
+        UserError: no core.json, a malformed entry, or no task at all.
     """
-    tasks, present = [], set()
-    for entry in read_entries(folder):
-        settings, file = settings_of(entry)
-        if settings.name not in TASKS:
-            raise UserError(f"{entry.where}: {settings.name!r} is none of CORE's tasks, which are {', '.join(TASKS)}")
-        if file is not None and is_file(folder / file):
-            examples = [example_of(item, settings.kind) for item in read_items(folder / file)]
+    described = {settings.name: (settings, file) for settings, file in map(settings_of, read_entries(folder))}
+    held = {name: one for name, one in described.items() if one[1] is not None and is_file(folder / one[1])}
+    refuse_unknown(chosen, list(held), folder)
+    tasks = []
+    for settings, file in (held[name] for name in held if not chosen or name in chosen):
+        try:
+            examples = [example_of(item, settings.kind) for item in read_items(folder / str(file))]
             tasks.append(CoreTask(settings, examples, encoder, eot))
-            present.add(settings.name)
-    if not tasks:
+        except UserError as error:
+            tolerate(f"core/{settings.name}", error)
+    if not held:
         raise UserError(f"{folder / FILE} names no file that exists; put the tasks' files beside it")
-    return tasks, [name for name in TASKS if name not in present]
+    present = {task.settings.name for task in tasks}
+    return tasks, [] if chosen else [name for name in TASKS if name not in present]
+
+
+def refuse_unknown(chosen: Sequence[str], held: Sequence[str], folder: Path) -> None:
+    for name in chosen:
+        if name not in held:
+            close = nearest(name, held)
+            raise UsageError(
+                f"{str(folder)!r} holds no CORE task {name!r}{close}; choose from {', '.join(held) or 'other folders'}"
+            )
+
+
+def locate(argument: str) -> tuple[Path, list[str]]:
+    """The folder and the chosen tasks of `DIR`, or of `DIR/arc_easy,piqa`."""
+    first, *more = argument.split(",")
+    folder = Path(first)
+    if is_file(folder / FILE) or not is_file(folder.parent / FILE):
+        if more:
+            raise UsageError(f"task {more[0]!r} follows all of CORE; choose some tasks with core:{folder / more[0]}")
+        return folder, []
+    chosen = [folder.name, *more]
+    if len(set(chosen)) < len(chosen):
+        raise UsageError(f"core:{argument} names a task twice; name it once")
+    return folder.parent, chosen
 
 
 def read_entries(folder: Path) -> list[Item]:
@@ -197,6 +223,8 @@ def settings_of(entry: Item) -> tuple[Settings, str | None]:
     if shots < 0 or not isinstance(file, str | None):
         raise UserError(f"{entry.where}: 'num_fewshot' must be 0 or more, and 'file' a file's name or null")
     delimiter = entry.get("continuation_delimiter", str)
+    if name not in TASKS:
+        raise UserError(f"{entry.where}: {name!r} is none of CORE's tasks, which are {', '.join(TASKS)}")
     return Settings(name, kind, shots, delimiter, float(baseline)), file  # type: ignore[arg-type]
 
 
@@ -239,15 +267,18 @@ def stripped(texts: Iterable[str]) -> tuple[str, ...]:
 
 
 def summarize(results: Sequence[Result], missing: Sequence[str]) -> list[dict[str, Any]]:
-    """One row: the mean of the centred accuracies. Only that of all 22 tasks is called `centered`."""
-    found = [result.estimates()["centered"] for result in results]
-    n = len(found)
-    errors = [one.stderr for one in found]
+    """One row: the mean of the centred accuracies. Only that of all 22 tasks is called `centered`. Tasks of which no
+    item was scored are missing."""
+    found = {one.task: one.estimates()["centered"] for one in results if len(one.chosen)}
+    values = [one.value for one in found.values() if one.value is not None]
+    missing = [*missing, *(one.task.removeprefix("core/") for one in results if not len(one.chosen))]
+    n, errors = len(found), [one.stderr for one in found.values()]
     row: dict[str, Any] = {
         "task": "core",
-        "metric": f"centered_{n}_of_{len(TASKS)}" if missing else "centered",
-        "value": float(np.mean([one.value for one in found])),
-        "stderr": None if None in errors else sqrt(sum(error**2 for error in errors if error is not None)) / n,
+        "metric": "centered" if n == len(TASKS) else f"centered_{n}_of_{len(TASKS)}",
+        "value": float(np.mean(values)) if values else None,
+        "stderr": None if None in errors or not n else sqrt(sum(error**2 for error in errors if error is not None)) / n,
         "n": n,
     }
-    return [row | ({"missing": list(missing)} if missing else {})]
+    left_out = sum(one.left_out for one in results)
+    return [row | ({"missing": missing} if missing else {}) | ({"left_out": left_out} if left_out else {})]

@@ -6,30 +6,47 @@ as our own tasks. Text that spells `<|endoftext|>` is text to our tokenizers.
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
 from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
 from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
+from lm_eval.models.utils import normalize_gen_kwargs  # pyright: ignore[reportMissingImports]
 from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 
 from regpt.errors import UsageError, UserError, nearest
 from regpt.evals.packing import Prompt
 from regpt.evals.score import Progress, Scorer
+from regpt.evals.task import Tolerate
 from regpt.files import is_file, resolved
 from regpt.sample.generate import generate
 from regpt.sample.sampling import SamplingOptions
 from regpt.text.tokenizer import Tokenizer
 
 Request = tuple[Any, list[int], list[int]]  # the texts, tokens of the context, tokens of the continuation
+Noted = dict[str, dict[str, set[str]]]  # task → what was done → the documents that it was done to
 BOOTSTRAPS = 1000  # resamples behind the standard error of a metric that is no mean
 MAX_NEW_TOKENS = 256  # where a task does not say (the harness's own default)
+SEED = 1234  # of drawn texts: the harness's own
+GREEDY = SamplingOptions(top_k=1)
+# Arguments of generation that are followed, and the values with which others change nothing (Hugging Face's defaults).
+HONOURED = (
+    *("until", "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"),
+    *("do_sample", "temperature", "top_k", "top_p"),
+)
+AT_ONE = ("num_beams", "num_return_sequences", "repetition_penalty", "length_penalty", "typical_p", "use_cache")
+AT_ZERO = ("no_repeat_ngram_size", "min_p", "presence_penalty", "frequency_penalty", "min_new_tokens", "early_stopping")
+CUT = "the beginning of the prompt was left out"
+SHORTENED = "fewer new tokens than the task asks for"
+CUT_ENDING = "the beginning of an answer was left out"
+# What the code and the data of others' tasks raise while they are loaded: offline, missing packages, malformed files.
+UNAVAILABLE = (OSError, ImportError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, AssertionError)
 
 
 class HarnessModel(TemplateLM):
@@ -39,6 +56,8 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self.scorer, self.text, self.progress = scorer, tokenizer, progress
         self.max_length = scorer.model.config.max_seq_len
+        self.noted: Noted = {}
+        self.asked: Sequence[Instance] = ()  # what is being scored; nothing for rolling windows, which are not cut
 
     @property
     def eot_token_id(self) -> int:
@@ -47,9 +66,22 @@ class HarnessModel(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         return self.text.encode(string)
 
+    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """As in the harness; which items were cut is noted."""
+        self.asked = requests
+        try:
+            return super().loglikelihood(requests, disable_tqdm)  # pyright: ignore[reportArgumentType]
+        finally:
+            self.asked = ()
+
     def _loglikelihood_tokens(self, requests: Sequence[Request], **kwargs: Any) -> list[tuple[float, bool]]:
-        """Requests of one context share it. Too long ones lose the beginning of their context, as in the harness."""
+        """Requests of one context share it. Too long ones lose their beginning: of the context, as in the harness, and
+        of an ending that is itself longer than the model, which the harness's own backend refuses."""
         by_context: dict[tuple[int, ...], list[int]] = {}
+        for (_, context, ending), request in zip(requests, self.asked):
+            self.note(request, CUT_ENDING, len(ending) > self.max_length)
+            self.note(request, CUT, len(ending) <= self.max_length < len(context) + len(ending) - 1)
+        requests = [(texts, context, ending[-self.max_length :]) for texts, context, ending in requests]
         for number, (_, context, ending) in enumerate(requests):
             if len(ending):
                 by_context.setdefault(tuple(context), []).append(number)
@@ -81,30 +113,109 @@ class HarnessModel(TemplateLM):
 
     @torch.no_grad()
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The likeliest next token again and again, until a stop text, the end of the text, or the limit."""
-        return [self.continuation(*request.args) for request in requests]
+        """Greedy or drawn text, until a stop text, the end of the text, or the limit. All draws of a call come from one
+        generator, so repeated requests get different texts, and a second call the same ones."""
+        device = self.scorer.mesh.device
+        generator = torch.Generator(device).manual_seed(SEED)
+        texts = []
+        for request in requests:
+            context, options = request.args  # pyright: ignore[reportAssignmentType]
+            texts.append(self.continuation(context, options, generator, request))
+        return texts
 
-    def continuation(self, context: str, options: dict[str, Any]) -> str:
-        if options.get("do_sample") or options.get("temperature", 0):
-            raise UserError("the task draws its texts (do_sample), which the adapter does not; choose another task")
-        limit = min(int(options.get("max_gen_toks", MAX_NEW_TOKENS)), self.max_length - 1)
-        tokens = (self.text.encode(context) or [self.text.eot])[-(self.max_length - limit) :]
+    def continuation(
+        self,
+        context: str,
+        options: dict[str, Any],
+        generator: torch.Generator | None = None,
+        request: Instance | None = None,
+    ) -> str:
+        """Text after `context`.
+
+        Prompts are cut as by the harness's own backend: their end stays, and leaves room for the new tokens. A limit
+        that leaves no room (`max_gen_toks` of the model's length or more, which that backend refuses) is lowered: the
+        whole prompt stays where a new token fits after it, else its last half of the model's length. Both are counted.
+
+        Raises:
+            UserError: options that we cannot follow, by name.
+        """
+        asked = generation_of(options)
+        prompt = self.text.encode(context) or [self.text.eot]
+        tokens, limit = self.fitted(prompt, asked.limit)
+        self.note(request, CUT, len(tokens) < len(prompt))
+        self.note(request, SHORTENED, limit < asked.limit)
         device = self.scorer.mesh.device
         with self.scorer.autocast():
             ids = generate(
                 self.scorer.model,
                 torch.tensor([tokens], device=device),
                 limit,
-                options=SamplingOptions(top_k=1),
-                generator=torch.Generator(device).manual_seed(0),
+                options=asked.sampling,
+                generator=generator or torch.Generator(device).manual_seed(SEED),
                 stop=self.text.eot,
             )
         new = ids[0, len(tokens) :].tolist()
         text = self.text.decode(new[: new.index(self.text.eot)] if self.text.eot in new else new)
-        stops = options.get("until") or []
-        for stop in [stops] if isinstance(stops, str) else stops:
+        for stop in asked.until:
             text = text.split(stop)[0] if stop else text
         return text
+
+    def fitted(self, prompt: list[int], limit: int) -> tuple[list[int], int]:
+        """The tokens of the prompt that stay, and the new ones that fit after them; see `continuation`."""
+        longest = self.max_length
+        if limit < longest:
+            return prompt[-(longest - limit) :], limit
+        kept = prompt if len(prompt) < longest else prompt[-max(1, longest // 2) :]
+        return kept, longest - len(kept)
+
+    def note(self, request: Instance | None, what: str, happened: bool) -> None:
+        """Count an item of whose request that is true."""
+        if happened and request is not None:
+            self.noted.setdefault(str(request.task_name), {}).setdefault(what, set()).add(str(request.doc_id))
+
+
+class Generation(NamedTuple):
+    """What a task asks of generated text."""
+
+    sampling: SamplingOptions
+    limit: int
+    until: list[str]
+
+
+def generation_of(options: dict[str, Any]) -> Generation:
+    """A task's generation arguments, by the harness's own rules: other names of `max_gen_toks`, a temperature without
+    `do_sample` draws, `do_sample: false` is greedy whatever the temperature.
+
+    Raises:
+        UserError: an argument that the adapter does not follow, or a value that is not allowed.
+    """
+    given = {key: value for key, value in options.items() if value is not None}
+    neutral = {**dict.fromkeys(map(str, AT_ONE), 1), **dict.fromkeys(map(str, AT_ZERO), 0)}
+    unknown = [key for key in given if key not in HONOURED and given[key] != neutral.get(key, object())]
+    if unknown:
+        raise UserError(
+            f"the task asks for {', '.join(f'{key} = {given[key]!r}' for key in unknown)}, which the adapter does not "
+            f"follow; it follows {', '.join(HONOURED)}"
+        )
+    try:
+        asked: dict[str, Any] = dict(
+            normalize_gen_kwargs({key: given[key] for key in given if key in HONOURED}, MAX_NEW_TOKENS)
+        )
+        until, limit = asked["until"], asked["max_gen_toks"]
+        temperature, top_p = float(asked.get("temperature", 0.0)), float(given.get("top_p", 1.0))
+        top_k = int(given.get("top_k", 0))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the task's generation arguments {given!r} are not of the right kind ({error})") from None
+    if limit < 1 or not all(isinstance(stop, str) for stop in until):
+        raise UserError(f"the task's max_gen_toks is {limit} and until {until!r}; they must be 1 or more, and texts")
+    if not asked["do_sample"]:
+        return Generation(GREEDY, limit, until)
+    if "temperature" not in given:
+        temperature = 1.0
+    try:
+        return Generation(SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p), limit, until)
+    except UsageError as error:
+        raise UserError(f"the task draws its texts, but {error}") from None
 
 
 @dataclass(frozen=True)
@@ -116,40 +227,77 @@ class HarnessResult:
         metrics: metric → value, standard error where the harness gives one; a filter other than `none` is named.
         n: items.
         items: one row an item, `item` and its metrics.
+        changed: what was done to items that are longer than the model → how many.
     """
 
     task: str
     metrics: dict[str, tuple[float, float | None]]
     n: int
     items: list[dict[str, Any]]
+    changed: dict[str, int]
+
+    def notices(self, max_seq_len: int) -> list[str]:
+        """Sentences about the items that a model of `max_seq_len` did not see as the task has them."""
+        model = f"for the model's {max_seq_len:,} tokens"
+        return [
+            f"{count:,} of {self.n:,} items of {self.task}, {model}: {what}" for what, count in self.changed.items()
+        ]
 
 
-def evaluate_harness(names: Sequence[str], model: HarnessModel, max_items: int = 0) -> list[HarnessResult]:
-    """Run the harness on tasks by name (groups too), or from task files that end in `.yaml`.
+Run = Callable[[Scorer, Tokenizer, Progress | None, int, Tolerate], list[HarnessResult]]
+
+
+def open_harness(names: Sequence[str]) -> Run:
+    """What runs the tasks of these names (groups too), or from task files that end in `.yaml`, in the harness.
+
+    Each is run on its own: what is wrong with one does not touch the others.
 
     Raises:
         UsageError: a task that the harness does not know.
-        UserError: a task's data cannot be had.
     """
     files = [resolved(name) for name in names if name.endswith((".yaml", ".yml"))]
-    wanted: list[Any] = [task_of(name) for name in names]  # refused before the harness reads its thousands of tasks
+    wanted = [task_of(name) for name in names]  # refused before the harness reads its thousands of tasks
     manager = TaskManager(include_path=[str(folder) for folder in dict.fromkeys(file.parent for file in files)] or None)
     for name in wanted:
         if name not in manager.all_tasks:
             close = nearest(name, manager.all_tasks)
             raise UsageError(f"lm-eval knows no task {name!r}{close}; lm-eval ls tasks lists them")
+
+    def run(
+        scorer: Scorer, tokenizer: Tokenizer, progress: Progress | None, max_items: int, tolerate: Tolerate
+    ) -> list[HarnessResult]:
+        results: list[HarnessResult] = []
+        model = HarnessModel(scorer, tokenizer, progress)
+        for name in wanted:
+            try:
+                results += evaluate_harness(name, model, manager, max_items)
+            except UserError as error:
+                tolerate(f"lm-eval/{name}", error)
+        return results
+
+    return run
+
+
+def evaluate_harness(name: str, model: HarnessModel, manager: TaskManager, max_items: int = 0) -> list[HarnessResult]:
+    """Run one task or group.
+
+    Raises:
+        UserError: its data cannot be had, or it asks for what the adapter does not do.
+    """
     try:
         with contextlib.redirect_stdout(sys.stderr):  # it prints
-            found = simple_evaluate(
-                model=model,
-                tasks=wanted,
-                limit=max_items or None,
-                bootstrap_iters=BOOTSTRAPS,
-                task_manager=manager,
-            )
-    except (ConnectionError, FileNotFoundError) as error:  # of the Hugging Face libraries, too
-        raise UserError(f"lm-eval cannot load the data of {', '.join(names)} ({first_line(error)})") from None
-    return [] if found is None else results_of(found)
+            loaded: dict[str, Any] = dict(manager.load([name]))  # what fails here is the task's own code and data
+    except UNAVAILABLE as error:
+        raise UserError(f"lm-eval cannot load it ({first_line(error)})") from None
+    with contextlib.redirect_stdout(sys.stderr):
+        found = simple_evaluate(
+            model=model,
+            tasks=[loaded["groups"][name]] if name in loaded["groups"] else [*loaded["tasks"].values()],
+            limit=max_items or None,
+            bootstrap_iters=BOOTSTRAPS,
+            task_manager=manager,
+        )
+    return [] if found is None else results_of(found, model.noted)
 
 
 def task_of(name: str) -> str:
@@ -165,7 +313,7 @@ def task_of(name: str) -> str:
     return named[0]
 
 
-def results_of(found: Any) -> list[HarnessResult]:
+def results_of(found: Any, noted: Noted) -> list[HarnessResult]:
     results = []
     for task, numbers in found["results"].items():
         metrics = {}
@@ -177,7 +325,8 @@ def results_of(found: Any) -> list[HarnessResult]:
                 metrics[name] = (float(value), float(error) if isinstance(error, float | int) else None)
         samples = found.get("samples", {}).get(task, [])
         items = [{"item": one["doc_id"]} | scores_of(one, metrics) for one in samples]
-        results.append(HarnessResult(f"lm-eval/{task}", metrics, len(samples), items))
+        changed = {what: len(documents) for what, documents in noted.get(task, {}).items()}
+        results.append(HarnessResult(f"lm-eval/{task}", metrics, len(samples), items, changed))
     return results
 
 

@@ -1,4 +1,4 @@
-"""The names of tasks, as they are typed: `val,hellaswag,core:DIR,mc:FILE,lm-eval:arc_easy,piqa`."""
+"""The names of tasks, as they are typed: `val,hellaswag,core:DIR/arc_easy,piqa,mc:FILE,lm-eval:arc_easy,piqa`."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -8,10 +8,17 @@ from regpt.errors import UsageError, nearest
 KINDS = {
     "val": "the held-out split of the data",
     "hellaswag": "the official file, or hellaswag:FILE",
-    "core": "core:DIR, a folder with core.json",
+    "core": "core:DIR, a folder with core.json, or some of its tasks, core:DIR/arc_easy,piqa",
     "mc": "mc:FILE, multiple-choice questions",
     "lm-eval": "lm-eval:TASK,TASK…, the rest of the list",
 }
+# The 22 of CORE's metric; a folder may hold fewer, which is said.
+CORE_TASKS = (
+    *("hellaswag_zeroshot", "jeopardy", "bigbench_qa_wikidata", "arc_easy", "arc_challenge", "copa", "commonsense_qa"),
+    *("piqa", "openbook_qa", "lambada_openai", "hellaswag", "winograd", "winogrande", "bigbench_dyck_languages"),
+    *("agi_eval_lsat_ar", "bigbench_cs_algorithms", "bigbench_operators", "bigbench_repeat_copy_logic", "squad"),
+    *("coqa", "boolq", "bigbench_language_identification"),
+)
 NEED = {"core": "DIR", "mc": "FILE", "lm-eval": "TASK"}
 
 
@@ -39,10 +46,16 @@ def parse_tasks(given: str) -> list[Spec]:
 
 
 def check_specs(names: Iterable[str]) -> list[Spec]:
-    """The same of a list of names."""
-    specs = []
+    """The same of a list of names. Those of CORE's tasks after `core:DIR/…` belong to it, but for kinds of tasks."""
+    specs: list[Spec] = []
     for name in names:
         kind, colon, argument = name.partition(":")
+        if kind not in KINDS and specs and specs[-1].kind == "core" and not colon:
+            if name not in CORE_TASKS:
+                close = nearest(name, [*KINDS, *CORE_TASKS])
+                raise UsageError(f"{name!r} is neither a kind of task nor one of CORE's tasks{close}")
+            specs[-1] = Spec("core", f"{specs[-1].argument},{name}")
+            continue
         if kind not in KINDS:
             known = "; ".join(f"{kind} ({what})" for kind, what in KINDS.items())
             raise UsageError(f"task {name!r} is unknown{nearest(kind, KINDS)}; choose from {known}")
@@ -51,7 +64,10 @@ def check_specs(names: Iterable[str]) -> list[Spec]:
         if kind == "val" and colon:
             raise UsageError(f"task {name!r}: val takes nothing behind a colon; choose the folder with --data")
         specs.append(Spec(kind, argument))
-    for spec in specs:
-        if specs.count(spec) > 1:
+    for i, spec in enumerate(specs):
+        if spec in specs[:i]:
             raise UsageError(f"task {str(spec)!r} is given twice; give it once")
+        # Files of one kind but mc's own have results under one name: the second would replace the first.
+        if other := next((one for one in specs[:i] if one.kind == spec.kind != "mc"), None):
+            raise UsageError(f"tasks {str(other)!r} and {str(spec)!r} have one name in results; give one of them")
     return specs

@@ -10,10 +10,10 @@ from typing import Any
 from regpt.data.sources import DownloadProgress
 from regpt.errors import UsageError
 from regpt.evals.choices import open_choices
-from regpt.evals.core import open_core, summarize
+from regpt.evals.core import locate, open_core, summarize
 from regpt.evals.hellaswag import open_hellaswag
 from regpt.evals.specs import Spec
-from regpt.evals.task import Result, Task
+from regpt.evals.task import Result, Task, Tolerate, refuse
 from regpt.text.fast import accelerate
 from regpt.text.tokenizer import Encoder, Tokenizer
 
@@ -36,8 +36,16 @@ class Suite:
     seconds: float = 0.0
 
 
-def open_suites(specs: Iterable[Spec], tokenizer: Tokenizer, progress: DownloadProgress | None = None) -> list[Suite]:
+def open_suites(
+    specs: Iterable[Spec],
+    tokenizer: Tokenizer,
+    progress: DownloadProgress | None = None,
+    tolerate: Tolerate = refuse,
+) -> list[Suite]:
     """The tasks that `specs` name, read, checked and encoded; by gigatoken where it is installed.
+
+    Args:
+        tolerate: receives the name of a task of CORE whose file is damaged, and the error; its neighbours are read.
 
     Raises:
         UserError: a file that cannot be had, or malformed items.
@@ -50,19 +58,23 @@ def open_suites(specs: Iterable[Spec], tokenizer: Tokenizer, progress: DownloadP
         encoder = accelerate(tokenizer, Path(folder))
         for spec in specs:
             started = time.perf_counter()
-            suite = open_suite(spec, encoder, tokenizer.eot, progress)
-            suites.append(replace(suite, seconds=time.perf_counter() - started))
+            suite = open_suite(spec, encoder, tokenizer.eot, progress, tolerate)
+            if suite.tasks:
+                suites.append(replace(suite, seconds=time.perf_counter() - started))
     return suites
 
 
-def open_suite(spec: Spec, encoder: Encoder, eot: int, progress: DownloadProgress | None) -> Suite:
+def open_suite(
+    spec: Spec, encoder: Encoder, eot: int, progress: DownloadProgress | None, tolerate: Tolerate = refuse
+) -> Suite:
     path = Path(spec.argument)
     if spec.kind == "hellaswag":
         return Suite("hellaswag", (open_hellaswag(path if spec.argument else None, encoder, eot, progress),))
     if spec.kind == "mc":
         return Suite(str(spec), (open_choices(path, str(spec), encoder, eot),))
     if spec.kind == "core":
-        tasks, missing = open_core(path, encoder, eot)
+        folder, chosen = locate(spec.argument)
+        tasks, missing = open_core(folder, encoder, eot, chosen, tolerate)
         return Suite("core", tuple(tasks), lambda results: summarize(results, missing))
     raise UsageError(f"task {str(spec)!r} cannot be evaluated here; see regpt eval --help")
 
@@ -74,5 +86,6 @@ def suite_rows(suite: Suite, results: Sequence[Result]) -> list[Row]:
         for one in results
         for metric, found in one.estimates().items()
     ]
-    more = {one.task: {"seconds": one.seconds} | ({"cut": one.cut} if one.cut else {}) for one in results}
-    return [*(row | more[row["task"]] for row in rows), *suite.summarize(results)]
+    more = {one.task: {"seconds": one.seconds, "cut": one.cut, "left_out": one.left_out} for one in results}
+    kept = {task: {key: x for key, x in each.items() if x or key == "seconds"} for task, each in more.items()}
+    return [*(row | kept[row["task"]] for row in rows), *suite.summarize(results)]

@@ -2,9 +2,9 @@
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import numpy as np
 
@@ -15,6 +15,12 @@ from regpt.evals.score import Progress, Scorer, Scores
 
 SUBSET_SEED = 0  # of the order in which items are taken when not all of them are: the same for every run
 PILOT_ITEMS = 256  # timed to find out how many items a time budget allows
+Tolerate = Callable[[str, UserError], None]  # receives a task's name and why it cannot be evaluated; its neighbours are
+
+
+def refuse(task: str, error: UserError) -> NoReturn:
+    """A `Tolerate` that tolerates nothing."""
+    raise error
 
 
 class Task(Protocol):
@@ -25,14 +31,14 @@ class Task(Protocol):
         n_items: how many there are.
         items_sha256: hash of what is asked.
         baseline: expected accuracy of a guess, None where it is unknown.
-        longest: most scored tokens of an ending; a model must have as many positions.
+        lengths: (n_items,) most scored tokens of an ending of each item; a model that scores it has as many positions.
     """
 
     name: str
     n_items: int
     items_sha256: str
     baseline: float | None
-    longest: int
+    lengths: np.ndarray
 
     def prompts(self, chosen: Sequence[int]) -> list[Prompt]:
         """The prompts of the items numbered `chosen`."""
@@ -45,9 +51,10 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `n` items and its standard error, the sample's standard deviation / √n; None of one item."""
+    """A mean over `n` items and its standard error, the sample's standard deviation / √n, which one item does not have;
+    neither has a value without items."""
 
-    value: float
+    value: float | None
     stderr: float | None
     n: int
 
@@ -63,7 +70,8 @@ class Result:
         n_items: how many the task has.
         items_sha256, baseline: the task's.
         seconds: tokenization, computation and everything else but compilation.
-        cut: items whose context lost its beginning, as the model reads no longer ones.
+        cut: evaluated items whose context lost its beginning, as the model reads no longer ones.
+        left_out: items passed over, as one of their endings has more tokens than the model has positions.
     """
 
     task: str
@@ -74,6 +82,7 @@ class Result:
     baseline: float | None = None
     seconds: float = 0.0
     cut: int = 0
+    left_out: int = 0
 
     def estimates(self) -> dict[str, Estimate]:
         return {metric: estimate(values) for metric, values in self.outcomes.items()}
@@ -87,25 +96,41 @@ class Result:
         return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def refuse_long_endings(task: Task, max_seq_len: int) -> None:
-    """Raise a UserError, before anything is computed, where a model of `max_seq_len` cannot score an ending."""
-    if task.longest > max_seq_len:
+def refuse_if_nothing_fits(tasks: Sequence[Task], max_seq_len: int) -> None:
+    """Raise a UserError, before anything is computed, where a model of `max_seq_len` can score no item of any task."""
+    if tasks and not any(fitting(task, max_seq_len).any() for task in tasks):
+        names = ", ".join(task.name for task in tasks[:5]) + (", …" if len(tasks) > 5 else "")
         raise UserError(
-            f"{task.name} has an ending of {task.longest:,} tokens, the model reads at most {max_seq_len:,}; leave the "
-            "task out, or use a model with longer sequences"
+            f"every item of {names} has an ending longer than the {max_seq_len:,} tokens that the model reads; choose "
+            "other tasks, or use a model with longer sequences"
         )
 
 
-def said_of_cuts(results: Iterable[Result], max_seq_len: int) -> str:
-    """A sentence about the items that a model of `max_seq_len` did not see whole; empty where it saw all."""
+def fitting(task: Task, max_seq_len: int) -> np.ndarray:
+    """(n_items,) bool, whether a model of `max_seq_len` can score all endings of an item."""
+    return np.asarray(task.lengths) <= max_seq_len
+
+
+def truncation_notice(results: Iterable[Result], max_seq_len: int) -> list[str]:
+    """Sentences about the items that a model of `max_seq_len` did not see whole, or not at all."""
+    results, longer = list(results), f"longer than the model's {max_seq_len:,} tokens"
     cut = [f"{one.cut:,} of {len(one.chosen):,} items of {one.task}" for one in results if one.cut]
-    what = f"are longer than the model's {max_seq_len:,} tokens: the beginning of their context was left out"
-    return f"{', '.join(cut)} {what}" if cut else ""
+    out = [f"{one.left_out:,} of {one.n_items:,} items of {one.task}" for one in results if one.left_out]
+    return [
+        f"{', '.join(which)} {what}"
+        for which, what in (
+            (cut, f"are {longer}: the beginning of their context was left out"),
+            (out, f"have an ending {longer}: left out"),
+        )
+        if which
+    ]
 
 
 def estimate(values: np.ndarray) -> Estimate:
     """Mean and standard error of `values` (items,). For 0 and 1 the latter is √(p(1-p)/(n-1)), as lm-eval's."""
     n = len(values)
+    if not n:
+        return Estimate(None, None, 0)
     return Estimate(float(values.mean()), float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else None, n)
 
 
@@ -115,22 +140,27 @@ def evaluate(
     """The result of `task` on all items, or on a part.
 
     A part is the first items of one fixed order, so smaller parts lie within larger ones: `max_items` of them, and not
-    more than `seconds` are expected to suffice for, after a pilot. 0 sets no limit.
+    more than `seconds` are expected to suffice for, after a pilot. 0 sets no limit. Items with an ending longer than
+    the model are passed over, and counted.
     """
     if max_items < 0 or seconds < 0:
         raise UsageError("a limit of items or seconds is below 0; 0 sets no limit")
     before, started = scorer.cost.compile_seconds, time.perf_counter()
     order = permutation(SUBSET_SEED, 0, task.n_items).astype(np.int64)
-    n = min(max_items or task.n_items, task.n_items)
+    fits = fitting(task, scorer.max_seq_len)[order]
+    passed, order = np.flatnonzero(~fits), order[fits]  # places of the items passed over; items that are left
+    n = min(max_items or len(order), len(order))
     if seconds and n > PILOT_ITEMS:
         n = min(n, affordable(task, scorer, order, seconds))
     chosen = np.sort(order[:n])
+    end = len(fits) if n == len(order) else np.flatnonzero(fits)[n - 1] + 1  # of the places asked for
     prompts = task.prompts(chosen.tolist())
     cut = sum(is_cut(prompt, scorer.max_seq_len) for prompt in prompts)
     scores = scorer(prompts, progress)
     outcomes = task.judge(scores, chosen.tolist())
     spent = time.perf_counter() - started - (scorer.cost.compile_seconds - before)
-    return Result(task.name, outcomes, chosen, task.n_items, task.items_sha256, task.baseline, spent, cut)
+    facts = (task.n_items, task.items_sha256, task.baseline, spent, cut, int((passed < end).sum()))
+    return Result(task.name, outcomes, chosen, *facts)
 
 
 def affordable(task: Task, scorer: Scorer, order: np.ndarray, seconds: float) -> int:

@@ -165,17 +165,18 @@ def sections(run: Run) -> str:
 
 
 def evaluations_section(run: Run) -> str:
-    """The last value of every task and metric, with its standard error, the items, and figures of other models."""
+    """The last value of every task and metric, its standard error, the items scored and left out, other models."""
     last = {(str(row.get("task")), str(row.get("metric"))): row for row in run.evals}  # ascending: the last one stays
     rows = []
     for (task, metric), row in last.items():
-        value, error, items = (number(row.get(key)) for key in ("value", "stderr", "n"))
-        if value is None:
+        value, error, items, left_out = (number(row.get(key)) for key in ("value", "stderr", "n", "left_out"))
+        if value is None and not left_out:
             continue
         others = " · ".join(f"{one.label} {one.value:g}" for one in task_references(task, metric))
-        shown = f"{value:,.0f}" if metric == "missing" else f"{value:.4f}"
+        shown = "–" if value is None else f"{value:,.0f}" if metric == "missing" else f"{value:.4f}"
         shown += "" if error is None else f' <span class="note">± {error:.4f}</span>'
         count = "" if items is None else f"{items:,}"
+        count += f'<br><span class="note">{left_out:,} left out</span>' if left_out else ""
         missing = row.get("missing")
         named = f'<br><span class="note">without {text(", ".join(map(str, missing)))}</span>' if missing else ""
         rows.append((text(task), text(metric) + named, shown, count, f"{row['step']:,}", text(others)))

@@ -83,8 +83,10 @@ def with_whole_paths(config: EvalConfig) -> EvalConfig:
     """`config` with the files of its tasks as config.toml keeps them: found from other folders, too."""
 
     def whole(spec: Spec) -> Spec:
-        path = Path(spec.argument)
-        return spec._replace(argument=str(whole_path(path))) if spec.argument and exists(path) else spec
+        first, comma, chosen = spec.argument.partition(",")  # core:DIR/arc_easy,piqa: two of the folder's tasks
+        path = Path(first)
+        there = exists(path) or (spec.kind == "core" and exists(path.parent))
+        return spec._replace(argument=f"{whole_path(path)}{comma}{chosen}") if first and there else spec
 
     return replace(config, tasks=",".join(str(whole(spec)) for spec in config.specs()))
 

@@ -17,12 +17,11 @@ from regpt.errors import UsageError, UserError
 from regpt.evals.score import Progress, Scorer
 from regpt.evals.specs import Spec
 from regpt.evals.suite import Suite, open_suites
-from regpt.evals.task import Result, evaluate, refuse_long_endings
+from regpt.evals.task import Result, evaluate, refuse_if_nothing_fits
 from regpt.files import is_file, resolved
 from regpt.parallel.mesh import Mesh
 from regpt.runs.remote import on_this_machine
 from regpt.runs.validation import Part, Validated, folder_parts, own_sums, part_batches, result
-from regpt.text.tokenizer import Tokenizer
 from regpt.train.config import InferencePrecision
 from regpt.train.loss import make_loss_sum
 from regpt.train.precision import autocast, parameter_dtype, set_matmul_precision
@@ -75,21 +74,25 @@ class ValTask:
 
 @dataclass(frozen=True)
 class Answer:
-    """What was found: `val` where it was asked for, each suite's results, and those of lm-eval (`HarnessResult`)."""
+    """What was found: `val` where it was asked for, each suite's results, and those of lm-eval (`HarnessResult`).
+
+    `failures` say which tasks could not be evaluated, and why, a sentence each.
+    """
 
     opened: OpenModel
     val: tuple[ValTask, Validated] | None
     suites: list[tuple[Suite, list[Result]]]
     harness: list[Any]
     compile_seconds: float
+    failures: list[str]
 
 
 def answer(asked: Question, mesh: Mesh, show: ShowProgress) -> Answer:
     """Open the model and evaluate it; every process of `mesh` gets the whole answer.
 
     Raises:
-        UsageError: a model, folder or length that does not fit.
-        UserError: files that cannot be had, data of another tokenizer, damaged weights, too little memory.
+        UsageError: a model, folder, length or name of a task that does not fit.
+        UserError: data of another tokenizer, damaged weights, too little memory, or no task that can be evaluated.
     """
     model = on_this_machine(asked.model, mesh)
     run = run_config(model)
@@ -99,11 +102,19 @@ def answer(asked: Question, mesh: Mesh, show: ShowProgress) -> Answer:
     set_matmul_precision(asked.precision)
     opened.model.to(parameter_dtype(asked.precision)).eval()
     task = open_val(asked, run, folder, opened) if folder else None
-    suites = open_suites([spec for spec in asked.specs if spec.kind not in ("val", "lm-eval")], opened.tokenizer)
-    harness = [spec.argument for spec in asked.specs if spec.kind == "lm-eval"]
-    lm_eval = import_harness() if harness else None
-    for one in (one for suite in suites for one in suite.tasks):
-        refuse_long_endings(one, opened.model.config.max_seq_len)
+    failures: list[tuple[str, UserError]] = []
+
+    def tolerate(task: str, error: UserError) -> None:
+        failures.append((task, error))
+
+    ours = [spec for spec in asked.specs if spec.kind not in ("val", "lm-eval")]
+    suites = open_suites(ours, opened.tokenizer, tolerate=tolerate)
+    names = [spec.argument for spec in asked.specs if spec.kind == "lm-eval"]
+    lm_eval = import_harness()(split_names(names[0])) if names else None
+    if not task and not lm_eval:
+        if failures and not suites:
+            raise failures[0][1]
+        refuse_if_nothing_fits([one for suite in suites for one in suite.tasks], opened.model.config.max_seq_len)
     val = (task, validate(asked, task, opened, mesh, show)) if task else None
     scorer = Scorer(opened.model, mesh, autocast=lambda: autocast(asked.precision, mesh.device), compile=asked.compile)
     found = []
@@ -117,26 +128,20 @@ def answer(asked: Question, mesh: Mesh, show: ShowProgress) -> Answer:
     theirs = []
     if lm_eval:
         with show("lm-eval") as progress:
-            model = lm_eval.model(scorer, opened.tokenizer, progress)
-            theirs = lm_eval.evaluate(split_names(harness[0]), model, asked.max_items)
-    return Answer(opened, val, found, theirs, scorer.cost.compile_seconds)
+            theirs = lm_eval(scorer, opened.tokenizer, progress, asked.max_items, tolerate)
+    if failures and not (task or suites or theirs):
+        raise failures[0][1]
+    said = [f"{name} was not evaluated: {error}" for name, error in failures]
+    return Answer(opened, val, found, theirs, scorer.cost.compile_seconds, said)
 
 
-@dataclass(frozen=True)
-class Harness:
-    """What `evals.harness` has, which only exists where lm-eval is installed."""
-
-    model: Callable[[Scorer, Tokenizer, Progress], Any]
-    evaluate: Callable[[Sequence[str], Any, int], list[Any]]
-
-
-def import_harness() -> Harness:
-    """What runs tasks of lm-eval; a UserError where it is not installed."""
+def import_harness() -> Callable[[Sequence[str]], Any]:
+    """What opens tasks of lm-eval by their names; a UserError where it is not installed."""
     try:
-        from regpt.evals.harness import HarnessModel, evaluate_harness
+        from regpt.evals.harness import open_harness
     except ImportError:
         raise UserError("lm-eval is not installed; install it with: pip install 'regpt[lm-eval]'") from None
-    return Harness(HarnessModel, evaluate_harness)
+    return open_harness
 
 
 def split_names(names: str) -> list[str]:
@@ -238,7 +243,7 @@ def report(asked: Question, found: Answer) -> dict[str, Any]:
             tasks[row["task"]] = {key: value for key, value in row.items() if key != "task"}
     for one in found.harness:
         numbers = {name: {"value": value, "stderr": error, "n": one.n} for name, (value, error) in one.metrics.items()}
-        tasks[one.task] = {"metrics": numbers, "n": one.n}
+        tasks[one.task] = {"metrics": numbers, "n": one.n, "changed": one.changed}
     return {
         "model": asked.model,
         "source": found.opened.source,
@@ -247,6 +252,7 @@ def report(asked: Question, found: Answer) -> dict[str, Any]:
         "compiled": asked.compile,
         "compile_seconds": found.compile_seconds,
         "tasks": tasks,
+        "failures": found.failures,
     }
 
 
@@ -264,6 +270,7 @@ def task_numbers(one: Result) -> dict[str, Any]:
         "baseline": one.baseline,
         "seconds": one.seconds,
         "cut": one.cut,
+        "left_out": one.left_out,
         "items_sha256": one.items_sha256,
     }
 

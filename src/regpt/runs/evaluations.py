@@ -10,7 +10,7 @@ from typing import Any
 from regpt.config import RunConfig
 from regpt.evals.score import BATCH_TOKENS, Scorer
 from regpt.evals.suite import Row, Suite, open_suites, suite_rows
-from regpt.evals.task import Result, evaluate, refuse_long_endings, said_of_cuts
+from regpt.evals.task import Result, evaluate, refuse_if_nothing_fits, truncation_notice
 from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import Mesh
 from regpt.runs.items import write_items
@@ -95,7 +95,7 @@ class Evaluations:
         """Once a task: it is the same at every step."""
         new = [one for one in results if one.task not in self.told]
         self.told |= {one.task for one in new}
-        if said := said_of_cuts(new, self.config.model.max_seq_len):
+        for said in truncation_notice(new, self.config.model.max_seq_len):
             self.say(said)
 
     def averaged(self, suite: Suite) -> list[Result]:
@@ -138,11 +138,10 @@ def open_run_suites(config: RunConfig, tokenizer: Tokenizer) -> list[Suite]:
     """What `eval.tasks` names.
 
     Raises:
-        UserError: files that cannot be had, malformed items, or an ending longer than the model.
+        UserError: files that cannot be had, malformed items, or nothing but endings longer than the model.
     """
     suites = open_suites(config.eval.specs(), tokenizer)
-    for task in (task for suite in suites for task in suite.tasks):
-        refuse_long_endings(task, config.model.max_seq_len)
+    refuse_if_nothing_fits([task for suite in suites for task in suite.tasks], config.model.max_seq_len)
     return suites
 
 
@@ -167,5 +166,7 @@ def headline(suite: Suite, results: Sequence[Result], step: int) -> str:
     return f"{suite.name} after step {step:,}: {found}; {sum(result.seconds for result in results):.1f} s"
 
 
-def with_error(value: float, stderr: float | None) -> str:
+def with_error(value: float | None, stderr: float | None) -> str:
+    if value is None:
+        return "no item scored"
     return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"
