@@ -56,10 +56,16 @@ class Cell:
     slow: bool = False
 
 
-def ours(*, micro_batch_rows: int = tiny.N_ROWS, pad_vocab: bool = True, compile: bool = False) -> Found:
+DROPOUT = tiny.replace(tiny.CONFIG, dropout=0.2)
+
+
+def ours(
+    *, micro_batch_rows: int = tiny.N_ROWS, pad_vocab: bool = True, compile: bool = False, config=tiny.CONFIG
+) -> Found:
     """Loss, norm and gradients of the first step."""
-    loader = tiny.Rows(micro_batch_rows=micro_batch_rows)
-    return tiny.step_gradients(tiny.build_trainer(tiny.build_model(pad_vocab=pad_vocab), loader, compile=compile))
+    loader = tiny.Rows(micro_batch_rows=micro_batch_rows, config=config)
+    model = tiny.build_model(pad_vocab=pad_vocab, config=config)
+    return tiny.step_gradients(tiny.build_trainer(model, loader, compile=compile))
 
 
 def without_norm(found: Found) -> Found:
@@ -122,20 +128,45 @@ def after_out_of_memory() -> list[tuple[Found, Found]]:
 
 
 def processes() -> list[tuple[Found, Found]]:
-    expected = ours()
-    return [(found, expected) for n in (2, 4) for found in tiny.in_processes(n, one_of_several)]
+    expected = [ours(), ours(config=DROPOUT)]
+    return [pair for n in (2, 4) for found in tiny.in_processes(n, one_of_several) for pair in zip(found, expected)]
 
 
-def one_of_several() -> Found:
+def one_of_several() -> list[Found]:
+    """Without and with dropout."""
+    found = []
     with open_mesh("cpu") as mesh:
-        loader = tiny.Rows(micro_batch_rows=1, dp_rank=mesh.rank, dp_size=mesh.world_size)
-        return tiny.step_gradients(tiny.build_trainer(tiny.build_model(), loader, mesh=mesh))
+        for config in (tiny.CONFIG, DROPOUT):
+            loader = tiny.Rows(micro_batch_rows=1, dp_rank=mesh.rank, dp_size=mesh.world_size, config=config)
+            trainer = tiny.build_trainer(tiny.build_model(config=config), loader, mesh=mesh)
+            found.append(tiny.step_gradients(trainer))
+    return found
 
 
-def compiled() -> list[tuple[Found, Found]]:
+def compiled(config=tiny.CONFIG) -> list[tuple[Found, Found]]:
     if not shutil.which("c++"):
         pytest.skip("torch.compile needs a C++ compiler on the CPU")
-    return [(ours(compile=True), ours())]
+    return [(ours(compile=True, config=config), ours(config=config))]
+
+
+def compiled_dropout() -> list[tuple[Found, Found]]:
+    return compiled(DROPOUT)
+
+
+def dropout_accumulated() -> list[tuple[Found, Found]]:
+    return [(ours(micro_batch_rows=rows, config=DROPOUT), ours(config=DROPOUT)) for rows in (1, 2, 4)]
+
+
+def dropout_recomputed() -> list[tuple[Found, Found]]:
+    again = recompute_blocks(tiny.build_model(config=DROPOUT))
+    return [(tiny.step_gradients(tiny.build_trainer(again, tiny.Rows(config=DROPOUT))), ours(config=DROPOUT))]
+
+
+@torch.no_grad()
+def dropout_evaluated() -> list[tuple[Found, Found]]:
+    """In training mode, too: only the batches of training have dropout."""
+    model, (idx, _) = tiny.build_model(config=DROPOUT).train(), tiny.Rows().rows(0)
+    return [({"logits": model(idx)}, {"logits": tiny.build_model()(idx)})]
 
 
 def fused_path() -> list[tuple[Found, Found]]:
@@ -149,7 +180,7 @@ def fused_path_of_fp8() -> list[tuple[Found, Found]]:
 def fused_paths(make: Callable[..., FusedGPT2]) -> list[tuple[Found, Found]]:
     model = tiny.build_model()
     path = make(model, pieces.products, TorchAttention(), pieces)
-    trainer = tiny.build_trainer(model, tiny.Rows(micro_batch_rows=2), loss_sum=lambda batch: path.loss_sum(*batch))
+    trainer = tiny.build_trainer(model, tiny.Rows(micro_batch_rows=2), loss_sum=lambda batch: path.loss_sum(*batch[:4]))
     return [(tiny.step_gradients(trainer), ours())]
 
 
@@ -281,6 +312,16 @@ def forked(shards: Path, folder: Path) -> list[tuple[Found, Found]]:
     return [(at_the_end(folder / f"fork-{step}"), at_the_end(straight)) for step in (2, 4, 6)]
 
 
+def dropout_resumed(shards: Path, folder: Path) -> list[tuple[Found, Found]]:
+    straight, cut = folder / "dropout", folder / "dropout-cut"
+    assert pretrain(tiny.change(tiny.run_config(shards), "model", dropout=0.2), straight) == 0
+    shutil.copytree(straight, cut)
+    for later in (6, 8):
+        shutil.rmtree(checkpoint_folder(cut, later))
+    assert resume(cut) == 0
+    return [(at_the_end(cut), at_the_end(straight))]
+
+
 def averaged(shards: Path, folder: Path) -> list[tuple[Found, Found]]:
     """The average of a resumed run; and the weights beside an average, without one."""
     config = tiny.change(tiny.run_config(shards), "train", ema_decay=0.9)
@@ -319,13 +360,17 @@ CELLS = [
         0.0,
         after_out_of_memory,
     ),
-    Cell("one process", "2 and 4 processes", "loss, gradients", 1e-14, processes),
+    Cell("one process, without and with dropout", "2 and 4 processes", "loss, gradients", 1e-14, processes),
     Cell("`torch.compile` on", "off", "loss, gradients", 1e-14, compiled, slow=True),
     Cell("fused path of GPT-2, its pieces in float64", "plain path", "loss, gradients", 1e-13, fused_path),
     Cell("fused path of FP8, rounding nothing, in float64", "plain path", "loss, gradients", 1e-13, fused_path_of_fp8),
     Cell("linear layers in FP8, the rest in bfloat16", "all in float64", "loss, gradients", 0.2, linear_layers_in_fp8),
     Cell("`fp8` without gradients", "`bf16`", "logits", 0.0, evaluated_in_fp8),
     Cell("activation checkpointing on", "off", "loss, gradients", 0.0, recomputed),
+    Cell("dropout, 8 rows", "2 × 4, 4 × 2, 8 × 1 rows", "loss, gradients", 1e-14, dropout_accumulated),
+    Cell("dropout with activation checkpointing", "without", "loss, gradients", 0.0, dropout_recomputed),
+    Cell("dropout with `torch.compile`", "without", "loss, gradients", 1e-14, compiled_dropout, slow=True),
+    Cell("evaluation of a model with dropout", "dropout 0", "logits", 0.0, dropout_evaluated),
     Cell("moments in the host's memory", "on the device", "weights, moments, in float32", 0.0, offloaded),
     Cell("vocabulary padded to a multiple of 128", "not padded", "loss, gradients", 1e-14, padded_vocabulary),
     Cell("documents packed into rows, masked", "one a row, padded", "loss, gradients", 1e-14, packed_documents),
@@ -333,6 +378,7 @@ CELLS = [
     Cell("endings behind one context, packed", "one sequence at a time", "log-likelihoods", 1e-14, packed_endings),
     Cell("straight run", "stopped and resumed at any checkpoint", "weights, moments, in float32", 0.0, resumed),
     Cell("straight run", "forked from any checkpoint", "weights, moments, in float32", 0.0, forked),
+    Cell("run with dropout", "stopped and resumed", "weights, moments, in float32", 0.0, dropout_resumed),
     Cell("moving average of the weights", "stopped and resumed", "average, in float32", 0.0, averaged),
     Cell("one process", "resumed by two", "weights, moments, in float32", 2e-4, resumed_by_two),
 ]
@@ -358,7 +404,7 @@ def table() -> str:
     ],
 )
 def test_a_and_b_find_the_same(cell: Cell, request: pytest.FixtureRequest, tmp_path: Path):
-    whole_runs = cell.run in (resumed, forked, averaged, resumed_by_two, offloaded)
+    whole_runs = cell.run in (resumed, forked, dropout_resumed, averaged, resumed_by_two, offloaded)
     pairs = cell.run(request.getfixturevalue("shards"), tmp_path) if whole_runs else cell.run()
     assert pairs
     error = max(tiny.largest_error(a, b) for a, b in pairs)

@@ -24,6 +24,7 @@ from regpt.checkpoint.state import DataPosition, RunState
 from regpt.config import RunConfig
 from regpt.data.batch import IGNORE_INDEX, Batch
 from regpt.data.config import DataConfig
+from regpt.data.loader import dropout_keys
 from regpt.evals.config import EvalConfig
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
@@ -64,14 +65,18 @@ class Rows:
     """A loader of random rows: the first has all its targets, the last none, those between fewer and fewer."""
 
     def __init__(self, *, micro_batch_rows: int = N_ROWS, dp_rank: int = 0, dp_size: int = 1, config=CONFIG):
-        self.seq_len, self.vocab_size = SEQ_LEN, config.vocab_size
+        self.seq_len, self.vocab_size, self.dropout = SEQ_LEN, config.vocab_size, config.dropout
         self.micro_batch_rows, self.dp_rank, self.dp_size = micro_batch_rows, dp_rank, dp_size
 
     def step(self, step: int, micro_batch_rows: int | None = None) -> list[Batch]:
         idx, targets = self.rows(step)
         each = micro_batch_rows or self.micro_batch_rows
         starts = range(self.dp_rank * each, N_ROWS, self.dp_size * each)
-        return [Batch(idx[i : i + each], targets[i : i + each]) for i in starts]
+        batches = [Batch(idx[i : i + each], targets[i : i + each]) for i in starts]
+        if not self.dropout:
+            return batches
+        keys = torch.from_numpy(dropout_keys(3, step * N_ROWS, N_ROWS).astype("int64"))
+        return [batch._replace(dropout_keys=keys[i : i + each]) for i, batch in zip(starts, batches)]
 
     def rows(self, step: int) -> tuple[Tensor, Tensor]:
         """idx and targets (N_ROWS, SEQ_LEN) of the whole global batch."""

@@ -10,6 +10,15 @@ from regpt.kernels import select
 from regpt.kernels.select import choose
 from regpt.model.transformer import Transformer
 
+DROPOUT = replace(tiny.CONFIG, dropout=0.1)
+
+
+def test_the_fused_path_is_refused_for_dropout(hopper):
+    with pytest.raises(
+        UsageError, match=r"fused, but it computes no dropout, model\.dropout is 0\.1; set train\.kernels"
+    ):
+        choose("fused", tiny.build_model(dtype=torch.float32, config=DROPOUT), hopper, "bf16")
+
 
 def test_a_cpu_takes_the_plain_path_and_says_why():
     chosen = choose("auto", tiny.build_model(), tiny.CPU, "bf16")
@@ -44,6 +53,7 @@ def test_hopper_takes_the_fused_path(hopper):
         ({"precision": "fp32"}, "train.precision is fp32"),
         ({"deterministic": True}, "train.deterministic is true"),
         ({"recompute": True}, "train.activation_checkpointing is true"),
+        ({"model": tiny.build_model(dtype=torch.float32, config=DROPOUT)}, "model.dropout is 0.1"),
         ({"model": tiny.build_model(pad_vocab=False, dtype=torch.float32)}, "set train.pad_vocab"),
         ({"model": tiny.build_model()}, "float64"),
     ],

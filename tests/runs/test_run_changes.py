@@ -62,6 +62,7 @@ def test_what_changes_no_update_is_free(cut, straight, tmp_path, shards):
         (["--data.seed", "7", "--train.grad-clip", "0"], "data.seed 1337 → 7, train.grad_clip 1.0 → 0.0"),
         (["--train.steps", "6"], "train.steps 8 → 6"),
         (["--optim.decay-steps", "9"], "optim.decay_steps unset → 9"),
+        (["--model.dropout", "0.1"], "model.dropout 0.0 → 0.1"),
     ],
 )
 def test_what_changes_the_run_is_refused_with_a_list_and_nothing_happens(cut, flags, listed):

@@ -19,6 +19,7 @@ from regpt.model.weights import initialize
 from regpt.tools.plan.coefficients import PATHS
 from regpt.tools.plan.memory import Settings, cpu_memory, gpu_memory, largest_rows, tensors
 from regpt.tools.plan.shape import shape_of
+from regpt.train.capacity import SavedTensors
 from regpt.train.loss import make_loss_sum
 from regpt.train.recompute import recompute_blocks
 
@@ -104,6 +105,20 @@ def test_a_document_mask_is_a_matrix_for_each_layer_or_for_all(precision: str):
     assert tensors(shape, 4, Settings("fused", "bf16")) == tensors(
         shape, 4, Settings("fused", "bf16", document_mask=True)
     )
+
+
+def test_dropout_keeps_the_probabilities_of_attention_their_masks_and_those_of_residuals():
+    predicted, kept = [], []
+    for dropout in (0.0, 0.1):
+        config = replace(SMALL, dropout=dropout)
+        shape = shape_of(config, config.max_seq_len, pad_vocab=True)
+        predicted.append(tensors(shape, 8, Settings("eager", "fp32", dropout=dropout > 0))["activations"])
+        model = initialize(Transformer(config), 0)
+        saved = SavedTensors(list(model.parameters()))
+        with saved:
+            make_loss_sum(model, "fp32", tiny.CPU, False)(batch_of(config, 8)._replace(dropout_keys=torch.arange(8)))
+        kept.append(saved.bytes)
+    assert predicted[1] - predicted[0] == pytest.approx(kept[1] - kept[0], rel=0.05)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -1,7 +1,7 @@
 """The states of a process's global random generators, as text.
 
-Initialisation, data order and samples have generators of their own, made from their seeds: no result of regpt depends
-on these here. They are kept for what users add, a dropout say.
+Initialisation, data order, dropout and samples are functions of their seeds, or have generators of their own: no result
+of regpt depends on these here. They are kept for what users add, an augmentation say.
 """
 
 import base64

@@ -14,17 +14,16 @@ class Batch(NamedTuple):
     `targets` (B, T) holds the token after each of `idx` (B, T), or `IGNORE_INDEX`. `positions` (B, T) restart at
     document starts when attention is masked by document, and `cu_seqlens` (documents + 1 or more,) are then the
     cumulative document lengths over the flattened B·T tokens, from 0 to B·T, which may be repeated at the end
-    (documents of no tokens); both are None when a row is read as one text.
+    (documents of no tokens); both are None when a row is read as one text. `dropout_keys` (B,), from 0 to 2³² - 1, make
+    the masks of dropout (`model.dropout`); None is no dropout, as in all but training.
     """
 
     idx: Tensor
     targets: Tensor
     positions: Tensor | None = None
     cu_seqlens: Tensor | None = None
+    dropout_keys: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`; the copy from pinned memory does not wait."""
-        positions = None if self.positions is None else self.positions.to(device, non_blocking=True)
-        cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.to(device, non_blocking=True)
-        idx, targets = (x.to(device, non_blocking=True) for x in (self.idx, self.targets))
-        return Batch(idx, targets, positions, cu_seqlens)
+        return Batch(*(None if x is None else x.to(device, non_blocking=True) for x in self))  # type: ignore[arg-type]

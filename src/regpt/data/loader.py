@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from regpt.data.batch import Batch
+from regpt.data.order import splitmix64
 from regpt.data.rows import Rows
 from regpt.errors import UsageError, UserError
+
+DROPOUT = int.from_bytes(b"dropout", "big")  # another stream than the order's, which may have the same seed
 
 
 class StepBatches(Protocol):
@@ -43,9 +46,11 @@ class Loader:
         eot: int | None = None,
         pin_memory: bool = False,
         first_row: int = 0,
+        dropout_seed: int | None = None,
     ) -> None:
         """`batch_tokens` counts the tokens of a step over all `dp_size` processes; `eot` is the token that starts a
-        document, given where attention is to be masked by document.
+        document, given where attention is to be masked by document; `dropout_seed` is given where rows are to have
+        keys of dropout.
 
         Raises:
             UsageError: a batch that cannot be divided into whole micro-batches for every process.
@@ -63,6 +68,7 @@ class Loader:
         self.eot = eot
         self.pin_memory = pin_memory
         self.first_row = first_row
+        self.dropout_seed = dropout_seed
 
     def step(self, step: int, micro_batch_rows: int | None = None) -> list[Batch]:
         """This rank's micro-batches of `step`, counted from 0, on the CPU: B rows each, or `micro_batch_rows`."""
@@ -70,7 +76,11 @@ class Loader:
         assert R % (B * self.dp_size) == 0
         first, end = self.first_row + step * R, self.first_row + (step + 1) * R
         firsts = range(first + self.dp_rank * B, end, self.dp_size * B)
-        return [row_batch(self.rows, first, B, self.eot, self.pin_memory) for first in firsts]
+        batches = [row_batch(self.rows, first, B, self.eot, self.pin_memory) for first in firsts]
+        if self.dropout_seed is None:
+            return batches
+        keys = [as_tensor(dropout_keys(self.dropout_seed, first, B), self.pin_memory) for first in firsts]
+        return [batch._replace(dropout_keys=own) for batch, own in zip(batches, keys)]
 
     def step_rows(self, step: int) -> range:
         """The rows of `step` that this rank takes when it takes them one at a time."""
@@ -93,6 +103,12 @@ def row_batch(rows: Rows, first: int, count: int, eot: int | None = None, pin_me
         return batch
     positions, cu_seqlens = document_bounds(tokens[:, :-1] == eot)
     return batch._replace(positions=as_tensor(positions, pin_memory), cu_seqlens=as_tensor(cu_seqlens, pin_memory))
+
+
+def dropout_keys(seed: int, first: int, count: int) -> np.ndarray:
+    """(count,) uint64 below 2³²: the keys of dropout of rows [first, first + count), each a function of seed and row:
+    the upper half of output `row` of SplitMix64 started at `seed ^ DROPOUT`."""
+    return splitmix64(seed ^ DROPOUT, first, count) >> np.uint64(32)
 
 
 def as_tensor(array: np.ndarray, pin_memory: bool) -> Tensor:

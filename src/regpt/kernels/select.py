@@ -44,6 +44,8 @@ def ops_of(precision: str, device: torch.device, ops: Ops = PLAIN) -> Ops:
 
 def obstacle(model: Transformer, device: torch.device, precision: str) -> str | None:
     """Why the fused path cannot compute this model's loss; None when it can."""
+    if model.config.dropout:
+        return f"it computes no dropout, model.dropout is {model.config.dropout}"
     if device.type != "cuda" or not torch.version.cuda:
         return f"it needs an NVIDIA GPU, this is {device.type}"
     if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:

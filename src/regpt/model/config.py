@@ -28,6 +28,9 @@ class ModelConfig:
     """The tokenizer's real vocabulary size; padding for speed is derived, never stored."""
     max_seq_len: int = 1024
     """Learned positions: the longest sequence that the model reads."""
+    dropout: float = 0.0
+    """Rate of dropout in training: of attention's probabilities, of what each block adds, of the embeddings (Radford et
+    al. 2018, section 4.1, has 0.1; from GPT-2's size on 0 is usual)."""
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "vocab_size", "max_seq_len"):
@@ -37,6 +40,8 @@ class ModelConfig:
                 raise UsageError(
                     f"model.{name} is {getattr(self, name)}, must be at most {LARGEST.get(name, LARGEST_SIZE)}"
                 )
+        if not 0 <= self.dropout < 1:  # NaN fails too
+            raise UsageError(f"model.dropout is {self.dropout}, must be 0 or more and below 1")
         if self.n_embd % self.n_head:
             fits = [n for n in range(1, min(self.n_embd, 4 * self.n_head) + 1) if self.n_embd % n == 0]
             near = sorted(sorted(fits, key=lambda n: abs(n - self.n_head))[:3])

@@ -78,8 +78,8 @@ def config_to_hf(config: ModelConfig, eot: int) -> dict[str, Any]:
         "n_inner": None,
         **IMPLEMENTED,
         "initializer_range": 0.02,
-        # We train without dropout; fine-tuning elsewhere then starts as training here ended.
-        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
+        # Fine-tuning elsewhere then starts as training here ended. (Reading a model, we leave theirs out.)
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
         "bos_token_id": eot,
         "eos_token_id": eot,
         "use_cache": True,

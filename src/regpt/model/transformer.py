@@ -1,6 +1,7 @@
 """GPT-2 (Radford et al. 2019), in GPT-2's own names. Shapes: the glossary in `regpt.model`."""
 
 import math
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from regpt.model.cache import KVCache
 from regpt.model.config import ModelConfig
+from regpt.model.dropout import OFF, Dropout
 from regpt.model.ops import PLAIN, Ops, document_mask
 
 VOCAB_MULTIPLE = 128  # a vocabulary padded to whole tensor-core tiles is faster; the lecture pads 50257 to 50304
@@ -44,13 +46,14 @@ class CausalSelfAttention(nn.Module):
         self.layer = layer
         self.ops = ops
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, drop: Dropout = OFF) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # each (B, T, C)
         q, k, v = (y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for y in (q, k, v))  # (B, H, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, H, S, D)
-        y = self.ops.attention(q, k, v, mask)  # (B, H, T, D)
+        of_weights = partial(drop, site=3 * self.layer + 1) if drop.keys is not None else None
+        y = self.ops.attention(q, k, v, mask, of_weights)  # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
 
 
@@ -72,10 +75,11 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, ops, layer)
         self.ln_2 = LayerNorm(config, ops)
         self.mlp = MLP(config, ops)
+        self.layer = layer
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), mask, cache)
-        return x + self.mlp(self.ln_2(x))
+    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, drop: Dropout = OFF) -> Tensor:
+        x = x + drop(self.attn(self.ln_1(x), mask, cache, drop), site=3 * self.layer + 2)
+        return x + drop(self.mlp(self.ln_2(x)), site=3 * self.layer + 3)
 
 
 class Transformer(nn.Module):
@@ -112,6 +116,7 @@ class Transformer(nn.Module):
         cu_seqlens: Tensor | None = None,
         cache: KVCache | None = None,
         mask: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> Tensor:
         """Final hidden states (B, T, C) of the tokens `idx` (B, T) int64, each below vocab_size.
 
@@ -119,6 +124,8 @@ class Transformer(nn.Module):
         lengths from 0 to B·T, keeps attention inside each document; `positions` must then restart in each. `cache`
         holds the keys and values of earlier tokens and takes those of `idx`. `mask`, bool (B, 1, T, T), True where a
         token may look, replaces the causal one: rows may then be longer than the model, whose `positions` are given.
+        `dropout_keys` (B,), for training alone, are the rows' keys of dropout at `config.dropout`: without them there
+        is none, in training mode either.
 
         Raises:
             ValueError: more positions than the model has; `cu_seqlens` or `mask` without positions or with a cache.
@@ -132,9 +139,10 @@ class Transformer(nn.Module):
         if positions is None:
             positions = torch.arange(start, start + T, device=idx.device)  # (T,)
         mask = mask if cu_seqlens is None else document_mask(cu_seqlens, B, T)
-        x = self.wte(idx) + self.wpe(positions)  # (B, T, C)
+        drop = Dropout(self.config.dropout, dropout_keys if self.config.dropout else None)
+        x = drop(self.wte(idx) + self.wpe(positions), site=0)  # (B, T, C)
         for block in self.h:
-            x = block(x, mask, cache)
+            x = block(x, mask, cache, drop)
         if cache is not None:
             cache.length += T
         return self.ln_f(x)

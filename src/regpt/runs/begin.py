@@ -123,8 +123,9 @@ def start_new(parts: Parts, init_from: str | None) -> Start:
         initialize(model, config.train.seed)
         return Start()
     source = open_model(on_this_machine(init_from, parts.mesh)).model
-    if source.config != config.model:
-        ours, theirs = asdict(config.model), asdict(source.config)
+    shape = replace(source.config, dropout=config.model.dropout)  # which is no part of it
+    if shape != config.model:
+        ours, theirs = asdict(config.model), asdict(shape)
         other = ", ".join(f"{key} {theirs[key]} there, {ours[key]} here" for key in ours if ours[key] != theirs[key])
         raise UserError(
             f"--init-from {init_from} is a model of another shape ({other}); set the [model] keys to its values"

@@ -194,6 +194,7 @@ def build_loader(config: RunConfig, corpus: Corpus, mesh: Mesh, first_row: int =
         eot=mask_token(config, corpus),
         pin_memory=mesh.device.type == "cuda",
         first_row=first_row,
+        dropout_seed=config.train.seed if config.model.dropout else None,
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from regpt.checkpoint.state import DataPosition, RunState
-from regpt.config import RunConfig, validate
+from regpt.config import RunConfig, overlay, validate
 from regpt.errors import UsageError
 from regpt.train.schedule import make_schedule
 
@@ -47,9 +47,11 @@ ROUNDING_KEYS = (
 
 
 def changes(before: Sections, after: Sections) -> Changes:
-    """Every key whose value differs; none when nothing is known of `before`."""
+    """Every key whose value differs; none when nothing is known of `before`. A key that was added since has its
+    default."""
+    known = overlay(RunConfig().sections(), {name: dict(keys) for name, keys in before.items()})
     keys = [(section, key) for section in after for key in {**before.get(section, {}), **after[section]}]
-    pairs = {f"{s}.{key}": [stored(before.get(s, {}).get(key)), stored(after[s].get(key))] for s, key in keys}
+    pairs = {f"{s}.{key}": [stored(known.get(s, {}).get(key)), stored(after[s].get(key))] for s, key in keys}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]} if before else {}
 
 
@@ -71,7 +73,7 @@ def refuse_changes(found: Changes, step: int, force: bool) -> None:
             )
         fewer = isinstance(steps[0], int) and steps[1] < steps[0]
         found = {key: pair for key, pair in found.items() if key != "train.steps" or fewer}
-    shape = {key: pair for key, pair in found.items() if key.startswith("model.")}
+    shape = {key: pair for key, pair in found.items() if key.startswith("model.") and key != "model.dropout"}
     if shape:
         raise UsageError(
             f"the weights of the checkpoint have another shape: {listed(shape)}; leave [model] as it is, or start a "

@@ -123,8 +123,9 @@ def spoiling(machine: Machine) -> dict[str, Any]:
     trainer = machine.trainer
     for row, batch in row_batches(trainer, machine.loader):
         with torch.no_grad(), watched(trainer.model) as found, autocast(trainer.config.precision, trainer.mesh.device):
-            idx, targets, positions, cu_seqlens = batch.to(trainer.mesh.device)
-            loss = loss_sum(trainer.model, idx, targets, positions=positions, cu_seqlens=cu_seqlens)
+            idx, targets, positions, cu_seqlens, keys = batch.to(trainer.mesh.device)
+            places = {"positions": positions, "cu_seqlens": cu_seqlens}
+            loss = loss_sum(trainer.model, idx, targets, **places, dropout_keys=keys)
         if found:
             return {"first_not_finite": {"row": row, **found[0]}}
         if not loss.isfinite():

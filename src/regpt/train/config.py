@@ -76,7 +76,7 @@ class TrainConfig:
     hang_seconds: int = 600
     """A process that waits so long for the others names those missing and ends; the launcher starts all again."""
     seed: int = 1337
-    """Seed of the initial weights."""
+    """Seed of the initial weights, and of dropout."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto: CUDA, then MPS, then CPU."""
 

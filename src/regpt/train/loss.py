@@ -35,12 +35,12 @@ def make_loss_sum(
     """
     if kernels == "fused":
         of_tokens = fused_loss(model, device, precision)
-        return lambda batch: of_tokens(*batch)
+        return lambda batch: of_tokens(batch.idx, batch.targets, batch.positions, batch.cu_seqlens)
 
     def loss_sum(batch: Batch) -> Tensor:
         with autocast(precision, device):
-            idx, targets, positions, cu_seqlens = batch
-            return summed_loss(model, idx, targets, positions=positions, cu_seqlens=cu_seqlens)
+            idx, targets, positions, cu_seqlens, keys = batch
+            return summed_loss(model, idx, targets, positions=positions, cu_seqlens=cu_seqlens, dropout_keys=keys)
 
     return compiled(loss_sum, deterministic) if compile else loss_sum
 

@@ -25,5 +25,5 @@ def recompute_blocks(model: Transformer) -> Transformer:
 def recomputed(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    # There is no dropout: no random state to restore, which would wait for the device.
+    # Dropout is a function of keys: there is no random state to restore, which would wait for the device.
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

@@ -233,6 +233,9 @@ PATHS = {
     ("eager", "full"): EAGER_FULL,
 }
 
+# With dropout, per head and pair of positions: the probabilities, their mask, and what is left of them, as counted on
+# the plain path (tests/tools/test_plan_memory.py); compiled code may keep less. Masks of residuals: a byte a number.
+DROPOUT_PAIR_BYTES = {"full": 9, "half": 7}
 LSE_BYTES = 4  # per token, layer and head: attention keeps a float32 log-sum-exp (Dao 2023, section 3.1)
 CHECKPOINT_BYTES = 12  # per parameter: float32 weights and two moments
 MOMENTS = {"adamw": 2}  # tensors as large as the parameters that an optimizer keeps

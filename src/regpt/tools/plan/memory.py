@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from regpt.tools.plan.coefficients import (
     BLOCK_INPUT_BYTES,
     CONTEXT_BYTES,
+    DROPOUT_PAIR_BYTES,
     FRAGMENTED_SHARE,
     KEPT_BELOW_BYTES,
     LSE_BYTES,
@@ -50,6 +51,7 @@ class Settings:
     checkpointing: bool = False
     offload: bool = False
     document_mask: bool = False
+    dropout: bool = False
 
 
 def tensors(shape: Shape, rows: int, settings: Settings) -> dict[str, float]:
@@ -79,7 +81,7 @@ def kept_peaks(shape: Shape, rows: int, path: Path, settings: Settings) -> list[
     """What comes on top of weights, gradients and moments where the peak may be."""
     head = path.head_copies * shape.vocab_rows * shape.n_embd
     copies = {"low-precision copies": path.copies * shape.block_weights + head}
-    kept = shape.n_layer * block(shape, rows, path) + tail(shape, rows, path, settings)
+    kept = shape.n_layer * block(shape, rows, path, settings) + tail(shape, rows, path, settings)
     return [copies | {"activations": kept, "logits": logits(shape, rows, path)}, copies | fresh(shape, path)]
 
 
@@ -87,7 +89,7 @@ def recomputed_peaks(shape: Shape, rows: int, path: Path, settings: Settings) ->
     """The same with activation checkpointing: forward keeps no weight copies but the head's."""
     copies = {"low-precision copies": path.head_copies * shape.vocab_rows * shape.n_embd}
     kept = BLOCK_INPUT_BYTES * rows * shape.seq_len * shape.n_layer * shape.n_embd
-    again = RECOMPUTED["half" if path.head_copies else "full"] * block(shape, rows, path)
+    again = RECOMPUTED["half" if path.head_copies else "full"] * block(shape, rows, path, settings)
     return [
         copies | {"activations": kept + tail(shape, rows, path, settings), "logits": logits(shape, rows, path)},
         {"activations": kept + again},
@@ -95,9 +97,11 @@ def recomputed_peaks(shape: Shape, rows: int, path: Path, settings: Settings) ->
     ]
 
 
-def block(shape: Shape, rows: int, path: Path) -> float:
+def block(shape: Shape, rows: int, path: Path, settings: Settings) -> float:
     """What one block keeps for its backward."""
-    return rows * shape.seq_len * (path.activation * shape.n_embd + LSE_BYTES * shape.n_head + 2 * path.norms)
+    pair = DROPOUT_PAIR_BYTES["half" if path.head_copies else "full"] * settings.dropout
+    dropout = rows * shape.seq_len * (pair * shape.n_head * shape.seq_len + 2 * settings.dropout * shape.n_embd)
+    return dropout + rows * shape.seq_len * (path.activation * shape.n_embd + LSE_BYTES * shape.n_head + 2 * path.norms)
 
 
 def tail(shape: Shape, rows: int, path: Path, settings: Settings) -> float:

@@ -28,6 +28,7 @@ def settings_of(run: Sections, machine: Machine) -> Settings:
         checkpointing=train.activation_checkpointing,
         offload=run.optim.offload and machine.kind != "cpu",  # where all memory is the host's
         document_mask=run.data.document_mask,
+        dropout=run.model.dropout > 0,
     )
 
 
@@ -47,10 +48,11 @@ def path_name(run: Sections, machine: Machine) -> str:
     if train.kernels == "fused":
         wrong = "" if train.precision in ("bf16", "fp8") else f"train.precision is {train.precision}"
         wrong = "checkpointing is asked for" if train.activation_checkpointing else wrong
+        wrong = f"model.dropout is {model.dropout}" if model.dropout else wrong
         if wrong:
             raise UsageError(f"train.kernels is fused, but {wrong}; set train.kernels to plain or auto")
         return "fused"
-    suits = train.precision == "bf16" and not train.activation_checkpointing
+    suits = train.precision == "bf16" and not train.activation_checkpointing and not model.dropout
     suits = suits and model.n_embd % 8 == 0 and head % 8 == 0 and head <= 128
     suits = suits and (train.pad_vocab or model.vocab_size % 8 == 0)
     major, minor = MEASURED_CAPABILITY
