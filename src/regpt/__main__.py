@@ -4,15 +4,16 @@ import atexit
 import errno
 import faulthandler
 import os
-import select
 import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
+from types import TracebackType
 
 import regpt
+from regpt.console.lines import print_error, print_line, print_note
+from regpt.console.streams import harden, lost
 from regpt.errors import UsageError, UserError, nearest
 from regpt.parallel.signals import leave_when_terminated
 
@@ -35,6 +36,7 @@ COMMANDS = {
     "inspect": "a model's parameters, pictures of its weights, tokens nearest to a token",
     "bench": "how fast training, batches and sampling are on this machine",
 }
+KEEP_RECORDS = ("train", "quickstart", "tokenizer", "export", "report")  # in files; stdout only follows
 INTERRUPTED = 130
 PLACES = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC)
 kept: list[Exception] = []  # with the tensors of their frames; see `leave_memory`
@@ -43,42 +45,57 @@ kept: list[Exception] = []  # with the tensors of their frames; see `leave_memor
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code. `--debug` shows the traceback of an unexpected error."""
     args = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        harden()
+        sys.excepthook = print_traceback
+        if args[:1] == ["train"]:
+            leave_when_terminated()  # before what takes seconds to import
+            faulthandler.enable()  # a crash in native code (a shard cut in the middle of a read) names its line
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
-    if argv is None and args[:1] == ["train"]:
-        leave_when_terminated()  # before what takes seconds to import
-        if sys.__stderr__ is not None:
-            faulthandler.enable()  # a crash in native code (a shard cut in the middle of a read) names its line
     try:
-        return dispatch(args)
+        return checked(dispatch(args), args)
     except UserError as error:
-        print(f"regpt: {error}", file=sys.stderr)
+        print_note(error)
         return error.exit_code
     except KeyboardInterrupt:
-        print("regpt: interrupted", file=sys.stderr)
+        print_note("interrupted")
         return INTERRUPTED
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and output_has_no_reader():  # `regpt … | head`
-            sys.stderr.close()
-            return 1
         if debug:
             raise
         if said := unusable_place(error):
-            print(f"regpt: {said}", file=sys.stderr)
+            print_note(said)
             return 1
-        print(f"regpt: {type(error).__name__}: {first_line(error)}; traceback in {write_traceback()}", file=sys.stderr)
+        print_note(f"{type(error).__name__}: {first_line(error)}; {write_traceback()}")
         code = getattr(error, "exit_code", 1)
         if argv is None and device_is_lost(error):
             leave_memory(error, code)
         return code
 
 
+def checked(code: int, args: list[str]) -> int:
+    """`code`, or 1 where stdout is all that a command gives and some of it could not be written."""
+    reason = lost(sys.stdout)
+    if reason:  # a reader that left needs no message
+        print_note(f"standard output could not be written ({reason}); free the disk, or choose another place for it")
+    if code or reason is None or not args or args[0] in KEEP_RECORDS or writes_file(args):
+        return code
+    return 1
+
+
+def writes_file(args: list[str]) -> bool:
+    """Whether flags name a file or folder for the results."""
+    named = dict(zip(args, [*args[1:], "-"])) | dict(arg.split("=", 1) for arg in args if "=" in arg)
+    return any(not named.get(flag, "-").startswith("-") for flag in ("--json", "--out"))
+
+
 def dispatch(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
-        print(usage())
+        print_line(usage())
         return 0
     if args[0] == "--version":
-        print(regpt.__version__)
+        print_line(regpt.__version__)
         return 0
     name, *rest = args
     if name not in COMMANDS:
@@ -87,21 +104,10 @@ def dispatch(args: list[str]) -> int:
 
 
 def usage() -> str:
-    lines = [f"  regpt {name:<12}{what}" for name, what in COMMANDS.items()]
+    lines = [f"  regpt {name:<15}{what}" for name, what in COMMANDS.items()]
     return "\n".join(
         ["regpt: train GPTs from scratch", "", *lines, "", "regpt COMMAND --help shows what a command takes."]
     )
-
-
-def output_has_no_reader() -> bool:
-    """Whether stdout or stderr is a pipe whose other end was closed: a broken pipe may be another one."""
-    if not hasattr(select, "poll"):  # on Windows nothing tells
-        return True
-    poll = select.poll()
-    for stream in (sys.__stdout__, sys.__stderr__):
-        if stream is not None and not stream.closed:
-            poll.register(stream.fileno(), 0)  # errors are told whatever is asked for
-    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def unusable_place(error: Exception) -> str | None:
@@ -135,11 +141,20 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0]
 
 
-def write_traceback() -> Path:
-    """The current traceback in a new temporary file."""
-    with tempfile.NamedTemporaryFile("w", prefix="regpt-", suffix=".log", delete=False, encoding="utf-8") as file:
-        file.write(traceback.format_exc())
-    return Path(file.name)
+def write_traceback() -> str:
+    """Write the current traceback into a new temporary file; where it is, or what to do where there is no room."""
+    content = traceback.format_exc().encode("utf-8", "backslashreplace")
+    try:
+        with tempfile.NamedTemporaryFile(prefix="regpt-", suffix=".log", delete=False) as file:
+            file.write(content)
+    except OSError as error:
+        return f"its traceback cannot be written ({error.strerror}); --debug shows it"
+    return f"traceback in {file.name}"
+
+
+def print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """`sys.excepthook` with control characters made visible."""
+    print_error("".join(traceback.format_exception(kind, error, trace)))
 
 
 if __name__ == "__main__":

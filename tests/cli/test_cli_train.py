@@ -245,7 +245,6 @@ def test_a_broken_pipe_that_is_not_the_output_is_said(regpt, monkeypatch):
         raise BrokenPipeError(32, "Broken pipe")
 
     monkeypatch.setattr("regpt.cli.report.main", broken)
-    monkeypatch.setattr("regpt.__main__.output_has_no_reader", lambda: False)
     code, _, err = regpt("report", "x")
     assert code == 1
     assert err.startswith("regpt: BrokenPipeError")

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from regpt.checkpoint.manifest import (
 )
 from regpt.checkpoint.state import RunState, read_state
 from regpt.checkpoint.tensors import TensorFiles
+from regpt.console.lines import print_note
 from regpt.errors import UserError
 from regpt.files import is_folder
 from regpt.model.config import ModelConfig
@@ -101,7 +101,7 @@ def step_of(folder: Path) -> int:
 
 
 def print_warning(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    print_note(f"warning: {message}")
 
 
 def newest_checkpoint(run: Path, *, optimizer: bool = True, warn: Callable[[str], None] = print_warning) -> Path:

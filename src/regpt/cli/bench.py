@@ -2,6 +2,7 @@
 
 from importlib import import_module
 
+from regpt.console.lines import print_line
 from regpt.errors import UsageError, nearest
 
 COMMANDS = {
@@ -15,8 +16,8 @@ COMMANDS = {
 def main(args: list[str]) -> int:
     """Hand over to the subcommand."""
     if args[:1] in (["--help"], ["-h"]):
-        print(f"usage: regpt bench {{{','.join(COMMANDS)}}} …\n")
-        print("\n".join(f"  {name:<8}{what}" for name, what in COMMANDS.items()))
+        print_line(f"usage: regpt bench {{{','.join(COMMANDS)}}} …\n")
+        print_line("\n".join(f"  {name:<8}{what}" for name, what in COMMANDS.items()))
         return 0
     if not args:
         raise UsageError(f"regpt bench needs a command; choose from {', '.join(COMMANDS)}")

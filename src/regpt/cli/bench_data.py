@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from regpt.cli.output import check_json, progress, show
+from regpt.cli.output import check_json, show
 from regpt.cli.parse import parse
+from regpt.console.lines import status
 from regpt.data.config import DataConfig
 from regpt.errors import UsageError
 from regpt.train.config import TrainConfig
@@ -55,7 +56,7 @@ def main(args: list[str]) -> int:
 
     sizes = (given.seq_len, given.batch_tokens, given.micro_batch_rows)
     reading = Reading(Path(given.folder), given.order, given.document_mask, given.seed, *sizes)
-    with progress() as say:
+    with status() as say:
         report = bench_data(reading, given.seconds, say)
     show(report, given.json, data_table)
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from regpt.cli.output import check_json, progress, show, write_json
+from regpt.cli.output import check_json, show, write_json
 from regpt.cli.parse import parse
 from regpt.config import read_config
+from regpt.console.lines import print_note, status
 from regpt.errors import UsageError
 
 CPU_ROWS = 8  # where the recipe leaves it to the device
@@ -61,10 +61,10 @@ def main(args: list[str]) -> int:
     rows = given.rows or (LECTURE_ROWS if on_gpu else CPU_ROWS if own == "auto" else own)
     target = None if given.json in (None, "-") else Path(given.json)
     keep = partial(write_json, target) if target else lambda report: None
-    with progress() as say:
+    with status() as say:
         report = bench_ladder(config, LADDER, window, name=name, rows=rows, progress=say, keep=keep)
     show(report, given.json, ladder_table)
     if given.out:
         draw_ladder(report, Path(given.out))
-        print(f"drawn: {given.out}", file=sys.stderr)
+        print_note(f"drawn: {given.out}")
     return 0

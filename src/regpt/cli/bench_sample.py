@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from regpt.cli.output import check_json, progress, show
+from regpt.cli.output import check_json, show
 from regpt.cli.parse import parse
 from regpt.config import read_config, recipe_names
+from regpt.console.lines import status
 from regpt.train.config import InferencePrecision
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def main(args: list[str]) -> int:
 
     device = choose_device(given.device)
     set_matmul_precision(given.precision)
-    with progress() as say, autocast(given.precision, device):
+    with status() as say, autocast(given.precision, device):
         say("opening the model")
         model = open_or_make(given.model, device).to(parameter_dtype(given.precision))
         report = bench_sample(

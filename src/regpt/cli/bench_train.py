@@ -14,10 +14,11 @@ from typing import Annotated
 import tyro
 
 from regpt import STARTED
-from regpt.cli.output import check_json, progress, show
+from regpt.cli.output import check_json, show
 from regpt.cli.parse import parse
 from regpt.cli.train import chosen_data, named_recipe
 from regpt.config import RunConfig, read_config, recipe_names
+from regpt.console.lines import status
 from regpt.errors import UsageError
 
 # Where torch.compile and Triton keep what they have compiled.
@@ -72,7 +73,7 @@ def run_train(given: TrainArgs, args: list[str]) -> int:
     if given.nproc and not under_launcher():
         return launch(given.nproc, ["bench", "train", *args])
     imported_s = time.perf_counter() - STARTED
-    with progress(quiet=launcher_rank() > 0) as say:
+    with status(quiet=launcher_rank() > 0) as say:
         report = bench_train(config, window, recipe=given.recipe, imported_s=imported_s, progress=say)
     if report is not None:
         from regpt.tools.bench.tables import train_table

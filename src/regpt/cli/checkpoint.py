@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from regpt.checkpoint.store import local_folder
-from regpt.cli.output import progress
 from regpt.cli.parse import parse
 from regpt.cli.table import print_rows
+from regpt.console.lines import print_json, print_line, status
 from regpt.errors import UsageError, UserError, nearest
 from regpt.files import exists, is_file, is_folder
 
@@ -46,8 +45,10 @@ def main(args: list[str]) -> int:
     """Hand over to the subcommand."""
     commands = {"list": list_main, "verify": verify_main}
     if args[:1] in (["--help"], ["-h"]):
-        print("usage: regpt checkpoint {list,verify} …\n\n  list     steps, dates and sizes of a run's checkpoints")
-        print("  verify   read every file of a run's checkpoints, or of one")
+        print_line(
+            "usage: regpt checkpoint {list,verify} …\n\n  list     steps, dates and sizes of a run's checkpoints"
+        )
+        print_line("  verify   read every file of a run's checkpoints, or of one")
         return 0
     if not args:
         raise UsageError(f"regpt checkpoint needs a command; choose from {', '.join(commands)}")
@@ -69,7 +70,7 @@ def list_main(args: list[str]) -> int:
             f"{given.run!r} {'is no run' if is_folder(run) else 'does not exist'}; give the folder of a run"
         )
     if given.json:
-        print(json.dumps({"run": given.run, "checkpoints": [asdict(one) for one in listed]}))
+        print_json({"run": given.run, "checkpoints": [asdict(one) for one in listed]})
     else:
         print_list(given.run, listed)
     return 0
@@ -81,10 +82,10 @@ def print_list(run: str, listed: list[Listed]) -> None:
         for one in listed
     ]
     if not rows:
-        print(f"{run} has no checkpoint yet")
+        print_line(f"{run} has no checkpoint yet")
         return
     print_rows(["checkpoint", "step", "written", "size", "state"], rows, left=(0, 4))
-    print(f"regpt checkpoint verify {run} reads them too")
+    print_line(f"regpt checkpoint verify {run} reads them too")
 
 
 def state_of(one: Listed) -> str:
@@ -99,7 +100,7 @@ def verify_main(args: list[str]) -> int:
 
     folders = chosen(local_folder(given.path, "regpt checkpoint"))
     found: dict[Path, list[Damage]] = {}
-    with progress(quiet=given.json) as say:
+    with status(quiet=given.json) as say:
         for folder in folders:
             found[folder] = find_damage(folder, lambda file, name=folder.name: say(f"reading {name}/{file}"))
     damaged = [folder for folder in folders if found[folder]]
@@ -108,12 +109,12 @@ def verify_main(args: list[str]) -> int:
             {"name": folder.name, "intact": not damage, "damage": [asdict(one) for one in damage]}
             for folder, damage in found.items()
         ]
-        print(json.dumps({"path": given.path, "intact": not damaged, "checkpoints": checkpoints}))
+        print_json({"path": given.path, "intact": not damaged, "checkpoints": checkpoints})
         return int(bool(damaged))
     for folder, damage in found.items():
-        print(f"{folder.name}  {'DAMAGED' if damage else 'intact'}")
+        print_line(f"{folder.name}  {'DAMAGED' if damage else 'intact'}")
         for one in damage:
-            print(f"  {one.file}: {one.what}")
+            print_line(f"  {one.file}: {one.what}")
     if damaged:
         raise UserError(verdict(folders, damaged))
     return 0

@@ -10,6 +10,7 @@ import tyro
 
 from regpt.cli import data_import, data_info, data_prepare
 from regpt.cli.parse import parse
+from regpt.console.lines import print_line, status
 from regpt.errors import UsageError, UserError, nearest
 
 
@@ -25,9 +26,9 @@ def main(args: list[str]) -> int:
     """Hand over to the subcommand."""
     commands = {"prepare": data_prepare.main, "import": data_import.main, "info": data_info.main, "verify": verify_main}
     if args[:1] in (["--help"], ["-h"]):
-        print("usage: regpt data {prepare,import,info,verify} …\n\n  prepare  make token shards from text")
-        print("  import   make token shards from the token files of other projects")
-        print("  info     show what a data folder holds\n  verify   check every file of a data folder")
+        print_line("usage: regpt data {prepare,import,info,verify} …\n\n  prepare  make token shards from text")
+        print_line("  import   make token shards from the token files of other projects")
+        print_line("  info     show what a data folder holds\n  verify   check every file of a data folder")
         return 0
     if not args:
         raise UsageError(f"regpt data needs a command; choose from {', '.join(commands)}")
@@ -39,13 +40,11 @@ def main(args: list[str]) -> int:
 
 def verify_main(args: list[str]) -> int:
     given = parse(VerifyArgs, args, prog="regpt data verify")
-    from rich.console import Console
-
     from regpt.data.verify import verify
 
-    with Console(stderr=True).status("reading") as status:
-        damage = verify(Path(given.folder), lambda file: status.update(f"reading {file}"))
+    with status() as say:
+        damage = verify(Path(given.folder), lambda file: say(f"reading {file}"))
     if damage:
         raise UserError("; ".join(damage) + "; restore the file or prepare the folder again")
-    print(f"{given.folder} is intact")
+    print_line(f"{given.folder} is intact")
     return 0

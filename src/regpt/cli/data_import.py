@@ -10,6 +10,7 @@ import tyro
 
 from regpt.cli.data_prepare import print_left_out
 from regpt.cli.parse import parse
+from regpt.console.lines import print_line
 
 if TYPE_CHECKING:
     from regpt.data.manifest import Manifest
@@ -36,14 +37,13 @@ class ImportArgs:
 
 def main(args: list[str]) -> int:
     given = parse(ImportArgs, args, prog="regpt data import")
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TimeRemainingColumn
 
+    from regpt.console.tables import field, progress_bar
     from regpt.data.importer import ImportProgress, import_tokens
     from regpt.text.open import open_tokenizer
 
-    columns = (BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    bar = progress_bar(BarColumn(), field("description"), TimeRemainingColumn(), transient=True)
     task = bar.add_task("")
 
     def show(now: ImportProgress) -> None:
@@ -70,17 +70,17 @@ def main(args: list[str]) -> int:
 def print_imported(out: str, manifest: Manifest) -> None:
     for source in manifest.sources:
         name, tokens, split = source["file"], source["tokens"], source["split"]
-        print(f"{name}: {tokens:,} tokens in the format of {source['format']}, for {split}")
+        print_line(f"{name}: {tokens:,} tokens in the format of {source['format']}, for {split}")
     print_left_out(manifest.left_out)
     for split, inserted in manifest.options["inserted_eot"].items():
         if inserted:
-            print(f"{split}: inserted one end-of-text token in front, because a document must start with it")
+            print_line(f"{split}: inserted one end-of-text token in front, because a document must start with it")
     for split in ("train", "val"):
         tokens, documents = manifest.tokens(split), manifest.documents(split)
         if tokens:
-            print(
+            print_line(
                 f"{split:5}  {documents:>12,} documents  {tokens:>15,} tokens  {len(manifest.split(split)):>4} shards"
             )
         elif split == "val":
-            print('val: nothing is held out; no file has "val" in its name and --val names none')
-    print(f"wrote {out} with the tokenizer {manifest.tokenizer}; look inside with: regpt data info {out}")
+            print_line('val: nothing is held out; no file has "val" in its name and --val names none')
+    print_line(f"wrote {out} with the tokenizer {manifest.tokenizer}; look inside with: regpt data info {out}")

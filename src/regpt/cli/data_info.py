@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from regpt.cli.parse import parse
+from regpt.console.lines import print_json, print_line
 from regpt.errors import UsageError, UserError
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def main(args: list[str]) -> int:
     content = read_content(given, manifest, splits[0].split)
     packing = bos_numbers(given, manifest, splits[0].split) if given.order == "bos" else None
     if given.json:
-        print(json.dumps(info_dict(manifest, splits, content, packing), ensure_ascii=False))
+        print_json(info_dict(manifest, splits, content, packing))
     else:
         print_info(given, manifest, splits, content, packing)
     if given.out:
@@ -133,24 +133,23 @@ def info_dict(
 def print_info(
     given: InfoArgs, manifest: Manifest, splits: list[SplitInfo], content: Content, packing: dict[str, Any] | None
 ) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False, soft_wrap=True)
     vocabulary = f"tokenizer {manifest.tokenizer}, {manifest.vocab_size:,} tokens, {manifest.dtype}"
-    console.print(f"{given.folder}: {vocabulary}")
-    print_splits(console, splits)
+    print_line(f"{given.folder}: {vocabulary}")
+    print_splits(splits)
     for split in splits:
-        print_histogram(console, split)
+        print_histogram(split)
     if packing:
-        console.print(
+        print_line(
             f"\n{splits[0].split} in the order bos: {packing['rows']:,} rows of {given.seq_len:,} an epoch, "
             f"which leave out {packing['left_out']:.2%} of the tokens"
         )
-    print_content(console, given, content, whole=content.counted == splits[0].tokens)
+    print_content(given, content, whole=content.counted == splits[0].tokens)
 
 
-def print_splits(console: Any, splits: list[SplitInfo]) -> None:
+def print_splits(splits: list[SplitInfo]) -> None:
     from rich.table import Table
+
+    from regpt.console.tables import print_table
 
     table = Table("split", box=None, padding=(0, 1))
     for column in ("documents", "tokens", "MB", "bytes/token", "median tokens", "shards"):
@@ -159,29 +158,27 @@ def print_splits(console: Any, splits: list[SplitInfo]) -> None:
         numbers = (f"{split.documents:,}", f"{split.tokens:,}", f"{split.text_bytes / 1e6:,.1f}")
         median = split.to_dict()["document_tokens"]["median"]
         table.add_row(split.split, *numbers, f"{split.bytes_per_token:.3f}", f"{median:,.0f}", str(split.shards))
-    console.print(table)
+    print_table(table)
 
 
-def print_histogram(console: Any, split: SplitInfo) -> None:
+def print_histogram(split: SplitInfo) -> None:
     from regpt.data.info import histogram
 
     bins = histogram(split.lengths)
     largest = max(count for _, _, count in bins)
-    console.print(f"\n{split.split}: documents by length in tokens")
+    print_line(f"\n{split.split}: documents by length in tokens")
     for low, high, count in bins:
-        console.print(f"{low:>10,} – {high - 1:<10,} {'█' * round(BAR_WIDTH * count / largest):{BAR_WIDTH}} {count:,}")
+        print_line(f"{low:>10,} – {high - 1:<10,} {'█' * round(BAR_WIDTH * count / largest):{BAR_WIDTH}} {count:,}")
 
 
-def print_content(console: Any, given: InfoArgs, content: Content, whole: bool) -> None:
+def print_content(given: InfoArgs, content: Content, whole: bool) -> None:
     sample = "" if whole else f", of {content.counted:,} tokens spread over it"
-    console.print(f"\n{content.split}: the most frequent tokens{sample}")
+    print_line(f"\n{content.split}: the most frequent tokens{sample}")
     for i, text, share in content.frequent:
-        console.print(f"{i:>10}  {share:6.2%}  {'' if text is None else repr(text)}")
+        print_line(f"{i:>10}  {share:6.2%}  {'' if text is None else repr(text)}")
     if content.problem:
-        console.print(f"\nno text shown: {content.problem}")
+        print_line(f"\nno text shown: {content.problem}")
         return
-    console.print(
-        f"\n{content.split}: the first rows of {given.seq_len:,} tokens in the order {given.order} begin with"
-    )
+    print_line(f"\n{content.split}: the first rows of {given.seq_len:,} tokens in the order {given.order} begin with")
     for text in content.rows:
-        console.print(f"  {text!r}")
+        print_line(f"  {text!r}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from regpt.cli.parse import parse
+from regpt.console.lines import print_line, print_note
 from regpt.files import exists
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def main(args: list[str]) -> int:
             )
     except KeyboardInterrupt:
         if exists(Path(given.out) / WORK):
-            print(f"{given.out} is unfinished; the same command goes on", file=sys.stderr)
+            print_note(f"{given.out} is unfinished; the same command goes on")
         raise
     print_prepared(given.out, manifest)
     return 0
@@ -112,11 +112,11 @@ class ProgressLine:
 
     def __init__(self, counted: bool) -> None:
         """`counted`: the number of processes is ours."""
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, TaskProgressColumn, TimeRemainingColumn
 
-        columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[done]}"), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=Console(stderr=True))
+        from regpt.console.tables import field, progress_bar
+
+        self._progress = progress_bar(BarColumn(), TaskProgressColumn(), field("done"), TimeRemainingColumn())
         self._task = self._progress.add_task("", total=1.0, done="reading")
         self._download, self._counted = "", counted
 
@@ -147,7 +147,7 @@ class ProgressLine:
 
         if processes < (cores := available_cores()):
             said = f"{processes} of {cores} cores encode, to stay within 2 GiB of memory; more: --workers N"
-            self._progress.console.print(said, highlight=False)
+            self._progress.console.print(said)
 
     def show_download(self, news: Any) -> None:
         """`news` is a `regpt.data.sources.Download`."""
@@ -164,19 +164,19 @@ def print_left_out(left_out: Mapping[str, int]) -> None:
     from regpt.data.listing import counted
 
     if left_out:
-        print(f"left out {counted(left_out)}")
+        print_line(f"left out {counted(left_out)}")
 
 
 def print_prepared(out: str, manifest: Manifest) -> None:
     for split in ("train", "val"):
         if shards := manifest.split(split):
             tokens, documents = manifest.tokens(split), manifest.documents(split)
-            print(f"{split:5}  {documents:>12,} documents  {tokens:>15,} tokens  {len(shards):>4} shards")
+            print_line(f"{split:5}  {documents:>12,} documents  {tokens:>15,} tokens  {len(shards):>4} shards")
     print_left_out(manifest.left_out)
     if empty := sum(source["empty"] for source in manifest.sources):
-        print(f"left out {empty:,} empty documents")
+        print_line(f"left out {empty:,} empty documents")
     for reason, count in manifest.removed.items():
         megabytes = count["text_bytes"] / 1e6
-        print(f"left out {count['documents']:,} {REASONS[reason]}, {megabytes:,.1f} MB")
+        print_line(f"left out {count['documents']:,} {REASONS[reason]}, {megabytes:,.1f} MB")
     with_what = f"the tokenizer {manifest.tokenizer} ({manifest.made_with['encoder']})"
-    print(f"wrote {out} with {with_what}; look inside with: regpt data info {out}")
+    print_line(f"wrote {out} with {with_what}; look inside with: regpt data info {out}")

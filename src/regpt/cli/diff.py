@@ -12,6 +12,7 @@ import tyro
 
 from regpt.cli.parse import parse
 from regpt.cli.table import print_rows
+from regpt.console.lines import print_json, print_line
 from regpt.errors import UsageError
 from regpt.files import resolved
 
@@ -54,7 +55,7 @@ def main(args: list[str]) -> int:
     a, b, *others = with_own_names([read_run(folder) for folder in folders])
     found = compare(a, b, others)
     if given.json:
-        print(json.dumps(to_dict(found), ensure_ascii=False, default=str))
+        print_json(to_dict(found), default=str)
     else:
         print_comparison(found)
     if given.out is not None:
@@ -62,14 +63,14 @@ def main(args: list[str]) -> int:
 
         page = write_diff(found, given.out)
         if not given.json:
-            print(page)
+            print_line(page)
     return 0
 
 
 def print_comparison(found: Comparison) -> None:
     from regpt.report.verdict import HEAD, SEEDS_HEAD, code_lines, headline, measure_cells, seeds_rows
 
-    print(f"A {found.a.name}\nB {found.b.name}\n\n{headline(found)}")
+    print_line(f"A {found.a.name}\nB {found.b.name}\n\n{headline(found)}")
     print_part("final numbers", HEAD, [measure_cells(one) for one in found.measures], left=(0, 5, 7))
     print_part("against the noise between seeds", SEEDS_HEAD, seeds_rows(found), left=(0, 5))
     unit = "bits per byte" if found.bits else "validation loss"
@@ -79,15 +80,15 @@ def print_comparison(found: Comparison) -> None:
         rows = [[key, *map(shown, values)] for key, values in differing]
         print_part(f"differing {name}", ("key", "A", "B"), rows, left=(0, 1, 2))
         if not rows:
-            print(f"\n{name}: the same")
+            print_line(f"\n{name}: the same")
     lines = code_lines(found)
     if lines:
-        print("\nchanges of the source\n  " + "\n  ".join(lines))
+        print_line("\nchanges of the source\n  " + "\n  ".join(lines))
 
 
 def print_part(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> None:
     if rows:
-        print(f"\n{title}")
+        print_line(f"\n{title}")
         print_rows(head, rows, left)
 
 

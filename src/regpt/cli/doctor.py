@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from regpt.cli.parse import parse
+from regpt.console.lines import print_json, status
 
 if TYPE_CHECKING:
     from regpt.tools.doctor.doctor import Findings
@@ -28,14 +28,13 @@ class DoctorArgs:
 
 def main(args: list[str]) -> int:
     given = parse(DoctorArgs, args, prog="regpt doctor")
-    from rich.console import Console
-
     from regpt.tools.doctor.doctor import examine
 
-    with Console(stderr=True).status("looking at the host") as status:
-        findings = examine(Path.cwd(), lambda group: status.update(f"looked at {group}, going on"))
+    with status() as say:
+        say("looking at the host")
+        findings = examine(Path.cwd(), lambda group: say(f"looked at {group}, going on"))
     if given.json:
-        print(json.dumps({"can_train": findings.can_train, "trials": [asdict(trial) for trial in findings.trials]}))
+        print_json({"can_train": findings.can_train, "trials": [asdict(trial) for trial in findings.trials]})
     else:
         show(findings)
     return 0 if findings.can_train else 1
@@ -43,17 +42,17 @@ def main(args: list[str]) -> int:
 
 def show(findings: Findings) -> None:
     """One line a trial, under its heading."""
-    from rich.console import Console
     from rich.text import Text
 
+    from regpt.console.tables import PlainConsole
     from regpt.tools.doctor.doctor import by_group
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = PlainConsole()
     for group, trials in by_group(findings.trials).items():
-        console.print(Text(group, style="bold"))
+        console.print(Text(group, style="bold"), soft_wrap=True)
         width = max(len(trial.name) for trial in trials)
         for trial in trials:
             sign, style = SIGNS[trial.status]
-            console.print(Text.assemble("  ", (sign, style), f" {trial.name:<{width}}  {trial.detail}"))
+            console.print(Text.assemble("  ", (sign, style), f" {trial.name:<{width}}  {trial.detail}"), soft_wrap=True)
     verdict = "this machine can train" if findings.can_train else "nothing on this machine can train: see ✗ above"
-    console.print(Text(verdict, style="bold"))
+    console.print(Text(verdict, style="bold"), soft_wrap=True)

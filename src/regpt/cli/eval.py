@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from regpt.cli.parse import parse
+from regpt.console.lines import print_json, print_line, print_note
 from regpt.errors import UsageError, UserError
 from regpt.evals.specs import parse_tasks
 from regpt.train.config import InferencePrecision
@@ -94,25 +94,25 @@ def main(args: list[str]) -> int:
     if given.items is not None:
         write_items(Path(given.items), found)
     if given.json == "-":
-        print(json.dumps(report(asked, found), ensure_ascii=False))
+        print_json(report(asked, found))
     else:
         if given.json is not None:
             write_report(Path(given.json), report(asked, found))
         show(asked, found)
     for said in found.failures:
-        print(f"regpt eval: {said}", file=sys.stderr)
+        print_note(said)
     return 1 if found.failures else 0
 
 
 @contextlib.contextmanager
 def bar(name: str) -> Iterator[Progress]:
     """A progress bar with the time left, on the terminal's error stream; nothing elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TimeRemainingColumn
+    from rich.progress import BarColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
-    columns = (name, BarColumn(), "{task.fields[counted]}", TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    from regpt.console.tables import field, progress_bar
+
+    columns = (field("description"), BarColumn(), field("counted"), TimeRemainingColumn())
+    with progress_bar(*columns, transient=True) as progress:
         task = progress.add_task(name, total=None, counted="")  # nothing is known before the first batch
 
         def update(done: int, total: int) -> None:
@@ -123,17 +123,16 @@ def bar(name: str) -> Iterator[Progress]:
 
 def show(asked: Question, found: Answer) -> None:
     """Tables: validation, then the other tasks."""
-    from rich.console import Console
-
-    console = Console(file=sys.stdout)
     if found.val:
-        show_val(console, found)
+        show_val(found)
     if found.suites or found.harness:
-        show_tasks(console, asked, found)
+        show_tasks(asked, found)
 
 
-def show_val(console: Any, found: Answer) -> None:
+def show_val(found: Answer) -> None:
     from rich.table import Table
+
+    from regpt.console.tables import print_table
 
     assert found.val
     task, val = found.val
@@ -141,14 +140,15 @@ def show_val(console: Any, found: Answer) -> None:
     for name, one in {"val": val.whole, **val.sources}.items():
         bpb = "-" if one.bpb is None else with_error(one.bpb, one.bpb_stderr)
         table.add_row(name, with_error(one.loss, one.stderr), bpb, f"{one.perplexity:.2f}", f"{one.tokens:,}")
-    console.print(table)
+    print_table(table)
     split = f"{task.split_tokens:,} tokens of split val of {str(task.folder)!r}"
-    console.print(f"{task.n_rows:,} rows of {task.seq_len:,} tokens, of {split}", highlight=False, soft_wrap=True)
+    print_line(f"{task.n_rows:,} rows of {task.seq_len:,} tokens, of {split}")
 
 
-def show_tasks(console: Any, asked: Question, found: Answer) -> None:
+def show_tasks(asked: Question, found: Answer) -> None:
     from rich.table import Table
 
+    from regpt.console.tables import print_table
     from regpt.evals.task import truncation_notice
 
     table = Table("task", "metric", "value", "items", "seconds")
@@ -165,16 +165,16 @@ def show_tasks(console: Any, asked: Question, found: Answer) -> None:
     for one in found.harness:
         for metric, (value, error) in one.metrics.items():
             table.add_row(one.task, metric, with_error(value, error), f"{one.n:,}")
-    console.print(table)
+    print_table(table)
     for suite, results in found.suites:
         for missing in filter(None, (row.get("missing") for row in suite.summarize(results))):
-            console.print(f"{suite.name}: {', '.join(missing)} missing, so this is not the metric of all tasks")
+            print_line(f"{suite.name}: {', '.join(missing)} missing, so this is not the metric of all tasks")
     longest = found.opened.model.config.max_seq_len
     notices = truncation_notice((one for _, results in found.suites for one in results), longest)
     for said in [*notices, *(said for one in found.harness for said in one.notices(longest))]:
-        console.print(said, highlight=False, soft_wrap=True)
+        print_line(said)
     if asked.compile:
-        console.print(f"compiled in {found.compile_seconds:.1f} s, not counted above", highlight=False)
+        print_line(f"compiled in {found.compile_seconds:.1f} s, not counted above")
 
 
 def with_error(value: float | None, stderr: float | None) -> str:

@@ -7,6 +7,7 @@ from typing import Literal
 import tyro
 
 from regpt.cli.parse import parse
+from regpt.console.lines import print_line
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,6 @@ def main(args: list[str]) -> int:
 
     opened = open_model(command.model, ema=command.ema)
     folder = export_hf(opened.model, opened.tokenizer, command.out)
-    print(f"wrote {opened.source} ({count_parameters(opened.model):,} parameters) to {folder}")
-    print(f"open it with: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})")
+    print_line(f"wrote {opened.source} ({count_parameters(opened.model):,} parameters) to {folder}")
+    print_line(f"open it with: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})")
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +10,7 @@ import tyro
 
 from regpt.cli.parse import parse
 from regpt.cli.table import print_rows
+from regpt.console.lines import print_json, print_line
 from regpt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -69,13 +69,13 @@ def main(args: list[str]) -> int:
         draw(given, tensors)
     table, total = parameter_table(tensors, every=given.all), count_parameters(opened.model)
     if given.json:
-        print(json.dumps(to_dict(opened, table, total, near), ensure_ascii=False))
+        print_json(to_dict(opened, table, total, near))
         return 0
     print_table(opened, table, total)
     for text, found in near.items():
         print_neighbours(text, ids[text], found)
     if given.out is not None:
-        print(f"\n{given.out}")
+        print_line(f"\n{given.out}")
     return 0
 
 
@@ -117,11 +117,11 @@ def print_table(opened: OpenModel, table: list[Tensors], total: int) -> None:
         + [f"{value:.4f}" for value in (row.mean, row.std, row.least, row.greatest)]
         for row in table
     ]
-    print(f"{opened.source}{step}: {total:,} parameters")
+    print_line(f"{opened.source}{step}: {total:,} parameters")
     print_rows(["parameter", "shape", "values", "share", "mean", "std", "least", "greatest"], rows)
 
 
 def print_neighbours(text: str, token: int, found: list[Neighbour]) -> None:
-    print(f"\nnearest to {text!r} (token {token}), by the angle between embeddings")
+    print_line(f"\nnearest to {text!r} (token {token}), by the angle between embeddings")
     rows = [[repr(one.text), str(one.id), f"{one.cosine:.4f}", f"{one.norm:.3f}"] for one in found]
     print_rows(["token", "id", "cosine", "norm"], rows)

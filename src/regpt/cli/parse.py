@@ -3,12 +3,12 @@
 import contextlib
 import io
 import re
-import sys
 from collections.abc import Sequence
 from typing import TypeVar
 
 import tyro
 
+from regpt.console.lines import print_line
 from regpt.errors import UsageError
 
 Args = TypeVar("Args")
@@ -29,7 +29,7 @@ def parse(command: type[Args], args: Sequence[str], prog: str, default: Args | N
             parsed = tyro.cli(command, args=list(args), prog=prog, default=default)
     except SystemExit as stop:
         if stop.code != USAGE:  # --help; or a signal (`parallel.signals`)
-            sys.stdout.write(shown.getvalue())
+            print_line(shown.getvalue().rstrip("\n"))
             raise
         raise UsageError(one_sentence(complaint.getvalue(), prog)) from None
     assert parsed is not None

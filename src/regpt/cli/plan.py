@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +11,7 @@ import tyro
 from regpt.cli.parse import parse
 from regpt.cli.train import chosen_data, named_recipe
 from regpt.config import RunConfig, read_config, recipe_names
+from regpt.console.lines import print_json, print_line
 from regpt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def main(args: list[str]) -> int:
     run = Sections(config.model, config.data, config.train, config.optim, config.eval, config.checkpoint)
     plan = make_plan(run, request, facts)
     if given.json:
-        print(json.dumps(plan))
+        print_json(plan)
     else:
         print_plan(plan)
     return 0
@@ -87,21 +87,21 @@ def data_facts(config: RunConfig) -> DataFacts | None:
 
 
 def print_plan(plan: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    from regpt.console.tables import print_table
+
     machine = plan["machine"]
     count = f"{machine['count']} × " if machine["kind"] == "gpu" else ""
-    console.print(f"{plan['recipe']} on {count}{machine['name']}")
+    print_line(f"{plan['recipe']} on {count}{machine['name']}")
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, text in lines(plan):
         table.add_row(name, text)
-    console.print(table)
+    print_table(table)
     for warning in plan["warnings"]:
-        console.print(f"warning: {warning}")
+        print_line(f"warning: {warning}")
 
 
 def lines(plan: dict[str, Any]) -> list[tuple[str, str]]:

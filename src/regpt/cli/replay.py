@@ -1,12 +1,12 @@
 """`regpt replay`: one step of a run once more."""
 
-import json
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import tyro
 
 from regpt.cli.parse import parse
+from regpt.console.lines import print_json, print_line
 from regpt.errors import UsageError
 
 
@@ -34,7 +34,10 @@ def main(args: list[str]) -> int:
     from regpt.runs.replay import replay
 
     found = replay(local_folder(given.run, "regpt replay"), given.step, op_level=given.op_level)
-    print(json.dumps(found) if given.json else "\n".join(lines(found, given.documents)))
+    if given.json:
+        print_json(found)
+    else:
+        print_line("\n".join(lines(found, given.documents)))
     return 0
 
 

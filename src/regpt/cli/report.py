@@ -8,6 +8,7 @@ import tyro
 
 from regpt.checkpoint.store import is_address
 from regpt.cli.parse import parse
+from regpt.console.lines import print_line
 from regpt.errors import UsageError
 from regpt.files import resolved
 
@@ -33,12 +34,12 @@ def main(args: list[str]) -> int:
     if len(given.runs) == 1 and given.out is None and is_address(given.runs[0]):
         raise UsageError(f"a report is not written to {given.runs[0]}; add --out FILE.html")
     if len(given.runs) == 1:
-        print(write_report(local_run(given.runs[0]), given.out))
+        print_line(write_report(local_run(given.runs[0]), given.out))
         return 0
     if given.out is None:
         raise UsageError(f"{len(given.runs)} runs make one report that belongs to none of them; add --out FILE.html")
     refuse_twice(given.runs)
-    print(write_overlay([local_run(run) for run in given.runs], given.out))
+    print_line(write_overlay([local_run(run) for run in given.runs], given.out))
     return 0
 
 

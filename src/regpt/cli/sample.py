@@ -1,13 +1,13 @@
 """`regpt sample`: continue a prompt."""
 
-import json
-import sys
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import tyro
 
 from regpt.cli.parse import parse
+from regpt.console.lines import print_json, print_line
+from regpt.console.streams import read_stdin
 from regpt.errors import UsageError, UserError
 from regpt.train.config import InferencePrecision
 
@@ -68,22 +68,19 @@ def main(args: list[str]) -> int:
             seed=given.seed,
         )
     if not given.json:
-        print("\n".join(f"> {sample.text}" for sample in samples))
+        print_line("\n".join(f"> {sample.text}" for sample in samples))
         return 0
     settings = {name: getattr(given, name) for name in ("temperature", "top_k", "top_p", "seed", "precision")}
-    print(
-        json.dumps(
-            {
-                "model": given.model,
-                "source": opened.source,
-                "step": opened.step,
-                "prompt": prompt,
-                "prompt_ids": opened.tokenizer.encode(prompt),
-                **settings,
-                "samples": [sample._asdict() for sample in samples],
-            },
-            ensure_ascii=False,
-        )
+    print_json(
+        {
+            "model": given.model,
+            "source": opened.source,
+            "step": opened.step,
+            "prompt": prompt,
+            "prompt_ids": opened.tokenizer.encode(prompt),
+            **settings,
+            "samples": [sample._asdict() for sample in samples],
+        }
     )
     return 0
 
@@ -97,7 +94,7 @@ def read_prompt(prompt: str) -> str:
     """
     if prompt == "-":
         try:
-            text = sys.stdin.buffer.read().decode("utf-8")  # the same on Windows, whatever its code page
+            text = read_stdin().decode("utf-8")  # the same on Windows, whatever its code page
         except UnicodeDecodeError as error:
             raise UserError(f"standard input is not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
         return text.removesuffix("\n").removesuffix("\r")

@@ -11,6 +11,7 @@ import tyro
 
 from regpt.cli.parse import parse
 from regpt.cli.table import print_rows
+from regpt.console.lines import print_json, print_line
 from regpt.errors import UsageError, UserError
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def main(args: list[str]) -> int:
     found = fit(points, given.bootstrap)
     document = to_dict(found, unit, given, plan)
     if given.json == "-":
-        print(json.dumps(document))
+        print_json(document)
     else:
         print_fit(found, unit, plan)
     if given.json not in (None, "-"):
@@ -68,7 +69,7 @@ def main(args: list[str]) -> int:
 
         draw_scaling(found, given.out, unit, plan)
         if given.json != "-":
-            print(given.out)
+            print_line(given.out)
     return 0
 
 
@@ -155,19 +156,19 @@ def print_fit(found: Fit, unit: str, plan: tuple[float, float] | None) -> None:
         for fitted in [found.law.loss(p.parameters, p.tokens)]
     ]
     print_rows(("run", "parameters", "tokens", "FLOPs", f"loss, {unit}", "law", "loss - law"), rows)
-    print("\nL = E + A / N^alpha + B / D^beta")
+    print_line("\nL = E + A / N^alpha + B / D^beta")
     rows = [[name, f"{getattr(found.law, name):.4g}", interval_text(found.interval(name))] for name in NAMES]
     print_rows(("", "value", "95 % interval"), rows)
-    print(f"residuals: {100 * found.residual:.2f} % of the loss (root mean square)")
+    print_line(f"residuals: {100 * found.residual:.2f} % of the loss (root mean square)")
     if plan is not None:
         value, interval = found.predict(*plan)
-        print(
+        print_line(
             f"\na run of {si(plan[0])} parameters on {si(plan[1])} tokens: {value:.4f} {unit} "
             f"(95 % interval {interval_text(interval)})"
         )
         print_optimum(found, 6 * plan[0] * plan[1])
     for warning in found.warnings:
-        print(f"careful: {warning}")
+        print_line(f"careful: {warning}")
 
 
 def print_optimum(found: Fit, flops: float) -> None:
@@ -176,10 +177,10 @@ def print_optimum(found: Fit, flops: float) -> None:
     try:
         parameters, tokens = found.law.optimum(flops)
     except UserError as error:
-        print(str(error))
+        print_line(str(error))
         return
     loss = found.law.loss(parameters, tokens)
-    print(
+    print_line(
         f"the same {flops:.3g} FLOPs (6·N·D) would do best with {si(parameters)} parameters and {si(tokens)} tokens: "
         f"{loss:.4f}"
     )

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from regpt.console.lines import print_line
+
 
 def print_rows(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> None:
     """Print `rows` under `head`; the columns in `left` are aligned to the left, the others to the right."""
@@ -10,4 +12,4 @@ def print_rows(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequenc
         cells = [
             cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
         ]
-        print("  ".join(cells).rstrip())
+        print_line("  ".join(cells).rstrip())

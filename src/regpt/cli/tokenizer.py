@@ -12,6 +12,7 @@ import tyro
 
 from regpt.cli.data_prepare import cache_folder, print_left_out
 from regpt.cli.parse import parse
+from regpt.console.lines import print_line, print_note
 from regpt.errors import UsageError, UserError, nearest
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class TrainArgs:
 def main(args: list[str]) -> int:
     """Hand over to the only subcommand."""
     if args[:1] in (["--help"], ["-h"]):
-        print("usage: regpt tokenizer {train} …\n\n  train  learn a byte-level BPE from text")
+        print_line("usage: regpt tokenizer {train} …\n\n  train  learn a byte-level BPE from text")
         return 0
     if not args or args[0] != "train":
         said = f"has no command {args[0]!r}{nearest(args[0], ['train'])}" if args else "needs a command"
@@ -68,24 +69,24 @@ def train_main(args: list[str]) -> int:
     file.parent.mkdir(parents=True, exist_ok=True)
     write_file(file, tokenizer.to_json().encode())
     measured = bytes_per_token(tokenizer, sources, given.text_column)
-    print(f"wrote {file}: {tokenizer.n_vocab:,} tokens, {measured:.3f} bytes a token on its training text")
-    print(f"use it with: regpt data prepare SOURCE --tokenizer {given.out} --out DIR")
+    print_line(f"wrote {file}: {tokenizer.n_vocab:,} tokens, {measured:.3f} bytes a token on its training text")
+    print_line(f"use it with: regpt data prepare SOURCE --tokenizer {given.out} --out DIR")
     return 0
 
 
 def shown(sources: list[Source], text_column: str) -> Iterator[str]:
     """The texts of `sources`, with a progress bar while they are read and a line while merges are learned."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TaskProgressColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console) as progress:
+    from regpt.console.tables import field, progress_bar
+
+    columns = (field("description"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with progress_bar(*columns) as progress:
         task: Any = progress.add_task("counting words", total=sum(source.bytes for source in sources))
         for document in itertools.chain.from_iterable(source.documents(text_column) for source in sources):
             yield document.text
             progress.advance(task, document.source_bytes)
-    console.print("learning merges")
+    print_note("learning merges")
 
 
 def bytes_per_token(tokenizer: Tokenizer, sources: list[Source], text_column: str) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import tyro
 from regpt.checkpoint.store import is_address
 from regpt.cli.parse import parse
 from regpt.config import RunConfig, read_config, recipe_names
+from regpt.console.lines import print_note
 from regpt.data.config import DataConfig
 from regpt.errors import UsageError, UserError
 from regpt.files import is_folder
@@ -203,7 +203,7 @@ def launched(given: Train, run: Path, name: str, args: list[str]) -> int:
         max_restarts=given.max_restarts,
         stop_seconds=given.config.train.stop_seconds,
         hang_seconds=given.config.train.hang_seconds,
-        say=lambda text: print(f"regpt: {text}", file=sys.stderr, flush=True),
+        say=print_note,
     )
 
 

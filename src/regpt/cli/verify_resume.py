@@ -1,6 +1,5 @@
 """`regpt verify-resume`: is a run that is killed the run that would have happened anyway? On this machine, here."""
 
-import json
 import os
 import random
 import tempfile
@@ -13,6 +12,7 @@ import tyro
 from regpt.cli.parse import parse
 from regpt.cli.train import chosen_data, named_recipe
 from regpt.config import RunConfig, read_config, recipe_names
+from regpt.console.lines import print_json, print_line
 from regpt.errors import UsageError
 from regpt.files import exists, resolved
 
@@ -76,7 +76,7 @@ def verified(given: VerifyResume, folder: Path) -> int:
     environment = dict(os.environ)
     if given.fresh_caches:
         environment["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
-    say = (lambda text: None) if given.json else (lambda text: print(text, flush=True))
+    say = (lambda text: None) if given.json else print_line
     found = verify_resume(
         config,
         Bench(folder, environment, random.Random(given.seed), say),
@@ -86,11 +86,11 @@ def verified(given: VerifyResume, folder: Path) -> int:
         tolerance=given.tolerance,
     )
     if given.json:
-        print(json.dumps(found))
+        print_json(found)
     else:
         made = found["made_with"]
         mode = "deterministic" if found["deterministic"] else "fast"
-        print(f"{'passed' if found['passed'] else 'FAILED'}: {mode} mode, {made['device']}, torch {made['torch']}")
+        print_line(f"{'passed' if found['passed'] else 'FAILED'}: {mode} mode, {made['device']}, torch {made['torch']}")
     return 0 if found["passed"] else 1
 
 

@@ -10,11 +10,12 @@ import contextlib
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
+
+from regpt.console.lines import print_note
 
 HUNG = 70  # sysexits.h EX_SOFTWARE: unexpected, worth another try
 LONGEST_PAUSE = 5.0  # seconds between two notes
@@ -93,14 +94,14 @@ class Watch:
             self.look_for_launcher()
             waited = time.monotonic() - self.pulse.since
             if self.pulse.doing and waited > self.seconds:
-                print(f"regpt: {self.diagnosis(store, waited)}", file=sys.stderr, flush=True)
+                print_note(self.diagnosis(store, waited))
                 os._exit(HUNG)
 
     def look_for_launcher(self) -> None:
         """Stop as after SIGTERM when the launcher was killed: nobody would start again what dies, or end what hangs."""
         if os.getppid() != self.parent:
             self.parent = os.getppid()
-            print(f"regpt: rank {self.rank}: the launcher is gone; stopping", file=sys.stderr, flush=True)
+            print_note(f"rank {self.rank}: the launcher is gone; stopping")
             os.kill(os.getpid(), signal.SIGTERM)
 
     def diagnosis(self, store: Store | None, waited: float) -> str:

@@ -1,6 +1,5 @@
 """Pretraining: configuration → objects → `Trainer.fit`."""
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from regpt.checkpoint.background import Saver
 from regpt.checkpoint.files import read_json
@@ -18,6 +16,8 @@ from regpt.checkpoint.manifest import MANIFEST, sha256
 from regpt.checkpoint.mirror import Mirror
 from regpt.checkpoint.store import is_address
 from regpt.config import RunConfig
+from regpt.console.lines import print_note
+from regpt.console.tables import PlainConsole
 from regpt.files import exists, resolved
 from regpt.model.weights import count_parameters
 from regpt.parallel.mesh import Mesh
@@ -75,7 +75,7 @@ def check(config: RunConfig, run: Path | None, processes: int = 1) -> None:
     corpus = open_corpus(config)
     for folder in corpus.verify_small():
         said = f"{folder}: too large to be compared with its SHA-256 here; that does: regpt data verify {folder}"
-        print(said, file=sys.stderr)
+        print_note(said)
     make_schedule(config.optim, config.train.steps)
     build_loader(config, corpus, Mesh(0, processes, torch.device("cpu")))
     count_validation_rows(config, corpus)
@@ -208,7 +208,7 @@ def fit(machine: Machine, run: Path, start: Start, profile_steps: int = 0, mirro
     """
     config, mesh = machine.config, machine.trainer.mesh
     name = mirror.store.url if mirror else str(run)
-    terminal = Terminal(name, config.train.steps, Console(), enabled=mesh.is_main)
+    terminal = Terminal(name, config.train.steps, PlainConsole(), enabled=mesh.is_main)
     saver = Saver(run, config.checkpoint)
     if mirror is not None:
         saver.in_use, saver.saved = mirror.is_uploading, mirror.notify

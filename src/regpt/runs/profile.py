@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from regpt.console.tables import PlainConsole, print_table
 from regpt.train.trainer import Row
 
 WAIT, WARMUP = 2, 1  # steps before the profiled ones: compilation and first allocations; torch's own preparation
 LARGEST = 10
-NAME_WIDTH = 70  # of a kernel's name in the table; the file has it whole
 
 
 @dataclass
@@ -80,11 +79,10 @@ def write(
     report = summarize(profiler.key_averages(), found.recorded, device)
     (folder / "costs.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     with (folder / "costs.txt").open("w", encoding="utf-8") as file:
-        width = max(len(part["name"]) for part in report["costs"]) if report["costs"] else NAME_WIDTH
-        written = Console(file=file, width=width + 50)
-        written.print(heading(report), costs_table(report, width), sep="\n")
+        file.write(heading(report) + "\n")
+        print_table(costs_table(report), PlainConsole(file=file))
     say(heading(report))
-    console.print(costs_table(report, NAME_WIDTH))
+    print_table(costs_table(report), console)
     say(f"profile of steps {min(found.recorded)} to {max(found.recorded)} written to {folder}")
 
 
@@ -121,12 +119,12 @@ def heading(report: dict[str, Any]) -> str:
     return f"a step of {report['step_ms']:.1f} ms (profiled), {report['work_ms']:.1f} ms in {what}; the largest:"
 
 
-def costs_table(report: dict[str, Any], name_width: int) -> Table:
-    """The largest costs; longer names than `name_width` are cut."""
+def costs_table(report: dict[str, Any]) -> Table:
+    """The largest costs."""
     table = Table()
-    table.add_column("what", overflow="ellipsis", no_wrap=True, max_width=name_width)
+    table.add_column("what")
     for name in ("calls a step", "ms a step", "share"):
         table.add_column(name, justify="right", no_wrap=True)
     for part in report["costs"]:
-        table.add_row(escape(part["name"]), f"{part['calls']:,.0f}", f"{part['ms']:.3f}", f"{part['share']:.1%}")
+        table.add_row(part["name"], f"{part['calls']:,.0f}", f"{part['ms']:.3f}", f"{part['share']:.1%}")
     return table

@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.text import Text
 
 from regpt.config import RunConfig, read_config
+from regpt.console.lines import print_line
 from regpt.data.named import python_docs
 from regpt.data.prepare import prepare
 from regpt.evals.unigram import token_counts, unigram_loss
@@ -38,25 +37,25 @@ def quickstart(run: Path, *, steps: int | None = None, argv: Sequence[str] = ())
 
     `steps` replaces the recipe's number of updates.
     """
-    console, started = Console(), time.monotonic()
+    started = time.monotonic()
     refuse_used_folder(run)
     config = read_config("quickstart")
     if steps is not None:
         config = replace(config, train=replace(config.train, steps=steps))
-    say(console, f"1/4  reading the documentation of this Python, training a BPE of {config.model.vocab_size:,} tokens")
+    print_line(f"1/4  reading the documentation of this Python, training a BPE of {config.model.vocab_size:,} tokens")
     tokenizer = train_bpe(python_docs().texts, config.model.vocab_size)
     manifest = prepare(["pydocs"], run / "data", tokenizer)
-    say(console, f"2/4  {manifest.tokens('train'):,} training and {manifest.tokens('val'):,} validation tokens")
+    print_line(f"2/4  {manifest.tokens('train'):,} training and {manifest.tokens('val'):,} validation tokens")
     config = replace(config, data=replace(config.data, path=str(run / "data")))
     corpus = open_corpus(config)
     baseline = validation_unigram(config, corpus)
-    say(console, f"3/4  training; a model that knows only word frequencies has a validation loss of {baseline:.3f}")
+    print_line(f"3/4  training; a model that knows only word frequencies has a validation loss of {baseline:.3f}")
     code = pretrain(config, run, argv=argv, facts={"unigram_loss": baseline}, beside=("data",))
     if code:
         return code
     page = write_report(run)
-    say(console, f"4/4  report written: {page}")
-    print_outcome(console, read_outcome(run, baseline), run, time.monotonic() - started)
+    print_line(f"4/4  report written: {page}")
+    print_outcome(read_outcome(run, baseline), run, time.monotonic() - started)
     return 0
 
 
@@ -83,16 +82,15 @@ def read_outcome(run: Path, unigram: float) -> Outcome:
     return Outcome(losses[-1], unigram, samples[0]["texts"], samples[-1]["texts"])
 
 
-def print_outcome(console: Console, outcome: Outcome, run: Path, seconds: float) -> None:
-    say(console, "\nbefore training:")
+def print_outcome(outcome: Outcome, run: Path, seconds: float) -> None:
+    print_line("\nbefore training:")
     for text in outcome.before:
-        say(console, f"  > {text!r}")
-    say(console, "after training:")
+        print_line(f"  > {text!r}")
+    print_line("after training:")
     for text in outcome.after:
-        say(console, f"  > {text!r}")
+        print_line(f"  > {text!r}")
     verdict = "well below" if outcome.val_loss < outcome.unigram - 0.3 else "not yet well below"
-    say(
-        console,
+    print_line(
         f"\nvalidation loss {outcome.val_loss:.3f}, {verdict} the {outcome.unigram:.3f} of word frequencies alone, "
         f"after {seconds:.0f} s\n\ntry next:\n"
         f'  regpt sample {run} --prompt "The method" -n 3\n'
@@ -101,7 +99,3 @@ def print_outcome(console: Console, outcome: Outcome, run: Path, seconds: float)
         f"  open {run / 'report.html'} in a browser\n"
         "  regpt data prepare YOUR.txt --out data/mine && regpt train gpt2-tiny --data data/mine --out runs/mine",
     )
-
-
-def say(console: Console, text: str) -> None:
-    console.print(Text(text), soft_wrap=True)

@@ -7,7 +7,6 @@ gone on, and the store counts.
 
 import json
 import shutil
-import sys
 import threading
 import tomllib
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from regpt.checkpoint.load import print_warning
 from regpt.checkpoint.mirror import Mirror
 from regpt.checkpoint.store import Store, is_address
 from regpt.config import RunConfig, validate
+from regpt.console.lines import print_note
 from regpt.data.download import PATIENCE, Patience
 from regpt.errors import UserError
 from regpt.parallel.mesh import Mesh
@@ -256,4 +256,4 @@ def left(mirror: Mirror) -> str:
 
 
 def say(text: str) -> None:
-    print(f"regpt: {text}", file=sys.stderr, flush=True)
+    print_note(text)

@@ -3,9 +3,9 @@
 import contextlib
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 
+from regpt.console.lines import print_note
 from regpt.parallel.signals import INTERRUPTED, KINDS, told_of_signals
 
 HUNG = 70  # sysexits.h EX_SOFTWARE
@@ -38,5 +38,5 @@ def stop_request(seconds: float = 0) -> Iterator[Callable[[], bool]]:
 def leave(code: int, why: str) -> None:
     """End the process now."""
     with contextlib.suppress(OSError, ValueError):
-        print(f"regpt: {why}", file=sys.stderr, flush=True)
+        print_note(why)
     os._exit(code)

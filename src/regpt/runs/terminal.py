@@ -6,12 +6,17 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.measure import Measurement
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-CURVE_WIDTH, CURVE_HEIGHT = 60, 6  # in characters; a Braille character holds 2 × 4 dots
+from regpt.console.lines import write
+from regpt.console.tables import can_redraw
+from regpt.console.text import visible
+
+BAR_WIDTH, CURVE_WIDTH, CURVE_HEIGHT = 30, 60, 6  # in characters; a Braille character holds 2 × 4 dots
 PLAIN_SECONDS = 5.0  # between lines where nothing can be redrawn
 EVENTS = {  # that are said at once, with the keys of their rows
     "out_of_memory": "out of memory, going on with {micro_batch_rows} rows at once: the same update in smaller parts",
@@ -32,7 +37,7 @@ class Terminal:
         self.val = ""
         self.seconds_a_step: float | None = None
         self.live = (
-            Live(console=console, refresh_per_second=8, transient=False) if enabled and console.is_terminal else None
+            Live(console=console, refresh_per_second=8, transient=False) if enabled and can_redraw(console) else None
         )
         self.last_line = -PLAIN_SECONDS
 
@@ -48,7 +53,13 @@ class Terminal:
     def say(self, text: str) -> None:
         """A line that stays above the panel."""
         if self.enabled:
-            self.console.print(Text(text), soft_wrap=True)
+            self.print(text)
+
+    def print(self, text: str) -> None:
+        if self.live:
+            self.console.print(Text(visible(text)), soft_wrap=True)
+        else:
+            write(self.console.file, f"{text}\n")
 
     def row(self, row: dict[str, Any]) -> None:
         """Show one row of metrics.jsonl."""
@@ -77,7 +88,7 @@ class Terminal:
             self.live.update(self.panel(row))
         elif row["step"] in (1, self.steps) or time.monotonic() - self.last_line >= PLAIN_SECONDS:
             self.last_line = time.monotonic()
-            self.console.print(Text(f"step {row['step']:>6,}/{self.steps:,}  {self.figures(row)}"), soft_wrap=True)
+            self.print(f"step {row['step']:>6,}/{self.steps:,}  {self.figures(row)}")
 
     def figures(self, row: dict[str, Any]) -> str:
         mfu = f"  {row['mfu']:.1%} MFU" if row.get("mfu") else ""
@@ -93,17 +104,20 @@ class Terminal:
         return duration((self.steps - step) * (self.seconds_a_step or 0))
 
     def panel(self, row: dict[str, Any]) -> Panel:
+        """Step, figures and curve; what a narrow terminal has no room for is left out, and no number is cut."""
+        step = Text(f"step {row['step']:,} of {self.steps:,}")
+        room = self.console.width - 4  # within the frame
+        bar = ProgressBar(self.steps, row["step"], width=max(1, min(BAR_WIDTH, room - len(step) - 2)))
+        drawn = Text("\n".join(curve(self.losses, CURVE_WIDTH, CURVE_HEIGHT)), style="cyan", no_wrap=True)
         table = Table.grid(padding=(0, 2))
-        table.add_row(
-            "step", Text(f"{row['step']:,} of {self.steps:,}"), ProgressBar(self.steps, row["step"], width=30)
-        )
+        table.add_row(step, *([bar] if room > len(step) + 4 else []))
         body = Group(
             table,
-            Text(self.figures(row)),
-            Text(f"validation loss {self.val}" if self.val else ""),
-            Text("\n".join(curve(self.losses, CURVE_WIDTH, CURVE_HEIGHT)), style="cyan", no_wrap=True),
+            Text(self.figures(row), overflow="fold"),
+            Text(f"validation loss {self.val}" if self.val else "", overflow="fold"),
+            *([drawn] if Measurement.get(self.console, self.console.options, drawn).maximum <= room else []),
         )
-        return Panel(body, title=Text(self.title), border_style="dim")
+        return Panel(body, title=Text(visible(self.title)), border_style="dim")
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,89 @@
+"""Lines on stdout, notes on stderr, JSON for scripts."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import IO, Any
+
+from regpt.console.text import UNSAFE, message, visible
+
+
+def print_line(text: object = "") -> None:
+    """`text` and a line break on stdout: as it is in a file or pipe, visible on a terminal."""
+    write(sys.stdout, f"{text}\n")
+
+
+def print_note(text: object) -> None:
+    """A sentence of ours on stderr, after the program's name."""
+    write(sys.stderr, f"regpt: {message(text)}\n")
+
+
+def print_error(text: str) -> None:
+    """A traceback or another text of several lines on stderr, whole."""
+    write(sys.stderr, visible(text))
+
+
+def print_json(content: Any, default: Callable[[Any], Any] | None = None) -> None:
+    """`content` as one line of JSON on stdout; characters that the console cannot take unchanged as JSON's escapes."""
+    text = json.dumps(content, ensure_ascii=False, default=default)
+    if not can_take(sys.stdout, text):
+        text = json.dumps(content, default=default).replace("\x7f", "\\u007f")
+    write(sys.stdout, text + "\n")
+
+
+def json_text(content: Any, indent: int | None = None) -> str:
+    """JSON for a UTF-8 file; lone surrogates, which names of files may hold, are JSON's escapes."""
+    text = json.dumps(content, indent=indent, ensure_ascii=False)
+    return text if encodes(text, "utf-8") else json.dumps(content, indent=indent)
+
+
+def can_take(stream: IO[str] | None, text: str) -> bool:
+    """Whether `stream` shows `text` unchanged."""
+    if stream is None or (is_terminal(stream) and UNSAFE.search(text)):
+        return False
+    return encodes(text, getattr(stream, "encoding", None) or "utf-8")
+
+
+def encodes(text: str, encoding: str) -> bool:
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def write(stream: IO[str] | None, text: str) -> None:
+    """Write all of `text` at once; what the stream refuses is dropped (`console.streams` makes most refusals rare)."""
+    if stream is None:
+        return
+    if is_terminal(stream):
+        text = visible(text)
+    encoding = getattr(stream, "encoding", None)
+    with contextlib.suppress(OSError, ValueError):
+        try:
+            stream.write(text)
+        except UnicodeEncodeError:  # not hardened: a notebook, a test
+            stream.write(text.encode(encoding or "ascii", "backslashreplace").decode(encoding or "ascii"))
+        stream.flush()
+
+
+@contextlib.contextmanager
+def status(quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """`say(text)`: what is being done now, on the terminal's error stream; nothing where there is no terminal."""
+    from rich.text import Text
+
+    from regpt.console.tables import PlainConsole, can_redraw
+
+    console = PlainConsole(stderr=True)
+    if quiet or not can_redraw(console):
+        yield lambda text: None
+        return
+    with console.status("starting") as shown:
+        yield lambda text: shown.update(Text(visible(text)))
+
+
+def is_terminal(stream: IO[str] | None) -> bool:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return stream is not None and stream.isatty()
+    return False

@@ -1,0 +1,73 @@
+"""Tables, progress bars and status lines of rich: data is never read as markup, and no number is cut."""
+
+from collections.abc import Iterable
+from typing import IO, Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.measure import Measurement
+from rich.progress import Progress, ProgressColumn, TextColumn
+from rich.segment import Segment
+from rich.table import Column, Table
+from rich.text import Text
+
+from regpt.console.lines import is_terminal
+from regpt.console.text import visible
+
+NO_LIMIT = 1_000_000  # columns of a file
+
+
+class PlainConsole(Console):
+    """A console that shows strings as they are: no markup, emoji codes or colours of words; control characters as
+    `visible` has them."""
+
+    def __init__(self, *, file: IO[str] | None = None, stderr: bool = False):
+        super().__init__(
+            file=file,
+            stderr=stderr,
+            markup=False,
+            emoji=False,
+            emoji_variant=None,
+            highlight=False,
+        )
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=visible(segment.text))
+
+
+def can_redraw(console: Console) -> bool:
+    """Whether lines can be overwritten: a terminal that is not dumb."""
+    return console.is_terminal and not console.is_dumb_terminal
+
+
+def print_table(table: Table, console: Console | None = None) -> None:
+    """`table` at its full width in a file or pipe. On a terminal text wraps between words; numbers stay whole, and
+    lines that a very narrow terminal cannot hold are left to it."""
+    console = console or PlainConsole()
+    unlimited = console.options.update(max_width=NO_LIMIT)
+    for column in table.columns:
+        cells = [console.render_str(cell) if isinstance(cell, str) else cell for cell in [column.header, *column.cells]]
+        sizes = [Measurement.get(console, unlimited, cell) for cell in cells]
+        column.overflow, column.no_wrap = "fold", column.justify == "right"
+        column.min_width = max(size.maximum if column.no_wrap else size.minimum for size in sizes)
+    needed, before = Measurement.get(console, unlimited, table), console.width
+    console.width = max(before, needed.minimum) if is_terminal(console.file) else needed.maximum
+    try:
+        console.print(table, soft_wrap=True)
+    finally:
+        console.width = before
+
+
+def progress_bar(*columns: ProgressColumn, transient: bool = False) -> Progress:
+    """A progress bar on stderr: nothing where no line can be overwritten, so that logs stay clean."""
+    console = PlainConsole(stderr=True)
+    return Progress(*columns, console=console, transient=transient, disable=not can_redraw(console))
+
+
+def field(name: str) -> TextColumn:
+    """A column of a progress bar: `description`, or a field of its task; it wraps where the terminal is narrow."""
+    shown = "{task.description}" if name == "description" else f"{{task.fields[{name}]}}"
+    return TextColumn(shown, markup=False, table_column=Column(overflow="fold"))

@@ -1,0 +1,53 @@
+"""Commands whose console fails, in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REGPT = [sys.executable, "-m", "regpt"]
+FULL = Path("/dev/full")
+needs_full = pytest.mark.skipif(not FULL.exists(), reason="a device that is always full")
+
+
+@needs_full
+def test_a_run_goes_on_without_its_console(tmp_path: Path, tiny_flags: list[str]):
+    """Its disk is full, and it cannot show the characters of its own first line."""
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    command = [*REGPT, "train", "gpt2-tiny", "--out", str(tmp_path / "run[x]"), *tiny_flags]
+    with FULL.open("wb") as full:
+        found = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment, timeout=300, check=False)
+    assert found.returncode == 0
+    assert found.stderr.startswith(b"regpt: standard output could not be written (No space left on device)")
+    assert (tmp_path / "run[x]" / "checkpoints" / "step-00000003").is_dir()
+    assert (tmp_path / "run[x]" / "metrics.jsonl").read_text(encoding="utf-8").count('"kind": "train"') == 3
+
+
+@needs_full
+def test_a_result_that_cannot_be_printed_is_a_failure():
+    with FULL.open("wb") as full:
+        found = subprocess.run([*REGPT, "--help"], stdout=full, stderr=subprocess.PIPE, timeout=60, check=False)
+    assert found.returncode == 1
+    assert found.stderr.count(b"\n") == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="descriptors as POSIX has them")
+def test_a_prompt_from_a_closed_stdin_is_refused():
+    command = ["sh", "-c", 'exec "$@" <&-', "sh", *REGPT, "sample", "gpt2", "--prompt", "-"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (found.returncode, found.stderr.count("\n")) == (2, 1)
+    assert "standard input is closed" in found.stderr
+
+
+def test_results_are_in_their_file_before_they_are_printed(tmp_path: Path):
+    from regpt.cli import output
+
+    def broken(report: dict) -> object:
+        assert json.loads((tmp_path / "r.json").read_text()) == {"name": "[/py]"}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        output.show({"name": "[/py]"}, str(tmp_path / "r.json"), broken)
