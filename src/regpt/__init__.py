@@ -11,11 +11,77 @@ sample/      model → text        sampling, generation with a key/value cache
 report/      run → pictures      one self-contained page a run
 tools/       before and beside   the plan of a run, the doctor, the benchmarks
 runs/        all of it           composition roots: configuration → objects → Trainer.fit()
+api/         the Python way in   regpt.load, prepare, train, evaluate, read_run (docs/api.md), imported on first use
 cli/         the command line    one short file a command
 """
 
 import time
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 STARTED = time.perf_counter()  # of this process, before what takes seconds to import
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from regpt.api.data import prepare, train_tokenizer
+    from regpt.api.metrics import Table, TrainingRun, read_run
+    from regpt.api.model import LanguageModel, load
+    from regpt.api.run import evaluate, resume, train
+    from regpt.config import RunConfig
+    from regpt.errors import UsageError, UserError
+
+    __version__: str
+
+__all__ = [
+    "LanguageModel",
+    "RunConfig",
+    "Table",
+    "TrainingRun",
+    "UsageError",
+    "UserError",
+    "evaluate",
+    "load",
+    "prepare",
+    "read_run",
+    "resume",
+    "train",
+    "train_tokenizer",
+]
+HOMES = {  # module → the names of `__all__` that it defines
+    "regpt.api.data": ("prepare", "train_tokenizer"),
+    "regpt.api.metrics": ("Table", "TrainingRun", "read_run"),
+    "regpt.api.model": ("LanguageModel", "load"),
+    "regpt.api.run": ("evaluate", "resume"),
+    "regpt.config": ("RunConfig",),
+    "regpt.errors": ("UsageError", "UserError"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name of `__all__` when it is first used (PEP 562): `import regpt` imports neither torch nor NumPy."""
+    if name == "train":
+        return import_module("regpt.train")  # which is callable; see `TrainPackage`
+    if name == "__version__":
+        from regpt.version import installed_version
+
+        return globals().setdefault(name, installed_version())
+    for home, names in HOMES.items():
+        if name in names:
+            return globals().setdefault(name, getattr(import_module(home), name))
+    raise AttributeError(f"module 'regpt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
+
+
+class TrainPackage(ModuleType):
+    """The subpackage `regpt.train`, which is the function `regpt.train` too: importing the subpackage puts it under
+    that name whatever else was there."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self.__wrapped__(*args, **options)
+
+    @property
+    def __wrapped__(self) -> Any:  # where `inspect.signature`, and so `help` and editors, look
+        return import_module("regpt.api.run").train

@@ -16,7 +16,7 @@ from regpt.data.manifest import read_manifest
 from regpt.errors import UsageError, UserError
 from regpt.evals.score import Progress, Scorer
 from regpt.evals.specs import Spec
-from regpt.evals.suite import Suite, open_suites
+from regpt.evals.suite import Row, Suite, open_suites, suite_rows
 from regpt.evals.task import Result, evaluate, refuse_if_nothing_fits
 from regpt.files import is_file, resolved
 from regpt.parallel.mesh import Mesh
@@ -254,6 +254,31 @@ def report(asked: Question, found: Answer) -> dict[str, Any]:
         "tasks": tasks,
         "failures": found.failures,
     }
+
+
+def rows(found: Answer) -> list[Row]:
+    """The answer as rows of metrics.jsonl of kind `eval` have it: one a task and metric."""
+    table = []
+    if found.val:
+        for name, val in {"val": found.val[1].whole, **found.val[1].sources}.items():
+            of = {"task": name if name == "val" else f"val:{name}"}
+            values = {
+                "loss": (val.loss, val.stderr),
+                "bpb": (val.bpb, val.bpb_stderr),
+                "perplexity": (val.perplexity, None),
+            }
+            table += [
+                of | {"metric": key, "value": value, "stderr": error, "n": val.tokens}
+                for key, (value, error) in values.items()
+            ]
+    for suite, results in found.suites:
+        table += suite_rows(suite, results)
+    for one in found.harness:
+        of, n = {"task": one.task}, {"n": one.n}
+        table += [
+            of | {"metric": key, "value": value, "stderr": error} | n for key, (value, error) in one.metrics.items()
+        ]
+    return table
 
 
 def val_numbers(val: Any) -> dict[str, Any]:

@@ -58,7 +58,7 @@ from regpt.runs.folder import (
 )
 from regpt.runs.profile import profiled
 from regpt.runs.remote import NOTE, RemoteRun, bring_up_to_date, by_main, on_this_machine
-from regpt.runs.stop import stop_request
+from regpt.runs.stop import StopRequest, stop_request
 from regpt.runs.terminal import Terminal
 from regpt.runs.trackers import Tee, check_trackers, open_trackers
 from regpt.sample.generate import check_length, encode_prompt
@@ -96,16 +96,19 @@ def pretrain(
     beside: Sequence[str] = (),
     profile_steps: int = 0,
     remote: RemoteRun | None = None,
+    quiet: bool = False,
+    stop: StopRequest = stop_request,
 ) -> int:
     """Start a run in the new folder `run`; the exit code. `facts` go into env.json, `beside` is as in `create_run`,
-    `profile_steps` as in `runs.profile`. `run` is the staging folder of `remote`, where that is given."""
+    `profile_steps` as in `runs.profile`. `run` is the staging folder of `remote`, where that is given. `quiet` prints
+    nothing; `stop` decides how signals stop the run."""
     init_from = str(resolved(init_from)) if init_from and exists(init_from) else init_from
     with run_mesh(config) as mesh, ExitStack() as stack:
         parts = open_parts(config, mesh)
         start = start_new(parts, init_from)
         machine = assemble(stack, parts, start)
         mirror = create(stack, machine, run, argv, {"init_from": init_from} | (facts or {}), beside, remote)
-        return fit(machine, run, start, profile_steps, mirror)
+        return fit(machine, run, start, profile_steps, mirror, quiet=quiet, stop=stop)
 
 
 def fork(
@@ -140,13 +143,15 @@ def resume(
     force: bool = False,
     profile_steps: int = 0,
     remote: RemoteRun | None = None,
+    quiet: bool = False,
+    stop: StopRequest = stop_request,
 ) -> int:
     """Go on with the run in `run` from its newest valid checkpoint; the exit code.
 
     Args:
         config: instead of the run's config.toml, which it then replaces.
         force: also with settings that make another run of it.
-        remote: as in `pretrain`.
+        remote, quiet, stop: as in `pretrain`.
     """
     config = config or read_run_config(run)
     with run_mesh(config) as mesh, ExitStack() as stack:
@@ -169,7 +174,7 @@ def resume(
         machine = assemble(stack, parts, start)
         if mesh.is_main:
             write_run_config(run, machine.config)
-        return fit(machine, run, start, profile_steps, mirror)
+        return fit(machine, run, start, profile_steps, mirror, quiet=quiet, stop=stop)
 
 
 def create(
@@ -201,20 +206,29 @@ def create(
     return by_main(mesh, make)
 
 
-def fit(machine: Machine, run: Path, start: Start, profile_steps: int = 0, mirror: Mirror | None = None) -> int:
+def fit(
+    machine: Machine,
+    run: Path,
+    start: Start,
+    profile_steps: int = 0,
+    mirror: Mirror | None = None,
+    *,
+    quiet: bool = False,
+    stop: StopRequest = stop_request,
+) -> int:
     """Train from `start` to the end of the run; 0, or 75 when a stop was requested and the run saved.
 
     `mirror` copies the folder elsewhere meanwhile; this returns when it has copied everything.
     """
     config, mesh = machine.config, machine.trainer.mesh
     name = mirror.store.url if mirror else str(run)
-    terminal = Terminal(name, config.train.steps, PlainConsole(), enabled=mesh.is_main)
+    terminal = Terminal(name, config.train.steps, PlainConsole(), enabled=mesh.is_main and not quiet)
     saver = Saver(run, config.checkpoint)
     if mirror is not None:
         saver.in_use, saver.saved = mirror.is_uploading, mirror.notify
         mirror.intact, mirror.say = saver.is_intact, terminal.say
         mirror.notify()
-    with stop_request(config.train.stop_seconds) as stop_requested:
+    with stop(config.train.stop_seconds) as stop_requested:
         finished = train(machine, run, start, profile_steps, terminal, saver, lambda: stop_requested() or lost(mirror))
         bring_up_to_date(mirror, mesh, terminal.say)
         if mirror is not None:

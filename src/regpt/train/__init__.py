@@ -1,1 +1,7 @@
-"""LOGITS → STEP: loss, optimizer, schedule, the trainer."""
+"""LOGITS → STEP: loss, optimizer, schedule, the trainer. Called, it is `regpt.api.run.train`."""
+
+import sys
+
+import regpt
+
+sys.modules[__name__].__class__ = regpt.TrainPackage

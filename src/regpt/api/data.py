@@ -1,0 +1,92 @@
+"""Text → token shards, from Python."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regpt.data.named import open_sources
+from regpt.data.prepare import SHARD_TOKENS
+from regpt.data.prepare import prepare as write_shards
+from regpt.data.settings import Filters
+from regpt.data.write import write_file
+from regpt.errors import UsageError, UserError
+from regpt.text.bpe import train_bpe
+from regpt.text.open import open_tokenizer
+
+if TYPE_CHECKING:
+    from regpt.data.manifest import Manifest
+    from regpt.text.tokenizer import Tokenizer
+
+Place = str | os.PathLike[str]
+
+
+def prepare(
+    sources: Place | Sequence[Place],
+    out: Place,
+    *,
+    tokenizer: Place | Tokenizer = "gpt2",
+    val: Place | Sequence[Place] = (),
+    val_fraction: float | None = None,
+    text_column: str = "text",
+    shard_tokens: int = SHARD_TOKENS,
+    filters: Filters | None = None,
+    **options: Any,
+) -> Manifest:
+    """Write the token shards of `sources` into the new folder `out`; returns its manifest.
+
+    Args:
+        sources: files, folders, globs, addresses or named sets, as for `regpt data prepare`.
+        tokenizer: `gpt2`, a folder or file that `train_tokenizer` wrote, or the tokenizer itself.
+        val: sources to hold out; otherwise `val_fraction` of the documents (0.1 below 10 MB of text, 0.005 above).
+        options: the rest of what `regpt.data.prepare.prepare` takes, such as `workers`.
+
+    Raises:
+        UserError: sources that cannot be read or are empty, options out of range, a folder that holds other data.
+    """
+    return write_shards(
+        names(sources),
+        Path(out),
+        opened(tokenizer),
+        val_sources=names(val),
+        val_fraction=val_fraction,
+        text_column=text_column,
+        shard_tokens=shard_tokens,
+        filters=filters or Filters(),
+        **options,
+    )
+
+
+def train_tokenizer(
+    sources: Place | Sequence[Place], vocab_size: int, out: Place | None = None, *, text_column: str = "text"
+) -> Tokenizer:
+    """A byte-level BPE of `vocab_size` tokens learned from `sources`; `out`, where given, gets its tokenizer.json.
+
+    Raises:
+        UserError: `out` holds a tokenizer already, sources that cannot be read, too little text for so many tokens.
+    """
+    file = None if out is None else Path(out) / "tokenizer.json"
+    if file is not None and file.exists():
+        raise UserError(f"{file} exists already; choose another folder or delete it")
+    found = open_sources(names(sources))
+    if not found:
+        raise UsageError("no source was given; give files, folders, globs or a named set")
+    texts = (document.text for source in found for document in source.documents(text_column))
+    tokenizer = train_bpe(texts, vocab_size)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_file(file, tokenizer.to_json().encode())
+    return tokenizer
+
+
+def opened(tokenizer: Place | Tokenizer) -> Tokenizer:
+    if isinstance(tokenizer, os.PathLike):
+        return open_tokenizer(Path(tokenizer))
+    return open_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+
+
+def names(given: Place | Sequence[Place]) -> list[str]:
+    """One place, or several, as text."""
+    return [os.fspath(one) for one in ([given] if isinstance(given, str | os.PathLike) else given)]

@@ -1,0 +1,212 @@
+"""A model for use from Python: text and numbers of what `regpt train` made, or of GPT-2."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from regpt.checkpoint.open import OpenModel, open_model
+from regpt.data.batch import Batch
+from regpt.errors import UsageError, UserError
+from regpt.model.config import ModelConfig
+from regpt.model.hf import config_to_hf, weights_to_hf
+from regpt.model.transformer import Transformer
+from regpt.model.weights import state_tensors
+from regpt.parallel.mesh import choose_device
+from regpt.sample.generate import write_samples
+from regpt.sample.sampling import SamplingOptions
+from regpt.text.tokenizer import Tokenizer
+from regpt.train.config import InferencePrecision
+from regpt.train.loss import make_loss_sum
+from regpt.train.precision import autocast, check_inference_precision, matmul_precision, parameter_dtype
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel
+
+Ids = Sequence[int] | Sequence[Sequence[int]] | np.ndarray | Tensor
+
+
+def load(
+    model: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    precision: InferencePrecision = "fp32",
+    ema: bool = False,
+) -> LanguageModel:
+    """Read a model: a run (its newest intact checkpoint), a checkpoint, an address, a Hugging Face folder, a hub name.
+
+    Args:
+        device: `auto` (CUDA, then MPS, then CPU), `cuda`, `mps` or `cpu`.
+        precision: number format of the computation: `fp32`, `tf32`, `bf16`, `fp16` or `fp64`.
+        ema: the moving average of the weights, which `train.ema_decay` keeps, instead of the last ones.
+
+    Raises:
+        UsageError: `model` names nothing, or a device that this machine does not have.
+        UserError: a damaged model, one of a kind that is not implemented, or one that cannot be downloaded.
+    """
+    check_inference_precision(precision)
+    return LanguageModel(open_model(os.fspath(model), choose_device(device), ema=ema), precision)
+
+
+class LanguageModel:
+    """A model with its tokenizer, in eval mode; methods keep torch's global state and may run in any thread.
+
+    Attributes:
+        module: the `torch.nn.Module` (docs/api.md); token ids (B, T) int64 → logits (B, T, vocab_size).
+        config: its shape.
+        tokenizer: `encode(text)`, `decode(ids)`, `n_vocab`, `eot`, `name`.
+        step: updates made, for a checkpoint of ours, otherwise None.
+        source: the folder or hub name it was read from.
+        precision: number format of the computation.
+    """
+
+    def __init__(self, opened: OpenModel, precision: InferencePrecision = "fp32"):
+        self.module: Transformer = opened.model.to(parameter_dtype(precision)).eval()
+        self.config: ModelConfig = opened.model.config
+        self.tokenizer: Tokenizer = opened.tokenizer
+        self.step, self.source = opened.step, opened.source
+        self.precision: InferencePrecision = precision
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.wte.weight.device
+
+    @overload
+    def generate(self, prompt: str, *, max_new_tokens: int = ..., temperature: float = ..., top_k: int = ..., top_p: float = ..., seed: int = ...) -> str: ...  # fmt: skip  # noqa: E501
+    @overload
+    def generate(self, prompt: list[str] | tuple[str, ...], *, max_new_tokens: int = ..., temperature: float = ..., top_k: int = ..., top_p: float = ..., seed: int = ...) -> list[str]: ...  # fmt: skip  # noqa: E501
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        max_new_tokens: int = 30,
+        temperature: float = 1.0,
+        top_k: int = 50,
+        top_p: float = 1.0,
+        seed: int = 1337,
+    ) -> str | list[str]:
+        """`prompt` and its continuation; of several prompts a list. The text ends before `<|endoftext|>`.
+
+        A prompt that occurs n times gets n different continuations: those of `regpt sample --n n` with the same
+        options and seed. What one prompt gets does not depend on the others.
+
+        Args:
+            prompt: text; an empty one starts a new document.
+            max_new_tokens: at most so many; with the prompt's tokens at most `config.max_seq_len`.
+            temperature, top_k, top_p: how a token is drawn; `top_k=1` takes the likeliest, 0 all.
+            seed: of the draw.
+
+        Raises:
+            UserError: prompt and new tokens are longer than the model, or its logits are not finite.
+        """
+        options = SamplingOptions(temperature, top_k, top_p)
+        prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+        if wrong := [one for one in prompts if not isinstance(one, str)]:
+            raise UsageError(f"a prompt is {wrong[0]!r}, must be text; give a str or a list of them")
+        texts: dict[str, Iterator[str]] = {}
+        for one in dict.fromkeys(prompts):
+            with self.computing():
+                found = write_samples(
+                    self.module,
+                    self.tokenizer,
+                    one,
+                    n=prompts.count(one),
+                    max_new_tokens=max_new_tokens,
+                    options=options,
+                    seed=seed,
+                )
+            texts[one] = iter([sample.text for sample in found])
+        drawn = [next(texts[one]) for one in prompts]
+        return drawn[0] if isinstance(prompt, str) else drawn
+
+    def logits(self, text: str | Ids) -> Tensor:
+        """Logits of the token after each of `text`: (T, vocab_size), or (B, T, vocab_size) for ids (B, T); float32
+        (float64 under fp64), on the model's device. Softmax over the last axis gives probabilities.
+
+        Raises:
+            UsageError: no token, more than `config.max_seq_len`, or ids that are not in the vocabulary.
+        """
+        ids = self.ids(self.tokenizer.encode(text) if isinstance(text, str) else text)
+        if ids.shape[-1] > self.config.max_seq_len:
+            raise UsageError(
+                f"{ids.shape[-1]} tokens were given, the model reads {self.config.max_seq_len}; give fewer"
+            )
+        with self.computing():
+            found = self.module(ids.reshape(-1, ids.shape[-1]))  # (B, T, V)
+        return found.to(parameter_dtype(self.precision)).reshape(*ids.shape, -1)
+
+    def loss(self, text: str | Ids) -> float:
+        """Mean cross-entropy in nats of the tokens after the first.
+
+        A text is a document, as in training: `<|endoftext|>` comes first, so that every token of the text counts. What
+        is longer than the model is cut into rows of `config.max_seq_len` tokens, each read without the one before, as
+        in validation.
+
+        Raises:
+            UsageError: fewer than two tokens, or ids that are not in the vocabulary.
+        """
+        given = [self.tokenizer.eot, *self.tokenizer.encode(text)] if isinstance(text, str) else text
+        ids = self.ids(given)
+        ids = ids.reshape(-1, ids.shape[-1])  # (B, T)
+        n = ids.shape[1] - 1
+        if n < 1:
+            raise UsageError("one token was given, a loss needs two: the first predicts the second")
+        loss_sum = make_loss_sum(self.module, self.precision, self.device, compile=False)
+        total = 0.0
+        with self.computing():
+            for row in ids:
+                for begin in range(0, n, self.config.max_seq_len):
+                    part = row[begin : min(begin + self.config.max_seq_len, n) + 1]
+                    total += loss_sum(Batch(part[None, :-1], part[None, 1:])).item()
+        return total / (len(ids) * n)
+
+    def to_hf(self) -> GPT2LMHeadModel:
+        """The same model for `transformers`, on the CPU in float32: its logits are equal within rounding.
+
+        Raises:
+            UserError: transformers is not installed.
+        """
+        try:
+            from transformers import GPT2Config, GPT2LMHeadModel
+        except ImportError:
+            raise UserError("transformers is not installed; install it with: pip install transformers") from None
+        theirs = GPT2LMHeadModel(GPT2Config(**hf_settings(self.config, self.tokenizer.eot)))
+        weights = {name: tensor.float().cpu() for name, tensor in weights_to_hf(state_tensors(self.module)).items()}
+        theirs.load_state_dict(weights, strict=False)  # the tied head is stored once
+        theirs.tie_weights()
+        return theirs.eval()
+
+    def ids(self, given: Any) -> Tensor:
+        """Token ids, (T,) or (B, T), as int64 on the model's device."""
+        try:
+            ids = given.detach().cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
+        except (TypeError, ValueError):  # rows of different lengths, say
+            ids = np.empty(0)
+        if ids.size == 0 or ids.ndim not in (1, 2) or ids.dtype.kind not in "iu":
+            raise UsageError("no token ids were given; give a text that is not empty, or whole numbers (T,) or (B, T)")
+        for end in (ids.min(), ids.max()):
+            if not 0 <= end < self.config.vocab_size:
+                raise UsageError(f"token id {end} is not in the vocabulary, ids are 0 to {self.config.vocab_size - 1}")
+        return torch.from_numpy(ids.astype(np.int64)).to(self.device)
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        with matmul_precision(self.precision), autocast(self.precision, self.device), torch.no_grad():
+            yield
+
+    def __repr__(self) -> str:
+        shape = ", ".join(f"{name} {getattr(self.config, name)}" for name in ("n_layer", "n_head", "n_embd"))
+        return f"<LanguageModel {self.source!r}: {shape}, {self.tokenizer.name}, on {self.device}>"
+
+
+def hf_settings(config: ModelConfig, eot: int) -> dict[str, Any]:
+    """Arguments of `GPT2Config`: the contents of config.json less what names the class."""
+    return {
+        key: value for key, value in config_to_hf(config, eot).items() if key not in ("architectures", "model_type")
+    }

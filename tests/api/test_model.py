@@ -1,0 +1,100 @@
+"""A model from Python: text, logits, loss, transformers."""
+
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import regpt
+from regpt.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def lm(straight: Path) -> regpt.LanguageModel:
+    return regpt.load(straight, device="cpu")
+
+
+def test_generate_writes_what_regpt_sample_does(lm, straight: Path, capsys: pytest.CaptureFixture[str]):
+    options = ["--device", "cpu", "--max-new-tokens", "5", "--seed", "7", "-n", "2", "--json"]
+    assert main(["sample", str(straight), "--prompt", "ba do", *options]) == 0
+    theirs = [sample["text"] for sample in json.loads(capsys.readouterr().out)["samples"]]
+    assert lm.generate(["ba do", "mi", "ba do"], max_new_tokens=5, seed=7)[::2] == theirs
+    assert lm.generate("mi", max_new_tokens=5, seed=7) == lm.generate(["mi"], max_new_tokens=5, seed=7)[0]
+    assert lm.generate([]) == []
+
+
+def test_logits_are_those_of_the_module(lm):
+    ids = lm.tokenizer.encode("ba do mi")
+    expected = lm.module(torch.tensor([ids]))[0]
+    for given in ("ba do mi", ids, np.array(ids, np.uint16), torch.tensor(ids)):
+        assert torch.equal(lm.logits(given), expected)
+    assert torch.allclose(lm.logits([ids, ids]), torch.stack([expected, expected]), atol=1e-6)
+    assert not lm.logits(ids).requires_grad
+
+
+def test_the_loss_is_the_mean_over_rows_that_start_afresh(lm):
+    T = lm.config.max_seq_len
+    ids = [lm.tokenizer.eot, *lm.tokenizer.encode("ba do mi ta ru ke " * 9)]
+    assert T < len(ids) - 1 < 5 * T
+    sums = []
+    for begin in range(0, len(ids) - 1, T):
+        row = torch.tensor(ids[begin : begin + T + 1])
+        sums.append(torch.nn.functional.cross_entropy(lm.logits(row[:-1]), row[1:], reduction="sum").item())
+    assert lm.loss("ba do mi ta ru ke " * 9) == pytest.approx(sum(sums) / (len(ids) - 1), rel=1e-5)
+    assert lm.loss(ids) == lm.loss("ba do mi ta ru ke " * 9)
+    assert lm.loss([ids[:9], ids[:9]]) == pytest.approx(lm.loss(ids[:9]), rel=1e-6)
+
+
+def test_transformers_gets_a_model_of_the_same_logits(lm):
+    ids = torch.tensor([lm.tokenizer.encode("ba do mi ta")])
+    assert torch.allclose(lm.to_hf()(ids).logits, lm.logits(ids), atol=1e-6)
+
+
+def test_other_number_formats_stay_their_own_matter(straight: Path):
+    torch.set_float32_matmul_precision("highest")
+    double = regpt.load(straight, device="cpu", precision="fp64")
+    assert double.logits("ba").dtype == torch.float64
+    half = regpt.load(straight, device="cpu", precision="bf16")
+    assert half.logits("ba").dtype == torch.float32
+    assert half.generate("ba", max_new_tokens=2).startswith("ba")
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_threads_may_share_a_model(lm):
+    found: dict[int, str] = {}
+    work = [
+        threading.Thread(target=lambda seed=seed: found.update({seed: lm.generate("ba", max_new_tokens=4, seed=seed)}))
+        for seed in range(3)
+    ]
+    for thread in work:
+        thread.start()
+    for thread in work:
+        thread.join()
+    assert found == {seed: lm.generate("ba", max_new_tokens=4, seed=seed) for seed in range(3)}
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda lm: lm.logits(""), "no token ids"),
+        (lambda lm: lm.logits([[1, 2], [3]]), "no token ids"),
+        (lambda lm: lm.logits([0.5]), "no token ids"),
+        (lambda lm: lm.logits([10**30]), "no token ids"),
+        (lambda lm: lm.logits([-1]), "token id -1"),
+        (lambda lm: lm.logits([300]), "ids are 0 to 299"),
+        (lambda lm: lm.logits([1] * 17), "the model reads 16"),
+        (lambda lm: lm.loss([5]), "a loss needs two"),
+        (lambda lm: lm.generate(3), "must be text"),
+        (lambda lm: lm.generate([b"ba"]), "must be text"),
+        (lambda lm: lm.generate("ba", temperature=0), "temperature"),
+        (lambda lm: regpt.load("no such model"), "does not exist"),
+        (lambda lm: regpt.load(lm.source, precision="fp33"), "did you mean 'fp32'"),
+        (lambda lm: regpt.load(lm.source, device="gpu"), "is not available"),
+    ],
+)
+def test_what_cannot_be_computed_is_refused(lm, call, said: str):
+    with pytest.raises(regpt.UsageError, match=said):
+        call(lm)
