@@ -83,7 +83,7 @@ class LanguageModel:
     def generate(self, prompt: list[str] | tuple[str, ...], *, max_new_tokens: int = ..., temperature: float = ..., top_k: int = ..., top_p: float = ..., seed: int = ...) -> list[str]: ...  # fmt: skip  # noqa: E501
     def generate(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | list[str] | tuple[str, ...],
         *,
         max_new_tokens: int = 30,
         temperature: float = 1.0,
