@@ -25,7 +25,6 @@ def losses(run: regpt.TrainingRun) -> list[float]:
 
 
 def global_state() -> list[object]:
-    gc.collect()  # which ends threads of what was let go
     _, keys, *_ = np.random.get_state()  # noqa: NPY002 (the global one)
     return [
         torch.get_float32_matmul_precision(),
@@ -38,7 +37,6 @@ def global_state() -> list[object]:
         keys.tolist(),
         signal.getsignal(signal.SIGINT),
         signal.getsignal(signal.SIGTERM),
-        sorted(thread.name for thread in threading.enumerate()),
     ]
 
 
@@ -112,6 +110,16 @@ def test_a_run_leaves_the_process_as_it_was(config: RunConfig, tmp_path: Path):
     regpt.resume(tmp_path / "run", train={"steps": 4}, force=True, quiet=True)
     regpt.evaluate(tmp_path / "run", val_tokens=64, precision="bf16")
     assert global_state() == before
+
+
+def test_a_run_leaves_no_threads(config: RunConfig, tmp_path: Path):
+    before = set(threading.enumerate())
+    regpt.train(config, tmp_path / "run", quiet=True, **SHORT)
+    gc.collect()  # which ends those of what was let go
+    new = set(threading.enumerate()) - before
+    for thread in new:
+        thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in new)
 
 
 def test_a_quiet_run_prints_nothing(config: RunConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
