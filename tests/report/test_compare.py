@@ -10,10 +10,10 @@ from test_page import check
 from regpt.cli.diff import main
 from regpt.errors import UsageError, UserError
 from regpt.report.charts import difference
-from regpt.report.compare import compare, to_dict
+from regpt.report.compare import compare, measure_dict, to_dict
 from regpt.report.page import with_own_names
 from regpt.report.read import read_run
-from regpt.report.verdict import headline
+from regpt.report.verdict import headline, measure_cells
 
 SEED = CONFIG + "[data]\nseed = {}\n"
 
@@ -209,6 +209,72 @@ def test_curves_are_compared_after_as_many_tokens(make_run):
 def test_the_difference_is_that_of_b_from_a_after_as_many_tokens():
     found = difference([0, 10, 20, 30], [4.0, 3.0, None, 1.0], [5, 15, 25], [4.0, 3.0, None])
     assert found == [None, pytest.approx(0.5), None, None]  # between 4.0 and 3.0, less 3.0; beyond 15 nothing is known
+
+
+def trained(make_run, name, steps, *, losses, planned=40, **more):
+    """A run of `steps` updates that was validated at the steps of `losses`."""
+    rows = [train_row(step) for step in range(1, steps + 1)]
+    rows += [val_row(step, loss, stderr=0.01, **more) for step, loss in losses.items()]
+    return make_run(rows=rows, name=name, config=CONFIG.replace("steps = 40", f"steps = {planned}"))
+
+
+def test_unequal_training_is_said_before_who_is_better_and_where_both_had_read_as_much(make_run):
+    a = trained(make_run, "a", 40, losses={20: 3.0, 40: 2.5})
+    b = trained(make_run, "b", 20, losses={20: 2.8})
+    said = headline(compare(read_run(a), read_run(b)))
+    assert said.startswith(
+        "Unequal training: a has made 40 steps on 40,960 tokens; b has made 20 steps on 20,480 tokens, unfinished "
+        "(40 planned). After as many tokens (20,480; step 20 of A, 20 of B): b has the better validation loss: 2.8000 "
+        "against 3.0000, a significant difference (z of"
+    )
+    assert "At the end of each: a has the better validation loss: 2.5000 against 2.8000" in said
+
+
+def test_unequal_training_without_a_common_point_names_both_steps(make_run):
+    a = trained(make_run, "a", 40, losses={40: 2.5})
+    b = trained(make_run, "b", 10, losses={10: 2.8}, planned=10)
+    found = compare(read_run(a), read_run(b))
+    said = headline(found)
+    assert said.startswith(
+        "Unequal training: a has made 40 steps on 40,960 tokens; b has made 10 steps on 10,240 tokens."
+    )
+    assert said.endswith("(A after step 40, B after step 10).")
+    (one,) = (one for one in found.measures if one.name == "validation loss")
+    assert one.conclusion() == "unequal training; differs"
+    assert measure_dict(one)["tokens_a"] == 40960
+    assert not measure_dict(one)["equally_trained"]
+
+
+def test_two_unfinished_runs_are_said_to_be_and_finished_ones_are_not(make_run):
+    half = [trained(make_run, name, 20, losses={20: loss}) for name, loss in (("a", 3.0), ("b", 2.9))]
+    whole = [trained(make_run, name, 40, losses={40: loss}) for name, loss in (("c", 3.0), ("d", 2.9))]
+    assert headline(compare(*map(read_run, half))).startswith(
+        "Unfinished training: a has made 20 steps on 20,480 tokens,"
+    )
+    assert headline(compare(*map(read_run, whole))).startswith("d has the better validation loss")
+
+
+def test_validations_of_other_lengths_are_not_tested(make_run):
+    a, b = (trained(make_run, name, 40, losses={40: 2.5}, tokens=n) for name, n in (("a", 1024), ("b", 4096)))
+    assert measures(a, b)["validation loss"].conclusion() == "not tested: validated on 1,024 and 4,096 tokens"
+
+
+def test_a_seed_that_read_less_is_refused(make_run):
+    a, b, seed = (trained(make_run, name, steps, losses={20: 2.5}) for name, steps in (("a", 40), ("b", 40), ("s", 20)))
+    with pytest.raises(UserError, match="'s' of --seeds has read 20,480 tokens, 'a' 40,960; finish the shorter one"):
+        measures(a, b, seeds=[seed])
+
+
+def test_the_units_of_a_test_are_named(make_run):
+    folders = []
+    for name, loss in (("a", 3.0), ("b", 2.9)):
+        folders.append(scored(make_run, name, {1, 2}, loss=loss))
+        rows = [{"item": i, "loss": loss + i / 100, "tokens": 9} for i in range(8)]
+        write_rows(folders[-1] / "evals" / "val-step-00000040.jsonl", rows)
+    found = compare(*map(read_run, folders))
+    assert "over 8 validation batches, paired t" in headline(found)
+    tests = [measure_cells(one)[5] for one in found.measures]
+    assert {"paired t, 8 validation batches", "McNemar, exact, 200 items"} <= set(tests)
 
 
 def test_the_command_prints_a_table_and_writes_the_page(make_run, tmp_path, capsys):

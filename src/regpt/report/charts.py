@@ -260,7 +260,8 @@ def difference(x: Column, a: Column, at: Column, b: Column) -> Column:
 
 def events(run: Run) -> list[Row]:
     """The newest events worth a mark, with their place on every axis."""
-    kept = [row for row in run.events if row.get("name") not in UNMARKED][-MAX_EVENTS:]
+    last = run.train[-1]["step"]  # those beyond belong to what the run went back from
+    kept = [row for row in run.events if row.get("name") not in UNMARKED and row["step"] <= last][-MAX_EVENTS:]
     axes = positions(run.train, [row["step"] for row in kept])
     return [{"name": visible(mark_of(row)), **{axis: at[i] for axis, at in axes.items()}} for i, row in enumerate(kept)]
 

@@ -8,14 +8,16 @@ from typing import Any
 from regpt.errors import UserError
 from regpt.report.bits import need_bits
 from regpt.report.differences import code_differences, config_differences, data_differences, differing
-from regpt.report.items import Items, common_scores, item_files, read_items, task_file_name
+from regpt.report.items import Items, common_scores, item_file, read_items
 from regpt.report.read import Row, Run, number
 from regpt.report.series import positions
 from regpt.report.significance import SeedNoise, Test, against_seeds, paired_test, unpaired_z
+from regpt.report.summary import summarize
 
 SEEDS = ("train.seed", "data.seed", "sample.seed")
 LOWER_IS_BETTER = ("loss", "bpb", "bits_per_byte", "perplexity")
 AVERAGED = "averaged weights"
+SAME_TOKENS = 1.01  # times as many tokens still are as many: another batch size, a step more
 HEADLINE = ("acc_norm", "centered", "acc")  # the metric that an item's `correct` stands for: the first one there is
 
 
@@ -26,6 +28,7 @@ class Measure:
     Attributes:
         name: `validation loss`, `hellaswag acc_norm`, …
         a, b, step_a, step_b: the values and the steps they were measured at.
+        tokens: what A and B had read then; None where that is not known.
         lower: a lower value is better.
         test: whether they differ by more than the sampling of items explains; None for a reason given in `why`.
         seeds: whether they differ by more than seeds explain, where runs of other seeds were given.
@@ -40,6 +43,13 @@ class Measure:
     test: Test | None
     why: str
     seeds: SeedNoise | None
+    tokens: tuple[float | None, float | None] = (None, None)
+
+    @property
+    def equally_trained(self) -> bool:
+        """Whether A and B had read as much, as far as the runs say; within a step or two of other batches."""
+        known = [x for x in self.tokens if x is not None]
+        return len(known) < 2 or max(known) <= SAME_TOKENS * min(known)
 
     @property
     def difference(self) -> float:
@@ -55,15 +65,31 @@ class Measure:
     def conclusion(self) -> str:
         """In words: whether the difference is one."""
         if self.seeds is not None:
-            return "exceeds the noise between seeds" if self.seeds.exceeds else "within the noise between seeds"
-        if self.test is None:
-            return self.why
-        return "differs" if self.test.significant else "no difference shown"
+            said = "exceeds the noise between seeds" if self.seeds.exceeds else "within the noise between seeds"
+        elif self.test is None:
+            said = self.why
+        else:
+            said = "differs" if self.test.significant else "no difference shown"
+        return said if self.equally_trained else f"unequal training; {said}"
+
+
+@dataclass(frozen=True)
+class Training:
+    """How much of its training a run has done; None where the run does not say."""
+
+    steps: int
+    planned: float | None
+    tokens: float | None
+
+    @property
+    def unfinished(self) -> bool:
+        return self.planned is not None and self.steps < self.planned
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that is known of A and B. `others` are the runs of other seeds, of A's and of B's configuration."""
+    """Everything that is known of A and B. `others` are the runs of other seeds, of A's and of B's configuration;
+    `training` is A's and B's; `equal` their validation where both had last read as much, if one of them went on."""
 
     a: Run
     b: Run
@@ -74,6 +100,8 @@ class Comparison:
     data: list[tuple[str, list[Any]]]
     measures: list[Measure]
     curve: list[tuple[int, float, float]]  # tokens read, and both validation losses (bits per byte where `bits`) then
+    training: tuple[Training, Training]
+    equal: Measure | None
 
 
 def compare(a: Run, b: Run, seeds: Sequence[Run] = ()) -> Comparison:
@@ -95,7 +123,14 @@ def compare(a: Run, b: Run, seeds: Sequence[Run] = ()) -> Comparison:
         data=data_differences(runs),
         measures=measures(a, b, others, bits),
         curve=common_validation(a, b, bits),
+        training=(training_of(a), training_of(b)),
+        equal=measure_after_equal_tokens(a, b, bits),
     )
+
+
+def training_of(run: Run) -> Training:
+    summary = summarize(run)
+    return Training(summary.steps, summary.planned_steps, summary.tokens)
 
 
 def sort_seeds(a: Run, b: Run, seeds: Sequence[Run]) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
@@ -109,8 +144,19 @@ def sort_seeds(a: Run, b: Run, seeds: Sequence[Run]) -> tuple[tuple[Run, ...], t
                 f"the run {run.name!r} of --seeds differs from {name!r} in more than its seeds ({', '.join(fewer[:5])}"
                 f"{', …' if len(fewer) > 5 else ''}); give runs of the same configuration with other seeds"
             )
+        refuse_unequal_seed(b if beside_a else a, run)
         found[bool(beside_a)].append(run)
     return tuple(found[0]), tuple(found[1])
+
+
+def refuse_unequal_seed(run: Run, seed: Run) -> None:
+    """The noise between seeds is that of runs which have read as much."""
+    ours, theirs = training_of(run).tokens, training_of(seed).tokens
+    if ours and theirs and max(ours, theirs) > SAME_TOKENS * min(ours, theirs):
+        raise UserError(
+            f"the run {seed.name!r} of --seeds has read {theirs:,.0f} tokens, {run.name!r} {ours:,.0f}; finish the "
+            "shorter one, or leave it out"
+        )
 
 
 def beyond_seeds(a: Run, b: Run) -> list[str]:
@@ -124,11 +170,13 @@ def beyond_seeds(a: Run, b: Run) -> list[str]:
 
 @dataclass(frozen=True)
 class Final:
-    """The last value of a number, with the step it was measured at and its standard error where the run has one."""
+    """The last value of a number, with the step it was measured at, its standard error where the run has one, and what
+    it was measured on: validation tokens."""
 
     step: int
     value: float
     stderr: float | None
+    measured_on: float | None = None
 
 
 def finals(run: Run) -> dict[str, Final]:
@@ -150,7 +198,7 @@ def finals(run: Run) -> dict[str, Final]:
 def keep(found: dict[str, Final], name: str, row: Row, key: str, error: str) -> None:
     value = number(row.get(key))
     if value is not None:
-        found[name] = Final(row["step"], value, number(row.get(error)))
+        found[name] = Final(row["step"], value, number(row.get(error)), number(row.get("tokens")))
 
 
 def measures(a: Run, b: Run, others: tuple[tuple[Run, ...], tuple[Run, ...]], bits: bool) -> list[Measure]:
@@ -165,23 +213,48 @@ def measures(a: Run, b: Run, others: tuple[tuple[Run, ...], tuple[Run, ...]], bi
             continue
         y, validation = theirs[name], is_validation(name)
         comparable = same_text or not validation
-        test, why = tested(x, y, pairs(name)) if comparable else (None, "not tested: other data")
+        test, why = tested(x, y, pairs(name, (x.step, y.step))) if comparable else (None, "not tested: other data")
         spread = against_seeds(*([one[name].value for one in group if name in one] for group in groups))
         lower = validation or name.rpartition(" ")[2] in LOWER_IS_BETTER
-        found.append(Measure(name, x.value, y.value, x.step, y.step, lower, test, why, spread if comparable else None))
+        seen = read_by(a, x.step), read_by(b, y.step)
+        spread = spread if comparable else None
+        found.append(Measure(name, x.value, y.value, x.step, y.step, lower, test, why, spread, seen))
     return found
+
+
+def read_by(run: Run, step: int) -> float | None:
+    """Tokens read after `step` updates."""
+    return positions(run.train, [step]).get("tokens", [None])[0]
 
 
 def common_validation(a: Run, b: Run, bits: bool) -> list[tuple[int, float, float]]:
     """Both validation losses wherever both runs were validated after as many tokens."""
-    ours, theirs = (validation_by_tokens(run, "bpb" if bits else "loss") for run in (a, b))
-    return [(tokens, ours[tokens], theirs[tokens]) for tokens in sorted(ours.keys() & theirs.keys())]
+    ours, theirs = (validation_by_tokens(run, bits) for run in (a, b))
+    return [(tokens, ours[tokens].value, theirs[tokens].value) for tokens in sorted(ours.keys() & theirs.keys())]
 
 
-def validation_by_tokens(run: Run, key: str) -> dict[int, float]:
-    steps = [row["step"] for row in run.val]
-    tokens = positions(run.train, steps).get("tokens", [])
-    return {int(at): value for at, row in zip(tokens, run.val) if at is not None and (value := number(row.get(key)))}
+def measure_after_equal_tokens(a: Run, b: Run, bits: bool) -> Measure | None:
+    """The validation of both runs where they last had read as much; None where there is none, or it is their end."""
+    ours, theirs = (validation_by_tokens(run, bits) for run in (a, b))
+    common = [tokens for tokens in ours.keys() & theirs.keys() if tokens > 0]
+    if not common or max(common) == max(ours) == max(theirs):
+        return None
+    x, y = ours[max(common)], theirs[max(common)]
+    name = "bits per byte" if bits else "validation loss"
+    test, why = (None, "not tested: other data") if data_differences([a, b]) else tested(x, y, None)
+    seen = (float(max(common)), float(max(common)))
+    return Measure(name, x.value, y.value, x.step, y.step, True, test, why, None, seen)
+
+
+def validation_by_tokens(run: Run, bits: bool) -> dict[int, Final]:
+    tokens = positions(run.train, [row["step"] for row in run.val]).get("tokens", [])
+    found: dict[int, Final] = {}
+    for at, row in zip(tokens, run.val):
+        one: dict[str, Final] = {}
+        keep(one, "", row, "bpb" if bits else "loss", "bpb_stderr" if bits else "stderr")
+        if at is not None and one:
+            found[int(at)] = one[""]
+    return found
 
 
 def is_validation(name: str) -> bool:
@@ -190,6 +263,8 @@ def is_validation(name: str) -> bool:
 
 def tested(a: Final, b: Final, scores: tuple[list[float], list[float]] | None) -> tuple[Test | None, str]:
     """The best test that the runs allow."""
+    if a.measured_on != b.measured_on and None not in (a.measured_on, b.measured_on):
+        return None, f"not tested: validated on {a.measured_on:,.0f} and {b.measured_on:,.0f} tokens"
     if scores is not None:
         return paired_test(*scores), ""
     if a.stderr is not None and b.stderr is not None:
@@ -197,22 +272,24 @@ def tested(a: Final, b: Final, scores: tuple[list[float], list[float]] | None) -
     return None, "not tested: no scores"
 
 
-def paired_scores(a: Run, b: Run) -> Callable[[str], tuple[list[float], list[float]] | None]:
-    """Name of a measure → the scores of the items that both runs have kept, of their last steps."""
-    files = item_files(a), item_files(b)
+Scored = tuple[list[float], list[float]] | None
+
+
+def paired_scores(a: Run, b: Run) -> Callable[[str, tuple[int, int]], Scored]:
+    """Name of a measure, and the steps of both runs → the scores of the items that both have kept of these steps."""
     read = cache(read_items)
 
-    def items(task: str) -> tuple[Items, Items] | None:
-        key = task_file_name(task)
-        return (read(files[0][key]), read(files[1][key])) if key in files[0] and key in files[1] else None
+    def items(task: str, steps: tuple[int, int]) -> tuple[Items, Items] | None:
+        files = [item_file(run, task, step) for run, step in zip((a, b), steps)]
+        return (read(files[0]), read(files[1])) if files[0] and files[1] else None
 
-    def scores(name: str) -> tuple[list[float], list[float]] | None:
+    def scores(name: str, steps: tuple[int, int]) -> Scored:
         if name.startswith(AVERAGED):
             return None  # of these only the number is kept
         if is_validation(name):
-            return validation_scores(items("val"), name)
+            return validation_scores(items("val", steps), name)
         task, _, metric = name.rpartition(" ")
-        both = items(task)
+        both = items(task, steps)
         found = common_scores(*both, metric) if both else None
         if both and found is None and metric == headline(a, b, task):
             found = common_scores(*both, "correct")
@@ -262,6 +339,10 @@ def to_dict(found: Comparison) -> Row:
         "measures": [measure_dict(one) for one in found.measures],
         "curve": [dict(zip(("tokens", "a", "b"), point)) for point in found.curve],
         "curve_unit": "bits per byte" if found.bits else "nats per token",
+        "training": {
+            name: asdict(one) | {"unfinished": one.unfinished} for name, one in zip(("a", "b"), found.training)
+        },
+        "after_equal_tokens": None if found.equal is None else measure_dict(found.equal),
     }
 
 
@@ -274,6 +355,9 @@ def measure_dict(one: Measure) -> Row:
         "better": one.better or None,
         "step_a": one.step_a,
         "step_b": one.step_b,
+        "tokens_a": one.tokens[0],
+        "tokens_b": one.tokens[1],
+        "equally_trained": one.equally_trained,
         "test": None if one.test is None else asdict(one.test) | {"significant": one.test.significant},
         "seeds": None if one.seeds is None else asdict(one.seeds) | {"exceeds": one.seeds.exceeds},
         "conclusion": one.conclusion(),

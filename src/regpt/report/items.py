@@ -9,19 +9,14 @@ from typing import Any
 from regpt.errors import UserError
 from regpt.report.read import Run, number
 
-FILE = re.compile(r"(.+)-step-(\d{8})\.jsonl")
 Items = dict[Hashable, dict[str, Any]]
 
 
-def item_files(run: Run) -> dict[str, Path]:
-    """Task (as file names write it) → the file of its last step, under RUN/evals."""
-    found: dict[str, tuple[int, Path]] = {}
-    folder = run.folder / "evals"
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        name = FILE.fullmatch(path.name)
-        if name and int(name[2]) >= found.get(name[1], (-1, path))[0]:
-            found[name[1]] = (int(name[2]), path)
-    return {task: path for task, (_, path) in found.items()}
+def item_file(run: Run, task: str, step: int) -> Path | None:
+    """The file under RUN/evals with the items of `task` after `step` updates, if the run has kept it. One of another
+    step may be left from before the run went back."""
+    path = run.folder / "evals" / f"{task_file_name(task)}-step-{step:08d}.jsonl"
+    return path if path.is_file() else None
 
 
 def task_file_name(task: str) -> str:

@@ -1,4 +1,4 @@
-"""A run folder as plain data: parse its files, keep the last row of every step."""
+"""A run folder as plain data: parse its files, follow the run's timeline, keep the last row of every step."""
 
 import json
 import tomllib
@@ -10,8 +10,7 @@ from typing import Any
 
 from regpt.errors import UserError
 from regpt.files import is_file, is_folder, resolved
-
-Row = dict[str, Any]
+from regpt.report.timeline import Row, current, current_samples, steps_back
 
 
 @dataclass(frozen=True)
@@ -54,11 +53,14 @@ def read_run(folder: Path) -> Run:
         raise UserError(
             f"{str(folder)!r} has no metrics.jsonl, so it is not a run folder; give one that regpt train --out made"
         )
-    rows = read_rows(path)
+    written = read_rows(path)
+    back = steps_back(written)
+    rows = current(written, back)
     train = of_kind(rows, "train")
     if not train:
         raise UserError(f"{path} has no row of kind 'train' yet; wait until the run has made a step")
     samples = folder / "samples.jsonl"
+    last_step = max(row["step"] for row in rows if row.get("kind") != "event")
     return Run(
         name=resolved(folder).name,
         config=read_document(folder / "config.toml", tomllib.loads),
@@ -69,7 +71,7 @@ def read_run(folder: Path) -> Run:
         evals=of_kind(rows, "eval", "task", "metric"),
         updates=of_kind(rows, "updates"),
         events=of_kind(rows, "event", "name"),
-        samples=latest(read_rows(samples) if is_file(samples) else [], "prompt"),
+        samples=latest(current_samples(read_rows(samples) if is_file(samples) else [], back, last_step), "prompt"),
         folder=folder,
     )
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from math import isclose
 
 from regpt.report.code import changed_files, has_unrecorded_changes
-from regpt.report.compare import Comparison, Measure
+from regpt.report.compare import Comparison, Measure, is_validation
 from regpt.report.summary import count
 
 MAX_FILES = 20
@@ -12,20 +12,42 @@ HEAD = ("measure", "A", "B", "B - A", "95 % interval", "test", "p", "conclusion"
 
 
 def headline(found: Comparison) -> str:
-    """One sentence: which run is better in what matters most, and whether that is more than chance."""
+    """Which run is better in what matters most, and whether that is more than chance; first of all, where it is so,
+    that one of them is trained less, and what they were where both had read as much."""
     if not found.measures:
         return "The runs have no measure in common: neither validation losses nor evaluations."
     one = main_measure(found.measures)
+    said = unequal_training(found, one)
+    if said and found.equal is not None:
+        tokens = f"{found.equal.tokens[0]:,.0f}"
+        said += f" After as many tokens ({tokens}; step {found.equal.step_a:,} of A, {found.equal.step_b:,} of B): "
+        return f"{said}{winner(found, found.equal)}. At the end of each: {winner(found, one)}."
+    if said:
+        return f"{said} {winner(found, one)} (A after step {one.step_a:,}, B after step {one.step_b:,})."
+    text = winner(found, one)
+    return f"{text if one.better else text.capitalize()}."
+
+
+def unequal_training(found: Comparison, one: Measure) -> str:
+    """A sentence where the runs did not read as much, or one is unfinished; empty where both are as far as planned."""
+    if one.equally_trained and not any(training.unfinished for training in found.training):
+        return ""
+    said = []
+    for run, training in zip((found.a, found.b), found.training):
+        tokens = "" if training.tokens is None else f" on {training.tokens:,.0f} tokens"
+        unfinished = f", unfinished ({training.planned:,.0f} planned)" if training.unfinished else ""
+        said.append(f"{run.name} has made {count(training.steps, 'step')}{tokens}{unfinished}")
+    return f"{'Unfinished' if one.equally_trained else 'Unequal'} training: {'; '.join(said)}."
+
+
+def winner(found: Comparison, one: Measure) -> str:
     names = {"a": found.a.name, "b": found.b.name}
     if not one.better:
-        return f"Both runs have the same {one.name}, {decimals(one.a)}."
+        return f"both runs have the same {one.name}, {decimals(one.a)}"
     text = f"{names[one.better]} has the better {one.name}: {decimals(one.b if one.better == 'b' else one.a)} against "
     text += decimals(one.a if one.better == "b" else one.b)
-    if one.test is not None:
-        text += f", {significance(one)}"
-    else:
-        text += f" ({one.why})"
-    return f"{text}{seeds_clause(one)}."
+    text += f", {significance(one)}" if one.test is not None else f" ({one.why})"
+    return text + seeds_clause(one)
 
 
 def main_measure(measures: Sequence[Measure]) -> Measure:
@@ -36,9 +58,17 @@ def main_measure(measures: Sequence[Measure]) -> Measure:
 
 def significance(one: Measure) -> str:
     assert one.test is not None
-    items = f"over {count(one.test.n, 'item')}, " if one.test.n else ""
+    items = f"over {units(one)}, " if one.test.n else ""
     word = "a significant difference" if one.test.significant else "no significant difference"
     return f"{word} ({items}{one.test.name}, {p_value(one.test.p)})"
+
+
+def units(one: Measure) -> str:
+    """What the test counts: `1,000 items`, `8 validation batches`."""
+    n = one.test.n if one.test else None
+    if not n:
+        return ""
+    return f"{n:,} validation batch{'' if n == 1 else 'es'}" if is_validation(one.name) else count(n, "item")
 
 
 def seeds_clause(one: Measure) -> str:
@@ -53,7 +83,7 @@ def seeds_clause(one: Measure) -> str:
 def measure_cells(one: Measure) -> list[str]:
     """A row under `HEAD`."""
     interval = one.test.interval if one.test and fits(one) else None
-    test = one.test.name + (f", {count(one.test.n, 'item')}" if one.test.n else "") if one.test else ""
+    test = one.test.name + (f", {units(one)}" if one.test.n else "") if one.test else ""
     return [
         one.name,
         decimals(one.a),
