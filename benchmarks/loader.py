@@ -9,11 +9,13 @@ and takes back as it likes. Files lie in --folder (a temporary one by default), 
 """
 
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
 import tempfile
+import time
 import tracemalloc
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,13 +25,14 @@ import numpy as np
 import torch
 import tyro
 
-from regpt.data.rows import ORDERS
+from regpt.data.prefetch import Prefetcher
 from regpt.tools.bench.batches import Reading, time_batches, time_first_batch
 from regpt.tools.bench.invent import document_lengths, invent_shards
 
 SEQ_LEN, BATCH_TOKENS, MICRO_BATCH_ROWS = 1024, 524288, 64  # the lecture's run
 VOCAB = 50257
 SEED = 1337
+ORDERS = ("shuffle/epoch", "shuffle/65536", "shuffle/none", "sequential/none", "bos/epoch", "bos/none")
 KINDS = {"long": 1000, "short": 20}  # mean tokens a document; lengths spread as web text's
 
 
@@ -65,7 +68,7 @@ def main(args: Args) -> None:
 
 def throughput_table(base: Path, tokens: int) -> list[dict]:
     print(f"one process, batches of {BATCH_TOKENS:,} tokens in rows of {SEQ_LEN}; load {machine()['load']}")
-    print(f"{'documents':>10} {'order':>11} {'mask':>5} {'Mtokens/s':>10} {'a CPU second':>13}  left out")
+    print(f"{'documents':>10} {'order':>15} {'mask':>5} {'Mtokens/s':>10} {'a CPU second':>13} {'cold':>6}  left out")
     rows = []
     for kind, mean in KINDS.items():
         folder = base / kind
@@ -73,27 +76,29 @@ def throughput_table(base: Path, tokens: int) -> list[dict]:
         for order in ORDERS:
             for mask in (False, True):
                 row = {"kind": kind, "order": order, "mask": mask} | measured("throughput", folder, order, int(mask))
+                row |= {} if mask else measured("cold", folder, order)
+                cold = f"{row.get('cold_mtokens_per_s', math.nan):6.1f}"
                 left_out = "" if row["left_out"] is None else f"{row['left_out']:8.1%}"
                 speeds = f"{row['mtokens_per_s']:10.1f} {row['mtokens_per_cpu_s']:13.1f}"
-                print(f"{kind:>10} {order:>11} {'yes' if mask else 'no':>5} {speeds}  {left_out}")
+                print(f"{kind:>10} {order:>15} {'yes' if mask else 'no':>5} {speeds} {cold}  {left_out}")
                 rows.append(row)
     return rows
 
 
 def first_batch_table(base: Path, documents: int) -> list[dict]:
     print(f"\n{documents:,} documents: seconds from opening the folder to the batch, extra memory at its peak")
-    print(f"{'documents':>10} {'order':>11} {'step':>10} {'seconds':>8} {'CPU s':>6} {'MB':>6}")
+    print(f"{'documents':>10} {'order':>15} {'step':>10} {'seconds':>8} {'CPU s':>6} {'MB':>6}")
     rows = []
     for kind, mean in KINDS.items():
         folder = base / f"{kind}-many"
         tokens = invent_shards(folder, document_lengths(documents, mean), VOCAB, one_text=True)
         for order in ORDERS:
             for share in (0.0, 0.5):  # a fresh run, and one that goes on in the middle of the epoch
-                step = int(share * tokens * (0.6 if order == "bos" else 1) / BATCH_TOKENS)
+                step = int(share * tokens * (0.6 if order.startswith("bos") else 1) / BATCH_TOKENS)
                 row = {"kind": kind, "order": order, "step": step} | measured("first", folder, order, step)
                 row |= measured("memory", folder, order, step)
                 numbers = f"{row['seconds']:8.2f} {row['cpu_s']:6.2f} {row['extra_mb']:6.0f}"
-                print(f"{kind:>10} {order:>11} {step:>10,} {numbers}")
+                print(f"{kind:>10} {order:>15} {step:>10,} {numbers}")
                 rows.append(row)
     return rows
 
@@ -120,11 +125,32 @@ def measure_memory(folder: str, order: str, step: str) -> dict:
     return {"extra_mb": tracemalloc.get_traced_memory()[1] / 1e6}
 
 
-MEASUREMENTS = {"throughput": measure_throughput, "first": measure_first, "memory": measure_memory}
+def measure_cold(folder: str, order: str) -> dict:
+    """One third of an epoch, its shards evicted from the page cache before (as far as the system allows)."""
+    for shard in Path(folder).glob("*.bin"):
+        with shard.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    loader = reading(folder, order).loader()
+    steps = loader.rows.epoch_rows(1 << 62) // loader.batch_rows // 3
+    started = time.perf_counter()
+    with Prefetcher(loader, steps=steps) as batches:
+        for step in range(steps):
+            batches.step(step)
+    return {"cold_mtokens_per_s": steps * BATCH_TOKENS / 1e6 / (time.perf_counter() - started)}
+
+
+MEASUREMENTS = {
+    "throughput": measure_throughput,
+    "cold": measure_cold,
+    "first": measure_first,
+    "memory": measure_memory,
+}
 
 
 def reading(folder: str, order: str, mask: bool = False) -> Reading:
-    return Reading(Path(folder), order, mask, SEED, SEQ_LEN, BATCH_TOKENS, MICRO_BATCH_ROWS)
+    order, _, shuffle_rows = order.partition("/")
+    rows = int(shuffle_rows) if shuffle_rows.isdigit() else shuffle_rows
+    return Reading(Path(folder), order, rows, mask, SEED, SEQ_LEN, BATCH_TOKENS, MICRO_BATCH_ROWS)
 
 
 def machine() -> dict:

@@ -25,6 +25,9 @@ from regpt.model.config import ModelConfig
 from regpt.sample.config import SampleConfig
 from regpt.train.config import LogConfig, OptimConfig, TrainConfig
 
+# Every key of [data] before shuffle_rows was added: a section with all of them was written by that version.
+DATA_BEFORE_SHUFFLE_ROWS = {"path", "mixture", "tokenizer", "seq_len", "order", "document_mask", "seed"}
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -67,6 +70,19 @@ class RunConfig:
 
     def to_toml(self) -> str:
         return tomli_w.dumps(self.sections())
+
+
+def completed(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Stored sections of a run with the keys that were added since a version of regpt wrote them."""
+    return overlay(RunConfig().sections(), with_old_meanings({name: dict(keys) for name, keys in values.items()}))
+
+
+def with_old_meanings(values: dict[str, Any]) -> dict[str, Any]:
+    """`values`, where an older version wrote them, with the row order that it had."""
+    data = values.get("data")
+    if isinstance(data, dict) and "shuffle_rows" not in data and data.keys() >= DATA_BEFORE_SHUFFLE_ROWS:
+        return values | {"data": data | {"shuffle_rows": "none"}}
+    return values
 
 
 def drop_none(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,6 +152,7 @@ def overlay(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def validate(values: dict[str, Any], source: str) -> RunConfig:
     """`values` as a RunConfig, strictly: `"12"` is no number, 12.0 no integer, unknown keys are errors."""
     try:
+        values = with_old_meanings(values)
         return TypeAdapter(RunConfig).validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         raise UsageError(f"{source}: {explain(error)}") from None

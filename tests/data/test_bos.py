@@ -9,13 +9,14 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from regpt.data.bos import WINDOW, PackedRows, pack
-from regpt.data.order import permutation, splitmix64
+from regpt.data.bos import BLOCK, WINDOW, PackedRows, pack
+from regpt.data.order import permutation, row_key, shuffled, splitmix64
 from regpt.data.rows import open_rows
 from regpt.data.stream import Corpus, document_starts
 from regpt.errors import UsageError, UserError
 
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=40)
+SHUFFLES = st.sampled_from(["none", "epoch", 2, 5])
 
 
 def pack_by_hand(lengths: list[int], row_tokens: int) -> list[list[tuple[int, int]]]:
@@ -33,12 +34,14 @@ def pack_by_hand(lengths: list[int], row_tokens: int) -> list[list[tuple[int, in
     return rows
 
 
-def packed(write_shards, lengths, seq_len, *, window=WINDOW, cuts=()) -> tuple[PackedRows, np.ndarray, list[int]]:
+def packed(
+    write_shards, lengths, seq_len, *, window=WINDOW, cuts=(), shuffle_rows="none"
+) -> tuple[PackedRows, np.ndarray, list[int]]:
     """(rows, tokens, starts); hypothesis is told to try another corpus when this one fills no row."""
     folder, manifest, tokens = write_shards(lengths, cuts)
     starts = document_starts(folder, manifest, "train")
     try:
-        rows = PackedRows(Corpus(folder, manifest, "train"), starts, 3, seq_len, window=window)
+        rows = PackedRows(Corpus(folder, manifest, "train"), starts, 3, seq_len, shuffle_rows, window=window)
     except UserError as error:
         assume("fill no row" not in str(error))
         raise
@@ -64,9 +67,9 @@ def test_a_row_takes_the_longest_that_fits_and_crops_the_shortest_when_none_does
     assert pack(np.array([6, 9, 8]), 10).tokens.tolist() == [9, 1]  # 1 of 6, the shortest; 8 fills no row
 
 
-@given(LENGTHS, st.integers(1, 12), st.integers(1, 3), st.lists(st.integers(1, 300), max_size=4))
-def test_no_token_is_lost_or_invented_beyond_the_reported_share(write_shards, lengths, seq_len, window, cuts):
-    rows, tokens, starts = packed(write_shards, lengths, seq_len, window=window, cuts=cuts)
+@given(LENGTHS, st.integers(1, 12), st.integers(1, 3), SHUFFLES, st.lists(st.integers(1, 300), max_size=4))
+def test_no_token_is_lost_or_invented_beyond_the_reported_share(write_shards, lengths, seq_len, window, shuffle, cuts):
+    rows, tokens, starts = packed(write_shards, lengths, seq_len, window=window, shuffle_rows=shuffle, cuts=cuts)
     epoch = epoch_of(rows)
     assert all(len(row) == seq_len + 1 for row in epoch)
     read = Counter(token for row in epoch for token in row)  # token i of the corpus is i + 1
@@ -78,23 +81,25 @@ def test_no_token_is_lost_or_invented_beyond_the_reported_share(write_shards, le
         assert taken == list(range(begin, begin + len(taken)))
 
 
-@given(LENGTHS, st.integers(1, 12), st.integers(1, 3))
-def test_rows_begin_with_documents_and_documents_follow_each_other_in_them(write_shards, lengths, seq_len, window):
-    rows, _, starts = packed(write_shards, lengths, seq_len, window=window)
+@given(LENGTHS, st.integers(1, 12), st.integers(1, 3), SHUFFLES)
+def test_rows_begin_with_documents_and_documents_follow_each_other_in_them(
+    write_shards, lengths, seq_len, window, shuffle
+):
+    rows, _, starts = packed(write_shards, lengths, seq_len, window=window, shuffle_rows=shuffle)
     first_tokens = {start + 1 for start in starts[:-1]}
     for row in epoch_of(rows):
         assert row[0] in first_tokens
         assert all(b == a + 1 or b in first_tokens for a, b in pairwise(row))
 
 
-@given(LENGTHS, st.integers(1, 12), st.integers(1, 3), st.data())
-def test_rows_are_the_same_wherever_reading_begins(write_shards, lengths, seq_len, window, data):
-    rows, _, _ = packed(write_shards, lengths, seq_len, window=window)
+@given(LENGTHS, st.integers(1, 12), st.integers(1, 3), SHUFFLES, st.data())
+def test_rows_are_the_same_wherever_reading_begins(write_shards, lengths, seq_len, window, shuffle, data):
+    rows, _, _ = packed(write_shards, lengths, seq_len, window=window, shuffle_rows=shuffle)
     straight = rows.read(0, 50).tolist()
     for _ in range(3):
         first = data.draw(st.integers(0, 49))
         count = data.draw(st.integers(0, 50 - first))
-        fresh, _, _ = packed(write_shards, lengths, seq_len, window=window)
+        fresh, _, _ = packed(write_shards, lengths, seq_len, window=window, shuffle_rows=shuffle)
         assert fresh.read(first, count).tolist() == straight[first : first + count]
         assert rows.read(first, count).tolist() == straight[first : first + count]
 
@@ -117,8 +122,44 @@ def test_a_window_is_a_function_of_seed_epoch_and_number(write_shards):
     assert rows.read(0, len(expected)).tolist() == expected
 
 
-def test_epochs_differ_and_each_is_whole(write_shards):
-    rows, tokens, _ = packed(write_shards, [10] * 40, 9)
+@given(LENGTHS, st.integers(1, 12), st.integers(1, 3), st.sampled_from(["epoch", 2, 5, 100]))
+def test_shuffled_rows_are_the_packed_ones_permuted_block_by_block(write_shards, lengths, seq_len, window, shuffle):
+    """A block: all windows of the epoch, or as many as hold the rows asked for, `window` each."""
+    rows, _, _ = packed(write_shards, lengths, seq_len, window=window, shuffle_rows=shuffle)
+    plain, _, _ = packed(write_shards, lengths, seq_len, window=window)
+    n_rows = plain.epoch_rows(10**9)
+    windows = plain.epoch_blocks if shuffle == "epoch" else -(-shuffle // window)
+    before, expected = 0, []
+    for block, first in enumerate(range(0, plain.epoch_blocks, windows)):
+        end = plain.rows_before(min(first + windows, plain.epoch_blocks))
+        packed_order = [plain.packing(w) for w in range(first, min(first + windows, plain.epoch_blocks))]
+        stored = [unshuffled(plain, first + k, packing.n_rows) for k, packing in enumerate(packed_order)]
+        places = shuffled(np.arange(end - before), end - before, row_key(3, 0, block))
+        expected += [[row for one in stored for row in one][place] for place in places]
+        before = end
+    assert rows.epoch_rows(10**9) == n_rows
+    assert rows.read(0, n_rows).tolist() == expected
+
+
+def unshuffled(rows: PackedRows, window: int, count: int) -> list[list[int]]:
+    """The rows of a window in the order in which they were packed."""
+    read = rows.read(rows.rows_before(window), count).tolist()
+    order = permutation(int(splitmix64(3, 0, 1)[0]), window, count).tolist()
+    return [read[order.index(row)] for row in range(count)]
+
+
+def test_a_block_of_the_whole_epoch_has_a_limit(write_shards, monkeypatch):
+    assert BLOCK == 1 << 18
+    assert packed(write_shards, [3] * 20, 2, window=2, shuffle_rows="epoch")[0].epoch_blocks == 1
+    monkeypatch.setattr("regpt.data.bos.BLOCK", 8)
+    for shuffle in ("epoch", 1000):
+        assert packed(write_shards, [3] * 20, 2, window=2, shuffle_rows=shuffle)[0].block_documents == 8
+    assert packed(write_shards, [3] * 20, 2, window=2, shuffle_rows=3)[0].block_documents == 4
+
+
+@pytest.mark.parametrize("shuffle", ["none", "epoch"])
+def test_epochs_differ_and_each_is_whole(write_shards, shuffle):
+    rows, tokens, _ = packed(write_shards, [10] * 40, 9, shuffle_rows=shuffle)
     first, second = rows.read(0, 40), rows.read(40, 40)
     assert sorted(first.ravel()) == sorted(second.ravel()) == sorted(tokens)
     assert first.tolist() != second.tolist()
@@ -161,6 +202,10 @@ def test_the_order_never_changes(write_shards):
     """Pinned: a change here would silently change the rows of every run and every resume."""
     lengths = (splitmix64(0, 0, 3000) % 60 + 1).astype(int).tolist()
     rows, _, _ = packed(write_shards, lengths, 15)
-    assert (rows.window_documents, rows.epoch_windows, rows.epoch_rows(10**9)) == (1024, 3, 2609)
+    assert (rows.block_documents, rows.epoch_blocks, rows.epoch_rows(10**9)) == (1024, 3, 2609)
     digest = hashlib.sha256(rows.read(0, 10_000).astype("<u2").tobytes()).hexdigest()
     assert digest == "0a3cbb657924b8f0d289e2d0d645b3e9fd3f216ddf3ae39d0b2c8f9c993cd6b0"
+    rows, _, _ = packed(write_shards, lengths, 15, shuffle_rows="epoch")
+    assert (rows.epoch_blocks, rows.epoch_rows(10**9)) == (1, 2609)
+    digest = hashlib.sha256(rows.read(0, 10_000).astype("<u2").tobytes()).hexdigest()
+    assert digest == "99b999445285adfe74009b170a5911c39bae076fe3963f41829eee9da5ea08bd"

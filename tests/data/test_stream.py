@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from regpt.data.manifest import Manifest, Shard
-from regpt.data.order import permutation
-from regpt.data.stream import Corpus, open_stream, ranges
+from regpt.data.order import permutation, ranges
+from regpt.data.stream import Corpus, open_stream
 from regpt.errors import UserError
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=20)

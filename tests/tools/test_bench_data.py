@@ -14,7 +14,7 @@ SMALL = ("--seq-len", 16, "--batch-tokens", 128, "--micro-batch-rows", 4, "--sec
 
 
 def reading(folder: Path, order: str = "shuffle", *, mask: bool = False) -> Reading:
-    return Reading(folder, order, mask, 1337, seq_len=16, batch_tokens=128, micro_batch_rows=4)
+    return Reading(folder, order, "epoch", mask, 1337, seq_len=16, batch_tokens=128, micro_batch_rows=4)
 
 
 def test_the_report_is_of_what_was_asked_for(bench, shards: Path):

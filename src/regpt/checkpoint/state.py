@@ -24,6 +24,7 @@ class DataPosition:
     seq_len: int
     order: str
     seed: int
+    shuffle_rows: str | int = "none"  # of states that were written before it existed
 
 
 @dataclass(frozen=True)

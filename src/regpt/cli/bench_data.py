@@ -11,7 +11,7 @@ import tyro
 from regpt.cli.output import check_json, show
 from regpt.cli.parse import parse
 from regpt.console.lines import status
-from regpt.data.config import DataConfig
+from regpt.data.config import DataConfig, ShuffleRows
 from regpt.errors import UsageError
 from regpt.train.config import TrainConfig
 
@@ -26,6 +26,8 @@ class DataArgs:
     """Folder of token shards."""
     order: Literal["shuffle", "sequential", "bos"] = DATA.order
     """As data.order."""
+    shuffle_rows: ShuffleRows = DATA.shuffle_rows
+    """As data.shuffle_rows."""
     document_mask: tyro.conf.FlagCreatePairsOff[bool] = False
     """As data.document_mask: find the documents in each row."""
     seq_len: int = DATA.seq_len
@@ -55,7 +57,7 @@ def main(args: list[str]) -> int:
     from regpt.tools.bench.tables import data_table
 
     sizes = (given.seq_len, given.batch_tokens, given.micro_batch_rows)
-    reading = Reading(Path(given.folder), given.order, given.document_mask, given.seed, *sizes)
+    reading = Reading(Path(given.folder), given.order, given.shuffle_rows, given.document_mask, given.seed, *sizes)
     with status() as say:
         report = bench_data(reading, given.seconds, say)
     show(report, given.json, data_table)

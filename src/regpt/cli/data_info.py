@@ -11,6 +11,7 @@ import tyro
 
 from regpt.cli.parse import parse
 from regpt.console.lines import print_json, print_line
+from regpt.data.config import ShuffleRows
 from regpt.errors import UsageError, UserError
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ class InfoArgs:
     """Also draw the lengths of the documents into this file."""
     order: Literal["shuffle", "sequential", "bos"] = "shuffle"
     """Show rows in this order; bos also says how many tokens its rows leave out."""
+    shuffle_rows: ShuffleRows = "epoch"
+    """As data.shuffle_rows: epoch, none, or a window in rows."""
     seq_len: int = 1024
     """Tokens a row."""
     seed: int = 1337
@@ -93,7 +96,8 @@ def read_content(given: InfoArgs, manifest: Manifest, split: str) -> Content:
     folder = Path(given.folder)
     counts = count_tokens(folder, manifest, split)
     frequent = most_frequent(counts, FREQUENT_TOKENS)
-    rows = open_rows(folder, manifest, split, given.order, given.seed, given.seq_len)
+    seq_len = given.seq_len if given.order == "bos" else min(given.seq_len, manifest.tokens(split))
+    rows = open_rows(folder, manifest, split, given.order, given.seed, seq_len, given.shuffle_rows)
     try:
         tokenizer = tokenizer_of(folder, manifest)
     except UserError as error:

@@ -6,6 +6,8 @@ from typing import Literal
 
 from regpt.errors import UsageError
 
+ShuffleRows = Literal["epoch", "none"] | int
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -22,6 +24,9 @@ class DataConfig:
     order: Literal["shuffle", "sequential", "bos"] = "shuffle"
     """shuffle: every document once an epoch, in a new order each epoch; sequential: as stored (the lecture); bos:
     shuffled, packed so that every row begins with a document, what does not fit cut off."""
+    shuffle_rows: ShuffleRows = "epoch"
+    """Of the orders shuffle and bos. epoch: rows are permuted over the whole epoch, so that a batch's rows come from
+    different documents; a number: within windows of so many rows, for slow storage; none: in the documents' order."""
     document_mask: bool = False
     """Keep attention inside each document, and count positions from its beginning."""
     seed: int = 1337
@@ -35,5 +40,11 @@ class DataConfig:
         for path, weight in self.mixture.items():
             if not 0 < weight < math.inf:  # "not <": NaN fails too
                 raise UsageError(f"data.mixture gives {path!r} the weight {weight}, must be a number above 0")
+        check_shuffle_rows(self.shuffle_rows)
         if self.seq_len < 1:
             raise UsageError(f"data.seq_len is {self.seq_len}, must be at least 1")
+
+
+def check_shuffle_rows(shuffle_rows: ShuffleRows) -> None:
+    if isinstance(shuffle_rows, int) and shuffle_rows < 2:
+        raise UsageError(f"data.shuffle_rows is {shuffle_rows}, must be epoch, none, or a window of at least 2 rows")

@@ -1,5 +1,6 @@
-"""In which order the documents of a split are read: positions only, no tokens. Specified in docs/data-order.md."""
+"""The order of documents and rows within an epoch: positions only, no tokens. Specified in docs/data-order.md."""
 
+import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,21 +17,34 @@ UPPER_HALF = np.uint64(0xFFFFFFFF00000000)
 Table = TypeVar("Table")
 
 CHUNK = 1 << 20  # documents gathered at once: temporary arrays of all of them would double the memory
+# Rounds of the Feistel network: Luby & Rackoff 1988 need 4. Two places stay side by side with a chance of 1/√n every
+# second round, so small domains take more.
+ROUNDS, SMALL_ROUNDS, SMALL = 8, 24, 1024
+ROW_KEYS = 1 << 63  # outputs of the seed from here on are keys of rows; those below are seeds of epochs
+
+Positions = int | np.ndarray  # one position, or (n,) int64
 
 
 class Order(Protocol):
     """Where the tokens of an epoch are stored. An epoch reads every stored token once."""
 
-    def segments(self, epoch: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """Stored ranges [begins[k], ends[k]), int64, that together are tokens [begin, end) of `epoch`, in order."""
+    def segments(
+        self, epoch: int, begins: Positions, ends: Positions, read: float | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Stored ranges, int64 begins and ends, that are the token ranges [begins[k], ends[k]) of `epoch`, in order.
+
+        `read` is the share of the epoch that has been read by then, where it is not the largest of `ends`.
+        """
         ...
 
 
 class Sequential:
     """As stored, the same in every epoch."""
 
-    def segments(self, epoch: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        return np.array([begin]), np.array([end])
+    def segments(
+        self, epoch: int, begins: Positions, ends: Positions, read: float | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return np.atleast_1d(begins), np.atleast_1d(ends)
 
 
 class Shuffle:
@@ -41,9 +55,12 @@ class Shuffle:
         self.starts = starts
         self.tables = EpochTables(lambda epoch: epoch_table(starts, seed, epoch))
 
-    def segments(self, epoch: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        table = self.tables.get(epoch, read=end / int(self.starts[-1]))
-        return table.segments(self.starts, begin, end)
+    def segments(
+        self, epoch: int, begins: Positions, ends: Positions, read: float | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        begins, ends = np.atleast_1d(begins), np.atleast_1d(ends)
+        table = self.tables.get(epoch, int(ends.max()) / int(self.starts[-1]) if read is None else read)
+        return table.segments(self.starts, begins, ends)
 
 
 class EpochTables(Generic[Table]):
@@ -83,14 +100,17 @@ class EpochTable:
     documents: np.ndarray
     ends: np.ndarray
 
-    def segments(self, starts: np.ndarray, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """`Order.segments` within this epoch; O(log documents) and O(segments)."""
-        first, last = np.searchsorted(self.ends, (begin, end - 1), side="right")
-        documents = self.documents[first : last + 1].astype(np.int64)
-        begins, ends = starts[documents], starts[documents + 1]
-        begins[0] += begin - (self.ends[first - 1] if first else 0)
-        ends[-1] -= self.ends[last] - end
-        return begins, ends
+    def segments(self, starts: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`Order.segments` within this epoch; O(log documents) a range and O(1) a segment."""
+        firsts = np.searchsorted(self.ends, begins, side="right")
+        lasts = np.searchsorted(self.ends, ends - 1, side="right")
+        n_segments = lasts - firsts + 1
+        documents = self.documents[ranges(firsts, n_segments)].astype(np.int64)
+        stored_begins, stored_ends = starts[documents], starts[documents + 1]
+        after = np.cumsum(n_segments)  # (n,): segments up to the end of each range
+        stored_begins[after - n_segments] += begins - np.where(firsts, self.ends[firsts - 1], 0)
+        stored_ends[after - 1] -= self.ends[lasts] - ends
+        return stored_begins, stored_ends
 
 
 def epoch_table(starts: np.ndarray, seed: int, epoch: int) -> EpochTable:
@@ -120,14 +140,51 @@ def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     return keys.astype(np.uint32)  # keeps the lower half
 
 
+def row_key(seed: int, epoch: int, block: int) -> int:
+    """The key of `shuffled` for the rows of one block (a window, or the whole) of `epoch`."""
+    return int(splitmix64(int(splitmix64(seed, ROW_KEYS + epoch, 1)[0]), block, 1)[0])
+
+
+def shuffled(places: np.ndarray, n: int, key: int) -> np.ndarray:
+    """(k,) int64: the images of `places` (k,) in a keyed permutation of 0 … n - 1, without a table; O(1) each.
+
+    A generalized Feistel network on pairs (place mod a, place div a), a = ⌊√n⌋ + 1 and b = ⌈n / a⌉, walked on while its
+    result is n or above, a·b - n < a places of a·b (Black & Rogaway 2002, "Ciphers with arbitrary finite domains",
+    methods 2 and 3). Round r adds output `other half` of SplitMix64 started at output r of SplitMix64 started at `key`.
+    """
+    a = math.isqrt(n) + 1
+    halves = np.uint64(a), np.uint64(-(-n // a))
+    seeds = splitmix64(key, 0, SMALL_ROUNDS if n < SMALL else ROUNDS)
+    images = places.astype(np.uint64)
+    outside = np.arange(len(images))
+    while len(outside):
+        pair = [images[outside] % halves[0], images[outside] // halves[0]]
+        for r, seed in enumerate(seeds):
+            pair[r % 2] = (pair[r % 2] + outputs(seed, pair[1 - r % 2]) % halves[r % 2]) % halves[r % 2]
+        images[outside] = pair[1] * halves[0] + pair[0]
+        outside = outside[images[outside] >= n]
+    return images.astype(np.int64)
+
+
 def splitmix64(seed: int, first: int, count: int) -> np.ndarray:
     """(count,) uint64: outputs first … first + count - 1 of SplitMix64 started at `seed` modulo 2^64."""
-    z = np.arange(first + 1, first + 1 + count, dtype=np.uint64)
+    return outputs(np.uint64(seed % 2**64), np.arange(count, dtype=np.uint64) + np.uint64(first))
+
+
+def outputs(seed: np.uint64, numbers: np.ndarray) -> np.ndarray:
+    """Output number `numbers` (n,) uint64, counted from 0, of SplitMix64 started at `seed`: (n,) uint64."""
+    z = numbers + np.uint64(1)
     z *= GAMMA
-    z += np.uint64(seed % 2**64)
+    z += seed
     z ^= z >> np.uint64(30)
     z *= MIX_1
     z ^= z >> np.uint64(27)
     z *= MIX_2
     z ^= z >> np.uint64(31)
     return z
+
+
+def ranges(firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """firsts[0], firsts[0] + 1, …: counts[0] integers, then those from firsts[1] on, and so on."""
+    ends = np.cumsum(counts)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(firsts - ends + counts, counts)

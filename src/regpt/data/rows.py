@@ -6,8 +6,10 @@ from typing import Protocol
 import numpy as np
 
 from regpt.data.bos import PackedRows
+from regpt.data.config import ShuffleRows, check_shuffle_rows
 from regpt.data.manifest import Manifest
-from regpt.data.stream import Corpus, TokenStream, document_starts, open_stream
+from regpt.data.order import row_key, shuffled
+from regpt.data.stream import Corpus, ShardStream, TokenStream, by_epoch, document_starts, open_stream
 from regpt.errors import UsageError, nearest
 
 ORDERS = ("shuffle", "sequential", "bos")
@@ -39,19 +41,31 @@ class Rows(Protocol):
         ...
 
 
-def open_rows(folder: Path, manifest: Manifest, split: str, order: str, seed: int, seq_len: int) -> Rows:
-    """The rows of one split of `folder`; `seed` matters to `shuffle` and `bos`.
+def open_rows(
+    folder: Path,
+    manifest: Manifest,
+    split: str,
+    order: str,
+    seed: int,
+    seq_len: int,
+    shuffle_rows: ShuffleRows = "epoch",
+) -> Rows:
+    """The rows of one split of `folder`; `seed` and `shuffle_rows` matter to `shuffle` and `bos`.
 
     Raises:
-        UsageError: an unknown order.
+        UsageError: an unknown order, or a window of fewer than 2 rows.
         UserError: no tokens in the split, too few for a row of `bos`, or an index that does not fit its shard.
     """
     if order not in ORDERS:
         raise UsageError(f"data.order is {order!r}{nearest(order, ORDERS)}; choose from {', '.join(ORDERS)}")
+    check_shuffle_rows(shuffle_rows)
     if order == "bos":
         starts = document_starts(folder, manifest, split)
-        return PackedRows(Corpus(folder, manifest, split), starts, seed, seq_len)
-    return StreamRows(open_stream(folder, manifest, split, order, seed), seq_len)
+        return PackedRows(Corpus(folder, manifest, split), starts, seed, seq_len, shuffle_rows)
+    stream = open_stream(folder, manifest, split, order, seed)
+    if order == "sequential" or shuffle_rows == "none":
+        return StreamRows(stream, seq_len)
+    return ShuffledRows(stream, seed, seq_len, None if shuffle_rows == "epoch" else int(shuffle_rows))
 
 
 class StreamRows:
@@ -73,3 +87,48 @@ class StreamRows:
 
     def epochs(self, row: int) -> list[float]:
         return [row * self.seq_len / self.epoch_tokens]
+
+
+class ShuffledRows:
+    """The rows of a stream, epoch by epoch, in a new order each epoch.
+
+    Row j of an epoch's stream of N tokens is its tokens [j·T, j·T + T + 1), for j < n = ⌊N / T⌋; where the last row
+    ends with the stream, its last target is the epoch's first token. The other N mod T tokens are left out of this
+    epoch, the end of another document each time. Rows are permuted over the epoch, or within each `window` rows of it.
+    """
+
+    def __init__(self, stream: ShardStream, seed: int, seq_len: int, window: int | None) -> None:
+        self.stream, self.seed, self.seq_len = stream, seed, seq_len
+        self.source, self.epoch_tokens = stream.source, stream.epoch_tokens
+        self.n_rows = self.epoch_tokens // seq_len
+        self.window = min(window or self.n_rows, self.n_rows)
+
+    def read(self, first: int, count: int) -> np.ndarray:
+        parts = [self.segments(*part) for part in by_epoch(first, count, self.n_rows)]
+        begins, ends = (np.concatenate(bounds) for bounds in zip(*parts))
+        return self.stream.corpus.read(begins, ends).reshape(count, self.seq_len + 1)
+
+    def segments(self, epoch: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """The stored ranges that are rows [begin, end) of `epoch`, in the order in which they are read."""
+        begins = self.stream_rows(epoch, begin, end) * self.seq_len
+        ends = begins + self.seq_len + 1
+        over = np.flatnonzero(ends > self.epoch_tokens)  # at most one, by one token: it is the epoch's first
+        begins, ends = np.insert(begins, over + 1, 0), np.insert(ends, over + 1, 1)
+        ends = np.minimum(ends, self.epoch_tokens)
+        return self.stream.order.segments(epoch, begins, ends, read=end / self.n_rows)
+
+    def stream_rows(self, epoch: int, begin: int, end: int) -> np.ndarray:
+        """(end - begin,) int64: the rows of the epoch's stream that are read as its rows [begin, end)."""
+        pieces = []
+        for block in range(begin // self.window, -(-end // self.window)):
+            first = block * self.window
+            size = min(self.window, self.n_rows - first)
+            places = np.arange(max(begin - first, 0), min(end - first, size))
+            pieces.append(first + shuffled(places, size, row_key(self.seed, epoch, block)))
+        return np.concatenate(pieces)
+
+    def epoch_rows(self, limit: int) -> int:
+        return min(limit, self.n_rows)
+
+    def epochs(self, row: int) -> list[float]:
+        return [row / self.n_rows]

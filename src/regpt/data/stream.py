@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from regpt.data.manifest import Manifest, Shard
-from regpt.data.order import Order, Sequential, Shuffle
+from regpt.data.order import Order, Sequential, Shuffle, ranges
 from regpt.errors import UserError
 
 SHORT = 64  # tokens: shorter pieces than this on average are faster gathered than joined
@@ -166,12 +166,6 @@ class Corpus:
             chosen = slice(n_tokens[k - 1] if k else 0, n_tokens[k])
             tokens[target[chosen]] = self.maps[k][source[chosen]]
         return tokens
-
-
-def ranges(firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """firsts[0], firsts[0] + 1, …: counts[0] integers, then those from firsts[1] on, and so on."""
-    ends = np.cumsum(counts)
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(firsts - ends + counts, counts)
 
 
 def map_file(path: Path) -> mmap.mmap:

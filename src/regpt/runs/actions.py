@@ -207,7 +207,7 @@ def run_state(job: Job, step: int, random: list[dict[str, str]]) -> RunState:
     lr = make_schedule(config.optim, config.train.steps)(step) if step else 0.0
     return RunState(
         step=step,
-        data=DataPosition(job.corpus.manifest_sha256, next_row, data.seq_len, data.order, data.seed),
+        data=DataPosition(job.corpus.manifest_sha256, next_row, data.seq_len, data.order, data.seed, data.shuffle_rows),
         schedule={"name": config.optim.schedule, "steps": config.train.steps, "lr": lr},
         trainer=job.trainer.state(),
         average_updates=job.average.updates if job.average else 0,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from regpt.config import RunConfig
+from regpt.data.config import ShuffleRows
 from regpt.data.loader import Loader, StepBatches
 from regpt.data.manifest import Manifest, read_manifest
 from regpt.data.mixture import MixedRows, whole_shares
@@ -106,10 +107,11 @@ class Corpus:
     def tokens(self, split: str) -> int:
         return sum(folder.manifest.tokens(split) for folder in self.folders)
 
-    def rows(self, split: str, order: str, seed: int, seq_len: int) -> Rows:
+    def rows(self, split: str, order: str, seed: int, seq_len: int, shuffle_rows: ShuffleRows = "epoch") -> Rows:
         """The rows of a split; for validation, a mixture leaves out the folders that held out nothing."""
         chosen = [k for k, folder in enumerate(self.folders) if split == "train" or folder.manifest.tokens(split)]
-        parts = [open_rows(self.folders[k].path, self.folders[k].manifest, split, order, seed, seq_len) for k in chosen]
+        settings = (split, order, seed, seq_len, shuffle_rows)
+        parts = [open_rows(self.folders[k].path, self.folders[k].manifest, *settings) for k in chosen]
         return parts[0] if len(self.folders) == 1 else MixedRows(parts, [self.shares[k] for k in chosen])
 
 
@@ -186,7 +188,7 @@ def build_model(config: RunConfig, device: torch.device, ops: Ops = PLAIN) -> Tr
 def build_loader(config: RunConfig, corpus: Corpus, mesh: Mesh, first_row: int = 0) -> Loader:
     data = config.data
     return Loader(
-        corpus.rows("train", data.order, data.seed, data.seq_len),
+        corpus.rows("train", data.order, data.seed, data.seq_len, data.shuffle_rows),
         batch_tokens=config.train.batch_tokens,
         micro_batch_rows=config.train.first_rows,
         dp_rank=mesh.rank,

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from regpt.checkpoint.state import DataPosition, RunState
-from regpt.config import RunConfig, overlay, validate
+from regpt.config import RunConfig, completed, validate
 from regpt.errors import UsageError
 from regpt.train.schedule import make_schedule
 
@@ -47,9 +47,8 @@ ROUNDING_KEYS = (
 
 
 def changes(before: Sections, after: Sections) -> Changes:
-    """Every key whose value differs; none when nothing is known of `before`. A key that was added since has its
-    default."""
-    known = overlay(RunConfig().sections(), {name: dict(keys) for name, keys in before.items()})
+    """Every key whose value differs, `[before, after]`; empty when nothing is known of `before`."""
+    known = completed(before)
     keys = [(section, key) for section in after for key in {**before.get(section, {}), **after[section]}]
     pairs = {f"{s}.{key}": [stored(known.get(s, {}).get(key)), stored(after[s].get(key))] for s, key in keys}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]} if before else {}
@@ -112,10 +111,11 @@ def shown(value: Any) -> str:
 def first_row(data: DataPosition, step: int, config: RunConfig, manifest_sha256: str) -> int:
     """The `first_row` of the loader with which step `step` goes on where `data` says.
 
-    The rows of another length begin at the same token, rounded up; another order, seed or corpus is read from its
+    The rows of another length begin after as many tokens, rounded up; another order, seed or corpus is read from its
     beginning.
     """
-    T = config.data.seq_len
-    same = (data.manifest_sha256, data.order, data.seed) == (manifest_sha256, config.data.order, config.data.seed)
+    T, now = config.data.seq_len, config.data
+    order, before = (now.order, now.shuffle_rows, now.seed), (data.order, data.shuffle_rows, data.seed)
+    same = (data.manifest_sha256, before) == (manifest_sha256, order)
     next_row = -(-data.next_row * data.seq_len // T) if same else 0
     return next_row - step * (config.train.batch_tokens // T)

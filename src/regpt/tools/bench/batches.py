@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from regpt.data.bos import PackedRows
+from regpt.data.config import ShuffleRows
 from regpt.data.loader import Loader
 from regpt.data.manifest import read_manifest
 from regpt.data.prefetch import Prefetcher
@@ -24,6 +25,7 @@ class Reading:
 
     folder: Path
     order: str
+    shuffle_rows: ShuffleRows
     document_mask: bool
     seed: int
     seq_len: int
@@ -34,7 +36,7 @@ class Reading:
         """Opened anew; raises what `open_rows` and `Loader` do."""
         manifest = read_manifest(self.folder)
         return Loader(
-            open_rows(self.folder, manifest, "train", self.order, self.seed, self.seq_len),
+            open_rows(self.folder, manifest, "train", self.order, self.seed, self.seq_len, self.shuffle_rows),
             batch_tokens=self.batch_tokens,
             micro_batch_rows=self.micro_batch_rows,
             eot=manifest.eot if self.document_mask else None,
