@@ -8,6 +8,7 @@ import pytest
 
 import tiny
 from regpt.checkpoint.load import checkpoint_folder, checkpoints, load_checkpoint
+from regpt.checkpoint.state import DataPosition
 from regpt.cli.train import main
 from regpt.errors import UsageError, UserError
 from regpt.runs.changes import changes, first_row
@@ -194,6 +195,7 @@ def test_other_data_or_another_order_is_read_from_its_beginning(straight, config
         (config, "another"),
         (tiny.change(config, "data", seed=3), data.manifest_sha256),
         (tiny.change(config, "data", order="sequential"), data.manifest_sha256),
+        (tiny.change(config, "data", shuffle_rows="none"), data.manifest_sha256),
     ):
         assert first_row(data, 4, other, sha) + 4 * 4 == 0
 
@@ -228,3 +230,26 @@ def test_a_run_that_has_lost_its_configuration_can_be_forked(cut, tmp_path):
     with pytest.raises(UserError, match=rf"lost its config\.toml; restore it, or .*--fork-from {folder} "):
         read_run_config(cut)
     assert main(["--fork-from", str(folder), "--out", str(tmp_path / "fork")]) == 0
+
+
+def test_a_run_of_before_shuffle_rows_goes_on_in_the_order_that_it_had(cut):
+    """Its config.toml and state.json know neither the key nor its meaning."""
+    run = tiny.change(read_run_config(cut), "data", shuffle_rows="none")
+    (cut / "config.toml").write_text(without(run.to_toml(), 'shuffle_rows = "none"\n'), encoding="utf-8")
+    assert read_run_config(cut).data.shuffle_rows == "none"
+    before = without_key(run.sections())
+    assert changes(before, run.sections()) == {}
+    new = tiny.change(run, "data", shuffle_rows="epoch")
+    assert changes(before, new.sections()) == {"data.shuffle_rows": ["none", "epoch"]}
+    position = DataPosition("a", next_row=40, seq_len=16, order="shuffle", seed=1337)
+    assert first_row(position, 5, run, "a") == 40 - 5 * 4
+    assert first_row(position, 5, new, "a") == -5 * 4  # another order: from its beginning
+
+
+def without(text: str, line: str) -> str:
+    assert line in text
+    return text.replace(line, "")
+
+
+def without_key(sections: dict) -> dict:
+    return sections | {"data": {key: value for key, value in sections["data"].items() if key != "shuffle_rows"}}
