@@ -57,7 +57,7 @@ def test_a_flipped_bit_in_small_shards_is_found_before_a_run_and_large_ones_are_
     room = sum(path.stat().st_size for path in first.glob("*-0*"))
     monkeypatch.setattr("regpt.runs.build.SMALL_BYTES", room)
     check(config, None)
-    assert capsys.readouterr().err.startswith(f"{second}: too large to be compared with its SHA-256 here")
+    assert capsys.readouterr().err.startswith(f"regpt: {second}: too large to be compared with its SHA-256 here")
 
 
 def test_a_run_on_a_mixture_ends_with_its_epochs_and_can_be_repeated_and_resumed(two_folders, tmp_path):
