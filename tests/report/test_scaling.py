@@ -13,7 +13,7 @@ from regpt.cli.scaling import main
 from regpt.errors import UsageError, UserError
 from regpt.report.read import read_run
 from regpt.report.scaling import HUBER, Law, errors, fit, jacobian
-from regpt.report.scaling_runs import Point, points_of
+from regpt.report.scaling_runs import Point, doubts_about, points_of
 
 CHINCHILLA = Law(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)  # Hoffmann et al. 2022, equation 10
 SIZES, LENGTHS = (1e7, 4e7, 1.2e8, 3.5e8), (3e8, 1e9, 3e9, 1e10)
@@ -194,6 +194,15 @@ def test_json_alone_goes_to_the_terminal(grid, tmp_path, capsys):
     assert found["prediction"] is None
     assert found["intervals"]["E"] is None
     assert "<svg" in (tmp_path / "law.svg").read_text(encoding="utf-8")
+
+
+def test_an_unfinished_run_is_said_to_be(grid, make_run, capsys):
+    short = scaling_run(make_run, 128, 20)  # of 40
+    assert main([*grid, str(short), "--json", "-", "--bootstrap", "0"]) == 0
+    assert json.loads(capsys.readouterr().out)["warnings"][0].startswith(
+        "run 'w128-s20' is unfinished (20 of 40 steps): where the learning rate decays"
+    )
+    assert doubts_about([read_run(short)], "all") == []
 
 
 def test_a_recipe_can_be_predicted(grid, capsys):

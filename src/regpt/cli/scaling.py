@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -50,13 +50,13 @@ def main(args: list[str]) -> int:
     from regpt.report.page import with_own_names
     from regpt.report.read import read_run
     from regpt.report.scaling import fit
-    from regpt.report.scaling_runs import points_of
+    from regpt.report.scaling_runs import doubts_about, points_of
 
     plan = planned(given)
-    points, unit = points_of(
-        with_own_names([read_run(local_run(run)) for run in given.runs]), given.points, given.count
-    )
+    runs = with_own_names([read_run(local_run(run)) for run in given.runs])
+    points, unit = points_of(runs, given.points, given.count)
     found = fit(points, given.bootstrap)
+    found = replace(found, warnings=(*doubts_about(runs, given.points), *found.warnings))
     document = to_dict(found, unit, given, plan)
     if given.json == "-":
         print_json(document)

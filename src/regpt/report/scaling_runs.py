@@ -8,6 +8,7 @@ from regpt.errors import UserError
 from regpt.report.bits import need_bits
 from regpt.report.read import Row, Run, number, section
 from regpt.report.series import positions
+from regpt.report.summary import summarize
 
 Which = Literal["final", "all"]
 Count = Literal["total", "non-embedding"]
@@ -56,6 +57,17 @@ def points_of_run(run: Run, key: str, which: Which, parameters: float) -> list[P
         flops = float((places["flops"][i] if "flops" in places else None) or 6 * parameters * tokens)
         found.append(Point(run.name, parameters, tokens, flops, float(row[key])))
     return found
+
+
+def doubts_about(runs: Sequence[Run], which: Which) -> list[str]:
+    """Why the last validations of `runs` may not be what they stand for: a sentence each."""
+    ended = [(run, summarize(run)) for run in runs if which == "final"]
+    return [
+        f"run {run.name!r} is unfinished ({one.steps:,} of {one.planned_steps:,.0f} steps): where the learning rate "
+        "decays, its loss is too high"
+        for run, one in ended
+        if one.planned_steps and one.steps < one.planned_steps
+    ]
 
 
 def parameters_of(run: Run, count: Count) -> float:
