@@ -2,13 +2,11 @@
 
 import re
 import shlex
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from regpt.__main__ import COMMANDS, main
-from regpt.cli import parse as parse_module
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,31 +37,6 @@ def test_the_table_names_every_command():
 def test_no_page_keeps_the_marks_of_a_merge(page: Path):
     lines = page.read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if line.startswith(("<<<<<<< ", ">>>>>>> ")) or line == "======="] == []
-
-
-class Parsed(Exception):
-    """The arguments were accepted."""
-
-
-@pytest.mark.parametrize("words", typed("regpt"), ids=" ".join)
-def test_every_line_is_accepted_by_its_command(words: list[str], monkeypatch: pytest.MonkeyPatch):
-    original = parse_module.parse
-
-    def accept(*args: object, **options: object) -> None:
-        original(*args, **options)
-        raise Parsed
-
-    for name in [f"regpt.cli.{words[1]}", "regpt.cli.data_prepare", "regpt.cli.data_import", "regpt.cli.data_info"]:
-        try:
-            module = import_module(name)
-        except ModuleNotFoundError:
-            continue
-        if hasattr(module, "parse"):
-            monkeypatch.setattr(module, "parse", accept)
-    if {"--resume", "--fork-from"} & set(words):  # whose run is read before the flags over it are
-        monkeypatch.setattr("regpt.cli.train.default_config", lambda args, recipe: None)
-    with pytest.raises(Parsed):
-        main([*words[1:], "--debug"])
 
 
 def test_the_quickstart_trains_and_what_it_suggests_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
