@@ -7,7 +7,7 @@ defaults < recipe < file < flags.
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from regpt.errors import UsageError, nearest
 from regpt.evals.config import EvalConfig
 from regpt.files import is_file
 from regpt.kernels.fp8 import MULTIPLE as FP8_MULTIPLE
-from regpt.model.config import ModelConfig
+from regpt.model.config import GPT2_VOCAB_SIZE, ModelConfig
 from regpt.sample.config import SampleConfig
 from regpt.train.config import LogConfig, OptimConfig, TrainConfig
 
@@ -35,7 +35,7 @@ class RunConfig:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=0))
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -63,6 +63,10 @@ class RunConfig:
             raise UsageError(
                 "eval.ema asks for an average of the weights, which is not kept; set train.ema_decay, such as 0.999"
             )
+
+    def with_vocab_size(self, n_vocab: int = GPT2_VOCAB_SIZE) -> "RunConfig":
+        """The same with a vocabulary of `n_vocab` tokens, unless one was given."""
+        return self if self.model.vocab_size else replace(self, model=replace(self.model, vocab_size=n_vocab))
 
     def sections(self) -> dict[str, dict[str, Any]]:
         """Section → key → value; what is None is left out, as in TOML."""
@@ -151,6 +155,8 @@ def overlay(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def validate(values: dict[str, Any], source: str) -> RunConfig:
     """`values` as a RunConfig, strictly: `"12"` is no number, 12.0 no integer, unknown keys are errors."""
+    if isinstance(values.get("model"), dict):
+        values = overlay({"model": {"vocab_size": 0}}, values)
     try:
         values = with_old_meanings(values)
         return TypeAdapter(RunConfig).validate_json(json.dumps(values, default=str), strict=True)

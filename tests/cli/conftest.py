@@ -12,7 +12,7 @@ from regpt.text.bpe import train_bpe
 TEXT = "the cat sat on the mat and the dog ran to the tree while birds sang of rain in spring"
 WORDS = TEXT.split()
 SHAPE = ["--model.n-layer", "1", "--model.n-head", "2", "--model.n-embd", "16", "--model.max-seq-len", "16"]
-RUN = ["--data.seq-len", "16", "--data.tokenizer", "", "--train.batch-tokens", "64", "--train.micro-batch-rows", "2"]
+RUN = ["--data.seq-len", "16", "--train.batch-tokens", "64", "--train.micro-batch-rows", "2"]
 SHORT = [
     "--train.steps",
     "3",
@@ -39,7 +39,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_flags(corpus: Path) -> list[str]:
     """Flags that make any recipe tiny enough for a test."""
-    return ["--data", str(corpus), "--model.vocab-size", "300", *SHAPE, *RUN, *SHORT]
+    return ["--data", str(corpus), *SHAPE, *RUN, *SHORT]
 
 
 @pytest.fixture

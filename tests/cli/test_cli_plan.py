@@ -171,6 +171,7 @@ def test_a_stated_mfu_is_reckoned_with(plan):
 def test_the_data_is_counted(plan, corpus: Path, tiny_flags: list[str]):
     found = plan("gpt2-tiny", *tiny_flags, "--gpu", "h100", "--train.steps", "1000")
     assert found["data"]["train_tokens"] > 0
+    assert found["model"]["parameters"] == 300 * 16 + 16 * 16 + 12 * 16**2 + 13 * 16 + 2 * 16  # the data's vocabulary
     assert found["data"]["epochs"] == pytest.approx(64_000 / found["data"]["train_tokens"])
     stored = sum(path.stat().st_size for path in corpus.glob("*.bin")) + sum(
         path.stat().st_size for path in corpus.glob("*.idx")

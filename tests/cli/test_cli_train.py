@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from regpt.__main__ import main
+from regpt.runs.folder import read_run_config
 
 TINY = "gpt2-tiny"
 
@@ -166,7 +167,17 @@ def test_flags_are_read_over_the_values_of_the_recipe(regpt, tiny_flags, tmp_pat
 def test_a_width_that_fits_the_recipes_heads_needs_no_other_flag(regpt, corpus: Path, tmp_path: Path):
     code, _, err = regpt("train", TINY, "--data", corpus, "--out", tmp_path / "run", "--model.n-embd", "64")
     assert code == 2 or code == 1
-    assert "n_head" not in err  # stopped by the vocabulary of the data, not by the default's twelve heads
+    assert "n_head" not in err  # stopped by the size of the data, not by the default's twelve heads
+
+
+def test_the_vocabulary_is_that_of_the_data_unless_a_file_or_a_flag_gives_one(regpt, tiny_flags, tmp_path: Path):
+    mine = tmp_path / "mine.toml"
+    mine.write_text('recipe = "gpt2-tiny"\n[model]\nvocab_size = 301\n', encoding="utf-8")
+    code, _, err = regpt("train", mine, "--out", tmp_path / "run", *tiny_flags)
+    assert (code, "the model has 301; set --model.vocab-size 300, leave it out" in err) == (1, True)
+    mine.write_text("[model]\nn_layer = 1\n", encoding="utf-8")  # no recipe: that file's own default
+    assert regpt("train", mine, "--out", tmp_path / "run", *tiny_flags)[0] == 0
+    assert read_run_config(tmp_path / "run").model.vocab_size == 300
 
 
 def test_an_unknown_command_names_the_nearest(regpt):

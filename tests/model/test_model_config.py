@@ -13,11 +13,17 @@ def test_the_default_is_gpt2_124m():
     assert ModelConfig() == ModelConfig("gpt2", n_layer=12, n_head=12, n_embd=768, vocab_size=50257, max_seq_len=1024)
 
 
-@pytest.mark.parametrize("name", ["n_layer", "n_head", "n_embd", "vocab_size", "max_seq_len"])
+@pytest.mark.parametrize("name", ["n_layer", "n_head", "n_embd", "max_seq_len"])
 @pytest.mark.parametrize("value", [0, -3])
 def test_every_size_must_be_positive(name: str, value: int):
     with pytest.raises(UsageError, match=rf"^model\.{name} is {value}, must be at least 1$"):
         replace(ModelConfig(), **{name: value})
+
+
+def test_only_the_vocabulary_may_be_left_to_the_data():
+    assert ModelConfig(vocab_size=0).vocab_size == 0
+    with pytest.raises(UsageError, match=r"^model\.vocab_size is -3, must be at least 1, or 0 for the vocabulary"):
+        ModelConfig(vocab_size=-3)
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def test_the_ladder_is_the_lectures():
     names = ["float32", "TF32", "bfloat16", "torch.compile", "flash attention", "padded vocabulary", "fused AdamW"]
     assert [(rung.name, rung.lecture_ms) for rung in LADDER[:7]] == list(zip(names, (1000, 333, 300, 130, 96, 93, 90)))
     assert all(rung.lecture_ms is None for rung in LADDER[7:])
-    lecture = read_config("gpt2-124m").model
+    lecture = read_config("gpt2-124m").with_vocab_size().model
     assert is_lectures(lecture, 16384, 1024)
     assert not is_lectures(lecture, 8192, 1024)
     assert not is_lectures(read_config("gpt2-350m").model, 16384, 1024)

@@ -34,7 +34,7 @@ def test_a_recipe_is_timed_with_random_weights(bench):
     code, out, err = bench("sample", "quickstart", *SMALL, "--precision", "bf16", "--json", "-")
     assert code == 0, err
     report = json.loads(out)
-    assert (report["parameters"], report["precision"]) == (1_071_872, "bf16")
+    assert (report["parameters"], report["precision"]) == (809_728 + 50257 * 128, "bf16")
 
 
 def test_every_text_is_written_to_its_end_and_the_first_time_does_not_count(monkeypatch: pytest.MonkeyPatch):

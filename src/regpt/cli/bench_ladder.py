@@ -55,7 +55,7 @@ def main(args: list[str]) -> int:
         raise UsageError("regpt bench ladder runs in one process; start it without torchrun")
     window, on_gpu = Window(given.steps, given.warmup), choose_device(given.device).type == "cuda"
     name = given.model or ("gpt2-124m" if on_gpu else "gpt2-tiny")
-    config = read_config(name)
+    config = read_config(name).with_vocab_size()
     config = replace(config, train=replace(config.train, device=given.device))
     own = config.train.micro_batch_rows
     rows = given.rows or (LECTURE_ROWS if on_gpu else CPU_ROWS if own == "auto" else own)

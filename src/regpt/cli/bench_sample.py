@@ -71,5 +71,5 @@ def open_or_make(name: str, device: torch.device) -> Transformer:
 
     if name not in recipe_names():
         return open_model(name, device).model
-    config = read_config(name)
+    config = read_config(name).with_vocab_size()
     return initialize(Transformer(config.model).to(device), config.train.seed).eval()

@@ -15,6 +15,7 @@ from regpt.console.lines import print_json, print_line
 from regpt.errors import UsageError
 
 if TYPE_CHECKING:
+    from regpt.runs.build import Corpus
     from regpt.tools.plan.request import DataFacts
 
 SWITCHES = ("--json",)  # flags that take no value
@@ -59,7 +60,9 @@ def main(args: list[str]) -> int:
     config = given.config
     if given.data:
         config = replace(config, data=chosen_data(config.data, given.data))
-    facts = data_facts(config)
+    corpus = data_of(config)
+    config = config.with_vocab_size(corpus.vocab_size) if corpus else config.with_vocab_size()
+    facts = data_facts(corpus) if corpus else None
     run = Sections(config.model, config.data, config.train, config.optim, config.eval, config.checkpoint)
     plan = make_plan(run, request, facts)
     if given.json:
@@ -69,14 +72,17 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def data_facts(config: RunConfig) -> DataFacts | None:
-    """What the data folders hold; raises what `regpt train` would. None without data."""
-    if not config.data.path and not config.data.mixture:
-        return None
+def data_of(config: RunConfig) -> Corpus | None:
+    """The data folders; raises what `regpt train` would. None without data."""
     from regpt.runs.build import open_shards
+
+    return open_shards(config) if config.data.path or config.data.mixture else None
+
+
+def data_facts(corpus: Corpus) -> DataFacts:
+    """What the data folders hold."""
     from regpt.tools.plan.request import DataFacts
 
-    corpus = open_shards(config)
     disk_bytes = sum(
         shard.tokens * folder.manifest.numpy_dtype.itemsize + 8 * shard.documents
         for folder in corpus.folders

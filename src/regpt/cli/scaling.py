@@ -103,7 +103,7 @@ def planned(given: ScalingArgs) -> tuple[float, float] | None:
     from regpt.model.weights import count_parameters, without_memory
     from regpt.report.scaling_runs import non_embedding
 
-    config = read_config(given.predict)
+    config = read_config(given.predict).with_vocab_size()
     with without_memory():
         total = float(count_parameters(Transformer(config.model)))
     parameters = total if given.count == "total" else non_embedding(total, asdict(config.model))

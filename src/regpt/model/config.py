@@ -8,6 +8,7 @@ from regpt.errors import UsageError
 # Beyond any machine; a file that asks for more is damaged or made to fill the memory.
 LARGEST_SIZE = 1 << 24
 LARGEST = {"n_layer": 1 << 12}
+GPT2_VOCAB_SIZE = 50257  # Radford et al. 2019, section 2.3
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,9 @@ class ModelConfig:
     """Attention heads; must divide n_embd."""
     n_embd: int = 768
     """Width of the residual stream."""
-    vocab_size: int = 50257
-    """The tokenizer's real vocabulary size; padding for speed is derived, never stored."""
+    vocab_size: int = GPT2_VOCAB_SIZE
+    """The tokenizer's real vocabulary size; padding for speed is derived, never stored. 0, in the configuration of a
+    run: that of the data."""
     max_seq_len: int = 1024
     """Learned positions: the longest sequence that the model reads."""
     dropout: float = 0.0
@@ -34,8 +36,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "vocab_size", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"model.{name} is {getattr(self, name)}, must be at least 1")
+            if getattr(self, name) < (name != "vocab_size"):
+                least = "at least 1" if name != "vocab_size" else "at least 1, or 0 for the vocabulary of the data"
+                raise UsageError(f"model.{name} is {getattr(self, name)}, must be {least}")
             if getattr(self, name) > LARGEST.get(name, LARGEST_SIZE):
                 raise UsageError(
                     f"model.{name} is {getattr(self, name)}, must be at most {LARGEST.get(name, LARGEST_SIZE)}"

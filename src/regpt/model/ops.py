@@ -11,31 +11,31 @@ from torch import Tensor
 IGNORE_INDEX = -100  # a target that carries no loss; the default of torch.nn.functional.cross_entropy
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    dropout: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Scaled dot-product attention (Vaswani et al. 2017, eq. 1), causal unless a mask says otherwise.
 
     Args:
         q: (B, H, T, D).
         k, v: (B, H, S, D), S ≥ T; without a mask the last T of the S positions are those of the queries.
         mask: bool, broadcastable to (B, H, T, S), True where a query may look. None means causal.
-        dropout: of the probabilities (B, H, T, S), which are then kept for the backward.
 
     Returns:
         (B, H, T, D), the dtype of q.
     """
     T, S = q.size(-2), k.size(-2)
-    if mask is None and (T not in (S, 1) or dropout):  # behind a cache query i sees S - T + i + 1 keys
+    if mask is None and T not in (S, 1):  # a block of queries behind a cache: query i sees S - T + i + 1 keys
         mask = causal_mask(T, S, q.device)
-    if mask is not None and dropout:  # torch's own dropout would draw its masks
-        scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
-        return dropout(scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T == S)
+
+
+def attention_with_dropout(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """`attention` with `dropout` of the probabilities (B, H, T, S), which are kept for the backward: torch's own would
+    draw its masks."""
+    mask = causal_mask(q.size(-2), k.size(-2), q.device) if mask is None else mask
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
+    return dropout(scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)) @ v
 
 
 def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
@@ -92,7 +92,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, n_voca
 class Ops:
     """One choice of implementation for each operation; the signatures are those of the functions above."""
 
-    attention: Callable[..., Tensor] = attention
+    attention: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = attention
     layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor] = layer_norm
     gelu: Callable[[Tensor], Tensor] = gelu
     linear: Callable[[Tensor, Tensor, Tensor], Tensor] = linear

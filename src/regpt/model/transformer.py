@@ -10,7 +10,7 @@ from torch import Tensor
 from regpt.model.cache import KVCache
 from regpt.model.config import ModelConfig
 from regpt.model.dropout import OFF, Dropout
-from regpt.model.ops import PLAIN, Ops, document_mask
+from regpt.model.ops import PLAIN, Ops, attention_with_dropout, document_mask
 
 VOCAB_MULTIPLE = 128  # a vocabulary padded to whole tensor-core tiles is faster; the lecture pads 50257 to 50304
 INIT_STD = 0.02  # GPT-2: Radford et al. 2018, section 4.1
@@ -52,8 +52,10 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for y in (q, k, v))  # (B, H, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, H, S, D)
-        of_weights = partial(drop, site=3 * self.layer + 1) if drop.keys is not None else None
-        y = self.ops.attention(q, k, v, mask, of_weights)  # (B, H, T, D)
+        if drop.keys is None:
+            y = self.ops.attention(q, k, v, mask)  # (B, H, T, D)
+        else:
+            y = attention_with_dropout(q, k, v, mask, partial(drop, site=3 * self.layer + 1))
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
 
 

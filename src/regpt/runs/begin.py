@@ -65,6 +65,7 @@ def run_mesh(config: RunConfig) -> AbstractContextManager[Mesh]:
 
 def open_parts(config: RunConfig, mesh: Mesh) -> Parts:
     corpus = open_corpus(config)
+    config = config.with_vocab_size(corpus.vocab_size)
     config = replace(config, data=resolved(config.data, corpus), eval=with_whole_paths(config.eval))
     model = build_model(config, mesh.device)
     return Parts(config, mesh, corpus, model, make_optimizer(model, config.optim, mesh.device))

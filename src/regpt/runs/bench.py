@@ -82,9 +82,11 @@ def opened_data(config: RunConfig) -> Iterator[tuple[RunConfig, Corpus]]:
         if not config.data.path and not config.data.mixture:
             shards = Path(folder) / "shards"
             tokens = 4 * config.train.batch_tokens + 1_000_000  # enough for every order, little to write
+            config = config.with_vocab_size()
             invent_shards(shards, document_lengths(tokens // MEAN_LENGTH), config.model.vocab_size)
             config = replace(config, data=replace(config.data, path=str(shards)))
-        yield config, open_shards(config)
+        corpus = open_shards(config)
+        yield config.with_vocab_size(corpus.vocab_size), corpus
 
 
 @contextlib.contextmanager

@@ -68,6 +68,10 @@ class Corpus:
         parts = [f"{folder.manifest_sha256} {share}\n" for folder, share in zip(self.folders, self.shares)]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
+    @property
+    def vocab_size(self) -> int:
+        return self.folders[0].manifest.vocab_size
+
     def facts(self) -> dict[str, Any]:
         """What env.json says about it."""
         return {
@@ -157,10 +161,11 @@ def open_folder(path: Path, config: RunConfig) -> DataFolder:
             f"the shards in {path} were made with the tokenizer {manifest.tokenizer!r}, data.tokenizer asks for "
             f"{wanted!r}; prepare the text again with --tokenizer {wanted}, or change data.tokenizer"
         )
-    if manifest.vocab_size != config.model.vocab_size:
+    if config.model.vocab_size not in (0, manifest.vocab_size):
         raise UserError(
             f"the shards in {path} have a vocabulary of {manifest.vocab_size:,} tokens ({manifest.tokenizer}), "
-            f"the model has {config.model.vocab_size:,}; set --model.vocab-size {manifest.vocab_size} or use other data"
+            f"the model has {config.model.vocab_size:,}; set --model.vocab-size {manifest.vocab_size}, "
+            "leave it out, or use other data"
         )
     return DataFolder(path, manifest, hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest())
 

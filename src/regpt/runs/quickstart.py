@@ -20,6 +20,7 @@ from regpt.runs.pretrain import pretrain
 from regpt.text.bpe import train_bpe
 
 CHUNK_TOKENS = 1 << 20
+VOCAB_SIZE = 2048  # of the BPE: few rows, so the head costs little (docs/log.md, "The quickstart's shape")
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ def quickstart(run: Path, *, steps: int | None = None, argv: Sequence[str] = ())
     config = read_config("quickstart")
     if steps is not None:
         config = replace(config, train=replace(config.train, steps=steps))
-    print_line(f"1/4  reading the documentation of this Python, training a BPE of {config.model.vocab_size:,} tokens")
-    tokenizer = train_bpe(python_docs().texts, config.model.vocab_size)
+    print_line(f"1/4  reading the documentation of this Python, training a BPE of {VOCAB_SIZE:,} tokens")
+    tokenizer = train_bpe(python_docs().texts, VOCAB_SIZE)
     manifest = prepare(["pydocs"], run / "data", tokenizer)
     print_line(f"2/4  {manifest.tokens('train'):,} training and {manifest.tokens('val'):,} validation tokens")
     config = replace(config, data=replace(config.data, path=str(run / "data")))
@@ -62,7 +63,7 @@ def quickstart(run: Path, *, steps: int | None = None, argv: Sequence[str] = ())
 def validation_unigram(config: RunConfig, corpus: Corpus) -> float:
     """Loss of the unigram model of the training split on the tokens that validation predicts."""
     rows = count_validation_rows(config, corpus)
-    V = config.model.vocab_size
+    V = corpus.vocab_size
     train = token_counts(chunks(corpus, "train", 0, corpus.tokens("train")), V)
     return unigram_loss(train, token_counts(chunks(corpus, "val", 1, rows * config.data.seq_len), V))
 
