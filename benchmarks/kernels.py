@@ -156,7 +156,7 @@ def between(table: Table, N: int) -> None:
 
 
 def whole(table: Table, B: int) -> None:
-    model = Transformer(read_config("gpt2-124m").model).to(DEVICE)
+    model = Transformer(read_config("gpt2-124m").with_vocab_size().model).to(DEVICE)
     initialize(model, 0)
     ids = (torch.rand(B, T + 1, device=DEVICE) ** 4 * N_VOCAB).long()
     idx, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
