@@ -5,7 +5,6 @@ defaults < recipe < file < flags.
 """
 
 import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.resources import files
@@ -23,6 +22,7 @@ from regpt.files import is_file
 from regpt.kernels.fp8 import MULTIPLE as FP8_MULTIPLE
 from regpt.model.config import GPT2_VOCAB_SIZE, ModelConfig
 from regpt.sample.config import SampleConfig
+from regpt.structured import MAX_TOML_BYTES, parse_toml, read_small
 from regpt.train.config import LogConfig, OptimConfig, TrainConfig
 
 # Every key of [data] before shuffle_rows was added: a section with all of them was written by that version.
@@ -111,8 +111,10 @@ def read_config(name: str) -> RunConfig:
 def read_values(name: str) -> dict[str, Any]:
     """Nested values of a recipe or file, over those of the recipe that it names."""
     try:
-        values = tomllib.loads(read_text(name))
-    except tomllib.TOMLDecodeError as error:
+        values = parse_toml(read_text(name))
+    except UsageError:
+        raise
+    except ValueError as error:
         raise UsageError(f"{name} is not valid TOML: {error}; correct the file") from None
     base = values.pop("recipe", None)
     if base is None:
@@ -131,7 +133,7 @@ def read_text(name: str) -> str:
     if not is_file(path):
         raise UsageError(f"the file {name!r} does not exist; give an existing .toml file or {known_recipes()}")
     try:
-        return path.read_text(encoding="utf-8")
+        return read_small(path, "give a .toml file", MAX_TOML_BYTES).decode()
     except UnicodeDecodeError:
         raise UsageError(f"{name} is not UTF-8 text; give a .toml file") from None
 

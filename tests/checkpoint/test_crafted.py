@@ -106,7 +106,7 @@ def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
     capsys.readouterr()
     assert main([str(arg) for arg in args]) in (1, 2)
     *warnings, said = capsys.readouterr().err.splitlines()
-    assert all(line.startswith("warning: skipped step-") for line in warnings)
+    assert all(line.startswith("regpt: warning: skipped step-") for line in warnings)
     assert said.startswith("regpt: ")
     assert "raceback" not in said
     return "\n".join([*warnings, said])
@@ -215,7 +215,9 @@ def test_a_hugging_face_folder_that_asks_for_more_than_it_has_is_refused_before_
 )
 def test_a_shape_that_the_tensors_have_not_is_refused_before_memory_is_taken(folder, capsys, key, value):
     edit(folder, MODEL, lambda content: content.update({key: value}))
-    with pytest.raises(UserError, match=r"model\.json' (asks for|describes no model)|tokenizer\.json' has 300 tokens"):
+    with pytest.raises(
+        UserError, match=r"model\.json' (asks for|describes no model|is not JSON)|tokenizer\.json' has 300 tokens"
+    ):
         verify_checkpoint(folder)
     assert "json" in refused(capsys, "sample", folder, "--prompt", "ba")
 

@@ -71,7 +71,7 @@ DAMAGE = {
         lambda s, f: change(s, f"{f}/state.json", lambda data: data[:-1]),
         r"state\.json has .* of its",
     ),
-    "a missing file": (lambda s, f: s.remove([f"{f}/model.json"]), r"model\.json has none of its 128 bytes"),
+    "a missing file": (lambda s, f: s.remove([f"{f}/model.json"]), r"model\.json has none of its \d+ bytes"),
     "a torn manifest": (lambda s, f: change(s, f"{f}/manifest.json", lambda data: data[:50]), "is not a manifest"),
     "an empty manifest": (lambda s, f: s.write(f"{f}/manifest.json", b""), "is not a manifest"),
     "a huge manifest": (

@@ -53,6 +53,43 @@ def test_one_changed_bit_is_found_in_any_file(folder, name):
     assert verify(folder) == [f"{folder / name} is damaged: its SHA-256 is not the manifest's"]
 
 
+IMPOSSIBLE = [-1, 10**12, 10**40, 1.5, 300.0, True, "300", None, [], {}]
+
+
+@pytest.mark.parametrize("value", IMPOSSIBLE, ids=repr)
+@pytest.mark.parametrize("key", ["vocab_size", "eot", "tokens", "documents", "text_bytes", "removed"])
+def test_an_impossible_number_in_a_manifest_is_refused_where_it_is_read(folder, key, value):
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    spoiled = {"text_bytes": {"train": value}, "removed": {"empty": {"train": value}}}.get(key, value)
+    (manifest["shards"][0] if key in ("tokens", "documents") else manifest)[key] = spoiled
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    if key in ("text_bytes", "removed") and value == 10**12:
+        return
+    with pytest.raises(UserError, match=r"manifest\.json (is not a manifest|has eot)|shard .* has .* bytes instead of"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["../train-00000.bin", "/etc/passwd", "a/b.bin", "", "a\0.bin", "train-00000.txt", "a" * 5000]
+)
+def test_a_shard_that_is_no_file_of_the_folder_is_refused(folder, name):
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest["shards"][0]["file"] = name
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(UserError, match=r"manifest\.json names the shard"):
+        read_manifest(folder)
+
+
+DEEP = "[" * 200_000
+
+
+@pytest.mark.parametrize("text", [DEEP, f'{{"sources":[{DEEP}', "[" + "[]," * 3_000_000 + "1]", "\xff", "3"], ids=len)
+def test_a_manifest_that_is_a_bomb_or_none_is_refused(folder, text):
+    (folder / "manifest.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"manifest\.json is not a manifest of token shards"):
+        read_manifest(folder)
+
+
 @pytest.mark.parametrize("name", ["train-00001.bin", "train-00000.idx", "val-00000.bin"])
 def test_small_shards_are_compared_before_a_run_and_large_ones_are_not(folder, name):
     manifest, data = read_manifest(folder), bytearray((folder / name).read_bytes())

@@ -9,11 +9,12 @@ from typing import TypeVar
 from regpt.checkpoint.files import SUCCESSOR, put_in_place, temporary_beside
 from regpt.checkpoint.lease import FOLDER as LEASE
 from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, print_warning, step_of, verify_checkpoint
-from regpt.checkpoint.manifest import MANIFEST, MAX_JSON_BYTES, check_sizes, read_manifest
+from regpt.checkpoint.manifest import MANIFEST, check_sizes, read_manifest
 from regpt.checkpoint.mirror import CONFIG, content
 from regpt.checkpoint.store import Store, is_address
 from regpt.data.download import locked
 from regpt.errors import UserError
+from regpt.structured import MAX_BYTES
 
 Warn = Callable[[str], None]
 T = TypeVar("T")
@@ -169,8 +170,8 @@ def get_checkpoint(store: Store, name: str, run: Path, *, optimizer: bool) -> Pa
     place = f"{CHECKPOINTS}/{name}"
     folder = run / CHECKPOINTS / name.removesuffix(SUCCESSOR)
     sizes = store.tries(lambda: store.files(place), name=place)
-    if sizes.get(f"{place}/{MANIFEST}", 0) > MAX_JSON_BYTES:
-        raise Damaged(f"its {MANIFEST} has more than {MAX_JSON_BYTES:,} bytes")
+    if sizes.get(f"{place}/{MANIFEST}", 0) > MAX_BYTES:
+        raise Damaged(f"its {MANIFEST} has more than {MAX_BYTES:,} bytes")
     manifest = store.tries(lambda: store.read(f"{place}/{MANIFEST}"), name=place)
     if manifest is not None and content(folder / MANIFEST) == manifest and is_there(folder, optimizer=optimizer):
         return folder

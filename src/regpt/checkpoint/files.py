@@ -11,9 +11,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from regpt import structured
 from regpt.errors import UserError
 
-MAX_JSON_BYTES = 64 << 20  # tokenizers of 250,000 tokens have 17 MB; a state of 1,024 processes has 14 MB
+REMEDY = "restore the file or choose another model"
 SUCCESSOR = ".new"  # behind the name of a folder that is about to be replaced
 
 
@@ -128,32 +129,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in the file `path`.
 
     Raises:
-        UserError: no such file, or something else in it.
+        UserError: no such file, something else in it, or something beyond the limits of `regpt.structured`.
     """
-    text = read_small(path)
-    try:
-        content = json.loads(text.decode())
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a pit of brackets
-        raise UserError(f"{str(path)!r} is not JSON ({error}); restore the file or choose another model") from None
+    content = structured.read_json(path, REMEDY)
     if not isinstance(content, dict):
-        raise UserError(f"{str(path)!r} holds no JSON object; restore the file or choose another model")
+        raise UserError(f"{str(path)!r} holds no JSON object; {REMEDY}")
     return content
-
-
-def read_small(path: Path) -> bytes:
-    """The bytes of a JSON file, of `MAX_JSON_BYTES` at most.
-
-    Raises:
-        UserError: no such file, or a larger one.
-    """
-    try:
-        if path.stat().st_size <= MAX_JSON_BYTES:
-            return path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"cannot read {str(path)!r} ({error.strerror}); restore the file or choose another model"
-        ) from None
-    raise UserError(
-        f"{str(path)!r} has more than {MAX_JSON_BYTES >> 20} MiB, too much for its kind; restore the file or choose "
-        "another model"
-    )

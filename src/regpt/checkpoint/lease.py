@@ -23,6 +23,7 @@ from typing import Any
 from regpt.checkpoint.store import Store
 from regpt.data.download import transport_errors
 from regpt.errors import UserError
+from regpt.structured import parse_json
 
 FOLDER = "lease"
 SECONDS = 60.0
@@ -231,7 +232,7 @@ class Lease:
 def parse(number: int, data: bytes) -> Claim:
     """A claim as another process wrote it; what cannot be read has the token "" and no holder's name."""
     try:
-        values: dict[str, Any] = json.loads(data)
+        values: dict[str, Any] = parse_json(data)
         known = {key: kind(values[key]) for key, kind in KINDS.items() if key in values}
     except (ValueError, TypeError, OverflowError):
         return Claim(number, "")

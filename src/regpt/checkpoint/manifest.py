@@ -1,17 +1,17 @@
 """`manifest.json` of a checkpoint: its files with size and SHA-256, written last, checked before anything is read."""
 
 import hashlib
-import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from regpt.checkpoint.files import MAX_JSON_BYTES, read_small, write_json
+from regpt.checkpoint.files import REMEDY, write_json
 from regpt.checkpoint.tensors import SUFFIX
 from regpt.errors import UserError
 from regpt.files import is_file, is_folder, is_plain_name
+from regpt.structured import MAX_BYTES, parse_json, read_small
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -79,7 +79,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not is_file(path):
         what = "has no manifest.json, so it is no complete checkpoint" if is_folder(folder) else "does not exist"
         raise UserError(f"checkpoint {str(folder)!r} {what}; use another checkpoint of the run")
-    content = read_small(path)
+    content = read_small(path, REMEDY)
     refuse_other_version(content, path)
     try:
         manifest = TypeAdapter(Manifest).validate_json(content, strict=True)
@@ -94,8 +94,8 @@ def read_manifest(folder: Path) -> Manifest:
 def refuse_other_version(content: bytes, path: Path) -> None:
     """Raise a UserError for a manifest of another format, whatever else it holds; nothing for what is no manifest."""
     try:
-        version = json.loads(content)["format_version"]
-    except (ValueError, RecursionError, TypeError, KeyError):
+        version = parse_json(content)["format_version"]
+    except (ValueError, TypeError, KeyError):
         return
     if type(version) is int and version != FORMAT_VERSION:
         remedy = "install a newer regpt" if version > FORMAT_VERSION else "restore it"
@@ -152,8 +152,8 @@ def check_size(folder: Path, file: File) -> None:
         raise damaged(path, "is missing")
     if path.stat().st_size != file.size:
         raise damaged(path, f"has {path.stat().st_size:,} bytes instead of {file.size:,}")
-    if file.file in FILES and file.size > MAX_JSON_BYTES:
-        raise damaged(path, f"has {file.size:,} bytes, more than {MAX_JSON_BYTES:,}, too much for its kind")
+    if file.file in FILES and file.size > MAX_BYTES:
+        raise damaged(path, f"has {file.size:,} bytes, more than {MAX_BYTES:,}, too much for its kind")
 
 
 def verify_files(folder: Path, *, optimizer: bool = True) -> None:

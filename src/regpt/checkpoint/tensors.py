@@ -13,6 +13,7 @@ from torch import Tensor
 from regpt.checkpoint.files import flush, read_json, write_json
 from regpt.errors import UserError
 from regpt.files import is_file, is_plain_name
+from regpt.structured import MAX_BYTES
 
 SUFFIX, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"  # the names that transformers gives, too
 
@@ -127,7 +128,13 @@ class TensorFiles(Mapping[str, Tensor]):
 def refuse_repeated_names(file: Path) -> None:
     """Raise a UserError when a header that the library finds sound names a tensor twice: only one would be read."""
     with file.open("rb") as raw:
-        header = raw.read(int.from_bytes(raw.read(8), "little"))
+        size = int.from_bytes(raw.read(8), "little")
+        if size > MAX_BYTES:
+            raise UserError(
+                f"the header of {str(file)!r} has {size:,} bytes, more than {MAX_BYTES:,}; restore the file or choose "
+                "another model"
+            )
+        header = raw.read(size)
     pairs: list[tuple[str, Any]] = json.loads(header, object_pairs_hook=list)
     names = [name for name, _ in pairs]
     if len(names) > len(set(names)):

@@ -24,6 +24,7 @@ from regpt.data.parts import DOCUMENT, is_whole, load_summary
 from regpt.data.settings import Settings
 from regpt.data.summary import Summary
 from regpt.data.write import ShardWriter, remove_leftovers, sync_folder, write_file
+from regpt.structured import parse_json
 
 STATE = "shards.json"
 BLOCK_TOKENS = 4 << 20  # copied at a time
@@ -52,7 +53,7 @@ NOTHING = State({split: [] for split in SPLITS}, 0, hashlib.sha256().hexdigest()
 def load_state(work: Path, out: Path, shard_tokens: int, width: int) -> State:
     """The state of an earlier attempt, or `NOTHING` when there is none or a shard of it is not there as it was."""
     try:
-        state = State(**json.loads((work / STATE).read_text(encoding="utf-8")))
+        state = State(**parse_json((work / STATE).read_bytes()))
         shards = [Shard(**shard) for split in SPLITS for shard in state.shards[split]]
     except (OSError, ValueError, KeyError, TypeError):
         return NOTHING

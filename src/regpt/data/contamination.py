@@ -6,7 +6,6 @@ of 13 words cannot be found.
 """
 
 import functools
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from regpt.data.parquet import opened_parquet
 from regpt.data.sources import sha256_of
 from regpt.errors import UserError
 from regpt.files import is_file
+from regpt.structured import parse_json
 
 N_WORDS = 13
 SHIFT = np.uint64(42)  # of a hash, to its first 22 bits
@@ -127,7 +127,7 @@ def lines_of(raw: BinaryIO, path: Path) -> AbstractContextManager[Iterable[bytes
 
 def parse(line: str, path: Path, number: int) -> Any:
     try:
-        return json.loads(line)
+        return parse_json(line)
     except ValueError as error:
         raise UserError(
             f"{path}, line {number}: not JSON ({error}); a .jsonl file has one JSON object a line"

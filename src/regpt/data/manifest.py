@@ -3,16 +3,20 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from regpt.errors import UserError
 from regpt.files import is_file, is_folder, is_plain_name
+from regpt.structured import read_small, refuse_many
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
+MAX_VOCAB = 1 << 24  # the largest vocabularies in use have a million tokens
+MAX_MANIFEST_BYTES = 256 << 20  # about a million files of text
+Count = Annotated[int, Field(ge=0, le=1 << 53)]
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,8 @@ class Shard:
 
     file: str
     split: Literal["train", "val"]
-    tokens: int
-    documents: int
+    tokens: Count
+    documents: Count
     sha256: str
     idx_sha256: str
     continues: bool = False
@@ -67,15 +71,15 @@ class Manifest:
 
     tokenizer: str
     tokenizer_sha256: str
-    vocab_size: int
-    eot: int
+    vocab_size: Annotated[int, Field(ge=1, le=MAX_VOCAB)]
+    eot: Count
     dtype: Literal["uint16", "uint32"]
     shards: tuple[Shard, ...]
-    text_bytes: dict[str, int] = field(default_factory=dict)
+    text_bytes: dict[str, Count] = field(default_factory=dict)
     sources: tuple[dict[str, Any], ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
-    removed: dict[str, dict[str, int]] = field(default_factory=dict)
-    left_out: dict[str, int] = field(default_factory=dict)
+    removed: dict[str, dict[str, Count]] = field(default_factory=dict)
+    left_out: dict[str, Count] = field(default_factory=dict)
     made_with: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -107,24 +111,32 @@ def read_manifest(folder: Path) -> Manifest:
     if not is_file(path):
         what = "has no manifest.json, so it was never finished" if is_folder(folder) else "does not exist"
         raise UserError(f"data folder {str(folder)!r} {what}; make it with: regpt data prepare SOURCE --out {folder}")
-    try:
-        manifest = TypeAdapter(Manifest).validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise UserError(
-            f"{path} is not a manifest of token shards ({where}: {first['msg']}); prepare it again"
-        ) from None
-    for shard in manifest.shards:
-        if not is_plain_name(shard.file) or not shard.file.endswith(".bin"):
-            raise UserError(
-                f"{path} names the shard {shard.file!r}, which is not a .bin file in its folder; prepare it again"
-            )
+    manifest = parse_manifest(read_small(path, "prepare it again", MAX_MANIFEST_BYTES), path)
     if manifest.format_version != FORMAT_VERSION:
         raise UserError(
             f"{path} has format version {manifest.format_version}, this regpt reads {FORMAT_VERSION}; prepare it again"
         )
     check_sizes(folder, manifest)
+    return manifest
+
+
+def parse_manifest(content: bytes, path: Path) -> Manifest:
+    try:
+        refuse_many(content)
+        manifest = TypeAdapter(Manifest).validate_json(content, strict=True)
+    except ValueError as error:  # a ValidationError is one
+        what = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            what = f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
+        raise UserError(f"{path} is not a manifest of token shards ({what}); prepare it again") from None
+    if manifest.eot >= manifest.vocab_size:
+        raise UserError(f"{path} has eot {manifest.eot} and vocab_size {manifest.vocab_size}; prepare it again")
+    for name in (shard.file for shard in manifest.shards):
+        if not is_plain_name(name) or not name.endswith(".bin"):
+            raise UserError(
+                f"{path} names the shard {name!r}, which is not a .bin file in its folder; prepare it again"
+            )
     return manifest
 
 

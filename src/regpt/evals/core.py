@@ -5,7 +5,6 @@ the answer begins with a space, nothing stands before the first example. Example
 items of its task.
 """
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import sqrt
@@ -23,6 +22,7 @@ from regpt.evals.score import Scores
 from regpt.evals.specs import CORE_TASKS as TASKS
 from regpt.evals.task import Result, Tolerate, refuse
 from regpt.files import is_file
+from regpt.structured import read_json
 from regpt.text.tokenizer import Encoder
 
 FILE = "core.json"
@@ -204,10 +204,7 @@ def read_entries(folder: Path) -> list[Item]:
     path = folder / FILE
     if not is_file(path):
         raise UserError(f"CORE's folder {str(folder)!r} holds no {FILE}; give the folder that does")
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
+    entries = read_json(path, "restore the file")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"{path}: not a list of tasks")
     return [Item(f"{path}, task {number}", entry) for number, entry in enumerate(entries, start=1)]

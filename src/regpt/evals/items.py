@@ -11,6 +11,7 @@ from regpt.data.compression import decompressed
 from regpt.data.formats import JSONL, decode, suffix_of
 from regpt.errors import UserError
 from regpt.files import is_file
+from regpt.structured import parse_json
 
 Kind = TypeVar("Kind")
 NAMES = {str: "text", int: "a whole number", list: "a list"}
@@ -87,8 +88,10 @@ def read_items(path: Path) -> list[Item]:
 def parse(line: bytes, path: Path, number: int) -> Item:
     where = f"{path}, line {number}"
     try:
-        row = json.loads(decode(line, path, number))
-    except (json.JSONDecodeError, RecursionError) as error:
+        row = parse_json(decode(line, path, number))
+    except UserError:
+        raise
+    except ValueError as error:
         raise UserError(f"{where}: not JSON ({error}); the file needs one JSON object a line") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: not a JSON object; the file needs one a line")

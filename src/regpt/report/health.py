@@ -57,7 +57,7 @@ def examine(run: Run) -> list[Finding]:
     """All findings, the worst first."""
     losses = column(run.train, "loss")
     known = [(row["step"], loss) for row, loss in zip(run.train, losses) if loss is not None]
-    found = not_finite(run, losses)
+    found = [*not_finite(run, losses), *(Finding("note", "left out", said) for said in run.left_out)]
     if len(known) < MIN_ROWS:
         return [*found, Finding("note", "short", f"{count(len(known), 'row')} of training loss are too few to judge")]
     curve = make_curve(known)

@@ -1,13 +1,12 @@
 """Scores of single items, which a run keeps so that two runs can be compared item by item."""
 
-import json
 import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
-from regpt.errors import UserError
-from regpt.report.read import Run, number
+from regpt.report.read import Run, number, say_left_out
+from regpt.structured import json_lines
 
 Items = dict[Hashable, dict[str, Any]]
 
@@ -25,32 +24,17 @@ def task_file_name(task: str) -> str:
 
 
 def read_items(path: Path) -> Items:
-    """Item → its row.
-
-    Raises:
-        UserError: a line that is not an object with an `item`, or an item twice.
-    """
+    """Item → its row; a warning counts lines that are no objects with an `item`, or have one again."""
     items: Items = {}
-    for i, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        row = parse_item(line)
-        if row is None:
-            raise UserError(f"{path} line {i} is no object with an 'item'; evaluate that checkpoint again")
-        item = row["item"]
-        if item in items:
-            raise UserError(f"{path} line {i} holds item {item!r} again; evaluate that checkpoint again")
-        items[item] = row
+    odd = []
+    for line, row, _ in json_lines(path):
+        item = row.get("item") if row else None
+        if row is None or not isinstance(item, (str, int)) or item in items:
+            odd.append(line)
+        else:
+            items[item] = row
+    say_left_out(path, odd)
     return items
-
-
-def parse_item(line: bytes) -> dict[str, Any] | None:
-    """One line as an object with an `item`, or None."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("item"), (str, int)) else None
 
 
 def common_scores(a: Items, b: Items, key: str) -> tuple[list[float], list[float]] | None:

@@ -1,6 +1,5 @@
 """Tasks of `eval.tasks` while a model trains: on the raw module, by functions of their own, without any generator."""
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -11,9 +10,11 @@ from regpt.config import RunConfig
 from regpt.evals.score import BATCH_TOKENS, Scorer
 from regpt.evals.suite import Row, Suite, open_suites, suite_rows
 from regpt.evals.task import Result, evaluate, refuse_if_nothing_fits, truncation_notice
+from regpt.files import is_file
 from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import Mesh
 from regpt.runs.items import write_items
+from regpt.structured import json_lines
 from regpt.text.tokenizer import Tokenizer
 from regpt.train.average import Average
 from regpt.train.precision import autocast
@@ -148,14 +149,9 @@ def open_run_suites(config: RunConfig, tokenizer: Tokenizer) -> list[Suite]:
 def counts_before(metrics: Path) -> dict[str, int]:
     """Task → items of its last evaluation in a run that goes on."""
     counts: dict[str, int] = {}
-    for line in metrics.read_bytes().splitlines() if metrics.is_file() else []:
-        if b'"eval"' in line:
-            try:
-                row = json.loads(line)
-            except ValueError:  # torn by a crash
-                continue
-            if row.get("kind") == "eval":
-                counts[row["task"]] = row["n"]
+    for _, row, _ in json_lines(metrics, holding=b'"eval"') if is_file(metrics) else ():
+        if row and row.get("kind") == "eval" and isinstance(row.get("task"), str) and isinstance(row.get("n"), int):
+            counts[row["task"]] = row["n"]
     return counts
 
 

@@ -8,7 +8,6 @@ gone on, and the store counts.
 import json
 import shutil
 import threading
-import tomllib
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,6 +25,7 @@ from regpt.data.download import PATIENCE, Patience
 from regpt.errors import UserError
 from regpt.parallel.mesh import Mesh
 from regpt.runs.folder import CONFIG, LOCK, is_run, read_run_config
+from regpt.structured import parse_json, parse_toml
 
 NOTE = ".remote.json"  # in the staging folder: its address, its last claim, and whether it is all there
 WAIT_SECONDS = 5.0  # of the main process, between two signs of life to the others
@@ -160,7 +160,7 @@ def stored_config(url: str, staging: str) -> RunConfig:
 
 def parse_config(data: bytes, source: str) -> RunConfig:
     try:
-        values = tomllib.loads(data.decode())
+        values = parse_toml(data)
     except ValueError as error:  # no TOML, or no text
         raise UserError(f"{source} is not valid TOML: {error}; restore the file") from None
     return validate(values, source)
@@ -174,7 +174,7 @@ def holds_all(folder: Path, known: Note, newest: Claim | None) -> bool:
 def read_note(folder: Path) -> Note:
     """What is noted in a staging folder; where nothing can be read, what is in the folder may be all that there is."""
     try:
-        content = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+        content = parse_json((folder / NOTE).read_bytes())
         return {"claims": [str(token) for token in content["claims"]], "whole": bool(content["whole"])}
     except (OSError, ValueError, KeyError, TypeError):
         return {"claims": [], "whole": True}

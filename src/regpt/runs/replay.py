@@ -18,10 +18,12 @@ from regpt.config import RunConfig, validate
 from regpt.data.batch import Batch
 from regpt.data.loader import Loader
 from regpt.errors import UsageError, UserError
+from regpt.files import is_file
 from regpt.model.loss import loss_sum
 from regpt.runs.begin import Machine, assemble, open_parts, refuse_changed_data, run_mesh, start_again, start_at
 from regpt.runs.examine import document_losses, first_spoiled_weight, worst_first
 from regpt.runs.folder import read_run_config
+from regpt.structured import json_lines
 from regpt.train.precision import autocast
 from regpt.train.trainer import Trainer, written
 
@@ -105,12 +107,8 @@ def recorded(run: Path, step: int) -> dict[str, Any] | None:
     """What metrics.jsonl says of the step, the last time that it was made or refused."""
     found = None
     path = run / "metrics.jsonl"
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # torn by a crash
-        if not isinstance(row, dict):
+    for _, row, _ in json_lines(path) if is_file(path) else ():
+        if row is None:  # torn by a crash
             continue
         made = row.get("kind") == "train" and row.get("step") == step
         if made or (row.get("name") == "non_finite" and row.get("at_step") == step):

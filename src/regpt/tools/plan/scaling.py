@@ -1,6 +1,5 @@
 """The loss that a fitted scaling law predicts for a planned run; the file is written by `regpt scaling --json`."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from regpt.errors import UserError
+from regpt.structured import read_json
 
 ORDER = ("E", "A", "B", "alpha", "beta")  # of the rows and columns of the covariance
 
@@ -54,12 +54,7 @@ def read_law(path: Path) -> Law:
         UserError: no such file, no JSON, another form, a coefficient that is missing or no number.
     """
     advice = f"write it with: regpt scaling RUN… --json {path}"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the scaling law {str(path)!r} ({error.strerror}); {advice}") from None
-    except ValueError:
-        raise UserError(f"{path} is not JSON; {advice}") from None
+    values = read_json(path, advice)
     if not isinstance(values, dict) or values.get("form") != "chinchilla":
         form = values.get("form") if isinstance(values, dict) else None
         raise UserError(f"{path} holds a law of the form {form!r}, 'chinchilla' is known; {advice}")
