@@ -31,7 +31,7 @@ def test_the_download_is_kept_and_a_damaged_copy_replaced(web, pinned, tmp_path)
     for damage in (False, True):
         if damage:
             kept.write_bytes(b"x" * len(TEXT))
-        assert [document.text for document in source.documents("text")] == [TEXT.decode()]
+        assert [document.text for document in source.documents()] == [TEXT.decode()]
     assert len(web.asked) == 2
     assert source.record()["source"] == "tinyshakespeare"
     assert str(tmp_path) not in str(source.record())

@@ -15,6 +15,7 @@ from regpt.data.encode import cut
 from regpt.data.job import Progress
 from regpt.data.manifest import Manifest, read_manifest
 from regpt.data.prepare import prepare
+from regpt.data.settings import TextOptions
 from regpt.data.verify import verify
 from regpt.errors import UsageError, UserError
 from regpt.text import gpt2
@@ -238,13 +239,29 @@ def test_a_bad_source_leaves_nothing(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_finished_folder_is_refused_and_untouched(tmp_path):
+def test_a_finished_folder_is_not_touched_again(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", ["the cat", "the mat"])
-    prepare([source], tmp_path / "out", TOKENIZER, val_fraction=0)
-    before = contents(tmp_path / "out")
-    with pytest.raises(UserError, match=r"already holds a data set .*regpt data info"):
-        prepare([source], tmp_path / "out", TOKENIZER, val_fraction=0)
-    assert contents(tmp_path / "out") == before
+    more, out = write_jsonl(tmp_path / "b.jsonl", ["a mat"]), tmp_path / "out"
+    made = prepare([source, more], out, TOKENIZER, val_fraction=0, shard_tokens=7)
+    before = contents(out)
+    assert prepare([source, more], out, TOKENIZER, val_fraction=0, shard_tokens=7, workers=2, encoder="exact") == made
+    other = write_jsonl(tmp_path / "c.jsonl", ["the cat"])
+    for names, options, said in (
+        ([source, more], {"shard_tokens": 8}, r"with another shard tokens \(7, now 8\)"),
+        ([source, more], {"val_fraction": 0.1}, r"with another val rule \(none, now documents\)"),
+        ([source, more], {"text": TextOptions(on_error="skip")}, r"with another on error \(None, now skip\)"),
+        ([source], {}, r"with .*b\.jsonl in .* for train"),
+        ([source, more, other], {}, r"without .*c\.jsonl in .* for train"),
+        ([more, source], {}, "from the sources in another order"),
+    ):
+        with pytest.raises(UserError, match=rf"already holds a data set, made {said}.*regpt data info"):
+            prepare(names, out, TOKENIZER, **{"val_fraction": 0, "shard_tokens": 7, **options})
+    with pytest.raises(UserError, match="made with another --tokenizer"):
+        prepare([source, more], out, train_bpe(["a b " * 9], 258), val_fraction=0, shard_tokens=7)
+    write_jsonl(tmp_path / "b.jsonl", ["a cat"])
+    with pytest.raises(UserError, match=r"made when .*b\.jsonl had other content"):
+        prepare([source, more], out, TOKENIZER, val_fraction=0, shard_tokens=7)
+    assert contents(out) == before
     with pytest.raises(UserError, match="is a file; give a folder"):
         prepare([source], Path(source), TOKENIZER)
 
@@ -307,3 +324,33 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(tmp_path, monk
         read_manifest(out)
     prepare([source], out, TOKENIZER, val_fraction=0)
     assert contents(out) == contents(whole)
+
+
+def test_what_is_skipped_or_may_be_a_mistake_is_counted(tmp_path):
+    """With workers and after a stop the bytes are the same: the counts, too."""
+    rows = ["the cat\r\nsat", "a mat<|endoftext|>the cat<|endoftext|>"]
+    lines = [json.dumps({"text": rows[i % 2]}) if i % 5 else "{oops" for i in range(50)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8-sig")
+    (tmp_path / "b.txt").write_text("the cat sat " * 90_000, encoding="utf-8")
+    options = {"val_fraction": 0.0, "text": TextOptions(on_error="skip"), "shard_tokens": 50_000}
+    names = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt")]
+    manifest = prepare(names, tmp_path / "out", TOKENIZER, **options)
+    first, second = manifest.sources
+    assert first["byte_order_mark"] == 1
+    assert {name: first[name] for name in ("documents", "empty", "skipped", "crlf", "endoftext")} == {
+        "documents": 40,
+        "empty": 0,
+        "skipped": 10,
+        "crlf": 20,
+        "endoftext": 40,
+    }
+    assert second["long_lines"] == 1
+    assert "crlf" not in second
+    assert manifest.options["on_error"] == "skip"
+    assert manifest.removed == {"not_json": {"documents": 10, "text_bytes": 0}}
+    skipped = [json.loads(line) for line in (tmp_path / "out" / "removed.jsonl").read_text().splitlines()]
+    assert [line["document"] for line in skipped] == [*range(0, 50, 5)]
+    assert skipped[1]["reason"] == "not_json"
+    assert "line 6: not JSON" in skipped[1]["error"]
+    prepare(names, tmp_path / "out2", TOKENIZER, workers=2, **options)
+    assert contents(tmp_path / "out2") == contents(tmp_path / "out")

@@ -19,7 +19,7 @@ from regpt.data.lock import locked
 from regpt.data.manifest import read_manifest
 from regpt.data.parts import DOCUMENT
 from regpt.data.prepare import prepare
-from regpt.data.settings import Filters
+from regpt.data.settings import Filters, TextOptions
 from regpt.data.verify import verify
 from regpt.errors import UserError
 from regpt.text.bpe import train_bpe
@@ -98,8 +98,7 @@ def test_an_attempt_killed_at_any_step_is_gone_on_with(tmp_path, corpus, dedup):
         if not (out / "manifest.json").exists():
             make(corpus, out, filters=filters)
         else:
-            with pytest.raises(UserError, match="already holds"):
-                make(corpus, out)
+            make(corpus, out, filters=filters)  # nothing to do but to tidy up
         assert contents(out) == whole
         assert not (out / ".work").exists()
         step += stride
@@ -263,6 +262,8 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, corpus):
         ),
         ({"filters": Filters(dedup="exact")}, r"another --dedup \(none, now exact\)"),
         ({"filters": Filters(min_chars=3)}, r"another --min-chars \(0, now 3\)"),
+        ({"text": TextOptions(separator="c")}, r"another --separator \(None, now c\)"),
+        ({"text": TextOptions(on_error="skip", template="{text}")}, r"another --template \(None, now \{text\}\)"),
     ],
 )
 def test_other_options_are_refused_until_restart(tmp_path, corpus, options, said):
@@ -346,3 +347,27 @@ def test_nothing_of_the_work_stays(tmp_path, corpus):
     with pytest.raises(UserError, match="none of the 100 documents"):
         make(corpus, tmp_path / "none", val_fraction=1e-9)
     assert not (tmp_path / "none").exists()
+
+
+@posix
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_formats_of_every_kind_are_gone_on_with_and_do_not_depend_on_workers(tmp_path, corpus):
+    """Tables, arrays, other encodings, separators and skipped rows, stopped and with several processes."""
+    texts = [json.loads(line)["text"] for path in corpus for line in Path(path).read_text("utf-8").splitlines()]
+    (tmp_path / "a.csv").write_text("text\n" + "\n".join(texts) + "\nragged,row\n", encoding="utf-8")
+    (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in texts] + [1]), encoding="utf-8")
+    (tmp_path / "a.txt").write_text("<|e|>".join(texts), encoding="utf-16")
+    (tmp_path / "b.jsonl").write_text("{oops\n" * 100 + json.dumps({"text": "the cat"}), encoding="utf-8-sig")
+    given = [str(tmp_path / name) for name in ("a.csv", "a.json", "a.txt", "b.jsonl")]
+    options = {"text": TextOptions(on_error="skip", separator="<|e|>")}
+    made = make(given, tmp_path / "whole", **options)
+    assert made.documents("train") + made.documents("val") == 301
+    assert sum(source["skipped"] for source in made.sources if "skipped" in source) == 102
+    whole = contents(tmp_path / "whole")
+    for step in (20, 60, 90, 120):
+        out = tmp_path / f"out{step}"
+        assert killed_at(step, lambda out=out: make(given, out, **options))
+        make(given, out, **options)
+        assert contents(out) == whole
+    make(given, tmp_path / "several", workers=2, **options)
+    assert contents(tmp_path / "several") == whole

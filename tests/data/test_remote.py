@@ -57,7 +57,7 @@ def hub_source(hub, options, source: str) -> list:
 
 def test_a_file_behind_https_is_downloaded_once_and_then_read(on_web, web):
     assert on_web.bytes == len(TEXT)
-    assert [document.text for document in on_web.documents("text")] == [TEXT.decode()]
+    assert [document.text for document in on_web.documents()] == [TEXT.decode()]
     assert on_web.localize().path.read_bytes() == TEXT
     assert len(web.asked) == 1
     url = web.url + PATH
@@ -244,7 +244,7 @@ def test_a_set_on_the_hub_is_read_like_its_files(hub, options, tmp_path):
     assert [(source.file, source.bytes) for source in sources] == [
         (name, len(files[name])) for name in ("data/a.parquet", "data/b.jsonl")
     ]
-    texts = [document.text for source in localized(sources) for document in source.documents("text")]
+    texts = [document.text for source in localized(sources) for document in source.documents()]
     assert texts == [*pq.read_table(io.BytesIO(content.getvalue()))["text"].to_pylist(), "x", "y"]
     assert sources[0].record() == {
         "source": "hf://datasets/owner/name/data",

@@ -40,7 +40,7 @@ def bucket():
 
 def test_a_bucket_is_read_by_file_folder_and_glob(bucket, options):
     def found(path: str) -> list[str]:
-        return [document.text for source in open_sources([path], options) for document in source.documents("text")]
+        return [document.text for source in open_sources([path], options) for document in source.documents()]
 
     assert found("memory://b") == ["one", "two", "three"]
     assert found("memory://b/*.txt") == ["two"]
@@ -125,7 +125,7 @@ def test_google_and_amazon_are_read_by_file_folder_and_glob(served, options):
 
     def found(path: str) -> list[str]:
         sources = open_sources([f"{scheme}://bkt/{path}"], options)
-        return [document.text for source in sources for document in source.documents("text")]
+        return [document.text for source in sources for document in source.documents()]
 
     assert found("d") == ["one", "two"]
     assert found("d/*.txt") == ["one"]

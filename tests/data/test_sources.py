@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from regpt.data.document import Part
 from regpt.data.formats import parts_of, read_documents
+from regpt.data.settings import TextOptions
 from regpt.data.sources import find_files
 from regpt.errors import UserError
 
@@ -20,7 +21,7 @@ TEXTS = ["first\r\ntext", "zweiter Text: äöü\n", "日本 🙂"]
 
 
 def texts_of(path: Path, column: str = "text") -> list[str]:
-    return [document.text for document in read_documents(path, column)]
+    return [document.text for document in read_documents(path, TextOptions(column))]
 
 
 def jsonl(rows: list) -> bytes:
@@ -34,10 +35,10 @@ def write_parquet(path: Path, columns: dict, **options) -> Path:
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".md", ".TXT"])
-def test_a_text_file_is_one_document_unchanged(tmp_path, suffix):
+def test_a_text_file_is_one_document_unchanged_but_for_its_mark(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
     path.write_bytes("\ufeffone\r\ntwo\n".encode())
-    assert texts_of(path) == ["\ufeffone\r\ntwo\n"]
+    assert texts_of(path) == ["one\r\ntwo\n"]
 
 
 def test_a_jsonl_file_has_one_document_a_line(tmp_path):
@@ -54,7 +55,7 @@ def test_compressed_jsonl_reads_as_if_it_were_not(tmp_path, packed):
         data = zstandard.ZstdCompressor().compress(data[:20]) + zstandard.ZstdCompressor().compress(data[20:])
     path = tmp_path / f"a.jsonl.{packed}"
     path.write_bytes(gzip.compress(data) if packed == "gz" else data)
-    documents = list(read_documents(path, "body"))
+    documents = list(read_documents(path, TextOptions("body")))
     assert [document.text for document in documents] == TEXTS
     assert sum(document.source_bytes for document in documents) == path.stat().st_size
 
@@ -67,7 +68,7 @@ def test_a_parquet_file_has_one_document_a_row(tmp_path, kind):
     column = pa.array(texts, kinds.get(kind, pa.string()))
     column = column.dictionary_encode() if kind == "dictionary" else column
     path = write_parquet(tmp_path / "a.parquet", {"id": range(600), "text": column}, row_group_size=70)
-    documents = list(read_documents(path, "text"))
+    documents = list(read_documents(path))
     assert [document.text for document in documents] == texts
     assert sum(document.source_bytes for document in documents) == pytest.approx(path.stat().st_size)
 
@@ -183,7 +184,7 @@ def test_parts_of_lines_are_together_the_file(tmp_path_factory, lines, target, e
     path.write_bytes(data + b"\n" * end)
     parts = parts_of(path, target)
     assert sum(part.bytes for part in parts) == path.stat().st_size
-    found = [document for part in parts for document in read_documents(path, "text", part)]
+    found = [document for part in parts for document in read_documents(path, part=part)]
     assert [document.text for document in found] == [line for line in lines if line.strip()]
 
 
@@ -195,7 +196,7 @@ def test_parts_of_parquet_are_row_groups(tmp_path):
         parts = parts_of(path, target)
         assert len(parts) == expected
         assert (parts[0].start, parts[-1].stop, sum(part.bytes for part in parts)) == (0, 12, size)
-        found = [document for part in parts for document in read_documents(path, "text", part)]
+        found = [document for part in parts for document in read_documents(path, part=part)]
         assert [document.text for document in found] == texts
         assert sum(document.source_bytes for document in found) == pytest.approx(size)
 
@@ -204,7 +205,7 @@ def test_parts_of_what_cannot_be_divided_are_one(tmp_path):
     for name, data in (("a.txt", b"text"), ("a.jsonl.gz", gzip.compress(jsonl([{"text": "x"}])))):
         (tmp_path / name).write_bytes(data)
         assert parts_of(tmp_path / name, 1) == [Part(0, 1, len(data))]
-        assert len(list(read_documents(tmp_path / name, "text", Part(0, 1, len(data))))) == 1
+        assert len(list(read_documents(tmp_path / name, part=Part(0, 1, len(data))))) == 1
     empty = write_parquet(tmp_path / "a.parquet", {"text": []})
     (part,) = parts_of(empty, 1)
     assert part.bytes == empty.stat().st_size
@@ -216,7 +217,7 @@ def test_a_part_names_the_line_of_the_file(tmp_path):
     parts = parts_of(path, 300)
     assert len(parts) > 5
     with pytest.raises(UserError, match=r"a\.jsonl, line 31: not JSON"):
-        list(read_documents(path, "text", parts[-1]))
+        list(read_documents(path, part=parts[-1]))
 
 
 def test_every_format_gives_what_a_direct_read_gives(tmp_path):
@@ -268,13 +269,13 @@ def test_a_parquet_column_must_exist_and_be_text(tmp_path):
         texts_of(path, "id")
 
 
-def test_a_parquet_text_that_is_not_utf8_names_the_file_and_the_rows(tmp_path):
+def test_a_parquet_text_that_is_not_utf8_names_the_file_and_the_row(tmp_path):
     pa = pytest.importorskip("pyarrow")
     offsets, content = b"\0\0\0\0\1\0\0\0\2\0\0\0", b"a\xff"
     column = pa.Array.from_buffers(pa.string(), 2, [None, pa.py_buffer(offsets), pa.py_buffer(content)])
     path = write_parquet(tmp_path / "a.parquet", {"text": column}, row_group_size=1)
-    for read in (lambda: texts_of(path), lambda: list(read_documents(path, "text", parts_of(path, 1)[1]))):
-        with pytest.raises(UserError, match=r"a\.parquet, rows from 1: the text is not valid UTF-8"):
+    for read in (lambda: texts_of(path), lambda: list(read_documents(path, part=parts_of(path, 1)[1]))):
+        with pytest.raises(UserError, match=r"a\.parquet, row 1: the text is not valid UTF-8"):
             read()
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regpt.data.named import open_sources
 from regpt.data.prepare import SHARD_TOKENS
 from regpt.data.prepare import prepare as write_shards
-from regpt.data.settings import Filters
+from regpt.data.settings import Filters, TextOptions
 from regpt.data.write import write_file
 from regpt.errors import UsageError, UserError
 from regpt.text.bpe import train_bpe
@@ -41,18 +42,20 @@ def prepare(
         sources: files, folders, globs, addresses or named sets, as for `regpt data prepare`.
         tokenizer: `gpt2`, a folder or file that `train_tokenizer` wrote, or the tokenizer itself.
         val: sources to hold out; otherwise `val_fraction` of the documents (0.1 below 10 MB of text, 0.005 above).
-        options: the rest of what `regpt.data.prepare.prepare` takes, such as `workers`.
+        options: how files become documents (`template`, `separator`, `encoding`, … of `regpt.data.settings.TextOptions`),
+            and the rest of what `regpt.data.prepare.prepare` takes, such as `workers`.
 
     Raises:
         UserError: sources that cannot be read or are empty, options out of range, a folder that holds other data.
     """
+    text = {field.name: options.pop(field.name) for field in fields(TextOptions) if field.name in options}
     return write_shards(
         names(sources),
         Path(out),
         opened(tokenizer),
         val_sources=names(val),
         val_fraction=val_fraction,
-        text_column=text_column,
+        text=TextOptions(text_column=text_column, **text),
         shard_tokens=shard_tokens,
         filters=filters or Filters(),
         **options,
@@ -73,7 +76,7 @@ def train_tokenizer(
     found = open_sources(names(sources))
     if not found:
         raise UsageError("no source was given; give files, folders, globs or a named set")
-    texts = (document.text for source in found for document in source.documents(text_column))
+    texts = (document.text for source in found for document in source.documents(TextOptions(text_column)))
     tokenizer = train_bpe(texts, vocab_size)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)

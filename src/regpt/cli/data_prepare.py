@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from regpt.cli.parse import parse
+from regpt.cli.text_args import TextArgs
 from regpt.console.lines import print_line, print_note
 from regpt.files import exists
 
@@ -22,14 +23,28 @@ REASONS = {  # for the manifest's names
     "contaminated": "documents with evaluation text (which: removed.jsonl)",
     "exact_duplicates": "exact duplicates",
     "near_duplicates": "near duplicates (which: removed.jsonl)",
+    "not_utf8": "documents that are not UTF-8 (which: removed.jsonl)",
+    "not_json": "documents that are not JSON (which: removed.jsonl)",
+    "no_column": "documents without the column (which: removed.jsonl)",
+    "not_text": "documents whose column is not text (which: removed.jsonl)",
+    "ragged": "rows that do not fit their table (which: removed.jsonl)",
+    "damaged": "files from where they are damaged (which: removed.jsonl)",
+}
+
+MARKS = {  # counts of the sources in the manifest
+    "byte_order_mark": "with a byte-order mark, which is left out",
+    "crlf": "with {count} Windows line ends (CRLF), which are kept",
+    "endoftext": "with {count} times <|endoftext|> as ordinary characters; if it stands between documents, prepare "
+    "again with --separator '<|endoftext|>'",
+    "long_lines": "with {count} documents of more than a million characters without a line end",
 }
 
 
 @dataclass(frozen=True)
-class PrepareArgs:
-    """Make token shards from text. A SOURCE is a file, folder or glob of .txt, .md, .jsonl[.gz|.zst] or .parquet, here
-    or behind hf://, https://, s3://, gs://; or a named set: pydocs, tinyshakespeare, fineweb-edu-10B, fineweb-10B.
-    Stopped at any moment, the same command goes on."""
+class PrepareArgs(TextArgs):
+    """Make token shards from text. A SOURCE is a file, folder or glob of .txt, .md, .jsonl, .json, .csv, .tsv or
+    .parquet, here or behind hf://, https://, s3://, gs://; a named set: pydocs, tinyshakespeare, fineweb-edu-10B,
+    fineweb-10B; or - for stdin. Stopped at any moment, the same command goes on."""
 
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """What to read, in this order."""
@@ -41,8 +56,6 @@ class PrepareArgs:
     """Hold out these sources instead of a part of the others."""
     val_fraction: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
     """Part of the documents held out, 0 for none; default: 0.1 below 10 MB of sources, 0.005 above."""
-    text_column: str = "text"
-    """Key of .jsonl and column of .parquet that holds the text."""
     shard_tokens: int = 100_000_000
     """Tokens in each shard but the last."""
     min_chars: int = 0
@@ -68,11 +81,12 @@ class PrepareArgs:
 def main(args: list[str]) -> int:
     given = parse(PrepareArgs, args, prog="regpt data prepare")
     from regpt.data.named import NamedOptions
-    from regpt.data.prepare import WORK, prepare
+    from regpt.data.prepare import WORK, is_finished, prepare
     from regpt.data.settings import Filters
     from regpt.text.open import open_tokenizer
 
     tokenizer = open_tokenizer(given.tokenizer)
+    done = is_finished(Path(given.out))
     try:
         with ProgressLine(given.workers is None) as line:
             manifest = prepare(
@@ -81,7 +95,7 @@ def main(args: list[str]) -> int:
                 tokenizer,
                 val_sources=given.val,
                 val_fraction=given.val_fraction,
-                text_column=given.text_column,
+                text=given.text_options(),
                 shard_tokens=given.shard_tokens,
                 filters=Filters(given.min_chars, given.dedup, given.decontaminate),
                 workers=given.workers,
@@ -97,7 +111,10 @@ def main(args: list[str]) -> int:
         if exists(Path(given.out) / WORK):
             print_note(f"{given.out} is unfinished; the same command goes on")
         raise
-    print_prepared(given.out, manifest)
+    if done:
+        print_line(f"nothing to do: {given.out} holds the shards of these sources already")
+    else:
+        print_prepared(given.out, manifest)
     return 0
 
 
@@ -159,6 +176,15 @@ class ProgressLine:
         self._progress.update(self._task, done=shown + self._download)
 
 
+def print_marks(manifest: Manifest) -> None:
+    """A line for each thing in the text that may be a mistake."""
+    for name, said in MARKS.items():
+        counts = [source[name] for source in manifest.sources if source.get(name)]
+        if counts:
+            files = "1 file" if len(counts) == 1 else f"{len(counts):,} files"
+            print_line(f"{files} {said.format(count=f'{sum(counts):,}')}")
+
+
 def print_left_out(left_out: Mapping[str, int]) -> None:
     """One line on the files that were found and not read."""
     from regpt.data.listing import counted
@@ -176,7 +202,8 @@ def print_prepared(out: str, manifest: Manifest) -> None:
     if empty := sum(source["empty"] for source in manifest.sources):
         print_line(f"left out {empty:,} empty documents")
     for reason, count in manifest.removed.items():
-        megabytes = count["text_bytes"] / 1e6
-        print_line(f"left out {count['documents']:,} {REASONS[reason]}, {megabytes:,.1f} MB")
+        size = f", {count['text_bytes'] / 1e6:,.1f} MB" if count["text_bytes"] else ""
+        print_line(f"left out {count['documents']:,} {REASONS[reason]}{size}")
+    print_marks(manifest)
     with_what = f"the tokenizer {manifest.tokenizer} ({manifest.made_with['encoder']})"
     print_line(f"wrote {out} with {with_what}; look inside with: regpt data info {out}")

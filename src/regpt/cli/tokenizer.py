@@ -12,20 +12,22 @@ import tyro
 
 from regpt.cli.data_prepare import cache_folder, print_left_out
 from regpt.cli.parse import parse
+from regpt.cli.text_args import TextArgs
 from regpt.console.lines import print_line, print_note
 from regpt.errors import UsageError, UserError, nearest
 
 if TYPE_CHECKING:
     from regpt.data.named import Source
+    from regpt.data.settings import TextOptions
     from regpt.text.tokenizer import Tokenizer
 
 MEASURED_CHARS = 10_000_000  # of the training text, encoded to print the bytes a token
 
 
 @dataclass(frozen=True)
-class TrainArgs:
-    """Learn a byte-level BPE from text. A SOURCE is a file, a folder or a glob of .txt, .md, .jsonl[.gz|.zst] or
-    .parquet, or a named set: pydocs, tinyshakespeare."""
+class TrainArgs(TextArgs):
+    """Learn a byte-level BPE from text. A SOURCE is a file, folder or glob of .txt, .md, .jsonl, .json, .csv, .tsv or
+    .parquet, a named set (pydocs, tinyshakespeare), or - for stdin."""
 
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """What to read."""
@@ -33,8 +35,6 @@ class TrainArgs:
     """Tokens, the 256 bytes and <|endoftext|> included."""
     out: Annotated[str, tyro.conf.arg(metavar="DIR")]
     """Folder to write tokenizer.json into; it must not hold one already."""
-    text_column: str = "text"
-    """Key of .jsonl and column of .parquet that holds the text."""
     file: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Take tinyshakespeare from this file instead of downloading it."""
 
@@ -55,6 +55,7 @@ def train_main(args: list[str]) -> int:
     file = Path(given.out) / "tokenizer.json"
     if file.exists():
         raise UserError(f"{file} exists already; choose another --out or delete it")
+    from regpt.data.formats import check_text
     from regpt.data.named import NamedOptions, list_sources
     from regpt.data.write import write_file
     from regpt.text.bpe import train_bpe
@@ -62,19 +63,22 @@ def train_main(args: list[str]) -> int:
     if not given.sources:
         raise UsageError("no SOURCE given; give files, folders, globs or a named set")
     named = NamedOptions(cache=cache_folder(), file=Path(given.file) if given.file else None)
-    listing = list_sources(given.sources, options=named)
+    text = given.text_options()
+    check_text(text)
+    listing = list_sources(given.sources, options=named, text=text)
     sources = listing.train
     print_left_out(listing.left_out)
-    tokenizer = train_bpe(shown(sources, given.text_column), given.vocab_size)
+    tokenizer = train_bpe(shown(sources, text), given.vocab_size)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_file(file, tokenizer.to_json().encode())
-    measured = bytes_per_token(tokenizer, sources, given.text_column)
+    measured = bytes_per_token(tokenizer, sources, text)
+    listing.discard()
     print_line(f"wrote {file}: {tokenizer.n_vocab:,} tokens, {measured:.3f} bytes a token on its training text")
     print_line(f"use it with: regpt data prepare SOURCE --tokenizer {given.out} --out DIR")
     return 0
 
 
-def shown(sources: list[Source], text_column: str) -> Iterator[str]:
+def shown(sources: list[Source], text: TextOptions) -> Iterator[str]:
     """The texts of `sources`, with a progress bar while they are read and a line while merges are learned."""
     from rich.progress import BarColumn, TaskProgressColumn, TimeRemainingColumn
 
@@ -83,16 +87,16 @@ def shown(sources: list[Source], text_column: str) -> Iterator[str]:
     columns = (field("description"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with progress_bar(*columns) as progress:
         task: Any = progress.add_task("counting words", total=sum(source.bytes for source in sources))
-        for document in itertools.chain.from_iterable(source.documents(text_column) for source in sources):
+        for document in itertools.chain.from_iterable(source.documents(text) for source in sources):
             yield document.text
             progress.advance(task, document.source_bytes)
     print_note("learning merges")
 
 
-def bytes_per_token(tokenizer: Tokenizer, sources: list[Source], text_column: str) -> float:
+def bytes_per_token(tokenizer: Tokenizer, sources: list[Source], text: TextOptions) -> float:
     """UTF-8 bytes of text for each token, over the first documents of about `MEASURED_CHARS` characters."""
     text_bytes, tokens = 0, 0
-    for document in itertools.chain.from_iterable(source.documents(text_column) for source in sources):
+    for document in itertools.chain.from_iterable(source.documents(text) for source in sources):
         text_bytes += len(document.text.encode())
         tokens += len(tokenizer.encode(document.text))
         if text_bytes > MEASURED_CHARS:

@@ -1,33 +1,59 @@
 """Compressed files → their bytes, as a stream; damage is a UserError that names the file."""
 
+import bz2
 import gzip
 import io
+import lzma
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from regpt.data.document import Unreadable
 from regpt.errors import UserError
 
 ZSTD_BLOCK = 1 << 14  # compressed bytes at a time: their content, up to thousands of times larger, is in memory
+PACKINGS = (".gz", ".zst", ".bz2", ".xz")
+BufferedStream = io.BufferedReader | gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile  # bytes with `peek`
+OPENERS: dict[str, Callable[[BinaryIO], BufferedStream]] = {
+    ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+}
+
+
+def packing_of(name: str) -> str:
+    """The ending that says how a file of this name is compressed; empty if it is not."""
+    return next((packing for packing in PACKINGS if name.lower().endswith(packing)), "")
 
 
 @contextmanager
-def decompressed(raw: BinaryIO, path: Path) -> Iterator[Iterable[bytes]]:
-    """Lines of `raw`, decompressed as the name of `path` says; damage is a UserError."""
-    if path.name.lower().endswith(".gz"):
-        reader, damage = gzip.GzipFile(fileobj=raw), (gzip.BadGzipFile, EOFError, zlib.error)
-    else:
+def decompressed(raw: BinaryIO, path: Path, packing: str | None = None) -> Iterator[BufferedStream]:
+    """The content of `raw`, decompressed as the name of `path` says, or `packing`; damage is an `Unreadable`."""
+    packing = packing or packing_of(path.name)
+    damage: tuple[type[Exception], ...] = (EOFError, zlib.error, lzma.LZMAError)
+    if packing == ".zst":
         zstandard = import_zstandard(path)
-        reader, damage = io.BufferedReader(ZstdFrames(raw, zstandard), ZSTD_BLOCK), (EOFError, zstandard.ZstdError)
+        damage = (EOFError, zstandard.ZstdError)
+        reader: Any = io.BufferedReader(ZstdFrames(raw, zstandard), ZSTD_BLOCK)
+    else:
+        reader = OPENERS[packing](raw)
     try:
         with reader:
             if not path.stat().st_size:
                 raise EOFError("it is empty")
             yield reader
     except damage as error:
-        raise UserError(f"{path} is damaged: it does not decompress ({error})") from None
+        raise damaged(path, error) from None
+    except OSError as error:
+        if error.errno is not None:  # of the disk; the libraries' own have no number
+            raise
+        raise damaged(path, error) from None
+
+
+def damaged(path: Path, error: Exception) -> Unreadable:
+    return Unreadable(f"{path} is damaged: it does not decompress ({error})", "damaged")
 
 
 class ZstdFrames(io.RawIOBase):

@@ -7,21 +7,19 @@ of 13 words cannot be found.
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from regpt.data.compression import decompressed
-from regpt.data.formats import ALLOWED, JSONL, PARQUET, decode, suffix_of
+from regpt.data.document import Unreadable
+from regpt.data.formats import ALLOWED, read_rows, suffix_of
 from regpt.data.grams import WordCodes, grams
-from regpt.data.parquet import opened_parquet
+from regpt.data.listing import printable, refuse_pointer
 from regpt.data.sources import sha256_of
 from regpt.errors import UserError
 from regpt.files import is_file
-from regpt.structured import parse_json
 
 N_WORDS = 13
 SHIFT = np.uint64(42)  # of a hash, to its first 22 bits
@@ -85,6 +83,7 @@ def read_evaluations(paths: Sequence[str]) -> Evaluations:
         path = Path(given)
         if not is_file(path) or not suffix_of(path):
             raise UserError(f"--decontaminate {given!r} is not an evaluation file; give files of {ALLOWED}")
+        refuse_pointer(path)
         firsts.append(total)
         short = 0
         for texts in read_items(path):
@@ -95,7 +94,8 @@ def read_evaluations(paths: Sequence[str]) -> Evaluations:
             total += 1
         if total == firsts[-1] + short:
             raise UserError(f"--decontaminate {given!r} holds no text of {N_WORDS} words to look for; leave it out")
-        files.append({"file": given, "sha256": sha256_of(path), "items": total - firsts[-1], "too_short": short})
+        counts = {"items": total - firsts[-1], "too_short": short}
+        files.append({"file": printable(given), "sha256": sha256_of(path), **counts})
     together = np.concatenate(hashes)
     order = np.argsort(together, kind="stable")
     return Evaluations(together[order], np.concatenate(items)[order], tuple(files), tuple(firsts))
@@ -107,31 +107,10 @@ def hashes_of_none() -> np.ndarray:
 
 def read_items(path: Path) -> Iterator[list[str]]:
     """The texts of each item."""
-    suffix = suffix_of(path)
-    if suffix in JSONL:
-        with path.open("rb") as raw, lines_of(raw, path) as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield list(strings(parse(decode(line, path, number), path, number)))
-    elif suffix in PARQUET:
-        with opened_parquet(path) as file:
-            for batch in file.iter_batches(batch_size=256):
-                yield from (list(strings(row)) for row in batch.to_pylist())
-    else:
-        yield [decode(path.read_bytes(), path)]
-
-
-def lines_of(raw: BinaryIO, path: Path) -> AbstractContextManager[Iterable[bytes]]:
-    return nullcontext(raw) if suffix_of(path) == ".jsonl" else decompressed(raw, path)
-
-
-def parse(line: str, path: Path, number: int) -> Any:
-    try:
-        return parse_json(line)
-    except ValueError as error:
-        raise UserError(
-            f"{path}, line {number}: not JSON ({error}); a .jsonl file has one JSON object a line"
-        ) from None
+    for row in read_rows(path):
+        if isinstance(row.value, Unreadable):
+            raise row.value
+        yield list(strings(row.value))
 
 
 def strings(value: Any) -> Iterator[str]:

@@ -6,6 +6,7 @@ from hashlib import sha256
 from typing import Any
 
 from regpt.data.document import Document
+from regpt.data.settings import TextOptions
 from regpt.data.sources import DownloadProgress, Source
 from regpt.errors import UserError
 
@@ -25,7 +26,7 @@ def split_rule(
     sources: Sequence[Source],
     has_val_sources: bool,
     val_fraction: float,
-    text_column: str,
+    options: TextOptions,
     download: DownloadProgress | None = None,
 ) -> str:
     """`sources` when others are held out, `none` when nothing is, `cut` for a corpus of one document, otherwise
@@ -34,7 +35,7 @@ def split_rule(
         return "sources"
     if not val_fraction:
         return "none"
-    texts = (document.text for source in sources for document in source.localize(download).documents(text_column, None))
+    texts = (document.text for source in sources for document in source.localize(download).documents(options))
     return "cut" if len(list(itertools.islice(filter(None, texts), 2))) == 1 else "documents"
 
 
@@ -68,7 +69,9 @@ def check_texts(records: Iterable[Mapping[str, Any]]) -> None:
         read[record["source"]] = read.get(record["source"], 0) + record["documents"]
     for name, documents in read.items():
         if not documents:
-            raise Unusable(f"{name!r} holds no text: every document is empty, or there is none; leave it out")
+            raise Unusable(
+                f"{name!r} holds no text: every document is empty or cannot be read, or there is none; leave it out"
+            )
 
 
 def check_splits(rule: str, val_fraction: float, documents: Mapping[str, int], lowest: float) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -16,7 +17,7 @@ from typing import Any
 
 from regpt.data.contamination import load_evaluations
 from regpt.data.corpus import cut_in_two, fraction
-from regpt.data.document import Document
+from regpt.data.document import Document, Unreadable
 from regpt.data.duplicates import Signatures
 from regpt.data.grams import WordCodes
 from regpt.data.partition import Partition, Reading, Split
@@ -30,6 +31,8 @@ PIECE_CHARS = 1 << 18  # about 15 ms of encoding: long enough to hide the hand-o
 # Python's \S has fewer characters than Rust's: safe.
 CUT = re.compile(r"\S(?=[ \n])")
 BATCH_CHARS = 1 << 20
+ENDOFTEXT = "<|endoftext|>"  # as text it is ordinary characters
+LONG_LINE = 1_000_000  # characters without a line end
 
 
 @dataclass
@@ -38,6 +41,10 @@ class Left:
 
     removed: dict[str, dict[str, int]] = field(default_factory=dict)
     hits: list[dict[str, Any]] = field(default_factory=list)
+
+    def error(self, number: int, error: Unreadable) -> None:
+        self.out(error.reason, 0)
+        self.hits.append({"number": number, "reason": error.reason, "error": str(error)})
 
     def out(self, reason: str, text_bytes: int) -> None:
         count = self.removed.setdefault(reason, {"documents": 0, "text_bytes": 0})
@@ -98,17 +105,23 @@ class Reader:
     def pieces(self, partition: Partition) -> Iterator[Piece]:
         for reading in partition.readings:
             source = {"rows": 0, "documents": 0, "record": reading.source.record() if reading.first else None}
+            notes: Counter[str] = Counter()
             for document in self._documents(reading):
                 source["rows"] += 1
                 source["documents"] += bool(document.text)
+                if document.error:
+                    notes["skipped"] += 1
+                    self._left.error(self._number, document.error)
                 if document.text:
+                    notes.update(marks_in(document.text))
                     yield from self._kept(document, reading.split, reading.source.source)
                 self._number += 1
+            source["notes"] = {name: count for name, count in notes.items() if count}
             reading.check_unchanged()
             self._sources.append(source)
 
     def _documents(self, reading: Reading) -> Iterator[Document]:
-        return reading.source.documents(self._settings.text_column, reading.part)
+        return reading.source.documents(self._settings.text, reading.part)
 
     def _kept(self, document: Document, split: Split, name: str) -> Iterator[Piece]:
         data = document.text.encode()
@@ -125,7 +138,7 @@ class Reader:
         if len(text) < self._settings.min_chars:
             return "short"
         if self._evaluations and (items := self._evaluations.find(self._codes.of(text))):
-            self._left.hits.append({"number": self._number, "items": items})
+            self._left.hits.append({"number": self._number, "reason": "contaminated", "items": items})
             return "contaminated"
         return None
 
@@ -140,6 +153,15 @@ class Reader:
         row = (self._number, len(data), digest[:16])
         for i, part in enumerate(cut(document.text, PIECE_CHARS)):
             yield Piece(part, split, None if i else row, signature, per_char * len(part))
+
+
+def marks_in(text: str) -> dict[str, int]:
+    """What is perhaps a mistake in a text, counted for its file: nothing of it is changed."""
+    return {
+        "crlf": text.count("\r\n"),
+        "endoftext": text.count(ENDOFTEXT),
+        "long_lines": int(len(text) > LONG_LINE and "\n" not in text),
+    }
 
 
 def cut(text: str, limit: int) -> Iterator[str]:

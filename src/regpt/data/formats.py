@@ -1,24 +1,103 @@
 """Files of text → documents, one at a time and always in the same order.
 
-`.txt` and `.md` hold one document a file, `.jsonl` (also `.gz`, `.zst`) one a line, `.parquet` one a row. The text is
-decoded from UTF-8 and not changed in any other way.
+A table says how each ending is read; all but .parquet may also be compressed. The text is decoded, byte-order marks are
+left out, and nothing else is changed.
 """
 
+import io
 import itertools
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from regpt.data.compression import decompressed
-from regpt.data.document import Document, Part
+from regpt.data.columns import Columns
+from regpt.data.compression import PACKINGS, BufferedStream, decompressed, packing_of
+from regpt.data.document import Document, Part, Row, Unreadable, not_utf8
+from regpt.data.encodings import BOM_UTF8, check_encoding, in_utf8, is_utf8
+from regpt.data.json_rows import Rows, parse, rows_of_array, rows_of_lines
+from regpt.data.lines import next_line
 from regpt.data.parquet import read_parquet, row_groups
-from regpt.errors import UserError
+from regpt.data.settings import TEXT_OPTIONS, TextOptions
+from regpt.data.tables import COMMA, TAB, rows_of_table
+from regpt.errors import UsageError, UserError, nearest
 
-TEXT, JSONL, PARQUET = (".txt", ".md"), (".jsonl", ".jsonl.gz", ".jsonl.zst"), (".parquet",)
-SUFFIXES = (*TEXT, *JSONL, *PARQUET)
-ALLOWED = ", ".join(SUFFIXES)
 SNIFFED = 8000  # bytes in which git, too, looks for a zero to tell binary files from text
+BLOCK = 1 << 20
+MAX_PACKED_TEXT = 1 << 30  # bytes of a compressed file that is one document: a few kilobytes may hold a terabyte
+
+
+def whole_text(stream: BufferedStream, path: Path, columns: Columns | None, separator: str | None) -> Rows:
+    """One document, or those between separators."""
+    if b"\0" in stream.peek(SNIFFED)[:SNIFFED]:
+        raise Unreadable(
+            f"{path} is not text: it holds zero bytes, as binary files and UTF-16 do; "
+            "convert it to UTF-8, or name its --encoding",
+            "not_text",
+        )
+    if separator is None:
+        data = stream.read() if isinstance(stream, io.BufferedReader) else read_packed(stream, path)
+        yield decode(data, path), partial(str, path)
+        return
+    blocks = iter(partial(stream.read, BLOCK), b"")
+    for number, text in enumerate(split_at(blocks, separator.encode())):
+        yield decode(text, path), partial("{}, document {}".format, path, number)
+
+
+def read_packed(stream: BufferedStream, path: Path) -> bytes:
+    data = stream.read(MAX_PACKED_TEXT + 1)
+    if len(data) > MAX_PACKED_TEXT:
+        raise UserError(f"{path} holds one document of more than {MAX_PACKED_TEXT >> 20:,} MiB; decompress it")
+    return data
+
+
+def split_at(blocks: Iterator[bytes], separator: bytes) -> Iterator[bytes]:
+    """What is between separators, without line ends around it; the first and the last only if they are not empty."""
+    waiting, overlap, first = [], len(separator) - 1, True
+    for block in blocks:
+        *ended, rest = ((waiting.pop() if waiting else b"") + block).split(separator)
+        for text in ended:
+            text, waiting = b"".join([*waiting, text]).strip(b"\r\n"), []
+            if text or not first:
+                yield text
+            first = False
+        kept = max(0, len(rest) - overlap)  # what follows may be the beginning of a separator
+        waiting += [rest[:kept], rest[kept:]]
+    if text := b"".join(waiting).strip(b"\r\n"):
+        yield text
+
+
+READERS: dict[str, Callable[[BufferedStream, Path, Columns | None, str | None], Rows]] = {
+    ".txt": whole_text,
+    ".md": whole_text,
+    ".jsonl": rows_of_lines,
+    ".ndjson": rows_of_lines,
+    ".json": rows_of_array,
+    ".csv": partial(rows_of_table, delimiters=COMMA),
+    ".tsv": partial(rows_of_table, delimiters=TAB),
+}
+JSONL = tuple(ending + packing for ending in (".jsonl", ".ndjson") for packing in ("", *PACKINGS))
+PARQUET = (".parquet",)
+SUFFIXES = (*PARQUET, *(ending + packing for ending in READERS for packing in ("", *PACKINGS)))
+TABLES = (".json", ".csv", ".tsv")  # in a folder often something else: read where there is nothing better
+ALLOWED = f"{', '.join([*READERS, *PARQUET])} (all but the last also with {', '.join(PACKINGS)})"
+
+
+def check_text(options: TextOptions) -> None:
+    """Raise a UsageError for options that nothing can be read with."""
+    if options.format is not None and f".{options.format}" not in SUFFIXES:
+        endings = [ending.removeprefix(".") for ending in (*READERS, *PARQUET)]
+        raise UsageError(
+            f"--format is {options.format!r}{nearest(options.format, endings)}, must be one of {', '.join(endings)}, "
+            f"perhaps with {', '.join(PACKINGS)}"
+        )
+    if options.separator is not None and not options.separator.strip("\r\n"):
+        raise UsageError("--separator must be more than line ends; give the text that stands between documents")
+    if options.template is not None and options.text_column != TEXT_OPTIONS.text_column:
+        raise UsageError("--text-column and --template both say where the text is; give one of them")
+    check_encoding(options.encoding)
+    Columns(options.text_column, options.template)
 
 
 def suffix_of(name: str | Path) -> str | None:
@@ -26,46 +105,122 @@ def suffix_of(name: str | Path) -> str | None:
     return next((suffix for suffix in SUFFIXES if str(name).lower().endswith(suffix)), None)
 
 
-def parts_of(path: Path, target_bytes: int) -> list[Part]:
+def ending_of(path: Path, options: TextOptions) -> str:
+    """The ending as which `path` is read: of other names, plain text."""
+    return f".{options.format}" if options.format else suffix_of(path) or ".txt" + packing_of(path.name)
+
+
+def parts_of(path: Path, target_bytes: int, options: TextOptions = TEXT_OPTIONS) -> list[Part]:
     """The parts of `path`, each of at least `target_bytes` but the last, or as near as its format allows.
 
     Raises:
         UserError: a damaged parquet file.
     """
-    suffix, size = suffix_of(path), path.stat().st_size
-    if suffix == ".jsonl" and size:
+    ending, size = ending_of(path, options), path.stat().st_size
+    if ending in (".jsonl", ".ndjson") and size and is_utf8(path, options.encoding):
         edges = [*range(0, size, target_bytes), size]
         return [Part(start, stop, stop - start) for start, stop in itertools.pairwise(edges)]
-    if suffix in PARQUET:
-        return row_groups(path, target_bytes)
+    if ending in PARQUET:
+        try:
+            return row_groups(path, target_bytes)
+        except Unreadable:
+            if options.on_error == "stop":
+                raise
     return [Part(0, 1, size)]
 
 
-def read_documents(path: Path, text_column: str, part: Part | None = None) -> Iterator[Document]:
+def read_documents(path: Path, options: TextOptions = TEXT_OPTIONS, part: Part | None = None) -> Iterator[Document]:
     """The documents of `path`, or of one part of it, in order; an empty one, or a null, is an empty text.
 
     Raises:
-        UserError: invalid UTF-8, a missing or non-text column, a damaged file; names file and line.
+        UserError: invalid UTF-8, a missing or non-text column, a damaged file; names file and line. With `on_error`
+            `skip` such a document has an `error` instead, and so has the rest of a damaged file.
     """
-    suffix = suffix_of(path)
+    columns = Columns(options.text_column, options.template)
+    skip = options.on_error == "skip"
     try:
-        if suffix in TEXT:
-            yield read_text(path)
-        elif suffix == ".jsonl":
-            yield from read_lines(path, text_column, part or Part(0, path.stat().st_size, 0))
-        elif suffix in JSONL:
-            yield from read_packed_lines(path, text_column)
+        for row in read_rows(path, options, part, columns):
+            try:
+                if isinstance(row.value, Unreadable):
+                    raise row.value
+                text = columns.text(row.value, row.where)
+            except Unreadable as error:
+                if not skip:
+                    raise
+                yield Document("", row.source_bytes, error)
+                continue
+            yield from divided(text, row.source_bytes, options.separator)
+    except Unreadable as error:
+        if not skip:
+            raise
+        yield Document("", 0.0, error)
+
+
+def divided(text: str, source_bytes: float, separator: str | None) -> Iterator[Document]:
+    """`text`, cut at `separator`."""
+    if not separator or separator not in text:
+        yield Document(text, source_bytes)
+        return
+    texts = [part.decode() for part in split_at(iter([text.encode()]), separator.encode())]
+    yield from (Document(part, source_bytes / len(texts)) for part in texts)
+
+
+def read_rows(
+    path: Path, options: TextOptions = TEXT_OPTIONS, part: Part | None = None, columns: Columns | None = None
+) -> Iterator[Row]:
+    """What documents are made of; of .parquet only the `columns`, if they are given.
+
+    Raises:
+        UserError: the file cannot be read, or it is not of its kind.
+    """
+    ending = ending_of(path, options)
+    packing = packing_of(ending)
+    try:
+        if ending in PARQUET:
+            yield from read_parquet(path, columns, part)
+        elif ending in (".jsonl", ".ndjson") and is_utf8(path, options.encoding):
+            yield from read_lines(path, part or Part(0, path.stat().st_size, 0))
         else:
-            yield from read_parquet(path, text_column, part)
+            with path.open("rb") as raw, unpacked(raw, path, packing) as stream:
+                before, read = 0, READERS[ending.removesuffix(packing)]
+                text = in_utf8(stream, options.encoding, path)
+                for value, where in read(text, path, columns, options.separator):
+                    before, consumed = raw.tell(), raw.tell() - before  # of the file itself
+                    yield Row(value, consumed, where)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
 
 
-def read_text(path: Path) -> Document:
-    data = path.read_bytes()
-    if b"\0" in data[:SNIFFED]:
-        raise UserError(f"{path} is not text: it holds zero bytes, as binary files and UTF-16 do; convert it to UTF-8")
-    return Document(decode(data, path), len(data))
+def unpacked(raw: io.BufferedReader, path: Path, packing: str) -> AbstractContextManager[BufferedStream]:
+    return decompressed(raw, path, packing) if packing else nullcontext(raw)
+
+
+def read_lines(path: Path, part: Part) -> Iterator[Row]:
+    """The rows whose lines start in [part.start, part.stop)."""
+    with path.open("rb") as raw:
+        at = part.start
+        if at:  # the line that holds the byte before belongs to the part before
+            raw.seek(at - 1)
+            at += len(next_line(raw, partial(place_of, path, at - 1))) - 1
+        while at < part.stop and (line := next_line(raw, partial(place_of, path, at))):
+            where = partial(place_of, path, at)
+            content = line if at else line.removeprefix(BOM_UTF8)
+            if content.strip():
+                yield Row(parse(content, where), len(line), where)
+            at += len(line)
+
+
+def place_of(path: Path, at: int) -> str:
+    """File and line of the byte `at`: lines are counted only for a message."""
+    with path.open("rb") as raw:
+        lines = sum(block.count(b"\n") for block in blocks(raw, at))
+    return f"{path}, line {1 + lines}"
+
+
+def blocks(raw: BinaryIO, stop: int) -> Iterator[bytes]:
+    """The bytes before `stop`, some at a time."""
+    while raw.tell() < stop and (block := raw.read(min(BLOCK, stop - raw.tell()))):
+        yield block
 
 
 def decode(data: bytes, path: Path, first_line: int = 1) -> str:
@@ -73,70 +228,4 @@ def decode(data: bytes, path: Path, first_line: int = 1) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         line = first_line + data[: error.start].count(b"\n")
-        raise UserError(
-            f"{path}, line {line}: byte 0x{data[error.start]:02x} is not valid UTF-8; convert the file to UTF-8"
-        ) from None
-
-
-def read_packed_lines(path: Path, column: str) -> Iterator[Document]:
-    with path.open("rb") as raw, decompressed(raw, path) as lines:
-        before = 0
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                text = text_of_line(decode(line, path, number), column, f"{path}, line {number}")
-                before, consumed = raw.tell(), raw.tell() - before  # of the file itself
-                yield Document(text, consumed)
-
-
-def read_lines(path: Path, column: str, part: Part) -> Iterator[Document]:
-    """The documents whose lines start in [part.start, part.stop)."""
-    with path.open("rb") as raw:
-        at = part.start
-        if at:  # the line that holds the byte before belongs to the part before
-            raw.seek(at - 1)
-            at += len(raw.readline()) - 1
-        while at < part.stop and (line := raw.readline()):
-            if line.strip():
-                yield Document(text_at(line, path, column, at), len(line))
-            at += len(line)
-
-
-def text_at(line: bytes, path: Path, column: str, at: int) -> str:
-    """The text of the line that starts at byte `at`; lines are counted only for a message."""
-    try:
-        return text_of_line(decode(line, path), column, "")
-    except UserError:
-        with path.open("rb") as raw:
-            number = 1 + sum(block.count(b"\n") for block in blocks(raw, at))
-        return text_of_line(decode(line, path, number), column, f"{path}, line {number}")
-
-
-def blocks(raw: BinaryIO, stop: int, size: int = 1 << 20) -> Iterator[bytes]:
-    """The bytes before `stop`, some at a time."""
-    while raw.tell() < stop and (block := raw.read(min(size, stop - raw.tell()))):
-        yield block
-
-
-def text_of_line(line: str, column: str, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error}); a .jsonl file has one JSON object a line") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: not a JSON object, so it has no column {column!r}")
-    if column not in row:
-        raise UserError(
-            f"{where}: no column {column!r}, there are {', '.join(row) or 'none'}; name it with --text-column"
-        )
-    text = row[column]
-    if text is not None and not isinstance(text, str):
-        raise UserError(
-            f"{where}: column {column!r} is not text but {type(text).__name__}; name another with --text-column"
-        )
-    try:
-        (text or "").encode()
-    except UnicodeEncodeError:
-        raise UserError(
-            f"{where}: the text has a lone surrogate (\\ud800…), which is no character; repair it"
-        ) from None
-    return text or ""
+        raise not_utf8(f"{path}, line {line}", data[error.start]) from None

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -79,7 +80,7 @@ class Job:
         return accelerate(self.tokenizer, self.work) if self._fast else self.tokenizer
 
     def run(self, listing: Listing) -> Manifest:
-        everything = [*listing.train, *listing.val]
+        everything = listing.files
         self._total = max(1, sum(source.bytes for source in everything))
         if self._fast:
             save_model(self.tokenizer, self.work)  # for other processes
@@ -87,7 +88,7 @@ class Job:
             left.unlink()
         splits: Sequence[Split] = ("train",) * len(listing.train) + ("val",) * len(listing.val)
         here = zip(localized(everything, self.download), splits)
-        plan = partitions(here, target_bytes(self._total), self.settings.key())
+        plan = partitions(here, target_bytes(self._total), self.settings.key(), self.settings.text)
         state, plan = self._earlier(plan)
         audit = Audit(self.work, self.tokenizer, np.dtype(self.settings.dtype)) if self._fast else None
         places = (self.out, self.work, self.settings, self.shard_tokens, state)
@@ -182,6 +183,19 @@ class Job:
                 path.unlink()
         remove_leftovers(self.out)
 
+    def options(self) -> dict[str, Any]:
+        """What shapes the bytes, for the manifest."""
+        return {
+            "val_rule": self.settings.rule,
+            "val_fraction": self.settings.val_fraction,
+            "text_column": self.settings.text.text_column,
+            **self.settings.text.changed(),
+            "shard_tokens": self.shard_tokens,
+            "min_chars": self.settings.min_chars,
+            "dedup": self.settings.dedup,
+            "decontaminate": list(self.evaluations.files) if self.evaluations else [],
+        }
+
     def _finish(self, shards: list[Shard], summary: Summary, left_out: Mapping[str, int]) -> Manifest:
         """Write what belongs to the shards; the manifest last."""
         if self.tokenizer.name not in NAMED:
@@ -197,15 +211,7 @@ class Job:
             shards=tuple(shards),
             text_bytes=summary.text_bytes,
             sources=tuple(summary.sources),
-            options={
-                "val_rule": self.settings.rule,
-                "val_fraction": self.settings.val_fraction,
-                "text_column": self.settings.text_column,
-                "shard_tokens": self.shard_tokens,
-                "min_chars": self.settings.min_chars,
-                "dedup": self.settings.dedup,
-                "decontaminate": list(self.evaluations.files) if self.evaluations else [],
-            },
+            options=self.options(),
             removed=summary.removed,
             left_out=dict(left_out),
             made_with={

@@ -3,6 +3,8 @@
 import functools
 import hashlib
 import platform
+import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,11 +13,12 @@ from typing import Any
 
 from regpt.data.document import Document, Part
 from regpt.data.download import PATIENCE, Checksum, Patience
-from regpt.data.listing import split_once
+from regpt.data.listing import Wanted, split_once
 from regpt.data.pydocs import pydocs
 from regpt.data.remote import RemoteFile, RemoteOptions, find_remote, is_remote
-from regpt.data.sources import DownloadProgress, Source, SourceFile, find_files, sha256_of
-from regpt.errors import UserError
+from regpt.data.settings import TEXT_OPTIONS, TextOptions
+from regpt.data.sources import DownloadProgress, Source, SourceFile, find_files, sha256_of, text_files
+from regpt.errors import UsageError, UserError
 from regpt.files import is_file
 
 # The lecture's debugging text: 40,000 lines of Shakespeare in one file (karpathy/char-rnn).
@@ -53,6 +56,7 @@ class NamedOptions:
 
 
 NAMED_OPTIONS = NamedOptions()
+STDIN = "-"
 
 
 @dataclass(frozen=True)
@@ -78,15 +82,18 @@ class TextSet:
     def localize(self, progress: DownloadProgress | None = None) -> "TextSet":
         return self
 
-    def parts(self, target_bytes: int) -> list[Part]:
+    def parts(self, target_bytes: int, options: TextOptions = TEXT_OPTIONS) -> list[Part]:
         return [Part(0, 1, self.bytes)]
+
+    def known(self) -> dict[str, Any]:
+        return self.record()
 
     def record(self) -> dict[str, Any]:
         """`sha256` is that of the texts, each followed by a zero byte."""
         digest = hashlib.sha256(b"".join(text.encode() + b"\0" for text in self.texts)).hexdigest()
         return {"source": self.source, "bytes": self.bytes, "sha256": digest, **self.details}
 
-    def documents(self, text_column: str, part: Part | None = None) -> Iterator[Document]:
+    def documents(self, options: TextOptions = TEXT_OPTIONS, part: Part | None = None) -> Iterator[Document]:
         return (Document(text, len(text.encode())) for text in self.texts)
 
 
@@ -98,37 +105,87 @@ class Listing:
     val: list[Source]
     left_out: Counter[str]
 
+    @property
+    def files(self) -> list[Source]:
+        return [*self.train, *self.val]
 
-def list_sources(given: Sequence[str], val: Sequence[str] = (), options: NamedOptions = NAMED_OPTIONS) -> Listing:
+    def discard(self) -> None:
+        """Delete what was kept of stdin."""
+        for source in self.files:
+            if isinstance(source, SourceFile) and source.source == STDIN:
+                source.path.unlink(missing_ok=True)
+
+
+def list_sources(
+    given: Sequence[str],
+    val: Sequence[str] = (),
+    options: NamedOptions = NAMED_OPTIONS,
+    text: TextOptions = TEXT_OPTIONS,
+) -> Listing:
     """Everything that the SOURCE arguments name, in the order given; remote files are not downloaded yet.
 
     Raises:
         UserError: nothing readable under one of them, a place that cannot be reached, or all of it is held out.
     """
     left_out: Counter[str] = Counter()
-    opened = (open_sources(given, options, left_out), open_sources(val, options, left_out))
-    train, held_out = split_once(*opened, lambda source: source.identity, left_out)
-    if opened[0] and not train:
+    if [*given, *val].count(STDIN) > 1:
+        raise UsageError(f"stdin ({STDIN}) is given twice, but can be read once; leave one out")
+    wanted = text_files(text)
+    opened = [
+        [found for source in names for found in open_source(source, options, left_out, text, wanted)]
+        for names in (given, val)
+    ]
+    train, held_out = split_once(opened[0], opened[1], lambda source: source.identity, left_out)
+    if given and not train:
         raise UserError("every source is held out by --val, so nothing is left to train on; give other files too")
     return Listing(train, held_out, left_out)
 
 
-def open_sources(
-    given: Sequence[str], options: NamedOptions = NAMED_OPTIONS, left_out: Counter[str] | None = None
-) -> list[Source]:
-    """The files of each SOURCE, which may repeat; see `list_sources`."""
-    left_out = Counter() if left_out is None else left_out
-    return [found for source in given for found in open_source(source, options, left_out)]
+def open_sources(given: Sequence[str], options: NamedOptions = NAMED_OPTIONS) -> list[Source]:
+    """The files of each SOURCE, each once; see `list_sources`."""
+    return list_sources(given, options=options).train
 
 
-def open_source(source: str, options: NamedOptions, left_out: Counter[str]) -> Sequence[Source]:
+def open_source(
+    source: str, options: NamedOptions, left_out: Counter[str], text: TextOptions, wanted: Wanted
+) -> Sequence[Source]:
+    if source == STDIN:
+        return [standard_input(options.remote.cache / "stdin", text.format)]
     if source == "pydocs":
         return [python_docs()]
     if source == "tinyshakespeare":
         return [local_shakespeare(options.file) if options.file else remote_shakespeare(options)]
     if source in HUB_SETS:
         return find_remote(HUB_SETS[source], options.remote, left_out, source)
-    return find_remote(source, options.remote, left_out) if is_remote(source) else find_files(source, left_out)
+    if is_remote(source):
+        return find_remote(source, options.remote, left_out, wanted=wanted)
+    return find_files(source, left_out, wanted)
+
+
+def standard_input(folder: Path, ending: str | None) -> SourceFile:
+    """What arrives on stdin, kept in `folder` under its hash: it is read more than once, and again after a stop.
+
+    Raises:
+        UsageError: nothing says what it is, or it is a terminal.
+    """
+    if not ending:
+        raise UsageError(f"stdin ({STDIN}) has no name that says what it is; add --format, such as --format jsonl")
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError(f"stdin ({STDIN}) is a terminal; pipe text into the command")
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+        partial = Path(file.name)
+        try:
+            while block := sys.stdin.buffer.read(1 << 20):
+                digest.update(block)
+                file.write(block)
+        except BaseException:
+            partial.unlink()
+            raise
+    path = folder / f"{digest.hexdigest()[:16]}.{ending}"
+    partial.unlink() if path.exists() else partial.replace(path)
+    return SourceFile(STDIN, "stdin", path, sha256=digest.hexdigest())
 
 
 @functools.cache

@@ -1,11 +1,13 @@
-"""Parquet files → documents, a batch of one row group's text column at a time."""
+"""Parquet files → rows, a batch of one row group's text column at a time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from regpt.data.document import Document, Part
+from regpt.data.columns import HOW, Columns, missing
+from regpt.data.document import Part, Row, Unreadable
 from regpt.errors import UserError
 
 PARQUET_BUFFER = 1 << 20  # of a column that is read at a time, instead of its whole row group
@@ -29,25 +31,33 @@ def row_groups(path: Path, target_bytes: int) -> list[Part]:
     return parts or [Part(0, 0, size)]
 
 
-def read_parquet(path: Path, column: str, part: Part | None = None) -> Iterator[Document]:
+def read_parquet(path: Path, columns: Columns | None, part: Part | None = None) -> Iterator[Row]:
+    """The rows of `path`, or of a part: all columns, or those that `columns` needs; of a single one the text itself."""
     with opened_parquet(path) as file:
-        check_column(file.schema_arrow, column, path)
+        names = check_columns(file, columns, path) if columns else None
+        alone = names is not None and len(names) == 1 and names[0] in file.schema_arrow.names
         groups = range(part.start, part.stop) if part else range(file.metadata.num_row_groups)
         rows = [file.metadata.row_group(i).num_rows for i in range(groups.stop)]
         share = (part.bytes if part else path.stat().st_size) / max(1, sum(rows[groups.start :]))
         row = sum(rows[: groups.start])
         for group in groups:  # one by one: pyarrow fetches all the groups that it is given at once
-            asked = {"batch_size": batch_rows(file.metadata.row_group(group), column), "columns": [column]}
+            asked = {"batch_size": batch_rows(file.metadata.row_group(group), names), "columns": names}
             for batch in file.iter_batches(row_groups=[group], use_threads=False, **asked):
-                for text in strings_of(batch.column(0), path, row):
-                    yield Document(text, share)
+                values = batch.column(0) if alone else batch.to_struct_array()
+                for number, value in enumerate(values_of(values, path, row), start=row):
+                    yield Row(value, share, partial("{}, row {}".format, path, number))
                 row += len(batch)
 
 
-def batch_rows(group: Any, column: str) -> int:
-    """Rows of a row group that are about `BATCH_BYTES`."""
-    columns = map(group.column, range(group.num_columns))
-    size = sum(chunk.total_uncompressed_size for chunk in columns if chunk.path_in_schema == column)
+def batch_rows(group: Any, names: Sequence[str] | None) -> int:
+    """Rows of a row group whose columns `names` (None: all) are about `BATCH_BYTES`."""
+    chunks = map(group.column, range(group.num_columns))
+    asked = None if names is None else tuple(name + "." for name in names)
+    size = sum(
+        chunk.total_uncompressed_size
+        for chunk in chunks
+        if asked is None or (chunk.path_in_schema + ".").startswith(asked)
+    )
     return max(1, min(BATCH_ROWS, BATCH_BYTES * group.num_rows // max(1, size)))
 
 
@@ -60,25 +70,61 @@ def opened_parquet(path: Path) -> Iterator[Any]:
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=PARQUET_BUFFER) as file:
             yield file
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is damaged or not a parquet file ({str(error).splitlines()[0]})") from None
+        said = f"{path} is damaged or not a parquet file ({str(error).splitlines()[0]})"
+        raise Unreadable(said, "damaged") from None
 
 
-def check_column(schema: Any, column: str, path: Path) -> None:
-    pa, _ = import_pyarrow(path)
-    if schema.names.count(column) != 1:
-        how = "more than one column" if column in schema.names else "no column"
-        raise UserError(f"{path} has {how} {column!r}, there are {', '.join(schema.names)}; name it with --text-column")
-    kind = schema.field(column).type
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        raise UserError(f"{path}: column {column!r} is not text but {kind}; name another with --text-column")
+def check_columns(file: Any, columns: Columns, path: Path) -> list[str]:
+    """The columns that are asked for; see `read_parquet`.
+
+    Raises:
+        UserError: one is not there, is there twice, or is not text.
+    """
+    schema = file.schema_arrow
+    leaves = [file.metadata.schema.column(i).path for i in range(file.metadata.num_columns)]
+    for name in columns.names:
+        if schema.names.count(name) > 1:
+            raise UserError(f"{path} has more than one column {name!r}, there are {', '.join(schema.names)}; {HOW}")
+        kind = type_of(schema, name)
+        if kind is None:
+            raise UserError(f"{path} has {missing(name, leaves)}")
+        if columns.alone and not is_text(kind, path):
+            raise UserError(f"{path}: column {name!r} is not text but {kind}; name another with --text-column")
+    return list(columns.names)
 
 
-def strings_of(values: Any, path: Path, first_row: int) -> Sequence[str]:
+def type_of(schema: Any, name: str) -> Any:
+    """The type of a column, or of a field inside columns; None if there is none."""
+    if name in schema.names:
+        return schema.field(name).type
+    kind, fields = None, schema
+    for key in name.split("."):
+        index = fields.get_field_index(key) if hasattr(fields, "get_field_index") else -1
+        if index < 0:
+            return None
+        kind = fields = fields.field(index).type
+    return kind
+
+
+def is_text(kind: Any, path: Path) -> bool:
+    types = import_pyarrow(path)[0].types
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+
+
+def values_of(values: Any, path: Path, first_row: int) -> Iterable[Any]:
+    """Python's values; where text is not UTF-8, an `Unreadable`."""
     try:
-        return [text or "" for text in values.to_pylist()]
+        return ["" if value is None else value for value in values.to_pylist()]
     except UnicodeDecodeError:
-        raise UserError(f"{path}, rows from {first_row}: the text is not valid UTF-8; convert the file") from None
+        return (value_of(value, f"{path}, row {row}") for row, value in enumerate(values, start=first_row))
+
+
+def value_of(value: Any, where: str) -> Any:
+    try:
+        return "" if (found := value.as_py()) is None else found
+    except UnicodeDecodeError:
+        return Unreadable(f"{where}: the text is not valid UTF-8; convert the file", "not_utf8")
 
 
 def import_pyarrow(path: Path) -> tuple[Any, Any]:

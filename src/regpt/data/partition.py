@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from regpt.data.document import Part
+from regpt.data.settings import TEXT_OPTIONS, TextOptions
 from regpt.data.sources import Source, SourceFile
 from regpt.errors import UserError
 
@@ -108,12 +109,14 @@ def target_bytes(total: int) -> int:
     return min(MAX_BYTES, max(MIN_BYTES, total // PER_CORPUS))
 
 
-def partitions(sources: Iterable[tuple[Source, Split]], target: int, settings_key: str) -> Iterator[Partition]:
+def partitions(
+    sources: Iterable[tuple[Source, Split]], target: int, settings_key: str, options: TextOptions = TEXT_OPTIONS
+) -> Iterator[Partition]:
     """Parts of sources on this machine, small ones put together until they reach `target` bytes."""
     index, group, size = 0, [], 0
     for source, split in sources:
         stamp = stamp_of(source)
-        for i, part in enumerate(source.parts(target)):
+        for i, part in enumerate(source.parts(target, options)):
             if group and (size >= target or group[-1].split != split):
                 yield partition(index, group, settings_key)
                 index, group, size = index + 1, [], 0

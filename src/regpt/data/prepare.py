@@ -9,7 +9,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +17,14 @@ from regpt.data.assemble import STATE
 from regpt.data.attempt import FULL
 from regpt.data.contamination import Evaluations, read_evaluations
 from regpt.data.corpus import default_fraction, split_rule
+from regpt.data.finished import finished
+from regpt.data.formats import check_text
 from regpt.data.job import Job, Progress
 from regpt.data.lock import locked
 from regpt.data.manifest import Manifest
-from regpt.data.named import NAMED_OPTIONS, NamedOptions, list_sources
+from regpt.data.named import NAMED_OPTIONS, Listing, NamedOptions, list_sources
 from regpt.data.placement import Placement, count_workers, start_pool
-from regpt.data.settings import Filters, Settings
+from regpt.data.settings import TEXT_OPTIONS, Filters, Settings, TextOptions
 from regpt.data.sources import DownloadProgress
 from regpt.data.workers import DiskFull
 from regpt.data.write import remove_leftovers, write_file
@@ -35,10 +37,10 @@ WORK = ".work"
 FLAGS = {  # of the settings that an attempt must share with the one that it goes on from
     "tokenizer_sha256": "--tokenizer",
     "val_fraction": "--val-fraction",
-    "text_column": "--text-column",
     "min_chars": "--min-chars",
     "dedup": "--dedup",
     "evaluations": "--decontaminate",
+    **{field.name: f"--{field.name.replace('_', '-')}" for field in fields(TextOptions)},
 }
 NO_FILTERS = Filters()
 
@@ -50,7 +52,7 @@ def prepare(
     *,
     val_sources: Sequence[str] = (),
     val_fraction: float | None = None,
-    text_column: str = "text",
+    text: TextOptions = TEXT_OPTIONS,
     shard_tokens: int = SHARD_TOKENS,
     filters: Filters = NO_FILTERS,
     workers: int | None = None,
@@ -76,20 +78,25 @@ def prepare(
     """
     placement = Placement(workers, executor, address, encoder)
     check_options(sources, val_fraction, shard_tokens, filters, placement)
+    check_text(text)
     check_out(out)
-    listing = list_sources(sources, val_sources, named)
-    opened, val_opened = listing.train, listing.val
-    count = count_workers(placement, filters)
+    listing = list_sources(sources, val_sources, named, text)
+    count = 1 if is_finished(out) else count_workers(placement, filters)
     try:
-        with start_pool(count, placement, [*opened, *val_opened], tokenizer) or contextlib.nullcontext() as pool:
+        with start_pool(count, placement, listing.files, tokenizer) or contextlib.nullcontext() as pool:
             evaluations = read_evaluations(filters.decontaminate) if filters.decontaminate else None
-            share = default_fraction(opened) if val_fraction is None else val_fraction
-            rule = split_rule(opened, bool(val_opened), share, text_column, download)
-            settings = make_settings(tokenizer, placement, rule, share, text_column, filters, evaluations)
+            share = default_fraction(listing.train) if val_fraction is None else val_fraction
+            rule = split_rule(listing.train, bool(listing.val), share, text, download)
+            settings = make_settings(tokenizer, placement, rule, share, text, filters, evaluations)
             places = (out, out / WORK, tokenizer, settings, shard_tokens, placement)
             job = Job(*places, count, pool, evaluations, progress, download)
-            with in_work_folder(job.work, out, settings, evaluations, restart):
-                return job.run(listing)
+            if is_finished(out):
+                manifest = finished(out, tokenizer, job.options(), known_records(listing))
+            else:
+                with in_work_folder(job.work, out, settings, evaluations, restart):
+                    manifest = job.run(listing)
+            listing.discard()
+            return manifest
     except (DiskFull, OSError) as error:
         if isinstance(error, OSError) and error.errno not in FULL:
             raise
@@ -101,7 +108,7 @@ def make_settings(
     placement: Placement,
     rule: str,
     val_fraction: float,
-    text_column: str,
+    text: TextOptions,
     filters: Filters,
     evaluations: Evaluations | None,
 ) -> Settings:
@@ -113,11 +120,17 @@ def make_settings(
         encoder=placement.encoder,
         rule=rule,
         val_fraction=val_fraction,
-        text_column=text_column,
+        text=text,
         min_chars=filters.min_chars,
         dedup=filters.dedup,
         evaluations=tuple(file["sha256"] for file in evaluations.files) if evaluations else (),
     )
+
+
+def known_records(listing: Listing) -> list[dict[str, Any]]:
+    """What the manifest would say of the sources; of files elsewhere as much as is known without a download."""
+    splits = ["train"] * len(listing.train) + ["val"] * len(listing.val)
+    return [{**source.known(), "split": split} for source, split in zip(listing.files, splits)]
 
 
 def check_options(
@@ -138,13 +151,14 @@ def check_options(
 
 
 def check_out(out: Path) -> None:
-    if exists(out / "manifest.json"):
-        shutil.rmtree(out / WORK, ignore_errors=True)  # it was finished, and killed before it could tidy up
-        raise UserError(
-            f"{out} already holds a data set (see: regpt data info {out}); choose another --out or delete it"
-        )
+    if is_finished(out):
+        shutil.rmtree(out / WORK, ignore_errors=True)  # of a process that was killed before it could tidy up
     if exists(out) and not is_folder(out):
         raise UserError(f"--out {out} is a file; give a folder")
+
+
+def is_finished(out: Path) -> bool:
+    return exists(out / "manifest.json")
 
 
 @contextlib.contextmanager
@@ -153,7 +167,8 @@ def in_work_folder(work: Path, out: Path, settings: Settings, evaluations: Evalu
     make_folder(work, out)
     try:
         with locked(work / "lock", out):
-            check_out(out)  # another process may have finished it meanwhile
+            if is_finished(out):  # by another process, meanwhile
+                raise UserError(f"{out} already holds a data set; repeat the command to compare it")
             if restart:
                 clear(work, out)
             begin(work, out, settings)
@@ -162,7 +177,7 @@ def in_work_folder(work: Path, out: Path, settings: Settings, evaluations: Evalu
             try:
                 yield
             finally:
-                if exists(out / "manifest.json"):
+                if is_finished(out):
                     clear(work)
                 elif not is_begun(work):
                     clear(work, out)
@@ -184,9 +199,10 @@ def begin(work: Path, out: Path, settings: Settings) -> None:
     file, now = work / "settings.json", json.loads(json.dumps(asdict(settings)))
     if is_begun(work) and file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
+        before, new = before | before.get("text", {}), now | now["text"]
         for name, flag in FLAGS.items():
-            if before[name] != now[name]:
-                was = f" ({shown(before[name])}, now {shown(now[name])})"
+            if before.get(name, new[name]) != new[name]:
+                was = f" ({shown(before[name])}, now {shown(new[name])})"
                 raise UserError(
                     f"{out} holds an unfinished preparation with another {flag}{was}; "
                     "repeat its options to go on, or add --restart to give it up"

@@ -19,9 +19,9 @@ from typing import Any, BinaryIO, TypeVar
 from regpt.data.buckets import list_bucket, open_bucket
 from regpt.data.document import Document, Part
 from regpt.data.download import PATIENCE, Checksum, Patience, compare, download, persistently
-from regpt.data.formats import ALLOWED, suffix_of
 from regpt.data.hub import authorization, kept_by_hub, list_dataset
-from regpt.data.listing import choose, without_hidden
+from regpt.data.listing import Wanted, choose, without_hidden
+from regpt.data.settings import TEXT_OPTIONS, TextOptions
 from regpt.data.sources import TEXT_FILES, Download, DownloadProgress, Source, SourceFile
 from regpt.data.web import open_http, probe, shown
 from regpt.errors import UserError
@@ -87,11 +87,16 @@ class RemoteFile:
         key = hashlib.sha256("\n".join((self.address, self.version, str(self.bytes))).encode()).hexdigest()[:16]
         return self.options.cache / "downloads" / key / PurePosixPath(self.file).name
 
-    def parts(self, target_bytes: int) -> list[Part]:
-        return self.localize().parts(target_bytes)
+    def parts(self, target_bytes: int, options: TextOptions = TEXT_OPTIONS) -> list[Part]:
+        return self.localize().parts(target_bytes, options)
 
-    def documents(self, text_column: str, part: Part | None = None) -> Iterator[Document]:
-        return self.localize().documents(text_column, part)
+    def documents(self, options: TextOptions = TEXT_OPTIONS, part: Part | None = None) -> Iterator[Document]:
+        return self.localize().documents(options, part)
+
+    def known(self) -> dict[str, Any]:
+        record = {"source": self.source, "file": self.file, "bytes": self.bytes, "url": self.url}
+        is_sha256 = self.checksum is not None and self.checksum.kind == "sha256"
+        return {**record, "sha256": self.checksum.hex} if self.checksum and is_sha256 else record
 
     def record(self) -> dict[str, Any]:
         return self.localize().record()
@@ -144,7 +149,11 @@ def is_remote(source: str) -> bool:
 
 
 def find_remote(
-    address: str, options: RemoteOptions, left_out: Counter[str], source: str | None = None
+    address: str,
+    options: RemoteOptions,
+    left_out: Counter[str],
+    source: str | None = None,
+    wanted: Wanted = TEXT_FILES,
 ) -> list[Source]:
     """The files at `address`: one file, a folder (recursively) or a glob, in the order of their names.
 
@@ -155,18 +164,18 @@ def find_remote(
     """
     scheme = address.split("://")[0].lower()
     if scheme in ("http", "https"):
-        return [find_over_http(address, options)]
+        return [find_over_http(address, options, wanted)]
     patience, source = listing_patience(options), source or address
     if scheme == "hf":
         on_hub, root = list_dataset(address, options.endpoint, patience)
         return [
             RemoteFile(source, file.name, file.bytes, file.url, file.address, options, file.checksum)
-            for file in chosen({file.name: file for file in on_hub}, address, root, left_out)
+            for file in chosen({file.name: file for file in on_hub}, address, root, left_out, wanted)
         ]
     in_bucket, root = list_bucket(address, patience)
     return [
         RemoteFile(source, file.url, file.bytes, file.url, file.url, options, file.checksum, file.version)
-        for file in chosen({file.url: file for file in in_bucket}, address, root, left_out)
+        for file in chosen({file.url: file for file in in_bucket}, address, root, left_out, wanted)
     ]
 
 
@@ -174,27 +183,27 @@ def listing_patience(options: RemoteOptions) -> Patience:
     return replace(options.patience, tries=min(LISTING_TRIES, options.patience.tries))
 
 
-def chosen(files: dict[str, T], address: str, root: str | None, left_out: Counter[str]) -> list[T]:
+def chosen(files: dict[str, T], address: str, root: str | None, left_out: Counter[str], wanted: Wanted) -> list[T]:
     """Those of `files` that are read, in the order of their names. In a folder `root`, others are counted; without, all
     must be readable."""
     names = sorted(files, key=lambda name: name.split("/"))
     if root is not None:
-        readable = choose(without_hidden(names, root, left_out), TEXT_FILES.rank, left_out)
+        readable = choose(without_hidden(names, root, left_out), wanted.rank, left_out)
         if not readable:
-            raise UserError(f"{address} holds no readable file; allowed are {ALLOWED}")
+            raise UserError(f"{address} holds no readable file; allowed are {wanted.allowed}")
         return [files[name] for name in readable]
     if not names:
-        raise UserError(f"no file matches {address}; give a file, a folder or a glob of {ALLOWED}")
-    if other := next((name for name in names if not TEXT_FILES.accepts(name)), None):
-        raise TEXT_FILES.refuse(other)
+        raise UserError(f"no file matches {address}; give a file, a folder or a glob of {wanted.allowed}")
+    if other := next((name for name in names if not wanted.accepts(name)), None):
+        raise wanted.refuse(other)
     return [files[name] for name in names]
 
 
-def find_over_http(given: str, options: RemoteOptions) -> Source:
+def find_over_http(given: str, options: RemoteOptions, wanted: Wanted) -> Source:
     address, fragment = urllib.parse.urldefrag(given)
     url = shown(address)
-    if not suffix_of(Path(urllib.parse.urlsplit(address).path)):
-        raise UserError(f"{url} is not the address of one file that is read; allowed are {ALLOWED}")
+    if not wanted.accepts(urllib.parse.urlsplit(address).path):
+        raise UserError(f"{url} is not the address of one file that is read; allowed are {wanted.allowed}")
     size, version, checksum = persistently(
         lambda: probe(address, options.patience.timeout_s), url, listing_patience(options)
     )

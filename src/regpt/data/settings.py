@@ -7,6 +7,40 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True)
+class TextOptions:
+    """How files become documents.
+
+    Attributes:
+        text_column: key or column that holds the text; `doc.text` is the key `text` of the object `doc`.
+        template: text made of several columns instead, `{question} {answer}`.
+        format: the ending as which every file is read, such as `jsonl.gz`, whatever its name.
+        include: patterns (`*.py`) of the names that are read in folders; endings that are not known are plain text.
+        encoding: of the text, where no byte-order mark says it.
+        separator: what stands between two documents in a text.
+        on_error: what to do with documents that cannot be read: `stop`, or `skip` and count them.
+    """
+
+    text_column: str = "text"
+    template: str | None = None
+    format: str | None = None
+    include: tuple[str, ...] = ()
+    encoding: str = "utf-8"
+    separator: str | None = None
+    on_error: Literal["stop", "skip"] = "stop"
+
+    @classmethod
+    def from_dict(cls, given: dict[str, Any]) -> "TextOptions":
+        return cls(**{**given, "include": tuple(given["include"])})
+
+    def changed(self) -> dict[str, Any]:
+        """Those that are not the default."""
+        return {name: value for name, value in asdict(self).items() if value != getattr(TEXT_OPTIONS, name)}
+
+
+TEXT_OPTIONS = TextOptions()
+
+
+@dataclass(frozen=True)
 class Filters:
     """What is left out.
 
@@ -34,7 +68,7 @@ class Settings:
         encoder: `auto` for the fast one where it is installed, or `exact`.
         rule: how documents are held out: `documents`, `cut`, `sources` or `none`.
         val_fraction: of the rules `documents` and `cut`.
-        text_column: of .jsonl and .parquet.
+        text: how files become documents.
         min_chars: shorter documents are left out.
         dedup: `none`, `exact` or `near`.
         evaluations: SHA-256 of each evaluation file whose text is left out.
@@ -47,7 +81,7 @@ class Settings:
     encoder: str = "auto"
     rule: str = "documents"
     val_fraction: float = 0.0
-    text_column: str = "text"
+    text: TextOptions = TEXT_OPTIONS
     min_chars: int = 0
     dedup: str = "none"
     evaluations: tuple[str, ...] = ()
@@ -64,4 +98,5 @@ class Settings:
 
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> "Settings":
-        return cls(**{**given, "evaluations": tuple(given["evaluations"])})
+        text = TextOptions.from_dict(given["text"])
+        return cls(**{**given, "text": text, "evaluations": tuple(given["evaluations"])})

@@ -8,7 +8,7 @@ a folder, glob or repository in the order of their names. What can be asked of a
    retried, checked against the published hash), a local one returns itself. Safe from several threads and processes:
    one downloads, the others wait. `remote.localized(sources)` does it one file ahead of the reader.
 3. Of a localized source only: `parts(target_bytes)`, its division for several readers; a function of the file and
-   `target_bytes` alone. `documents(text_column, part)` reads one part: the parts in their order are the file.
+   `target_bytes` alone. `documents(options, part)` reads one part: the parts in their order are the file.
    `record()` is what the manifest keeps: it hashes the file.
 
 Sources and parts are small and can be pickled, so that another process reads them.
@@ -18,12 +18,16 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
 
+from regpt.data.compression import packing_of
 from regpt.data.document import Document, Part
-from regpt.data.formats import ALLOWED, parts_of, read_documents, suffix_of
+from regpt.data.encodings import has_mark
+from regpt.data.formats import ALLOWED, TABLES, parts_of, read_documents, suffix_of
 from regpt.data.listing import Wanted, find_local, identity, printable
+from regpt.data.settings import TEXT_OPTIONS, TextOptions
 from regpt.errors import UserError
 
 NAMED = (
@@ -34,7 +38,29 @@ NAMED = (
 )  # sets that data/named.py opens; ./pydocs is a folder
 
 
-TEXT_FILES = Wanted(lambda name: int(bool(suffix_of(name))), lambda name: bool(suffix_of(name)), ALLOWED, known=NAMED)
+OTHERS = "other text files with --include '*.ENDING'"
+
+
+def text_files(options: TextOptions) -> Wanted:
+    """The files that are read as text: by their endings, or those that the options name."""
+
+    def included(name: str) -> bool:
+        names = (name, name.rpartition("/")[2])
+        return any(fnmatchcase(one, pattern) for pattern in options.include for one in names)
+
+    def rank(name: str) -> int:
+        ending = suffix_of(name)
+        if options.include or options.format:
+            return int(included(name) if options.include else True)
+        return (2 if ending.removesuffix(packing_of(ending)) in TABLES else 1) if ending else 0
+
+    def accepts(name: str) -> bool:
+        return bool(options.format or suffix_of(name) or included(name))
+
+    return Wanted(rank, accepts, f"{ALLOWED}; {OTHERS}", known=NAMED)
+
+
+TEXT_FILES = text_files(TEXT_OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -78,9 +104,13 @@ class Source(Protocol):
 
     def localize(self, progress: DownloadProgress | None = None) -> "Source": ...
 
-    def parts(self, target_bytes: int) -> list[Part]: ...
+    def parts(self, target_bytes: int, options: TextOptions = TEXT_OPTIONS) -> list[Part]: ...
 
-    def documents(self, text_column: str, part: Part | None = None) -> Iterator[Document]: ...
+    def documents(self, options: TextOptions = TEXT_OPTIONS, part: Part | None = None) -> Iterator[Document]: ...
+
+    def known(self) -> dict[str, Any]:
+        """As much of the record as needs no download."""
+        ...
 
     def record(self) -> dict[str, Any]: ...
 
@@ -114,11 +144,14 @@ class SourceFile:
     def localize(self, progress: DownloadProgress | None = None) -> "SourceFile":
         return self
 
-    def parts(self, target_bytes: int) -> list[Part]:
-        return parts_of(self.path, target_bytes)
+    def parts(self, target_bytes: int, options: TextOptions = TEXT_OPTIONS) -> list[Part]:
+        return parts_of(self.path, target_bytes, options)
 
-    def documents(self, text_column: str, part: Part | None = None) -> Iterator[Document]:
-        return read_documents(self.path, text_column, part)
+    def documents(self, options: TextOptions = TEXT_OPTIONS, part: Part | None = None) -> Iterator[Document]:
+        return read_documents(self.path, options, part)
+
+    def known(self) -> dict[str, Any]:
+        return self.record()
 
     def record(self) -> dict[str, Any]:
         """Where the text came from, for the manifest: never an absolute path that the user did not type."""
@@ -128,7 +161,8 @@ class SourceFile:
             "bytes": self.bytes,
             "sha256": self.sha256 or sha256_of(self.path),
         }
-        return {**record, "url": self.url} if self.url else record
+        mark = has_mark(self.path)
+        return {**record, **({"url": self.url} if self.url else {}), **({"byte_order_mark": 1} if mark else {})}
 
 
 def sha256_of(path: Path) -> str:
@@ -139,11 +173,11 @@ def sha256_of(path: Path) -> str:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
 
 
-def find_files(source: str, left_out: Counter[str] | None = None) -> list[SourceFile]:
+def find_files(source: str, left_out: Counter[str] | None = None, wanted: Wanted = TEXT_FILES) -> list[SourceFile]:
     """The files of one local SOURCE: a file, a folder (searched recursively) or a glob, in sorted order.
 
     Raises:
         UserError: nothing there, nothing readable there, or a file of a kind that is not read.
     """
-    found = find_local(source, TEXT_FILES, Counter() if left_out is None else left_out)
+    found = find_local(source, wanted, Counter() if left_out is None else left_out)
     return [SourceFile(printable(source), name, path) for path, name in found]

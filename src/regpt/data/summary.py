@@ -68,9 +68,12 @@ class Summary:
                 counts = {"documents": 0, "empty": 0, "val_documents": 0}
                 self.sources.append({**source["record"], "split": reading.split, **counts})
             record = self.sources[-1]
-            self._spans.append((self.rows, record, record["documents"] + record["empty"]))
+            before = sum(record.get(name, 0) for name in ("documents", "empty", "skipped"))
+            self._spans.append((self.rows, record, before))
             record["documents"] += source["documents"]
-            record["empty"] += source["rows"] - source["documents"]
+            record["empty"] += source["rows"] - source["documents"] - source["notes"].get("skipped", 0)
+            for name, count in source["notes"].items():
+                record[name] = record.get(name, 0) + count
             before = self.rows - first
             record["val_documents"] += int(np.diff(np.searchsorted(held_out, (before, before + source["rows"])))[0])
             self.rows += source["rows"]
@@ -93,9 +96,11 @@ class Summary:
         for repeat in repeats:
             said[repeat.number] = {"reason": repeat.reason, "of": self._locate(repeat.original)}
         for hit in hits:
-            assert self.evaluations
-            items = [*map(self.evaluations.name, hit["items"])]
-            said[first + hit["number"]] = {"reason": "contaminated", "items": items}
+            named = {name: hit[name] for name in ("reason", "error") if name in hit}
+            if "items" in hit:
+                assert self.evaluations
+                named["items"] = [*map(self.evaluations.name, hit["items"])]
+            said[first + hit["number"]] = named
         return [{**self._locate(number), **said[number]} for number in sorted(said)]
 
     def _write(self, lines: Sequence[dict[str, Any]]) -> None:

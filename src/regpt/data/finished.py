@@ -1,0 +1,53 @@
+"""The same command again on a folder that is finished: either there is nothing to do, or something differs."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from regpt.data.manifest import Manifest, read_manifest
+from regpt.errors import UserError
+from regpt.text.tokenizer import Tokenizer
+
+Record = Mapping[str, Any]
+
+
+def finished(out: Path, tokenizer: Tokenizer, options: Record, records: Sequence[Record]) -> Manifest:
+    """The manifest of `out`, if the same tokenizer, options and sources made it.
+
+    `options` and `records` are those of a new manifest; what a record leaves out is not compared.
+
+    Raises:
+        UserError: something differs, or the folder is damaged.
+    """
+    manifest = read_manifest(out)
+    for what in differences(manifest, tokenizer, options, records):
+        raise UserError(
+            f"{out} already holds a data set, made {what} (see: regpt data info {out}); choose another --out or "
+            "delete it"
+        )
+    return manifest
+
+
+def differences(manifest: Manifest, tokenizer: Tokenizer, options: Record, records: Sequence[Record]) -> Iterator[str]:
+    """Phrases that begin after `made`."""
+    if manifest.tokenizer_sha256 != tokenizer.sha256:
+        yield f"with another --tokenizer ({manifest.tokenizer}, now {tokenizer.name})"
+    for name in {**options, **manifest.options}:
+        before, now = manifest.options.get(name), options.get(name)
+        if before != now:
+            yield f"with another {name.replace('_', ' ')} ({before}, now {now})"
+    before, now = ({name_of(record): record for record in group} for group in (manifest.sources, records))
+    for name in {**before, **now}:
+        shown = f"{name[1]} in {name[0]}" if name[1] else name[0]
+        if name not in now:
+            yield f"with {shown} for {name[2]}"
+        elif name not in before:
+            yield f"without {shown} for {name[2]}"
+        elif any(now[name][key] != before[name][key] for key in now[name].keys() & before[name].keys()):
+            yield f"when {shown} had other content"
+    if list(before) != list(now):
+        yield "from the sources in another order"
+
+
+def name_of(record: Record) -> tuple[str, str, str]:
+    return record["source"], record.get("file", ""), record["split"]
