@@ -203,7 +203,7 @@ def test_runs_of_words_do_not_depend_on_where_a_long_text_is_cut(monkeypatch):
     ("name", "content", "said"),
     [
         ("none.jsonl", None, "is not an evaluation file"),
-        ("a.csv", "x", "is not an evaluation file; give files of .txt"),
+        ("a.docx", "x", "is not an evaluation file; give files of .txt"),
         ("a.jsonl", "{", "line 1: not JSON"),
         ("a.jsonl", '{"a": "b"}\n', "holds no text of 13 words to look for"),
     ],

@@ -107,7 +107,7 @@ def served(request, monkeypatch) -> Iterator[tuple[str, Bucket]]:
     package = pytest.importorskip({"gs": "gcsfs.core", "s3": "s3fs"}[request.param], reason="needs regpt[buckets]")
     serving = serve(GoogleStorage if request.param == "gs" else S3)
     site = next(serving)
-    site.objects = {"d/1.txt": b"one", "d/x/2.jsonl": jsonl(["two"]), "d/z.csv": b"1", "long.txt": TEXT * 40}
+    site.objects = {"d/1.txt": b"one", "d/x/2.jsonl": jsonl(["two"]), "d/z.docx": b"1", "long.txt": TEXT * 40}
     options = {"endpoint_url": site.url, **({"token": "anon"} if request.param == "gs" else {})}
     monkeypatch.setitem(fsspec.config.conf, request.param, options)
     if request.param == "gs":  # gcsfs asks a second interface, gRPC, of what kind a bucket is
@@ -148,7 +148,7 @@ def test_google_and_amazon_are_read_by_file_folder_and_glob(served, options):
     [
         ("bkt/none.txt", r"bkt/none\.txt could not be read: there is no such file"),
         ("other/a.txt", r"other/a\.txt could not be read: there is no such file"),
-        ("bkt/d/z.csv", r"z\.csv' is of a kind that is not read"),
+        ("bkt/d/z.docx", r"z\.docx' is of a kind that is not read"),
         ("bkt/*.md", r"no file matches .*://bkt/\*\.md"),
     ],
 )

@@ -42,8 +42,8 @@ def prepare(
         sources: files, folders, globs, addresses or named sets, as for `regpt data prepare`.
         tokenizer: `gpt2`, a folder or file that `train_tokenizer` wrote, or the tokenizer itself.
         val: sources to hold out; otherwise `val_fraction` of the documents (0.1 below 10 MB of text, 0.005 above).
-        options: how files become documents (`template`, `separator`, `encoding`, … of `regpt.data.settings.TextOptions`),
-            and the rest of what `regpt.data.prepare.prepare` takes, such as `workers`.
+        options: how files become documents (the rest of `regpt.data.settings.TextOptions`: `template`, `separator`,
+            `encoding`, …), and the rest of what `regpt.data.prepare.prepare` takes, such as `workers`.
 
     Raises:
         UserError: sources that cannot be read or are empty, options out of range, a folder that holds other data.
