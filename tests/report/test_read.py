@@ -59,6 +59,13 @@ BAD = {
     "a time that is an object": b'{"kind":"event","name":"resume","step":1,"time":{}}',
     "a prompt that is a list": b'{"step":1,"prompt":["a"],"texts":[]}',
     "texts that are a number": b'{"step":1,"prompt":"a","texts":5}',
+    "a loss that is a boolean": b'{"kind":"train","step":1,"loss":true}',
+    "a loss that is the text NaN": b'{"kind":"val","step":1,"loss":"NaN"}',
+    "training without a loss": b'{"kind":"train","step":1,"tokens":5}',
+    "an evaluation without a task": b'{"kind":"eval","step":1,"metric":"acc","value":0.5}',
+    "an event without a name": b'{"kind":"event","step":1}',
+    "neither a kind nor texts": b'{"step":1,"loss":1.0}',
+    "more steps than there can be": b'{"kind":"train","step":4000000000000000000,"loss":1.0}',
     "a line of 20 MB": b'{"step":1,"x":"' + b"a" * 20_000_000 + b'"}',
 }
 
@@ -76,6 +83,13 @@ def test_a_line_that_is_no_row_is_left_out_and_said(tmp_path, capsys, bad):
     assert capsys.readouterr().err.endswith(
         f"regpt: warning: 2 lines of {path} are no rows and were left out, the first is line 1\n"
     )
+
+
+def test_an_event_of_an_update_that_was_not_finite_is_a_row(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    event = {"kind": "event", "name": "non_finite", "step": 1, "loss": "nan", "grad_norm": "inf"}
+    path.write_text(json.dumps(event) + "\n", encoding="utf-8")
+    assert read_rows(path) == ([event], [])
 
 
 def test_reports_comparisons_and_laws_of_runs_with_odd_rows_say_so(make_run, capsys, tmp_path):

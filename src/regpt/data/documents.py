@@ -6,7 +6,7 @@ import numpy as np
 
 from regpt.data.bos import PackedRows
 from regpt.data.mixture import MixedRows
-from regpt.data.rows import Rows, StreamRows
+from regpt.data.rows import Rows, ShuffledRows, StreamRows
 from regpt.data.stream import Corpus, ShardStream, by_epoch
 
 
@@ -67,4 +67,7 @@ def stored_ranges(rows: Rows, row: int) -> tuple[Corpus, np.ndarray, np.ndarray]
         parts = [stream.order.segments(*part) for part in by_epoch(row * T, T + 1, stream.epoch_tokens)]
         begins, ends = (np.concatenate(bounds) for bounds in zip(*parts))
         return stream.corpus, begins, ends
+    if isinstance(rows, ShuffledRows):
+        epoch, place = divmod(row, rows.n_rows)
+        return rows.stream.corpus, *rows.segments(epoch, place, place + 1)
     raise TypeError(f"rows of the type {type(rows).__name__} are not read from shards")

@@ -13,6 +13,7 @@ from regpt.report.timeline import Row, current, current_samples, steps_back
 from regpt.structured import json_lines, parse_json, parse_toml, read_small
 
 LARGEST = 1e100  # float32 ends at 3.4e38
+MOST_STEPS = 10**12  # of a millisecond each: thirty years
 
 
 @dataclass(frozen=True)
@@ -121,11 +122,19 @@ def say_left_out(path: Path, lines: Sequence[int]) -> list[str]:
 
 
 def is_row(row: Row) -> bool:
-    """Whether `row` can be one of a run: a step from 0 on, and nothing of another kind than `KINDS` has it."""
-    step = row.get("step")
-    if not is_number(step) or not isinstance(step, int) or step < 0:
+    """Whether `row` can be one of a run: a step from 0 on, what its kind must have (`REQUIRED`; a row of samples has
+    no kind), and nothing of another kind than `KINDS` has it."""
+    step, kind = row.get("step"), row.get("kind", "samples")
+    if not is_number(step) or not isinstance(step, int) or not 0 <= step < MOST_STEPS:
         return False
-    return all(row[key] is None or is_kind(row[key]) for key, is_kind in KINDS.items() if key in row)
+    if not is_text(kind) or not all(key in row for key in REQUIRED.get(kind, ())):
+        return False
+    written = NOT_FINITE if kind == "event" else ()  # what an event says of a refused update
+    return all(
+        row[key] is None or is_kind(row[key]) or (is_text(row[key]) and row[key] in written)
+        for key, is_kind in KINDS.items()
+        if key in row
+    )
 
 
 def is_number(value: Any) -> bool:
@@ -140,6 +149,15 @@ NUMBERS = (
     *("tokens", "loss", "lr", "grad_norm", "dt_ms", "tokens_per_s", "mfu", "flops", "peak_memory_gib", "time", "bpb"),
     *("loss_ema", "bpb_ema", "value", "stderr", "n", "left_out", "ratio"),
 )
+NOT_FINITE = ("nan", "inf", "-inf")
+REQUIRED = {
+    "train": ("loss",),
+    "val": ("loss",),
+    "eval": ("task", "metric", "value"),
+    "updates": ("ratio",),
+    "event": ("name",),
+    "samples": ("texts",),
+}
 # Keys of metrics.jsonl and samples.jsonl that are looked at, and what may be there, next to null.
 KINDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(NUMBERS, is_number),

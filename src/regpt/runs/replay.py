@@ -18,12 +18,12 @@ from regpt.config import RunConfig, validate
 from regpt.data.batch import Batch
 from regpt.data.loader import Loader
 from regpt.errors import UsageError, UserError
-from regpt.files import is_file
 from regpt.model.loss import loss_sum
+from regpt.report.read import read_rows
+from regpt.report.timeline import current, steps_back
 from regpt.runs.begin import Machine, assemble, open_parts, refuse_changed_data, run_mesh, start_again, start_at
 from regpt.runs.examine import document_losses, first_spoiled_weight, worst_first
 from regpt.runs.folder import read_run_config
-from regpt.structured import json_lines
 from regpt.train.precision import autocast
 from regpt.train.trainer import Trainer, written
 
@@ -104,13 +104,11 @@ def measured(machine: Machine) -> dict[str, Any]:
 
 
 def recorded(run: Path, step: int) -> dict[str, Any] | None:
-    """What metrics.jsonl says of the step, the last time that it was made or refused."""
+    """What metrics.jsonl says of the step, the last time that it was made or refused on the run's own timeline."""
+    rows, _ = read_rows(run / "metrics.jsonl")
     found = None
-    path = run / "metrics.jsonl"
-    for _, row, _ in json_lines(path) if is_file(path) else ():
-        if row is None:  # torn by a crash
-            continue
-        made = row.get("kind") == "train" and row.get("step") == step
+    for row in current(rows, steps_back(rows)):
+        made = row.get("kind") == "train" and row["step"] == step
         if made or (row.get("name") == "non_finite" and row.get("at_step") == step):
             found = {key: row.get(key) for key in ("loss", "grad_norm", "lr")}
     return found
