@@ -1,6 +1,7 @@
 """Named tensors in safetensors files: one file, or several with an index, written and read."""
 
 import json
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,6 +90,8 @@ def shard_names(index: Path) -> list[str]:
 class TensorFiles(Mapping[str, Tensor]):
     """The tensors of some safetensors files by name; each is read, to the CPU, only when it is asked for.
 
+    Each file is opened once and stays mapped as long as this exists: what is deleted meanwhile can still be read.
+
     Raises:
         UserError: a file that is missing or damaged, a name that two files hold, or a tensor of a type that is not
             among `dtypes` (in safetensors' names, such as F32), where these are given.
@@ -97,10 +100,12 @@ class TensorFiles(Mapping[str, Tensor]):
     def __init__(self, files: Iterable[Path], dtypes: Collection[str] = ()):
         self.file_of: dict[str, Path] = {}
         self.shape_of: dict[str, tuple[int, ...]] = {}
+        self.handles: dict[Path, Any] = {}
         for file in files:
-            with opened(file) as tensors:
+            with readable(file):
+                tensors = self.handles[file] = safe_open(file, framework="pt")
                 refuse_repeated_names(file)
-                for name in tensors.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+                for name in tensors.keys():
                     if name in self.file_of:
                         raise UserError(
                             f"tensor {name!r} is in both {self.file_of[name]} and {file}; remove one of them"
@@ -115,8 +120,9 @@ class TensorFiles(Mapping[str, Tensor]):
                     self.file_of[name], self.shape_of[name] = file, tuple(header.get_shape())
 
     def __getitem__(self, name: str) -> Tensor:
-        with opened(self.file_of[name]) as tensors:
-            return tensors.get_tensor(name)
+        file = self.file_of[name]
+        with readable(file):
+            return self.handles[file].get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.file_of)
@@ -136,19 +142,17 @@ def refuse_repeated_names(file: Path) -> None:
             )
         header = raw.read(size)
     pairs: list[tuple[str, Any]] = json.loads(header, object_pairs_hook=list)
-    names = [name for name, _ in pairs]
-    if len(names) > len(set(names)):
-        twice = next(name for name in names if names.count(name) > 1)
+    twice, count = Counter(name for name, _ in pairs).most_common(1)[0] if pairs else ("", 0)
+    if count > 1:
         raise UserError(f"tensor {twice!r} is twice in {str(file)!r}; restore the file or choose another model")
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[Any]:
-    """A handle on a safetensors file; what is wrong with the file is a UserError."""
+def readable(file: Path) -> Iterator[None]:
+    """What the library finds wrong with the safetensors file is a UserError; torch, which maps it, raises RuntimeError."""
     try:
-        with safe_open(file, framework="pt") as tensors:
-            yield tensors
-    except (OSError, SafetensorError) as error:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(
             f"cannot read {str(file)!r} as safetensors ({error}); restore the file or choose another model"
         ) from None
