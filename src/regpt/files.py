@@ -5,10 +5,13 @@ import glob
 import os
 import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from regpt.errors import UserError
 
+T = TypeVar("T")
 # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md: keys in order, below 1,024 bytes; `hawser` was the name of
 # the project before its first release. Windows clones may have CRLF.
 LFS_POINTER = re.compile(
@@ -37,6 +40,41 @@ def status(path: str | Path) -> os.stat_result | None:
         raise UserError(
             f"cannot look at {str(path)!r} ({error.strerror}); check its permissions and its disk"
         ) from None
+
+
+def unless_gone(folder: Path, read: Callable[[], T], doubtful: Callable[[T], object] = lambda found: False) -> T | None:
+    """`read()`, what it reads being in `folder`; None where the folder was deleted or replaced meanwhile, as a live run
+    does with its checkpoints.
+
+    Args:
+        doubtful: true of a result that, as an error, counts only when the folder is still the same.
+
+    Raises:
+        UserError: what `read` raises, and a file that cannot be read.
+    """
+    before = identity(folder)
+
+    def gone() -> bool:
+        return before is None or identity(folder) != before
+
+    try:
+        found = read()
+    except (UserError, OSError) as error:
+        if gone():
+            return None
+        if isinstance(error, OSError):
+            raise UserError(
+                f"cannot read {str(error.filename or folder)!r} ({error.strerror or error}); check its permissions and "
+                "its disk"
+            ) from None
+        raise
+    return None if doubtful(found) and gone() else found
+
+
+def identity(path: str | Path) -> tuple[int, int] | None:
+    """What is at `path`, whatever its name will be: device and file number; None where nothing is."""
+    found = status(path)
+    return (found.st_dev, found.st_ino) if found else None
 
 
 def exists(path: str | Path) -> bool:

@@ -1,8 +1,9 @@
 """What lies among the checkpoints of a run, and everything that is wrong with it; nothing is changed."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,7 @@ from regpt.checkpoint.load import (
     read_config,
     refuse_disagreement,
     refuse_non_finite,
+    refuse_other_step,
     step_of,
 )
 from regpt.checkpoint.manifest import (
@@ -32,7 +34,7 @@ from regpt.checkpoint.manifest import (
 from regpt.checkpoint.state import read_state
 from regpt.checkpoint.tensors import TensorFiles
 from regpt.errors import UserError
-from regpt.files import is_folder
+from regpt.files import is_folder, status, unless_gone
 from regpt.text.open import open_tokenizer
 
 SET_ASIDE, UNFINISHED = ".damaged-", ".tmp-"  # in the names that `save.set_aside` and `files.temporary_beside` give
@@ -49,7 +51,7 @@ class Listed:
         bytes: of all its files.
         written: Unix seconds, of the file that was written last.
         average: whether a moving average of the weights is stored.
-        problem: why it is not complete, by names and sizes alone; "" when it is.
+        problem: why it is not complete, by names, sizes and the step in its state; "" when it is.
     """
 
     name: str
@@ -70,19 +72,21 @@ class Damage:
 
 
 def list_checkpoints(run: Path) -> list[Listed]:
-    """Everything among the checkpoints of `run`, by step and name; the contents of the files are not read."""
+    """Everything among the checkpoints of `run`, by step and name; the tensors are not read. What a live run deletes
+    meanwhile is left out."""
     within = (run / CHECKPOINTS).glob("*") if is_folder(run) else ()
     folders = [path for path in within if path.is_dir() and not path.is_symlink()]
-    listed = [described(folder) for folder in folders]
-    return sorted(listed, key=lambda one: (one.step is None, one.step or 0, one.name))
+    listed = [unless_gone(folder, partial(described, folder), lambda one: one.problem) for folder in folders]
+    return sorted(filter(None, listed), key=lambda one: (one.step is None, one.step or 0, one.name))
 
 
 def described(folder: Path) -> Listed:
-    files = [path.stat() for path in folder.iterdir() if path.is_file()]
+    files = [found for path in folder.iterdir() if (found := status(path))]
     known = bool(STEP_FOLDER.fullmatch(folder.name))
     problem, average = "", False
     try:
         average = bool(check_sizes(folder).tensor_files(AVERAGE))
+        refuse_other_step(folder / STATE, folder.name)
     except UserError as error:
         problem = f"{error.name} {error.what}" if isinstance(error, DamagedFile) else str(error)
     return Listed(
@@ -94,6 +98,17 @@ def described(folder: Path) -> Listed:
         average=average,
         problem=problem,
     )
+
+
+def find_damages(
+    folders: Iterable[Path], look: Callable[[Path, str], None] = lambda folder, file: None
+) -> dict[Path, list[Damage]]:
+    """`find_damage` of each of `folders`; those that a live run deletes or replaces meanwhile are left out."""
+    found = {}
+    for folder in folders:
+        damage = unless_gone(folder, partial(find_damage, folder, partial(look, folder)), bool)
+        found |= {} if damage is None else {folder: damage}
+    return found
 
 
 def find_damage(folder: Path, look: Callable[[str], None] = lambda file: None) -> list[Damage]:

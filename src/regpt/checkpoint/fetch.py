@@ -8,8 +8,8 @@ from typing import TypeVar
 
 from regpt.checkpoint.files import SUCCESSOR, put_in_place, temporary_beside
 from regpt.checkpoint.lease import FOLDER as LEASE
-from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, print_warning, step_of, verify_checkpoint
-from regpt.checkpoint.manifest import MANIFEST, check_sizes, read_manifest
+from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, print_warning, refuse_other_step, step_of, verify_checkpoint
+from regpt.checkpoint.manifest import MANIFEST, STATE, check_sizes, read_manifest
 from regpt.checkpoint.mirror import CONFIG, content
 from regpt.checkpoint.store import Store, is_address
 from regpt.data.download import locked
@@ -188,6 +188,7 @@ def get_checkpoint(store: Store, name: str, run: Path, *, optimizer: bool) -> Pa
                 raise Damaged(f"{file.file} has {have} of its {file.size:,} bytes")
             get(store, part, temporary / file.file)
         checked(lambda: verify_checkpoint(temporary, optimizer=optimizer), temporary, store, place)
+        checked(lambda: refuse_other_step(temporary / STATE, name), temporary, store, place)
         put_in_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

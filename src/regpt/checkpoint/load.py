@@ -4,7 +4,9 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -26,7 +28,7 @@ from regpt.checkpoint.state import RunState, read_state
 from regpt.checkpoint.tensors import TensorFiles
 from regpt.console.lines import print_note
 from regpt.errors import UserError
-from regpt.files import is_folder
+from regpt.files import identity, is_folder, unless_gone
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import InitialWeights, without_memory
@@ -35,6 +37,7 @@ from regpt.text.tokenizer import Tokenizer
 
 CHECKPOINTS = "checkpoints"  # the folder of a run that holds them
 STEP_FOLDER = re.compile(rf"step-(\d{{8,}})(?:{re.escape(SUCCESSOR)})?")
+T = TypeVar("T")
 DTYPES = ("F32", "F64")  # what a run computes its updates in; another type of a stored tensor is no rounding of ours
 
 
@@ -105,23 +108,49 @@ def print_warning(message: str) -> None:
 
 
 def newest_checkpoint(run: Path, *, optimizer: bool = True, warn: Callable[[str], None] = print_warning) -> Path:
-    """The newest checkpoint of `run` that passes `verify_checkpoint`; `warn` is told of damaged ones, which are kept.
+    """The newest checkpoint of `run` that passes `verify_checkpoint`; `warn` and errors as in `of_newest`."""
+    return of_newest(run, lambda folder: folder, optimizer=optimizer, warn=warn)
+
+
+def of_newest(
+    run: Path, use: Callable[[Path], T], *, optimizer: bool = True, warn: Callable[[str], None] = print_warning
+) -> T:
+    """`use(folder)` of the newest checkpoint of `run` that passes `verify_checkpoint`.
+
+    The run may go on meanwhile: where a checkpoint was pruned or replaced, also while it was used, this looks again.
+
+    Args:
+        warn: receives what is wrong with damaged ones, which are kept.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or what `use` raises.
     """
-    folders = checkpoints(run)
-    for folder in reversed(folders):
-        try:
-            verify_checkpoint(folder, optimizer=optimizer)
-        except UserError as error:
-            warn(f"skipped {folder.name}: {error}")
-        else:
-            return folder
-    what = f"none of its {len(folders)} checkpoints is intact" if folders else "it has no checkpoint"
+    seen, folders = None, checkpoints(run)
+    while seen != (seen := [identity(folder) for folder in folders]):
+        for folder in reversed(folders):
+            try:
+                intact = unless_gone(folder, partial(is_verified, folder, optimizer))
+            except UserError as error:
+                warn(f"skipped {folder.name}: {error}")
+                continue
+            if intact and (found := unless_gone(folder, lambda folder=folder: (use(folder),))):
+                return found[0]
+        folders = checkpoints(run)
+    if not folders:
+        raise UserError(
+            f"run {str(run)!r} cannot be opened, it has no checkpoint yet; wait until it has saved one, or choose "
+            "another run"
+        )
     raise UserError(
-        f"run {str(run)!r} cannot be opened, {what}; start it again with another --out, or choose another run"
+        f"run {str(run)!r} cannot be opened, none of its {len(folders)} checkpoints is intact; start it again with "
+        "another --out, or choose another run"
     )
+
+
+def is_verified(folder: Path, optimizer: bool) -> bool:
+    """True; raises what `verify_checkpoint` does."""
+    verify_checkpoint(folder, optimizer=optimizer)
+    return True
 
 
 def load_checkpoint(folder: Path, *, optimizer: bool = True, verified: bool = False) -> Checkpoint:
@@ -152,7 +181,9 @@ def verify_checkpoint(folder: Path, *, optimizer: bool = True) -> None:
 
 
 def refuse_disagreement(checkpoint: Checkpoint) -> None:
-    """Raise a UserError unless tokenizer and weights fit the model in model.json; nothing is read or built for it."""
+    """Raise a UserError unless the folder's name fits the state, and tokenizer and weights the model in model.json;
+    nothing is read or built for it."""
+    refuse_other_step(checkpoint.folder / STATE, checkpoint.folder.name)
     tokens, vocab_size = checkpoint.tokenizer().n_vocab, checkpoint.config.vocab_size
     if tokens != vocab_size:
         raise damaged(checkpoint.folder / TOKENIZER, f"has {tokens:,} tokens, {MODEL} has {vocab_size:,}")
@@ -167,6 +198,14 @@ def refuse_disagreement(checkpoint: Checkpoint) -> None:
             if stored.get(name, None if complete else shape) != shape:
                 has = f"{name!r} of shape {stored[name]}" if name in stored else f"no {name!r}"
                 raise damaged(checkpoint.folder / MODEL, f"asks for {name!r} of shape {shape}, the tensors have {has}")
+
+
+def refuse_other_step(state: Path, name: str) -> None:
+    """Raise a UserError where the `name` of a checkpoint's folder says another step than its `state`."""
+    step = read_state(state).step
+    if STEP_FOLDER.fullmatch(name) and step_of(Path(name)) != step:
+        right = checkpoint_folder(Path(), step).name
+        raise damaged(state, f"is of step {step:,}, but the folder is called {name!r}; rename that to {right}")
 
 
 def refuse_non_finite(folder: Path, tensors: TensorFiles) -> None:

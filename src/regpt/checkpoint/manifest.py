@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import stat
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from regpt.checkpoint.files import REMEDY, write_json
 from regpt.checkpoint.tensors import SUFFIX
 from regpt.errors import UserError
-from regpt.files import is_file, is_folder, is_plain_name
+from regpt.files import is_file, is_folder, is_plain_name, status
 from regpt.structured import MAX_BYTES, parse_json, read_small
 
 FORMAT_VERSION = 1
@@ -148,10 +149,11 @@ def check_size(folder: Path, file: File) -> None:
     path = folder / file.file
     if path.is_symlink():
         raise damaged(path, "is a symbolic link")
-    if not is_file(path):
+    found = status(path)
+    if found is None or not stat.S_ISREG(found.st_mode):
         raise damaged(path, "is missing")
-    if path.stat().st_size != file.size:
-        raise damaged(path, f"has {path.stat().st_size:,} bytes instead of {file.size:,}")
+    if found.st_size != file.size:
+        raise damaged(path, f"has {found.st_size:,} bytes instead of {file.size:,}")
     if file.file in FILES and file.size > MAX_BYTES:
         raise damaged(path, f"has {file.size:,} bytes, more than {MAX_BYTES:,}, too much for its kind")
 
@@ -170,8 +172,12 @@ def verify_files(folder: Path, *, optimizer: bool = True) -> None:
 
 
 def check_sha256(folder: Path, file: File) -> None:
-    """Raise a UserError unless the bytes of `file` are those that the manifest says."""
-    if sha256(folder / file.file) != file.sha256:
+    """Raise a UserError unless the bytes of `file` can be read and are those that the manifest says."""
+    try:
+        digest = sha256(folder / file.file)
+    except OSError as error:
+        raise damaged(folder / file.file, f"cannot be read ({error.strerror})") from None
+    if digest != file.sha256:
         raise damaged(folder / file.file, "has been changed or damaged (its SHA-256 differs from the manifest's)")
 
 

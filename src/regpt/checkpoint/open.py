@@ -12,11 +12,11 @@ from torch import Tensor
 from regpt.checkpoint.fetch import fetch_model
 from regpt.checkpoint.hf_folder import CONFIG, hf_config, hf_tokenizer, hf_weights
 from regpt.checkpoint.hub import SHORT_NAMES, download, repository
-from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, load_checkpoint, newest_checkpoint
+from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, load_checkpoint, of_newest
 from regpt.checkpoint.manifest import MODEL
 from regpt.checkpoint.store import is_address
 from regpt.errors import UsageError, UserError, nearest
-from regpt.files import exists, is_file, is_folder
+from regpt.files import exists, is_file, is_folder, unless_gone
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import allocate, load_weights, without_memory
@@ -61,9 +61,11 @@ def open_model(name: str, device: torch.device | str = "cpu", *, ema: bool = Fal
         return replace(opened, source=f"{name}, step {opened.step}" + ", average" * ema)
     path = Path(name)
     if is_folder(path / CHECKPOINTS):
-        return open_checkpoint(newest_checkpoint(path, optimizer=False), device, ema=ema, verified=True)
+        return of_newest(path, lambda folder: open_checkpoint(folder, device, ema=ema, verified=True), optimizer=False)
     if is_file(path / MODEL) or (is_folder(path) and STEP_FOLDER.fullmatch(path.name)):
-        return open_checkpoint(path, device, ema=ema)
+        if opened := unless_gone(path, lambda: open_checkpoint(path, device, ema=ema)):
+            return opened
+        raise UserError(f"checkpoint {name!r} was deleted while it was read; use another checkpoint of the run")
     if ema:
         raise UsageError(f"model {name!r} is no run and no checkpoint, which alone have an average; leave out --ema")
     if is_file(path / CONFIG):

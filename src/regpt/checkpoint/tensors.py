@@ -105,7 +105,7 @@ class TensorFiles(Mapping[str, Tensor]):
             with readable(file):
                 tensors = self.handles[file] = safe_open(file, framework="pt")
                 refuse_repeated_names(file)
-                for name in tensors.keys():
+                for name in tensors.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
                     if name in self.file_of:
                         raise UserError(
                             f"tensor {name!r} is in both {self.file_of[name]} and {file}; remove one of them"
@@ -149,7 +149,7 @@ def refuse_repeated_names(file: Path) -> None:
 
 @contextmanager
 def readable(file: Path) -> Iterator[None]:
-    """What the library finds wrong with the safetensors file is a UserError; torch, which maps it, raises RuntimeError."""
+    """What is wrong with a safetensors file is a UserError; torch, which maps the file, raises RuntimeError."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -96,14 +96,14 @@ def state_of(one: Listed) -> str:
 
 def verify_main(args: list[str]) -> int:
     given = parse(VerifyArgs, args, prog="regpt checkpoint verify")
-    from regpt.checkpoint.audit import find_damage
+    from regpt.checkpoint.audit import find_damages
 
-    folders = chosen(local_folder(given.path, "regpt checkpoint"))
     found: dict[Path, list[Damage]] = {}
     with status(quiet=given.json) as say:
-        for folder in folders:
-            found[folder] = find_damage(folder, lambda file, name=folder.name: say(f"reading {name}/{file}"))
-    damaged = [folder for folder in folders if found[folder]]
+        while not found:  # again where all were pruned meanwhile: newer ones are there
+            folders = chosen(local_folder(given.path, "regpt checkpoint"))
+            found = find_damages(folders, lambda folder, file: say(f"reading {folder.name}/{file}"))
+    damaged = [folder for folder, damage in found.items() if damage]
     if given.json:
         checkpoints = [
             {"name": folder.name, "intact": not damage, "damage": [asdict(one) for one in damage]}
@@ -116,7 +116,7 @@ def verify_main(args: list[str]) -> int:
         for one in damage:
             print_line(f"  {one.file}: {one.what}")
     if damaged:
-        raise UserError(verdict(folders, damaged))
+        raise UserError(verdict([*found], damaged))
     return 0
 
 

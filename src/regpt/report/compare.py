@@ -8,7 +8,7 @@ from typing import Any
 from regpt.errors import UserError
 from regpt.report.bits import need_bits
 from regpt.report.differences import code_differences, config_differences, data_differences, differing
-from regpt.report.items import Items, common_scores, item_file, read_items
+from regpt.report.items import Items, common_scores, kept_items
 from regpt.report.read import Row, Run, number
 from regpt.report.series import positions
 from regpt.report.significance import SeedNoise, Test, against_seeds, paired_test, unpaired_z
@@ -277,11 +277,11 @@ Scored = tuple[list[float], list[float]] | None
 
 def paired_scores(a: Run, b: Run) -> Callable[[str, tuple[int, int]], Scored]:
     """Name of a measure, and the steps of both runs → the scores of the items that both have kept of these steps."""
-    read = cache(read_items)
 
+    @cache
     def items(task: str, steps: tuple[int, int]) -> tuple[Items, Items] | None:
-        files = [item_file(run, task, step) for run, step in zip((a, b), steps)]
-        return (read(files[0]), read(files[1])) if files[0] and files[1] else None
+        ours, theirs = (kept_items(run, task, step) for run, step in zip((a, b), steps))
+        return None if ours is None or theirs is None else (ours, theirs)
 
     def scores(name: str, steps: tuple[int, int]) -> Scored:
         if name.startswith(AVERAGED):

@@ -11,11 +11,14 @@ from regpt.structured import json_lines
 Items = dict[Hashable, dict[str, Any]]
 
 
-def item_file(run: Run, task: str, step: int) -> Path | None:
-    """The file under RUN/evals with the items of `task` after `step` updates, if the run has kept it. One of another
-    step may be left from before the run went back."""
+def kept_items(run: Run, task: str, step: int) -> Items | None:
+    """The items of `task` after `step` updates, under RUN/evals; None where the run has not kept them, or has just
+    replaced them by those of a later step. Those of another step may be left from before the run went back."""
     path = run.folder / "evals" / f"{task_file_name(task)}-step-{step:08d}.jsonl"
-    return path if path.is_file() else None
+    try:
+        return read_items(path)
+    except FileNotFoundError:
+        return None
 
 
 def task_file_name(task: str) -> str:

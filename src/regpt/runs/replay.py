@@ -3,7 +3,8 @@
 import json
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from regpt.config import RunConfig, validate
 from regpt.data.batch import Batch
 from regpt.data.loader import Loader
 from regpt.errors import UsageError, UserError
+from regpt.files import unless_gone
 from regpt.model.loss import loss_sum
 from regpt.report.read import read_rows
 from regpt.report.timeline import current, steps_back
@@ -66,7 +68,10 @@ def replay(run: Path, step: int, *, op_level: bool = False) -> dict[str, Any]:
 def config_of(run: Path, step: int) -> RunConfig:
     """The configuration that update `step` was made with: the next checkpoint's, or config.toml."""
     for folder in checkpoints(run):
-        if step_of(folder) >= step and (values := read_state(folder / STATE).config):
+        values = {}
+        with suppress(UserError):  # a damaged one, or one that a live run has just deleted
+            values = read_state(folder / STATE).config if step_of(folder) >= step else {}
+        if values:
             return validate(values, str(folder / STATE))
     return read_run_config(run)
 
@@ -75,7 +80,8 @@ def checkpoint_before(run: Path, step: int) -> Checkpoint | None:
     """The newest valid checkpoint of fewer than `step` updates."""
     for folder in reversed([folder for folder in checkpoints(run) if step_of(folder) < step]):
         try:
-            return load_checkpoint(folder)
+            if found := unless_gone(folder, partial(load_checkpoint, folder)):
+                return found
         except UserError as error:
             print_warning(f"skipped {folder.name}: {error}")
     return None
