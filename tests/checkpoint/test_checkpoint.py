@@ -216,7 +216,7 @@ def test_the_newest_intact_checkpoint_is_found_and_damaged_ones_are_named_and_ke
     (tmp_path / "checkpoints" / "step-00000020" / "manifest.json").unlink()
     assert newest_checkpoint(tmp_path).name == "step-00000010"
     warnings = capsys.readouterr().err.splitlines()
-    assert [line.split()[2] for line in warnings] == ["step-100000000:", "step-00000020:"]
+    assert [line.split()[3] for line in warnings] == ["step-100000000:", "step-00000020:"]
     assert names(tmp_path / "checkpoints") == steps
 
 

@@ -21,7 +21,11 @@ GOLDEN = Path(__file__).parents[1] / "goldens" / "run-1"
 def run(tmp_path: Path) -> Path:
     """A run with the checkpoints 4 and 6."""
     run = shutil.copytree(GOLDEN, tmp_path / "run")
-    shutil.copytree(checkpoint_folder(run, 4), checkpoint_folder(run, 6))
+    newer = shutil.copytree(checkpoint_folder(run, 4), checkpoint_folder(run, 6))
+    state = json.loads((newer / "state.json").read_text(encoding="utf-8")) | {"step": 6}
+    (newer / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    (newer / "manifest.json").unlink()
+    write_manifest(newer)
     return run
 
 
