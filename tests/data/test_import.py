@@ -3,6 +3,7 @@
 import hashlib
 import io
 import pickle
+import struct
 import zipfile
 from pathlib import Path
 
@@ -177,6 +178,12 @@ def zipped() -> bytes:
     return content.getvalue()
 
 
+def npy_of(shape: str, version: bytes = b"\x02\x00") -> bytes:
+    """100 bytes whose header claims `shape`."""
+    header = f"{{'descr': '<u2', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY" + version + struct.pack("<I", len(header)) + header + bytes(100)
+
+
 def npy(array: np.ndarray) -> bytes:
     content = io.BytesIO()
     np.save(content, array)
@@ -204,13 +211,26 @@ TOKENS = stream(100, 10)
         ("a.bin", header(20240520, 9, TOKENS), r"says version 9: it is of another version or tokens without a header"),
         ("a.bin", header(20240522, 1, TOKENS), "is an evaluation file of llm.c"),
         ("a.dat", TOKENS.tobytes(), r"does not end in \.npy or \.bin; say what it is with --format"),
-        ("a.npy", npy(TOKENS)[:-6], "is damaged or not a .npy file of numbers"),
+        ("a.npy", npy(TOKENS)[:-6], "is damaged: it has 322 bytes, its header says 328"),
         ("a.npy", npy(TOKENS) + b"xx", "is damaged: it has 330 bytes, its header says 328"),
         ("a.npy", b"nothing", "is damaged or not a .npy file of numbers"),
         ("a.npy", npy(TOKENS.reshape(10, 10)), r"array of uint16 in shape \(10, 10\); tokens are one list of integers"),
         ("a.npy", npy(TOKENS.astype(float)), "array of float64 in shape"),
         ("a.npy", npy(np.array([EOT, -1])), "holds the token -1, but the tokenizer has only"),
-        ("a.npy", npy(np.array([{"a": 1}], dtype=object)), "is damaged or not a .npy file of numbers"),
+        ("a.npy", npy(np.array([{"a": 1}], dtype=object)), "array of object in shape"),
+        (
+            "a.npy",
+            npy_of("(4611686018427387904,)"),
+            r"is damaged: it has .* bytes, its header says 9,223,372,036,854,77",
+        ),
+        ("a.npy", npy_of("(" + "9" * 100 + ",)"), r"is damaged: it has .* bytes, its header says"),
+        ("a.npy", npy_of("(" + "9" * 5000 + ",)"), "is damaged or not a .npy file of numbers"),
+        ("a.npy", npy_of("(-1,)"), r"is damaged: it has .* bytes, its header says"),
+        ("a.npy", npy_of("(1.5,)"), "is damaged or not a .npy file of numbers"),
+        ("a.npy", npy_of("(" * 4000), "is damaged or not a .npy file of numbers"),
+        ("a.npy", npy_of("-" * 8000 + "1"), "is damaged or not a .npy file of numbers"),
+        ("a.npy", npy_of("(50,)", version=b"\x03\x00"), "is damaged or not a .npy file of numbers"),
+        ("a.npy", npy_of("(50,)", version=b"\x09\x09"), "is damaged or not a .npy file of numbers"),
     ],
 )
 def test_a_bad_file_is_one_sentence_and_leaves_nothing(tmp_path, name, content, said):

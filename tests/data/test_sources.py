@@ -5,12 +5,14 @@ import io
 import json
 import random
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from regpt.data.compression import decompressed
 from regpt.data.document import Part
 from regpt.data.formats import parts_of, read_documents
 from regpt.data.settings import TextOptions
@@ -155,6 +157,52 @@ def test_a_truncated_file_is_damaged(tmp_path, name, share):
     assert texts_of(tmp_path / name) == texts
     with pytest.raises(UserError, match=f"{name} is damaged"):
         texts_of(cut(tmp_path / name, share))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}}],
+    ids=["dictionary", "delta"],
+)
+def test_rows_that_share_a_text_are_in_memory_some_at_a_time(tmp_path, options):
+    pa = pytest.importorskip("pyarrow")
+    path = write_parquet(tmp_path / "a.parquet", {"text": ["a b " * 2**16] * 2000}, compression="zstd", **options)
+    assert path.stat().st_size < 2**19
+    before = pa.total_allocated_bytes()
+    for number, document in enumerate(read_documents(path)):
+        assert len(document.text) == 2**18
+        if number % 100 == 0:
+            assert pa.total_allocated_bytes() - before < 2**25  # all rows together are 500 MiB
+    assert number == 1999
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+def test_a_line_beyond_the_limit_is_named_before_it_is_read(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("regpt.data.lines.MAX_ROW_BYTES", 1 << 20)
+    data = jsonl([{"text": "a"}, {"text": "b" * 2**27}])
+    if name.endswith("gz"):
+        data = gzip.compress(data)
+    if name.endswith("zst"):
+        data = pytest.importorskip("zstandard").compress(data)
+    (tmp_path / name).write_bytes(data)
+    tracemalloc.start()
+    with pytest.raises(
+        UserError, match=rf"{name}, line 2: more than 1 MiB in one row, the most that is read; divide it"
+    ):
+        texts_of(tmp_path / name)
+    assert tracemalloc.get_traced_memory()[1] < 2**26
+    tracemalloc.stop()
+
+
+def test_zstandard_blocks_that_repeat_one_byte_are_unpacked_some_at_a_time(tmp_path):
+    pytest.importorskip("zstandard")
+    blocks = [(2 | last | 2**17 << 3).to_bytes(3, "little") + b"\n" for last in [0] * 4000 + [1]]  # RFC 8878, 3.1.1.2
+    (tmp_path / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd\x00\x38" + b"".join(blocks))
+    tracemalloc.start()
+    with (tmp_path / "a.jsonl.zst").open("rb") as raw, decompressed(raw, tmp_path / "a.jsonl.zst") as stream:
+        assert all(stream.read(1 << 20) for _ in range(100))
+    assert tracemalloc.get_traced_memory()[1] < 2**27  # 16 kB are 500 MB
+    tracemalloc.stop()
 
 
 def test_a_parquet_file_with_damaged_pages_is_damaged(tmp_path):

@@ -33,7 +33,12 @@ def attempt(
         if error.errno in FULL:
             return {"full": True}
         return {"crash": traceback.format_exc()}
-    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError):
+    except MemoryError:
+        files = ", ".join(dict.fromkeys(reading.source.file for reading in partition.readings))
+        return {
+            "error": f"{files}: more memory is needed than there is; divide large documents, or use fewer --workers"
+        }
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return {"crash": traceback.format_exc()}
     finally:
         give_back_memory()

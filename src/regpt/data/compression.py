@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from regpt.data.document import Unreadable
 from regpt.errors import UserError
 
-ZSTD_BLOCK = 1 << 14  # compressed bytes at a time: their content, up to thousands of times larger, is in memory
+ZSTD_BLOCK = 1 << 10  # compressed bytes at a time: their content, up to 30,000 times larger, is in memory
 PACKINGS = (".gz", ".zst", ".bz2", ".xz")
 BufferedStream = io.BufferedReader | gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile  # bytes with `peek`
 OPENERS: dict[str, Callable[[BinaryIO], BufferedStream]] = {

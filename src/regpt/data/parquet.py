@@ -11,6 +11,9 @@ from regpt.data.document import Part, Row, Unreadable
 from regpt.errors import UserError
 
 PARQUET_BUFFER = 1 << 20  # of a column that is read at a time, instead of its whole row group
+# Encodings by which rows share bytes, so that a column may be far larger than its chunks: a dictionary can stay one in
+# memory, where a column is read alone; otherwise few rows are decoded at a time.
+DICTIONARY, PREFIXES, SHARED_ROWS = {"PLAIN_DICTIONARY", "RLE_DICTIONARY"}, {"DELTA_BYTE_ARRAY"}, 16
 BATCH_BYTES, BATCH_ROWS = 1 << 20, 1024  # of a row group that are Python strings at a time, at most
 
 
@@ -36,38 +39,45 @@ def read_parquet(path: Path, columns: Columns | None, part: Part | None = None) 
     with opened_parquet(path) as file:
         names = check_columns(file, columns, path) if columns else None
         alone = names is not None and len(names) == 1 and names[0] in file.schema_arrow.names
+        packed = {one for chunk in chunks_of(file.metadata, names) for one in chunk.encodings}
+    whole = alone and not packed & PREFIXES  # a dictionary stays one
+    with opened_parquet(path, names if whole and packed & DICTIONARY else None) as file:
         groups = range(part.start, part.stop) if part else range(file.metadata.num_row_groups)
         rows = [file.metadata.row_group(i).num_rows for i in range(groups.stop)]
         share = (part.bytes if part else path.stat().st_size) / max(1, sum(rows[groups.start :]))
         row = sum(rows[: groups.start])
         for group in groups:  # one by one: pyarrow fetches all the groups that it is given at once
-            asked = {"batch_size": batch_rows(file.metadata.row_group(group), names), "columns": names}
-            for batch in file.iter_batches(row_groups=[group], use_threads=False, **asked):
+            few = packed & PREFIXES or (packed & DICTIONARY and not whole)
+            size = SHARED_ROWS if few else batch_rows(file.metadata, group, names)
+            for batch in file.iter_batches(row_groups=[group], use_threads=False, batch_size=size, columns=names):
                 values = batch.column(0) if alone else batch.to_struct_array()
                 for number, value in enumerate(values_of(values, path, row), start=row):
                     yield Row(value, share, partial("{}, row {}".format, path, number))
                 row += len(batch)
 
 
-def batch_rows(group: Any, names: Sequence[str] | None) -> int:
-    """Rows of a row group whose columns `names` (None: all) are about `BATCH_BYTES`."""
-    chunks = map(group.column, range(group.num_columns))
+def chunks_of(metadata: Any, names: Sequence[str] | None, groups: Iterable[int] | None = None) -> Iterator[Any]:
+    """What the metadata says of the columns `names` (None: all) in some row groups (None: all)."""
     asked = None if names is None else tuple(name + "." for name in names)
-    size = sum(
-        chunk.total_uncompressed_size
-        for chunk in chunks
-        if asked is None or (chunk.path_in_schema + ".").startswith(asked)
-    )
-    return max(1, min(BATCH_ROWS, BATCH_BYTES * group.num_rows // max(1, size)))
+    for group in map(metadata.row_group, range(metadata.num_row_groups) if groups is None else groups):
+        for chunk in map(group.column, range(group.num_columns)):
+            if asked is None or (chunk.path_in_schema + ".").startswith(asked):
+                yield chunk
+
+
+def batch_rows(metadata: Any, group: int, names: Sequence[str] | None) -> int:
+    """Rows of a row group whose columns `names` are about `BATCH_BYTES`."""
+    size = sum(chunk.total_uncompressed_size for chunk in chunks_of(metadata, names, [group]))
+    return max(1, min(BATCH_ROWS, BATCH_BYTES * metadata.row_group(group).num_rows // max(1, size)))
 
 
 @contextmanager
-def opened_parquet(path: Path) -> Iterator[Any]:
-    """A `pyarrow.parquet.ParquetFile`; damage is a UserError."""
+def opened_parquet(path: Path, dictionaries: Sequence[str] | None = None) -> Iterator[Any]:
+    """A `pyarrow.parquet.ParquetFile` that keeps the dictionaries of the columns given; damage is a UserError."""
     pa, pq = import_pyarrow(path)
     path.stat()  # an OSError from here on is pyarrow's word for damage
     try:
-        with pq.ParquetFile(path, pre_buffer=False, buffer_size=PARQUET_BUFFER) as file:
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=PARQUET_BUFFER, read_dictionary=dictionaries) as file:
             yield file
     except (pa.ArrowException, OSError) as error:
         said = f"{path} is damaged or not a parquet file ({str(error).splitlines()[0]})"
@@ -112,19 +122,14 @@ def is_text(kind: Any, path: Path) -> bool:
     return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
 
-def values_of(values: Any, path: Path, first_row: int) -> Iterable[Any]:
-    """Python's values; where text is not UTF-8, an `Unreadable`."""
-    try:
-        return ["" if value is None else value for value in values.to_pylist()]
-    except UnicodeDecodeError:
-        return (value_of(value, f"{path}, row {row}") for row, value in enumerate(values, start=first_row))
-
-
-def value_of(value: Any, where: str) -> Any:
-    try:
-        return "" if (found := value.as_py()) is None else found
-    except UnicodeDecodeError:
-        return Unreadable(f"{where}: the text is not valid UTF-8; convert the file", "not_utf8")
+def values_of(values: Any, path: Path, first_row: int) -> Iterator[Any]:
+    """Python's values, made one after another, as rows may share a text; where it is not UTF-8, an `Unreadable`."""
+    for row, value in enumerate(values, start=first_row):
+        try:
+            found = value.as_py()
+            yield "" if found is None else found
+        except UnicodeDecodeError:
+            yield Unreadable(f"{path}, row {row}: the text is not valid UTF-8; convert the file", "not_utf8")
 
 
 def import_pyarrow(path: Path) -> tuple[Any, Any]:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 
@@ -23,6 +24,8 @@ HEADER = np.dtype("<i4")
 HEADER_INTS, HEADER_BYTES = 256, 1024
 HEADERS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic: version, dtype; for GPT-2, for Llama 3
 EVALUATION_MAGIC = 20240522  # HellaSwag and MMLU: questions, not text
+# Version of the format: what reads its header, of 10,000 characters at most; version 3 has names of fields.
+NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 NPY, ZIP = b"\x93NUMPY", b"PK\x03\x04"
 SNIFFED = 4096  # tokens that are looked at for a wrong width
 # One that is named may have any name: its content says what it is.
@@ -140,18 +143,24 @@ def recognized(path: Path, head: bytes) -> str:
 def npy_layout(path: Path) -> tuple[str, int, int]:
     """Type, offset and number of tokens of NumPy's format; only the header is read, objects are refused."""
     try:
-        array = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path} is damaged or not a .npy file of numbers ({str(error).splitlines()[0]})") from None
-    if array.ndim != 1 or array.dtype.kind not in "ui":
+        with path.open("rb") as file:
+            version = np.lib.format.read_magic(file)
+            if version not in NPY_HEADERS:
+                raise ValueError(f"version {version} of the format")
+            shape, _, dtype = NPY_HEADERS[version](file)
+            offset = file.tell()
+    except (ValueError, EOFError, SyntaxError, TokenError, RecursionError, MemoryError) as error:  # nested brackets
+        why = (str(error).splitlines() or ["nested too deeply"])[0]
+        raise UserError(f"{path} is damaged or not a .npy file of numbers ({why})") from None
+    if len(shape) != 1 or dtype.kind not in "ui":
         raise UserError(
-            f"{path} is an array of {array.dtype} in shape {array.shape}; tokens are one list of integers, as of uint16"
+            f"{path} is an array of {dtype} in shape {shape}; tokens are one list of integers, as of uint16"
         )
-    assert isinstance(array, np.memmap)
-    expected, size = array.offset + array.nbytes, path.stat().st_size
-    if size != expected:
+    tokens = int(shape[0])
+    expected, size = offset + tokens * dtype.itemsize, path.stat().st_size
+    if tokens < 0 or size != expected:
         raise UserError(f"{path} is damaged: it has {size:,} bytes, its header says {expected:,}; copy it again")
-    return array.dtype.str, array.offset, len(array)
+    return dtype.str, offset, tokens
 
 
 def header_layout(path: Path, head: bytes, size: int) -> tuple[str, int, int]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from regpt.data.compression import decompressed
 from regpt.data.formats import JSONL, decode, suffix_of
+from regpt.data.lines import lines_of
 from regpt.errors import UserError
 from regpt.files import is_file
 from regpt.structured import parse_json
@@ -76,8 +77,9 @@ def read_items(path: Path) -> list[Item]:
     if not is_file(path):
         raise UserError(f"the file of items {str(path)!r} does not exist; give an existing one")
     try:
-        with path.open("rb") as raw, nullcontext(raw) if suffix == ".jsonl" else decompressed(raw, path) as lines:
-            items = [parse(line, path, number) for number, line in enumerate(lines, start=1) if line.strip()]
+        with path.open("rb") as raw, nullcontext(raw) if suffix == ".jsonl" else decompressed(raw, path) as stream:
+            lines = enumerate(lines_of(stream, path), start=1)
+            items = [parse(line, path, number) for number, line in lines if line.strip()]
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
     if not items:
