@@ -123,10 +123,12 @@ def is_lfs_pointer(head: bytes) -> bool:
     return len(head) <= LFS_POINTER_BYTES and LFS_POINTER.fullmatch(head) is not None
 
 
-def refuse_lfs_pointer(path: Path) -> None:
-    """Raise a UserError where the file `path` is a Git LFS pointer; OSError where it cannot be read."""
-    with path.open("rb") as file:
-        head = file.read(LFS_POINTER_BYTES)
+def refuse_lfs_pointer(path: Path, head: bytes | None = None) -> None:
+    """Raise a UserError where the file `path`, which begins with `head`, is a Git LFS pointer; OSError where it cannot
+    be read."""
+    if head is None:
+        with path.open("rb") as file:
+            head = file.read(LFS_POINTER_BYTES + 1)
     if is_lfs_pointer(head):
         raise UserError(
             f"{str(path)!r} is a Git LFS pointer of {len(head)} bytes, not the file itself; fetch the content with: "

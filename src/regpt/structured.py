@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from regpt.errors import UserError
-from regpt.files import is_file
+from regpt.files import is_file, refuse_lfs_pointer
 
 MAX_BYTES = 64 << 20  # tokenizers of 250,000 tokens have 17 MB; a state of 1,024 processes has 14 MB
 MAX_LINE_BYTES = 16 << 20  # of one row of JSON lines: the largest samples and item scores have kilobytes
@@ -97,13 +97,17 @@ def read_small(path: Path, remedy: str, at_most: int = MAX_BYTES) -> bytes:
     """The bytes of a file of `at_most` bytes; `remedy` ends the sentence about any other.
 
     Raises:
-        UserError: no such file, no plain file, or a larger one.
+        UserError: no such file, no plain file, a larger one, or a Git LFS pointer.
     """
     try:
         size = path.stat().st_size
         if is_file(path) and size <= at_most:
             with path.open("rb") as file:
-                return file.read(size)  # no more, where it has grown meanwhile
+                data = file.read(size)  # no more, where it has grown meanwhile
+            refuse_lfs_pointer(path, data)
+            return data
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         what = getattr(error, "strerror", None) or error
         raise UserError(f"cannot read {str(path)!r} ({what}); {remedy}") from None

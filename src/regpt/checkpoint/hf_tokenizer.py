@@ -5,9 +5,9 @@ import json
 import math
 from typing import Any
 
-from regpt.text.bpe import build
-from regpt.text.gpt2 import ENDOFTEXT, EOT, VOCAB_PACKAGE, find_files, ranks_from_files, ranks_from_network
-from regpt.text.tokenizer import Tokenizer
+from regpt.text.gpt2 import EOT, VOCAB_PACKAGE, byte_characters, find_files, ranks_from_files, ranks_from_network
+from regpt.text.rules import Rules
+from regpt.text.tokenizer import ENDOFTEXT, Tokenizer
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> str:
@@ -21,6 +21,8 @@ def tokenizer_config(max_seq_len: int) -> dict[str, Any]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         **dict.fromkeys(("bos_token", "eos_token", "unk_token"), ENDOFTEXT),  # as in GPT-2's own
         "model_max_length": max_seq_len,
+        # Without it transformers 4 also returns token_type_ids, whose embeddings GPT-2 adds to those of the text.
+        "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,  # decoding gives back exactly the text
     }
 
@@ -33,7 +35,7 @@ def gpt2_json() -> str:
     spell = {token: "".join(spelling[byte] for byte in token) for token in ranks}
     vocab = {spell[token]: rank for token, rank in ranks.items()} | {ENDOFTEXT: EOT}
     merges = [(spell[left], spell[right]) for left, right in merges_of(ranks)]
-    return json.dumps(json.loads(build(vocab, merges).to_str()), ensure_ascii=False)
+    return json.dumps(json.loads(Rules(vocab, merges, {ENDOFTEXT: EOT}, False).build().to_str()), ensure_ascii=False)
 
 
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
@@ -49,11 +51,3 @@ def last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
         first = joined.index(min(joined))
         parts[first : first + 2] = [parts[first] + parts[first + 1]]
     return parts[0], parts[1]
-
-
-def byte_characters() -> list[str]:
-    """How byte-level BPE spells each of the 256 bytes as a printable character (OpenAI's `bytes_to_unicode`)."""
-    ranges = (range(ord("!"), ord("~") + 1), range(ord("¡"), ord("¬") + 1), range(ord("®"), ord("ÿ") + 1))
-    printable = {byte for block in ranges for byte in block}
-    spare = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)]

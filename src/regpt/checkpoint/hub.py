@@ -4,20 +4,22 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from regpt.checkpoint.hf_folder import CONFIG, INDEX, PICKLE, TOKENIZER, WEIGHTS, hf_config, how_to_convert
+from regpt.checkpoint.hf_folder import CONFIG, INDEX, PICKLE, WEIGHTS, hf_config, how_to_convert
 from regpt.checkpoint.tensors import shard_names
 from regpt.errors import UserError
+from regpt.text.folder import ADDED, MERGES, NAMES, OPTIONS, TOKENIZER, VOCAB
 
 # GPT-2's short names, and where OpenAI's weights lie.
 SHORT_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9]([\w.-]*\w)?", re.ASCII)
+UNNAMED = re.compile(r"--|\.\.|\.git$|.{97}")  # what the hub does not have in a name
 TIMEOUT_S = 5.0  # for the first answer; a download itself may take as long as it needs
 LOCAL = f"or give a local folder with {CONFIG} and {WEIGHTS}"
 
 
 def repository(name: str) -> str | None:
     """The hub's full name for `name`: a short name of GPT-2's or `owner/repository`; None for anything else."""
-    return SHORT_NAMES.get(name) or (name if REPOSITORY.fullmatch(name) else None)
+    return SHORT_NAMES.get(name) or (name if REPOSITORY.fullmatch(name) and not UNNAMED.search(name) else None)
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,14 @@ def download(repo: str) -> Path:
         raise unreachable(repo, remote.trouble) if remote.trouble else no_model(repo)
     folder = config.parent  # named after the commit, to which the other files must belong as well
     hf_config(folder)
-    remote.file(TOKENIZER, folder.name)
+    has_tokenizer = remote.file(TOKENIZER, folder.name) or all(
+        remote.file(file, folder.name)
+        for file in (VOCAB, MERGES)  # older models have these instead
+    )
+    if not has_tokenizer and remote.trouble:
+        raise unreachable(repo, remote.trouble)
+    for file in (OPTIONS, ADDED, NAMES):
+        remote.file(file, folder.name)
     if remote.file(WEIGHTS, folder.name) is None:
         index = remote.file(INDEX, folder.name)
         if index is None and remote.trouble:

@@ -101,7 +101,8 @@ def open_checkpoint(folder: Path, device: torch.device | str, *, ema: bool, veri
 def open_hf(folder: Path, source: str, device: torch.device | str) -> OpenModel:
     config = hf_config(folder)
     tokenizer = hf_tokenizer(folder, config.vocab_size)
-    weights = hf_weights(folder, config)
+    weights = hf_weights(folder, config, tokenizer.n_vocab)
+    config = replace(config, vocab_size=tokenizer.n_vocab)  # its real size: rows of padding are left out
     return OpenModel(build(config, weights, device, source), tokenizer, None, source)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from regpt.checkpoint.files import flush, read_json, write_json
 from regpt.errors import UserError
-from regpt.files import is_file, is_plain_name
+from regpt.files import is_file, is_plain_name, refuse_lfs_pointer
 from regpt.structured import MAX_BYTES
 
 SUFFIX, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"  # the names that transformers gives, too
@@ -153,6 +153,8 @@ def readable(file: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
+        if is_file(file):
+            refuse_lfs_pointer(file)
         raise UserError(
             f"cannot read {str(file)!r} as safetensors ({error}); restore the file or choose another model"
         ) from None

@@ -59,6 +59,7 @@ def train_main(args: list[str]) -> int:
     from regpt.data.named import NamedOptions, list_sources
     from regpt.data.write import write_file
     from regpt.text.bpe import train_bpe
+    from regpt.text.words import MAX_WORD, LongWords
 
     if not given.sources:
         raise UsageError("no SOURCE given; give files, folders, globs or a named set")
@@ -68,7 +69,13 @@ def train_main(args: list[str]) -> int:
     listing = list_sources(given.sources, options=named, text=text)
     sources = listing.train
     print_left_out(listing.left_out)
-    tokenizer = train_bpe(shown(sources, text), given.vocab_size)
+    long_words = LongWords()
+    tokenizer = train_bpe(shown(sources, text), given.vocab_size, long_words)
+    if long_words.count:
+        print_line(
+            f"words of more than {MAX_WORD:,} characters, cut into pieces to learn from: {long_words.count:,}, the "
+            f"longest of {long_words.longest:,} characters"
+        )
     file.parent.mkdir(parents=True, exist_ok=True)
     write_file(file, tokenizer.to_json().encode())
     measured = bytes_per_token(tokenizer, sources, text)

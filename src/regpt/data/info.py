@@ -9,7 +9,10 @@ import numpy as np
 from regpt.data.manifest import SPLITS, Manifest
 from regpt.data.rows import Rows
 from regpt.data.stream import open_stream
+from regpt.data.verify import file_sha256
 from regpt.errors import UserError
+from regpt.files import is_file
+from regpt.text.folder import TOKENIZER
 from regpt.text.open import NAMED, open_tokenizer
 from regpt.text.tokenizer import Tokenizer
 
@@ -110,10 +113,26 @@ def tokenizer_of(folder: Path, manifest: Manifest) -> Tokenizer:
     Raises:
         UserError: it is not available here, or it is another one than the manifest names.
     """
-    tokenizer = open_tokenizer(manifest.tokenizer if manifest.tokenizer in NAMED else folder)
-    if tokenizer.sha256 != manifest.tokenizer_sha256:
+    named = manifest.tokenizer in NAMED and not is_file(folder / TOKENIZER)
+    tokenizer = open_tokenizer(manifest.tokenizer if named else folder)
+    if tokenizer.sha256 != tokenizer_identity(folder, manifest):
         raise UserError(
             f"the shards in {folder} were made with {manifest.tokenizer} (SHA-256 {manifest.tokenizer_sha256[:12]}…), "
             f"the tokenizer found is {tokenizer.name} ({tokenizer.sha256[:12]}…); prepare them again"
         )
+    if tokenizer.n_vocab != manifest.vocab_size:
+        raise UserError(
+            f"the manifest of {folder} has {manifest.vocab_size:,} tokens, its tokenizer {tokenizer.name} "
+            f"{tokenizer.n_vocab:,}; prepare the folder again"
+        )
     return tokenizer
+
+
+def tokenizer_identity(folder: Path, manifest: Manifest) -> str:
+    """SHA-256 of the rules of the tokenizer that the shards in `folder` were made with.
+
+    It is the manifest's; older manifests have the hash of a `tokenizer.json` as it came from elsewhere.
+    """
+    file = folder / TOKENIZER
+    own = is_file(file) and file_sha256(file) == manifest.tokenizer_sha256
+    return open_tokenizer(folder).sha256 if own else manifest.tokenizer_sha256

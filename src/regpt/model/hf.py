@@ -16,7 +16,8 @@ from regpt.model.config import ModelConfig
 from regpt.model.transformer import NORM_EPS
 
 PREFIX = "transformer."
-HEAD = "lm_head.weight"
+EMBEDDING, HEAD = "wte.weight", "lm_head.weight"
+READ = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # those of 8 bits need scales
 MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 CONV1D = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
 # Our field: its key in config.json, the other spelling that transformers accepts, GPT-2's value when neither is there.
@@ -90,15 +91,26 @@ def config_to_hf(config: ModelConfig, eot: int) -> dict[str, Any]:
 class WeightsFromHF(Mapping[str, Tensor]):
     """Hugging Face's tensors under our names and in our layout, each read from `tensors` only when it is asked for.
 
+    The tied weight may be stored as `wte.weight`, as `lm_head.weight`, or as both.
+
+    Args:
+        rows: of the token embedding as it is stored; with `n_vocab`, those from there on are padding and left out.
+
     Raises:
-        UserError: an `lm_head.weight` that differs from the token embedding: our head is tied to it.
+        UserError: a tensor that is there with and without prefix, or an `lm_head.weight` that differs from the token
+            embedding: our head is tied to it.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]):
-        self.tensors = tensors
-        self.theirs = {name.removeprefix(PREFIX): name for name in tensors if not is_mask(name)}
+    def __init__(self, tensors: Mapping[str, Tensor], rows: int | None = None, n_vocab: int | None = None):
+        self.tensors, self.rows, self.n_vocab = tensors, rows, n_vocab
+        kept = [name for name in tensors if not is_mask(name)]
+        self.theirs = {name.removeprefix(PREFIX): name for name in kept}
+        if len(self.theirs) < len(kept):
+            twice = next(name for name in kept if self.theirs[name.removeprefix(PREFIX)] != name)
+            raise UserError(f"the weights hold {twice!r} with and without {PREFIX!r}; remove one of them")
         head = self.theirs.pop(HEAD, None)
-        if head and "wte.weight" in self.theirs and not torch.equal(tensors[head], tensors[self.theirs["wte.weight"]]):
+        embedding = self.theirs.setdefault(EMBEDDING, head) if head else None
+        if head and embedding and head != embedding and not torch.equal(tensors[head], tensors[embedding]):
             raise UserError(
                 "the weights hold an lm_head.weight that differs from wte.weight, regpt ties the two; "
                 "choose a model with a tied head"
@@ -106,11 +118,13 @@ class WeightsFromHF(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self.tensors[self.theirs[name]]
-        if not tensor.is_floating_point():
+        if tensor.dtype not in READ:
             raise UserError(
-                f"weight {name!r} is stored as {tensor.dtype}, regpt reads floating point only; "
+                f"weight {name!r} is stored as {tensor.dtype}, regpt reads floating point of 16 bits and more; "
                 "choose a model that is not quantised"
             )
+        if name == EMBEDDING and len(tensor) == self.rows:
+            tensor = tensor[: self.n_vocab]
         if not tensor.isfinite().all():
             raise UserError(f"weight {name!r} holds numbers that are not finite; choose another model")
         return transposed(name, tensor)

@@ -10,6 +10,7 @@ import torch
 
 from regpt.config import RunConfig
 from regpt.data.config import ShuffleRows
+from regpt.data.info import tokenizer_identity, tokenizer_of
 from regpt.data.loader import Loader, StepBatches
 from regpt.data.manifest import Manifest, read_manifest
 from regpt.data.mixture import MixedRows, whole_shares
@@ -18,14 +19,12 @@ from regpt.data.stream import TokenStream, open_stream
 from regpt.data.verify import SMALL_BYTES, verify_small
 from regpt.errors import UsageError, UserError
 from regpt.evals.perplexity import count_rows
-from regpt.files import is_file
 from regpt.kernels.select import Kernels, choose, ops_of
 from regpt.model.ops import PLAIN, Ops
 from regpt.model.transformer import Transformer
 from regpt.model.weights import allocate, without_memory
 from regpt.parallel.mesh import Mesh
 from regpt.runs.validation import Part, folder_parts, mixture_parts
-from regpt.text.open import open_tokenizer
 from regpt.text.tokenizer import Tokenizer
 from regpt.train.loss import make_loss_sum
 from regpt.train.precision import parameter_dtype, set_matmul_precision
@@ -57,8 +56,7 @@ class Corpus:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Opened when it is first asked for: batches need none."""
-        first = self.folders[0]
-        return open_tokenizer(first.path if is_file(first.path / "tokenizer.json") else first.manifest.tokenizer)
+        return tokenizer_of(self.folders[0].path, self.folders[0].manifest)
 
     @property
     def manifest_sha256(self) -> str:
@@ -126,7 +124,7 @@ def open_corpus(config: RunConfig) -> Corpus:
         UserError: the tokenizer cannot be had, or is not the one that made the shards.
     """
     corpus = open_shards(config)
-    refuse_other_tokenizer(corpus.folders[0], corpus.tokenizer)
+    _ = corpus.tokenizer  # opened here, where what is wrong with it can be said
     return corpus
 
 
@@ -145,7 +143,7 @@ def open_shards(config: RunConfig) -> Corpus:
     if len({folder.path.resolve() for folder in folders}) < len(folders):
         raise UsageError(f"data.mixture names the same folder twice ({', '.join(weights)}); add up its weights")
     for other in others:
-        if other.manifest.tokenizer_sha256 != first.manifest.tokenizer_sha256:
+        if tokenizer_identity(other.path, other.manifest) != tokenizer_identity(first.path, first.manifest):
             raise UserError(
                 f"the shards in {other.path} were made with another tokenizer ({other.manifest.tokenizer}) than those "
                 f"in {first.path} ({first.manifest.tokenizer}); prepare one of them again with the other's tokenizer"
@@ -156,7 +154,7 @@ def open_shards(config: RunConfig) -> Corpus:
 def open_folder(path: Path, config: RunConfig) -> DataFolder:
     manifest = read_manifest(path)
     wanted = config.data.tokenizer
-    if wanted and manifest.tokenizer != wanted:
+    if wanted and wanted != manifest.tokenizer and wanted != tokenizer_of(path, manifest).name:
         raise UserError(
             f"the shards in {path} were made with the tokenizer {manifest.tokenizer!r}, data.tokenizer asks for "
             f"{wanted!r}; prepare the text again with --tokenizer {wanted}, or change data.tokenizer"
@@ -168,14 +166,6 @@ def open_folder(path: Path, config: RunConfig) -> DataFolder:
             "leave it out, or use other data"
         )
     return DataFolder(path, manifest, hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest())
-
-
-def refuse_other_tokenizer(folder: DataFolder, tokenizer: Tokenizer) -> None:
-    if tokenizer.sha256 != folder.manifest.tokenizer_sha256:
-        raise UserError(
-            f"the tokenizer {tokenizer.name!r} is not the one that made the shards in {folder.path} (its hash "
-            "differs); prepare the folder again"
-        )
 
 
 def build_model(config: RunConfig, device: torch.device, ops: Ops = PLAIN) -> Transformer:

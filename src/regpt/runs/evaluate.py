@@ -12,6 +12,7 @@ from typing import Any
 from regpt.checkpoint.open import OpenModel, may_be_model, open_model
 from regpt.config import RunConfig, read_config
 from regpt.data.batch import Batch
+from regpt.data.info import tokenizer_identity
 from regpt.data.manifest import read_manifest
 from regpt.errors import UsageError, UserError
 from regpt.evals.score import Progress, Scorer
@@ -182,7 +183,7 @@ def open_val(asked: Question, run: RunConfig | None, folder: Path, opened: OpenM
         UsageError: a sequence length that the model does not have.
     """
     manifest = read_manifest(folder)
-    if manifest.tokenizer_sha256 != opened.tokenizer.sha256:
+    if tokenizer_identity(folder, manifest) != opened.tokenizer.sha256:
         raise UserError(
             f"data folder {str(folder)!r} was made with the tokenizer {manifest.tokenizer!r} "
             f"({manifest.tokenizer_sha256[:12]}…), the model has {opened.tokenizer.name!r} "

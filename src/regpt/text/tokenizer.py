@@ -5,6 +5,8 @@ from typing import Protocol
 
 import numpy as np
 
+ENDOFTEXT = "<|endoftext|>"  # starts every document
+
 
 class Encoder(Protocol):
     """Text to token ids. Text that spells a special token is encoded as ordinary characters."""
@@ -18,8 +20,8 @@ class Tokenizer(Encoder, Protocol):
     """Text to token ids and back. Text that spells a special token is encoded as ordinary characters.
 
     Attributes:
-        name: `gpt2`, or the name chosen when it was trained.
-        sha256: hash of what defines it (the vocabulary files, or its tokenizer.json).
+        name: `gpt2`, or `bpe-<n_vocab>-<first 8 digits of sha256>`.
+        sha256: identity, from what decides its tokens (vocabulary, merges, rules): the same wherever it came from.
         n_vocab: the real vocabulary size, special tokens included.
         eot: id of `<|endoftext|>`, which starts every document.
     """
