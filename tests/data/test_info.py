@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from regpt.cli import data_info
 from regpt.data import info
 from regpt.data.info import (
     SplitInfo,
@@ -27,6 +28,7 @@ from regpt.data.rows import open_rows
 from regpt.data.verify import file_sha256
 from regpt.errors import UsageError, UserError
 from regpt.text.bpe import train_bpe
+from regpt.text.gpt2 import VOCAB_PACKAGE, find_files, load_gpt2
 
 TOKENIZER = train_bpe(["the cat sat on the mat, and the cats sat on the mats\n" * 4], 270)
 TEXTS = [f"the cat {i} sat on the mat" for i in range(30)]
@@ -143,3 +145,26 @@ def test_a_folder_of_before_is_known_by_the_hash_of_its_file(folder):
         tokenizer_of(folder, replace(manifest, tokenizer_sha256="0" * 64))
     with pytest.raises(UserError, match=r"has 271 tokens, its tokenizer bpe-270-\w+ 270"):
         tokenizer_of(folder, replace(manifest, vocab_size=271))
+
+
+def test_parts_of_characters_are_shown_as_bytes(tmp_path, capsys):
+    """No token of this tokenizer is a whole character of this text."""
+    (tmp_path / "a.txt").write_text("日本語", encoding="utf-8")
+    prepare([str(tmp_path / "a.txt")], tmp_path / "out", TOKENIZER, val_fraction=0)
+    assert data_info.main([str(tmp_path / "out"), "--seq-len", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "\ufffd" not in out
+    assert "b'\\xe6'" in out
+    assert data_info.main([str(tmp_path / "out"), "--seq-len", "4", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert {"\\xe6", "<|endoftext|>"} < {token["text"] for token in shown["frequent_tokens"]}
+    assert shown["rows"][0].endswith("日") or "\\x" in shown["rows"][0]
+
+
+@pytest.mark.parametrize("text", ["the cat 日本 \x00\xad\xff🙂", "".join(map(chr, range(0x250)))])
+def test_the_bytes_of_tokens_are_those_of_their_text(text):
+    for tokenizer in (TOKENIZER, *([load_gpt2()] if find_files(VOCAB_PACKAGE) else [])):
+        ids = tokenizer.encode(text)
+        assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+        assert [len(tokenizer.token_bytes(i)) for i in ids] == tokenizer.byte_lengths()[ids].tolist()
+        assert tokenizer.token_bytes(tokenizer.eot) == b"<|endoftext|>"

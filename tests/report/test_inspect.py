@@ -59,8 +59,8 @@ class Letters:
     def encode(self, text):
         return [ord(letter) - ord("a") for letter in text]
 
-    def decode(self, ids):
-        return "".join(chr(i + ord("a")) for i in ids)
+    def token_bytes(self, token):
+        return bytes([token + ord("a")])
 
 
 def test_the_nearest_tokens_have_the_smallest_angles():

@@ -50,14 +50,14 @@ class Content:
     Attributes:
         split: its name.
         counted: tokens that were counted: all, or an evenly spread sample.
-        frequent: the most frequent tokens: id, text, share of the tokens counted.
+        frequent: the most frequent tokens: id, bytes, share of the tokens counted.
         rows: beginnings of the first rows, decoded.
         problem: why there is no text, instead of texts.
     """
 
     split: str
     counted: int
-    frequent: Sequence[tuple[int, str | None, float]]
+    frequent: Sequence[tuple[int, bytes | None, float]]
     rows: list[str]
     problem: str | None
 
@@ -102,7 +102,7 @@ def read_content(given: InfoArgs, manifest: Manifest, split: str) -> Content:
         tokenizer = tokenizer_of(folder, manifest)
     except UserError as error:
         return Content(split, int(counts.sum()), [(i, None, share) for i, share in frequent], [], str(error))
-    texts = [(i, tokenizer.decode([i]), share) for i, share in frequent]
+    texts = [(i, tokenizer.token_bytes(i), share) for i, share in frequent]
     return Content(split, int(counts.sum()), texts, first_rows(rows, tokenizer, SHOWN_ROWS, SHOWN_TOKENS), None)
 
 
@@ -119,13 +119,18 @@ def bos_numbers(given: InfoArgs, manifest: Manifest, split: str) -> dict[str, An
 def info_dict(
     manifest: Manifest, splits: list[SplitInfo], content: Content, packing: dict[str, Any] | None
 ) -> dict[str, Any]:
+    from regpt.text.tokenizer import with_bytes
+
     return {
         "tokenizer": manifest.tokenizer,
         "tokenizer_sha256": manifest.tokenizer_sha256,
         "vocab_size": manifest.vocab_size,
         "dtype": manifest.dtype,
         "splits": {split.split: split.to_dict() for split in splits},
-        "frequent_tokens": [{"id": i, "text": text, "share": round(share, 6)} for i, text, share in content.frequent],
+        "frequent_tokens": [
+            {"id": i, "text": None if data is None else with_bytes(data), "share": round(share, 6)}
+            for i, data, share in content.frequent
+        ],
         "tokens_counted": content.counted,
         "rows": content.rows,
         **({"bos": packing} if packing else {}),
@@ -176,10 +181,12 @@ def print_histogram(split: SplitInfo) -> None:
 
 
 def print_content(given: InfoArgs, content: Content, whole: bool) -> None:
+    from regpt.text.tokenizer import quoted
+
     sample = "" if whole else f", of {content.counted:,} tokens spread over it"
     print_line(f"\n{content.split}: the most frequent tokens{sample}")
-    for i, text, share in content.frequent:
-        print_line(f"{i:>10}  {share:6.2%}  {'' if text is None else repr(text)}")
+    for i, data, share in content.frequent:
+        print_line(f"{i:>10}  {share:6.2%}  {'' if data is None else quoted(data)}")
     if content.problem:
         print_line(f"\nno text shown: {content.problem}")
         return

@@ -14,7 +14,7 @@ from regpt.errors import UserError
 from regpt.files import is_file
 from regpt.text.folder import TOKENIZER
 from regpt.text.open import NAMED, open_tokenizer
-from regpt.text.tokenizer import Tokenizer
+from regpt.text.tokenizer import Tokenizer, with_bytes
 
 BLOCK, COUNTED_BLOCKS = 1 << 20, 100  # counting a hundred million tokens takes about a second
 
@@ -104,7 +104,8 @@ def most_frequent(counts: np.ndarray, n: int) -> list[tuple[int, float]]:
 
 def first_rows(rows: Rows, tokenizer: Tokenizer, n_rows: int, tokens: int) -> list[str]:
     """The beginnings of the first rows, decoded: `tokens` tokens of each, as the model is given them."""
-    return [tokenizer.decode(row[: min(tokens, rows.seq_len)].tolist()) for row in rows.read(0, n_rows)]
+    read = [row[: min(tokens, rows.seq_len)].tolist() for row in rows.read(0, n_rows)]
+    return [with_bytes(b"".join(map(tokenizer.token_bytes, row))) for row in read]
 
 
 def tokenizer_of(folder: Path, manifest: Manifest) -> Tokenizer:

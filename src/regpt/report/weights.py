@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from regpt.errors import UserError, nearest
-from regpt.text.tokenizer import Tokenizer
+from regpt.text.tokenizer import Tokenizer, quoted, with_bytes
 
 BLOCK = re.compile(r"^(\w+)\.(\d+)\.(.+)$")
 EMBEDDING, POSITIONS = "wte.weight", "wpe.weight"
@@ -109,7 +109,7 @@ def token_id(tokenizer: Tokenizer, text: str) -> int:
         return ids[0]
     if not ids:
         raise UserError("the text given as token is empty; give the text of one token, such as ' the'")
-    parts = ", ".join(repr(tokenizer.decode([i])) for i in ids[:8])
+    parts = ", ".join(quoted(tokenizer.token_bytes(i)) for i in ids[:8])
     raise UserError(f"{text!r} is {len(ids)} tokens, not one: {parts}; give one of them (a space at the front counts)")
 
 
@@ -121,4 +121,4 @@ def nearest_tokens(embedding: Tensor, tokenizer: Tokenizer, token: int, n: int) 
     cosines = (rows @ rows[token]) / (norms * norms[token]).clamp(min=1e-12)
     cosines[token] = -2.0  # below every cosine
     found = torch.topk(cosines, min(n, len(rows) - 1)).indices.tolist()
-    return [Neighbour(i, tokenizer.decode([i]), cosines[i].item(), norms[i].item()) for i in found]
+    return [Neighbour(i, with_bytes(tokenizer.token_bytes(i)), cosines[i].item(), norms[i].item()) for i in found]

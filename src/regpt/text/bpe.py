@@ -57,6 +57,12 @@ class BPETokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=False)
 
+    def token_bytes(self, token: int) -> bytes:
+        from regpt.text.gpt2 import byte_characters
+
+        spelled = self._tokenizer.id_to_token(token) or ""
+        return spelled.encode() if spelled in self.rules.special else bytes(map(byte_characters().index, spelled))
+
     def byte_lengths(self) -> np.ndarray:
         lengths = np.zeros(self.n_vocab, dtype=np.int64)
         for token, i in self.rules.vocab.items():

@@ -64,6 +64,9 @@ class GPT2Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self._encoding.decode(list(map(int, ids)), errors="replace")
 
+    def token_bytes(self, token: int) -> bytes:
+        return ENDOFTEXT.encode() if token == EOT else self._tokens[token]
+
     def byte_lengths(self) -> np.ndarray:
         return np.array([*map(len, self._tokens), 0], dtype=np.int64)
 

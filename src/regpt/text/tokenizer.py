@@ -39,6 +39,10 @@ class Tokenizer(Encoder, Protocol):
         """Text of `ids`; bytes that are not valid UTF-8 become U+FFFD. Ids must be below `n_vocab`."""
         ...
 
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that one token stands for, perhaps only a part of a character; of a special token, its name."""
+        ...
+
     def byte_lengths(self) -> np.ndarray:
         """(n_vocab,) int64: UTF-8 bytes that each token stands for; 0 for special tokens."""
         ...
@@ -46,3 +50,16 @@ class Tokenizer(Encoder, Protocol):
     def to_json(self) -> str:
         """Contents of `tokenizer.json` in a data folder or checkpoint; `open_tokenizer` reads it back."""
         ...
+
+
+def with_bytes(data: bytes) -> str:
+    r"""`data` as text; what is only a part of a character is shown as its bytes, `\xe3\x81`."""
+    return data.decode("utf-8", "backslashreplace")
+
+
+def quoted(data: bytes) -> str:
+    """A token in quotes: its text, or its bytes where they are only a part of a character."""
+    try:
+        return repr(data.decode())
+    except UnicodeDecodeError:
+        return repr(data)
