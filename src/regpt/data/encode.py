@@ -24,14 +24,13 @@ from regpt.data.partition import Partition, Reading, Split
 from regpt.data.parts import Counts, Piece, SignatureFile, SplitFiles, place
 from regpt.data.settings import Settings
 from regpt.text.fast import FastEncoder, find_model
-from regpt.text.tokenizer import Encoder
+from regpt.text.tokenizer import ENDOFTEXT, Encoder
 
 PIECE_CHARS = 1 << 18  # about 15 ms of encoding: long enough to hide the hand-over, short enough to share a book
 # GPT-2's pattern has no piece in which white space follows another character, so text may be cut between the two.
 # Python's \S has fewer characters than Rust's: safe.
 CUT = re.compile(r"\S(?=[ \n])")
 BATCH_CHARS = 1 << 20
-ENDOFTEXT = "<|endoftext|>"  # as text it is ordinary characters
 LONG_LINE = 1_000_000  # characters without a line end
 
 
