@@ -24,7 +24,7 @@ from regpt.parallel.repeatable import ENVIRONMENT, repeatable
 
 HANG_SECONDS = 600.0  # a process that waits longer for the others waits in vain
 STORE_TIMEOUT = timedelta(seconds=30)  # to say how a process is, and to hear of others
-GRACE_SECONDS = 120.0  # after which NCCL and gloo give up too, when nothing was said before
+BACKEND_TIMEOUT = timedelta(days=7)  # of NCCL and gloo, which take a slow disk for a hang; `parallel.pulse` does not
 
 
 @dataclass(frozen=True)
@@ -153,17 +153,17 @@ def joined(device_name: str, hang_seconds: float) -> Iterator[Mesh]:
     # Functions of this module keep the process group of the time of its import as a default (torch 2.13). Imported
     # later, by an optimizer say, it would hold ours: gloo's threads would outlive it and abort an ending process.
     importlib.import_module("torch.distributed.nn")
-    timeout = timedelta(seconds=hang_seconds + GRACE_SECONDS)
     name, place = "", {}
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):  # the launcher has one; otherwise rank 0 makes one
         name = agree_on_name(meeting_point(), rank, world_size, hang_seconds)
-        place = {"store": meeting_point(name, timeout), "rank": rank, "world_size": world_size}
+        place = {"store": meeting_point(name, BACKEND_TIMEOUT), "rank": rank, "world_size": world_size}
     mesh = Mesh(rank, world_size, device)
     with watched(mesh.pulse, rank, world_size, lambda: meeting_point(name), hang_seconds):
         with mesh.pulse.waiting("the beginning of all processes"):
             # On GPUs both: what the processes agree on beside the gradients goes through the CPU, and waits for no
             # kernel.
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout, **place)
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=BACKEND_TIMEOUT, **place)
         try:
             yield mesh
         finally:

@@ -3,7 +3,8 @@
 A collective that one process does not come to makes all others wait: NCCL and gloo report that much later, if at all,
 and never who is missing. Every process writes now and then how many waits it has begun, and which, into the store that
 the processes met at; one that has waited too long in the same one reads what the others wrote, says it, and ends with
-an exit code at which the launcher starts all processes again.
+an exit code at which the launcher starts all processes again. A process whose notes keep coming and say that it works
+for itself, writing a checkpoint for example, is not hung: a disk may take as long as it takes.
 """
 
 import contextlib
@@ -36,6 +37,7 @@ class Pulse:
         self.step = 0
         self.waits = 0
         self.doing = ""  # what is waited for; empty while computing
+        self.work = ""  # of this process alone, which may take as long as a disk does
         self.since = time.monotonic()
 
     @contextlib.contextmanager
@@ -51,8 +53,17 @@ class Pulse:
         finally:
             self.doing, self.since = "", time.monotonic()
 
+    @contextlib.contextmanager
+    def working(self, work: str) -> Iterator[None]:
+        """Around what may take long in this process alone: the others wait for it, unless it waits itself."""
+        before, self.work = self.work, work
+        try:
+            yield
+        finally:
+            self.work = before
+
     def note(self) -> dict[str, Any]:
-        return {"step": self.step, "waits": self.waits, "doing": self.doing, "time": time.time()}
+        return {"step": self.step, "waits": self.waits, "doing": self.doing, "work": self.work, "time": time.time()}
 
 
 @contextlib.contextmanager
@@ -84,6 +95,8 @@ class Watch:
         self.pulse, self.rank, self.world_size = pulse, rank, world_size
         self.connect, self.seconds, self.done = connect, seconds, done
         self.parent = os.getppid()
+        self.excused = 0.0  # when all that were missing were last found at work, and
+        self.heard: dict[int, Mapping[str, Any]] = {}  # the notes of that time
 
     def run(self) -> None:
         store = None
@@ -92,10 +105,22 @@ class Watch:
                 store = store or self.connect()
                 store.set(key(self.rank), json.dumps(self.pulse.note()))
             self.look_for_launcher()
-            waited = time.monotonic() - self.pulse.since
+            waited = time.monotonic() - max(self.pulse.since, self.excused)
             if self.pulse.doing and waited > self.seconds:
-                print_note(self.diagnosis(store, waited))
-                os._exit(HUNG)
+                self.judge(self.notes(store), waited)
+
+    def judge(self, notes: dict[int, Mapping[str, Any]], waited: float) -> None:
+        """End the process, unless all that it waits for are at work."""
+        own = self.pulse.note()
+        missing = missing_ranks(self.world_size, own, notes)
+        if missing and all(rank in notes and at_work(notes[rank], self.heard.get(rank)) for rank in missing):
+            self.excused, self.heard = time.monotonic(), notes
+            if self.rank == min(set(range(self.world_size)) - set(missing)):  # one says it for all
+                work = ", ".join(f"rank {rank} is {notes[rank]['work']}" for rank in missing)
+                print_note(f"step {own['step']}: {work}; the others wait for it")
+        else:
+            print_note(diagnosis(self.rank, self.world_size, own, notes, waited))
+            os._exit(HUNG)
 
     def look_for_launcher(self) -> None:
         """Stop as after SIGTERM when the launcher was killed: nobody would start again what dies, or end what hangs."""
@@ -104,17 +129,28 @@ class Watch:
             print_note(f"rank {self.rank}: the launcher is gone; stopping")
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def diagnosis(self, store: Store | None, waited: float) -> str:
+    def notes(self, store: Store | None) -> dict[int, Mapping[str, Any]]:
+        """What every process wrote last, as far as the store can be reached."""
         notes: dict[int, Mapping[str, Any]] = {}
         with contextlib.suppress(Exception):
             for rank in range(self.world_size):
                 if store is not None and store.check([key(rank)]):
                     notes[rank] = json.loads(store.get(key(rank)))
-        return diagnosis(self.rank, self.world_size, self.pulse.note(), notes, waited)
+        return notes
 
 
 def key(rank: int) -> str:
     return f"regpt/pulse/{rank}"
+
+
+def missing_ranks(world_size: int, own: Mapping[str, Any], notes: Mapping[int, Mapping[str, Any]]) -> list[int]:
+    """Those that have not begun the wait that this process is in."""
+    return [other for other in range(world_size) if other not in notes or notes[other]["waits"] < own["waits"]]
+
+
+def at_work(note: Mapping[str, Any], before: Mapping[str, Any] | None) -> bool:
+    """Whether a process works for itself, and has noted so since its note `before`; no clocks of hosts are compared."""
+    return bool(note.get("work")) and not note["doing"] and (before is None or note["time"] != before["time"])
 
 
 def diagnosis(
@@ -124,7 +160,7 @@ def diagnosis(
     begin = f"step {own['step']}: rank {rank} has waited {waited:.0f} seconds for {own['doing']}"
     if not notes:
         return f"{begin}; the store is not to be reached, so its host is gone"
-    missing = [other for other in range(world_size) if other not in notes or notes[other]["waits"] < own["waits"]]
+    missing = missing_ranks(world_size, own, notes)
     if not missing:
         return f"{begin}; all {world_size} ranks are in it: suspect a device or the network (NCCL_DEBUG=INFO says more)"
     return f"{begin}; missing: " + ", ".join(heard(other, notes.get(other), own["time"]) for other in missing)
@@ -133,5 +169,5 @@ def diagnosis(
 def heard(rank: int, note: Mapping[str, Any] | None, now: float) -> str:
     if note is None:
         return f"rank {rank} (never heard of)"
-    doing = f"waiting for {note['doing']}" if note["doing"] else "computing"
+    doing = f"waiting for {note['doing']}" if note["doing"] else note.get("work") or "computing"
     return f"rank {rank} ({doing} in step {note['step']}, heard of {now - note['time']:.0f} seconds ago)"

@@ -76,15 +76,16 @@ class Job:
 def make_actions(job: Job, stop_requested: Callable[[], bool]) -> Actions:
     """The actions of `job`, for `Trainer.fit`."""
     parts = validation_parts(job.config, job.corpus)
+    working = job.mesh.pulse.working  # none of it makes a process hung in the eyes of the others
     return Actions(
-        log=lambda row: log(job, row),
-        validate=lambda step: evaluate(job, step, parts),
-        sample=lambda step: sample(job, step),
-        save=lambda step: save(job, step),
+        log=working("writing its metrics")(lambda row: log(job, row)),
+        validate=working("evaluating")(lambda step: evaluate(job, step, parts)),
+        sample=working("sampling")(lambda step: sample(job, step)),
+        save=working("writing a checkpoint")(lambda step: save(job, step)),
         # After a checkpoint that could not be written the run stops: all processes together, with a second try.
         stop_requested=lambda: stop_requested() or job.saver.failed,
-        examine=lambda: examine(job.trainer, job.loader, job.corpus.tokenizer),
-        rewind=lambda: rewind(job),
+        examine=working("examining a batch")(lambda: examine(job.trainer, job.loader, job.corpus.tokenizer)),
+        rewind=working("going back to a checkpoint")(lambda: rewind(job)),
     )
 
 

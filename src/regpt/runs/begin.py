@@ -64,7 +64,8 @@ def run_mesh(config: RunConfig) -> AbstractContextManager[Mesh]:
 
 
 def open_parts(config: RunConfig, mesh: Mesh) -> Parts:
-    corpus = open_corpus(config)
+    with mesh.pulse.working("opening its data"):
+        corpus = open_corpus(config)
     config = config.with_vocab_size(corpus.vocab_size)
     config = replace(config, data=resolved(config.data, corpus), eval=with_whole_paths(config.eval))
     model = build_model(config, mesh.device)
@@ -138,8 +139,9 @@ def start_new(parts: Parts, init_from: str | None) -> Start:
 def start_at(parts: Parts, checkpoint: Checkpoint, event: Row, found: Changes | None = None) -> Start:
     """Weights, moments and all the rest of `checkpoint`; `found` has changed since."""
     state, mesh = checkpoint.state, parts.mesh
-    load_weights(parts.model, checkpoint.weights())
-    load_optimizer(parts.model, parts.optimizer, checkpoint.optimizer(), state.step)
+    with mesh.pulse.working("loading a checkpoint"):
+        load_weights(parts.model, checkpoint.weights())
+        load_optimizer(parts.model, parts.optimizer, checkpoint.optimizer(), state.step)
     said = [describe(found, state, parts.config) if found else "", not_bitwise(parts, state, found or {})]
     average = checkpoint.average()
     return Start(
@@ -190,7 +192,8 @@ def choose_checkpoint(run: Path, mesh: Mesh) -> tuple[Checkpoint, list[str]]:
         skipped.append(message)
         print_warning(message)
 
-    chosen = newest_checkpoint(run, warn=warn).name.encode() if mesh.is_main else b""
+    with mesh.pulse.working("checking its checkpoints"):
+        chosen = newest_checkpoint(run, warn=warn).name.encode() if mesh.is_main else b""
     name = mesh.gather(chosen)[0].decode()
     return load_checkpoint(run / CHECKPOINTS / name, verified=True), skipped
 

@@ -99,7 +99,8 @@ def answer(asked: Question, mesh: Mesh, show: ShowProgress) -> Answer:
     run = run_config(model)
     wants_val = any(spec.kind == "val" for spec in asked.specs)
     folder = data_folder(asked, run) if wants_val else None
-    opened = open_model(model, mesh.device, ema=asked.ema)
+    with mesh.pulse.working("opening the model"):
+        opened = open_model(model, mesh.device, ema=asked.ema)
     set_matmul_precision(asked.precision)
     opened.model.to(parameter_dtype(asked.precision)).eval()
     task = open_val(asked, run, folder, opened) if folder else None

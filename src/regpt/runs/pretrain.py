@@ -285,6 +285,7 @@ def train(
             if start.save:
                 do.save(step)
             finished = trainer.fit(replace(do, log=lambda row: (do.log(row), note_step(row))[0]), every)
+            mesh.pulse.work = "finishing what it writes"  # the last checkpoint, copies of the metrics
         write_saved_rows(job)
         write_epochs(job, trainer.step, loader.epochs(trainer.data_step))
     return finished

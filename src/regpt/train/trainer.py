@@ -207,7 +207,8 @@ class Trainer:
         Each micro-loss is a sum, divided by the whole step's count *before* its backward: the result does not depend
         on how the batch is split, padded or masked. Returns the mean loss and the gradients' norm before clipping.
         """
-        own = valid_targets(self.loader.step(self.data_step, self.micro_batch.rows))
+        with self.mesh.pulse.working("reading its data"):
+            own = valid_targets(self.loader.step(self.data_step, self.micro_batch.rows))
         dtype = self.parameters[0].dtype
         count = self.mesh.sum(torch.full((), own, device=self.mesh.device, dtype=dtype))  # there: nothing waits for it
         scale = self.loss_scale.scale
