@@ -123,14 +123,16 @@ def is_lfs_pointer(head: bytes) -> bool:
     return len(head) <= LFS_POINTER_BYTES and LFS_POINTER.fullmatch(head) is not None
 
 
-def refuse_lfs_pointer(path: Path, head: bytes | None = None) -> None:
-    """Raise a UserError where the file `path`, which begins with `head`, is a Git LFS pointer; OSError where it cannot
-    be read."""
-    if head is None:
-        with path.open("rb") as file:
-            head = file.read(LFS_POINTER_BYTES + 1)
-    if is_lfs_pointer(head):
+def holds_lfs_pointer(path: Path) -> bool:
+    """Whether the file `path` is a Git LFS pointer; OSError where it cannot be read."""
+    with path.open("rb") as file:
+        return is_lfs_pointer(file.read(LFS_POINTER_BYTES + 1))
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Raise a UserError where the file `path` is a Git LFS pointer; OSError where it cannot be read."""
+    if holds_lfs_pointer(path):
         raise UserError(
-            f"{str(path)!r} is a Git LFS pointer of {len(head)} bytes, not the file itself; fetch the content with: "
-            "git lfs pull"
+            f"{str(path)!r} is a Git LFS pointer of {path.stat().st_size} bytes, not the file itself; "
+            "fetch the content with: git lfs pull"
         )

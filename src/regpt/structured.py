@@ -102,10 +102,9 @@ def read_small(path: Path, remedy: str, at_most: int = MAX_BYTES) -> bytes:
     try:
         size = path.stat().st_size
         if is_file(path) and size <= at_most:
+            refuse_lfs_pointer(path)
             with path.open("rb") as file:
-                data = file.read(size)  # no more, where it has grown meanwhile
-            refuse_lfs_pointer(path, data)
-            return data
+                return file.read(size)  # no more, where it has grown meanwhile
     except UserError:
         raise
     except (OSError, ValueError) as error:

@@ -188,6 +188,13 @@ def test_a_pointer_of_git_lfs_is_named(exported, name):
         open_model(str(exported))
 
 
+def test_a_pointer_of_git_lfs_among_a_checkpoints_files_is_named(tmp_path, save):
+    folder = save(tmp_path, 10)
+    (folder / "model.safetensors").write_bytes(POINTER)
+    with pytest.raises(UserError, match=r"model\.safetensors' is a Git LFS pointer.*git lfs pull"):
+        open_model(str(folder))
+
+
 def test_a_head_of_its_own_is_refused_with_the_folder(exported):
     from safetensors.torch import load_file, save_file
 

@@ -168,3 +168,10 @@ def test_the_bytes_of_tokens_are_those_of_their_text(text):
         assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
         assert [len(tokenizer.token_bytes(i)) for i in ids] == tokenizer.byte_lengths()[ids].tolist()
         assert tokenizer.token_bytes(tokenizer.eot) == b"<|endoftext|>"
+
+
+def test_a_shard_that_is_a_pointer_of_git_lfs_is_named(folder):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "4d7a2146" * 8 + "\nsize 301966000\n"
+    (folder / "train-00000.bin").write_text(pointer, encoding="utf-8")
+    with pytest.raises(UserError, match=r"train-00000\.bin' is a Git LFS pointer"):
+        read_manifest(folder)

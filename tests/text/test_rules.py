@@ -179,6 +179,8 @@ def test_a_special_token_may_come_first():
     assert tokenizer.encode("the cat") == [i + 1 for i in TRAINED.encode("the cat")]
     assert BPETokenizer(tokenizer.to_json()).sha256 == tokenizer.sha256
     assert library(json.loads(tokenizer.to_json())).encode("the cat").ids == tokenizer.encode("the cat")
+    fast = accelerate(tokenizer, Path(FOLDER.name)).encode_batch(["the <|endoftext|> cat"])
+    assert fast[0].tolist() == tokenizer.encode("the <|endoftext|> cat")
 
 
 @pytest.mark.parametrize("token", [FIRST.replace(" ", ""), "a", "tree"])

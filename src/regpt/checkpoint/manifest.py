@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from regpt.checkpoint.files import REMEDY, write_json
 from regpt.checkpoint.tensors import SUFFIX
 from regpt.errors import UserError
-from regpt.files import is_file, is_folder, is_plain_name, status
+from regpt.files import holds_lfs_pointer, is_file, is_folder, is_plain_name, status
 from regpt.structured import MAX_BYTES, parse_json, read_small
 
 FORMAT_VERSION = 1
@@ -152,6 +152,8 @@ def check_size(folder: Path, file: File) -> None:
     found = status(path)
     if found is None or not stat.S_ISREG(found.st_mode):
         raise damaged(path, "is missing")
+    if found.st_size != file.size and holds_lfs_pointer(path):
+        raise damaged(path, "is a Git LFS pointer, not the file itself, which this fetches: git lfs pull")
     if found.st_size != file.size:
         raise damaged(path, f"has {found.st_size:,} bytes instead of {file.size:,}")
     if file.file in FILES and file.size > MAX_BYTES:

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
 from regpt.errors import UserError
-from regpt.files import is_file, is_folder, is_plain_name
+from regpt.files import is_file, is_folder, is_plain_name, refuse_lfs_pointer
 from regpt.structured import read_small, refuse_many
 
 FORMAT_VERSION = 1
@@ -147,6 +147,8 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
         for name, expected in ((shard.file, shard.tokens * width), (shard.idx_file, shard.documents * 8)):
             path = folder / name
             found = path.stat().st_size if is_file(path) else None
+            if found is not None and found != expected:
+                refuse_lfs_pointer(path)
             if found != expected:
                 state = "is missing" if found is None else f"has {found:,} bytes instead of {expected:,}"
                 raise UserError(f"shard {path} {state}; prepare the folder again or restore the file")

@@ -124,12 +124,15 @@ def encoder_name(tokenizer: Tokenizer, accelerated: bool) -> str:
 
 
 def save_model(exact: "Tokenizer | GPT2Tokenizer | BPETokenizer", folder: Path) -> Path:
-    """Write what the package reads, without the special token: text that spells it is only text."""
+    """Write what the package reads, without the special tokens: text that spells one is only text."""
     if ranks := getattr(exact, "ranks", None):
         path, content = folder / "model.tiktoken", ranks()
     else:
         described = json.loads(exact.to_json())
-        described["model"]["vocab"] = {token: i for token, i in described["model"]["vocab"].items() if i != exact.eot}
+        special = {token["content"] for token in described["added_tokens"]}
+        described["model"]["vocab"] = {
+            token: i for token, i in described["model"]["vocab"].items() if token not in special
+        }
         path, content = folder / "model.json", json.dumps({**described, "added_tokens": []}).encode()
     partial = path.with_suffix(".partial")
     partial.write_bytes(content)
