@@ -183,6 +183,13 @@ def test_quantised_weights_are_refused(dtype: str):
         WeightsFromHF({"transformer.wpe.weight": torch.zeros(3, 2).to(getattr(torch, dtype))})["wpe.weight"]
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (4, 2)])
+def test_an_embedding_of_other_rows_than_the_config_is_refused(shape: tuple[int, ...]):
+    weights = WeightsFromHF({"lm_head.weight": torch.zeros(shape)}, rows=5, n_vocab=3)
+    with pytest.raises(UserError, match=r"'wte\.weight' has shape .*config\.json has vocab_size 5"):
+        weights["wte.weight"]
+
+
 def test_a_tensor_with_and_without_prefix_is_refused():
     with pytest.raises(UserError, match=r"'transformer\.wpe\.weight' with and without|'wpe\.weight' with and without"):
         WeightsFromHF({"transformer.wpe.weight": torch.zeros(3, 2), "wpe.weight": torch.ones(3, 2)})

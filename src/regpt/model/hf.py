@@ -123,7 +123,12 @@ class WeightsFromHF(Mapping[str, Tensor]):
                 f"weight {name!r} is stored as {tensor.dtype}, regpt reads floating point of 16 bits and more; "
                 "choose a model that is not quantised"
             )
-        if name == EMBEDDING and len(tensor) == self.rows:
+        if name == EMBEDDING and self.rows is not None:
+            if tensor.shape[:1] != (self.rows,):
+                raise UserError(
+                    f"weight {name!r} has shape {tuple(tensor.shape)}, config.json has vocab_size {self.rows}; restore "
+                    "the folder or choose another model"
+                )
             tensor = tensor[: self.n_vocab]
         if not tensor.isfinite().all():
             raise UserError(f"weight {name!r} holds numbers that are not finite; choose another model")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from regpt.errors import UserError, nearest
+from regpt.errors import UsageError, UserError, nearest
 from regpt.files import is_file, is_folder
 from regpt.structured import parse_json
 from regpt.text.bpe import BPETokenizer
@@ -19,7 +19,8 @@ def open_tokenizer(spec: str | Path) -> Tokenizer:
     `merges.txt` (`./gpt2` is a folder). Whatever has GPT-2's rules is `gpt2`.
 
     Raises:
-        UserError: no such name or file, or a file that is not a tokenizer of ours.
+        UsageError: no such name or file.
+        UserError: a file that is not a tokenizer of ours.
     """
     if isinstance(spec, str) and spec in NAMED:
         return NAMED[spec]()
@@ -34,7 +35,7 @@ def open_tokenizer(spec: str | Path) -> Tokenizer:
         return from_json(folder_json(file), str(file))
     if not is_file(path):
         near = nearest(str(spec), NAMED)
-        raise UserError(f"there is no tokenizer {str(spec)!r}; give gpt2, a {TOKENIZER} or the folder of one{near}")
+        raise UsageError(f"there is no tokenizer {str(spec)!r}; give gpt2, a {TOKENIZER} or the folder of one{near}")
     return from_json(read_text(path), str(path))
 
 
