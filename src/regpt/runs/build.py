@@ -76,7 +76,7 @@ class Corpus:
             "path": " + ".join(str(folder.path) for folder in self.folders),
             "manifest_sha256": self.manifest_sha256,
             "tokenizer": self.folders[0].manifest.tokenizer,
-            "tokenizer_sha256": self.folders[0].manifest.tokenizer_sha256,
+            "tokenizer_sha256": tokenizer_identity(self.folders[0].path, self.folders[0].manifest),
             "train_tokens": self.tokens("train"),
             "val_tokens": self.tokens("val"),
             "train_bytes": self.text_bytes("train"),
