@@ -28,7 +28,7 @@ def test_whatever_a_disk_can_make_slow_says_what_it_is(config: RunConfig, tmp_pa
     init = Pulse.__init__
     monkeypatch.setattr(Pulse, "__init__", lambda pulse: (init(pulse), pulses.append(pulse))[0])
     for owner, name in (
-        (actions, "write_items"),
+        (actions, "keep_items"),
         (actions, "write_samples"),
         (JsonLines, "write"),
         (Saver, "wait"),
@@ -55,7 +55,7 @@ def test_whatever_a_disk_can_make_slow_says_what_it_is(config: RunConfig, tmp_pa
         "newest_checkpoint": {"checking its checkpoints"},
         "load_weights": {"loading a checkpoint"},
         "wait": {"writing a checkpoint", "finishing what it writes"},
-        "write_items": {"evaluating"},
+        "keep_items": {"evaluating"},
         "write_samples": {"sampling"},
         "write": {"writing its metrics", "evaluating", "sampling", "finishing what it writes"},
     }

@@ -28,7 +28,7 @@ from regpt.runs.build import Corpus, choose_kernels, mask_token, validation_part
 from regpt.runs.evaluations import Evaluations
 from regpt.runs.examine import examine
 from regpt.runs.folder import device_name, made_with
-from regpt.runs.items import write_items
+from regpt.runs.items import keep_items
 from regpt.runs.rewind import go_back
 from regpt.runs.terminal import Terminal
 from regpt.runs.trackers import Sink
@@ -146,7 +146,8 @@ def validate(job: Job, step: int, parts: Sequence[Part]) -> None:
     found = whole_result()
     everyone = [one for data in job.mesh.gather(json.dumps(items).encode()) for one in json.loads(data)]
     if job.mesh.is_main:
-        write_items(job.run / "evals", "val", "".join(json.dumps(one) + "\n" for one in everyone), step)
+        lines = "".join(json.dumps(one) + "\n" for one in everyone)
+        keep_items(job.run / "evals", "val", lines, step, job.terminal.say)
     averaged: Row = {}
     if job.average is not None:
         with job.average.applied():

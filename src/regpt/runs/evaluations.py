@@ -13,7 +13,7 @@ from regpt.evals.task import Result, evaluate, refuse_if_nothing_fits, truncatio
 from regpt.files import is_file
 from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import Mesh
-from regpt.runs.items import write_items
+from regpt.runs.items import keep_items
 from regpt.structured import json_lines
 from regpt.text.tokenizer import Tokenizer
 from regpt.train.average import Average
@@ -119,7 +119,7 @@ class Evaluations:
         for i, one in enumerate(results):
             also = averaged[i].outcomes if averaged else {}
             both = one.outcomes | {f"{metric}{OF_AVERAGE}": values for metric, values in also.items()}
-            write_items(self.run / "evals", one.task, replace(one, outcomes=both).item_lines(), step)
+            keep_items(self.run / "evals", one.task, replace(one, outcomes=both).item_lines(), step, self.say)
 
     def evaluate(self, task: Any, seconds: float) -> Result:
         known = self.counts.get(task.name)

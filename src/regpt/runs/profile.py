@@ -74,16 +74,20 @@ def write(
     """The trace and the costs of what was recorded."""
     if not found.recorded:
         return
-    folder.mkdir(exist_ok=True)
-    profiler.export_chrome_trace(str(folder / "trace.json.gz"))
     report = summarize(profiler.key_averages(), found.recorded, device)
-    (folder / "costs.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    with (folder / "costs.txt").open("w", encoding="utf-8") as file:
-        file.write(heading(report) + "\n")
-        print_table(costs_table(report), PlainConsole(file=file))
     say(heading(report))
     print_table(costs_table(report), console)
-    say(f"profile of steps {min(found.recorded)} to {max(found.recorded)} written to {folder}")
+    try:
+        folder.mkdir(exist_ok=True)
+        profiler.export_chrome_trace(str(folder / "trace.json.gz"))
+        (folder / "costs.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        with (folder / "costs.txt").open("w", encoding="utf-8") as file:
+            file.write(heading(report) + "\n")
+            print_table(costs_table(report), PlainConsole(file=file))
+    except (OSError, RuntimeError) as error:  # the profiler's own writer raises RuntimeError
+        say(f"the profile cannot be written to {str(folder)!r} ({error}); the run goes on without it")
+    else:
+        say(f"profile of steps {min(found.recorded)} to {max(found.recorded)} written to {folder}")
 
 
 def summarize(averages: Any, recorded: dict[int, float], device: torch.device) -> dict[str, Any]:

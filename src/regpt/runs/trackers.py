@@ -1,8 +1,9 @@
 """Copies of a run's metrics for TensorBoard and Weights & Biases. The run folder stays the record."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,14 +49,44 @@ def check_trackers(log: LogConfig) -> None:
             )
 
 
-def open_trackers(log: LogConfig, run: Path, config: Mapping[str, Any], step: int, stack: ExitStack) -> list[Sink]:
-    """The trackers that `[log]` asks for, closed with `stack`; `step` updates were made before."""
-    trackers: list[Sink] = []
-    if log.tensorboard:
-        trackers.append(TensorBoard(run / "tensorboard", step, stack))
-    if log.wandb != "off":
-        trackers.append(WandB(log, run, config, stack))
-    return trackers
+def open_trackers(
+    log: LogConfig, run: Path, config: Mapping[str, Any], step: int, stack: ExitStack, say: Callable[[str], None]
+) -> list[Sink]:
+    """The trackers that `[log]` asks for, closed with `stack`; `step` updates were made before. One that fails is said
+    once with `say`, and left out."""
+    openers: dict[str, Callable[[ExitStack], Sink]] = {
+        "tensorboard": lambda inner: TensorBoard(run / "tensorboard", step, inner),
+        "wandb": lambda inner: WandB(log, run, config, inner),
+    }
+    return [Copy(PACKAGES[name], openers[name], stack, say) for name in wanted(log)]
+
+
+class Copy:
+    """A tracker whose failures, a full disk or a lost network, never end a run: it gets no rows after the first."""
+
+    def __init__(self, name: str, opener: Callable[[ExitStack], Sink], stack: ExitStack, say: Callable[[str], None]):
+        self.name, self.say, self.failed = name, say, False
+        inner = ExitStack()
+        self.sink: Sink | None = None
+        stack.callback(lambda: self.attempt(inner.close))
+        self.attempt(lambda: setattr(self, "sink", opener(inner)))
+
+    def write(self, row: dict[str, Any]) -> None:
+        sink = self.sink
+        if sink is not None and not self.failed:
+            self.attempt(lambda: sink.write(row))
+
+    def attempt(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except Exception as error:  # whatever a library of others raises: the run folder is the record
+            if not self.failed:
+                why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                self.say(
+                    f"the copy of the metrics for {self.name} cannot be written ({why}); it is left "
+                    "out from now on, the run goes on"
+                )
+            self.failed = True
 
 
 class TensorBoard:
@@ -64,6 +95,7 @@ class TensorBoard:
     def __init__(self, folder: Path, step: int, stack: ExitStack):
         from torch.utils.tensorboard import SummaryWriter
 
+        stack.enter_context(without_tracebacks("tensorboard"))
         self.writer = SummaryWriter(log_dir=str(folder), purge_step=step + 1 if step else None)
         stack.callback(self.writer.close)
 
@@ -72,6 +104,22 @@ class TensorBoard:
             self.writer.add_scalar(name, value, row["step"], walltime=row.get("time"))
         for prompt, text in texts(row):
             self.writer.add_text(f"samples/{prompt}", text, row["step"], walltime=row.get("time"))
+
+
+@contextmanager
+def without_tracebacks(package: str) -> Iterator[None]:
+    """Threads of `package` that fail print nothing: the next call raises the same."""
+    before = threading.excepthook
+
+    def hook(failure: threading.ExceptHookArgs) -> None:
+        if not type(failure.thread).__module__.startswith(package):
+            before(failure)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 class WandB:
