@@ -7,7 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from regpt.errors import UserError
-from regpt.runs import trackers
+from regpt.runs import items, trackers
 from regpt.runs.pretrain import check, pretrain
 from regpt.runs.trackers import TensorBoard, WandB, check_trackers, scalars, texts
 from regpt.train.config import LogConfig
@@ -126,3 +126,47 @@ def test_a_missing_package_is_named_before_anything_starts(tmp_path, monkeypatch
     with pytest.raises(UserError, match=r"pip install 'regpt\[(tensorboard|wandb)\]'"):
         check(config, tmp_path / "run")
     check_trackers(LogConfig())
+
+
+class Failing:
+    """A tracker whose disk is full."""
+
+    def __init__(self, when: str, stack: ExitStack):
+        self.when, self.rows = when, 0
+        stack.callback(self.do, "close")
+        self.do("open")
+
+    def do(self, what: str) -> None:
+        if what == self.when:
+            raise OSError(28, "No space left on device")
+
+    def write(self, row: dict) -> None:
+        self.rows += 1
+        self.do("write")
+
+
+@pytest.mark.parametrize("when", ["open", "write", "close"])
+def test_a_copy_that_fails_is_said_once_and_ends_no_run(tmp_path, shards, monkeypatch, capsys, when):
+    monkeypatch.setattr(trackers, "TensorBoard", lambda folder, step, stack: Failing(when, stack))
+    config = change(run_config(shards), "log", tensorboard=True)
+    assert pretrain(config, tmp_path / "run") == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "TensorBoard" in line]
+    assert said == [
+        "the copy of the metrics for TensorBoard cannot be written ([Errno 28] No space left on device); it is left "
+        "out from now on, the run goes on"
+    ]
+
+
+def test_a_full_disk_under_the_items_of_an_evaluation_ends_no_run(tmp_path, shards, monkeypatch, capsys):
+    run = tmp_path / "run"
+    real = items.write_items
+
+    def write(folder, *args):
+        if args[-1] == 3:
+            raise OSError(28, "No space left on device")
+        return real(folder, *args)
+
+    monkeypatch.setattr(items, "write_items", write)
+    assert pretrain(run_config(shards), run) == 0
+    assert "the items of val after step 3 are not kept: cannot write" in capsys.readouterr().out
+    assert [path.name for path in (run / "evals").iterdir()] == ["val-step-00000008.jsonl"]

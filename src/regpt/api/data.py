@@ -12,7 +12,7 @@ from regpt.data.named import open_sources
 from regpt.data.prepare import SHARD_TOKENS
 from regpt.data.prepare import prepare as write_shards
 from regpt.data.settings import Filters, TextOptions
-from regpt.data.write import write_file
+from regpt.data.write import try_place, write_file, writing_to
 from regpt.errors import UsageError, UserError
 from regpt.text.bpe import train_bpe
 from regpt.text.open import open_tokenizer
@@ -73,14 +73,17 @@ def train_tokenizer(
     file = None if out is None else Path(out) / "tokenizer.json"
     if file is not None and file.exists():
         raise UserError(f"{file} exists already; choose another folder or delete it")
+    if file is not None:
+        try_place(file.parent)
     found = open_sources(names(sources))
     if not found:
         raise UsageError("no source was given; give files, folders, globs or a named set")
     texts = (document.text for source in found for document in source.documents(TextOptions(text_column)))
     tokenizer = train_bpe(texts, vocab_size)
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_file(file, tokenizer.to_json().encode())
+        with writing_to(file.parent):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_file(file, tokenizer.to_json().encode())
     return tokenizer
 
 

@@ -57,12 +57,13 @@ def train_main(args: list[str]) -> int:
         raise UserError(f"{file} exists already; choose another --out or delete it")
     from regpt.data.formats import check_text
     from regpt.data.named import NamedOptions, list_sources
-    from regpt.data.write import write_file
+    from regpt.data.write import try_place, write_file, writing_to
     from regpt.text.bpe import train_bpe
     from regpt.text.words import MAX_WORD, LongWords
 
     if not given.sources:
         raise UsageError("no SOURCE given; give files, folders, globs or a named set")
+    try_place(file.parent)
     named = NamedOptions(cache=cache_folder(), file=Path(given.file) if given.file else None)
     text = given.text_options()
     check_text(text)
@@ -76,8 +77,9 @@ def train_main(args: list[str]) -> int:
             f"words of more than {MAX_WORD:,} characters, cut into pieces to learn from: {long_words.count:,}, the "
             f"longest of {long_words.longest:,} characters"
         )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_file(file, tokenizer.to_json().encode())
+    with writing_to(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_file(file, tokenizer.to_json().encode())
     measured = bytes_per_token(tokenizer, sources, text)
     listing.discard()
     print_line(f"wrote {file}: {tokenizer.n_vocab:,} tokens, {measured:.3f} bytes a token on its training text")

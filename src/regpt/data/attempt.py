@@ -1,6 +1,5 @@
 """One partition in a process that does nothing else: how it went, as an answer that can be sent."""
 
-import errno
 import sys
 import traceback
 from collections.abc import Callable
@@ -11,10 +10,8 @@ from regpt.data.encode import encode_partition, open_encoder
 from regpt.data.partition import Partition
 from regpt.data.parts import Counts
 from regpt.data.settings import Settings
+from regpt.data.write import FULL
 from regpt.errors import UserError
-
-# No space, no quota, no larger file: the user can mend all three.
-FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 def attempt(

@@ -6,7 +6,6 @@ nanoGPT end with theirs; the training files of llm.c go on where the validation 
 front of it, and nothing else is changed. The folder appears under its name when it is whole.
 """
 
-import errno
 import hashlib
 import os
 import re
@@ -23,7 +22,7 @@ import numpy as np
 from regpt.data.lock import locked
 from regpt.data.manifest import Manifest, Shard
 from regpt.data.token_files import TokenFile, check_vocabulary, find_token_files
-from regpt.data.write import finish_file, sync_folder, write_file
+from regpt.data.write import FULL, finish_file, sync_folder, try_place, write_file
 from regpt.errors import UserError
 from regpt.files import exists, is_folder
 from regpt.text.open import NAMED
@@ -74,6 +73,7 @@ def import_tokens(
     if guessed_tokenizer:
         check_vocabulary(files)
     check_out(out)
+    try_place(out.parent)
     with new_folder(out) as folder:
         copy = Copy(folder, tokenizer, shard_tokens, sum(file.tokens for file in files), progress)
         return write_folder(copy, splits, tokenizer, "sources" if val else "names", left_out)
@@ -145,7 +145,7 @@ def new_folder(out: Path) -> Iterator[Path]:
             os.replace(work, out)
             sync_folder(out.parent)
         except OSError as error:
-            if error.errno == errno.ENOSPC:
+            if error.errno in FULL:
                 raise UserError(f"the disk of {out} is full; free space or choose another --out") from None
             raise
         finally:

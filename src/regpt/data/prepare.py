@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from regpt.data.assemble import STATE
-from regpt.data.attempt import FULL
 from regpt.data.contamination import Evaluations, read_evaluations
 from regpt.data.corpus import default_fraction, split_rule
 from regpt.data.finished import finished
@@ -27,7 +26,7 @@ from regpt.data.placement import Placement, count_workers, start_pool
 from regpt.data.settings import TEXT_OPTIONS, Filters, Settings, TextOptions
 from regpt.data.sources import DownloadProgress
 from regpt.data.workers import DiskFull
-from regpt.data.write import remove_leftovers, write_file
+from regpt.data.write import FULL, remove_leftovers, write_file
 from regpt.errors import UsageError, UserError
 from regpt.files import exists, is_folder
 from regpt.text.tokenizer import Tokenizer

@@ -1,11 +1,12 @@
 """Tokens → shards on disk: the writer of one split, files that appear only when they are whole."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -14,8 +15,11 @@ from typing import Literal
 import numpy as np
 
 from regpt.data.manifest import Shard
+from regpt.errors import UserError
 
 PARTIAL = ".partial"
+# No space, no quota, no larger file: the user can mend all three.
+FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 OURS = re.compile(r"(((train|val)-\d{5,}\.(bin|idx))|tokenizer\.json|removed\.jsonl|manifest\.json)(\.partial)?")
 
 
@@ -104,6 +108,37 @@ class ShardWriter:
         write_file(self._folder / shard.idx_file, index)
         self.shards.append(shard)
         self._begin()
+
+
+def try_place(folder: Path) -> None:
+    """Make `folder`, and see that files can be written there, before work is spent on what they would hold.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
+    above = [one for one in (folder, *folder.parents) if not one.exists()]
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".regpt-try"
+        try:
+            write_file(probe, b"regpt")
+        finally:
+            with contextlib.suppress(OSError):  # what is in use, or cannot be changed
+                for one in (probe, probe.with_name(probe.name + PARTIAL)):
+                    one.unlink(missing_ok=True)
+                for one in above:
+                    one.rmdir()
+
+
+@contextlib.contextmanager
+def writing_to(out: Path) -> Iterator[None]:
+    """What the disk refuses in the body is a UserError that names `out`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise UserError(f"the disk of {out} is full; free space or choose another --out") from None
+        raise UserError(f"--out {out} cannot be written ({error.strerror}); choose another folder") from None
 
 
 def write_file(path: Path, data: bytes) -> None:
