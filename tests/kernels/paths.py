@@ -40,6 +40,6 @@ def loss_path(path: str, model: Transformer) -> LossSum:
 
 def of_batch(of_tokens: Callable[..., torch.Tensor]) -> LossSum:
     def loss_sum(batch: Batch) -> torch.Tensor:
-        return of_tokens(*batch)
+        return of_tokens(batch.idx, batch.targets, batch.positions, batch.cu_seqlens)
 
     return loss_sum
