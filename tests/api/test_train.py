@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import random
 import signal
 import threading
@@ -35,6 +36,7 @@ def global_state() -> list[object]:
         torch.get_rng_state().tolist(),
         random.getstate(),
         keys.tolist(),
+        dict(os.environ),
         signal.getsignal(signal.SIGINT),
         signal.getsignal(signal.SIGTERM),
     ]

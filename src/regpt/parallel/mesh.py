@@ -130,11 +130,14 @@ def open_mesh(
     Raises:
         UsageError: a device that this machine does not have.
     """
-    if deterministic:
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-    with repeatable(deterministic), joined(device_name, hang_seconds) as mesh:
-        yield mesh
+    ours = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ} if deterministic else {}
+    os.environ.update(ours)
+    try:
+        with repeatable(deterministic), joined(device_name, hang_seconds) as mesh:
+            yield mesh
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
 
 
 @contextlib.contextmanager
