@@ -10,6 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from regpt.errors import UserError
 from regpt.text.bpe import BPETokenizer, train_bpe
+from regpt.text.open import from_json, open_tokenizer
+from regpt.text.tokenizer import ENDOFTEXT
 
 TEXTS = ["the cat sat on the mat; the cats sat on the mats\n" * 4, "naïve cafés, naïve cafés " * 4]
 VOCAB = 280
@@ -131,3 +133,14 @@ def test_merges_outside_the_vocabulary_are_refused(tokenizer):
     strange = {**model, "vocab": {**model["vocab"], "日": 279}}
     with pytest.raises(UserError, match="stand for no byte, such as '日'"):
         BPETokenizer(changed(tokenizer, model=strange))
+
+
+def test_bytes_is_a_token_a_byte_the_same_for_every_text():
+    tokenizer = open_tokenizer("bytes")
+    assert (tokenizer.n_vocab, tokenizer.eot) == (257, 256)
+    for text in ("ROMEO:\nAy me!", "é 中 🎭\0", ENDOFTEXT):
+        ids = tokenizer.encode(text)
+        assert len(ids) == len(text.encode())
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.byte_lengths().tolist() == [1] * 256 + [0]
+    assert from_json(tokenizer.to_json()).sha256 == tokenizer.sha256

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from regpt.checkpoint.best import METRICS, best_step, validation_losses
 from regpt.checkpoint.load import (
     CHECKPOINTS,
     DTYPES,
@@ -61,6 +62,8 @@ class Listed:
     written: float
     average: bool
     problem: str
+    loss: float | None = None
+    best: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,11 @@ def list_checkpoints(run: Path) -> list[Listed]:
     within = (run / CHECKPOINTS).glob("*") if is_folder(run) else ()
     folders = [path for path in within if path.is_dir() and not path.is_symlink()]
     listed = [unless_gone(folder, partial(described, folder), lambda one: one.problem) for folder in folders]
-    return sorted(filter(None, listed), key=lambda one: (one.step is None, one.step or 0, one.name))
+    losses = validation_losses(run / METRICS)
+    found = [replace(one, loss=losses.get(one.step)) if one.step is not None else one for one in listed if one]
+    chosen = best_step(losses, [one.step for one in found if one.step is not None and not one.problem])
+    found = [replace(one, best=one.step is not None and one.step == chosen) for one in found]
+    return sorted(found, key=lambda one: (one.step is None, one.step or 0, one.name))
 
 
 def described(folder: Path) -> Listed:

@@ -1,13 +1,16 @@
 """Checkpoints written while training goes on: one at a time, in a thread."""
 
+import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
+from regpt.checkpoint.best import METRICS, best_step, validation_losses
 from regpt.checkpoint.config import CheckpointConfig
 from regpt.checkpoint.files import flush
 from regpt.checkpoint.load import checkpoint_folder
@@ -54,6 +57,7 @@ class Saver:
         self.memory = HostMemory()
         self.known: dict[Path, bool] = {}  # whether a checkpoint is intact: each is read once
         self.thread: threading.Thread | None = None
+        self.last_step: int | None = None  # of the save last begun
         self.failed = False
         self.failure: BaseException | None = None
         self.done: list[Saved] = []
@@ -68,6 +72,7 @@ class Saver:
             torch.cuda.synchronize(device)  # the update itself is no part of what saving costs
         started = time.perf_counter()
         self.wait()
+        self.last_step = contents.state.step
         snapshot = take_snapshot(contents.tensors(), self.memory)
         contents = contents.with_tensors({})  # the originals go on changing
         stall_ms = (time.perf_counter() - started) * 1e3
@@ -100,7 +105,28 @@ class Saver:
 
     def prune(self) -> None:
         """Delete the checkpoints that are no longer wanted."""
-        prune_checkpoints(self.run, self.config.keep_last, self.config.keep_every, self.is_intact, self.in_use)
+        last, every = self.config.keep_last, self.config.keep_every
+        prune_checkpoints(self.run, last, every, self.is_intact, self.in_use, self.best)
+
+    @cached_property
+    def losses(self) -> dict[int, float]:
+        """Validation loss by step, those of earlier processes too."""
+        return validation_losses(self.run / METRICS)
+
+    def best(self, steps: Iterable[int]) -> int | None:
+        """The one of `steps` that `checkpoint.keep_best` keeps."""
+        return best_step(self.losses, steps) if self.config.keep_best else None
+
+    def is_best_unsaved(self, step: int, loss: float) -> bool:
+        """Note a validation; whether it is the lowest so far, and its weights are not in a checkpoint."""
+        losses = self.losses | ({step: loss} if math.isfinite(loss) else {})
+        self.losses = losses
+        there = step == self.last_step or checkpoint_folder(self.run, step).exists()
+        return self.best(losses) == step and not there
+
+    def note_step_back(self, step: int) -> None:
+        """The run goes on from `step`: later validations do not count."""
+        self.losses = {made: loss for made, loss in self.losses.items() if made <= step}
 
     def is_intact(self, folder: Path) -> bool:
         if folder not in self.known:

@@ -15,6 +15,8 @@ class CheckpointConfig:
     """Newest checkpoints that are kept; 0 keeps all."""
     keep_every: int = 0
     """Checkpoints at multiples of this step are kept for ever; 0 for none."""
+    keep_best: bool = False
+    """Also keep the checkpoint of the lowest validation loss; a validation that is the lowest so far is saved."""
     background: bool = True
     """Write while training goes on; otherwise training waits until the checkpoint is on the disk."""
     max_file_mib: int = 4096

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
+from regpt.checkpoint.best import BEST, METRICS, validation_losses
 from regpt.checkpoint.files import SUCCESSOR, put_in_place, temporary_beside
 from regpt.checkpoint.lease import FOLDER as LEASE
 from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, print_warning, refuse_other_step, step_of, verify_checkpoint
@@ -55,7 +56,7 @@ def fetch_model(url: str, *, optimizer: bool = False, warn: Warn = print_warning
         if (config := store.tries(lambda: store.read(CONFIG), name=CONFIG)) is not None:
             write_whole(run / CONFIG, config)
         names, folder = [""], None
-        while folder is None and names != (names := [step] if step else complete_checkpoints(store)):
+        while folder is None and names != (names := chosen_checkpoints(store, step, run)):
             # Once more where others have been written, and these deleted, meanwhile.
             folder, _ = first_intact(store, names, run, optimizer=optimizer, warn=warn)
     if folder is None:
@@ -111,11 +112,25 @@ def restore(store: Store, run: Path, warn: Warn = print_warning) -> list[str]:
 
 
 def split_address(url: str) -> tuple[str, str]:
-    """The address of the run, and the name of the checkpoint that `url` names in it, if it does."""
+    """The address of the run, and the name of the checkpoint (or `best`) that `url` names in it, if it does."""
     parts = url.rstrip("/").rsplit("/", 2)
-    if len(parts) == 3 and parts[1] == CHECKPOINTS and STEP_FOLDER.fullmatch(parts[2]):
+    if len(parts) == 3 and parts[1] == CHECKPOINTS and (STEP_FOLDER.fullmatch(parts[2]) or parts[2] == BEST):
         return parts[0], parts[2]
     return url.rstrip("/"), ""
+
+
+def chosen_checkpoints(store: Store, name: str, run: Path) -> list[str]:
+    """The checkpoints that may be meant by `name`, the first choice first: by the step, or for `best` by the validation
+    loss of the metrics, which are downloaded into `run`."""
+    if name and name != BEST:
+        return [name]
+    complete = complete_checkpoints(store)
+    if not name:
+        return complete
+    get(store, METRICS, run / METRICS)
+    losses = validation_losses(run / METRICS)
+    known = [name for name in complete if step_of(Path(name)) in losses]
+    return sorted(known, key=lambda name: (losses[step_of(Path(name))], step_of(Path(name))))
 
 
 def get_run_files(store: Store, run: Path) -> bool:

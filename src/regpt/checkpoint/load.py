@@ -113,7 +113,12 @@ def newest_checkpoint(run: Path, *, optimizer: bool = True, warn: Callable[[str]
 
 
 def of_newest(
-    run: Path, use: Callable[[Path], T], *, optimizer: bool = True, warn: Callable[[str], None] = print_warning
+    run: Path,
+    use: Callable[[Path], T],
+    *,
+    optimizer: bool = True,
+    warn: Callable[[str], None] = print_warning,
+    listed: Callable[[Path], list[Path]] | None = None,
 ) -> T:
     """`use(folder)` of the newest checkpoint of `run` that passes `verify_checkpoint`.
 
@@ -121,11 +126,13 @@ def of_newest(
 
     Args:
         warn: receives what is wrong with damaged ones, which are kept.
+        listed: the folders of `run` from the last choice to the first; by default the oldest to the newest.
 
     Raises:
         UserError: there is none, or what `use` raises.
     """
-    seen, folders = None, checkpoints(run)
+    listed = listed or checkpoints
+    seen, folders = None, listed(run)
     while seen != (seen := [identity(folder) for folder in folders]):
         for folder in reversed(folders):
             try:
@@ -135,7 +142,7 @@ def of_newest(
                 continue
             if intact and (found := unless_gone(folder, lambda folder=folder: (use(folder),))):
                 return found[0]
-        folders = checkpoints(run)
+        folders = listed(run)
     if not folders:
         raise UserError(
             f"run {str(run)!r} cannot be opened, it has no checkpoint yet; wait until it has saved one, or choose "

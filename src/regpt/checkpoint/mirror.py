@@ -44,6 +44,7 @@ class Mirror:
         failed: true when nothing more will be copied; `failure` says why.
         say: told of trouble, by the thread.
         intact: whether a local checkpoint is whole.
+        best: the one of these steps that is kept for its validation loss.
         uploading: the local checkpoint that is being read, which is not to be deleted meanwhile.
     """
 
@@ -53,6 +54,7 @@ class Mirror:
         self.remote: Remote | None = None  # asked by the thread
         self.damaged = damaged or set()
         self.intact: Callable[[Path], bool] = is_intact
+        self.best: Callable[[set[int]], int | None] = lambda steps: None
         self.say: Callable[[str], None] = print
         self.sent: dict[str, tuple[int, ...]] = {}  # files beside checkpoints: size and time of what is there
         self.parts: dict[str, bytes] = {}  # files of checkpoints that are there, with the manifest that they belong to
@@ -220,10 +222,10 @@ class Mirror:
                 yield folder
 
     def wanted(self, steps: set[int]) -> set[int]:
-        """The steps that `checkpoint.keep_last` and `checkpoint.keep_every` keep."""
+        """The steps that `checkpoint.keep_last`, `keep_every` and `keep_best` keep."""
         last, every = self.config.keep_last, self.config.keep_every
         newest = sorted(steps)[-last:]
-        return set(newest) | {step for step in steps if every and step % every == 0}
+        return set(newest) | {step for step in steps if (every and step % every == 0) or step == self.best(steps)}
 
     def put_checkpoint(self, folder: Path) -> None:
         """Copy a checkpoint; where an older one has its name, at no moment neither is there whole."""

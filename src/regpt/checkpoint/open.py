@@ -3,12 +3,14 @@
 from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from regpt.checkpoint.best import BEST, best_last
 from regpt.checkpoint.fetch import fetch_model
 from regpt.checkpoint.hf_folder import CONFIG, hf_config, hf_tokenizer, hf_weights
 from regpt.checkpoint.hub import SHORT_NAMES, download, repository
@@ -46,8 +48,9 @@ class OpenModel:
 
 
 def open_model(name: str, device: torch.device | str = "cpu", *, ema: bool = False) -> OpenModel:
-    """The model that `name` means: a run's newest intact checkpoint, a checkpoint, one of them at an address
-    (s3://…; copied to this machine), a Hugging Face folder, a hub name.
+    """The model that `name` means: a run's newest intact checkpoint, a checkpoint (RUN/checkpoints/best is that of the
+    lowest validation loss), one of them at an address (s3://…; copied to this machine), a Hugging Face folder, a hub
+    name.
 
     Args:
         ema: with the moving average of the weights instead of the last ones.
@@ -60,6 +63,9 @@ def open_model(name: str, device: torch.device | str = "cpu", *, ema: bool = Fal
         opened = open_checkpoint(fetch_model(name), device, ema=ema)
         return replace(opened, source=f"{name}, step {opened.step}" + ", average" * ema)
     path = Path(name)
+    if (path.parent.name, path.name) == (CHECKPOINTS, BEST):
+        run, read = path.parents[1], partial(open_checkpoint, device=device, ema=ema, verified=True)
+        return of_newest(run, read, optimizer=False, listed=best_last)
     if is_folder(path / CHECKPOINTS):
         return of_newest(path, lambda folder: open_checkpoint(folder, device, ema=ema, verified=True), optimizer=False)
     if is_file(path / MODEL) or (is_folder(path) and STEP_FOLDER.fullmatch(path.name)):

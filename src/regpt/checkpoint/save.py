@@ -1,6 +1,6 @@
 """Write a checkpoint, whole or not at all, and delete the ones that are no longer wanted."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -135,17 +135,21 @@ def prune_checkpoints(
     keep_every: int,
     intact: Callable[[Path], bool] = is_intact,
     in_use: Callable[[Path], bool] = lambda folder: False,
+    best: Callable[[Iterable[int]], int | None] = lambda steps: None,
 ) -> list[Path]:
     """Delete the older checkpoints of `run`; returns those deleted.
 
-    The newest `keep_last` stay (0: all stay), and those at multiples of `keep_every` (0: none). A damaged one is
+    The newest `keep_last` stay (0: all stay), those at multiples of `keep_every` (0: none), and the `best` of their
+    steps. A damaged one is
     neither counted nor deleted: it may be the only trace of something. `intact` tells them apart. One that is `in_use`
     stays until the next time.
     """
     if not keep_last:
         return []
-    old = [folder for folder in checkpoints(run) if intact(folder)][:-keep_last]
-    unwanted = [folder for folder in old if not (keep_every and step_of(folder) % keep_every == 0)]
+    whole = [folder for folder in checkpoints(run) if intact(folder)]
+    chosen = best([step_of(folder) for folder in whole])
+    unwanted = [f for f in whole[:-keep_last] if not (keep_every and step_of(f) % keep_every == 0)]
+    unwanted = [folder for folder in unwanted if step_of(folder) != chosen]
     unwanted = [folder for folder in unwanted if not in_use(folder)]
     for folder in unwanted:
         discard(folder)

@@ -90,7 +90,8 @@ def print_list(run: str, listed: list[Listed]) -> None:
 
 def state_of(one: Listed) -> str:
     if one.kind == "checkpoint":
-        return f"incomplete: {one.problem}" if one.problem else "complete" + ", with average" * one.average
+        loss = "" if one.loss is None else f", validation loss {one.loss:.4f}" + ", the best" * one.best
+        return f"incomplete: {one.problem}" if one.problem else "complete" + ", with average" * one.average + loss
     return "damaged, set aside" if one.kind == "set aside" else "being written, or left by a crash"
 
 

@@ -51,7 +51,7 @@ class PrepareArgs(TextArgs):
     out: Annotated[str, tyro.conf.arg(metavar="DIR")]
     """Folder to write; it must not hold a data set already."""
     tokenizer: str = "gpt2"
-    """gpt2, or the folder or file that `regpt tokenizer train` wrote."""
+    """gpt2; bytes, one token a byte, for models of characters; or what `regpt tokenizer train` wrote."""
     val: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SOURCE")] = ()
     """Hold out these sources instead of a part of the others."""
     val_fraction: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None

@@ -44,6 +44,8 @@ class EvalArgs:
     """Items of each other task, the first of a fixed order; 0 for all."""
     max_seconds: float = 0.0
     """Seconds that each other task may take, as far as a pilot can tell; 0 for no limit."""
+    step: Annotated[str, tyro.conf.arg(metavar="N|best")] = ""
+    """Of a run: the checkpoint of this step, or best, that of the lowest validation loss; default: the newest."""
     ema: bool = False
     """With the moving average of the weights, which train.ema_decay keeps."""
     json: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
@@ -66,6 +68,7 @@ def main(args: list[str]) -> int:
     specs = parse_tasks(given.tasks)
     if given.nproc < 0:
         raise UsageError(f"--nproc is {given.nproc}, must be at least 1, or 0 for this process alone")
+    from regpt.checkpoint.best import at_step
     from regpt.parallel.launch import launch
     from regpt.parallel.mesh import open_mesh, under_launcher
 
@@ -76,7 +79,7 @@ def main(args: list[str]) -> int:
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval would fork processes for standard errors
     with open_mesh(given.device) as mesh:
         asked = Question(
-            model=given.model,
+            model=at_step(given.model, given.step),
             specs=specs,
             data=given.data,
             val_tokens=given.val_tokens,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -18,6 +18,8 @@ class Export:
     """A run or checkpoint folder, the address of one (s3://…), a Hugging Face folder, or a hub name such as gpt2."""
     out: Path
     """Folder to write, new or empty."""
+    step: Annotated[str, tyro.conf.arg(metavar="N|best")] = ""
+    """Of a run: the checkpoint of this step, or best, that of the lowest validation loss; default: the newest."""
     ema: bool = False
     """With the moving average of the weights, which train.ema_decay keeps."""
     format: Literal["hf"] = "hf"
@@ -26,11 +28,12 @@ class Export:
 
 def main(args: list[str]) -> int:
     command = parse(Export, args, prog="regpt export")
+    from regpt.checkpoint.best import at_step
     from regpt.checkpoint.export import export_hf
     from regpt.checkpoint.open import open_model
     from regpt.model.weights import count_parameters
 
-    opened = open_model(command.model, ema=command.ema)
+    opened = open_model(at_step(command.model, command.step), ema=command.ema)
     folder = export_hf(opened.model, opened.tokenizer, command.out)
     print_line(f"wrote {opened.source} ({count_parameters(opened.model):,} parameters) to {folder}")
     print_line(f"open it with: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})")

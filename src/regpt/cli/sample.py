@@ -32,6 +32,8 @@ class SampleArgs:
     """Logits are divided by it: below 1 safer, above 1 more surprising text."""
     seed: int = 1337
     """The same seed gives the same samples on the same machine."""
+    step: Annotated[str, tyro.conf.arg(metavar="N|best")] = ""
+    """Of a run: the checkpoint of this step, or best, that of the lowest validation loss; default: the newest."""
     ema: bool = False
     """With the moving average of the weights, which train.ema_decay keeps."""
     json: bool = False
@@ -46,6 +48,7 @@ def main(args: list[str]) -> int:
     """Parse, open the model, write the samples, print them."""
     given = parse(SampleArgs, args, prog="regpt sample")
     prompt = read_prompt(given.prompt)
+    from regpt.checkpoint.best import at_step
     from regpt.checkpoint.open import open_model
     from regpt.parallel.mesh import choose_device
     from regpt.sample.generate import write_samples
@@ -54,7 +57,7 @@ def main(args: list[str]) -> int:
 
     options = SamplingOptions(given.temperature, given.top_k, given.top_p)  # refused before a model is read
     device = choose_device(given.device)
-    opened = open_model(given.model, device, ema=given.ema)
+    opened = open_model(at_step(given.model, given.step), device, ema=given.ema)
     set_matmul_precision(given.precision)
     model = opened.model.to(parameter_dtype(given.precision))
     with autocast(given.precision, device):

@@ -93,6 +93,7 @@ def rewind(job: Job) -> None:
     """Go back to the newest valid checkpoint, and on with the batch after the present one: at once on the disk."""
     job.saver.wait()
     go_back(job.run, job.trainer, job.average)
+    job.saver.note_step_back(job.trainer.step)
     save(job, job.trainer.step)
 
 
@@ -158,6 +159,10 @@ def validate(job: Job, step: int, parts: Sequence[Part]) -> None:
         row |= {"bpb_stderr": sums.bpb_stderr, "tokens": sums.tokens, "time": time.time()}
         row |= {"source": source} if source else averaged
         write_row(job, row)
+    if job.config.checkpoint.keep_best and step:  # random weights are no run's best
+        unsaved = job.mesh.is_main and job.saver.is_best_unsaved(step, found.whole.loss)
+        if job.mesh.any(unsaved):
+            save(job, step)
 
 
 def sample(job: Job, step: int) -> None:

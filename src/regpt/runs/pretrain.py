@@ -226,7 +226,7 @@ def fit(
     saver = Saver(run, config.checkpoint)
     if mirror is not None:
         saver.in_use, saver.saved = mirror.is_uploading, mirror.notify
-        mirror.intact, mirror.say = saver.is_intact, terminal.say
+        mirror.intact, mirror.best, mirror.say = saver.is_intact, saver.best, terminal.say
         mirror.notify()
     with stop(config.train.stop_seconds) as stop_requested:
         finished = train(machine, run, start, profile_steps, terminal, saver, lambda: stop_requested() or lost(mirror))

@@ -105,3 +105,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int, long_words: LongWords | Non
             f"{MIN_FREQUENCY} times; ask for at most {learned}, or give more text"
         )
     return BPETokenizer(tokenizer.to_str(pretty=True))
+
+
+def byte_tokenizer() -> BPETokenizer:
+    """A BPE without merges, 257 tokens: a byte each, which is a character of English text, and `<|endoftext|>` last.
+
+    It is the same for every text and encodes every text; a character beyond ASCII takes two to four tokens.
+    """
+    tokenizer = byte_level_bpe({char: i for i, char in enumerate(BYTES)}, [])
+    tokenizer.add_special_tokens([AddedToken(ENDOFTEXT, special=True)])
+    return BPETokenizer(tokenizer.to_str(pretty=True))

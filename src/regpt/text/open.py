@@ -5,18 +5,18 @@ from pathlib import Path
 from regpt.errors import UsageError, UserError, nearest
 from regpt.files import is_file, is_folder
 from regpt.structured import parse_json
-from regpt.text.bpe import BPETokenizer
+from regpt.text.bpe import BPETokenizer, byte_tokenizer
 from regpt.text.folder import MERGES, TOKENIZER, VOCAB, find_tokenizer, folder_json, read_text
 from regpt.text.gpt2 import RULES_SHA256, GPT2Tokenizer, load_gpt2, ranks_of
 from regpt.text.tokenizer import Tokenizer
 
-NAMED = {"gpt2": load_gpt2}
+NAMED = {"gpt2": load_gpt2, "bytes": byte_tokenizer}  # shards keep the second in full, as a trained one
 OTHER_KINDS = ("vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.bpe")
 
 
 def open_tokenizer(spec: str | Path) -> Tokenizer:
-    """The tokenizer that `spec` names: `gpt2`, a `tokenizer.json`, or a folder with one or with `vocab.json` and
-    `merges.txt` (`./gpt2` is a folder). Whatever has GPT-2's rules is `gpt2`.
+    """The tokenizer that `spec` names: `gpt2`, `bytes`, a `tokenizer.json`, or a folder with one or with `vocab.json`
+    and `merges.txt` (`./gpt2` is a folder). Whatever has GPT-2's rules is `gpt2`.
 
     Raises:
         UsageError: no such name or file.
@@ -29,13 +29,13 @@ def open_tokenizer(spec: str | Path) -> Tokenizer:
         file = find_tokenizer(path)
         if file is None:
             raise UserError(
-                f"folder {path} holds no {TOKENIZER}, nor {VOCAB} with {MERGES}{other_kind(path)}; give gpt2, a "
+                f"folder {path} holds no {TOKENIZER}, nor {VOCAB} with {MERGES}{other_kind(path)}; give gpt2, bytes, a "
                 f"{TOKENIZER} or the folder of one{nearest(str(spec), NAMED)}"
             )
         return from_json(folder_json(file), str(file))
     if not is_file(path):
-        near = nearest(str(spec), NAMED)
-        raise UsageError(f"there is no tokenizer {str(spec)!r}; give gpt2, a {TOKENIZER} or the folder of one{near}")
+        known = f"gpt2, bytes, a {TOKENIZER} or the folder of one{nearest(str(spec), NAMED)}"
+        raise UsageError(f"there is no tokenizer {str(spec)!r}; give {known}")
     return from_json(read_text(path), str(path))
 
 

@@ -1,0 +1,66 @@
+"""The checkpoint of a run with the lowest validation loss: by the rows of its metrics, of those that are there."""
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, checkpoints, step_of
+from regpt.errors import UsageError, UserError
+from regpt.files import is_file
+from regpt.structured import json_lines
+
+METRICS = "metrics.jsonl"
+BEST = "best"  # RUN/checkpoints/best means the best of the run's checkpoints; no folder has that name
+STEPS_BACK = ("resume", "rewind")  # events after which rows of later steps do not count
+
+
+def validation_losses(path: Path) -> dict[int, float]:
+    """Step → loss over the whole validation, from a run's metrics.jsonl; empty where there is no file.
+
+    What a step back undid does not count, nor what is not finite.
+    """
+    kinds = (b'"val"', b'"event"') if is_file(path) else ()
+    rows = {number: row for kind in kinds for number, row, _ in json_lines(path, kind) if row is not None}
+    losses: dict[int, float] = {}
+    for _, row in sorted(rows.items(), key=lambda item: item[0]):
+        step, loss = row.get("step"), row.get("loss")
+        if type(step) is not int:
+            continue
+        if row.get("kind") == "event" and row.get("name") in STEPS_BACK:
+            losses = {made: known for made, known in losses.items() if made <= step}
+        elif row.get("kind") == "val" and "source" not in row and isinstance(loss, float) and math.isfinite(loss):
+            losses[step] = loss
+    return losses
+
+
+def best_step(losses: Mapping[int, float], steps: Iterable[int]) -> int | None:
+    """The one of `steps` with the lowest loss, the earliest of equals; None when the loss of none is known."""
+    return min((step for step in steps if step in losses), key=lambda step: (losses[step], step), default=None)
+
+
+def best_last(run: Path) -> list[Path]:
+    """The checkpoint folders of `run` whose validation loss is known, the best one last."""
+    losses = validation_losses(run / METRICS)
+    known = [folder for folder in checkpoints(run) if step_of(folder) in losses]
+    if not known:
+        raise UserError(
+            f"run {str(run)!r} has no checkpoint whose validation loss is known; leave out {BEST!r}, or train with "
+            "checkpoint.keep_best"
+        )
+    return sorted(known, key=lambda folder: (losses[step_of(folder)], step_of(folder)), reverse=True)
+
+
+def at_step(model: str, step: str) -> str:
+    """The MODEL that is the run `model` at `step`: a number, `best`, or "" for what `model` means without one.
+
+    Raises:
+        UsageError: another word, or a model that is a checkpoint already.
+    """
+    if not step:
+        return model
+    if step != BEST and not (step.isascii() and step.isdigit()):
+        raise UsageError(f"--step is {step!r}, must be the number of a checkpoint's step or {BEST}")
+    name = model.rstrip("/")
+    if STEP_FOLDER.fullmatch(Path(name).name):
+        raise UsageError(f"--step chooses a checkpoint of a run and {model!r} is one; leave it out, or give the run")
+    return f"{name}/{CHECKPOINTS}/{step if step == BEST else f'step-{int(step):08d}'}"
