@@ -9,8 +9,9 @@ from regpt.errors import UsageError, UserError
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
-from regpt.sample.generate import check_length, generate, write_samples
+from regpt.sample.generate import Stream, check_length, generate, write_samples
 from regpt.sample.sampling import SamplingOptions, sample
+from regpt.text.open import open_tokenizer
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=27, max_seq_len=24)
 EOT = 26
@@ -214,3 +215,40 @@ def test_a_seed_that_no_generator_takes_is_a_usage_error(model, seed):
     with pytest.raises(UsageError, match=f"seed is {seed}, must be between 0"):
         write(model, seed=seed)
     write(model, n=1, seed=2**64 - 1)
+
+
+@pytest.mark.parametrize("options", [GREEDY, SamplingOptions(top_k=5)])
+@pytest.mark.parametrize("length", [3, 24, 30])
+def test_past_the_context_each_token_follows_from_the_last_that_the_model_reads(model, options, length):
+    ids, draws = prompts(2, length), generator(3)
+    found = generate(model, ids, 26, options=options, generator=generator(3), slide=True)
+    for _ in range(26):
+        ids = torch.cat((ids, sample(model(ids[:, -24:])[:, -1], options, draws)[:, None]), dim=1)
+    assert torch.equal(found, ids)
+
+
+def test_within_the_context_sliding_changes_nothing(model):
+    text = [generate(model, prompts(2, 3), 21, options=GREEDY, generator=generator(), slide=s) for s in (False, True)]
+    assert torch.equal(*text)
+
+
+def test_a_streamed_text_is_the_sample_in_whole_characters():
+    tokenizer = open_tokenizer("bytes")
+    config = ModelConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=257, max_seq_len=200)
+    drawn = initialize(Transformer(config), 3).eval()
+    text = "é🎭\ufffd中"
+    stream_of = [*tokenizer.encode(text), *tokenizer.encode("中")[:2]]  # ends in two of three bytes
+    pieces: list[str] = []
+    stream = Stream(tokenizer, stream_of[:1], pieces.append)
+    for token in stream_of[1:]:
+        stream.note(torch.tensor([token]))
+    assert "".join(pieces) == text
+    stream.advance(tokenizer.decode(stream_of))
+    assert "".join(pieces) == tokenizer.decode(stream_of)
+    for seed in range(5):
+        pieces.clear()
+        given = {"n": 1, "max_new_tokens": 60, "options": SamplingOptions(top_k=0), "seed": seed}
+        streamed = write_samples(drawn, tokenizer, "é ", show=pieces.append, **given)
+        assert "".join(pieces) == streamed[0].text == write_samples(drawn, tokenizer, "é ", **given)[0].text
+        assert pieces[0] == "é "
+        assert len(pieces) > 5

@@ -124,3 +124,24 @@ def test_text_longer_than_the_model_is_a_user_error(checkpoint):
 def test_an_unknown_model_is_a_usage_error(tmp_path: Path):
     with pytest.raises(UsageError, match="nowhere"):
         main([str(tmp_path / "nowhere"), "--prompt", "a", "--device", "cpu"])
+
+
+def test_a_terminal_sees_one_sample_as_it_is_made_the_same_text(capsys, checkpoint, monkeypatch):
+    options = [checkpoint, "--prompt", PROMPT, "-n", "1", "--max-new-tokens", "20"]
+    whole = run(capsys, *options)
+    written: list[str] = []
+    monkeypatch.setattr("regpt.cli.sample.is_terminal", lambda stream: True)
+    monkeypatch.setattr("regpt.cli.sample.write", lambda stream, text: written.append(text))
+    run(capsys, *options)
+    assert "".join(written) == whole.removesuffix("\n")
+    assert len(written) > 3
+
+
+def test_past_the_context_is_refused_unless_sliding_is_asked_for_which_is_said(capsys, checkpoint):
+    options = [checkpoint, "--prompt", PROMPT, "-n", "2", "--max-new-tokens", "80"]
+    with pytest.raises(UserError, match="exceed the model's length of 64"):
+        main(options)
+    assert main([*options, "--past-context", "slide", "--device", "cpu"]) == 0
+    assert "what comes after them follows from the last 64 alone" in capsys.readouterr().err
+    assert main([*options[:-1], "4", "--past-context", "slide", "--device", "cpu"]) == 0
+    assert capsys.readouterr().err == ""

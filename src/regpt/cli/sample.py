@@ -1,12 +1,14 @@
 """`regpt sample`: continue a prompt."""
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import tyro
 
 from regpt.cli.parse import parse
-from regpt.console.lines import print_json, print_line
+from regpt.console.lines import is_terminal, print_json, print_line, print_note, write
 from regpt.console.streams import read_stdin
 from regpt.errors import UsageError, UserError
 from regpt.train.config import InferencePrecision
@@ -23,7 +25,10 @@ class SampleArgs:
     n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 5
     """Samples."""
     max_new_tokens: int = 30
-    """Tokens a sample, fewer where the model ends the text; with the prompt at most the model's length."""
+    """Tokens a sample, fewer where the model ends the text; with the prompt at most the model's length, or see
+    --past-context."""
+    past_context: Literal["refuse", "slide"] = "refuse"
+    """What happens beyond the model's length: slide, each token follows from the last ones that the model can read."""
     top_k: int = 50
     """Draw from the k likeliest tokens; 0 from all, 1 is greedy."""
     top_p: float = 1.0
@@ -60,6 +65,11 @@ def main(args: list[str]) -> int:
     opened = open_model(at_step(given.model, given.step), device, ema=given.ema)
     set_matmul_precision(given.precision)
     model = opened.model.to(parameter_dtype(given.precision))
+    longest = model.config.max_seq_len
+    slide = given.past_context == "slide"
+    if slide and len(opened.tokenizer.encode(prompt)) + given.max_new_tokens > longest:
+        print_note(f"the model reads {longest:,} tokens: what comes after them follows from the last {longest:,} alone")
+    show = streamed("> ") if given.n == 1 and not given.json and is_terminal(sys.stdout) else None
     with autocast(given.precision, device):
         samples = write_samples(
             model,
@@ -69,7 +79,12 @@ def main(args: list[str]) -> int:
             max_new_tokens=given.max_new_tokens,
             options=options,
             seed=given.seed,
+            slide=slide,
+            show=show,
         )
+    if show:
+        print_line()
+        return 0
     if not given.json:
         print_line("\n".join(f"> {sample.text}" for sample in samples))
         return 0
@@ -86,6 +101,12 @@ def main(args: list[str]) -> int:
         }
     )
     return 0
+
+
+def streamed(before: str) -> Callable[[str], None]:
+    """Write pieces of a text to the terminal as they come, after `before`."""
+    write(sys.stdout, before)
+    return lambda piece: write(sys.stdout, piece)
 
 
 def read_prompt(prompt: str) -> str:

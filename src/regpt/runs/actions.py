@@ -171,7 +171,7 @@ def sample(job: Job, step: int) -> None:
         return
     config = job.config.sample
     options = SamplingOptions(temperature=config.temperature, top_k=config.top_k)
-    lengths = {"n": config.n, "max_new_tokens": config.max_new_tokens}
+    lengths: dict[str, Any] = {"n": config.n, "max_new_tokens": config.max_new_tokens}
     for prompt in config.prompts:
         try:
             with autocast(job.config.train.precision, job.mesh.device), memory_advice("while sampling", ADVICE):

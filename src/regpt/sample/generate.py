@@ -1,6 +1,6 @@
 """PROMPT → TEXT: the prompt is read once, then one token at a time behind a cache of keys and values."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,8 +35,13 @@ def write_samples(
     max_new_tokens: int,
     options: SamplingOptions,
     seed: int,
+    slide: bool = False,
+    show: Callable[[str], object] | None = None,
 ) -> list[Sample]:
     """`n` texts that continue `prompt`, drawn with one generator seeded by `seed`; each ends at `<|endoftext|>`.
+
+    `slide` is as in `generate`. `show` receives the one text (`n` is 1) in pieces of whole characters as it is made,
+    the prompt first: together they are the sample's text.
 
     Raises:
         UserError: see `check_length`, or logits that are not finite.
@@ -47,6 +52,7 @@ def write_samples(
         raise UsageError(f"the seed is {seed}, must be between 0 and {2**64 - 1}")
     device = model.wte.weight.device
     prompt_ids = encode_prompt(tokenizer, prompt)
+    stream = Stream(tokenizer, prompt_ids, show) if show is not None and n == 1 else None
     texts = generate(
         model,
         torch.tensor(prompt_ids, device=device).expand(n, -1),  # (n, P)
@@ -54,8 +60,39 @@ def write_samples(
         options=options,
         generator=torch.Generator(device).manual_seed(seed),
         stop=tokenizer.eot,
+        slide=slide,
+        note=stream.note if stream else None,
     )
-    return [finished(ids, len(prompt_ids), tokenizer) for ids in texts.tolist()]
+    samples = [finished(ids, len(prompt_ids), tokenizer) for ids in texts.tolist()]
+    if stream:
+        stream.advance(samples[0].text)
+    return samples
+
+
+class Stream:
+    """Shows a text while its tokens are made. What may become another character with the next token is held back."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], show: Callable[[str], object]):
+        self.tokenizer, self.show = tokenizer, show
+        self.ids, self.shown = list(prompt_ids), 0
+        if self.ids[0] == tokenizer.eot:
+            del self.ids[0]
+        self.advance(self.decided())
+
+    def note(self, tokens: Tensor) -> None:
+        """The next token, (1,); waits for the device."""
+        if (token := int(tokens)) != self.tokenizer.eot:
+            self.ids.append(token)
+            self.advance(self.decided())
+
+    def decided(self) -> str:
+        """The text so far, without a character at its end of which only some bytes are there."""
+        return self.tokenizer.decode(self.ids).rstrip("\ufffd")
+
+    def advance(self, text: str) -> None:
+        if piece := text[self.shown :]:
+            self.show(piece)
+        self.shown = max(self.shown, len(text))
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -81,6 +118,8 @@ def generate(
     generator: torch.Generator,
     stop: int | None = None,
     cache_dtype: torch.dtype | None = None,
+    slide: bool = False,
+    note: Callable[[Tensor], object] | None = None,
 ) -> Tensor:
     """Continue each row of `prompt_ids` (B, P) int64; (B, P + new) int64, new ≤ `max_new_tokens`.
 
@@ -90,19 +129,23 @@ def generate(
     Args:
         generator: on the model's device; one draw a token, none when greedy.
         cache_dtype: type of the cached keys and values; by default what the model's attention computes in.
+        slide: go past the model's length: from there on each token follows from the last `max_seq_len` alone, which
+            are read again for it, since all their positions change.
+        note: receives each token (B,) as it is drawn.
 
     Raises:
         UserError: see `check_length`, or logits that are not finite.
     """
     B, P = prompt_ids.shape
-    check_length(P, max_new_tokens, model.config.max_seq_len)
+    longest = model.config.max_seq_len
+    check_length(P, max_new_tokens, P + max_new_tokens if slide else longest)
     was_training = model.training
     model.eval()
     try:
-        capacity = P + max_new_tokens - 1  # the last token is written, never read
+        capacity = min(P + max_new_tokens - 1, longest)  # the last token is written, never read
         dtype = cache_dtype or attention_dtype(model)
         cache = KVCache(model.config, B, capacity, device=prompt_ids.device, dtype=dtype)
-        return extend(model, prompt_ids, max_new_tokens, options, generator, stop, cache)
+        return extend(model, prompt_ids, max_new_tokens, options, generator, stop, cache, note)
     finally:
         model.train(was_training)
 
@@ -115,13 +158,17 @@ def extend(
     generator: torch.Generator,
     stop: int | None,
     cache: KVCache,
+    note: Callable[[Tensor], object] | None,
 ) -> Tensor:
     """The loop of `generate`; `cache` is empty."""
+    longest = model.config.max_seq_len
     done = torch.zeros(ids.size(0), dtype=torch.bool, device=ids.device)  # (B,)
     finite = torch.ones((), dtype=torch.bool, device=ids.device)  # whether all logits so far were
     unread = ids
     for _ in range(max_new_tokens):
-        logits = model.logits(model.hidden(unread, cache=cache)[:, -1])  # (B, V)
+        fits = ids.size(1) <= longest
+        hidden = model.hidden(unread, cache=cache) if fits else model.hidden(ids[:, -longest:])
+        logits = model.logits(hidden[:, -1])  # (B, V)
         finite &= logits.isfinite().all()
         token = sample(logits.nan_to_num(), options, generator)  # (B,); to draw from NaN would abort CUDA's process
         if stop is not None:
@@ -129,6 +176,8 @@ def extend(
             done |= token == stop
         unread = token[:, None]  # (B, 1)
         ids = torch.cat((ids, unread), dim=1)
+        if note is not None:
+            note(token)
         if stop is not None and done.all():  # waits for the device
             break
     check_finite(finite)
