@@ -1,5 +1,6 @@
 """`regpt data` and `regpt tokenizer`, as they are typed."""
 
+import io
 import json
 
 import pytest
@@ -117,3 +118,33 @@ def test_help_is_shown_for_the_command_and_its_subcommands(capsys):
     shown = capsys.readouterr().out
     assert "--val-fraction" in shown
     assert "--vocab-size" in shown
+
+
+def test_what_people_have_is_prepared_and_what_may_be_a_mistake_is_said(texts, capsys):
+    (texts / "texts" / "40.csv").write_text("a", encoding="utf-8")
+    (texts / "texts" / ".41.txt").write_text("a", encoding="utf-8")
+    (texts / "rows.csv").write_bytes(b"\xef\xbb\xbfq;a\nthe cat;the mat\r\nragged\nsat;<|endoftext|>\n")
+    flags = ["--template", r"{q}\n{a}", "--on-error", "skip"]
+    command = ["prepare", "texts", "rows.csv", "--tokenizer", "bpe", "--val-fraction", "0", "--out", "csv"]
+    assert data.main(["prepare", "rows.csv", *command[3:], *flags]) == 0
+    out = capsys.readouterr().out
+    assert "left out 1 rows that do not fit their table (which: removed.jsonl)\n" in out
+    assert "1 file with a byte-order mark, which is left out" in out
+    assert "1 file with 1 times <|endoftext|> as ordinary characters; if it stands between documents" in out
+    assert data.main(["prepare", "rows.csv", *command[3:], *flags]) == 0
+    assert capsys.readouterr().out == "nothing to do: csv holds the shards of these sources already\n"
+    assert data.main([*command[:2], *command[3:-1], "folder"]) == 0
+    assert "left out 2 files: .csv 1, hidden 1\n" in capsys.readouterr().out
+    assert tokenizer.main(["train", "rows.csv", "--vocab-size", "257", "--out", "b2", *flags]) == 0
+    assert tokenizer.main(["train", "texts", "--vocab-size", "257", "--out", "b3"]) == 0
+    assert "left out 2 files: .csv 1, hidden 1\n" in capsys.readouterr().out
+
+
+def test_text_from_stdin_is_prepared(texts, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(texts / "cache"))
+    for said in ("wrote out", "nothing to do"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"the cat<|endoftext|>the mat")))
+        flags = ["--format", "txt", "--separator", "<|endoftext|>", "--val-fraction", "0", "--tokenizer", "bpe"]
+        assert data.main(["prepare", "-", *flags, "--out", "out"]) == 0
+        assert said in capsys.readouterr().out
+    assert not list((texts / "cache" / "regpt" / "stdin").iterdir())

@@ -293,9 +293,11 @@ def test_wrong_arguments_are_one_sentence(tmp_path):
     out.mkdir()
     with pytest.raises(UserError, match=r"folder .* holds no readable file; allowed are \.npy, \.bin"):
         imported([out], tmp_path / "other")
-    imported([tmp_path / "a.bin"], out)
+    (out / "notes.txt").touch()
     with pytest.raises(UserError, match="exists already; choose another name or delete it"):
         imported([tmp_path / "a.bin"], out)
+    (out / "notes.txt").unlink()
+    imported([tmp_path / "a.bin"], out)
     with pytest.raises(UserError, match="holds token shards of regpt already"):
         imported([out], tmp_path / "other")
 
@@ -340,3 +342,19 @@ def test_the_command_says_what_it_did(tmp_path, monkeypatch, capsys):
     assert "train: inserted one end-of-text token in front" in said
     assert "val: inserted" not in said
     assert data.main(["verify", "shards"]) == data.main(["info", "shards"]) == 0
+
+
+def test_the_same_import_again_has_nothing_to_do(tmp_path, capsys):
+    TOKENS.tofile(tmp_path / "train.bin")
+    flags = [str(tmp_path / "train.bin"), "--out", str(tmp_path / "out")]
+    assert data.main(["import", *flags]) == 0
+    before = (tmp_path / "out" / "manifest.json").read_bytes()
+    capsys.readouterr()
+    assert data.main(["import", *flags]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"data set, made with another shard tokens \(100000000, now 9\)"):
+        data.main(["import", *flags, "--shard-tokens", "9"])
+    TOKENS[::-1].tofile(tmp_path / "train.bin")
+    with pytest.raises(UserError, match=r"made when .*train\.bin had other content"):
+        data.main(["import", *flags])
+    assert (tmp_path / "out" / "manifest.json").read_bytes() == before

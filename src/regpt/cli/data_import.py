@@ -11,6 +11,7 @@ import tyro
 from regpt.cli.data_prepare import print_left_out
 from regpt.cli.parse import parse
 from regpt.console.lines import print_line
+from regpt.files import exists
 
 if TYPE_CHECKING:
     from regpt.data.manifest import Manifest
@@ -50,6 +51,7 @@ def main(args: list[str]) -> int:
         bar.start()  # with the first news: an error before stands alone
         bar.update(task, completed=now.tokens, total=now.total_tokens, description=f"{now.tokens:,} tokens  {now.file}")
 
+    done = exists(Path(given.out) / "manifest.json")
     try:
         manifest = import_tokens(
             given.paths,
@@ -63,7 +65,10 @@ def main(args: list[str]) -> int:
         )
     finally:
         bar.stop()
-    print_imported(given.out, manifest)
+    if done:
+        print_line(f"nothing to do: {given.out} holds the shards of these files already")
+    else:
+        print_imported(given.out, manifest)
     return 0
 
 

@@ -1,6 +1,6 @@
 """The same command again on a folder that is finished: either there is nothing to do, or something differs."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,19 @@ from regpt.text.tokenizer import Tokenizer
 Record = Mapping[str, Any]
 
 
-def finished(out: Path, tokenizer: Tokenizer, options: Record, records: Sequence[Record]) -> Manifest:
+def finished(
+    out: Path, tokenizer: Tokenizer, options: Record, records: Sequence[Record], derived: Collection[str] = ()
+) -> Manifest:
     """The manifest of `out`, if the same tokenizer, options and sources made it.
 
-    `options` and `records` are those of a new manifest; what a record leaves out is not compared.
+    `options` and `records` are those of a new manifest; what a record leaves out, and the options `derived`
+    from the text, are not compared.
 
     Raises:
         UserError: something differs, or the folder is damaged.
     """
     manifest = read_manifest(out)
+    options = {**options, **{name: manifest.options.get(name) for name in derived}}
     for what in differences(manifest, tokenizer, options, records):
         raise UserError(
             f"{out} already holds a data set, made {what} (see: regpt data info {out}); choose another --out or "

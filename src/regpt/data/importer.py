@@ -19,8 +19,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from regpt.data.finished import finished
 from regpt.data.lock import locked
 from regpt.data.manifest import Manifest, Shard
+from regpt.data.sources import sha256_of
 from regpt.data.token_files import TokenFile, check_vocabulary, find_token_files
 from regpt.data.write import FULL, finish_file, sync_folder, try_place, write_file
 from regpt.errors import UserError
@@ -53,7 +55,7 @@ def import_tokens(
     shard_tokens: int = 100_000_000,
     progress: Callable[[ImportProgress], None] | None = None,
 ) -> Manifest:
-    """Write the tokens of the files `given` as shards into the new folder `out`.
+    """Write the tokens of the files `given` as shards into the new folder `out`, unless the same command has done so.
 
     `val` names the validation files; without it they are those with `val` in their names. `tokenizer` is the one that
     made the tokens: nothing in the files says which; `guessed_tokenizer` says that the user named none. The manifest's
@@ -72,11 +74,29 @@ def import_tokens(
     files = [file for group in splits.values() for file in group]
     if guessed_tokenizer:
         check_vocabulary(files)
+    options = {"imported": True, "val_rule": "sources" if val else "names", "shard_tokens": shard_tokens}
+    if exists(out / "manifest.json"):
+        return finished(out, tokenizer, options, known_records(splits), derived=("inserted_eot",))
     check_out(out)
     try_place(out.parent)
     with new_folder(out) as folder:
         copy = Copy(folder, tokenizer, shard_tokens, sum(file.tokens for file in files), progress)
-        return write_folder(copy, splits, tokenizer, "sources" if val else "names", left_out)
+        return write_folder(copy, splits, tokenizer, options, left_out)
+
+
+def known_records(splits: dict[Split, list[TokenFile]]) -> list[dict[str, Any]]:
+    """What a manifest would say of the files."""
+    return [
+        {
+            "source": file.source,
+            "file": file.file,
+            "split": split,
+            "format": file.format,
+            "sha256": sha256_of(file.path),
+        }
+        for split, files in splits.items()
+        for file in files
+    ]
 
 
 def split_files(
@@ -106,13 +126,12 @@ def write_folder(
     copy: "Copy",
     splits: dict[Split, list[TokenFile]],
     tokenizer: Tokenizer,
-    val_rule: str,
+    options: dict[str, Any],
     left_out: Counter[str],
 ) -> Manifest:
     shards = [*copy.split("train", splits["train"]), *copy.split("val", splits["val"])]
     if tokenizer.name not in NAMED:
         write_file(copy.folder / "tokenizer.json", tokenizer.to_json().encode())
-    options = {"imported": True, "val_rule": val_rule, "inserted_eot": copy.inserted, "shard_tokens": copy.shard_tokens}
     manifest = Manifest(
         tokenizer=tokenizer.name,
         tokenizer_sha256=tokenizer.sha256,
@@ -122,7 +141,7 @@ def write_folder(
         shards=tuple(shards),
         text_bytes=copy.text_bytes,
         sources=tuple(copy.records),
-        options=options,
+        options={**options, "inserted_eot": copy.inserted},
         left_out=dict(left_out),
     )
     write_file(copy.folder / "manifest.json", manifest.to_json().encode())
