@@ -25,7 +25,7 @@ class ImportArgs:
     paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
     """Files, folders or globs, in this order; without --val, names with "val" in them are held out."""
     out: Annotated[str, tyro.conf.arg(metavar="DIR")]
-    """Folder to write; it must not exist."""
+    """Folder to write; it must not exist, unless the same command made it."""
     tokenizer: Annotated[str | None, tyro.conf.arg(metavar="TOKENIZER")] = None
     """The tokenizer that made the tokens: gpt2 (the default), or the folder or file of another."""
     val: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH")] = ()

@@ -49,7 +49,7 @@ class PrepareArgs(TextArgs):
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """What to read, in this order."""
     out: Annotated[str, tyro.conf.arg(metavar="DIR")]
-    """Folder to write; it must not hold a data set already."""
+    """Folder to write; where the same command has finished it, nothing is done."""
     tokenizer: str = "gpt2"
     """gpt2; bytes, one token a byte, for models of characters; or what `regpt tokenizer train` wrote."""
     val: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SOURCE")] = ()
