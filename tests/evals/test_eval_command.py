@@ -262,7 +262,7 @@ def test_items_longer_than_the_model_are_counted_and_said(evaluate, run, tmp_pat
 
 
 def test_limits_below_zero_are_refused(run, questions):
-    refused(UsageError, "a limit of items or seconds is below 0", run, "--tasks", f"mc:{questions}", "--max-items", -1)
+    refused(UsageError, "--max-items is -1, must be 0 or more", run, "--tasks", f"mc:{questions}", "--max-items", -1)
 
 
 def test_files_are_read_before_anything_is_computed(run, tmp_path):

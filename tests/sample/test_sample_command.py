@@ -99,7 +99,7 @@ def test_standard_input_that_is_no_text_is_a_user_error(checkpoint, monkeypatch)
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--prompt", "a", "-n", "0"], "number of samples is 0, must be at least 1"),
+        (["--prompt", "a", "-n", "0"], "-n is 0, must be at least 1"),
         (["--prompt", "a", "--max-new-tokens", "0"], "max-new-tokens is 0, must be at least 1"),
         (["--prompt", "a", "--temperature", "0"], "temperature is 0.0, must be above 0"),
         (["--prompt", "a", "--top-k", "-1"], "top-k is -1"),

@@ -336,7 +336,7 @@ def test_figures_have_three_digits():
     ("flags", "code", "parts"),
     [
         (["--steps", "0"], 2, ["--steps is 0"]),
-        (["--rows", "-1"], 2, ["--rows is -1", "at least 1"]),
+        (["--rows", "-1"], 2, ["--rows is -1", "0 or more"]),
         (["--model", "gpt2-125m"], 2, ["'gpt2-125m'", "did you mean"]),
         (["--out", "ladder.jpeg"], 2, ["ladder.jpeg", ".png or .svg"]),
         (["--out", "no/such/folder/x.png"], 1, ["no/such/folder/x.png", "make it first"]),

@@ -12,7 +12,7 @@ from regpt.cli.output import check_json, show
 from regpt.cli.parse import parse
 from regpt.console.lines import status
 from regpt.data.config import DataConfig, ShuffleRows
-from regpt.errors import UsageError
+from regpt.ranges import MANY, SEED, Range
 from regpt.train.config import TrainConfig
 
 DATA, TRAIN = DataConfig(), TrainConfig()
@@ -26,19 +26,19 @@ class DataArgs:
     """Folder of token shards."""
     order: Literal["shuffle", "sequential", "bos"] = DATA.order
     """As data.order."""
-    shuffle_rows: ShuffleRows = DATA.shuffle_rows
+    shuffle_rows: Annotated[ShuffleRows, Range(2, MANY)] = DATA.shuffle_rows
     """As data.shuffle_rows."""
     document_mask: tyro.conf.FlagCreatePairsOff[bool] = False
     """As data.document_mask: find the documents in each row."""
-    seq_len: int = DATA.seq_len
+    seq_len: Annotated[int, Range(1, MANY)] = DATA.seq_len
     """Tokens a row."""
-    batch_tokens: int = TRAIN.batch_tokens
+    batch_tokens: Annotated[int, Range(1, MANY)] = TRAIN.batch_tokens
     """Tokens a step."""
-    micro_batch_rows: int = 64
+    micro_batch_rows: Annotated[int, Range(1, MANY)] = 64
     """Rows of a micro-batch."""
-    seed: int = DATA.seed
+    seed: Annotated[int, Range(-SEED, SEED)] = DATA.seed
     """Seed of the document order."""
-    seconds: float = 3.0
+    seconds: Annotated[float, Range(0, 3600, above=True)] = 3.0
     """How long to read, after the first two steps."""
     json: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Also write the report to this file; - prints it as JSON instead."""
@@ -47,11 +47,6 @@ class DataArgs:
 def main(args: list[str]) -> int:
     """Parse, read, print."""
     given = parse(DataArgs, args, prog="regpt bench data")
-    for name in ("seq_len", "batch_tokens", "micro_batch_rows"):
-        if getattr(given, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} is {getattr(given, name)}, must be at least 1")
-    if not 0 < given.seconds <= 3600:
-        raise UsageError(f"--seconds is {given.seconds}, must be above 0 and at most 3600")
     check_json(given.json)
     from regpt.tools.bench.batches import Reading, bench_data
     from regpt.tools.bench.tables import data_table

@@ -14,6 +14,7 @@ from regpt.cli.parse import parse
 from regpt.config import read_config
 from regpt.console.lines import print_note, status
 from regpt.errors import UsageError
+from regpt.ranges import MANY, Range
 
 CPU_ROWS = 8  # where the recipe leaves it to the device
 
@@ -25,11 +26,11 @@ class LadderArgs:
 
     model: Annotated[str, tyro.conf.arg(metavar="RECIPE|FILE")] = ""
     """Recipe whose model is trained; default: gpt2-124m on a GPU, gpt2-tiny on a CPU."""
-    rows: int = 0
+    rows: Annotated[int, Range(0, MANY)] = 0
     """Rows a step; default: 16 on a GPU, as in the lecture, the recipe's train.micro_batch_rows on a CPU."""
-    steps: int = 20
+    steps: Annotated[int, Range(1, MANY)] = 20
     """Steps of each rung that are timed."""
-    warmup: int = 3
+    warmup: Annotated[int, Range(1, MANY)] = 3
     """Steps before them."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto: CUDA, then MPS, then CPU."""

@@ -11,6 +11,7 @@ from regpt.cli.output import check_json, show
 from regpt.cli.parse import parse
 from regpt.config import read_config, recipe_names
 from regpt.console.lines import status
+from regpt.ranges import MANY, Range
 from regpt.train.config import InferencePrecision
 
 if TYPE_CHECKING:
@@ -26,13 +27,13 @@ class SampleArgs:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL|RECIPE")]
     """A run folder, a checkpoint folder, a Hugging Face folder, a hub name such as gpt2; or a recipe by name, for its
     model with random weights."""
-    batch: tuple[int, ...] = (1, 64)
+    batch: Annotated[tuple[int, ...], Range(1, 1 << 20)] = (1, 64)
     """Texts at once; several numbers are timed one after another."""
-    prompt_tokens: int = 128
+    prompt_tokens: Annotated[int, Range(1, MANY)] = 128
     """Tokens of each prompt."""
-    new_tokens: int = 128
+    new_tokens: Annotated[int, Range(1, MANY)] = 128
     """Tokens that each text is continued by."""
-    repeats: int = 5
+    repeats: Annotated[int, Range(1, 1 << 20)] = 5
     """Times that each is written, after once without the clock; the median counts."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto: CUDA, then MPS, then CPU."""

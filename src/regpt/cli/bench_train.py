@@ -20,6 +20,7 @@ from regpt.cli.train import chosen_data, named_recipe
 from regpt.config import RunConfig, read_config, recipe_names
 from regpt.console.lines import status
 from regpt.errors import UsageError
+from regpt.ranges import MANY, PROCESSES, Range
 
 # Where torch.compile and Triton keep what they have compiled.
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
@@ -32,11 +33,11 @@ class TrainArgs:
 
     recipe: tyro.conf.Positional[str] = ""
     """A recipe by name, or a .toml file."""
-    steps: int = 20
+    steps: Annotated[int, Range(1, MANY)] = 20
     """Steps that are timed."""
-    warmup: int = 5
+    warmup: Annotated[int, Range(1, MANY)] = 5
     """Steps before them, the first one with its compilation included."""
-    nproc: int = 0
+    nproc: Annotated[int, Range(0, PROCESSES)] = 0
     """Start this many processes on this machine (torchrun): one a GPU, or several on the CPU."""
     data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Folder of token shards, or several as DIR=WEIGHT; without it, invented tokens."""
@@ -48,13 +49,11 @@ class TrainArgs:
 
 
 def main(args: list[str]) -> int:
-    recipe = named_recipe([arg for arg in args if arg != "--cold"])  # the one flag that takes no value
+    recipe = named_recipe(TrainArgs, args, prog="regpt bench train")
     over = TrainArgs(recipe=recipe, config=read_config(recipe)) if recipe else None
     given = parse(TrainArgs, args, prog="regpt bench train", default=over)
     if not given.recipe:
         raise UsageError(f"no recipe was given; regpt bench train RECIPE, with one of {', '.join(recipe_names())}")
-    if given.nproc < 0:
-        raise UsageError(f"--nproc is {given.nproc}, must be at least 1, or 0 for this process alone")
     check_json(given.json)
     with fresh_caches() if given.cold else contextlib.nullcontext():
         return run_train(given, args)

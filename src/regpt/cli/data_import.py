@@ -12,6 +12,7 @@ from regpt.cli.data_prepare import print_left_out
 from regpt.cli.parse import parse
 from regpt.console.lines import print_line
 from regpt.files import exists
+from regpt.ranges import MANY, Range
 
 if TYPE_CHECKING:
     from regpt.data.manifest import Manifest
@@ -32,7 +33,7 @@ class ImportArgs:
     """Hold out these files."""
     format: Annotated[str | None, tyro.conf.arg(metavar="{build-nanogpt,nanogpt,llm.c}")] = None
     """Read every file in this format; default: what each file looks like."""
-    shard_tokens: int = 100_000_000
+    shard_tokens: Annotated[int, Range(1, MANY)] = 100_000_000
     """Tokens in each shard but the last."""
 
 

@@ -12,7 +12,8 @@ import tyro
 from regpt.cli.parse import parse
 from regpt.console.lines import print_json, print_line
 from regpt.data.config import ShuffleRows
-from regpt.errors import UsageError, UserError
+from regpt.errors import UserError
+from regpt.ranges import MANY, SEED, Range
 
 if TYPE_CHECKING:
     from regpt.data.info import SplitInfo
@@ -33,11 +34,11 @@ class InfoArgs:
     """Also draw the lengths of the documents into this file."""
     order: Literal["shuffle", "sequential", "bos"] = "shuffle"
     """Show rows in this order; bos also says how many tokens its rows leave out."""
-    shuffle_rows: ShuffleRows = "epoch"
+    shuffle_rows: Annotated[ShuffleRows, Range(2, MANY)] = "epoch"
     """As data.shuffle_rows: epoch, none, or a window in rows."""
-    seq_len: int = 1024
+    seq_len: Annotated[int, Range(1, MANY)] = 1024
     """Tokens a row."""
-    seed: int = 1337
+    seed: Annotated[int, Range(-SEED, SEED)] = 1337
     """Seed of the document order."""
     json: bool = False
     """Print one JSON object instead."""
@@ -68,8 +69,6 @@ def main(args: list[str]) -> int:
     from regpt.data.manifest import read_manifest
     from regpt.data.picture import check_picture, draw_lengths
 
-    if given.seq_len < 1:
-        raise UsageError(f"--seq-len is {given.seq_len}, must be at least 1")
     if given.out:
         check_picture(Path(given.out))
     folder = Path(given.folder)

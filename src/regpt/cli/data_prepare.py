@@ -14,6 +14,7 @@ from regpt.cli.parse import parse
 from regpt.cli.text_args import TextArgs
 from regpt.console.lines import print_line, print_note
 from regpt.files import exists
+from regpt.ranges import MANY, PROCESSES, Range
 
 if TYPE_CHECKING:
     from regpt.data.manifest import Manifest
@@ -54,17 +55,17 @@ class PrepareArgs(TextArgs):
     """gpt2; bytes, one token a byte, for models of characters; or what `regpt tokenizer train` wrote."""
     val: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SOURCE")] = ()
     """Hold out these sources instead of a part of the others."""
-    val_fraction: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    val_fraction: Annotated[float | None, tyro.conf.arg(metavar="FLOAT"), Range(0, 1, below=True)] = None
     """Part of the documents held out, 0 for none; default: 0.1 below 10 MB of sources, 0.005 above."""
-    shard_tokens: int = 100_000_000
+    shard_tokens: Annotated[int, Range(1, MANY)] = 100_000_000
     """Tokens in each shard but the last."""
-    min_chars: int = 0
+    min_chars: Annotated[int, Range(0, MANY)] = 0
     """Leave out documents with fewer characters."""
     dedup: Literal["none", "exact", "near"] = "none"
     """Leave out documents that occurred before: the same text, or also nearly the same."""
     decontaminate: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE")] = ()
     """Leave out documents that share 13 words in a row with an item of these evaluation files."""
-    workers: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    workers: Annotated[int | None, tyro.conf.arg(metavar="INT"), Range(1, PROCESSES)] = None
     """Processes that encode; default: one a core, as far as 2 GiB of memory allow. The files do not depend on it."""
     executor: Literal["local", "ray"] = "local"
     """Where they run: here, or on a Ray cluster with shared storage (pip install 'regpt[ray]')."""

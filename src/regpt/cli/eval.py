@@ -14,8 +14,9 @@ import tyro
 
 from regpt.cli.parse import parse
 from regpt.console.lines import print_json, print_line, print_note
-from regpt.errors import UsageError, UserError
+from regpt.errors import UserError
 from regpt.evals.specs import parse_tasks
+from regpt.ranges import LONG, MANY, PROCESSES, Range
 from regpt.train.config import InferencePrecision
 
 if TYPE_CHECKING:
@@ -34,15 +35,15 @@ class EvalArgs:
     lm-eval:TASK,TASK…"""
     data: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """val: folder of token shards; default: the one that the run was trained on."""
-    val_tokens: int = 0
+    val_tokens: Annotated[int, Range(0, MANY)] = 0
     """val: tokens evaluated, from the start of the split, in full rows; 0 for all."""
-    seq_len: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    seq_len: Annotated[int | None, tyro.conf.arg(metavar="INT"), Range(1, MANY)] = None
     """val: tokens a row; default: the run's data.seq_len, or the model's length."""
-    batch_rows: int = 8
+    batch_rows: Annotated[int, Range(1, MANY)] = 8
     """val: rows computed at once; the loss does not depend on it, the standard error takes a batch as its unit."""
-    max_items: int = 0
+    max_items: Annotated[int, Range(0, MANY)] = 0
     """Items of each other task, the first of a fixed order; 0 for all."""
-    max_seconds: float = 0.0
+    max_seconds: Annotated[float, Range(0, LONG)] = 0.0
     """Seconds that each other task may take, as far as a pilot can tell; 0 for no limit."""
     step: Annotated[str, tyro.conf.arg(metavar="N|best")] = ""
     """Of a run: the checkpoint of this step, or best, that of the lowest validation loss; default: the newest."""
@@ -58,7 +59,7 @@ class EvalArgs:
     """Number format of the computation; bf16 is the fast one on GPUs."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile what scores tasks with torch.compile; auto: on CUDA devices."""
-    nproc: int = 0
+    nproc: Annotated[int, Range(0, PROCESSES)] = 0
     """Start this many processes on this machine (torchrun) that share the work: one a GPU, or several on the CPU."""
 
 
@@ -66,8 +67,6 @@ def main(args: list[str]) -> int:
     """Parse, evaluate, print."""
     given = parse(EvalArgs, args, prog="regpt eval")
     specs = parse_tasks(given.tasks)
-    if given.nproc < 0:
-        raise UsageError(f"--nproc is {given.nproc}, must be at least 1, or 0 for this process alone")
     from regpt.checkpoint.best import at_step
     from regpt.parallel.launch import launch
     from regpt.parallel.mesh import open_mesh, under_launcher

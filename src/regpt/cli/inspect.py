@@ -12,6 +12,7 @@ from regpt.cli.parse import parse
 from regpt.cli.table import print_rows
 from regpt.console.lines import print_json, print_line
 from regpt.errors import UsageError
+from regpt.ranges import MANY, Range
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,7 +34,7 @@ class InspectArgs:
     """A run or checkpoint folder, the address of one (s3://…), a Hugging Face folder, or a hub name such as gpt2."""
     token: tuple[str, ...] = ()
     """Show the tokens whose embeddings are nearest to those of these tokens; a space at the front counts."""
-    n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 10
+    n: Annotated[int, tyro.conf.arg(aliases=["-n"]), Range(1, MANY)] = 10
     """Nearest tokens shown."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png|.svg")] = None
     """Draw the position embeddings, some of their channels and a corner of a matrix into this file."""
@@ -49,8 +50,6 @@ class InspectArgs:
 
 def main(args: list[str]) -> int:
     given = parse(InspectArgs, args, prog="regpt inspect")
-    if given.n < 1:
-        raise UsageError(f"-n is {given.n}, must be at least 1")
     if given.out is not None:
         from regpt.data.picture import check_picture
 

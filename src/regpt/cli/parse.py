@@ -3,11 +3,12 @@
 import contextlib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import tyro
 
+from regpt.cli.flags import Flag, flags_of, normalized
 from regpt.console.lines import print_line
 from regpt.errors import UsageError
 
@@ -15,23 +16,26 @@ Args = TypeVar("Args")
 WRITTEN = ("out", "json", "items")  # flags that name a file or folder to write
 USAGE = 2  # with which tyro ends
 RULE = re.compile(r"^[╭╰│\s]*[─-]{3,}[╮╯│\s]*$")  # hyphens, and no frame, where output is not UTF-8
+NO_DEFAULT = re.compile(r"\(default:((?:\s|│|None)*)\)")  # "" and None, whose meaning the text before says
 
 
 def parse(command: type[Args], args: Sequence[str], prog: str, default: Args | None = None) -> Args:
     """`args` as an instance of the dataclass `command`; `prog` is what the user typed, such as `regpt sample`.
 
     Raises:
-        UsageError: an unknown flag, a missing argument or a value of the wrong type.
+        UsageError: an unknown flag, a missing argument or a value of the wrong type or out of range.
     """
+    known = flags_of(command)
+    given = normalized(known, args, prog)
     shown, complaint = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(complaint):
-            parsed = tyro.cli(command, args=list(args), prog=prog, default=default)
+            parsed = tyro.cli(command, args=given, prog=prog, default=default)
     except SystemExit as stop:
         if stop.code != USAGE:  # --help; or a signal (`parallel.signals`)
-            print_line(shown.getvalue().rstrip("\n"))
+            print_line(without_empty_defaults(shown.getvalue()).rstrip("\n"))
             raise
-        raise UsageError(one_sentence(complaint.getvalue(), prog)) from None
+        raise UsageError(one_sentence(complaint.getvalue(), known, prog)) from None
     assert parsed is not None
     refuse_nul(parsed)
     return parsed
@@ -45,7 +49,12 @@ def refuse_nul(parsed: object) -> None:
             raise UsageError(f"--{flag} {value!r} holds a NUL character, which no file name can; choose another name")
 
 
-def one_sentence(box: str, prog: str) -> str:
+def without_empty_defaults(help_text: str) -> str:
+    """`help_text` with blanks of the same width where it says that the default is nothing."""
+    return NO_DEFAULT.sub(lambda found: " " * 9 + found[1].replace("None", "    ") + " ", help_text)
+
+
+def one_sentence(box: str, known: Mapping[str, Flag], prog: str) -> str:
     """tyro's framed message, several lines with rules between them, as one line; its title says nothing more."""
     parts, part = [], []
     for line in [*box.strip().splitlines()[1:], "───"]:
@@ -54,5 +63,14 @@ def one_sentence(box: str, prog: str) -> str:
             part = []
         elif text := line.strip("│ "):
             part.append(text)
-    said = [part.rstrip(".") for part in parts if part and "helptext" not in part]
-    return f"{prog}: {'; '.join(said)}; {prog} --help shows what is allowed"
+    said = "; ".join(part.rstrip(".") for part in parts if part and "helptext" not in part)
+    if ours := re.match(r"Error parsing config\.\w+: (.*)", said):  # a section's own sentence
+        return ours[1]
+    if said.startswith("Missing from"):
+        words = said.split()
+        missing = [flag.name for flag in known.values() if flag.required and flag.name in words]
+        verb = "is" if len(missing) == 1 else "are"
+        return f"{' and '.join(missing)} {verb} missing; {prog} --help shows what it takes"
+    if extra := re.match(r"Unrecognized options: ([^;]*)", said):
+        return f"{extra[1]} is too much for {prog}; {prog} --help shows what it takes"
+    return f"{said}; {prog} --help shows what is allowed"

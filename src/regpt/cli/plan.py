@@ -13,12 +13,11 @@ from regpt.cli.train import chosen_data, named_recipe
 from regpt.config import RunConfig, read_config, recipe_names
 from regpt.console.lines import print_json, print_line
 from regpt.errors import UsageError
+from regpt.ranges import MANY, Range
 
 if TYPE_CHECKING:
     from regpt.runs.build import Corpus
     from regpt.tools.plan.request import DataFacts
-
-SWITCHES = ("--json",)  # flags that take no value
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class PlanArgs:
     """Folder of token shards, or several as DIR=WEIGHT: how often will it be read?"""
     gpu: str = ""
     """Plan for this GPU (h100, a100-40gb, rtx4090, … see docs/plan.md) or for cpu; default: this machine."""
-    gpus: int = 1
+    gpus: Annotated[int, Range(1, MANY)] = 1
     """How many of them, in one host."""
     price: float | None = None
     """Price of one GPU for an hour, in any currency."""
@@ -46,7 +45,7 @@ class PlanArgs:
 
 
 def main(args: list[str]) -> int:
-    recipe = named_recipe([arg for arg in args if arg not in SWITCHES])
+    recipe = named_recipe(PlanArgs, args, prog="regpt plan")
     over = PlanArgs(recipe=recipe, config=read_config(recipe)) if recipe else None
     given = parse(PlanArgs, args, prog="regpt plan", default=over)
     if not given.recipe:

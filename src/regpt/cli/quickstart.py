@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from regpt.cli.parse import parse
-from regpt.errors import UsageError
+from regpt.ranges import MANY, Range
 
 
 @dataclass(frozen=True)
@@ -13,14 +14,12 @@ class Quickstart:
 
     out: str = ""
     """New folder for the run; by default the next free runs/quickstart-001, -002, …"""
-    steps: int | None = None
+    steps: Annotated[int | None, Range(1, MANY)] = None
     """Updates; by default the recipe's."""
 
 
 def main(args: list[str]) -> int:
     given = parse(Quickstart, args, prog="regpt quickstart")
-    if given.steps is not None and given.steps < 1:
-        raise UsageError(f"--steps is {given.steps}, must be at least 1")
     from regpt.runs.folder import numbered_folder
     from regpt.runs.quickstart import quickstart
 

@@ -7,7 +7,7 @@ import tyro
 
 from regpt.cli.parse import parse
 from regpt.console.lines import print_json, print_line
-from regpt.errors import UsageError
+from regpt.ranges import MANY, Range
 
 
 @dataclass(frozen=True)
@@ -16,11 +16,11 @@ class Replay:
 
     run: tyro.conf.Positional[str]
     """The run's folder; nothing in it changes."""
-    step: int
+    step: Annotated[int, Range(1, MANY)]
     """The update, counted from 1 as in metrics.jsonl."""
     op_level: tyro.conf.FlagCreatePairsOff[bool] = False
     """Also find the first module whose output is not finite."""
-    documents: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 10
+    documents: Annotated[int, tyro.conf.arg(aliases=["-n"]), Range(0, MANY)] = 10
     """Documents shown: those not finite first, then from the largest loss down; 0 for all."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one JSON object instead, with all documents."""
@@ -28,8 +28,6 @@ class Replay:
 
 def main(args: list[str]) -> int:
     given = parse(Replay, args, prog="regpt replay")
-    if given.documents < 0:
-        raise UsageError(f"--documents is {given.documents}, must be 0 or more")
     from regpt.checkpoint.store import local_folder
     from regpt.runs.replay import replay
 

@@ -11,6 +11,7 @@ from regpt.cli.parse import parse
 from regpt.console.lines import is_terminal, print_json, print_line, print_note, write
 from regpt.console.streams import read_stdin
 from regpt.errors import UsageError, UserError
+from regpt.ranges import MANY, Range
 from regpt.train.config import InferencePrecision
 
 
@@ -22,14 +23,14 @@ class SampleArgs:
     """A run or checkpoint folder, the address of one (s3://…), a Hugging Face folder, or a hub name such as gpt2."""
     prompt: Annotated[str, tyro.conf.arg(metavar="TEXT")]
     """Text to continue; - reads it from standard input, less one line break at its end; '' starts a new document."""
-    n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 5
+    n: Annotated[int, tyro.conf.arg(aliases=["-n"]), Range(1, 1 << 20)] = 5
     """Samples."""
-    max_new_tokens: int = 30
+    max_new_tokens: Annotated[int, Range(1, MANY)] = 30
     """Tokens a sample, fewer where the model ends the text; with the prompt at most the model's length, or see
     --past-context."""
     past_context: Literal["refuse", "slide"] = "refuse"
     """What happens beyond the model's length: slide, each token follows from the last ones that the model can read."""
-    top_k: int = 50
+    top_k: Annotated[int, Range(0, MANY)] = 50
     """Draw from the k likeliest tokens; 0 from all, 1 is greedy."""
     top_p: float = 1.0
     """Draw from the fewest tokens that together have this probability, after top-k; 1 from all."""

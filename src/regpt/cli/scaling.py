@@ -13,6 +13,7 @@ from regpt.cli.parse import parse
 from regpt.cli.table import print_rows
 from regpt.console.lines import print_json, print_line
 from regpt.errors import UsageError, UserError
+from regpt.ranges import Range
 
 if TYPE_CHECKING:
     from regpt.report.scaling import Fit
@@ -29,7 +30,7 @@ class ScalingArgs:
     decay (schedule constant), too high for others."""
     count: Literal["total", "non-embedding"] = "total"
     """What N counts."""
-    bootstrap: int = 200
+    bootstrap: Annotated[int, Range(0, 1 << 20)] = 200
     """Fits to resampled residuals, for the uncertainty; 0 for none."""
     predict: Annotated[str | None, tyro.conf.arg(metavar="RECIPE|FILE.toml")] = None
     """Predict the loss of this configuration's run."""
@@ -77,8 +78,6 @@ def check(given: ScalingArgs) -> None:
     """What can be wrong with the arguments alone."""
     if len(given.runs) < 2:
         raise UsageError("a scaling law needs several runs; regpt scaling RUN RUN RUN …")
-    if given.bootstrap < 0:
-        raise UsageError(f"--bootstrap is {given.bootstrap}, must be 0 or more")
     for name in ("parameters", "tokens"):
         value = getattr(given, name)
         if value is not None and not value > 0:

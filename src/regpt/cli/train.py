@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from regpt.checkpoint.store import is_address
+from regpt.cli.flags import flags_of, normalized
 from regpt.cli.parse import parse
 from regpt.config import RunConfig, read_config, recipe_names
 from regpt.console.lines import print_note
 from regpt.data.config import DataConfig
 from regpt.errors import UsageError, UserError
 from regpt.files import is_folder
+from regpt.ranges import MANY, PROCESSES, Range
 
 if TYPE_CHECKING:
     from regpt.runs.remote import RemoteRun
@@ -39,17 +41,17 @@ class Train:
     """With --resume: also with settings that make another run of it."""
     init_from: str = ""
     """Start from the weights of this model: a run, a checkpoint, a Hugging Face folder or hub name such as gpt2."""
-    nproc: int = 0
+    nproc: Annotated[int, Range(0, PROCESSES)] = 0
     """Start this many processes on this machine (torchrun): one a GPU, or several on the CPU."""
-    profile: int = 0
+    profile: Annotated[int, Range(0, MANY)] = 0
     """Record so many steps from the fourth on: RUN/profile gets a Chrome trace and the ten largest costs."""
-    max_restarts: int = 3
+    max_restarts: Annotated[int, Range(0, MANY)] = 3
     """With --nproc: how often in a row, without a new checkpoint, all processes are started again when one has died."""
     config: Annotated[tyro.conf.FlagConversionOff[RunConfig], tyro.conf.arg(name="")] = field(default_factory=RunConfig)
 
 
 def main(args: list[str]) -> int:
-    recipe = named_recipe(args)
+    recipe = named_recipe(Train, args, prog="regpt train")
     default = default_config(args, recipe)
     over = Train(recipe=recipe, config=default) if default else None
     given = parse(Train, args, prog="regpt train", default=over)
@@ -80,10 +82,6 @@ def default_config(args: list[str], recipe: str) -> RunConfig | None:
 
 def refuse_contradictions(given: Train) -> None:
     """Raise a UsageError for what is missing or cannot be asked for together."""
-    if given.nproc < 0:
-        raise UsageError(f"--nproc is {given.nproc}, must be at least 1, or 0 for this process alone")
-    if given.profile < 0:
-        raise UsageError(f"--profile is {given.profile}, must be at least 1 step, or 0 for none")
     if not (given.recipe or given.resume or given.fork_from):
         raise UsageError(
             f"no recipe was given; regpt train RECIPE --data DIR --out RUN, with one of {', '.join(recipe_names())}"
@@ -109,14 +107,15 @@ def flag_value(args: list[str], flag: str) -> str:
     return found
 
 
-def named_recipe(args: list[str]) -> str:
+def named_recipe(command: type, args: list[str], prog: str) -> str:
     """The first argument that is neither a flag nor the value of one: flags are read over this recipe's values."""
-    rest = iter(args)
+    known = flags_of(command)
+    rest = iter(normalized(known, args, prog))
     for arg in rest:
         if not arg.startswith("-"):
             return arg
-        if "=" not in arg and arg not in ("-h", "--help", "--force", "--no-force"):
-            next(rest, None)  # every flag takes one value
+        if arg in known and not known[arg].switch:
+            next(rest, None)  # its value
     return ""
 
 

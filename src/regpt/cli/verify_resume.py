@@ -15,6 +15,7 @@ from regpt.config import RunConfig, read_config, recipe_names
 from regpt.console.lines import print_json, print_line
 from regpt.errors import UsageError
 from regpt.files import exists, resolved
+from regpt.ranges import LARGE, MANY, PROCESSES, Range
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,15 @@ class VerifyResume:
     """A recipe by name, or a .toml file."""
     data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Folder of token shards; repeated as DIR=WEIGHT, a mixture of several."""
-    steps: int = 24
+    steps: Annotated[int, Range(2, MANY)] = 24
     """Updates of each run; the learning rates stay those of the whole run."""
-    nproc: int = 1
+    nproc: Annotated[int, Range(1, PROCESSES)] = 1
     """Processes of the straight and of the killed run."""
-    other_nproc: int = 2
+    other_nproc: Annotated[int, Range(1, PROCESSES)] = 2
     """Processes that go on with the third run."""
-    kills: int = 3
+    kills: Annotated[int, Range(1, 1 << 20)] = 3
     """How often the second run is killed."""
-    tolerance: float = 0.01
+    tolerance: Annotated[float, Range(0, LARGE)] = 0.01
     """Relative difference of losses and weights that is accepted where bitwise equality is not to be had: on another
     number of processes, or without train.deterministic."""
     seed: int = 0
@@ -48,16 +49,13 @@ class VerifyResume:
 
 
 def main(args: list[str]) -> int:
-    recipe = named_recipe([arg for arg in args if arg not in ("--json", "--fresh-caches")])
+    recipe = named_recipe(VerifyResume, args, prog="regpt verify-resume")
     over = VerifyResume(recipe=recipe, config=read_config(recipe)) if recipe else None
     given = parse(VerifyResume, args, prog="regpt verify-resume", default=over)
     if not given.recipe:
         raise UsageError(
             f"no recipe was given; regpt verify-resume RECIPE --data DIR, with {', '.join(recipe_names())}"
         )
-    for name, least in {"steps": 2, "nproc": 1, "other_nproc": 1, "kills": 1, "tolerance": 0}.items():
-        if not getattr(given, name) >= least:
-            raise UsageError(f"--{name.replace('_', '-')} is {getattr(given, name)}, must be at least {least}")
     if given.out and exists(given.out):
         raise UsageError(f"--out {given.out!r} exists; choose a folder that does not")
     if given.out:

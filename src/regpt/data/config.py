@@ -2,9 +2,10 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from regpt.errors import UsageError
+from regpt.ranges import MANY, SEED, Range, check_ranges
 
 ShuffleRows = Literal["epoch", "none"] | int
 
@@ -19,17 +20,17 @@ class DataConfig:
     """Several folders with their weights, in place of path; --data DIR=WEIGHT, repeated, sets it."""
     tokenizer: str = ""
     """Name of the tokenizer that the shards must have been made with; empty accepts any."""
-    seq_len: int = 1024
+    seq_len: Annotated[int, Range(1, MANY)] = 1024
     """Tokens a row."""
     order: Literal["shuffle", "sequential", "bos"] = "shuffle"
     """shuffle: every document once an epoch, in a new order each epoch; sequential: as stored (the lecture); bos:
     shuffled, packed so that every row begins with a document, what does not fit cut off."""
-    shuffle_rows: ShuffleRows = "epoch"
+    shuffle_rows: Annotated[ShuffleRows, Range(2, MANY)] = "epoch"
     """Of the orders shuffle and bos. epoch: rows are permuted over the whole epoch, so that a batch's rows come from
     different documents; a number: within windows of so many rows, for slow storage; none: in the documents' order."""
     document_mask: bool = False
     """Keep attention inside each document, and count positions from its beginning."""
-    seed: int = 1337
+    seed: Annotated[int, Range(-SEED, SEED)] = 1337
     """Seed of the document order."""
 
     def __post_init__(self) -> None:
@@ -41,8 +42,7 @@ class DataConfig:
             if not 0 < weight < math.inf:  # "not <": NaN fails too
                 raise UsageError(f"data.mixture gives {path!r} the weight {weight}, must be a number above 0")
         check_shuffle_rows(self.shuffle_rows)
-        if self.seq_len < 1:
-            raise UsageError(f"data.seq_len is {self.seq_len}, must be at least 1")
+        check_ranges("data", self)
 
 
 def check_shuffle_rows(shuffle_rows: ShuffleRows) -> None:

@@ -1,32 +1,32 @@
 """`[eval]`: how often and on how much the model is evaluated while it trains."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from regpt.errors import UsageError
 from regpt.evals.specs import Spec, parse_tasks
+from regpt.ranges import LONG, MANY, Range, check_ranges
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     __pydantic_config__ = {"extra": "forbid"}
 
-    every_steps: int = 250
+    every_steps: Annotated[int, Range(0, MANY)] = 250
     """Steps between validations; 0 validates only at the end."""
-    val_tokens: int = 655360
+    val_tokens: Annotated[int, Range(0, MANY)] = 655360
     """Validation tokens read each time, from the start of the split (of each source); 0 reads all."""
     tasks: str = ""
     """Tasks evaluated with each validation, as regpt eval --tasks names them: hellaswag; core:DIR; mc:FILE."""
-    max_items: int = 0
+    max_items: Annotated[int, Range(0, MANY)] = 0
     """Items of each task, the first of a fixed order; 0 takes all."""
-    max_seconds: float = 0.0
+    max_seconds: Annotated[float, Range(0, LONG)] = 0.0
     """Seconds for all tasks of one evaluation; the first one finds out how many items that allows. 0 sets no limit."""
     ema: bool = False
     """Tasks also with the average of the weights (train.ema_decay), as acc_ema, …; that takes twice the time."""
 
     def __post_init__(self) -> None:
-        for name in ("every_steps", "val_tokens", "max_items", "max_seconds"):
-            if not getattr(self, name) >= 0:  # "not >=": NaN fails too
-                raise UsageError(f"eval.{name} is {getattr(self, name)}, must be 0 or more")
+        check_ranges("eval", self)
         for spec in self.specs():
             if spec.kind == "val":
                 raise UsageError("eval.tasks names val, which is evaluated anyway (eval.val_tokens); leave it out")

@@ -1,0 +1,185 @@
+"""The flags of a command, read from its dataclass: for spelling, true and false, numbers, and completion."""
+
+import difflib
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import tyro
+
+from regpt.errors import UsageError, nearest
+from regpt.ranges import SEED, Range
+
+TRUTH = {"true": "True", "false": "False"}
+NEAR = 3  # names that are offered for one that does not exist
+HELP = ("-h", "--help")
+NATURAL = Range(0, SEED)  # of a number that has no range of its own
+WANTED = {int: "a whole number", float: "a number"}
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag of a command.
+
+    Attributes:
+        name: such as `--train.steps`, or the metavar of a positional argument.
+        kinds: types of its value, such as `int`.
+        choices: words that it takes, next to values of `kinds`.
+        allowed: range of its numbers.
+        many: it takes several values.
+        switch: it takes no value; `--no-…` turns it off.
+        positional: it has no name on the command line.
+        required: it has no default.
+    """
+
+    name: str
+    kinds: tuple[Any, ...]
+    choices: tuple[str, ...] = ()
+    allowed: Range = NATURAL
+    many: bool = False
+    switch: bool = False
+    positional: bool = False
+    required: bool = False
+
+    @property
+    def boolean(self) -> bool:
+        return self.kinds == (bool,)
+
+
+def flags_of(command: type) -> dict[str, Flag]:
+    """Every spelling of the flags of the dataclass `command`; positional arguments under their metavars."""
+    return dict(walk(command, "", switches=True))
+
+
+def walk(command: type, prefix: str, switches: bool) -> Iterator[tuple[str, Flag]]:
+    hints = get_type_hints(command, include_extras=True)
+    for field in fields(command):
+        kind, notes = bare(hints[field.name])
+        name = next((note.name for note in notes if getattr(note, "name", None) is not None), field.name)
+        if isinstance(kind, type) and is_dataclass(kind):
+            inner = f"{prefix}{name}." if name else prefix
+            yield from walk(kind, inner, switches and tyro.conf.FlagConversionOff not in notes)
+            continue
+        positional = tyro.conf.Positional in notes
+        metavar = next((note.metavar for note in notes if getattr(note, "metavar", None)), field.name.upper())
+        kinds, choices = values_of(kind)
+        flag = Flag(
+            name=metavar if positional else f"--{prefix}{name}".replace("_", "-"),
+            kinds=kinds,
+            choices=choices,
+            allowed=next((note for note in notes if isinstance(note, Range)), NATURAL),
+            many=get_origin(kind) in (tuple, dict),
+            switch=switches and kind is bool,
+            positional=positional,
+            required=field.default is MISSING and field.default_factory is MISSING,
+        )
+        yield flag.name, flag
+        for alias in (alias for note in notes for alias in getattr(note, "aliases", None) or ()):
+            yield alias, flag
+        if flag.switch and tyro.conf.FlagCreatePairsOff not in notes:
+            yield f"--no-{flag.name.removeprefix('--')}", flag
+
+
+def bare(hint: Any) -> tuple[Any, list[Any]]:
+    """A type without its annotations, and these."""
+    notes: list[Any] = []
+    while get_origin(hint) is Annotated:
+        notes += hint.__metadata__
+        hint = hint.__origin__
+    return hint, notes
+
+
+def values_of(kind: Any) -> tuple[tuple[Any, ...], tuple[str, ...]]:
+    """The types of a value, and the words that it may be."""
+    kind, _ = bare(kind)
+    if get_origin(kind) is Literal:
+        return (), tuple(map(str, get_args(kind)))
+    if kind is bool:
+        return (bool,), tuple(TRUTH)
+    if get_origin(kind) in (Union, types.UnionType, tuple, dict):
+        inner = [values_of(one) for one in get_args(kind) if one not in (types.NoneType, ...)]
+        return tuple(t for kinds, _ in inner for t in kinds), tuple(word for _, words in inner for word in words)
+    return (kind,), ()
+
+
+def normalized(known: Mapping[str, Flag], args: Sequence[str], prog: str) -> list[str]:
+    """`args` as tyro wants them: True and False for either spelling and for a bare flag, values that begin with a
+    hyphen after an equals sign. Words and numbers are checked.
+
+    Raises:
+        UsageError: a flag that does not exist, with the nearest names; a value that it does not take.
+    """
+    found, rest = list[str](), list(args)
+    while rest:
+        arg = rest.pop(0)
+        if arg == "--":
+            return [*found, arg, *rest]
+        name, equals, value = arg.partition("=")
+        name = name.replace("_", "-") if name.startswith("--") else name
+        flag = known.get(name)
+        if flag is None or flag.positional:
+            if name.startswith("--") and name not in HELP:
+                raise UsageError(unknown(name, known, prog))
+            found.append(arg)
+        elif flag.boolean:
+            if not equals and rest and (rest[0].lower() in TRUTH or not (flag.switch or rest[0].startswith("-"))):
+                value = rest.pop(0)
+            found += truth(name, flag, value)
+        elif equals or (rest and not rest[0].startswith("--") and rest[0] not in known):
+            value = value if equals else rest.pop(0)
+            check_value(name, flag, value)
+            found += [f"{name}={value}"] if equals or value.startswith("-") else [name, value]
+        elif flag.many:
+            found.append(name)  # of no values
+        else:
+            raise UsageError(f"{name} needs a value; {prog} --help shows which")
+    return found
+
+
+def truth(name: str, flag: Flag, value: str) -> list[str]:
+    """A flag that is true or false; without a value true."""
+    said = TRUTH.get((value or "true").lower())
+    if said is None:
+        raise UsageError(f"{name} is {value!r}, must be true or false")
+    if not flag.switch:
+        return [name, said]
+    return [name] if said == "True" else []
+
+
+def check_value(name: str, flag: Flag, value: str) -> None:
+    """Raise a UsageError for a word or a number that the flag does not take."""
+    if value in flag.choices or (value == "None" and not flag.required):
+        return
+    for kind in flag.kinds if not flag.many else flag.kinds[:1]:
+        try:
+            number = kind(value) if kind in WANTED else None
+        except ValueError:  # not this one, or a million digits
+            continue
+        if number is not None and (problem := flag.allowed.problem(number)):
+            raise UsageError(f"{name.removeprefix('--') if '.' in name else name} is {value}, {problem}")
+        return
+    wanted = [*flag.choices, *(WANTED.get(kind, kind.__name__) for kind in flag.kinds)]
+    allowed = wanted[0] if len(wanted) == 1 else f"{', '.join(wanted[:-1])} or {wanted[-1]}"
+    raise UsageError(f"{name} is {value!r}{nearest(value, flag.choices)}, must be {allowed}")
+
+
+def unknown(name: str, known: Mapping[str, Flag], prog: str) -> str:
+    """A sentence about a flag that does not exist, with those that may be meant."""
+    near = nearest_flags(name, [flag for flag in known if flag.startswith("--")])
+    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+    return f"no flag of {prog} is called {name!r}{hint}; {prog} --help shows all"
+
+
+def nearest_flags(name: str, known: Sequence[str]) -> list[str]:
+    """The same last part in another section; names that hold it; similar ones."""
+    last = last_part(name)
+    same = [flag for flag in known if last_part(flag) == last]
+    longer = [f for f in known if last_part(f).endswith(f"-{last}") or last_part(f).startswith(f"{last}-")]
+    close = difflib.get_close_matches(name, known, n=NEAR, cutoff=0.7)
+    alike = difflib.get_close_matches(last, list(map(last_part, known)), n=NEAR, cutoff=0.7)
+    return list(dict.fromkeys([*same, *longer, *close, *(f for f in known if last_part(f) in alike)]))[:NEAR]
+
+
+def last_part(flag: str) -> str:
+    return flag.removeprefix("--").rpartition(".")[2]

@@ -1,0 +1,142 @@
+"""Flags as people write them: true and false, mistyped names, numbers beyond every bound."""
+
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Annotated, Any
+
+import pytest
+import tyro
+
+from regpt.cli.flags import flags_of
+from regpt.cli.parse import parse
+from regpt.cli.train import Train, named_recipe
+from regpt.config import RunConfig, read_config
+from regpt.errors import UsageError
+from regpt.ranges import ranges
+
+NUMBERS = {name: flag for name, flag in flags_of(Train).items() if {int, float} & set(flag.kinds) and not flag.many}
+
+
+@dataclass(frozen=True)
+class Args:
+    name: tyro.conf.Positional[str] = ""
+    text: str = ""
+    ema: bool = False
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 5
+
+
+@pytest.mark.parametrize(
+    ("given", "compile"),
+    [
+        (["--train.compile", "true"], True),
+        (["--train.compile", "False"], False),
+        (["--train.compile=false"], False),
+        (["--train.compile"], True),
+        (["--train_compile", "TRUE"], True),
+        (["--train.compile", "--train.steps", "3"], True),
+    ],
+)
+def test_true_and_false_are_written_as_in_toml_or_python_or_left_out(given: list[str], compile: bool):
+    given = [arg.replace("train_", "train.") for arg in given]
+    assert parse(Train, ["gpt2-tiny", *given], "regpt train").config.train.compile is compile
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (["--ema"], (True, False)),
+        (["--ema", "true", "--json=true"], (True, True)),
+        (["--ema", "false", "--json"], (False, True)),
+        (["--no-ema"], (False, False)),
+    ],
+)
+def test_switches_take_a_value_too(given: list[str], wanted: tuple[bool, bool]):
+    args = parse(Args, ["x", *given], "regpt x")
+    assert (args.name, args.ema, args.json) == ("x", *wanted)
+
+
+def test_a_flag_that_is_neither_is_refused():
+    with pytest.raises(UsageError, match=r"--train\.compile is 'maybe', must be true or false"):
+        parse(Train, ["gpt2-tiny", "--train.compile=maybe"], "regpt train")
+
+
+def test_a_value_may_begin_with_a_hyphen():
+    assert parse(Args, ["--text", "-- a dash"[1:], "-n", "3"], "regpt x") == Args(text="- a dash", n=3)
+
+
+@pytest.mark.parametrize(
+    ("flag", "near"),
+    [
+        ("--steps", "--train.steps"),
+        ("--lr", "--optim.lr"),
+        ("--train.stesp", "--train.steps"),
+        ("--n_layer", "--model.n-layer"),
+        ("--modle.n-layer", "--model.n-layer"),
+        ("--optim.learning-rate", ""),
+    ],
+)
+def test_a_mistyped_flag_is_one_short_sentence_with_the_nearest_names(flag: str, near: str):
+    with pytest.raises(UsageError) as found:
+        parse(Train, ["gpt2-tiny", flag, "10"], "regpt train")
+    assert len(str(found.value)) < 250
+    assert f"'{flag.replace('_', '-')}'" in str(found.value)
+    assert near in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["--train.steps", "abc"], "--train.steps is 'abc', must be a whole number"),
+        (["--train.micro-batch-rows", "x"], "--train.micro-batch-rows is 'x', must be auto or a whole number"),
+        (["--train.precision", "bf61"], "--train.precision is 'bf61' (did you mean 'bf16'?), must be fp64, fp32"),
+        (["--optim.lr", "1e-1x"], "--optim.lr is '1e-1x', must be a number"),
+        (["--out"], "--out needs a value"),
+        (["more"], "more is too much for regpt train"),
+        (["--train.ema-decay", "0.5", "--eval.ema", "--train.ema-decay", "0"], "eval.ema asks for an average"),
+    ],
+)
+def test_a_wrong_value_is_one_sentence_without_the_parsers_words(given: list[str], sentence: str):
+    with pytest.raises(UsageError) as found:
+        parse(Train, ["gpt2-tiny", *given], "regpt train")
+    assert str(found.value).startswith(sentence)
+
+
+def test_what_is_missing_is_named():
+    from regpt.cli.sample import SampleArgs
+
+    with pytest.raises(UsageError, match=r"^MODEL and --prompt are missing; regpt sample --help"):
+        parse(SampleArgs, [], "regpt sample")
+
+
+def test_help_shows_no_empty_default(capsys):
+    with pytest.raises(SystemExit):
+        parse(Args, ["--help"], "regpt x")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "(default: )" not in shown
+    assert "(default: 5)" in shown
+
+
+def test_the_recipe_is_found_after_switches_and_bare_flags():
+    given = ["--force", "--train.compile", "--train.steps", "3", "--out=r", "gpt2-tiny"]
+    assert named_recipe(Train, given, "regpt train") == "gpt2-tiny"
+
+
+@pytest.mark.parametrize("flag", NUMBERS)
+def test_every_number_of_a_run_has_bounds(flag: str):
+    for value in ("1" + "0" * 38, "-1" + "0" * 38, "1e400", "nan"):
+        with pytest.raises(UsageError, match=flag.removeprefix("--") if "." in flag else flag):
+            parse(Train, [flag, value], "regpt train")
+
+
+@pytest.mark.parametrize("section", [field.name for field in fields(RunConfig)])
+def test_every_number_of_a_file_has_bounds(section: str, tmp_path):
+    defaults: Any = getattr(RunConfig(), section)
+    assert is_dataclass(defaults)
+    numbers = [f.name for f in fields(defaults) if any(kind in str(f.type) for kind in ("int", "float"))]
+    numbers = [name for name in numbers if name != "mixture"]
+    assert set(numbers) == set(ranges(type(defaults)))
+    for name in numbers:
+        for value in ("1" + "0" * 38, "-1" + "0" * 38):
+            (tmp_path / "a.toml").write_text(f"[{section}]\n{name} = {value}\n", encoding="utf-8")
+            with pytest.raises(UsageError, match=rf"{section}\.{name} "):
+                read_config(str(tmp_path / "a.toml"))
