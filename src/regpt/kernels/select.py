@@ -95,13 +95,12 @@ def choose(
         reason = "the order of its sums is not fixed, train.deterministic is true"
     if reason is None and recompute:
         reason = "it keeps what its backward needs, train.activation_checkpointing is true"
-    if reason is None and precision == "fp8":
-        asked = "in FP8 the faster path has to be asked for: train.kernels fused"
-        reason = asked if wanted == "auto" else rounding_obstacle(device, model.config.n_embd)
-    if reason is not None and wanted == "fused":
-        raise UsageError(f"train.kernels is fused, but {reason}; set train.kernels to plain or auto")
     if reason is None and wanted == "auto" and torch.cuda.get_device_capability(device) < MEASURED_CAPABILITY:
         reason = f"not measured on {torch.cuda.get_device_name(device)}; train.kernels fused tries it"
+    if reason is None and precision == "fp8":
+        reason = rounding_obstacle(device, model.config.n_embd)
+    if reason is not None and wanted == "fused":
+        raise UsageError(f"train.kernels is fused, but {reason}; set train.kernels to plain or auto")
     if reason is not None:
         return Kernels("plain", reason)
     return Kernels("fused", f"cuBLASLt, Triton, CUDA graphs, attention by {attention_library()}")

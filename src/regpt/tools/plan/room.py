@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from regpt.errors import UsageError
+from regpt.kernels.fp8 import MULTIPLE as FP8_MULTIPLE
 from regpt.kernels.select import MEASURED_CAPABILITY, choose
 from regpt.model.transformer import Transformer
 from regpt.model.weights import without_memory
@@ -52,8 +53,9 @@ def path_name(run: Sections, machine: Machine) -> str:
         if wrong:
             raise UsageError(f"train.kernels is fused, but {wrong}; set train.kernels to plain or auto")
         return "fused"
-    suits = train.precision == "bf16" and not train.activation_checkpointing and not model.dropout
-    suits = suits and model.n_embd % 8 == 0 and head % 8 == 0 and head <= 128
+    suits = train.precision in ("bf16", "fp8") and not train.activation_checkpointing and not model.dropout
+    suits = suits and model.n_embd % (FP8_MULTIPLE if train.precision == "fp8" else 8) == 0
+    suits = suits and head % 8 == 0 and head <= 128
     suits = suits and (train.pad_vocab or model.vocab_size % 8 == 0)
     major, minor = MEASURED_CAPABILITY
     capability = machine.figures.capability if machine.figures else None
