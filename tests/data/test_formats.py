@@ -58,6 +58,8 @@ def test_a_table_has_one_document_a_row(tmp_path, name, delimiter):
         ('id,text\n1,a\n2,"b\n3,c\n', [None, "ragged"], "line 3: not a row of a table .*; quotes must be"),
         (b"id,text\n1,a\n2,\xff\n3,c\n", [None, "not_utf8", None], "line 3: byte 0xff is not valid UTF-8"),
         ("id,text\n1,a\0b\n", [None], None),
+        ("\n\nid,text\n\n1,a\n", [None], None),
+        ("", [], None),
     ],
 )
 def test_a_bad_row_of_a_table_is_named_or_skipped(tmp_path, content, reasons, said):

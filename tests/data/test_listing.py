@@ -171,3 +171,13 @@ def test_files_below_a_hidden_name_elsewhere_are_hidden():
     names = [".a/b/c.txt", ".a/b/.c.txt", ".a/b/.d/e.txt"]
     assert without_hidden(names, ".a/b", left_out) == [".a/b/c.txt"]
     assert left_out == {"hidden": 2}
+
+
+@posix
+def test_folders_that_link_to_each_other_are_searched_once(tmp_path):
+    write(tmp_path, "a/a.txt", "b/b.txt")
+    (tmp_path / "a" / "to_b").symlink_to("../b")
+    (tmp_path / "b" / "to_a").symlink_to("../a")
+    train, _, left_out = listed(tmp_path)
+    assert train == ["a/a.txt", "b/b.txt"]
+    assert left_out == {"given twice": 2}

@@ -41,9 +41,9 @@ def rows_of_table(
             continue
         if fields is None:
             return
-        if header is None:
+        if fields and header is None:  # a line without anything is not a row
             header = checked_header(fields, path, columns.names if columns else ())
-        elif fields:  # a line without anything is not a row
+        elif fields and header:
             yield row_of(header, fields, where), where
 
 
