@@ -128,7 +128,7 @@ def test_what_people_have_is_prepared_and_what_may_be_a_mistake_is_said(texts, c
     command = ["prepare", "texts", "rows.csv", "--tokenizer", "bpe", "--val-fraction", "0", "--out", "csv"]
     assert data.main(["prepare", "rows.csv", *command[3:], *flags]) == 0
     out = capsys.readouterr().out
-    assert "left out 1 rows that do not fit their table (which: removed.jsonl)\n" in out
+    assert "left out 1 row of more or fewer cells than the table (which: removed.jsonl)\n" in out
     assert "1 file with a byte-order mark, which is left out" in out
     assert "1 file with 1 times <|endoftext|> as ordinary characters; if it stands between documents" in out
     assert data.main(["prepare", "rows.csv", *command[3:], *flags]) == 0

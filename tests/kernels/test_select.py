@@ -15,7 +15,7 @@ DROPOUT = replace(tiny.CONFIG, dropout=0.1)
 
 def test_the_fused_path_is_refused_for_dropout(hopper):
     with pytest.raises(
-        UsageError, match=r"fused, but it computes no dropout, model\.dropout is 0\.1; set train\.kernels"
+        UsageError, match=r"fused, but the fused path computes no dropout, model\.dropout is 0\.1; set train\.kernels"
     ):
         choose("fused", tiny.build_model(dtype=torch.float32, config=DROPOUT), hopper, "bf16")
 
@@ -27,7 +27,8 @@ def test_a_cpu_takes_the_plain_path_and_says_why():
 
 
 def test_asking_for_the_fused_path_where_it_cannot_be_had_is_an_error():
-    with pytest.raises(UsageError, match=r"train\.kernels is fused, but it needs an NVIDIA GPU.*set train\.kernels"):
+    sentence = r"train\.kernels is fused, but the fused path needs an NVIDIA GPU.*set train\.kernels"
+    with pytest.raises(UsageError, match=sentence):
         choose("fused", tiny.build_model(), tiny.CPU, "bf16")
 
 
@@ -71,7 +72,7 @@ def test_fp8_takes_the_fused_path_where_its_kernels_work(hopper, monkeypatch, n_
     tried = []
     monkeypatch.setattr(select, "rounding_obstacle", lambda device, width: tried.append((device, width)) or broken)
     model = Transformer(replace(tiny.CONFIG, n_embd=n_embd, n_head=n_embd // 8))
-    reason = "in FP8 it needs n_embd to be a multiple of 16" if n_embd % 16 else broken
+    reason = "in FP8 the fused path needs n_embd to be a multiple of 16" if n_embd % 16 else broken
     chosen = choose("auto", model, hopper, "fp8")
     assert chosen.name == ("fused" if reason is None else "plain")
     if reason is None:
@@ -94,7 +95,8 @@ def test_older_gpus_take_the_plain_path_unless_asked(hopper, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert choose("auto", model, hopper, "bf16").name == "plain"
     assert choose("fused", model, hopper, "bf16").name == "fused"
-    with pytest.raises(UsageError, match=r"in FP8 it needs compute capability 8\.9 or more, NVIDIA H100 has less"):
+    sentence = r"in FP8 the fused path needs compute capability 8\.9 or more, NVIDIA H100 has less"
+    with pytest.raises(UsageError, match=sentence):
         choose("fused", model, hopper, "fp8")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(UsageError, match=r"8\.0 or more"):

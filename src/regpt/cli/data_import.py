@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from regpt.cli.data_prepare import print_left_out
+from regpt.cli.data_prepare import print_left_out, print_split
 from regpt.cli.parse import parse
 from regpt.console.lines import print_line
 from regpt.files import exists
@@ -84,9 +84,7 @@ def print_imported(out: str, manifest: Manifest) -> None:
     for split in ("train", "val"):
         tokens, documents = manifest.tokens(split), manifest.documents(split)
         if tokens:
-            print_line(
-                f"{split:5}  {documents:>12,} documents  {tokens:>15,} tokens  {len(manifest.split(split)):>4} shards"
-            )
+            print_split(split, documents, tokens, len(manifest.split(split)))
         elif split == "val":
             print_line('val: nothing is held out; no file has "val" in its name and --val names none')
     print_line(f"wrote {out} with the tokenizer {manifest.tokenizer}; look inside with: regpt data info {out}")

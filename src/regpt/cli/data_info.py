@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from regpt.cli.parse import parse
-from regpt.console.lines import print_json, print_line
+from regpt.console.lines import print_json, print_line, print_note
+from regpt.console.text import counted
 from regpt.data.config import ShuffleRows
 from regpt.errors import UserError
 from regpt.ranges import MANY, SEED, Range
@@ -84,6 +85,7 @@ def main(args: list[str]) -> int:
         print_info(given, manifest, splits, content, packing)
     if given.out:
         draw_lengths(splits, Path(given.out), given.seq_len)
+        print_note(f"drawn: {given.out}")
     return 0
 
 
@@ -148,7 +150,7 @@ def print_info(
         print_histogram(split)
     if packing:
         print_line(
-            f"\n{splits[0].split} in the order bos: {packing['rows']:,} rows of {given.seq_len:,} an epoch, "
+            f"\n{splits[0].split} in the order bos: {counted(packing['rows'], 'row')} of {given.seq_len:,} an epoch, "
             f"which leave out {packing['left_out']:.2%} of the tokens"
         )
     print_content(given, content, whole=content.counted == splits[0].tokens)

@@ -13,23 +13,24 @@ import tyro
 from regpt.cli.parse import parse
 from regpt.cli.text_args import TextArgs
 from regpt.console.lines import print_line, print_note
+from regpt.console.text import counted
 from regpt.files import exists
 from regpt.ranges import MANY, PROCESSES, Range
 
 if TYPE_CHECKING:
     from regpt.data.manifest import Manifest
 
-REASONS = {  # for the manifest's names
-    "short": "documents below --min-chars",
-    "contaminated": "documents with evaluation text (which: removed.jsonl)",
-    "exact_duplicates": "exact duplicates",
-    "near_duplicates": "near duplicates (which: removed.jsonl)",
-    "not_utf8": "documents that are not UTF-8 (which: removed.jsonl)",
-    "not_json": "documents that are not JSON (which: removed.jsonl)",
-    "no_column": "documents without the column (which: removed.jsonl)",
-    "not_text": "documents whose column is not text (which: removed.jsonl)",
-    "ragged": "rows that do not fit their table (which: removed.jsonl)",
-    "damaged": "files from where they are damaged (which: removed.jsonl)",
+REASONS = {  # for the manifest's names: one of them, and why
+    "short": ("document", "below --min-chars"),
+    "contaminated": ("document", "with evaluation text (which: removed.jsonl)"),
+    "exact_duplicates": ("exact duplicate", ""),
+    "near_duplicates": ("near duplicate", "(which: removed.jsonl)"),
+    "not_utf8": ("document", "with bytes outside UTF-8 (which: removed.jsonl)"),
+    "not_json": ("document", "of damaged JSON (which: removed.jsonl)"),
+    "no_column": ("document", "without the column (which: removed.jsonl)"),
+    "not_text": ("document", "whose column is not text (which: removed.jsonl)"),
+    "ragged": ("row", "of more or fewer cells than the table (which: removed.jsonl)"),
+    "damaged": ("file", "from the damaged place on (which: removed.jsonl)"),
 }
 
 MARKS = {  # counts of the sources in the manifest
@@ -37,7 +38,7 @@ MARKS = {  # counts of the sources in the manifest
     "crlf": "with {count} Windows line ends (CRLF), which are kept",
     "endoftext": "with {count} times <|endoftext|> as ordinary characters; if it stands between documents, prepare "
     "again with --separator '<|endoftext|>'",
-    "long_lines": "with {count} documents of more than a million characters without a line end",
+    "long_lines": "with texts of more than a million characters without a line end ({count})",
 }
 
 
@@ -154,7 +155,7 @@ class ProgressLine:
         seconds = max(self._progress.tasks[0].elapsed or 0.0, 1e-9)
         speed = (now.text_bytes - now.found_bytes) / 1e6 / seconds
         done = (
-            f"{now.documents:,} documents  {now.text_bytes / 1e6:,.1f} MB ({speed:.1f} MB/s)  "
+            f"{counted(now.documents, 'document')}  {now.text_bytes / 1e6:,.1f} MB ({speed:.1f} MB/s)  "
             f"{now.tokens:,} tokens ({(now.tokens - now.found_tokens) / seconds:,.0f}/s){self._download}"
         )
         self._progress.update(self._task, completed=now.done, done=done)
@@ -182,29 +183,34 @@ def print_marks(manifest: Manifest) -> None:
     for name, said in MARKS.items():
         counts = [source[name] for source in manifest.sources if source.get(name)]
         if counts:
-            files = "1 file" if len(counts) == 1 else f"{len(counts):,} files"
-            print_line(f"{files} {said.format(count=f'{sum(counts):,}')}")
+            print_line(f"{counted(len(counts), 'file')} {said.format(count=f'{sum(counts):,}')}")
 
 
 def print_left_out(left_out: Mapping[str, int]) -> None:
     """One line on the files that were found and not read."""
-    from regpt.data.listing import counted
+    from regpt.data.listing import counted as listed
 
     if left_out:
-        print_line(f"left out {counted(left_out)}")
+        print_line(f"left out {listed(left_out)}")
+
+
+def print_split(split: str, documents: int, tokens: int, shards: int) -> None:
+    parts = (f"{counted(documents, 'document'):<22}", f"{counted(tokens, 'token'):<22}", counted(shards, "shard"))
+    print_line("  ".join([f"{split:5}", *parts]))
 
 
 def print_prepared(out: str, manifest: Manifest) -> None:
     for split in ("train", "val"):
         if shards := manifest.split(split):
             tokens, documents = manifest.tokens(split), manifest.documents(split)
-            print_line(f"{split:5}  {documents:>12,} documents  {tokens:>15,} tokens  {len(shards):>4} shards")
+            print_split(split, documents, tokens, len(shards))
     print_left_out(manifest.left_out)
     if empty := sum(source["empty"] for source in manifest.sources):
-        print_line(f"left out {empty:,} empty documents")
+        print_line(f"left out {counted(empty, 'empty document')}")
     for reason, count in manifest.removed.items():
         size = f", {count['text_bytes'] / 1e6:,.1f} MB" if count["text_bytes"] else ""
-        print_line(f"left out {count['documents']:,} {REASONS[reason]}{size}")
+        noun, why = REASONS[reason]
+        print_line(f"left out {counted(count['documents'], noun)} {why}".rstrip() + size)
     print_marks(manifest)
     with_what = f"the tokenizer {manifest.tokenizer} ({manifest.made_with['encoder']})"
     print_line(f"wrote {out} with {with_what}; look inside with: regpt data info {out}")

@@ -14,6 +14,7 @@ import tyro
 
 from regpt.cli.parse import parse
 from regpt.console.lines import print_json, print_line, print_note
+from regpt.console.text import counted
 from regpt.errors import UserError
 from regpt.evals.specs import parse_tasks
 from regpt.ranges import LONG, MANY, PROCESSES, Range
@@ -144,7 +145,7 @@ def show_val(found: Answer) -> None:
         table.add_row(name, with_error(one.loss, one.stderr), bpb, f"{one.perplexity:.2f}", f"{one.tokens:,}")
     print_table(table)
     split = f"{task.split_tokens:,} tokens of split val of {str(task.folder)!r}"
-    print_line(f"{task.n_rows:,} rows of {task.seq_len:,} tokens, of {split}")
+    print_line(f"{counted(task.n_rows, 'row')} of {counted(task.seq_len, 'token')}, of {split}")
 
 
 def show_tasks(asked: Question, found: Answer) -> None:

@@ -11,6 +11,7 @@ import tyro
 from regpt.cli.parse import parse
 from regpt.cli.table import print_rows
 from regpt.console.lines import print_json, print_line
+from regpt.console.text import counted
 from regpt.errors import UsageError
 from regpt.ranges import MANY, Range
 
@@ -110,7 +111,7 @@ def to_dict(opened: OpenModel, table: list[Tensors], total: int, near: dict[str,
 
 
 def print_table(opened: OpenModel, table: list[Tensors], total: int) -> None:
-    step = "" if opened.step is None else f", after {opened.step:,} steps"
+    step = "" if opened.step is None else f", after {counted(opened.step, 'step')}"
     rows = [
         [row.name, " × ".join(map(str, row.shape)), f"{row.parameters:,}", f"{100 * row.parameters / total:.1f} %"]
         + [f"{value:.4f}" for value in (row.mean, row.std, row.least, row.greatest)]

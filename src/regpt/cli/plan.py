@@ -12,6 +12,7 @@ from regpt.cli.parse import parse
 from regpt.cli.train import chosen_data, named_recipe
 from regpt.config import RunConfig, read_config, recipe_names
 from regpt.console.lines import print_json, print_line
+from regpt.console.text import counted
 from regpt.errors import UsageError
 from regpt.ranges import MANY, Range
 
@@ -125,9 +126,9 @@ def lines(plan: dict[str, Any]) -> list[tuple[str, str]]:
 
 def run_lines(run: dict[str, Any], data: dict[str, Any] | None) -> list[tuple[str, str]]:
     ratio = f"{run['tokens_per_parameter']:.3g} a parameter, {run['optimal_tokens_per_parameter']} are compute-optimal"
-    total = f"{run['steps']:,} steps × {run['batch_tokens']:,} = {count(run['tokens'])} tokens ({ratio}), "
+    total = f"{counted(run['steps'], 'step')} × {run['batch_tokens']:,} = {count(run['tokens'])} tokens ({ratio}), "
     found = [("run", f"{total}{si(run['flops'])}FLOP")]
-    each = f"{run['accumulation']} × {run['micro_batch_rows']} rows of {run['seq_len']:,}"
+    each = f"{run['accumulation']} × {counted(run['micro_batch_rows'], 'row')} of {run['seq_len']:,}"
     found.append(("a step", f"{each} on each device, {run['precision']}"))
     if data:
         size = f"{count(data['train_tokens'])} training tokens, read {data['epochs']:.3g} times"

@@ -110,7 +110,10 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / "manifest.json"
     if not is_file(path):
         what = "has no manifest.json, so it was never finished" if is_folder(folder) else "does not exist"
-        raise UserError(f"data folder {str(folder)!r} {what}; make it with: regpt data prepare SOURCE --out {folder}")
+        raise UserError(
+            f"data folder {str(folder)!r} {what}; if it was moved, give its new place (train and eval: --data DIR), or "
+            f"make it with: regpt data prepare SOURCE --out {folder}"
+        )
     manifest = parse_manifest(read_small(path, "prepare it again", MAX_MANIFEST_BYTES), path)
     if manifest.format_version != FORMAT_VERSION:
         raise UserError(

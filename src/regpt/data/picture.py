@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from regpt.console.text import counted
 from regpt.data.info import SplitInfo
 from regpt.errors import UsageError, UserError
 
@@ -63,7 +64,11 @@ def draw_split(axes: "Axes", split: SplitInfo, seq_len: int) -> None:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     axes.set_ylim(bottom=0)
-    axes.set_title(f"{split.split}: {split.documents:,} documents, {split.tokens:,} tokens", loc="left", fontsize=10)
+    axes.set_title(
+        f"{split.split}: {counted(split.documents, 'document')}, {counted(split.tokens, 'token')}",
+        loc="left",
+        fontsize=10,
+    )
     axes.set_xlabel("document length in tokens")
     axes.set_ylabel("% in each bar")
     axes.spines[["top", "right"]].set_visible(False)

@@ -45,26 +45,28 @@ def ops_of(precision: str, device: torch.device, ops: Ops = PLAIN) -> Ops:
 def obstacle(model: Transformer, device: torch.device, precision: str) -> str | None:
     """Why the fused path cannot compute this model's loss; None when it can."""
     if model.config.dropout:
-        return f"it computes no dropout, model.dropout is {model.config.dropout}"
+        return f"the fused path computes no dropout, model.dropout is {model.config.dropout}"
     if device.type != "cuda" or not torch.version.cuda:
-        return f"it needs an NVIDIA GPU, this is {device.type}"
+        return f"the fused path needs an NVIDIA GPU, this is {device.type}"
     if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
-        return f"it needs compute capability 8.0 or more, {torch.cuda.get_device_name(device)} has less"
+        return f"the fused path needs compute capability 8.0 or more, {torch.cuda.get_device_name(device)} has less"
     if precision not in ("bf16", "fp8"):
-        return f"it computes in bfloat16 or FP8, train.precision is {precision}"
+        return f"the fused path computes in bfloat16 or FP8, train.precision is {precision}"
     if model.wte.weight.dtype != torch.float32 or not all(p.requires_grad for p in model.parameters()):
-        return "it trains all parameters, in float32; this model has frozen ones or is in float64"
+        return "the fused path trains all parameters, in float32; this model has frozen ones or is in float64"
     if not find_spec("triton"):
-        return "it needs the package triton"
+        return "the fused path needs the package triton"
     if model.config.n_embd % 8 or model.wte.num_embeddings % 8:
-        return "it needs n_embd and the (padded) vocabulary to be multiples of 8; set train.pad_vocab"
+        return "the fused path needs n_embd and the (padded) vocabulary to be multiples of 8; set train.pad_vocab"
     if precision == "fp8" and torch.cuda.get_device_capability(device) < fp8.LEAST_CAPABILITY:
-        return f"in FP8 it needs compute capability 8.9 or more, {torch.cuda.get_device_name(device)} has less"
+        return (
+            f"in FP8 the fused path needs compute capability 8.9 or more, {torch.cuda.get_device_name(device)} has less"
+        )
     if precision == "fp8" and model.config.n_embd % fp8.MULTIPLE:
-        return f"in FP8 it needs n_embd to be a multiple of {fp8.MULTIPLE}"
+        return f"in FP8 the fused path needs n_embd to be a multiple of {fp8.MULTIPLE}"
     head_size = model.config.n_embd // model.config.n_head
     if head_size % 8 or head_size > 128:
-        return f"it needs heads of a multiple of 8, up to 128; they are of {head_size}"
+        return f"the fused path needs heads of a multiple of 8, up to 128; they are of {head_size}"
     return None
 
 

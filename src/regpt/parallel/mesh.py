@@ -23,6 +23,7 @@ from regpt.parallel.reduce import sum_in_buckets
 from regpt.parallel.repeatable import ENVIRONMENT, repeatable
 
 HANG_SECONDS = 600.0  # a process that waits longer for the others waits in vain
+MOST_PROCESSES, LAST_PORT = 1 << 20, 65535
 STORE_TIMEOUT = timedelta(seconds=30)  # to say how a process is, and to hear of others
 BACKEND_TIMEOUT = timedelta(days=7)  # of NCCL and gloo, which take a slow disk for a hang; `parallel.pulse` does not
 
@@ -105,17 +106,39 @@ def under_launcher() -> bool:
 
 def launcher_rank() -> int:
     """Rank that the launcher gave this process, 0 without one."""
-    return int(os.environ.get("RANK", "0"))
+    return launcher_number("RANK", 0, most=launcher_world_size() - 1) if under_launcher() else 0
 
 
 def launcher_world_size() -> int:
     """Number of processes that the launcher started, 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return launcher_number("WORLD_SIZE", 1) if under_launcher() else 1
 
 
 def launcher_restarts() -> int:
     """How often torchrun (`--max-restarts`) has started this group of processes again."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return launcher_number("TORCHELASTIC_RESTART_COUNT", 0, default=0)
+
+
+def launcher_number(name: str, least: int, most: int = MOST_PROCESSES, default: int | None = None) -> int:
+    """The number that the launcher put into the environment variable `name`.
+
+    Raises:
+        UsageError: it is missing and has no default, is no whole number, or is not from `least` to `most`.
+    """
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    try:
+        number = int(text or "")
+    except ValueError:
+        number = least - 1
+    if not least <= number <= most:
+        given = "is missing" if text is None else f"is {text!r}"
+        raise UsageError(
+            f"the environment variable {name} {given}, must be a whole number from {least} to {most}, as torchrun sets "
+            "it; start with torchrun or --nproc, or unset RANK and WORLD_SIZE for one process"
+        )
+    return number
 
 
 @contextlib.contextmanager
@@ -143,7 +166,7 @@ def open_mesh(
 @contextlib.contextmanager
 def joined(device_name: str, hang_seconds: float) -> Iterator[Mesh]:
     rank, world_size = launcher_rank(), launcher_world_size()
-    device = choose_device(device_name, index=int(os.environ.get("LOCAL_RANK", "0")))
+    device = choose_device(device_name, index=launcher_number("LOCAL_RANK", 0, default=0) if under_launcher() else 0)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not under_launcher():
@@ -151,8 +174,9 @@ def joined(device_name: str, hang_seconds: float) -> Iterator[Mesh]:
         return
     if device.type == "mps":
         raise UsageError("several processes cannot share the MPS device; use --train.device cpu, or one process")
+    launcher_address()  # wrong: say so before anything waits
     if device.type == "cpu":
-        share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        share_cores(launcher_number("LOCAL_WORLD_SIZE", 1, default=1))
     # Functions of this module keep the process group of the time of its import as a default (torch 2.13). Imported
     # later, by an optimizer say, it would hold ours: gloo's threads would outlive it and abort an ending process.
     importlib.import_module("torch.distributed.nn")
@@ -176,9 +200,18 @@ def joined(device_name: str, hang_seconds: float) -> Iterator[Mesh]:
 
 def meeting_point(name: str = "", timeout: timedelta = STORE_TIMEOUT) -> TCPStore | PrefixStore:
     """A connection of its own to the launcher's store, or to the corner of it that is this group's alone."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address, port = launcher_address()
     store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
     return PrefixStore(name, store) if name else store
+
+
+def launcher_address() -> tuple[str, int]:
+    """Host and port of the launcher's store."""
+    if not os.environ.get("MASTER_ADDR"):
+        raise UsageError(
+            "the environment variable MASTER_ADDR is missing or empty, must be the host of rank 0; use torchrun"
+        )
+    return os.environ["MASTER_ADDR"], launcher_number("MASTER_PORT", 1, most=LAST_PORT)
 
 
 def share_cores(processes: int) -> None:

@@ -7,6 +7,7 @@ from math import log, sqrt
 from statistics import fmean, median
 from typing import Literal
 
+from regpt.console.text import counted
 from regpt.report.read import Row, Run, number, section
 from regpt.report.series import Column, column, smooth, smoothing_span
 from regpt.report.summary import count
@@ -155,7 +156,7 @@ def plateau(run: Run, curve: Curve) -> list[Finding]:
     advice = "a higher optim.lr or a shorter warmup may shorten it"
     whole = curve.raw[0] - best
     if whole > LEAST_FALL and curve.raw[0] - means[1] < FLAT_FALL * whole:
-        text = f"a plateau at the start: after {curve.block(1)[1]:,} steps the loss was still {means[1]:.2f}"
+        text = f"a plateau at the start: after {counted(curve.block(1)[1], 'step')} the loss was still {means[1]:.2f}"
         return [Finding("note", "plateau", f"{text}; {advice}")]
     whole = means[0] - best
     for i in range(BLOCKS // 2):

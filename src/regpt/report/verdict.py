@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from math import isclose
 
+from regpt.console.text import counted
 from regpt.report.code import changed_files, has_unrecorded_changes
 from regpt.report.compare import Comparison, Measure, is_validation
 from regpt.report.summary import count
@@ -76,7 +77,7 @@ def seeds_clause(one: Measure) -> str:
         return ""
     runs, spread = sum(one.seeds.runs), one.seeds.deviation
     word = "exceeds" if one.seeds.exceeds else "does not exceed"
-    noise = f"standard deviation {spread:.2g} over {runs} runs, {p_value(one.seeds.p)}"
+    noise = f"standard deviation {spread:.2g} over {counted(runs, 'run')}, {p_value(one.seeds.p)}"
     return f"; the difference {word} the noise between seeds ({noise})"
 
 

@@ -15,6 +15,7 @@ from regpt.checkpoint.generators import generator_states
 from regpt.checkpoint.save import Contents
 from regpt.checkpoint.state import DataPosition, RunState
 from regpt.config import RunConfig
+from regpt.console.text import counted
 from regpt.data.batch import Batch
 from regpt.data.bos import PackedRows
 from regpt.data.loader import Loader
@@ -241,8 +242,8 @@ def summary(job: Job) -> str:
     return (
         f"{count_parameters(job.model):,} parameters on {mesh.world_size} × {name}, {config.train.precision}"
         f"{', compiled' if config.train.compile and kernels.name == 'plain' else ''}, {kernels.name} kernels "
-        f"({kernels.reason}){spared}; {config.train.batch_tokens:,} tokens a step "
-        f"({config.train.batch_tokens // (B * mesh.world_size * T)} × {mesh.world_size} × {B} rows of {T}); "
+        f"({kernels.reason}){spared}; {counted(config.train.batch_tokens, 'token')} a step "
+        f"({config.train.batch_tokens // (B * mesh.world_size * T)} × {mesh.world_size} × {counted(B, 'row')} of {T}); "
         f"{job.corpus.tokens('train'):,} training tokens, tokenizer "
         f"{job.corpus.tokenizer.name}"
     )

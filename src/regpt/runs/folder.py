@@ -15,6 +15,7 @@ import regpt
 from regpt.checkpoint.files import flush_folder, write_json, write_text
 from regpt.checkpoint.load import checkpoints
 from regpt.config import RunConfig, read_config
+from regpt.console.text import counted
 from regpt.data.lock import locked
 from regpt.errors import UserError
 from regpt.files import exists, is_file, is_folder
@@ -203,7 +204,7 @@ def device_name(device: torch.device) -> str:
     """What computes: the GPU's name, or the kind of device and its threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} with {torch.get_num_threads()} threads"
+    return f"{device.type} with {counted(torch.get_num_threads(), 'thread')}"
 
 
 def source_commit() -> str | None:

@@ -21,6 +21,7 @@ from regpt.checkpoint.mirror import Mirror
 from regpt.checkpoint.store import Store, is_address
 from regpt.config import RunConfig, validate
 from regpt.console.lines import print_note
+from regpt.console.text import counted
 from regpt.data.download import PATIENCE, Patience
 from regpt.errors import UserError
 from regpt.parallel.mesh import Mesh
@@ -252,7 +253,7 @@ def bring_up_to_date(mirror: Mirror | None, mesh: Mesh, tell: Callable[[str], No
 
 def left(mirror: Mirror) -> str:
     files, size = mirror.left()
-    return f"copying to {mirror.store.url}: {files:,} files, {size / 1e6:,.1f} MB left"
+    return f"copying to {mirror.store.url}: {counted(files, 'file')}, {size / 1e6:,.1f} MB left"
 
 
 def say(text: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from regpt.checkpoint.load import Checkpoint, checkpoint_folder, checkpoints, load_checkpoint, step_of
 from regpt.config import RunConfig
+from regpt.console.text import counted
 from regpt.errors import UserError
 from regpt.runs.metric_rows import last_rows
 
@@ -147,7 +148,7 @@ def verify_resume(
     bench.folder.mkdir(parents=True, exist_ok=True)
     file.write_text(config.to_toml(), encoding="utf-8")
     straight = bench.folder / "straight"
-    bench.say(f"straight: {config.train.steps} steps on {counted(processes)}")
+    bench.say(f"straight: {counted(config.train.steps, 'step')} on {counted(processes, 'process', 'processes')}")
     bench.finish("train", str(file), "--out", str(straight), *nproc(processes))
     found: dict[str, Comparison] = {}
     for name, n_kills, last in (("killed", kills, processes), ("other_world_size", 1, other_processes)):
@@ -280,12 +281,8 @@ def sentence(c: Comparison) -> str:
     wanted = "bitwise" if c.must_be_bitwise else f"within {c.tolerance:g}"
     verdict = "as it must be" if c.passed else "NOT as it must be"
     on = f"{worlds} {'process' if worlds == '1' else 'processes'}"
-    return f"{c.steps} steps on {on}, killed after {ends}: {same}, {verdict} ({wanted})"
+    return f"{counted(c.steps, 'step')} on {on}, killed after {ends}: {same}, {verdict} ({wanted})"
 
 
 def nproc(processes: int) -> list[str]:
     return ["--nproc", str(processes), "--max-restarts", "0"] if processes > 1 else []
-
-
-def counted(processes: int) -> str:
-    return "1 process" if processes == 1 else f"{processes} processes"

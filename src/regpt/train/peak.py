@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from regpt.console.text import counted
 from regpt.kernels import fp8
 from regpt.train.config import PrecisionName
 from regpt.train.devices import Device, device_by_driver
@@ -48,7 +49,7 @@ def device_peak(device: torch.device, precision: PrecisionName) -> Peak:
         return Peak(sheet.peak(precision), False, f"data sheet of the {sheet.name}, dense {listed}")
     n = SLOW_SIZE if (device.type, precision) == ("cpu", "fp16") else PRODUCT_SIZE.get(device.type, 1024)
     flops = matmul_flops(device, precision, n)
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    threads = f", {counted(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
     return Peak(flops, True, f"measured here: a {precision} product of {n} × {n} matrices on {device.type}{threads}")
 
 

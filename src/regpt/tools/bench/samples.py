@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from regpt.console.text import counted
 from regpt.errors import UsageError
 from regpt.model.transformer import Transformer
 from regpt.model.weights import count_parameters
@@ -34,7 +35,9 @@ def bench_sample(
     return {
         "model": asdict(model.config),
         "parameters": count_parameters(model),
-        "device": driver_name(device) if device.type != "cpu" else f"cpu with {torch.get_num_threads()} threads",
+        "device": driver_name(device)
+        if device.type != "cpu"
+        else f"cpu with {counted(torch.get_num_threads(), 'thread')}",
         "precision": precision,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,

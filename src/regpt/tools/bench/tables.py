@@ -6,6 +6,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from regpt.console.text import counted
+
 LECTURE = 'lecture: milliseconds on one A100 in "Let\'s reproduce GPT-2 (124M)" (Karpathy 2024)'
 
 
@@ -36,7 +38,7 @@ def speed_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "a step",
             f"{ms['median']:,.1f} ms (p10 {ms['p10']:,.1f}, p90 {ms['p90']:,.1f}, spread {ms['spread']:.1%}), "
-            f"{report['steps']} steps after {report['warmup']}",
+            f"{counted(report['steps'], 'step')} after {report['warmup']}",
         ),
         ("MFU, data sheet", sheet or "this device has none in the table"),
         ("of a product", f"{report['share_of_product']:.1%} of {measured}"),
@@ -68,7 +70,7 @@ def active_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "batch",
             f"{report['batch_tokens']:,} tokens: {report['accumulation']} × {report['world_size']} × "
-            f"{report['micro_batch_rows']} rows of {report['seq_len']}; {report['data']}",
+            f"{counted(report['micro_batch_rows'], 'row')} of {report['seq_len']}; {report['data']}",
         ),
         (
             "active",
@@ -82,7 +84,7 @@ def active_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 def ladder_table(report: dict[str, Any]) -> Table:
     """The report of `regpt bench ladder`."""
-    what = f"{report['tokens']:,} tokens, median of {report['steps']} steps"
+    what = f"{counted(report['tokens'], 'token')}, median of {counted(report['steps'], 'step')}"
     title = Text(f"{report['model_name']} on {report['device']}: {what}")
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     memory = any(rung.get("peak_memory_gib") for rung in report["rungs"])
@@ -121,7 +123,7 @@ def rung_note(rung: dict[str, Any], tokens: int) -> str:
         return rung["skipped"]
     notes = []
     if rung["rows"] != rung["rows_wanted"]:
-        notes.append(f"out of memory with {rung['rows_wanted']} rows at once, so {rung['rows']}")
+        notes.append(f"out of memory with {counted(rung['rows_wanted'], 'row')} at once, so {rung['rows']}")
     if rung["batch_tokens"] != tokens:
         notes.append(f"steps of {rung['batch_tokens']:,} tokens, {rung['rows']} rows at once; ms of {tokens:,} of them")
     return "; ".join(notes)

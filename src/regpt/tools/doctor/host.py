@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import regpt
+from regpt.console.text import counted
 from regpt.tools.doctor.trial import Trial, attempt
 from regpt.tools.measure import disk_write_bytes, free_disk_bytes, memory_bytes
 from regpt.train.capacity import available_memory
@@ -21,6 +22,9 @@ PACKAGES = ("torch", "numpy", "triton", "safetensors", "tokenizers", "tiktoken")
 PURPOSES = {
     "offline": "GPT-2's vocabulary without a download",
     "data": "Parquet, Zstandard, the hub, near duplicates",
+    "buckets": "data and runs at s3:// and gs://",
+    "docs": "the manual as a site",
+    "notebook": "the notebook of the manual",
     "fast": "tokenization several times as fast",
     "ray": "preparation on many machines",
     "report": "pictures",
@@ -60,7 +64,8 @@ def installed(name: str) -> str | None:
 
 def cpu() -> str:
     instructions = torch.backends.cpu.get_cpu_capability()
-    return f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {instructions}"
+    cores, threads = counted(os.cpu_count() or 1, "core"), counted(torch.get_num_threads(), "thread")
+    return f"{cpu_name()}, {cores}, {threads}, {instructions}"
 
 
 def cpu_name() -> str:

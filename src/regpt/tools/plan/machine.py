@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from regpt.console.text import counted
 from regpt.parallel.mesh import choose_device
 from regpt.tools.measure import bandwidth_bytes, memory_bytes
 from regpt.tools.plan.coefficients import LARGE_PRODUCT_SHARE
@@ -91,5 +92,5 @@ def measured_figures(here: torch.device) -> Device:
 def this_host(here: torch.device, precision: str) -> Machine:
     """A CPU, or Apple's GPU: what is planned is calibrated on it."""
     peak = device_peak(here, precision)  # type: ignore[arg-type]
-    name = driver_name(here) if here.type == "mps" else f"CPU with {torch.get_num_threads()} threads"
+    name = driver_name(here) if here.type == "mps" else f"CPU with {counted(torch.get_num_threads(), 'thread')}"
     return Machine(name, here.type, device_figures(here), here, memory_bytes(here), peak.flops, peak.how)
