@@ -291,7 +291,7 @@ def test_the_command_runs_tasks_by_file_and_refuses_others_in_one_sentence(folde
     assert "lm-eval knows no task 'arc_eazy'" in said
     assert "no.yaml' does not exist" in said
     assert "lm-eval/beams was not evaluated: the task asks for num_beams = 4, which the adapter does not follow" in said
-    assert "lm-eval/nothing was not evaluated: lm-eval cannot load it" in said
+    assert "lm-eval/nothing was not evaluated: lm-eval cannot load 'nothing'" in said
     tasks = json.loads((folder / "out.json").read_text(encoding="utf-8"))["tasks"]
     assert list(tasks) == ["lm-eval/choices", "lm-eval/lastword"]
     assert tasks["lm-eval/choices"]["n"] == 24

@@ -199,7 +199,7 @@ def test_rewind_takes_the_average_of_the_weights_back_too(config, spoiled, tmp_p
 def test_rewind_heals_weights_that_a_fault_has_spoiled(config, monkeypatch, tmp_path: Path):
     from regpt.runs import pretrain as module
 
-    def fit(machine, *args):
+    def fit(machine, *args, **options):
         trainer, update, spoiled = machine.trainer, machine.trainer.update, []
 
         def spoiling():
@@ -210,7 +210,7 @@ def test_rewind_heals_weights_that_a_fault_has_spoiled(config, monkeypatch, tmp_
             return update()
 
         trainer.update = spoiling
-        return original(machine, *args)
+        return original(machine, *args, **options)
 
     original = module.fit
     monkeypatch.setattr(module, "fit", fit)

@@ -1,6 +1,7 @@
 """`benchmarks/peers.py`: what it writes for other trainers holds the tokens of the data folder, in their formats."""
 
 import importlib.util
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,8 @@ def test_every_format_holds_the_same_tokens(peers, tmp_path: Path, capsys):
     peers.main(peers.Args(out=str(tmp_path / "out"), tokens=20_000))
     stored = np.fromfile(tmp_path / "out" / "regpt" / "train-00000.bin", dtype="<u2")[:20_000]
     for folder, kind in FOLDERS.items():
-        files = {file.file: file for file in find_token_files([str(tmp_path / "out" / folder)], None, peers.VOCAB)}
+        found, _ = find_token_files([str(tmp_path / "out" / folder)], [], None, peers.VOCAB, Counter())
+        files = {file.file: file for file in found}
         assert {file.format for file in files.values()} == {kind}
         train, val = (next(files[name].array() for name in files if split in name) for split in ("train", "val"))
         assert len(val) == len(stored) // 10

@@ -288,7 +288,7 @@ def evaluate_harness(name: str, model: HarnessModel, manager: TaskManager, max_i
         with contextlib.redirect_stdout(sys.stderr):  # it prints
             loaded: dict[str, Any] = dict(manager.load([name]))  # what fails here is the task's own code and data
     except UNAVAILABLE as error:
-        raise UserError(f"lm-eval cannot load it ({first_line(error)})") from None
+        raise UserError(f"lm-eval cannot load {name!r} ({first_line(error)})") from None
     with contextlib.redirect_stdout(sys.stderr):
         found = simple_evaluate(
             model=model,

@@ -115,7 +115,9 @@ def truncation_notice(results: Iterable[Result], max_seq_len: int) -> list[str]:
     """Sentences about the items that a model of `max_seq_len` did not see whole, or not at all."""
     results, longer = list(results), f"longer than the model's {max_seq_len:,} tokens"
     cut = [f"{one.cut:,} of {len(one.chosen):,} items of {one.task}" for one in results if one.cut]
-    out = [f"{one.left_out:,} of {one.n_items:,} items of {one.task}" for one in results if one.left_out]
+    out = [
+        f"{one.left_out:,} of {len(one.chosen) + one.left_out:,} items of {one.task}" for one in results if one.left_out
+    ]
     return [
         f"{', '.join(which)} {what}"
         for which, what in (
