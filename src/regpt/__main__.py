@@ -12,30 +12,12 @@ from importlib import import_module
 from types import TracebackType
 
 import regpt
+from regpt.cli.commands import COMMANDS
 from regpt.console.lines import print_error, print_line, print_note
 from regpt.console.streams import harden, lost
 from regpt.errors import UsageError, UserError, nearest
 from regpt.parallel.signals import leave_when_terminated
 
-COMMANDS = {
-    "quickstart": "text to a trained, evaluated and sampled model on this machine, in about two minutes",
-    "data": "prepare, describe and verify token shards",
-    "tokenizer": "train a byte-level BPE",
-    "doctor": "what this machine can do, tried; what is missing and how to get it",
-    "plan": "parameters, memory, time and cost of a run, before it runs",
-    "train": "train a model from a recipe, or go on with a run",
-    "eval": "validation loss, HellaSwag, CORE and other tasks of a model",
-    "checkpoint": "list the checkpoints of a run; check every file of them",
-    "replay": "one step of a run once more: its loss, norm and documents",
-    "verify-resume": "a run that is killed again and again against one that is not, and a certificate",
-    "sample": "write text with a model",
-    "export": "write a model as a Hugging Face folder",
-    "report": "a run, or several over each other, as one self-contained page",
-    "diff": "two runs against each other: what differs, and whether it matters",
-    "scaling": "a power law through the losses of runs, and what it predicts",
-    "inspect": "a model's parameters, pictures of its weights, tokens nearest to a token",
-    "bench": "how fast training, batches and sampling are on this machine",
-}
 KEEP_RECORDS = ("train", "quickstart", "tokenizer", "export", "report")  # in files; stdout only follows
 INTERRUPTED = 130
 PLACES = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC)

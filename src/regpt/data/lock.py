@@ -53,12 +53,21 @@ def still_there(file: IO[str], path: Path) -> bool:
         return False
 
 
+def is_held(path: Path) -> bool:
+    """Whether a process holds the lock file `path` now; the file itself stays as it is."""
+    try:
+        with path.open("r", encoding="utf-8") as file:
+            return not take(file, shared=True)
+    except OSError:  # no file, or not ours to open
+        return False
+
+
 if os.name == "posix":
     import fcntl
 
-    def take(file: IO[str]) -> bool:
+    def take(file: IO[str], shared: bool = False) -> bool:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         return True
@@ -68,7 +77,7 @@ else:
 
     LOCKED_BYTE = 1 << 30  # Windows forbids others to read what is locked: far behind the number of the process
 
-    def take(file: IO[str]) -> bool:
+    def take(file: IO[str], shared: bool = False) -> bool:
         file.seek(LOCKED_BYTE)
         try:
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
