@@ -1,10 +1,13 @@
-"""Makes `tiny` importable from every folder of tests."""
+"""Makes `tiny` importable from every folder of tests, and their environment the same everywhere."""
 
 import shutil
 
 import pytest
 from hypothesis import settings
 
+from environment import clean_process
+
+FOLDER = clean_process()  # before libraries are imported that read their variables then
 # No timing thresholds; and the same examples every time, so that a failure seen once is seen again.
 settings.register_profile("regpt", deadline=None, derandomize=True)
 settings.load_profile("regpt")

@@ -1,10 +1,12 @@
 """Files elsewhere: a local stand-in for the hub, a plain web server, fsspec's memory; all of them fail on request."""
 
+import base64
 import hashlib
 import io
 import json
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import threading
@@ -12,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from regpt.data.download import Patience
+from regpt.console.lines import print_note
+from regpt.data import download as download_module
+from regpt.data.download import Patience, Problem
 from regpt.data.named import NamedOptions, open_sources
 from regpt.data.remote import RemoteFile, localized
 from regpt.data.sources import Download, SourceFile
@@ -115,8 +119,52 @@ def test_a_refusal_is_not_tried_again(on_web, web, slept, status, said):
     assert not slept
 
 
+@pytest.mark.parametrize("source", ["tinyshakespeare", "fineweb-10B", "https://example.invalid/a.txt"])
+def test_a_name_that_does_not_resolve_is_tried_twice_and_says_how_to_work_offline(
+    options, monkeypatch, slept, source, capsys
+):
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+    def refuse(*args, **kwargs):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    with pytest.raises(UserError, match=r"no connection to .*: Name or service not known; check .* give a local file"):
+        [found.localize() for found in open_sources([source], options)]
+    assert sum(slept) <= 2
+    assert "Name or service not known; trying again in" in capsys.readouterr().err
+
+
+def test_a_server_that_was_reached_is_tried_as_often_as_before(on_web, web, monkeypatch):
+    web.faults.extend([(500, {})])
+    real, calls = download_module.problem_of, []
+
+    def gone_later(error):
+        calls.append(0)
+        return real(error) if len(calls) == 1 else Problem("no connection", False, unreached=True)
+
+    monkeypatch.setattr(download_module, "problem_of", gone_later)
+    web.faults.extend([(500, {})] * 5)
+    with pytest.raises(UserError, match="no connection, 3 times; the same command continues"):
+        on_web.localize()
+
+
+def test_user_and_password_of_an_address_are_a_header_and_are_shown_nowhere(web, options, capsys):
+    web.files[PATH] = TEXT
+    (source,) = open_sources([web.url.replace("://", "://me:pa%3Ass@") + PATH], options)
+    assert source.localize().path.read_bytes() == TEXT
+    assert web.asked[-1][3] == "Basic " + base64.b64encode(b"me:pa:ss").decode()
+    assert "me:" not in json.dumps(source.record())
+    print_note(f"{web.url.replace('://', '://me:secret@')}/b.txt could not be read")
+    assert "secret" not in capsys.readouterr().err
+
+
 def test_no_network_is_one_sentence(options):
-    with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9/a\.txt could not be read: .*refused, 3 times"):
+    with pytest.raises(
+        UserError,
+        match=r"http://127\.0\.0\.1:9/a\.txt could not be read: no connection to 127\.0\.0\.1: .*refused; check",
+    ):
         open_sources(["http://127.0.0.1:9/a.txt"], options)
 
 

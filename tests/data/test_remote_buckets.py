@@ -172,4 +172,4 @@ def test_an_object_of_another_hash_is_refused(served, options):
 
 @pytest.mark.parametrize("text", ["Forbidden: b/bkt/o", "Forbidden"])
 def test_missing_rights_are_not_tried_again(text):
-    assert problem_of(OSError(text)) == (f"{text}; log in, or ask for access", True, 0.0)
+    assert problem_of(OSError(text)) == (f"{text}; log in, or ask for access", True, 0.0, False)

@@ -7,6 +7,7 @@ from pathlib import Path
 from regpt.checkpoint.hf_folder import CONFIG, INDEX, PICKLE, WEIGHTS, hf_config, how_to_convert
 from regpt.checkpoint.tensors import shard_names
 from regpt.errors import UserError
+from regpt.network import WAYS_OUT, reach
 from regpt.text.folder import ADDED, MERGES, NAMES, OPTIONS, TOKENIZER, VOCAB
 
 # GPT-2's short names, and where OpenAI's weights lie.
@@ -95,7 +96,7 @@ def connect(repo: str) -> Repository:
         UserError: huggingface_hub is not installed, or the hub knows no such repository.
     """
     try:
-        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+        from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
         from huggingface_hub.errors import (
             EntryNotFoundError,
             HTTPError,  # pyright: ignore[reportPrivateImportUsage]
@@ -106,6 +107,8 @@ def connect(repo: str) -> Repository:
             f"model {repo!r} is on the hub, which needs huggingface_hub; run: pip install 'regpt[data]', {LOCAL}"
         ) from None
     try:
+        if not constants.HF_HUB_OFFLINE:
+            reach(hf_hub_url(repo, CONFIG))
         get_hf_file_metadata(hf_hub_url(repo, CONFIG), timeout=TIMEOUT_S)
     except RepositoryNotFoundError:
         raise UserError(f"the hub has no public repository {repo!r}; check the name, {LOCAL}") from None
@@ -124,7 +127,7 @@ def no_model(repo: str) -> UserError:
 
 def unreachable(repo: str, why: str) -> UserError:
     return UserError(
-        f"model {repo!r} is not in the hub's cache and the hub cannot be reached ({why}); check the network, {LOCAL}"
+        f"model {repo!r} is not in the hub's cache and the hub cannot be reached ({why}); {WAYS_OUT}, {LOCAL}"
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from regpt.data.buckets import connect, import_fsspec
+from regpt.data.buckets import connect, import_fsspec, reach_store
 from regpt.data.download import PATIENCE, Patience, persistently, status_of, transport_errors
 from regpt.errors import UsageError
 from regpt.files import is_plain_name
@@ -50,7 +50,7 @@ class Store:
         UserError: a package that is missing.
         """
         _, known = import_fsspec(url, "using")
-        self.url, self.patience = url.rstrip("/"), patience
+        self.url, self.patience, self.reached = url.rstrip("/"), patience, False
         self.scheme = url.split("://")[0].lower()
         if self.scheme not in known or self.scheme in ("http", "https"):
             raise UsageError(f"{url} is an address of a kind that runs are not kept at; give a folder or {STORES}")
@@ -64,7 +64,14 @@ class Store:
         Raises:
             UserError: the file `name` could not be `done`, all tries together or for a reason that lasts.
         """
-        return persistently(action, f"{self.url}/{name}".rstrip("/"), self.patience, done=done)
+
+        def attempt() -> T:
+            if not self.reached:
+                reach_store(self.fs)
+                self.reached = True
+            return action()
+
+        return persistently(attempt, f"{self.url}/{name}".rstrip("/"), self.patience, done=done)
 
     def files(self, folder: str = "") -> dict[str, int]:
         """The size of each file below `folder`, by its name in the store; hidden ones, half-written, are left out."""

@@ -5,6 +5,7 @@ import re
 # C0 without line break and tab, DEL, C1, lone surrogates, and what reorders a line (bidi, Unicode TR 36 section 2.2).
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 QUOTED = re.compile(r"""(?<!\w)(?:'[^'\n]{201,}'|"[^"\n]{201,}")(?!\w)""")
+USER = re.compile(r"(?<=://)[^/?#\s'\"]*@")  # user and password of an address
 LONGEST_QUOTE, LONGEST_MESSAGE = 200, 1500
 
 
@@ -18,9 +19,16 @@ def escaped(code: int) -> str:
 
 
 def message(text: object) -> str:
-    """A sentence for a user: visible, its long quotations and the sentence itself shortened in the middle."""
-    quoted = QUOTED.sub(lambda found: shortened(found[0], LONGEST_QUOTE), visible(str(text)))
+    """A sentence for a user: visible, without the passwords of addresses; long quotations, and a long sentence itself,
+    are shortened in the middle."""
+    shown = without_user(visible(str(text)))
+    quoted = QUOTED.sub(lambda found: shortened(found[0], LONGEST_QUOTE), shown)
     return shortened(quoted, LONGEST_MESSAGE)
+
+
+def without_user(text: str) -> str:
+    """`text` without the user and the password of the addresses in it."""
+    return USER.sub("", text)
 
 
 def shortened(text: str, length: int) -> str:

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from regpt.data.download import Checksum, Patience, persistently
 from regpt.errors import UserError
+from regpt.network import reach
 
 MAGIC = re.compile(r"[*?[]")
 BLOCK_BYTES = 16 << 20  # asked for at a time
@@ -36,10 +37,20 @@ def list_bucket(source: str, patience: Patience) -> tuple[list[BucketFile], str 
         UserError: a scheme that is not known, a package that is missing, no access, no network, nothing there.
     """
     fs, path = file_system(source)
+    persistently(lambda: reach_store(fs), source, patience)
     infos, is_folder = persistently(lambda: describe(fs, path), source, patience)
     return [bucket_file(fs.unstrip_protocol(name), info) for name, info in infos.items()], fs.unstrip_protocol(
         path
     ) if is_folder else None
+
+
+def reach_store(fs: Any) -> None:
+    """Raise `Unreached` where there is no connection to the server of s3fs or gcsfs, whose own tries take minutes."""
+    if "s3" in fs.protocol:
+        fs.connect()  # makes a client, and asks nobody
+        reach(fs.s3.meta.endpoint_url)
+    elif "gs" in fs.protocol:
+        reach(fs.base)
 
 
 def describe(fs: Any, path: str) -> tuple[dict[str, dict[str, Any]], bool]:

@@ -20,8 +20,10 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from filelock import FileLock, Timeout
 
+from regpt.console.lines import is_terminal, print_note
 from regpt.data.sources import Download, DownloadProgress
 from regpt.errors import UserError
+from regpt.network import WAYS_OUT
 
 CHUNK = 1 << 20
 BUSY = (408, 425, 429)  # besides 5xx: the statuses that RFC 9110, 8470 and 6585 say may be tried again
@@ -42,6 +44,11 @@ LASTING = {"FileNotFoundError", "PermissionError", "IsADirectoryError", "NotADir
 LASTING |= {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError"}
 LASTING |= {"SSLCertVerificationError", "OfflineModeIsEnabled", "UnsupportedProtocol", "InvalidURL"}
 
+# Nobody has answered: no network, no such host, nobody listens there.
+UNREACHED = {"Unreached", "gaierror", "ConnectError", "ConnectTimeout", "ProxyError", "ClientConnectorError"}
+UNREACHED |= {"EndpointConnectionError", "ConnectTimeoutError", "ProxyConnectionError"}
+NO_ROUTE = (errno.ECONNREFUSED, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN)
+
 T = TypeVar("T")
 # Opener(offset) gives a stream and the offset at which it starts: 0 where the server cannot start elsewhere.
 Opener = Callable[[int], AbstractContextManager[tuple[BinaryIO, int]]]
@@ -56,12 +63,14 @@ class Checksum(NamedTuple):
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a download is tried: `tries` in a row that bring no byte, waits doubling from `wait_s`."""
+    """How long a download is tried: `tries` in a row that bring no byte, waits doubling from `wait_s`; `unreached` of
+    them where no server has been reached yet."""
 
     tries: int = 8
     wait_s: float = 1.0
     longest_wait_s: float = 60.0
     timeout_s: float = 30.0
+    unreached: int = 2
     sleep: Callable[[float], None] = time.sleep
 
 
@@ -72,6 +81,7 @@ class Problem(NamedTuple):
     text: str
     lasts: bool
     retry_after_s: float = 0.0
+    unreached: bool = False
 
 
 def download(
@@ -188,7 +198,7 @@ def persistently(
     name: str,
     patience: Patience,
     gained: Callable[[], int] = lambda: 0,
-    waiting: Callable[[str], None] = lambda note: None,
+    waiting: Callable[[str], None] | None = None,
     done: str = "read",
 ) -> T:
     """The result of `attempt`, tried again while its error may pass; a try that gained bytes starts the count anew.
@@ -196,19 +206,24 @@ def persistently(
     Raises:
         UserError: `name` could not be `done`.
     """
-    tries, before = 0, gained()
+    tries, before, reached = 0, gained(), False
     while True:
         try:
             return attempt()
         except transport_errors() as error:
             problem = problem_of(error)
         tries = 0 if gained() > before else tries + 1
+        reached = reached or not problem.unreached or not tries
         before = gained()
+        if not reached and tries >= min(patience.unreached, patience.tries):
+            raise UserError(f"{name} could not be {done}: {problem.text}; {WAYS_OUT}")
         if problem.lasts or tries >= patience.tries:
             again = "" if problem.lasts else f", {tries} times; the same command continues where this one stopped"
             raise UserError(f"{name} could not be {done}: {problem.text}{again}")
         wait_s = max(problem.retry_after_s, min(patience.longest_wait_s, patience.wait_s * 2 ** max(0, tries - 1)))
-        pause(wait_s, problem.text, patience, waiting)
+        if waiting is None or not is_terminal(sys.stderr):
+            print_note(f"{name}: {problem.text}; trying again in {wait_s:.0f} s")
+        pause(wait_s, problem.text, patience, waiting or (lambda note: None))
 
 
 def pause(wait_s: float, why: str, patience: Patience, waiting: Callable[[str], None]) -> None:
@@ -239,11 +254,15 @@ def problem_of(error: BaseException) -> Problem:
         return Problem(said(status), not (status in BUSY or status >= 500), retry_after_s(error))
     cause = getattr(error, "reason", error)  # of a urllib.error.URLError
     cause = cause if isinstance(cause, BaseException) else error
-    lasts = bool(LASTING & {kind.__name__ for kind in type(cause).__mro__})
+    kinds = {kind.__name__ for kind in type(cause).__mro__}
+    unreached = bool(UNREACHED & kinds) or getattr(cause, "errno", None) in NO_ROUTE
+    lasts = bool(LASTING & kinds)
     text = " ".join(str(cause).split()) or type(cause).__name__
     if text.startswith("Forbidden") or type(cause).__name__ == "NoCredentialsError":  # gcsfs, s3fs; botocore
         return Problem(f"{text[:200]}; log in, or ask for access", lasts=True)
-    return Problem(f"there is no such file ({text})" if isinstance(cause, FileNotFoundError) else text, lasts)
+    return Problem(
+        f"there is no such file ({text})" if isinstance(cause, FileNotFoundError) else text, lasts, 0.0, unreached
+    )
 
 
 def status_of(error: BaseException) -> int | None:

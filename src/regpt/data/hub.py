@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from regpt.data.download import Checksum, Patience, persistently
 from regpt.errors import UserError
+from regpt.network import reach
 
 ADDRESS = re.compile(
     r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>refs/(convert|pr)/[^/]+|[^/]+))?(/(?P<path>.*))?"
@@ -43,6 +44,8 @@ def list_dataset(source: str, endpoint: str | None, patience: Patience) -> tuple
     revision = urllib.parse.unquote(match["revision"]) if match["revision"] else None
     path = (match["path"] or "").strip("/")
     try:
+        if not hub.constants.HF_HUB_OFFLINE:
+            persistently(lambda: reach(api.endpoint), source, patience)
         commit = persistently(lambda: api.dataset_info(repo, revision=revision).sha, source, patience)
         entries, root = persistently(lambda: tree(api, repo, commit, path), source, patience)
     except hub.errors.HFValidationError as error:
@@ -98,6 +101,7 @@ def authorization() -> str | None:
 def import_hub(source: str) -> Any:
     try:
         import huggingface_hub
+        import huggingface_hub.constants
         import huggingface_hub.errors
     except ImportError:
         raise UserError(f"reading {source} needs huggingface_hub; install it with: pip install 'regpt[data]'") from None

@@ -25,6 +25,7 @@ from regpt.data.settings import TEXT_OPTIONS, TextOptions
 from regpt.data.sources import TEXT_FILES, Download, DownloadProgress, Source, SourceFile
 from regpt.data.web import open_http, probe, shown
 from regpt.errors import UserError
+from regpt.network import reach
 
 SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)  # two letters at least: C:\ is none
 LISTING_TRIES = 3  # nobody waits minutes to hear that there is no network
@@ -104,6 +105,8 @@ class RemoteFile:
     def _open_at(self, offset: int) -> AbstractContextManager[tuple[BinaryIO, int]]:
         if self.address.startswith(("http://", "https://")):
             secret = authorization() if self.url.startswith("hf://") else None
+            if not offset:
+                reach(self.address)
             return open_http(self.address, offset, secret, self.options.patience.timeout_s)
         return open_bucket(self.address, offset)
 

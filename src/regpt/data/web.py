@@ -10,6 +10,7 @@ from http.client import HTTPResponse
 from typing import Any
 
 from regpt.data.download import Checksum
+from regpt.network import divided, reach
 
 
 def shown(address: str) -> str:
@@ -21,6 +22,7 @@ def shown(address: str) -> str:
 
 def probe(address: str, timeout_s: float) -> tuple[int, str, Checksum | None]:
     """Size (0 when the server does not say), version and published hash; asks for one byte: HEAD is often refused."""
+    reach(address)
     with request(address, "bytes=0-0", None, timeout_s) as response:
         length = response.headers.get("Content-Length") if response.status == 200 else None
         total = (response.headers.get("Content-Range") or "").rpartition("/")[2] or length or ""
@@ -42,6 +44,8 @@ class SameHost(urllib.request.HTTPRedirectHandler):
 
 
 def request(address: str, wanted: str | None, secret: str | None, timeout_s: float) -> HTTPResponse:
+    address, user = divided(address)
+    secret = secret or user
     asked = urllib.request.Request(address, headers={"User-Agent": "regpt", "Accept-Encoding": "identity"})
     if wanted:
         asked.add_header("Range", wanted)

@@ -15,7 +15,7 @@ import regpt
 from regpt.checkpoint.files import flush_folder, write_json, write_text
 from regpt.checkpoint.load import checkpoints
 from regpt.config import RunConfig, read_config
-from regpt.console.text import counted
+from regpt.console.text import counted, without_user
 from regpt.data.lock import locked
 from regpt.errors import UserError
 from regpt.files import exists, is_file, is_folder
@@ -182,7 +182,7 @@ def describe_environment(mesh: Mesh, data: dict[str, Any], parameters: int, argv
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "argv": list(argv),
+        "argv": [without_user(word) for word in argv],
         "started": time.time(),
         "parameters": parameters,
         "data": data,

@@ -10,6 +10,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict, TypeVar
 
@@ -30,6 +31,7 @@ from regpt.structured import parse_json, parse_toml
 
 NOTE = ".remote.json"  # in the staging folder: its address, its last claim, and whether it is all there
 WAIT_SECONDS = 5.0  # of the main process, between two signs of life to the others
+STEADY = replace(PATIENCE, unreached=PATIENCE.tries)  # a run goes on while the network is away
 T = TypeVar("T")
 
 
@@ -43,7 +45,7 @@ class Note(TypedDict):
 class RemoteRun:
     """The run at `url`. `folder` is its staging folder; the store is first asked by the methods below."""
 
-    def __init__(self, url: str, config: CheckpointConfig, patience: Patience = PATIENCE, clock: Clock = CLOCK) -> None:
+    def __init__(self, url: str, config: CheckpointConfig, patience: Patience = STEADY, clock: Clock = CLOCK) -> None:
         self.config, self.clock = config, clock
         self.skipped: list[str] = []  # what was wrong with checkpoints of the store that were not used
         self.store = Store(url, patience)

