@@ -19,7 +19,7 @@ WRONG = {
     "LOCAL_RANK": ("x", "-1"),
     "LOCAL_WORLD_SIZE": ("x", "0"),
     "MASTER_ADDR": ("", None),
-    "MASTER_PORT": ("x", "0", "70000", "", None),
+    "MASTER_PORT": ("x", "-1", "70000", "", None),
 }
 
 

@@ -53,7 +53,7 @@ def test_the_cpu_is_measured_once(monkeypatch):
     monkeypatch.setattr(peak_module, "matmul_flops", lambda *args: calls.append(args) or 1e11)
     first = device_peak(tiny.CPU, "fp32")
     assert first.measured
-    assert "1 threads" in first.how
+    assert "1 thread" in first.how
     assert device_peak(tiny.CPU, "fp32") is first
     assert len(calls) == 1
 

@@ -211,7 +211,7 @@ def launcher_address() -> tuple[str, int]:
         raise UsageError(
             "the environment variable MASTER_ADDR is missing or empty, must be the host of rank 0; use torchrun"
         )
-    return os.environ["MASTER_ADDR"], launcher_number("MASTER_PORT", 1, most=LAST_PORT)
+    return os.environ["MASTER_ADDR"], launcher_number("MASTER_PORT", 0, most=LAST_PORT)
 
 
 def share_cores(processes: int) -> None:
