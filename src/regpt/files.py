@@ -42,6 +42,15 @@ def status(path: str | Path) -> os.stat_result | None:
         ) from None
 
 
+def version(folder: Path) -> tuple[object, int] | None:
+    """Which folder it is and when it last changed: a file system gives the number of a deleted folder to the next."""
+    found = identity(folder)
+    try:
+        return None if found is None else (found, folder.stat().st_ctime_ns)
+    except OSError:
+        return None
+
+
 def unless_gone(folder: Path, read: Callable[[], T], doubtful: Callable[[T], object] = lambda found: False) -> T | None:
     """`read()`, what it reads being in `folder`; None where the folder was deleted or replaced meanwhile, as a live run
     does with its checkpoints.
@@ -52,10 +61,10 @@ def unless_gone(folder: Path, read: Callable[[], T], doubtful: Callable[[T], obj
     Raises:
         UserError: what `read` raises, and a file that cannot be read.
     """
-    before = identity(folder)
+    before = version(folder)
 
     def gone() -> bool:
-        return before is None or identity(folder) != before
+        return before is None or version(folder) != before
 
     try:
         found = read()
