@@ -42,13 +42,11 @@ def status(path: str | Path) -> os.stat_result | None:
         ) from None
 
 
-def version(folder: Path) -> tuple[object, int] | None:
-    """Which folder it is and when it last changed: a file system gives the number of a deleted folder to the next."""
-    found = identity(folder)
-    try:
-        return None if found is None else (found, folder.stat().st_ctime_ns)
-    except OSError:
-        return None
+def version(folder: Path) -> tuple[int, int, int] | None:
+    """Which folder it is and when it last changed; None where nothing is. The number alone does not tell: a file system
+    may give that of a deleted folder to the next."""
+    found = status(folder)
+    return (found.st_dev, found.st_ino, found.st_ctime_ns) if found else None
 
 
 def unless_gone(folder: Path, read: Callable[[], T], doubtful: Callable[[T], object] = lambda found: False) -> T | None:

@@ -162,8 +162,7 @@ PRINTS = 'print(\'regpt-trial {"group": "g", "name": "n", "status": "ok", "detai
 )
 def test_a_group_that_ends_badly_keeps_what_it_found(code: str, said: str | None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(doctor_module, "CHILD", ("-c", f"print('noise'); {PRINTS}; {code}"))
-    monkeypatch.setattr(doctor_module, "OTHER_SECONDS", 1.0 if "sleep" in code else 60.0)
-    first, *rest = run_group("group")
+    first, *rest = run_group("group", 1.0 if "sleep" in code else 60.0)
     assert first == Trial("g", "n", "ok", "d")
     assert [trial.status for trial in rest] == (["no"] if said else [])
     assert all(said in trial.detail for trial in rest if said)
@@ -178,13 +177,26 @@ def test_a_python_that_does_not_start_is_a_no(monkeypatch: pytest.MonkeyPatch):
 def test_everything_is_examined(tmp_path, monkeypatch: pytest.MonkeyPatch):
     asked: list[str] = []
     monkeypatch.setattr(doctor_module, "host_trials", lambda folder: [])
-    monkeypatch.setattr(doctor_module, "run_group", lambda group: asked.append(group) or [Trial(group, "n", "ok", "")])
+    monkeypatch.setattr(
+        doctor_module, "run_group", lambda *group: asked.append(group[0]) or [Trial(group[0], "n", "ok", "")]
+    )
     heard: list[str] = []
     findings = examine(tmp_path, heard.append)
     assert set(asked) == {"training", "rates", "devices", "compile", "flex", "processes"}
     assert asked[:2] == ["training", "rates"]  # what is measured is measured alone
     assert len(heard) == 7
     assert not findings.can_train
+
+
+def test_load_is_named_where_it_may_be_the_reason(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor_module, "CHILD", ("-c", "import time; time.sleep(60)"))
+    monkeypatch.setattr(doctor_module, "host_trials", lambda folder: [])
+    monkeypatch.setattr("os.getloadavg", lambda: (123.0, 0.0, 0.0), raising=False)
+    load, *others = examine(tmp_path, trial_seconds=0.1).trials
+    assert load.detail.startswith("load 123.0 on ")
+    assert all("busy (load 123.0" in trial.detail and "--trial-seconds" in trial.detail for trial in others)
+    monkeypatch.setattr("os.getloadavg", lambda: (0.5, 0.0, 0.0), raising=False)
+    assert not any("load" in trial.detail for trial in examine(tmp_path, trial_seconds=0.1).trials)
 
 
 def test_one_device_that_trains_is_enough():

@@ -28,7 +28,7 @@ from regpt.checkpoint.state import RunState, read_state
 from regpt.checkpoint.tensors import TensorFiles
 from regpt.console.lines import print_note
 from regpt.errors import UserError
-from regpt.files import identity, is_folder, unless_gone
+from regpt.files import is_folder, unless_gone, version
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import InitialWeights, without_memory
@@ -133,7 +133,7 @@ def of_newest(
     """
     listed = listed or checkpoints
     seen, folders = None, listed(run)
-    while seen != (seen := [identity(folder) for folder in folders]):
+    while seen != (seen := [version(folder) for folder in folders]):
         for folder in reversed(folders):
             try:
                 intact = unless_gone(folder, partial(is_verified, folder, optimizer))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from regpt.cli.parse import parse
 from regpt.console.lines import print_json, status
+from regpt.ranges import LONG, Range
 
 if TYPE_CHECKING:
     from regpt.tools.doctor.doctor import Findings
@@ -22,6 +23,8 @@ class DoctorArgs:
     """Try what training needs on this machine: devices, precisions, attention, torch.compile, processes; measure
     products, memory and disk; name missing extras. Less than a minute; exit code 1 only where nothing can train."""
 
+    trial_seconds: Annotated[float | None, tyro.conf.arg(metavar="SECONDS"), Range(0, LONG, above=True)] = None
+    """Longest time of each group of trials; default: 20 to 120 seconds, five times what is usual."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one JSON object instead."""
 
@@ -32,7 +35,7 @@ def main(args: list[str]) -> int:
 
     with status() as say:
         say("looking at the host")
-        findings = examine(Path.cwd(), lambda group: say(f"looked at {group}, going on"))
+        findings = examine(Path.cwd(), lambda group: say(f"looked at {group}, going on"), given.trial_seconds)
     if given.json:
         print_json({"can_train": findings.can_train, "trials": [asdict(trial) for trial in findings.trials]})
     else:

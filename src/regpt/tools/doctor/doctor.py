@@ -11,6 +11,7 @@ from pathlib import Path
 from regpt.tools.doctor.child import MARK
 from regpt.tools.doctor.host import host_trials
 from regpt.tools.doctor.trial import Trial
+from regpt.tools.load import busy
 
 ALONE = ("training", "rates")  # what counts, and what is measured while nothing else runs
 TOGETHER = ("devices", "compile", "flex", "processes")
@@ -33,29 +34,40 @@ class Findings:
         return any(trial.name == TRAINING and trial.status == "ok" for trial in self.trials)
 
 
-def examine(folder: Path, done: Callable[[str], None] = lambda group: None) -> Findings:
-    """Try everything; `folder` is where the disk is measured, `done` hears what has been looked at."""
+def examine(
+    folder: Path, done: Callable[[str], None] = lambda group: None, trial_seconds: float | None = None
+) -> Findings:
+    """Try everything; `folder` is where the disk is measured, `done` hears what has been looked at, `trial_seconds` is
+    the longest time of each group, instead of `SECONDS`."""
+    load = busy()  # before our own trials
     found = list(host_trials(folder))
+    if load:
+        found.append(Trial("host", "load", "no", f"{load}: other work makes the rates below too low"))
     done("the host")
+
+    def tried(group: str) -> list[Trial]:
+        return run_group(group, trial_seconds or SECONDS.get(group, OTHER_SECONDS), load)
+
     for group in ALONE:
-        found += run_group(group)
+        found += tried(group)
         done(group)
     with ThreadPoolExecutor(len(TOGETHER)) as pool:
-        for group, trials in zip(TOGETHER, pool.map(run_group, TOGETHER)):
+        for group, trials in zip(TOGETHER, pool.map(tried, TOGETHER)):
             found += trials
             done(group)
     return Findings(tuple(found))
 
 
-def run_group(group: str) -> list[Trial]:
-    """The trials of one group, with one more that says so when its process ended early."""
-    seconds = SECONDS.get(group, OTHER_SECONDS)
+def run_group(group: str, seconds: float = OTHER_SECONDS, load: str | None = None) -> list[Trial]:
+    """The trials of one group, with one more that says so when its process ended early, or not within `seconds`."""
     command = [sys.executable, *CHILD, group]
     try:
         ended = subprocess.run(command, capture_output=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired as late:
         out = late.stdout or b""
-        return [*parsed(out), Trial(group, "trial", "no", f"did not end within {seconds:.0f} s")]
+        reason = f", perhaps because this machine is busy ({load})" if load else ""
+        said = f"did not end within {seconds:.0f} s{reason}; longer: regpt doctor --trial-seconds {4 * seconds:.0f}"
+        return [*parsed(out), Trial(group, "trial", "no", said)]
     except OSError as error:
         return [Trial(group, "trial", "no", f"could not be started ({error.strerror})")]
     found = list(parsed(ended.stdout))

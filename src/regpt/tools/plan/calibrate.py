@@ -61,7 +61,8 @@ def calibrated_speed(
     micro = extrapolate(pieces, model.n_layer, lambda piece: piece.micro_batch) * scale
     update = extrapolate(pieces, model.n_layer, lambda piece: piece.update)
     what = f"{' and '.join(map(str, counts))} of {model.n_layer} layers, {timed_rows} × {timed_len} tokens"
-    return Speed({"forward and backward": micro * micro_batches, "optimizer": update}, micro, f"timed here: {what}")
+    parts = {"forward and backward": micro * micro_batches, "optimizer": update}
+    return Speed(parts, micro, f"timed here: {what}", timed_share=1 / scale)
 
 
 def sizes(model: ModelConfig, train: TrainConfig, seq_len: int, rows: int, peak: float) -> tuple[int, int]:

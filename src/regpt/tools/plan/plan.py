@@ -6,6 +6,7 @@ from typing import Any
 
 from regpt.checkpoint.config import CheckpointConfig
 from regpt.errors import UsageError
+from regpt.tools.load import busy
 from regpt.tools.measure import free_disk_bytes, resident_bytes
 from regpt.tools.plan import warn
 from regpt.tools.plan.calibrate import calibrated_speed
@@ -27,6 +28,7 @@ def make_plan(run: Sections, request: Request, facts: DataFacts | None = None) -
     Raises:
         UsageError: a machine or a combination that cannot be planned for.
     """
+    load = busy()  # before anything is measured
     shape = shape_of(run.model, run.data.seq_len, pad_vocab=run.train.pad_vocab)
     process_bytes = resident_bytes()  # after a model was built (that imports much), before anything is measured
     machine = machine_of(request.gpu, run.train.device, run.train.precision)
@@ -51,7 +53,7 @@ def make_plan(run: Sections, request: Request, facts: DataFacts | None = None) -
         "loss": predicted(request.law, shape, tokens),
     }
     plan["cost"] = cost(request, plan["time"]["hours"])
-    plan["warnings"] = warnings(run, request, machine, plan, rows)
+    plan["warnings"] = [*warnings(run, request, machine, plan, rows), *warn.of_figures(machine, speed, load)]
     return plan
 
 

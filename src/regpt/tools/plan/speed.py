@@ -29,11 +29,13 @@ class Speed:
         parts: name → seconds; their sum is `seconds`.
         micro_batch: seconds of one micro-batch, which are in `parts`.
         how: where it is from.
+        timed_share: of a micro-batch's tokens, that were timed; None where nothing was.
     """
 
     parts: dict[str, float]
     micro_batch: float
     how: str
+    timed_share: float | None = None
 
     @property
     def seconds(self) -> float:

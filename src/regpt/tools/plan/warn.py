@@ -8,11 +8,13 @@ from regpt.data.loader import check_batch
 from regpt.errors import UsageError
 from regpt.tools.plan.coefficients import GOOD_EPOCHS, USELESS_EPOCHS
 from regpt.tools.plan.machine import Machine
+from regpt.tools.plan.speed import Speed
 from regpt.train.config import OptimConfig, TrainConfig
 from regpt.train.schedule import make_schedule
 
 FEW_TOKENS_PER_PARAMETER = 0.5  # a fortieth of what is optimal
 HALF = 0.5
+SMALL_SHARE = 0.25  # of a micro-batch: smaller products reach less of the peak
 
 
 def refusals(data: DataConfig, train: TrainConfig, optim: OptimConfig, gpus: int, rows: int) -> Iterator[str]:
@@ -45,6 +47,19 @@ def of_precision(train: TrainConfig, machine: Machine) -> Iterator[str]:
     if train.compile and device.capability is not None and device.capability < 7.0:
         has = f"{machine.name} has {device.capability}"
         yield f"torch.compile needs compute capability 7.0, {has}; set train.compile false"
+
+
+def of_figures(machine: Machine, speed: Speed, load: str | None) -> Iterator[str]:
+    """Figures that were taken here and may be wrong: under load, or from a small part of a step."""
+    if machine.here is None or (machine.kind == "gpu" and "measured" not in machine.how):
+        return
+    if load:
+        yield f"this machine is busy ({load}): the time is doubtful; plan again when it has nothing else to do"
+    if speed.timed_share is not None and speed.timed_share < SMALL_SHARE:
+        yield (
+            f"the time is extrapolated from {speed.timed_share:.1%} of a micro-batch, which takes too long to be timed "
+            "here, so it is doubtful; regpt bench train measures steps"
+        )
 
 
 def of_memory(memory: dict[str, Any], rows: int) -> Iterator[str]:

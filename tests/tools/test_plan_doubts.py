@@ -1,0 +1,42 @@
+"""A plan says which of its figures are doubtful."""
+
+import os
+
+import pytest
+import torch
+
+from regpt.tools.load import busy
+from regpt.tools.plan.machine import Machine
+from regpt.tools.plan.speed import Speed
+from regpt.tools.plan.warn import of_figures
+
+HERE = Machine("CPU", "cpu", None, torch.device("cpu"), None, 1e9, "measured here")
+
+
+@pytest.mark.parametrize(
+    ("share", "load", "said"),
+    [
+        (1.0, None, []),
+        (None, None, []),
+        (1.0, "load 9.0 on 2 cores", ["busy (load 9.0 on 2 cores)"]),
+        (0.02, None, ["extrapolated from 2.0% of a micro-batch"]),
+    ],
+)
+def test_load_and_small_parts_make_a_time_doubtful(share: float | None, load: str | None, said: list[str]):
+    found = list(of_figures(HERE, Speed({"all": 1.0}, 1.0, "timed here", share), load))
+    assert len(found) == len(said)
+    assert all(part in sentence for part, sentence in zip(said, found))
+
+
+def test_a_data_sheet_is_not_doubtful_under_load():
+    gpu = Machine("H100", "gpu", None, None, None, 1e15, "data sheet: x")
+    assert list(of_figures(gpu, Speed({"all": 1.0}, 1.0, "predicted"), "load 9.0 on 2 cores")) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "getloadavg"), reason="the system does not tell its load")
+def test_a_machine_is_busy_when_more_wants_to_run_than_one_command(monkeypatch):
+    monkeypatch.setattr("regpt.tools.load.available_cores", lambda: 4)
+    monkeypatch.setattr("os.getloadavg", lambda: (1.0, 9.0, 9.0))
+    assert busy() is None
+    monkeypatch.setattr("os.getloadavg", lambda: (6.0, 0.0, 0.0))
+    assert busy() == "load 6.0 on 4 cores"
