@@ -1,5 +1,7 @@
 """After a step back, rows of the timeline that the run left do not count."""
 
+from math import inf
+
 from run_files import train_row, val_row, write_rows
 
 from regpt.report.charts import events
@@ -7,6 +9,7 @@ from regpt.report.compare import compare
 from regpt.report.health import epochs_read
 from regpt.report.read import read_run
 from regpt.report.summary import sentence, summarize
+from regpt.report.timeline import StepBack, current_samples
 
 
 def event(name, step, **more):
@@ -92,3 +95,9 @@ def test_items_of_the_timeline_that_was_left_are_not_compared(make_run):
     (one,) = (one for one in compare(*folders).measures if one.name == "mc acc")
     assert one.test is not None
     assert one.test.name == "z of the two errors, unpaired"
+
+
+def test_a_sample_beyond_the_last_logged_update_counts_where_the_run_never_went_back():
+    samples = [{"step": step, "texts": ["a"]} for step in (10, 25)]
+    assert current_samples(samples, [], last_step=20) == samples
+    assert current_samples(samples, [StepBack(3, 15, inf)], last_step=20) == samples[:1]

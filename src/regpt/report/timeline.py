@@ -54,11 +54,12 @@ def is_record(row: Row) -> bool:
 
 
 def current_samples(samples: Sequence[Row], back: Sequence[StepBack], last_step: int) -> list[Row]:
-    """The rows of `samples.jsonl` that count, of a run whose last row has the step `last_step`."""
+    """The rows of `samples.jsonl` that count, of a run whose last row has the step `last_step`. One that never went
+    back may have sampled beyond it: it may log only some updates (`log.every_steps`)."""
     return [
         row
         for row in samples
-        if row["step"] <= last_step
+        if (not back or row["step"] <= last_step)
         and not any(row["step"] > one.step and time_of(row) < one.time < inf for one in back)
     ]
 
