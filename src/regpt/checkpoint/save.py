@@ -140,9 +140,8 @@ def prune_checkpoints(
     """Delete the older checkpoints of `run`; returns those deleted.
 
     The newest `keep_last` stay (0: all stay), those at multiples of `keep_every` (0: none), and the `best` of their
-    steps. A damaged one is
-    neither counted nor deleted: it may be the only trace of something. `intact` tells them apart. One that is `in_use`
-    stays until the next time.
+    steps. A damaged one is neither counted nor deleted: it may be the only trace of something. `intact` tells them
+    apart. One that is `in_use` stays until the next time.
     """
     if not keep_last:
         return []

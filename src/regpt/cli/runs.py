@@ -15,7 +15,7 @@ from regpt.errors import UsageError
 from regpt.files import is_folder
 
 if TYPE_CHECKING:
-    from regpt.runs.listing import Listed
+    from regpt.runs.listing import ListedRun
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def cells(one: Listed, folder: str) -> list[str]:
+def cells(one: ListedRun, folder: str) -> list[str]:
     name = one.run if Path(one.run) == Path(folder) else str(Path(one.run).relative_to(folder))
     steps = "?" if one.steps is None else f"{one.steps:,}"
     return [

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from regpt.errors import UserError, nearest
-from regpt.files import LFS_POINTER_BYTES, is_folder, matching, refuse_lfs_pointer
+from regpt.files import LFS_POINTER_BYTES, identity, is_folder, matching, refuse_lfs_pointer
 
 HIDDEN, BROKEN, LOOP = "hidden", "broken link", "link loop"
 SPECIAL, UNREADABLE = "pipe, socket or device", "unreadable"
@@ -184,12 +184,6 @@ def refuse_pointer(path: Path) -> None:
     """Raise a UserError if `path` is a Git LFS pointer; an unreadable file says so when it is read."""
     if os.access(path, os.R_OK) and path.stat().st_size <= LFS_POINTER_BYTES:
         refuse_lfs_pointer(path)
-
-
-def identity(path: Path) -> Any:
-    """Equal for all names of one file or folder."""
-    found = path.stat()
-    return (found.st_dev, found.st_ino) if found.st_ino else path.resolve()
 
 
 def once(files: Iterable[T], key: Callable[[T], Any], seen: dict[Any, str], left_out: Counter[str]) -> list[T]:

@@ -168,12 +168,19 @@ def shuffled(places: np.ndarray, n: int, key: int) -> np.ndarray:
 
 def splitmix64(seed: int, first: int, count: int) -> np.ndarray:
     """(count,) uint64: outputs first … first + count - 1 of SplitMix64 started at `seed` modulo 2^64."""
-    return outputs(np.uint64(seed % 2**64), np.arange(count, dtype=np.uint64) + np.uint64(first))
+    numbers = np.arange(count, dtype=np.uint64)
+    numbers += np.uint64(first)
+    return to_outputs(np.uint64(seed % 2**64), numbers)
 
 
 def outputs(seed: np.uint64, numbers: np.ndarray) -> np.ndarray:
-    """Output number `numbers` (n,) uint64, counted from 0, of SplitMix64 started at `seed`: (n,) uint64."""
-    z = numbers + np.uint64(1)
+    """Outputs `numbers` (n,) uint64, counted from 0, of SplitMix64 started at `seed`: (n,) uint64."""
+    return to_outputs(seed, numbers.copy())
+
+
+def to_outputs(seed: np.uint64, z: np.ndarray) -> np.ndarray:
+    """`z`, numbers of outputs, turned into these in place: there may be as many as documents."""
+    z += np.uint64(1)
     z *= GAMMA
     z += seed
     z ^= z >> np.uint64(30)

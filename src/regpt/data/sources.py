@@ -26,9 +26,10 @@ from regpt.data.compression import packing_of
 from regpt.data.document import Document, Part
 from regpt.data.encodings import has_mark
 from regpt.data.formats import ALLOWED, TABLES, parts_of, read_documents, suffix_of
-from regpt.data.listing import Wanted, find_local, identity, printable
+from regpt.data.listing import Wanted, find_local, printable
 from regpt.data.settings import TEXT_OPTIONS, TextOptions
 from regpt.errors import UserError
+from regpt.files import identity
 
 NAMED = (
     "pydocs",

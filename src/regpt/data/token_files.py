@@ -14,9 +14,9 @@ from tokenize import TokenError
 
 import numpy as np
 
-from regpt.data.listing import Found, Wanted, find_local, identity, printable, split_once
+from regpt.data.listing import Found, Wanted, find_local, printable, split_once
 from regpt.errors import UserError, nearest
-from regpt.files import is_file
+from regpt.files import identity, is_file
 
 FORMATS = ("build-nanogpt", "nanogpt", "llm.c")
 SUFFIXES = (".npy", ".bin")

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from math import inf
 from typing import Any, NamedTuple
 
+from regpt.checkpoint.best import STEPS_BACK
+
 Row = dict[str, Any]
-STEPS_BACK = ("resume", "rewind")  # events whose `step` is where the run continues
 HISTORY = ("epochs", "checkpoint")  # events of a timeline; others are a record of what happened, and stay
 
 

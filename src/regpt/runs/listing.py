@@ -25,7 +25,7 @@ State = Literal["running", "finished", "stopped", "failed", "stalled", "damaged"
 
 
 @dataclass(frozen=True)
-class Listed:
+class ListedRun:
     """One run.
 
     Attributes:
@@ -50,7 +50,7 @@ class Listed:
     note: str = ""
 
 
-def list_runs(folder: Path, depth: int = DEPTH) -> Iterator[Listed]:
+def list_runs(folder: Path, depth: int = DEPTH) -> Iterator[ListedRun]:
     """The runs in and below `folder`, by name; a folder that cannot be looked into is one that is damaged."""
     try:
         if any(exists(folder / name) for name in (CONFIG, METRICS, CHECKPOINTS)):
@@ -58,22 +58,22 @@ def list_runs(folder: Path, depth: int = DEPTH) -> Iterator[Listed]:
             return
         inner = sorted(path for path in folder.iterdir() if is_folder(path) and not path.name.startswith("."))
     except (OSError, UserError) as error:
-        yield Listed(str(folder), "damaged", note=str(getattr(error, "strerror", None) or error))
+        yield ListedRun(str(folder), "damaged", note=str(getattr(error, "strerror", None) or error))
         return
     for path in inner if depth else ():
         yield from list_runs(path, 0 if path.is_symlink() else depth - 1)  # a link may lead back here
 
 
-def describe(run: Path) -> Listed:
+def describe(run: Path) -> ListedRun:
     """The state of `run`; whatever is wrong with its files becomes a note."""
     try:
         train = section(read_document(run / CONFIG, parse_toml), "train")
         rows = last_rows(run / METRICS)
         saved = [step_of(path) for path in checkpoints(run)]
     except (OSError, UserError) as error:
-        return Listed(str(run), "damaged", note=str(getattr(error, "strerror", None) or error))
+        return ListedRun(str(run), "damaged", note=str(getattr(error, "strerror", None) or error))
     if not is_file(run / CONFIG):
-        return Listed(str(run), "damaged", note=f"{CONFIG} is missing")
+        return ListedRun(str(run), "damaged", note=f"{CONFIG} is missing")
     updates = [row for row in rows if row.get("kind") == "train"]
     step = updates[-1]["step"] if updates else max(saved, default=0)
     validated = [row for row in rows if row.get("kind") == "val" and "source" not in row]
@@ -83,7 +83,7 @@ def describe(run: Path) -> Listed:
     state, note = state_of(run, rows, step, steps, max(saved, default=0), age, number(train.get("hang_seconds")))
     loss = number(validated[-1]["loss"]) if validated else number(updates[-1]["loss"]) if updates else None
     speed = number(updates[-1].get("tokens_per_s")) if updates else None
-    return Listed(str(run), state, step, steps, loss, speed, age, note)
+    return ListedRun(str(run), state, step, steps, loss, speed, age, note)
 
 
 def state_of(
