@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from regpt.data.config import DataConfig
-from regpt.data.order import permutation, row_key, shuffled, splitmix64
+from regpt.data.order import permutation, row_key, row_offset, shuffled, splitmix64
 from regpt.data.rows import ShuffledRows, StreamRows, open_rows
 from regpt.errors import UsageError
 
@@ -25,10 +25,12 @@ def opened(write_shards, lengths, seq_len, shuffle, cuts=()) -> tuple[ShuffledRo
 
 
 def epoch_by_hand(tokens: np.ndarray, lengths: list[int], seq_len: int, shuffle: str | int, epoch: int) -> list:
-    """Documents permuted, the stream cut into rows, the rows permuted."""
+    """Documents permuted, the stream turned and cut into rows, the rows permuted."""
     documents = np.split(tokens, np.cumsum(lengths)[:-1])
     stream = np.concatenate([documents[d] for d in permutation(SEED, epoch, len(lengths))]).tolist()
     n_rows = len(stream) // seq_len
+    offset = row_key(SEED, epoch, 2**63) % seq_len
+    stream = stream[offset:] + stream[:offset]
     stream.append(stream[0])  # the target after the last token
     cut = [stream[j * seq_len : (j + 1) * seq_len + 1] for j in range(n_rows)]
     window = n_rows if shuffle == "epoch" else min(int(shuffle), n_rows)
@@ -80,6 +82,19 @@ def test_what_an_epoch_leaves_out_changes_from_epoch_to_epoch(write_shards):
     assert len(set.union(*left_out)) > 3
 
 
+def test_one_document_is_cut_into_other_rows_each_epoch(write_shards):
+    rows, _ = opened(write_shards, [103], 10, "epoch")
+    firsts = [{int(row[0] - 1) % 10 for row in rows.read(10 * e, 10)} for e in range(12)]
+    assert all(len(one) == 1 for one in firsts)  # rows of an epoch adjoin
+    assert len(set.union(*firsts)) > 5
+
+
+def test_offsets_of_rows_are_spread_evenly():
+    counts = np.bincount([row_offset(seed, epoch, 8) for seed in range(20) for epoch in range(200)], minlength=8)
+    assert len(counts) == 8
+    assert abs(counts - 500).max() < 100  # 4.8 standard deviations
+
+
 def test_neighbours_of_a_long_document_are_read_apart(write_shards):
     folder, manifest, _ = write_shards([1000] * 5)
     rows = {way: open_rows(folder, manifest, "train", "shuffle", 0, 10, way) for way in ("epoch", "none")}
@@ -91,7 +106,8 @@ def test_neighbours_of_a_long_document_are_read_apart(write_shards):
 
 def test_a_window_permutes_nothing_beyond_itself(write_shards):
     rows, _ = opened(write_shards, [50], 5, 4)
-    firsts = rows.read(0, 10)[:, 0] // 5
+    firsts = rows.read(0, 10)[:, 0]
+    firsts = (firsts - firsts.min()) // 5
     assert [sorted(firsts[k : k + 4].tolist()) for k in (0, 4, 8)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
@@ -118,8 +134,8 @@ def test_the_order_never_changes(write_shards):
         rows, _ = opened(write_shards, lengths, 15, shuffle)
         digests[shuffle] = hashlib.sha256(rows.read(0, 10_000).astype("<u2").tobytes()).hexdigest()
     assert digests == {
-        "epoch": "e6528c44bf2728ade2eb503e343043d35b51596023679623b527caaa5474cc6f",
-        512: "8be705b1de64eafb4bbed4d32caa0a0513c5c80d6ea79f051d4efc1218785ba8",
+        "epoch": "5cd2dcb6b0e98744dd5680949d6ed25303775f0e25855aa03d74db4991d13ebc",
+        512: "501e174828746b53905f06aa6498dfe1aae14cb71df2b72c04e7eda880054dfa",
     }
 
 

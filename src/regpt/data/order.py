@@ -21,6 +21,7 @@ CHUNK = 1 << 20  # documents gathered at once: temporary arrays of all of them w
 # second round, so small domains take more.
 ROUNDS, SMALL_ROUNDS, SMALL = 8, 24, 1024
 ROW_KEYS = 1 << 63  # outputs of the seed from here on are keys of rows; those below are seeds of epochs
+OFFSET = 1 << 63  # the output of a key of rows that places the first row; those below are keys of blocks
 
 Positions = int | np.ndarray  # one position, or (n,) int64
 
@@ -143,6 +144,11 @@ def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 def row_key(seed: int, epoch: int, block: int) -> int:
     """The key of `shuffled` for the rows of one block (a window, or the whole) of `epoch`."""
     return int(splitmix64(int(splitmix64(seed, ROW_KEYS + epoch, 1)[0]), block, 1)[0])
+
+
+def row_offset(seed: int, epoch: int, seq_len: int) -> int:
+    """Where in the stream of `epoch` its first row begins, 0 … `seq_len` - 1: a document is cut anew each epoch."""
+    return row_key(seed, epoch, OFFSET) % seq_len
 
 
 def shuffled(places: np.ndarray, n: int, key: int) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 from regpt.data.bos import PackedRows
 from regpt.data.config import ShuffleRows, check_shuffle_rows
 from regpt.data.manifest import Manifest
-from regpt.data.order import row_key, shuffled
+from regpt.data.order import row_key, row_offset, shuffled
 from regpt.data.stream import Corpus, ShardStream, TokenStream, by_epoch, document_starts, open_stream
 from regpt.errors import UsageError, nearest
 
@@ -92,9 +92,10 @@ class StreamRows:
 class ShuffledRows:
     """The rows of a stream, epoch by epoch, in a new order each epoch.
 
-    Row j of an epoch's stream of N tokens is its tokens [j·T, j·T + T + 1), for j < n = ⌊N / T⌋; where the last row
-    ends with the stream, its last target is the epoch's first token. The other N mod T tokens are left out of this
-    epoch, the end of another document each time. Rows are permuted over the epoch, or within each `window` rows of it.
+    An epoch's stream of N tokens is read as a ring. Row j is its tokens [o + j·T, o + j·T + T + 1), for
+    j < n = ⌊N / T⌋, with an offset o < T of the epoch's own, so that even a corpus of one document is cut into other
+    rows each time. The other N mod T tokens are left out of this epoch. Rows are permuted over the epoch, or within
+    each `window` rows of it.
     """
 
     def __init__(self, stream: ShardStream, seed: int, seq_len: int, window: int | None) -> None:
@@ -110,11 +111,12 @@ class ShuffledRows:
 
     def segments(self, epoch: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """The stored ranges that are rows [begin, end) of `epoch`, in the order in which they are read."""
-        begins = self.stream_rows(epoch, begin, end) * self.seq_len
+        offset = row_offset(self.seed, epoch, self.seq_len)
+        begins = self.stream_rows(epoch, begin, end) * self.seq_len + offset
         ends = begins + self.seq_len + 1
-        over = np.flatnonzero(ends > self.epoch_tokens)  # at most one, by one token: it is the epoch's first
-        begins, ends = np.insert(begins, over + 1, 0), np.insert(ends, over + 1, 1)
-        ends = np.minimum(ends, self.epoch_tokens)
+        over = np.flatnonzero(ends > self.epoch_tokens)  # the last row of the stream at most
+        begins = np.insert(begins, over + 1, 0)
+        ends = np.insert(np.minimum(ends, self.epoch_tokens), over + 1, ends[over] - self.epoch_tokens)
         return self.stream.order.segments(epoch, begins, ends, read=end / self.n_rows)
 
     def stream_rows(self, epoch: int, begin: int, end: int) -> np.ndarray:
