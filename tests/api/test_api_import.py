@@ -16,6 +16,7 @@ SCRIPT = """
 import regpt
 reveal_type(regpt.load("gpt2").generate("a"))
 reveal_type(regpt.load("gpt2").generate(["a"]))
+reveal_type(regpt.load("gpt2").generate("a", stream=True))
 reveal_type(regpt.train("gpt2-tiny", "run", train={"steps": 10}))
 reveal_type(regpt.read_run("run").metrics["train"]["loss"])
 reveal_type(regpt.evaluate("run"))
@@ -76,8 +77,8 @@ def test_the_types_of_a_users_script_are_known(tmp_path: Path):
     )
     said = json.loads(checked.stdout)["generalDiagnostics"]
     revealed = [one["message"].partition(" is ")[2] for one in said if one["severity"] == "information"]
-    assert revealed[:3] == ['"str"', '"list[str]"', '"TrainingRun"']
-    assert "ndarray" in revealed[3]
-    assert revealed[4] == '"list[dict[str, Any]]"'
+    assert revealed[:4] == ['"str"', '"list[str]"', '"Iterator[str]"', '"TrainingRun"']
+    assert "ndarray" in revealed[4]
+    assert revealed[5] == '"list[dict[str, Any]]"'
     wrong = [one["range"]["start"]["line"] for one in said if one["severity"] == "error"]
-    assert wrong == [7, 8]
+    assert wrong == [8, 9]

@@ -26,6 +26,39 @@ def test_generate_writes_what_regpt_sample_does(lm, straight: Path, capsys: pyte
     assert lm.generate([]) == []
 
 
+def test_a_text_comes_in_pieces_that_joined_are_the_text(lm):
+    options = {"max_new_tokens": 9, "seed": 7, "past_context": "slide"}  # 9 after 10: the model reads 16
+    pieces = list(lm.generate("ba do mi é ru", stream=True, **options))
+    assert "".join(pieces) == lm.generate("ba do mi é ru", **options)
+    assert pieces[0] == "ba do mi é ru"
+    assert len(pieces) > 4
+
+
+def test_between_the_pieces_of_a_text_torch_is_as_it_was(straight: Path):
+    torch.set_float32_matmul_precision("high")
+    try:
+        pieces = regpt.load(straight, device="cpu", precision="bf16").generate("ba", max_new_tokens=4, stream=True)
+        for _ in pieces:
+            assert torch.get_float32_matmul_precision() == "high"
+            assert not torch.is_autocast_enabled("cpu")
+            assert torch.is_grad_enabled()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_past_the_context_is_refused_unless_sliding_is_asked_for(
+    lm, straight: Path, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(regpt.UserError, match="exceed the model's length of 16"):
+        lm.generate("ba do", max_new_tokens=40)
+    with pytest.raises(regpt.UserError, match="exceed the model's length of 16"):
+        lm.generate("ba do", max_new_tokens=40, stream=True)  # with the call, not with the first piece
+    options = ["-n", "2", "--max-new-tokens", "40", "--past-context", "slide", "--device", "cpu", "--json"]
+    assert main(["sample", str(straight), "--prompt", "ba do", *options]) == 0
+    theirs = [sample["text"] for sample in json.loads(capsys.readouterr().out)["samples"]]
+    assert lm.generate(["ba do"] * 2, max_new_tokens=40, past_context="slide") == theirs
+
+
 def test_logits_are_those_of_the_module(lm):
     ids = lm.tokenizer.encode("ba do mi")
     expected = lm.module(torch.tensor([ids]))[0]
@@ -90,6 +123,8 @@ def test_threads_may_share_a_model(lm):
         (lambda lm: lm.generate(3), "must be text"),
         (lambda lm: lm.generate([b"ba"]), "must be text"),
         (lambda lm: lm.generate("ba", temperature=0), "temperature"),
+        (lambda lm: lm.generate(["ba"], stream=True), "stream takes one prompt"),
+        (lambda lm: lm.generate("ba", past_context="slid"), "did you mean 'slide'"),
         (lambda lm: regpt.load("no such model"), "does not exist"),
         (lambda lm: regpt.load(lm.source, precision="fp33"), "did you mean 'fp32'"),
         (lambda lm: regpt.load(lm.source, device="gpu"), "is not available"),

@@ -177,6 +177,12 @@ generator = torch.Generator().manual_seed(1)
 texts = [model.continuation("the cat", drawn, generator) for _ in range(2)]
 assert texts[0] != texts[1]
 assert model.continuation("the cat", drawn, torch.Generator().manual_seed(1)) == texts[0]
+read, logits = [], opened.model.logits
+opened.model.logits = lambda hidden: read.append(1) or logits(hidden)
+stop = texts[0][3]
+short = model.continuation("the cat", drawn | {"until": [stop]}, torch.Generator().manual_seed(1))
+assert short == texts[0].split(stop)[0]
+assert len(read) < 12, "the text was written to its limit"
 """
 COMMAND = """
 import json, sys

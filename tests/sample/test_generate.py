@@ -9,7 +9,7 @@ from regpt.errors import UsageError, UserError
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
-from regpt.sample.generate import Stream, check_length, generate, write_samples
+from regpt.sample.generate import check_length, generate, stream_sample, text_pieces, write_samples
 from regpt.sample.sampling import SamplingOptions, sample
 from regpt.text.open import open_tokenizer
 
@@ -238,17 +238,13 @@ def test_a_streamed_text_is_the_sample_in_whole_characters():
     drawn = initialize(Transformer(config), 3).eval()
     text = "é🎭\ufffd中"
     stream_of = [*tokenizer.encode(text), *tokenizer.encode("中")[:2]]  # ends in two of three bytes
-    pieces: list[str] = []
-    stream = Stream(tokenizer, stream_of[:1], pieces.append)
-    for token in stream_of[1:]:
-        stream.note(torch.tensor([token]))
-    assert "".join(pieces) == text
-    stream.advance(tokenizer.decode(stream_of))
+    pieces = list(text_pieces(tokenizer, stream_of[:1], stream_of[1:]))
+    assert pieces == ["é", "🎭", "\ufffd中", "\ufffd"]
     assert "".join(pieces) == tokenizer.decode(stream_of)
+    assert list(text_pieces(tokenizer, [tokenizer.eot], [97, tokenizer.eot, 98])) == [tokenizer.decode([97])]
     for seed in range(5):
-        pieces.clear()
-        given = {"n": 1, "max_new_tokens": 60, "options": SamplingOptions(top_k=0), "seed": seed}
-        streamed = write_samples(drawn, tokenizer, "é ", show=pieces.append, **given)
-        assert "".join(pieces) == streamed[0].text == write_samples(drawn, tokenizer, "é ", **given)[0].text
+        given = {"max_new_tokens": 60, "options": SamplingOptions(top_k=0), "seed": seed}
+        pieces = list(stream_sample(drawn, tokenizer, "é ", **given))
+        assert "".join(pieces) == write_samples(drawn, tokenizer, "é ", n=1, **given)[0].text
         assert pieces[0] == "é "
         assert len(pieces) > 5

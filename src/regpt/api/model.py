@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import numpy as np
 import torch
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from regpt.checkpoint.open import OpenModel, open_model
 from regpt.data.batch import Batch
-from regpt.errors import UsageError, UserError
+from regpt.errors import UsageError, UserError, nearest
 from regpt.model.config import ModelConfig
 from regpt.model.hf import config_to_hf, weights_to_hf
 from regpt.model.transformer import Transformer
 from regpt.model.weights import state_tensors
 from regpt.parallel.mesh import choose_device
-from regpt.sample.generate import write_samples
+from regpt.sample.generate import stream_sample, write_samples
 from regpt.sample.sampling import SamplingOptions
 from regpt.text.tokenizer import Tokenizer
 from regpt.train.config import InferencePrecision
@@ -29,6 +29,8 @@ from regpt.train.precision import autocast, check_inference_precision, matmul_pr
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
+PastContext = Literal["refuse", "slide"]
+PAST_CONTEXT = get_args(PastContext)
 Ids = Sequence[int] | Sequence[Sequence[int]] | np.ndarray | Tensor
 
 
@@ -78,9 +80,11 @@ class LanguageModel:
         return self.module.wte.weight.device
 
     @overload
-    def generate(self, prompt: str, *, max_new_tokens: int = ..., temperature: float = ..., top_k: int = ..., top_p: float = ..., seed: int = ...) -> str: ...  # fmt: skip  # noqa: E501
+    def generate(self, prompt: str, *, max_new_tokens: int = ..., temperature: float = ..., top_k: int = ..., top_p: float = ..., seed: int = ..., past_context: PastContext = ..., stream: Literal[False] = ...) -> str: ...  # fmt: skip  # noqa: E501
     @overload
-    def generate(self, prompt: list[str] | tuple[str, ...], *, max_new_tokens: int = ..., temperature: float = ..., top_k: int = ..., top_p: float = ..., seed: int = ...) -> list[str]: ...  # fmt: skip  # noqa: E501
+    def generate(self, prompt: str, *, max_new_tokens: int = ..., temperature: float = ..., top_k: int = ..., top_p: float = ..., seed: int = ..., past_context: PastContext = ..., stream: Literal[True]) -> Iterator[str]: ...  # fmt: skip  # noqa: E501
+    @overload
+    def generate(self, prompt: list[str] | tuple[str, ...], *, max_new_tokens: int = ..., temperature: float = ..., top_k: int = ..., top_p: float = ..., seed: int = ..., past_context: PastContext = ..., stream: Literal[False] = ...) -> list[str]: ...  # fmt: skip  # noqa: E501
     def generate(
         self,
         prompt: str | list[str] | tuple[str, ...],
@@ -90,7 +94,9 @@ class LanguageModel:
         top_k: int = 50,
         top_p: float = 1.0,
         seed: int = 1337,
-    ) -> str | list[str]:
+        past_context: PastContext = "refuse",
+        stream: bool = False,
+    ) -> str | list[str] | Iterator[str]:
         """`prompt` and its continuation; of several prompts a list. The text ends before `<|endoftext|>`.
 
         A prompt that occurs n times gets n different continuations: those of `regpt sample --n n` with the same
@@ -98,32 +104,55 @@ class LanguageModel:
 
         Args:
             prompt: text; an empty one starts a new document.
-            max_new_tokens: at most so many; with the prompt's tokens at most `config.max_seq_len`.
+            max_new_tokens: at most so many; with the prompt's tokens at most `config.max_seq_len`, or see
+                `past_context`.
             temperature, top_k, top_p: how a token is drawn; `top_k=1` takes the likeliest, 0 all.
             seed: of the draw.
+            past_context: `slide` goes on beyond `config.max_seq_len`: from there on each token follows from the last
+                ones that the model can read, which takes longer.
+            stream: return an iterator over the text of one prompt in pieces as they are made, the prompt first: joined
+                they are the text. No piece ends within a character.
 
         Raises:
+            UsageError: a value that is not allowed, or `stream` with several prompts.
             UserError: prompt and new tokens are longer than the model, or its logits are not finite.
         """
-        options = SamplingOptions(temperature, top_k, top_p)
+        if past_context not in PAST_CONTEXT:
+            raise UsageError(
+                f"past_context is {past_context!r}, must be one of {', '.join(PAST_CONTEXT)}"
+                f"{nearest(str(past_context), PAST_CONTEXT)}"
+            )
+        options = {
+            "max_new_tokens": max_new_tokens,
+            "options": SamplingOptions(temperature, top_k, top_p),
+            "seed": seed,
+            "slide": past_context == "slide",
+        }
         prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
         if wrong := [one for one in prompts if not isinstance(one, str)]:
             raise UsageError(f"a prompt is {wrong[0]!r}, must be text; give a str or a list of them")
+        if stream:
+            if not isinstance(prompt, str):
+                raise UsageError("stream takes one prompt, a list was given; call generate once for each")
+            return self.in_pieces(prompt, options)
         texts: dict[str, Iterator[str]] = {}
         for one in dict.fromkeys(prompts):
             with self.computing():
-                found = write_samples(
-                    self.module,
-                    self.tokenizer,
-                    one,
-                    n=prompts.count(one),
-                    max_new_tokens=max_new_tokens,
-                    options=options,
-                    seed=seed,
-                )
+                found = write_samples(self.module, self.tokenizer, one, n=prompts.count(one), **options)
             texts[one] = iter([sample.text for sample in found])
         drawn = [next(texts[one]) for one in prompts]
         return drawn[0] if isinstance(prompt, str) else drawn
+
+    def in_pieces(self, prompt: str, options: dict[str, Any]) -> Iterator[str]:
+        """The pieces of one text; torch's global state is changed only while one is made."""
+        with self.computing():
+            pieces = stream_sample(self.module, self.tokenizer, prompt, **options)
+
+        def next_piece() -> str | None:
+            with self.computing():
+                return next(pieces, None)
+
+        return iter(next_piece, None)
 
     def logits(self, text: str | Ids) -> Tensor:
         """Logits of the token after each of `text`: (T, vocab_size), or (B, T, vocab_size) for ids (B, T); float32

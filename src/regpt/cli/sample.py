@@ -1,9 +1,9 @@
 """`regpt sample`: continue a prompt."""
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from itertools import chain
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -57,7 +57,7 @@ def main(args: list[str]) -> int:
     from regpt.checkpoint.best import at_step
     from regpt.checkpoint.open import open_model
     from regpt.parallel.mesh import choose_device
-    from regpt.sample.generate import write_samples
+    from regpt.sample.generate import stream_sample, write_samples
     from regpt.sample.sampling import SamplingOptions
     from regpt.train.precision import autocast, parameter_dtype, set_matmul_precision
 
@@ -70,22 +70,19 @@ def main(args: list[str]) -> int:
     slide = given.past_context == "slide"
     if slide and len(opened.tokenizer.encode(prompt)) + given.max_new_tokens > longest:
         print_note(f"the model reads {longest:,} tokens: what comes after them follows from the last {longest:,} alone")
-    show = streamed("> ") if given.n == 1 and not given.json and is_terminal(sys.stdout) else None
+    drawn: dict[str, Any] = {
+        "max_new_tokens": given.max_new_tokens,
+        "options": options,
+        "seed": given.seed,
+        "slide": slide,
+    }
     with autocast(given.precision, device):
-        samples = write_samples(
-            model,
-            opened.tokenizer,
-            prompt,
-            n=given.n,
-            max_new_tokens=given.max_new_tokens,
-            options=options,
-            seed=given.seed,
-            slide=slide,
-            show=show,
-        )
-    if show:
-        print_line()
-        return 0
+        if given.n == 1 and not given.json and is_terminal(sys.stdout):
+            for piece in chain(["> "], stream_sample(model, opened.tokenizer, prompt, **drawn)):
+                write(sys.stdout, piece)
+            print_line()
+            return 0
+        samples = write_samples(model, opened.tokenizer, prompt, n=given.n, **drawn)
     if not given.json:
         print_line("\n".join(f"> {sample.text}" for sample in samples))
         return 0
@@ -102,12 +99,6 @@ def main(args: list[str]) -> int:
         }
     )
     return 0
-
-
-def streamed(before: str) -> Callable[[str], None]:
-    """Write pieces of a text to the terminal as they come, after `before`."""
-    write(sys.stdout, before)
-    return lambda piece: write(sys.stdout, piece)
 
 
 def read_prompt(prompt: str) -> str:

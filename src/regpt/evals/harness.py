@@ -25,7 +25,7 @@ from regpt.evals.packing import Prompt
 from regpt.evals.score import Progress, Scorer
 from regpt.evals.task import Tolerate
 from regpt.files import is_file, resolved
-from regpt.sample.generate import generate
+from regpt.sample.generate import generated, text_pieces
 from regpt.sample.sampling import SamplingOptions
 from regpt.text.tokenizer import Tokenizer
 
@@ -145,8 +145,9 @@ class HarnessModel(TemplateLM):
         self.note(request, CUT, len(tokens) < len(prompt))
         self.note(request, SHORTENED, limit < asked.limit)
         device = self.scorer.mesh.device
+        text = ""
         with self.scorer.autocast():
-            ids = generate(
+            ids = generated(
                 self.scorer.model,
                 torch.tensor([tokens], device=device),
                 limit,
@@ -154,8 +155,10 @@ class HarnessModel(TemplateLM):
                 generator=generator or torch.Generator(device).manual_seed(SEED),
                 stop=self.text.eot,
             )
-        new = ids[0, len(tokens) :].tolist()
-        text = self.text.decode(new[: new.index(self.text.eot)] if self.text.eot in new else new)
+            for piece in text_pieces(self.text, [], (int(token) for token in ids)):
+                text += piece
+                if any(stop in text for stop in asked.until if stop):
+                    break
         for stop in asked.until:
             text = text.split(stop)[0] if stop else text
         return text

@@ -1,6 +1,7 @@
 """PROMPT → TEXT: the prompt is read once, then one token at a time behind a cache of keys and values."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -36,63 +37,83 @@ def write_samples(
     options: SamplingOptions,
     seed: int,
     slide: bool = False,
-    show: Callable[[str], object] | None = None,
 ) -> list[Sample]:
     """`n` texts that continue `prompt`, drawn with one generator seeded by `seed`; each ends at `<|endoftext|>`.
 
-    `slide` is as in `generate`. `show` receives the one text (`n` is 1) in pieces of whole characters as it is made,
-    the prompt first: together they are the sample's text.
+    `slide` is as in `generate`.
 
     Raises:
         UserError: see `check_length`, or logits that are not finite.
     """
     if n < 1:
         raise UsageError(f"the number of samples is {n}, must be at least 1")
-    if not 0 <= seed < 2**64:  # what torch.Generator takes, less its second names for the upper half
-        raise UsageError(f"the seed is {seed}, must be between 0 and {2**64 - 1}")
-    device = model.wte.weight.device
     prompt_ids = encode_prompt(tokenizer, prompt)
-    stream = Stream(tokenizer, prompt_ids, show) if show is not None and n == 1 else None
+    device = model.wte.weight.device
     texts = generate(
         model,
         torch.tensor(prompt_ids, device=device).expand(n, -1),  # (n, P)
         max_new_tokens,
         options=options,
-        generator=torch.Generator(device).manual_seed(seed),
+        generator=seeded(device, seed),
         stop=tokenizer.eot,
         slide=slide,
-        note=stream.note if stream else None,
     )
-    samples = [finished(ids, len(prompt_ids), tokenizer) for ids in texts.tolist()]
-    if stream:
-        stream.advance(samples[0].text)
-    return samples
+    return [finished(ids, len(prompt_ids), tokenizer) for ids in texts.tolist()]
 
 
-class Stream:
-    """Shows a text while its tokens are made. What may become another character with the next token is held back."""
+def stream_sample(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    options: SamplingOptions,
+    seed: int,
+    slide: bool = False,
+) -> Iterator[str]:
+    """The text of `write_samples` with `n` = 1 in pieces as it is made, the prompt first.
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], show: Callable[[str], object]):
-        self.tokenizer, self.show = tokenizer, show
-        self.ids, self.shown = list(prompt_ids), 0
-        if self.ids[0] == tokenizer.eot:
-            del self.ids[0]
-        self.advance(self.decided())
+    A piece is whole characters: one of which only some bytes are there waits for the next token. What is wrong with the
+    arguments is raised at once, not with the first piece.
 
-    def note(self, tokens: Tensor) -> None:
-        """The next token, (1,); waits for the device."""
-        if (token := int(tokens)) != self.tokenizer.eot:
-            self.ids.append(token)
-            self.advance(self.decided())
+    Raises:
+        UserError: see `check_length`, or logits that are not finite.
+    """
+    prompt_ids = encode_prompt(tokenizer, prompt)
+    device = model.wte.weight.device
+    tokens = generated(
+        model,
+        torch.tensor([prompt_ids], device=device),
+        max_new_tokens,
+        options=options,
+        generator=seeded(device, seed),
+        stop=tokenizer.eot,
+        slide=slide,
+    )
+    return text_pieces(tokenizer, prompt_ids, (int(token) for token in tokens))  # waits for the device
 
-    def decided(self) -> str:
-        """The text so far, without a character at its end of which only some bytes are there."""
-        return self.tokenizer.decode(self.ids).rstrip("\ufffd")
 
-    def advance(self, text: str) -> None:
-        if piece := text[self.shown :]:
-            self.show(piece)
-        self.shown = max(self.shown, len(text))
+def text_pieces(tokenizer: Tokenizer, prompt_ids: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
+    """The text of `prompt_ids` and of the `tokens` after them, up to `<|endoftext|>`, in pieces of whole characters."""
+    ids, shown = list(prompt_ids), 0
+    if ids[:1] == [tokenizer.eot]:
+        del ids[0]
+    for new in chain([[]], ([token] for token in tokens)):  # the prompt alone first
+        if new == [tokenizer.eot]:
+            break
+        ids += new
+        text = tokenizer.decode(ids).rstrip("\ufffd")  # what may become another character with the next token
+        if piece := text[shown:]:
+            yield piece
+        shown = max(shown, len(text))
+    if piece := tokenizer.decode(ids)[shown:]:
+        yield piece
+
+
+def seeded(device: torch.device, seed: int) -> torch.Generator:
+    if not 0 <= seed < 2**64:  # what torch.Generator takes, less its second names for the upper half
+        raise UsageError(f"the seed is {seed}, must be between 0 and {2**64 - 1}")
+    return torch.Generator(device).manual_seed(seed)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -108,7 +129,6 @@ def finished(ids: Sequence[int], n_prompt: int, tokenizer: Tokenizer) -> Sample:
     return Sample(ids[: end + 1], tokenizer.decode(ids[start:end]))
 
 
-@torch.no_grad()
 def generate(
     model: Transformer,
     prompt_ids: Tensor,
@@ -119,7 +139,6 @@ def generate(
     stop: int | None = None,
     cache_dtype: torch.dtype | None = None,
     slide: bool = False,
-    note: Callable[[Tensor], object] | None = None,
 ) -> Tensor:
     """Continue each row of `prompt_ids` (B, P) int64; (B, P + new) int64, new ≤ `max_new_tokens`.
 
@@ -131,25 +150,37 @@ def generate(
         cache_dtype: type of the cached keys and values; by default what the model's attention computes in.
         slide: go past the model's length: from there on each token follows from the last `max_seq_len` alone, which
             are read again for it, since all their positions change.
-        note: receives each token (B,) as it is drawn.
 
     Raises:
         UserError: see `check_length`, or logits that are not finite.
     """
-    B, P = prompt_ids.shape
-    longest = model.config.max_seq_len
+    given = {"options": options, "generator": generator, "stop": stop, "cache_dtype": cache_dtype, "slide": slide}
+    tokens = generated(model, prompt_ids, max_new_tokens, **given)
+    return torch.cat((prompt_ids, *(token[:, None] for token in tokens)), dim=1)
+
+
+def generated(
+    model: Transformer,
+    prompt_ids: Tensor,
+    max_new_tokens: int,
+    *,
+    options: SamplingOptions,
+    generator: torch.Generator,
+    stop: int | None = None,
+    cache_dtype: torch.dtype | None = None,
+    slide: bool = False,
+) -> Iterator[Tensor]:
+    """The new tokens of `generate`, (B,) int64 each, one by one; whoever has enough stops asking.
+
+    With a `stop`, logits that are not finite are noticed before their token is given, otherwise at the end.
+    """
+    longest, P = model.config.max_seq_len, prompt_ids.size(1)
     check_length(P, max_new_tokens, P + max_new_tokens if slide else longest)
-    was_training = model.training
-    model.eval()
-    try:
-        capacity = min(P + max_new_tokens - 1, longest)  # the last token is written, never read
-        dtype = cache_dtype or attention_dtype(model)
-        cache = KVCache(model.config, B, capacity, device=prompt_ids.device, dtype=dtype)
-        return extend(model, prompt_ids, max_new_tokens, options, generator, stop, cache, note)
-    finally:
-        model.train(was_training)
+    dtype = cache_dtype or attention_dtype(model)
+    return extend(model, prompt_ids, max_new_tokens, options, generator, stop, dtype)
 
 
+@torch.no_grad()
 def extend(
     model: Transformer,
     ids: Tensor,
@@ -157,31 +188,39 @@ def extend(
     options: SamplingOptions,
     generator: torch.Generator,
     stop: int | None,
-    cache: KVCache,
-    note: Callable[[Tensor], object] | None,
-) -> Tensor:
-    """The loop of `generate`; `cache` is empty."""
+    cache_dtype: torch.dtype,
+) -> Iterator[Tensor]:
+    """The loop of `generated`."""
+    B, P = ids.shape
     longest = model.config.max_seq_len
-    done = torch.zeros(ids.size(0), dtype=torch.bool, device=ids.device)  # (B,)
+    capacity = min(P + max_new_tokens - 1, longest)  # the last token is written, never read
+    cache = KVCache(model.config, B, capacity, device=ids.device, dtype=cache_dtype)
+    done = torch.zeros(B, dtype=torch.bool, device=ids.device)  # (B,)
     finite = torch.ones((), dtype=torch.bool, device=ids.device)  # whether all logits so far were
     unread = ids
-    for _ in range(max_new_tokens):
-        fits = ids.size(1) <= longest
-        hidden = model.hidden(unread, cache=cache) if fits else model.hidden(ids[:, -longest:])
-        logits = model.logits(hidden[:, -1])  # (B, V)
-        finite &= logits.isfinite().all()
-        token = sample(logits.nan_to_num(), options, generator)  # (B,); to draw from NaN would abort CUDA's process
-        if stop is not None:
-            token = token.masked_fill(done, stop)
-            done |= token == stop
-        unread = token[:, None]  # (B, 1)
-        ids = torch.cat((ids, unread), dim=1)
-        if note is not None:
-            note(token)
-        if stop is not None and done.all():  # waits for the device
-            break
+    was_training = model.training
+    model.eval()
+    try:
+        for _ in range(max_new_tokens):
+            fits = ids.size(1) <= longest
+            hidden = model.hidden(unread, cache=cache) if fits else model.hidden(ids[:, -longest:])
+            logits = model.logits(hidden[:, -1])  # (B, V)
+            finite &= logits.isfinite().all()
+            token = sample(logits.nan_to_num(), options, generator)  # (B,); to draw from NaN would abort CUDA's process
+            if stop is not None:
+                token = token.masked_fill(done, stop)
+                done |= token == stop
+            ended = stop is not None and bool(done.all() | ~finite)  # waits for the device
+            if ended:
+                check_finite(finite)
+            yield token
+            if ended:
+                return
+            unread = token[:, None]  # (B, 1)
+            ids = torch.cat((ids, unread), dim=1)
+    finally:
+        model.train(was_training)
     check_finite(finite)
-    return ids
 
 
 def attention_dtype(model: Transformer) -> torch.dtype:
