@@ -19,6 +19,7 @@ LFS_POINTER = re.compile(
     rb"([a-z0-9.-]+ [^\r\n]+\r?\n)*oid \w+:[0-9a-f]+\r?\nsize \d+\s*"
 )
 LFS_POINTER_BYTES = 1024
+ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+(.*)", re.IGNORECASE | re.DOTALL)  # two letters at least: C:/ is none
 # Nothing can have this name, or nothing has it (on Windows EINVAL is a character that no name holds).
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.EBADF)
 
@@ -115,6 +116,12 @@ def matching(pattern: str) -> list[Path]:
         return [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
     except (OSError, ValueError):
         return []
+
+
+def address_of(path: str | Path) -> str | None:
+    """The address (s3://…, https://…) that someone gave as `path`, also where a `Path` made `s3:/…` of it."""
+    found = ADDRESS.match(str(path))
+    return f"{found[1]}://{found[2]}" if found else None
 
 
 def is_plain_name(name: str) -> bool:

@@ -8,7 +8,7 @@ import pytest
 
 from hub_server import Server
 from regpt.checkpoint.export import export_hf
-from regpt.checkpoint.hub import repository
+from regpt.checkpoint.hub import Repository, repository
 
 pytest.importorskip("huggingface_hub")
 
@@ -94,3 +94,17 @@ def test_short_names_are_openais_repositories():
     assert repository("openai-community/gpt2") == "openai-community/gpt2"
     assert [repository(name) for name in ("bert", "a/b/c", "../x", "/x/y", "")] == [None] * 5
     assert [repository(name) for name in ("a/b..c", "a--b/c", "a/b.git", "a/b-", "ä/b", "a/" + "b" * 95)] == [None] * 6
+
+
+def test_what_the_hubs_cache_holds_is_found_without_asking_the_network(monkeypatch):
+    def ask(*where, **_):
+        asked.append(where)
+        raise OSError("no network")
+
+    asked: list[tuple] = []
+    monkeypatch.setattr("huggingface_hub.utils._detect_agent._registry", None, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", False)
+    monkeypatch.setattr("socket.getaddrinfo", ask)
+    assert Repository("someone/absent", "no connection").file("config.json") is None
+    assert asked == []

@@ -1,11 +1,13 @@
 """One behaviour of all stores: a file system in memory, a folder, and servers that imitate S3 and Google's storage."""
 
+import errno
 from collections.abc import Iterator
 
 import pytest
 
 from regpt.checkpoint.lease import Lease, LeaseLost
 from regpt.checkpoint.store import Store
+from regpt.errors import UserError
 from remote_stores import PATIENT, google_bucket, memory_bucket, s3_bucket
 
 pytest.importorskip("fsspec")
@@ -76,3 +78,16 @@ def test_every_store_has_one_holder_at_a_time(store):
     newest = second.newest()
     assert newest is not None
     assert (newest.number, newest.renewals, newest.released) == (2, 1, True)
+
+
+def test_a_store_that_was_reached_is_waited_for_longer_than_one_that_never_was(tmp_path):
+    def away():
+        tries.append(1)
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
+
+    store = Store((tmp_path / "store").as_uri(), PATIENT)
+    for expected in (PATIENT.unreached, PATIENT.tries):
+        tries: list[int] = []
+        with pytest.raises(UserError, match="refused"):
+            store.tries(away)
+        assert len(tries) == expected

@@ -1,6 +1,7 @@
 """Runs behind an address, as a user meets them: every command that reads one, and every mistake in one sentence."""
 
 import json
+import socket
 import sys
 from pathlib import Path
 
@@ -180,3 +181,53 @@ def test_on_s3_missing_credentials_and_buckets_are_one_sentence(regpt, monkeypat
             assert f"{address}/a/config.toml could not be read: Unable to locate credentials; log in" in err
         finally:
             s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+@pytest.mark.parametrize(
+    "args", [["train", TINY, "--out", "ADDRESS", "FLAGS"], ["sample", "ADDRESS", "--prompt", "a"]], ids=lambda it: it[0]
+)
+def test_without_a_network_the_first_contact_ends_soon_with_the_ways_out(regpt, monkeypatch, tiny_flags, scheme, args):
+    pytest.importorskip({"s3": "s3fs", "gs": "gcsfs"}[scheme], reason="needs regpt[buckets]")
+    waits, asked = [], []
+
+    def no_network(*_, **__):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr("socket.getaddrinfo", no_network)
+    monkeypatch.setattr("regpt.data.download.pause", lambda seconds, *_: waits.append(seconds))
+    if scheme == "gs":  # whose credentials are looked for on the network, for a quarter of a minute
+        monkeypatch.setattr("google.auth.default", lambda **_: asked.append(1) or no_network())
+    filled = [flag for arg in args for flag in (tiny_flags if arg == "FLAGS" else [arg])]
+    code, _, err = regpt(*(arg.replace("ADDRESS", f"{scheme}://bucket/{args[0]}") for arg in map(str, filled)))
+    assert (code, waits, asked) == (1, [1.0], []), err
+    assert "Name or service not known; check the network, or work offline: give a local file or folder" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["data", "prepare", "pydocs", "--out", "S3://b/x"], "--out takes a path of this machine and S3://b/x is an"),
+        (["diff", "a", "b", "--out", "s3://b/x.html"], "--out takes a path of this machine and s3://b/x.html is an"),
+        (
+            ["tokenizer", "train", "pydocs", "--vocab-size", "300", "--out", "gs://b/x"],
+            "--out takes a path of this machine and gs://b/x is an",
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_an_address_to_write_to_is_no_folder_here(regpt, monkeypatch, tmp_path, args, said):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = regpt(*args)
+    assert code == 2
+    assert said in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("data", ["s3://bucket/x", "https://host/x"])
+def test_an_address_as_a_data_folder_is_named_as_it_was_given(regpt, tmp_path, data):
+    code, _, err = regpt("train", TINY, "--out", tmp_path / "run", "--data", data)
+    assert code == 1
+    assert one_sentence(err), err
+    assert f"{data} is an address and token shards are read from folders of this machine; copy it here" in err

@@ -374,3 +374,19 @@ def test_of_several_processes_the_main_one_copies(config, tmp_path):
     shutil.rmtree(tmp_path / "staging")
     assert go_on(url, tmp_path / "other", steps=9) == 0
     assert complete(url) == [8, 9]
+
+
+def test_a_run_that_this_machine_has_claimed_before_waits_for_the_network(config, tmp_path):
+    def away():
+        tries.append(1)
+        raise ConnectionRefusedError(111, "refused")
+
+    there = on(tmp_path, config)
+    for expected in (PATIENT.unreached, PATIENT.tries):
+        tries: list[int] = []
+        remote = RemoteRun((tmp_path / "store").as_uri(), there.checkpoint, PATIENT)
+        with pytest.raises(UserError, match="refused"):
+            remote.store.tries(away)
+        assert len(tries) == expected
+        remote.folder.mkdir(exist_ok=True)
+        remote.note(["a claim"], whole=True)

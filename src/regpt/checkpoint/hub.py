@@ -35,19 +35,19 @@ class Repository:
 
         Without a `commit` it is the newest one, and the cache remembers which that was.
         """
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
         from huggingface_hub.errors import (
             EntryNotFoundError,
             HTTPError,  # pyright: ignore[reportPrivateImportUsage] (httpx's or requests', whichever the library uses)
             LocalEntryNotFoundError,
         )
 
-        offline = self.trouble is not None
+        if self.trouble is not None:  # not hf_hub_download(local_files_only=True), which asks the network who it is
+            kept = try_to_load_from_cache(self.name, file, revision=commit)
+            return Path(kept) if isinstance(kept, str) else None
         try:
-            return Path(hf_hub_download(self.name, file, revision=commit, local_files_only=offline))
+            return Path(hf_hub_download(self.name, file, revision=commit))
         except LocalEntryNotFoundError as error:  # an EntryNotFoundError, too
-            if offline:
-                return None
             raise unreachable(self.name, reason(error)) from None
         except EntryNotFoundError:
             return None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from regpt.data.buckets import connect, import_fsspec, reach_store
-from regpt.data.download import PATIENCE, Patience, persistently, status_of, transport_errors
+from regpt.data.download import PATIENCE, Patience, persistently, status_of, steady, transport_errors
 from regpt.errors import UsageError
 from regpt.files import is_plain_name
 
@@ -55,7 +55,7 @@ class Store:
         if self.scheme not in known or self.scheme in ("http", "https"):
             raise UsageError(f"{url} is an address of a kind that runs are not kept at; give a folder or {STORES}")
         options = {"auto_mkdir": True} if self.is_local else {}
-        self.fs, root = connect(url, "using", use_listings_cache=False, **options)
+        self.fs, root = connect(url, "using", patience, use_listings_cache=False, **options)
         self.root = root.rstrip("/")
 
     def tries(self, action: Callable[[], T], done: str = "read", name: str = "") -> T:
@@ -71,7 +71,8 @@ class Store:
                 self.reached = True
             return action()
 
-        return persistently(attempt, f"{self.url}/{name}".rstrip("/"), self.patience, done=done)
+        patience = steady(self.patience) if self.reached else self.patience
+        return persistently(attempt, f"{self.url}/{name}".rstrip("/"), patience, done=done)
 
     def files(self, folder: str = "") -> dict[str, int]:
         """The size of each file below `folder`, by its name in the store; hidden ones, half-written, are left out."""

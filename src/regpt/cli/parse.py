@@ -11,6 +11,7 @@ import tyro
 from regpt.cli.flags import Flag, flags_of, normalized
 from regpt.console.lines import print_line
 from regpt.errors import UsageError
+from regpt.files import address_of
 
 Args = TypeVar("Args")
 WRITTEN = ("out", "json", "items")  # flags that name a file or folder to write
@@ -19,8 +20,12 @@ RULE = re.compile(r"^[╭╰│\s]*[─-]{3,}[╮╯│\s]*$")  # hyphens, and n
 NO_DEFAULT = re.compile(r"\(default:((?:\s|│|None)*)\)")  # "" and None, whose meaning the text before says
 
 
-def parse(command: type[Args], args: Sequence[str], prog: str, default: Args | None = None) -> Args:
+def parse(
+    command: type[Args], args: Sequence[str], prog: str, default: Args | None = None, stores: Sequence[str] = ()
+) -> Args:
     """`args` as an instance of the dataclass `command`; `prog` is what the user typed, such as `regpt sample`.
+
+    `stores` are the flags among `WRITTEN` that take addresses, too.
 
     Raises:
         UsageError: an unknown flag, a missing argument or a value of the wrong type or out of range.
@@ -37,16 +42,22 @@ def parse(command: type[Args], args: Sequence[str], prog: str, default: Args | N
             raise
         raise UsageError(one_sentence(complaint.getvalue(), known, prog)) from None
     assert parsed is not None
-    refuse_nul(parsed)
+    refuse_names(parsed, stores)
     return parsed
 
 
-def refuse_nul(parsed: object) -> None:
-    """Raise a UsageError for a NUL character in the name of something to write: no file can have that name."""
+def refuse_names(parsed: object, stores: Sequence[str]) -> None:
+    """Raise a UsageError for a name of something to write that no file can have (a NUL character), or that is an
+    address: as a path it would be a folder `s3:` here."""
     for flag in WRITTEN:
         value = str(getattr(parsed, flag, ""))
         if "\0" in value:
             raise UsageError(f"--{flag} {value!r} holds a NUL character, which no file name can; choose another name")
+        if flag not in stores and (address := address_of(value)):
+            raise UsageError(
+                f"--{flag} takes a path of this machine and {address} is an address; write to a path, and copy what is "
+                "there afterwards"
+            )
 
 
 def without_empty_defaults(help_text: str) -> str:

@@ -54,7 +54,7 @@ def main(args: list[str]) -> int:
     recipe = named_recipe(Train, args, prog="regpt train")
     default = default_config(args, recipe)
     over = Train(recipe=recipe, config=default) if default else None
-    given = parse(Train, args, prog="regpt train", default=over)
+    given = parse(Train, args, prog="regpt train", default=over, stores=["out"])
     refuse_contradictions(given)
     if given.data:
         given = replace(given, config=replace(given.config, data=chosen_data(given.config.data, given.data)))

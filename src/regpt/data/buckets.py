@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, NamedTuple
 
-from regpt.data.download import Checksum, Patience, persistently
+from regpt.data.download import PATIENCE, Checksum, Patience, persistently
 from regpt.errors import UserError
 from regpt.network import reach
 
@@ -36,7 +36,7 @@ def list_bucket(source: str, patience: Patience) -> tuple[list[BucketFile], str 
     Raises:
         UserError: a scheme that is not known, a package that is missing, no access, no network, nothing there.
     """
-    fs, path = file_system(source)
+    fs, path = file_system(source, patience)
     persistently(lambda: reach_store(fs), source, patience)
     infos, is_folder = persistently(lambda: describe(fs, path), source, patience)
     return [bucket_file(fs.unstrip_protocol(name), info) for name, info in infos.items()], fs.unstrip_protocol(
@@ -68,17 +68,17 @@ def bucket_file(url: str, info: dict[str, Any]) -> BucketFile:
     return BucketFile(url, int(info["size"]), checksum, next((str(info[key]) for key in VERSIONS if key in info), ""))
 
 
-def file_system(source: str) -> tuple[Any, str]:
+def file_system(source: str, patience: Patience = PATIENCE) -> tuple[Any, str]:
     """fsspec's file system for an address, and the path in it."""
     _, known_implementations = import_fsspec(source)
     scheme = source.split("://")[0].lower()
     if scheme in ("file", "local") or scheme not in known_implementations:
         kinds = "hf://datasets/…, https://…, s3://…, gs://… or a local path"
         raise UserError(f"{source} is an address of a kind that is not read; give {kinds}")
-    return connect(source)
+    return connect(source, patience=patience)
 
 
-def connect(address: str, doing: str = "reading", **options: Any) -> tuple[Any, str]:
+def connect(address: str, doing: str = "reading", patience: Patience = PATIENCE, **options: Any) -> tuple[Any, str]:
     """fsspec's file system for an address of a scheme that it knows, with these options, and the path in it.
 
     Raises:
@@ -92,6 +92,12 @@ def connect(address: str, doing: str = "reading", **options: Any) -> tuple[Any, 
         raise UserError(f"{address} names no bucket; an address looks like {scheme}://BUCKET/PATH")
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints the traceback of what it raises
     try:
+        if scheme in (
+            "gs",
+            "gcs",
+        ):  # which asks for credentials at once, where there is no network for a quarter minute
+            anonymous = fsspec.get_filesystem_class(scheme)(token="anon", skip_instance_cache=True)
+            persistently(lambda: reach_store(anonymous), address, patience)
         return fsspec.url_to_fs(address, **options)
     except OSError as error:  # some connect at once
         raise UserError(f"{address} could not be read: {error.strerror or error}") from None

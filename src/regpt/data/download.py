@@ -14,7 +14,7 @@ import time
 import urllib.error
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
@@ -75,6 +75,11 @@ class Patience:
 
 
 PATIENCE = Patience()
+
+
+def steady(patience: Patience) -> Patience:
+    """`patience` with a server that was reached before: the network is away, and may return."""
+    return replace(patience, unreached=patience.tries)
 
 
 class Problem(NamedTuple):

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
 from regpt.errors import UserError
-from regpt.files import is_file, is_folder, is_plain_name, refuse_lfs_pointer
+from regpt.files import address_of, is_file, is_folder, is_plain_name, refuse_lfs_pointer
 from regpt.structured import read_small, refuse_many
 
 FORMAT_VERSION = 1
@@ -107,6 +107,11 @@ def read_manifest(folder: Path) -> Manifest:
         UserError: no such folder, no manifest (the folder was never finished), a manifest of another format, or a
             file that is missing or of another size.
     """
+    if address := address_of(folder):
+        raise UserError(
+            f"{address} is an address and token shards are read from folders of this machine; copy it here and give "
+            "that folder (train and eval: --data DIR)"
+        )
     path = folder / "manifest.json"
     if not is_file(path):
         what = "has no manifest.json, so it was never finished" if is_folder(folder) else "does not exist"

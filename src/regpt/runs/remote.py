@@ -10,7 +10,6 @@ import shutil
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict, TypeVar
 
@@ -23,7 +22,7 @@ from regpt.checkpoint.store import Store, is_address
 from regpt.config import RunConfig, validate
 from regpt.console.lines import print_note
 from regpt.console.text import counted
-from regpt.data.download import PATIENCE, Patience
+from regpt.data.download import PATIENCE, Patience, steady
 from regpt.errors import UserError
 from regpt.parallel.mesh import Mesh
 from regpt.runs.folder import CONFIG, LOCK, is_run, read_run_config
@@ -31,7 +30,6 @@ from regpt.structured import parse_json, parse_toml
 
 NOTE = ".remote.json"  # in the staging folder: its address, its last claim, and whether it is all there
 WAIT_SECONDS = 5.0  # of the main process, between two signs of life to the others
-STEADY = replace(PATIENCE, unreached=PATIENCE.tries)  # a run goes on while the network is away
 T = TypeVar("T")
 
 
@@ -43,14 +41,15 @@ class Note(TypedDict):
 
 
 class RemoteRun:
-    """The run at `url`. `folder` is its staging folder; the store is first asked by the methods below."""
+    """The run at `url`. `folder` is its staging folder; the store is first asked by the methods below: for long while
+    the network is away, where this machine has claimed the run before."""
 
-    def __init__(self, url: str, config: CheckpointConfig, patience: Patience = STEADY, clock: Clock = CLOCK) -> None:
+    def __init__(self, url: str, config: CheckpointConfig, patience: Patience = PATIENCE, clock: Clock = CLOCK) -> None:
         self.config, self.clock = config, clock
         self.skipped: list[str] = []  # what was wrong with checkpoints of the store that were not used
-        self.store = Store(url, patience)
-        self.url = self.store.url
         self.folder = staging_folder(url, config.staging)
+        self.store = Store(url, steady(patience) if read_note(self.folder)["claims"] else patience)
+        self.url = self.store.url
 
     def refuse_used(self) -> None:
         """Raise a UserError where a run is already."""
