@@ -16,6 +16,9 @@ TYPED = {
     "regpt train gpt2-t": ["gpt2-tiny"],
     "regpt train --train.prec": ["--train.precision"],
     "regpt train --train.precision b": ["bf16"],
+    "regpt train --train.compile f": ["false"],
+    "regpt runs --json --h": ["--help"],
+    "regpt --v": ["--version"],
     "regpt completion z": ["zsh"],
 }
 BASH = 'COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _regpt; printf "%s\\n" "${COMPREPLY[@]}"'

@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 
 from regpt.__main__ import main
 from regpt.data.lock import is_held, locked
+from regpt.runs import listing
 from regpt.runs.listing import describe, list_runs
 
 
@@ -57,6 +60,44 @@ def test_a_held_run_is_running_until_it_writes_nothing_for_too_long(cut: Path):
         assert describe(cut).state == "stalled"
         assert is_held(cut / ".lock")
     assert not is_held(cut / ".lock")
+
+
+def test_a_run_of_its_own_patience_is_stalled_after_it(cut: Path):
+    config = (cut / "config.toml").read_text(encoding="utf-8")
+    with locked(cut / ".lock", cut):
+        for patience, state in ((100, "stalled"), (10_000, "running")):
+            changed = re.sub(r"(?m)^hang_seconds = .*$", f"hang_seconds = {patience}", config)
+            (cut / "config.toml").write_text(changed, encoding="utf-8")
+            os.utime(cut / "metrics.jsonl", (time.time() - 1000,) * 2)
+            assert describe(cut).state == state
+
+
+@pytest.mark.parametrize(
+    ("policy", "step", "state"), [("stop", 4, "failed"), ("skip", 4, "stopped"), ("stop", 2, "stopped")]
+)
+def test_a_run_that_ended_at_a_loss_that_is_not_finite_failed(cut: Path, policy: str, step: int, state: str):
+    cut_rows(cut, 4)
+    with (cut / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, "kind": "event", "name": "non_finite", "policy": policy}) + "\n")
+    found = describe(cut)
+    assert (found.state, found.note) == (state, "a loss or gradient that is not finite" if state == "failed" else "")
+
+
+def test_losses_of_one_source_are_not_the_runs_and_numbers_may_be_missing(cut: Path):
+    (cut / "metrics.jsonl").write_text(
+        '{"step": 1, "kind": "train", "loss": 3.5}\n{"step": 1, "kind": "val", "source": "books", "loss": 9.0}\n',
+        encoding="utf-8",
+    )
+    found = describe(cut)
+    assert (found.loss, found.tokens_per_s) == (3.5, None)
+
+
+@pytest.mark.parametrize(("less", "steps"), [(0, [1, 2]), (1, [2]), (30, [2])])
+def test_of_a_long_file_the_rows_at_its_end_are_read(tmp_path: Path, monkeypatch, less: int, steps: list[int]):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "kind": "train", "loss": 1.0}\n{"step": 2, "kind": "train", "loss": 1.0}\n')
+    monkeypatch.setattr(listing, "TAIL_BYTES", path.stat().st_size - less)
+    assert [row["step"] for row in listing.last_rows(path)] == steps
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,7 @@ def fish() -> str:
     lines = [
         f"complete -c regpt -n __fish_use_subcommand -f -a {name} -d {quoted(what)}" for name, what in COMMANDS.items()
     ]
+    lines += ["complete -c regpt -l help", "complete -c regpt -n __fish_use_subcommand -l version"]
     for group, inner in groups().items():
         alone = f"'__regpt_at {group}; and test (count (commandline -opc)) -eq 2'"
         lines.append(f"complete -c regpt -n {alone} -f -a '{' '.join(inner)}'")
