@@ -129,6 +129,11 @@ def is_plain_name(name: str) -> bool:
     return name not in ("", ".", "..") and not set(name) & set("/\\:\0")
 
 
+def is_plain_path(name: str) -> bool:
+    """Whether `name`, with / between folders, can only mean a file below the folder that it is joined to."""
+    return all(is_plain_name(part) for part in name.split("/"))
+
+
 def is_lfs_pointer(head: bytes) -> bool:
     """Whether a file is a Git LFS pointer, from its first `LFS_POINTER_BYTES` bytes (all of it, for a pointer).
 

@@ -50,7 +50,7 @@ def test_bash_completes(tmp_path: Path, capsys):
 def test_fish_completes(tmp_path: Path, capsys):
     path = script("fish", tmp_path, capsys)
     for typed, wanted in TYPED.items():
-        ask = f"source {path}; complete -C '{typed}' | string split -f1 \\t"
+        ask = f"source '{path}'; complete -C '{typed}' | string split -f1 \\t"
         found = subprocess.run(["fish", "--no-config", "-c", ask], capture_output=True, text=True, check=False)
         assert sorted(found.stdout.split()) == wanted, typed
 
@@ -59,6 +59,6 @@ def test_fish_completes(tmp_path: Path, capsys):
 def test_zsh_takes_the_script(tmp_path: Path, capsys):
     path = script("zsh", tmp_path, capsys)
     found = subprocess.run(
-        ["zsh", "-fc", f"source {path}; echo $_comps[regpt]"], capture_output=True, text=True, check=True
+        ["zsh", "-fc", f"source '{path}'; echo $_comps[regpt]"], capture_output=True, text=True, check=True
     )
     assert "_regpt" in found.stdout

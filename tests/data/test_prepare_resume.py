@@ -329,6 +329,23 @@ def test_a_damaged_part_of_an_earlier_attempt_is_made_again(tmp_path, corpus, su
         shutil.rmtree(tmp_path / "out")
 
 
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"key": ' + "9" * 5000 + "}", "[]", '{"text": 5}'])
+def test_notes_of_an_earlier_attempt_are_read_within_limits(tmp_path, corpus, content):
+    with pytest.raises(KeyboardInterrupt):
+        make(corpus, tmp_path / "out", progress=interrupt_after(50))
+    work = tmp_path / "out" / ".work"
+    for path in work.glob("part-*.json"):
+        path.write_text(content, encoding="utf-8")
+    settings = (work / "settings.json").read_bytes()
+    (work / "settings.json").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=r"settings.json.*add --restart to prepare from the start"):
+        make(corpus, tmp_path / "out")
+    (work / "settings.json").write_bytes(settings)
+    make(corpus, tmp_path / "out")
+    make(corpus, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_a_folder_in_use_is_refused_untouched(tmp_path, corpus):
     out = tmp_path / "out"
     (out / ".work").mkdir(parents=True)

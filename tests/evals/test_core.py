@@ -235,6 +235,9 @@ def test_a_suite_reports_its_tasks_and_what_is_missing(tmp_path, model, tokenize
         ({"random_baseline": None}, "'random_baseline' is None"),
         ({"num_fewshot": -1}, "'num_fewshot' must be 0 or more"),
         ({"num_fewshot": "2"}, "'num_fewshot' is \"2\", must be a whole number"),
+        ({"file": "../arc_easy.jsonl"}, "'file' null or the name of a file in the folder"),
+        ({"file": "/etc/hostname"}, "'file' null or the name of a file in the folder"),
+        ({"file": "a\\..\\b"}, "'file' null or the name of a file in the folder"),
         ({"type": "schema"}, "arc_easy.jsonl, line 1: the item has no 'context_options'"),
     ],
 )

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from regpt.data.buckets import connect, import_fsspec, reach_store
 from regpt.data.download import PATIENCE, Patience, persistently, status_of, steady, transport_errors
 from regpt.errors import UsageError
-from regpt.files import is_plain_name
+from regpt.files import is_plain_path
 
 # Stores that can create a file only where none is, in one step; `create` of others is a look and a write.
 EXCLUSIVE = {"s3", "s3a", "gs", "gcs", "file", "local", "memory"}
@@ -162,7 +162,7 @@ class Store:
 
 def is_safe(name: str) -> bool:
     """Whether a name in a store names a file inside the folder that it is downloaded to, and none that is hidden."""
-    return all(is_plain_name(part) and not part.startswith(".") for part in name.split("/"))
+    return is_plain_path(name) and not any(part.startswith(".") for part in name.split("/"))
 
 
 def says_it_exists(error: BaseException) -> bool:

@@ -20,11 +20,11 @@ from regpt.data.contamination import Evaluations
 from regpt.data.deduplicate import Deduplication
 from regpt.data.manifest import SPLITS, Shard
 from regpt.data.partition import Partition, Split
-from regpt.data.parts import DOCUMENT, is_whole, load_summary
+from regpt.data.parts import DOCUMENT, RESTART, is_whole, load_summary
 from regpt.data.settings import Settings
 from regpt.data.summary import Summary
 from regpt.data.write import ShardWriter, remove_leftovers, sync_folder, write_file
-from regpt.structured import parse_json
+from regpt.structured import read_json
 
 STATE = "shards.json"
 BLOCK_TOKENS = 4 << 20  # copied at a time
@@ -53,7 +53,7 @@ NOTHING = State({split: [] for split in SPLITS}, 0, hashlib.sha256().hexdigest()
 def load_state(work: Path, out: Path, shard_tokens: int, width: int) -> State:
     """The state of an earlier attempt, or `NOTHING` when there is none or a shard of it is not there as it was."""
     try:
-        state = State(**parse_json((work / STATE).read_bytes()))
+        state = State(**read_json(work / STATE, RESTART))
         shards = [Shard(**shard) for split in SPLITS for shard in state.shards[split]]
     except (OSError, ValueError, KeyError, TypeError):
         return NOTHING

@@ -5,7 +5,6 @@ have their names when they are whole.
 """
 
 import contextlib
-import json
 import os
 import secrets
 import zlib
@@ -19,7 +18,9 @@ import numpy as np
 from regpt.data.duplicates import KEY, SIGNATURE
 from regpt.data.partition import Split
 from regpt.data.settings import Settings
+from regpt.structured import read_json
 
+RESTART = "add --restart to prepare from the start"
 # `number` counts all documents of the partition, those left out too; `key` begins the SHA-256 of the text.
 DOCUMENT = np.dtype([("number", "<i8"), ("tokens", "<i8"), ("bytes", "<i8"), ("key", KEY)])
 
@@ -168,5 +169,9 @@ def is_whole(path: Path, check: Sequence[int]) -> bool:
 
 
 def load_summary(work: Path, name: str) -> dict[str, Any]:
-    """What `<name>.json` says about a partition."""
-    return json.loads((work / f"{name}.json").read_text(encoding="utf-8"))
+    """What `<name>.json` says about a partition.
+
+    Raises:
+        UserError: no such file, or something else in it.
+    """
+    return read_json(work / f"{name}.json", RESTART)

@@ -22,6 +22,7 @@ from regpt.data.job import Job, Progress
 from regpt.data.lock import locked
 from regpt.data.manifest import Manifest
 from regpt.data.named import NAMED_OPTIONS, Listing, NamedOptions, list_sources
+from regpt.data.parts import RESTART
 from regpt.data.placement import Placement, count_workers, start_pool
 from regpt.data.settings import TEXT_OPTIONS, Filters, Settings, TextOptions
 from regpt.data.sources import DownloadProgress
@@ -29,6 +30,7 @@ from regpt.data.workers import DiskFull
 from regpt.data.write import FULL, remove_leftovers, write_file
 from regpt.errors import UsageError, UserError
 from regpt.files import exists, is_folder
+from regpt.structured import read_json
 from regpt.text.tokenizer import Tokenizer
 
 SHARD_TOKENS = 100_000_000  # the size of FineWeb-Edu's shards in build-nanogpt
@@ -197,8 +199,10 @@ def begin(work: Path, out: Path, settings: Settings) -> None:
     """Note the settings, or compare them with those of the attempt to go on from."""
     file, now = work / "settings.json", json.loads(json.dumps(asdict(settings)))
     if is_begun(work) and file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        before, new = before | before.get("text", {}), now | now["text"]
+        before = read_json(file, RESTART)
+        if not isinstance(before, dict) or not isinstance(text := before.get("text", {}), dict):
+            raise UserError(f"{str(file)!r} holds no settings; {RESTART}")
+        before, new = before | text, now | now["text"]
         for name, flag in FLAGS.items():
             if before.get(name, new[name]) != new[name]:
                 was = f" ({shown(before[name])}, now {shown(new[name])})"

@@ -21,7 +21,7 @@ from regpt.evals.packing import Prompt
 from regpt.evals.score import Scores
 from regpt.evals.specs import CORE_TASKS as TASKS
 from regpt.evals.task import Result, Tolerate, refuse
-from regpt.files import is_file
+from regpt.files import is_file, is_plain_path
 from regpt.structured import read_json
 from regpt.text.tokenizer import Encoder
 
@@ -217,8 +217,10 @@ def settings_of(entry: Item) -> tuple[Settings, str | None]:
     baseline, file = entry.row.get("random_baseline"), entry.row.get("file")
     if not isinstance(baseline, int | float) or isinstance(baseline, bool) or not 0 <= baseline < 1:
         raise UserError(f"{entry.where}: 'random_baseline' is {baseline!r}, must be a number from 0 to below 1")
-    if shots < 0 or not isinstance(file, str | None):
-        raise UserError(f"{entry.where}: 'num_fewshot' must be 0 or more, and 'file' a file's name or null")
+    if shots < 0 or not (file is None or (isinstance(file, str) and is_plain_path(file))):
+        raise UserError(
+            f"{entry.where}: 'num_fewshot' must be 0 or more, and 'file' null or the name of a file in the folder"
+        )
     delimiter = entry.get("continuation_delimiter", str)
     if name not in TASKS:
         raise UserError(f"{entry.where}: {name!r} is none of CORE's tasks, which are {', '.join(TASKS)}")

@@ -19,6 +19,7 @@ from torch import Tensor
 from regpt.errors import UserError
 from regpt.evals.head import CpuHead, log_probability
 from regpt.evals.packing import Batch, Plan, Prompt, Tree, bucketed, fill, packed, plant
+from regpt.kernels.select import check_compiler
 from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import Mesh
 
@@ -101,6 +102,8 @@ class Scorer:
             with autocast():
                 return on_cpu(hidden, targets) if on_cpu else log_probability(model.logits(hidden), targets)
 
+        if compile:
+            check_compiler(mesh.device)
         self.hidden = torch.compile(hidden, dynamic=False) if compile else hidden
         self.head = torch.compile(head, dynamic=False) if compile else head
 

@@ -1,5 +1,7 @@
 """Which path computes a model's loss: the plain one, with what operations, or the fused one where it works."""
 
+import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -8,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from regpt.errors import UsageError
+from regpt.errors import UsageError, UserError
 from regpt.kernels import fp8
 from regpt.model.ops import PLAIN, Ops
 from regpt.model.transformer import Transformer
@@ -131,3 +133,14 @@ def fused_loss(model: Transformer, device: torch.device, precision: str = "bf16"
 
         return GraphedLoss(FusedGPT2FP8(model, *pieces, triton_fp8)).loss_sum
     return GraphedLoss(FusedGPT2(model, *pieces)).loss_sum
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise a UserError where torch.compile cannot work: on the CPU it gives g++ the paths of its temporary files
+    unquoted (torch 2.13: `torch._inductor.cpp_builder`)."""
+    folder = tempfile.gettempdir()
+    if device.type == "cpu" and os.name == "posix" and len(folder.split()) > 1:
+        raise UserError(
+            f"torch.compile cannot use the temporary folder {folder!r}, whose name holds a space; set TMPDIR to a "
+            "folder without one, or add --train.compile false (eval: --compile off)"
+        )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regpt.data.batch import IGNORE_INDEX, Batch
-from regpt.kernels.select import fused_loss
+from regpt.kernels.select import check_compiler, fused_loss
 from regpt.model.loss import loss_sum as summed_loss
 from regpt.model.transformer import Transformer
 from regpt.train.config import PrecisionName
@@ -42,6 +42,8 @@ def make_loss_sum(
             idx, targets, positions, cu_seqlens, keys = batch
             return summed_loss(model, idx, targets, positions=positions, cu_seqlens=cu_seqlens, dropout_keys=keys)
 
+    if compile:
+        check_compiler(device)
     return compiled(loss_sum, deterministic) if compile else loss_sum
 
 
