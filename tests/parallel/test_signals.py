@@ -41,10 +41,11 @@ def ended(rest: str, kind: signal.Signals) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def test_sigterm_ends_a_process_that_has_begun_nothing_with_75():
-    code, out, err = ended("ready(); sys.stdin.read()", signal.SIGTERM)
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_process_that_has_begun_nothing_with_75(kind: signal.Signals):
+    code, out, err = ended("ready(); sys.stdin.read()", kind)
     assert (code, out) == (75, "")
-    assert err == "regpt: ended by SIGTERM; what was saved before is untouched\n"
+    assert err == f"regpt: ended by {kind.name}; what was saved before is untouched\n"
 
 
 @pytest.mark.parametrize(("kind", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])

@@ -2,32 +2,64 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 
 import pytest
 
-from regpt.runs.stop import stop_request
+from regpt.parallel import signals
+from regpt.parallel.signals import KINDS
+from regpt.runs.stop import PoliteStop, stop_request
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals to another process")
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_first_signal_is_a_request_and_the_handlers_are_put_back(kind: signal.Signals):
-    before = [signal.getsignal(k) for k in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(k) for k in KINDS]
     with stop_request() as requested:
         assert not requested()
         signal.raise_signal(kind)
         assert requested()
         signal.raise_signal(kind)  # the same press, that a launcher passes on
-    assert [signal.getsignal(k) for k in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(k) for k in KINDS] == before
     assert signal.set_wakeup_fd(-1) == -1
+
+
+@POSIX
+@pytest.mark.parametrize("stop", [stop_request, PoliteStop()])
+def test_under_nohup_a_closed_terminal_is_no_request(stop):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop() as requested:
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            signal.raise_signal(signal.SIGHUP)
+            assert not requested()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@POSIX
+@pytest.mark.parametrize(("again", "ends"), [(signal.SIGHUP, 0), (signal.SIGTERM, 1)])
+def test_a_terminal_that_is_closed_is_no_second_request(monkeypatch, again: signal.Signals, ends: int):
+    monkeypatch.setattr(signals, "SAME_PRESS_SECONDS", -1.0)
+    seen: list[object] = []
+    ours, theirs = socket.socketpair()
+    with theirs:
+        theirs.send(bytes([signal.SIGHUP, again]))
+    with ours:
+        signals.watch(ours, seen.append, lambda: seen.append("second"), lambda: None, 0)
+    assert seen == [signal.SIGHUP, *["second"] * ends]
 
 
 # Sends the second signal while the first one's handler is at its n-th call of a Python function.
 AT_ONCE = """
 import signal, sys
-from regpt.runs.stop import stop_request
+from regpt.parallel import signals
+from regpt.parallel.signals import KINDS
+from regpt.runs.stop import PoliteStop, stop_request
 for n in range(20):
     calls = []
     def again(frame, event, arg):
@@ -55,6 +87,7 @@ def test_two_signals_at_once_are_one_request():
 BLOCKED = """
 import ctypes, sys
 from regpt.parallel import signals
+from regpt.parallel.signals import KINDS
 from regpt.runs import stop
 signals.SAME_PRESS_SECONDS = float(sys.argv[1])
 def blocked_in_c():

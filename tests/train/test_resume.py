@@ -12,7 +12,7 @@ import tiny
 from regpt.checkpoint.load import checkpoint_folder
 from regpt.cli.train import main
 from regpt.errors import UsageError, UserError
-from regpt.parallel.signals import EXIT_SAVED
+from regpt.parallel.signals import EXIT_SAVED, KINDS
 from regpt.runs.pretrain import check, pretrain, resume
 from regpt.runs.terminal import Terminal
 
@@ -56,7 +56,7 @@ def test_resume_continues_bitwise_from_any_checkpoint(straight, tmp_path: Path, 
     assert last_rows(run) == last_rows(straight)
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_signal_saves_and_the_rest_of_the_run_is_bitwise_the_same(config, straight, tmp_path, monkeypatch, kind):
     run, show = tmp_path / "run", Terminal.row
 

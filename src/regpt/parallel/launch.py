@@ -25,11 +25,12 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from regpt.errors import UsageError
 from regpt.parallel.mesh import HANG_SECONDS
 from regpt.parallel.signals import EXIT_SAVED as SAVED
-from regpt.parallel.signals import INTERRUPTED, KINDS, told_of_signals
+from regpt.parallel.signals import HANGUP, INTERRUPTED, stop_signals, told_of_signals
 
 UNEXPECTED = 70
 DELIBERATE = (1, 2, INTERRUPTED)  # a process that ends with one of these says that another try is of no use
-TOLD = (SAVED, -signal.SIGTERM)  # and with these, that it was told to: by the user, or by torchrun as another one died
+# And with these, that it was asked to: by the user, or by torchrun as another one died.
+TOLD = (SAVED, -signal.SIGTERM, *(-kind for kind in HANGUP))
 STOP_SECONDS = 300  # after a signal, for the processes to end by themselves
 LOOK_SECONDS = 0.5
 GRACE_SECONDS = 5  # more, before they are killed: one that is suspended cannot end itself
@@ -79,10 +80,10 @@ def run_once(
     processes: int, args: Sequence[str], stop_seconds: int, hang_seconds: float, say: Callable[[str], None]
 ) -> tuple[dict[int, int], bool]:
     """The exit code of every process (negative: the signal that ended it), and whether the launcher got a signal."""
-    # Older torch waits for 30 seconds; of SIGHUP it knows no better than to end a run that nohup has started.
+    # Older torch waits for 30 seconds; it ends a run at SIGHUP, also one that nohup has started.
     wanted: dict[str, Any] = {
         "shutdown_timeout": stop_seconds + GRACE_SECONDS,
-        "signals_to_handle": ",".join(kind.name for kind in KINDS),
+        "signals_to_handle": ",".join(kind.name for kind in stop_signals()),
     }
     known = {field.name for field in fields(LaunchConfig)}
     config = LaunchConfig(
@@ -123,11 +124,11 @@ def is_second(error: SignalException) -> bool:
 @contextlib.contextmanager
 def handlers_kept() -> Iterator[None]:
     """torchrun puts its own in their place and leaves them there."""
-    before = [signal.getsignal(kind) for kind in KINDS]
+    before = {kind: signal.getsignal(kind) for kind in stop_signals()}
     try:
         yield
     finally:
-        for kind, handler in zip(KINDS, before):
+        for kind, handler in before.items():
             signal.signal(kind, handler)
 
 

@@ -10,16 +10,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-KINDS = (signal.SIGINT, signal.SIGTERM)
+HANGUP = [signal.Signals(signal.SIGHUP)] if hasattr(signal, "SIGHUP") else []  # terminal or ssh gone; not on Windows
+KINDS = [signal.SIGINT, signal.SIGTERM, *HANGUP]
 SAME_PRESS_SECONDS = 1.0  # one request may arrive twice: from the terminal or timeout(1), and from the launcher
 GRACE_SECONDS = 5.0  # for a main thread to end by itself
 INTERRUPTED = 130
 EXIT_SAVED = 75  # sysexits.h EX_TEMPFAIL: saved, ready to be started again
 
 
+def stop_signals() -> list[signal.Signals]:
+    """The signals that ask a run to stop: SIGINT, SIGTERM, and SIGHUP unless it is ignored, as under nohup."""
+    return [kind for kind in KINDS if kind not in HANGUP or signal.getsignal(kind) is not signal.SIG_IGN]
+
+
 def leave_when_terminated(note: Callable[[int], object] = lambda code: None) -> None:
-    """From now on SIGTERM ends this process with `EXIT_SAVED`, where nothing is to be saved: before the first step of a
-    run, which handles signals itself (`runs.stop`), and after the last.
+    """From now on SIGTERM and SIGHUP end this process with `EXIT_SAVED`, where nothing is to be saved: before the first
+    step of a run, which handles signals itself (`runs.stop`), and after the last.
 
     A main thread that runs no Python code, as it waits for another process, is left after `GRACE_SECONDS`, also after
     Ctrl-C; `note` is told the exit code then.
@@ -30,12 +36,13 @@ def leave_when_terminated(note: Callable[[int], object] = lambda code: None) -> 
     def leave(signum: int, frame: object) -> None:
         if threading.main_thread().is_alive():  # else the process is ending with a code of its own
             with contextlib.suppress(OSError):
-                os.write(2, b"regpt: ended by SIGTERM; what was saved before is untouched\n")
+                name = signal.Signals(signum).name
+                os.write(2, f"regpt: ended by {name}; what was saved before is untouched\n".encode())
             sys.exit(EXIT_SAVED)
 
     def leave_main_thread(kind: int) -> None:
         time.sleep(GRACE_SECONDS)
-        code = EXIT_SAVED if kind == signal.SIGTERM else INTERRUPTED
+        code = INTERRUPTED if kind == signal.SIGINT else EXIT_SAVED
         note(code)
         os._exit(code)
 
@@ -44,8 +51,9 @@ def leave_when_terminated(note: Callable[[int], object] = lambda code: None) -> 
     nothing = (lambda: None, lambda: None, 0.0)
     threading.Thread(target=watch, args=(ours, leave_main_thread, *nothing), daemon=True).start()
     signal.set_wakeup_fd(theirs.detach(), warn_on_full_buffer=False)  # open as long as the process lives
-    signal.signal(signal.SIGTERM, leave)
-    atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)  # the interpreter's end would make it deadly again
+    for kind in set(stop_signals()) - {signal.SIGINT}:
+        signal.signal(kind, leave)
+        atexit.register(signal.signal, kind, signal.SIG_IGN)  # the interpreter's end would make it deadly again
 
 
 @contextlib.contextmanager
@@ -55,8 +63,9 @@ def told_of_signals(
     late: Callable[[], object] = lambda: None,
     seconds: float = 0,
 ) -> Iterator[None]:
-    """While it lasts, a thread calls `first` with a SIGINT or SIGTERM, `second` after another one more than
-    `SAME_PRESS_SECONDS` later, and `late` when `seconds` (0: no limit) have passed since the first.
+    """While it lasts, a thread calls `first` with one of `stop_signals`, `second` after another one more than
+    `SAME_PRESS_SECONDS` later, and `late` when `seconds` (0: no limit) have passed since the first. A SIGHUP is no
+    second one: shell, terminal and system each send it, and nobody is there to press twice.
 
     A thread is told by the interpreter's wake-up descriptor, which a signal writes to whatever the main thread does.
     """
@@ -97,7 +106,7 @@ def watch(
             if began is None:
                 began = time.monotonic()
                 first(kind)
-            elif time.monotonic() - began > SAME_PRESS_SECONDS:
+            elif kind not in HANGUP and time.monotonic() - began > SAME_PRESS_SECONDS:
                 second()
         if began is not None and seconds:
             woken.settimeout(max(began + seconds - time.monotonic(), 1e-3))

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request: finish the step, save, leave; at once when asked twice or when it hangs.
+"""Ctrl-C, SIGTERM and SIGHUP as a request: finish the step, save, leave; at once when asked twice or when it hangs.
 
 A run in a process of its own (`regpt train`) ends with it; a run inside somebody else's (Python) leaves it alive.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 from regpt.console.lines import print_note
-from regpt.parallel.signals import INTERRUPTED, KINDS, SAME_PRESS_SECONDS, told_of_signals
+from regpt.parallel.signals import INTERRUPTED, SAME_PRESS_SECONDS, stop_signals, told_of_signals
 
 HUNG = 70  # sysexits.h EX_SOFTWARE
 StopRequest = Callable[[float], AbstractContextManager[Callable[[], bool]]]  # of `train.stop_seconds`
@@ -20,7 +20,7 @@ StopRequest = Callable[[float], AbstractContextManager[Callable[[], bool]]]  # o
 
 @contextlib.contextmanager
 def stop_request(seconds: float = 0) -> Iterator[Callable[[], bool]]:
-    """`stop_requested()`, true after the first SIGINT or SIGTERM.
+    """`stop_requested()`, true after the first SIGINT, SIGTERM or SIGHUP; a SIGHUP that was ignored (nohup) stays so.
 
     A second one, more than a second later, ends the process at once with exit code 130, also when it waits in a
     collective or for its device; so does the end of `seconds` (0: no limit) after the first, with 70. Nothing on the
@@ -28,7 +28,7 @@ def stop_request(seconds: float = 0) -> Iterator[Callable[[], bool]]:
     """
     asked: list[int] = []  # no Event: its lock would be waited for for ever by a second signal during the first's `set`
     untouched = "what was saved before is untouched"
-    before = [signal.signal(kind, lambda signum, frame: asked.append(signum)) for kind in KINDS]
+    before = {kind: signal.signal(kind, lambda signum, frame: asked.append(signum)) for kind in stop_signals()}
     try:
         with told_of_signals(
             first=asked.append,
@@ -38,7 +38,7 @@ def stop_request(seconds: float = 0) -> Iterator[Callable[[], bool]]:
         ):
             yield lambda: bool(asked)
     finally:
-        for kind, handler in zip(KINDS, before):
+        for kind, handler in before.items():
             signal.signal(kind, handler)
 
 
@@ -57,7 +57,7 @@ class PoliteStop:
         if threading.current_thread() is not threading.main_thread():
             yield lambda: False
             return
-        before = {kind: signal.getsignal(kind) for kind in KINDS}
+        before = {kind: signal.getsignal(kind) for kind in stop_signals()}
 
         def note(signum: int, frame: object) -> None:
             now = time.monotonic()
@@ -70,7 +70,7 @@ class PoliteStop:
             for kind, handler in before.items():
                 signal.signal(kind, signal.SIG_DFL if handler is None else handler)  # None: not installed by Python
 
-        for kind in KINDS:
+        for kind in before:
             signal.signal(kind, note)
         try:
             yield lambda: bool(self.asked)

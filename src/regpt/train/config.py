@@ -56,7 +56,7 @@ class TrainConfig:
     max_refused: Annotated[int, Range(1, MANY)] = 3
     """Updates in a row that may be skipped or rewound before the run stops."""
     stop_seconds: Annotated[int, Range(1, LONG)] = 300
-    """After Ctrl-C or SIGTERM the step is finished and saved; a process that has not ended by then ends at once."""
+    """After Ctrl-C, SIGTERM or SIGHUP the step is finished and saved; a process still here by then ends at once."""
     hang_seconds: Annotated[int, Range(1, LONG)] = 600
     """A process that waits so long for the others names those missing and ends; the launcher starts all again."""
     seed: Annotated[int, Range(-SEED, SEED)] = 1337
