@@ -180,6 +180,24 @@ def test_the_vocabulary_is_that_of_the_data_unless_a_file_or_a_flag_gives_one(re
     assert read_run_config(tmp_path / "run").model.vocab_size == 300
 
 
+def test_a_file_of_ones_own_needs_no_micro_batch_and_a_bad_one_is_refused(regpt, corpus: Path, tmp_path: Path):
+    mine = tmp_path / "mine.toml"
+    text = """
+    model = {n_layer = 1, n_head = 2, n_embd = 16, max_seq_len = 16}
+    data = {seq_len = 16}
+    train = {steps = 2, batch_tokens = 48, compile = false ROWS}
+    optim = {warmup_steps = 1}
+    sample = {prompt = "the", max_new_tokens = 2}
+    """
+    mine.write_text(text.replace("ROWS", ""), encoding="utf-8")
+    code, _, err = regpt("train", mine, "--data", corpus, "--out", tmp_path / "run")
+    assert code == 0, err
+    assert read_run_config(tmp_path / "run").train.micro_batch_rows in (1, 3)
+    mine.write_text(text.replace("ROWS", ", micro_batch_rows = 2"), encoding="utf-8")
+    code, _, err = regpt("train", mine, "--data", corpus, "--out", tmp_path / "run2")
+    assert (code, "train.batch_tokens 48 is not a multiple of 32" in err) == (2, True)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="torch quotes paths on Windows")
 def test_a_temporary_folder_that_the_compiler_cannot_use_is_one_sentence(
     regpt, tiny_flags, tmp_path: Path, monkeypatch

@@ -20,7 +20,7 @@ class TrainConfig:
     """Updates in the whole run (the lecture: 10 billion tokens)."""
     batch_tokens: Annotated[int, Range(1, MANY)] = 524288
     """Tokens an update, over all processes (GPT-3 paper, table 2.1: 0.5 M for 125M)."""
-    micro_batch_rows: Annotated[Literal["auto"] | int, Range(1, MANY)] = 64
+    micro_batch_rows: Annotated[Literal["auto"] | int, Range(1, MANY)] = "auto"
     """Rows that one process computes at once; the rest of the batch is accumulated. auto: what fits, tried at the
     start and kept in config.toml."""
     precision: PrecisionName = "bf16"
