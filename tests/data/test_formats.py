@@ -239,6 +239,30 @@ def test_columns_inside_others_are_named_by_their_path(tmp_path):
             texts_of(tmp_path / name, text_column="doc")
 
 
+def test_columns_inside_lists_and_keys_with_dots_are_named_by_their_path(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    rows = [{"chat": [{"role": "user", "content": text}, {"role": "x", "content": ""}], "m": {"a.b": [text]}} for text in TEXTS]  # fmt: skip  # noqa: E501
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=3)
+    for name in ("a.jsonl", "a.parquet"):
+        for column in ("chat.0.content", "m.a.b.0", "m.a.b.-1"):
+            assert texts_of(tmp_path / name, text_column=column) == TEXTS
+        template = "{chat.0.role}: {chat.0.content}{chat.1.content}{m.a.b.0}"
+        assert texts_of(tmp_path / name, template=template)[0] == "user: oneone"
+        with pytest.raises(UserError, match=r"did you mean 'chat.0.content'"):
+            texts_of(tmp_path / name, text_column="chat.content")
+        with pytest.raises(UserError, match=r"no column 'chat.2.content'"):
+            texts_of(tmp_path / name, text_column="chat.2.content")
+
+
+def test_a_column_of_nulls_is_empty_documents(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"text": pa.nulls(3)}), tmp_path / "a.parquet")
+    assert texts_of(tmp_path / "a.parquet") == ["", "", ""]
+
+
 def test_a_key_with_a_dot_and_an_empty_template(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"a.b": "one", "c": null, "d": true}\n', encoding="utf-8")
     assert texts_of(tmp_path / "a.jsonl", text_column="a.b") == ["one"]

@@ -3,6 +3,7 @@
 import json
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from regpt.data.document import Unreadable
@@ -73,21 +74,33 @@ def missing(name: str, there: Iterable[str]) -> str:
 
 
 def pick(value: Any, name: str) -> Any:
-    """`doc.text`, `messages.0.content`: the value at a path of keys and numbers.
+    """`doc.text`, `messages.0.content`: the value at a path of keys and numbers; a key may hold dots itself.
 
     Raises:
         LookupError, TypeError, ValueError: nothing is there.
     """
-    for key in name.split("."):
-        value = value[int(key) if isinstance(value, list) else key]
-    return value
+    if isinstance(value, list):
+        key, dot, rest = name.partition(".")
+        return pick(value[int(key)], rest) if dot else value[int(key)]
+    if not isinstance(value, dict):
+        raise TypeError(name)
+    if name in value:
+        return value[name]
+    for key in value:
+        if name.startswith(f"{key}."):
+            with suppress(LookupError, TypeError, ValueError):
+                return pick(value[key], name[len(key) + 1 :])
+    raise LookupError(name)
 
 
 def names_in(row: Mapping[str, Any], before: str = "") -> Iterator[str]:
-    """The columns of `row`, those inside others by their paths."""
+    """The columns of `row`, those inside others by their paths, those of a list by its first element."""
     for name, value in row.items():
+        place = f"{name}"
+        while isinstance(value, list) and value and len(place) < 100:
+            value, place = value[0], f"{place}.0"
         if isinstance(value, dict) and value and len(before) < 100:
-            yield from names_in(value, f"{before}{name}.")
+            yield from names_in(value, f"{before}{place}.")
         else:
             yield before + name
 

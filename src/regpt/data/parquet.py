@@ -38,7 +38,7 @@ def read_parquet(path: Path, columns: Columns | None, part: Part | None = None) 
     """The rows of `path`, or of a part: all columns, or those that `columns` needs; of a single one the text itself."""
     with opened_parquet(path) as file:
         names = check_columns(file, columns, path) if columns else None
-        alone = names is not None and len(names) == 1 and names[0] in file.schema_arrow.names
+        alone = columns is not None and len(columns.names) == 1 and columns.names[0] in file.schema_arrow.names
         packed = {one for chunk in chunks_of(file.metadata, names) for one in chunk.encodings}
     whole = alone and not packed & PREFIXES  # a dictionary stays one
     with opened_parquet(path, names if whole and packed & DICTIONARY else None) as file:
@@ -85,41 +85,67 @@ def opened_parquet(path: Path, dictionaries: Sequence[str] | None = None) -> Ite
 
 
 def check_columns(file: Any, columns: Columns, path: Path) -> list[str]:
-    """The columns that are asked for; see `read_parquet`.
+    """The columns to read for those that are asked for: of a list, the whole column.
 
     Raises:
         UserError: one is not there, is there twice, or is not text.
     """
-    schema = file.schema_arrow
-    leaves = [file.metadata.schema.column(i).path for i in range(file.metadata.num_columns)]
+    schema, types, read = file.schema_arrow, import_pyarrow(path)[0].types, []
     for name in columns.names:
         if schema.names.count(name) > 1:
             raise UserError(f"{path} has more than one column {name!r}, there are {', '.join(schema.names)}; {HOW}")
-        kind = type_of(schema, name)
+        kind, column = field_at(schema, name, types)
         if kind is None:
-            raise UserError(f"{path} has {missing(name, leaves)}")
-        if columns.alone and not is_text(kind, path):
+            raise UserError(f"{path} has {missing(name, names_of(schema, types))}")
+        if columns.alone and not is_text(kind, types):
             raise UserError(f"{path}: column {name!r} is not text but {kind}; name another with --text-column")
-    return list(columns.names)
+        read.append(column)
+    return list(dict.fromkeys(read))
 
 
-def type_of(schema: Any, name: str) -> Any:
-    """The type of a column, or of a field inside columns; None if there is none."""
-    if name in schema.names:
-        return schema.field(name).type
-    kind, fields = None, schema
-    for key in name.split("."):
-        index = fields.get_field_index(key) if hasattr(fields, "get_field_index") else -1
-        if index < 0:
-            return None
-        kind = fields = fields.field(index).type
-    return kind
+def field_at(fields: Any, name: str, types: Any) -> tuple[Any, str]:
+    """The type at a path as `pick` reads it, and the part of the path before its first list; (None, "") if none."""
+    for field in fields:
+        if field.name == name:
+            return field.type, name
+    for field in fields:
+        if name.startswith(f"{field.name}."):
+            kind, column = type_inside(field.type, name[len(field.name) + 1 :], types)
+            if kind is not None:
+                return kind, f"{field.name}.{column}" if column else field.name
+    return None, ""
 
 
-def is_text(kind: Any, path: Path) -> bool:
-    types = import_pyarrow(path)[0].types
+def type_inside(kind: Any, name: str, types: Any) -> tuple[Any, str]:
+    if types.is_struct(kind):
+        return field_at(kind, name, types)
+    key, _, rest = name.partition(".")
+    if not is_list(kind, types) or not key.removeprefix("-").isdecimal():
+        return None, ""
+    return (type_inside(kind.value_type, rest, types)[0] if rest else kind.value_type), ""
+
+
+def names_of(fields: Any, types: Any, before: str = "") -> Iterator[str]:
+    """The paths of all columns, those of a list by its first element."""
+    for field in fields:
+        kind, place = field.type, before + field.name
+        while is_list(kind, types):
+            kind, place = kind.value_type, f"{place}.0"
+        if types.is_struct(kind):
+            yield from names_of(kind, types, f"{place}.")
+        else:
+            yield place
+
+
+def is_list(kind: Any, types: Any) -> bool:
+    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+
+
+def is_text(kind: Any, types: Any) -> bool:
+    """Whether values are text, or all of them null."""
     kind = kind.value_type if types.is_dictionary(kind) else kind
-    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    checks = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+    return any(check(kind) for check in checks)
 
 
 def values_of(values: Any, path: Path, first_row: int) -> Iterator[Any]:
