@@ -42,6 +42,33 @@ def test_a_tokenizer_needs_no_folder_and_takes_no_used_one(text: Path, tmp_path:
         regpt.train_tokenizer([], 260)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"dedup": "near"}, "prepare has no option 'dedup'"),
+        ({"sepparator": "x"}, "did you mean 'separator'"),
+        ({"executor": "slurm"}, "executor is 'slurm', must be one of 'local', 'ray'"),
+        ({"include": "*.txt"}, "must be a list of text"),
+        ({"val_fraction": "0.1"}, "must be a number or None"),
+        ({"tokenizer": 5}, "must be text, a path or a Tokenizer"),
+        ({"filters": {"dedup": "nearly"}}, "did you mean 'near'"),
+        ({"filters": {"dedupe": "near"}}, "did you mean 'dedup'"),
+        ({"val": [5]}, "a source is 5"),
+    ],
+)
+def test_options_that_prepare_does_not_take_are_refused(text: Path, tmp_path: Path, options: dict, said: str):
+    with pytest.raises(regpt.UsageError, match=said):
+        regpt.prepare(text, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_filters_may_be_a_dict_and_sources_any_iterable(text: Path, tmp_path: Path):
+    lines = tmp_path / "a.jsonl"
+    lines.write_text('{"text": "the cat"}\n' * 3 + '{"text": "the dog"}\n', encoding="utf-8")
+    options = {"tokenizer": regpt.train_tokenizer(text, 270), "filters": {"dedup": "exact"}, "val_fraction": 0}
+    assert regpt.prepare(iter([lines]), tmp_path / "out", **options).documents("train") == 2
+
+
 def test_metrics_are_arrays_by_kind_and_column(straight: Path):
     run = regpt.read_run(straight)
     train, val = run.metrics["train"], run.metrics["val"]

@@ -125,6 +125,20 @@ def test_threads_may_share_a_model(lm):
         (lambda lm: lm.generate("ba", temperature=0), "temperature"),
         (lambda lm: lm.generate(["ba"], stream=True), "stream takes one prompt"),
         (lambda lm: lm.generate("ba", past_context="slid"), "did you mean 'slide'"),
+        (lambda lm: lm.generate("ba", temperature="1"), "temperature is '1', must be a number"),
+        (lambda lm: lm.generate("ba", top_k=2.5), "top_k is 2.5, must be a whole number"),
+        (lambda lm: lm.generate("ba", max_new_tokens=True), "max_new_tokens is True, must be a whole number"),
+        (lambda lm: lm.generate("ba", seed=None), "seed is None, must be a whole number"),
+        (lambda lm: lm.generate("ba", temprature=1.0), "'temprature'; it takes prompt, max_new_tokens, temperature"),
+        (lambda lm: regpt.load(None), "model is None, must be text or a path"),
+        (lambda lm: regpt.evaluate(lm), "model is <LanguageModel"),
+        (lambda lm: regpt.evaluate(lm.source, []), "no task"),
+        (lambda lm: regpt.evaluate(lm.source, ["val", 5]), "must be text or a list of text"),
+        (lambda lm: regpt.evaluate(lm.source, compile="maybe"), "compile is 'maybe', must be True or False"),
+        (lambda lm: regpt.evaluate(lm.source, max_items=-1), "max-items is -1"),
+        (lambda lm: regpt.evaluate(lm.source, val_token=1), "did you mean 'val_tokens'"),
+        (lambda lm: regpt.read_run(5), "run is 5, must be text or a path"),
+        (lambda lm: regpt.train(None, "run"), "recipe is None, must be text, a path or a RunConfig"),
         (lambda lm: regpt.load("no such model"), "does not exist"),
         (lambda lm: regpt.load(lm.source, precision="fp33"), "did you mean 'fp32'"),
         (lambda lm: regpt.load(lm.source, device="gpu"), "is not available"),
@@ -133,3 +147,8 @@ def test_threads_may_share_a_model(lm):
 def test_what_cannot_be_computed_is_refused(lm, call, said: str):
     with pytest.raises(regpt.UsageError, match=said):
         call(lm)
+
+
+def test_numbers_of_numpy_are_numbers(lm):
+    options = {"max_new_tokens": np.int64(3), "temperature": np.float32(0.5), "seed": np.int32(1)}
+    assert lm.generate("ba", **options) == lm.generate("ba", max_new_tokens=3, temperature=0.5, seed=1)

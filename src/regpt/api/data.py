@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from regpt.api.arguments import check_options, checked, hints_of
+from regpt.data.manifest import Manifest
 from regpt.data.named import open_sources
 from regpt.data.prepare import SHARD_TOKENS
 from regpt.data.prepare import prepare as write_shards
@@ -16,24 +18,30 @@ from regpt.data.write import try_place, write_file, writing_to
 from regpt.errors import UsageError, UserError
 from regpt.text.bpe import train_bpe
 from regpt.text.open import open_tokenizer
-
-if TYPE_CHECKING:
-    from regpt.data.manifest import Manifest
-    from regpt.text.tokenizer import Tokenizer
+from regpt.text.tokenizer import Tokenizer
 
 Place = str | os.PathLike[str]
 
+OWN = {"sources", "out", "tokenizer", "val_sources", "val_fraction", "text", "shard_tokens", "filters", "return"}
+OPTIONS = {  # of `prepare`, besides its own parameters
+    name: hint
+    for owner in (TextOptions, write_shards)
+    for name, hint in hints_of(owner).items()
+    if name not in OWN | {"text_column"}
+}
 
+
+@checked
 def prepare(
-    sources: Place | Sequence[Place],
+    sources: Place | Iterable[Place],
     out: Place,
     *,
     tokenizer: Place | Tokenizer = "gpt2",
-    val: Place | Sequence[Place] = (),
+    val: Place | Iterable[Place] = (),
     val_fraction: float | None = None,
     text_column: str = "text",
     shard_tokens: int = SHARD_TOKENS,
-    filters: Filters | None = None,
+    filters: Filters | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Manifest:
     """Write the token shards of `sources` into the new folder `out`; returns its manifest.
@@ -42,12 +50,17 @@ def prepare(
         sources: files, folders, globs, addresses or named sets, as for `regpt data prepare`.
         tokenizer: `gpt2`, a folder or file that `train_tokenizer` wrote, or the tokenizer itself.
         val: sources to hold out; otherwise `val_fraction` of the documents (0.1 below 10 MB of text, 0.005 above).
+        filters: what is left out, by the fields of `regpt.data.settings.Filters`: `{"dedup": "near"}`.
         options: how files become documents (the rest of `regpt.data.settings.TextOptions`: `template`, `separator`,
             `encoding`, …), and the rest of what `regpt.data.prepare.prepare` takes, such as `workers`.
 
     Raises:
+        UsageError: an unknown option, or a value of another type.
         UserError: sources that cannot be read or are empty, options out of range, a folder that holds other data.
     """
+    if isinstance(filters, Mapping):
+        filters = Filters(**check_options("filters", filters, hints_of(Filters)))
+    options = check_options("prepare", options, OPTIONS)
     text = {field.name: options.pop(field.name) for field in fields(TextOptions) if field.name in options}
     return write_shards(
         names(sources),
@@ -62,8 +75,9 @@ def prepare(
     )
 
 
+@checked
 def train_tokenizer(
-    sources: Place | Sequence[Place], vocab_size: int, out: Place | None = None, *, text_column: str = "text"
+    sources: Place | Iterable[Place], vocab_size: int, out: Place | None = None, *, text_column: str = "text"
 ) -> Tokenizer:
     """A byte-level BPE of `vocab_size` tokens learned from `sources`; `out`, where given, gets its tokenizer.json.
 
@@ -93,6 +107,9 @@ def opened(tokenizer: Place | Tokenizer) -> Tokenizer:
     return open_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
 
 
-def names(given: Place | Sequence[Place]) -> list[str]:
+def names(given: Place | Iterable[Place]) -> list[str]:
     """One place, or several, as text."""
-    return [os.fspath(one) for one in ([given] if isinstance(given, str | os.PathLike) else given)]
+    places = [given] if isinstance(given, str | os.PathLike) else list(given)
+    if wrong := [one for one in places if not isinstance(one, str | os.PathLike)]:
+        raise UsageError(f"a source is {wrong[0]!r}, must be text or a path")
+    return [os.fspath(one) for one in places]

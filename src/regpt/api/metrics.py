@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
+from regpt.api.arguments import checked
 from regpt.config import RunConfig
 from regpt.errors import UsageError, UserError, nearest
 from regpt.report.read import Row
@@ -88,6 +89,7 @@ class TrainingRun:
         return f"<TrainingRun {str(self.folder)!r}: step {self.step:,} of {self.config.train.steps:,}{loss}>"
 
 
+@checked
 def read_run(run: str | os.PathLike[str]) -> TrainingRun:
     """The run in the folder `run`, also while it is written. Where a step occurs twice, the last row counts.
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from regpt.api.arguments import checked
 from regpt.checkpoint.open import OpenModel, open_model
 from regpt.data.batch import Batch
-from regpt.errors import UsageError, UserError, nearest
+from regpt.errors import UsageError, UserError
 from regpt.model.config import ModelConfig
 from regpt.model.hf import config_to_hf, weights_to_hf
 from regpt.model.transformer import Transformer
@@ -30,10 +31,10 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
 PastContext = Literal["refuse", "slide"]
-PAST_CONTEXT = get_args(PastContext)
 Ids = Sequence[int] | Sequence[Sequence[int]] | np.ndarray | Tensor
 
 
+@checked
 def load(
     model: str | os.PathLike[str],
     *,
@@ -85,6 +86,7 @@ class LanguageModel:
     def generate(self, prompt: str, *, max_new_tokens: int = ..., temperature: float = ..., top_k: int = ..., top_p: float = ..., seed: int = ..., past_context: PastContext = ..., stream: Literal[True]) -> Iterator[str]: ...  # fmt: skip  # noqa: E501
     @overload
     def generate(self, prompt: list[str] | tuple[str, ...], *, max_new_tokens: int = ..., temperature: float = ..., top_k: int = ..., top_p: float = ..., seed: int = ..., past_context: PastContext = ..., stream: Literal[False] = ...) -> list[str]: ...  # fmt: skip  # noqa: E501
+    @checked
     def generate(
         self,
         prompt: str | list[str] | tuple[str, ...],
@@ -117,11 +119,6 @@ class LanguageModel:
             UsageError: a value that is not allowed, or `stream` with several prompts.
             UserError: prompt and new tokens are longer than the model, or its logits are not finite.
         """
-        if past_context not in PAST_CONTEXT:
-            raise UsageError(
-                f"past_context is {past_context!r}, must be one of {', '.join(PAST_CONTEXT)}"
-                f"{nearest(str(past_context), PAST_CONTEXT)}"
-            )
         options = {
             "max_new_tokens": max_new_tokens,
             "options": SamplingOptions(temperature, top_k, top_p),
@@ -129,8 +126,6 @@ class LanguageModel:
             "slide": past_context == "slide",
         }
         prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
-        if wrong := [one for one in prompts if not isinstance(one, str)]:
-            raise UsageError(f"a prompt is {wrong[0]!r}, must be text; give a str or a list of them")
         if stream:
             if not isinstance(prompt, str):
                 raise UsageError("stream takes one prompt, a list was given; call generate once for each")
@@ -215,10 +210,13 @@ class LanguageModel:
         """Token ids, (T,) or (B, T), as int64 on the model's device."""
         try:
             ids = given.detach().cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
-        except (TypeError, ValueError):  # rows of different lengths, say
-            ids = np.empty(0)
-        if ids.size == 0 or ids.ndim not in (1, 2) or ids.dtype.kind not in "iu":
-            raise UsageError("no token ids were given; give a text that is not empty, or whole numbers (T,) or (B, T)")
+        except (TypeError, ValueError):
+            raise UsageError("rows of different lengths are no token ids (B, T); give rows of one length") from None
+        how = "give a text that is not empty, or whole numbers (T,) or (B, T)"
+        if ids.size == 0:
+            raise UsageError(f"no token ids were given; {how}")
+        if ids.ndim not in (1, 2) or ids.dtype.kind not in "iu":
+            raise UsageError(f"an array of {ids.dtype} in shape {ids.shape} is no token ids; {how}")
         for end in (ids.min(), ids.max()):
             if not 0 <= end < self.config.vocab_size:
                 raise UsageError(f"token id {end} is not in the vocabulary, ids are 0 to {self.config.vocab_size - 1}")

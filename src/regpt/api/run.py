@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from regpt.api.arguments import check_options, checked, hints_of
 from regpt.api.metrics import TrainingRun, read_run
 from regpt.checkpoint.generators import generator_states, restore_generators
 from regpt.config import RunConfig, overlay, read_config, validate
-from regpt.errors import UsageError, nearest
+from regpt.errors import UsageError
 from regpt.evals.specs import check_specs, parse_tasks
 from regpt.parallel.mesh import choose_device, launcher_rank, launcher_world_size, open_mesh
 from regpt.runs.evaluate import Question, answer, rows, silent
@@ -28,6 +29,7 @@ from regpt.train.precision import check_inference_precision
 Place = str | os.PathLike[str]
 
 
+@checked
 def train(
     recipe: Place | RunConfig,
     out: Place,
@@ -65,6 +67,7 @@ def train(
     )
 
 
+@checked
 def resume(run: Place, *, force: bool = False, quiet: bool = False, **sections: Mapping[str, Any]) -> TrainingRun:
     """Go on with a run from its newest intact checkpoint, as `regpt train --resume`; returns it.
 
@@ -84,6 +87,7 @@ def resume(run: Place, *, force: bool = False, quiet: bool = False, **sections: 
     return fitted(folder, config, lambda stop: resume_run(folder, config, force=force, quiet=quiet, stop=stop))
 
 
+@checked
 def evaluate(
     model: Place,
     tasks: str | Sequence[str] = "val",
@@ -107,13 +111,11 @@ def evaluate(
         UserError: files that cannot be had, data of another tokenizer, a damaged model, too little memory.
     """
     specs = parse_tasks(tasks) if isinstance(tasks, str) else check_specs(tasks)
-    known = set(Question.__dataclass_fields__) - {"model", "specs", "data"}
-    for name in options:
-        if name not in known:
-            raise UsageError(
-                f"evaluate has no option {name!r}{nearest(name, known)}; there is: {', '.join(sorted(known))}"
-            )
+    if not specs:
+        raise UsageError("no task was given; give their names, such as val")
     check_inference_precision(options.get("precision", "fp32"))
+    known = {name: hint for name, hint in hints_of(Question).items() if name not in ("model", "specs", "data")}
+    options = check_options("evaluate", options, known)
     asked = Question(os.fspath(model), specs, None if data is None else os.fspath(data), **options)
     with global_state_kept(device), open_mesh(device) as mesh:
         return rows(answer(asked, mesh, silent))

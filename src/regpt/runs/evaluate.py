@@ -58,6 +58,11 @@ class Question:
     max_seconds: float = 0.0
     ema: bool = False
 
+    def __post_init__(self) -> None:
+        for name, value in (("max-items", self.max_items), ("max-seconds", self.max_seconds)):
+            if not 0 <= value < math.inf:
+                raise UsageError(f"{name} is {value}, must be 0 (no limit) or more")
+
 
 @dataclass(frozen=True)
 class ValTask:

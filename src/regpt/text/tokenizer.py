@@ -1,7 +1,7 @@
 """What the rest of the package asks of a tokenizer."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,6 +16,7 @@ class Encoder(Protocol):
         ...
 
 
+@runtime_checkable
 class Tokenizer(Encoder, Protocol):
     """Text to token ids and back. Text that spells a special token is encoded as ordinary characters.
 
