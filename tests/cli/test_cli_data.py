@@ -43,8 +43,24 @@ def test_long_words_are_cut_to_learn_from_and_counted(texts, capsys):
 
 
 def test_a_tokenizer_is_never_overwritten(texts):
-    with pytest.raises(UserError, match=r"tokenizer\.json exists already; choose another --out"):
-        tokenizer.main(["train", "texts", "--vocab-size", "270", "--out", "bpe"])
+    same = ["train", "texts", "--vocab-size", "280", "--out", "bpe"]
+    for other in (["--vocab-size", "270"], ["--encoding", "latin-1"]):
+        with pytest.raises(UserError, match=r"tokenizer\.json exists already; choose another --out"):
+            tokenizer.main([*same, *other])
+    (texts / "texts" / "1.txt").write_text("[1] another text, as long", encoding="utf-8")
+    with pytest.raises(UserError, match=r"tokenizer\.json exists already"):
+        tokenizer.main(same)
+
+
+def test_the_same_command_again_on_a_trained_tokenizer_has_nothing_to_do(texts, capsys):
+    same = ["train", "texts", "--vocab-size", "280", "--out", "bpe"]
+    before = (texts / "bpe" / "tokenizer.json").read_bytes()
+    assert tokenizer.main(same) == 0
+    assert "nothing to do: bpe holds the tokenizer of these sources already" in capsys.readouterr().out
+    assert (texts / "bpe" / "tokenizer.json").read_bytes() == before
+    (texts / "bpe" / "made_of.json").write_text("[" * 100_000, encoding="utf-8")  # nobody knows
+    with pytest.raises(UserError, match=r"tokenizer\.json exists already"):
+        tokenizer.main(same)
 
 
 def test_prepare_info_and_verify_follow_each_other(texts, capsys):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from regpt.data.settings import TextOptions
     from regpt.text.tokenizer import Tokenizer
 
+MADE_OF = "made_of.json"  # next to tokenizer.json
 MEASURED_CHARS = 10_000_000  # of the training text, encoded to print the bytes a token
 
 
@@ -34,7 +37,7 @@ class TrainArgs(TextArgs):
     vocab_size: int
     """Tokens, the 256 bytes and <|endoftext|> included."""
     out: Annotated[str, tyro.conf.arg(metavar="DIR")]
-    """Folder to write tokenizer.json into; it must not hold one already."""
+    """Folder to write tokenizer.json into; where these sources made the one in it, nothing is to do."""
     file: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Take tinyshakespeare from this file instead of downloading it."""
 
@@ -53,8 +56,6 @@ def main(args: list[str]) -> int:
 def train_main(args: list[str]) -> int:
     given = parse(TrainArgs, args, prog="regpt tokenizer train")
     file = Path(given.out) / "tokenizer.json"
-    if file.exists():
-        raise UserError(f"{file} exists already; choose another --out or delete it")
     from regpt.data.formats import check_text
     from regpt.data.named import NamedOptions, list_sources
     from regpt.data.write import try_place, write_file, writing_to
@@ -63,12 +64,19 @@ def train_main(args: list[str]) -> int:
 
     if not given.sources:
         raise UsageError("no SOURCE given; give files, folders, globs or a named set")
-    try_place(file.parent)
+    if not file.exists():
+        try_place(file.parent)
     named = NamedOptions(cache=cache_folder(), file=Path(given.file) if given.file else None)
     text = given.text_options()
     check_text(text)
     listing = list_sources(given.sources, options=named, text=text)
     sources = listing.train
+    if file.exists():
+        if stored(file) != made_of(file, given, sources):
+            raise UserError(f"{file} exists already; choose another --out or delete it")
+        listing.discard()
+        print_line(f"nothing to do: {given.out} holds the tokenizer of these sources already")
+        return 0
     print_left_out(listing.left_out)
     long_words = LongWords()
     tokenizer = train_bpe(shown(sources, text), given.vocab_size, long_words)
@@ -80,11 +88,32 @@ def train_main(args: list[str]) -> int:
     with writing_to(file.parent):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_file(file, tokenizer.to_json().encode())
+        write_file(file.with_name(MADE_OF), json.dumps(made_of(file, given, sources), indent=1).encode())
     measured = bytes_per_token(tokenizer, sources, text)
     listing.discard()
     print_line(f"wrote {file}: {tokenizer.n_vocab:,} tokens, {measured:.3f} bytes a token on its training text")
     print_line(f"use it with: regpt data prepare SOURCE --tokenizer {given.out} --out DIR")
     return 0
+
+
+def made_of(file: Path, given: TrainArgs, sources: list[Source]) -> dict[str, Any]:
+    """What decides the bytes of a tokenizer: they themselves, its size, how text was read, every source."""
+    return {
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "vocab_size": given.vocab_size,
+        "text": json.loads(json.dumps(asdict(given.text_options()))),
+        "sources": [source.known() for source in sources],
+    }
+
+
+def stored(file: Path) -> Any:
+    """`made_of` as it was when the tokenizer `file` was written; None where nobody knows."""
+    from regpt.structured import read_json
+
+    try:
+        return read_json(file.with_name(MADE_OF), "delete it")
+    except UserError:
+        return None
 
 
 def shown(sources: list[Source], text: TextOptions) -> Iterator[str]:
