@@ -22,6 +22,7 @@ from kernels import reference as pieces
 from kernels.reference_fp8 import Rounding
 from naive import naive_scores, random_prompts
 from regpt.checkpoint.load import checkpoint_folder
+from regpt.config import RunConfig
 from regpt.data.batch import IGNORE_INDEX, Batch
 from regpt.evals.score import Scorer
 from regpt.kernels.attention import TorchAttention
@@ -285,59 +286,46 @@ def at_the_end(run: Path) -> Found:
     return load_file(folder / "model.safetensors") | load_file(folder / "optimizer.safetensors")
 
 
-def straight_and_cut(shards: Path, folder: Path, step: int) -> tuple[Path, Path]:
+def straight_and_cut(config: RunConfig, folder: Path, step: int) -> tuple[Path, Path]:
     """A run, and its copy that has no checkpoint later than `step`."""
     straight, cut = folder / "straight", folder / f"cut-{step}"
     if not straight.exists():
-        assert pretrain(tiny.run_config(shards), straight) == 0
+        assert pretrain(config, straight) == 0
     shutil.copytree(straight, cut)
     for later in range(step + 2, 9, 2):
         shutil.rmtree(checkpoint_folder(cut, later))
     return straight, cut
 
 
-def resumed(shards: Path, folder: Path) -> list[tuple[Found, Found]]:
-    pairs = []
-    for step in (2, 4, 6):
-        straight, cut = straight_and_cut(shards, folder, step)
-        assert resume(cut) == 0
-        pairs.append((at_the_end(cut), at_the_end(straight)))
-    return pairs
+def resumed(shards: Path, folder: Path, config: RunConfig | None = None, at=(2, 4, 6)) -> list[tuple[Found, Found]]:
+    runs = [straight_and_cut(config or tiny.run_config(shards), folder, step) for step in at]
+    assert [resume(cut) for _, cut in runs] == [0] * len(at)
+    return [(at_the_end(cut), at_the_end(straight)) for straight, cut in runs]
 
 
 def forked(shards: Path, folder: Path) -> list[tuple[Found, Found]]:
-    straight, _ = straight_and_cut(shards, folder, 4)
+    straight, _ = straight_and_cut(tiny.run_config(shards), folder, 4)
     for step in (2, 4, 6):
         assert fork(read_run_config(straight), checkpoint_folder(straight, step), folder / f"fork-{step}") == 0
     return [(at_the_end(folder / f"fork-{step}"), at_the_end(straight)) for step in (2, 4, 6)]
 
 
 def dropout_resumed(shards: Path, folder: Path) -> list[tuple[Found, Found]]:
-    straight, cut = folder / "dropout", folder / "dropout-cut"
-    assert pretrain(tiny.change(tiny.run_config(shards), "model", dropout=0.2), straight) == 0
-    shutil.copytree(straight, cut)
-    for later in (6, 8):
-        shutil.rmtree(checkpoint_folder(cut, later))
-    assert resume(cut) == 0
-    return [(at_the_end(cut), at_the_end(straight))]
+    return resumed(shards, folder, tiny.change(tiny.run_config(shards), "model", dropout=0.2), at=[4])
 
 
 def averaged(shards: Path, folder: Path) -> list[tuple[Found, Found]]:
-    """The average of a resumed run; and the weights beside an average, without one."""
-    config = tiny.change(tiny.run_config(shards), "train", ema_decay=0.9)
-    straight, cut = folder / "averaged", folder / "cut"
-    assert pretrain(config, straight) == 0
-    shutil.copytree(straight, cut)
-    for later in (6, 8):
-        shutil.rmtree(checkpoint_folder(cut, later))
+    """The average of a resumed run; and the weights next to an average, without one."""
+    config = tiny.run_config(shards)
+    straight, cut = straight_and_cut(tiny.change(config, "train", ema_decay=0.9), folder / "averaged", 4)
     assert resume(cut) == 0
     ours, theirs = (load_file(checkpoint_folder(run, 8) / "ema.safetensors") for run in (cut, straight))
-    plain, _ = straight_and_cut(shards, folder, 4)
-    return [(ours, theirs), (at_the_end(straight), at_the_end(plain))]
+    assert pretrain(config, folder / "plain") == 0
+    return [(ours, theirs), (at_the_end(straight), at_the_end(folder / "plain"))]
 
 
 def resumed_by_two(shards: Path, folder: Path) -> list[tuple[Found, Found]]:
-    straight, cut = straight_and_cut(shards, folder, 4)
+    straight, cut = straight_and_cut(tiny.run_config(shards), folder, 4)
     assert tiny.in_processes(2, resume, cut) == [0, 0]
     return [(at_the_end(cut), at_the_end(straight))]
 
@@ -392,17 +380,11 @@ def table() -> str:
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize(
-    "cell",
-    [
-        pytest.param(
-            cell,
-            id=cell.run.__name__,
-            marks=[tiny.IMPORTS_COMPILER, *([pytest.mark.slow] if cell.slow else [])],
-        )
-        for cell in CELLS
-    ],
-)
+def marks(cell: Cell) -> list[pytest.MarkDecorator]:
+    return [tiny.IMPORTS_COMPILER, *([pytest.mark.slow] if cell.slow else [])]
+
+
+@pytest.mark.parametrize("cell", [pytest.param(cell, id=cell.run.__name__, marks=marks(cell)) for cell in CELLS])
 def test_a_and_b_find_the_same(cell: Cell, request: pytest.FixtureRequest, tmp_path: Path):
     whole_runs = cell.run in (resumed, forked, dropout_resumed, averaged, resumed_by_two, offloaded)
     pairs = cell.run(request.getfixturevalue("shards"), tmp_path) if whole_runs else cell.run()
