@@ -316,11 +316,10 @@ def dropout_resumed(shards: Path, folder: Path) -> list[tuple[Found, Found]]:
 
 def averaged(shards: Path, folder: Path) -> list[tuple[Found, Found]]:
     """The average of a resumed run; and the weights next to an average, without one."""
-    config = tiny.run_config(shards)
-    straight, cut = straight_and_cut(tiny.change(config, "train", ema_decay=0.9), folder / "averaged", 4)
+    straight, cut = straight_and_cut(tiny.change(tiny.run_config(shards), "train", ema_decay=0.9), folder / "ema", 4)
     assert resume(cut) == 0
     ours, theirs = (load_file(checkpoint_folder(run, 8) / "ema.safetensors") for run in (cut, straight))
-    assert pretrain(config, folder / "plain") == 0
+    assert pretrain(tiny.run_config(shards), folder / "plain") == 0
     return [(ours, theirs), (at_the_end(straight), at_the_end(folder / "plain"))]
 
 
