@@ -13,10 +13,10 @@ from regpt.checkpoint.config import CheckpointConfig
 from regpt.checkpoint.load import checkpoint_folder, checkpoints, newest_checkpoint, step_of, verify_checkpoint
 from regpt.config import RunConfig
 from regpt.data.config import DataConfig
-from regpt.data.prepare import prepare
 from regpt.errors import UserError
 from regpt.evals.config import EvalConfig
 from regpt.model.config import ModelConfig
+from regpt.prepare.prepare import prepare
 from regpt.runs.metric_rows import last_rows
 from regpt.runs.pretrain import pretrain, resume
 from regpt.sample.config import SampleConfig

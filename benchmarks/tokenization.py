@@ -134,7 +134,7 @@ def row(result: dict[str, Any]) -> str:
 
 
 def regpt(files: tuple[str, ...], workers: int, out: Path, encoder: str = "auto") -> dict[str, Any]:
-    from regpt.data.prepare import prepare
+    from regpt.prepare.prepare import prepare
     from regpt.text.open import open_tokenizer
 
     tokenizer = open_tokenizer("gpt2")

@@ -18,7 +18,7 @@ import pytest
 
 from regpt.checkpoint.lease import Clock
 from regpt.checkpoint.store import Store
-from regpt.data.download import Patience
+from regpt.prepare.download import Patience
 
 PATIENT = Patience(tries=3, wait_s=0.0, longest_wait_s=0.0, sleep=lambda seconds: None)
 

@@ -131,7 +131,7 @@ VOCAB = 300
 
 def write_shards(folder: Path) -> Path:
     """Token shards of 60 documents in a small invented language, with their tokenizer."""
-    from regpt.data.prepare import prepare
+    from regpt.prepare.prepare import prepare
     from regpt.text.bpe import train_bpe
 
     draw = random.Random(0)

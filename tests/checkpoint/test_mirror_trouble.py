@@ -5,8 +5,8 @@ from mirrors import DEAD, FILES, add, journal, mirror, steps
 
 from regpt.checkpoint.lease import Lease, LeaseLost
 from regpt.checkpoint.mirror import Mirror
-from regpt.data.download import Patience
 from regpt.errors import UserError
+from regpt.prepare.download import Patience
 from remote_stores import FaultyStore
 
 pytest.importorskip("fsspec")

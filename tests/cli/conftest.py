@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from regpt.__main__ import main
-from regpt.data.prepare import prepare
+from regpt.prepare.prepare import prepare
 from regpt.text.bpe import train_bpe
 
 TEXT = "the cat sat on the mat and the dog ran to the tree while birds sang of rain in spring"

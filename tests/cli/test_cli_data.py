@@ -6,8 +6,8 @@ import json
 import pytest
 
 from regpt.cli import data, tokenizer
-from regpt.data import placement
 from regpt.errors import UsageError, UserError
+from regpt.prepare import placement
 from regpt.text.open import open_tokenizer
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from regpt.cli import data
 from regpt.data.manifest import read_manifest
-from regpt.data.prepare import prepare
 from regpt.errors import UsageError, UserError
+from regpt.prepare.prepare import prepare
 from regpt.text.bpe import train_bpe
 
 

@@ -196,7 +196,7 @@ def test_without_a_network_the_first_contact_ends_soon_with_the_ways_out(regpt, 
 
     monkeypatch.setattr("urllib.request.getproxies", dict)
     monkeypatch.setattr("socket.getaddrinfo", no_network)
-    monkeypatch.setattr("regpt.data.download.pause", lambda seconds, *_: waits.append(seconds))
+    monkeypatch.setattr("regpt.prepare.download.pause", lambda seconds, *_: waits.append(seconds))
     if scheme == "gs":  # whose credentials are looked for on the network, for a quarter of a minute
         monkeypatch.setattr("google.auth.default", lambda **_: asked.append(1) or no_network())
     filled = [flag for arg in args for flag in (tiny_flags if arg == "FLAGS" else [arg])]

@@ -6,7 +6,6 @@ from typing import Literal
 
 import numpy as np
 import pytest
-from remote_servers import hub, web  # noqa: F401
 
 from regpt.data.manifest import Manifest, Shard
 

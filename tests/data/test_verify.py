@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from regpt.data.manifest import read_manifest
-from regpt.data.prepare import prepare
 from regpt.data.verify import verify, verify_small
 from regpt.errors import UserError
+from regpt.prepare.prepare import prepare
 from regpt.text.bpe import train_bpe
 
 TOKENIZER = train_bpe(["the cat sat on the mat, and the cats sat on the mats\n" * 4], 270)

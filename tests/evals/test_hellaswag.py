@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 
 import tiny
-from regpt.data.download import PATIENCE
 from regpt.errors import UserError
 from regpt.evals.choices import Choices
 from regpt.evals.hellaswag import LABEL_COUNTS, N_ITEMS, URL, download, open_hellaswag, read_hellaswag
 from regpt.evals.score import Scorer
 from regpt.evals.task import evaluate
 from regpt.model.transformer import Transformer
+from regpt.prepare.download import PATIENCE
 from regpt.text.bpe import BPETokenizer, train_bpe
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "evals" / "hellaswag_val.jsonl.zst"

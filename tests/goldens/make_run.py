@@ -23,9 +23,9 @@ from regpt.checkpoint.load import Checkpoint, checkpoint_folder, load_checkpoint
 from regpt.checkpoint.save import Contents, save_checkpoint
 from regpt.config import RunConfig
 from regpt.data.config import DataConfig
-from regpt.data.prepare import prepare
 from regpt.evals.config import EvalConfig
 from regpt.model.config import ModelConfig
+from regpt.prepare.prepare import prepare
 from regpt.runs.metric_rows import last_rows
 from regpt.runs.pretrain import pretrain
 from regpt.sample.config import SampleConfig

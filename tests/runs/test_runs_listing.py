@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from regpt.__main__ import main
-from regpt.data.lock import is_held, locked
+from regpt.prepare.lock import is_held, locked
 from regpt.runs import listing
 from regpt.runs.listing import describe, list_runs
 

@@ -10,8 +10,8 @@ import pytest
 import tiny
 from regpt.cli.eval import main
 from regpt.data.manifest import read_manifest
-from regpt.data.prepare import prepare
 from regpt.data.stream import open_stream
+from regpt.prepare.prepare import prepare
 from regpt.runs.pretrain import pretrain
 from regpt.runs.validation import folder_parts, source_spans
 from regpt.text.bpe import train_bpe

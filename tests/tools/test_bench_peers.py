@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from regpt.data.token_files import find_token_files
+from regpt.prepare.token_files import find_token_files
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "peers.py"
 FOLDERS = {"nanogpt": "nanogpt", "edu_fineweb10B": "build-nanogpt", "llmc": "llm.c"}

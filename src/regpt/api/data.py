@@ -10,12 +10,12 @@ from typing import Any
 
 from regpt.api.arguments import check_options, checked, hints_of
 from regpt.data.manifest import Manifest
-from regpt.data.named import open_sources
-from regpt.data.prepare import SHARD_TOKENS
-from regpt.data.prepare import prepare as write_shards
-from regpt.data.settings import Filters, TextOptions
-from regpt.data.write import try_place, write_file, writing_to
 from regpt.errors import UsageError, UserError
+from regpt.prepare.named import open_sources
+from regpt.prepare.prepare import SHARD_TOKENS
+from regpt.prepare.prepare import prepare as write_shards
+from regpt.prepare.settings import Filters, TextOptions
+from regpt.prepare.write import try_place, write_file, writing_to
 from regpt.text.bpe import train_bpe
 from regpt.text.open import open_tokenizer
 from regpt.text.tokenizer import Tokenizer
@@ -50,9 +50,9 @@ def prepare(
         sources: files, folders, globs, addresses or named sets, as for `regpt data prepare`.
         tokenizer: `gpt2`, a folder or file that `train_tokenizer` wrote, or the tokenizer itself.
         val: sources to hold out; otherwise `val_fraction` of the documents (0.1 below 10 MB of text, 0.005 above).
-        filters: what is left out, by the fields of `regpt.data.settings.Filters`: `{"dedup": "near"}`.
-        options: how files become documents (the rest of `regpt.data.settings.TextOptions`: `template`, `separator`,
-            `encoding`, …), and the rest of what `regpt.data.prepare.prepare` takes, such as `workers`.
+        filters: what is left out, by the fields of `regpt.prepare.settings.Filters`: `{"dedup": "near"}`.
+        options: how files become documents (the rest of `regpt.prepare.settings.TextOptions`: `template`, `separator`,
+            `encoding`, …), and the rest of what `regpt.prepare.prepare.prepare` takes, such as `workers`.
 
     Raises:
         UsageError: an unknown option, or a value of another type.

@@ -13,8 +13,8 @@ from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, print_warning, refus
 from regpt.checkpoint.manifest import MANIFEST, STATE, check_sizes, read_manifest
 from regpt.checkpoint.mirror import CONFIG, content
 from regpt.checkpoint.store import Store, is_address
-from regpt.data.download import locked
 from regpt.errors import UserError
+from regpt.prepare.download import locked
 from regpt.structured import MAX_BYTES
 
 Warn = Callable[[str], None]

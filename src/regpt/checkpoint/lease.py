@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from regpt.checkpoint.store import Store
-from regpt.data.download import transport_errors
 from regpt.errors import UserError
+from regpt.prepare.download import transport_errors
 from regpt.structured import parse_json
 
 FOLDER = "lease"

@@ -18,8 +18,8 @@ from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, checkpoints, step_of
 from regpt.checkpoint.manifest import MANIFEST, read_manifest
 from regpt.checkpoint.save import is_intact
 from regpt.checkpoint.store import Store, is_safe
-from regpt.data.download import problem_of, transport_errors
 from regpt.errors import UserError
+from regpt.prepare.download import problem_of, transport_errors
 
 CONFIG = "config.toml"  # written last of the files beside checkpoints: it makes a run of the folder
 

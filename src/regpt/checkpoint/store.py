@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from regpt.data.buckets import connect, import_fsspec, reach_store
-from regpt.data.download import PATIENCE, Patience, persistently, status_of, steady, transport_errors
 from regpt.errors import UsageError
 from regpt.files import is_plain_path
+from regpt.prepare.buckets import connect, import_fsspec, reach_store
+from regpt.prepare.download import PATIENCE, Patience, persistently, status_of, steady, transport_errors
 
 # Stores that can create a file only where none is, in one step; `create` of others is a look and a write.
 EXCLUSIVE = {"s3", "s3a", "gs", "gcs", "file", "local", "memory"}

@@ -42,7 +42,7 @@ def main(args: list[str]) -> int:
     from rich.progress import BarColumn, TimeRemainingColumn
 
     from regpt.console.tables import field, progress_bar
-    from regpt.data.importer import ImportProgress, import_tokens
+    from regpt.prepare.importer import ImportProgress, import_tokens
     from regpt.text.open import open_tokenizer
 
     bar = progress_bar(BarColumn(), field("description"), TimeRemainingColumn(), transient=True)

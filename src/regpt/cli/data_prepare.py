@@ -82,9 +82,9 @@ class PrepareArgs(TextArgs):
 
 def main(args: list[str]) -> int:
     given = parse(PrepareArgs, args, prog="regpt data prepare")
-    from regpt.data.named import NamedOptions
-    from regpt.data.prepare import WORK, is_finished, prepare
-    from regpt.data.settings import Filters
+    from regpt.prepare.named import NamedOptions
+    from regpt.prepare.prepare import WORK, is_finished, prepare
+    from regpt.prepare.settings import Filters
     from regpt.text.open import open_tokenizer
 
     tokenizer = open_tokenizer(given.tokenizer)
@@ -147,7 +147,7 @@ class ProgressLine:
             self._progress.stop()
 
     def show(self, now: Any) -> None:
-        """`now` is a `regpt.data.job.Progress`."""
+        """`now` is a `regpt.prepare.job.Progress`."""
         self._progress.start()  # again and again: only the first counts
         if self._counted and now.processes:
             self._counted = False
@@ -162,14 +162,14 @@ class ProgressLine:
 
     def _explain(self, processes: int) -> None:
         """Say why cores have nothing to do."""
-        from regpt.data.placement import available_cores
+        from regpt.prepare.placement import available_cores
 
         if processes < (cores := available_cores()):
             said = f"{processes} of {cores} cores encode, to stay within 2 GiB of memory; more: --workers N"
             self._progress.console.print(said)
 
     def show_download(self, news: Any) -> None:
-        """`news` is a `regpt.data.sources.Download`."""
+        """`news` is a `regpt.prepare.sources.Download`."""
         self._progress.start()
         whole = news.bytes >= news.total > 0
         size = f"{news.bytes / 1e6:,.0f} of {news.total / 1e6:,.0f} MB" if news.total else f"{news.bytes / 1e6:,.0f} MB"
@@ -188,7 +188,7 @@ def print_marks(manifest: Manifest) -> None:
 
 def print_left_out(left_out: Mapping[str, int]) -> None:
     """One line on the files that were found and not read."""
-    from regpt.data.listing import counted as listed
+    from regpt.prepare.listing import counted as listed
 
     if left_out:
         print_line(f"left out {listed(left_out)}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 if TYPE_CHECKING:
-    from regpt.data.settings import TextOptions
+    from regpt.prepare.settings import TextOptions
 
 ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 
@@ -34,7 +34,7 @@ class TextArgs:
     """Stop at a document that cannot be read, or leave it out and count it."""
 
     def text_options(self) -> TextOptions:
-        from regpt.data.settings import TextOptions
+        from regpt.prepare.settings import TextOptions
 
         return TextOptions(
             text_column=self.text_column,

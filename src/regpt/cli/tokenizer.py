@@ -19,8 +19,8 @@ from regpt.console.lines import print_line, print_note
 from regpt.errors import UsageError, UserError, nearest
 
 if TYPE_CHECKING:
-    from regpt.data.named import Source
-    from regpt.data.settings import TextOptions
+    from regpt.prepare.named import Source
+    from regpt.prepare.settings import TextOptions
     from regpt.text.tokenizer import Tokenizer
 
 MADE_OF = "made_of.json"  # next to tokenizer.json
@@ -56,9 +56,9 @@ def main(args: list[str]) -> int:
 def train_main(args: list[str]) -> int:
     given = parse(TrainArgs, args, prog="regpt tokenizer train")
     file = Path(given.out) / "tokenizer.json"
-    from regpt.data.formats import check_text
-    from regpt.data.named import NamedOptions, list_sources
-    from regpt.data.write import try_place, write_file, writing_to
+    from regpt.prepare.formats import check_text
+    from regpt.prepare.named import NamedOptions, list_sources
+    from regpt.prepare.write import try_place, write_file, writing_to
     from regpt.text.bpe import train_bpe
     from regpt.text.words import MAX_WORD, LongWords
 

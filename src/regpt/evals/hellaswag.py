@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from regpt.data.download import PATIENCE, Checksum, Patience
-from regpt.data.remote import RemoteFile, RemoteOptions
-from regpt.data.sources import DownloadProgress
 from regpt.errors import UserError
 from regpt.evals.choices import Choices, Question
 from regpt.evals.items import Item, read_items
+from regpt.prepare.download import PATIENCE, Checksum, Patience
+from regpt.prepare.remote import RemoteFile, RemoteOptions
+from regpt.prepare.sources import DownloadProgress
 from regpt.text.tokenizer import Encoder
 
 N_ITEMS = 10_042

@@ -7,11 +7,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from regpt.data.compression import decompressed
-from regpt.data.formats import JSONL, decode, suffix_of
-from regpt.data.lines import lines_of
 from regpt.errors import UserError
 from regpt.files import is_file
+from regpt.prepare.compression import decompressed
+from regpt.prepare.formats import JSONL, decode, suffix_of
+from regpt.prepare.lines import lines_of
 from regpt.structured import parse_json
 
 Kind = TypeVar("Kind")

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from regpt.data.sources import DownloadProgress
 from regpt.errors import UsageError
 from regpt.evals.choices import open_choices
 from regpt.evals.core import locate, open_core, summarize
 from regpt.evals.hellaswag import open_hellaswag
 from regpt.evals.specs import Spec
 from regpt.evals.task import Result, Task, Tolerate, refuse
+from regpt.prepare.sources import DownloadProgress
 from regpt.text.fast import accelerate
 from regpt.text.tokenizer import Encoder, Tokenizer
 

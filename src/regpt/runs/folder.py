@@ -16,10 +16,10 @@ from regpt.checkpoint.files import flush_folder, write_json, write_text
 from regpt.checkpoint.load import checkpoints
 from regpt.config import RunConfig, read_config
 from regpt.console.text import counted, without_user
-from regpt.data.lock import locked
 from regpt.errors import UserError
 from regpt.files import exists, is_file, is_folder
 from regpt.parallel.mesh import Mesh
+from regpt.prepare.lock import locked
 
 CONFIG, LOCK = "config.toml", ".lock"
 UNFINISHED = f".{CONFIG}.tmp"  # a config.toml that is being written

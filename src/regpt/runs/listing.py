@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 from regpt.checkpoint.load import CHECKPOINTS, checkpoints, step_of
 from regpt.console.text import counted
-from regpt.data.lock import is_held
 from regpt.errors import UserError
 from regpt.files import exists, is_file, is_folder, status
 from regpt.parallel.mesh import HANG_SECONDS
+from regpt.prepare.lock import is_held
 from regpt.report.read import is_row, number, read_document, section
 from regpt.runs.folder import CONFIG, LOCK
 from regpt.structured import parse_row, parse_toml

@@ -10,9 +10,9 @@ import numpy as np
 
 from regpt.config import RunConfig, read_config
 from regpt.console.lines import print_line
-from regpt.data.named import python_docs
-from regpt.data.prepare import prepare
 from regpt.evals.unigram import token_counts, unigram_loss
+from regpt.prepare.named import python_docs
+from regpt.prepare.prepare import prepare
 from regpt.report.page import write_report
 from regpt.runs.build import Corpus, count_validation_rows, open_corpus
 from regpt.runs.folder import refuse_used_folder

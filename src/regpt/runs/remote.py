@@ -22,9 +22,9 @@ from regpt.checkpoint.store import Store, is_address
 from regpt.config import RunConfig, validate
 from regpt.console.lines import print_note
 from regpt.console.text import counted
-from regpt.data.download import PATIENCE, Patience, steady
 from regpt.errors import UserError
 from regpt.parallel.mesh import Mesh
+from regpt.prepare.download import PATIENCE, Patience, steady
 from regpt.runs.folder import CONFIG, LOCK, is_run, read_run_config
 from regpt.structured import parse_json, parse_toml
 

@@ -3,7 +3,7 @@
 import os
 
 from regpt.console.text import counted
-from regpt.data.placement import available_cores
+from regpt.prepare.placement import available_cores
 
 BUSY_SHARE = 0.75  # of the cores, that want to run: more than one command of ours accounts for
 

@@ -1,0 +1,304 @@
+"""Remote bytes → a file on this machine: resumed where it stopped, tried again, compared with the published hash.
+
+Nothing here knows where the bytes come from: an `Opener` gives a stream that starts at an offset. What has arrived is
+kept under `NAME.partial`, so another attempt, also one of a later process, continues there.
+"""
+
+import email.utils
+import errno
+import hashlib
+import http.client
+import os
+import sys
+import time
+import urllib.error
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, TypeVar
+
+from filelock import FileLock, Timeout
+
+from regpt.console.lines import is_terminal, print_note
+from regpt.errors import UserError
+from regpt.network import WAYS_OUT
+from regpt.prepare.sources import Download, DownloadProgress
+
+CHUNK = 1 << 20
+BUSY = (408, 425, 429)  # besides 5xx: the statuses that RFC 9110, 8470 and 6585 say may be tried again
+LONGEST_RETRY_AFTER_S = 3600
+WAITING = "another process downloads it"
+# Errors of libraries that are neither OSError nor ours; looked up only when the library is loaded.
+LIBRARY_ERRORS = (
+    ("httpx", "HTTPError"),  # of huggingface_hub 1
+    ("httpx2", "HTTPError"),  # of huggingface_hub 2
+    ("aiohttp", "ClientError"),
+    ("botocore.exceptions", "BotoCoreError"),
+    ("botocore.exceptions", "ClientError"),
+    ("gcsfs.retry", "HttpError"),
+    ("google.auth.exceptions", "GoogleAuthError"),
+)
+# No use in trying these again, by the names of their classes: most are of libraries that may be absent.
+LASTING = {"FileNotFoundError", "PermissionError", "IsADirectoryError", "NotADirectoryError"}
+LASTING |= {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError"}
+LASTING |= {"SSLCertVerificationError", "OfflineModeIsEnabled", "UnsupportedProtocol", "InvalidURL"}
+
+# Nobody has answered: no network, no such host, nobody listens there.
+UNREACHED = {"Unreached", "gaierror", "ConnectError", "ConnectTimeout", "ProxyError", "ClientConnectorError"}
+UNREACHED |= {"EndpointConnectionError", "ConnectTimeoutError", "ProxyConnectionError"}
+NO_ROUTE = (errno.ECONNREFUSED, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN)
+
+T = TypeVar("T")
+# Opener(offset) gives a stream and the offset at which it starts: 0 where the server cannot start elsewhere.
+Opener = Callable[[int], AbstractContextManager[tuple[BinaryIO, int]]]
+
+
+class Checksum(NamedTuple):
+    """A published hash: `sha256`, `md5`, or git's `blob` (SHA-1 of a header and the content)."""
+
+    kind: str
+    hex: str
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a download is tried: `tries` in a row that bring no byte, waits doubling from `wait_s`; `unreached` of
+    them where no server has been reached yet."""
+
+    tries: int = 8
+    wait_s: float = 1.0
+    longest_wait_s: float = 60.0
+    timeout_s: float = 30.0
+    unreached: int = 2
+    sleep: Callable[[float], None] = time.sleep
+
+
+PATIENCE = Patience()
+
+
+def steady(patience: Patience) -> Patience:
+    """`patience` with a server that was reached before: the network is away, and may return."""
+    return replace(patience, unreached=patience.tries)
+
+
+class Problem(NamedTuple):
+    text: str
+    lasts: bool
+    retry_after_s: float = 0.0
+    unreached: bool = False
+
+
+def download(
+    name: str,
+    open_at: Opener,
+    path: Path,
+    total: int,
+    checksum: Checksum | None,
+    patience: Patience,
+    progress: DownloadProgress | None = None,
+) -> str | None:
+    """`path` with the bytes of `name`, downloaded unless they are there; returns their SHA-256 if it was computed.
+
+    Several processes may ask at once: one downloads. `total` is 0 when unknown.
+
+    Raises:
+        UserError: refused, not there, unreachable after all tries, another hash than the published one (twice), or a
+            full disk.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with locked(path, lambda: progress and progress(Download(name, size_of(partial), total, note=WAITING))):
+        if path.is_file() and (not total or path.stat().st_size == total):
+            matches, sha256 = compare(path, checksum)
+            if matches:
+                return sha256
+        for _ in range(2):  # a wrong hash may be the fault of the part that an earlier attempt left
+            arrive(name, open_at, partial, total, patience, progress)
+            matches, sha256 = compare(partial, checksum)
+            if matches:
+                os.replace(partial, path)
+                return sha256
+            partial.unlink()
+    raise UserError(
+        f"{name} arrived twice with another {checksum.kind if checksum else ''} hash than the published one, "
+        "so it was not kept; try again later or download it in another way and give the file"
+    )
+
+
+@contextmanager
+def locked(path: Path, waiting: Callable[[], object]) -> Iterator[None]:
+    """The right to write `path`; `waiting` is called every second until it is there, and may raise to give up."""
+    lock = FileLock(path.with_name(path.name + ".lock"))
+    while True:
+        try:
+            lock.acquire(timeout=1.0)
+            break
+        except Timeout:
+            waiting()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def arrive(
+    name: str, open_at: Opener, partial: Path, total: int, patience: Patience, progress: DownloadProgress | None
+) -> None:
+    """Append to `partial` until it is whole and on disk."""
+
+    def attempt() -> None:
+        if not total or size_of(partial) != total:
+            append(name, open_at, partial, total, progress)
+
+    def waiting(note: str) -> None:
+        if progress:
+            progress(Download(name, size_of(partial), total, note=note))
+
+    persistently(attempt, name, patience, lambda: size_of(partial), waiting)
+
+
+def append(name: str, open_at: Opener, partial: Path, total: int, progress: DownloadProgress | None) -> None:
+    have, began = size_of(partial), time.monotonic()
+    have = have if have <= total else 0  # also when the total is unknown: nothing says whether the part belongs to it
+    with open_at(have) as (stream, start), partial.open("ab") as out:
+        out.truncate(start)
+        done = start
+        while chunk := stream.read(CHUNK):
+            out.write(chunk)
+            done += len(chunk)
+            if progress:
+                progress(Download(name, done, total, (done - start) / max(1e-3, time.monotonic() - began)))
+        out.flush()
+        os.fsync(out.fileno())
+    if total and done != total:
+        raise ConnectionError(f"the connection was cut after {done:,} of {total:,} bytes")
+
+
+def size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def compare(path: Path, checksum: Checksum | None) -> tuple[bool, str | None]:
+    """Whether `path` has that hash, and its SHA-256 if it was computed."""
+    if checksum is None:
+        return True, None
+    sha256, other = hashlib.sha256(), hasher(checksum.kind, path.stat().st_size)
+    with path.open("rb") as file:
+        while block := file.read(CHUNK):
+            sha256.update(block)
+            if other:
+                other.update(block)
+    return (other or sha256).hexdigest() == checksum.hex, sha256.hexdigest()
+
+
+def hasher(kind: str, size: int) -> Any:
+    if kind == "md5":
+        return hashlib.md5(usedforsecurity=False)
+    return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False) if kind == "blob" else None
+
+
+def persistently(
+    attempt: Callable[[], T],
+    name: str,
+    patience: Patience,
+    gained: Callable[[], int] = lambda: 0,
+    waiting: Callable[[str], None] | None = None,
+    done: str = "read",
+) -> T:
+    """The result of `attempt`, tried again while its error may pass; a try that gained bytes starts the count anew.
+
+    Raises:
+        UserError: `name` could not be `done`.
+    """
+    tries, before, reached = 0, gained(), False
+    while True:
+        try:
+            return attempt()
+        except transport_errors() as error:
+            problem = problem_of(error)
+        tries = 0 if gained() > before else tries + 1
+        reached = reached or not problem.unreached or not tries
+        before = gained()
+        if not reached and tries >= min(patience.unreached, patience.tries):
+            raise UserError(f"{name} could not be {done}: {problem.text}; {WAYS_OUT}")
+        if problem.lasts or tries >= patience.tries:
+            again = "" if problem.lasts else f", {tries} times; the same command continues where this one stopped"
+            raise UserError(f"{name} could not be {done}: {problem.text}{again}")
+        wait_s = max(problem.retry_after_s, min(patience.longest_wait_s, patience.wait_s * 2 ** max(0, tries - 1)))
+        if waiting is None or not is_terminal(sys.stderr):
+            print_note(f"{name}: {problem.text}; trying again in {wait_s:.0f} s")
+        pause(wait_s, problem.text, patience, waiting or (lambda note: None))
+
+
+def pause(wait_s: float, why: str, patience: Patience, waiting: Callable[[str], None]) -> None:
+    """In steps of a second, so that whoever watches can stop it."""
+    while wait_s > 0:
+        waiting(f"trying again in {wait_s:.0f} s: {why}")
+        patience.sleep(min(1.0, wait_s))
+        wait_s -= 1.0
+
+
+def transport_errors() -> tuple[type[BaseException], ...]:
+    loaded = ((sys.modules.get(module), name) for module, name in LIBRARY_ERRORS)
+    libraries = tuple(getattr(module, name) for module, name in loaded if module)
+    return (OSError, http.client.HTTPException, *libraries)
+
+
+def problem_of(error: BaseException) -> Problem:
+    """What an error of the operating system, of HTTP or of a library means for another try.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise UserError(
+            "the disk of the download folder is full; free space and run the same command again: it continues"
+        )
+    if status := status_of(error):
+        return Problem(said(status), not (status in BUSY or status >= 500), retry_after_s(error))
+    cause = getattr(error, "reason", error)  # of a urllib.error.URLError
+    cause = cause if isinstance(cause, BaseException) else error
+    kinds = {kind.__name__ for kind in type(cause).__mro__}
+    unreached = bool(UNREACHED & kinds) or getattr(cause, "errno", None) in NO_ROUTE
+    lasts = bool(LASTING & kinds)
+    text = " ".join(str(cause).split()) or type(cause).__name__
+    if text.startswith("Forbidden") or type(cause).__name__ == "NoCredentialsError":  # gcsfs, s3fs; botocore
+        return Problem(f"{text[:200]}; log in, or ask for access", lasts=True)
+    return Problem(
+        f"there is no such file ({text})" if isinstance(cause, FileNotFoundError) else text, lasts, 0.0, unreached
+    )
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status in an error of urllib, huggingface_hub, gcsfs or botocore."""
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # botocore
+        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    status = str(getattr(response, "status_code", getattr(error, "code", None)))
+    return int(status) if status.isdigit() else None
+
+
+def said(status: int) -> str:
+    reason = http.client.responses.get(status, "unknown status")
+    hint = {
+        401: "; it needs a token: log in, or ask for access",
+        403: "; it needs a token: log in, or ask for access",
+        404: "; check the name, or log in if it is private",
+    }
+    return f"the server answered {status} {reason}{hint.get(status, '')}"
+
+
+def retry_after_s(error: BaseException) -> float:
+    """Seconds that the header Retry-After asks for, as a number or a date (RFC 9110, 10.2.3)."""
+    headers = getattr(error, "headers", None) or getattr(getattr(error, "response", None), "headers", None) or {}
+    value = headers.get("Retry-After") or ""
+    if value.isdigit():
+        return float(min(int(value), LONGEST_RETRY_AFTER_S))
+    try:
+        wait_s = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+    except (TypeError, ValueError):
+        return 0.0
+    return max(0.0, min(wait_s, LONGEST_RETRY_AFTER_S))

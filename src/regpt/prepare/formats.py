@@ -1,0 +1,231 @@
+"""Files of text → documents, one at a time and always in the same order.
+
+A table says how each ending is read; all but .parquet may also be compressed. The text is decoded, byte-order marks are
+left out, and nothing else is changed.
+"""
+
+import io
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+from regpt.errors import UsageError, UserError, nearest
+from regpt.prepare.columns import Columns
+from regpt.prepare.compression import PACKINGS, BufferedStream, decompressed, packing_of
+from regpt.prepare.document import Document, Part, Row, Unreadable, not_utf8
+from regpt.prepare.encodings import BOM_UTF8, check_encoding, in_utf8, is_utf8
+from regpt.prepare.json_rows import Rows, parse, rows_of_array, rows_of_lines
+from regpt.prepare.lines import next_line
+from regpt.prepare.parquet import read_parquet, row_groups
+from regpt.prepare.settings import TEXT_OPTIONS, TextOptions
+from regpt.prepare.tables import COMMA, TAB, rows_of_table
+
+SNIFFED = 8000  # bytes in which git, too, looks for a zero to tell binary files from text
+BLOCK = 1 << 20
+MAX_PACKED_TEXT = 1 << 30  # bytes of a compressed file that is one document: a few kilobytes may hold a terabyte
+
+
+def whole_text(stream: BufferedStream, path: Path, columns: Columns | None, separator: str | None) -> Rows:
+    """One document, or those between separators."""
+    if b"\0" in stream.peek(SNIFFED)[:SNIFFED]:
+        raise Unreadable(
+            f"{path} is not text: it holds zero bytes, as binary files and UTF-16 do; "
+            "convert it to UTF-8, or name its --encoding",
+            "not_text",
+        )
+    if separator is None:
+        data = stream.read() if isinstance(stream, io.BufferedReader) else read_packed(stream, path)
+        yield decode(data, path), partial(str, path)
+        return
+    blocks = iter(partial(stream.read, BLOCK), b"")
+    for number, text in enumerate(split_at(blocks, separator.encode())):
+        yield decode(text, path), partial("{}, document {}".format, path, number)
+
+
+def read_packed(stream: BufferedStream, path: Path) -> bytes:
+    data = stream.read(MAX_PACKED_TEXT + 1)
+    if len(data) > MAX_PACKED_TEXT:
+        raise UserError(f"{path} holds one document of more than {MAX_PACKED_TEXT >> 20:,} MiB; decompress it")
+    return data
+
+
+def split_at(blocks: Iterator[bytes], separator: bytes) -> Iterator[bytes]:
+    """What is between separators, without line ends around it; the first and the last only if they are not empty."""
+    waiting, overlap, first = [], len(separator) - 1, True
+    for block in blocks:
+        *ended, rest = ((waiting.pop() if waiting else b"") + block).split(separator)
+        for text in ended:
+            text, waiting = b"".join([*waiting, text]).strip(b"\r\n"), []
+            if text or not first:
+                yield text
+            first = False
+        kept = max(0, len(rest) - overlap)  # what follows may be the beginning of a separator
+        waiting += [rest[:kept], rest[kept:]]
+    if text := b"".join(waiting).strip(b"\r\n"):
+        yield text
+
+
+READERS: dict[str, Callable[[BufferedStream, Path, Columns | None, str | None], Rows]] = {
+    ".txt": whole_text,
+    ".md": whole_text,
+    ".jsonl": rows_of_lines,
+    ".ndjson": rows_of_lines,
+    ".json": rows_of_array,
+    ".csv": partial(rows_of_table, delimiters=COMMA),
+    ".tsv": partial(rows_of_table, delimiters=TAB),
+}
+JSONL = tuple(ending + packing for ending in (".jsonl", ".ndjson") for packing in ("", *PACKINGS))
+PARQUET = (".parquet",)
+SUFFIXES = (*PARQUET, *(ending + packing for ending in READERS for packing in ("", *PACKINGS)))
+TABLES = (".json", ".csv", ".tsv")  # in a folder often something else: read where there is nothing better
+ALLOWED = f"{', '.join([*READERS, *PARQUET])} (all but the last also with {', '.join(PACKINGS)})"
+
+
+def check_text(options: TextOptions) -> None:
+    """Raise a UsageError for options that nothing can be read with."""
+    if options.format is not None and f".{options.format}" not in SUFFIXES:
+        endings = [ending.removeprefix(".") for ending in (*READERS, *PARQUET)]
+        raise UsageError(
+            f"--format is {options.format!r}{nearest(options.format, endings)}, must be one of {', '.join(endings)}, "
+            f"perhaps with {', '.join(PACKINGS)}"
+        )
+    if options.separator is not None and not options.separator.strip("\r\n"):
+        raise UsageError("--separator must be more than line ends; give the text that stands between documents")
+    if options.template is not None and options.text_column != TEXT_OPTIONS.text_column:
+        raise UsageError("--text-column and --template both say where the text is; give one of them")
+    check_encoding(options.encoding)
+    Columns(options.text_column, options.template)
+
+
+def suffix_of(name: str | Path) -> str | None:
+    """The ending by which a file of this name is read; None for other kinds."""
+    return next((suffix for suffix in SUFFIXES if str(name).lower().endswith(suffix)), None)
+
+
+def ending_of(path: Path, options: TextOptions) -> str:
+    """The ending as which `path` is read: of other names, plain text."""
+    return f".{options.format}" if options.format else suffix_of(path) or ".txt" + packing_of(path.name)
+
+
+def parts_of(path: Path, target_bytes: int, options: TextOptions = TEXT_OPTIONS) -> list[Part]:
+    """The parts of `path`, each of at least `target_bytes` but the last, or as near as its format allows.
+
+    Raises:
+        UserError: a damaged parquet file.
+    """
+    ending, size = ending_of(path, options), path.stat().st_size
+    if ending in (".jsonl", ".ndjson") and size and is_utf8(path, options.encoding):
+        edges = [*range(0, size, target_bytes), size]
+        return [Part(start, stop, stop - start) for start, stop in itertools.pairwise(edges)]
+    if ending in PARQUET:
+        try:
+            return row_groups(path, target_bytes)
+        except Unreadable:
+            if options.on_error == "stop":
+                raise
+    return [Part(0, 1, size)]
+
+
+def read_documents(path: Path, options: TextOptions = TEXT_OPTIONS, part: Part | None = None) -> Iterator[Document]:
+    """The documents of `path`, or of one part of it, in order; an empty one, or a null, is an empty text.
+
+    Raises:
+        UserError: invalid UTF-8, a missing or non-text column, a damaged file; names file and line. With `on_error`
+            `skip` such a document has an `error` instead, and so has the rest of a damaged file.
+    """
+    columns = Columns(options.text_column, options.template)
+    skip = options.on_error == "skip"
+    try:
+        for row in read_rows(path, options, part, columns):
+            try:
+                if isinstance(row.value, Unreadable):
+                    raise row.value
+                text = columns.text(row.value, row.where)
+            except Unreadable as error:
+                if not skip:
+                    raise
+                yield Document("", row.source_bytes, error)
+                continue
+            yield from divided(text, row.source_bytes, options.separator)
+    except Unreadable as error:
+        if not skip:
+            raise
+        yield Document("", 0.0, error)
+
+
+def divided(text: str, source_bytes: float, separator: str | None) -> Iterator[Document]:
+    """`text`, cut at `separator`."""
+    if not separator or separator not in text:
+        yield Document(text, source_bytes)
+        return
+    texts = [part.decode() for part in split_at(iter([text.encode()]), separator.encode())]
+    yield from (Document(part, source_bytes / len(texts)) for part in texts)
+
+
+def read_rows(
+    path: Path, options: TextOptions = TEXT_OPTIONS, part: Part | None = None, columns: Columns | None = None
+) -> Iterator[Row]:
+    """What documents are made of; of .parquet only the `columns`, if they are given.
+
+    Raises:
+        UserError: the file cannot be read, or it is not of its kind.
+    """
+    ending = ending_of(path, options)
+    packing = packing_of(ending)
+    try:
+        if ending in PARQUET:
+            yield from read_parquet(path, columns, part)
+        elif ending in (".jsonl", ".ndjson") and is_utf8(path, options.encoding):
+            yield from read_lines(path, part or Part(0, path.stat().st_size, 0))
+        else:
+            with path.open("rb") as raw, unpacked(raw, path, packing) as stream:
+                before, read = 0, READERS[ending.removesuffix(packing)]
+                text = in_utf8(stream, options.encoding, path)
+                for value, where in read(text, path, columns, options.separator):
+                    before, consumed = raw.tell(), raw.tell() - before  # of the file itself
+                    yield Row(value, consumed, where)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
+
+
+def unpacked(raw: io.BufferedReader, path: Path, packing: str) -> AbstractContextManager[BufferedStream]:
+    return decompressed(raw, path, packing) if packing else nullcontext(raw)
+
+
+def read_lines(path: Path, part: Part) -> Iterator[Row]:
+    """The rows whose lines start in [part.start, part.stop)."""
+    with path.open("rb") as raw:
+        at = part.start
+        if at:  # the line that holds the byte before belongs to the part before
+            raw.seek(at - 1)
+            at += len(next_line(raw, partial(place_of, path, at - 1))) - 1
+        while at < part.stop and (line := next_line(raw, partial(place_of, path, at))):
+            where = partial(place_of, path, at)
+            content = line if at else line.removeprefix(BOM_UTF8)
+            if content.strip():
+                yield Row(parse(content, where), len(line), where)
+            at += len(line)
+
+
+def place_of(path: Path, at: int) -> str:
+    """File and line of the byte `at`: lines are counted only for a message."""
+    with path.open("rb") as raw:
+        lines = sum(block.count(b"\n") for block in blocks(raw, at))
+    return f"{path}, line {1 + lines}"
+
+
+def blocks(raw: BinaryIO, stop: int) -> Iterator[bytes]:
+    """The bytes before `stop`, some at a time."""
+    while raw.tell() < stop and (block := raw.read(min(BLOCK, stop - raw.tell()))):
+        yield block
+
+
+def decode(data: bytes, path: Path, first_line: int = 1) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = first_line + data[: error.start].count(b"\n")
+        raise not_utf8(f"{path}, line {line}", data[error.start]) from None

@@ -1,0 +1,217 @@
+"""Sets of text that have a name: `pydocs` (always there), `tinyshakespeare`, `fineweb-edu-10B`, `fineweb-10B`."""
+
+import functools
+import hashlib
+import platform
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from regpt.errors import UsageError, UserError
+from regpt.files import is_file
+from regpt.prepare.document import Document, Part
+from regpt.prepare.download import PATIENCE, Checksum, Patience
+from regpt.prepare.listing import Wanted, split_once
+from regpt.prepare.pydocs import pydocs
+from regpt.prepare.remote import RemoteFile, RemoteOptions, find_remote, is_remote
+from regpt.prepare.settings import TEXT_OPTIONS, TextOptions
+from regpt.prepare.sources import DownloadProgress, Source, SourceFile, find_files, sha256_of, text_files
+
+# The lecture's debugging text: 40,000 lines of Shakespeare in one file (karpathy/char-rnn).
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+SHAKESPEARE_BYTES = 1_115_394
+# Samples of about 10 billion GPT-2 tokens that the authors of FineWeb drew; their text is in the column `text`.
+HUB_SETS = {
+    "fineweb-edu-10B": "hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT/*.parquet",
+    "fineweb-10B": "hf://datasets/HuggingFaceFW/fineweb/sample/10BT/*.parquet",
+}
+
+
+@dataclass(frozen=True)
+class NamedOptions:
+    """How named sets and remote files are found.
+
+    Attributes:
+        cache: folder that keeps downloads; None is `.cache/regpt` in the home folder.
+        file: tinyshakespeare from this file instead of the download.
+        url: where tinyshakespeare is downloaded from.
+        endpoint: address of the Hugging Face hub; None is huggingface_hub's own, which HF_ENDPOINT sets.
+        patience: how long downloads are tried.
+    """
+
+    cache: Path | None = None
+    file: Path | None = None
+    url: str = SHAKESPEARE_URL
+    endpoint: str | None = None
+    patience: Patience = PATIENCE
+
+    @property
+    def remote(self) -> RemoteOptions:
+        return RemoteOptions(self.cache or Path.home() / ".cache" / "regpt", self.endpoint, self.patience)
+
+
+NAMED_OPTIONS = NamedOptions()
+STDIN = "-"
+
+
+@dataclass(frozen=True)
+class TextSet:
+    """Documents made in memory; `details` says what they depend on."""
+
+    source: str
+    texts: tuple[str, ...]
+    details: dict[str, Any]
+
+    @property
+    def file(self) -> str:
+        return self.source
+
+    @property
+    def bytes(self) -> int:
+        return sum(len(text.encode()) for text in self.texts)
+
+    @property
+    def identity(self) -> str:
+        return self.source
+
+    def localize(self, progress: DownloadProgress | None = None) -> "TextSet":
+        return self
+
+    def parts(self, target_bytes: int, options: TextOptions = TEXT_OPTIONS) -> list[Part]:
+        return [Part(0, 1, self.bytes)]
+
+    def known(self) -> dict[str, Any]:
+        return self.record()
+
+    def record(self) -> dict[str, Any]:
+        """`sha256` is that of the texts, each followed by a zero byte."""
+        digest = hashlib.sha256(b"".join(text.encode() + b"\0" for text in self.texts)).hexdigest()
+        return {"source": self.source, "bytes": self.bytes, "sha256": digest, **self.details}
+
+    def documents(self, options: TextOptions = TEXT_OPTIONS, part: Part | None = None) -> Iterator[Document]:
+        return (Document(text, len(text.encode())) for text in self.texts)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a command reads: every file once, in the split it belongs to; `left_out` counts the others by kind."""
+
+    train: list[Source]
+    val: list[Source]
+    left_out: Counter[str]
+
+    @property
+    def files(self) -> list[Source]:
+        return [*self.train, *self.val]
+
+    def discard(self) -> None:
+        """Delete what was kept of stdin."""
+        for source in self.files:
+            if isinstance(source, SourceFile) and source.source == STDIN:
+                source.path.unlink(missing_ok=True)
+
+
+def list_sources(
+    given: Sequence[str],
+    val: Sequence[str] = (),
+    options: NamedOptions = NAMED_OPTIONS,
+    text: TextOptions = TEXT_OPTIONS,
+) -> Listing:
+    """Everything that the SOURCE arguments name, in the order given; remote files are not downloaded yet.
+
+    Raises:
+        UserError: nothing readable under one of them, a place that cannot be reached, or all of it is held out.
+    """
+    left_out: Counter[str] = Counter()
+    if [*given, *val].count(STDIN) > 1:
+        raise UsageError(f"stdin ({STDIN}) is given twice, but can be read once; leave one out")
+    wanted = text_files(text)
+    opened = [
+        [found for source in names for found in open_source(source, options, left_out, text, wanted)]
+        for names in (given, val)
+    ]
+    train, held_out = split_once(opened[0], opened[1], lambda source: source.identity, left_out)
+    if given and not train:
+        raise UserError("every source is held out by --val, so nothing is left to train on; give other files too")
+    return Listing(train, held_out, left_out)
+
+
+def open_sources(given: Sequence[str], options: NamedOptions = NAMED_OPTIONS) -> list[Source]:
+    """The files of each SOURCE, each once; see `list_sources`."""
+    return list_sources(given, options=options).train
+
+
+def open_source(
+    source: str, options: NamedOptions, left_out: Counter[str], text: TextOptions, wanted: Wanted
+) -> Sequence[Source]:
+    if source == STDIN:
+        return [standard_input(options.remote.cache / "stdin", text.format)]
+    if source == "pydocs":
+        return [python_docs()]
+    if source == "tinyshakespeare":
+        return [local_shakespeare(options.file) if options.file else remote_shakespeare(options)]
+    if source in HUB_SETS:
+        return find_remote(HUB_SETS[source], options.remote, left_out, source)
+    if is_remote(source):
+        return find_remote(source, options.remote, left_out, wanted=wanted)
+    return find_files(source, left_out, wanted)
+
+
+def standard_input(folder: Path, ending: str | None) -> SourceFile:
+    """What arrives on stdin, kept in `folder` under its hash: it is read more than once, and again after a stop.
+
+    Raises:
+        UsageError: nothing says what it is, or it is a terminal.
+    """
+    if not ending:
+        raise UsageError(f"stdin ({STDIN}) has no name that says what it is; add --format, such as --format jsonl")
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError(f"stdin ({STDIN}) is a terminal; pipe text into the command")
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+        partial = Path(file.name)
+        try:
+            while block := sys.stdin.buffer.read(1 << 20):
+                digest.update(block)
+                file.write(block)
+        except BaseException:
+            partial.unlink()
+            raise
+    path = folder / f"{digest.hexdigest()[:16]}.{ending}"
+    partial.unlink() if path.exists() else partial.replace(path)
+    return SourceFile(STDIN, "stdin", path, sha256=digest.hexdigest())
+
+
+@functools.cache
+def python_docs() -> TextSet:
+    """Read once: the quickstart trains a tokenizer on it and then prepares it."""
+    return TextSet("pydocs", tuple(pydocs()), {"python": platform.python_version()})
+
+
+def local_shakespeare(path: Path) -> SourceFile:
+    if not is_file(path):
+        raise UserError(f"tinyshakespeare's file {path} does not exist; leave the option out to download it")
+    if path.stat().st_size != SHAKESPEARE_BYTES or sha256_of(path) != SHAKESPEARE_SHA256:
+        raise UserError(
+            f"{path} is not tinyshakespeare (its SHA-256 differs); prepare it as a file: give its path as SOURCE"
+        )
+    return SourceFile("tinyshakespeare", "input.txt", path)
+
+
+def remote_shakespeare(options: NamedOptions) -> RemoteFile:
+    return RemoteFile(
+        source="tinyshakespeare",
+        file="input.txt",
+        bytes=SHAKESPEARE_BYTES,
+        url=options.url,
+        address=options.url,
+        options=options.remote,
+        checksum=Checksum("sha256", SHAKESPEARE_SHA256),
+        advice="; or give a local copy with --file",
+    )

@@ -1,0 +1,131 @@
+"""Sources → partitions: the units in which text is encoded, by whichever process, and found again after a stop.
+
+How the sources are divided is a function of them alone, and the partitions in their order are the text. The bytes of
+the shards do not depend on where the borders lie.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from regpt.errors import UserError
+from regpt.prepare.document import Part
+from regpt.prepare.settings import TEXT_OPTIONS, TextOptions
+from regpt.prepare.sources import Source, SourceFile
+
+Split = Literal["train", "val"]
+# Bytes of source files. Upwards a kill loses what the workers had in hand; downwards files are opened more often. A
+# parquet file of English text holds about 3.5 times its size.
+MIN_BYTES, MAX_BYTES = 1 << 20, 32 << 20
+PER_CORPUS = 64  # partitions of a small corpus, so that 16 cores end at about the same time
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A part of one source.
+
+    Attributes:
+        source: on this machine.
+        part: which part of it.
+        split: where its documents belong unless their own hash decides.
+        first: also make the source's record.
+        stamp: what changes when the source does: size and time of a file, the hash of a set in memory.
+    """
+
+    source: Source
+    part: Part
+    split: Split
+    first: bool
+    stamp: str
+
+    def identity(self) -> list[Any]:
+        """What changes when the text may have changed."""
+        return [self.source.source, self.source.file, *self.part, self.split, self.first, self.stamp]
+
+    def check_unchanged(self) -> None:
+        """Raise a UserError when the source changed since the work was divided."""
+        if stamp_of(self.source) != self.stamp:
+            raise UserError(f"{self.source.file} changed while it was read; run the same command again")
+
+    def to_dict(self) -> dict[str, Any]:
+        source = self.source
+        assert isinstance(source, SourceFile)
+        named = {"source": source.source, "file": source.file, "path": str(source.path)}
+        known = {"url": source.url, "sha256": source.sha256}
+        division = {"part": list(self.part), "split": self.split, "first": self.first, "stamp": self.stamp}
+        return {**named, **known, **division}
+
+    @classmethod
+    def from_dict(cls, given: dict[str, Any]) -> "Reading":
+        source = SourceFile(given["source"], given["file"], Path(given["path"]), given["url"], given["sha256"])
+        return cls(source, Part(*given["part"]), given["split"], given["first"], given["stamp"])
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Neighbouring parts that are encoded together; `key` changes with them and with the settings."""
+
+    index: int
+    readings: tuple[Reading, ...]
+    key: str
+
+    @property
+    def name(self) -> str:
+        return f"part-{self.index:06d}"
+
+    @property
+    def bytes(self) -> int:
+        return sum(reading.part.bytes for reading in self.readings)
+
+    @property
+    def in_files(self) -> bool:
+        """Can another process read it? Sets made in memory are encoded where they are."""
+        return all(isinstance(reading.source, SourceFile) for reading in self.readings)
+
+    def to_json(self) -> str:
+        readings = [reading.to_dict() for reading in self.readings]
+        return json.dumps({"index": self.index, "key": self.key, "readings": readings})
+
+    @classmethod
+    def from_json(cls, text: str) -> "Partition":
+        return cls.from_dict(json.loads(text))
+
+    @classmethod
+    def from_dict(cls, given: dict[str, Any]) -> "Partition":
+        return cls(given["index"], tuple(map(Reading.from_dict, given["readings"])), given["key"])
+
+
+def stamp_of(source: Source) -> str:
+    if isinstance(source, SourceFile):
+        stat = source.path.stat()
+        return f"{stat.st_size}-{stat.st_mtime_ns}"
+    return source.record()["sha256"]
+
+
+def target_bytes(total: int) -> int:
+    return min(MAX_BYTES, max(MIN_BYTES, total // PER_CORPUS))
+
+
+def partitions(
+    sources: Iterable[tuple[Source, Split]], target: int, settings_key: str, options: TextOptions = TEXT_OPTIONS
+) -> Iterator[Partition]:
+    """Parts of sources on this machine, small ones put together until they reach `target` bytes."""
+    index, group, size = 0, [], 0
+    for source, split in sources:
+        stamp = stamp_of(source)
+        for i, part in enumerate(source.parts(target, options)):
+            if group and (size >= target or group[-1].split != split):
+                yield partition(index, group, settings_key)
+                index, group, size = index + 1, [], 0
+            group.append(Reading(source, part, split, i == 0, stamp))
+            size += part.bytes
+    if group:
+        yield partition(index, group, settings_key)
+
+
+def partition(index: int, readings: list[Reading], settings_key: str) -> Partition:
+    content = json.dumps([settings_key, [reading.identity() for reading in readings]])
+    return Partition(index, tuple(readings), hashlib.sha256(content.encode()).hexdigest())

@@ -1,0 +1,184 @@
+"""Where text comes from, one object a file: the contract between sources and whoever reads them.
+
+`named.open_sources(given, options)` turns what a user typed into a list of `Source`s, in the order typed, the files of
+a folder, glob or repository in the order of their names. What can be asked of a `Source`, in this order:
+
+1. `source`, `file`, `bytes`: known at once, nothing is downloaded for them.
+2. `localize(progress)`: the same file on this machine, as a `Source` again. A remote one is downloaded (resumed,
+   retried, checked against the published hash), a local one returns itself. Safe from several threads and processes:
+   one downloads, the others wait. `remote.localized(sources)` does it one file ahead of the reader.
+3. Of a localized source only: `parts(target_bytes)`, its division for several readers; a function of the file and
+   `target_bytes` alone. `documents(options, part)` reads one part: the parts in their order are the file.
+   `record()` is what the manifest keeps: it hashes the file.
+
+Sources and parts are small and can be pickled, so that another process reads them.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Protocol
+
+from regpt.errors import UserError
+from regpt.files import identity
+from regpt.prepare.compression import packing_of
+from regpt.prepare.document import Document, Part
+from regpt.prepare.encodings import has_mark
+from regpt.prepare.formats import ALLOWED, TABLES, parts_of, read_documents, suffix_of
+from regpt.prepare.listing import Wanted, find_local, printable
+from regpt.prepare.settings import TEXT_OPTIONS, TextOptions
+
+NAMED = (
+    "pydocs",
+    "tinyshakespeare",
+    "fineweb-edu-10B",
+    "fineweb-10B",
+)  # sets that prepare/named.py opens; ./pydocs is a folder
+
+
+OTHERS = "other text files with --include '*.ENDING'"
+
+
+def text_files(options: TextOptions) -> Wanted:
+    """The files that are read as text: by their endings, or those that the options name."""
+
+    def included(name: str) -> bool:
+        names = (name, name.rpartition("/")[2])
+        return any(fnmatchcase(one, pattern) for pattern in options.include for one in names)
+
+    def rank(name: str) -> int:
+        ending = suffix_of(name)
+        if options.include or options.format:
+            return int(included(name) if options.include else True)
+        return (2 if ending.removesuffix(packing_of(ending)) in TABLES else 1) if ending else 0
+
+    def accepts(name: str) -> bool:
+        return bool(options.format or suffix_of(name) or included(name))
+
+    return Wanted(rank, accepts, f"{ALLOWED}; {OTHERS}", known=NAMED)
+
+
+TEXT_FILES = text_files(TEXT_OPTIONS)
+
+
+@dataclass(frozen=True)
+class Download:
+    """News of one download; `total` and `bytes_per_s` are 0 while they are unknown, `note` says why it waits."""
+
+    file: str
+    bytes: int
+    total: int
+    bytes_per_s: float = 0.0
+    note: str = ""
+
+    @property
+    def seconds_left(self) -> float | None:
+        return (self.total - self.bytes) / self.bytes_per_s if self.total and self.bytes_per_s else None
+
+
+DownloadProgress = Callable[[Download], None]
+
+
+class Source(Protocol):
+    """One file of text (`SourceFile`, `remote.RemoteFile`) or a set made in memory (`named.TextSet`)."""
+
+    @property
+    def source(self) -> str:
+        """What the user typed."""
+        ...
+
+    @property
+    def file(self) -> str:
+        """The file in it, for messages and the manifest."""
+        ...
+
+    @property
+    def bytes(self) -> int: ...
+
+    @property
+    def identity(self) -> Any:
+        """Equal for two names of one file."""
+        ...
+
+    def localize(self, progress: DownloadProgress | None = None) -> "Source": ...
+
+    def parts(self, target_bytes: int, options: TextOptions = TEXT_OPTIONS) -> list[Part]: ...
+
+    def documents(self, options: TextOptions = TEXT_OPTIONS, part: Part | None = None) -> Iterator[Document]: ...
+
+    def known(self) -> dict[str, Any]:
+        """As much of the record as needs no download."""
+        ...
+
+    def record(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file on this machine.
+
+    Attributes:
+        source: what the user typed.
+        file: its path inside that folder, or the name as it was given.
+        path: where it is.
+        url: where it was downloaded from, with the revision if there is one.
+        sha256: its hash, when the download has computed it.
+    """
+
+    source: str
+    file: str
+    path: Path
+    url: str | None = None
+    sha256: str | None = None
+
+    @property
+    def bytes(self) -> int:
+        return self.path.stat().st_size
+
+    @property
+    def identity(self) -> Any:
+        return identity(self.path)
+
+    def localize(self, progress: DownloadProgress | None = None) -> "SourceFile":
+        return self
+
+    def parts(self, target_bytes: int, options: TextOptions = TEXT_OPTIONS) -> list[Part]:
+        return parts_of(self.path, target_bytes, options)
+
+    def documents(self, options: TextOptions = TEXT_OPTIONS, part: Part | None = None) -> Iterator[Document]:
+        return read_documents(self.path, options, part)
+
+    def known(self) -> dict[str, Any]:
+        return self.record()
+
+    def record(self) -> dict[str, Any]:
+        """Where the text came from, for the manifest: never an absolute path that the user did not type."""
+        record = {
+            "source": self.source,
+            "file": self.file,
+            "bytes": self.bytes,
+            "sha256": self.sha256 or sha256_of(self.path),
+        }
+        mark = has_mark(self.path)
+        return {**record, **({"url": self.url} if self.url else {}), **({"byte_order_mark": 1} if mark else {})}
+
+
+def sha256_of(path: Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+
+
+def find_files(source: str, left_out: Counter[str] | None = None, wanted: Wanted = TEXT_FILES) -> list[SourceFile]:
+    """The files of one local SOURCE: a file, a folder (searched recursively) or a glob, in sorted order.
+
+    Raises:
+        UserError: nothing there, nothing readable there, or a file of a kind that is not read.
+    """
+    found = find_local(source, wanted, Counter() if left_out is None else left_out)
+    return [SourceFile(printable(source), name, path) for path, name in found]

@@ -1,0 +1,119 @@
+"""What the manifest and `removed.jsonl` say about a preparation, gathered partition by partition."""
+
+import bisect
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from regpt.data.manifest import SPLITS
+from regpt.prepare.contamination import Evaluations
+from regpt.prepare.deduplicate import Repeat
+from regpt.prepare.partition import Partition
+
+Count = dict[str, int]
+COUNTED = {"exact_duplicate": "exact_duplicates", "near_duplicate": "near_duplicates"}  # in the manifest
+
+
+@dataclass
+class Summary:
+    """What is known of the partitions so far; documents that were left out for what is in them become lines of the file
+    `path`: those with evaluation items, and duplicates.
+
+    Attributes:
+        path: of that file; it holds what later is `removed.jsonl`.
+        evaluations: what was looked for.
+        sources: the record of every source file, its split, and its numbers of documents, of empty ones, and of those
+            that are in the split `val`.
+        documents: kept ones of each split.
+        text_bytes: UTF-8 bytes of the kept documents of each split.
+        removed: documents and bytes left out, by reason.
+        lowest: the smallest fraction that would have held out a document.
+        rows: documents read, those left out too.
+        lines: of the file.
+    """
+
+    path: Path
+    evaluations: Evaluations | None = None
+
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    documents: Count = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    text_bytes: Count = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    removed: dict[str, Count] = field(default_factory=dict)
+    lowest: float = 1.0
+    rows: int = 0
+    lines: int = 0
+    _spans: list[tuple[int, dict[str, Any], int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._file = self.path.open("wb")
+
+    def add(
+        self,
+        partition: Partition,
+        found: Mapping[str, Any],
+        tables: Mapping[str, np.ndarray],
+        kept: Mapping[str, np.ndarray],
+        repeats: Sequence[Repeat],
+    ) -> None:
+        """Count a partition of which `found` is known, its tables of documents with what was `kept` of them, and what
+        was not."""
+        first = self.rows
+        held_out = np.sort(tables["val"]["number"][kept["val"]]) if "val" in tables else np.empty(0, np.int64)
+        for reading, source in zip(partition.readings, found["sources"]):
+            if source["record"]:
+                counts = {"documents": 0, "empty": 0, "val_documents": 0}
+                self.sources.append({**source["record"], "split": reading.split, **counts})
+            record = self.sources[-1]
+            before = sum(record.get(name, 0) for name in ("documents", "empty", "skipped"))
+            self._spans.append((self.rows, record, before))
+            record["documents"] += source["documents"]
+            record["empty"] += source["rows"] - source["documents"] - source["notes"].get("skipped", 0)
+            for name, count in source["notes"].items():
+                record[name] = record.get(name, 0) + count
+            before = self.rows - first
+            record["val_documents"] += int(np.diff(np.searchsorted(held_out, (before, before + source["rows"])))[0])
+            self.rows += source["rows"]
+        for split, table in tables.items():
+            self.documents[split] += int(kept[split].sum())
+            self.text_bytes[split] += int(table["bytes"][kept[split]].sum())
+        for reason, count in found["removed"].items():
+            self._count(reason, count["documents"], count["text_bytes"])
+        for repeat in repeats:
+            self._count(COUNTED[repeat.reason], 1, repeat.text_bytes)
+        self.lowest = min(self.lowest, found["lowest"])
+        self._write(self._lines(first, found["hits"], repeats))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _lines(self, first: int, hits: Sequence[Mapping[str, Any]], repeats: Sequence[Repeat]) -> list[dict[str, Any]]:
+        """In the order of the documents."""
+        said: dict[int, dict[str, Any]] = {}
+        for repeat in repeats:
+            said[repeat.number] = {"reason": repeat.reason, "of": self._locate(repeat.original)}
+        for hit in hits:
+            named = {name: hit[name] for name in ("reason", "error") if name in hit}
+            if "items" in hit:
+                assert self.evaluations
+                named["items"] = [*map(self.evaluations.name, hit["items"])]
+            said[first + hit["number"]] = named
+        return [{**self._locate(number), **said[number]} for number in sorted(said)]
+
+    def _write(self, lines: Sequence[dict[str, Any]]) -> None:
+        self._file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+        self.lines += len(lines)
+
+    def _count(self, reason: str, documents: int, text_bytes: int) -> None:
+        count = self.removed.setdefault(reason, {"documents": 0, "text_bytes": 0})
+        count["documents"] += documents
+        count["text_bytes"] += text_bytes
+
+    def _locate(self, number: int) -> dict[str, Any]:
+        """Source, file and position in it (from 0, empty ones counted) of a document."""
+        first, record, before = self._spans[bisect.bisect_right(self._spans, number, key=lambda span: span[0]) - 1]
+        named = {name: record[name] for name in ("source", "file") if name in record}
+        return {**named, "document": before + number - first}
