@@ -51,6 +51,13 @@ def test_what_can_be_written_is_written(tmp_path):
     assert (tmp_path / "log").read_text(encoding="utf-8") == "日本\n"
 
 
+def test_a_stream_without_descriptor_and_one_that_is_unfailing_stay_as_they_are(tmp_path):
+    text = io.StringIO()
+    assert unfailing(text) is text
+    with hardened((tmp_path / "log").open("w", encoding="utf-8")) as out:
+        assert unfailing(out) is out
+
+
 @posix
 def test_a_pipe_that_somebody_made_non_blocking_gets_everything():
     reader, writer = os.pipe()

@@ -1,15 +1,16 @@
 """Tables and the panel of a run: whole in files, never a number cut on a terminal."""
 
 import io
+import sys
 
 import pytest
 from rich.table import Table
 
-from regpt.console.tables import PlainConsole, field, print_table
+from regpt.console.tables import PlainConsole, field, print_table, progress_bar
 from regpt.runs.terminal import Terminal
 
 LONG = "core/bigbench_a_task_with_a_rather_long_name_of_animals[en]"
-NUMBER = "16,384,000,123"
+NUMBER = "16,384,000,123 B"
 
 
 class Screen(io.StringIO):
@@ -42,6 +43,7 @@ def test_a_narrow_terminal_cuts_no_name_and_no_number(monkeypatch, width: str):
     assert LONG in out.getvalue()
     assert NUMBER in out.getvalue()
     assert "\x1b[31m" not in out.getvalue()
+    assert "[/py] :smile:" not in out.getvalue()  # text wraps
     assert "…" not in out.getvalue()
 
 
@@ -51,6 +53,17 @@ def test_a_progress_bar_shows_braces_and_brackets_of_names():
     name = "mc:{0}[red]x[/py].jsonl"
     task = Task(0, name, total=1, completed=0, _get_time=lambda: 0.0)  # type: ignore[arg-type]
     assert field("description").render(task).plain == name
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_progress_bar_is_drawn_on_a_terminals_stderr_only(monkeypatch, capsys, terminal: bool):
+    monkeypatch.setenv("TERM", "xterm")
+    out = Screen() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", out)
+    with progress_bar(field("description")) as bar:
+        bar.add_task("encode [red]")
+    assert ("encode [red]" in out.getvalue()) == bool(out.getvalue()) == terminal
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("width", ["24", "50", "80"])

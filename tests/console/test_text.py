@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regpt.console.text import LONGEST_MESSAGE, UNSAFE, counted, message, visible
+from regpt.console.text import LONGEST_MESSAGE, UNSAFE, counted, message, shortened, visible
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,11 @@ def test_a_sentence_of_many_names_is_shortened_in_its_middle():
     assert len(said) <= LONGEST_MESSAGE
     assert said.startswith("the columns are c0, c1")
     assert said.endswith("give --text-column NAME")
+
+
+@pytest.mark.parametrize(("n", "shown"), [(7, "abcdefg"), (8, "abcdefgh"), (9, "abcde…hi")])
+def test_what_is_longer_is_shortened_to_the_length(n: int, shown: str):
+    assert shortened("abcdefghi"[:n], 8) == shown
 
 
 def test_apostrophes_enclose_no_quotation():
