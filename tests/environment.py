@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import tempfile
 from collections.abc import MutableMapping
 from pathlib import Path
@@ -33,6 +34,8 @@ def clean(environment: MutableMapping[str, str], folder: Path) -> None:
 def clean_process() -> tempfile.TemporaryDirectory:
     """Clean the environment of this process and of those that it starts; its folder lasts as long as the result."""
     os.umask(0o022)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in a shell's background, as CI may do
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = tempfile.TemporaryDirectory(prefix="regpt-tests-", ignore_cleanup_errors=True)
     clean(os.environ, Path(folder.name))
     return folder

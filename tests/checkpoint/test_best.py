@@ -10,6 +10,7 @@ import tiny
 from regpt.__main__ import main
 from regpt.checkpoint.best import at_step, best_step, validation_losses
 from regpt.checkpoint.load import checkpoint_folder, checkpoints
+from regpt.config import RunConfig
 from regpt.errors import UsageError
 from regpt.runs.pretrain import pretrain
 
@@ -19,13 +20,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_shards(tmp_path_factory.mktemp("best") / "shards")
 
 
+def ruined(data: Path, **checkpoint: object) -> RunConfig:
+    """Eight updates at a rate that soon ruins the model, of rows in an order that never changes."""
+    config = tiny.change(tiny.run_config(data), "checkpoint", keep_best=True, keep_last=1, **checkpoint)
+    config = tiny.change(config, "data", shuffle_rows="none")
+    return tiny.change(config, "optim", lr=0.7, warmup_steps=7, schedule="constant")
+
+
 @pytest.fixture(scope="module")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight updates at a rate that soon ruins the model: validated after 0, 3, 6 and 8, saved after 2, 4, 6 and 8."""
-    config = tiny.change(tiny.run_config(data), "checkpoint", keep_best=True, keep_last=1)
-    config = tiny.change(config, "optim", lr=0.7, warmup_steps=7, schedule="constant")
+    """The ruined run: validated after 0, 3, 6 and 8, saved after 2, 4, 6 and 8."""
     folder = tmp_path_factory.mktemp("best") / "run"
-    assert pretrain(config, folder) == 0
+    assert pretrain(ruined(data), folder) == 0
     return folder
 
 
@@ -84,9 +90,7 @@ def test_a_damaged_best_gives_way_to_the_next(run: Path, tmp_path: Path, capsys:
 def test_it_is_kept_and_found_in_a_bucket(data: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     url, mine = f"file://{tmp_path}/bucket/run", tmp_path / "mine.toml"
-    config = tiny.change(tiny.run_config(data), "checkpoint", keep_best=True, keep_last=1, staging=str(tmp_path / "s"))
-    config = tiny.change(config, "optim", lr=0.7, warmup_steps=7, schedule="constant")
-    mine.write_text(config.to_toml(), encoding="utf-8")
+    mine.write_text(ruined(data, staging=str(tmp_path / "s")).to_toml(), encoding="utf-8")
     assert main(["train", str(mine), "--out", url]) == 0
     assert steps(tmp_path / "bucket" / "run") == ["step-00000003", "step-00000008"]
     capsys.readouterr()

@@ -98,13 +98,6 @@ def test_verify_names_the_damaged_file(texts):
     assert error.value.exit_code == 1
 
 
-def test_info_still_shows_numbers_when_the_text_cannot_be_decoded(texts, capsys):
-    prepare()
-    (texts / "shards" / "tokenizer.json").unlink()
-    assert data.main(["info", "shards"]) == 0
-    assert "no text shown" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("command", "args", "said"),
     [

@@ -196,32 +196,6 @@ def test_rewind_takes_the_average_of_the_weights_back_too(config, spoiled, tmp_p
     assert ours.read_bytes() == theirs.read_bytes()
 
 
-def test_rewind_heals_weights_that_a_fault_has_spoiled(config, monkeypatch, tmp_path: Path):
-    from regpt.runs import pretrain as module
-
-    def fit(machine, *args, **options):
-        trainer, update, spoiled = machine.trainer, machine.trainer.update, []
-
-        def spoiling():
-            if trainer.step == 5 and not spoiled:
-                spoiled.append(True)
-                with torch.no_grad():
-                    trainer.model.wpe.weight[3] = math.nan
-            return update()
-
-        trainer.update = spoiling
-        return original(machine, *args, **options)
-
-    original = module.fit
-    monkeypatch.setattr(module, "fit", fit)
-    run = tmp_path / "run"
-    assert pretrain(tiny.change(config, "train", on_non_finite="rewind"), run) == 0
-    (event,) = events(run, "non_finite")
-    assert event["weights"] == "wpe.weight"
-    assert tiny.rows_of(run, "train")[-1]["step"] == 8
-    load_checkpoint(checkpoint_folder(run, 8))  # its numbers are finite
-
-
 def test_rewind_without_a_checkpoint_says_what_to_do(config, spoiled, tmp_path: Path):
     spoiled(bad_row(config, step=1))
     with pytest.raises(UserError, match=r"no checkpoint to go back to; set a smaller checkpoint\.every_steps"):
