@@ -140,9 +140,16 @@ def s3_bucket() -> Iterator[tuple[str, dict[str, str]]]:
         )
         client.create_bucket(Bucket="bucket")
         client.close()
+        forget_s3()
         yield "s3://bucket", environment
     finally:
+        forget_s3()
         server.stop()
+
+
+def forget_s3() -> None:
+    """Drop the connections that s3fs keeps, and with them the credentials and servers of other tests."""
+    pytest.importorskip("s3fs", reason="needs regpt[buckets]").S3FileSystem.clear_instance_cache()
 
 
 class Google(BaseHTTPRequestHandler):

@@ -24,12 +24,10 @@ def store(request, tmp_path, monkeypatch) -> Iterator[Store]:
         with google_bucket() as url:
             yield Store(f"{url}/runs/a", PATIENT)
     else:
-        s3fs = pytest.importorskip("s3fs", reason="needs regpt[buckets]")
         with s3_bucket() as (url, environment):
             for name, value in environment.items():
                 monkeypatch.setenv(name, value)
             yield Store(f"{url}/runs/a", PATIENT)
-            s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.mark.filterwarnings("default")  # those of the servers and their libraries

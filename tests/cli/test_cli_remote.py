@@ -9,7 +9,7 @@ import pytest
 
 from regpt.__main__ import main
 from regpt.checkpoint.store import Store
-from remote_stores import memory_bucket, s3_bucket
+from remote_stores import forget_s3, memory_bucket, s3_bucket
 
 pytest.importorskip("fsspec")
 TINY = "gpt2-tiny"
@@ -159,28 +159,24 @@ def test_a_missing_package_is_named(regpt, monkeypatch, tiny_flags, scheme, pack
 
 @pytest.mark.filterwarnings("default")  # those of the server
 def test_on_s3_missing_credentials_and_buckets_are_one_sentence(regpt, monkeypatch, tiny_flags, tmp_path):
-    s3fs = pytest.importorskip("s3fs", reason="needs regpt[buckets]")
     flags = [*tiny_flags, "--checkpoint.staging", str(tmp_path)]
     with s3_bucket() as (address, environment):
-        try:
-            for name, value in environment.items():
-                monkeypatch.setenv(name, value)
-            code, _, err = regpt("train", TINY, "--out", "s3://nowhere/a", *flags)
-            assert code == 1
-            assert one_sentence(err), err
-            assert "s3://nowhere/a" in err
-            assert "there is no such file (The specified bucket does not exist)" in err
-            s3fs.S3FileSystem.clear_instance_cache()
-            for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-                monkeypatch.delenv(name)
-            monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-            monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-            code, _, err = regpt("train", TINY, "--out", f"{address}/a", *flags)
-            assert code == 1
-            assert one_sentence(err), err
-            assert f"{address}/a/config.toml could not be read: Unable to locate credentials; log in" in err
-        finally:
-            s3fs.S3FileSystem.clear_instance_cache()
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        code, _, err = regpt("train", TINY, "--out", "s3://nowhere/a", *flags)
+        assert code == 1
+        assert one_sentence(err), err
+        assert "s3://nowhere/a" in err
+        assert "there is no such file (The specified bucket does not exist)" in err
+        forget_s3()
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+        code, _, err = regpt("train", TINY, "--out", f"{address}/a", *flags)
+        assert code == 1
+        assert one_sentence(err), err
+        assert f"{address}/a/config.toml could not be read: Unable to locate credentials; log in" in err
 
 
 @pytest.mark.parametrize("scheme", ["s3", "gs"])

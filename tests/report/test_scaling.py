@@ -151,6 +151,8 @@ def test_a_run_is_one_point_at_its_last_validation(make_run):
     assert (point.parameters, point.tokens, point.flops, unit) == (4_096_000, 1e8, 1e17, "nats per token")
     assert point.loss == CHINCHILLA.loss(4_096_000, 1e8)
     assert [one.tokens for one in points_of([run], "all")[0]] == [5e7, 1e8]
+    run.config["optim"] = {"warmup_steps": 50}
+    assert [one.tokens for one in points_of([run], "all")[0]] == [1e8]
 
 
 def test_embeddings_can_be_left_out(make_run):
@@ -170,6 +172,14 @@ def test_a_run_that_lacks_what_a_point_needs_is_named(make_run):
         points_of([read_run(make_run(rows=[train_row(1), val_row(0, 8.0)], name="a"))])
     with pytest.raises(UserError, match=r"run 'b' does not say how many parameters"):
         points_of([read_run(make_run(env={}, name="b"))])
+    with pytest.raises(UserError, match=r"run 'c' does not say how many tokens it read"):
+        points_of(
+            [
+                read_run(
+                    make_run(rows=[train_row(1, tokens=None), val_row(1, 8.0)], env=ENV | {"parameters": 9}, name="c")
+                )
+            ]
+        )
 
 
 def test_the_command_writes_the_law_and_the_picture(grid, tmp_path, capsys):

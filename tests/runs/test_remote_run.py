@@ -305,12 +305,10 @@ def tiny_saver(monkeypatch) -> list[Callable[[int, Any], None]]:
 @pytest.fixture(scope="module")
 def s3():
     """The address of a bucket on a server that imitates S3."""
-    s3fs = pytest.importorskip("s3fs", reason="needs regpt[buckets]")
     with pytest.MonkeyPatch.context() as patched, s3_bucket() as (address, environment):
         for name, value in environment.items():
             patched.setenv(name, value)
         yield address
-        s3fs.S3FileSystem.clear_instance_cache()
 
 
 def killed(url: str, staging: Path, config: RunConfig, after: int) -> None:

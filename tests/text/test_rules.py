@@ -183,6 +183,25 @@ def test_a_special_token_may_come_first():
     assert fast[0].tolist() == tokenizer.encode("the <|endoftext|> cat")
 
 
+def test_a_vocabulary_without_one_of_the_bytes_is_refused():
+    made = content()
+    model = made["model"]
+    model["merges"] = []
+    kept = [token for token in BYTES if token != "q"]  # numbered without a hole
+    model["vocab"] = {token: i for i, token in enumerate(kept)}
+    made["added_tokens"] = [made["added_tokens"][0] | {"id": len(kept)}]
+    with pytest.raises(UserError, match="vocabulary lacks some of the 256 bytes"):
+        BPETokenizer(json.dumps(made))
+
+
+@pytest.mark.parametrize("merge", ["a", "a b c", ["a", 5], ["a", "no such token"], ["q9", "xq"], 5, {}])
+def test_a_merge_that_is_no_pair_of_tokens_is_refused(merge):
+    made = with_words("q9xq")
+    made["model"]["merges"][0] = merge
+    with pytest.raises(UserError, match="a merge joins tokens that are not in its vocabulary"):
+        BPETokenizer(json.dumps(made))
+
+
 @pytest.mark.parametrize("token", [FIRST.replace(" ", ""), "a", "tree"])
 def test_a_special_token_that_text_would_become_is_refused(token):
     made = with_words("tree", model__ignore_merges=True)
