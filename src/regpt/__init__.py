@@ -48,7 +48,7 @@ __all__ = [
     "train_tokenizer",
 ]
 HOMES = {  # module → the names of `__all__` that it defines
-    "regpt.api.data": ("prepare", "train_tokenizer"),
+    "regpt.api.data": ("train_tokenizer",),
     "regpt.api.metrics": ("Table", "TrainingRun", "read_run"),
     "regpt.api.model": ("LanguageModel", "load"),
     "regpt.api.run": ("evaluate", "resume"),
@@ -56,11 +56,13 @@ HOMES = {  # module → the names of `__all__` that it defines
     "regpt.errors": ("UsageError", "UserError"),
 }
 
+FUNCTIONS = {"prepare": "regpt.api.data", "train": "regpt.api.run"}  # with the name of a subpackage
+
 
 def __getattr__(name: str) -> Any:
     """Import a name of `__all__` when it is first used (PEP 562): `import regpt` imports neither torch nor NumPy."""
-    if name == "train":
-        return import_module("regpt.train")  # which is callable; see `TrainPackage`
+    if name in FUNCTIONS:
+        return import_module(f"regpt.{name}")  # which is callable; see `CallablePackage`
     if name == "__version__":
         from regpt.version import installed_version
 
@@ -75,13 +77,14 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, "__version__"})
 
 
-class TrainPackage(ModuleType):
-    """The subpackage `regpt.train`, which is the function `regpt.train` too: importing the subpackage puts it under
-    that name whatever else was there."""
+class CallablePackage(ModuleType):
+    """A subpackage, `regpt.train`, that is the function `regpt.train` too: importing the subpackage puts it under that
+    name whatever else was there."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         return self.__wrapped__(*args, **options)
 
     @property
     def __wrapped__(self) -> Any:  # where `inspect.signature`, and so `help` and editors, look
-        return import_module("regpt.api.run").train
+        name = self.__name__.removeprefix("regpt.")
+        return getattr(import_module(FUNCTIONS[name]), name)

@@ -18,7 +18,7 @@ from regpt.checkpoint.config import CheckpointConfig
 from regpt.data.config import DataConfig
 from regpt.errors import UsageError, nearest
 from regpt.evals.config import EvalConfig
-from regpt.files import is_file
+from regpt.files import at_home, is_file
 from regpt.kernels.fp8 import MULTIPLE as FP8_MULTIPLE
 from regpt.model.config import GPT2_VOCAB_SIZE, ModelConfig
 from regpt.sample.config import SampleConfig
@@ -87,6 +87,19 @@ def with_old_meanings(values: dict[str, Any]) -> dict[str, Any]:
     if isinstance(data, dict) and "shuffle_rows" not in data and data.keys() >= DATA_BEFORE_SHUFFLE_ROWS:
         return values | {"data": data | {"shuffle_rows": "none"}}
     return values
+
+
+def with_home(values: dict[str, Any]) -> dict[str, Any]:
+    """`values`, the home folder for `~` in the folders of the data."""
+    data = values.get("data")
+    if not isinstance(data, dict):
+        return values
+    data = dict(data)
+    if isinstance(data.get("path"), str):
+        data["path"] = at_home(data["path"])
+    if isinstance(data.get("mixture"), dict):
+        data["mixture"] = {at_home(str(folder)): weight for folder, weight in data["mixture"].items()}
+    return values | {"data": data}
 
 
 def drop_none(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,7 +173,7 @@ def validate(values: dict[str, Any], source: str) -> RunConfig:
     if isinstance(values.get("model"), dict):
         values = overlay({"model": {"vocab_size": 0}}, values)
     try:
-        values = with_old_meanings(values)
+        values = with_home(with_old_meanings(values))
         return TypeAdapter(RunConfig).validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         raise UsageError(f"{source}: {explain(error)}") from None

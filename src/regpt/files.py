@@ -102,6 +102,11 @@ def is_folder(path: str | Path) -> bool:
     return found is not None and stat.S_ISDIR(found.st_mode)
 
 
+def at_home(path: str) -> str:
+    """`path` with the home folder for its `~`, which shells leave as it is in `--flag=~/x`, in quotes and in files."""
+    return os.path.expanduser(path) if path == "~" or path.startswith("~/") else path
+
+
 def resolved(path: str | Path) -> Path:
     """The absolute `path` without links; of a name that no file system takes, and of a circle of links, as it is."""
     try:

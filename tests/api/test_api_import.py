@@ -44,7 +44,7 @@ def test_every_name_is_there_and_listed():
 
 def test_every_name_has_one_home():
     homes = [name for names in regpt.HOMES.values() for name in names]
-    assert sorted([*homes, "train"]) == regpt.__all__
+    assert sorted([*homes, *regpt.FUNCTIONS]) == regpt.__all__
 
 
 def test_train_is_a_function_whatever_was_imported_before():
@@ -54,6 +54,13 @@ def test_train_is_a_function_whatever_was_imported_before():
     bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
     assert str(inspect.Signature(bare)) == EXPECTED
     assert callable(regpt.train)
+
+
+def test_prepare_is_a_function_whatever_was_imported_before():
+    assert regpt.prepare is importlib.import_module("regpt.prepare")
+    importlib.import_module("regpt.prepare.job")
+    assert next(iter(inspect.signature(regpt.prepare).parameters)) == "sources"
+    assert callable(regpt.prepare)
 
 
 def test_errors_are_regpts_own():

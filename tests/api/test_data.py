@@ -62,6 +62,14 @@ def test_options_that_prepare_does_not_take_are_refused(text: Path, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
+def test_the_home_folder_is_found_by_its_sign(text: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HOME", str(text.parent))
+    monkeypatch.chdir(tmp_path)
+    assert regpt.prepare("~/text.txt", "~/out", tokenizer=regpt.train_tokenizer(["~/text.txt"], 270)).tokens("val")
+    assert (text.parent / "out" / "manifest.json").is_file()
+    assert not list(tmp_path.iterdir())
+
+
 def test_filters_may_be_a_dict_and_sources_any_iterable(text: Path, tmp_path: Path):
     lines = tmp_path / "a.jsonl"
     lines.write_text('{"text": "the cat"}\n' * 3 + '{"text": "the dog"}\n', encoding="utf-8")

@@ -135,6 +135,14 @@ def test_a_step_that_cannot_be_meant_is_refused(model: str, step: str, said: str
         at_step(model, step)
 
 
+def test_a_step_without_a_checkpoint_is_refused_with_those_that_there_are(run: Path):
+    with pytest.raises(UsageError, match=r"has no checkpoint of step 7; choose from \d+, 8 or best"):
+        at_step(str(run), "7")
+    with pytest.raises(UsageError, match="'gpt2' has none; leave it out, or give a run"):
+        at_step("gpt2", "7")
+    assert at_step(f"{run}/", "8") == f"{run}/checkpoints/step-00000008"
+
+
 def test_a_run_without_validation_has_no_best(data: Path, run: Path, tmp_path: Path, capsys):
     other = tmp_path / "other"
     shutil.copytree(run, other)

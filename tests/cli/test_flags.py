@@ -9,7 +9,7 @@ import tyro
 from regpt.cli.flags import flags_of
 from regpt.cli.parse import parse
 from regpt.cli.train import Train, named_recipe
-from regpt.config import RunConfig, read_config
+from regpt.config import RunConfig, read_config, with_home
 from regpt.errors import UsageError
 from regpt.ranges import ranges
 
@@ -64,6 +64,15 @@ def test_a_value_may_begin_with_a_hyphen():
     assert parse(Args, ["--text", "-- a dash"[1:], "-n", "3"], "regpt x") == Args(text="- a dash", n=3)
 
 
+def test_the_home_folder_is_found_where_the_shell_leaves_its_sign(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    given = parse(Train, ["~/my.toml", "--out=~/runs/a", "--data=~/a=1", "--sample.prompt", "~/"], "regpt train")
+    assert (given.recipe, given.out, given.config.sample.prompt) == ("/home/ann/my.toml", "/home/ann/runs/a", "~/")
+    assert given.data == ("/home/ann/a=1",)
+    data = {"path": "~/tokens", "mixture": {"~/a": 1.0, "b~": 2.0}}
+    assert with_home({"data": data})["data"] == {"path": "/home/ann/tokens", "mixture": {"/home/ann/a": 1.0, "b~": 2.0}}
+
+
 @pytest.mark.parametrize(
     ("flag", "near"),
     [
@@ -90,7 +99,9 @@ def test_a_mistyped_flag_is_one_short_sentence_with_the_nearest_names(flag: str,
         (["--train.micro-batch-rows", "x"], "--train.micro-batch-rows is 'x', must be auto or a whole number"),
         (["--train.precision", "bf61"], "--train.precision is 'bf61' (did you mean 'bf16'?), must be fp64, fp32"),
         (["--optim.lr", "1e-1x"], "--optim.lr is '1e-1x', must be a number"),
-        (["--out"], "--out needs a value"),
+        (["--out"], "--out needs a value; "),
+        (["--out", "--train.steps", "3"], "--out needs a value; "),
+        (["--out", "---"], "--out needs a value (one that begins with hyphens after an equals sign: --out=---)"),
         (["more"], "more is too much for regpt train"),
         (["--train.ema-decay", "0.5", "--eval.ema", "--train.ema-decay", "0"], "eval.ema asks for an average"),
     ],

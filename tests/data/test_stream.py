@@ -83,6 +83,12 @@ def test_splits_are_separate(write_shards):
         open_stream(folder, manifest, "train", "sequential", 0)
 
 
+def test_data_of_which_nothing_was_held_out_says_how_to_hold_out_some(write_shards):
+    folder, manifest, _ = write_shards([5, 5])
+    with pytest.raises(UserError, match=r"no tokens in split 'val'; prepare the text again with --val or"):
+        open_stream(folder, manifest, "val", "sequential", 0)
+
+
 def test_vocabularies_above_65536_are_read_as_uint32(write_shards):
     folder, manifest, tokens = write_shards([70_000], vocab_size=100_000)
     assert open_stream(folder, manifest, "train", "shuffle", 0).tokens(0, 70_000).tolist() == tokens.tolist()

@@ -274,6 +274,17 @@ def test_a_source_without_text_is_named(tmp_path):
             prepare([good, str(tmp_path / name)], tmp_path / "out", TOKENIZER, val_fraction=0)
 
 
+def test_where_errors_are_skipped_one_source_without_text_does_not_stop_the_others(tmp_path):
+    good, bad = write_jsonl(tmp_path / "a.jsonl", ["the cat", "the mat"]), tmp_path / "b.txt"
+    bad.write_bytes(b"caf\xe9")
+    options = {"val_fraction": 0, "text": TextOptions(on_error="skip")}
+    manifest = prepare([good, str(bad)], tmp_path / "out", TOKENIZER, **options)
+    assert manifest.documents("train") == 2
+    assert manifest.removed["not_utf8"]["documents"] == 1
+    with pytest.raises(UserError, match="holds no text"):
+        prepare([str(bad)], tmp_path / "none", TOKENIZER, **options)
+
+
 def test_an_empty_split_says_which_fraction_would_do(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", ["the cat", "the mat", "the cats"])
     with pytest.raises(UserError, match="none of the 3 documents fell into the validation split") as error:

@@ -84,6 +84,11 @@ def test_fine_tuning_starts_low_and_may_fall_little(make_run):
     assert "not learning" not in kinds(make_run, rows_of(lambda step: 3.0 - step / 4000))
 
 
+@pytest.mark.parametrize("env", [{"init_from": "gpt2"}, {"parent": {"checkpoint": "runs/a", "step": 80}}])
+def test_a_run_that_begins_with_learned_weights_may_fall_little_from_any_loss(make_run, env):
+    assert "not learning" not in kinds(make_run, rows_of(lambda step: 10.8 - step / 1000), env)
+
+
 @pytest.mark.parametrize(
     ("loss", "where"),
     [

@@ -155,6 +155,14 @@ def test_a_run_is_one_point_at_its_last_validation(make_run):
     assert [one.tokens for one in points_of([run], "all")[0]] == [1e8]
 
 
+def test_a_run_validated_only_in_its_warmup_is_said_to_be(make_run):
+    config = CONFIG + "[optim]\nwarmup_steps = 50\n"
+    run = read_run(make_run(rows=[train_row(20, tokens=1e6), val_row(20, 3.0)], config=config, name="a"))
+    assert len(points_of([run])[0]) == 1
+    with pytest.raises(UserError, match="run 'a' has no validation loss after its warmup of 50 steps; leave it out"):
+        points_of([run], "all")
+
+
 def test_embeddings_can_be_left_out(make_run):
     (point,), _ = points_of([read_run(scaling_run(make_run, 64, 100))], count="non-embedding")
     assert point.parameters == 4_096_000 - (1000 + 24) * 64

@@ -11,6 +11,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 import numpy as np
 
 from regpt.errors import UsageError, nearest
+from regpt.files import at_home
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -70,7 +71,11 @@ def hints_of(owner: Any) -> dict[str, Any]:
 
 
 def check(name: str, value: Any, hint: Any) -> Any:
-    """`value`, NumPy's numbers as Python's own; a `UsageError` where it is not of the type `hint`."""
+    """`value`, NumPy's numbers as Python's own, the home folder for `~` of a path.
+
+    Raises:
+        UsageError: it is not of the type `hint`.
+    """
     value = value.item() if isinstance(value, np.generic) else value
     if not fits(value, hint):
         shown = repr(value)
@@ -78,7 +83,11 @@ def check(name: str, value: Any, hint: Any) -> Any:
         literal = typing.get_origin(hint) is Literal and isinstance(value, str)
         close = nearest(value, typing.get_args(hint)) if literal else ""
         raise UsageError(f"{name} is {shown}{close}, must be {words(hint)}")
-    return value
+    return at_home(value) if isinstance(value, str) and takes_path(hint) else value
+
+
+def takes_path(hint: Any) -> bool:
+    return any(typing.get_origin(one) is PathLike for one in typing.get_args(hint))
 
 
 def fits(value: Any, hint: Any) -> bool:

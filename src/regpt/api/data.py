@@ -11,6 +11,7 @@ from typing import Any
 from regpt.api.arguments import check_options, checked, hints_of
 from regpt.data.manifest import Manifest
 from regpt.errors import UsageError, UserError
+from regpt.files import at_home
 from regpt.prepare.named import open_sources
 from regpt.prepare.prepare import SHARD_TOKENS
 from regpt.prepare.prepare import prepare as write_shards
@@ -112,4 +113,4 @@ def names(given: Place | Iterable[Place]) -> list[str]:
     places = [given] if isinstance(given, str | os.PathLike) else list(given)
     if wrong := [one for one in places if not isinstance(one, str | os.PathLike)]:
         raise UsageError(f"a source is {wrong[0]!r}, must be text or a path")
-    return [os.fspath(one) for one in places]
+    return [at_home(os.fspath(one)) for one in places]

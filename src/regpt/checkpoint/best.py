@@ -6,7 +6,7 @@ from pathlib import Path
 
 from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, checkpoints, step_of
 from regpt.errors import UsageError, UserError
-from regpt.files import is_file
+from regpt.files import address_of, is_file
 from regpt.structured import json_lines
 
 METRICS = "metrics.jsonl"
@@ -63,4 +63,13 @@ def at_step(model: str, step: str) -> str:
     name = model.rstrip("/")
     if STEP_FOLDER.fullmatch(Path(name).name):
         raise UsageError(f"--step chooses a checkpoint of a run and {model!r} is one; leave it out, or give the run")
+    if step != BEST and not address_of(name):
+        there = [step_of(folder) for folder in checkpoints(Path(name))]
+        if not there:
+            raise UsageError(
+                f"--step chooses a checkpoint of a run and {model!r} has none; leave it out, or give a run"
+            )
+        if int(step) not in there:
+            known = ", ".join(map(str, sorted(there)))
+            raise UsageError(f"run {model!r} has no checkpoint of step {int(step)}; choose from {known} or {BEST}")
     return f"{name}/{CHECKPOINTS}/{step if step == BEST else f'step-{int(step):08d}'}"

@@ -9,12 +9,14 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import tyro
 
 from regpt.errors import UsageError, nearest
+from regpt.files import at_home
 from regpt.ranges import SEED, Range
 
 TRUTH = {"true": "True", "false": "False"}
 NEAR = 3  # names that are offered for one that does not exist
 HELP = ("-h", "--help")
 NATURAL = Range(0, SEED)  # of a number that has no range of its own
+TEXT = ("--prompt", "--sample.prompt", "--sample.more-prompts", "--separator", "--template", "--text-column", "--token")
 WANTED = {int: "a whole number", float: "a number"}
 
 
@@ -121,19 +123,22 @@ def normalized(known: Mapping[str, Flag], args: Sequence[str], prog: str) -> lis
         if flag is None or flag.positional:
             if name.startswith("--") and name not in HELP:
                 raise UsageError(unknown(name, known, prog))
-            found.append(arg)
+            found.append(at_home(arg))
         elif flag.boolean:
             if not equals and rest and (rest[0].lower() in TRUTH or not (flag.switch or rest[0].startswith("-"))):
                 value = rest.pop(0)
             found += truth(name, flag, value)
         elif equals or (rest and not rest[0].startswith("--") and rest[0] not in known):
             value = value if equals else rest.pop(0)
+            value = value if name in TEXT else at_home(value)
             check_value(name, flag, value)
             found += [f"{name}={value}"] if equals or value.startswith("-") else [name, value]
         elif flag.many:
             found.append(name)  # of no values
         else:
-            raise UsageError(f"{name} needs a value; {prog} --help shows which")
+            hyphens = rest and rest[0].partition("=")[0] not in known
+            also = f" (one that begins with hyphens after an equals sign: {name}={rest[0]})" if hyphens else ""
+            raise UsageError(f"{name} needs a value{also}; {prog} --help shows which")
     return found
 
 

@@ -185,7 +185,9 @@ def filled_shards(folder: Path, manifest: Manifest, split: str) -> list[Shard]:
     """The shards of a split; a UserError when they hold no token."""
     shards = [shard for shard in manifest.split(split) if shard.tokens]
     if not shards:
-        raise UserError(f"data folder {str(folder)!r} has no tokens in split {split!r}; prepare it from more text")
+        how = "prepare the text again with --val or another --val-fraction than 0, or take a folder that held out some"
+        how = how if split == "val" else "prepare it from more text"
+        raise UserError(f"data folder {str(folder)!r} has no tokens in split {split!r}; {how}")
     return shards
 
 

@@ -62,12 +62,12 @@ def cut_in_two(document: Document, val_fraction: float, name: str) -> tuple[Docu
     return Document(text[:at], share), Document(text[at:], document.source_bytes - share)
 
 
-def check_texts(records: Iterable[Mapping[str, Any]]) -> None:
-    """Raise Unusable, naming a source without any text; `records` are the manifest's."""
+def check_texts(records: Iterable[Mapping[str, Any]], skip: bool) -> None:
+    """Raise Unusable, naming a source without any text; `records` are the manifest's. `skip`: only if no source has."""
     read: dict[str, int] = {}
     for record in records:
         read[record["source"]] = read.get(record["source"], 0) + record["documents"]
-    for name, documents in read.items():
+    for name, documents in () if skip and any(read.values()) else read.items():
         if not documents:
             raise Unusable(
                 f"{name!r} holds no text: every document is empty or cannot be read, or there is none; leave it out"

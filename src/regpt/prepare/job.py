@@ -173,7 +173,7 @@ class Job:
         self.progress(Progress(*counts, self.workers if self.pool else 0))
 
     def _check(self, summary: Summary) -> None:
-        check_texts(summary.sources)
+        check_texts(summary.sources, skip=self.settings.text.on_error == "skip")
         check_splits(self.settings.rule, self.settings.val_fraction, summary.documents, summary.lowest)
 
     def _give_up(self) -> None:

@@ -120,7 +120,8 @@ def training(run: Run, curve: Curve) -> list[Finding]:
     end = curve.smoothed[-1]
     fall = curve.raw[0] - best
     size = number(section(run.config, "model").get("vocab_size"))
-    from_scratch = size is None or curve.raw[0] > 0.8 * log(size)  # fine-tuning starts low and falls little
+    trained = run.env.get("init_from") or run.env.get("parent")  # such a run begins with what another learned
+    from_scratch = not trained and (size is None or curve.raw[0] > 0.8 * log(size))
     if from_scratch and fall < LEARNS * curve.raw[0]:
         return [Finding("bad", "not learning", f"the training loss fell by {fall:.2f} only, from {curve.raw[0]:.2f}")]
     tenth = curve.smoothed[-max(2, len(curve.smoothed) // 10)] - end

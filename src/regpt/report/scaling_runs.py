@@ -46,7 +46,9 @@ def points_of_run(run: Run, key: str, which: Which, parameters: float) -> list[P
     if which == "all":
         rows = [row for row in rows if row["step"] > warmup]
     if not rows:
-        raise UserError(f"run {run.name!r} has no validation {key} after its first step; leave it out")
+        what = "in bits per byte" if key == "bpb" else "loss"
+        when = f"its warmup of {warmup:,.0f} steps" if which == "all" and warmup else "its first step"
+        raise UserError(f"run {run.name!r} has no validation {what} after {when}; leave it out")
     rows = rows if which == "all" else rows[-1:]
     places = positions(run.train, [row["step"] for row in rows])
     if "tokens" not in places:

@@ -4,4 +4,4 @@ import sys
 
 import regpt
 
-sys.modules[__name__].__class__ = regpt.TrainPackage
+sys.modules[__name__].__class__ = regpt.CallablePackage
