@@ -249,7 +249,7 @@ def test_a_finished_folder_is_not_touched_again(tmp_path):
     for names, options, said in (
         ([source, more], {"shard_tokens": 8}, r"with another shard tokens \(7, now 8\)"),
         ([source, more], {"val_fraction": 0.1}, r"with another val rule \(none, now documents\)"),
-        ([source, more], {"text": TextOptions(on_error="skip")}, r"with another on error \(None, now skip\)"),
+        ([source, more], {"text": TextOptions(on_error="skip")}, r"with another on error \(stop, now skip\)"),
         ([source], {}, r"with .*b\.jsonl in .* for train"),
         ([source, more, other], {}, r"without .*c\.jsonl in .* for train"),
         ([more, source], {}, "from the sources in another order"),

@@ -262,8 +262,8 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, corpus):
         ),
         ({"filters": Filters(dedup="exact")}, r"another --dedup \(none, now exact\)"),
         ({"filters": Filters(min_chars=3)}, r"another --min-chars \(0, now 3\)"),
-        ({"text": TextOptions(separator="c")}, r"another --separator \(None, now c\)"),
-        ({"text": TextOptions(on_error="skip", template="{text}")}, r"another --template \(None, now \{text\}\)"),
+        ({"text": TextOptions(separator="c")}, r"another --separator \(none, now c\)"),
+        ({"text": TextOptions(on_error="skip", template="{text}")}, r"another --template \(none, now \{text\}\)"),
     ],
 )
 def test_other_options_are_refused_until_restart(tmp_path, corpus, options, said):

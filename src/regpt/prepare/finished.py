@@ -6,6 +6,7 @@ from typing import Any
 
 from regpt.data.manifest import Manifest, read_manifest
 from regpt.errors import UserError
+from regpt.prepare.settings import TEXT_OPTIONS
 from regpt.text.tokenizer import Tokenizer
 
 Record = Mapping[str, Any]
@@ -39,7 +40,7 @@ def differences(manifest: Manifest, tokenizer: Tokenizer, options: Record, recor
     for name in {**options, **manifest.options}:
         before, now = manifest.options.get(name), options.get(name)
         if before != now:
-            yield f"with another {name.replace('_', ' ')} ({before}, now {now})"
+            yield f"with another {name.replace('_', ' ')} ({said(name, before)}, now {said(name, now)})"
     before, now = ({name_of(record): record for record in group} for group in (manifest.sources, records))
     for name in {**before, **now}:
         shown = f"{name[1]} in {name[0]}" if name[1] else name[0]
@@ -55,3 +56,9 @@ def differences(manifest: Manifest, tokenizer: Tokenizer, options: Record, recor
 
 def name_of(record: Record) -> tuple[str, str, str]:
     return record["source"], record.get("file", ""), record["split"]
+
+
+def said(name: str, value: object) -> str:
+    """An option's value in a message; one that the manifest leaves out is the default."""
+    value = getattr(TEXT_OPTIONS, name, None) if value is None else value
+    return "none" if value is None else str(value)

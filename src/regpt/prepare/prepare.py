@@ -232,5 +232,5 @@ def clear(work: Path, out: Path | None = None) -> None:
 
 def shown(value: Any) -> str:
     """A setting in a message; hashes shortened."""
-    values = value if isinstance(value, list) else [value]
+    values = value if isinstance(value, list) else [] if value is None else [value]
     return ", ".join(item[:12] if isinstance(item, str) else str(item) for item in values) or "none"
