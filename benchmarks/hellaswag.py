@@ -151,7 +151,7 @@ def show(row: dict[str, Any]) -> None:
 @torch.no_grad()
 def lecture(model: Transformer, task: Choices, items: list[int], context: Autocast) -> tuple[np.ndarray, float]:
     """(items, 2) whether each was right by sum and by mean, and the seconds: four padded rows, all logits."""
-    device = model.wte.weight.device
+    device = model.device
     right = []
     started = time.perf_counter()
     for n, i in enumerate([items[0], *items]):  # the first one twice: it warms up

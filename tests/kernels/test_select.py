@@ -84,6 +84,18 @@ def test_fp8_takes_the_fused_path_where_its_kernels_work(hopper, monkeypatch, n_
     assert tried == ([] if n_embd % 16 else [(hopper, 32)] * 2)
 
 
+def test_a_family_without_an_entry_takes_the_plain_path_and_one_with_an_entry_its_own(hopper, monkeypatch):
+    model = tiny.build_model(dtype=torch.float32)
+    entry = select.FusedFamily(lambda model, precision: "it is round", lambda model, *_: lambda *_: model.head_weight)
+    monkeypatch.setattr(select, "FAMILIES", {"other": entry})
+    assert choose("auto", model, hopper, "bf16").reason == "there is no fused path for models of the family gpt2"
+    model.config = replace(tiny.CONFIG)
+    object.__setattr__(model.config, "family", "other")
+    assert choose("auto", model, hopper, "bf16").reason == "it is round"
+    idx = torch.zeros(1, 1)
+    assert select.fused_loss(model, hopper)(idx, idx, None, None) is model.head_weight
+
+
 def test_frozen_parameters_take_the_plain_path(hopper):
     model = tiny.build_model(dtype=torch.float32)
     model.wpe.weight.requires_grad_(False)

@@ -68,6 +68,19 @@ def test_the_first_loss_is_that_of_a_guess_and_half_the_variance_of_the_logits(c
     assert first_loss(config, rows, seq_len) == pytest.approx(expected, abs=0.05)
 
 
+def test_the_model_answers_for_itself():
+    model = tiny.build_model()
+    assert (model.device, model.dtype) == (tiny.CPU, torch.float64)
+    assert [len(p) for name, p in model.named_parameters() if name in model.padded_names] == [128]
+    assert model.get_parameter(model.token_embedding) is model.head_weight
+    assert model.get_parameter(model.position_embedding).shape == (T, 24)
+    assert list(model.blocks) == list(model.h)
+    in_blocks = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
+    assert model.matmul_parameters() == in_blocks + 97 * 24
+    assert model.matmul_parameters(padded=True) == in_blocks + 128 * 24
+    assert model.attention_flops(10) == 12 * 2 * 24 * 10
+
+
 def test_the_tied_head_is_the_embedding_and_gets_both_gradients():
     model, idx = tiny.build_model(), tokens(2, T)
     assert model.head_weight.data_ptr() == model.wte.weight.data_ptr()

@@ -78,7 +78,7 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        return self.module.wte.weight.device
+        return self.module.device
 
     @overload
     def generate(self, prompt: str, *, max_new_tokens: int = ..., temperature: float = ..., top_k: int = ..., top_p: float = ..., seed: int = ..., past_context: PastContext = ..., stream: Literal[False] = ...) -> str: ...  # fmt: skip  # noqa: E501

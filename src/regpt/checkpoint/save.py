@@ -56,7 +56,7 @@ class Contents:
     average: Mapping[str, Tensor] | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors in one mapping, each name behind that of its file: `optimizer/exp_avg/wte.weight`."""
+        """All tensors in one mapping, each name after that of its file: `optimizer/exp_avg/<parameter>`."""
         parts = {WEIGHTS: self.weights, OPTIMIZER: self.optimizer, AVERAGE: self.average or {}}
         return {f"{stem}/{name}": tensor for stem, tensors in parts.items() for name, tensor in tensors.items()}
 

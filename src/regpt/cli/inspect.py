@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from regpt.checkpoint.open import OpenModel
+    from regpt.model.transformer import Transformer
     from regpt.report.weights import Neighbour, Tensors
 
 LECTURE_CHANNELS = (150, 200, 250)
-LECTURE_MATRIX = "h.1.attn.c_attn.weight"
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class InspectArgs:
     channels: tuple[int, ...] = ()
     """Channels of the position embeddings to draw; default 150, 200 and 250 (the lecture's), where they exist."""
     matrix: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Matrix to draw; default h.1.attn.c_attn.weight as in the lecture, or that of the only block."""
+    """Matrix to draw; default the first of the second block (queries, keys and values) as in the lecture, or of the
+    only block."""
     all: bool = False
     """A row for every parameter, instead of one for those of the same name in all blocks."""
     json: bool = False
@@ -59,14 +60,15 @@ def main(args: list[str]) -> int:
         raise UsageError("--matrix and --channels say what to draw; give the picture's file with --out")
     from regpt.checkpoint.open import open_model
     from regpt.model.weights import count_parameters, state_tensors
-    from regpt.report.weights import EMBEDDING, nearest_tokens, parameter_table, token_id
+    from regpt.report.weights import nearest_tokens, parameter_table, token_id
 
     opened = open_model(given.model)
     tensors = state_tensors(opened.model)
     ids = {text: token_id(opened.tokenizer, text) for text in given.token}
-    near = {text: nearest_tokens(tensors[EMBEDDING], opened.tokenizer, i, given.n) for text, i in ids.items()}
+    embedding = tensors[opened.model.token_embedding]  # (V, C)
+    near = {text: nearest_tokens(embedding, opened.tokenizer, i, given.n) for text, i in ids.items()}
     if given.out is not None:
-        draw(given, tensors)
+        draw(given, opened.model, tensors)
     table, total = parameter_table(tensors, every=given.all), count_parameters(opened.model)
     if given.json:
         print_json(to_dict(opened, table, total, near))
@@ -79,13 +81,13 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def draw(given: InspectArgs, tensors: Mapping[str, Tensor]) -> None:
+def draw(given: InspectArgs, model: Transformer, tensors: Mapping[str, Tensor]) -> None:
     """The picture, with the lecture's choices where the model is large enough for them."""
     from regpt.report.weight_pictures import draw_weights
-    from regpt.report.weights import POSITIONS, find_tensor
+    from regpt.report.weights import find_tensor
 
     assert given.out is not None
-    positions = tensors.get(POSITIONS)
+    positions = tensors.get(model.position_embedding)
     channels = given.channels
     if positions is not None:
         width = positions.size(1)
@@ -96,8 +98,14 @@ def draw(given: InspectArgs, tensors: Mapping[str, Tensor]) -> None:
                 raise UsageError(f"--channels holds {channel}, the position embeddings have channels 0 to {width - 1}")
     elif channels:
         raise UsageError("--channels was given, and this model has no learned position embeddings; leave it out")
-    name = given.matrix or (LECTURE_MATRIX if LECTURE_MATRIX in tensors else LECTURE_MATRIX.replace("1", "0", 1))
+    name = given.matrix or first_matrix(model)
     draw_weights(given.out, positions, channels, (name, find_tensor(tensors, name)))
+
+
+def first_matrix(model: Transformer) -> str:
+    """Name of the first matrix of the second block, or of the only one."""
+    first = next(p for p in model.blocks[:2][-1].parameters() if p.dim() == 2)
+    return next(name for name, p in model.named_parameters() if p is first)
 
 
 def to_dict(opened: OpenModel, table: list[Tensors], total: int, near: dict[str, list[Neighbour]]) -> dict[str, object]:

@@ -32,7 +32,7 @@ class CapturedStep:
 
     def __init__(self, fused: FusedGPT2, inputs: tuple[Tensor | None, ...], gradient: bool, pool: Any):
         self.inputs = [None if given is None else given.clone() for given in inputs]
-        device = fused.model.wte.weight.device
+        device = fused.model.device
         self.scale = torch.ones((), device=device)
         self.graphs = [torch.cuda.CUDAGraph() for _ in range(2 if gradient else 1)]
         # thread_local: other threads (of the loader, of a checkpoint being written) go on with their own calls.
@@ -116,7 +116,7 @@ class GraphedLoss:
             self.outstanding = weakref.ref(backward)
             return loss, backward
 
-        return HandWritten.apply(self.fused.model.wte.weight, compute) if gradient else step.forward(*inputs)  # type: ignore[return-value]
+        return HandWritten.apply(self.fused.model.head_weight, compute) if gradient else step.forward(*inputs)  # type: ignore[return-value]
 
     def step_for(self, key: Key, inputs: tuple[Tensor | None, ...]) -> Any:
         """The captured step for this key, captured now if its time has come; None where there is none."""
@@ -157,7 +157,7 @@ class GraphedLoss:
         self.refused.add(key)
         self.fused.forget_beside()
         gc.collect()
-        device = self.fused.model.wte.weight.device
+        device = self.fused.model.device
         if device.type == "cuda":
             torch.cuda.empty_cache()
             end_capture(device)

@@ -16,8 +16,7 @@ from regpt.model.ops import PLAIN, Ops
 from regpt.model.transformer import Transformer
 
 KernelsName = Literal["auto", "plain", "fused"]
-# It was written and measured on Hopper. It should work from Ampere on: there it is not chosen, but may be asked for. In
-# FP8 it is never chosen: one start of six failed on an H100, and why is not known (docs/performance.md).
+# Measured on Hopper, where `auto` takes it. It should work from Ampere on: there it is taken when asked for.
 MEASURED_CAPABILITY, LEAST_CAPABILITY = (9, 0), (8, 0)
 LossOfTokens = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
@@ -44,40 +43,6 @@ def ops_of(precision: str, device: torch.device, ops: Ops = PLAIN) -> Ops:
     return replace(ops, linear=fp8.linear)
 
 
-def obstacle(model: Transformer, device: torch.device, precision: str) -> str | None:
-    """Why the fused path cannot compute this model's loss; None when it can."""
-    if model.config.dropout:
-        return f"the fused path computes no dropout, model.dropout is {model.config.dropout}"
-    if device.type != "cuda" or not torch.version.cuda:
-        return f"the fused path needs an NVIDIA GPU, this is {device.type}"
-    if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
-        return f"the fused path needs compute capability 8.0 or more, {torch.cuda.get_device_name(device)} has less"
-    if precision not in ("bf16", "fp8"):
-        return f"the fused path computes in bfloat16 or FP8, train.precision is {precision}"
-    if model.wte.weight.dtype != torch.float32 or not all(p.requires_grad for p in model.parameters()):
-        return "the fused path trains all parameters, in float32; this model has frozen ones or is in float64"
-    if not find_spec("triton"):
-        return "the fused path needs the package triton"
-    if model.config.n_embd % 8 or model.wte.num_embeddings % 8:
-        return "the fused path needs n_embd and the (padded) vocabulary to be multiples of 8; set train.pad_vocab"
-    if precision == "fp8" and torch.cuda.get_device_capability(device) < fp8.LEAST_CAPABILITY:
-        return (
-            f"in FP8 the fused path needs compute capability 8.9 or more, {torch.cuda.get_device_name(device)} has less"
-        )
-    if precision == "fp8" and model.config.n_embd % fp8.MULTIPLE:
-        return f"in FP8 the fused path needs n_embd to be a multiple of {fp8.MULTIPLE}"
-    head_size = model.config.n_embd // model.config.n_head
-    if head_size % 8 or head_size > 128:
-        return f"the fused path needs heads of a multiple of 8, up to 128; they are of {head_size}"
-    return None
-
-
-def rounding_obstacle(device: torch.device, n_embd: int) -> str | None:
-    from regpt.kernels import triton_fp8  # Triton is an import that only this needs
-
-    return triton_fp8.obstacle(device, n_embd)
-
-
 def choose(
     wanted: KernelsName,
     model: Transformer,
@@ -94,11 +59,9 @@ def choose(
     """
     if wanted == "plain":
         return Kernels("plain", "asked for")
-    reason = obstacle(model, device, precision)
-    if reason is None and deterministic:
-        reason = "the order of its sums is not fixed, train.deterministic is true"
-    if reason is None and recompute:
-        reason = "it keeps what its backward needs, train.activation_checkpointing is true"
+    reason = device_obstacle(device, precision) or model_obstacle(
+        model, precision, deterministic=deterministic, recompute=recompute
+    )
     if reason is None and wanted == "auto" and torch.cuda.get_device_capability(device) < MEASURED_CAPABILITY:
         reason = f"not measured on {torch.cuda.get_device_name(device)}; train.kernels fused tries it"
     if reason is None and precision == "fp8":
@@ -110,15 +73,85 @@ def choose(
     return Kernels("fused", f"cuBLASLt, Triton, CUDA graphs, attention by {attention_library()}")
 
 
+def device_obstacle(device: torch.device, precision: str) -> str | None:
+    """Why no fused path works on `device`; None when one can."""
+    if device.type != "cuda" or not torch.version.cuda:
+        return f"the fused path needs an NVIDIA GPU, this is {device.type}"
+    capability, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
+    if capability < LEAST_CAPABILITY:
+        return f"the fused path needs compute capability 8.0 or more, {name} has less"
+    if precision == "fp8" and capability < fp8.LEAST_CAPABILITY:
+        return f"in FP8 the fused path needs compute capability 8.9 or more, {name} has less"
+    if not find_spec("triton"):
+        return "the fused path needs the package triton"
+    return None
+
+
+def model_obstacle(
+    model: Transformer, precision: str, *, deterministic: bool = False, recompute: bool = False
+) -> str | None:
+    """Why no fused path can train `model` so, on whatever device; None when its family's can."""
+    family = FAMILIES.get(model.config.family)
+    if family is None:
+        return f"there is no fused path for models of the family {model.config.family}"
+    if model.dtype != torch.float32 or not all(p.requires_grad for p in model.parameters()):
+        return "the fused path trains all parameters, in float32; this model has frozen ones or is in float64"
+    if deterministic:
+        return "the order of its sums is not fixed, train.deterministic is true"
+    if recompute:
+        return "it keeps what its backward needs, train.activation_checkpointing is true"
+    return family.obstacle(model, precision)
+
+
+def rounding_obstacle(device: torch.device, n_embd: int) -> str | None:
+    from regpt.kernels import triton_fp8  # Triton is an import that only this needs
+
+    return triton_fp8.obstacle(device, n_embd)
+
+
 def attention_library() -> str:
-    if not find_spec("cudnn"):
-        return "torch (pip install 'regpt[hopper]' for the faster cuDNN)"
-    return "cuDNN"
+    return "cuDNN" if find_spec("cudnn") else "torch (pip install 'regpt[hopper]' for the faster cuDNN)"
 
 
 def fused_loss(model: Transformer, device: torch.device, precision: str = "bf16") -> LossOfTokens:
-    """The fused `loss_sum(idx, targets, positions, cu_seqlens)` of `model` in bf16 or fp8; see `kernels.gpt2` for what
-    it keeps."""
+    """The fused `loss_sum(idx, targets, positions, cu_seqlens)` of `model` in bf16 or fp8, where `choose` allows it."""
+    return FAMILIES[model.config.family].loss(model, device, precision)
+
+
+# ---- families --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FusedFamily:
+    """The fused path of a family of models.
+
+    Attributes:
+        obstacle: why it cannot train this model in this precision, on whatever device; None when it can.
+        loss: makes its `loss_sum`; imports the kernels.
+    """
+
+    obstacle: Callable[[Transformer, str], str | None]
+    loss: Callable[[Transformer, torch.device, str], LossOfTokens]
+
+
+def gpt2_obstacle(model: Transformer, precision: str) -> str | None:
+    config = model.config
+    if config.dropout:
+        return f"the fused path computes no dropout, model.dropout is {config.dropout}"
+    if precision not in ("bf16", "fp8"):
+        return f"the fused path computes in bfloat16 or FP8, train.precision is {precision}"
+    if config.n_embd % 8 or len(model.head_weight) % 8:
+        return "the fused path needs n_embd and the (padded) vocabulary to be multiples of 8; set train.pad_vocab"
+    if precision == "fp8" and config.n_embd % fp8.MULTIPLE:
+        return f"in FP8 the fused path needs n_embd to be a multiple of {fp8.MULTIPLE}"
+    head_size = config.n_embd // config.n_head
+    if head_size % 8 or head_size > 128:
+        return f"the fused path needs heads of a multiple of 8, up to 128; they are of {head_size}"
+    return None
+
+
+def gpt2_loss(model: Transformer, device: torch.device, precision: str) -> LossOfTokens:
+    """See `kernels.gpt2` for what it keeps."""
     from regpt.kernels import triton_ops
     from regpt.kernels.attention import CudnnAttention, TorchAttention
     from regpt.kernels.cublaslt import Products, tuned_on
@@ -133,6 +166,9 @@ def fused_loss(model: Transformer, device: torch.device, precision: str = "bf16"
 
         return GraphedLoss(FusedGPT2FP8(model, *pieces, triton_fp8)).loss_sum
     return GraphedLoss(FusedGPT2(model, *pieces)).loss_sum
+
+
+FAMILIES = {"gpt2": FusedFamily(gpt2_obstacle, gpt2_loss)}  # by `ModelConfig.family`
 
 
 def check_compiler(device: torch.device) -> None:

@@ -105,10 +105,45 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config, ops, layer) for layer in range(config.n_layer))
         self.ln_f = LayerNorm(config, ops)
 
+    padded_names = frozenset({"wte.weight"})  # parameters whose rows are padded
+    token_embedding, position_embedding = "wte.weight", "wpe.weight"  # names of parameters, each (rows, C)
+
     @property
     def head_weight(self) -> Tensor:
         """(V, C), V padded: the output projection, tied to the token embedding (Press & Wolf 2017)."""
         return self.wte.weight
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The blocks in order: what is recomputed, sharded or distributed as a whole."""
+        return self.h
+
+    @property
+    def device(self) -> torch.device:
+        return self.head_weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters; what is computed under autocast may differ."""
+        return self.head_weight.dtype
+
+    def init_std(self, name: str) -> float:
+        """Standard deviation of the initial values of the matrix `name`: GPT-2's 0.02, times (2·n_layer)^-½ for
+        projections into the residual stream (Radford et al. 2019, section 2.3)."""
+        return INIT_STD / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else INIT_STD
+
+    def matmul_parameters(self, *, padded: bool = False) -> int:
+        """Weights of matrix products: of all linear layers and of the head, whose `padded` rows are left out unless
+        asked for. Embeddings are looked up, not multiplied."""
+        rows = self.head_weight.size(0) if padded else self.config.vocab_size
+        linear = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
+        return linear + rows * self.head_weight.size(1)
+
+    def attention_flops(self, seq_len: int) -> int:
+        """FLOPs of the two products of attention for one token of `seq_len`, forward and backward, without a discount
+        for causality: 12·n_embd·T a block (Chowdhery et al. 2022, appendix B)."""
+        layers = [module for module in self.modules() if isinstance(module, CausalSelfAttention)]
+        return sum(12 * layer.c_proj.in_features * seq_len for layer in layers)
 
     def hidden(
         self,

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from regpt.errors import UserError
-from regpt.model.transformer import INIT_STD, Transformer
+from regpt.model.transformer import Transformer
 
-VOCAB_ROWS = "wte.weight"  # the parameter whose rows are padded
 MOST_AT_ONCE = 8  # initial values being drawn, or drawn and not yet in the model
 
 
@@ -89,17 +88,13 @@ class InitialWeights(Mapping[str, Tensor]):
 
     def __init__(self, model: Transformer, seed: int):
         self.shapes = {name: real_shape(model, name, p) for name, p in model.named_parameters()}
-        self.seed = seed
-        self.residual_std = INIT_STD / math.sqrt(2 * model.config.n_layer)
+        self.model, self.seed = model, seed
 
     def __getitem__(self, name: str) -> Tensor:
         empty = torch.empty(self.shapes[name], dtype=torch.float32, device="cpu")
-        if name.endswith(".bias"):
-            return empty.zero_()
-        if ".ln_" in f".{name}":
-            return empty.fill_(1.0)
-        std = self.residual_std if name.endswith("c_proj.weight") else INIT_STD
-        return empty.normal_(0.0, std, generator=named_generator(self.seed, name))
+        if empty.dim() < 2:
+            return empty.fill_(0.0 if name.endswith(".bias") else 1.0)  # weights of norms
+        return empty.normal_(0.0, self.model.init_std(name), generator=named_generator(self.seed, name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -116,12 +111,13 @@ def named_generator(seed: int, name: str) -> torch.Generator:
 
 def real_shape(model: Transformer, name: str, parameter: Tensor) -> tuple[int, ...]:
     """Shape without vocabulary padding."""
-    return (model.config.vocab_size, *parameter.shape[1:]) if name == VOCAB_ROWS else tuple(parameter.shape)
+    padded = name in model.padded_names
+    return (model.config.vocab_size, *parameter.shape[1:]) if padded else tuple(parameter.shape)
 
 
 def unpadded(model: Transformer, name: str, tensor: Tensor) -> Tensor:
     """`tensor`, shaped like parameter `name` (its gradient, its optimizer state), without the padding rows; a view."""
-    return tensor[: model.config.vocab_size] if name == VOCAB_ROWS else tensor
+    return tensor[: model.config.vocab_size] if name in model.padded_names else tensor
 
 
 def state_tensors(model: Transformer) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ def draw_weights(path: Path, positions: Tensor | None, channels: Sequence[int], 
     axes = figure.subplots(1, panels, squeeze=False)[0]
     if positions is not None:
         values = positions.float().cpu().numpy()
-        image(figure, axes[0], values, "position embeddings (wpe)", "channel", "position")
+        image(figure, axes[0], values, "position embeddings", "channel", "position")
         draw_channels(axes[1], values, channels)
     name, weight = matrix
     corner = weight[:CORNER, :CORNER].float().cpu().numpy()

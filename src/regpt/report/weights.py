@@ -11,7 +11,6 @@ from regpt.errors import UserError, nearest
 from regpt.text.tokenizer import Tokenizer, quoted, with_bytes
 
 BLOCK = re.compile(r"^(\w+)\.(\d+)\.(.+)$")
-EMBEDDING, POSITIONS = "wte.weight", "wpe.weight"
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,7 @@ class Tensors:
     """A parameter, or the parameters of one name and shape in consecutive blocks.
 
     Attributes:
-        name: `wte.weight`; `h.0-11.attn.c_attn.weight` for twelve of them.
+        name: of the parameter; `h.0-11.mlp.weight` for twelve of them.
         shape: of each.
         count: how many.
         mean, std: over all their values.

@@ -48,7 +48,7 @@ def write_samples(
     if n < 1:
         raise UsageError(f"the number of samples is {n}, must be at least 1")
     prompt_ids = encode_prompt(tokenizer, prompt)
-    device = model.wte.weight.device
+    device = model.device
     texts = generate(
         model,
         torch.tensor(prompt_ids, device=device).expand(n, -1),  # (n, P)
@@ -80,7 +80,7 @@ def stream_sample(
         UserError: see `check_length`, or logits that are not finite.
     """
     prompt_ids = encode_prompt(tokenizer, prompt)
-    device = model.wte.weight.device
+    device = model.device
     tokens = generated(
         model,
         torch.tensor([prompt_ids], device=device),
@@ -225,8 +225,8 @@ def extend(
 
 def attention_dtype(model: Transformer) -> torch.dtype:
     """Type of the keys and values that `model` computes here: autocast's where it is on, else the weights'."""
-    kind = model.wte.weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.wte.weight.dtype
+    kind = model.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
 
 
 def check_length(prompt_tokens: int, max_new_tokens: int, max_seq_len: int) -> None:

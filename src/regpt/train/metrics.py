@@ -5,17 +5,13 @@ from pathlib import Path
 
 import torch
 
-from regpt.model.config import ModelConfig
+from regpt.model.transformer import Transformer
 
 
-def flops_per_token(config: ModelConfig, seq_len: int) -> int:
-    """FLOPs of forward and backward for one token: 6 per weight of a matrix product, head included, plus attention.
-
-    Attention is 12·n_layer·n_embd·T, without a discount for causality (Chowdhery et al. 2022, appendix B).
-    """
-    block = 12 * config.n_embd**2  # c_attn 3, c_proj 1, c_fc 4, c_proj 4
-    matmul = config.n_layer * block + config.vocab_size * config.n_embd
-    return 6 * matmul + 12 * config.n_layer * config.n_embd * seq_len
+def flops_per_token(model: Transformer, seq_len: int) -> int:
+    """FLOPs of forward and backward for one token: 6 per weight of a matrix product (head included, vocabulary
+    unpadded) plus attention (Chowdhery et al. 2022, appendix B)."""
+    return 6 * model.matmul_parameters() + model.attention_flops(seq_len)
 
 
 def peak_memory_gib(device: torch.device) -> float | None:

@@ -17,7 +17,7 @@ def recompute_blocks(model: Transformer) -> Transformer:
 
     The results stay what they are, bitwise where the operations are deterministic. Without gradients nothing changes.
     """
-    for block in model.h:
+    for block in model.blocks:
         block.forward = partial(recomputed, block.forward)
     return model
 

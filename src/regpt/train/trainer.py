@@ -105,7 +105,7 @@ class Trainer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         for p in self.parameters:
             p.grad = torch.zeros_like(p)  # here once; see clear_gradients
-        self.flops_per_token = flops_per_token(model.config, loader.seq_len)
+        self.flops_per_token = flops_per_token(model, loader.seq_len)
         self.peak_flops = device_peak(mesh.device, config.precision).flops
 
     def fit(self, do: Actions, every: Every) -> bool:

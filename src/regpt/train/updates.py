@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from regpt.parallel.mesh import Mesh
 from regpt.train.trainer import Trainer, due
 
-BLOCK = re.compile(r"^\w+\.\d+\.")  # `h.3.` of `h.3.attn.c_attn.weight`
+BLOCK = re.compile(r"^\w+\.\d+\.")  # `h.3.` of `h.3.attn.query.weight`
 
 
 class UpdateRatios:
@@ -78,7 +78,7 @@ def watch_updates(trainer: Trainer, every: int) -> UpdateRatios:
 
 
 def kind(name: str) -> str:
-    """`attn.c_attn` for `h.3.attn.c_attn.weight`, `wte` for `wte.weight`."""
+    """The name without its block and `.weight`: `attn.query` for `h.3.attn.query.weight`."""
     return BLOCK.sub("", name).removesuffix(".weight")
 
 

@@ -31,7 +31,7 @@ def bench_sample(
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """The report of `regpt bench sample`, called where `precision` is in force; raises what `time_samples` does."""
-    device = model.wte.weight.device
+    device = model.device
     return {
         "model": asdict(model.config),
         "parameters": count_parameters(model),
@@ -92,7 +92,7 @@ def time_generation(
     model: Transformer, batch: int, prompt_tokens: int, new_tokens: int, repeats: int
 ) -> dict[str, float]:
     """`spread` of the seconds of `repeats` generations after one that is not timed."""
-    device = model.wte.weight.device
+    device = model.device
     generator = torch.Generator(device).manual_seed(0)
     shape = (batch, prompt_tokens)
     prompts = torch.randint(model.config.vocab_size, shape, generator=generator, device=device)  # (B, P)

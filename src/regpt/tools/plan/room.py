@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from regpt.errors import UsageError
-from regpt.kernels.fp8 import MULTIPLE as FP8_MULTIPLE
-from regpt.kernels.select import MEASURED_CAPABILITY, choose
+from regpt.kernels.select import MEASURED_CAPABILITY, choose, model_obstacle
 from regpt.model.transformer import Transformer
 from regpt.model.weights import without_memory
 from regpt.tools.plan.coefficients import CHECKPOINT_BYTES
@@ -39,27 +38,20 @@ def path_name(run: Sections, machine: Machine) -> str:
     plain = "compiled" if train.compile else "eager"
     if train.kernels == "plain":
         return plain
+    with without_memory():
+        empty = Transformer(model, pad_vocab=train.pad_vocab)
+    recompute = train.activation_checkpointing
     if machine.here is not None:
-        with without_memory():
-            empty = Transformer(model, pad_vocab=train.pad_vocab)
-        recompute = train.activation_checkpointing
         chosen = choose(train.kernels, empty, machine.here, train.precision, recompute=recompute)
         return "fused" if chosen.name == "fused" else plain
-    head = model.n_embd // model.n_head
+    reason = model_obstacle(empty, train.precision, recompute=recompute)
+    if train.kernels == "fused" and reason is not None:
+        raise UsageError(f"train.kernels is fused, but {reason}; set train.kernels to plain or auto")
     if train.kernels == "fused":
-        wrong = "" if train.precision in ("bf16", "fp8") else f"train.precision is {train.precision}"
-        wrong = "checkpointing is asked for" if train.activation_checkpointing else wrong
-        wrong = f"model.dropout is {model.dropout}" if model.dropout else wrong
-        if wrong:
-            raise UsageError(f"train.kernels is fused, but {wrong}; set train.kernels to plain or auto")
         return "fused"
-    suits = train.precision in ("bf16", "fp8") and not train.activation_checkpointing and not model.dropout
-    suits = suits and model.n_embd % (FP8_MULTIPLE if train.precision == "fp8" else 8) == 0
-    suits = suits and head % 8 == 0 and head <= 128
-    suits = suits and (train.pad_vocab or model.vocab_size % 8 == 0)
     major, minor = MEASURED_CAPABILITY
     capability = machine.figures.capability if machine.figures else None
-    return "fused" if suits and (capability or 0.0) >= major + minor / 10 else plain
+    return "fused" if reason is None and (capability or 0.0) >= major + minor / 10 else plain
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """A model's sizes, counted on the model itself (built without memory), so that they cannot differ from it."""
 
+import math
 from dataclasses import dataclass
 
 from torch import nn
 
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
-from regpt.model.weights import count_parameters, without_memory
+from regpt.model.weights import count_parameters, real_shape, without_memory
 from regpt.train.metrics import flops_per_token
 
 
@@ -21,6 +22,7 @@ class Shape:
         matrices: weights of matrix products, the padded head included: those that bfloat16 copies are made of.
         vocab_rows: rows of the head, padded.
         flops_per_token: forward and backward, at the real vocabulary (`train.metrics`).
+        attention_flops: of them, those of attention's products.
     """
 
     parameters: int
@@ -33,6 +35,7 @@ class Shape:
     vocab_rows: int
     seq_len: int
     flops_per_token: int
+    attention_flops: int
 
     @property
     def product_flops(self) -> int:
@@ -49,26 +52,22 @@ class Shape:
         """FLOPs of those products for one token, forward and backward."""
         return 6 * self.block_weights
 
-    @property
-    def attention_flops(self) -> int:
-        """FLOPs of attention for one token, forward and backward, without a discount for causality."""
-        return 12 * self.n_layer * self.n_embd * self.seq_len
-
 
 def shape_of(config: ModelConfig, seq_len: int, *, pad_vocab: bool) -> Shape:
     """Count a model of this shape."""
     with without_memory():
         model = Transformer(config, pad_vocab=pad_vocab)
-    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     return Shape(
         parameters=count_parameters(model),
-        embeddings=(config.vocab_size + config.max_seq_len) * config.n_embd,
+        embeddings=sum(math.prod(real_shape(model, name, p)) for name, p in model.named_parameters() if name in tables),
         padded=sum(p.numel() for p in model.parameters()),
-        matrices=linear + model.head_weight.numel(),
+        matrices=model.matmul_parameters(padded=True),
         n_layer=config.n_layer,
         n_head=config.n_head,
         n_embd=config.n_embd,
         vocab_rows=model.head_weight.size(0),
         seq_len=seq_len,
-        flops_per_token=flops_per_token(config, seq_len),
+        flops_per_token=flops_per_token(model, seq_len),
+        attention_flops=model.attention_flops(seq_len),
     )
