@@ -1,6 +1,7 @@
 """Stopped at any moment, the same command goes on, and ends with the bytes of an attempt that nobody stopped."""
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -16,7 +17,7 @@ import pytest
 from regpt.data.manifest import read_manifest
 from regpt.data.verify import verify
 from regpt.errors import UserError
-from regpt.prepare import partition, placement, workers
+from regpt.prepare import encode, partition, placement
 from regpt.prepare.duplicates import SIGNATURE
 from regpt.prepare.lock import locked
 from regpt.prepare.parts import DOCUMENT
@@ -109,13 +110,13 @@ def test_an_attempt_killed_at_any_step_is_gone_on_with(tmp_path, corpus, dedup):
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_what_an_earlier_attempt_encoded_is_not_encoded_again(tmp_path, corpus, monkeypatch):
     assert killed_at(60, lambda: make(corpus, tmp_path / "out"))
-    encoded, original = [], workers.encode_partition
+    encoded, original = [], encode.encode_partition
 
     def counted(work, part, *more, **options):
         encoded.append(part.index)
         original(work, part, *more, **options)
 
-    monkeypatch.setattr(workers, "encode_partition", counted)
+    monkeypatch.setattr(encode, "encode_partition", counted)
     make(corpus, tmp_path / "out")
     first = len(encoded)
     make(corpus, tmp_path / "whole")
@@ -196,26 +197,27 @@ def test_sets_in_memory_are_encoded_beside_files(tmp_path, corpus):
 @posix
 def test_a_worker_that_is_killed_loses_only_its_partition(tmp_path, corpus, monkeypatch):
     make(corpus, tmp_path / "whole")
-    started, original = [], subprocess.Popen
+    killed, seen = [], []
 
-    def recorded(*args, **options):
-        started.append(original(*args, **options))
-        return started[-1]
+    def kill_one(now) -> None:
+        seen.append(now.processes)
+        if not killed:
+            killed.append(multiprocessing.active_children()[0])
+            killed[0].kill()
 
-    def kill_one(_: object) -> None:
-        if len(started) == 2:
-            started[0].kill()
-
-    monkeypatch.setattr(subprocess, "Popen", recorded)
     make(corpus, tmp_path / "out", workers=2, progress=kill_one)
-    assert len(started) > 2
+    assert killed
+    assert seen[0] == 2
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_a_partition_that_kills_every_worker_is_one_sentence(tmp_path, corpus, monkeypatch):
-    monkeypatch.setattr(sys, "executable", "/bin/false" if os.name == "posix" else "where.exe")
-    with pytest.raises(UserError, match=r"3 processes were killed while they read .*\.jsonl, .* fewer --workers"):
-        make(corpus, tmp_path / "out", workers=2)
+def test_a_partition_that_kills_every_worker_is_one_sentence_and_the_rest_stays(tmp_path, corpus, monkeypatch):
+    multiprocessing.set_executable("/bin/false" if os.name == "posix" else "where.exe")
+    try:
+        with pytest.raises(UserError, match=r"3 processes were killed while they read .*\.jsonl, .* fewer --workers"):
+            make(corpus, tmp_path / "out", workers=2)
+    finally:
+        multiprocessing.set_executable(sys.executable)
 
 
 def test_a_bad_file_can_be_mended(tmp_path, corpus):

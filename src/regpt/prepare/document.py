@@ -13,6 +13,9 @@ class Unreadable(UserError):
         super().__init__(sentence)
         self.reason = reason
 
+    def __reduce__(self) -> tuple[Any, ...]:  # a worker raises it in its process
+        return type(self), (str(self), self.reason)
+
 
 def not_utf8(where: str, byte: int) -> Unreadable:
     return Unreadable(

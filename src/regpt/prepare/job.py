@@ -5,7 +5,7 @@ import functools
 import itertools
 import platform
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from regpt.prepare.remote import localized
 from regpt.prepare.settings import Settings
 from regpt.prepare.sources import DownloadProgress
 from regpt.prepare.summary import Summary
-from regpt.prepare.workers import Finished, Pool, encode_here
+from regpt.prepare.workers import Pool, encode_here, encode_on_ray
 from regpt.prepare.write import move_file, remove_leftovers, sync_folder, write_file
 from regpt.text.fast import accelerate, can_accelerate, encoder_name, find_model, save_model
 from regpt.text.open import NAMED
@@ -137,18 +137,16 @@ class Job:
             for partition in finished:
                 finish(partition)
 
-    def _executor(self, tasks: Iterator[Partition]) -> Finished:
+    def _executor(self, tasks: Iterator[Partition]) -> Generator[Partition]:
         if self.placement.executor == "ray":
-            from regpt.prepare.cluster import encode_on_ray
-
             return encode_on_ray(self.work, tasks, self.settings, self.placement.address)
         if self.pool:
             return self.pool.encode(self.work, tasks, self.settings, self._hear)
         return encode_here(self.work, tasks, self.settings, self._encoder, self.workers, self._hear)
 
-    def _hear(self, partition: Partition, counts: Counts) -> None:
+    def _hear(self, index: int, counts: Counts) -> None:
         """News of a partition that is being encoded."""
-        self._running[partition.index] = counts
+        self._running[index] = counts
         self._show()
 
     def _count(self, partition: Partition, found: bool) -> None:

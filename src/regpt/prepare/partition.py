@@ -8,7 +8,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from regpt.errors import UserError
@@ -50,19 +49,6 @@ class Reading:
         if stamp_of(self.source) != self.stamp:
             raise UserError(f"{self.source.file} changed while it was read; run the same command again")
 
-    def to_dict(self) -> dict[str, Any]:
-        source = self.source
-        assert isinstance(source, SourceFile)
-        named = {"source": source.source, "file": source.file, "path": str(source.path)}
-        known = {"url": source.url, "sha256": source.sha256}
-        division = {"part": list(self.part), "split": self.split, "first": self.first, "stamp": self.stamp}
-        return {**named, **known, **division}
-
-    @classmethod
-    def from_dict(cls, given: dict[str, Any]) -> "Reading":
-        source = SourceFile(given["source"], given["file"], Path(given["path"]), given["url"], given["sha256"])
-        return cls(source, Part(*given["part"]), given["split"], given["first"], given["stamp"])
-
 
 @dataclass(frozen=True)
 class Partition:
@@ -84,18 +70,6 @@ class Partition:
     def in_files(self) -> bool:
         """Can another process read it? Sets made in memory are encoded where they are."""
         return all(isinstance(reading.source, SourceFile) for reading in self.readings)
-
-    def to_json(self) -> str:
-        readings = [reading.to_dict() for reading in self.readings]
-        return json.dumps({"index": self.index, "key": self.key, "readings": readings})
-
-    @classmethod
-    def from_json(cls, text: str) -> "Partition":
-        return cls.from_dict(json.loads(text))
-
-    @classmethod
-    def from_dict(cls, given: dict[str, Any]) -> "Partition":
-        return cls(given["index"], tuple(map(Reading.from_dict, given["readings"])), given["key"])
 
 
 def stamp_of(source: Source) -> str:

@@ -28,7 +28,6 @@ from regpt.prepare.parts import RESTART
 from regpt.prepare.placement import Placement, count_workers, start_pool
 from regpt.prepare.settings import TEXT_OPTIONS, Filters, Settings, TextOptions
 from regpt.prepare.sources import DownloadProgress
-from regpt.prepare.workers import DiskFull
 from regpt.prepare.write import FULL, remove_leftovers, write_file
 from regpt.structured import read_json
 from regpt.text.tokenizer import Tokenizer
@@ -98,8 +97,8 @@ def prepare(
                     manifest = job.run(listing)
             listing.discard()
             return manifest
-    except (DiskFull, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in FULL:
+    except OSError as error:
+        if error.errno not in FULL:
             raise
         raise UserError(f"the disk of {out} is full; free space, then the same command goes on") from None
 

@@ -28,10 +28,6 @@ class TextOptions:
     separator: str | None = None
     on_error: Literal["stop", "skip"] = "stop"
 
-    @classmethod
-    def from_dict(cls, given: dict[str, Any]) -> "TextOptions":
-        return cls(**{**given, "include": tuple(given["include"])})
-
     def changed(self) -> dict[str, Any]:
         """Those that are not the default."""
         return {name: value for name, value in asdict(self).items() if value != getattr(TEXT_OPTIONS, name)}
@@ -95,8 +91,3 @@ class Settings:
         """Changes with the tokens: not with the encoder, which makes the same ones."""
         shaping = {**asdict(self), "tokenizer": "", "encoder": ""}
         return sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
-
-    @classmethod
-    def from_dict(cls, given: dict[str, Any]) -> "Settings":
-        text = TextOptions.from_dict(given["text"])
-        return cls(**{**given, "text": text, "evaluations": tuple(given["evaluations"])})

@@ -1,196 +1,301 @@
-"""Encode partitions in this process, or in several at once: every executor yields each partition when it is done.
+"""Encode partitions: in this process, in a pool of processes, or on a Ray cluster with shared storage (extra `ray`).
 
-Workers are started as `python -m regpt.prepare.worker`, which works alike on every system, asks nothing of the program
-that imports this package, and ends with it. One that is killed loses its partition's work; another does it again.
+Every executor yields a partition when its files are complete. A process that dies loses the partitions in hand, which
+are encoded again: files get their names when they are whole. Modules that import NumPy are imported after
+`limit_memory_and_threads`.
 """
 
+from __future__ import annotations
+
+import functools
 import itertools
-import json
-import queue
-import subprocess
+import multiprocessing
+import os
+import signal
+import socket
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import replace
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from regpt.errors import UserError
-from regpt.prepare.encode import encode_partition
-from regpt.prepare.partition import Partition
-from regpt.prepare.parts import Counts
-from regpt.prepare.settings import Settings
-from regpt.text.tokenizer import Encoder
 
-TRIES = 3  # of a partition whose process is killed
-News = Callable[[Partition, Counts], None]
-Finished = Generator[Partition, None, None]
+if TYPE_CHECKING:
+    from regpt.prepare.partition import Partition
+    from regpt.prepare.parts import Counts
+    from regpt.prepare.settings import Settings
+    from regpt.text.tokenizer import Encoder
 
+    News = Callable[[int, Counts], None]  # index of a partition, and what is encoded of it so far
 
-class DiskFull(Exception):
-    """A worker could not write."""
-
-
-class Request(NamedTuple):
-    """A partition for a process, and the first line that the process must have been given."""
-
-    start: str
-    partition: Partition
-    threads: int
+TRIES = 3  # of a partition whose process dies: the first among others, then alone
+RAY_RETRIES = 5
+CONNECT_S = 10
+NEWS_S = 0.2
+# Of mallopt (glibc's malloc.h). Blocks above the second are given back at once: pages of parquet files. The first keeps
+# what batches of text take and leave all the time.
+MALLOC_TRIM_THRESHOLD, MALLOC_MMAP_THRESHOLD = (-1, 8 << 20), (-3, 4 << 20)
+REPORT: list[Callable[[Any], None]] = []  # in a process of a pool: how it reports to the first one
 
 
 def encode_here(
-    work: Path,
-    tasks: Iterator[Partition],
-    settings: Settings,
-    encoder: Encoder,
-    threads: int,
-    news: News,
-) -> Finished:
+    work: Path, tasks: Iterator[Partition], settings: Settings, encoder: Encoder, threads: int, news: News
+) -> Generator[Partition]:
     """One partition after another; `threads` of this process encode."""
+    from regpt.prepare.encode import encode_partition
+
     for partition in tasks:
-        encode_partition(
-            work, partition, settings, encoder, threads, progress=lambda counts, p=partition: news(p, counts)
-        )
+        encode_partition(work, partition, settings, encoder, threads, functools.partial(news, partition.index))
         yield partition
 
 
 class Pool:
-    """Processes that encode. They start at once, and load what they need while the work is divided; they end with
-    `encode`, or with the context."""
+    """Processes that encode. They start at once and import while the work is divided; they end with the context."""
 
     def __init__(self, workers: int) -> None:
-        self._requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[tuple[Partition, dict[str, Any]]] = queue.SimpleQueue()
-        self._crew = [Attendant(self._requests, self._answers) for _ in range(workers)]
+        self._workers = workers
+        self._start()
 
-    def encode(self, work: Path, tasks: Iterator[Partition], settings: Settings, news: News) -> Finished:
+    def encode(self, work: Path, tasks: Iterator[Partition], settings: Settings, news: News) -> Generator[Partition]:
         """Partitions in the order in which the processes finish them; ends the processes.
 
         Raises:
-            UserError: what a worker says about the text, or three processes were killed at the same partition.
-            DiskFull: a worker could not write.
+            UserError: unreadable text, or a partition whose processes die.
+            OSError: a worker could not write.
         """
         with self:
-            start = json.dumps({"work": str(work), "settings": asdict(settings)})
-            workers, waiting = len(self._crew), 0
-            first = list(itertools.islice(tasks, workers))
-            threads = workers // max(1, len(first))  # more than one for a few files that cannot be divided
-            tasks = itertools.chain(first, tasks)
+            first = list(itertools.islice(tasks, self._workers))
+            threads = self._workers // max(1, len(first))  # more than one for a few files that cannot be divided
+            tasks, running = itertools.chain(first, tasks), {}
             while True:
-                while waiting < 2 * workers and (task := next(tasks, None)):
-                    self._requests.put(Request(start, task, threads))
-                    waiting += 1
-                if not waiting:
+                while len(running) < 2 * self._workers and (task := next(tasks, None)):
+                    running[self._submit(encode_and_report, work, task, settings, threads)] = task
+                if not running:
                     return
-                partition, answer = self._answers.get()
-                if "counts" in answer:
-                    news(partition, Counts(**answer["counts"]))
-                else:
-                    raise_failure(answer)
-                    waiting -= 1
-                    yield partition
+                try:
+                    for future in self._wait(running, news):
+                        future.result()
+                        yield running.pop(future)
+                except BrokenProcessPool:
+                    self._restart()
+                    yield from self._one_by_one(work, list(running.values()), settings, news)
+                    running.clear()
 
-    def __enter__(self) -> "Pool":
+    def __enter__(self) -> Pool:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for attendant in self._crew:
-            attendant.stop()
-            self._requests.put(None)  # wakes one that has nothing to do
-        for attendant in self._crew:
-            attendant.join()
+        for process in self._context.started:
+            if process.pid:
+                process.kill()
+        self._executor.shutdown(cancel_futures=True)
 
+    def _start(self) -> None:
+        self._context = WorkerContext()
+        self._news = self._context.SimpleQueue()
+        self._executor = ProcessPoolExecutor(self._workers, self._context, start_worker, (self._news.put,))
+        for _ in range(self._workers):
+            self._submit(import_encoder)
 
-def raise_failure(answer: dict[str, Any]) -> None:
-    """What a worker's last answer about a partition means."""
-    if "error" in answer:
-        raise UserError(answer["error"])
-    if "full" in answer:
-        raise DiskFull
-    if "crash" in answer:
-        raise RuntimeError(f"a worker failed\n{answer['crash']}")
+    def _restart(self) -> None:
+        self.__exit__()
+        self._start()
 
-
-class Attendant:
-    """A thread that hands partitions to a process of its own and passes the answers on."""
-
-    def __init__(
-        self,
-        requests: "queue.SimpleQueue[Request | None]",
-        answers: "queue.SimpleQueue[tuple[Partition, dict[str, Any]]]",
-    ) -> None:
-        self._requests, self._answers = requests, answers
-        self._stopped, self._fresh = False, True
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[str] | None = None
-        self._thread = threading.Thread(target=self._attend, daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        with self._lock:
-            self._stopped = True
-            if self._process:
-                self._process.kill()
-
-    def join(self) -> None:
-        self._thread.join()
-
-    def _attend(self) -> None:
-        self._started()
-        while (request := self._requests.get()) and not self._stopped:
-            for _ in range(TRIES):
-                if self._encode(request) or self._stopped:
-                    break
-            else:
-                name = request.partition.readings[0].source.file
-                sentence = f"{TRIES} processes were killed while they read {name}"
-                fix = "perhaps for want of memory: use fewer --workers"
-                self._answers.put((request.partition, {"error": f"{sentence}, {fix}"}))
-        self._end_process()
-
-    def _encode(self, request: Request) -> bool:
-        """False if the process ended without a last answer."""
-        process = self._started()
-        if process is None:
-            return False
-        assert process.stdin
-        assert process.stdout
+    def _submit(self, function: Callable[..., None], *task: Any) -> Future[None]:
         try:
-            if self._fresh:
-                process.stdin.write(request.start + "\n")
-                self._fresh = False
-            process.stdin.write(f'{{"threads": {request.threads}, "partition": {request.partition.to_json()}}}\n')
-            process.stdin.flush()
-        except OSError:  # it has ended
-            self._end_process()
-            return False
-        for line in process.stdout:
-            answer = json.loads(line)
-            self._answers.put((request.partition, answer))
-            if "counts" not in answer:
-                return True
-        self._end_process()
-        return False
+            return self._executor.submit(function, *task)
+        except (BrokenProcessPool, OSError):  # a process died between two tasks or while it started
+            broken: Future[None] = Future()
+            broken.set_exception(BrokenProcessPool())
+            return broken
 
-    def _started(self) -> "subprocess.Popen[str] | None":
-        with self._lock:
-            if self._stopped:
-                return None
-            if self._process is None:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", "regpt.prepare.worker"],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    encoding="utf-8",
-                )
-                self._fresh = True
-            return self._process
+    def _wait(self, running: Mapping[Future[None], Partition], news: News) -> set[Future[None]]:
+        """The futures that are done, after up to `NEWS_S`; passes on what the processes report meanwhile."""
+        done, _ = wait(running, NEWS_S, FIRST_COMPLETED)
+        while not self._news.empty():
+            news(*self._news.get())
+        return done
 
-    def _end_process(self) -> None:
-        with self._lock:
-            if self._process:
-                self._process.kill()
-                self._process.communicate()
-                self._process = None
+    def _one_by_one(
+        self, work: Path, partitions: list[Partition], settings: Settings, news: News
+    ) -> Generator[Partition]:
+        """The partitions in hand when a process died: each has all of the memory, and is known if it fails again."""
+        for partition in partitions:
+            for _ in range(TRIES - 1):
+                running = {self._submit(encode_and_report, work, partition, settings, 1): partition}
+                try:
+                    while not (done := self._wait(running, news)):
+                        pass
+                    done.pop().result()
+                    break
+                except BrokenProcessPool:
+                    self._restart()
+            else:
+                name = partition.readings[0].source.file
+                fix = "perhaps for want of memory: use fewer --workers"
+                raise UserError(f"{TRIES} processes were killed while they read {name}, {fix}")
+            yield partition
+
+
+class WorkerProcess(SpawnProcess):
+    """A process that does not run the user's script again, which may lack `if __name__ == "__main__"`."""
+
+    def start(self) -> None:
+        main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+        try:
+            super().start()
+        finally:
+            sys.modules["__main__"] = main
+
+
+class WorkerContext(SpawnContext):
+    """Keeps the processes that it starts, so that they can be killed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started: list[WorkerProcess] = []
+
+    def Process(self, *args: Any, **options: Any) -> WorkerProcess:  # type: ignore[override]
+        self.started.append(WorkerProcess(*args, **options))
+        return self.started[-1]
+
+
+def start_worker(report: Callable[[Any], None]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first decides
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    limit_memory_and_threads()
+    REPORT.append(report)
+
+
+def end_with_parent() -> None:
+    """End this process, also in the middle of a partition, when the one that started it has ended."""
+    parent = multiprocessing.parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)
+
+
+def limit_memory_and_threads() -> None:
+    """Keep libraries of one process among many small; to be called before NumPy and pyarrow are imported."""
+    os.putenv("OPENBLAS_NUM_THREADS", "1")  # NumPy's: no algebra here, and 16 times 16 threads that spin for a while
+    os.putenv("ARROW_DEFAULT_MEMORY_POOL", "system")  # others keep twice as much for later
+    if sys.platform == "linux":
+        import ctypes
+
+        with suppress(AttributeError):  # musl has no mallopt
+            for threshold in (MALLOC_TRIM_THRESHOLD, MALLOC_MMAP_THRESHOLD):
+                ctypes.CDLL(None).mallopt(*threshold)
+
+
+def import_encoder() -> None:
+    import regpt.prepare.encode  # noqa: F401
+
+
+def encode_and_report(work: Path, partition: Partition, settings: Settings, threads: int) -> None:
+    (report,) = REPORT
+    encode_alone(work, partition, settings, threads, lambda counts: report((partition.index, counts)))
+
+
+def encode_alone(
+    work: Path,
+    partition: Partition,
+    settings: Settings,
+    threads: int = 1,
+    progress: Callable[[Counts], None] | None = None,
+) -> None:
+    """Encode `partition` in a process that does nothing else."""
+    from regpt.prepare.encode import encode_partition, open_encoder
+
+    try:
+        encode_partition(work, partition, settings, open_encoder(work, settings), threads, progress)
+    except MemoryError:
+        files = ", ".join(dict.fromkeys(reading.source.file for reading in partition.readings))
+        fix = "divide large documents, or use fewer --workers"
+        raise UserError(f"{files}: more memory is needed than there is; {fix}") from None
+    finally:
+        if "pyarrow" in sys.modules:
+            import pyarrow
+
+            pyarrow.default_memory_pool().release_unused()  # up to 50 MB a process
+
+
+def encode_on_ray(
+    work: Path, tasks: Iterator[Partition], settings: Settings, address: str | None
+) -> Generator[Partition]:
+    """Partitions in the order in which the cluster at `address` finishes them; without one, on this machine's cores.
+
+    Ray starts the task of a lost machine or process again elsewhere.
+
+    Raises:
+        UserError: Ray is not installed or does not answer, or unreadable text.
+        OSError: a worker could not write.
+    """
+    ray = connect(address)
+    encode = ray.remote(num_cpus=1, max_retries=RAY_RETRIES)(encode_on_machine)
+    running: dict[Any, Partition] = {}
+    work = work.resolve()  # the same path on every machine
+    try:
+        while True:
+            limit = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+            while len(running) < limit and (partition := next(tasks, None)):
+                running[encode.remote(work, partition, settings)] = partition
+            if not running:
+                return
+            (done, *_), _ = ray.wait(list(running))
+            partition = running.pop(done)
+            if error := result(ray, done, partition):
+                raise error
+            yield partition
+    finally:
+        ray.shutdown()
+
+
+def encode_on_machine(work: Path, partition: Partition, settings: Settings) -> UserError | OSError | None:
+    """Encode `partition` on the machine that Ray chose; Ray would wrap the errors that users know."""
+    from regpt.text.fast import available
+
+    if not available():  # here, or in this version
+        settings = replace(settings, encoder="exact")
+    try:
+        encode_alone(work, partition, settings)
+    except (UserError, OSError) as error:
+        return error
+    return None
+
+
+def result(ray: Any, task: Any, partition: Partition) -> UserError | OSError | None:
+    try:
+        return ray.get(task)
+    except ray.exceptions.RayTaskError:  # an unexpected error, with its traceback
+        raise
+    except ray.exceptions.RayError as error:
+        reason, name = str(error).strip().splitlines()[0], partition.readings[0].source.file
+        tries = f"{RAY_RETRIES + 1} tries ({reason})"
+        raise UserError(f"Ray gave up on {name} after {tries}; look at the cluster's logs") from None
+
+
+def connect(address: str | None) -> Any:
+    """The module `ray`, connected."""
+    try:
+        import ray  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UserError("--executor ray needs Ray; install it with: pip install 'regpt[ray]'") from None
+    if address is None:
+        ray.init(log_to_driver=False, include_dashboard=False)
+        return ray
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        if host and port.isdigit():  # where nobody listens, Ray itself would wait for minutes
+            socket.create_connection((host, int(port)), CONNECT_S).close()
+        ray.init(address=address, log_to_driver=False)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"no Ray cluster answers at {address!r} ({reason}); start one with: ray start --head") from None
+    return ray
