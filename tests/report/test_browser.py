@@ -9,9 +9,8 @@ import pytest
 from run_files import CONFIG, train_row, val_row
 
 from regpt.report.compare import compare
-from regpt.report.diff_page import write_diff
-from regpt.report.markup import visible
-from regpt.report.page import write_overlay, write_report
+from regpt.report.markup import printable
+from regpt.report.page import write_diff, write_overlay, write_report
 from regpt.report.read import read_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -118,7 +117,7 @@ class TestInABrowser:
             assert_usable(one)
             assert one["charts"] == 9
             assert "3.2500" in one["legend"]
-            assert one["sample"] == visible(HOSTILE + HOSTILE)
+            assert one["sample"] == printable(HOSTILE + HOSTILE)
             assert one["pwned"] == "undefined"
 
     def test_a_run_of_one_step_without_anything_else_is_drawn(self, make_run, tmp_path):

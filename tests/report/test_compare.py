@@ -11,8 +11,7 @@ from regpt.cli.diff import main
 from regpt.errors import UsageError, UserError
 from regpt.report.charts import difference
 from regpt.report.compare import compare, measure_dict, to_dict
-from regpt.report.page import with_own_names
-from regpt.report.read import read_run
+from regpt.report.read import read_run, with_own_names
 from regpt.report.verdict import headline, measure_cells
 
 SEED = CONFIG + "[data]\nseed = {}\n"

@@ -9,12 +9,11 @@ from test_page import check
 
 from regpt.cli.report import main
 from regpt.errors import UserError
-from regpt.report.bits import bytes_per_token, need_bits
-from regpt.report.charts import charts
-from regpt.report.differences import config_differences, data_differences, differing
+from regpt.report.charts import charts, loss_references, task_references
+from regpt.report.compare import config_differences, data_differences, differing
 from regpt.report.page import write_overlay, write_report
 from regpt.report.read import read_run
-from regpt.report.references import loss_references, task_references
+from regpt.report.series import bytes_per_token, need_bits
 
 
 def env(**data):

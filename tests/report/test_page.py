@@ -9,7 +9,7 @@ from run_files import train_row
 
 from regpt.cli.report import main
 from regpt.errors import UsageError, UserError
-from regpt.report.markup import embed, visible
+from regpt.report.markup import embed, printable
 from regpt.report.page import SCRIPTS, asset, write_report
 
 VOID = {"meta", "link", "br", "input", "img", "hr"}
@@ -98,7 +98,7 @@ def test_nothing_a_run_says_becomes_markup(make_run):
     assert sum(tag == "script" for tag, _ in page.elements) == sum(tag == "script" for tag, _ in plain.elements) == 3
     assert not [tag for tag, _ in page.elements if tag == "img"]
     data = json.loads(page.scripts[0])
-    assert data["runs"][0]["samples"][0]["texts"] == [visible(HOSTILE), visible(HOSTILE + HOSTILE), "7", "None"]
+    assert data["runs"][0]["samples"][0]["texts"] == [printable(HOSTILE), printable(HOSTILE + HOSTILE), "7", "None"]
 
 
 def test_embedded_json_cannot_end_its_script_and_reads_back():
@@ -114,7 +114,7 @@ def test_a_value_that_json_has_no_word_for_is_a_gap(make_run):
 
 
 def test_control_characters_are_shown_as_pictures():
-    assert visible("a\x00\x1b\x7f\n\tb\ud800") == "a␀␛␡\n\tb\ufffd"
+    assert printable("a\x00\x1b\x7f\n\tb\ud800") == "a␀␛␡\n\tb\ufffd"
 
 
 def test_a_chart_without_values_is_left_out(make_run):

@@ -7,9 +7,8 @@ from run_files import train_row, val_row, write_rows
 from regpt.report.charts import events
 from regpt.report.compare import compare
 from regpt.report.health import epochs_read
-from regpt.report.read import read_run
+from regpt.report.read import StepBack, current_samples, read_run
 from regpt.report.summary import sentence, summarize
-from regpt.report.timeline import StepBack, current_samples
 
 
 def event(name, step, **more):

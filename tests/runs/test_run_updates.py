@@ -2,8 +2,8 @@
 
 import json
 
-from regpt.report.bits import bytes_per_token
 from regpt.report.read import read_run
+from regpt.report.series import bytes_per_token
 from regpt.runs.pretrain import pretrain
 from tiny import change, run_config, write_shards
 

@@ -17,7 +17,7 @@ from regpt.errors import UsageError
 from regpt.files import resolved
 
 if TYPE_CHECKING:
-    from regpt.report.compare import Comparison
+    from regpt.report.compare import RunComparison
 
 MAX_CURVE = 8  # rows of the terminal's table of losses
 
@@ -47,9 +47,8 @@ def main(args: list[str]) -> int:
         if resolved(folder) in [resolved(other) for other in folders[:i]]:
             raise UsageError(f"run folder {str(folder)!r} is given twice; give different runs")
     from regpt.report.compare import compare, to_dict
-    from regpt.report.page import with_own_names
-    from regpt.report.read import read_run
-    from regpt.report.significance import scipy_stats
+    from regpt.report.read import read_run, with_own_names
+    from regpt.report.statistics import scipy_stats
 
     scipy_stats()  # missing: say so before any work
     a, b, *others = with_own_names([read_run(folder) for folder in folders])
@@ -59,7 +58,7 @@ def main(args: list[str]) -> int:
     else:
         print_comparison(found)
     if given.out is not None:
-        from regpt.report.diff_page import write_diff
+        from regpt.report.page import write_diff
 
         page = write_diff(found, given.out)
         if not given.json:
@@ -67,7 +66,7 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def print_comparison(found: Comparison) -> None:
+def print_comparison(found: RunComparison) -> None:
     from regpt.report.verdict import HEAD, SEEDS_HEAD, code_lines, headline, measure_cells, seeds_rows
 
     print_line(f"A {found.a.name}\nB {found.b.name}\n\n{headline(found)}")

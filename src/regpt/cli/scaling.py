@@ -16,7 +16,7 @@ from regpt.errors import UsageError, UserError
 from regpt.ranges import Range
 
 if TYPE_CHECKING:
-    from regpt.report.scaling import Fit
+    from regpt.report.scaling import ScalingFit
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,8 @@ def main(args: list[str]) -> int:
     given = parse(ScalingArgs, args, prog="regpt scaling")
     check(given)
     from regpt.checkpoint.fetch import local_run
-    from regpt.report.page import with_own_names
-    from regpt.report.read import read_run
-    from regpt.report.scaling import fit
-    from regpt.report.scaling_runs import doubts_about, points_of
+    from regpt.report.read import read_run, with_own_names
+    from regpt.report.scaling import doubts_about, fit, points_of
 
     plan = planned(given)
     runs = with_own_names([read_run(local_run(run)) for run in given.runs])
@@ -100,7 +98,7 @@ def planned(given: ScalingArgs) -> tuple[float, float] | None:
     from regpt.config import read_config
     from regpt.model.transformer import Transformer
     from regpt.model.weights import count_parameters, without_memory
-    from regpt.report.scaling_runs import non_embedding
+    from regpt.report.scaling import non_embedding
 
     config = read_config(given.predict).with_vocab_size()
     with without_memory():
@@ -109,7 +107,7 @@ def planned(given: ScalingArgs) -> tuple[float, float] | None:
     return parameters, given.tokens or float(config.train.steps * config.train.batch_tokens)
 
 
-def to_dict(found: Fit, unit: str, given: ScalingArgs, plan: tuple[float, float] | None) -> dict[str, Any]:
+def to_dict(found: ScalingFit, unit: str, given: ScalingArgs, plan: tuple[float, float] | None) -> dict[str, Any]:
     """The law for scripts; `regpt plan --scaling` reads form, E, A, B, alpha, beta."""
     from regpt.report.scaling import LEVEL, NAMES
 
@@ -137,7 +135,7 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
         raise UserError(f"cannot write {str(path)!r} ({error.strerror}); choose another place for --json") from None
 
 
-def print_fit(found: Fit, unit: str, plan: tuple[float, float] | None) -> None:
+def print_fit(found: ScalingFit, unit: str, plan: tuple[float, float] | None) -> None:
     from regpt.report.scaling import NAMES
     from regpt.report.summary import si
 
@@ -170,7 +168,7 @@ def print_fit(found: Fit, unit: str, plan: tuple[float, float] | None) -> None:
         print_line(f"careful: {warning}")
 
 
-def print_optimum(found: Fit, flops: float) -> None:
+def print_optimum(found: ScalingFit, flops: float) -> None:
     from regpt.report.summary import si
 
     try:

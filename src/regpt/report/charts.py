@@ -1,22 +1,55 @@
 """What the page's script draws: the columns of one run or several, and the panels over them."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from regpt.report.bits import bytes_per_token, need_bits, to_bits
-from regpt.report.markup import visible
+from regpt.report.markup import printable
 from regpt.report.read import Row, Run, number, section
-from regpt.report.references import Reference, loss_references, task_references
-from regpt.report.series import MAX_POINTS, Column, build_table, positions, short, thin_samples
+from regpt.report.series import (
+    MAX_POINTS,
+    Column,
+    build_table,
+    bytes_per_token,
+    need_bits,
+    positions,
+    short,
+    thin_samples,
+    to_bits,
+)
 
 MAX_TEXT = 4000  # characters of one sample
 MAX_EVENTS = 500
 UNMARKED = ("checkpoint", "epochs")  # events that happen in every run: listed, not marked in the charts
 MAX_SOURCES = 8  # lines of one chart
 ACCURACIES = ("acc", "acc_norm", "centered")  # metrics of one task that share a chart
-OF_AVERAGE = "_ema"  # behind a name: measured with the moving average of the weights
+OF_AVERAGE = "_ema"  # after a name: measured with the moving average of the weights
+LECTURE = "measured in the lecture “Let's reproduce GPT-2 (124M)” (build-nanogpt) and its notebook"
+GPT3 = "Brown et al. 2020, appendix H, zero-shot"
+FINEWEB_EDU = re.compile(r"fineweb[-_]?edu|edu[-_]?fineweb", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A horizontal line in a chart: label, height, source ("" for the run itself)."""
+
+    label: str
+    value: float
+    source: str = ""
+
+
+GPT2_ON_FINEWEB_EDU = Reference("GPT-2 124M", 3.2924, f"validation loss on FineWeb-Edu, {LECTURE}")
+TASKS = {
+    ("hellaswag", "acc_norm"): (
+        Reference("chance", 0.25, "four endings an item"),
+        Reference("GPT-2 124M", 0.2955, LECTURE),
+        Reference("GPT-3 124M", 0.337, GPT3),
+        Reference("GPT-2 1558M", 0.489, LECTURE),
+    ),
+}
+CHANCE_IN_CORE = Reference("chance", 0.0, "the definition of centred accuracy")
 USUAL_UPDATE = Reference("usual with Adam", 1e-3, "a rule of thumb: updates of a thousandth of the weights")
 
 
@@ -53,7 +86,7 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class Table:
+class RunTable:
     """The x axes and columns of one run, for the script."""
 
     axes: dict[str, Column]
@@ -68,7 +101,7 @@ def charts(runs: Sequence[Run]) -> Row:
     return {
         "runs": [
             {
-                "name": visible(run.name),
+                "name": printable(run.name),
                 "axes": table.axes,
                 "columns": table.columns,
                 "events": events(run),
@@ -80,7 +113,7 @@ def charts(runs: Sequence[Run]) -> Row:
     }
 
 
-def run_table(run: Run, runs: int, bits: bool) -> Table:
+def run_table(run: Run, runs: int, bits: bool) -> RunTable:
     """The columns of one of `runs` runs; its losses in bits per byte where `bits` asks for it."""
     axes, columns = build_table(run, max(400, MAX_POINTS // runs))
     if bits:
@@ -89,7 +122,7 @@ def run_table(run: Run, runs: int, bits: bool) -> Table:
         for name in ("loss", "loss_smooth"):
             columns[name] = [to_bits(value, each) for value in columns.get(name, [])]
         columns |= {f"val_loss{which}": columns.get(f"val_bpb{which}", []) for which in ("", OF_AVERAGE)}
-    return Table(axes, columns)
+    return RunTable(axes, columns)
 
 
 def panel_row(panel: Panel) -> Row:
@@ -109,7 +142,7 @@ def panel_row(panel: Panel) -> Row:
 # ---- one run alone
 
 
-def panels_alone(run: Run, table: Table) -> list[Panel]:
+def panels_alone(run: Run, table: RunTable) -> list[Panel]:
     """The charts of one run in the order they stand; one whose columns hold nothing is left out."""
     clip = number(section(run.config, "train").get("grad_clip"))
     unigram = number(run.env.get("unigram_loss"))
@@ -139,21 +172,23 @@ def noisy(column: str) -> list[Line]:
     return [Line("raw", column, "each step", "train"), Line("line", f"{column}_smooth", "smoothed", "train")]
 
 
-def source_panels(table: Table) -> list[Panel]:
+def source_panels(table: RunTable) -> list[Panel]:
     names = [name for name in table.columns if name.startswith("val:")]
-    lines = [Line("points", name, visible(name.removeprefix("val:")), i) for i, name in enumerate(names[:MAX_SOURCES])]
+    lines = [
+        Line("points", name, printable(name.removeprefix("val:")), i) for i, name in enumerate(names[:MAX_SOURCES])
+    ]
     note = f"the first {MAX_SOURCES} of {len(names)} sources" if len(names) > MAX_SOURCES else ""
     return [Panel("Validation by source", "nats per token", "loss", lines, note=note)]
 
 
-def update_panels(table: Table) -> list[Panel]:
+def update_panels(table: RunTable) -> list[Panel]:
     kinds = [name for name in table.columns if name.startswith("updates:")]
-    lines = [Line("line", name, visible(name.removeprefix("updates:")), i) for i, name in enumerate(kinds)]
+    lines = [Line("line", name, printable(name.removeprefix("updates:")), i) for i, name in enumerate(kinds)]
     lines = lines or [Line("line", "updates", "all matrices", "train")]
     return [Panel("Update to weight", "‖Δw‖ / ‖w‖ of a step", "rate", lines, [USUAL_UPDATE], log=True)]
 
 
-def task_panels(tables: Sequence[Table], names: Sequence[str] = ()) -> list[Panel]:
+def task_panels(tables: Sequence[RunTable], names: Sequence[str] = ()) -> list[Panel]:
     """A chart a task, or a metric of it where metrics differ in kind; parts of a benchmark (`core/…`) have the table.
 
     With several runs, whose names are given, only the last metric of each chart is drawn, a line a run.
@@ -175,19 +210,19 @@ def task_panels(tables: Sequence[Table], names: Sequence[str] = ()) -> list[Pane
         else:
             hues: list[str | int] = ["val", "train"]
             lines = [
-                Line("points", column + metric, visible(metric), hues[i] if i < 2 else i)
+                Line("points", column + metric, printable(metric), hues[i] if i < 2 else i)
                 for i, metric in enumerate(reversed(metrics))
             ]
-        drawn.append(Panel(visible(task), visible(metrics[-1]) if names else "", "score", lines, references))
+        drawn.append(Panel(printable(task), printable(metrics[-1]) if names else "", "score", lines, references))
     return drawn
 
 
 # ---- several runs
 
 
-def panels_together(runs: Sequence[Run], tables: Sequence[Table], bits: bool) -> list[Panel]:
+def panels_together(runs: Sequence[Run], tables: Sequence[RunTable], bits: bool) -> list[Panel]:
     """The charts of several runs: a line a run, each run in one colour throughout."""
-    names = [visible(run.name) for run in runs]
+    names = [printable(run.name) for run in runs]
 
     def each(role: str, column: str) -> list[Line]:
         return [Line(role, column, name, i, i) for i, name in enumerate(names)]
@@ -208,7 +243,7 @@ def panels_together(runs: Sequence[Run], tables: Sequence[Table], bits: bool) ->
     return with_values(drawn, tables)
 
 
-def with_values(panels: Sequence[Panel], tables: Sequence[Table]) -> list[Panel]:
+def with_values(panels: Sequence[Panel], tables: Sequence[RunTable]) -> list[Panel]:
     """The panels that have something to draw, without the lines that have nothing."""
     kept = []
     for panel in panels:
@@ -263,7 +298,9 @@ def events(run: Run) -> list[Row]:
     last = run.train[-1]["step"]  # those beyond belong to what the run went back from
     kept = [row for row in run.events if row.get("name") not in UNMARKED and row["step"] <= last][-MAX_EVENTS:]
     axes = positions(run.train, [row["step"] for row in kept])
-    return [{"name": visible(mark_of(row)), **{axis: at[i] for axis, at in axes.items()}} for i, row in enumerate(kept)]
+    return [
+        {"name": printable(mark_of(row)), **{axis: at[i] for axis, at in axes.items()}} for i, row in enumerate(kept)
+    ]
 
 
 def mark_of(event: Row) -> str:
@@ -278,7 +315,30 @@ def samples(run: Run) -> list[Row]:
     for row in thin_samples(run.samples):
         texts = row.get("texts")
         texts = texts if isinstance(texts, list) else []
-        shown = [visible(one if len(one) <= MAX_TEXT else one[:MAX_TEXT] + " …") for one in map(str, texts)]
-        found.append({"step": row["step"], "prompt": visible(row.get("prompt") or ""), "texts": shown})
+        shown = [printable(one if len(one) <= MAX_TEXT else one[:MAX_TEXT] + " …") for one in map(str, texts)]
+        found.append({"step": row["step"], "prompt": printable(row.get("prompt") or ""), "texts": shown})
     axes = positions(run.train, [row["step"] for row in found])
     return [row | {axis: at[i] for axis, at in axes.items()} for i, row in enumerate(found)]
+
+
+# ---- figures of other models, each with its source and the data it holds for
+
+
+def loss_references(runs: Sequence[Run]) -> list[Reference]:
+    """GPT-2's validation loss, where it was measured on the same text in the same tokens."""
+    return [GPT2_ON_FINEWEB_EDU] if all(map(is_fineweb_edu_in_gpt2_tokens, runs)) else []
+
+
+def is_fineweb_edu_in_gpt2_tokens(run: Run) -> bool:
+    """Whether all that the run read is FineWeb-Edu, encoded by GPT-2's tokenizer, as far as env.json states it."""
+    data = run.env.get("data")
+    if not isinstance(data, dict) or data.get("tokenizer") != "gpt2":
+        return False
+    sources = data.get("sources")
+    return isinstance(sources, list) and bool(sources) and all(FINEWEB_EDU.search(str(one)) for one in sources)
+
+
+def task_references(task: str, metric: str) -> list[Reference]:
+    if task == "core" and metric.startswith("centered"):  # of a part of the tasks, too: that has a name of its own
+        return [CHANCE_IN_CORE]
+    return list(TASKS.get((task, metric), ()))

@@ -1,59 +1,122 @@
 """Two runs against each other: what differs between them, and which final numbers differ by more than chance."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
 from regpt.errors import UserError
-from regpt.report.bits import need_bits
-from regpt.report.differences import code_differences, config_differences, data_differences, differing
-from regpt.report.items import Items, common_scores, kept_items
-from regpt.report.read import Row, Run, number
-from regpt.report.series import positions
-from regpt.report.significance import SeedNoise, Test, against_seeds, paired_test, unpaired_z
-from regpt.report.summary import summarize
+from regpt.report.markup import flatten
+from regpt.report.read import Items, Row, Run, kept_items, number, section
+from regpt.report.series import need_bits, positions
+from regpt.report.statistics import PairTest, SeedNoise, against_seeds, paired_test, unpaired_z
+from regpt.report.summary import RunSummary, summarize
 
+DATA = ("manifest_sha256", "tokenizer", "tokenizer_sha256", "train_tokens", "val_tokens")
+# Follow from other keys, differ between any two runs, or are shown elsewhere.
+INCIDENTAL = ("argv", "started", "host", "data", "unigram_loss", "parameters", "peak")
 SEEDS = ("train.seed", "data.seed", "sample.seed")
 LOWER_IS_BETTER = ("loss", "bpb", "bits_per_byte", "perplexity")
-AVERAGED = "averaged weights"
+LOSS, BITS, AVERAGED = "validation loss", "bits per byte", "averaged weights: "
 SAME_TOKENS = 1.01  # times as many tokens still are as many: another batch size, a step more
 HEADLINE = ("acc_norm", "centered", "acc")  # the metric that an item's `correct` stands for: the first one there is
+Differences = list[tuple[str, list[Any]]]  # keys, joined with dots, and each run's value, None where it has none
+Scores = tuple[list[float], list[float]]  # of the same items by A and by B
+
+
+# ---- what differs, as far as the folders of the runs state it
+
+
+def differing(documents: Sequence[Row]) -> Differences:
+    """Keys whose values are not the same in all `documents`."""
+    flat = [dict(flatten(document)) for document in documents]
+    keys = list(dict.fromkeys(key for one in flat for key in one))
+    rows = [(key, [one.get(key) for one in flat]) for key in keys]
+    return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
+
+
+def config_differences(runs: Sequence[Run]) -> Differences:
+    return differing([run.config for run in runs])
+
+
+def code_differences(runs: Sequence[Run]) -> Differences:
+    """Versions, commit and machine."""
+    return differing([{key: value for key, value in run.env.items() if key not in INCIDENTAL} for run in runs])
+
+
+def data_differences(runs: Sequence[Run]) -> Differences:
+    """Hashes and counts of the data, not their path."""
+    tables = [section(run.env, "data") for run in runs]
+    return differing([{key: table[key] for key in DATA if key in table} for table in tables])
+
+
+# ---- numbers
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A number of a run, the step it was measured at, its standard error and the validation tokens it was measured on
+    where the run has them, and the tokens that were read before."""
+
+    value: float
+    step: int
+    stderr: float | None
+    measured_on: float | None
+    tokens: float | None
+
+
+def measurements(run: Run) -> Iterator[tuple[str, Measured]]:
+    """Everything that was measured, by its name in comparisons, ascending by step."""
+    rows = [*run.val, *run.val_sources, *run.evals]
+    tokens = positions(run.train, [row["step"] for row in rows]).get("tokens") or [None] * len(rows)
+    for row, read in zip(rows, tokens):
+        for name, key, error in names_of(row):
+            if (value := number(row.get(key))) is not None:
+                yield name, Measured(value, row["step"], number(row.get(error)), number(row.get("tokens")), read)
+
+
+def names_of(row: Row) -> list[tuple[str, str, str]]:
+    """Names of the numbers of a row, and the keys of their value and error."""
+    if row["kind"] == "eval":
+        missing = row.get("metric") == "missing"
+        return [] if missing else [(f"{row.get('task')} {row.get('metric')}", "value", "stderr")]
+    if "source" in row:
+        return [(f"{LOSS}, {row['source']}", "loss", "stderr")]
+    of_average = [(AVERAGED + LOSS, "loss_ema", ""), (AVERAGED + BITS, "bpb_ema", "")]
+    return [(LOSS, "loss", "stderr"), (BITS, "bpb", "bpb_stderr"), *of_average]
+
+
+def is_validation(name: str) -> bool:
+    return name.removeprefix(AVERAGED).startswith((LOSS, BITS))
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One final number of both runs.
+    """One number of both runs.
 
     Attributes:
         name: `validation loss`, `hellaswag acc_norm`, …
-        a, b, step_a, step_b: the values and the steps they were measured at.
-        tokens: what A and B had read then; None where that is not known.
         lower: a lower value is better.
         test: whether they differ by more than the sampling of items explains; None for a reason given in `why`.
         seeds: whether they differ by more than seeds explain, where runs of other seeds were given.
     """
 
     name: str
-    a: float
-    b: float
-    step_a: int
-    step_b: int
+    a: Measured
+    b: Measured
     lower: bool
-    test: Test | None
+    test: PairTest | None
     why: str
-    seeds: SeedNoise | None
-    tokens: tuple[float | None, float | None] = (None, None)
+    seeds: SeedNoise | None = None
 
     @property
     def equally_trained(self) -> bool:
-        """Whether A and B had read as much, as far as the runs say; within a step or two of other batches."""
-        known = [x for x in self.tokens if x is not None]
-        return len(known) < 2 or max(known) <= SAME_TOKENS * min(known)
+        """Whether A and B had read as much, as far as the runs state it; within a step or two of other batches."""
+        return same_amount(self.a.tokens, self.b.tokens)
 
     @property
     def difference(self) -> float:
-        return self.b - self.a
+        return self.b.value - self.a.value
 
     @property
     def better(self) -> str:
@@ -63,206 +126,135 @@ class Measure:
         return "b" if (self.difference < 0) == self.lower else "a"
 
     def conclusion(self) -> str:
-        """In words: whether the difference is one."""
+        """Whether the difference is more than chance, in words."""
         if self.seeds is not None:
-            said = "exceeds the noise between seeds" if self.seeds.exceeds else "within the noise between seeds"
+            outcome = "exceeds the noise between seeds" if self.seeds.exceeds else "within the noise between seeds"
         elif self.test is None:
-            said = self.why
+            outcome = self.why
         else:
-            said = "differs" if self.test.significant else "no difference shown"
-        return said if self.equally_trained else f"unequal training; {said}"
+            outcome = "differs" if self.test.significant else "no difference shown"
+        return outcome if self.equally_trained else f"unequal training; {outcome}"
+
+
+def same_amount(a: float | None, b: float | None) -> bool:
+    """Whether two counts of tokens are about the same; True where one is unknown."""
+    return a is None or b is None or max(a, b) <= SAME_TOKENS * min(a, b)
+
+
+# ---- the comparison
 
 
 @dataclass(frozen=True)
-class Training:
-    """How much of its training a run has done; None where the run does not say."""
+class RunComparison:
+    """A and B, compared.
 
-    steps: int
-    planned: float | None
-    tokens: float | None
-
-    @property
-    def unfinished(self) -> bool:
-        return self.planned is not None and self.steps < self.planned
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Everything that is known of A and B. `others` are the runs of other seeds, of A's and of B's configuration;
-    `training` is A's and B's; `equal` their validation where both had last read as much, if one of them went on."""
+    Attributes:
+        seeds: runs of other seeds, of A's and of B's configuration.
+        bits: losses are compared in bits per byte, as the tokenizers differ.
+        measures: the last values of everything that both measured.
+        curve: tokens read, and both validation losses then.
+        equal: their validation where both had last read as much, if one of them went on.
+    """
 
     a: Run
     b: Run
-    others: tuple[tuple[Run, ...], tuple[Run, ...]]
+    seeds: tuple[list[Run], list[Run]]
     bits: bool
-    config: list[tuple[str, list[Any]]]
-    code: list[tuple[str, list[Any]]]
-    data: list[tuple[str, list[Any]]]
+    config: Differences
+    code: Differences
+    data: Differences
     measures: list[Measure]
-    curve: list[tuple[int, float, float]]  # tokens read, and both validation losses (bits per byte where `bits`) then
-    training: tuple[Training, Training]
+    curve: list[tuple[int, float, float]]
     equal: Measure | None
 
+    @property
+    def training(self) -> tuple[RunSummary, RunSummary]:
+        return summarize(self.a), summarize(self.b)
 
-def compare(a: Run, b: Run, seeds: Sequence[Run] = ()) -> Comparison:
+
+def compare(a: Run, b: Run, seeds: Sequence[Run] = ()) -> RunComparison:
     """Compare B with A; `seeds` are runs of A's or B's configuration with other seeds.
 
     Raises:
         UserError: different tokenizers without bits per byte; a run of `seeds` that differs in more than its seeds.
     """
-    others = sort_seeds(a, b, seeds)
+    groups = sort_seeds(a, b, seeds)
     runs = [a, b]
-    bits = need_bits(runs)
-    return Comparison(
+    bits, data = need_bits(runs), data_differences(runs)
+    unit = BITS if bits else LOSS
+    ours, theirs = (
+        {int(one.tokens): one for name, one in measurements(run) if name == unit and one.tokens is not None}
+        for run in runs
+    )
+    common = sorted(ours.keys() & theirs.keys())
+    equal = None
+    if common and common[-1] > 0 and not common[-1] == max(ours) == max(theirs):
+        x, y = ours[common[-1]], theirs[common[-1]]
+        equal = Measure(unit, x, y, True, *(best_test(x, y, None) if not data else (None, "not tested: other data")))
+    return RunComparison(
         a=a,
         b=b,
-        others=others,
+        seeds=groups,
         bits=bits,
         config=config_differences(runs),
         code=code_differences(runs),
-        data=data_differences(runs),
-        measures=measures(a, b, others, bits),
-        curve=common_validation(a, b, bits),
-        training=(training_of(a), training_of(b)),
-        equal=measure_after_equal_tokens(a, b, bits),
+        data=data,
+        measures=final_measures([a, *groups[0]], [b, *groups[1]], bits, same_data=not data),
+        curve=[(tokens, ours[tokens].value, theirs[tokens].value) for tokens in common],
+        equal=equal,
     )
 
 
-def training_of(run: Run) -> Training:
-    summary = summarize(run)
-    return Training(summary.steps, summary.planned_steps, summary.tokens)
-
-
-def sort_seeds(a: Run, b: Run, seeds: Sequence[Run]) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
-    """Each run to the one of A and B whose configuration it repeats."""
-    found: tuple[list[Run], list[Run]] = ([], [])
+def sort_seeds(a: Run, b: Run, seeds: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+    """Assign each run to the one of A and B whose configuration it repeats; it must have read as much."""
+    groups: tuple[list[Run], list[Run]] = ([], [])
     for run in seeds:
-        beside_a, beside_b = beyond_seeds(a, run), beyond_seeds(b, run)
-        if beside_a and beside_b:
-            fewer, name = min((beside_a, a.name), (beside_b, b.name), key=lambda one: len(one[0]))
+        from_a, from_b = beyond_seeds(a, run), beyond_seeds(b, run)
+        if from_a and from_b:
+            fewer, name = min((from_a, a.name), (from_b, b.name), key=lambda one: len(one[0]))
             raise UserError(
                 f"the run {run.name!r} of --seeds differs from {name!r} in more than its seeds ({', '.join(fewer[:5])}"
                 f"{', …' if len(fewer) > 5 else ''}); give runs of the same configuration with other seeds"
             )
-        refuse_unequal_seed(b if beside_a else a, run)
-        found[bool(beside_a)].append(run)
-    return tuple(found[0]), tuple(found[1])
-
-
-def refuse_unequal_seed(run: Run, seed: Run) -> None:
-    """The noise between seeds is that of runs which have read as much."""
-    ours, theirs = training_of(run).tokens, training_of(seed).tokens
-    if ours and theirs and max(ours, theirs) > SAME_TOKENS * min(ours, theirs):
-        raise UserError(
-            f"the run {seed.name!r} of --seeds has read {theirs:,.0f} tokens, {run.name!r} {ours:,.0f}; finish the "
-            "shorter one, or leave it out"
-        )
+        repeated = b if from_a else a
+        ours, theirs = summarize(repeated).tokens, summarize(run).tokens
+        if ours and theirs and not same_amount(ours, theirs):
+            raise UserError(
+                f"the run {run.name!r} of --seeds has read {theirs:,.0f} tokens, {repeated.name!r} {ours:,.0f}; finish "
+                "the shorter one, or leave it out"
+            )
+        groups[bool(from_a)].append(run)
+    return groups
 
 
 def beyond_seeds(a: Run, b: Run) -> list[str]:
     """Keys of the configuration in which the runs differ, seeds aside, and of the data."""
-    config = [key for key, _ in differing([a.config, b.config]) if key not in (*SEEDS, "data.path")]
+    config = [key for key, _ in config_differences([a, b]) if key not in (*SEEDS, "data.path")]
     return config + [f"data: {key}" for key, _ in data_differences([a, b])]
 
 
-# ---- the numbers
-
-
-@dataclass(frozen=True)
-class Final:
-    """The last value of a number, with the step it was measured at, its standard error where the run has one, and what
-    it was measured on: validation tokens."""
-
-    step: int
-    value: float
-    stderr: float | None
-    measured_on: float | None = None
-
-
-def finals(run: Run) -> dict[str, Final]:
-    """Name → last value, of everything that was measured."""
-    found: dict[str, Final] = {}
-    for row in run.val:
-        keep(found, "validation loss", row, "loss", "stderr")
-        keep(found, "bits per byte", row, "bpb", "bpb_stderr")
-        keep(found, f"{AVERAGED}: validation loss", row, "loss_ema", "")
-        keep(found, f"{AVERAGED}: bits per byte", row, "bpb_ema", "")
-    for row in run.val_sources:
-        keep(found, f"validation loss, {row['source']}", row, "loss", "stderr")
-    for row in run.evals:
-        if row.get("metric") != "missing":
-            keep(found, f"{row.get('task')} {row.get('metric')}", row, "value", "stderr")
-    return found
-
-
-def keep(found: dict[str, Final], name: str, row: Row, key: str, error: str) -> None:
-    value = number(row.get(key))
-    if value is not None:
-        found[name] = Final(row["step"], value, number(row.get(error)), number(row.get("tokens")))
-
-
-def measures(a: Run, b: Run, others: tuple[tuple[Run, ...], tuple[Run, ...]], bits: bool) -> list[Measure]:
-    """What both runs measured; losses a token are left out where the tokens differ, which have no common unit."""
-    groups = [[finals(run) for run in (first, *more)] for first, more in ((a, others[0]), (b, others[1]))]
-    (ours, *_), (theirs, *_) = groups
-    same_text = not data_differences([a, b])
-    pairs = paired_scores(a, b)
+def final_measures(ours: Sequence[Run], theirs: Sequence[Run], bits: bool, same_data: bool) -> list[Measure]:
+    """Last values that A and B, the first of both groups, have in common; without losses a token where the tokens
+    differ, which have no common unit."""
+    groups = [[dict(measurements(run)) for run in group] for group in (ours, theirs)]
+    scores_of = paired_scores(ours[0], theirs[0])
     found = []
-    for name, x in ours.items():
-        if name not in theirs or (bits and is_validation(name) and "bits" not in name):
+    for name, x in groups[0][0].items():
+        validation = is_validation(name)
+        if (y := groups[1][0].get(name)) is None or (bits and validation and BITS not in name):
             continue
-        y, validation = theirs[name], is_validation(name)
-        comparable = same_text or not validation
-        test, why = tested(x, y, pairs(name, (x.step, y.step))) if comparable else (None, "not tested: other data")
-        spread = against_seeds(*([one[name].value for one in group if name in one] for group in groups))
         lower = validation or name.rpartition(" ")[2] in LOWER_IS_BETTER
-        seen = read_by(a, x.step), read_by(b, y.step)
-        spread = spread if comparable else None
-        found.append(Measure(name, x.value, y.value, x.step, y.step, lower, test, why, spread, seen))
+        if validation and not same_data:
+            found.append(Measure(name, x, y, lower, None, "not tested: other data"))
+            continue
+        values = ([one[name].value for one in group if name in one] for group in groups)
+        test = best_test(x, y, scores_of(name, (x.step, y.step)))
+        found.append(Measure(name, x, y, lower, *test, against_seeds(*values)))
     return found
 
 
-def read_by(run: Run, step: int) -> float | None:
-    """Tokens read after `step` updates."""
-    return positions(run.train, [step]).get("tokens", [None])[0]
-
-
-def common_validation(a: Run, b: Run, bits: bool) -> list[tuple[int, float, float]]:
-    """Both validation losses wherever both runs were validated after as many tokens."""
-    ours, theirs = (validation_by_tokens(run, bits) for run in (a, b))
-    return [(tokens, ours[tokens].value, theirs[tokens].value) for tokens in sorted(ours.keys() & theirs.keys())]
-
-
-def measure_after_equal_tokens(a: Run, b: Run, bits: bool) -> Measure | None:
-    """The validation of both runs where they last had read as much; None where there is none, or it is their end."""
-    ours, theirs = (validation_by_tokens(run, bits) for run in (a, b))
-    common = [tokens for tokens in ours.keys() & theirs.keys() if tokens > 0]
-    if not common or max(common) == max(ours) == max(theirs):
-        return None
-    x, y = ours[max(common)], theirs[max(common)]
-    name = "bits per byte" if bits else "validation loss"
-    test, why = (None, "not tested: other data") if data_differences([a, b]) else tested(x, y, None)
-    seen = (float(max(common)), float(max(common)))
-    return Measure(name, x.value, y.value, x.step, y.step, True, test, why, None, seen)
-
-
-def validation_by_tokens(run: Run, bits: bool) -> dict[int, Final]:
-    tokens = positions(run.train, [row["step"] for row in run.val]).get("tokens", [])
-    found: dict[int, Final] = {}
-    for at, row in zip(tokens, run.val):
-        one: dict[str, Final] = {}
-        keep(one, "", row, "bpb" if bits else "loss", "bpb_stderr" if bits else "stderr")
-        if at is not None and one:
-            found[int(at)] = one[""]
-    return found
-
-
-def is_validation(name: str) -> bool:
-    return name.removeprefix(f"{AVERAGED}: ").startswith(("validation loss", "bits per byte"))
-
-
-def tested(a: Final, b: Final, scores: tuple[list[float], list[float]] | None) -> tuple[Test | None, str]:
-    """The best test that the runs allow."""
+def best_test(a: Measured, b: Measured, scores: Scores | None) -> tuple[PairTest | None, str]:
+    """Run the best test that the runs allow; or the reason for not testing."""
     if a.measured_on != b.measured_on and None not in (a.measured_on, b.measured_on):
         return None, f"not tested: validated on {a.measured_on:,.0f} and {b.measured_on:,.0f} tokens"
     if scores is not None:
@@ -272,10 +264,10 @@ def tested(a: Final, b: Final, scores: tuple[list[float], list[float]] | None) -
     return None, "not tested: no scores"
 
 
-Scored = tuple[list[float], list[float]] | None
+# ---- scores of items, paired
 
 
-def paired_scores(a: Run, b: Run) -> Callable[[str, tuple[int, int]], Scored]:
+def paired_scores(a: Run, b: Run) -> Callable[[str, tuple[int, int]], Scores | None]:
     """Name of a measure, and the steps of both runs → the scores of the items that both have kept of these steps."""
 
     @cache
@@ -283,32 +275,30 @@ def paired_scores(a: Run, b: Run) -> Callable[[str, tuple[int, int]], Scored]:
         ours, theirs = (kept_items(run, task, step) for run, step in zip((a, b), steps))
         return None if ours is None or theirs is None else (ours, theirs)
 
-    def scores(name: str, steps: tuple[int, int]) -> Scored:
+    def scores(name: str, steps: tuple[int, int]) -> Scores | None:
         if name.startswith(AVERAGED):
             return None  # of these only the number is kept
-        if is_validation(name):
-            return validation_scores(items("val", steps), name)
-        task, _, metric = name.rpartition(" ")
-        both = items(task, steps)
-        found = common_scores(*both, metric) if both else None
-        if both and found is None and metric == headline(a, b, task):
-            found = common_scores(*both, "correct")
-        return found
+        task, _, metric = ("val", "", "") if is_validation(name) else name.rpartition(" ")
+        if (both := items(task, steps)) is None:
+            return None
+        if task == "val":
+            return validation_scores(both, name)
+        metrics = {row.get("metric") for run in (a, b) for row in run.evals if row.get("task") == task}
+        is_headline = metric == next((one for one in HEADLINE if one in metrics), None)
+        return common_scores(both, metric) or (common_scores(both, "correct") if is_headline else None)
 
     return scores
 
 
-def validation_scores(both: tuple[Items, Items] | None, name: str) -> tuple[list[float], list[float]] | None:
+def validation_scores(both: tuple[Items, Items], name: str) -> Scores | None:
     """Losses of the batches that both runs validated on; of one source where `name` ends in one.
 
     Each is weighted by its tokens (bytes), so that the mean is the whole's loss (bits per byte).
     """
-    if both is None:
-        return None
-    source, bits = name.partition(", ")[2], name.startswith("bits")
-    key, weight = ("bpb", "bytes") if bits else ("loss", "tokens")
+    source = name.partition(", ")[2]
+    key, weight = ("bpb", "bytes") if name.startswith("bits") else ("loss", "tokens")
     ours = {item: row for item, row in both[0].items() if source in ("", row.get("source"))}
-    found, weights = common_scores(ours, both[1], key), common_scores(ours, both[1], weight)
+    found, weights = common_scores((ours, both[1]), key), common_scores((ours, both[1]), weight)
     if found is None or weights is None or len(weights[0]) != len(found[0]) or weights[0] != weights[1]:
         return found
     mean = sum(weights[0]) / len(weights[0])
@@ -316,32 +306,40 @@ def validation_scores(both: tuple[Items, Items] | None, name: str) -> tuple[list
     return x, y
 
 
-def headline(a: Run, b: Run, task: str) -> str | None:
-    """The metric of `task` that an item's `correct` stands for."""
-    there = {row.get("metric") for run in (a, b) for row in run.evals if row.get("task") == task}
-    return next((metric for metric in HEADLINE if metric in there), None)
+def common_scores(both: tuple[Items, Items], key: str) -> Scores | None:
+    """The values of `key` of the items that both have, in one order; None without any."""
+
+    def score(row: Row) -> float | None:
+        value = row.get(key)
+        return float(value) if isinstance(value, bool) else number(value)
+
+    pairs = [(score(row), score(both[1][item])) for item, row in both[0].items() if item in both[1]]
+    known = [(x, y) for x, y in pairs if x is not None and y is not None]
+    return ([x for x, _ in known], [y for _, y in known]) if known else None
 
 
 # ---- as JSON
 
 
-def to_dict(found: Comparison) -> Row:
+def to_dict(found: RunComparison) -> Row:
     """The comparison for scripts."""
     names = (found.a.name, found.b.name)
+    training = [
+        {"steps": one.steps, "planned": one.planned_steps, "tokens": one.tokens, "unfinished": one.unfinished}
+        for one in found.training
+    ]
     return {
         "a": names[0],
         "b": names[1],
-        "seeds": [[run.name for run in group] for group in found.others],
+        "seeds": [[run.name for run in group] for group in found.seeds],
         **{
             part: {key: dict(zip(("a", "b"), values)) for key, values in getattr(found, part)}
             for part in ("config", "code", "data")
         },
         "measures": [measure_dict(one) for one in found.measures],
         "curve": [dict(zip(("tokens", "a", "b"), point)) for point in found.curve],
-        "curve_unit": "bits per byte" if found.bits else "nats per token",
-        "training": {
-            name: asdict(one) | {"unfinished": one.unfinished} for name, one in zip(("a", "b"), found.training)
-        },
+        "curve_unit": BITS if found.bits else "nats per token",
+        "training": dict(zip(("a", "b"), training)),
         "after_equal_tokens": None if found.equal is None else measure_dict(found.equal),
     }
 
@@ -349,14 +347,14 @@ def to_dict(found: Comparison) -> Row:
 def measure_dict(one: Measure) -> Row:
     return {
         "name": one.name,
-        "a": one.a,
-        "b": one.b,
+        "a": one.a.value,
+        "b": one.b.value,
         "difference": one.difference,
         "better": one.better or None,
-        "step_a": one.step_a,
-        "step_b": one.step_b,
-        "tokens_a": one.tokens[0],
-        "tokens_b": one.tokens[1],
+        "step_a": one.a.step,
+        "step_b": one.b.step,
+        "tokens_a": one.a.tokens,
+        "tokens_b": one.b.tokens,
         "equally_trained": one.equally_trained,
         "test": None if one.test is None else asdict(one.test) | {"significant": one.test.significant},
         "seeds": None if one.seeds is None else asdict(one.seeds) | {"exceeds": one.seeds.exceeds},

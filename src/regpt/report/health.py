@@ -1,4 +1,4 @@
-"""Does the curve look healthy? Rules with stated thresholds, each finding with the reason and what to try."""
+"""Does the curve look healthy? Rules with stated thresholds; each finding has its reason and an advice."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,9 +8,8 @@ from statistics import fmean, median
 from typing import Literal
 
 from regpt.console.text import counted
-from regpt.report.read import Row, Run, number, section
+from regpt.report.read import Run, number, section
 from regpt.report.series import Column, column, smooth, smoothing_span
-from regpt.report.summary import count
 
 MIN_ROWS = 20  # fewer say nothing about a curve
 BLOCKS = 20  # parts of a run whose means are compared
@@ -26,6 +25,7 @@ EPOCHS = 4  # repeated so often, data are nearly as good as new (Muennighoff et 
 CLIPPED = 0.5  # share of the steps
 GROWTH = 5.0  # of the gradient norm, last tenth against the middle of the run
 SLOW = 0.8  # of the median throughput
+MAD = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
 
 Level = Literal["good", "note", "bad"]
 
@@ -58,9 +58,9 @@ def examine(run: Run) -> list[Finding]:
     """All findings, the worst first."""
     losses = column(run.train, "loss")
     known = [(row["step"], loss) for row, loss in zip(run.train, losses) if loss is not None]
-    found = [*not_finite(run, losses), *(Finding("note", "left out", said) for said in run.left_out)]
+    found = [*not_finite(run, losses), *(Finding("note", "left out", one) for one in run.left_out)]
     if len(known) < MIN_ROWS:
-        return [*found, Finding("note", "short", f"{count(len(known), 'row')} of training loss are too few to judge")]
+        return [*found, Finding("note", "short", f"{counted(len(known), 'row')} of training loss are too few to judge")]
     curve = make_curve(known)
     rules: list[Callable[[Run, Curve], list[Finding]]] = [training, spikes, plateau, validation, repetition, gap]
     for rule in [*rules, gradients, speed]:
@@ -90,9 +90,7 @@ def make_curve(known: list[tuple[int, float]]) -> Curve:
     late = [abs(a - b) for a, b in zip(raw, smoothed)][len(raw) // 2 :]
     edges = [len(raw) * i // BLOCKS for i in range(BLOCKS + 1)]
     means = [fmean(raw[begin:end]) for begin, end in pairwise(edges)]
-    return Curve(
-        steps, raw, smoothed, means, 1.4826 * median(late)
-    )  # 1.4826: a normal distribution's deviation from its MAD
+    return Curve(steps, raw, smoothed, means, MAD * median(late))
 
 
 # ---- the rules
@@ -102,7 +100,7 @@ def not_finite(run: Run, losses: Column) -> list[Finding]:
     bad = [row["step"] for row, loss in zip(run.train, losses) if loss is None and "loss" in row]
     if not bad:
         return []
-    return [Finding("bad", "not finite", f"the loss is not a number at {count(len(bad), 'step')}, first {bad[0]:,}")]
+    return [Finding("bad", "not finite", f"the loss is not a number at {counted(len(bad), 'step')}, first {bad[0]:,}")]
 
 
 def training(run: Run, curve: Curve) -> list[Finding]:
@@ -110,7 +108,7 @@ def training(run: Run, curve: Curve) -> list[Finding]:
     document moves a smoothed line, too."""
     means = curve.means
     bends = [abs(means[i] - (means[i - 1] + means[i + 1]) / 2) for i in range(1, BLOCKS - 1)]
-    noise = 1.4826 * median(bends) / sqrt(1.5)  # a mean's own deviation; 1.5: the variance of such a difference
+    noise = MAD * median(bends) / sqrt(1.5)  # a mean's own deviation; 1.5: the variance of such a difference
     best, at = min(means), means.index(min(means))
     rise, best_step = means[-1] - best, curve.block(at)[1]
     if rise > max(RISE, 6 * noise) and not validation_fell(run, best_step):
@@ -148,7 +146,7 @@ def spikes(run: Run, curve: Curve) -> list[Finding]:
     worst = max(high, key=lambda i: curve.raw[i] - curve.smoothed[i - 1])
     size = curve.raw[worst] - curve.smoothed[worst - 1]
     where = f"the largest {size:.2f} above the line at step {curve.steps[worst]:,}"
-    return [Finding("note", "spikes", f"{count(len(first), 'loss spike')}, {where}")]
+    return [Finding("note", "spikes", f"{counted(len(first), 'loss spike')}, {where}")]
 
 
 def plateau(run: Run, curve: Curve) -> list[Finding]:
@@ -238,7 +236,3 @@ def speed(run: Run, curve: Curve) -> list[Finding]:
     if end >= SLOW * usual:
         return []
     return [Finding("note", "slower", f"the last tenth ran at {end / usual:.0%} of the usual throughput")]
-
-
-def to_dict(finding: Finding) -> Row:
-    return {"level": finding.level, "kind": finding.kind, "text": finding.text}

@@ -1,4 +1,4 @@
-"""Pieces of HTML: text made harmless, values, tables, dates."""
+"""Pieces of HTML: escaped text, values, tables, dates."""
 
 import json
 import shlex
@@ -7,22 +7,21 @@ from datetime import UTC, datetime
 from html import escape
 from typing import Any
 
-from regpt.report.read import Row
-from regpt.report.summary import Tile
+from regpt.report.read import Row, flatten
 
 # NUL … US and DEL as the pictures Unicode has for them; newline and tab stay. Half a surrogate pair is no text.
 VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
 VISIBLE |= dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
 
 
-def visible(value: Any) -> str:
+def printable(value: Any) -> str:
     """`value` as text that a browser shows as it is: control characters by their pictures."""
     return str(value).translate(VISIBLE)
 
 
 def text(value: Any) -> str:
     """`value` as HTML text, safe between tags and inside a quoted attribute."""
-    return escape(visible(value), quote=True)
+    return escape(printable(value), quote=True)
 
 
 def value_html(value: Any) -> str:
@@ -34,12 +33,6 @@ def value_html(value: Any) -> str:
     return text(json.dumps(value, ensure_ascii=False, default=str))
 
 
-def tile_html(tile: Tile) -> str:
-    notes = "".join(f'<span class="note">{text(note)}</span>' for note in tile.notes if note)
-    figure = f'<b>{text(tile.value)}</b> <span class="unit">{text(tile.unit)}</span>'
-    return f'<div class="tile"><dt>{text(tile.label)}</dt><dd>{figure}{notes}</dd></div>'
-
-
 def date(seconds: float) -> str:
     """`30 July 2026, 14:03 UTC`: the same wherever the page is opened."""
     try:
@@ -47,14 +40,6 @@ def date(seconds: float) -> str:
     except (OverflowError, OSError, ValueError):  # not a time of this calendar
         return text(seconds)
     return f'<time datetime="{moment.isoformat(timespec="seconds")}">{moment.day} {moment:%B %Y, %H:%M} UTC</time>'
-
-
-def flatten(document: Row, prefix: str = "") -> list[tuple[str, Any]]:
-    """Keys and values of a nested table, keys joined with dots."""
-    found: list[tuple[str, Any]] = []
-    for key, value in document.items():
-        found += flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
-    return found
 
 
 def grouped(document: Row) -> list[tuple[str, Any]]:
@@ -84,7 +69,7 @@ def section_html(title: str, content: str) -> str:
 
 
 def command_html(argv: Any) -> str:
-    words = [visible(word) for word in argv] if isinstance(argv, list) else []
+    words = [printable(word) for word in argv] if isinstance(argv, list) else []
     return f'<pre class="card command"><code>{escape(shlex.join(words))}</code></pre>' if words else ""
 
 

@@ -1,4 +1,7 @@
-"""Runs as one HTML file that needs nothing else: no network, no server, no other file."""
+"""Runs as one HTML file that needs nothing else: no network, no server, no other file.
+
+One run has a report; several runs are drawn over each other; two runs that were compared also have their final numbers.
+"""
 
 import os
 from collections.abc import Sequence
@@ -8,33 +11,23 @@ from pathlib import Path
 
 import regpt
 from regpt.errors import UserError
-from regpt.report.charts import MAX_EVENTS, charts
-from regpt.report.comparison import header_of_several, sections_of_several
-from regpt.report.health import Finding, examine, verdict
-from regpt.report.markup import (
-    command_html,
-    date,
-    embed,
-    flatten,
-    grid,
-    grouped,
-    section_html,
-    sheet,
-    text,
-    tile_html,
-    value_html,
-)
-from regpt.report.read import Row, Run, number, read_run, section
-from regpt.report.references import task_references
-from regpt.report.summary import sentence, summarize, tiles
+from regpt.report.charts import MAX_EVENTS, charts, task_references, with_difference
+from regpt.report.compare import Differences, RunComparison, code_differences, config_differences, data_differences
+from regpt.report.health import examine, verdict
+from regpt.report.markup import command_html, date, embed, grid, grouped, section_html, sheet, text, value_html
+from regpt.report.read import Row, Run, flatten, number, read_run, section, with_own_names
+from regpt.report.summary import RunSummary, Tile, duration, loss, sentence, si, summarize, tiles
+from regpt.report.verdict import HEAD, SEEDS_HEAD, code_lines, headline, measure_cells, seeds_rows
 
 SCRIPTS = ("numbers.js", "charts.js", "samples.js", "report.js")
-# Nothing may be fetched, whatever a sample says; the page's own style and script are inline.
+# Nothing may be fetched, whatever a sample holds; the page's own style and script are inline.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+HUES = 8  # colours of the style sheet
+WORDS = {"good": "healthy", "note": "worth a look", "bad": "something is wrong"}
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
-    """Write the report of the run folder `run` to `out` (default `run/report.html`) and return where it is.
+    """Write the report of the run folder `run` to `out` (default `run/report.html`) and return its path.
 
     Raises:
         UserError: the run cannot be read (see `read_run`) or `out` cannot be written.
@@ -43,7 +36,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 
 
 def write_overlay(runs: Sequence[Path], out: Path) -> Path:
-    """Write one report of several runs, drawn over each other; return where it is.
+    """Write one report of several runs, drawn over each other; return its path.
 
     Raises:
         UserError: as `write_report`; or different tokenizers, and a run without bits per byte.
@@ -51,16 +44,9 @@ def write_overlay(runs: Sequence[Path], out: Path) -> Path:
     return write_page(render(with_own_names([read_run(run) for run in runs])), out)
 
 
-def with_own_names(runs: Sequence[Run]) -> list[Run]:
-    """The runs, those of one name told apart by the folder above, or by a number."""
-    named: list[Run] = []
-    for i, run in enumerate(runs):
-        clash = [other.name for other in runs].count(run.name) > 1
-        name = f"{run.folder.resolve().parent.name}/{run.name}" if clash else run.name
-        if any(name == other.name for other in named):
-            name = f"{name} ({i + 1})"
-        named.append(Run(**{**run.__dict__, "name": name}))
-    return named
+def write_diff(found: RunComparison, out: Path) -> Path:
+    """Write the page of a comparison, the final numbers above the curves of both runs; return its path."""
+    return write_page(render([found.a, found.b], found), out)
 
 
 def write_page(page: str, out: Path) -> Path:
@@ -82,12 +68,21 @@ def write_page(page: str, out: Path) -> Path:
     return out
 
 
-def render(runs: Sequence[Run]) -> str:
-    """The page. The same runs give the same bytes."""
+def render(runs: Sequence[Run], compared: RunComparison | None = None) -> str:
+    """The page of one run or several; `compared` is the comparison of two. The same runs give the same bytes."""
+    data = charts(runs)
     if len(runs) == 1:
-        return document(runs[0].name, header(runs[0]), "", sections(runs[0]), charts(runs))
+        run = runs[0]
+        below = [evaluations_section(run), events_section(run.events), config_section(run.config)]
+        return document(run.name, header(run), "", "".join([*below, provenance_section(run)]), data)
     title = " · ".join(run.name for run in runs)
-    return document(title, header_of_several(runs), "", sections_of_several(runs), charts(runs))
+    if compared is None:
+        head, above, source = overview(runs, f"regpt · {len(runs)} runs"), "", ""
+    else:
+        head, above = overview(runs, "regpt · B against A", headline(compared)), measures_sections(compared)
+        data, source = with_difference(data, compared.bits), source_section(compared)
+    below = stories_section(runs) + differences_sections(runs) + source + commands_section(runs)
+    return document(title, head, above, below, data)
 
 
 def document(title: str, head: str, above: str, below: str, data: Row) -> str:
@@ -141,27 +136,24 @@ def asset(name: str) -> str:
 
 
 def header(run: Run) -> str:
-    summary = summarize(run)
+    """Summary, health and figures; all findings under the verdict where it does not name them itself."""
+    summary, findings = summarize(run), examine(run)
     started = number(run.env.get("started"))
     when = "" if started is None else f" · started {date(started)}"
-    cells = "".join(map(tile_html, tiles(summary, run.config)))
+    level, judged = verdict(findings)
+    more = "".join(f'<li class="{one.level}">{text(one.text)}</li>' for one in findings if one.level != level)
     return (
         f'<header><p class="eyebrow">regpt · training report{when}</p><h1>{text(run.name)}</h1>'
-        f'<p class="said">{text(sentence(summary))}</p>{health_html(examine(run))}'
-        f'<dl class="tiles">{cells}</dl></header>'
+        f'<p class="said">{text(sentence(summary))}</p>'
+        f'<div class="health {level}"><p>{text(judged)}</p>{f"<ul>{more}</ul>" if more else ""}</div>'
+        f'<dl class="tiles">{"".join(map(tile_html, tiles(summary, run.config)))}</dl></header>'
     )
 
 
-def health_html(findings: list[Finding]) -> str:
-    """The verdict; all findings under it where it does not name them itself."""
-    level, said = verdict(findings)
-    rest = [one for one in findings if one.level != level]
-    more = "".join(f'<li class="{one.level}">{text(one.text)}</li>' for one in rest)
-    return f'<div class="health {level}"><p>{text(said)}</p>{f"<ul>{more}</ul>" if more else ""}</div>'
-
-
-def sections(run: Run) -> str:
-    return evaluations_section(run) + events_section(run.events) + config_section(run.config) + provenance_section(run)
+def tile_html(tile: Tile) -> str:
+    notes = "".join(f'<span class="note">{text(note)}</span>' for note in tile.notes if note)
+    figure = f'<b>{text(tile.value)}</b> <span class="unit">{text(tile.unit)}</span>'
+    return f'<div class="tile"><dt>{text(tile.label)}</dt><dd>{figure}{notes}</dd></div>'
 
 
 def evaluations_section(run: Run) -> str:
@@ -214,3 +206,84 @@ def events_section(rows: list[Row]) -> str:
     title = f"<summary><h2>Events</h2> <span>{len(rows)}</span></summary>"
     table = grid(("step", "event", "details", "time"), cells, numbers=False)
     return f"<section><details>{title}{table}</details></section>"
+
+
+# ---- several runs
+
+
+def overview(runs: Sequence[Run], eyebrow: str, headline: str = "") -> str:
+    """The header of several runs: a table with a row a run, in the colour of its lines."""
+    names = [run.name for run in runs]
+    title = " · ".join(names) if len(names) <= 3 else f"{names[0]} · {names[1]} · {len(names) - 2} more"
+    figures = ("parameters", "tokens", "validation loss", "bits per byte", "training loss", "tokens/s", "MFU", "time")
+    table = grid(("run", *figures), [overview_row(i, run, summarize(run)) for i, run in enumerate(runs)])
+    said = f'<p class="said">{text(headline)}</p>' if headline else ""
+    top = f'<p class="eyebrow">{text(eyebrow)}</p><h1>{text(title)}</h1>'
+    return f'<header>{top}{said}<div class="overview">{table}</div></header>'
+
+
+def swatch(run: int) -> str:
+    """A run's colour, as in the charts, where a ninth has the first one again, dashed; empty for -1."""
+    return f'<span class="swatch" data-hue="{run % HUES}"></span>' if run >= 0 else ""
+
+
+def overview_row(i: int, run: Run, summary: RunSummary) -> list[str]:
+    level, judged = verdict(examine(run))
+    name = f'{swatch(i)}{text(run.name)} <span class="chip {level}" title="{text(judged)}">{WORDS[level]}</span>'
+    last_val = None if summary.last_val is None else summary.last_val[1]
+    cells = [
+        summary.parameters and si(summary.parameters),
+        summary.tokens and si(summary.tokens),
+        None if last_val is None else loss(last_val),
+        None if summary.last_bpb is None else f"{summary.last_bpb:.4f}",
+        None if summary.train_loss is None else loss(summary.train_loss),
+        None if summary.tokens_per_s is None else si(summary.tokens_per_s),
+        None if summary.mfu is None else f"{100 * summary.mfu:.1f} %",
+        None if summary.seconds is None else duration(summary.seconds),
+    ]
+    return [name, *("–" if cell is None else text(cell) for cell in cells)]
+
+
+def measures_sections(found: RunComparison) -> str:
+    """The final numbers of a comparison, and the noise between seeds."""
+    named = [swatch("AB".find(name)) + text(name) for name in HEAD]
+    rows = [[text(cell) for cell in measure_cells(one)] for one in found.measures]
+    seeds = [[text(cell) for cell in row] for row in seeds_rows(found)]
+    return section_html("Final numbers", grid(named, rows) if rows else "") + section_html(
+        "Against the noise between seeds", grid([text(name) for name in SEEDS_HEAD], seeds) if seeds else ""
+    )
+
+
+def stories_section(runs: Sequence[Run]) -> str:
+    """A paragraph a run."""
+    stories = "".join(
+        f'<div class="card story"><h3>{swatch(i)}{text(run.name)}</h3>'
+        f'<p>{text(sentence(summarize(run)))}</p><p class="note">{text(verdict(examine(run))[1])}</p></div>'
+        for i, run in enumerate(runs)
+    )
+    return section_html("What happened", f'<div class="sheets">{stories}</div>')
+
+
+def differences_sections(runs: Sequence[Run]) -> str:
+    """Tables of the keys of configuration, code and data that differ."""
+    head = ["key", *(f"{swatch(i)}{text(run.name)}" for i, run in enumerate(runs))]
+
+    def table(rows: Differences, same: str) -> str:
+        cells = [[text(key), *map(value_html, values)] for key, values in rows]
+        return grid(head, cells, numbers=False) if rows else f'<p class="note">{same}</p>'
+
+    config = table(config_differences(runs), "The configurations are the same.")
+    code = table(code_differences(runs), "Versions, commit and device are the same.")
+    data = table(data_differences(runs), "The data are the same.")
+    sections = {"Differing configuration": config, "Differing code and machine": code, "Differing data": data}
+    return "".join(section_html(title, content) for title, content in sections.items())
+
+
+def source_section(found: RunComparison) -> str:
+    lines = "".join(f"<li>{text(line)}</li>" for line in code_lines(found))
+    return section_html("Changes of the source", f'<ul class="card story">{lines}</ul>' if lines else "")
+
+
+def commands_section(runs: Sequence[Run]) -> str:
+    commands = [(run.name, command_html(run.env.get("argv"))) for run in runs]
+    return section_html("Commands", "".join(f"<h3>{text(name)}</h3>{command}" for name, command in commands if command))

@@ -1,24 +1,31 @@
-"""A run folder as plain data: parse its files, follow the run's timeline, keep the last row of every step."""
+"""A run folder as plain data: its files parsed, its timeline followed, the last row of every step kept.
 
+After a step back (a resume from an older checkpoint, a rewind) earlier rows of later steps do not count.
+"""
+
+import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
-from math import isfinite
+from dataclasses import dataclass, replace
+from math import inf, isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from regpt.checkpoint.best import STEPS_BACK
 from regpt.console.lines import print_note
 from regpt.errors import UserError
 from regpt.files import is_file, is_folder, resolved
-from regpt.report.timeline import Row, current, current_samples, steps_back
 from regpt.structured import json_lines, parse_json, parse_toml, read_small
 
+Row = dict[str, Any]
+Items = dict[Hashable, Row]
 LARGEST = 1e100  # float32 ends at 3.4e38
 MOST_STEPS = 10**12  # of a millisecond each: thirty years
+HISTORY = ("epochs", "checkpoint")  # events of one timeline; all others stay after a step back
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds, steps ascending.
+    """Contents of a run folder, steps ascending.
 
     Attributes:
         name: the folder's name.
@@ -28,7 +35,7 @@ class Run:
         val_sources: validation rows of one source of the data each; one row a step and source.
         samples: rows of `samples.jsonl`; one row a step and prompt.
         folder: where it was read from.
-        left_out: a sentence for each file with lines that are no rows.
+        left_out: a sentence for each file with invalid lines.
     """
 
     name: str
@@ -46,7 +53,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Everything the report needs from `folder`.
+    """Read everything that reports and comparisons need from `folder`.
 
     Raises:
         UserError: no such folder, no metrics, no train row, or a file that cannot be read.
@@ -82,6 +89,24 @@ def read_run(folder: Path) -> Run:
     )
 
 
+def rows_by_step(run: Path, kind: str) -> dict[int, Row]:
+    """Step → row of `kind` in RUN/metrics.jsonl, also while it is written; where a step occurs twice the last row."""
+    rows, _ = read_rows(run / "metrics.jsonl")
+    return {row["step"]: row for row in of_kind(rows, kind) if "source" not in row}
+
+
+def with_own_names(runs: Sequence[Run]) -> list[Run]:
+    """The runs; those of one name get the folder above in front of it, or a number after it."""
+    named: list[Run] = []
+    for i, run in enumerate(runs):
+        clash = [other.name for other in runs].count(run.name) > 1
+        name = f"{run.folder.resolve().parent.name}/{run.name}" if clash else run.name
+        if any(name == other.name for other in named):
+            name = f"{name} ({i + 1})"
+        named.append(replace(run, name=name))
+    return named
+
+
 def read_document(path: Path, loads: Callable[[bytes], Any]) -> Row:
     """The table in a TOML or JSON file; empty when the file is absent."""
     if not is_file(path):
@@ -96,59 +121,58 @@ def read_document(path: Path, loads: Callable[[bytes], Any]) -> Row:
     return document
 
 
-def read_rows(path: Path) -> tuple[list[Row], list[str]]:
-    """The rows of a JSON Lines file, and a sentence about lines that are none; nothing where there is no file.
+def section(document: Row, name: str) -> Row:
+    """A table of `config.toml` or `env.json`; empty when it is absent or something else."""
+    found = document.get(name)
+    return found if isinstance(found, dict) else {}
 
-    A row has a `step`, and under every key of `KINDS` a value of its kind. A last line that a crash or a copy has torn
-    is left out without a word.
+
+def flatten(document: Row, prefix: str = "") -> list[tuple[str, Any]]:
+    """Keys and values of a nested table, keys joined with dots."""
+    found: list[tuple[str, Any]] = []
+    for key, value in document.items():
+        found += flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+    return found
+
+
+def number(value: Any) -> float | None:
+    """`value` when it is a number whose sums and squares are finite; None for null, NaN and anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return value if isfinite(value) and abs(value) < LARGEST else None
+
+
+# ---- rows
+
+
+def read_rows(path: Path) -> tuple[list[Row], list[str]]:
+    """The valid rows of a JSON Lines file, and a sentence about the other lines; both empty where there is no file.
+
+    A last line that a crash or a copy has torn is dropped silently.
     """
     rows, odd = [], []
-    for number, row, ended in json_lines(path) if is_file(path) else ():
+    for line, row, ended in json_lines(path) if is_file(path) else ():
         if row is not None and is_row(row):
             rows.append(row)
         elif ended:
-            odd.append(number)
-    return rows, say_left_out(path, odd)
+            odd.append(line)
+    return rows, report_left_out(path, odd)
 
 
-def say_left_out(path: Path, lines: Sequence[int]) -> list[str]:
-    """One sentence, which is also printed as a warning, about the lines with these numbers; none without any."""
+def report_left_out(path: Path, lines: Sequence[int]) -> list[str]:
+    """One sentence about the invalid lines with these numbers, also printed as a warning; empty without any."""
     if not lines:
         return []
     count = f"{len(lines):,} lines of {path} are no rows and were left out, the first is line {lines[0]:,}"
-    said = count if len(lines) > 1 else f"line {lines[0]:,} of {path} is no row and was left out"
-    print_note(f"warning: {said}")
-    return [said]
-
-
-def is_row(row: Row) -> bool:
-    """Whether `row` can be one of a run: a step from 0 on, what its kind must have (`REQUIRED`; a row of samples has
-    no kind), and nothing of another kind than `KINDS` has it."""
-    step, kind = row.get("step"), row.get("kind", "samples")
-    if not is_number(step) or not isinstance(step, int) or not 0 <= step < MOST_STEPS:
-        return False
-    if not is_text(kind) or not all(key in row for key in REQUIRED.get(kind, ())):
-        return False
-    written = NOT_FINITE if kind == "event" else ()  # what an event says of a refused update
-    return all(
-        row[key] is None or is_kind(row[key]) or (is_text(row[key]) and row[key] in written)
-        for key, is_kind in KINDS.items()
-        if key in row
-    )
+    sentence = count if len(lines) > 1 else f"line {lines[0]:,} of {path} is no row and was left out"
+    print_note(f"warning: {sentence}")
+    return [sentence]
 
 
 def is_number(value: Any) -> bool:
     return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63)
 
 
-def is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-NUMBERS = (
-    *("tokens", "loss", "lr", "grad_norm", "dt_ms", "tokens_per_s", "mfu", "flops", "peak_memory_gib", "time", "bpb"),
-    *("loss_ema", "bpb_ema", "value", "stderr", "n", "left_out", "ratio"),
-)
 NOT_FINITE = ("nan", "inf", "-inf")
 REQUIRED = {
     "train": ("loss",),
@@ -158,13 +182,31 @@ REQUIRED = {
     "event": ("name",),
     "samples": ("texts",),
 }
-# Keys of metrics.jsonl and samples.jsonl that are looked at, and what may be there, next to null.
-KINDS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(NUMBERS, is_number),
-    **dict.fromkeys(("kind", "name", "task", "metric", "source", "prompt", "policy"), is_text),
-    **dict.fromkeys(("missing", "texts"), lambda value: isinstance(value, list)),
-    **dict.fromkeys(("ratios", "epochs"), lambda value: isinstance(value, dict)),
+# Keys of metrics.jsonl and samples.jsonl that are read, and the type of their values; null is always allowed.
+NUMBERS = (
+    *("tokens", "loss", "lr", "grad_norm", "dt_ms", "tokens_per_s", "mfu", "flops", "peak_memory_gib", "time", "bpb"),
+    *("loss_ema", "bpb_ema", "value", "stderr", "n", "left_out", "ratio"),
+)
+TYPES: dict[str, type] = {
+    **dict.fromkeys(("kind", "name", "task", "metric", "source", "prompt", "policy"), str),
+    **dict.fromkeys(("missing", "texts"), list),
+    **dict.fromkeys(("ratios", "epochs"), dict),
 }
+
+
+def is_row(row: Row) -> bool:
+    """Whether `row` is a valid row: a step, the keys that its kind requires, and values of the right types. A row of
+    samples has no kind."""
+    step, kind = row.get("step"), row.get("kind", "samples")
+    if not is_number(step) or not isinstance(step, int) or not 0 <= step < MOST_STEPS:
+        return False
+    if not isinstance(kind, str) or not all(key in row for key in REQUIRED.get(kind, ())):
+        return False
+    refused = NOT_FINITE if kind == "event" else ()  # how an event writes the numbers of a refused update
+    numbers = (row[key] for key in NUMBERS if key in row)
+    return all(value is None or isinstance(value, TYPES.get(key, object)) for key, value in row.items()) and all(
+        value is None or is_number(value) or value in refused for value in numbers
+    )
 
 
 def of_kind(rows: Iterable[Row], kind: str, *keys: str) -> list[Row]:
@@ -180,14 +222,91 @@ def latest(rows: Iterable[Row], *keys: str) -> list[Row]:
     return sorted(last.values(), key=lambda row: row["step"])
 
 
-def number(value: Any) -> float | None:
-    """`value` when it is a number whose sums and squares are finite; None for null, NaN and anything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+# ---- the timeline
+
+
+class StepBack(NamedTuple):
+    """Before row `place` of a file the run went back to `step`; `time` in Unix seconds, infinite where unknown."""
+
+    place: int
+    step: int
+    time: float
+
+
+def steps_back(rows: Sequence[Row]) -> list[StepBack]:
+    """Where the run went back, by its events; in files without them, by two updates in a row that were made before.
+    One such row alone is out of order, and not a step back."""
+    found = []
+    highest, last, again = 0, 0, False
+    for place, row in enumerate(rows):
+        kind, step = row.get("kind"), row["step"]
+        if kind == "event" and row.get("name") in STEPS_BACK:
+            found.append(StepBack(place, step, time_of(row)))
+            highest, again = min(highest, step), False
+        elif kind == "train":
+            made_before = step <= highest
+            if made_before and again and step > rows[last]["step"]:
+                found.append(StepBack(last, rows[last]["step"] - 1, time_of(rows[last])))
+                highest, again = step, False
+            else:
+                again = made_before
+            highest, last = max(highest, step), place
+    return found
+
+
+def current(rows: Sequence[Row], back: Sequence[StepBack]) -> list[Row]:
+    """The rows of `metrics.jsonl` that count: those of later steps before a step back do not, most events do."""
+    limits = [inf] * (len(rows) + 1)  # the lowest step that the run goes back to after a row
+    for place, step, _ in back:
+        limits[place] = min(limits[place], step)
+    for place in reversed(range(len(rows))):
+        limits[place] = min(limits[place], limits[place + 1])
+    return [
+        row
+        for row, limit in zip(rows, limits[1:])
+        if row["step"] <= limit or (row.get("kind") == "event" and row.get("name") not in HISTORY)
+    ]
+
+
+def current_samples(samples: Sequence[Row], back: Sequence[StepBack], last_step: int) -> list[Row]:
+    """The rows of `samples.jsonl` that count, of a run whose last row has the step `last_step`. A run that never went
+    back may have sampled beyond it: it may log only some updates (`log.every_steps`)."""
+    return [
+        row
+        for row in samples
+        if (not back or row["step"] <= last_step)
+        and not any(row["step"] > one.step and time_of(row) < one.time < inf for one in back)
+    ]
+
+
+def time_of(row: Row) -> float:
+    time = row.get("time")
+    return float(time) if isinstance(time, int | float) and not isinstance(time, bool) else inf
+
+
+# ---- scores of single items, kept for paired tests
+
+
+def item_file(folder: Path, task: str, step: int) -> Path:
+    """File of the items of `task` after `step` updates, `core-piqa-step-00000250.jsonl` for `core/piqa`."""
+    name = re.sub(r"[/:\\]", "-", task)
+    return folder / f"{name}-step-{step:08d}.jsonl"
+
+
+def kept_items(run: Run, task: str, step: int) -> Items | None:
+    """Item → its row of `task` after `step` updates, under RUN/evals; None where the run has not kept them, or has just
+    replaced them by those of a later step. A warning counts lines without an `item`, or with one that occurred."""
+    path = item_file(run.folder / "evals", task, step)
+    items: Items = {}
+    odd = []
+    try:
+        for line, row, _ in json_lines(path):
+            item = row.get("item") if row else None
+            if row is None or not isinstance(item, (str, int)) or item in items:
+                odd.append(line)
+            else:
+                items[item] = row
+    except FileNotFoundError:
         return None
-    return value if isfinite(value) and abs(value) < LARGEST else None
-
-
-def section(document: Row, name: str) -> Row:
-    """A table of `config.toml` or `env.json`; empty when it is absent or something else."""
-    found = document.get(name)
-    return found if isinstance(found, dict) else {}
+    report_left_out(path, odd)
+    return items

@@ -1,4 +1,4 @@
-"""How loss depends on parameters and tokens: a power law fitted to runs, its uncertainty, and what it predicts.
+"""How loss depends on parameters and tokens: a power law fitted to runs, its uncertainty and its predictions.
 
 L(N, D) = E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, section 3.3, equation 2): E is the entropy of the text,
 the others what a model of N parameters lacks, and what D tokens do not teach.
@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import exp, sqrt
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from regpt.errors import UserError
-from regpt.report.scaling_runs import Point
+from regpt.report.read import Row, Run, number, section
+from regpt.report.series import need_bits, positions
+from regpt.report.summary import summarize
 
 HUBER = 1e-3  # Hoffmann et al. 2022, appendix D.3, of log losses
 # Starting points of Hoffmann et al. 2022, appendix D.3: a = ln A, b = ln B, e = ln E, alpha, beta.
@@ -28,10 +30,96 @@ LEAST_POINTS, LEAST_SIZES = 6, 3
 LEVEL = 0.95
 NAMES = ("E", "A", "B", "alpha", "beta")
 IN_ORDER = ("A", "B", "E", "alpha", "beta")  # of the fitted coefficients
+Which = Literal["final", "all"]
+Count = Literal["total", "non-embedding"]
+
+
+# ---- the points: parameters, tokens and loss of runs
 
 
 @dataclass(frozen=True)
-class Law:
+class Point:
+    """One validation: of which run, parameters N, tokens D, FLOPs, loss."""
+
+    run: str
+    parameters: float
+    tokens: float
+    flops: float
+    loss: float
+
+
+def points_of(runs: Sequence[Run], which: Which = "final", count: Count = "total") -> tuple[list[Point], str]:
+    """Points of `runs`, and the unit of their losses: bits per byte where the tokenizers differ.
+
+    `which`: the last validation of each run, or all of them after the warmup. `count`: all parameters, or those that
+    are no embeddings.
+
+    Raises:
+        UserError: a run without validation, parameters or tokens.
+    """
+    bits = need_bits(runs)
+    key = "bpb" if bits else "loss"
+    found = [point for run in runs for point in points_of_run(run, key, which, parameters_of(run, count))]
+    return found, "bits per byte" if bits else "nats per token"
+
+
+def points_of_run(run: Run, key: str, which: Which, parameters: float) -> list[Point]:
+    warmup = number(section(run.config, "optim").get("warmup_steps")) or 0
+    rows = [row for row in run.val if row["step"] > 0 and number(row.get(key)) is not None]
+    if which == "all":
+        rows = [row for row in rows if row["step"] > warmup]
+    if not rows:
+        what = "in bits per byte" if key == "bpb" else "loss"
+        when = f"its warmup of {warmup:,.0f} steps" if which == "all" and warmup else "its first step"
+        raise UserError(f"run {run.name!r} has no validation {what} after {when}; leave it out")
+    rows = rows if which == "all" else rows[-1:]
+    places = positions(run.train, [row["step"] for row in rows])
+    if "tokens" not in places:
+        raise UserError(f"run {run.name!r} does not say how many tokens it read; leave it out")
+    found = []
+    for i, row in enumerate(rows):
+        tokens = float(places["tokens"][i] or 0)
+        flops = float((places["flops"][i] if "flops" in places else None) or 6 * parameters * tokens)
+        found.append(Point(run.name, parameters, tokens, flops, float(row[key])))
+    return found
+
+
+def doubts_about(runs: Sequence[Run], which: Which) -> list[str]:
+    """Why the last validations of `runs` may not be what they stand for: a sentence each."""
+    ended = [(run, summarize(run)) for run in runs if which == "final"]
+    return [
+        f"run {run.name!r} is unfinished ({one.steps:,} of {one.planned_steps:,.0f} steps): where the learning rate "
+        "decays, its loss is too high"
+        for run, one in ended
+        if one.planned_steps and one.steps < one.planned_steps
+    ]
+
+
+def parameters_of(run: Run, count: Count) -> float:
+    """Parameters by env.json; without the embeddings of tokens and positions by config.toml."""
+    total = number(run.env.get("parameters"))
+    if total is None:
+        raise UserError(f"run {run.name!r} does not say how many parameters it has (env.json); leave it out")
+    if count == "total":
+        return total
+    model = section(run.config, "model")
+    if any(number(model.get(key)) is None for key in ("vocab_size", "max_seq_len", "n_embd")):
+        raise UserError(f"the shape of run {run.name!r} is not known (config.toml), so neither are its embeddings")
+    return non_embedding(total, model)
+
+
+def non_embedding(total: float, model: Row) -> float:
+    """`total` without the embeddings of tokens (twice, where the head is not tied to them) and learned positions."""
+    positions = model["max_seq_len"] if model.get("position", "learned") == "learned" else 0
+    tables = 1 if model.get("tie_embeddings", True) else 2
+    return total - (tables * model["vocab_size"] + positions) * model["n_embd"]
+
+
+# ---- the law
+
+
+@dataclass(frozen=True)
+class PowerLaw:
     """E + A / N^alpha + B / D^beta, in the unit of the losses that it was fitted to."""
 
     E: float
@@ -55,7 +143,7 @@ class Law:
 
 
 @dataclass(frozen=True)
-class Fit:
+class ScalingFit:
     """A law, the points it was fitted to, and laws fitted to what the points could have been as well.
 
     Attributes:
@@ -64,10 +152,10 @@ class Fit:
         warnings: why the law should be doubted, a sentence each.
     """
 
-    law: Law
+    law: PowerLaw
     points: tuple[Point, ...]
     residual: float
-    samples: tuple[Law, ...]
+    samples: tuple[PowerLaw, ...]
     warnings: tuple[str, ...]
 
     def interval(self, name: str) -> tuple[float, float] | None:
@@ -85,7 +173,7 @@ class Fit:
         return self.law.loss(parameters, tokens), quantiles([guess * exp(x) for guess, x in zip(guesses, noise)])
 
 
-def fit(points: Sequence[Point], bootstrap: int = 200, seed: int = 0) -> Fit:
+def fit(points: Sequence[Point], bootstrap: int = 200, seed: int = 0) -> ScalingFit:
     """Fit the law to `points` by the Huber loss of the logarithms, and again to `bootstrap` resamples.
 
     The resamples keep every point's parameters and tokens and give its fitted loss another point's residual (widened
@@ -103,7 +191,7 @@ def fit(points: Sequence[Point], bootstrap: int = 200, seed: int = 0) -> Fit:
     draw = np.random.default_rng(seed)
     resampled = [minimize(n, d, fitted + draw.choice(widened, len(points)), best[None]) for _ in range(bootstrap)]
     law = to_law(best)
-    return Fit(
+    return ScalingFit(
         law=law,
         points=tuple(points),
         residual=float(np.sqrt(np.mean(residuals**2))),
@@ -189,9 +277,9 @@ def minimize(n: np.ndarray, d: np.ndarray, y: np.ndarray, begin: np.ndarray) -> 
     return min(found, key=lambda one: one.cost).x
 
 
-def to_law(theta: np.ndarray) -> Law:
+def to_law(theta: np.ndarray) -> PowerLaw:
     a, b, e, alpha, beta = map(float, theta)
-    return Law(E=exp(e), A=exp(a), B=exp(b), alpha=alpha, beta=beta)
+    return PowerLaw(E=exp(e), A=exp(a), B=exp(b), alpha=alpha, beta=beta)
 
 
 def quantiles(values: Sequence[float]) -> tuple[float, float] | None:

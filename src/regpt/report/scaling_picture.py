@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from regpt.errors import UserError
-from regpt.report.scaling import Fit
+from regpt.report.scaling import ScalingFit
 from regpt.report.summary import si
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ LINE, PLAN = "#444444", "#c8480a"
 MAX_LINES = 8
 
 
-def draw_scaling(found: Fit, path: Path, unit: str, plan: Plan | None = None) -> None:
+def draw_scaling(found: ScalingFit, path: Path, unit: str, plan: Plan | None = None) -> None:
     """Write the picture to `path` (.png or .svg): points, the law through them, the planned run as a star.
 
     Raises:
@@ -43,7 +43,7 @@ def draw_scaling(found: Fit, path: Path, unit: str, plan: Plan | None = None) ->
     save_figure(figure, path)
 
 
-def draw_lines(axes: "Axes", found: Fit, keys: tuple[str, str], plan: Plan | None) -> None:
+def draw_lines(axes: "Axes", found: ScalingFit, keys: tuple[str, str], plan: Plan | None) -> None:
     """Loss against the first of `keys`, a line for each value of the second that points have."""
     from matplotlib import colormaps
 
@@ -71,11 +71,11 @@ def draw_lines(axes: "Axes", found: Fit, keys: tuple[str, str], plan: Plan | Non
     finish(axes, along)
 
 
-def predict(found: Fit, along: str, place: float, other: float) -> float:
+def predict(found: ScalingFit, along: str, place: float, other: float) -> float:
     return found.law.loss(place, other) if along == "parameters" else found.law.loss(other, place)
 
 
-def draw_compute(axes: "Axes", found: Fit, plan: Plan | None) -> None:
+def draw_compute(axes: "Axes", found: ScalingFit, plan: Plan | None) -> None:
     """Loss against FLOPs, with the lowest loss that the law allows for each number of FLOPs (6·N·D)."""
     axes.plot(
         [p.flops for p in found.points],
@@ -97,7 +97,7 @@ def draw_compute(axes: "Axes", found: Fit, plan: Plan | None) -> None:
     finish(axes, "FLOPs")
 
 
-def mark_plan(axes: "Axes", found: Fit, plan: Plan | None, x: float | None) -> None:
+def mark_plan(axes: "Axes", found: ScalingFit, plan: Plan | None, x: float | None) -> None:
     if plan is None or x is None:
         return
     value, interval = found.predict(*plan)

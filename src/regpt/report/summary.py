@@ -6,6 +6,7 @@ from math import exp
 from statistics import median
 from typing import Any
 
+from regpt.console.text import counted
 from regpt.report.read import Run, number, section
 from regpt.report.series import column, smooth, smoothing_span, training_seconds
 
@@ -14,7 +15,7 @@ SI = ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))  # B: how pa
 
 @dataclass(frozen=True)
 class Tile:
-    """One figure: what it is, the figure with its unit, what an engineer would ask next."""
+    """One figure of the header: label, value with its unit, notes."""
 
     label: str
     value: str
@@ -23,8 +24,8 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Summary:
-    """The figures of a run; None where the run does not say."""
+class RunSummary:
+    """The figures of a run; None where they are unknown."""
 
     steps: int
     planned_steps: float | None
@@ -42,14 +43,17 @@ class Summary:
     mfu: float | None
     peak_memory_gib: float | None
 
+    @property
+    def unfinished(self) -> bool:
+        return self.planned_steps is not None and self.steps < self.planned_steps
 
-def summarize(run: Run) -> Summary:
+
+def summarize(run: Run) -> RunSummary:
     """The figures of `run`, from every row, not from the thinned ones."""
     val = [(row["step"], loss) for row in run.val if (loss := number(row.get("loss"))) is not None]
     seconds = training_seconds(run.train)
     smoothed = [loss for loss in smooth(column(run.train, "loss"), smoothing_span(len(run.train))) if loss is not None]
-    memory = present(column(run.train, "peak_memory_gib"))
-    return Summary(
+    return RunSummary(
         steps=run.train[-1]["step"],
         planned_steps=number(section(run.config, "train").get("steps")),
         tokens=number(run.train[-1].get("tokens")),
@@ -62,20 +66,19 @@ def summarize(run: Run) -> Summary:
         best_val=min(val, key=lambda point: point[1]) if val else None,
         last_bpb=number(run.val[-1].get("bpb")) if val else None,
         unigram_loss=number(run.env.get("unigram_loss")),
-        tokens_per_s=middle(column(run.train, "tokens_per_s")),
-        mfu=middle(column(run.train, "mfu")),
-        peak_memory_gib=max(memory) if memory else None,
+        tokens_per_s=middle(present(run, "tokens_per_s")),
+        mfu=middle(present(run, "mfu")),
+        peak_memory_gib=max(present(run, "peak_memory_gib"), default=None),
     )
 
 
-def present(values: list[float | None]) -> list[float]:
-    return [value for value in values if value is not None]
+def present(run: Run, key: str) -> list[float]:
+    return [value for value in column(run.train, key) if value is not None]
 
 
-def middle(values: list[float | None]) -> float | None:
+def middle(values: list[float]) -> float | None:
     """The median, which a slow first step (compilation) does not move; None of nothing."""
-    known = present(values)
-    return median(known) if known else None
+    return median(values) if values else None
 
 
 def device_name(env: dict[str, Any]) -> str | None:
@@ -87,13 +90,12 @@ def device_name(env: dict[str, Any]) -> str | None:
     return device if world_size == 1 else f"{world_size:.0f} × {device}"
 
 
-def sentence(summary: Summary) -> str:
-    """What happened, for a reader who reads nothing else."""
+def sentence(summary: RunSummary) -> str:
+    """Return the run in one sentence, for a reader who reads nothing else."""
     model = "A model" if summary.parameters is None else f"A model of {si(summary.parameters)} parameters"
-    read = "" if summary.tokens is None else f"read {si(summary.tokens)} tokens in "
-    verb = read or "made "
-    parts = [f"{model} {verb}{count(summary.steps, 'step')}"]
-    if summary.planned_steps and summary.steps < summary.planned_steps:
+    verb = "made " if summary.tokens is None else f"read {si(summary.tokens)} tokens in "
+    parts = [f"{model} {verb}{counted(summary.steps, 'step')}"]
+    if summary.planned_steps and summary.unfinished:
         parts.append(f" of {summary.planned_steps:,}")
     if summary.seconds is not None:
         parts.append(f" and {duration(summary.seconds)}")
@@ -102,7 +104,7 @@ def sentence(summary: Summary) -> str:
     return "".join(parts) + outcome(summary) + "."
 
 
-def outcome(summary: Summary) -> str:
+def outcome(summary: RunSummary) -> str:
     """The clauses of the sentence that follow the work: what the losses became."""
     if summary.first_val is None or summary.last_val is None or summary.best_val is None:
         return "" if summary.train_loss is None else f"; its training loss ended at {loss(summary.train_loss)}"
@@ -118,20 +120,13 @@ def outcome(summary: Summary) -> str:
     return text
 
 
-def tiles(summary: Summary, config: dict[str, Any]) -> list[Tile]:
+def tiles(summary: RunSummary, config: dict[str, Any]) -> list[Tile]:
     """The figures of the header, the most wanted first; those the run does not hold are left out."""
-    found = [
-        val_tile(summary),
-        train_tile(summary),
-        model_tile(summary, config),
-        tokens_tile(summary, config),
-        speed_tile(summary),
-        time_tile(summary),
-    ]
-    return [tile for tile in found if tile is not None]
+    found = [val_tile(summary), train_tile(summary), model_tile(summary, config), tokens_tile(summary, config)]
+    return [tile for tile in [*found, speed_tile(summary), time_tile(summary)] if tile is not None]
 
 
-def val_tile(summary: Summary) -> Tile | None:
+def val_tile(summary: RunSummary) -> Tile | None:
     if summary.best_val is None or summary.last_val is None:
         return None
     step, best = summary.best_val
@@ -143,7 +138,7 @@ def val_tile(summary: Summary) -> Tile | None:
     return Tile("Best validation loss", loss(best), "", tuple(notes))
 
 
-def train_tile(summary: Summary) -> Tile | None:
+def train_tile(summary: RunSummary) -> Tile | None:
     if summary.train_loss is None:
         return None
     notes = ["smoothed"]
@@ -152,7 +147,7 @@ def train_tile(summary: Summary) -> Tile | None:
     return Tile("Final training loss", loss(summary.train_loss), "", tuple(notes))
 
 
-def model_tile(summary: Summary, config: dict[str, Any]) -> Tile | None:
+def model_tile(summary: RunSummary, config: dict[str, Any]) -> Tile | None:
     if summary.parameters is None:
         return None
     model = section(config, "model")
@@ -161,17 +156,15 @@ def model_tile(summary: Summary, config: dict[str, Any]) -> Tile | None:
     return Tile("Parameters", *split_si(summary.parameters), (", ".join(shape), *width))
 
 
-def tokens_tile(summary: Summary, config: dict[str, Any]) -> Tile | None:
-    steps = f"{count(summary.steps, 'step')}"
+def tokens_tile(summary: RunSummary, config: dict[str, Any]) -> Tile | None:
     if summary.tokens is None:
         return Tile("Steps", f"{summary.steps:,}")
     batch_tokens = number(section(config, "train").get("batch_tokens"))
-    return Tile(
-        "Tokens", *split_si(summary.tokens), (steps, *([f"{batch_tokens:,} tokens each"] if batch_tokens else []))
-    )
+    notes = [counted(summary.steps, "step"), *([f"{batch_tokens:,} tokens each"] if batch_tokens else [])]
+    return Tile("Tokens", *split_si(summary.tokens), tuple(notes))
 
 
-def speed_tile(summary: Summary) -> Tile | None:
+def speed_tile(summary: RunSummary) -> Tile | None:
     if summary.tokens_per_s is None:
         return None
     notes = [] if summary.mfu is None else [f"MFU {100 * summary.mfu:.1f} %"]
@@ -180,7 +173,7 @@ def speed_tile(summary: Summary) -> Tile | None:
     return Tile("Throughput", value, f"{prefix} tokens/s".strip(), tuple(notes) or ("median of the steps",))
 
 
-def time_tile(summary: Summary) -> Tile | None:
+def time_tile(summary: RunSummary) -> Tile | None:
     if summary.seconds is None:
         return None
     return Tile("Time in training", duration(summary.seconds), "", (summary.device,) if summary.device else ())
@@ -235,8 +228,3 @@ def duration(seconds: float) -> str:
         return f"{minutes // 60} h {minutes % 60:02d} min"
     hours = round(seconds / 3600)
     return f"{hours // 24} d {hours % 24} h"
-
-
-def count(n: int, noun: str) -> str:
-    """`1 step`, `1,200 steps`."""
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"

@@ -21,8 +21,7 @@ from regpt.data.loader import Loader
 from regpt.errors import UsageError, UserError
 from regpt.files import unless_gone
 from regpt.model.loss import loss_sum
-from regpt.report.read import read_rows
-from regpt.report.timeline import current, steps_back
+from regpt.report.read import current, read_rows, steps_back
 from regpt.runs.begin import Machine, assemble, open_parts, refuse_changed_data, run_mesh, start_again, start_at
 from regpt.runs.examine import document_losses, first_spoiled_weight, worst_first
 from regpt.runs.folder import read_run_config

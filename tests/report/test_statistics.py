@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from regpt.report.significance import against_seeds, mcnemar, paired_test, unpaired_z
+from regpt.report.statistics import against_seeds, mcnemar, paired_test, unpaired_z
 
 
 def mcnemar_by_hand(b: int, c: int) -> float:

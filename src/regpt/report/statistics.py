@@ -12,8 +12,17 @@ from regpt.errors import UserError
 LEVEL = 0.05  # a p value below it is called significant
 
 
+def scipy_stats() -> ModuleType:
+    """Import scipy.stats; raise a UserError where SciPy is missing."""
+    try:
+        from scipy import stats
+    except ImportError:
+        raise UserError("statistics need SciPy; install it with: pip install 'regpt[report]'") from None
+    return stats
+
+
 @dataclass(frozen=True)
-class Test:
+class PairTest:
     """The outcome of a test of `difference` = B - A.
 
     Attributes:
@@ -34,23 +43,14 @@ class Test:
         return self.p < LEVEL
 
 
-def scipy_stats() -> ModuleType:
-    """Raise a UserError where SciPy is missing."""
-    try:
-        from scipy import stats
-    except ImportError:
-        raise UserError("statistics need SciPy; install it with: pip install 'regpt[report]'") from None
-    return stats
-
-
-def paired_test(a: Sequence[float], b: Sequence[float]) -> Test:
-    """The same items scored by both: exact McNemar where every score is 0 or 1, a paired t test otherwise."""
+def paired_test(a: Sequence[float], b: Sequence[float]) -> PairTest:
+    """Test the same items scored by both: exact McNemar where every score is 0 or 1, a paired t test otherwise."""
     x, y = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     binary = bool(np.isin(np.concatenate([x, y]), (0.0, 1.0)).all())
     mean, interval, p = paired_t(y - x)
     if binary:
         p = mcnemar(int(((x == 1) & (y == 0)).sum()), int(((x == 0) & (y == 1)).sum()))
-    return Test("McNemar, exact" if binary else "paired t", len(x), mean, p, interval)
+    return PairTest("McNemar, exact" if binary else "paired t", len(x), mean, p, interval)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
@@ -64,27 +64,27 @@ def paired_t(differences: np.ndarray) -> tuple[float, tuple[float, float], float
     """Mean, 95 % interval and two-sided p (Student 1908) of independent differences."""
     n, mean = len(differences), float(differences.mean())
     error = float(differences.std(ddof=1)) / sqrt(n) if n > 1 else 0.0
-    if n < 2 or error == 0.0:  # all differences are the same: no chance is left, or no difference
+    if n < 2 or error == 0.0:  # all differences are the same: a certain one, or no difference
         return mean, (mean, mean), 1.0 if mean == 0.0 or n < 2 else 0.0
-    t = scipy_stats().t(n - 1)
+    t = scipy_stats().t(n - 1)  # ttest_1samp warns of nearly equal differences
     reach = float(t.ppf(0.975)) * error
     return mean, (mean - reach, mean + reach), float(2 * t.sf(abs(mean) / error))
 
 
-def unpaired_z(a: float, error_a: float, b: float, error_b: float) -> Test:
-    """Two numbers with standard errors. Too cautious where both come from the same items."""
+def unpaired_z(a: float, error_a: float, b: float, error_b: float) -> PairTest:
+    """Test two numbers with standard errors. Too cautious where both come from the same items."""
     error, difference = sqrt(error_a**2 + error_b**2), b - a
     if error == 0.0:
-        return Test("z", None, difference, 0.0 if difference else 1.0, (difference, difference))
+        return PairTest("z", None, difference, 0.0 if difference else 1.0, (difference, difference))
     normal = scipy_stats().norm
     reach = float(normal.ppf(0.975)) * error
     p = float(2 * normal.sf(abs(difference) / error))
-    return Test("z of the two errors, unpaired", None, difference, p, (difference - reach, difference + reach))
+    return PairTest("z of the two errors, unpaired", None, difference, p, (difference - reach, difference + reach))
 
 
 @dataclass(frozen=True)
 class SeedNoise:
-    """B - A beside the spread between seeds.
+    """B - A next to the spread between seeds.
 
     Attributes:
         runs: runs of A's and of B's configuration.
@@ -107,7 +107,7 @@ class SeedNoise:
 
 
 def against_seeds(a: Sequence[float], b: Sequence[float]) -> SeedNoise | None:
-    """The final values of runs of both configurations; None with fewer than three, which have no spread to tell of."""
+    """Compare the final values of runs of both configurations; None with fewer than three, which have no spread."""
     degrees = len(a) + len(b) - 2
     if not a or not b or degrees < 1:
         return None
