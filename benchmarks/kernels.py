@@ -24,6 +24,7 @@ from regpt.kernels import triton_ops
 from regpt.kernels.attention import CudnnAttention, TorchAttention
 from regpt.kernels.cublaslt import Products
 from regpt.kernels.gpt2 import FusedGPT2
+from regpt.model.masks import CAUSAL, AttentionMask
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
 from regpt.train.loss import make_loss_sum
@@ -106,16 +107,16 @@ def attention(table: Table, B: int) -> None:
     through_torch, packed = TorchAttention(), CudnnAttention(DEVICE)
     leaf = qkv.detach().requires_grad_()
     with torch.enable_grad():
-        ref = through_torch.attend(leaf, H, None)
+        ref = through_torch.attend(leaf, H, CAUSAL)
     (dref,) = torch.autograd.grad(ref, leaf, dout, retain_graph=True)
-    table.time("attention forward, torch", through_torch.attend, qkv, H, None, flops=flops)
+    table.time("attention forward, torch", through_torch.attend, qkv, H, CAUSAL, flops=flops)
     table.time("attention backward, torch", torch.autograd.grad, ref, leaf, dout, retain_graph=True, flops=2.5 * flops)
-    for name, cu in (("", None), (", documents of 400", documents(B))):
-        out, stats = packed.forward(qkv, H, cu)
-        error = relative(out, ref) if cu is None else 0
-        table.time(f"attention forward, packed{name}", packed.forward, qkv, H, cu, flops=flops, error=error)
-        given = (dout, qkv, out, stats, H, cu)
-        error = relative(packed.backward(*given), dref) if cu is None else 0
+    for name, mask in (("", CAUSAL), (", documents of 400", AttentionMask(documents=documents(B)))):
+        out, stats = packed.forward(qkv, H, mask)
+        error = 0 if mask.packed else relative(out, ref)
+        table.time(f"attention forward, packed{name}", packed.forward, qkv, H, mask, flops=flops, error=error)
+        given = (dout, qkv, out, stats, H, mask)
+        error = 0 if mask.packed else relative(packed.backward(*given), dref)
         table.time(f"attention backward, packed{name}", packed.backward, *given, flops=2.5 * flops, error=error)
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import tiny
 from regpt.data.batch import Batch
 from regpt.model.config import ModelConfig
+from regpt.model.masks import AttentionMask
 from regpt.model.ops import IGNORE_INDEX
 from regpt.model.transformer import Transformer
 from regpt.model.weights import count_parameters, initialize, state_tensors
@@ -140,15 +141,14 @@ def test_documents_packed_into_rows_give_the_logits_they_give_alone():
 
 
 @torch.no_grad()
-def test_a_mask_lets_endings_share_a_beginning_in_a_row_longer_than_the_model():
+def test_a_tree_lets_endings_share_a_beginning_in_a_row_longer_than_the_model():
     model = tiny.build_model()
     beginning, endings = tokens(1, 10), tokens(2, 6, seed=2)
     alone = torch.stack([model.hidden(torch.cat([beginning, ending[None]], dim=1))[0] for ending in endings])
     idx = torch.cat([beginning, endings.reshape(1, 12)], dim=1)  # 22 tokens, the model has 16 positions
     positions = torch.cat([torch.arange(16), torch.arange(10, 16)])[None]
-    mask = torch.ones(22, 22, dtype=torch.bool).tril()
-    mask[16:, 10:16] = False  # the second ending does not see the first
-    shared = model.hidden(idx, positions=positions, mask=mask[None, None])[0]
+    ends = torch.tensor([[22] * 10 + [16] * 6 + [22] * 6])  # the second ending does not see the first
+    shared = model.hidden(idx, positions=positions, mask=AttentionMask(tree=ends))[0]
     torch.testing.assert_close(shared[:16], alone[0], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(shared[16:], alone[1, 10:], rtol=1e-12, atol=1e-12)
 
@@ -175,7 +175,7 @@ def test_what_the_model_cannot_read_is_refused():
     with pytest.raises(ValueError, match="give positions that restart"):
         model(tokens(1, 4), cu_seqlens=torch.tensor([0, 4]))
     with pytest.raises(ValueError, match="give positions that restart"):
-        model.hidden(tokens(1, 4), mask=torch.ones(1, 1, 4, 4, dtype=torch.bool))
+        model.hidden(tokens(1, 4), mask=AttentionMask(tree=torch.full((1, 4), 4)))
 
 
 def test_masked_targets_carry_no_loss():

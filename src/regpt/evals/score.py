@@ -20,6 +20,7 @@ from regpt.errors import UserError
 from regpt.evals.head import CpuHead, log_probability
 from regpt.evals.packing import Batch, Plan, Prompt, Tree, bucketed, fill, packed, plant
 from regpt.kernels.select import check_compiler
+from regpt.model.masks import AttentionMask
 from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import Mesh
 
@@ -94,7 +95,7 @@ class Scorer:
 
         def hidden(idx: Tensor, positions: Tensor, ends: Tensor) -> Tensor:
             with autocast():
-                return model.hidden(idx, positions=positions, mask=tree_mask(ends))  # (B, T, C)
+                return model.hidden(idx, positions=positions, mask=AttentionMask(tree=ends))  # (B, T, C)
 
         on_cpu = CpuHead(model, self.head_rows) if kind == "cpu" and not compile else None
 
@@ -254,12 +255,6 @@ class Pace:
         self.events.append(event)
         if len(self.events) > IN_FLIGHT:
             self.events.pop(0).synchronize()
-
-
-def tree_mask(ends: Tensor) -> Tensor:
-    """(B, 1, T, T) bool, True where token i may look at token j: j ≤ i < ends[j], from `ends` (B, T)."""
-    i = torch.arange(ends.size(1), device=ends.device)[:, None]
-    return ((i >= i.T) & (i < ends[:, None, :]))[:, None]
 
 
 def filled(hidden: Tensor, targets: Tensor, rows: int) -> tuple[Tensor, Tensor]:

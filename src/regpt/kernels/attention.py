@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from regpt.errors import UserError
-from regpt.model.ops import attention, document_mask
+from regpt.model.masks import AttentionMask, sdpa_mask
+from regpt.model.ops import attention
 
 CUDNN_TYPES = {torch.bfloat16: "BFLOAT16", torch.float16: "HALF", torch.float32: "FLOAT", torch.int32: "INT32"}
 
@@ -64,27 +65,29 @@ class CudnnAttention:
         self.handle = cudnn.create_handle()
         self.graphs: dict[tuple[Shape, bool], Graph] = {}
 
-    def forward(self, qkv: Tensor, n_head: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, qkv: Tensor, n_head: int, mask: AttentionMask) -> tuple[Tensor, Tensor]:
         """The heads' outputs (B, T, C) and the log of each softmax's sum, float32, as the backward wants it."""
-        shape = shape_of(qkv, n_head, cu_seqlens)
+        documents = cudnn_documents(mask)
+        shape = shape_of(qkv, n_head, documents)
         graph = self.graph(shape, backward=False)
         out = qkv.new_empty(shape.B, shape.T, shape.C)
         stats = qkv.new_empty(shape.sequences, shape.H, shape.T, 1, dtype=torch.float32)
         q, k, v = qkv.chunk(3, dim=-1)
-        self.run(graph, {"q": q, "k": k, "v": v, "o": out, "stats": stats} | lengths(shape, cu_seqlens))
+        self.run(graph, {"q": q, "k": k, "v": v, "o": out, "stats": stats} | lengths(shape, documents))
         return out, stats
 
     def backward(
-        self, dout: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, n_head: int, cu_seqlens: Tensor | None
+        self, dout: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, n_head: int, mask: AttentionMask
     ) -> Tensor:
         """Gradient of `qkv`, (B, T, 3·C), packed as it is."""
-        shape = shape_of(qkv, n_head, cu_seqlens)
+        documents = cudnn_documents(mask)
+        shape = shape_of(qkv, n_head, documents)
         graph = self.graph(shape, backward=True)
         dqkv = torch.empty_like(qkv)
         q, k, v = qkv.chunk(3, dim=-1)
         dq, dk, dv = dqkv.chunk(3, dim=-1)
         pointers = {"q": q, "k": k, "v": v, "o": out, "do": dout, "stats": stats, "dq": dq, "dk": dk, "dv": dv}
-        self.run(graph, pointers | lengths(shape, cu_seqlens))
+        self.run(graph, pointers | lengths(shape, documents))
         return dqkv
 
     def run(self, graph: Graph, pointers: dict[str, Tensor]) -> None:
@@ -183,6 +186,19 @@ class CudnnAttention:
         return getattr(self.cudnn.data_type, CUDNN_TYPES[dtype])
 
 
+def cudnn_documents(mask: AttentionMask) -> Tensor | None:
+    """`mask` for cuDNN, whose graphs are causal: the cumulative lengths of its documents, None for whole rows.
+
+    Raises:
+        UserError: another kind of mask.
+    """
+    if not mask.causal or mask.window is not None or mask.tree is not None:
+        raise UserError(
+            "attention by cuDNN computes causal masks and documents, no windows or trees; set train.kernels to plain"
+        )
+    return mask.documents
+
+
 def starts(shape: Shape, token_stride: int) -> str:
     return "starts_c" if token_stride == shape.C else "starts_3c"
 
@@ -194,7 +210,7 @@ def shape_of(qkv: Tensor, n_head: int, cu_seqlens: Tensor | None) -> Shape:
 
 
 def lengths(shape: Shape, cu_seqlens: Tensor | None) -> dict[str, Tensor]:
-    """What cuDNN wants to know of the documents: lengths, and where each starts, counted in elements."""
+    """Inputs of a cuDNN graph for documents: their lengths, and the offset of each, counted in elements."""
     if cu_seqlens is None:
         return {}
     cu = cu_seqlens.to(torch.int32)
@@ -207,20 +223,19 @@ class TorchAttention:
 
     name = "torch"
 
-    def forward(self, qkv: Tensor, n_head: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Output (B, T, C); the second result is empty: the backward computes the forward again."""
+    def forward(self, qkv: Tensor, n_head: int, mask: AttentionMask) -> tuple[Tensor, Tensor]:
+        """Output (B, T, C); the second result is empty: the backward recomputes the forward."""
         with torch.no_grad():
-            return self.attend(qkv, n_head, cu_seqlens), qkv.new_empty(0)
+            return self.attend(qkv, n_head, mask), qkv.new_empty(0)
 
-    def attend(self, qkv: Tensor, n_head: int, cu_seqlens: Tensor | None) -> Tensor:
+    def attend(self, qkv: Tensor, n_head: int, mask: AttentionMask) -> Tensor:
         B, T, C3 = qkv.shape
         q, k, v = (y.view(B, T, n_head, -1).transpose(1, 2) for y in qkv.chunk(3, dim=-1))  # (B, H, T, D)
-        mask = None if cu_seqlens is None else document_mask(cu_seqlens, B, T)
-        return attention(q, k, v, mask).transpose(1, 2).reshape(B, T, C3 // 3)
+        return attention(q, k, v, sdpa_mask(mask, B, T, T, qkv.device)).transpose(1, 2).reshape(B, T, C3 // 3)
 
     def backward(
-        self, dout: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, n_head: int, cu_seqlens: Tensor | None
+        self, dout: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, n_head: int, mask: AttentionMask
     ) -> Tensor:
         with torch.enable_grad():
             again = qkv.detach().requires_grad_()
-            return torch.autograd.grad(self.attend(again, n_head, cu_seqlens), again, dout)[0]
+            return torch.autograd.grad(self.attend(again, n_head, mask), again, dout)[0]

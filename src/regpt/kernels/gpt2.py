@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regpt.model.masks import AttentionMask
 from regpt.model.ops import IGNORE_INDEX
 from regpt.model.transformer import NORM_EPS, Block, CausalSelfAttention, Transformer
 
@@ -50,7 +51,7 @@ class ForwardState:
 
     idx: Tensor
     positions: Tensor | None
-    cu_seqlens: Tensor | None
+    mask: AttentionMask
     blocks: list[BlockState]
     x: Tensor  # the last norm's input, result, mean and 1/standard deviation
     h: Tensor | None
@@ -128,11 +129,11 @@ class FusedGPT2:
         self, idx: Tensor, targets: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None, *, gradient: bool
     ) -> tuple[Tensor, ForwardState]:
         """The loss, and what the backward needs; without `gradient` the state is of no use."""
-        model = self.model
+        model, mask = self.model, AttentionMask(documents=cu_seqlens)
         x = self.between.embed(idx, positions, model.wte.weight, model.wpe.weight, self.dtype)  # (N, C)
         states = []
         for block in self.blocks:
-            x, state = self.block_forward(block, x, idx.shape, cu_seqlens, gradient=gradient)
+            x, state = self.block_forward(block, x, idx.shape, mask, gradient=gradient)
             states += [state] if gradient else []
         h, norm = self.between.layer_norm(x, model.ln_f.weight, model.ln_f.bias, NORM_EPS)
         head = self.copies[model.wte.weight]
@@ -140,16 +141,16 @@ class FusedGPT2:
         losses = self.between.cross_entropy(
             logits, targets.flatten(), model.config.vocab_size, IGNORE_INDEX, gradient=gradient
         )
-        return losses.sum(), ForwardState(idx, positions, cu_seqlens, states, x, h, norm, logits)
+        return losses.sum(), ForwardState(idx, positions, mask, states, x, h, norm, logits)
 
     def block_forward(
-        self, block: Block, x: Tensor, shape: torch.Size, cu_seqlens: Tensor | None, *, gradient: bool
+        self, block: Block, x: Tensor, shape: torch.Size, mask: AttentionMask, *, gradient: bool
     ) -> tuple[Tensor, BlockState]:
         """The block's output, and what `block_backward` needs; here it is the same without `gradient`."""
         attn, mlp = block.attn, block.mlp
         h_1, norm_1 = self.between.layer_norm(x, block.ln_1.weight, block.ln_1.bias, NORM_EPS)
         qkv = self.linear(h_1, attn.c_attn)  # (N, 3·C)
-        attended, stats = self.attention.forward(qkv.view(*shape, -1), attn.n_head, cu_seqlens)
+        attended, stats = self.attention.forward(qkv.view(*shape, -1), attn.n_head, mask)
         attended = attended.view(x.shape)
         x_mid = self.linear(attended, attn.c_proj, residual=x)
         h_2, norm_2 = self.between.layer_norm(x_mid, block.ln_2.weight, block.ln_2.bias, NORM_EPS)
@@ -178,7 +179,7 @@ class FusedGPT2:
         above: Any = model.ln_f
         for block in reversed(self.blocks):
             self.finish(sums, above, block.mlp.c_proj.bias)
-            dx, sums = self.block_backward(block, dx, state.blocks.pop(), state.idx.shape, state.cu_seqlens)
+            dx, sums = self.block_backward(block, dx, state.blocks.pop(), state.idx.shape, state.mask)
             self.join_previous()
             above = block.ln_1
         self.finish(sums, above, None)
@@ -189,7 +190,8 @@ class FusedGPT2:
             self.between.embed_backward(dx, state.idx, state.positions, self.gradient(model.wte.weight)[0], dwpe)
         self.join()
         if adding:
-            self.warm.add((state.idx.shape, None if state.cu_seqlens is None else state.cu_seqlens.numel()))
+            documents = state.mask.documents
+            self.warm.add((state.idx.shape, None if documents is None else documents.numel()))
 
     def head_backward(self, scale: Tensor, state: ForwardState) -> Tensor:
         """Gradient of the last norm's result, (N, C); that of the head goes to the embedding."""
@@ -203,7 +205,7 @@ class FusedGPT2:
         return self.products(dlogits, self.copies[weight], torch.empty_like(h), scale=scale)
 
     def block_backward(
-        self, block: Block, dx: Tensor, state: BlockState, shape: torch.Size, cu_seqlens: Tensor | None
+        self, block: Block, dx: Tensor, state: BlockState, shape: torch.Size, mask: AttentionMask
     ) -> tuple[Tensor, Tensor]:
         """Gradient of the block's input, and the partial sums of its first norm; `dx` is that of its output."""
         attn, mlp = block.attn, block.mlp
@@ -220,7 +222,7 @@ class FusedGPT2:
         dattended = self.products(dx, self.copies[attn.c_proj.weight], torch.empty_like(dx))
         self.weight_gradient(dx, state.attended, attn.c_proj.weight)
         given = (t.view(*shape, -1) for t in (dattended, state.qkv, state.attended))
-        dqkv = self.attention.backward(*given, state.stats, attn.n_head, cu_seqlens).view(state.qkv.shape)
+        dqkv = self.attention.backward(*given, state.stats, attn.n_head, mask).view(state.qkv.shape)
         self.attention_bias_gradient(dqkv, sums, attn)
         self.weight_gradient(dqkv, state.h_1, attn.c_attn.weight)
         dh = self.products(dqkv, self.copies[attn.c_attn.weight], torch.empty_like(dx))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from regpt.kernels.fp8 import E4M3, E5M2, MULTIPLE, Rounded
 from regpt.kernels.gpt2 import BlockState, FusedGPT2
+from regpt.model.masks import AttentionMask
 from regpt.model.transformer import NORM_EPS, Block, Transformer
 
 # What rounding may add to a bound of a product: e4m3 rounds by up to 2⁻⁴, e5m2 by 2⁻³, sums and bfloat16 by less.
@@ -94,14 +95,14 @@ class FusedGPT2FP8(FusedGPT2):
             set_bounds(block, bounds)
 
     def block_forward(
-        self, block: Block, x: Tensor, shape: torch.Size, cu_seqlens: Tensor | None, *, gradient: bool
+        self, block: Block, x: Tensor, shape: torch.Size, mask: AttentionMask, *, gradient: bool
     ) -> tuple[Tensor, Any]:
         if not gradient or len(x) % MULTIPLE:
-            return super().block_forward(block, x, shape, cu_seqlens, gradient=gradient)
+            return super().block_forward(block, x, shape, mask, gradient=gradient)
         attn, mlp, bounds, rounding = block.attn, block.mlp, self.bounds[block], self.rounding
         rows, h_1, norm_1 = rounding.layer_norm(x, block.ln_1.weight, block.ln_1.bias, NORM_EPS, E4M3, bounds.h_1)
         qkv = self.linear_8(rows, attn.c_attn)  # (N, 3·C)
-        attended, stats = self.attention.forward(qkv.view(*shape, -1), attn.n_head, cu_seqlens)
+        attended, stats = self.attention.forward(qkv.view(*shape, -1), attn.n_head, mask)
         attended = attended.view(x.shape)
         rows, attended_8, _ = rounding.round_both_ways(attended, E4M3, rounding.largest(attended))
         x_mid = self.linear_8(rows, attn.c_proj, residual=x)
@@ -128,10 +129,10 @@ class FusedGPT2FP8(FusedGPT2):
         )
 
     def block_backward(
-        self, block: Block, dx: Tensor, state: Any, shape: torch.Size, cu_seqlens: Tensor | None
+        self, block: Block, dx: Tensor, state: Any, shape: torch.Size, mask: AttentionMask
     ) -> tuple[Tensor, Tensor]:
         if isinstance(state, BlockState):
-            return super().block_backward(block, dx, state, shape, cu_seqlens)
+            return super().block_backward(block, dx, state, shape, mask)
         attn, mlp, rounding = block.attn, block.mlp, self.rounding
         dy, columns, _ = rounding.round_both_ways(dx, E5M2, self.longest)
         dafter = self.multiply(dy, self.weights[mlp.c_proj.weight].columns)
@@ -149,7 +150,7 @@ class FusedGPT2FP8(FusedGPT2):
         dattended = self.multiply(dy, self.weights[attn.c_proj.weight].columns)
         self.weight_gradient_8(columns, state.attended_8, attn.c_proj.weight)
         given = (t.view(*shape, -1) for t in (dattended, state.qkv, state.attended))
-        dqkv = self.attention.backward(*given, state.stats, attn.n_head, cu_seqlens).view(state.qkv.shape)
+        dqkv = self.attention.backward(*given, state.stats, attn.n_head, mask).view(state.qkv.shape)
         dy, columns, sums = rounding.round_both_ways(dqkv, E5M2, rounding.largest(dqkv), sums=True)
         self.add_bias_gradient(sums, attn.c_attn.bias)
         self.weight_gradient_8(columns, state.h_1, attn.c_attn.weight)

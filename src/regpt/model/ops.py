@@ -3,27 +3,30 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from regpt.model.masks import AttentionMask, causal_mask, sdpa_mask
+
 IGNORE_INDEX = -100  # a target that carries no loss; the default of torch.nn.functional.cross_entropy
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Scaled dot-product attention (Vaswani et al. 2017, eq. 1), causal unless a mask says otherwise.
+    """Scaled dot-product attention (Vaswani et al. 2017, eq. 1), causal without a mask.
 
     Args:
         q: (B, H, T, D).
         k, v: (B, H, S, D), S ≥ T; without a mask the last T of the S positions are those of the queries.
-        mask: bool, broadcastable to (B, H, T, S), True where a query may look. None means causal.
+        mask: bool, broadcastable to (B, H, T, S), True where a query sees a key (`sdpa_mask`). None means causal.
 
     Returns:
         (B, H, T, D), the dtype of q.
     """
     T, S = q.size(-2), k.size(-2)
-    if mask is None and T not in (S, 1):  # a block of queries behind a cache: query i sees S - T + i + 1 keys
+    if mask is None and T not in (S, 1):  # several queries after a cache: query i sees S - T + i + 1 keys
         mask = causal_mask(T, S, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T == S)
 
@@ -36,22 +39,6 @@ def attention_with_dropout(
     mask = causal_mask(q.size(-2), k.size(-2), q.device) if mask is None else mask
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
     return dropout(scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)) @ v
-
-
-def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
-    """(T, S) bool: the last T of S positions, each sees itself and what comes before."""
-    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
-
-
-def document_mask(cu_seqlens: Tensor, B: int, T: int) -> Tensor:
-    """Causal mask that stops at document boundaries, (B, 1, T, T) bool, from cumulative lengths over B·T tokens.
-
-    Known limit: B·T² booleans, and a mask keeps `scaled_dot_product_attention` off its flash path.
-    """
-    token = torch.arange(B * T, device=cu_seqlens.device)
-    document = torch.searchsorted(cu_seqlens, token, right=True).view(B, T)
-    same = document[:, :, None] == document[:, None, :]  # (B, T, T)
-    return (same & causal_mask(T, T, same.device))[:, None]
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -90,9 +77,14 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, n_voca
 
 @dataclass(frozen=True)
 class Ops:
-    """One choice of implementation for each operation; the signatures are those of the functions above."""
+    """One choice of implementation for each operation; the signatures are those of the functions above.
 
-    attention: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = attention
+    Attributes:
+        translate_mask: (mask, B, T, S, device) → what `attention` takes as its mask; called once a forward.
+    """
+
+    attention: Callable[[Tensor, Tensor, Tensor, Any], Tensor] = attention
+    translate_mask: Callable[[AttentionMask, int, int, int, torch.device], Any] = sdpa_mask
     layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor] = layer_norm
     gelu: Callable[[Tensor], Tensor] = gelu
     linear: Callable[[Tensor, Tensor, Tensor], Tensor] = linear

@@ -1,7 +1,9 @@
 """GPT-2 (Radford et al. 2019), in GPT-2's own names. Shapes: the glossary in `regpt.model`."""
 
 import math
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -10,7 +12,8 @@ from torch import Tensor
 from regpt.model.cache import KVCache
 from regpt.model.config import ModelConfig
 from regpt.model.dropout import OFF, Dropout
-from regpt.model.ops import PLAIN, Ops, attention_with_dropout, document_mask
+from regpt.model.masks import CAUSAL, AttentionMask
+from regpt.model.ops import PLAIN, Ops, attention_with_dropout
 
 VOCAB_MULTIPLE = 128  # a vocabulary padded to whole tensor-core tiles is faster; the lecture pads 50257 to 50304
 INIT_STD = 0.02  # GPT-2: Radford et al. 2018, section 4.1
@@ -46,7 +49,8 @@ class CausalSelfAttention(nn.Module):
         self.layer = layer
         self.ops = ops
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, drop: Dropout = OFF) -> Tensor:
+    def forward(self, x: Tensor, mask: Any, cache: KVCache | None, drop: Dropout = OFF) -> Tensor:
+        """`x` (B, T, C) and the result alike; `mask` as `ops.translate_mask` gave it."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # each (B, T, C)
         q, k, v = (y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for y in (q, k, v))  # (B, H, T, D)
@@ -79,7 +83,7 @@ class Block(nn.Module):
         self.mlp = MLP(config, ops)
         self.layer = layer
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, drop: Dropout = OFF) -> Tensor:
+    def forward(self, x: Tensor, mask: Any, cache: KVCache | None, drop: Dropout = OFF) -> Tensor:
         x = x + drop(self.attn(self.ln_1(x), mask, cache, drop), site=3 * self.layer + 2)
         return x + drop(self.mlp(self.ln_2(x)), site=3 * self.layer + 3)
 
@@ -152,34 +156,34 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         cache: KVCache | None = None,
-        mask: Tensor | None = None,
+        mask: AttentionMask = CAUSAL,
         dropout_keys: Tensor | None = None,
     ) -> Tensor:
         """Final hidden states (B, T, C) of the tokens `idx` (B, T) int64, each below vocab_size.
 
         `positions` (B, T) default to those after the cache's. `cu_seqlens` (documents + 1,) int, cumulative document
-        lengths from 0 to B·T, keeps attention inside each document; `positions` must then restart in each. `cache`
-        holds the keys and values of earlier tokens and takes those of `idx`. `mask`, bool (B, 1, T, T), True where a
-        token may look, replaces the causal one: rows may then be longer than the model, whose `positions` are given.
-        `dropout_keys` (B,), for training alone, are the rows' keys of dropout at `config.dropout`: without them there
-        is none, in training mode either.
+        lengths from 0 to B·T, are the documents of `mask`; `positions` must then restart in each. With a tree, rows may
+        be longer than the model. `cache` holds the keys and values of earlier tokens and takes those of `idx`.
+        `dropout_keys` (B,), for training alone, are the rows' keys of dropout at `config.dropout`; without them there
+        is no dropout, in training mode either.
 
         Raises:
-            ValueError: more positions than the model has; `cu_seqlens` or `mask` without positions or with a cache.
+            ValueError: more positions than the model has; documents or a tree without positions or with a cache.
         """
         B, T = idx.shape
         start = 0 if cache is None else cache.length
-        if mask is None and start + T > self.config.max_seq_len:
+        mask = mask if cu_seqlens is None else replace(mask, documents=cu_seqlens)
+        if mask.tree is None and start + T > self.config.max_seq_len:
             raise ValueError(f"{start + T} tokens given, the model has {self.config.max_seq_len} positions")
-        if (cu_seqlens is not None or mask is not None) and (positions is None or cache is not None):
-            raise ValueError("cu_seqlens or mask was given; give positions that restart in each document, and no cache")
+        if mask.packed and (positions is None or cache is not None):
+            raise ValueError("documents or a tree were given; give positions that restart in each, and no cache")
         if positions is None:
             positions = torch.arange(start, start + T, device=idx.device)  # (T,)
-        mask = mask if cu_seqlens is None else document_mask(cu_seqlens, B, T)
+        seen = self.ops.translate_mask(mask, B, T, start + T, idx.device)
         drop = Dropout(self.config.dropout, dropout_keys if self.config.dropout else None)
         x = drop(self.wte(idx) + self.wpe(positions), site=0)  # (B, T, C)
         for block in self.h:
-            x = block(x, mask, cache, drop)
+            x = block(x, seen, cache, drop)
         if cache is not None:
             cache.length += T
         return self.ln_f(x)
