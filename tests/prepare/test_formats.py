@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from regpt.errors import UsageError, UserError
 from regpt.prepare import json_rows, lines
-from regpt.prepare.contamination import read_items
+from regpt.prepare.decontaminate import read_items
 from regpt.prepare.formats import check_text, parts_of, read_documents, split_at
 from regpt.prepare.json_rows import records
 from regpt.prepare.named import NamedOptions, list_sources

@@ -14,8 +14,8 @@ from regpt.data.verify import verify
 from regpt.errors import UsageError, UserError
 from regpt.prepare import encode, job, write
 from regpt.prepare.corpus import hash_fraction
-from regpt.prepare.encode import cut
 from regpt.prepare.job import Progress
+from regpt.prepare.ngrams import cut
 from regpt.prepare.prepare import prepare
 from regpt.prepare.settings import TextOptions
 from regpt.text import gpt2

@@ -13,8 +13,8 @@ from regpt.data.manifest import Manifest
 from regpt.data.verify import verify
 from regpt.errors import UserError
 from regpt.prepare import partition, placement
-from regpt.prepare.contamination import N_WORDS, read_evaluations
-from regpt.prepare.grams import WORD, WordCodes, grams
+from regpt.prepare.decontaminate import N_WORDS, read_evaluations
+from regpt.prepare.ngrams import WORD, ngram_hashes
 from regpt.prepare.prepare import prepare
 from regpt.prepare.settings import Filters
 from regpt.text.bpe import train_bpe
@@ -180,7 +180,7 @@ def test_documents_with_evaluation_text_are_removed_and_named(tmp_path, monkeypa
 def test_the_items_found_are_those_that_share_thirteen_words(tmp_path_factory, items, words):
     path = tmp_path_factory.mktemp("eval") / "items.jsonl"
     path.write_text("".join(json.dumps(" ".join(item)) + "\n" for item in [*items, ["c"] * 13]), encoding="utf-8")
-    found = read_evaluations([str(path)]).find(WordCodes().of(" ".join(words)))
+    found = read_evaluations([str(path)]).find(" ".join(words))
     runs = {tuple(words[i : i + N_WORDS]) for i in range(len(words) - N_WORDS + 1)}
     expected = [
         k for k, item in enumerate(items) if any(tuple(item[i : i + N_WORDS]) in runs for i in range(len(item) - 12))
@@ -190,13 +190,13 @@ def test_the_items_found_are_those_that_share_thirteen_words(tmp_path_factory, i
 
 def test_runs_of_words_do_not_depend_on_where_a_long_text_is_cut(monkeypatch):
     text = sentence(random.Random(1), 500) + " Ünïcode, déjà-vu_1 ②!"
-    whole = WordCodes().of(text)
-    monkeypatch.setattr("regpt.prepare.grams.BLOCK_CHARS", 30)
-    assert np.array_equal(WordCodes().of(text), whole)
+    whole = ngram_hashes(text, 1)
+    monkeypatch.setattr("regpt.prepare.ngrams.BLOCK_CHARS", 30)
+    assert np.array_equal(ngram_hashes(text, 1), whole)
     assert len(whole) == len(WORD.findall(text))
     assert WORD.findall(text)[-5:] == ["Ünïcode", "déjà", "vu", "1", "②"]
-    assert len(grams(whole, 13)) == len(whole) - 12
-    assert len(np.unique(grams(whole[:5], 2))) == 4
+    assert len(ngram_hashes(text, 13)) == len(whole) - 12
+    assert len(np.unique(ngram_hashes(" ".join(WORD.findall(text)[:5]), 2))) == 4
 
 
 @pytest.mark.parametrize(

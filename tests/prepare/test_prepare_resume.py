@@ -18,7 +18,7 @@ from regpt.data.manifest import read_manifest
 from regpt.data.verify import verify
 from regpt.errors import UserError
 from regpt.prepare import encode, partition, placement
-from regpt.prepare.duplicates import SIGNATURE
+from regpt.prepare.dedup import SIGNATURE
 from regpt.prepare.lock import locked
 from regpt.prepare.parts import DOCUMENT
 from regpt.prepare.prepare import prepare

@@ -17,8 +17,8 @@ import numpy as np
 
 from regpt.data.manifest import SPLITS, Shard
 from regpt.prepare.audit import Audit
-from regpt.prepare.contamination import Evaluations
-from regpt.prepare.deduplicate import Deduplication
+from regpt.prepare.decontaminate import Evaluations
+from regpt.prepare.dedup import Dedup
 from regpt.prepare.partition import Partition, Split
 from regpt.prepare.parts import DOCUMENT, RESTART, is_whole, load_summary
 from regpt.prepare.settings import Settings
@@ -96,7 +96,7 @@ class Assembly:
         self._given = dict.fromkeys(SPLITS, 0)  # tokens of the partitions so far
         self._waiting: dict[str, deque[tuple[int, str, int]]] = {split: deque() for split in SPLITS}
         self._keys = hashlib.sha256()
-        self._dedup = Deduplication(work, settings.dedup)
+        self._dedup = Dedup(work, settings.dedup)
         self._audit = audit
         self._index = 0
         self.summary = Summary(work / "removed.partial", evaluations)

@@ -7,7 +7,6 @@ cannot reach across, and about a megabyte of text is in hand at a time.
 import contextlib
 import functools
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,11 +14,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from regpt.prepare.contamination import load_evaluations
 from regpt.prepare.corpus import cut_in_two, fraction
+from regpt.prepare.decontaminate import load_evaluations
+from regpt.prepare.dedup import MinHash
 from regpt.prepare.document import Document, Unreadable
-from regpt.prepare.duplicates import Signatures
-from regpt.prepare.grams import WordCodes
+from regpt.prepare.ngrams import cut
 from regpt.prepare.partition import Partition, Reading, Split
 from regpt.prepare.parts import Counts, Piece, SignatureFile, SplitFiles, place
 from regpt.prepare.settings import Settings
@@ -27,9 +26,6 @@ from regpt.text.fast import FastEncoder, find_model
 from regpt.text.tokenizer import ENDOFTEXT, Encoder
 
 PIECE_CHARS = 1 << 18  # about 15 ms of encoding: long enough to hide the hand-over, short enough to share a book
-# GPT-2's pattern has no piece in which white space follows another character, so text may be cut between the two.
-# Python's \S has fewer characters than Rust's: safe.
-CUT = re.compile(r"\S(?=[ \n])")
 BATCH_CHARS = 1 << 20
 LONG_LINE = 1_000_000  # characters without a line end
 
@@ -94,8 +90,7 @@ class Reader:
         self._lowest = 1.0
         self._number = 0
         self._evaluations = load_evaluations(work) if settings.evaluations else None
-        self._codes = WordCodes()
-        self._signatures = Signatures() if settings.dedup == "near" else None
+        self._minhash = MinHash() if settings.dedup == "near" else None
 
     def summary(self) -> dict[str, Any]:
         left = {"removed": self._left.removed, "hits": self._left.hits}
@@ -136,7 +131,7 @@ class Reader:
     def _reason_against(self, text: str) -> str | None:
         if len(text) < self._settings.min_chars:
             return "short"
-        if self._evaluations and (items := self._evaluations.find(self._codes.of(text))):
+        if self._evaluations and (items := self._evaluations.find(text)):
             self._left.hits.append({"number": self._number, "reason": "contaminated", "items": items})
             return "contaminated"
         return None
@@ -147,7 +142,7 @@ class Reader:
             position = fraction(digest)
             self._lowest = min(self._lowest, position)
             split = "val" if position < self._settings.val_fraction else "train"
-        signature = self._signatures.of(document.text) if self._signatures else None
+        signature = self._minhash.signature(document.text) if self._minhash else None
         per_char = document.source_bytes / len(document.text)
         row = (self._number, len(data), digest[:16])
         for i, part in enumerate(cut(document.text, PIECE_CHARS)):
@@ -161,15 +156,6 @@ def marks_in(text: str) -> dict[str, int]:
         "endoftext": text.count(ENDOFTEXT),
         "long_lines": int(len(text) > LONG_LINE and "\n" not in text),
     }
-
-
-def cut(text: str, limit: int) -> Iterator[str]:
-    """Parts of `text` of about `limit` characters whose encodings, one after another, are the encoding of `text`."""
-    start = 0
-    while len(text) - start > limit and (place := CUT.search(text, start + limit)):
-        yield text[start : place.end()]
-        start = place.end()
-    yield text[start:] if start else text
 
 
 def batches(pieces: Iterable[Piece], limit: int | None = None) -> Iterator[list[Piece]]:

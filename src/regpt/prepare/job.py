@@ -16,8 +16,8 @@ import regpt
 from regpt.data.manifest import Manifest, Shard
 from regpt.prepare.assemble import NOTHING, Assembly, State, hash_keys, load_state
 from regpt.prepare.audit import Audit
-from regpt.prepare.contamination import Evaluations
 from regpt.prepare.corpus import Unusable, check_splits, check_texts
+from regpt.prepare.decontaminate import Evaluations
 from regpt.prepare.encode import encode_partition
 from regpt.prepare.named import Listing
 from regpt.prepare.partition import Partition, Split, partitions, target_bytes

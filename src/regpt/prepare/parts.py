@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from regpt.prepare.duplicates import KEY, SIGNATURE
+from regpt.prepare.dedup import KEY, SIGNATURE
 from regpt.prepare.partition import Split
 from regpt.prepare.settings import Settings
 from regpt.structured import read_json

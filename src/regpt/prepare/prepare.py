@@ -17,8 +17,8 @@ from regpt.data.manifest import Manifest
 from regpt.errors import UsageError, UserError
 from regpt.files import exists, is_folder
 from regpt.prepare.assemble import STATE
-from regpt.prepare.contamination import Evaluations, read_evaluations
 from regpt.prepare.corpus import default_fraction, split_rule
+from regpt.prepare.decontaminate import Evaluations, read_evaluations
 from regpt.prepare.finished import finished
 from regpt.prepare.formats import check_text
 from regpt.prepare.job import Job, Progress

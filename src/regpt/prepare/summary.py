@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from regpt.data.manifest import SPLITS
-from regpt.prepare.contamination import Evaluations
-from regpt.prepare.deduplicate import Repeat
+from regpt.prepare.decontaminate import Evaluations
+from regpt.prepare.dedup import Repeat
 from regpt.prepare.partition import Partition
 
 Count = dict[str, int]
@@ -99,7 +99,7 @@ class Summary:
             named = {name: hit[name] for name in ("reason", "error") if name in hit}
             if "items" in hit:
                 assert self.evaluations
-                named["items"] = [*map(self.evaluations.name, hit["items"])]
+                named["items"] = [*map(self.evaluations.locate, hit["items"])]
             said[first + hit["number"]] = named
         return [{**self._locate(number), **said[number]} for number in sorted(said)]
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regpt.prepare import duplicates, sorted_index
-from regpt.prepare.duplicates import (
+from regpt.prepare import dedup, sorted_index
+from regpt.prepare.dedup import (
     BANDS,
     EMPTY,
     NONE,
@@ -18,8 +18,8 @@ from regpt.prepare.duplicates import (
     SIGNATURE,
     THRESHOLD,
     ExactDuplicates,
+    MinHash,
     NearDuplicates,
-    Signatures,
 )
 
 
@@ -75,7 +75,7 @@ def test_the_documents_left_out_are_those_that_all_pairs_name(tmp_path_factory, 
     cuts = sorted(chosen.choice(40, 3, replace=False).tolist())
     found = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(duplicates, "DOCUMENTS", block)
+        patch.setattr(dedup, "DOCUMENTS", block)
         patch.setattr(sorted_index, "IN_MEMORY", 10)
         index = NearDuplicates(folder)
         for first, last in zip([0, *cuts], [*cuts, 40]):
@@ -105,16 +105,16 @@ def jaccard(one: str, other: str) -> float:
 
 def test_signatures_estimate_the_similarity():
     pytest.importorskip("datasketch")
-    chosen, signatures = random.Random(5), Signatures()
+    chosen, minhash = random.Random(5), MinHash()
     words = [f"w{i}" for i in range(1000)]
     for share in (0.2, 0.5, 0.8, 0.95):
         other = [word if i < share * 1000 else chosen.choice("xyz") + word for i, word in enumerate(words)]
         texts = " ".join(words), " ".join(other)
-        estimate = (signatures.of(texts[0]) == signatures.of(texts[1])).mean()
+        estimate = (minhash.signature(texts[0]) == minhash.signature(texts[1])).mean()
         assert abs(estimate - jaccard(*texts)) < 0.13  # three standard errors of 128 permutations
 
 
 def test_texts_too_short_to_compare_have_no_signature():
     pytest.importorskip("datasketch")
-    assert (Signatures().of("one two three four") == EMPTY).all()
-    assert not (Signatures().of("one two three four five") == EMPTY).any()
+    assert (MinHash().signature("one two three four") == EMPTY).all()
+    assert not (MinHash().signature("one two three four five") == EMPTY).any()

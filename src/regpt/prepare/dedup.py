@@ -1,8 +1,8 @@
 """Which documents of a corpus repeat an earlier one; the first, in the order of the input, stays.
 
 Exact: the same text, by 16 bytes of its SHA-256. Near: about 80 % of the runs of five words in common, by MinHash with
-128 permutations and locality-sensitive hashing (Broder 1997; the library `datasketch`). What is known of the documents
-before lies in sorted files, so that memory does not grow with them: 24 bytes a document, and 256 for near ones.
+128 permutations and locality-sensitive hashing (Broder 1997; the library `datasketch`). The keys of earlier documents
+are in sorted files, so that memory does not grow with them: 24 bytes a document, and 256 for near duplicates.
 """
 
 import functools
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from regpt.errors import UserError
-from regpt.prepare.grams import MULTIPLIER, WordCodes, grams
+from regpt.prepare.ngrams import MULTIPLIER, ngram_hashes
 from regpt.prepare.sorted_index import SortedIndex
 
 KEY = "S16"
@@ -31,6 +31,53 @@ NONE, LAST = -1, np.iinfo(np.int64).max
 EMPTY = np.iinfo(np.uint32).max  # of a text without runs: all ones
 # Of a document of a partition; `number` counts its documents.
 SIGNATURE = np.dtype([("number", "<i8"), ("values", "<u4", (PERMUTATIONS,))])
+Tables = dict[str, np.ndarray]  # of the documents of a partition (`partition.DOCUMENT`), for each split
+
+
+class Repeat(NamedTuple):
+    """A duplicate that is left out; it and the original are numbered among all documents read."""
+
+    number: int
+    reason: str
+    original: int
+    text_bytes: int
+
+
+class Dedup:
+    """Takes the partitions in the folder `work` in their order, and keeps its own files there; `kind` is `none`,
+    `exact` or `near`."""
+
+    def __init__(self, work: Path, kind: str) -> None:
+        self._work = work
+        self._exact = ExactDuplicates(work) if kind != "none" else None
+        self._near = NearDuplicates(work) if kind == "near" else None
+
+    def choose(self, name: str, first: int, tables: Tables) -> tuple[Tables, list[Repeat]]:
+        """For each split of the partition `name` (documents,) bool: which stay; and the duplicates, in their order.
+        `first` is the number of its first document among all."""
+        if self._exact is None or not tables:
+            return {split: np.ones(len(table), dtype=bool) for split, table in tables.items()}, []
+        together = np.concatenate([*tables.values()])
+        order = np.argsort(together["number"], kind="stable")
+        ordered = together[order]
+        exact = self._exact.add(ordered["key"], first + ordered["number"])
+        near = np.full(len(ordered), NONE)
+        if self._near:
+            rows = np.flatnonzero(exact == NONE)
+            near[rows] = self._near.add(self._work / f"{name}.sig", first, rows)
+        stays = np.empty(len(ordered), dtype=bool)
+        stays[order] = (exact == NONE) & (near == NONE)
+        kept = dict(zip(tables, np.split(stays, np.cumsum([len(table) for table in tables.values()])[:-1])))
+        return kept, [
+            Repeat(first + int(row["number"]), reason, int(originals[i]), int(row["bytes"]))
+            for reason, originals in (("exact_duplicate", exact), ("near_duplicate", near))
+            for i, row in ((i, ordered[i]) for i in np.flatnonzero(originals != NONE))
+        ]
+
+    def close(self) -> None:
+        for index in (self._exact, self._near):
+            if index:
+                index.close()
 
 
 class ExactDuplicates:
@@ -38,10 +85,11 @@ class ExactDuplicates:
 
     def __init__(self, folder: Path) -> None:
         self._index = SortedIndex(folder, "exact", KEY)
+        self.close = self._index.close
 
     def add(self, keys: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        """(n,) int64: the number of the first document with the key of each, or `NONE` where there was none before, in
-        an earlier call or earlier in this one; `keys` (n,) are those of the documents `numbers` (n,)."""
+        """(n,) int64: the number of the first document with the key of each, or `NONE` where no document had it before,
+        in an earlier call or earlier in this one; `keys` (n,) are those of the documents `numbers` (n,)."""
         unique, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
         originals = numbers[first]
         positions, found = self._index.find(unique)
@@ -52,23 +100,22 @@ class ExactDuplicates:
         originals = originals[inverse]
         return np.where(originals == numbers, NONE, originals)
 
-    def close(self) -> None:
-        self._index.close()
 
-
-class Signatures:
+class MinHash:
     """(PERMUTATIONS,) uint32 for a text: the more of them two texts share, the more runs of words they share."""
 
     def __init__(self) -> None:
-        self._minhash, self._codes = import_datasketch().MinHash, WordCodes()
-        self._permutations = self._minhash(PERMUTATIONS).permutations
+        try:
+            import datasketch
+        except ImportError:
+            raise UserError("--dedup near needs datasketch; install it with: pip install 'regpt[data]'") from None
+        empty: Any = datasketch.MinHash(PERMUTATIONS, hashfunc=int, scheme="affine32")  # the runs are hashed already
+        self._copy = empty.copy
 
-    def of(self, text: str) -> np.ndarray:
+    def signature(self, text: str) -> np.ndarray:
         """All ones for a text of fewer than five words, which resembles nothing."""
-        sketch = self._minhash(
-            PERMUTATIONS, hashfunc=int, permutations=self._permutations, scheme="affine32"
-        )  # the runs are hashed already
-        runs = np.unique(grams(self._codes.of(text), N_WORDS) >> np.uint64(32))
+        sketch = self._copy()
+        runs = np.unique(ngram_hashes(text, N_WORDS) >> np.uint64(32))
         for i in range(0, len(runs), BLOCK):
             sketch.update_batch(runs[i : i + BLOCK].tolist())
         return sketch.hashvalues
@@ -162,11 +209,3 @@ def band_hashes(values: np.ndarray) -> np.ndarray:
 def open_signatures(path: Path) -> np.ndarray:
     """(n,) `SIGNATURE`, mapped: the system keeps what is looked at."""
     return np.memmap(path, SIGNATURE, "r") if path.stat().st_size else np.empty(0, SIGNATURE)
-
-
-def import_datasketch() -> Any:
-    try:
-        import datasketch
-    except ImportError:
-        raise UserError("--dedup near needs datasketch; install it with: pip install 'regpt[data]'") from None
-    return datasketch

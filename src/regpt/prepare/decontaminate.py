@@ -17,12 +17,13 @@ from regpt.errors import UserError
 from regpt.files import is_file
 from regpt.prepare.document import Unreadable
 from regpt.prepare.formats import ALLOWED, read_rows, suffix_of
-from regpt.prepare.grams import WordCodes, grams
 from regpt.prepare.listing import printable, refuse_pointer
+from regpt.prepare.ngrams import ngram_hashes
 from regpt.prepare.sources import sha256_of
 
 N_WORDS = 13
 SHIFT = np.uint64(42)  # of a hash, to its first 22 bits
+STORED = ("ngrams.npy", "ngram-items.npy")
 
 
 @dataclass(frozen=True)
@@ -33,76 +34,67 @@ class Evaluations:
         hashes: (n,) uint64, sorted; a run of several items occurs once for each.
         items: (n,) int64: number of the item.
         files: for each file its name, SHA-256, and the numbers of items and of items too short to be found.
-        firsts: number of each file's first item.
     """
 
     hashes: np.ndarray
     items: np.ndarray
-    files: tuple[dict[str, Any], ...]
-    firsts: tuple[int, ...]
+    files: tuple[dict[str, Any], ...] = ()
 
-    def find(self, codes: np.ndarray) -> list[int]:
-        """The items of which a text with the word `codes` holds a run of words, ascending."""
-        found = grams(codes, N_WORDS)
-        found = np.unique(found[self._beginnings[found >> SHIFT]])
+    def find(self, text: str) -> list[int]:
+        """The items of which `text` holds a run of words, ascending."""
+        found = ngram_hashes(text, N_WORDS)
+        found = np.unique(found[self._prefixes[found >> SHIFT]])
         low, high = np.searchsorted(self.hashes, found, "left"), np.searchsorted(self.hashes, found, "right")
-        hit = high > low
-        ranges = [self.items[a:b] for a, b in zip(low[hit], high[hit])]
-        return np.unique(np.concatenate(ranges)).tolist() if ranges else []
+        return sorted({int(item) for a, b in zip(low, high) for item in self.items[a:b]})
 
     @functools.cached_property
-    def _beginnings(self) -> np.ndarray:
+    def _prefixes(self) -> np.ndarray:
         """(2^22,) bool: which first 22 bits occur in a hash; most runs of words are dismissed by it."""
         table = np.zeros(1 << (64 - int(SHIFT)), dtype=bool)
         table[self.hashes >> SHIFT] = True
         return table
 
-    def name(self, item: int) -> dict[str, Any]:
+    def locate(self, item: int) -> dict[str, Any]:
         """File and number in it (from 0) of an item."""
-        file = int(np.searchsorted(self.firsts, item, "right")) - 1
-        return {"file": self.files[file]["file"], "item": item - self.firsts[file]}
+        for file in self.files:
+            if item < file["items"]:
+                return {"file": file["file"], "item": item}
+            item -= file["items"]
+        raise IndexError(item)
 
     def save(self, folder: Path) -> None:
-        np.save(folder / "grams.npy", self.hashes)
-        np.save(folder / "gram-items.npy", self.items)
+        for name, array in zip(STORED, (self.hashes, self.items)):
+            np.save(folder / name, array)
 
 
 def load_evaluations(folder: Path) -> Evaluations:
-    """What `save` wrote, for `find` only."""
-    hashes, items = (np.load(folder / name, mmap_mode="r") for name in ("grams.npy", "gram-items.npy"))
-    return Evaluations(hashes, items, (), ())
+    """The arrays that `save` wrote, for `find` only."""
+    return Evaluations(*(np.load(folder / name, mmap_mode="r") for name in STORED))
 
 
 def read_evaluations(paths: Sequence[str]) -> Evaluations:
     """
     Raises:
-        UserError: a file that is not there, of a kind that is not read, damaged, or without a text of 13 words.
+        UserError: no such file, or one of a kind that is not read, damaged, or without a text of 13 words.
     """
-    codes, hashes, items, files, firsts, total = WordCodes(), [], [], [], [], 0
+    hashes, files = [], []
     for given in paths:
         path = Path(given)
         if not is_file(path) or not suffix_of(path):
             raise UserError(f"--decontaminate {given!r} is not an evaluation file; give files of {ALLOWED}")
         refuse_pointer(path)
-        firsts.append(total)
-        short = 0
-        for texts in read_items(path):
-            found = np.unique(np.concatenate([grams(codes.of(text), N_WORDS) for text in texts] or [hashes_of_none()]))
-            hashes.append(found)
-            items.append(np.full(len(found), total))
-            short += not len(found)
-            total += 1
-        if total == firsts[-1] + short:
+        items_of_file = ([ngram_hashes(text, N_WORDS) for text in texts] for texts in read_items(path))
+        found = [np.unique(np.concatenate([np.array([], np.uint64), *runs])) for runs in items_of_file]
+        short = sum(not len(runs) for runs in found)
+        if short == len(found):
             raise UserError(f"--decontaminate {given!r} holds no text of {N_WORDS} words to look for; leave it out")
-        counts = {"items": total - firsts[-1], "too_short": short}
+        hashes += found
+        counts = {"items": len(found), "too_short": short}
         files.append({"file": printable(given), "sha256": sha256_of(path), **counts})
     together = np.concatenate(hashes)
+    items = np.repeat(np.arange(len(hashes)), [len(runs) for runs in hashes])
     order = np.argsort(together, kind="stable")
-    return Evaluations(together[order], np.concatenate(items)[order], tuple(files), tuple(firsts))
-
-
-def hashes_of_none() -> np.ndarray:
-    return np.array([], dtype=np.uint64)
+    return Evaluations(together[order], items[order], tuple(files))
 
 
 def read_items(path: Path) -> Iterator[list[str]]:
@@ -114,7 +106,7 @@ def read_items(path: Path) -> Iterator[list[str]]:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Every text in a JSON value, wherever it is."""
+    """Every text in a JSON value, at any depth."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
