@@ -59,8 +59,7 @@ def train_main(args: list[str]) -> int:
     from regpt.prepare.formats import check_text
     from regpt.prepare.named import NamedOptions, list_sources
     from regpt.prepare.write import try_place, write_file, writing_to
-    from regpt.text.bpe import train_bpe
-    from regpt.text.words import MAX_WORD, LongWords
+    from regpt.text.bpe import MAX_WORD, LongWords, train_bpe
 
     if not given.sources:
         raise UsageError("no SOURCE given; give files, folders, globs or a named set")
