@@ -148,7 +148,7 @@ class LongWords:
     def _places(self, text: str) -> Iterator[int]:
         """Where to cut `text`, in order."""
         for start, end in long_runs(text):
-            for _, (first, last) in self._words.pre_tokenize_str(text[start:end]):
+            for _, (first, last) in self._words.pre_tokenize_str(text[start : end + 1]):  # what follows takes a space
                 if last - first > MAX_WORD:
                     self.count, self.longest = self.count + 1, max(self.longest, last - first)
                     yield from range(start + first + MAX_WORD, start + last, MAX_WORD)
