@@ -1,13 +1,15 @@
-"""Which of several algorithms is taken, with times made up."""
+"""Which of several algorithms is taken, with times made up, and how it is kept for the next process."""
 
 import math
 from ctypes import c_void_p
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from regpt.kernels.cublaslt import Plan, Products, Unsupported, check, fastest
+from kernels.kept import Kept
+from regpt.kernels.cublaslt import Plan, Products, Tuned, Unsupported, check, fastest
 from regpt.train.memory import is_out_of_memory
 
 
@@ -125,3 +127,27 @@ def test_a_trial_that_loses_the_device_is_named():
     with pytest.raises(torch.AcceleratorError) as raised:
         chosen(products, torch.zeros(2, 4), None)
     assert raised.value.__notes__ == ["in a trial of cuBLASLt's algorithm 1 of 2 for (2, 3) by (3, 4), torch.float32"]
+
+
+def test_bytes_are_kept_for_their_key_and_device_only(tmp_path: Path):
+    key = ((3, 4), True, None)
+    Tuned("one device", lambda name: Kept(tmp_path / name)).put(key, b"fast")
+    again = Tuned("one device", lambda name: Kept(tmp_path / name))
+    assert again.get(((3, 4), True, None)) == b"fast"
+    assert again.get(((3, 5), True, None)) is None
+    assert Tuned("another", lambda name: Kept(tmp_path / name)).get(key) is None
+    again.put(key, b"faster")
+    assert again.get(key) == b"faster"
+    assert all(int(path.name, 16) >= 0 for path in tmp_path.iterdir())  # Triton wants hexadecimal names
+
+
+def test_damaged_bytes_are_as_good_as_none(tmp_path: Path):
+    tuned = Tuned("a device", lambda name: Kept(tmp_path / name))
+    tuned.put(1, b"fast")
+    (path,) = tmp_path.glob("*/*")
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:-1], bytes([*whole[:-1], whole[-1] ^ 1]), whole + b"x"):
+        path.write_bytes(damaged)
+        assert tuned.get(1) is None
+    path.write_bytes(whole)
+    assert tuned.get(1) == b"fast"

@@ -12,7 +12,6 @@ from kernels import reference
 from kernels.kept import Kept
 from regpt.data.batch import Batch
 from regpt.kernels.select import choose, fused_loss
-from regpt.kernels.tuned import Tuned
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
@@ -220,7 +219,7 @@ def test_products(epilogue, transpose_a, transpose_b):
 
 
 def test_an_algorithm_found_by_another_process_is_taken_and_a_damaged_one_is_not(tmp_path: Path):
-    from regpt.kernels.cublaslt import Products, tuned_on
+    from regpt.kernels.cublaslt import Products, Tuned, tuned_on
 
     def folder(name: str) -> Kept:
         return Kept(tmp_path / name)

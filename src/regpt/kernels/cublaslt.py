@@ -6,8 +6,9 @@ Every product asks for several algorithms once, times them on its own operands, 
 """
 
 import ctypes
+import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from ctypes import (
     POINTER,
     Structure,
@@ -24,12 +25,11 @@ from ctypes import (
 )
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from regpt.kernels.tuned import Tuned
 
 # Values from cublasLt.h and library_types.h, version 13.
 COMPUTE_32F = 68
@@ -44,6 +44,8 @@ ALLOC_FAILED, NOT_SUPPORTED = 3, 15  # of cublasStatus_t
 ALIGNMENT = 16  # bytes, of every operand: what the kernels load at once; torch's allocations have 512
 CANDIDATES = 8
 TRIAL_MS, ROUNDS, MUCH_SLOWER = 4.0, 3, 1.25
+TUNED_FILE = "algorithm.bin"  # SHA-256 of what follows, then the algorithm
+DIGEST_BYTES = 32
 
 
 class Algorithm(Structure):
@@ -79,13 +81,42 @@ def library() -> ctypes.CDLL:
     return lib
 
 
-class Unsupported(RuntimeError):
-    """The library proposes an algorithm and then does not support it."""
+class Tuned:
+    """The algorithms found fastest, on disk where Triton keeps its compiled kernels: a machine tunes once.
+
+    Args:
+        about: further parts of every key: the device, the library's version.
+        cache: makes Triton's cache manager for a hexadecimal name.
+    """
+
+    def __init__(self, about: str, cache: Callable[[str], Any] | None = None):
+        if cache is None:
+            from triton.runtime.cache import get_cache_manager as cache  # pyright: ignore[reportMissingImports]
+
+            assert cache is not None
+        self.about, self.cache = about, cache
+
+    def get(self, key: Hashable) -> bytes | None:
+        """The bytes last `put`; None where there are none, or where they are damaged."""
+        path = self.place(key).get_file(TUNED_FILE)
+        kept = b"" if path is None else Path(path).read_bytes()
+        digest, algorithm = kept[:DIGEST_BYTES], kept[DIGEST_BYTES:]
+        return algorithm if digest == hashlib.sha256(algorithm).digest() else None
+
+    def put(self, key: Hashable, algorithm: bytes) -> None:
+        self.place(key).put(hashlib.sha256(algorithm).digest() + algorithm, TUNED_FILE)
+
+    def place(self, key: Hashable) -> Any:
+        return self.cache(hashlib.sha256(f"{self.about} {key}".encode()).hexdigest())
 
 
 def tuned_on(device: torch.device) -> Tuned:
-    """What was found fastest on such a device with this version of the library."""
+    """Algorithms tuned on such a device with this version of the library."""
     return Tuned(f"{torch.cuda.get_device_name(device)} cuBLASLt {library().cublasLtGetVersion()} {WORKSPACE_BYTES}")
+
+
+class Unsupported(RuntimeError):
+    """The library proposes an algorithm and then does not support it."""
 
 
 def check(status: int, call: str) -> None:
@@ -319,24 +350,11 @@ class Products:
             alpha, beta = scale.data_ptr(), self.constants[0 if add is None else 1].data_ptr()
         of_a, of_b, of_c, of_d = plan.layouts
         stream = torch.cuda.current_stream(out.device).cuda_stream
+        workspace, added = self.workspace(stream, out.device), out if add is None else add
         status = self.lib.cublasLtMatmul(
-            self.handle,
-            plan.operation,
-            alpha,
-            b.data_ptr(),
-            of_a,
-            a.data_ptr(),
-            of_b,
-            beta,
-            (out if add is None else add).data_ptr(),
-            of_c,
-            out.data_ptr(),
-            of_d,
-            byref(algorithm),
-            self.workspace(stream, out.device).data_ptr(),
-            WORKSPACE_BYTES,
-            stream,
-        )
+            self.handle, plan.operation, alpha, b.data_ptr(), of_a, a.data_ptr(), of_b, beta, added.data_ptr(), of_c,
+            out.data_ptr(), of_d, byref(algorithm), workspace.data_ptr(), WORKSPACE_BYTES, stream,
+        )  # fmt: skip
         check(status, "cublasLtMatmul")
 
     def workspace(self, stream: int, device: torch.device) -> Tensor:

@@ -1,13 +1,15 @@
 """The fused path with the blocks' linear layers multiplied in FP8: formats and scales as in `kernels.fp8`.
 
-Beside `kernels.gpt2`, which it extends:
+Differences to `kernels.gpt2`, which it extends and whose letters it uses:
 
-- Every operand of a product is rounded once, where it is made or right after, and written both by rows and by columns.
-  Bias gradients are summed on the way; GELU and its derivative move from the products to the rounding.
+- Every operand of a product is rounded once, where it is made or right after, and written both by rows (for the product
+  that sums along its rows) and by columns (for the weight gradient, which sums over tokens). Bias gradients are summed
+  on the way; GELU and its derivative move from the products to the rounding.
 - A scale needs a bound of a tensor's largest number before the tensor is rounded, and reading it twice costs as much as
-  rounding it. So where the bound follows from what is known (Cauchy and Schwarz: no number of x·wᵀ exceeds the longest
-  row of x times the longest row of w), it is used; a bound that is a few powers of two too large costs nothing in a
-  floating-point format until numbers fall below its normal range: 2¹⁴ and 2²⁹ below the top of e4m3 and e5m2.
+  rounding it. So where a bound follows from the weights and the gradient's longest row (Cauchy and Schwarz: no number
+  of x·wᵀ exceeds the longest row of x times the longest row of w), it is used; a bound that is a few powers of two too
+  large costs nothing in a floating-point format until numbers fall below its normal range: 2¹⁴ and 2²⁹ below the top of
+  e4m3 and e5m2. Only attention's output and its gradient have no such bound, and are read twice.
 - The embedding, the head, norms, attention, residuals and loss stay as they are. Losses without gradients, and batches
   whose tokens are no multiple of 16, are computed in bfloat16.
 """
@@ -24,7 +26,7 @@ from regpt.kernels.gpt2 import BlockState, FusedGPT2
 from regpt.model.masks import AttentionMask
 from regpt.model.transformer import NORM_EPS, Block, Transformer
 
-# What rounding may add to a bound of a product: e4m3 rounds by up to 2⁻⁴, e5m2 by 2⁻³, sums and bfloat16 by less.
+# Bounds of products grow by the rounding of their operands: e4m3 by up to 2⁻⁴, e5m2 by 2⁻³, sums and bfloat16 by less.
 FORWARD_MARGIN = (1 + 2**-4) ** 2 * 1.02
 BACKWARD_MARGIN = (1 + 2**-4) * (1 + 2**-3) * 1.02
 GELU_SLOPE = 1.13  # the largest derivative of GELU, at 1.4
@@ -40,13 +42,12 @@ class Weight8:
 
 @dataclass
 class Bounds:
-    """What follows from one block's weights, float32 scalars: bounds of the norms' results and of GELU's argument, and
-    what the longest gradient of a row is to be multiplied with to bound the gradient of GELU's argument."""
+    """Bounds that follow from one block's weights, float32 scalars."""
 
     h_1: Tensor
     h_2: Tensor
-    before_gelu: Tensor
-    dbefore: Tensor
+    before_gelu: Tensor  # of u and so of GELU(u)
+    dbefore: Tensor  # of du, for a dx' whose longest row has length 1
 
 
 @dataclass
@@ -71,20 +72,19 @@ class FusedGPT2FP8(FusedGPT2):
     """As `FusedGPT2`, of a model whose n_embd is a multiple of 16.
 
     Args:
-        rounding: the module `triton_fp8`, or what has its functions.
+        rounding: the module `triton_fp8`, or an object with its functions.
     """
 
     def __init__(self, model: Transformer, products: Any, attention: Any, between: Any, rounding: Any, **options: Any):
         super().__init__(model, products, attention, between, **options)
         self.rounding = rounding
         layers = [layer for block in self.blocks for layer in layers_of(block)]
-        device = model.wte.weight.device
         self.weights = {
-            layer.weight: Weight8(*rounding.both_ways(*layer.weight.shape, E4M3, device)) for layer in layers
+            layer.weight: Weight8(*rounding.both_ways(*layer.weight.shape, E4M3, model.device)) for layer in layers
         }
-        zero = torch.zeros(len(self.blocks), 4, device=device)
+        zero = torch.zeros(len(self.blocks), 4, device=model.device)
         self.bounds = {block: Bounds(*row.unbind()) for block, row in zip(self.blocks, zero.unbind())}
-        self.longest = zero.new_zeros(())  # row of the gradient that `norm_backward` made last: bounds its numbers
+        self.longest = zero.new_zeros(())  # length of the longest row of the last dx: bounds its numbers
 
     def renew_copies(self) -> None:
         super().renew_copies()
@@ -134,10 +134,11 @@ class FusedGPT2FP8(FusedGPT2):
         if isinstance(state, BlockState):
             return super().block_backward(block, dx, state, shape, mask)
         attn, mlp, rounding = block.attn, block.mlp, self.rounding
+        # The steps of `FusedGPT2.block_backward`; each dz is rounded to e5m2 first, for both of its products.
         dy, columns, _ = rounding.round_both_ways(dx, E5M2, self.longest)
         dafter = self.multiply(dy, self.weights[mlp.c_proj.weight].columns)
         self.weight_gradient_8(columns, state.after_gelu, mlp.c_proj.weight)
-        bound = self.longest * self.bounds[block].dbefore
+        bound = self.longest * self.bounds[block].dbefore  # |du| ≤ ‖dx' row‖ · ‖Wₒ column‖ · max |GELU'|
         dy, columns, sums = rounding.round_both_ways(
             dafter, E5M2, bound, form="dgelu", before=state.before_gelu, sums=True
         )
@@ -145,7 +146,7 @@ class FusedGPT2FP8(FusedGPT2):
         self.weight_gradient_8(columns, state.h_2, mlp.c_fc.weight)
         dh = self.multiply(dy, self.weights[mlp.c_fc.weight].columns)
         dx, sums = self.norm_backward(dh, state.x_mid, block.ln_2, state.norm_2, dx)
-        sums = self.finish(sums, block.ln_2, attn.c_proj.bias)
+        sums = self.finish_sums(sums, block.ln_2, attn.c_proj.bias)
         dy, columns, _ = rounding.round_both_ways(dx, E5M2, self.longest)
         dattended = self.multiply(dy, self.weights[attn.c_proj.weight].columns)
         self.weight_gradient_8(columns, state.attended_8, attn.c_proj.weight)
@@ -158,13 +159,14 @@ class FusedGPT2FP8(FusedGPT2):
         return self.norm_backward(dh, state.x, block.ln_1, state.norm_1, dx)
 
     def weight_gradient_8(self, dy: Rounded, x: Rounded, weight: Tensor) -> None:
-        """dy (F, N) and x (C, N) by columns."""
-        with self.beside(dy.numbers, x.numbers, dy.scale, x.scale):
+        """dW = dyᵀ·x, from dy (F, N) and x (C, N) by columns, added to `weight.grad` in float32."""
+        with self.side(dy.numbers, x.numbers, dy.scale, x.scale):
             grad, add = self.gradient(weight)
-            self.multiply(dy, x, grad, add=grad if add else None, fast=False)  # over all tokens
+            # Not fast: a sum over all tokens needs the bits of float32.
+            self.multiply(dy, x, grad, add=grad if add else None, fast=False)
 
     def add_bias_gradient(self, sums: Tensor, bias: Tensor) -> None:
-        with self.beside(sums):
+        with self.side(sums):
             self.between.add_partial_sums(sums, [self.gradient(bias)])
 
     def norm_backward(
@@ -179,7 +181,7 @@ def layers_of(block: Block) -> tuple[nn.Linear, ...]:
 
 
 def set_bounds(block: Block, bounds: Bounds) -> None:
-    """The numbers of a LayerNorm before its weight and bias have the squares' sum C, so none exceeds √C."""
+    """Renew `bounds`: the squares of a normalised row sum to C, so its length is √C and no number exceeds that."""
     root = math.sqrt(block.ln_1.weight.numel())
     for norm, bound in ((block.ln_1, bounds.h_1), (block.ln_2, bounds.h_2)):
         bound.copy_(root * norm.weight.abs().max() + norm.bias.abs().max())

@@ -138,7 +138,7 @@ class GraphedLoss:
     def captured(self, key: Key, inputs: tuple[Tensor | None, ...], where: list[int]) -> Any:
         self.captures_left -= 1
         self.pool = self.pool or self.make_pool()
-        self.fused.join()
+        self.fused.side.join()
         reason = ""
         try:
             self.steps[key] = self.capture(self.fused, inputs, key[-1], self.pool)
@@ -155,7 +155,7 @@ class GraphedLoss:
     def give_up(self, key: Key, reason: str) -> None:
         self.release()
         self.refused.add(key)
-        self.fused.forget_beside()
+        self.fused.side.reset()
         gc.collect()
         device = self.fused.model.device
         if device.type == "cuda":
