@@ -1,11 +1,24 @@
 """Names that no file system takes, and files that are not their content."""
 
 import errno
+import json
+from contextlib import suppress
 
 import pytest
 
 from regpt.errors import UserError
-from regpt.files import exists, is_file, is_folder, is_lfs_pointer, matching, refuse_lfs_pointer, resolved
+from regpt.files import (
+    exists,
+    is_file,
+    is_folder,
+    is_lfs_pointer,
+    matching,
+    refuse_lfs_pointer,
+    replacing,
+    resolved,
+    write_json,
+    write_text,
+)
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d7a2146" * 8 + b"\nsize 301966000\n"
 
@@ -66,3 +79,27 @@ def test_text_about_pointers_is_no_pointer(tmp_path, content):
     assert not is_lfs_pointer(content)
     (tmp_path / "a.txt").write_bytes(content)
     refuse_lfs_pointer(tmp_path / "a.txt")
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with suppress(KeyError), replacing(path) as file:
+        file.write(b"half")
+        raise KeyError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence_with_its_remedy(tmp_path):
+    with pytest.raises(UserError, match=r"cannot write '.*no/a.txt' \(No such file or directory\); choose another"):
+        write_text(tmp_path / "no" / "a.txt", "text", "choose another place")
+    with pytest.raises(FileNotFoundError):
+        write_text(tmp_path / "no" / "a.txt", "text")
+
+
+def test_json_of_a_file_keeps_names_that_are_not_utf8(tmp_path):
+    content = {"name": "日本", "not utf-8": "a\udc80b"}
+    write_json(tmp_path / "a.json", content)
+    assert json.loads((tmp_path / "a.json").read_bytes()) == content
+    assert "日本" in (tmp_path / "a.json").read_text(encoding="utf-8")

@@ -1,17 +1,23 @@
-"""Questions about files on disk that every reader asks: is there one by this name, and does it hold its content."""
+"""Files and folders on disk: what exists, atomic writing, locks, SHA-256."""
 
 import errno
 import glob
+import hashlib
+import json
 import os
 import re
+import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, Any, TypeVar
 
 from regpt.errors import UserError
 
 T = TypeVar("T")
+PARTIAL = ".partial"  # after the name of a file that is being written
+SUCCESSOR = ".new"  # after the name of a folder that is about to be replaced
 # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md: keys in order, below 1,024 bytes; `hawser` was the name of
 # the project before its first release. Windows clones may have CRLF.
 LFS_POINTER = re.compile(
@@ -160,3 +166,232 @@ def refuse_lfs_pointer(path: Path) -> None:
             f"{str(path)!r} is a Git LFS pointer of {path.stat().st_size} bytes, not the file itself; "
             "fetch the content with: git lfs pull"
         )
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of the file `path`, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# Atomic writing: temporary name, fsync, rename, fsync of the folder.
+
+
+@contextmanager
+def replacing(path: Path, remedy: str | None = None) -> Iterator[IO[bytes]]:
+    """An open file that replaces `path` atomically when the body ends; when the body raises, `path` is as before.
+
+    Raises:
+        UserError: the file cannot be written, where a `remedy` is given; otherwise it is an OSError.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    with write_errors(path, remedy):
+        try:
+            with partial.open("wb") as file:
+                yield file
+                finish_file(file, path)
+        except BaseException:
+            with suppress(OSError):  # a disk that takes nothing
+                partial.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def write_errors(path: Path, remedy: str | None) -> Iterator[None]:
+    """Raise a UserError for an OSError in the body, where a `remedy` is given."""
+    try:
+        yield
+    except OSError as error:
+        if remedy is None:
+            raise
+        raise UserError(f"cannot write {str(path)!r} ({error.strerror or error}); {remedy}") from None
+
+
+def finish_file(file: IO[bytes], path: Path) -> None:
+    """Close `file` when its content is on the disk, and rename it to `path`, in the same folder or another."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+    os.replace(file.name, path)
+    sync(path.parent)
+
+
+def write_bytes(path: Path, data: bytes, remedy: str | None = None) -> None:
+    """Replace `path` atomically; errors as in `replacing`."""
+    with replacing(path, remedy) as file:
+        file.write(data)
+
+
+def write_text(path: Path, text: str, remedy: str | None = None) -> None:
+    """Replace `path` atomically with `text` in UTF-8; errors as in `replacing`."""
+    write_bytes(path, text.encode(), remedy)
+
+
+def write_json(path: Path, content: Any, remedy: str | None = None) -> None:
+    """Replace `path` atomically with `content` as JSON in UTF-8, lone surrogates escaped; errors as in `replacing`."""
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_bytes(path, text.encode(errors="backslashreplace"), remedy)
+
+
+def sync(path: Path) -> None:
+    """Wait until the content of a file, or the names in a folder, are on the disk; Windows syncs no folders."""
+    if is_file(path):
+        with path.open("rb+") as file:  # Windows syncs only files that are open for writing
+            os.fsync(file.fileno())
+    elif os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the name `folder` when the body ends, and is deleted when the body raises.
+
+    The files of the body must be synced, as those of `replacing` are. An older `folder` is replaced as in
+    `put_in_place`.
+
+    Raises:
+        UserError: the disk is full, or the place cannot be written to.
+    """
+    temporary = temporary_name(folder)
+    try:
+        make_folder(temporary)
+        yield temporary
+        sync(temporary)
+        put_in_place(temporary, folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {str(folder)!r} ({error}); free some space or choose another place, "
+            "what was saved before is untouched"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put_in_place(temporary: Path, folder: Path) -> None:
+    """Rename the finished folder `temporary` to `folder`; an older folder of that name is deleted.
+
+    Two folders cannot change names at once, so the new one waits as `folder` + `SUCCESSOR` while the old one leaves: a
+    crash at any moment leaves the old one under its name or the new one under one of its two, always whole.
+    """
+    if folder.exists():
+        waiting = folder.with_name(folder.name + SUCCESSOR)
+        discard(waiting)
+        temporary.replace(waiting)
+        sync(folder.parent)
+        promote(waiting)
+    else:
+        temporary.replace(folder)
+        sync(folder.parent)
+
+
+def promote(waiting: Path) -> None:
+    """Rename a waiting successor to its final name; the older folder of that name is deleted."""
+    folder = waiting.with_name(waiting.name.removesuffix(SUCCESSOR))
+    discard(folder)
+    waiting.replace(folder)
+    sync(folder.parent)
+
+
+def discard(folder: Path) -> None:
+    """Delete `folder` if it exists; it is renamed first, so that a crash leaves no half of it under that name."""
+    if folder.is_dir():
+        temporary = temporary_name(folder)
+        folder.replace(temporary)
+        shutil.rmtree(temporary)
+
+
+def temporary_name(folder: Path) -> Path:
+    """A new name for a folder that is being written or deleted, such as `.step-00000250.tmp-1f0c9a2e`."""
+    return folder.with_name(f".{folder.name}.tmp-{os.urandom(4).hex()}")
+
+
+def remove_temporary(parent: Path, name: str) -> None:
+    """Delete the folders in `parent` that crashes left half-written, whose names match the pattern `name`."""
+    for leftover in parent.glob(f".{name}.tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder`, which does not exist, and the folders above it; their names are on the disk when it returns."""
+    above = [parent for parent in folder.parents if not parent.exists()]
+    folder.mkdir(parents=True)
+    for parent in above:
+        sync(parent.parent)
+
+
+# Locks: a lock ends with the process that holds it, also when that is killed.
+
+
+@contextmanager
+def locked(path: Path, folder: Path, otherwise: str = "choose another --out") -> Iterator[None]:
+    """Hold the lock file `path`, which protects `folder`; it is deleted afterwards.
+
+    Raises:
+        UserError: another process holds it; the message offers to wait or to do `otherwise`.
+    """
+    with lock_file(path, folder, otherwise) as file:
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            if os.name == "posix":  # while it is held, so that no other process's is deleted
+                path.unlink(missing_ok=True)
+    if os.name != "posix":  # Windows deletes no open file
+        with suppress(OSError):
+            path.unlink()
+
+
+@contextmanager
+def lock_file(path: Path, folder: Path, otherwise: str) -> Iterator[IO[str]]:
+    """The lock file, open and locked."""
+    while True:
+        with path.open("a+", encoding="utf-8") as file:
+            if not try_lock(file):
+                file.seek(0)
+                holder = file.read().strip()
+                who = f"process {holder}" if holder else "another process"
+                raise UserError(f"{folder} is being written by {who}; wait until it has finished, or {otherwise}")
+            # The holder before us may have deleted the file between our opening and our locking it.
+            if (found := status(path)) and os.path.samestat(os.fstat(file.fileno()), found):
+                yield file
+                return
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock file `path` now; the file itself stays as it is."""
+    try:
+        with path.open("r", encoding="utf-8") as file:
+            return not try_lock(file, shared=True)
+    except OSError:  # no file, or not ours to open
+        return False
+
+
+if os.name == "posix":
+    import fcntl
+
+    def try_lock(file: IO[str], shared: bool = False) -> bool:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+else:
+    import msvcrt
+
+    LOCKED_BYTE = 1 << 30  # Windows forbids others to read locked bytes: far after the number of the process
+
+    def try_lock(file: IO[str], shared: bool = False) -> bool:
+        file.seek(LOCKED_BYTE)
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except OSError:
+            return False
+        file.seek(0)
+        return True

@@ -128,6 +128,14 @@ def read_json(path: Path, remedy: str, at_most: int = MAX_BYTES) -> Any:
         raise UserError(f"{str(path)!r} is not JSON ({error}); {remedy}") from None
 
 
+def read_object(path: Path, remedy: str, at_most: int = MAX_BYTES) -> dict[str, Any]:
+    """The JSON object in the file `path`; arguments and errors as in `read_json`, also for other JSON."""
+    content = read_json(path, remedy, at_most)
+    if not isinstance(content, dict):
+        raise UserError(f"{str(path)!r} holds no JSON object; {remedy}")
+    return content
+
+
 def json_lines(path: Path, holding: bytes = b"") -> Iterator[tuple[int, dict[str, Any] | None, bool]]:
     """The lines of a JSON Lines file that hold something: number, object, and whether a line break ends them.
 

@@ -76,14 +76,14 @@ def test_without_background_nothing_is_left_to_wait_for(tmp_path, contents):
 @pytest.fixture
 def full_disk(monkeypatch) -> list[bool]:
     """Nothing can be written while its only element is true."""
-    full, real = [True], regpt.checkpoint.tensors.write_tensors
+    full, real = [True], regpt.tensors.write_tensors
 
     def write(path, tensors):
         if full[0]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(path, tensors)
 
-    monkeypatch.setattr(regpt.checkpoint.tensors, "write_tensors", write)
+    monkeypatch.setattr(regpt.tensors, "write_tensors", write)
     return full
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import regpt.checkpoint.files
 import regpt.checkpoint.save
-from regpt.checkpoint.files import whole_folder
+import regpt.files
+import regpt.tensors
 from regpt.checkpoint.load import checkpoints, load_checkpoint, newest_checkpoint, verify_checkpoint
 from regpt.checkpoint.save import prune_checkpoints
 from regpt.errors import UserError
+from regpt.files import whole_folder
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import load_weights, state_tensors
@@ -61,15 +62,25 @@ def test_a_checkpoint_can_be_copied_elsewhere(tmp_path, save):
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows does not flush folders")
 def test_every_new_name_reaches_the_disk_before_the_next_step(tmp_path, save, monkeypatch):
-    flushed, real = [], regpt.checkpoint.files.flush_folder
-    monkeypatch.setattr(
-        regpt.checkpoint.files, "flush_folder", lambda path: (flushed.append(Path(path)), real(path))[0]
-    )
+    flushed, real = [], regpt.files.sync
+    monkeypatch.setattr(regpt.files, "sync", lambda path: (flushed.append(Path(path)), real(path))[0])
     run = tmp_path / "deep" / "run"
     save(run, 1)
     temporary = [path for path in flushed if path.name.startswith(".step-00000001.tmp-")]
     assert set(flushed) == {tmp_path, tmp_path / "deep", run, *temporary, run / "checkpoints"}
-    assert flushed[-2:] == [*temporary, run / "checkpoints"]  # the files' names, then the checkpoint's own
+    assert flushed[-2:] == [temporary[-1], run / "checkpoints"]  # the files' names, then the checkpoint's own
+
+
+def test_a_checkpoint_of_several_files_comes_back_bit_for_bit(tmp_path, save, contents):
+    checkpoint = load_checkpoint(save(tmp_path, 5, max_file_bytes=4000))
+    assert len(checkpoint.manifest.tensor_files("model")) > 2
+    assert len(checkpoint.manifest.tensor_files("optimizer")) > 4
+    for stored, expected in (
+        (checkpoint.weights(), contents(5).weights),
+        (checkpoint.optimizer(), contents(5).optimizer),
+    ):
+        assert stored.keys() == expected.keys()
+        assert all(stored[name].equal(tensor) for name, tensor in expected.items())
 
 
 def test_a_checkpoint_without_optimizer_state_is_fine(tmp_path, contents):
@@ -123,7 +134,7 @@ def test_a_full_disk_is_one_sentence_and_the_old_checkpoint_stays(tmp_path, save
     def full(path, tensors):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(regpt.checkpoint.tensors, "write_tensors", full)
+    monkeypatch.setattr(regpt.tensors, "write_tensors", full)
     with pytest.raises(UserError, match=r"cannot write .*step-00000002.*No space left.*untouched"):
         save(tmp_path, 2)
     assert names(tmp_path / "checkpoints") == [old.name]

@@ -21,13 +21,13 @@ from safetensors.torch import load_file, save_file
 import tiny
 from regpt.__main__ import main
 from regpt.checkpoint.export import export_hf
-from regpt.checkpoint.files import read_json
 from regpt.checkpoint.generators import NUMPY, encode
 from regpt.checkpoint.load import checkpoint_folder, checkpoints, load_checkpoint, newest_checkpoint, verify_checkpoint
 from regpt.checkpoint.manifest import write_manifest
 from regpt.checkpoint.open import open_model
 from regpt.errors import UserError
 from regpt.runs.pretrain import pretrain
+from regpt.structured import read_object
 
 WEIGHTS, OPTIMIZER, STATE, MODEL = "model.safetensors", "optimizer.safetensors", "state.json", "model.json"
 
@@ -349,4 +349,4 @@ def test_a_state_that_cannot_be_is_refused(run, folder, capsys, kind):
 
 def test_a_file_that_is_not_there_is_said_to_be_missing_not_to_be_no_json(tmp_path):
     with pytest.raises(UserError, match=r"^cannot read '.*state\.json' \(No such file or directory\); restore"):
-        read_json(tmp_path / STATE)
+        read_object(tmp_path / STATE, "restore it")

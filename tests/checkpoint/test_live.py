@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from regpt import tensors
 from regpt.__main__ import main
-from regpt.checkpoint import manifest, open, tensors
+from regpt.checkpoint import manifest, open
 from regpt.checkpoint.audit import find_damages, list_checkpoints
-from regpt.checkpoint.files import discard
 from regpt.checkpoint.load import (
     checkpoint_folder,
     checkpoints,
@@ -22,6 +22,7 @@ from regpt.checkpoint.load import (
 from regpt.checkpoint.open import open_model
 from regpt.checkpoint.save import is_intact
 from regpt.errors import UserError
+from regpt.files import discard
 from regpt.runs.replay import config_of
 
 
@@ -64,7 +65,7 @@ def fail(message: str) -> None:
     pytest.fail(message)
 
 
-@pytest.mark.parametrize("name", ["sha256", "read_small", "status"])
+@pytest.mark.parametrize("name", ["file_sha256", "read_small", "status"])
 def test_a_checkpoint_that_is_pruned_while_it_is_verified_is_no_damaged_one(run, pruned, meanwhile, name):
     meanwhile(manifest, name, pruned)
     assert newest_checkpoint(run, warn=fail) == checkpoint_folder(run, 10)
@@ -97,7 +98,7 @@ def test_one_that_is_replaced_by_another_of_its_name_is_read_again(run, save, tm
         discard(folder)
         shutil.copytree(other, folder)
 
-    meanwhile(manifest, "sha256", replace)
+    meanwhile(manifest, "file_sha256", replace)
     assert newest_checkpoint(run, warn=fail) == folder
     assert len(load_checkpoint(folder).manifest.tensor_files("model")) > 1
 
@@ -114,7 +115,7 @@ def test_a_model_is_opened_from_the_next_checkpoint_when_its_own_is_pruned(
 
 
 def test_a_checkpoint_given_by_its_name_is_said_to_be_deleted(run, pruned, meanwhile):
-    meanwhile(manifest, "sha256", pruned)
+    meanwhile(manifest, "file_sha256", pruned)
     with pytest.raises(UserError, match=r"step-00000005' was deleted while it was read; use another checkpoint"):
         open_model(str(checkpoint_folder(run, 5)))
 
@@ -128,7 +129,7 @@ def test_a_list_leaves_out_what_vanishes(run, save, meanwhile):
     assert {one.name: one.problem for one in list_checkpoints(run) if one.step} == {"step-00000010": ""}
 
 
-@pytest.mark.parametrize("name", ["sha256", "read_small"])
+@pytest.mark.parametrize("name", ["file_sha256", "read_small"])
 def test_verify_judges_what_is_there_and_looks_again_when_nothing_is_left(run, pruned, meanwhile, capsys, name):
     meanwhile(manifest, name, pruned)
     assert main(["checkpoint", "verify", str(run)]) == 0
@@ -171,14 +172,14 @@ def test_a_checkpoint_under_another_steps_name_is_damaged_and_skipped(run, save,
 
 def test_a_file_that_the_disk_does_not_give_is_damaged(run, save, monkeypatch):
     save(run, 10)
-    real = manifest.sha256
+    real = manifest.file_sha256
 
     def broken(path: Path) -> str:
         if path.parent == checkpoint_folder(run, 10):
             raise OSError(errno.EIO, "Input/output error", str(path))
         return real(path)
 
-    monkeypatch.setattr(manifest, "sha256", broken)
+    monkeypatch.setattr(manifest, "file_sha256", broken)
     warned: list[str] = []
     assert newest_checkpoint(run, warn=warned.append) == checkpoint_folder(run, 5)
     assert "model.json' cannot be read (Input/output error); restore it" in warned[0]

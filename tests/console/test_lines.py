@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from regpt.console.lines import json_text, print_json, print_line, print_note, status
+from regpt.console.lines import print_json, print_line, print_note, status
 
 HOSTILE = {"name": "a\x1b[31m\x9b\u202e\x7f\udcff 日本 [red]"}
 
@@ -69,11 +69,6 @@ def test_what_is_being_done_is_shown_on_a_terminal_unless_quiet(monkeypatch, qui
         say("read\x07ing")
     assert bool(terminal.getvalue()) == (not quiet)
     assert "\x07" not in terminal.getvalue()
-
-
-def test_json_of_a_file_keeps_names_that_are_not_utf8():
-    assert json.loads(json_text(HOSTILE).encode("utf-8")) == HOSTILE
-    assert "日本" in json_text({"name": "日本"})
 
 
 def test_a_note_is_one_visible_sentence(capsys):

@@ -24,8 +24,8 @@ from regpt.data.info import (
 from regpt.data.manifest import read_manifest
 from regpt.data.picture import bin_edges, draw_lengths
 from regpt.data.rows import open_rows
-from regpt.data.verify import file_sha256
 from regpt.errors import UsageError, UserError
+from regpt.files import file_sha256
 from regpt.prepare.prepare import prepare
 from regpt.text.bpe import train_bpe
 from regpt.text.gpt2 import VOCAB_PACKAGE, find_files, load_gpt2

@@ -312,7 +312,7 @@ def test_an_import_that_was_killed_is_started_again(tmp_path):
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
-    def full(file) -> None:
+    def full(file, path) -> None:
         file.close()
         raise OSError(28, "No space left on device")
 

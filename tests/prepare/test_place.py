@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from regpt import files
 from regpt.__main__ import main
 from regpt.errors import UserError
-from regpt.prepare import importer, write
+from regpt.prepare import importer
 from regpt.prepare.write import try_place, writing_to
 
 
@@ -19,7 +20,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def refusing(number: int):
-    def finish(file) -> None:
+    def finish(file, path) -> None:
         file.close()
         raise OSError(number, "refused")
 
@@ -49,7 +50,7 @@ def test_a_full_disk_is_called_full(number):
 
 @pytest.mark.parametrize(("number", "said"), [(errno.EROFS, "cannot be written"), (errno.ENOSPC, "is full")])
 def test_commands_that_write_refuse_the_place_before_the_work(tmp_path, text, monkeypatch, capsys, number, said):
-    monkeypatch.setattr(write, "finish_file", refusing(number))
+    monkeypatch.setattr(files, "finish_file", refusing(number))
     monkeypatch.setattr("regpt.text.bpe.train_bpe", lambda *args: pytest.fail("worked"))
     monkeypatch.setattr(importer, "write_folder", lambda *args: pytest.fail("worked"))
     (tmp_path / "tokens").mkdir()
@@ -67,13 +68,13 @@ def test_commands_that_write_refuse_the_place_before_the_work(tmp_path, text, mo
 
 
 def test_a_disk_that_fills_up_after_the_work_is_a_sentence_too(tmp_path, text, monkeypatch, capsys):
-    real = write.finish_file
+    real = files.finish_file
 
-    def full(file) -> None:
-        if "tokenizer" in Path(file.name).name:
-            refusing(errno.ENOSPC)(file)
-        real(file)
+    def full(file, path) -> None:
+        if "tokenizer" in path.name:
+            refusing(errno.ENOSPC)(file, path)
+        real(file, path)
 
-    monkeypatch.setattr(write, "finish_file", full)
+    monkeypatch.setattr(files, "finish_file", full)
     assert main(["tokenizer", "train", str(text), "--vocab-size", "260", "--out", str(tmp_path / "out")]) == 1
     assert "the disk of " in capsys.readouterr().err

@@ -208,7 +208,7 @@ def test_a_killed_preparation_is_not_accepted_and_can_be_repeated(tmp_path, monk
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(job, "sync_folder", killed)  # everything is written but the manifest
+        patch.setattr(job, "write_text", killed)  # everything is written but the manifest
         with pytest.raises(Killed):
             prepare([source], out, TOKENIZER, val_fraction=0, shard_tokens=20)
     (out / "train-00099.bin.partial").write_bytes(b"half")
@@ -324,7 +324,7 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(tmp_path, monk
     out, whole = tmp_path / "out", tmp_path / "whole"
     prepare([source], whole, TOKENIZER, val_fraction=0)
 
-    def full(_: int) -> None:
+    def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:

@@ -17,9 +17,9 @@ import pytest
 from regpt.data.manifest import read_manifest
 from regpt.data.verify import verify
 from regpt.errors import UserError
+from regpt.files import locked
 from regpt.prepare import encode, partition, placement
 from regpt.prepare.dedup import SIGNATURE
-from regpt.prepare.lock import locked
 from regpt.prepare.parts import DOCUMENT
 from regpt.prepare.prepare import prepare
 from regpt.prepare.settings import Filters, TextOptions

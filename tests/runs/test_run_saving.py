@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import regpt.checkpoint.tensors
+import regpt.tensors
 import tiny
 from regpt.checkpoint.load import checkpoint_folder, checkpoints, load_checkpoint
 from regpt.errors import UserError
@@ -29,9 +29,7 @@ def test_every_checkpoint_has_a_row_that_says_how_long_training_waited(straight)
         assert row["write_ms"] > 0
         assert row["via"] == "host"
         files = checkpoint_folder(straight, row["step"]).glob("*.safetensors")
-        assert row["bytes"] == sum(
-            t.nbytes for file in files for t in regpt.checkpoint.tensors.TensorFiles([file]).values()
-        )
+        assert row["bytes"] == sum(t.nbytes for file in files for t in regpt.tensors.TensorFiles([file]).values())
 
 
 def test_the_state_says_where_the_run_stands(straight, config):
@@ -63,7 +61,7 @@ def test_global_generators_go_on_where_they_were(config, straight, tmp_path):
 @pytest.fixture
 def disk(monkeypatch) -> list[int]:
     """Its one element counts the files of tensors that can still be written."""
-    room, real = [1000], regpt.checkpoint.tensors.write_tensors
+    room, real = [1000], regpt.tensors.write_tensors
 
     def write(path, tensors):
         room[0] -= 1
@@ -71,7 +69,7 @@ def disk(monkeypatch) -> list[int]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(path, tensors)
 
-    monkeypatch.setattr(regpt.checkpoint.tensors, "write_tensors", write)
+    monkeypatch.setattr(regpt.tensors, "write_tensors", write)
     return room
 
 
@@ -91,7 +89,7 @@ def test_a_full_disk_stops_the_run_in_one_sentence_and_the_rest_is_bitwise_the_s
 def test_a_disk_that_was_full_for_a_moment_costs_a_stop_and_no_step(
     config, straight, tmp_path, monkeypatch, capsys, fails
 ):
-    run, calls, real = tmp_path / "run", [], regpt.checkpoint.tensors.write_tensors
+    run, calls, real = tmp_path / "run", [], regpt.tensors.write_tensors
 
     def write(path, tensors):
         calls.append(path)
@@ -99,7 +97,7 @@ def test_a_disk_that_was_full_for_a_moment_costs_a_stop_and_no_step(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(path, tensors)
 
-    monkeypatch.setattr(regpt.checkpoint.tensors, "write_tensors", write)
+    monkeypatch.setattr(regpt.tensors, "write_tensors", write)
     assert pretrain(config, run) == EXIT_SAVED
     last = tiny.rows_of(run, "train")[-1]["step"]
     assert steps(run)[-1] == last >= 4  # the state at the stop, not the one that could not be written

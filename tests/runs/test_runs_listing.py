@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from regpt.__main__ import main
-from regpt.prepare.lock import is_held, locked
+from regpt.files import is_locked, locked
 from regpt.runs import listing
 from regpt.runs.listing import describe, list_runs
 
@@ -58,8 +58,8 @@ def test_a_held_run_is_running_until_it_writes_nothing_for_too_long(cut: Path):
         assert describe(cut).state == "running"
         os.utime(cut / "metrics.jsonl", (1, 1))
         assert describe(cut).state == "stalled"
-        assert is_held(cut / ".lock")
-    assert not is_held(cut / ".lock")
+        assert is_locked(cut / ".lock")
+    assert not is_locked(cut / ".lock")
 
 
 def test_a_run_of_its_own_patience_is_stalled_after_it(cut: Path):

@@ -11,12 +11,12 @@ from typing import Any
 from regpt.api.arguments import check_options, checked, hints_of
 from regpt.data.manifest import Manifest
 from regpt.errors import UsageError, UserError
-from regpt.files import at_home
+from regpt.files import at_home, write_text
 from regpt.prepare.named import open_sources
 from regpt.prepare.prepare import SHARD_TOKENS
 from regpt.prepare.prepare import prepare as write_shards
 from regpt.prepare.settings import Filters, TextOptions
-from regpt.prepare.write import try_place, write_file, writing_to
+from regpt.prepare.write import try_place, writing_to
 from regpt.text.bpe import train_bpe
 from regpt.text.open import open_tokenizer
 from regpt.text.tokenizer import Tokenizer
@@ -98,7 +98,7 @@ def train_tokenizer(
     if file is not None:
         with writing_to(file.parent):
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_file(file, tokenizer.to_json().encode())
+            write_text(file, tokenizer.to_json())
     return tokenizer
 
 

@@ -33,12 +33,12 @@ from regpt.checkpoint.manifest import (
     stem_of,
 )
 from regpt.checkpoint.state import read_state
-from regpt.checkpoint.tensors import TensorFiles
 from regpt.errors import UserError
 from regpt.files import is_folder, status, unless_gone
+from regpt.tensors import TensorFiles
 from regpt.text.open import open_tokenizer
 
-SET_ASIDE, UNFINISHED = ".damaged-", ".tmp-"  # in the names that `save.set_aside` and `files.temporary_beside` give
+SET_ASIDE, UNFINISHED = ".damaged-", ".tmp-"  # in the names that `save.set_aside` and `files.temporary_name` give
 
 
 @dataclass(frozen=True)

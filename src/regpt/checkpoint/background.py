@@ -12,10 +12,10 @@ import torch
 
 from regpt.checkpoint.best import METRICS, best_step, validation_losses
 from regpt.checkpoint.config import CheckpointConfig
-from regpt.checkpoint.files import flush
 from regpt.checkpoint.load import checkpoint_folder
 from regpt.checkpoint.save import Contents, is_intact, prune_checkpoints, save_checkpoint
 from regpt.checkpoint.snapshot import HostMemory, Snapshot, take_snapshot
+from regpt.files import sync
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Saver:
         try:
             tensors = snapshot.on_host()
             for rows in self.run.glob("*.jsonl"):
-                flush(rows)  # what was said of the steps before reaches the disk first
+                sync(rows)  # what was said of the steps before reaches the disk first
             step = contents.state.step
             folder = checkpoint_folder(self.run, step)
             save_checkpoint(folder, contents.with_tensors(tensors), self.config.max_file_mib << 20)

@@ -2,15 +2,14 @@
 
 from pathlib import Path
 
-from regpt.checkpoint.files import whole_folder, write_json, write_text
 from regpt.checkpoint.hf_folder import CONFIG, TOKENIZER, WEIGHTS
 from regpt.checkpoint.hf_tokenizer import tokenizer_config, tokenizer_json
-from regpt.checkpoint.tensors import write_tensors
 from regpt.errors import UserError
-from regpt.files import exists, is_folder, resolved
+from regpt.files import exists, is_folder, resolved, whole_folder, write_json, write_text
 from regpt.model.hf import config_to_hf, weights_to_hf
 from regpt.model.transformer import Transformer
 from regpt.model.weights import state_tensors
+from regpt.tensors import write_tensors
 from regpt.text.tokenizer import Tokenizer
 
 

@@ -7,13 +7,13 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from regpt.checkpoint.best import BEST, METRICS, validation_losses
-from regpt.checkpoint.files import SUCCESSOR, put_in_place, temporary_beside
 from regpt.checkpoint.lease import FOLDER as LEASE
 from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, print_warning, refuse_other_step, step_of, verify_checkpoint
 from regpt.checkpoint.manifest import MANIFEST, STATE, check_sizes, read_manifest
 from regpt.checkpoint.mirror import CONFIG, content
 from regpt.checkpoint.store import Store, is_address
 from regpt.errors import UserError
+from regpt.files import SUCCESSOR, put_in_place, temporary_name, write_bytes
 from regpt.prepare.download import locked
 from regpt.structured import MAX_BYTES
 
@@ -54,7 +54,7 @@ def fetch_model(url: str, *, optimizer: bool = False, warn: Warn = print_warning
     run = copy_of(run_url)
     with locked(run.parent / "copy", lambda: None):
         if (config := store.tries(lambda: store.read(CONFIG), name=CONFIG)) is not None:
-            write_whole(run / CONFIG, config)
+            write_bytes(run / CONFIG, config)
         names, folder = [""], None
         while folder is None and names != (names := chosen_checkpoints(store, step, run)):
             # Once more where others have been written, and these deleted, meanwhile.
@@ -192,10 +192,10 @@ def get_checkpoint(store: Store, name: str, run: Path, *, optimizer: bool) -> Pa
         return folder
     if manifest is None:
         raise Damaged(f"it has no {MANIFEST}, so it is not complete")
-    temporary = temporary_beside(folder)
+    temporary = temporary_name(folder)
     try:
         temporary.mkdir(parents=True)
-        write_whole(temporary / MANIFEST, manifest)
+        write_bytes(temporary / MANIFEST, manifest)
         for file in checked(lambda: read_manifest(temporary), temporary, store, place).needed(optimizer=optimizer):
             part = f"{place}/{file.file}"
             if sizes.get(part) != file.size:
@@ -244,9 +244,3 @@ def get(store: Store, name: str, path: Path) -> None:
 
     if not store.tries(download, name=name):
         raise Damaged(f"{PurePosixPath(name).name} has just been deleted")
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)

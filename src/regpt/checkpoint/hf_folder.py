@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from regpt.checkpoint.files import read_json
-from regpt.checkpoint.tensors import TensorFiles, find_divided
 from regpt.errors import UserError
 from regpt.files import is_file
 from regpt.model.config import ModelConfig
 from regpt.model.hf import WeightsFromHF, config_from_hf
 from regpt.model.transformer import Transformer
 from regpt.model.weights import count_parameters, without_memory
+from regpt.structured import read_object
+from regpt.tensors import REMEDY, TensorFiles, find_divided
 from regpt.text.folder import MERGES, TOKENIZER, VOCAB, find_tokenizer
 from regpt.text.open import open_tokenizer
 from regpt.text.tokenizer import Tokenizer
@@ -29,7 +29,7 @@ def hf_config(folder: Path) -> ModelConfig:
         UserError: the file is missing or damaged, or describes a model that we do not implement.
     """
     try:
-        return config_from_hf(read_json(folder / CONFIG))
+        return config_from_hf(read_object(folder / CONFIG, REMEDY))
     except UserError as error:
         raise UserError(f"model {str(folder)!r} cannot be read: {error}") from None
 

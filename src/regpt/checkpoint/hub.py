@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from regpt.checkpoint.hf_folder import CONFIG, INDEX, PICKLE, WEIGHTS, hf_config, how_to_convert
-from regpt.checkpoint.tensors import shard_names
 from regpt.errors import UserError
 from regpt.network import WAYS_OUT, reach
+from regpt.tensors import shard_names
 from regpt.text.folder import ADDED, MERGES, NAMES, OPTIONS, TOKENIZER, VOCAB
 
 # GPT-2's short names, and where OpenAI's weights lie.

@@ -10,7 +10,6 @@ from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from regpt.checkpoint.files import SUCCESSOR, read_json
 from regpt.checkpoint.manifest import (
     AVERAGE,
     FORMAT_VERSION,
@@ -25,13 +24,14 @@ from regpt.checkpoint.manifest import (
     verify_files,
 )
 from regpt.checkpoint.state import RunState, read_state
-from regpt.checkpoint.tensors import TensorFiles
 from regpt.console.lines import print_note
 from regpt.errors import UserError
-from regpt.files import is_folder, unless_gone, version
+from regpt.files import SUCCESSOR, is_folder, unless_gone, version
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import InitialWeights, without_memory
+from regpt.structured import read_object
+from regpt.tensors import REMEDY, TensorFiles
 from regpt.text.open import open_tokenizer
 from regpt.text.tokenizer import Tokenizer
 
@@ -224,7 +224,7 @@ def refuse_non_finite(folder: Path, tensors: TensorFiles) -> None:
 
 def read_config(path: Path) -> ModelConfig:
     """The model's shape from `model.json`."""
-    content = read_json(path)
+    content = read_object(path, REMEDY)
     if content.pop("format_version", None) != FORMAT_VERSION:
         raise damaged(path, f"does not have format version {FORMAT_VERSION}")
     try:

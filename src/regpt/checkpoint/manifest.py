@@ -1,6 +1,5 @@
 """`manifest.json` of a checkpoint: its files with size and SHA-256, written last, checked before anything is read."""
 
-import hashlib
 import re
 import stat
 from dataclasses import asdict, dataclass
@@ -8,11 +7,10 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from regpt.checkpoint.files import REMEDY, write_json
-from regpt.checkpoint.tensors import SUFFIX
 from regpt.errors import UserError
-from regpt.files import holds_lfs_pointer, is_file, is_folder, is_plain_name, status
+from regpt.files import file_sha256, holds_lfs_pointer, is_file, is_folder, is_plain_name, status, write_json
 from regpt.structured import MAX_BYTES, parse_json, read_small
+from regpt.tensors import REMEDY, SUFFIX
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -64,7 +62,8 @@ def stem_of(name: str) -> str:
 def write_manifest(folder: Path) -> None:
     """Describe the files that lie in `folder`."""
     files = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
-    write_json(folder / MANIFEST, asdict(Manifest(tuple(File(p.name, p.stat().st_size, sha256(p)) for p in files))))
+    listed = tuple(File(path.name, path.stat().st_size, file_sha256(path)) for path in files)
+    write_json(folder / MANIFEST, asdict(Manifest(listed)))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -176,16 +175,11 @@ def verify_files(folder: Path, *, optimizer: bool = True) -> None:
 def check_sha256(folder: Path, file: File) -> None:
     """Raise a UserError unless the bytes of `file` can be read and are those that the manifest says."""
     try:
-        digest = sha256(folder / file.file)
+        digest = file_sha256(folder / file.file)
     except OSError as error:
         raise damaged(folder / file.file, f"cannot be read ({error.strerror})") from None
     if digest != file.sha256:
         raise damaged(folder / file.file, "has been changed or damaged (its SHA-256 differs from the manifest's)")
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class DamagedFile(UserError):

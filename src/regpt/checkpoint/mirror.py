@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from regpt.checkpoint.config import CheckpointConfig
-from regpt.checkpoint.files import SUCCESSOR
 from regpt.checkpoint.lease import Lease, LeaseLost
 from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, checkpoints, step_of
 from regpt.checkpoint.manifest import MANIFEST, read_manifest
 from regpt.checkpoint.save import is_intact
 from regpt.checkpoint.store import Store, is_safe
 from regpt.errors import UserError
+from regpt.files import SUCCESSOR
 from regpt.prepare.download import problem_of, transport_errors
 
 CONFIG = "config.toml"  # written last of the files beside checkpoints: it makes a run of the folder

@@ -6,15 +6,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from regpt.checkpoint.files import (
-    SUCCESSOR,
-    discard,
-    promote,
-    remove_leftovers,
-    whole_folder,
-    write_json,
-    write_text,
-)
 from regpt.checkpoint.load import checkpoints, step_of, verify_checkpoint
 from regpt.checkpoint.manifest import (
     AVERAGE,
@@ -27,9 +18,10 @@ from regpt.checkpoint.manifest import (
     write_manifest,
 )
 from regpt.checkpoint.state import RunState, write_state
-from regpt.checkpoint.tensors import write_divided
 from regpt.errors import UserError
+from regpt.files import SUCCESSOR, discard, promote, remove_temporary, whole_folder, write_json, write_text
 from regpt.model.config import ModelConfig
+from regpt.tensors import write_divided
 from regpt.text.tokenizer import Tokenizer
 
 MAX_FILE_BYTES = 4 << 30
@@ -109,7 +101,7 @@ def finish_replacements(parent: Path) -> None:
         if folder.exists() and not is_intact(folder):
             set_aside(folder)
         promote(waiting)
-    remove_leftovers(parent, "step-*")
+    remove_temporary(parent, "step-*")
 
 
 def set_aside(folder: Path) -> Path:

@@ -7,8 +7,10 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from regpt.checkpoint.files import read_json, write_json
 from regpt.checkpoint.manifest import damaged
+from regpt.files import write_json
+from regpt.structured import read_object
+from regpt.tensors import REMEDY
 
 LARGEST_NUMBER = 1 << 53  # what every reader of JSON keeps exactly (RFC 8259, section 6)
 
@@ -65,7 +67,7 @@ def read_state(path: Path) -> RunState:
         UserError: the file is missing or holds something else.
     """
     try:
-        state = TypeAdapter(RunState).validate_json(json.dumps(read_json(path)), strict=True)
+        state = TypeAdapter(RunState).validate_json(json.dumps(read_object(path, REMEDY)), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"

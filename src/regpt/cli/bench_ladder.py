@@ -9,11 +9,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from regpt.cli.output import check_json, show, write_json
+from regpt.cli.output import OTHER_JSON, check_folder, check_json, show
 from regpt.cli.parse import parse
 from regpt.config import read_config
 from regpt.console.lines import print_note, status
 from regpt.errors import UsageError
+from regpt.files import write_json
 from regpt.ranges import MANY, Range
 
 CPU_ROWS = 8  # where the recipe leaves it to the device
@@ -43,15 +44,17 @@ class LadderArgs:
 def main(args: list[str]) -> int:
     given = parse(LadderArgs, args, prog="regpt bench ladder")
     check_json(given.json)
+    from regpt.data.picture import check_picture
     from regpt.parallel.mesh import choose_device, under_launcher
     from regpt.runs.bench import Window
     from regpt.runs.bench_ladder import bench_ladder
     from regpt.tools.bench.ladder import LADDER, LECTURE_ROWS
-    from regpt.tools.bench.picture import check_picture, draw_ladder
+    from regpt.tools.bench.picture import draw_ladder
     from regpt.tools.bench.tables import ladder_table
 
     if given.out:
         check_picture(Path(given.out))
+        check_folder("--out", given.out)
     if under_launcher():
         raise UsageError("regpt bench ladder runs in one process; start it without torchrun")
     window, on_gpu = Window(given.steps, given.warmup), choose_device(given.device).type == "cuda"
@@ -61,7 +64,7 @@ def main(args: list[str]) -> int:
     own = config.train.micro_batch_rows
     rows = given.rows or (LECTURE_ROWS if on_gpu else CPU_ROWS if own == "auto" else own)
     target = None if given.json in (None, "-") else Path(given.json)
-    keep = partial(write_json, target) if target else lambda report: None
+    keep = partial(write_json, target, remedy=OTHER_JSON) if target else lambda report: None
     with status() as say:
         report = bench_ladder(config, LADDER, window, name=name, rows=rows, progress=say, keep=keep)
     show(report, given.json, ladder_table)

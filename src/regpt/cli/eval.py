@@ -8,15 +8,17 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from regpt.cli.output import OTHER_JSON
 from regpt.cli.parse import parse
 from regpt.console.lines import print_json, print_line, print_note
 from regpt.console.text import counted
 from regpt.errors import UserError
 from regpt.evals.specs import parse_tasks
+from regpt.files import write_json
 from regpt.ranges import LONG, MANY, PROCESSES, Range
 from regpt.train.config import InferencePrecision
 
@@ -95,12 +97,12 @@ def main(args: list[str]) -> int:
         if not mesh.is_main:
             return 0
     if given.items is not None:
-        write_items(Path(given.items), found)
+        write_all_items(Path(given.items), found)
     if given.json == "-":
         print_json(report(asked, found))
     else:
         if given.json is not None:
-            write_report(Path(given.json), report(asked, found))
+            write_json(Path(given.json), report(asked, found), OTHER_JSON)
         show(asked, found)
     for said in found.failures:
         print_note(said)
@@ -186,7 +188,7 @@ def with_error(value: float | None, stderr: float | None) -> str:
     return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"
 
 
-def write_items(folder: Path, found: Answer) -> None:
+def write_all_items(folder: Path, found: Answer) -> None:
     from regpt.runs.items import write_items
 
     try:
@@ -197,15 +199,3 @@ def write_items(folder: Path, found: Answer) -> None:
             write_items(folder, one.task, "".join(json.dumps(row) + "\n" for row in one.items), step)
     except OSError as error:
         raise UserError(f"cannot write into {str(folder)!r} ({error.strerror}); choose another --items") from None
-
-
-def write_report(path: Path, content: dict[str, Any]) -> None:
-    """`content` as JSON, under its name only when it is whole."""
-    from regpt.checkpoint.files import write_json
-
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write_json(temporary, content)
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {str(path)!r} ({error.strerror}); choose another place for --json") from None

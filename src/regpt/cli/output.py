@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from regpt.console.lines import json_text, print_json, print_line
+from regpt.console.lines import print_json, print_line
 from regpt.errors import UserError
-from regpt.files import is_folder
+from regpt.files import is_folder, write_json
+
+OTHER_JSON = "choose another file for --json"
 
 
 def show(report: dict[str, Any], target: str | None, table: Callable[[dict[str, Any]], Any]) -> None:
@@ -17,7 +19,7 @@ def show(report: dict[str, Any], target: str | None, table: Callable[[dict[str, 
         print_json(report)
         return
     if target is not None:
-        write_json(Path(target), report)
+        write_json(Path(target), report, OTHER_JSON)
     from regpt.console.tables import print_table
 
     print_table(table(report))
@@ -27,12 +29,11 @@ def show(report: dict[str, Any], target: str | None, table: Callable[[dict[str, 
 
 def check_json(target: str | None) -> None:
     """Refuse a file that cannot be written, before minutes are spent on what it would hold."""
-    if target not in (None, "-") and not is_folder(Path(target).absolute().parent):
-        raise UserError(f"--json {target}: the folder does not exist; make it first")
+    if target != "-":
+        check_folder("--json", target)
 
 
-def write_json(path: Path, report: dict[str, Any]) -> None:
-    try:
-        path.write_text(json_text(report, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {str(path)!r} ({error.strerror}); choose another file for --json") from None
+def check_folder(flag: str, target: str | None) -> None:
+    """Refuse a file in a folder that does not exist."""
+    if target is not None and not is_folder(Path(target).absolute().parent):
+        raise UserError(f"{flag} {target}: the folder does not exist; make it first")

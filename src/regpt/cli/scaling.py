@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from regpt.cli.output import OTHER_JSON
 from regpt.cli.parse import parse
 from regpt.cli.table import print_rows
 from regpt.console.lines import print_json, print_line
 from regpt.errors import UsageError, UserError
+from regpt.files import write_errors, write_json
 from regpt.ranges import Range
 
 if TYPE_CHECKING:
@@ -62,7 +63,10 @@ def main(args: list[str]) -> int:
     else:
         print_fit(found, unit, plan)
     if given.json not in (None, "-"):
-        write_json(Path(given.json), document)
+        target = Path(given.json)
+        with write_errors(target, OTHER_JSON):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        write_json(target, document, OTHER_JSON)
     if given.out is not None:
         from regpt.report.scaling_picture import draw_scaling
 
@@ -125,14 +129,6 @@ def to_dict(found: ScalingFit, unit: str, given: ScalingArgs, plan: tuple[float,
         value, interval = found.predict(*plan)
         document["prediction"] = {"parameters": plan[0], "tokens": plan[1], "loss": value, "interval": interval}
     return document | {"warnings": found.warnings}
-
-
-def write_json(path: Path, document: dict[str, Any]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {str(path)!r} ({error.strerror}); choose another place for --json") from None
 
 
 def print_fit(found: ScalingFit, unit: str, plan: tuple[float, float] | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from regpt.cli.parse import parse
 from regpt.cli.text_args import TextArgs
 from regpt.console.lines import print_line, print_note
 from regpt.errors import UsageError, UserError, nearest
+from regpt.files import file_sha256, write_json, write_text
 
 if TYPE_CHECKING:
     from regpt.prepare.named import Source
@@ -58,7 +58,7 @@ def train_main(args: list[str]) -> int:
     file = Path(given.out) / "tokenizer.json"
     from regpt.prepare.formats import check_text
     from regpt.prepare.named import NamedOptions, list_sources
-    from regpt.prepare.write import try_place, write_file, writing_to
+    from regpt.prepare.write import try_place, writing_to
     from regpt.text.bpe import MAX_WORD, LongWords, train_bpe
 
     if not given.sources:
@@ -86,8 +86,8 @@ def train_main(args: list[str]) -> int:
         )
     with writing_to(file.parent):
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_file(file, tokenizer.to_json().encode())
-        write_file(file.with_name(MADE_OF), json.dumps(made_of(file, given, sources), indent=1).encode())
+        write_text(file, tokenizer.to_json())
+        write_json(file.with_name(MADE_OF), made_of(file, given, sources))
     measured = bytes_per_token(tokenizer, sources, text)
     listing.discard()
     print_line(f"wrote {file}: {tokenizer.n_vocab:,} tokens, {measured:.3f} bytes a token on its training text")
@@ -98,7 +98,7 @@ def train_main(args: list[str]) -> int:
 def made_of(file: Path, given: TrainArgs, sources: list[Source]) -> dict[str, Any]:
     """What decides the bytes of a tokenizer: they themselves, its size, how text was read, every source."""
     return {
-        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "sha256": file_sha256(file),
         "vocab_size": given.vocab_size,
         "text": json.loads(json.dumps(asdict(given.text_options()))),
         "sources": [source.known() for source in sources],

@@ -32,12 +32,6 @@ def print_json(content: Any, default: Callable[[Any], Any] | None = None) -> Non
     write(sys.stdout, text + "\n")
 
 
-def json_text(content: Any, indent: int | None = None) -> str:
-    """JSON for a UTF-8 file; lone surrogates, which names of files may hold, are JSON's escapes."""
-    text = json.dumps(content, indent=indent, ensure_ascii=False)
-    return text if encodes(text, "utf-8") else json.dumps(content, indent=indent)
-
-
 def can_take(stream: IO[str] | None, text: str) -> bool:
     """Whether `stream` shows `text` unchanged."""
     if stream is None or (is_terminal(stream) and UNSAFE.search(text)):

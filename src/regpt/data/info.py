@@ -9,9 +9,8 @@ import numpy as np
 from regpt.data.manifest import SPLITS, Manifest
 from regpt.data.rows import Rows
 from regpt.data.stream import open_stream
-from regpt.data.verify import file_sha256
 from regpt.errors import UserError
-from regpt.files import is_file
+from regpt.files import file_sha256, is_file
 from regpt.text.folder import TOKENIZER
 from regpt.text.open import NAMED, open_tokenizer
 from regpt.text.tokenizer import Tokenizer, with_bytes

@@ -1,6 +1,5 @@
 """A picture of how long documents are."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,23 +9,36 @@ import numpy as np
 from regpt.console.text import counted
 from regpt.data.info import SplitInfo
 from regpt.errors import UsageError, UserError
+from regpt.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".svg")
+OTHER_OUT = "choose another place for --out"
 STEPS = 4  # bars for each doubling of the length
 DOCUMENTS, TOKENS, MARK = "#4c78a8", "#e45756", "#555555"
 
 
 def check_picture(path: Path) -> None:
-    """Raise what `draw_lengths` would for the name of the file or a missing package, before any work."""
+    """Raise what `save_figure` would for the name of the file, and for a missing package, before any work."""
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"--out {str(path)!r} has no known kind of picture; end it in {' or '.join(SUFFIXES)}")
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise UserError("a picture needs matplotlib; install it with: pip install 'regpt[report]'") from None
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Replace the picture `path` (.png or .svg) atomically.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    with replacing(path, OTHER_OUT) as file:
+        figure.savefig(file, format=path.suffix[1:].lower(), dpi=150)
 
 
 def draw_lengths(splits: Sequence[SplitInfo], path: Path, seq_len: int) -> None:
@@ -42,13 +54,7 @@ def draw_lengths(splits: Sequence[SplitInfo], path: Path, seq_len: int) -> None:
     figure = Figure(figsize=(8, 3.2 * len(splits)), layout="constrained")
     for axes, split in zip(figure.subplots(len(splits), squeeze=False)[:, 0], splits):
         draw_split(axes, split, seq_len)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {str(path)!r} ({error.strerror}); choose another place for --out") from None
+    save_figure(figure, path)
 
 
 def draw_split(axes: "Axes", split: SplitInfo, seq_len: int) -> None:

@@ -1,6 +1,5 @@
 """Read a whole data folder and say what in it is damaged."""
 
-import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import numpy as np
 
 from regpt.data.manifest import SPLITS, Manifest, Shard, read_manifest
 from regpt.errors import UserError
-from regpt.files import is_file
+from regpt.files import file_sha256, is_file
 from regpt.text.open import NAMED
 
 SMALL_BYTES = 256 << 20  # half a second of SHA-256 on a core without instructions for it
@@ -107,8 +106,3 @@ def wrong_tokens(tokens: np.ndarray, starts: np.ndarray, manifest: Manifest) -> 
     if ends != len(starts):
         return f"token {manifest.eot} occurs {ends:,} times, but {len(starts):,} documents start"
     return None
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

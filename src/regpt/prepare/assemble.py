@@ -6,7 +6,6 @@ that it can work out anew which documents repeat earlier ones.
 """
 
 import hashlib
-import json
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from regpt.data.manifest import SPLITS, Shard
+from regpt.files import write_json
 from regpt.prepare.audit import Audit
 from regpt.prepare.decontaminate import Evaluations
 from regpt.prepare.dedup import Dedup
@@ -23,7 +23,7 @@ from regpt.prepare.partition import Partition, Split
 from regpt.prepare.parts import DOCUMENT, RESTART, is_whole, load_summary
 from regpt.prepare.settings import Settings
 from regpt.prepare.summary import Summary
-from regpt.prepare.write import ShardWriter, remove_leftovers, sync_folder, write_file
+from regpt.prepare.write import ShardWriter, remove_leftovers
 from regpt.structured import read_json
 
 STATE = "shards.json"
@@ -196,9 +196,7 @@ class Assembly:
                 used[split] = index + 1
                 waiting.append(self._work / f"{name}.{split}.bin")
         self._state = State(shards, self._index, self._keys.hexdigest(), used)
-        sync_folder(self._out)  # the shards are there before the file that says so
-        write_file(self._work / STATE, json.dumps(asdict(self._state)).encode())
-        sync_folder(self._work)
+        write_json(self._work / STATE, asdict(self._state))
         for path in waiting:
             path.unlink(missing_ok=True)
 

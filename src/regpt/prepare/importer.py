@@ -21,12 +21,11 @@ import numpy as np
 
 from regpt.data.manifest import Manifest, Shard
 from regpt.errors import UserError
-from regpt.files import exists, is_folder
+from regpt.files import exists, finish_file, is_folder, locked, sync, write_bytes, write_text
 from regpt.prepare.finished import finished
-from regpt.prepare.lock import locked
 from regpt.prepare.sources import sha256_of
 from regpt.prepare.token_files import TokenFile, check_vocabulary, find_token_files
-from regpt.prepare.write import FULL, finish_file, sync_folder, try_place, write_file
+from regpt.prepare.write import FULL, try_place
 from regpt.text.open import NAMED
 from regpt.text.tokenizer import Tokenizer
 
@@ -131,7 +130,7 @@ def write_folder(
 ) -> Manifest:
     shards = [*copy.split("train", splits["train"]), *copy.split("val", splits["val"])]
     if tokenizer.name not in NAMED:
-        write_file(copy.folder / "tokenizer.json", tokenizer.to_json().encode())
+        write_text(copy.folder / "tokenizer.json", tokenizer.to_json())
     manifest = Manifest(
         tokenizer=tokenizer.name,
         tokenizer_sha256=tokenizer.sha256,
@@ -144,8 +143,7 @@ def write_folder(
         options={**options, "inserted_eot": copy.inserted},
         left_out=dict(left_out),
     )
-    write_file(copy.folder / "manifest.json", manifest.to_json().encode())
-    sync_folder(copy.folder)
+    write_text(copy.folder / "manifest.json", manifest.to_json())
     return manifest
 
 
@@ -162,7 +160,7 @@ def new_folder(out: Path) -> Iterator[Path]:
             if exists(out):
                 out.rmdir()  # empty; Windows renames onto nothing that exists
             os.replace(work, out)
-            sync_folder(out.parent)
+            sync(out.parent)
         except OSError as error:
             if error.errno in FULL:
                 raise UserError(f"the disk of {out} is full; free space or choose another --out") from None
@@ -287,7 +285,7 @@ class StreamWriter:
 
     def _end(self, continues: bool) -> None:
         assert self._file is not None
-        finish_file(self._file)
+        finish_file(self._file, self._folder / self._name)
         self._file = None
         index = np.concatenate(self._starts).astype("<i8").tobytes()
         shard = Shard(
@@ -299,5 +297,5 @@ class StreamWriter:
             idx_sha256=hashlib.sha256(index).hexdigest(),
             continues=continues,
         )
-        write_file(self._folder / shard.idx_file, index)
+        write_bytes(self._folder / shard.idx_file, index)
         self._shards.append(shard)

@@ -14,6 +14,7 @@ import numpy as np
 
 import regpt
 from regpt.data.manifest import Manifest, Shard
+from regpt.files import finish_file, write_text
 from regpt.prepare.assemble import NOTHING, Assembly, State, hash_keys, load_state
 from regpt.prepare.audit import Audit
 from regpt.prepare.corpus import Unusable, check_splits, check_texts
@@ -28,7 +29,7 @@ from regpt.prepare.settings import Settings
 from regpt.prepare.sources import DownloadProgress
 from regpt.prepare.summary import Summary
 from regpt.prepare.workers import Pool, encode_here, encode_on_ray
-from regpt.prepare.write import move_file, remove_leftovers, sync_folder, write_file
+from regpt.prepare.write import remove_leftovers
 from regpt.text.fast import accelerate, can_accelerate, encoder_name, find_model, save_model
 from regpt.text.open import NAMED
 from regpt.text.tokenizer import Encoder, Tokenizer
@@ -197,9 +198,10 @@ class Job:
     def _finish(self, shards: list[Shard], summary: Summary, left_out: Mapping[str, int]) -> Manifest:
         """Write what belongs to the shards; the manifest last."""
         if self.tokenizer.name not in NAMED:
-            write_file(self.out / "tokenizer.json", self.tokenizer.to_json().encode())
+            write_text(self.out / "tokenizer.json", self.tokenizer.to_json())
         if summary.lines:
-            move_file(summary.path, self.out / "removed.jsonl")
+            with summary.path.open("rb+") as lines:
+                finish_file(lines, self.out / "removed.jsonl")
         manifest = Manifest(
             tokenizer=self.tokenizer.name,
             tokenizer_sha256=self.tokenizer.sha256,
@@ -218,7 +220,5 @@ class Job:
                 "encoder": encoder_name(self.tokenizer, self._fast),
             },
         )
-        sync_folder(self.out)  # the shards are there before the file that says so
-        write_file(self.out / "manifest.json", manifest.to_json().encode())
-        sync_folder(self.out)
+        write_text(self.out / "manifest.json", manifest.to_json())  # last, when the shards are on the disk
         return manifest

@@ -15,20 +15,19 @@ from typing import Any, Literal
 
 from regpt.data.manifest import Manifest
 from regpt.errors import UsageError, UserError
-from regpt.files import exists, is_folder
+from regpt.files import exists, is_folder, locked, write_json
 from regpt.prepare.assemble import STATE
 from regpt.prepare.corpus import default_fraction, split_rule
 from regpt.prepare.decontaminate import Evaluations, read_evaluations
 from regpt.prepare.finished import finished
 from regpt.prepare.formats import check_text
 from regpt.prepare.job import Job, Progress
-from regpt.prepare.lock import locked
 from regpt.prepare.named import NAMED_OPTIONS, Listing, NamedOptions, list_sources
 from regpt.prepare.parts import RESTART
 from regpt.prepare.placement import Placement, count_workers, start_pool
 from regpt.prepare.settings import TEXT_OPTIONS, Filters, Settings, TextOptions
 from regpt.prepare.sources import DownloadProgress
-from regpt.prepare.write import FULL, remove_leftovers, write_file
+from regpt.prepare.write import FULL, remove_leftovers
 from regpt.structured import read_json
 from regpt.text.tokenizer import Tokenizer
 
@@ -212,7 +211,7 @@ def begin(work: Path, out: Path, settings: Settings) -> None:
     for path in work.glob("*.partial"):  # of processes that were killed
         with contextlib.suppress(OSError):  # Windows, while a process ends
             path.unlink()
-    write_file(file, json.dumps(now).encode())
+    write_json(file, now)
 
 
 def is_begun(work: Path) -> bool:

@@ -14,7 +14,6 @@ a folder, glob or repository in the order of their names. What can be asked of a
 Sources and parts are small and can be pickled, so that another process reads them.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from regpt.errors import UserError
-from regpt.files import identity
+from regpt.files import file_sha256, identity
 from regpt.prepare.compression import packing_of
 from regpt.prepare.document import Document, Part
 from regpt.prepare.encodings import has_mark
@@ -168,8 +167,7 @@ class SourceFile:
 
 def sha256_of(path: Path) -> str:
     try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return file_sha256(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
 

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import hashlib
-import os
 import re
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
@@ -16,8 +15,8 @@ import numpy as np
 
 from regpt.data.manifest import Shard
 from regpt.errors import UserError
+from regpt.files import PARTIAL, finish_file, write_bytes
 
-PARTIAL = ".partial"
 # No space, no quota, no larger file: the user can mend all three.
 FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 OURS = re.compile(r"(((train|val)-\d{5,}\.(bin|idx))|tokenizer\.json|removed\.jsonl|manifest\.json)(\.partial)?")
@@ -89,11 +88,10 @@ class ShardWriter:
 
     def _end(self, continues: bool) -> None:
         assert self._file is not None
-        finish_file(self._file)
+        finish_file(self._file, self._folder / self._name)
         self._file = None
         while self._hashed:
             self._hashed.popleft().result()
-        os.replace(self._folder / (self._name + PARTIAL), self._folder / self._name)
         starts = np.concatenate(self._starts).astype("<i8")
         index = starts.tobytes()
         shard = Shard(
@@ -105,7 +103,7 @@ class ShardWriter:
             idx_sha256=hashlib.sha256(index).hexdigest(),
             continues=continues,
         )
-        write_file(self._folder / shard.idx_file, index)
+        write_bytes(self._folder / shard.idx_file, index)
         self.shards.append(shard)
         self._begin()
 
@@ -121,7 +119,7 @@ def try_place(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".regpt-try"
         try:
-            write_file(probe, b"regpt")
+            write_bytes(probe, b"regpt")
         finally:
             with contextlib.suppress(OSError):  # what is in use, or cannot be changed
                 for one in (probe, probe.with_name(probe.name + PARTIAL)):
@@ -139,38 +137,6 @@ def writing_to(out: Path) -> Iterator[None]:
         if error.errno in FULL:
             raise UserError(f"the disk of {out} is full; free space or choose another --out") from None
         raise UserError(f"--out {out} cannot be written ({error.strerror}); choose another folder") from None
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """`data` at `path`, under another name until it is whole and on disk."""
-    partial = path.with_name(path.name + PARTIAL)
-    with partial.open("wb") as file:
-        file.write(data)
-        finish_file(file)
-    os.replace(partial, path)
-
-
-def move_file(path: Path, to: Path) -> None:
-    """Give `path`, once it is on disk, its name in another folder of the same disk."""
-    with path.open("rb+") as file:
-        finish_file(file)
-    os.replace(path, to)
-
-
-def finish_file(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-
-
-def sync_folder(folder: Path) -> None:
-    """The renames in `folder` on disk; Windows cannot open a folder and orders renames itself."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def remove_leftovers(folder: Path, keep: Collection[str] = ()) -> None:

@@ -3,14 +3,12 @@
 One run has a report; several runs are drawn over each other; two runs that were compared also have their final numbers.
 """
 
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 
 import regpt
-from regpt.errors import UserError
+from regpt.files import write_errors, write_text
 from regpt.report.charts import MAX_EVENTS, charts, task_references, with_difference
 from regpt.report.compare import Differences, RunComparison, code_differences, config_differences, data_differences
 from regpt.report.health import examine, verdict
@@ -50,21 +48,11 @@ def write_diff(found: RunComparison, out: Path) -> Path:
 
 
 def write_page(page: str, out: Path) -> Path:
-    """Write `page` to `out` whole or not at all; return `out`."""
-    part = out.with_name(out.name + ".part")
-    try:
+    """Replace `out` atomically; return it."""
+    remedy = "choose another file with --out"
+    with write_errors(out, remedy):
         out.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, out)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise UserError(
-            f"report {str(out)!r} cannot be written ({error.strerror}); choose another file with --out"
-        ) from None
+    write_text(out, page, remedy)
     return out
 
 

@@ -1,18 +1,18 @@
 """A fitted scaling law over its points: loss against parameters, tokens and FLOPs."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from regpt.data.picture import OTHER_OUT, save_figure
 from regpt.errors import UserError
+from regpt.files import write_errors
 from regpt.report.scaling import ScalingFit
 from regpt.report.summary import si
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Plan = tuple[float, float]  # parameters and tokens
 LINE, PLAN = "#444444", "#c8480a"
@@ -27,6 +27,8 @@ def draw_scaling(found: ScalingFit, path: Path, unit: str, plan: Plan | None = N
     """
     from matplotlib.figure import Figure
 
+    with write_errors(path, OTHER_OUT):
+        path.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(13, 4.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3, sharey=True)
     draw_lines(left, found, ("parameters", "tokens"), plan)
@@ -112,15 +114,3 @@ def finish(axes: "Axes", name: str) -> None:
     axes.grid(color="#edf0f3")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=7.5)
-
-
-def save_figure(figure: "Figure", path: Path) -> None:
-    """Write `figure` whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {str(path)!r} ({error.strerror}); choose another place for --out") from None

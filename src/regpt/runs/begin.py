@@ -19,7 +19,7 @@ from regpt.checkpoint.load import (
     newest_checkpoint,
     print_warning,
 )
-from regpt.checkpoint.manifest import MANIFEST, STATE, sha256
+from regpt.checkpoint.manifest import MANIFEST, STATE
 from regpt.checkpoint.open import open_model
 from regpt.checkpoint.state import RunState, read_state
 from regpt.checkpoint.store import is_address
@@ -30,7 +30,7 @@ from regpt.data.prefetch import Prefetcher
 from regpt.errors import UserError
 from regpt.evals.config import EvalConfig
 from regpt.evals.specs import Spec
-from regpt.files import exists, is_file
+from regpt.files import exists, file_sha256, is_file
 from regpt.files import resolved as whole_path
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize, load_weights, state_tensors
@@ -177,7 +177,7 @@ def start_again(parts: Parts, run: Path, env: Mapping[str, Any], event: Row) -> 
         return replace(start_new(parts, env.get("init_from")), event=event)
     source = Path(on_this_machine(parent["checkpoint"], parts.mesh, optimizer=True))
     checkpoint = load_checkpoint(source)
-    if sha256(source / MANIFEST) != parent["manifest_sha256"]:
+    if file_sha256(source / MANIFEST) != parent["manifest_sha256"]:
         raise UserError(
             f"{parent['checkpoint']} is no longer the checkpoint that {run} began with; fork again into another --out"
         )

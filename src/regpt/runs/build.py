@@ -19,6 +19,7 @@ from regpt.data.stream import TokenStream, open_stream
 from regpt.data.verify import SMALL_BYTES, verify_small
 from regpt.errors import UsageError, UserError
 from regpt.evals.perplexity import count_rows
+from regpt.files import file_sha256
 from regpt.kernels.select import Kernels, choose, ops_of
 from regpt.model.ops import PLAIN, Ops
 from regpt.model.transformer import Transformer
@@ -165,7 +166,7 @@ def open_folder(path: Path, config: RunConfig) -> DataFolder:
             f"the model has {config.model.vocab_size:,}; set --model.vocab-size {manifest.vocab_size}, "
             "leave it out, or use other data"
         )
-    return DataFolder(path, manifest, hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest())
+    return DataFolder(path, manifest, file_sha256(path / "manifest.json"))
 
 
 def build_model(config: RunConfig, device: torch.device, ops: Ops = PLAIN) -> Transformer:

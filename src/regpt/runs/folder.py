@@ -12,17 +12,15 @@ from typing import Any
 import torch
 
 import regpt
-from regpt.checkpoint.files import flush_folder, write_json, write_text
 from regpt.checkpoint.load import checkpoints
 from regpt.config import RunConfig, read_config
 from regpt.console.text import counted, without_user
 from regpt.errors import UserError
-from regpt.files import exists, is_file, is_folder
+from regpt.files import PARTIAL, exists, is_file, is_folder, locked, sync, write_json, write_text
 from regpt.parallel.mesh import Mesh
-from regpt.prepare.lock import locked
 
 CONFIG, LOCK = "config.toml", ".lock"
-UNFINISHED = f".{CONFIG}.tmp"  # a config.toml that is being written
+UNFINISHED = CONFIG + PARTIAL  # a config.toml that is being written
 
 
 @contextmanager
@@ -53,8 +51,8 @@ def create_run(run: Path, config: RunConfig, env: dict[str, Any], beside: Sequen
     try:
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "env.json", env)
-        replace_config(run, config)  # last: it makes a run of the folder
-        flush_folder(run.absolute().parent)
+        write_text(run / CONFIG, config.to_toml())  # last: it makes a run of the folder
+        sync(run.absolute().parent)
     except OSError as error:
         raise UserError(f"cannot write the run folder {str(run)!r} ({error.strerror}); choose another --out") from None
 
@@ -69,16 +67,9 @@ def write_run_config(run: Path, config: RunConfig) -> None:
     if path.read_text(encoding="utf-8") == config.to_toml():
         return
     try:
-        replace_config(run, config)
+        write_text(path, config.to_toml())  # half of one may be valid, and mean something else
     except OSError as error:
         raise unwritable(path, error) from None
-
-
-def replace_config(run: Path, config: RunConfig) -> None:
-    """Write config.toml whole or not at all: half of one may be valid, and mean something else."""
-    write_text(run / UNFINISHED, config.to_toml())
-    (run / UNFINISHED).replace(run / CONFIG)
-    flush_folder(run)
 
 
 def is_run(run: Path) -> bool:

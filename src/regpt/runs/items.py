@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
+
+from regpt.files import write_text
 
 
 def keep_items(folder: Path, task: str, lines: str, step: int, say: Callable[[str], None]) -> None:
@@ -19,14 +20,7 @@ def write_items(folder: Path, task: str, lines: str, step: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[/:\\]", "-", task)
     path = folder / f"{name}-step-{step:08d}.jsonl"
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(lines, encoding="utf-8")
-        temporary.replace(path)
-    except OSError:
-        with suppress(OSError):  # a read-only disk
-            temporary.unlink(missing_ok=True)
-        raise
+    write_text(path, lines)
     for other in folder.glob(f"{name}-step-*.jsonl"):
         if re.fullmatch(re.escape(name) + r"-step-\d{8}\.jsonl", other.name) and other < path:
             other.unlink()

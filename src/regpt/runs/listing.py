@@ -10,9 +10,8 @@ from typing import Any, Literal
 from regpt.checkpoint.load import CHECKPOINTS, checkpoints, step_of
 from regpt.console.text import counted
 from regpt.errors import UserError
-from regpt.files import exists, is_file, is_folder, status
+from regpt.files import exists, is_file, is_folder, is_locked, status
 from regpt.parallel.mesh import HANG_SECONDS
-from regpt.prepare.lock import is_held
 from regpt.report.read import is_row, number, read_document, section
 from regpt.runs.folder import CONFIG, LOCK
 from regpt.structured import parse_row, parse_toml
@@ -89,7 +88,7 @@ def describe(run: Path) -> ListedRun:
 def state_of(
     run: Path, rows: list[dict[str, Any]], step: int, steps: int | None, saved: int, age: float, hang: float | None
 ) -> tuple[State, str]:
-    if is_held(run / LOCK):
+    if is_locked(run / LOCK):
         if age > (hang or HANG_SECONDS):
             return "stalled", f"no row for {age:,.0f} seconds"
         return "running", ""

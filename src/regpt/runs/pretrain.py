@@ -10,15 +10,14 @@ from typing import Any
 import torch
 
 from regpt.checkpoint.background import Saver
-from regpt.checkpoint.files import read_json
 from regpt.checkpoint.load import checkpoints, load_checkpoint
-from regpt.checkpoint.manifest import MANIFEST, sha256
+from regpt.checkpoint.manifest import MANIFEST
 from regpt.checkpoint.mirror import Mirror
 from regpt.checkpoint.store import is_address
 from regpt.config import RunConfig
 from regpt.console.lines import print_note
 from regpt.console.tables import PlainConsole
-from regpt.files import exists, resolved
+from regpt.files import exists, file_sha256, resolved
 from regpt.model.weights import count_parameters
 from regpt.parallel.mesh import Mesh
 from regpt.parallel.signals import EXIT_SAVED
@@ -62,6 +61,8 @@ from regpt.runs.stop import StopRequest, stop_request
 from regpt.runs.terminal import Terminal
 from regpt.runs.trackers import Tee, check_trackers, open_trackers
 from regpt.sample.generate import check_length, encode_prompt
+from regpt.structured import read_object
+from regpt.tensors import REMEDY
 from regpt.train.peak import device_peak
 from regpt.train.schedule import make_schedule
 from regpt.train.trainer import Every, Row
@@ -127,7 +128,7 @@ def fork(
         parts = open_parts(config, mesh)
         found = changes(checkpoint.state.config, parts.config.sections())
         refuse_changes(found, checkpoint.step, force=True)
-        digest = sha256(checkpoint.folder / MANIFEST)
+        digest = file_sha256(checkpoint.folder / MANIFEST)
         place = source if is_address(str(source)) else str(checkpoint.folder.resolve())
         parent = {"checkpoint": place, "step": checkpoint.step, "manifest_sha256": digest, "changed": found}
         start = replace(start_at(parts, checkpoint, {"name": "fork", "parent": parent}, found), save=True)
@@ -170,7 +171,7 @@ def resume(
             start = start_at(parts, checkpoint, event | {"changed": found, "skipped": skipped}, found)
         else:
             parts = open_parts(config, mesh)
-            start = start_again(parts, run, read_json(run / "env.json"), event)
+            start = start_again(parts, run, read_object(run / "env.json", REMEDY), event)
         machine = assemble(stack, parts, start)
         if mesh.is_main:
             write_run_config(run, machine.config)

@@ -5,7 +5,6 @@ the store holds, and perhaps more, as long as the newest claim in the store's le
 gone on, and the store counts.
 """
 
-import json
 import shutil
 import threading
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TypedDict, TypeVar
 
 from regpt.checkpoint.config import CheckpointConfig
-from regpt.checkpoint.fetch import cache_folder, fetch_model, folder_name, restore, write_whole
+from regpt.checkpoint.fetch import cache_folder, fetch_model, folder_name, restore
 from regpt.checkpoint.lease import CLOCK, Claim, Clock, Lease
 from regpt.checkpoint.load import print_warning
 from regpt.checkpoint.mirror import Mirror
@@ -23,6 +22,7 @@ from regpt.config import RunConfig, validate
 from regpt.console.lines import print_note
 from regpt.console.text import counted
 from regpt.errors import UserError
+from regpt.files import write_json
 from regpt.parallel.mesh import Mesh
 from regpt.prepare.download import PATIENCE, Patience, steady
 from regpt.runs.folder import CONFIG, LOCK, is_run, read_run_config
@@ -114,7 +114,7 @@ class RemoteRun:
 
     def note(self, claims: list[str], whole: bool) -> None:
         content = {"url": self.url, "claims": claims, "whole": whole}
-        write_whole(self.folder / NOTE, json.dumps(content, indent=1).encode())
+        write_json(self.folder / NOTE, content)
 
     def mirror(self, stack: ExitStack, lease: Lease, damaged: set[str] | None = None) -> Mirror:
         """What copies the folder until `stack` ends, also when an error ends it."""

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regpt.checkpoint.files import read_json
 from regpt.checkpoint.load import Checkpoint, checkpoints, load_checkpoint, print_warning, step_of
 from regpt.checkpoint.manifest import STATE
 from regpt.checkpoint.state import read_state
@@ -25,6 +24,8 @@ from regpt.report.read import current, read_rows, steps_back
 from regpt.runs.begin import Machine, assemble, open_parts, refuse_changed_data, run_mesh, start_again, start_at
 from regpt.runs.examine import document_losses, first_spoiled_weight, worst_first
 from regpt.runs.folder import read_run_config
+from regpt.structured import read_object
+from regpt.tensors import REMEDY
 from regpt.train.precision import autocast
 from regpt.train.trainer import Trainer, written
 
@@ -50,7 +51,7 @@ def replay(run: Path, step: int, *, op_level: bool = False) -> dict[str, Any]:
         parts = open_parts(config, mesh)
         before = checkpoint_before(run, step)
         if before is None:
-            start = start_again(parts, run, read_json(run / "env.json"), {})
+            start = start_again(parts, run, read_object(run / "env.json", REMEDY), {})
         else:
             refuse_changed_data(before, parts.corpus)
             start = start_at(parts, before, {})

@@ -1,6 +1,5 @@
 """Copies of a run's metrics for TensorBoard and Weights & Biases. The run folder stays the record."""
 
-import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from regpt.errors import UserError
+from regpt.files import file_sha256
 from regpt.report.read import number
 from regpt.train.config import LogConfig
 
@@ -156,7 +156,7 @@ class WandB:
 
 def run_id(run: Path) -> str:
     """The same for every part of a run that was stopped and resumed: a hash of its env.json."""
-    return hashlib.sha256((run / "env.json").read_bytes()).hexdigest()[:12]
+    return file_sha256(run / "env.json")[:12]
 
 
 def scalars(row: Mapping[str, Any]) -> dict[str, float]:

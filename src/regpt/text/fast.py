@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from regpt.files import write_bytes
 from regpt.text.tokenizer import Encoder, Tokenizer
 
 if TYPE_CHECKING:
@@ -134,9 +135,7 @@ def save_model(exact: "Tokenizer | GPT2Tokenizer | BPETokenizer", folder: Path) 
             token: i for token, i in described["model"]["vocab"].items() if token not in special
         }
         path, content = folder / "model.json", json.dumps({**described, "added_tokens": []}).encode()
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    write_bytes(path, content)
     return path
 
 

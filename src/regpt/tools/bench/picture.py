@@ -1,33 +1,18 @@
 """The ladder as a picture."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regpt.errors import UsageError, UserError
-from regpt.files import is_folder
+from regpt.data.picture import check_picture, save_figure
 from regpt.tools.bench.tables import figure_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SUFFIXES = (".png", ".svg")
 # Okabe & Ito's blue (2008), told apart by colour-blind readers, and greys that differ from it in lightness too.
 HERE, LECTURE, TEXT, FAINT = "#0072B2", "#BBBBBB", "#222222", "#666666"
 LECTURE_SOURCE = 'grey: on one A100, in the lecture "Let\'s reproduce GPT-2 (124M)" (Karpathy 2024)'
-
-
-def check_picture(path: Path) -> None:
-    """Raise what `draw_ladder` would for the name of the file or a missing package, before any work."""
-    if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"--out {str(path)!r} has no known kind of picture; end it in {' or '.join(SUFFIXES)}")
-    if not is_folder(path.absolute().parent):
-        raise UserError(f"--out {path}: the folder does not exist; make it first")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UserError("a picture needs matplotlib; install it with: pip install 'regpt[report]'") from None
 
 
 def draw_ladder(report: Mapping[str, Any], path: Path) -> None:
@@ -61,7 +46,7 @@ def draw_ladder(report: Mapping[str, Any], path: Path) -> None:
         fontsize=11,
         color=TEXT,
     )
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def right_edge(rungs: Sequence[Mapping[str, Any]], compared: bool) -> float:
@@ -91,13 +76,3 @@ def draw_rung(axes: "Axes", place: int, rung: Mapping[str, Any], lecture_ms: flo
 def write(axes: "Axes", end: tuple[float, float], words: str, size: int, color: str) -> None:
     """`words` behind the end of a bar."""
     axes.annotate(words, end, (6, 0), textcoords="offset points", va="center", fontsize=size, color=color)
-
-
-def save(figure: Any, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {str(path)!r} ({error.strerror}); choose another place for --out") from None

@@ -11,21 +11,28 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from regpt.checkpoint.files import flush, read_json, write_json
 from regpt.errors import UserError
-from regpt.files import is_file, is_plain_name, refuse_lfs_pointer
-from regpt.structured import MAX_BYTES
+from regpt.files import is_file, is_plain_name, refuse_lfs_pointer, sync, write_json
+from regpt.structured import MAX_BYTES, read_object
 
+REMEDY = "restore the file or choose another model"
 SUFFIX, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"  # the names that transformers gives, too
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """One safetensors file of `tensors`, from any device; the metadata is what transformers asks for."""
+    """One safetensors file of `tensors`, from any device, synced to the disk; transformers asks for the metadata.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     path.touch()
     mode = path.stat().st_mode
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
     path.chmod(mode)  # the library's file is its owner's alone; ours is readable to whom the user lets read
-    flush(path)
+    sync(path)
 
 
 def write_divided(folder: Path, stem: str, tensors: Mapping[str, Tensor], max_bytes: int) -> None:
@@ -77,13 +84,10 @@ def shard_names(index: Path) -> list[str]:
     Raises:
         UserError: it names none, or something that is no file of its folder.
     """
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_object(index, REMEDY).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not names or not all(isinstance(name, str) and is_plain_name(name) for name in names):
-        raise UserError(
-            f"{str(index)!r} has no weight_map from tensors to plain file names; "
-            "restore the file or choose another model"
-        )
+        raise UserError(f"{str(index)!r} has no weight_map from tensors to plain file names; {REMEDY}")
     return sorted(set(names))
 
 
@@ -115,7 +119,7 @@ class TensorFiles(Mapping[str, Tensor]):
                     if dtypes and dtype not in dtypes:
                         raise UserError(
                             f"tensor {name!r} in {str(file)!r} has type {dtype}, must be {' or '.join(dtypes)}; "
-                            "restore the file or choose another model"
+                            f"{REMEDY}"
                         )
                     self.file_of[name], self.shape_of[name] = file, tuple(header.get_shape())
 
@@ -136,15 +140,12 @@ def refuse_repeated_names(file: Path) -> None:
     with file.open("rb") as raw:
         size = int.from_bytes(raw.read(8), "little")
         if size > MAX_BYTES:
-            raise UserError(
-                f"the header of {str(file)!r} has {size:,} bytes, more than {MAX_BYTES:,}; restore the file or choose "
-                "another model"
-            )
+            raise UserError(f"the header of {str(file)!r} has {size:,} bytes, more than {MAX_BYTES:,}; {REMEDY}")
         header = raw.read(size)
     pairs: list[tuple[str, Any]] = json.loads(header, object_pairs_hook=list)
     twice, count = Counter(name for name, _ in pairs).most_common(1)[0] if pairs else ("", 0)
     if count > 1:
-        raise UserError(f"tensor {twice!r} is twice in {str(file)!r}; restore the file or choose another model")
+        raise UserError(f"tensor {twice!r} is twice in {str(file)!r}; {REMEDY}")
 
 
 @contextmanager
@@ -155,6 +156,4 @@ def readable(file: Path) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         if is_file(file):
             refuse_lfs_pointer(file)
-        raise UserError(
-            f"cannot read {str(file)!r} as safetensors ({error}); restore the file or choose another model"
-        ) from None
+        raise UserError(f"cannot read {str(file)!r} as safetensors ({error}); {REMEDY}") from None
