@@ -17,7 +17,7 @@ from regpt.errors import UserError
 from regpt.evals.config import EvalConfig
 from regpt.model.config import ModelConfig
 from regpt.prepare.prepare import prepare
-from regpt.runs.metric_rows import last_rows
+from regpt.report.read import rows_by_step
 from regpt.runs.pretrain import pretrain, resume
 from regpt.sample.config import SampleConfig
 from regpt.text.bpe import train_bpe
@@ -35,7 +35,7 @@ class Campaign:
         self.straight = folder / "straight"
         assert self.run(lambda: pretrain(self.config, self.straight)) == 0
         self.expected = final_bytes(self.straight)
-        rows = last_rows(self.straight, "train")
+        rows = rows_by_step(self.straight, "train")
         self.step_seconds = sum(row["dt_ms"] for row in rows.values()) / len(rows) / 1e3
 
     def start(self, work: Callable[[], int]) -> int:
@@ -69,7 +69,9 @@ class Campaign:
     def is_straight(self, run: Path) -> bool:
         """Whether the finished run has the bytes of the straight one, and its loss curve."""
         keys = ("loss", "grad_norm", "lr")
-        curves = [{s: [row[k] for k in keys] for s, row in last_rows(r, "train").items()} for r in (run, self.straight)]
+        curves = [
+            {s: [row[k] for k in keys] for s, row in rows_by_step(r, "train").items()} for r in (run, self.straight)
+        ]
         return curves[0] == curves[1] and final_bytes(run) == self.expected
 
     def copy(self, name: str, upto: int, inside: Path | None = None) -> Path:

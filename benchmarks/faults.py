@@ -43,9 +43,9 @@ import regpt
 from regpt.checkpoint.load import checkpoint_folder, checkpoints, step_of
 from regpt.config import RunConfig
 from regpt.data.manifest import read_manifest
+from regpt.report.read import rows_by_step
 from regpt.runs import build
 from regpt.runs.folder import source_commit
-from regpt.runs.metric_rows import last_rows
 from regpt.runs.pretrain import pretrain, resume
 from regpt.runs.verify_resume import Bench
 from regpt.train.loss import make_loss_sum
@@ -225,7 +225,7 @@ def sigterms(c: Campaign, count: int) -> dict[str, object]:
             os.kill(child, signal.SIGTERM)
             code = ended(child)
             longest = max(longest, time.monotonic() - began)
-            refused += code != 75 or newest(run) != max(last_rows(run, "train"))
+            refused += code != 75 or newest(run) != max(rows_by_step(run, "train"))
             done += 1
         wrong += c.run(c.begin_or_resume(run)) != 0 or not c.is_straight(run)
         runs += 1
@@ -276,7 +276,7 @@ def nan(c: Campaign, count: int) -> dict[str, object]:
         said = c.said()
         unseen += code != 1 or ("vocabulary" if kind == "data" else "was not applied") not in said
         if kind != "data":
-            unseen += [row["at_step"] for row in events(run, "non_finite")] != [51] or 51 in last_rows(run, "train")
+            unseen += [row["at_step"] for row in events(run, "non_finite")] != [51] or 51 in rows_by_step(run, "train")
             wrong += any(not intact(folder) for folder in checkpoints(run))
             wrong += c.run(lambda run=run: resume(run)) != 0 or not c.is_straight(run)
     return {"faults": min(count, 4), "unseen": unseen, "runs": max(0, min(count, 4) - 1), "wrong": wrong}

@@ -34,8 +34,8 @@ from regpt.checkpoint.lease import Lease
 from regpt.checkpoint.load import checkpoint_folder
 from regpt.checkpoint.store import Store
 from regpt.errors import UserError
+from regpt.report.read import rows_by_step
 from regpt.runs.folder import source_commit
-from regpt.runs.metric_rows import last_rows
 
 STEPS, EVERY, MACHINES = 4000, 5, 3
 KEYS = ("loss", "grad_norm", "lr")
@@ -158,7 +158,7 @@ def is_straight(c: Campaign) -> bool:
     there.mkdir()
     restore(c.store, there)
     runs = (straight, there)
-    curves = [{s: [row[k] for k in KEYS] for s, row in last_rows(r, "train").items()} for r in runs]
+    curves = [{s: [row[k] for k in KEYS] for s, row in rows_by_step(r, "train").items()} for r in runs]
     tensors = [[(checkpoint_folder(r, STEPS) / name).read_bytes() for name in TENSORS] for r in runs]
     return curves[0] == curves[1] and tensors[0] == tensors[1]
 

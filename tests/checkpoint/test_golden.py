@@ -18,8 +18,8 @@ from regpt.checkpoint.manifest import FORMAT_VERSION
 from regpt.checkpoint.open import open_model
 from regpt.checkpoint.state import DataPosition
 from regpt.errors import UserError
+from regpt.report.read import rows_by_step
 from regpt.runs.folder import read_run_config
-from regpt.runs.metric_rows import last_rows
 from regpt.runs.pretrain import resume
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "run-1"
@@ -86,7 +86,7 @@ def test_it_writes_text():
 def test_its_run_goes_on_to_the_losses_of_the_run_that_was_not_stopped(run):
     config = read_run_config(run)
     assert resume(run, replace(config, data=replace(config.data, path=str(run / "data")))) == 0
-    rows = last_rows(run, "train")
+    rows = rows_by_step(run, "train")
     assert {step: row["loss"] for step, row in rows.items()} == pytest.approx(LOSSES, rel=1e-5)  # another CPU, or torch
     assert load_checkpoint(checkpoint_folder(run, 6)).state.data.next_row == 24
 

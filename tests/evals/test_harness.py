@@ -131,7 +131,10 @@ folder, tasks, out, *names = sys.argv[1:]
 opened = open_model(folder)
 model = HarnessModel(Scorer(opened.model.double(), Mesh(0, 1, torch.device("cpu"))), opened.tokenizer)
 found = simple_evaluate(model=model, tasks=names, bootstrap_iters=100, task_manager=TaskManager(include_path=tasks))
-results = [[one.task, one.metrics, one.n, one.items] for one in results_of(found, model.noted)]
+results = [
+    [one.task, {name: (x.value, x.stderr) for name, x in one.metrics.items()}, one.n_items, one.items]
+    for one in results_of(found, model.noted)
+]
 noted = {task: {what: len(ids) for what, ids in each.items()} for task, each in model.noted.items()}
 json.dump({"results": results, "samples": found["samples"], "noted": noted}, open(out, "w"), default=str)
 """

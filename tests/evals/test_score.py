@@ -11,9 +11,8 @@ from torch._dynamo.utils import counters
 import tiny
 from naive import naive_scores, random_prompts
 from regpt.errors import UserError
-from regpt.evals.head import CpuHead, in_cache, log_probability
 from regpt.evals.packing import Prompt
-from regpt.evals.score import HEAD_ROWS, Scorer, Scores
+from regpt.evals.score import HEAD_ROWS, CpuHead, Scorer, Scores, in_cache, log_probability
 from regpt.parallel.mesh import open_mesh
 from regpt.train.precision import autocast
 

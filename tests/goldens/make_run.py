@@ -26,7 +26,7 @@ from regpt.data.config import DataConfig
 from regpt.evals.config import EvalConfig
 from regpt.model.config import ModelConfig
 from regpt.prepare.prepare import prepare
-from regpt.runs.metric_rows import last_rows
+from regpt.report.read import rows_by_step
 from regpt.runs.pretrain import pretrain
 from regpt.sample.config import SampleConfig
 from regpt.text.bpe import train_bpe
@@ -49,7 +49,7 @@ def main(target: Path) -> None:
         copy = save_checkpoint(checkpoint_folder(Path("golden"), STORED), anonymous(checkpoint), MAX_FILE_BYTES)
         shutil.copytree("data", "golden/data")
         Path("golden/config.toml").write_text(config().to_toml(), encoding="utf-8", newline="\n")
-        losses = {step: row["loss"] for step, row in last_rows(run, "train").items()}
+        losses = {step: row["loss"] for step, row in rows_by_step(run, "train").items()}
         print(json.dumps({"manifest": sha256(copy / "manifest.json"), "losses": losses}, indent=1))
         shutil.copytree("golden", target)
 

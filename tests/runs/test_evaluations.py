@@ -183,7 +183,7 @@ def test_every_name_has_the_same_share_of_the_time_however_many_tasks_are_behind
     tasks = {name: SimpleNamespace(name=name, items_sha256=name) for name in "abcde"}
     suites = [Suite(name, tuple(tasks[letter] for letter in name)) for name in ("a", "bcd", "e")]
     config = tiny.change(tiny.run_config(shards), "eval", max_seconds=9.0)
-    found = evaluations.Evaluations(config, tmp_path, suites, tiny.build_model(), tiny.ALONE, lambda text: None)
+    found = evaluations.RunEvaluations(config, tmp_path, suites, tiny.build_model(), tiny.ALONE, lambda text: None)
     list(found.rows(0))
     # 9 / 3 = 3; it leaves 8, half of which are for three tasks that take 0.5 each; 6.5 are left for the last
     assert asked == pytest.approx({"a": 3.0, "b": 4 / 3, "c": 3.5 / 2, "d": 3.0, "e": 6.5})

@@ -15,7 +15,7 @@ import tiny
 from regpt.data.batch import IGNORE_INDEX, Batch
 from regpt.data.loader import document_bounds
 from regpt.evals.packing import Prompt
-from regpt.evals.perplexity import validate
+from regpt.evals.perplexity import finish, sum_losses
 from regpt.evals.score import Scorer
 from regpt.model.transformer import Transformer
 from regpt.runs.pretrain import pretrain
@@ -75,7 +75,7 @@ def test_training_validation_and_sampling_share_a_process():
     for step in range(6):
         chance = torch.get_rng_state()
         ours, theirs = (
-            (t.update()["loss"], validate(t.loss_sum, held_out(), None, tiny.CPU).loss, drawn(t.model))
+            (t.update()["loss"], finish(sum_losses(t.loss_sum, held_out(), None, tiny.CPU)).loss, drawn(t.model))
             for t in (compiled, plain)
         )
         assert ours[:2] == pytest.approx(theirs[:2], rel=1e-9), f"step {step}"
@@ -108,7 +108,7 @@ def test_documents_of_any_number_share_a_graph():
         batches = Documents(micro_batch_rows=4).step(step)
         sizes |= {len(batch.cu_seqlens) for batch in batches if batch.cu_seqlens is not None}
         assert compiled.update()["loss"] == pytest.approx(plain.update()["loss"], rel=1e-9), f"step {step}"
-        losses = [validate(t.loss_sum, batches, None, tiny.CPU).loss for t in (compiled, plain)]
+        losses = [finish(sum_losses(t.loss_sum, batches, None, tiny.CPU)).loss for t in (compiled, plain)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-9)
     assert len(sizes) >= 3  # each would have been compiled
     assert graphs() == 2
@@ -130,7 +130,7 @@ def test_training_validation_sampling_and_hellaswag_in_one_process_compile_nothi
     found = []
     for _ in range(4):
         trainer.update()
-        validate(trainer.loss_sum, held_out(), None, tiny.CPU)
+        finish(sum_losses(trainer.loss_sum, held_out(), None, tiny.CPU))
         drawn(trainer.model)
         prompts = items(12)
         ours, theirs = (scorer(prompts).log_likelihood for scorer in scorers)

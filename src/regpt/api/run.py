@@ -19,7 +19,7 @@ from regpt.config import RunConfig, overlay, read_config, validate
 from regpt.errors import UsageError
 from regpt.evals.specs import check_specs, parse_tasks
 from regpt.parallel.mesh import choose_device, launcher_rank, launcher_world_size, open_mesh
-from regpt.runs.evaluate import Question, answer, rows, silent
+from regpt.runs.evaluate import EvalRequest, evaluate_model, rows, silent
 from regpt.runs.folder import read_run_config
 from regpt.runs.pretrain import check, pretrain
 from regpt.runs.pretrain import resume as resume_run
@@ -103,7 +103,7 @@ def evaluate(
         tasks: `val`, `hellaswag`, `core:DIR`, `mc:FILE`, `lm-eval:NAME`; a list, or one text with commas.
         data: `val`: folder of token shards; None is the run's own.
         device: as for `load`.
-        options: the rest of `regpt.runs.evaluate.Question`: `val_tokens`, `seq_len`, `batch_rows`, `precision`,
+        options: the rest of `regpt.runs.evaluate.EvalRequest`: `val_tokens`, `seq_len`, `batch_rows`, `precision`,
             `compile`, `max_items`, `max_seconds`, `ema`.
 
     Raises:
@@ -114,11 +114,11 @@ def evaluate(
     if not specs:
         raise UsageError("no task was given; give their names, such as val")
     check_inference_precision(options.get("precision", "fp32"))
-    known = {name: hint for name, hint in hints_of(Question).items() if name not in ("model", "specs", "data")}
+    known = {name: hint for name, hint in hints_of(EvalRequest).items() if name not in ("model", "specs", "data")}
     options = check_options("evaluate", options, known)
-    asked = Question(os.fspath(model), specs, None if data is None else os.fspath(data), **options)
+    asked = EvalRequest(os.fspath(model), specs, None if data is None else os.fspath(data), **options)
     with global_state_kept(device), open_mesh(device) as mesh:
-        return rows(answer(asked, mesh, silent))
+        return rows(evaluate_model(asked, mesh, silent))
 
 
 def fitted(run: Path, config: RunConfig, fit: Callable[[PoliteStop], int]) -> TrainingRun:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from regpt.train.config import InferencePrecision
 
 if TYPE_CHECKING:
     from regpt.evals.score import Progress
-    from regpt.runs.evaluate import Answer, Question
+    from regpt.runs.evaluate import EvalRequest, ModelEvaluation
 
 
 @dataclass(frozen=True)
@@ -76,11 +75,11 @@ def main(args: list[str]) -> int:
 
     if given.nproc and not under_launcher():
         return launch(given.nproc, ["eval", *args])
-    from regpt.runs.evaluate import Question, answer, report, silent
+    from regpt.runs.evaluate import EvalRequest, evaluate_model, report, silent
 
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval would fork processes for standard errors
     with open_mesh(given.device) as mesh:
-        asked = Question(
+        asked = EvalRequest(
             model=at_step(given.model, given.step),
             specs=specs,
             data=given.data,
@@ -93,7 +92,7 @@ def main(args: list[str]) -> int:
             max_seconds=given.max_seconds,
             ema=given.ema,
         )
-        found = answer(asked, mesh, bar if mesh.is_main else silent)
+        found = evaluate_model(asked, mesh, bar if mesh.is_main else silent)
         if not mesh.is_main:
             return 0
     if given.items is not None:
@@ -126,76 +125,60 @@ def bar(name: str) -> Iterator[Progress]:
         yield update
 
 
-def show(asked: Question, found: Answer) -> None:
+def show(asked: EvalRequest, found: ModelEvaluation) -> None:
     """Tables: validation, then the other tasks."""
     if found.val:
         show_val(found)
-    if found.suites or found.harness:
+    if any(results for _, results in found.suites):
         show_tasks(asked, found)
 
 
-def show_val(found: Answer) -> None:
+def show_val(found: ModelEvaluation) -> None:
     from rich.table import Table
 
     from regpt.console.tables import print_table
+    from regpt.evals.task import with_error
 
     assert found.val
     task, val = found.val
     table = Table("task", "loss", "bits per byte", "perplexity", "tokens")
     for name, one in {"val": val.whole, **val.sources}.items():
-        bpb = "-" if one.bpb is None else with_error(one.bpb, one.bpb_stderr)
-        table.add_row(name, with_error(one.loss, one.stderr), bpb, f"{one.perplexity:.2f}", f"{one.tokens:,}")
+        loss, bpb = with_error(one.loss, one.stderr), with_error(one.bpb, one.bpb_stderr)
+        table.add_row(name, loss, bpb, f"{one.perplexity:.2f}", f"{one.tokens:,}")
     print_table(table)
     split = f"{task.split_tokens:,} tokens of split val of {str(task.folder)!r}"
     print_line(f"{counted(task.n_rows, 'row')} of {counted(task.seq_len, 'token')}, of {split}")
 
 
-def show_tasks(asked: Question, found: Answer) -> None:
+def show_tasks(asked: EvalRequest, found: ModelEvaluation) -> None:
     from rich.table import Table
 
     from regpt.console.tables import print_table
-    from regpt.evals.task import truncation_notice
+    from regpt.evals.task import with_error
 
     table = Table("task", "metric", "value", "items", "seconds")
     for suite, results in found.suites:
         for one in results:
-            of = "" if len(one.chosen) == one.n_items else f" of {one.n_items:,}"
-            of += f", {one.left_out:,} left out" if one.left_out else ""
+            seconds = "" if one.seconds is None else f"{one.seconds + suite.seconds / len(results):.1f}"
             for metric, value in one.estimates().items():
-                seconds = f"{one.seconds + suite.seconds / len(results):.1f}"
-                table.add_row(one.task, metric, with_error(value.value, value.stderr), f"{value.n:,}{of}", seconds)
+                items = f"{value.n:,}" if value.n == one.n_items else f"{value.n:,} of {one.n_items:,}"
+                items += f", {one.left_out:,} left out" if one.left_out else ""
+                table.add_row(one.task, metric, with_error(value.value, value.stderr), items, seconds)
         for row in suite.summarize(results):
-            value = with_error(row["value"], row["stderr"])
-            table.add_row(row["task"], row["metric"], value, str(row.get("items", "")))
-    for one in found.harness:
-        for metric, (value, error) in one.metrics.items():
-            table.add_row(one.task, metric, with_error(value, error), f"{one.n:,}")
+            table.add_row(row["task"], row["metric"], with_error(row["value"], row["stderr"]))
     print_table(table)
-    for suite, results in found.suites:
-        for missing in filter(None, (row.get("missing") for row in suite.summarize(results))):
-            print_line(f"{suite.name}: {', '.join(missing)} missing, so this is not the metric of all tasks")
     longest = found.opened.model.config.max_seq_len
-    notices = truncation_notice((one for _, results in found.suites for one in results), longest)
-    for said in [*notices, *(said for one in found.harness for said in one.notices(longest))]:
-        print_line(said)
+    for sentence in (one for suite, results in found.suites for one in suite.notices(results, longest)):
+        print_line(sentence)
     if asked.compile:
         print_line(f"compiled in {found.compile_seconds:.1f} s, not counted above")
 
 
-def with_error(value: float | None, stderr: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"
-
-
-def write_all_items(folder: Path, found: Answer) -> None:
+def write_all_items(folder: Path, found: ModelEvaluation) -> None:
     from regpt.runs.items import write_items
 
     try:
-        step = found.opened.step or 0
         for one in (one for _, results in found.suites for one in results):
-            write_items(folder, one.task, one.item_lines(), step)
-        for one in found.harness:
-            write_items(folder, one.task, "".join(json.dumps(row) + "\n" for row in one.items), step)
+            write_items(folder, one.task, one.item_lines(), found.opened.step or 0)
     except OSError as error:
         raise UserError(f"cannot write into {str(folder)!r} ({error.strerror}); choose another --items") from None

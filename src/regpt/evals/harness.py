@@ -5,9 +5,10 @@ as our own tasks. Text that spells `<|endoftext|>` is text to our tokenizers.
 """
 
 import contextlib
+import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyr
 from regpt.errors import UsageError, UserError, nearest
 from regpt.evals.packing import Prompt
 from regpt.evals.score import Progress, Scorer
-from regpt.evals.task import Tolerate
+from regpt.evals.suite import Row, ShowProgress
+from regpt.evals.task import Estimate, Tolerate
 from regpt.files import is_file, resolved
 from regpt.sample.generate import generated, text_pieces
 from regpt.sample.sampling import SamplingOptions
@@ -223,62 +225,83 @@ def generation_of(options: dict[str, Any]) -> Generation:
 
 @dataclass(frozen=True)
 class HarnessResult:
-    """One task of the harness.
+    """One task of the harness, with what `regpt.evals.task.Result` has.
 
     Attributes:
         task: `lm-eval/` and its name there.
-        metrics: metric → value, standard error where the harness gives one; a filter other than `none` is named.
-        n: items.
+        metrics: metric → value and standard error where the harness gives one; a filter other than `none` is named.
+        n_items: how many items it has; all are scored.
         items: one row an item, `item` and its metrics.
-        changed: what was done to items that are longer than the model → how many.
+        changed: treatment of items that are longer than the model → how many.
     """
 
     task: str
-    metrics: dict[str, tuple[float, float | None]]
-    n: int
-    items: list[dict[str, Any]]
+    metrics: dict[str, Estimate]
+    n_items: int
+    items: list[Row]
     changed: dict[str, int]
+    seconds: float | None = None
+    cut: int = 0
+    left_out: int = 0
 
-    def notices(self, max_seq_len: int) -> list[str]:
+    def estimates(self) -> dict[str, Estimate]:
+        return self.metrics
+
+    def item_lines(self) -> str:
+        return "".join(json.dumps(row) + "\n" for row in self.items)
+
+    def report(self) -> Row:
+        """The result as JSON."""
+        metrics = {name: asdict(found) for name, found in self.metrics.items()}
+        return {"metrics": metrics, "n": self.n_items, "changed": self.changed}
+
+
+class HarnessSuite:
+    """A `regpt.evals.suite.Suite` of tasks of the harness, by name (groups too) or from task files that end in `.yaml`.
+
+    Each is run on its own: an error in one does not touch the others.
+    """
+
+    name, tasks, seconds = "lm-eval", (), 0.0
+
+    def __init__(self, names: Sequence[str], tokenizer: Tokenizer, tolerate: Tolerate):
+        """
+        Raises:
+            UsageError: a task that the harness does not know.
+        """
+        self.tokenizer, self.tolerate = tokenizer, tolerate
+        files = [resolved(name) for name in names if name.endswith((".yaml", ".yml"))]
+        self.wanted = [task_of(name) for name in names]  # refused before the harness reads its thousands of tasks
+        folders = list(dict.fromkeys(str(file.parent) for file in files))
+        self.manager = TaskManager(include_path=[*folders] or None)
+        for name in self.wanted:
+            if name not in self.manager.all_tasks:
+                close = nearest(name, self.manager.all_tasks)
+                raise UsageError(f"lm-eval knows no task {name!r}{close}; lm-eval ls tasks lists them")
+
+    def evaluate(self, scorer: Scorer, show: ShowProgress, max_items: int, seconds: float) -> list[HarnessResult]:
+        """Run every task on `max_items` items (0: all); the harness has no limit of seconds."""
+        results: list[HarnessResult] = []
+        with show(self.name) as progress:
+            model = HarnessModel(scorer, self.tokenizer, progress)
+            for name in self.wanted:
+                try:
+                    results += evaluate_harness(name, model, self.manager, max_items)
+                except UserError as error:
+                    self.tolerate(f"lm-eval/{name}", error)
+        return results
+
+    def summarize(self, results: Sequence[HarnessResult]) -> list[Row]:
+        return []
+
+    def notices(self, results: Sequence[HarnessResult], max_seq_len: int) -> list[str]:
         """Sentences about the items that a model of `max_seq_len` did not see as the task has them."""
         model = f"for the model's {max_seq_len:,} tokens"
         return [
-            f"{count:,} of {self.n:,} items of {self.task}, {model}: {what}" for what, count in self.changed.items()
+            f"{count:,} of {one.n_items:,} items of {one.task}, {model}: {what}"
+            for one in results
+            for what, count in one.changed.items()
         ]
-
-
-Run = Callable[[Scorer, Tokenizer, Progress | None, int, Tolerate], list[HarnessResult]]
-
-
-def open_harness(names: Sequence[str]) -> Run:
-    """What runs the tasks of these names (groups too), or from task files that end in `.yaml`, in the harness.
-
-    Each is run on its own: what is wrong with one does not touch the others.
-
-    Raises:
-        UsageError: a task that the harness does not know.
-    """
-    files = [resolved(name) for name in names if name.endswith((".yaml", ".yml"))]
-    wanted = [task_of(name) for name in names]  # refused before the harness reads its thousands of tasks
-    manager = TaskManager(include_path=[str(folder) for folder in dict.fromkeys(file.parent for file in files)] or None)
-    for name in wanted:
-        if name not in manager.all_tasks:
-            close = nearest(name, manager.all_tasks)
-            raise UsageError(f"lm-eval knows no task {name!r}{close}; lm-eval ls tasks lists them")
-
-    def run(
-        scorer: Scorer, tokenizer: Tokenizer, progress: Progress | None, max_items: int, tolerate: Tolerate
-    ) -> list[HarnessResult]:
-        results: list[HarnessResult] = []
-        model = HarnessModel(scorer, tokenizer, progress)
-        for name in wanted:
-            try:
-                results += evaluate_harness(name, model, manager, max_items)
-            except UserError as error:
-                tolerate(f"lm-eval/{name}", error)
-        return results
-
-    return run
 
 
 def evaluate_harness(name: str, model: HarnessModel, manager: TaskManager, max_items: int = 0) -> list[HarnessResult]:
@@ -319,14 +342,14 @@ def task_of(name: str) -> str:
 def results_of(found: Any, noted: Noted) -> list[HarnessResult]:
     results = []
     for task, numbers in found["results"].items():
-        metrics = {}
+        metrics: dict[str, Estimate] = {}
+        samples = found.get("samples", {}).get(task, [])
         for key, value in numbers.items():
             metric, comma, kind = key.partition(",")
             if comma and not metric.endswith("_stderr") and isinstance(value, float | int):
                 error = numbers.get(f"{metric}_stderr,{kind}")
-                name = metric if kind == "none" else f"{metric}:{kind}"
-                metrics[name] = (float(value), float(error) if isinstance(error, float | int) else None)
-        samples = found.get("samples", {}).get(task, [])
+                stderr = float(error) if isinstance(error, float | int) else None
+                metrics[metric if kind == "none" else f"{metric}:{kind}"] = Estimate(float(value), stderr, len(samples))
         items = [{"item": one["doc_id"]} | scores_of(one, metrics) for one in samples]
         changed = {what: len(documents) for what, documents in noted.get(task, {}).items()}
         results.append(HarnessResult(f"lm-eval/{task}", metrics, len(samples), items, changed))

@@ -1,7 +1,7 @@
 """MODEL → LOSS: how well the next token of held-out text is predicted, per token and per byte."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -13,14 +13,14 @@ from regpt.errors import UsageError, UserError
 
 
 class LossSums(NamedTuple):
-    """What is added up over batches and over processes, float64 on the CPU: `unpack` of the sum of `pack`s.
+    """Sums over batches and over processes, float64 on the CPU: `unpack` of the sum of `pack`s.
 
     Attributes:
         totals: (3,) sum of -ln p(target) over the valid targets, their number, and the UTF-8 bytes that they stand for
             (0 where the lengths of the tokens are unknown).
         products: (3, 3) sum over batches of the outer product of a batch's own totals, for the standard error.
         batches: scalar, batches with a valid target.
-        each: (batches, 3) what this process added up, batch by batch; not in `pack`.
+        each: (batches, 3) the totals of each batch of this process; not in `pack`.
     """
 
     totals: Tensor
@@ -59,16 +59,6 @@ class Validation(NamedTuple):
     def perplexity(self) -> float:
         """exp(loss), infinite where that is beyond a float."""
         return math.exp(self.loss) if not self.loss > 709 else math.inf  # ln of the largest float64: 709.78
-
-
-def validate(
-    loss_sum: Callable[[Batch], Tensor],
-    batches: Iterable[Batch],
-    byte_lengths: np.ndarray | None,
-    device: torch.device,
-) -> Validation:
-    """Evaluate on one process: `finish(sum_losses(...))`."""
-    return finish(sum_losses(loss_sum, batches, byte_lengths, device))
 
 
 @torch.no_grad()
@@ -159,8 +149,21 @@ def count_rows(split_tokens: int, seq_len: int, limit_tokens: int = 0) -> int:
     return min(rows, limit_tokens // seq_len) if limit_tokens else rows
 
 
-def split_rows(n_rows: int, batch_rows: int) -> Sequence[range]:
-    """The rows of each batch: 0 … n_rows - 1 in order, `batch_rows` at a time, the last batch shorter."""
-    if batch_rows < 1:
-        raise UsageError(f"batch-rows is {batch_rows}, must be at least 1")
-    return [range(first, min(first + batch_rows, n_rows)) for first in range(0, n_rows, batch_rows)]
+# ---- a model that knows only how often each token occurs: the loss that any language model must beat
+
+
+def token_counts(chunks: Iterable[np.ndarray], n_vocab: int) -> np.ndarray:
+    """(n_vocab,) int64: occurrences of each token id in `chunks`."""
+    counts = np.zeros(n_vocab, dtype=np.int64)
+    for chunk in chunks:
+        counts += np.bincount(chunk, minlength=n_vocab)
+    return counts
+
+
+def unigram_loss(train: np.ndarray, held_out: np.ndarray) -> float:
+    """Mean -ln p of the held-out tokens, in nats; p from the training counts plus one each (Laplace smoothing).
+
+    Both are (n_vocab,) counts.
+    """
+    log_p = np.log(train + 1) - np.log(train.sum() + len(train))
+    return float(-(held_out * log_p).sum() / held_out.sum())

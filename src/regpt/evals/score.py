@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from regpt.errors import UserError
-from regpt.evals.head import CpuHead, log_probability
 from regpt.evals.packing import Batch, Plan, Prompt, Tree, bucketed, fill, packed, plant
 from regpt.kernels.select import check_compiler
 from regpt.model.masks import AttentionMask
@@ -28,6 +28,7 @@ from regpt.parallel.mesh import Mesh
 # take 0.8 GB in float32; a CPU wants to keep its caches.
 BATCH_TOKENS = {"cuda": 32768, "mps": 4096, "cpu": 1024}
 HEAD_ROWS = {"cuda": 4096, "mps": 512, "cpu": 512}
+PIECE = 32  # rows of logits, 6 MB for GPT-2's vocabulary: they stay in a processor's cache between the passes over them
 SMALLEST_BATCH = 256  # tokens, when memory is short
 IN_FLIGHT = 2  # batches that a GPU has before it: it never waits, and progress is not far ahead of the truth
 Progress = Callable[[int, int], None]  # items done, of how many
@@ -260,11 +261,54 @@ class Pace:
 def filled(hidden: Tensor, targets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """`hidden` (N, C) and `targets` (N,) with zeros up to `rows`, or cut there."""
     missing = max(0, rows - len(hidden))
-    pad = torch.nn.functional.pad
-    return pad(hidden, (0, 0, 0, missing))[:rows], pad(targets, (0, missing))[:rows]
+    return F.pad(hidden, (0, 0, 0, missing))[:rows], F.pad(targets, (0, missing))[:rows]
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """A copy on `device` that a GPU makes while it computes."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+# ---- hidden states → log-probabilities of given tokens, without keeping logits
+
+
+def log_probability(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Natural log of the probability of `targets` (N,) under `logits` (N, V), in float32 (float64 for float64), and
+    whether each is the likeliest token (the first of equals). In the form that compiles into one pass."""
+    likeliest = logits.argmax(dim=-1)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    chosen = logits.gather(1, targets[:, None])[:, 0]
+    return chosen - logits.logsumexp(dim=-1), likeliest == targets
+
+
+class CpuHead:
+    """`log_probability` on a CPU, without gradients: one buffer for the logits (fresh memory of that size costs as much
+    as a pass over it), read in pieces."""
+
+    def __init__(self, model: Transformer, rows: int):
+        self.model, self.rows = model, rows
+        self.buffer = torch.empty(0)
+
+    def __call__(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        pieces = zip(self.logits(hidden).split(PIECE), targets.split(PIECE))
+        log_p, hit = zip(*(in_cache(logits, of) for logits, of in pieces))
+        return torch.cat(log_p), torch.cat(hit)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, V), valid until the next call."""
+        if torch.is_autocast_enabled("cpu"):
+            return self.model.logits(hidden)
+        weight = self.model.head_weight
+        if self.buffer.dtype != weight.dtype or len(self.buffer) < len(hidden):
+            self.buffer = torch.empty(max(self.rows, len(hidden)), len(weight), dtype=weight.dtype)
+        padded = torch.mm(hidden, weight.t(), out=self.buffer[: len(hidden)])
+        return padded[:, : self.model.config.vocab_size]
+
+
+def in_cache(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    hit = logits.gather(1, targets[:, None])[:, 0] >= logits.amax(dim=-1)  # six times as fast as argmax
+    rows = hit.nonzero()[:, 0]
+    hit[rows] = logits[rows].argmax(dim=-1) == targets[rows]  # of equals the first
+    return -F.cross_entropy(logits, targets, reduction="none"), hit

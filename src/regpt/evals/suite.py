@@ -1,23 +1,27 @@
-"""Tasks that are reported together, from what the user named to rows of metrics."""
+"""Tasks that are reported together, from the names that a user typed to rows of metrics."""
 
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from regpt.errors import UsageError
+from regpt.errors import UsageError, UserError
 from regpt.evals.choices import open_choices
 from regpt.evals.core import locate, open_core, summarize
 from regpt.evals.hellaswag import open_hellaswag
+from regpt.evals.score import Progress, Scorer
 from regpt.evals.specs import Spec
-from regpt.evals.task import Result, Task, Tolerate, refuse
+from regpt.evals.task import Result, Task, Tolerate, evaluate, refuse, truncation_notice
 from regpt.prepare.sources import DownloadProgress
 from regpt.text.fast import accelerate
 from regpt.text.tokenizer import Encoder, Tokenizer
 
 Row = dict[str, Any]
+# show(name) is a context that gives a function: (done, total) of what is counted.
+ShowProgress = Callable[[str], AbstractContextManager[Progress]]
 
 
 @dataclass(frozen=True)
@@ -25,15 +29,30 @@ class Suite:
     """
     Attributes:
         name: `hellaswag`, `core`, or the name of a user's file.
-        tasks: what it consists of.
-        summarize: rows about all of them together, beside those of each.
-        seconds: what reading and encoding took.
+        tasks: its parts.
+        summarize: rows about all of them together, next to those of each.
+        seconds: of reading and encoding.
     """
 
     name: str
     tasks: tuple[Task, ...]
     summarize: Callable[[Sequence[Result]], list[Row]] = lambda results: []
     seconds: float = 0.0
+
+    def evaluate(self, scorer: Scorer, show: ShowProgress, max_items: int, seconds: float) -> list[Result]:
+        """The result of every task, each within the limits (see `regpt.evals.task.evaluate`)."""
+        results = []
+        for task in self.tasks:
+            with show(task.name) as progress:
+                results.append(evaluate(task, scorer, max_items=max_items, seconds=seconds, progress=progress))
+        return results
+
+    def notices(self, results: Sequence[Result], max_seq_len: int) -> list[str]:
+        """Sentences about items that a model of `max_seq_len` did not see whole, and about tasks that are missing."""
+        missing = [row["missing"] for row in self.summarize(results) if row.get("missing")]
+        why = "missing, so this is not the metric of all tasks"
+        absent = [f"{self.name}: {', '.join(names)} {why}" for names in missing]
+        return [*absent, *truncation_notice(results, max_seq_len)]
 
 
 def open_suites(
@@ -42,7 +61,7 @@ def open_suites(
     progress: DownloadProgress | None = None,
     tolerate: Tolerate = refuse,
 ) -> list[Suite]:
-    """The tasks that `specs` name, read, checked and encoded; by gigatoken where it is installed.
+    """The tasks that `specs` name, but `val`: read, checked and encoded, by gigatoken where it is installed.
 
     Args:
         tolerate: receives the name of a task of CORE whose file is damaged, and the error; its neighbours are read.
@@ -51,22 +70,32 @@ def open_suites(
         UserError: a file that cannot be had, or malformed items.
     """
     suites: list[Suite] = []
-    specs = list(specs)
+    specs = [spec for spec in specs if spec.kind != "val"]
     if not specs:
         return suites  # a run without tasks writes no temporary file
     with tempfile.TemporaryDirectory() as folder:
         encoder = accelerate(tokenizer, Path(folder))
         for spec in specs:
             started = time.perf_counter()
+            if spec.kind == "lm-eval":
+                suites.append(open_harness(spec, tokenizer, tolerate))
+                continue
             suite = open_suite(spec, encoder, tokenizer.eot, progress, tolerate)
             if suite.tasks:
                 suites.append(replace(suite, seconds=time.perf_counter() - started))
     return suites
 
 
-def open_suite(
-    spec: Spec, encoder: Encoder, eot: int, progress: DownloadProgress | None, tolerate: Tolerate = refuse
-) -> Suite:
+def open_harness(spec: Spec, tokenizer: Tokenizer, tolerate: Tolerate) -> Any:
+    """Tasks of lm-eval, as a suite; a UserError where it is not installed."""
+    try:
+        from regpt.evals.harness import HarnessSuite
+    except ImportError:
+        raise UserError("lm-eval is not installed; install it with: pip install 'regpt[lm-eval]'") from None
+    return HarnessSuite([name.strip() for name in spec.argument.split(",") if name.strip()], tokenizer, tolerate)
+
+
+def open_suite(spec: Spec, encoder: Encoder, eot: int, progress: DownloadProgress | None, tolerate: Tolerate) -> Suite:
     path = Path(spec.argument)
     if spec.kind == "hellaswag":
         return Suite("hellaswag", (open_hellaswag(path if spec.argument else None, encoder, eot, progress),))
@@ -86,6 +115,9 @@ def suite_rows(suite: Suite, results: Sequence[Result]) -> list[Row]:
         for one in results
         for metric, found in one.estimates().items()
     ]
-    more = {one.task: {"seconds": one.seconds, "cut": one.cut, "left_out": one.left_out} for one in results}
-    kept = {task: {key: x for key, x in each.items() if x or key == "seconds"} for task, each in more.items()}
-    return [*(row | kept[row["task"]] for row in rows), *suite.summarize(results)]
+    more: dict[str, Row] = {}
+    for one in results:
+        counts = {"cut": one.cut, "left_out": one.left_out}
+        seconds = {} if one.seconds is None else {"seconds": one.seconds}
+        more[one.task] = seconds | {key: n for key, n in counts.items() if n}
+    return [*(row | more[row["task"]] for row in rows), *suite.summarize(results)]

@@ -1,10 +1,10 @@
-"""A task: prompts, and what their scores say; evaluated whole or on a fixed part, with standard errors."""
+"""A task: prompts and the judgement of their scores; evaluated whole or on a fixed part, with standard errors."""
 
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import NoReturn, Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
@@ -45,7 +45,7 @@ class Task(Protocol):
         ...
 
     def judge(self, scores: Scores, chosen: Sequence[int]) -> dict[str, np.ndarray]:
-        """Metric → (chosen,) float64, what each item contributes: 1 for right, 0 for wrong."""
+        """Metric → (chosen,) float64, the contribution of each item: 1 for right, 0 for wrong."""
         ...
 
 
@@ -61,11 +61,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Result:
-    """What a task gave.
+    """Outcome of a task.
 
     Attributes:
         task: its name.
-        outcomes: metric → (items,) what each evaluated item contributes.
+        outcomes: metric → (items,) contribution of each evaluated item.
         chosen: (items,) the numbers of these items, ascending.
         n_items: how many the task has.
         items_sha256, baseline: the task's.
@@ -94,6 +94,19 @@ class Result:
         columns = {metric: values.tolist() for metric, values in self.outcomes.items()}
         rows = [{"item": name} | {key: column[k] for key, column in columns.items()} for k, name in enumerate(names)]
         return "".join(json.dumps(row) + "\n" for row in rows)
+
+    def report(self) -> dict[str, Any]:
+        """The result as JSON."""
+        return {
+            "metrics": {name: asdict(found) for name, found in self.estimates().items()},
+            "n": len(self.chosen),
+            "n_items": self.n_items,
+            "baseline": self.baseline,
+            "seconds": self.seconds,
+            "cut": self.cut,
+            "left_out": self.left_out,
+            "items_sha256": self.items_sha256,
+        }
 
 
 def refuse_if_nothing_fits(tasks: Sequence[Task], max_seq_len: int) -> None:
@@ -136,10 +149,17 @@ def estimate(values: np.ndarray) -> Estimate:
     return Estimate(float(values.mean()), float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else None, n)
 
 
+def with_error(value: float | None, stderr: float | None, absent: str = "-") -> str:
+    """`0.2955 ± 0.0046`; `absent` without a value."""
+    if value is None:
+        return absent
+    return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"
+
+
 def evaluate(
     task: Task, scorer: Scorer, *, max_items: int = 0, seconds: float = 0.0, progress: Progress | None = None
 ) -> Result:
-    """The result of `task` on all items, or on a part.
+    """Evaluate `task` on all items, or on a part.
 
     A part is the first items of one fixed order, so smaller parts lie within larger ones: `max_items` of them, and not
     more than `seconds` are expected to suffice for, after a pilot. 0 sets no limit. Items with an ending longer than

@@ -26,7 +26,7 @@ from regpt.model.transformer import Transformer
 from regpt.model.weights import count_parameters, state_tensors
 from regpt.parallel.mesh import Mesh
 from regpt.runs.build import Corpus, choose_kernels, mask_token, validation_parts
-from regpt.runs.evaluations import Evaluations
+from regpt.runs.evaluations import RunEvaluations
 from regpt.runs.examine import examine
 from regpt.runs.folder import device_name, made_with
 from regpt.runs.items import keep_items
@@ -58,7 +58,7 @@ class Job:
     loader: Loader
     trainer: Trainer
     update_ratios: UpdateRatios
-    evaluations: Evaluations
+    evaluations: RunEvaluations
     terminal: Terminal
     metrics: Sink | None
     samples: Sink | None

@@ -1,10 +1,8 @@
-"""`regpt eval`: a model, tasks → numbers; on one process or several."""
+"""One way from MODEL and tasks to numbers, for `regpt eval` and the API; on one process or several."""
 
 import contextlib
-import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,11 @@ from regpt.data.batch import Batch
 from regpt.data.info import tokenizer_identity
 from regpt.data.manifest import read_manifest
 from regpt.errors import UsageError, UserError
+from regpt.evals.perplexity import Validation
 from regpt.evals.score import Progress, Scorer
 from regpt.evals.specs import Spec
-from regpt.evals.suite import Row, Suite, open_suites, suite_rows
-from regpt.evals.task import Result, evaluate, refuse_if_nothing_fits
+from regpt.evals.suite import Row, ShowProgress, open_suites, suite_rows
+from regpt.evals.task import refuse_if_nothing_fits
 from regpt.files import is_file, resolved
 from regpt.parallel.mesh import Mesh
 from regpt.runs.remote import on_this_machine
@@ -27,21 +26,18 @@ from regpt.train.config import InferencePrecision
 from regpt.train.loss import make_loss_sum
 from regpt.train.precision import autocast, parameter_dtype, set_matmul_precision
 
-# progress(name) is a context that gives a function: (done, total) of what is counted.
-ShowProgress = Callable[[str], AbstractContextManager[Progress]]
-
 
 @dataclass(frozen=True)
-class Question:
-    """What is asked of a model.
+class EvalRequest:
+    """Model, tasks and limits of an evaluation.
 
     Attributes:
         model: MODEL as typed.
         specs: the tasks.
         data: folder of token shards for `val`; None is the run's own.
-        val_tokens, seq_len, batch_rows: which rows `val` reads and how many at once.
+        val_tokens, seq_len, batch_rows: rows that `val` reads, and how many at once.
         precision: number format of the computation.
-        compile: compile what scores tasks.
+        compile: compile the scoring of tasks.
         max_items, max_seconds: limits of each task, 0 for none.
         ema: with the moving average of the weights.
     """
@@ -79,22 +75,24 @@ class ValTask:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What was found: `val` where it was asked for, each suite's results, and those of lm-eval (`HarnessResult`).
+class ModelEvaluation:
+    """The numbers of a model.
 
-    `failures` say which tasks could not be evaluated, and why, a sentence each.
+    Attributes:
+        val: where it was asked for.
+        suites: each suite's results: `Suite` and `Result`, or `HarnessSuite` and `HarnessResult` of lm-eval.
+        failures: a sentence for each task that could not be evaluated.
     """
 
     opened: OpenModel
     val: tuple[ValTask, Validated] | None
-    suites: list[tuple[Suite, list[Result]]]
-    harness: list[Any]
+    suites: list[tuple[Any, list[Any]]]
     compile_seconds: float
     failures: list[str]
 
 
-def answer(asked: Question, mesh: Mesh, show: ShowProgress) -> Answer:
-    """Open the model and evaluate it; every process of `mesh` gets the whole answer.
+def evaluate_model(asked: EvalRequest, mesh: Mesh, show: ShowProgress) -> ModelEvaluation:
+    """Open the model and evaluate it; every process of `mesh` gets all numbers.
 
     Raises:
         UsageError: a model, folder, length or name of a task that does not fit.
@@ -102,8 +100,7 @@ def answer(asked: Question, mesh: Mesh, show: ShowProgress) -> Answer:
     """
     model = on_this_machine(asked.model, mesh)
     run = run_config(model)
-    wants_val = any(spec.kind == "val" for spec in asked.specs)
-    folder = data_folder(asked, run) if wants_val else None
+    folder = data_folder(asked, run) if any(spec.kind == "val" for spec in asked.specs) else None
     with mesh.pulse.working("opening the model"):
         opened = open_model(model, mesh.device, ema=asked.ema)
     set_matmul_precision(asked.precision)
@@ -114,45 +111,18 @@ def answer(asked: Question, mesh: Mesh, show: ShowProgress) -> Answer:
     def tolerate(task: str, error: UserError) -> None:
         failures.append((task, error))
 
-    ours = [spec for spec in asked.specs if spec.kind not in ("val", "lm-eval")]
-    suites = open_suites(ours, opened.tokenizer, tolerate=tolerate)
-    names = [spec.argument for spec in asked.specs if spec.kind == "lm-eval"]
-    lm_eval = import_harness()(split_names(names[0])) if names else None
-    if not task and not lm_eval:
+    suites: list[Any] = list(open_suites(asked.specs, opened.tokenizer, tolerate=tolerate))
+    if not task and all(suite.tasks for suite in suites):  # those of lm-eval are not open yet
         if failures and not suites:
             raise failures[0][1]
         refuse_if_nothing_fits([one for suite in suites for one in suite.tasks], opened.model.config.max_seq_len)
     val = (task, validate(asked, task, opened, mesh, show)) if task else None
     scorer = Scorer(opened.model, mesh, autocast=lambda: autocast(asked.precision, mesh.device), compile=asked.compile)
-    found = []
-    for suite in suites:
-        results = []
-        for one in suite.tasks:
-            with show(one.name) as progress:
-                limits = {"max_items": asked.max_items, "seconds": asked.max_seconds}
-                results.append(evaluate(one, scorer, **limits, progress=progress))
-        found.append((suite, results))
-    theirs = []
-    if lm_eval:
-        with show("lm-eval") as progress:
-            theirs = lm_eval(scorer, opened.tokenizer, progress, asked.max_items, tolerate)
-    if failures and not (task or suites or theirs):
+    found = [(suite, suite.evaluate(scorer, show, asked.max_items, asked.max_seconds)) for suite in suites]
+    if failures and not val and not any(results for _, results in found):
         raise failures[0][1]
-    said = [f"{name} was not evaluated: {error}" for name, error in failures]
-    return Answer(opened, val, found, theirs, scorer.cost.compile_seconds, said)
-
-
-def import_harness() -> Callable[[Sequence[str]], Any]:
-    """What opens tasks of lm-eval by their names; a UserError where it is not installed."""
-    try:
-        from regpt.evals.harness import open_harness
-    except ImportError:
-        raise UserError("lm-eval is not installed; install it with: pip install 'regpt[lm-eval]'") from None
-    return open_harness
-
-
-def split_names(names: str) -> list[str]:
-    return [name.strip() for name in names.split(",") if name.strip()]
+    sentences = [f"{name} was not evaluated: {error}" for name, error in failures]
+    return ModelEvaluation(opened, val, found, scorer.cost.compile_seconds, sentences)
 
 
 def run_config(model: str) -> RunConfig | None:
@@ -163,7 +133,7 @@ def run_config(model: str) -> RunConfig | None:
     return read_config(str(folder / "config.toml")) if is_file(folder / "config.toml") else None
 
 
-def data_folder(asked: Question, run: RunConfig | None) -> Path:
+def data_folder(asked: EvalRequest, run: RunConfig | None) -> Path:
     """--data, or the run's own data."""
     if asked.data is not None:
         return Path(asked.data)
@@ -174,14 +144,14 @@ def data_folder(asked: Question, run: RunConfig | None) -> Path:
         )
     if run is None or not run.data.path:
         if not may_be_model(asked.model):
-            open_model(asked.model)  # which says so
+            open_model(asked.model)  # raises the right error
         raise UsageError(
             f"{asked.model!r} names no run that knows its data; give the folder of token shards with --data DIR"
         )
     return Path(run.data.path)
 
 
-def open_val(asked: Question, run: RunConfig | None, folder: Path, opened: OpenModel) -> ValTask:
+def open_val(asked: EvalRequest, run: RunConfig | None, folder: Path, opened: OpenModel) -> ValTask:
     """The validation rows.
 
     Raises:
@@ -205,7 +175,7 @@ def open_val(asked: Question, run: RunConfig | None, folder: Path, opened: OpenM
     return ValTask(folder, seq_len, manifest.tokens("val"), parts)
 
 
-def validate(asked: Question, task: ValTask, opened: OpenModel, mesh: Mesh, show: ShowProgress) -> Validated:
+def validate(asked: EvalRequest, task: ValTask, opened: OpenModel, mesh: Mesh, show: ShowProgress) -> Validated:
     """Read the rows and sum their losses."""
     loss_sum = make_loss_sum(opened.model, asked.precision, mesh.device, compile=False)
     done = 0
@@ -235,8 +205,8 @@ def validate(asked: Question, task: ValTask, opened: OpenModel, mesh: Mesh, show
     return found
 
 
-def report(asked: Question, found: Answer) -> dict[str, Any]:
-    """The answer as JSON."""
+def report(asked: EvalRequest, found: ModelEvaluation) -> dict[str, Any]:
+    """The numbers as JSON."""
     tasks: dict[str, Any] = {}
     if found.val:
         task, val = found.val
@@ -244,13 +214,9 @@ def report(asked: Question, found: Answer) -> dict[str, Any]:
         where = {"seq_len": task.seq_len, "data": str(task.folder)}
         tasks["val"] = val_numbers(val.whole) | ({"sources": sources} if sources else {}) | where
     for suite, results in found.suites:
-        for one in results:
-            tasks[one.task] = task_numbers(one) | {"read_seconds": suite.seconds}
-        for row in suite.summarize(results):
-            tasks[row["task"]] = {key: value for key, value in row.items() if key != "task"}
-    for one in found.harness:
-        numbers = {name: {"value": value, "stderr": error, "n": one.n} for name, (value, error) in one.metrics.items()}
-        tasks[one.task] = {"metrics": numbers, "n": one.n, "changed": one.changed}
+        read = {"read_seconds": suite.seconds} if suite.tasks else {}
+        tasks |= {one.task: one.report() | read for one in results}
+        tasks |= {row["task"]: {key: x for key, x in row.items() if key != "task"} for row in suite.summarize(results)}
     return {
         "model": asked.model,
         "source": found.opened.source,
@@ -263,51 +229,26 @@ def report(asked: Question, found: Answer) -> dict[str, Any]:
     }
 
 
-def rows(found: Answer) -> list[Row]:
-    """The answer as rows of metrics.jsonl of kind `eval` have it: one a task and metric."""
-    table = []
-    if found.val:
-        for name, val in {"val": found.val[1].whole, **found.val[1].sources}.items():
-            of = {"task": name if name == "val" else f"val:{name}"}
-            values = {
-                "loss": (val.loss, val.stderr),
-                "bpb": (val.bpb, val.bpb_stderr),
-                "perplexity": (val.perplexity, None),
-            }
-            table += [
-                of | {"metric": key, "value": value, "stderr": error, "n": val.tokens}
-                for key, (value, error) in values.items()
-            ]
-    for suite, results in found.suites:
-        table += suite_rows(suite, results)
-    for one in found.harness:
-        of, n = {"task": one.task}, {"n": one.n}
-        table += [
-            of | {"metric": key, "value": value, "stderr": error} | n for key, (value, error) in one.metrics.items()
-        ]
-    return table
-
-
-def val_numbers(val: Any) -> dict[str, Any]:
+def val_numbers(val: Validation) -> dict[str, Any]:
     perplexity = val.perplexity if math.isfinite(val.perplexity) else None  # JSON has no infinity
     return {**val._asdict(), "perplexity": perplexity}
 
 
-def task_numbers(one: Result) -> dict[str, Any]:
-    metrics = {name: dataclasses.asdict(found) for name, found in one.estimates().items()}
-    return {
-        "metrics": metrics,
-        "n": len(one.chosen),
-        "n_items": one.n_items,
-        "baseline": one.baseline,
-        "seconds": one.seconds,
-        "cut": one.cut,
-        "left_out": one.left_out,
-        "items_sha256": one.items_sha256,
-    }
+def rows(found: ModelEvaluation) -> list[Row]:
+    """The numbers as rows of metrics.jsonl of kind `eval`: one a task and metric."""
+    table = []
+    if found.val:
+        for name, val in {"val": found.val[1].whole, **found.val[1].sources}.items():
+            task = name if name == "val" else f"val:{name}"
+            values = (("loss", val.stderr), ("bpb", val.bpb_stderr), ("perplexity", None))
+            table += [
+                {"task": task, "metric": key, "value": getattr(val, key), "stderr": error, "n": val.tokens}
+                for key, error in values
+            ]
+    return [*table, *(row for suite, results in found.suites for row in suite_rows(suite, results))]
 
 
 @contextlib.contextmanager
 def silent(name: str) -> Iterator[Progress]:
-    """Shows nothing."""
+    """Show no progress."""
     yield lambda done, total: None

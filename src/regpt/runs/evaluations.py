@@ -1,15 +1,14 @@
-"""Tasks of `eval.tasks` while a model trains: on the raw module, by functions of their own, without any generator."""
+"""Tasks of `eval.tasks` while a model trains: on the raw module, by separate functions, without any generator."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from regpt.config import RunConfig
 from regpt.evals.score import BATCH_TOKENS, Scorer
 from regpt.evals.suite import Row, Suite, open_suites, suite_rows
-from regpt.evals.task import Result, evaluate, refuse_if_nothing_fits, truncation_notice
+from regpt.evals.task import Result, Task, evaluate, refuse_if_nothing_fits, truncation_notice, with_error
 from regpt.files import is_file
 from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import Mesh
@@ -19,10 +18,10 @@ from regpt.text.tokenizer import Tokenizer
 from regpt.train.average import Average
 from regpt.train.precision import autocast
 
-OF_AVERAGE = "_ema"  # behind the name of a metric
+OF_AVERAGE = "_ema"  # after the name of a metric
 
 
-class Evaluations:
+class RunEvaluations:
     """The tasks of a run; `rows(step)` evaluates them once.
 
     Under a budget of seconds the first evaluation finds out how many items it allows; later ones, and those after a
@@ -63,7 +62,7 @@ class Evaluations:
             batch_tokens=min(BATCH_TOKENS[kind], max(1024, rows * config.data.seq_len)),
         )
         self.counts = counts_before(run / "metrics.jsonl")
-        self.told: set[str] = set()
+        self.noticed: set[str] = set()
 
     def rows(self, step: int) -> Iterator[Row]:
         """The rows of metrics of every task, one suite after another; all processes together."""
@@ -71,7 +70,7 @@ class Evaluations:
         left = self.config.eval.max_seconds / passes
         compiled = self.scorer.cost.compile_seconds
         for i, suite in enumerate(self.suites):
-            # Every name in eval.tasks has the same share, however many tasks are behind it; what one leaves is others'.
+            # Every name in eval.tasks has the same share, however many tasks it has; time left over goes to the others.
             end = left - left / (len(self.suites) - i)
             results = []
             for k, task in enumerate(suite.tasks):
@@ -83,24 +82,22 @@ class Evaluations:
                 left -= self.scorer.slowest(results[-1].seconds)
             averaged = self.averaged(suite)
             self.keep_items(results, averaged, step)
-            for row in [*suite_rows(suite, results), *map(of_average, suite_rows(suite, averaged) if averaged else [])]:
+            of_average = suite_rows(suite, averaged) if averaged else []
+            of_average = [row | {"metric": f"{row['metric']}{OF_AVERAGE}"} for row in of_average]
+            for row in [*suite_rows(suite, results), *of_average]:
                 yield {"kind": "eval", "step": step, **row, "time": time.time()}
             self.say(headline(suite, results, step))
-            self.tell_of_cuts(results)
+            new = [one for one in results if one.task not in self.noticed]  # the notice is the same at every step
+            self.noticed |= {one.task for one in new}
+            for sentence in truncation_notice(new, self.config.model.max_seq_len):
+                self.say(sentence)
             if averaged:
                 self.say(f"with the average of the weights: {headline(suite, averaged, step)}")
         if self.scorer.cost.compile_seconds > compiled:
             self.say(f"evaluation compiled in {self.scorer.cost.compile_seconds - compiled:.1f} s")
 
-    def tell_of_cuts(self, results: Sequence[Result]) -> None:
-        """Once a task: it is the same at every step."""
-        new = [one for one in results if one.task not in self.told]
-        self.told |= {one.task for one in new}
-        for said in truncation_notice(new, self.config.model.max_seq_len):
-            self.say(said)
-
     def averaged(self, suite: Suite) -> list[Result]:
-        """The same items of each task, judged with the average of the weights; none where it is not wanted, or before
+        """The same items of each task, judged with the average of the weights; empty where it is not wanted, or before
         a stop."""
         results: list[Result] = []
         if self.average is None:
@@ -113,7 +110,7 @@ class Evaluations:
         return results
 
     def keep_items(self, results: Sequence[Result], averaged: Sequence[Result], step: int) -> None:
-        """What each item gave, both ways in one line."""
+        """Write the outcome of each item, with both weights in one line."""
         if not self.mesh.is_main:
             return
         for i, one in enumerate(results):
@@ -121,22 +118,17 @@ class Evaluations:
             both = one.outcomes | {f"{metric}{OF_AVERAGE}": values for metric, values in also.items()}
             keep_items(self.run / "evals", one.task, replace(one, outcomes=both).item_lines(), step, self.say)
 
-    def evaluate(self, task: Any, seconds: float) -> Result:
-        known = self.counts.get(task.name)
-        if known is None or not seconds:
-            found = evaluate(task, self.scorer, max_items=self.config.eval.max_items, seconds=seconds)
-        else:
-            found = evaluate(task, self.scorer, max_items=known)
+    def evaluate(self, task: Task, seconds: float) -> Result:
+        """The result of `task`; under a budget of seconds on the items of its first evaluation."""
+        known = self.counts.get(task.name) if seconds else None
+        limit, seconds = (self.config.eval.max_items, seconds) if known is None else (known, 0.0)
+        found = evaluate(task, self.scorer, max_items=limit, seconds=seconds)
         self.counts[task.name] = len(found.chosen)
         return found
 
 
-def of_average(row: Row) -> Row:
-    return row | {"metric": f"{row['metric']}{OF_AVERAGE}"}
-
-
 def open_run_suites(config: RunConfig, tokenizer: Tokenizer) -> list[Suite]:
-    """What `eval.tasks` names.
+    """Open the tasks that `eval.tasks` names.
 
     Raises:
         UserError: files that cannot be had, malformed items, or nothing but endings longer than the model.
@@ -147,7 +139,7 @@ def open_run_suites(config: RunConfig, tokenizer: Tokenizer) -> list[Suite]:
 
 
 def counts_before(metrics: Path) -> dict[str, int]:
-    """Task → items of its last evaluation in a run that goes on."""
+    """Task → items of its last evaluation in a run that continues."""
     counts: dict[str, int] = {}
     for _, row, _ in json_lines(metrics, holding=b'"eval"') if is_file(metrics) else ():
         if row and row.get("kind") == "eval" and isinstance(row.get("task"), str) and isinstance(row.get("n"), int):
@@ -158,11 +150,5 @@ def counts_before(metrics: Path) -> dict[str, int]:
 def headline(suite: Suite, results: Sequence[Result], step: int) -> str:
     """One line about a suite."""
     rows = suite.summarize(results) or suite_rows(suite, results)
-    found = ", ".join(f"{row['metric']} {with_error(row['value'], row['stderr'])}" for row in rows)
+    found = ", ".join(f"{row['metric']} {with_error(row['value'], row['stderr'], 'no item scored')}" for row in rows)
     return f"{suite.name} after step {step:,}: {found}; {sum(result.seconds for result in results):.1f} s"
-
-
-def with_error(value: float | None, stderr: float | None) -> str:
-    if value is None:
-        return "no item scored"
-    return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"

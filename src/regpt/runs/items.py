@@ -1,14 +1,15 @@
-"""Files of what every item of a task gave: RUN/evals/TASK-step-00000250.jsonl."""
+"""Files of the outcome of every item of a task: RUN/evals/TASK-step-00000250.jsonl (see `regpt.report.read`)."""
 
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 from regpt.files import write_text
+from regpt.report.read import item_file
 
 
 def keep_items(folder: Path, task: str, lines: str, step: int, say: Callable[[str], None]) -> None:
-    """`write_items` for a run, which goes on without the file where that cannot be written, and says so."""
+    """`write_items` for a run, which continues without the file where that cannot be written, and reports it."""
     try:
         write_items(folder, task, lines, step)
     except OSError as error:
@@ -16,12 +17,12 @@ def keep_items(folder: Path, task: str, lines: str, step: int, say: Callable[[st
 
 
 def write_items(folder: Path, task: str, lines: str, step: int) -> Path:
-    """The file of `task` at `step`, in the place of those of earlier steps: the last one is compared."""
+    """Write the file of `task` at `step` instead of those of earlier steps: the last one is compared."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[/:\\]", "-", task)
-    path = folder / f"{name}-step-{step:08d}.jsonl"
+    path = item_file(folder, task, step)
     write_text(path, lines)
-    for other in folder.glob(f"{name}-step-*.jsonl"):
+    name = path.name.rpartition("-step-")[0]
+    for other in folder.iterdir():
         if re.fullmatch(re.escape(name) + r"-step-\d{8}\.jsonl", other.name) and other < path:
             other.unlink()
     return path

@@ -44,7 +44,7 @@ from regpt.runs.begin import (
 )
 from regpt.runs.build import build_loader, choose_kernels, count_validation_rows, open_corpus
 from regpt.runs.changes import changes, refuse_changes
-from regpt.runs.evaluations import Evaluations, open_run_suites
+from regpt.runs.evaluations import RunEvaluations, open_run_suites
 from regpt.runs.folder import (
     JsonLines,
     create_run,
@@ -266,7 +266,7 @@ def train(
         ratios = watch_updates(trainer, config.log.update_ratios_every_steps)
         suites = open_run_suites(config, machine.corpus.tokenizer)
         kept = {"average": machine.average, "stop_requested": stop_requested}
-        evaluations = Evaluations(config, run, suites, trainer.model, mesh, terminal.say, **kept)
+        evaluations = RunEvaluations(config, run, suites, trainer.model, mesh, terminal.say, **kept)
         parts = (machine.corpus, loader, trainer, ratios, evaluations, terminal)
         job = Job(config, run, *parts, *files, saver=saver, average=machine.average)
         terminal.say(summary(job))

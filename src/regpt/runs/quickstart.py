@@ -10,7 +10,7 @@ import numpy as np
 
 from regpt.config import RunConfig, read_config
 from regpt.console.lines import print_line
-from regpt.evals.unigram import token_counts, unigram_loss
+from regpt.evals.perplexity import token_counts, unigram_loss
 from regpt.prepare.named import python_docs
 from regpt.prepare.prepare import prepare
 from regpt.report.page import write_report

@@ -16,7 +16,7 @@ from regpt.checkpoint.load import Checkpoint, checkpoint_folder, checkpoints, lo
 from regpt.config import RunConfig
 from regpt.console.text import counted
 from regpt.errors import UserError
-from regpt.runs.metric_rows import last_rows
+from regpt.report.read import rows_by_step
 
 POLL_SECONDS = 0.002
 COMPARED = ("loss", "grad_norm", "bpb")
@@ -194,7 +194,7 @@ def killed_run(
                 f"{run.name}: complete before it could be killed a {number + 1}. time; more --steps give more room"
             )
             break
-        ends.append(Kill(len(last_rows(run, "train")), newest(run)))
+        ends.append(Kill(len(rows_by_step(run, "train")), newest(run)))
         bench.say(f"{run.name}: killed after step {ends[-1].steps_done}, newest checkpoint {ends[-1].checkpoint}")
         if (run / "config.toml").is_file():
             args = ["train", "--resume", str(run), *nproc(processes)]
@@ -208,12 +208,12 @@ def killed_run(
 
 def wait_for(run: Path, process: subprocess.Popen[bytes], step: int) -> None:
     """Return when the run has written row `step`, or has ended."""
-    while process.poll() is None and step not in last_rows(run, "train"):
+    while process.poll() is None and step not in rows_by_step(run, "train"):
         time.sleep(POLL_SECONDS)
 
 
 def step_seconds(run: Path) -> float:
-    rows = last_rows(run, "train")
+    rows = rows_by_step(run, "train")
     return float(rows[max(rows)]["dt_ms"]) / 1e3 if rows else 0.0
 
 
@@ -226,7 +226,7 @@ def compare(
     straight: Path, run: Path, worlds: tuple[int, ...], ends: tuple[Kill, ...], deterministic: bool, tolerance: float
 ) -> Comparison:
     """The rows and the last checkpoint of `run` against those of `straight`."""
-    rows = [{kind: last_rows(r, kind) for kind in ("train", "val")} for r in (run, straight)]
+    rows = [{kind: rows_by_step(r, kind) for kind in ("train", "val")} for r in (run, straight)]
     numbers = [
         {
             (k, step, key): row[key]
