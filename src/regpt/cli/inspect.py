@@ -83,8 +83,7 @@ def main(args: list[str]) -> int:
 
 def draw(given: InspectArgs, model: Transformer, tensors: Mapping[str, Tensor]) -> None:
     """The picture, with the lecture's choices where the model is large enough for them."""
-    from regpt.report.weight_pictures import draw_weights
-    from regpt.report.weights import find_tensor
+    from regpt.report.weights import draw_weights, find_tensor
 
     assert given.out is not None
     positions = tensors.get(model.position_embedding)

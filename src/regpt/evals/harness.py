@@ -27,7 +27,7 @@ from regpt.evals.score import Progress, Scorer
 from regpt.evals.suite import Row, ShowProgress
 from regpt.evals.task import Estimate, Tolerate
 from regpt.files import is_file, resolved
-from regpt.sample.generate import generated, text_pieces
+from regpt.sample.generate import generate_tokens, text_pieces
 from regpt.sample.sampling import SamplingOptions
 from regpt.text.tokenizer import Tokenizer
 
@@ -149,7 +149,7 @@ class HarnessModel(TemplateLM):
         device = self.scorer.mesh.device
         text = ""
         with self.scorer.autocast():
-            ids = generated(
+            ids = generate_tokens(
                 self.scorer.model,
                 torch.tensor([tokens], device=device),
                 limit,

@@ -1,5 +1,6 @@
-"""Faster paths behind the plain ones of `model/`: what they compute is defined there, and tests compare the two.
+"""Faster versions of `model/`, which defines their results; tests compare the two.
 
-`select.py` says which are active. `gpt2.py` composes the rest: `cublaslt.py` (matrix products with epilogues),
-`attention.py` (cuDNN on packed tensors), `triton_ops.py` (what lies between).
+`select.py` chooses: a family of models with an entry in its table has a fused path. `gpt2.py` composes GPT-2's from
+`cublaslt.py` (matrix products with epilogues), `attention.py` (cuDNN on packed tensors) and `triton_ops.py` (norms,
+loss, embedding); `gpt2_fp8.py` is its version in FP8. `graphs.py` replays either as CUDA graphs.
 """

@@ -1,6 +1,6 @@
 """Matrix products with what surrounds them: bias, residual, GELU and its derivative, accumulation into float32.
 
-torch calls the same library (cuBLASLt) but offers few of its epilogues, and none that a backward pass needs. The
+torch calls the same library (cuBLASLt) but offers few of its epilogues, not those that a backward pass needs. The
 library is already in the process, so this file calls it by its documented C interface (NVIDIA, cuBLAS, section 3).
 Every product asks for several algorithms once, times them on its own operands, and keeps the fastest, also on disk.
 """
@@ -97,7 +97,7 @@ class Tuned:
         self.about, self.cache = about, cache
 
     def get(self, key: Hashable) -> bytes | None:
-        """The bytes last `put`; None where there are none, or where they are damaged."""
+        """The bytes last `put`; None where they are missing or damaged."""
         path = self.place(key).get_file(TUNED_FILE)
         kept = b"" if path is None else Path(path).read_bytes()
         digest, algorithm = kept[:DIGEST_BYTES], kept[DIGEST_BYTES:]
@@ -131,7 +131,7 @@ def fastest(candidates: int, time: Callable[[int, int], float]) -> int:
     """The number of the fastest candidate; `time(i, runs)` is the milliseconds of one of `runs` runs of candidate i,
     infinite for one that cannot be run.
 
-    One run tells those that are far behind. The others run in turn: on a busy device, at its power limit, the order is
+    One run finds the far slower ones. The others run in turn: on a busy device, at its power limit, the order is
     another than on a cool one.
     """
     once = [time(i, 1) for i in range(candidates)]
@@ -280,7 +280,7 @@ class Products:
             self.set(plan.operation, B_SCALE_POINTER, c_void_p(scales[0].data_ptr()))
 
     def recall(self, plan: Plan, key: tuple[Any, ...]) -> Algorithm | None:
-        """What another process has found fastest, if it is whole and the library still takes it."""
+        """The algorithm that another process found fastest, if it is intact and the library still takes it."""
         data = None if self.tuned is None else self.tuned.get(key)
         if data is None or len(data) != ctypes.sizeof(Algorithm):
             return None

@@ -9,6 +9,7 @@ import gc
 import warnings
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from regpt.kernels.gpt2 import FusedGPT2, HandWritten
 
 MOST_CAPTURES = 16  # in a process: shapes that keep changing are not worth capturing
-Key = tuple[torch.Size, bool, int | None, bool]  # idx, positions or none, numbers in cu_seqlens, with gradient
+Key = tuple[torch.Size, bool, int | None, bool]  # idx, whether positions, length of cu_seqlens, with gradient
 
 
 class CapturedStep:
@@ -35,7 +36,7 @@ class CapturedStep:
         device = fused.model.device
         self.scale = torch.ones((), device=device)
         self.graphs = [torch.cuda.CUDAGraph() for _ in range(2 if gradient else 1)]
-        # thread_local: other threads (of the loader, of a checkpoint being written) go on with their own calls.
+        # thread_local: other threads (loader, checkpoint) continue with their own calls.
         options: dict[str, Any] = {"pool": pool, "capture_error_mode": "thread_local"}
         idx, targets, positions, cu_seqlens = self.inputs
         assert idx is not None
@@ -62,16 +63,6 @@ class CapturedStep:
         self.graphs[1].replay()
 
 
-class Backward:
-    """The backward of a forward that was replayed; as long as it lives, the results of that forward must stay."""
-
-    def __init__(self, step: Any):
-        self.step = step
-
-    def __call__(self, scale: Tensor) -> None:
-        self.step.backward(scale)
-
-
 class GraphedLoss:
     """`loss_sum` of `fused`, through graphs where possible.
 
@@ -94,7 +85,8 @@ class GraphedLoss:
         self.refused: set[Key] = set()  # what could not be captured
         self.pool: Any = None
         self.captures_left = MOST_CAPTURES
-        self.outstanding: Callable[[], Backward | None] = lambda: None
+        # The backward of the last forward, while something still holds it: until then its results must stay.
+        self.outstanding: Callable[[], object] = lambda: None
 
     def loss_sum(
         self, idx: Tensor, targets: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None
@@ -112,14 +104,14 @@ class GraphedLoss:
         self.fused.copy_weights()
 
         def compute() -> tuple[Tensor, Callable[[Tensor], None]]:
-            loss, backward = step.forward(*inputs), Backward(step)
+            loss, backward = step.forward(*inputs), partial(step.backward)
             self.outstanding = weakref.ref(backward)
             return loss, backward
 
         return HandWritten.apply(self.fused.model.head_weight, compute) if gradient else step.forward(*inputs)  # type: ignore[return-value]
 
     def step_for(self, key: Key, inputs: tuple[Tensor | None, ...]) -> Any:
-        """The captured step for this key, captured now if its time has come; None where there is none."""
+        """The captured step of this key, captured now if its kernels are warm; None to run without graphs."""
         shape, *_, gradient = key
         if gradient and any(known[-1] and known[0] != shape for known in self.steps):
             self.release()  # rows of another number: the memory of the former graphs is needed
@@ -162,19 +154,19 @@ class GraphedLoss:
             torch.cuda.empty_cache()
             end_capture(device)
         warnings.warn(
-            f"the step could not be captured as CUDA graphs ({reason}); steps of its shape go on without",
+            f"the step could not be captured as CUDA graphs ({reason}); steps of its shape continue without",
             RuntimeWarning,
             stacklevel=4,
         )
 
     def places(self, gradient: bool) -> list[int]:
-        """Where the weights lie, and with `gradient` their gradients; 0 for one that is not there."""
+        """Addresses of the weights, and with `gradient` of their gradients; 0 for a missing gradient."""
         parameters = list(self.fused.model.parameters())
         where = [p.data_ptr() for p in parameters]
         return where + [0 if p.grad is None else p.grad.data_ptr() for p in parameters] if gradient else where
 
     def release(self) -> None:
-        """Let go of all graphs and their memory."""
+        """Free all graphs and their memory."""
         self.steps.clear()
         self.where.clear()
         self.pool = None

@@ -1,4 +1,4 @@
-"""Which path computes a model's loss: the plain one, with what operations, or the fused one where it works."""
+"""Choice of the path that computes a model's loss: the plain one or, where it works, its family's fused one."""
 
 import os
 import tempfile
@@ -23,7 +23,7 @@ LossOfTokens = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class Kernels:
-    """What was chosen, and a line that says so: stored with the run and shown at its start."""
+    """The chosen path and the reason, which is stored with the run and shown at its start."""
 
     name: Literal["plain", "fused"]
     reason: str

@@ -1,8 +1,8 @@
 """Rounding to 8 bits on the way, in Triton: each tensor is read once and written twice, by rows and by columns.
 
-Hopper multiplies FP8 only where the numbers that are summed lie side by side in both operands. A product of the forward
+Hopper multiplies FP8 only where the numbers that are summed are contiguous in both operands. A product of the forward
 and of the backward sums along rows, the gradient of a weight along columns (over tokens), so each operand is needed
-both ways. What makes an operand from another tensor (LayerNorm, GELU and its derivative) is done here as well, in
+both ways. The functions that make an operand (LayerNorm, GELU and its derivative) are part of the rounding, in
 float32. Scales are those of `kernels.fp8`: powers of two, from a bound of the tensor's largest number. Rows are tokens
 (N = B·T of them); every kernel runs on a CPU in Triton's interpreter (TRITON_INTERPRET=1).
 """

@@ -1,4 +1,4 @@
-"""What lies between the matrix products, in Triton: each tensor read once and written once.
+"""The operations between matrix products, in Triton: each tensor read once and written once.
 
 Rows are tokens (N = B·T of them), columns the C features or V logits. 16-bit tensors are computed in float32. Every
 kernel runs on any device that Triton knows, and on a CPU in its interpreter (TRITON_INTERPRET=1), where the tests
@@ -247,7 +247,7 @@ def add_partial_sums(partial: Tensor, outs: list[tuple[Tensor, bool]]) -> Tensor
 
 
 def add_column_sums(x: Tensor, out: Tensor, add: bool) -> None:
-    """Add the sums of the columns of x (N, C) to `out` (C,) float32, or write them there. Rows of x may lie apart."""
+    """Add the sums of the columns of x (N, C) to `out` (C,) float32, or write them there. Rows of x may be strided."""
     N, C = x.shape
     blocks = triton.cdiv(C, SUM_COLUMNS)
     programs = triton.cdiv(multiprocessors(x.device) * 8, blocks)

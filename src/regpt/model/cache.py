@@ -9,8 +9,8 @@ from regpt.model.config import ModelConfig
 class KVCache:
     """Room for `capacity` positions of `batch` sequences in every layer. For inference: it is written in place.
 
-    `length` is the number of positions that hold tokens; the model moves it on after each call, and setting it back
-    forgets the later ones.
+    `length` is the number of positions that hold tokens; the model advances it after each call, and setting it back
+    drops the later ones.
     """
 
     def __init__(self, config: ModelConfig, batch: int, capacity: int, *, device: torch.device, dtype: torch.dtype):
@@ -24,7 +24,7 @@ class KVCache:
         return self.k.size(-2)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store `k` and `v` (B, H, T, D) behind the tokens of `layer`; return all of them, (B, H, S, D) views.
+        """Store `k` and `v` (B, H, T, D) after the tokens of `layer`; return all of them, (B, H, S, D) views.
 
         Raises:
             ValueError: another number of sequences, or more positions than fit.

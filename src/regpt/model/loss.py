@@ -18,7 +18,7 @@ def loss_sum(
 
     Args:
         idx: (B, T) int64; `positions`, `cu_seqlens` and `dropout_keys` as in `Transformer.hidden`.
-        targets: (B, T) int64, the token after each of `idx`; `IGNORE_INDEX` where there is none.
+        targets: (B, T) int64, the token after each of `idx`; `IGNORE_INDEX` for no target.
 
     Returns:
         Scalar, float32 (float64 for a float64 model), under autocast too.

@@ -62,7 +62,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, n_voca
     Args:
         hidden: (N, C).
         weight: (V, C), V ≥ n_vocab; rows from n_vocab on are padding and take no part in the softmax.
-        targets: (N,) int64 below n_vocab, `IGNORE_INDEX` where there is none.
+        targets: (N,) int64 below n_vocab, `IGNORE_INDEX` for no target.
 
     Returns:
         Scalar, float32 (float64 for float64 inputs).

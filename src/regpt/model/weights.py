@@ -1,12 +1,9 @@
-"""Fill a model with weights, and take them out again: always at the real vocabulary size, the tied head once."""
+"""Weights into a model and out of it, always at the real vocabulary size, the tied head once."""
 
 import contextlib
 import hashlib
-import itertools
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -15,8 +12,6 @@ from torch.overrides import TorchFunctionMode
 
 from regpt.errors import UserError
 from regpt.model.transformer import Transformer
-
-MOST_AT_ONCE = 8  # initial values being drawn, or drawn and not yet in the model
 
 
 @contextlib.contextmanager
@@ -28,7 +23,7 @@ def without_memory() -> Iterator[None]:
 
 def allocate(model: Transformer, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Transformer:
     """Give the parameters of a model made `without_memory` their memory on `device`; their values are not yet set."""
-    for module in model.modules():  # Module.to_empty would import sympy, again for seconds
+    for module in model.modules():  # Module.to_empty would import sympy, which takes seconds
         for name, p in module.named_parameters(recurse=False):
             values = torch.empty(p.shape, device=device, dtype=dtype)
             setattr(module, name, nn.Parameter(values, requires_grad=p.requires_grad))
@@ -36,8 +31,8 @@ def allocate(model: Transformer, device: torch.device | str, dtype: torch.dtype 
 
 
 class WithoutValues(TorchFunctionMode):
-    """Modules keep their parameters as they were allocated: initial values on the meta device are for nothing, and
-    torch imports its compiler for them, which takes seconds.
+    """Modules keep their parameters as they were allocated: initial values on the meta device are unused, and torch
+    imports its compiler for them, which takes seconds.
     """
 
     def __torch_function__(
@@ -52,35 +47,10 @@ class WithoutValues(TorchFunctionMode):
 def initialize(model: Transformer, seed: int) -> Transformer:
     """GPT-2's initialisation (Radford et al. 2019, section 2.3): N(0, 0.02), residual projections times (2·n_layer)^-½.
 
-    Every parameter has a generator of its own, on the CPU, seeded by `seed` and the parameter's name: the values do
-    not depend on the model's device, on padding, or on how parameters are spread over processes.
+    Every parameter has its own generator on the CPU, seeded by `seed` and the parameter's name: the values do not
+    depend on the model's device, on padding, or on how parameters are sharded over processes.
     """
-    weights = InitialWeights(model, seed)
-    with ThreadPoolExecutor(max_workers=min(MOST_AT_ONCE, os.cpu_count() or 1)) as threads:
-        return load_weights(model, DrawnAhead(weights, threads))
-
-
-class DrawnAhead(Mapping[str, Tensor]):
-    """The values of `weights`, each to be asked for once and in order, the next few of them drawn by `threads` before.
-
-    A generator fills its tensor with one core: GPT-2 124M takes 0.64 s so, 0.53 s on two of them.
-    """
-
-    def __init__(self, weights: Mapping[str, Tensor], threads: ThreadPoolExecutor):
-        self.weights, self.threads = weights, threads
-        self.names = iter(weights)
-        self.drawn: dict[str, Future[Tensor]] = {}
-
-    def __getitem__(self, name: str) -> Tensor:
-        for following in itertools.islice(self.names, MOST_AT_ONCE - len(self.drawn)):
-            self.drawn[following] = self.threads.submit(self.weights.__getitem__, following)
-        return self.drawn.pop(name).result()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.weights)
-
-    def __len__(self) -> int:
-        return len(self.weights)
+    return load_weights(model, InitialWeights(model, seed))
 
 
 class InitialWeights(Mapping[str, Tensor]):
@@ -144,7 +114,7 @@ def load_weights(model: Transformer, weights: Mapping[str, Tensor]) -> Transform
                 f"weight {name!r} has shape {tuple(value.shape)} and type {value.dtype}, this model needs {shape} and "
                 "floating-point numbers; build the model from the weights' own config"
             )
-        # Through the parameter, not its `.data`: its version is what copies for the kernels are renewed by.
+        # Through the parameter, not its `.data`: the kernels renew their copies when its version has changed.
         unpadded(model, name, parameter).copy_(value)
         parameter[shape[0] :] = 0  # padding rows
     return model

@@ -1,4 +1,4 @@
-"""PROMPT → TEXT: the prompt is read once, then one token at a time behind a cache of keys and values."""
+"""PROMPT → TEXT: the prompt is read once, then one token at a time, with a cache of keys and values."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -40,7 +40,7 @@ def write_samples(
 ) -> list[Sample]:
     """`n` texts that continue `prompt`, drawn with one generator seeded by `seed`; each ends at `<|endoftext|>`.
 
-    `slide` is as in `generate`.
+    `slide` is as in `generate_tokens`.
 
     Raises:
         UserError: see `check_length`, or logits that are not finite.
@@ -48,17 +48,16 @@ def write_samples(
     if n < 1:
         raise UsageError(f"the number of samples is {n}, must be at least 1")
     prompt_ids = encode_prompt(tokenizer, prompt)
-    device = model.device
     texts = generate(
         model,
-        torch.tensor(prompt_ids, device=device).expand(n, -1),  # (n, P)
+        torch.tensor(prompt_ids, device=model.device).expand(n, -1),  # (n, P)
         max_new_tokens,
         options=options,
-        generator=seeded(device, seed),
+        generator=make_generator(model.device, seed),
         stop=tokenizer.eot,
         slide=slide,
     )
-    return [finished(ids, len(prompt_ids), tokenizer) for ids in texts.tolist()]
+    return [make_sample(ids, len(prompt_ids), tokenizer) for ids in texts.tolist()]
 
 
 def stream_sample(
@@ -71,22 +70,21 @@ def stream_sample(
     seed: int,
     slide: bool = False,
 ) -> Iterator[str]:
-    """The text of `write_samples` with `n` = 1 in pieces as it is made, the prompt first.
+    """The text of `write_samples` with `n` = 1, in pieces as it is generated, the prompt first.
 
-    A piece is whole characters: one of which only some bytes are there waits for the next token. What is wrong with the
-    arguments is raised at once, not with the first piece.
+    A piece is whole characters: an incomplete one waits for the next token. Wrong arguments raise at once, not with the
+    first piece.
 
     Raises:
         UserError: see `check_length`, or logits that are not finite.
     """
     prompt_ids = encode_prompt(tokenizer, prompt)
-    device = model.device
-    tokens = generated(
+    tokens = generate_tokens(
         model,
-        torch.tensor([prompt_ids], device=device),
+        torch.tensor([prompt_ids], device=model.device),
         max_new_tokens,
         options=options,
-        generator=seeded(device, seed),
+        generator=make_generator(model.device, seed),
         stop=tokenizer.eot,
         slide=slide,
     )
@@ -102,7 +100,7 @@ def text_pieces(tokenizer: Tokenizer, prompt_ids: Sequence[int], tokens: Iterabl
         if new == [tokenizer.eot]:
             break
         ids += new
-        text = tokenizer.decode(ids).rstrip("\ufffd")  # what may become another character with the next token
+        text = tokenizer.decode(ids).rstrip("\ufffd")  # may become another character with the next token
         if piece := text[shown:]:
             yield piece
         shown = max(shown, len(text))
@@ -110,19 +108,20 @@ def text_pieces(tokenizer: Tokenizer, prompt_ids: Sequence[int], tokens: Iterabl
         yield piece
 
 
-def seeded(device: torch.device, seed: int) -> torch.Generator:
-    if not 0 <= seed < 2**64:  # what torch.Generator takes, less its second names for the upper half
+def make_generator(device: torch.device, seed: int) -> torch.Generator:
+    if not 0 <= seed < 2**64:  # the range of torch.Generator, without its second names for the upper half
         raise UsageError(f"the seed is {seed}, must be between 0 and {2**64 - 1}")
     return torch.Generator(device).manual_seed(seed)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Token ids of `prompt`; an empty one is `<|endoftext|>`: the model has something to read, a document's start."""
+    """Token ids of `prompt`; an empty one becomes `<|endoftext|>`, the start of every document: the model must read at
+    least one token."""
     return tokenizer.encode(prompt) or [tokenizer.eot]
 
 
-def finished(ids: Sequence[int], n_prompt: int, tokenizer: Tokenizer) -> Sample:
-    """The sample of one row of `generate`: what comes after the first new `<|endoftext|>` is cut off."""
+def make_sample(ids: Sequence[int], n_prompt: int, tokenizer: Tokenizer) -> Sample:
+    """The sample of one row of `generate`, cut after the first new `<|endoftext|>`."""
     ids = list(ids)
     end = ids.index(tokenizer.eot, n_prompt) if tokenizer.eot in ids[n_prompt:] else len(ids)
     start = 1 if ids[0] == tokenizer.eot else 0
@@ -140,26 +139,13 @@ def generate(
     cache_dtype: torch.dtype | None = None,
     slide: bool = False,
 ) -> Tensor:
-    """Continue each row of `prompt_ids` (B, P) int64; (B, P + new) int64, new ≤ `max_new_tokens`.
-
-    A row that has produced `stop` is filled up with `stop`, and generation ends early when all rows have. Training
-    mode and torch's global random state stay as they were.
-
-    Args:
-        generator: on the model's device; one draw a token, none when greedy.
-        cache_dtype: type of the cached keys and values; by default what the model's attention computes in.
-        slide: go past the model's length: from there on each token follows from the last `max_seq_len` alone, which
-            are read again for it, since all their positions change.
-
-    Raises:
-        UserError: see `check_length`, or logits that are not finite.
-    """
+    """`prompt_ids` and the tokens of `generate_tokens` after them: (B, P + new) int64, new ≤ `max_new_tokens`."""
     given = {"options": options, "generator": generator, "stop": stop, "cache_dtype": cache_dtype, "slide": slide}
-    tokens = generated(model, prompt_ids, max_new_tokens, **given)
+    tokens = generate_tokens(model, prompt_ids, max_new_tokens, **given)
     return torch.cat((prompt_ids, *(token[:, None] for token in tokens)), dim=1)
 
 
-def generated(
+def generate_tokens(
     model: Transformer,
     prompt_ids: Tensor,
     max_new_tokens: int,
@@ -170,33 +156,43 @@ def generated(
     cache_dtype: torch.dtype | None = None,
     slide: bool = False,
 ) -> Iterator[Tensor]:
-    """The new tokens of `generate`, (B,) int64 each, one by one; whoever has enough stops asking.
+    """Continue each row of `prompt_ids` (B, P) int64: yield the new tokens one by one, (B,) int64 each.
 
-    With a `stop`, logits that are not finite are noticed before their token is given, otherwise at the end.
+    A row that has produced `stop` is filled up with `stop`, and generation ends early when all rows have. Training
+    mode and torch's global random state stay as they were.
+
+    Args:
+        generator: on the model's device; one draw a token, no draw when greedy.
+        cache_dtype: type of the cached keys and values; by default the one that the model's attention computes in.
+        slide: go past the model's length: from there on each token follows from the last `max_seq_len` alone, which
+            are read again for it, since all their positions change.
+
+    Raises:
+        UserError: see `check_length`, at once; or logits that are not finite: before their token is yielded with a
+            `stop`, at the end without one.
     """
     longest, P = model.config.max_seq_len, prompt_ids.size(1)
     check_length(P, max_new_tokens, P + max_new_tokens if slide else longest)
+    capacity = min(P + max_new_tokens - 1, longest)  # the last token is written, never read
     dtype = cache_dtype or attention_dtype(model)
-    return extend(model, prompt_ids, max_new_tokens, options, generator, stop, dtype)
+    return token_loop(model, prompt_ids, max_new_tokens, options, generator, stop, capacity, dtype)
 
 
 @torch.no_grad()
-def extend(
+def token_loop(
     model: Transformer,
     ids: Tensor,
     max_new_tokens: int,
     options: SamplingOptions,
     generator: torch.Generator,
     stop: int | None,
+    capacity: int,
     cache_dtype: torch.dtype,
 ) -> Iterator[Tensor]:
-    """The loop of `generated`."""
-    B, P = ids.shape
-    longest = model.config.max_seq_len
-    capacity = min(P + max_new_tokens - 1, longest)  # the last token is written, never read
+    B, longest = len(ids), model.config.max_seq_len
     cache = KVCache(model.config, B, capacity, device=ids.device, dtype=cache_dtype)
     done = torch.zeros(B, dtype=torch.bool, device=ids.device)  # (B,)
-    finite = torch.ones((), dtype=torch.bool, device=ids.device)  # whether all logits so far were
+    finite = torch.ones((), dtype=torch.bool, device=ids.device)  # whether all logits were so far
     unread = ids
     was_training = model.training
     model.eval()
@@ -224,7 +220,7 @@ def extend(
 
 
 def attention_dtype(model: Transformer) -> torch.dtype:
-    """Type of the keys and values that `model` computes here: autocast's where it is on, else the weights'."""
+    """Type of the keys and values that `model` computes: autocast's where it is on, else the weights'."""
     kind = model.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
 
