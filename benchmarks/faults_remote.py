@@ -30,10 +30,10 @@ from fault_campaign import tiny_config, write_data
 
 import regpt
 from regpt.checkpoint.fetch import complete_checkpoints, restore
-from regpt.checkpoint.lease import Lease
 from regpt.checkpoint.load import checkpoint_folder
-from regpt.checkpoint.store import Store
 from regpt.errors import UserError
+from regpt.remote.lease import Lease
+from regpt.remote.store import Store
 from regpt.report.read import rows_by_step
 from regpt.runs.folder import source_commit
 

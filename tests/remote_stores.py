@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from regpt.checkpoint.lease import Clock
-from regpt.checkpoint.store import Store
-from regpt.prepare.download import Patience
+from regpt.remote.lease import Clock
+from regpt.remote.retry import Patience
+from regpt.remote.store import Store
 
 PATIENT = Patience(tries=3, wait_s=0.0, longest_wait_s=0.0, sleep=lambda seconds: None)
 
@@ -27,7 +27,7 @@ COPY_UNTIL_KILLED = """
 import os, signal, sys
 from pathlib import Path
 import tiny
-from regpt.checkpoint.store import Store
+from regpt.remote.store import Store
 from regpt.config import read_config
 from regpt.runs.pretrain import pretrain
 from regpt.runs.remote import RemoteRun

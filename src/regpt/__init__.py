@@ -5,6 +5,7 @@ data/        tokens → batches    sources, shards, the order of documents, the 
 model/       batch → logits      GPT-2 in plain PyTorch; import from and export to Hugging Face
 parallel/    many processes      the mesh, sums over ranks, the launcher
 train/       logits → step       loss, optimizer, schedule, the trainer
+remote/      other machines      downloads, the Hugging Face hub, runs in buckets
 checkpoint/  state → disk        save, load, verify; `open_model` finds a model by path or name
 evals/       model → numbers     validation loss, bits per byte
 sample/      model → text        sampling, generation with a key/value cache

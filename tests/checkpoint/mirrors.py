@@ -8,9 +8,9 @@ from pathlib import Path
 
 from regpt.checkpoint.config import CheckpointConfig
 from regpt.checkpoint.fetch import restore
-from regpt.checkpoint.lease import Lease
 from regpt.checkpoint.load import checkpoint_folder, load_checkpoint, newest_checkpoint
 from regpt.checkpoint.mirror import Mirror
+from regpt.remote.lease import Lease
 from remote_stores import FaultyStore, Killed
 
 FILES = {"model.json", "model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json", "manifest.json"}

@@ -3,10 +3,10 @@
 import pytest
 from mirrors import DEAD, FILES, add, journal, mirror, steps
 
-from regpt.checkpoint.lease import Lease, LeaseLost
 from regpt.checkpoint.mirror import Mirror
 from regpt.errors import UserError
-from regpt.prepare.download import Patience
+from regpt.remote.lease import Lease, LeaseLost
+from regpt.remote.retry import Patience
 from remote_stores import FaultyStore
 
 pytest.importorskip("fsspec")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from regpt.__main__ import main
-from regpt.checkpoint.store import Store
+from regpt.remote.store import Store
 from remote_stores import forget_s3, memory_bucket, s3_bucket
 
 pytest.importorskip("fsspec")
@@ -192,7 +192,7 @@ def test_without_a_network_the_first_contact_ends_soon_with_the_ways_out(regpt, 
 
     monkeypatch.setattr("urllib.request.getproxies", dict)
     monkeypatch.setattr("socket.getaddrinfo", no_network)
-    monkeypatch.setattr("regpt.prepare.download.pause", lambda seconds, *_: waits.append(seconds))
+    monkeypatch.setattr("regpt.remote.retry.pause", lambda seconds, *_: waits.append(seconds))
     if scheme == "gs":  # whose credentials are looked for on the network, for a quarter of a minute
         monkeypatch.setattr("google.auth.default", lambda **_: asked.append(1) or no_network())
     filled = [flag for arg in args for flag in (tiny_flags if arg == "FLAGS" else [arg])]

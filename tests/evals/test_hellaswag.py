@@ -17,7 +17,7 @@ from regpt.evals.hellaswag import LABEL_COUNTS, N_ITEMS, URL, download, open_hel
 from regpt.evals.score import Scorer
 from regpt.evals.task import evaluate
 from regpt.model.transformer import Transformer
-from regpt.prepare.download import PATIENCE
+from regpt.remote.retry import PATIENCE
 from regpt.text.bpe import BPETokenizer, train_bpe
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "evals" / "hellaswag_val.jsonl.zst"

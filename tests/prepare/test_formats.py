@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from regpt import compression
 from regpt.errors import UsageError, UserError
-from regpt.prepare import json_rows, lines
+from regpt.prepare import json_rows
 from regpt.prepare.decontaminate import read_items
 from regpt.prepare.formats import check_text, parts_of, read_documents, split_at
 from regpt.prepare.json_rows import records
@@ -145,7 +146,7 @@ def test_a_bad_json_file_is_one_sentence_or_skipped_from_there(tmp_path, content
 
 
 def test_a_row_is_of_bounded_length(tmp_path, monkeypatch):
-    for module in (lines, json_rows):
+    for module in (compression, json_rows):
         monkeypatch.setattr(module, "MAX_ROW_BYTES", 1000)
     monkeypatch.setattr(json_rows, "BLOCK", 100)
     row = json.dumps({"text": "x" * 2000})

@@ -7,8 +7,8 @@ import pytest
 
 from regpt.errors import UserError
 from regpt.prepare import named
-from regpt.prepare.download import Patience
 from regpt.prepare.named import NamedOptions, open_sources
+from regpt.remote.retry import Patience
 
 TEXT = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 3
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "tinyshakespeare.txt"

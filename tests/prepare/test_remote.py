@@ -16,12 +16,13 @@ import pytest
 
 from regpt.console.lines import print_note
 from regpt.errors import UserError
-from regpt.prepare import download as download_module
-from regpt.prepare.download import Patience, Problem
 from regpt.prepare.named import NamedOptions, open_sources
-from regpt.prepare.remote import RemoteFile, localized
-from regpt.prepare.sources import Download, SourceFile
-from regpt.prepare.web import open_http
+from regpt.prepare.remote import RemoteSource, localized
+from regpt.prepare.sources import SourceFile
+from regpt.remote import retry
+from regpt.remote.download import Download, RemoteFile
+from regpt.remote.retry import Patience, Problem
+from regpt.remote.web import open_http
 
 TEXT = "".join(f"line {i} of a text that takes a few packets\n" for i in range(4000)).encode()
 PATH = "/texts/a.txt"
@@ -39,7 +40,7 @@ def options(tmp_path, slept) -> NamedOptions:
 
 
 @pytest.fixture
-def on_web(web, options) -> RemoteFile:
+def on_web(web, options) -> RemoteSource:
     """`TEXT` on the web server, found but not downloaded."""
     web.files[PATH] = TEXT
     (source,) = open_sources([web.url + PATH], options)
@@ -78,7 +79,7 @@ def test_a_cut_connection_goes_on_where_it_was_cut(on_web, web, ranges, again):
 
 
 def test_what_an_earlier_process_left_is_continued(on_web, web):
-    partial = on_web.path.with_name("a.txt.partial")
+    partial = on_web.remote.path.with_name("a.txt.partial")
     partial.parent.mkdir(parents=True)
     partial.write_bytes(TEXT[:70_000])
     assert on_web.localize().path.read_bytes() == TEXT
@@ -134,13 +135,13 @@ def test_a_name_that_does_not_resolve_is_tried_twice_and_says_how_to_work_offlin
 
 def test_a_server_that_was_reached_is_tried_as_often_as_before(on_web, web, monkeypatch):
     web.faults.extend([(500, {})])
-    real, calls = download_module.problem_of, []
+    real, calls = retry.problem_of, []
 
     def gone_later(error):
         calls.append(0)
         return real(error) if len(calls) == 1 else Problem("no connection", False, unreached=True)
 
-    monkeypatch.setattr(download_module, "problem_of", gone_later)
+    monkeypatch.setattr(retry, "problem_of", gone_later)
     web.faults.extend([(500, {})] * 5)
     with pytest.raises(UserError, match="no connection, 3 times; the same command continues"):
         on_web.localize()
@@ -177,7 +178,7 @@ def test_another_hash_than_the_published_one_is_refused(web, options, published)
     (source,) = open_sources([web.url + PATH + digest], options)
     with pytest.raises(UserError, match=r"a\.txt arrived twice with another sha256 hash than the published one"):
         source.localize()
-    assert not source.path.exists()
+    assert not source.remote.path.exists()
 
 
 def test_a_changed_file_is_another_download(web, options):
@@ -237,7 +238,7 @@ def test_the_next_file_is_downloaded_while_one_is_read(web, options):
     assert [asked.path for asked in web.asked] == names
 
 
-def test_a_reader_that_leaves_stops_the_download(options, monkeypatch):
+def test_a_reader_that_leaves_stops_the_download(options):
     """The stream would never end: it goes on until whoever watches it raises."""
     opened = threading.Event()
 
@@ -253,14 +254,15 @@ def test_a_reader_that_leaves_stops_the_download(options, monkeypatch):
         def __exit__(self, *error):
             return None
 
-    monkeypatch.setattr(RemoteFile, "_open_at", lambda self, offset: Open())
-    endless = RemoteFile("s", "s.txt", 1 << 40, "https://host/s.txt", "https://host/s.txt", options.remote)
+    address = "https://host/s.txt"
+    opened_at = lambda address, offset, timeout_s: Open()  # noqa: E731
+    endless = RemoteSource("s", RemoteFile("s.txt", 1 << 40, address, address, opened_at, options.remote))  # type: ignore[arg-type]
     done = SourceFile("a", "a", Path("a"))
     local = localized([done, endless])
     assert next(local) is done
     assert opened.wait(30)
     local.close()
-    assert endless.path.with_name("s.txt.partial").exists()
+    assert endless.remote.path.with_name("s.txt.partial").exists()
 
 
 def test_a_set_on_the_hub_is_read_like_its_files(hub, options, tmp_path):
@@ -302,7 +304,7 @@ def test_a_wrong_hash_from_the_hub_is_refused(hub, options, lfs):
     hub.add("owner/name", {"a.txt": TEXT}, lfs=lfs)
     (source,) = hub_source(hub, options, "hf://datasets/owner/name/a.txt")
     assert source.localize().path.read_bytes() == TEXT
-    source.path.unlink()
+    source.remote.path.unlink()
     hub.files["/cdn/owner/name/a.txt"] = TEXT[:-1] + b"?"
     with pytest.raises(UserError, match=f"another {'sha256' if lfs else 'blob'} hash than the published one"):
         source.localize()
@@ -381,7 +383,7 @@ def test_hf_endpoint_stands_in_for_the_hub(hub, tmp_path):
 def test_a_redirect_on_the_same_host_keeps_the_token(web):
     web.files[PATH] = TEXT
     web.faults.append((302, {"Location": PATH}))
-    with open_http(web.url + "/moved.txt", 0, "Bearer x", 5.0) as (stream, start):
+    with open_http(web.url + "/moved.txt", 0, 5.0, "Bearer x") as (stream, start):
         assert (stream.read(), start) == (TEXT, 0)
     assert [asked.token for asked in web.asked] == ["Bearer x", "Bearer x"]
 
@@ -393,6 +395,7 @@ def test_huggingface_hub_is_named_when_it_is_missing(monkeypatch, options):
 
 
 def test_a_remote_source_can_be_sent_to_another_process(on_web, options):
-    plain = pickle.loads(pickle.dumps(RemoteFile("s", "f", 1, "u", "a", NamedOptions(cache=options.cache).remote)))
+    remote = RemoteFile("f", 1, "u", "a", open_http, NamedOptions(cache=options.cache).remote)
+    plain = pickle.loads(pickle.dumps(RemoteSource("s", remote)))
     assert plain.source == "s"
     assert pickle.loads(pickle.dumps(on_web.localize())) == on_web.localize()

@@ -12,9 +12,10 @@ import pytest
 from remote_servers import S3, Bucket, GoogleStorage, serve
 
 from regpt.errors import UserError
-from regpt.prepare.buckets import bucket_file
-from regpt.prepare.download import Patience, compare, problem_of
 from regpt.prepare.named import NamedOptions, open_sources
+from regpt.remote.buckets import bucket_file
+from regpt.remote.download import RemoteOptions, compare
+from regpt.remote.retry import Patience, problem_of
 
 TEXT = "".join(f"line {i}\n" for i in range(4000)).encode()
 
@@ -72,7 +73,7 @@ def test_a_bucket_goes_on_where_the_connection_was_cut(bucket, options, monkeypa
 def test_googles_md5_is_checked(tmp_path):
     (tmp_path / "a.txt").write_bytes(TEXT)
     md5 = base64.b64encode(hashlib.md5(TEXT).digest()).decode()
-    file = bucket_file("gs://b/a.txt", {"size": len(TEXT), "md5Hash": md5, "generation": "17"})
+    file = bucket_file("gs://b/a.txt", {"size": len(TEXT), "md5Hash": md5, "generation": "17"}, RemoteOptions(tmp_path))
     assert file.version == "17"
     assert compare(tmp_path / "a.txt", file.checksum) == (True, hashlib.sha256(TEXT).hexdigest())
     (tmp_path / "a.txt").write_bytes(TEXT[:-1])

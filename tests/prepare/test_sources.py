@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from regpt.compression import decompressed
 from regpt.errors import UserError
-from regpt.prepare.compression import decompressed
 from regpt.prepare.document import Part
 from regpt.prepare.formats import parts_of, read_documents
 from regpt.prepare.settings import TextOptions
@@ -184,7 +184,7 @@ def test_rows_that_share_a_text_are_in_memory_some_at_a_time(tmp_path, options, 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
 def test_a_line_beyond_the_limit_is_named_before_it_is_read(tmp_path, monkeypatch, name):
-    monkeypatch.setattr("regpt.prepare.lines.MAX_ROW_BYTES", 1 << 20)
+    monkeypatch.setattr("regpt.compression.MAX_ROW_BYTES", 1 << 20)
     data = jsonl([{"text": "a"}, {"text": "b" * 2**27}])
     if name.endswith("gz"):
         data = gzip.compress(data)

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 import tiny
-from regpt.checkpoint.lease import Lease
 from regpt.checkpoint.load import checkpoint_folder, checkpoints
-from regpt.checkpoint.store import Store
 from regpt.config import RunConfig
 from regpt.errors import UserError
+from regpt.remote.lease import Lease
+from regpt.remote.store import Store
 from regpt.runs import actions
 from regpt.runs.pretrain import pretrain, resume
 from regpt.runs.remote import RemoteRun, stored_config

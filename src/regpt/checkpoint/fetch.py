@@ -7,14 +7,14 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from regpt.checkpoint.best import BEST, METRICS, validation_losses
-from regpt.checkpoint.lease import FOLDER as LEASE
 from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, print_warning, refuse_other_step, step_of, verify_checkpoint
 from regpt.checkpoint.manifest import MANIFEST, STATE, check_sizes, read_manifest
 from regpt.checkpoint.mirror import CONFIG, content
-from regpt.checkpoint.store import Store, is_address
 from regpt.errors import UserError
 from regpt.files import SUCCESSOR, put_in_place, temporary_name, write_bytes
-from regpt.prepare.download import locked
+from regpt.remote.download import locked
+from regpt.remote.lease import FOLDER as LEASE
+from regpt.remote.store import Store, is_address
 from regpt.structured import MAX_BYTES
 
 Warn = Callable[[str], None]

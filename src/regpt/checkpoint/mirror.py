@@ -2,7 +2,7 @@
 
 A thread does it, and training waits for nothing of it. An error is said once and tried again, more and more seldom,
 as long as the run goes on; the last copy, at the end, is given up after a number of tries. Whether anything may be
-written the lease decides (`checkpoint.lease`), before every single file.
+written the lease decides (`remote.lease`), before every single file.
 """
 
 import os
@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from regpt.checkpoint.config import CheckpointConfig
-from regpt.checkpoint.lease import Lease, LeaseLost
 from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, checkpoints, step_of
 from regpt.checkpoint.manifest import MANIFEST, read_manifest
 from regpt.checkpoint.save import is_intact
-from regpt.checkpoint.store import Store, is_safe
 from regpt.errors import UserError
 from regpt.files import SUCCESSOR
-from regpt.prepare.download import problem_of, transport_errors
+from regpt.remote.lease import Lease, LeaseLost
+from regpt.remote.retry import problem_of, transport_errors
+from regpt.remote.store import Store, is_safe
 
 CONFIG = "config.toml"  # written last of the files beside checkpoints: it makes a run of the folder
 

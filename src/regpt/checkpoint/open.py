@@ -16,12 +16,12 @@ from regpt.checkpoint.hf_folder import CONFIG, hf_config, hf_tokenizer, hf_weigh
 from regpt.checkpoint.hub import SHORT_NAMES, download, repository
 from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, load_checkpoint, of_newest
 from regpt.checkpoint.manifest import MODEL
-from regpt.checkpoint.store import is_address
 from regpt.errors import UsageError, UserError, nearest
 from regpt.files import exists, is_file, is_folder, unless_gone
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import allocate, load_weights, without_memory
+from regpt.remote.store import is_address
 from regpt.text.tokenizer import Tokenizer
 
 ALLOWED = (

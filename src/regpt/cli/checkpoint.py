@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from regpt.checkpoint.store import local_folder
 from regpt.cli.parse import parse
 from regpt.cli.table import print_rows
 from regpt.console.lines import print_json, print_line, status
 from regpt.errors import UsageError, UserError, nearest
 from regpt.files import exists, is_file, is_folder
+from regpt.remote.store import local_folder
 
 if TYPE_CHECKING:
     from regpt.checkpoint.audit import Damage, Listed

@@ -28,7 +28,7 @@ class Replay:
 
 def main(args: list[str]) -> int:
     given = parse(Replay, args, prog="regpt replay")
-    from regpt.checkpoint.store import local_folder
+    from regpt.remote.store import local_folder
     from regpt.runs.replay import replay
 
     found = replay(local_folder(given.run, "regpt replay"), given.step, op_level=given.op_level)

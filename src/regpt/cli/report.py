@@ -6,11 +6,11 @@ from typing import Annotated
 
 import tyro
 
-from regpt.checkpoint.store import is_address
 from regpt.cli.parse import parse
 from regpt.console.lines import print_line
 from regpt.errors import UsageError
 from regpt.files import resolved
+from regpt.remote.store import is_address
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from regpt.checkpoint.store import is_address
 from regpt.cli.flags import flags_of, normalized
 from regpt.cli.parse import parse
 from regpt.config import RunConfig, read_config, recipe_names
@@ -18,6 +17,7 @@ from regpt.data.config import DataConfig
 from regpt.errors import UsageError, UserError
 from regpt.files import is_folder
 from regpt.ranges import MANY, PROCESSES, Range
+from regpt.remote.store import is_address
 
 if TYPE_CHECKING:
     from regpt.runs.remote import RemoteRun

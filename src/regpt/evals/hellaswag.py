@@ -8,9 +8,9 @@ import numpy as np
 from regpt.errors import UserError
 from regpt.evals.choices import Choices, Question
 from regpt.evals.items import Item, read_items
-from regpt.prepare.download import PATIENCE, Checksum, Patience
-from regpt.prepare.remote import RemoteFile, RemoteOptions
-from regpt.prepare.sources import DownloadProgress
+from regpt.remote.download import Checksum, DownloadProgress, RemoteFile, RemoteOptions
+from regpt.remote.retry import PATIENCE, Patience
+from regpt.remote.web import open_http
 from regpt.text.tokenizer import Encoder
 
 N_ITEMS = 10_042
@@ -51,17 +51,17 @@ def download(
         UserError: it cannot be downloaded, or has another hash.
     """
     file = RemoteFile(
-        source="hellaswag",
-        file="hellaswag_val.jsonl",
+        name="hellaswag_val.jsonl",
         bytes=0,
         url=url,
         address=url,
+        open_at=open_http,
         options=RemoteOptions(cache or Path.home() / ".cache" / "regpt", None, patience),
         checksum=Checksum("sha256", sha256),
         version=sha256,
         advice="; or give a local copy with --tasks hellaswag:FILE",
     )
-    return file.localize(progress).path
+    return file.fetch(progress).path
 
 
 def questions_of(items: Iterable[Item]) -> Iterable[Question]:

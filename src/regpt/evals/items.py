@@ -7,11 +7,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from regpt.compression import JSONL, decompressed, lines_of, packing_of
 from regpt.errors import UserError
 from regpt.files import is_file
-from regpt.prepare.compression import decompressed
-from regpt.prepare.formats import JSONL, decode, suffix_of
-from regpt.prepare.lines import lines_of
 from regpt.structured import parse_json
 
 Kind = TypeVar("Kind")
@@ -71,13 +69,13 @@ def read_items(path: Path) -> list[Item]:
     Raises:
         UserError: not there, of another kind, damaged, empty, or a line that is no JSON object.
     """
-    suffix = suffix_of(path)
-    if suffix not in JSONL:
+    packing = packing_of(path.name)
+    if not path.name.lower().endswith(JSONL):
         raise UserError(f"{str(path)!r} is of a kind that holds no items; allowed are {', '.join(JSONL)}")
     if not is_file(path):
         raise UserError(f"the file of items {str(path)!r} does not exist; give an existing one")
     try:
-        with path.open("rb") as raw, nullcontext(raw) if suffix == ".jsonl" else decompressed(raw, path) as stream:
+        with path.open("rb") as raw, decompressed(raw, path) if packing else nullcontext(raw) as stream:
             lines = enumerate(lines_of(stream, path), start=1)
             items = [parse(line, path, number) for number, line in lines if line.strip()]
     except OSError as error:
@@ -90,9 +88,10 @@ def read_items(path: Path) -> list[Item]:
 def parse(line: bytes, path: Path, number: int) -> Item:
     where = f"{path}, line {number}"
     try:
-        row = parse_json(decode(line, path, number))
-    except UserError:
-        raise
+        row = parse_json(line)
+    except UnicodeDecodeError as error:
+        byte = f"0x{error.object[error.start]:02x}"
+        raise UserError(f"{where}: byte {byte} is not valid UTF-8; convert the file to UTF-8") from None
     except ValueError as error:
         raise UserError(f"{where}: not JSON ({error}); the file needs one JSON object a line") from None
     if not isinstance(row, dict):

@@ -15,7 +15,7 @@ from regpt.evals.hellaswag import open_hellaswag
 from regpt.evals.score import Progress, Scorer
 from regpt.evals.specs import Spec
 from regpt.evals.task import Result, Task, Tolerate, evaluate, refuse, truncation_notice
-from regpt.prepare.sources import DownloadProgress
+from regpt.remote.download import DownloadProgress
 from regpt.text.fast import accelerate
 from regpt.text.tokenizer import Encoder, Tokenizer
 

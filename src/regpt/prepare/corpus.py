@@ -8,7 +8,8 @@ from typing import Any
 from regpt.errors import UserError
 from regpt.prepare.document import Document
 from regpt.prepare.settings import TextOptions
-from regpt.prepare.sources import DownloadProgress, Source
+from regpt.prepare.sources import Source
+from regpt.remote.download import DownloadProgress
 
 SMALL_BYTES = 10_000_000  # of sources; below it a two-hundredth would be too little to measure a loss on
 SMALL_FRACTION, LARGE_FRACTION = 0.1, 0.005

@@ -3,18 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from regpt.errors import UserError
-
-
-class Unreadable(UserError):
-    """A document, or the rest of a file, that cannot be read; `reason` is how the manifest counts it."""
-
-    def __init__(self, sentence: str, reason: str) -> None:
-        super().__init__(sentence)
-        self.reason = reason
-
-    def __reduce__(self) -> tuple[Any, ...]:  # a worker raises it in its process
-        return type(self), (str(self), self.reason)
+from regpt.compression import Unreadable
 
 
 def not_utf8(where: str, byte: int) -> Unreadable:

@@ -6,8 +6,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from regpt.compression import BufferedStream, decompressed, packing_of
 from regpt.errors import UsageError
-from regpt.prepare.compression import BufferedStream, decompressed, packing_of
 from regpt.prepare.document import Unreadable
 
 BLOCK = 1 << 18

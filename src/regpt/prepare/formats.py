@@ -12,13 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+from regpt.compression import PACKINGS, BufferedStream, decompressed, next_line, packing_of
 from regpt.errors import UsageError, UserError, nearest
 from regpt.prepare.columns import Columns
-from regpt.prepare.compression import PACKINGS, BufferedStream, decompressed, packing_of
 from regpt.prepare.document import Document, Part, Row, Unreadable, not_utf8
 from regpt.prepare.encodings import BOM_UTF8, check_encoding, in_utf8, is_utf8
 from regpt.prepare.json_rows import Rows, parse, rows_of_array, rows_of_lines
-from regpt.prepare.lines import next_line
 from regpt.prepare.parquet import read_parquet, row_groups
 from regpt.prepare.settings import TEXT_OPTIONS, TextOptions
 from regpt.prepare.tables import COMMA, TAB, rows_of_table
@@ -77,7 +76,6 @@ READERS: dict[str, Callable[[BufferedStream, Path, Columns | None, str | None], 
     ".csv": partial(rows_of_table, delimiters=COMMA),
     ".tsv": partial(rows_of_table, delimiters=TAB),
 }
-JSONL = tuple(ending + packing for ending in (".jsonl", ".ndjson") for packing in ("", *PACKINGS))
 PARQUET = (".parquet",)
 SUFFIXES = (*PARQUET, *(ending + packing for ending in READERS for packing in ("", *PACKINGS)))
 TABLES = (".json", ".csv", ".tsv")  # in a folder often something else: read where there is nothing better

@@ -26,10 +26,10 @@ from regpt.prepare.parts import Counts, load_summary
 from regpt.prepare.placement import Placement
 from regpt.prepare.remote import localized
 from regpt.prepare.settings import Settings
-from regpt.prepare.sources import DownloadProgress
 from regpt.prepare.summary import Summary
 from regpt.prepare.workers import Pool, encode_here, encode_on_ray
 from regpt.prepare.write import remove_leftovers
+from regpt.remote.download import DownloadProgress
 from regpt.text.fast import accelerate, can_accelerate, encoder_name, find_model, save_model
 from regpt.text.open import NAMED
 from regpt.text.tokenizer import Encoder, Tokenizer

@@ -14,12 +14,14 @@ from typing import Any
 from regpt.errors import UsageError, UserError
 from regpt.files import is_file
 from regpt.prepare.document import Document, Part
-from regpt.prepare.download import PATIENCE, Checksum, Patience
 from regpt.prepare.listing import Wanted, split_once
 from regpt.prepare.pydocs import pydocs
-from regpt.prepare.remote import RemoteFile, RemoteOptions, find_remote, is_remote
+from regpt.prepare.remote import RemoteSource, find_remote, is_remote
 from regpt.prepare.settings import TEXT_OPTIONS, TextOptions
-from regpt.prepare.sources import DownloadProgress, Source, SourceFile, find_files, sha256_of, text_files
+from regpt.prepare.sources import Source, SourceFile, find_files, sha256_of, text_files
+from regpt.remote.download import Checksum, DownloadProgress, RemoteFile, RemoteOptions
+from regpt.remote.retry import PATIENCE, Patience
+from regpt.remote.web import open_http
 
 # The lecture's debugging text: 40,000 lines of Shakespeare in one file (karpathy/char-rnn).
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -204,14 +206,15 @@ def local_shakespeare(path: Path) -> SourceFile:
     return SourceFile("tinyshakespeare", "input.txt", path)
 
 
-def remote_shakespeare(options: NamedOptions) -> RemoteFile:
-    return RemoteFile(
-        source="tinyshakespeare",
-        file="input.txt",
+def remote_shakespeare(options: NamedOptions) -> RemoteSource:
+    file = RemoteFile(
+        name="input.txt",
         bytes=SHAKESPEARE_BYTES,
         url=options.url,
         address=options.url,
+        open_at=open_http,
         options=options.remote,
         checksum=Checksum("sha256", SHAKESPEARE_SHA256),
         advice="; or give a local copy with --file",
     )
+    return RemoteSource("tinyshakespeare", file)

@@ -26,8 +26,8 @@ from regpt.prepare.named import NAMED_OPTIONS, Listing, NamedOptions, list_sourc
 from regpt.prepare.parts import RESTART
 from regpt.prepare.placement import Placement, count_workers, start_pool
 from regpt.prepare.settings import TEXT_OPTIONS, Filters, Settings, TextOptions
-from regpt.prepare.sources import DownloadProgress
 from regpt.prepare.write import FULL, remove_leftovers
+from regpt.remote.download import DownloadProgress
 from regpt.structured import read_json
 from regpt.text.tokenizer import Tokenizer
 

@@ -1,92 +1,53 @@
 """Files of text elsewhere: on the Hugging Face hub, behind https, in buckets that fsspec knows (s3, gs and others).
 
-An address becomes `RemoteFile`s, whose sizes and published hashes are known before anything is downloaded. The hub's
+An address becomes `RemoteSource`s, whose sizes and published hashes are known before anything is downloaded. The hub's
 files are listed at one commit, so a run never mixes two versions.
 """
 
-import hashlib
 import re
 import threading
 import urllib.parse
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 from regpt.errors import UserError
-from regpt.network import reach
-from regpt.prepare.buckets import list_bucket, open_bucket
 from regpt.prepare.document import Document, Part
-from regpt.prepare.download import PATIENCE, Checksum, Patience, compare, download, persistently
-from regpt.prepare.hub import authorization, kept_by_hub, list_dataset
 from regpt.prepare.listing import Wanted, choose, without_hidden
 from regpt.prepare.settings import TEXT_OPTIONS, TextOptions
-from regpt.prepare.sources import TEXT_FILES, Download, DownloadProgress, Source, SourceFile
-from regpt.prepare.web import open_http, probe, shown
+from regpt.prepare.sources import TEXT_FILES, Source, SourceFile
+from regpt.remote.buckets import list_bucket
+from regpt.remote.download import Download, DownloadProgress, RemoteFile, RemoteOptions
+from regpt.remote.hub import list_dataset
+from regpt.remote.web import shown, web_file
 
 SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)  # two letters at least: C:\ is none
-LISTING_TRIES = 3  # nobody waits minutes to hear that there is no network
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class RemoteOptions:
-    """Where downloads are kept and how patiently they are made; `endpoint` None is huggingface_hub's own."""
-
-    cache: Path
-    endpoint: str | None = None
-    patience: Patience = PATIENCE
-
-
-@dataclass(frozen=True)
-class RemoteFile:
-    """One file elsewhere.
-
-    Attributes:
-        source: what the user typed.
-        file: its name in messages and in the manifest.
-        bytes: its size.
-        url: where it is, for the manifest: with the revision, without secrets.
-        address: what is opened.
-        options: how it is downloaded.
-        checksum: the hash that its server publishes.
-        version: what changes when the content does, where there is no hash.
-        advice: said after an error.
-    """
+class RemoteSource:
+    """A file elsewhere as a `Source`; `source` is what the user typed."""
 
     source: str
-    file: str
-    bytes: int
-    url: str
-    address: str
-    options: RemoteOptions
-    checksum: Checksum | None = None
-    version: str = ""
-    advice: str = ""
+    remote: RemoteFile
+
+    @property
+    def file(self) -> str:
+        return self.remote.name
+
+    @property
+    def bytes(self) -> int:
+        return self.remote.bytes
 
     @property
     def identity(self) -> str:
-        return self.address
+        return self.remote.address
 
     def localize(self, progress: DownloadProgress | None = None) -> SourceFile:
-        if found := self._in_hub_cache():
-            return found
-        try:
-            sha256 = download(
-                self.url, self._open_at, self.path, self.bytes, self.checksum, self.options.patience, progress
-            )
-        except UserError as error:
-            raise UserError(f"{error}{self.advice}") from None
-        return SourceFile(self.source, self.file, self.path, self.url, sha256)
-
-    @property
-    def path(self) -> Path:
-        """Where the download is kept: another folder for another version."""
-        key = hashlib.sha256("\n".join((self.address, self.version, str(self.bytes))).encode()).hexdigest()[:16]
-        return self.options.cache / "downloads" / key / PurePosixPath(self.file).name
+        path, sha256 = self.remote.fetch(progress)
+        return SourceFile(self.source, self.file, path, self.remote.url, sha256)
 
     def parts(self, target_bytes: int, options: TextOptions = TEXT_OPTIONS) -> list[Part]:
         return self.localize().parts(target_bytes, options)
@@ -95,28 +56,12 @@ class RemoteFile:
         return self.localize().documents(options, part)
 
     def known(self) -> dict[str, Any]:
-        record = {"source": self.source, "file": self.file, "bytes": self.bytes, "url": self.url}
-        is_sha256 = self.checksum is not None and self.checksum.kind == "sha256"
-        return {**record, "sha256": self.checksum.hex} if self.checksum and is_sha256 else record
+        record = {"source": self.source, "file": self.file, "bytes": self.bytes, "url": self.remote.url}
+        checksum = self.remote.checksum
+        return {**record, "sha256": checksum.hex} if checksum and checksum.kind == "sha256" else record
 
     def record(self) -> dict[str, Any]:
         return self.localize().record()
-
-    def _open_at(self, offset: int) -> AbstractContextManager[tuple[BinaryIO, int]]:
-        if self.address.startswith(("http://", "https://")):
-            secret = authorization() if self.url.startswith("hf://") else None
-            if not offset:
-                reach(self.address)
-            return open_http(self.address, offset, secret, self.options.patience.timeout_s)
-        return open_bucket(self.address, offset)
-
-    def _in_hub_cache(self) -> SourceFile | None:
-        """The file in huggingface_hub's own folder, if it is there and whole."""
-        kept = Path((self.url.startswith("hf://") and kept_by_hub(self.url)) or "")
-        if not kept.is_file() or kept.stat().st_size != self.bytes:
-            return None
-        matches, sha256 = compare(kept, self.checksum)
-        return SourceFile(self.source, self.file, kept, self.url, sha256) if matches else None
 
 
 class Stopped(Exception):
@@ -168,49 +113,31 @@ def find_remote(
     scheme = address.split("://")[0].lower()
     if scheme in ("http", "https"):
         return [find_over_http(address, options, wanted)]
-    patience, source = listing_patience(options), source or address
-    if scheme == "hf":
-        on_hub, root = list_dataset(address, options.endpoint, patience)
-        return [
-            RemoteFile(source, file.name, file.bytes, file.url, file.address, options, file.checksum)
-            for file in chosen({file.name: file for file in on_hub}, address, root, left_out, wanted)
-        ]
-    in_bucket, root = list_bucket(address, patience)
-    return [
-        RemoteFile(source, file.url, file.bytes, file.url, file.url, options, file.checksum, file.version)
-        for file in chosen({file.url: file for file in in_bucket}, address, root, left_out, wanted)
-    ]
+    files, root = (list_dataset if scheme == "hf" else list_bucket)(address, options)
+    names = chosen([file.name for file in files], address, root, left_out, wanted)
+    by_name = {file.name: file for file in files}
+    return [RemoteSource(source or address, by_name[name]) for name in names]
 
 
-def listing_patience(options: RemoteOptions) -> Patience:
-    return replace(options.patience, tries=min(LISTING_TRIES, options.patience.tries))
-
-
-def chosen(files: dict[str, T], address: str, root: str | None, left_out: Counter[str], wanted: Wanted) -> list[T]:
-    """Those of `files` that are read, in the order of their names. In a folder `root`, others are counted; without, all
+def chosen(given: list[str], address: str, root: str | None, left_out: Counter[str], wanted: Wanted) -> list[str]:
+    """Those of the names `given` that are read, in their order. In a folder `root`, others are counted; without, all
     must be readable."""
-    names = sorted(files, key=lambda name: name.split("/"))
+    names = sorted(given, key=lambda name: name.split("/"))
     if root is not None:
         readable = choose(without_hidden(names, root, left_out), wanted.rank, left_out)
         if not readable:
             raise UserError(f"{address} holds no readable file; allowed are {wanted.allowed}")
-        return [files[name] for name in readable]
+        return readable
     if not names:
         raise UserError(f"no file matches {address}; give a file, a folder or a glob of {wanted.allowed}")
     if other := next((name for name in names if not wanted.accepts(name)), None):
         raise wanted.refuse(other)
-    return [files[name] for name in names]
+    return names
 
 
-def find_over_http(given: str, options: RemoteOptions, wanted: Wanted) -> Source:
-    address, fragment = urllib.parse.urldefrag(given)
-    url = shown(address)
+def find_over_http(address: str, options: RemoteOptions, wanted: Wanted) -> Source:
+    url = shown(urllib.parse.urldefrag(address)[0])
     if not wanted.accepts(urllib.parse.urlsplit(address).path):
         raise UserError(f"{url} is not the address of one file that is read; allowed are {wanted.allowed}")
-    size, version, checksum = persistently(
-        lambda: probe(address, options.patience.timeout_s), url, listing_patience(options)
-    )
-    if fragment.startswith("sha256="):
-        checksum = Checksum("sha256", fragment.removeprefix("sha256=").lower())
-    file = RemoteFile(url, url, size, url, address, options, checksum, version)
-    return file if size else file.localize()  # its size must be known to plan the work
+    source = RemoteSource(url, web_file(address, options))
+    return source if source.bytes else source.localize()  # its size must be known to plan the work

@@ -15,20 +15,21 @@ Sources and parts are small and can be pickled, so that another process reads th
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
 
+from regpt.compression import packing_of
 from regpt.errors import UserError
 from regpt.files import file_sha256, identity
-from regpt.prepare.compression import packing_of
 from regpt.prepare.document import Document, Part
 from regpt.prepare.encodings import has_mark
 from regpt.prepare.formats import ALLOWED, TABLES, parts_of, read_documents, suffix_of
 from regpt.prepare.listing import Wanted, find_local, printable
 from regpt.prepare.settings import TEXT_OPTIONS, TextOptions
+from regpt.remote.download import DownloadProgress
 
 NAMED = (
     "pydocs",
@@ -63,26 +64,8 @@ def text_files(options: TextOptions) -> Wanted:
 TEXT_FILES = text_files(TEXT_OPTIONS)
 
 
-@dataclass(frozen=True)
-class Download:
-    """News of one download; `total` and `bytes_per_s` are 0 while they are unknown, `note` says why it waits."""
-
-    file: str
-    bytes: int
-    total: int
-    bytes_per_s: float = 0.0
-    note: str = ""
-
-    @property
-    def seconds_left(self) -> float | None:
-        return (self.total - self.bytes) / self.bytes_per_s if self.total and self.bytes_per_s else None
-
-
-DownloadProgress = Callable[[Download], None]
-
-
 class Source(Protocol):
-    """One file of text (`SourceFile`, `remote.RemoteFile`) or a set made in memory (`named.TextSet`)."""
+    """One file of text (`SourceFile`, `remote.RemoteSource`) or a set made in memory (`named.TextSet`)."""
 
     @property
     def source(self) -> str:

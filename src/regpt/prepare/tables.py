@@ -7,11 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from regpt.compression import MAX_ROW_BYTES, BufferedStream, lines_of
 from regpt.errors import UserError
 from regpt.prepare.columns import Columns, missing
-from regpt.prepare.compression import BufferedStream
 from regpt.prepare.document import Unreadable, not_utf8
-from regpt.prepare.lines import MAX_ROW_BYTES, lines_of
 
 COMMA = ",;\t|"  # the one that the first line has most of: in many countries spreadsheets write `;`
 TAB = "\t"

@@ -22,7 +22,6 @@ from regpt.checkpoint.load import (
 from regpt.checkpoint.manifest import MANIFEST, STATE
 from regpt.checkpoint.open import open_model
 from regpt.checkpoint.state import RunState, read_state
-from regpt.checkpoint.store import is_address
 from regpt.config import RunConfig, validate
 from regpt.data.config import DataConfig
 from regpt.data.loader import Loader
@@ -35,6 +34,7 @@ from regpt.files import resolved as whole_path
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize, load_weights, state_tensors
 from regpt.parallel.mesh import Mesh, open_mesh
+from regpt.remote.store import is_address
 from regpt.runs.build import Corpus, build_loader, build_model, build_trainer, open_corpus, with_chosen_rows
 from regpt.runs.changes import ROUNDING_KEYS, Changes, describe, first_row, listed
 from regpt.runs.folder import made_with

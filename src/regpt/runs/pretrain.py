@@ -13,7 +13,6 @@ from regpt.checkpoint.background import Saver
 from regpt.checkpoint.load import checkpoints, load_checkpoint
 from regpt.checkpoint.manifest import MANIFEST
 from regpt.checkpoint.mirror import Mirror
-from regpt.checkpoint.store import is_address
 from regpt.config import RunConfig
 from regpt.console.lines import print_note
 from regpt.console.tables import PlainConsole
@@ -21,6 +20,7 @@ from regpt.files import exists, file_sha256, resolved
 from regpt.model.weights import count_parameters
 from regpt.parallel.mesh import Mesh
 from regpt.parallel.signals import EXIT_SAVED
+from regpt.remote.store import is_address
 from regpt.runs.actions import (
     Job,
     make_actions,

@@ -14,17 +14,17 @@ from typing import TypedDict, TypeVar
 
 from regpt.checkpoint.config import CheckpointConfig
 from regpt.checkpoint.fetch import cache_folder, fetch_model, folder_name, restore
-from regpt.checkpoint.lease import CLOCK, Claim, Clock, Lease
 from regpt.checkpoint.load import print_warning
 from regpt.checkpoint.mirror import Mirror
-from regpt.checkpoint.store import Store, is_address
 from regpt.config import RunConfig, validate
 from regpt.console.lines import print_note
 from regpt.console.text import counted
 from regpt.errors import UserError
 from regpt.files import write_json
 from regpt.parallel.mesh import Mesh
-from regpt.prepare.download import PATIENCE, Patience, steady
+from regpt.remote.lease import CLOCK, Claim, Clock, Lease
+from regpt.remote.retry import PATIENCE, Patience
+from regpt.remote.store import Store, is_address
 from regpt.runs.folder import CONFIG, LOCK, is_run, read_run_config
 from regpt.structured import parse_json, parse_toml
 
@@ -48,7 +48,7 @@ class RemoteRun:
         self.config, self.clock = config, clock
         self.skipped: list[str] = []  # what was wrong with checkpoints of the store that were not used
         self.folder = staging_folder(url, config.staging)
-        self.store = Store(url, steady(patience) if read_note(self.folder)["claims"] else patience)
+        self.store = Store(url, patience.steady() if read_note(self.folder)["claims"] else patience)
         self.url = self.store.url
 
     def refuse_used(self) -> None:

@@ -15,7 +15,7 @@ import tiktoken
 from tiktoken_ext import openai_public
 
 from regpt.errors import UserError
-from regpt.network import REACH_SECONDS, failure, reach
+from regpt.remote.network import REACH_SECONDS, failure, reach
 from regpt.text.tokenizer import ENDOFTEXT
 
 EOT = 50256

@@ -1,34 +1,22 @@
-"""Remote bytes → a file on this machine: resumed where it stopped, tried again, compared with the published hash.
-
-Nothing here knows where the bytes come from: an `Opener` gives a stream that starts at an offset. What has arrived is
-kept under `NAME.partial`, so another attempt, also one of a later process, continues there.
-"""
+"""Another try: which errors of a network may pass, how long to wait, and one sentence where it was of no use."""
 
 import email.utils
 import errno
-import hashlib
 import http.client
-import os
 import sys
 import time
 import urllib.error
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
-
-from filelock import FileLock, Timeout
+from typing import NamedTuple, TypeVar
 
 from regpt.console.lines import is_terminal, print_note
 from regpt.errors import UserError
-from regpt.network import WAYS_OUT
-from regpt.prepare.sources import Download, DownloadProgress
+from regpt.remote.network import WAYS_OUT
 
-CHUNK = 1 << 20
 BUSY = (408, 425, 429)  # besides 5xx: the statuses that RFC 9110, 8470 and 6585 say may be tried again
 LONGEST_RETRY_AFTER_S = 3600
-WAITING = "another process downloads it"
+LISTING_TRIES = 3
 # Errors of libraries that are neither OSError nor ours; looked up only when the library is loaded.
 LIBRARY_ERRORS = (
     ("httpx", "HTTPError"),  # of huggingface_hub 1
@@ -50,15 +38,6 @@ UNREACHED |= {"EndpointConnectionError", "ConnectTimeoutError", "ProxyConnection
 NO_ROUTE = (errno.ECONNREFUSED, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN)
 
 T = TypeVar("T")
-# Opener(offset) gives a stream and the offset at which it starts: 0 where the server cannot start elsewhere.
-Opener = Callable[[int], AbstractContextManager[tuple[BinaryIO, int]]]
-
-
-class Checksum(NamedTuple):
-    """A published hash: `sha256`, `md5`, or git's `blob` (SHA-1 of a header and the content)."""
-
-    kind: str
-    hex: str
 
 
 @dataclass(frozen=True)
@@ -73,13 +52,16 @@ class Patience:
     unreached: int = 2
     sleep: Callable[[float], None] = time.sleep
 
+    def steady(self) -> "Patience":
+        """With a server that was reached before: the network is away, and may return."""
+        return replace(self, unreached=self.tries)
+
+    def of_listing(self) -> "Patience":
+        """For a first question: nobody waits minutes to hear that there is no network."""
+        return replace(self, tries=min(LISTING_TRIES, self.tries))
+
 
 PATIENCE = Patience()
-
-
-def steady(patience: Patience) -> Patience:
-    """`patience` with a server that was reached before: the network is away, and may return."""
-    return replace(patience, unreached=patience.tries)
 
 
 class Problem(NamedTuple):
@@ -87,115 +69,6 @@ class Problem(NamedTuple):
     lasts: bool
     retry_after_s: float = 0.0
     unreached: bool = False
-
-
-def download(
-    name: str,
-    open_at: Opener,
-    path: Path,
-    total: int,
-    checksum: Checksum | None,
-    patience: Patience,
-    progress: DownloadProgress | None = None,
-) -> str | None:
-    """`path` with the bytes of `name`, downloaded unless they are there; returns their SHA-256 if it was computed.
-
-    Several processes may ask at once: one downloads. `total` is 0 when unknown.
-
-    Raises:
-        UserError: refused, not there, unreachable after all tries, another hash than the published one (twice), or a
-            full disk.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with locked(path, lambda: progress and progress(Download(name, size_of(partial), total, note=WAITING))):
-        if path.is_file() and (not total or path.stat().st_size == total):
-            matches, sha256 = compare(path, checksum)
-            if matches:
-                return sha256
-        for _ in range(2):  # a wrong hash may be the fault of the part that an earlier attempt left
-            arrive(name, open_at, partial, total, patience, progress)
-            matches, sha256 = compare(partial, checksum)
-            if matches:
-                os.replace(partial, path)
-                return sha256
-            partial.unlink()
-    raise UserError(
-        f"{name} arrived twice with another {checksum.kind if checksum else ''} hash than the published one, "
-        "so it was not kept; try again later or download it in another way and give the file"
-    )
-
-
-@contextmanager
-def locked(path: Path, waiting: Callable[[], object]) -> Iterator[None]:
-    """The right to write `path`; `waiting` is called every second until it is there, and may raise to give up."""
-    lock = FileLock(path.with_name(path.name + ".lock"))
-    while True:
-        try:
-            lock.acquire(timeout=1.0)
-            break
-        except Timeout:
-            waiting()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def arrive(
-    name: str, open_at: Opener, partial: Path, total: int, patience: Patience, progress: DownloadProgress | None
-) -> None:
-    """Append to `partial` until it is whole and on disk."""
-
-    def attempt() -> None:
-        if not total or size_of(partial) != total:
-            append(name, open_at, partial, total, progress)
-
-    def waiting(note: str) -> None:
-        if progress:
-            progress(Download(name, size_of(partial), total, note=note))
-
-    persistently(attempt, name, patience, lambda: size_of(partial), waiting)
-
-
-def append(name: str, open_at: Opener, partial: Path, total: int, progress: DownloadProgress | None) -> None:
-    have, began = size_of(partial), time.monotonic()
-    have = have if have <= total else 0  # also when the total is unknown: nothing says whether the part belongs to it
-    with open_at(have) as (stream, start), partial.open("ab") as out:
-        out.truncate(start)
-        done = start
-        while chunk := stream.read(CHUNK):
-            out.write(chunk)
-            done += len(chunk)
-            if progress:
-                progress(Download(name, done, total, (done - start) / max(1e-3, time.monotonic() - began)))
-        out.flush()
-        os.fsync(out.fileno())
-    if total and done != total:
-        raise ConnectionError(f"the connection was cut after {done:,} of {total:,} bytes")
-
-
-def size_of(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def compare(path: Path, checksum: Checksum | None) -> tuple[bool, str | None]:
-    """Whether `path` has that hash, and its SHA-256 if it was computed."""
-    if checksum is None:
-        return True, None
-    sha256, other = hashlib.sha256(), hasher(checksum.kind, path.stat().st_size)
-    with path.open("rb") as file:
-        while block := file.read(CHUNK):
-            sha256.update(block)
-            if other:
-                other.update(block)
-    return (other or sha256).hexdigest() == checksum.hex, sha256.hexdigest()
-
-
-def hasher(kind: str, size: int) -> Any:
-    if kind == "md5":
-        return hashlib.md5(usedforsecurity=False)
-    return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False) if kind == "blob" else None
 
 
 def persistently(

@@ -1,4 +1,7 @@
-"""Compressed files → their bytes, as a stream; damage is a UserError that names the file."""
+"""Compressed files → their bytes as a stream, and lines of bounded length; damage is a UserError that names the file.
+
+Some kilobytes of a compressed file may hold a line of gigabytes.
+"""
 
 import bz2
 import gzip
@@ -7,20 +10,33 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from regpt.errors import UserError
-from regpt.prepare.document import Unreadable
 
 ZSTD_BLOCK = 1 << 10  # compressed bytes at a time: their content, up to 30,000 times larger, is in memory
 PACKINGS = (".gz", ".zst", ".bz2", ".xz")
+JSONL = tuple(ending + packing for ending in (".jsonl", ".ndjson") for packing in ("", *PACKINGS))
+MAX_ROW_BYTES = 256 << 20  # of a line of .jsonl, a record of .json, a row of .csv; long books have some megabytes
 BufferedStream = io.BufferedReader | gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile  # bytes with `peek`
 OPENERS: dict[str, Callable[[BinaryIO], BufferedStream]] = {
     ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
     ".bz2": bz2.BZ2File,
     ".xz": lzma.LZMAFile,
 }
+
+
+class Unreadable(UserError):
+    """A document, or the rest of a file, that cannot be read; `reason` is how a manifest counts it."""
+
+    def __init__(self, sentence: str, reason: str) -> None:
+        super().__init__(sentence)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a worker raises it in its process
+        return type(self), (str(self), self.reason)
 
 
 def packing_of(name: str) -> str:
@@ -93,3 +109,31 @@ def import_zstandard(path: Path) -> Any:
     except ImportError:
         raise UserError(f"reading {path} needs zstandard; install it with: pip install 'regpt[data]'") from None
     return zstandard
+
+
+class Readline(Protocol):
+    def readline(self, size: int, /) -> bytes: ...
+
+
+def next_line(stream: Readline, where: Callable[[], str]) -> bytes:
+    """The next line with its end; empty at the end of the file.
+
+    Raises:
+        UserError: a line of more than `MAX_ROW_BYTES`.
+    """
+    line = stream.readline(MAX_ROW_BYTES + 1)
+    if len(line) > MAX_ROW_BYTES:
+        raise too_long(where())
+    return line
+
+
+def lines_of(stream: Readline, path: Path) -> Iterator[bytes]:
+    """Every line with its end; see `next_line`."""
+    number = 1
+    while line := next_line(stream, partial("{}, line {}".format, path, number)):
+        yield line
+        number += 1
+
+
+def too_long(where: str) -> UserError:
+    return UserError(f"{where}: more than {MAX_ROW_BYTES >> 20} MiB in one row, the most that is read; divide it")

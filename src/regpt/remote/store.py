@@ -1,6 +1,6 @@
 """A folder behind an address that fsspec knows (s3://, gs://, …): its files by their names in it.
 
-Credentials, regions and endpoints are those of s3fs and gcsfs, as for sources of text (`data.buckets`). Nothing is
+Credentials, regions and endpoints are those of s3fs and gcsfs, as for sources of text (`remote.buckets`). Nothing is
 remembered between calls: another machine may have written meanwhile.
 """
 
@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 from regpt.errors import UsageError
 from regpt.files import is_plain_path
-from regpt.prepare.buckets import connect, import_fsspec, reach_store
-from regpt.prepare.download import PATIENCE, Patience, persistently, status_of, steady, transport_errors
+from regpt.remote.buckets import connect, import_fsspec, reach_store
+from regpt.remote.retry import PATIENCE, Patience, persistently, status_of, transport_errors
 
 # Stores that can create a file only where none is, in one step; `create` of others is a look and a write.
 EXCLUSIVE = {"s3", "s3a", "gs", "gcs", "file", "local", "memory"}
@@ -71,7 +71,7 @@ class Store:
                 self.reached = True
             return action()
 
-        patience = steady(self.patience) if self.reached else self.patience
+        patience = self.patience.steady() if self.reached else self.patience
         return persistently(attempt, f"{self.url}/{name}".rstrip("/"), patience, done=done)
 
     def files(self, folder: str = "") -> dict[str, int]:

@@ -9,11 +9,12 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from regpt.errors import UserError
-from regpt.network import reach
-from regpt.prepare.download import PATIENCE, Checksum, Patience, persistently
+from regpt.remote.download import Checksum, RemoteFile, RemoteOptions
+from regpt.remote.network import reach
+from regpt.remote.retry import PATIENCE, Patience, persistently
 
 MAGIC = re.compile(r"[*?[]")
 BLOCK_BYTES = 16 << 20  # asked for at a time
@@ -21,27 +22,18 @@ PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
 VERSIONS = ("ETag", "etag", "generation", "LastModified", "mtime", "created")
 
 
-class BucketFile(NamedTuple):
-    """One file: `url` with its scheme; `version` changes when the content does."""
-
-    url: str
-    bytes: int
-    checksum: Checksum | None
-    version: str
-
-
-def list_bucket(source: str, patience: Patience) -> tuple[list[BucketFile], str | None]:
+def list_bucket(source: str, options: RemoteOptions) -> tuple[list[RemoteFile], str | None]:
     """The files that `source` names, and the folder that it is.
 
     Raises:
         UserError: a scheme that is not known, a package that is missing, no access, no network, nothing there.
     """
+    patience = options.patience.of_listing()
     fs, path = file_system(source, patience)
     persistently(lambda: reach_store(fs), source, patience)
     infos, is_folder = persistently(lambda: describe(fs, path), source, patience)
-    return [bucket_file(fs.unstrip_protocol(name), info) for name, info in infos.items()], fs.unstrip_protocol(
-        path
-    ) if is_folder else None
+    files = [bucket_file(fs.unstrip_protocol(name), info, options) for name, info in infos.items()]
+    return files, fs.unstrip_protocol(path) if is_folder else None
 
 
 def reach_store(fs: Any) -> None:
@@ -62,10 +54,11 @@ def describe(fs: Any, path: str) -> tuple[dict[str, dict[str, Any]], bool]:
     return (fs.find(path, detail=True), True) if info["type"] == "directory" else ({info["name"]: info}, False)
 
 
-def bucket_file(url: str, info: dict[str, Any]) -> BucketFile:
+def bucket_file(url: str, info: dict[str, Any], options: RemoteOptions) -> RemoteFile:
     md5 = info.get("md5Hash")  # Google's; an S3 ETag is a hash only of objects that came in one piece, unencrypted
     checksum = Checksum("md5", base64.b64decode(md5).hex()) if md5 else None
-    return BucketFile(url, int(info["size"]), checksum, next((str(info[key]) for key in VERSIONS if key in info), ""))
+    version = next((str(info[key]) for key in VERSIONS if key in info), "")
+    return RemoteFile(url, int(info["size"]), url, url, open_bucket, options, checksum, version)
 
 
 def file_system(source: str, patience: Patience = PATIENCE) -> tuple[Any, str]:
@@ -109,7 +102,7 @@ def connect(address: str, doing: str = "reading", patience: Patience = PATIENCE,
 
 
 @contextmanager
-def open_bucket(address: str, offset: int) -> Iterator[tuple[BinaryIO, int]]:
+def open_bucket(address: str, offset: int, timeout_s: float) -> Iterator[tuple[BinaryIO, int]]:
     fs, path = file_system(address)
     with fs.open(path, "rb", block_size=BLOCK_BYTES) as stream:
         stream.seek(offset)

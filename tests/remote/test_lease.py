@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from regpt.checkpoint.lease import SETTLE_SECONDS, Claim, Lease, LeaseLost
-from regpt.checkpoint.store import Store
 from regpt.errors import UserError
+from regpt.remote.lease import SETTLE_SECONDS, Claim, Lease, LeaseLost
+from regpt.remote.store import Store
 from remote_stores import FaultyStore, Hand
 
 pytest.importorskip("fsspec")
@@ -176,7 +176,7 @@ def test_a_store_that_creates_twice_is_said_and_the_last_writer_wins(url, monkey
 
     monkeypatch.setattr(Store, "create", create)
     if kind == "unknown store":
-        monkeypatch.setattr("regpt.checkpoint.store.EXCLUSIVE", set())
+        monkeypatch.setattr("regpt.remote.store.EXCLUSIVE", set())
     second, hand = lease(url, host="there"), Hand()
     first = lease(url, hand)
 

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from http.client import HTTPResponse
 from typing import Any
 
-from regpt.network import divided, reach
-from regpt.prepare.download import Checksum
+from regpt.remote.download import Checksum, RemoteFile, RemoteOptions
+from regpt.remote.network import divided, reach
+from regpt.remote.retry import persistently
 
 
 def shown(address: str) -> str:
@@ -18,6 +19,20 @@ def shown(address: str) -> str:
     split = urllib.parse.urlsplit(address)
     host = split.netloc.rpartition("@")[2]
     return urllib.parse.urlunsplit((split.scheme, host, split.path, "", ""))
+
+
+def web_file(given: str, options: RemoteOptions) -> RemoteFile:
+    """The file at an address, whose `#sha256=…` counts as its published hash.
+
+    Raises:
+        UserError: it is not there, or the server cannot be reached.
+    """
+    address, fragment = urllib.parse.urldefrag(given)
+    url, timeout_s = shown(address), options.patience.timeout_s
+    size, version, checksum = persistently(lambda: probe(address, timeout_s), url, options.patience.of_listing())
+    if fragment.startswith("sha256="):
+        checksum = Checksum("sha256", fragment.removeprefix("sha256=").lower())
+    return RemoteFile(url, size, url, address, open_http, options, checksum, version)
 
 
 def probe(address: str, timeout_s: float) -> tuple[int, str, Checksum | None]:
@@ -55,8 +70,12 @@ def request(address: str, wanted: str | None, secret: str | None, timeout_s: flo
 
 
 @contextmanager
-def open_http(address: str, offset: int, secret: str | None, timeout_s: float) -> Iterator[tuple[HTTPResponse, int]]:
+def open_http(
+    address: str, offset: int, timeout_s: float, secret: str | None = None
+) -> Iterator[tuple[HTTPResponse, int]]:
     """The body from `offset` on, or from 0 where the server ignores Range."""
+    if not offset:
+        reach(address)
     with request(address, f"bytes={offset}-" if offset else None, secret, timeout_s) as response:
         if response.status == 206 and f"bytes {offset}-" not in response.headers.get("Content-Range", ""):
             raise ConnectionError(f"the server sent {response.headers.get('Content-Range')} instead of bytes {offset}-")

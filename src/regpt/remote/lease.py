@@ -20,9 +20,9 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from regpt.checkpoint.store import Store
 from regpt.errors import UserError
-from regpt.prepare.download import transport_errors
+from regpt.remote.retry import transport_errors
+from regpt.remote.store import Store
 from regpt.structured import parse_json
 
 FOLDER = "lease"

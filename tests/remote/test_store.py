@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from regpt.checkpoint.lease import Lease, LeaseLost
-from regpt.checkpoint.store import Store
 from regpt.errors import UserError
+from regpt.remote.lease import Lease, LeaseLost
+from regpt.remote.store import Store
 from remote_stores import PATIENT, google_bucket, memory_bucket, s3_bucket
 
 pytest.importorskip("fsspec")

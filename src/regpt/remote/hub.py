@@ -7,11 +7,14 @@ brought.
 
 import re
 import urllib.parse
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 from regpt.errors import UserError
-from regpt.network import reach
-from regpt.prepare.download import Checksum, Patience, persistently
+from regpt.remote.download import Checksum, RemoteFile, RemoteOptions, Stream
+from regpt.remote.network import reach
+from regpt.remote.retry import persistently
+from regpt.remote.web import open_http
 
 ADDRESS = re.compile(
     r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>refs/(convert|pr)/[^/]+|[^/]+))?(/(?P<path>.*))?"
@@ -19,22 +22,13 @@ ADDRESS = re.compile(
 MAGIC = re.compile(r"[*?[]")
 
 
-class HubFile(NamedTuple):
-    """One file at one commit: `url` for people and manifests, `address` to open."""
-
-    name: str
-    bytes: int
-    checksum: Checksum | None
-    url: str
-    address: str
-
-
-def list_dataset(source: str, endpoint: str | None, patience: Patience) -> tuple[list[HubFile], str | None]:
+def list_dataset(source: str, options: RemoteOptions) -> tuple[list[RemoteFile], str | None]:
     """The files that `source` names, at the commit that its revision means now, and the folder that it is.
 
     Raises:
         UserError: no such address, data set, revision or file; no access; no network; huggingface_hub is missing.
     """
+    endpoint, patience = options.endpoint, options.patience.of_listing()
     hub = import_hub(source)
     match = ADDRESS.fullmatch(source)
     how = "write hf://datasets/OWNER/NAME/PATH or hf://datasets/OWNER/NAME@REVISION/PATH"
@@ -50,11 +44,17 @@ def list_dataset(source: str, endpoint: str | None, patience: Patience) -> tuple
         entries, root = persistently(lambda: tree(api, repo, commit, path), source, patience)
     except hub.errors.HFValidationError as error:
         raise UserError(f"{source} is no address of a data set ({error}); {how}") from None
-    url, place = f"hf://datasets/{repo}@{commit}/", {"repo_type": "dataset", "revision": commit, "endpoint": endpoint}
-    return [
-        HubFile(entry.path, *size_and_hash(entry), url + entry.path, hub.hf_hub_url(repo, entry.path, **place))
-        for entry in entries
-    ], root
+    place = {"repo_type": "dataset", "revision": commit}
+
+    def file(entry: Any) -> RemoteFile:
+        size, checksum = size_and_hash(entry)
+        url = f"hf://datasets/{repo}@{commit}/{entry.path}"
+        address = hub.hf_hub_url(repo, entry.path, **place, endpoint=endpoint)
+        kept = hub.try_to_load_from_cache(repo, entry.path, **place)
+        there = Path(kept) if isinstance(kept, str) else None
+        return RemoteFile(entry.path, size, url, address, open_on_hub, options, checksum, kept=there)
+
+    return [file(entry) for entry in entries], root
 
 
 def tree(api: Any, repo: str, commit: str, path: str) -> tuple[list[Any], str | None]:
@@ -81,21 +81,11 @@ def size_and_hash(entry: Any) -> tuple[int, Checksum | None]:
     return entry.size, Checksum("blob", entry.blob_id) if in_git else None
 
 
-def kept_by_hub(url: str) -> str | None:
-    """Where huggingface_hub keeps the file of a `HubFile.url`, if it has it."""
-    match = ADDRESS.fullmatch(url)
-    assert match is not None, url
-    found = import_hub(url).try_to_load_from_cache(
-        match["repo"], match["path"], revision=match["revision"], repo_type="dataset"
-    )
-    return found if isinstance(found, str) else None
-
-
-def authorization() -> str | None:
-    """The header that carries the user's token; None without one."""
+def open_on_hub(address: str, offset: int, timeout_s: float) -> Stream:
+    """The stream of `open_http`, asked for with the user's token."""
     from huggingface_hub.utils import build_hf_headers
 
-    return build_hf_headers().get("authorization")
+    return open_http(address, offset, timeout_s, build_hf_headers().get("authorization"))
 
 
 def import_hub(source: str) -> Any:
