@@ -6,8 +6,8 @@ from pathlib import Path
 
 from regpt.checkpoint.hf_folder import CONFIG, INDEX, PICKLE, WEIGHTS, hf_config, how_to_convert
 from regpt.errors import UserError
-from regpt.tensors import shard_names
 from regpt.remote.network import WAYS_OUT, reach
+from regpt.tensors import shard_names
 from regpt.text.folder import ADDED, MERGES, NAMES, OPTIONS, TOKENIZER, VOCAB
 
 # GPT-2's short names, and where OpenAI's weights lie.
