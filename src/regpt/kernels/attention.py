@@ -1,8 +1,8 @@
 """Causal attention on the packed product of queries, keys and values, forward and backward, by cuDNN.
 
 `scaled_dot_product_attention` reaches the same cuDNN kernels, but its backward returns three gradients that must be
-copied into one before the next matrix product (six passes over (B, T, C) in each layer). cuDNN itself reads and writes
-any strides, so here it does so on the packed tensors: `nvidia-cudnn-frontend` (extra `hopper`) describes the graph.
+copied into one before the next matrix product (six passes over (B, T, C) in each layer). cuDNN reads and writes any
+strides, so here it works on the packed tensors: `nvidia-cudnn-frontend` (extra `hopper`) describes the graph.
 Algorithm: FlashAttention-2 (Dao 2023).
 """
 
@@ -22,7 +22,7 @@ CUDNN_TYPES = {torch.bfloat16: "BFLOAT16", torch.float16: "HALF", torch.float32:
 
 @dataclass(frozen=True)
 class Shape:
-    """Rows and heads of one packed product; documents is how many sequences `cu_seqlens` may hold, 0 without it."""
+    """Key of a graph: sizes of one packed product; documents is the number of them in `cu_seqlens`, 0 without it."""
 
     B: int
     T: int
@@ -42,7 +42,7 @@ class Shape:
 
 @dataclass
 class Graph:
-    """A cuDNN graph that was built, its tensors by name, and the workspace it asks for."""
+    """A built cuDNN graph, its tensors by name, and the size of its workspace."""
 
     graph: Any
     tensors: dict[str, Any]
@@ -66,7 +66,7 @@ class CudnnAttention:
         self.graphs: dict[tuple[Shape, bool], Graph] = {}
 
     def forward(self, qkv: Tensor, n_head: int, mask: AttentionMask) -> tuple[Tensor, Tensor]:
-        """The heads' outputs (B, T, C) and the log of each softmax's sum, float32, as the backward wants it."""
+        """The heads' outputs (B, T, C), and the log of each softmax's sum, float32, for the backward."""
         documents = cudnn_documents(mask)
         shape = shape_of(qkv, n_head, documents)
         graph = self.graph(shape, backward=False)
@@ -79,7 +79,7 @@ class CudnnAttention:
     def backward(
         self, dout: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, n_head: int, mask: AttentionMask
     ) -> Tensor:
-        """Gradient of `qkv`, (B, T, 3·C), packed as it is."""
+        """Gradient of `qkv`, (B, T, 3·C), packed alike."""
         documents = cudnn_documents(mask)
         shape = shape_of(qkv, n_head, documents)
         graph = self.graph(shape, backward=True)
@@ -173,7 +173,7 @@ class CudnnAttention:
         )
 
     def output(self, tensor: Any, shape: Shape, token_stride: int, tensors: dict[str, Any]) -> None:
-        """The same of a tensor that the graph writes."""
+        """The layout of `heads` for a tensor that the graph writes."""
         tensor.set_output(True).set_dim([shape.sequences, shape.H, shape.T, shape.D])
         tensor.set_stride([shape.T * token_stride, shape.D, token_stride, 1]).set_data_type(self.type(shape.dtype))
         if shape.documents:

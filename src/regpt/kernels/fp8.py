@@ -1,9 +1,9 @@
 """Linear layers that multiply in FP8 while training (Micikevicius et al. 2022, "FP8 Formats for Deep Learning").
 
 Activations and weights are e4m3, whose three bits of mantissa round by up to 1/16; gradients of outputs are e5m2, with
-more range and half the precision (their section 3). Each tensor is scaled by its present maximum before it is rounded;
-products are summed in float32 (on Hopper the forward's with fewer bits: `use_fast_accum`). No state, no history of
-maxima: a resumed run and another micro-batch need nothing but the tensors.
+more range and half the precision (their section 3). Each tensor is scaled by its current maximum before rounding;
+products are summed in float32 (on Hopper the forward's with fewer bits: `use_fast_accum`). There is no history of
+maxima and so no state: a resumed run and another micro-batch need nothing but the tensors.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 TOP = {E4M3: 2.0**7, E5M2: 2.0**14}
 SMALLEST_MAXIMUM = 2.0**-90  # of a tensor of zeros; the product of two scales stays a normal float32
 EXPONENT_BITS = 0x7F800000  # of float32
-MULTIPLE = 16  # of both dimensions of each operand: what the tensor cores take
+MULTIPLE = 16  # of both dimensions of each operand, for the tensor cores
 LEAST_CAPABILITY = (8, 9)  # Ada; then Hopper and later
 
 
@@ -35,15 +35,15 @@ class Rounded:
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x (…, C) · weightᵀ (C, F) + bias (F,), as `model.ops.linear`, all three products of a training step in FP8.
 
-    Where no gradient is wanted, or the sizes are no multiples of 16, it is the plain one: what validation, sampling
-    and tasks measure are the weights, not this rounding.
+    Without gradients, or for sizes that are not multiples of 16, it is the plain layer: validation, sampling and tasks
+    measure the weights, not this rounding.
 
     Returns:
-        (…, F) bfloat16 where it is computed in FP8; gradients have the types of `x`, `weight` and `bias`.
+        (…, F) bfloat16 where computed in FP8; gradients have the types of `x`, `weight` and `bias`.
     """
     if not torch.is_grad_enabled() or not suits(x, weight):
         return F.linear(x, weight, bias)
-    x = x.to(torch.bfloat16)  # as autocast does: what a norm leaves in float32 would be read and written twice as wide
+    x = x.to(torch.bfloat16)  # as autocast does: a norm's float32 result would be read and written twice as wide
     y: Any = LinearFP8.apply(x.flatten(0, -2), weight, bias)  # (N, F)
     return y.view(*x.shape[:-1], -1)
 
@@ -79,7 +79,7 @@ class LinearFP8(torch.autograd.Function):
 def quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`x` (n, m) over its scale, rounded to `dtype`, and the scale, a power of two: scaling itself rounds nothing.
 
-    A number that is not finite makes the scale infinite and the products not finite: it is not hidden.
+    A number that is not finite makes the scale infinite and the products not finite: errors are not hidden.
     """
     # Row by row first: a compiler can do that where it makes the rows. Of abs(): maxima are exact in every type.
     largest = x.detach().abs().amax(1).amax().float().clamp(min=SMALLEST_MAXIMUM)
@@ -101,8 +101,8 @@ def product(
     bias: Tensor | None = None,
     fast: bool = False,
 ) -> Tensor:
-    """a (n, k) · bᵀ, b (m, k), times both scales → (n, m). Hopper's units take FP8 only so: k runs along the rows of
-    both, so what is summed over N in the backward has to be transposed first."""
+    """a (n, k) · bᵀ, b (m, k), times both scales → (n, m). Hopper's tensor cores need k contiguous in both operands of
+    FP8, so products that sum over N in the backward transpose theirs first."""
     multiply = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]  (nothing public multiplies float8)
     return multiply(a, b.t(), scale_a=a_scale, scale_b=b_scale, bias=bias, out_dtype=dtype, use_fast_accum=fast)
 
@@ -116,14 +116,14 @@ def obstacle(device: torch.device) -> str | None:
             return f"FP8 needs compute capability 8.9 or more, {name} has {major}.{minor}"
     try:
         error = error_of_linear(device)
-    except (RuntimeError, TypeError, AttributeError) as failure:  # PyTorch has many ways to say that it cannot
+    except (RuntimeError, TypeError, AttributeError) as failure:  # PyTorch raises any of them for unsupported FP8
         return f"PyTorch {torch.__version__} does not multiply FP8 on {device.type} ({str(failure).splitlines()[0]})"
     if not error <= LARGEST_ERROR:  # "not <=": NaN fails too
         return f"a product in FP8 on {device.type} is wrong by {error:.0%}"
     return None
 
 
-SIZE, LARGEST_ERROR = 64, 0.1  # relative, of normally distributed numbers: e5m2 makes some 5 %
+SIZE, LARGEST_ERROR = 64, 0.1  # relative, of normally distributed numbers: e5m2 gives about 5 %
 
 
 def error_of_linear(device: torch.device) -> float:

@@ -1,4 +1,4 @@
-"""Rounding to 8 bits on the way, in Triton: each tensor is read once and written twice, by rows and by columns.
+"""Rounding to FP8, in Triton: each tensor is read once and written twice, by rows and by columns.
 
 Hopper multiplies FP8 only where the numbers that are summed are contiguous in both operands. A product of the forward
 and of the backward sums along rows, the gradient of a weight along columns (over tokens), so each operand is needed
@@ -152,9 +152,9 @@ def round_both_ways(
     """x (N, M), or GELU of it, rounded to `dtype` over a scale: as it is (N, M), and transposed (M, N).
 
     Args:
-        bound: float32 scalar: what no number that is rounded exceeds.
+        bound: float32 scalar, at least the largest absolute value that is rounded.
         form: plain; gelu: GELU(tanh) of x; dgelu: x times the derivative of GELU at `before` (N, M).
-        sums: also the partial sums of the columns of what is rounded, before rounding: (P, 1, M) float32, for
+        sums: also return partial sums of the columns, taken before rounding: (P, 1, M) float32, for
             `triton_ops.add_partial_sums`.
         out: memory to write to.
     """
@@ -200,9 +200,9 @@ def largest(x: Tensor) -> Tensor:
 
 
 def obstacle(device: torch.device, C: int) -> str | None:
-    """Why these kernels cannot be used on `device` for norms of C numbers, tried; None when they can.
+    """Why these kernels cannot be used on `device` for norms of C numbers, found by a trial; None when they can.
 
-    An assembler that mixes up bytes (see `bytes_of`) shows in no error, only in what is stored.
+    An assembler that mixes up bytes (see `bytes_of`) raises no error: only the stored numbers show it.
     """
     draw = torch.Generator().manual_seed(0)
     x, before = (torch.randn(4 * ROWS, 2 * COLUMNS, generator=draw).to(device, torch.bfloat16) for _ in range(2))

@@ -62,6 +62,7 @@ def layer_norm_backward_kernel(
         rstd = tl.load(rstd_ptr + row, mask=row < N, other=0.0)
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         dh = tl.load(dh_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        # n = (x - μ)/σ, dn = dh·w: dx = (dn - n·mean(dn·n) - mean(dn))/σ (`reference.gpt2.layer_norm_backward`).
         normed = tl.where(inside, (x - mean[:, None]) * rstd[:, None], 0.0)
         scaled = dh * weight[None, :]
         along = tl.sum(scaled * normed, 1) / C

@@ -1,7 +1,7 @@
-"""Dropout whose masks are computed, not drawn: a pure function of a row's key and of the place, in integers.
+"""Counter-based dropout: a mask is a pure function of the row's key, the site and the index, in integers.
 
-No generator has a state that could be lost: a step that is repeated (after a resume, when out of memory, by activation
-checkpointing) has the masks that it had, on every device, however micro-batches and processes divide its rows.
+There is no generator state: a repeated step (after a resume, an out-of-memory retry, in activation checkpointing) has
+the same masks on every device, however micro-batches and processes divide its rows.
 """
 
 import math
@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-WORD = 0xFFFFFFFF  # the 32 bits that are computed with, in int64: torch has no products of unsigned integers
-GOLDEN = 0x9E3779B9  # 2³² / golden ratio: numbers of places are spread over the word (Knuth, TAOCP 3, section 6.4)
+WORD = 0xFFFFFFFF  # computations are in 32 bits of an int64: torch has no products of unsigned integers
+GOLDEN = 0x9E3779B9  # 2³² / golden ratio: spreads site numbers over the word (Knuth, TAOCP 3, section 6.4)
 
 
 class Dropout(NamedTuple):
@@ -20,14 +20,14 @@ class Dropout(NamedTuple):
 
     Attributes:
         rate: in [0, 1).
-        keys: (B,) int64 below 2³², one a row, from `data.loader`; None leaves everything as it is.
+        keys: (B,) int64 below 2³², one a row, from `data.loader`; None drops nothing.
     """
 
     rate: float = 0.0
     keys: Tensor | None = None
 
     def __call__(self, x: Tensor, site: int) -> Tensor:
-        """`x` (B, …) after dropout; each `site` of the model has masks of its own."""
+        """`x` (B, …) after dropout; each `site` of the model has its own masks."""
         if self.keys is None:
             return x
         return x.masked_fill(self.dropped(x.shape, site), 0.0) * (1 / (1 - self.rate))

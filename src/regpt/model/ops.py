@@ -34,8 +34,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 def attention_with_dropout(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """`attention` with `dropout` of the probabilities (B, H, T, S), which are kept for the backward: torch's own would
-    draw its masks."""
+    """`attention` with `dropout` of the probabilities (B, H, T, S), which are kept for the backward. Not torch's
+    `dropout_p`, which draws its masks from the global generator."""
     mask = causal_mask(q.size(-2), k.size(-2), q.device) if mask is None else mask
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
     return dropout(scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)) @ v

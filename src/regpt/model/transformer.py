@@ -75,6 +75,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """One pre-norm block. Sites of dropout: 0 is the embeddings'; 3·layer + 1, 2, 3 are those of the attention's
+    probabilities, its output and the MLP's output."""
+
     def __init__(self, config: ModelConfig, ops: Ops, layer: int):
         super().__init__()
         self.ln_1 = LayerNorm(config, ops)
@@ -89,14 +92,14 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Token ids to logits. The weights mean nothing until `weights.initialize` or `weights.load_weights` set them;
-    build under `model.weights.without_memory` to spend no time on their first values.
+    """Token ids to logits. Set the weights with `weights.initialize` or `weights.load_weights`; build under
+    `weights.without_memory`, which skips torch's own initialisation.
 
     Args:
         config: the shape.
         ops: implementations of the replaceable operations.
-        pad_vocab: hold the embedding with its rows padded by zeros to a multiple of 128. Padded rows never reach a
-            logit, a loss, a checkpoint or a parameter count.
+        pad_vocab: pad the rows of the embedding with zeros to a multiple of 128. Padded rows never reach a logit, a
+            loss, a checkpoint or a parameter count.
     """
 
     def __init__(self, config: ModelConfig, ops: Ops = PLAIN, *, pad_vocab: bool = True):
@@ -200,5 +203,5 @@ class Transformer(nn.Module):
         return self.logits(self.hidden(idx, positions=positions, cu_seqlens=cu_seqlens, cache=cache))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (..., vocab_size) of hidden states (..., C): for a caller who needs only some positions."""
+        """Logits (..., vocab_size) of hidden states (..., C), for callers who need only some positions."""
         return nn.functional.linear(hidden, self.head_weight)[..., : self.config.vocab_size]

@@ -1,4 +1,4 @@
-"""LOGITS → TOKEN: pure functions; the only randomness is the generator that is handed in."""
+"""LOGITS → TOKEN: pure functions; the only randomness is the given generator."""
 
 import math
 from dataclasses import dataclass
@@ -32,8 +32,8 @@ class SamplingOptions:
 def sample(logits: Tensor, options: SamplingOptions, generator: torch.Generator) -> Tensor:
     """One token id a row, (B,) int64, from `logits` (B, V).
 
-    With `top_k` 1 it is the likeliest token and nothing is drawn. Otherwise each call draws once from `generator`,
-    which lives on the device of `logits`; torch's global random state is never used.
+    With `top_k` 1 it is the likeliest token, without a draw. Otherwise each call draws once from `generator`, which is
+    on the device of `logits`; torch's global random state is never used.
     """
     if options.top_k == 1:
         return logits.argmax(dim=-1)
