@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kernels.kept import Kept
-from regpt.kernels.cublaslt import Plan, Products, Tuned, Unsupported, check, fastest
+from regpt.kernels.cublaslt import ProductPlan, Products, Tuned, Unsupported, check_status, fastest
 from regpt.train.memory import is_out_of_memory
 
 
@@ -44,14 +44,14 @@ def test_one_that_the_library_does_not_support_after_all_is_left_out():
 
 
 def test_a_status_says_what_it_means():
-    check(0, "cublasLtMatmul")
+    check_status(0, "cublasLtMatmul")
     with pytest.raises(Unsupported, match="cublasLtMatmul failed with cuBLAS status 15"):
-        check(15, "cublasLtMatmul")
+        check_status(15, "cublasLtMatmul")
     with pytest.raises(RuntimeError) as raised:
-        check(3, "cublasLtMatmul")
+        check_status(3, "cublasLtMatmul")
     assert is_out_of_memory(raised.value)
     with pytest.raises(RuntimeError) as raised:
-        check(13, "cublasLtMatmul")
+        check_status(13, "cublasLtMatmul")
     assert not is_out_of_memory(raised.value)
 
 
@@ -106,7 +106,7 @@ def without_device(monkeypatch):
 
 def chosen(products: Products, out: torch.Tensor, add: torch.Tensor | None) -> int:
     a, b = torch.zeros(2, 3), torch.zeros(3, 4)
-    return products.choose(Plan(c_void_p(), [c_void_p()] * 4), a, b, out, add, None).data[0]
+    return products.choose(ProductPlan(c_void_p(), [c_void_p()] * 4), a, b, out, add, None).data[0]
 
 
 @pytest.mark.usefixtures("without_device")

@@ -13,7 +13,7 @@ from kernels.test_fused_on_gpu import CONFIG, B, T, documents, error, gradients,
 from regpt.data.batch import Batch
 from regpt.kernels import fp8
 from regpt.kernels.cublaslt import Products
-from regpt.kernels.select import choose, ops_of
+from regpt.kernels.select import ops_of, select_kernels
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
 from regpt.tools.doctor.device import fp8_linear
@@ -154,7 +154,7 @@ def test_the_fused_path_is_as_exact_as_the_plain_one_in_fp8(masked: bool):
     reference = build("bf16")
     exact = gradients(reference, make_loss_sum(reference, "fp32", DEVICE, compile=False), **given)
     model = build("fp8")
-    assert choose("fused", model, DEVICE, "fp8").name == "fused"
+    assert select_kernels("fused", model, DEVICE, "fp8").name == "fused"
     plain = error(gradients(model, loss_of(model), **given), exact)
     fused = error(gradients(model, make_loss_sum(model, "fp8", DEVICE, True, "fused"), **given), exact)
     print({name: f"{value:.1e} {plain[name]:.1e}" for name, value in fused.items()})

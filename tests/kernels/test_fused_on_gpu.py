@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from kernels import reference
 from kernels.kept import Kept
 from regpt.data.batch import Batch
-from regpt.kernels.select import choose, fused_loss
+from regpt.kernels.select import fused_loss, select_kernels
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
@@ -63,7 +63,7 @@ def error(given, expected) -> dict[str, float]:
 @pytest.mark.parametrize("masked", [False, True], ids=["rows", "documents"])
 def test_the_fused_path_is_as_exact_as_the_plain_one_in_bfloat16(masked):
     model, given = build(), documents() if masked else {}
-    assert choose("auto", model, DEVICE, "bf16").name == "fused"
+    assert select_kernels("auto", model, DEVICE, "bf16").name == "fused"
     exact = gradients(model, make_loss_sum(model, "fp32", DEVICE, compile=False), **given)
     plain = error(gradients(model, make_loss_sum(model, "bf16", DEVICE, compile=False), **given), exact)
     fused = error(gradients(model, make_loss_sum(model, "bf16", DEVICE, True, "fused"), **given), exact)

@@ -7,7 +7,7 @@ import torch
 import tiny
 from regpt.errors import UsageError
 from regpt.kernels import select
-from regpt.kernels.select import choose
+from regpt.kernels.select import select_kernels
 from regpt.model.transformer import Transformer
 
 DROPOUT = replace(tiny.CONFIG, dropout=0.1)
@@ -17,11 +17,11 @@ def test_the_fused_path_is_refused_for_dropout(hopper):
     with pytest.raises(
         UsageError, match=r"fused, but the fused path computes no dropout, model\.dropout is 0\.1; set train\.kernels"
     ):
-        choose("fused", tiny.build_model(dtype=torch.float32, config=DROPOUT), hopper, "bf16")
+        select_kernels("fused", tiny.build_model(dtype=torch.float32, config=DROPOUT), hopper, "bf16")
 
 
 def test_a_cpu_takes_the_plain_path_and_says_why():
-    chosen = choose("auto", tiny.build_model(), tiny.CPU, "bf16")
+    chosen = select_kernels("auto", tiny.build_model(), tiny.CPU, "bf16")
     assert chosen.name == "plain"
     assert "NVIDIA GPU, this is cpu" in chosen.reason
 
@@ -29,7 +29,7 @@ def test_a_cpu_takes_the_plain_path_and_says_why():
 def test_asking_for_the_fused_path_where_it_cannot_be_had_is_an_error():
     sentence = r"train\.kernels is fused, but the fused path needs an NVIDIA GPU.*set train\.kernels"
     with pytest.raises(UsageError, match=sentence):
-        choose("fused", tiny.build_model(), tiny.CPU, "bf16")
+        select_kernels("fused", tiny.build_model(), tiny.CPU, "bf16")
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def hopper(monkeypatch):
 
 
 def test_hopper_takes_the_fused_path(hopper):
-    chosen = choose("auto", tiny.build_model(dtype=torch.float32), hopper, "bf16")
+    chosen = select_kernels("auto", tiny.build_model(dtype=torch.float32), hopper, "bf16")
     assert chosen.name == "fused"
     assert "pip install 'regpt[hopper]'" in chosen.reason
 
@@ -61,7 +61,7 @@ def test_hopper_takes_the_fused_path(hopper):
 )
 def test_what_the_fused_path_cannot_do_takes_the_plain_one(hopper, change, reason):
     given = {"model": tiny.build_model(dtype=torch.float32), "precision": "bf16"} | change
-    chosen = choose("auto", device=hopper, **given)
+    chosen = select_kernels("auto", device=hopper, **given)
     assert chosen.name == "plain"
     assert reason in chosen.reason
 
@@ -73,14 +73,14 @@ def test_fp8_takes_the_fused_path_where_its_kernels_work(hopper, monkeypatch, n_
     monkeypatch.setattr(select, "rounding_obstacle", lambda device, width: tried.append((device, width)) or broken)
     model = Transformer(replace(tiny.CONFIG, n_embd=n_embd, n_head=n_embd // 8))
     reason = "in FP8 the fused path needs n_embd to be a multiple of 16" if n_embd % 16 else broken
-    chosen = choose("auto", model, hopper, "fp8")
+    chosen = select_kernels("auto", model, hopper, "fp8")
     assert chosen.name == ("fused" if reason is None else "plain")
     if reason is None:
-        assert choose("fused", model, hopper, "fp8").name == "fused"
+        assert select_kernels("fused", model, hopper, "fp8").name == "fused"
     else:
         assert chosen.reason == reason
         with pytest.raises(UsageError, match=re.escape(f"train.kernels is fused, but {reason}; set train.kernels to")):
-            choose("fused", model, hopper, "fp8")
+            select_kernels("fused", model, hopper, "fp8")
     assert tried == ([] if n_embd % 16 else [(hopper, 32)] * 2)
 
 
@@ -88,10 +88,12 @@ def test_a_family_without_an_entry_takes_the_plain_path_and_one_with_an_entry_it
     model = tiny.build_model(dtype=torch.float32)
     entry = select.FusedFamily(lambda model, precision: "it is round", lambda model, *_: lambda *_: model.head_weight)
     monkeypatch.setattr(select, "FAMILIES", {"other": entry})
-    assert choose("auto", model, hopper, "bf16").reason == "there is no fused path for models of the family gpt2"
+    assert (
+        select_kernels("auto", model, hopper, "bf16").reason == "there is no fused path for models of the family gpt2"
+    )
     model.config = replace(tiny.CONFIG)
     object.__setattr__(model.config, "family", "other")
-    assert choose("auto", model, hopper, "bf16").reason == "it is round"
+    assert select_kernels("auto", model, hopper, "bf16").reason == "it is round"
     idx = torch.zeros(1, 1)
     assert select.fused_loss(model, hopper)(idx, idx, None, None) is model.head_weight
 
@@ -99,17 +101,17 @@ def test_a_family_without_an_entry_takes_the_plain_path_and_one_with_an_entry_it
 def test_frozen_parameters_take_the_plain_path(hopper):
     model = tiny.build_model(dtype=torch.float32)
     model.wpe.weight.requires_grad_(False)
-    assert "frozen" in choose("auto", model, hopper, "bf16").reason
+    assert "frozen" in select_kernels("auto", model, hopper, "bf16").reason
 
 
 def test_older_gpus_take_the_plain_path_unless_asked(hopper, monkeypatch):
     model = tiny.build_model(dtype=torch.float32)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert choose("auto", model, hopper, "bf16").name == "plain"
-    assert choose("fused", model, hopper, "bf16").name == "fused"
+    assert select_kernels("auto", model, hopper, "bf16").name == "plain"
+    assert select_kernels("fused", model, hopper, "bf16").name == "fused"
     sentence = r"in FP8 the fused path needs compute capability 8\.9 or more, NVIDIA H100 has less"
     with pytest.raises(UsageError, match=sentence):
-        choose("fused", model, hopper, "fp8")
+        select_kernels("fused", model, hopper, "fp8")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(UsageError, match=r"8\.0 or more"):
-        choose("fused", model, hopper, "bf16")
+        select_kernels("fused", model, hopper, "bf16")

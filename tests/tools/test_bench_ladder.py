@@ -133,7 +133,7 @@ def test_the_ladder_is_the_lectures():
 
 def test_the_kernels_are_those_that_a_run_would_choose(monkeypatch: pytest.MonkeyPatch):
     assert "this is cpu" in missing("kernels", tiny.CPU, tiny.CONFIG)
-    monkeypatch.setattr(parts, "choose", lambda *args: Kernels("fused", "all is there"))
+    monkeypatch.setattr(parts, "select_kernels", lambda *args: Kernels("fused", "all is there"))
     assert missing("kernels", tiny.CPU, tiny.CONFIG) is None
 
 

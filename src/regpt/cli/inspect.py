@@ -71,9 +71,9 @@ def main(args: list[str]) -> int:
         draw(given, opened.model, tensors)
     table, total = parameter_table(tensors, every=given.all), count_parameters(opened.model)
     if given.json:
-        print_json(to_dict(opened, table, total, near))
+        print_json(inspection(opened, table, total, near))
         return 0
-    print_table(opened, table, total)
+    print_parameters(opened, table, total)
     for text, found in near.items():
         print_neighbours(text, ids[text], found)
     if given.out is not None:
@@ -107,7 +107,9 @@ def first_matrix(model: Transformer) -> str:
     return next(name for name, p in model.named_parameters() if p is first)
 
 
-def to_dict(opened: OpenModel, table: list[Tensors], total: int, near: dict[str, list[Neighbour]]) -> dict[str, object]:
+def inspection(
+    opened: OpenModel, table: list[Tensors], total: int, near: dict[str, list[Neighbour]]
+) -> dict[str, object]:
     return {
         "source": opened.source,
         "step": opened.step,
@@ -117,7 +119,7 @@ def to_dict(opened: OpenModel, table: list[Tensors], total: int, near: dict[str,
     }
 
 
-def print_table(opened: OpenModel, table: list[Tensors], total: int) -> None:
+def print_parameters(opened: OpenModel, table: list[Tensors], total: int) -> None:
     step = "" if opened.step is None else f", after {counted(opened.step, 'step')}"
     rows = [
         [row.name, " × ".join(map(str, row.shape)), f"{row.parameters:,}", f"{100 * row.parameters / total:.1f} %"]

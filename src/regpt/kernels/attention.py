@@ -21,7 +21,7 @@ CUDNN_TYPES = {torch.bfloat16: "BFLOAT16", torch.float16: "HALF", torch.float32:
 
 
 @dataclass(frozen=True)
-class Shape:
+class AttentionShape:
     """Key of a graph: sizes of one packed product; documents is the number of them in `cu_seqlens`, 0 without it."""
 
     B: int
@@ -41,7 +41,7 @@ class Shape:
 
 
 @dataclass
-class Graph:
+class CudnnGraph:
     """A built cuDNN graph, its tensors by name, and the size of its workspace."""
 
     graph: Any
@@ -63,7 +63,7 @@ class CudnnAttention:
 
         self.cudnn, self.device, self.deterministic = cudnn, device, deterministic
         self.handle = cudnn.create_handle()
-        self.graphs: dict[tuple[Shape, bool], Graph] = {}
+        self.graphs: dict[tuple[AttentionShape, bool], CudnnGraph] = {}
 
     def forward(self, qkv: Tensor, n_head: int, mask: AttentionMask) -> tuple[Tensor, Tensor]:
         """The heads' outputs (B, T, C), and the log of each softmax's sum, float32, for the backward."""
@@ -90,19 +90,19 @@ class CudnnAttention:
         self.run(graph, pointers | lengths(shape, documents))
         return dqkv
 
-    def run(self, graph: Graph, pointers: dict[str, Tensor]) -> None:
+    def run(self, graph: CudnnGraph, pointers: dict[str, Tensor]) -> None:
         workspace = torch.empty(max(graph.workspace_bytes, 1), dtype=torch.uint8, device=self.device)
         self.cudnn.set_stream(handle=self.handle, stream=torch.cuda.current_stream(self.device).cuda_stream)
         pack = {graph.tensors[name]: tensor.data_ptr() for name, tensor in pointers.items()}
         graph.graph.execute(pack, workspace.data_ptr(), handle=self.handle)
 
-    def graph(self, shape: Shape, *, backward: bool) -> Graph:
+    def graph(self, shape: AttentionShape, *, backward: bool) -> CudnnGraph:
         key = (shape, backward)
         if key not in self.graphs:
             self.graphs[key] = self.build(shape, backward)
         return self.graphs[key]
 
-    def build(self, shape: Shape, backward: bool) -> Graph:
+    def build(self, shape: AttentionShape, backward: bool) -> CudnnGraph:
         cudnn = self.cudnn
         graph = cudnn.pygraph(
             io_data_type=self.type(shape.dtype),
@@ -134,16 +134,16 @@ class CudnnAttention:
                 f"attention of {shape} ({str(error)[:200]}); install the tested pair with pip install 'regpt[hopper]', "
                 "or uninstall nvidia-cudnn-frontend, or set train.kernels to plain"
             ) from error
-        return Graph(graph, tensors, graph.get_workspace_size())
+        return CudnnGraph(graph, tensors, graph.get_workspace_size())
 
-    def add_forward(self, graph: Any, shape: Shape, tensors: dict[str, Any], options: dict[str, Any]) -> None:
+    def add_forward(self, graph: Any, shape: AttentionShape, tensors: dict[str, Any], options: dict[str, Any]) -> None:
         inputs = {name: tensors[name] for name in ("q", "k", "v")}
         out, stats = graph.sdpa(name="sdpa", **inputs, generate_stats=True, **options)
         self.output(out, shape, shape.C, tensors)
         stats.set_output(True).set_data_type(self.type(torch.float32))
         tensors |= {"o": out, "stats": stats}
 
-    def add_backward(self, graph: Any, shape: Shape, tensors: dict[str, Any], options: dict[str, Any]) -> None:
+    def add_backward(self, graph: Any, shape: AttentionShape, tensors: dict[str, Any], options: dict[str, Any]) -> None:
         for name in ("o", "do"):
             tensors[name] = self.heads(graph.tensor, name, shape, shape.C, tensors)
         dim, stride = [shape.sequences, shape.H, shape.T, 1], [shape.H * shape.T, shape.T, 1, 1]
@@ -162,7 +162,7 @@ class CudnnAttention:
             self.output(gradient, shape, 3 * shape.C, tensors)
             tensors[name] = gradient
 
-    def heads(self, make: Any, name: str, shape: Shape, token_stride: int, tensors: dict[str, Any]) -> Any:
+    def heads(self, make: Any, name: str, shape: AttentionShape, token_stride: int, tensors: dict[str, Any]) -> Any:
         """A tensor of (sequences, H, T, D) whose tokens are `token_stride` elements apart."""
         return make(
             name=name,
@@ -172,7 +172,7 @@ class CudnnAttention:
             ragged_offset=tensors[starts(shape, token_stride)] if shape.documents else None,
         )
 
-    def output(self, tensor: Any, shape: Shape, token_stride: int, tensors: dict[str, Any]) -> None:
+    def output(self, tensor: Any, shape: AttentionShape, token_stride: int, tensors: dict[str, Any]) -> None:
         """The layout of `heads` for a tensor that the graph writes."""
         tensor.set_output(True).set_dim([shape.sequences, shape.H, shape.T, shape.D])
         tensor.set_stride([shape.T * token_stride, shape.D, token_stride, 1]).set_data_type(self.type(shape.dtype))
@@ -199,17 +199,17 @@ def cudnn_documents(mask: AttentionMask) -> Tensor | None:
     return mask.documents
 
 
-def starts(shape: Shape, token_stride: int) -> str:
+def starts(shape: AttentionShape, token_stride: int) -> str:
     return "starts_c" if token_stride == shape.C else "starts_3c"
 
 
-def shape_of(qkv: Tensor, n_head: int, cu_seqlens: Tensor | None) -> Shape:
+def shape_of(qkv: Tensor, n_head: int, cu_seqlens: Tensor | None) -> AttentionShape:
     B, T, C3 = qkv.shape
     documents = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
-    return Shape(B, T, n_head, C3 // 3 // n_head, qkv.dtype, documents)
+    return AttentionShape(B, T, n_head, C3 // 3 // n_head, qkv.dtype, documents)
 
 
-def lengths(shape: Shape, cu_seqlens: Tensor | None) -> dict[str, Tensor]:
+def lengths(shape: AttentionShape, cu_seqlens: Tensor | None) -> dict[str, Tensor]:
     """Inputs of a cuDNN graph for documents: their lengths, and the offset of each, counted in elements."""
     if cu_seqlens is None:
         return {}

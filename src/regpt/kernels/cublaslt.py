@@ -119,7 +119,7 @@ class Unsupported(RuntimeError):
     """The library proposes an algorithm and then does not support it."""
 
 
-def check(status: int, call: str) -> None:
+def check_status(status: int, call: str) -> None:
     if status:
         name = " (CUBLAS_STATUS_ALLOC_FAILED)" if status == ALLOC_FAILED else ""
         raise (Unsupported if status == NOT_SUPPORTED else RuntimeError)(
@@ -149,7 +149,7 @@ def fastest(candidates: int, time: Callable[[int, int], float]) -> int:
 
 
 @dataclass
-class Plan:
+class ProductPlan:
     """One product of given shapes: its descriptors, made once, and the algorithm found fastest."""
 
     operation: c_void_p
@@ -170,9 +170,9 @@ class Products:
         self.lib = library()
         self.tune, self.tuned = tune, tuned if tune else None
         self.handle = c_void_p()
-        check(self.lib.cublasLtCreate(byref(self.handle)), "cublasLtCreate")
+        check_status(self.lib.cublasLtCreate(byref(self.handle)), "cublasLtCreate")
         self.workspaces: dict[int, Tensor] = {}  # one for each stream: products on two streams run at the same time
-        self.plans: dict[tuple[Any, ...], Plan] = {}
+        self.plans: dict[tuple[Any, ...], ProductPlan] = {}
         self.one, self.zero = c_float(1.0), c_float(0.0)
         self.constants = torch.tensor([0.0, 1.0], device=device).unbind()  # where one factor is on the device, both are
 
@@ -240,11 +240,11 @@ class Products:
         bias: Tensor | None,
         scale: Tensor | None,
         fast: bool,
-    ) -> Plan:
+    ) -> ProductPlan:
         """cuBLAS counts columns first: a row-major out = a · b is its outᵀ = bᵀ · aᵀ, and a and b change places."""
         operation = c_void_p()
         create = self.lib.cublasLtMatmulDescCreate
-        check(create(byref(operation), COMPUTE_32F, DATA_TYPES[torch.float32]), "cublasLtMatmulDescCreate")
+        check_status(create(byref(operation), COMPUTE_32F, DATA_TYPES[torch.float32]), "cublasLtMatmulDescCreate")
         self.set(operation, TRANSA, c_int32(transpose_b))
         self.set(operation, TRANSB, c_int32(transpose_a))
         self.set(operation, EPILOGUE, c_uint32(EPILOGUES[epilogue]))
@@ -256,21 +256,23 @@ class Products:
             self.set(operation, POINTER_MODE, c_int32(POINTER_MODE_DEVICE))
         if fast:
             self.set(operation, FAST_ACCUMULATION, c_int8(1))
-        return Plan(operation, [self.layout(matrix) for matrix in (b, a, out, out)])
+        return ProductPlan(operation, [self.layout(matrix) for matrix in (b, a, out, out)])
 
     def layout(self, matrix: Tensor) -> c_void_p:
         rows, columns = matrix.shape
         found = c_void_p()
         create = self.lib.cublasLtMatrixLayoutCreate
         status = create(byref(found), DATA_TYPES[matrix.dtype], columns, rows, matrix.stride(0))
-        check(status, "cublasLtMatrixLayoutCreate")
+        check_status(status, "cublasLtMatrixLayoutCreate")
         return found
 
     def set(self, operation: c_void_p, attribute: int, value: Any) -> None:
         set_attribute = self.lib.cublasLtMatmulDescSetAttribute
-        check(set_attribute(operation, attribute, byref(value), ctypes.sizeof(value)), f"attribute {attribute}")
+        check_status(set_attribute(operation, attribute, byref(value), ctypes.sizeof(value)), f"attribute {attribute}")
 
-    def point(self, plan: Plan, bias: Tensor | None, aux: Tensor | None, scales: tuple[Tensor, Tensor] | None) -> None:
+    def point(
+        self, plan: ProductPlan, bias: Tensor | None, aux: Tensor | None, scales: tuple[Tensor, Tensor] | None
+    ) -> None:
         if bias is not None:
             self.set(plan.operation, BIAS_POINTER, c_void_p(bias.data_ptr()))
         if aux is not None:
@@ -279,7 +281,7 @@ class Products:
             self.set(plan.operation, A_SCALE_POINTER, c_void_p(scales[1].data_ptr()))
             self.set(plan.operation, B_SCALE_POINTER, c_void_p(scales[0].data_ptr()))
 
-    def recall(self, plan: Plan, key: tuple[Any, ...]) -> Algorithm | None:
+    def recall(self, plan: ProductPlan, key: tuple[Any, ...]) -> Algorithm | None:
         """The algorithm that another process found fastest, if it is intact and the library still takes it."""
         data = None if self.tuned is None else self.tuned.get(key)
         if data is None or len(data) != ctypes.sizeof(Algorithm):
@@ -290,17 +292,19 @@ class Products:
         return algorithm if usable else None
 
     def choose(
-        self, plan: Plan, a: Tensor, b: Tensor, out: Tensor, add: Tensor | None, scale: Tensor | None
+        self, plan: ProductPlan, a: Tensor, b: Tensor, out: Tensor, add: Tensor | None, scale: Tensor | None
     ) -> Algorithm:
         """The fastest of the library's candidates on these operands."""
         preference = c_void_p()
-        check(self.lib.cublasLtMatmulPreferenceCreate(byref(preference)), "cublasLtMatmulPreferenceCreate")
+        check_status(self.lib.cublasLtMatmulPreferenceCreate(byref(preference)), "cublasLtMatmulPreferenceCreate")
         limit = c_size_t(WORKSPACE_BYTES)
         set_attribute = self.lib.cublasLtMatmulPreferenceSetAttribute
-        check(set_attribute(preference, PREFERENCE_WORKSPACE, byref(limit), 8), "cublasLtMatmulPreferenceSetAttribute")
+        check_status(
+            set_attribute(preference, PREFERENCE_WORKSPACE, byref(limit), 8), "cublasLtMatmulPreferenceSetAttribute"
+        )
         found, count = (Heuristic * CANDIDATES)(), c_int()
         arguments = (self.handle, plan.operation, *plan.layouts, preference, CANDIDATES, found, byref(count))
-        check(self.lib.cublasLtMatmulAlgoGetHeuristic(*arguments), "cublasLtMatmulAlgoGetHeuristic")
+        check_status(self.lib.cublasLtMatmulAlgoGetHeuristic(*arguments), "cublasLtMatmulAlgoGetHeuristic")
         self.lib.cublasLtMatmulPreferenceDestroy(preference)
         algorithms = [each.algorithm for each in found[: count.value] if each.state == 0]
         if not algorithms:
@@ -321,7 +325,7 @@ class Products:
         torch.cuda.synchronize(out.device)  # a fault of what was launched before is not one of a trial
         return algorithms[fastest(len(algorithms), trial)]
 
-    def time(self, plan: Plan, algorithm: Algorithm, runs: int, *operands: Any) -> float:
+    def time(self, plan: ProductPlan, algorithm: Algorithm, runs: int, *operands: Any) -> float:
         """Milliseconds of one of `runs` runs; infinite if the library does not support it after all."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         try:
@@ -337,7 +341,7 @@ class Products:
 
     def run(
         self,
-        plan: Plan,
+        plan: ProductPlan,
         algorithm: Algorithm,
         a: Tensor,
         b: Tensor,
@@ -355,7 +359,7 @@ class Products:
             self.handle, plan.operation, alpha, b.data_ptr(), of_a, a.data_ptr(), of_b, beta, added.data_ptr(), of_c,
             out.data_ptr(), of_d, byref(algorithm), workspace.data_ptr(), WORKSPACE_BYTES, stream,
         )  # fmt: skip
-        check(status, "cublasLtMatmul")
+        check_status(status, "cublasLtMatmul")
 
     def workspace(self, stream: int, device: torch.device) -> Tensor:
         if stream not in self.workspaces:

@@ -43,7 +43,7 @@ def ops_of(precision: str, device: torch.device, ops: Ops = PLAIN) -> Ops:
     return replace(ops, linear=fp8.linear)
 
 
-def choose(
+def select_kernels(
     wanted: KernelsName,
     model: Transformer,
     device: torch.device,
@@ -114,7 +114,7 @@ def attention_library() -> str:
 
 
 def fused_loss(model: Transformer, device: torch.device, precision: str = "bf16") -> LossOfTokens:
-    """The fused `loss_sum(idx, targets, positions, cu_seqlens)` of `model` in bf16 or fp8, where `choose` allows it."""
+    """The fused `loss_sum(idx, targets, positions, cu_seqlens)` of `model` in bf16 or fp8, where that was selected."""
     return FAMILIES[model.config.family].loss(model, device, precision)
 
 

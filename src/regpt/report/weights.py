@@ -55,10 +55,10 @@ def parameter_table(tensors: Mapping[str, Tensor], *, every: bool = False) -> li
         block = BLOCK.match(name)
         key = name if every or block is None else f"{block[1]}.*.{block[3]}"
         groups.setdefault((key, tuple(tensor.shape)), []).append(name)
-    return [describe(key, names, tensors) for (key, _), names in groups.items()]
+    return [describe_tensors(key, names, tensors) for (key, _), names in groups.items()]
 
 
-def describe(key: str, names: list[str], tensors: Mapping[str, Tensor]) -> Tensors:
+def describe_tensors(key: str, names: list[str], tensors: Mapping[str, Tensor]) -> Tensors:
     values = [tensors[name].double() for name in names]
     n = sum(x.numel() for x in values)
     mean = sum(x.sum().item() for x in values) / n

@@ -20,7 +20,7 @@ from regpt.data.verify import SMALL_BYTES, verify_small
 from regpt.errors import UsageError, UserError
 from regpt.evals.perplexity import count_rows
 from regpt.files import file_sha256
-from regpt.kernels.select import Kernels, choose, ops_of
+from regpt.kernels.select import Kernels, ops_of, select_kernels
 from regpt.model.ops import PLAIN, Ops
 from regpt.model.transformer import Transformer
 from regpt.model.weights import allocate, without_memory
@@ -229,10 +229,12 @@ def with_chosen_rows(config: RunConfig, trainer: Trainer) -> tuple[RunConfig, di
 
 
 def choose_kernels(config: RunConfig, model: Transformer, device: torch.device) -> Kernels:
-    """The path that computes the loss; raises what `kernels.select.choose` does."""
+    """The path that computes the loss; raises what `kernels.select.select_kernels` does."""
     train = config.train
     again = train.activation_checkpointing
-    return choose(train.kernels, model, device, train.precision, deterministic=train.deterministic, recompute=again)
+    return select_kernels(
+        train.kernels, model, device, train.precision, deterministic=train.deterministic, recompute=again
+    )
 
 
 def mask_token(config: RunConfig, corpus: Corpus) -> int | None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from regpt.kernels.select import choose
+from regpt.kernels.select import select_kernels
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import VOCAB_MULTIPLE, Transformer
 from regpt.model.weights import without_memory
@@ -133,7 +133,7 @@ def missing(need: Need, device: torch.device, model: ModelConfig) -> str | None:
 
 def lacks_kernels(device: torch.device, model: ModelConfig) -> str | None:
     with without_memory():
-        kernels = choose("auto", Transformer(model), device, "bf16")
+        kernels = select_kernels("auto", Transformer(model), device, "bf16")
     return None if kernels.name == "fused" else kernels.reason
 
 

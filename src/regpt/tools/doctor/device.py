@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from regpt.data.batch import Batch
 from regpt.kernels import fp8
-from regpt.kernels.select import choose
+from regpt.kernels.select import select_kernels
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
@@ -157,7 +157,7 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def fused_kernels(device: torch.device) -> str:
     """The fused path's loss and gradients against the plain path's, if it is chosen here."""
     model = initialize(Transformer(TINY).to(device), 0)
-    chosen = choose("auto", model, device, "bf16")
+    chosen = select_kernels("auto", model, device, "bf16")
     if chosen.name != "fused":
         raise RuntimeError(chosen.reason)
     fused = one_update(model, make_loss_sum(model, "bf16", device, False, "fused"), device)
@@ -169,7 +169,7 @@ def fused_kernels(device: torch.device) -> str:
 def fused_fp8(device: torch.device) -> str:
     """The fused path in FP8: it is refused where its kernels do not store the same by rows and by columns."""
     model = initialize(Transformer(TINY).to(device), 0)
-    return choose("fused", model, device, "fp8").reason
+    return select_kernels("fused", model, device, "fp8").reason
 
 
 def training_step(device: torch.device) -> str:

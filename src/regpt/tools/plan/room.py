@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from regpt.errors import UsageError
-from regpt.kernels.select import MEASURED_CAPABILITY, choose, model_obstacle
+from regpt.kernels.select import MEASURED_CAPABILITY, model_obstacle, select_kernels
 from regpt.model.transformer import Transformer
 from regpt.model.weights import without_memory
 from regpt.tools.plan.coefficients import CHECKPOINT_BYTES
@@ -42,7 +42,7 @@ def path_name(run: Sections, machine: Machine) -> str:
         empty = Transformer(model, pad_vocab=train.pad_vocab)
     recompute = train.activation_checkpointing
     if machine.here is not None:
-        chosen = choose(train.kernels, empty, machine.here, train.precision, recompute=recompute)
+        chosen = select_kernels(train.kernels, empty, machine.here, train.precision, recompute=recompute)
         return "fused" if chosen.name == "fused" else plain
     reason = model_obstacle(empty, train.precision, recompute=recompute)
     if train.kernels == "fused" and reason is not None:
