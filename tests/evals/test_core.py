@@ -9,7 +9,7 @@ import tiny
 from naive import naive_scores
 from regpt.data.order import splitmix64
 from regpt.errors import UsageError, UserError
-from regpt.evals.core import TASKS, CoreTask, Example, Settings, common, open_core, shots_for, summarize
+from regpt.evals.core import TASKS, CoreSettings, CoreTask, Example, common, open_core, shots_for, summarize
 from regpt.evals.score import Scorer
 from regpt.evals.specs import Spec
 from regpt.evals.suite import open_suites, suite_rows
@@ -131,7 +131,7 @@ def test_the_tokens_that_rows_begin_with():
 
 
 def test_an_empty_question_is_asked_behind_an_end_of_text(tokenizer):
-    settings = Settings("jeopardy", "language_modeling", 0, " ", 0.0)
+    settings = CoreSettings("jeopardy", "language_modeling", 0, " ", 0.0)
     task = CoreTask(settings, [Example(("",), ("x",), 0)], tokenizer, tokenizer.eot)
     assert task.prompt(0).context.tolist() == [tokenizer.eot]
 
@@ -163,7 +163,7 @@ def test_each_kind_of_task_is_judged_as_by_hand(tasks, model, name):
 @torch.no_grad()
 def test_a_continuation_counts_when_all_its_tokens_are_the_likeliest(model, tokenizer):
     """Continuations that the model itself wrote, and ones that it did not."""
-    settings = Settings("jeopardy", "language_modeling", 0, " ", 0.0)
+    settings = CoreSettings("jeopardy", "language_modeling", 0, " ", 0.0)
     task = CoreTask(settings, [Example(("the cat",), ("sat",), 0)] * 2, tokenizer, tokenizer.eot)
     tokens = task.asked[0][0].astype(np.int64).tolist()
     for _ in range(4):
@@ -174,7 +174,7 @@ def test_a_continuation_counts_when_all_its_tokens_are_the_likeliest(model, toke
 
 
 def test_options_without_a_common_beginning_are_scored_apart(model, tokenizer):
-    settings = Settings("winograd", "schema", 0, " ", 0.5)
+    settings = CoreSettings("winograd", "schema", 0, " ", 0.5)
     task = CoreTask(settings, [Example(("One thing", "Two"), ("is odd.",), 0)] * 3, tokenizer, tokenizer.eot)
     assert len(task.prompt(0).context) == 0
     found = Scorer(model, tiny.ALONE)(task.prompts([0]))
@@ -230,7 +230,7 @@ def test_a_suite_reports_its_tasks_and_what_is_missing(tmp_path, model, tokenize
     ("changes", "said"),
     [
         ({"type": "essay"}, "task 1: 'type' is 'essay', must be one of multiple_choice, schema, language_modeling"),
-        ({"task": "arc_esay"}, "task 1: 'arc_esay' is none of CORE's tasks"),
+        ({"task": "arc_esay"}, "task 1: 'arc_esay' is not one of CORE's tasks"),
         ({"random_baseline": 1}, "task 1: 'random_baseline' is 1, must be a number from 0 to below 1"),
         ({"random_baseline": None}, "'random_baseline' is None"),
         ({"num_fewshot": -1}, "'num_fewshot' must be 0 or more"),

@@ -5,12 +5,12 @@ from hypothesis import strategies as st
 
 from naive import random_prompts
 from regpt.errors import UserError
-from regpt.evals.packing import Plan, Prompt, Tree, best_fit, bucketed, fill, packed, plant
+from regpt.evals.packing import BatchPlan, Prompt, Tree, best_fit, bucketed, fill, packed, plant
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=60).map(lambda sizes: np.array(sizes, dtype=np.int64))
 
 
-def placed(plans: list[Plan]) -> list[int]:
+def placed(plans: list[BatchPlan]) -> list[int]:
     return sorted(tree for plan in plans for row in plan.rows for tree in row)
 
 
@@ -49,7 +49,7 @@ def test_rows_are_as_long_as_the_longest_tree_needs():
 def test_a_tree_is_laid_out_as_the_definition_says():
     tree = Tree(np.array([7, 8, 9]), [np.array([1, 2]), np.array([3]), np.array([4, 5, 6])], [2, 1, 2], [10, 11, 12])
     other = Tree(np.array([20]), [np.array([21])], [1], [13])
-    batch = fill(Plan([[0, 1]], 2, 8), [tree, other])
+    batch = fill(BatchPlan([[0, 1]], 2, 8), [tree, other])
     assert batch.idx.tolist() == [[7, 8, 9, 1, 4, 5, 20, 0], [0] * 8]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 3, 4, 0, 0], [0] * 8]
     assert batch.ends.tolist() == [[6, 6, 6, 4, 6, 6, 7, 8], list(range(1, 9))]

@@ -29,7 +29,7 @@ def test_lists_of_tasks(typed, meant):
         ("core", "task 'core' needs to know which; give core:DIR"),
         ("mc:", "task 'mc' needs to know which; give mc:FILE"),
         ("lm-eval:", "task 'lm-eval' needs to know which"),
-        ("val:x", "val takes nothing behind a colon"),
+        ("val:x", "val takes nothing after a colon"),
         ("val,hellaswag,val", "task 'val' is given twice"),
         ("core:d/arc_easy,piqq", "'piqq' is neither a kind of task nor one of CORE's tasks .did you mean 'piqa'"),
         ("core:a,val,core:b", "tasks 'core:a' and 'core:b' have one name in results"),

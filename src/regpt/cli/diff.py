@@ -50,7 +50,7 @@ def main(args: list[str]) -> int:
     from regpt.report.read import read_run, with_own_names
     from regpt.report.statistics import scipy_stats
 
-    scipy_stats()  # missing: say so before any work
+    scipy_stats()  # refused before any work where it is missing
     a, b, *others = with_own_names([read_run(folder) for folder in folders])
     found = compare(a, b, others)
     if given.json:

@@ -103,8 +103,8 @@ def main(args: list[str]) -> int:
         if given.json is not None:
             write_json(Path(given.json), report(asked, found), OTHER_JSON)
         show(asked, found)
-    for said in found.failures:
-        print_note(said)
+    for sentence in found.failures:
+        print_note(sentence)
     return 1 if found.failures else 0
 
 

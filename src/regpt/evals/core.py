@@ -41,7 +41,7 @@ class Example(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Settings:
+class CoreSettings:
     """An entry of core.json."""
 
     name: str
@@ -52,24 +52,29 @@ class Settings:
 
 
 class CoreTask:
-    """A `Task`: items of one kind behind examples that are answered.
+    """A `Task`: items of one kind after examples that are answered.
 
     Metrics: `acc`, and `centered`, which is 0 for guessing and 1 for everything right. Of several answers (or contexts)
     that with the largest mean log-likelihood of a token of the answer is chosen; a continuation is right when each of
     its tokens is the likeliest.
     """
 
-    def __init__(self, settings: Settings, examples: Sequence[Example], encoder: Encoder, eot: int):
+    def __init__(self, settings: CoreSettings, examples: Sequence[Example], encoder: Encoder, eot: int):
         self.settings, self.examples, self.n_items = settings, examples, len(examples)
         self.name = f"core/{settings.name}"
         self.baseline: float | None = settings.baseline
         described = (settings.kind, str(settings.shots), settings.delimiter)
         self.items_sha256 = hash_of([described, *((*one.contexts, *one.answers) for one in examples)])
-        encode = TextsOf(encoder)
         delimiter = settings.delimiter
-        self.asked = encode(examples, lambda one: [f"{context}{delimiter}".rstrip() for context in one.contexts])
-        self.answers = encode(examples, lambda one: [f" {answer}" for answer in one.answers])
-        shots = encode(examples, lambda one: [shot(one, delimiter)] if settings.shots else [])
+
+        def encode(texts: Callable[[Example], list[str]]) -> list[list[np.ndarray]]:
+            given = [texts(one) for one in examples]  # of all examples at once: the encoder works in parallel
+            tokens = iter(encoder.encode_batch([text for one in given for text in one]))
+            return [[next(tokens) for _ in one] for one in given]
+
+        self.asked = encode(lambda one: [f"{context}{delimiter}".rstrip() for context in one.contexts])
+        self.answers = encode(lambda one: [f" {answer}" for answer in one.answers])
+        shots = encode(lambda one: [shot(one, delimiter)] if settings.shots else [])
         self.shots = [tokens[0] if tokens else None for tokens in shots]
         self.separator = encoder.encode_batch([SEPARATOR])[0]
         self.empty = np.array([eot], dtype=np.uint32)
@@ -103,18 +108,6 @@ class CoreTask:
             right = (predicted == [self.examples[i].gold for i in chosen]).astype(np.float64)
         baseline = self.settings.baseline
         return {"acc": right, "centered": (right - baseline) / (1 - baseline)}
-
-
-class TextsOf:
-    """Encodes all texts of many examples at once."""
-
-    def __init__(self, encoder: Encoder):
-        self.encoder = encoder
-
-    def __call__(self, examples: Sequence[Example], texts: Callable[[Example], list[str]]) -> list[list[np.ndarray]]:
-        given = [texts(one) for one in examples]
-        tokens = iter(self.encoder.encode_batch([text for one in given for text in one]))
-        return [[next(tokens) for _ in one] for one in given]
 
 
 def shot(one: Example, delimiter: str) -> str:
@@ -172,7 +165,7 @@ def open_core(
         except UserError as error:
             tolerate(f"core/{settings.name}", error)
     if not held:
-        raise UserError(f"{folder / FILE} names no file that exists; put the tasks' files beside it")
+        raise UserError(f"{folder / FILE} names no file that exists; put the tasks' files next to it")
     present = {task.settings.name for task in tasks}
     return tasks, [] if chosen else [name for name in TASKS if name not in present]
 
@@ -210,7 +203,7 @@ def read_entries(folder: Path) -> list[Item]:
     return [Item(f"{path}, task {number}", entry) for number, entry in enumerate(entries, start=1)]
 
 
-def settings_of(entry: Item) -> tuple[Settings, str | None]:
+def settings_of(entry: Item) -> tuple[CoreSettings, str | None]:
     name, kind, shots = entry.text("task"), entry.get("type", str), entry.get("num_fewshot", int)
     if kind not in READERS:
         raise UserError(f"{entry.where}: 'type' is {kind!r}, must be one of {', '.join(READERS)}")
@@ -223,8 +216,8 @@ def settings_of(entry: Item) -> tuple[Settings, str | None]:
         )
     delimiter = entry.get("continuation_delimiter", str)
     if name not in TASKS:
-        raise UserError(f"{entry.where}: {name!r} is none of CORE's tasks, which are {', '.join(TASKS)}")
-    return Settings(name, kind, shots, delimiter, float(baseline)), file  # type: ignore[arg-type]
+        raise UserError(f"{entry.where}: {name!r} is not one of CORE's tasks, which are {', '.join(TASKS)}")
+    return CoreSettings(name, kind, shots, delimiter, float(baseline)), file  # type: ignore[arg-type]
 
 
 def example_of(item: Item, kind: Kind) -> Example:

@@ -33,7 +33,7 @@ from regpt.text.tokenizer import Tokenizer
 
 Request = tuple[Any, list[int], list[int]]  # the texts, tokens of the context, tokens of the continuation
 Noted = dict[str, dict[str, set[str]]]  # task → what was done → the documents that it was done to
-BOOTSTRAPS = 1000  # resamples behind the standard error of a metric that is no mean
+BOOTSTRAPS = 1000  # resamples for the standard error of a metric that is not a mean
 MAX_NEW_TOKENS = 256  # where a task does not say (the harness's own default)
 SEED = 1234  # of drawn texts: the harness's own
 GREEDY = SamplingOptions(top_k=1)

@@ -1,4 +1,4 @@
-"""Files of benchmark items, JSON lines (also .gz and .zst), and what a malformed one is told."""
+"""Files of benchmark items: JSON lines (also .gz and .zst), checked item by item."""
 
 import hashlib
 import json
@@ -100,7 +100,7 @@ def parse(line: bytes, path: Path, number: int) -> Item:
 
 
 def hash_of(texts: Iterable[Sequence[str] | str]) -> str:
-    """SHA-256 of what a task asks, so that results on the same items can be told from others."""
+    """SHA-256 of the items of a task: results on equal items can be compared."""
     digest = hashlib.sha256()
     for text in texts:
         digest.update(json.dumps(text, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")

@@ -1,8 +1,8 @@
 """Prompts that end in several ways → rows of tokens in which each beginning stands once. No torch here.
 
-A *tree* is a context followed by all its endings in one row. Every token says how far along the row it can be seen, so
-that endings see the context and themselves but not each other, and trees beside each other do not meet: token j is
-seen by token i where j ≤ i < ends[j].
+A *tree* is a context followed by all its endings in one row. Every token has the place in the row up to which it is
+seen, so that endings attend to the context and themselves but not to each other, nor to neighbouring trees: token i
+attends to token j where j ≤ i < ends[j].
 """
 
 from bisect import bisect_left, insort
@@ -24,7 +24,7 @@ class Prompt(NamedTuple):
     """A context and the endings that may follow it.
 
     Attributes:
-        context: (n,) token ids; none where the endings have no beginning in common, whose own tokens are context then.
+        context: (n,) token ids; empty where the endings have no beginning in common, whose own tokens are context then.
         endings: token ids of each ending, at least one token each.
         scored: for each ending, how many of its last tokens count; the others belong to the context in truth.
     """
@@ -48,7 +48,7 @@ class Tree(NamedTuple):
         return len(self.context) + sum(map(len, self.endings)) - len(self.endings)
 
 
-class Batch(NamedTuple):
+class PackedBatch(NamedTuple):
     """What the model reads at once, int64: B rows of T tokens, and S places where a token is scored.
 
     Attributes:
@@ -67,7 +67,7 @@ class Batch(NamedTuple):
     owners: np.ndarray
 
 
-class Plan(NamedTuple):
+class BatchPlan(NamedTuple):
     """A batch before it is filled: the trees of each row, by number, and its shape."""
 
     rows: Sequence[Sequence[int]]
@@ -127,19 +127,19 @@ def apart(ending: np.ndarray, scored: int, owner: int, max_seq_len: int, number:
     return Tree(kept[:-scored], [kept[-scored:]], [scored], [owner])
 
 
-def bucketed(sizes: np.ndarray, batch_tokens: int) -> list[Plan]:
+def bucketed(sizes: np.ndarray, batch_tokens: int) -> list[BatchPlan]:
     """Rows of one tree each, the longest first, so that those of a batch are about equally long. Little is padded and
     attention is short, but almost every batch has a shape of its own: for computing without compilation."""
     order, plans = np.argsort(-sizes, kind="stable"), []
     while len(order):
         row_tokens = int(sizes[order[0]])
         n_rows = min(len(order), max(1, batch_tokens // row_tokens))
-        plans.append(Plan([[tree] for tree in order[:n_rows].tolist()], n_rows, row_tokens))
+        plans.append(BatchPlan([[tree] for tree in order[:n_rows].tolist()], n_rows, row_tokens))
         order = order[n_rows:]
     return plans
 
 
-def packed(sizes: np.ndarray, batch_tokens: int) -> list[Plan]:
+def packed(sizes: np.ndarray, batch_tokens: int) -> list[BatchPlan]:
     """Rows filled with many trees, all batches of one shape: for compiled functions."""
     if not len(sizes):
         return []
@@ -148,7 +148,7 @@ def packed(sizes: np.ndarray, batch_tokens: int) -> list[Plan]:
     packings = {T: best_fit(sizes, T) for T in lengths[:3]}
     T = min(packings, key=lambda T: len(packings[T]) * T * (1 + T / DOUBLED_AT))
     rows, B = packings[T], max(1, batch_tokens // T)
-    return [Plan(rows[first : first + B], B, T) for first in range(0, len(rows), B)]
+    return [BatchPlan(rows[first : first + B], B, T) for first in range(0, len(rows), B)]
 
 
 def best_fit(sizes: np.ndarray, row_tokens: int) -> list[list[int]]:
@@ -171,7 +171,7 @@ def best_fit(sizes: np.ndarray, row_tokens: int) -> list[list[int]]:
     return rows
 
 
-def fill(plan: Plan, trees: Sequence[Tree]) -> Batch:
+def fill(plan: BatchPlan, trees: Sequence[Tree]) -> PackedBatch:
     """The tokens of a planned batch. Padding is token 0 at position 0 that sees itself only."""
     B, T = plan.n_rows, plan.row_tokens
     pieces, targets = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
@@ -205,7 +205,7 @@ def fill(plan: Plan, trees: Sequence[Tree]) -> Batch:
     begins, whole = np.cumsum(counts) - counts, at_context.astype(bool)
     slots[begins[whole]] = last[whole]  # what the context predicts, every ending's first token
     row_starts = np.arange(B)[:, None] * T
-    return Batch(
+    return PackedBatch(
         idx.reshape(B, T),
         positions.reshape(B, T),
         seen_until.reshape(B, T) - row_starts,

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regpt.errors import UserError
-from regpt.evals.packing import Batch, Plan, Prompt, Tree, bucketed, fill, packed, plant
+from regpt.evals.packing import BatchPlan, PackedBatch, Prompt, Tree, bucketed, fill, packed, plant
 from regpt.kernels.select import check_compiler
 from regpt.model.masks import AttentionMask
 from regpt.model.transformer import Transformer
@@ -158,7 +158,7 @@ class Scorer:
             torch.cuda.empty_cache()
         return None
 
-    def warm_up(self, plans: Sequence[Plan], trees: Sequence[Tree]) -> None:
+    def warm_up(self, plans: Sequence[BatchPlan], trees: Sequence[Tree]) -> None:
         """Compile what `plans` need and has not been seen; the time counts as compilation."""
         if not self.compile:
             return
@@ -170,7 +170,7 @@ class Scorer:
             self.shapes.add(plan[1:])
             self.cost.compile_seconds += time.perf_counter() - started
 
-    def share(self, plans: Sequence[Plan], trees: Sequence[Tree]) -> Iterator[tuple[Batch, int]]:
+    def share(self, plans: Sequence[BatchPlan], trees: Sequence[Tree]) -> Iterator[tuple[PackedBatch, int]]:
         """This process's batches, and how many trees all processes have done with each. Every process has as many: one
         that has none left computes an empty one, since a sharded model needs all of them for each."""
         done, pace = 0, Pace(self.mesh.device)
@@ -182,7 +182,7 @@ class Scorer:
             yield fill(plan, trees), done
             pace.step()
 
-    def places(self, batch: Batch) -> Places:
+    def places(self, batch: PackedBatch) -> Places:
         """The hidden states of `batch` at its slots."""
         rows = to_device(np.stack([batch.idx, batch.positions, batch.ends]), self.mesh.device)  # (3, B, T)
         chosen = to_device(np.stack([batch.slots, batch.targets]), self.mesh.device)  # (2, S)

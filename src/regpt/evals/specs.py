@@ -12,7 +12,7 @@ KINDS = {
     "mc": "mc:FILE, multiple-choice questions",
     "lm-eval": "lm-eval:TASK,TASK…, the rest of the list",
 }
-# The 22 of CORE's metric; a folder may hold fewer, which is said.
+# The 22 of CORE's metric; a folder may hold fewer, with a notice.
 CORE_TASKS = (
     *("hellaswag_zeroshot", "jeopardy", "bigbench_qa_wikidata", "arc_easy", "arc_challenge", "copa", "commonsense_qa"),
     *("piqa", "openbook_qa", "lambada_openai", "hellaswag", "winograd", "winogrande", "bigbench_dyck_languages"),
@@ -23,7 +23,7 @@ NEED = {"core": "DIR", "mc": "FILE", "lm-eval": "TASK"}
 
 
 class Spec(NamedTuple):
-    """One task: its kind, and the file, folder or names behind the colon, empty where there are none."""
+    """One task: its kind, and the file, folder or names after the colon, or empty."""
 
     kind: str
     argument: str
@@ -33,7 +33,7 @@ class Spec(NamedTuple):
 
 
 def parse_tasks(given: str) -> list[Spec]:
-    """The tasks in a list with commas; everything behind `lm-eval:` is its.
+    """The tasks in a list with commas; everything after `lm-eval:` belongs to it.
 
     Raises:
         UsageError: an unknown name, one that lacks its file, or one given twice.
@@ -62,7 +62,7 @@ def check_specs(names: Iterable[str]) -> list[Spec]:
         if kind in NEED and not argument:
             raise UsageError(f"task {kind!r} needs to know which; give {kind}:{NEED[kind]}")
         if kind == "val" and colon:
-            raise UsageError(f"task {name!r}: val takes nothing behind a colon; choose the folder with --data")
+            raise UsageError(f"task {name!r}: val takes nothing after a colon; choose the folder with --data")
         specs.append(Spec(kind, argument))
     for i, spec in enumerate(specs):
         if spec in specs[:i]:

@@ -161,7 +161,7 @@ def evaluate(
 ) -> Result:
     """Evaluate `task` on all items, or on a part.
 
-    A part is the first items of one fixed order, so smaller parts lie within larger ones: `max_items` of them, and not
+    A part is the first items of one fixed order, so larger parts contain smaller ones: `max_items` of them, and not
     more than `seconds` are expected to suffice for, after a pilot. 0 sets no limit. Items with an ending longer than
     the model are passed over, and counted.
     """

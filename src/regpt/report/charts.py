@@ -1,4 +1,4 @@
-"""What the page's script draws: the columns of one run or several, and the panels over them."""
+"""The data of the page's script: the columns of one run or several, and the panels that draw them."""
 
 import re
 from collections.abc import Sequence
@@ -74,7 +74,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart. `form` says how its values are written, `note` is a line of text under it."""
+    """One chart. `form` is the format of its values, `note` a line of text under it."""
 
     title: str
     unit: str
@@ -83,6 +83,9 @@ class Panel:
     references: Sequence[Reference] = ()
     log: bool = False
     note: str = ""
+
+
+UPDATES = Panel("Update to weight", "‖Δw‖ / ‖w‖ of a step", "rate", (), (USUAL_UPDATE,), log=True)
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,6 @@ def charts(runs: Sequence[Run]) -> Row:
     """The data of report.js: each run's columns, the panels that draw them, events and samples."""
     bits = need_bits(runs)
     tables = [run_table(run, len(runs), bits) for run in runs]
-    drawn = panels_alone(runs[0], tables[0]) if len(runs) == 1 else panels_together(runs, tables, bits)
     return {
         "runs": [
             {
@@ -109,7 +111,7 @@ def charts(runs: Sequence[Run]) -> Row:
             }
             for run, table in zip(runs, tables)
         ],
-        "panels": [panel_row(panel) for panel in drawn],
+        "panels": [panel_row(panel) for panel in panels(runs, tables, bits)],
     }
 
 
@@ -127,7 +129,8 @@ def run_table(run: Run, runs: int, bits: bool) -> RunTable:
 
 def panel_row(panel: Panel) -> Row:
     sources = dict.fromkeys(one.source for one in panel.references if one.source)
-    sourced = [f"{', '.join(one.label for one in panel.references if one.source == said)}: {said}" for said in sources]
+    labels = {source: [one.label for one in panel.references if one.source == source] for source in sources}
+    sourced = [f"{', '.join(names)}: {source}" for source, names in labels.items()]
     return {
         "title": panel.title,
         "unit": panel.unit,
@@ -139,37 +142,62 @@ def panel_row(panel: Panel) -> Row:
     }
 
 
-# ---- one run alone
+# ---- panels
 
 
-def panels_alone(run: Run, table: RunTable) -> list[Panel]:
-    """The charts of one run in the order they stand; one whose columns hold nothing is left out."""
-    clip = number(section(run.config, "train").get("grad_clip"))
+def panels(runs: Sequence[Run], tables: Sequence[RunTable], bits: bool) -> list[Panel]:
+    """The charts in the order they stand, without those that have nothing to draw.
+
+    One run has its raw values and smoothed ones; of several, each has one line, in one colour throughout.
+    """
+    alone = len(runs) == 1
+    names = [] if alone else [printable(run.name) for run in runs]
+    smoothed = "" if alone else ", smoothed"
+
+    def each(column: str, label: str = "", role: str = "line") -> list[Line]:
+        if alone:
+            return [Line(role, column, label, "train")]
+        return [Line(role, column, name, i, i) for i, name in enumerate(names)]
+
+    def noisy(column: str) -> list[Line]:
+        raw = [Line("raw", column, "each step", "train")] if alone else []
+        return [*raw, *each(f"{column}_smooth", "smoothed")]
+
+    clip = number(section(runs[0].config, "train").get("grad_clip")) if alone else None
+    limit = [Reference("clipped above", clip)] if clip else []
+    if alone:
+        losses = [loss_panel(runs[0]), *source_panels(tables[0])]
+    else:
+        unit = "bits per byte" if bits else "nats per token"
+        why = "the runs have different tokenizers, so losses are given per byte of text" if bits else ""
+        validation = each("val_loss", role="points")
+        losses = [
+            Panel("Validation loss", unit, "loss", validation, loss_references(runs), note=why),
+            Panel("Training loss", f"{unit}, smoothed", "loss", each("loss_smooth")),
+        ]
+    drawn = [
+        *losses,
+        *task_panels(tables, names),
+        Panel("Learning rate", "", "rate", each("lr", "learning rate")),
+        Panel("Gradient norm", f"before clipping{smoothed}", "norm", noisy("grad_norm"), limit),
+        update_panel(tables[0]) if alone else replace(UPDATES, lines=each("updates")),
+        Panel("Throughput", f"tokens/s{smoothed}", "count", noisy("tokens_per_s")),
+        Panel("MFU", f"model FLOPs utilisation{smoothed}", "percent", noisy("mfu")),
+        Panel("Peak memory", "GiB", "gib", each("peak_memory_gib", "peak memory")),
+    ]
+    return with_values(drawn, tables)
+
+
+def loss_panel(run: Run) -> Panel:
     unigram = number(run.env.get("unigram_loss"))
     known = [Reference("unigram model", unigram)] if unigram is not None else []
-    losses = [
+    lines = [
         Line("raw", "loss", "train, each step", "train"),
         Line("line", "loss_smooth", "train, smoothed", "train"),
         Line("points", "val_loss", "validation", "val"),
         Line("points", f"val_loss{OF_AVERAGE}", "validation, averaged weights", 3),
     ]
-    limit = [Reference("clipped above", clip)] if clip else []
-    drawn = [
-        Panel("Loss", "nats per token", "loss", losses, [*known, *loss_references([run])]),
-        *source_panels(table),
-        *task_panels([table]),
-        Panel("Learning rate", "", "rate", [Line("line", "lr", "learning rate", "train")]),
-        Panel("Gradient norm", "before clipping", "norm", noisy("grad_norm"), limit),
-        *update_panels(table),
-        Panel("Throughput", "tokens/s", "count", noisy("tokens_per_s")),
-        Panel("MFU", "model FLOPs utilisation", "percent", noisy("mfu")),
-        Panel("Peak memory", "GiB", "gib", [Line("line", "peak_memory_gib", "peak memory", "train")]),
-    ]
-    return with_values(drawn, [table])
-
-
-def noisy(column: str) -> list[Line]:
-    return [Line("raw", column, "each step", "train"), Line("line", f"{column}_smooth", "smoothed", "train")]
+    return Panel("Loss", "nats per token", "loss", lines, [*known, *loss_references([run])])
 
 
 def source_panels(table: RunTable) -> list[Panel]:
@@ -181,11 +209,10 @@ def source_panels(table: RunTable) -> list[Panel]:
     return [Panel("Validation by source", "nats per token", "loss", lines, note=note)]
 
 
-def update_panels(table: RunTable) -> list[Panel]:
+def update_panel(table: RunTable) -> Panel:
     kinds = [name for name in table.columns if name.startswith("updates:")]
     lines = [Line("line", name, printable(name.removeprefix("updates:")), i) for i, name in enumerate(kinds)]
-    lines = lines or [Line("line", "updates", "all matrices", "train")]
-    return [Panel("Update to weight", "‖Δw‖ / ‖w‖ of a step", "rate", lines, [USUAL_UPDATE], log=True)]
+    return replace(UPDATES, lines=lines or [Line("line", "updates", "all matrices", "train")])
 
 
 def task_panels(tables: Sequence[RunTable], names: Sequence[str] = ()) -> list[Panel]:
@@ -201,7 +228,7 @@ def task_panels(tables: Sequence[RunTable], names: Sequence[str] = ()) -> list[P
             charted.setdefault((task, "" if kind in ACCURACIES else kind), []).append(metric)
     drawn = []
     for (task, _), metrics in charted.items():
-        # acc before acc_norm, the one with reference figures; behind them those of the last weights
+        # acc before acc_norm, the one with reference figures; after those of the average those of the last weights
         metrics = sorted(metrics, key=lambda metric: (not metric.endswith(OF_AVERAGE), metric))
         references = list(dict.fromkeys(one for metric in metrics for one in task_references(task, metric)))
         column = f"eval:{task}/"
@@ -215,32 +242,6 @@ def task_panels(tables: Sequence[RunTable], names: Sequence[str] = ()) -> list[P
             ]
         drawn.append(Panel(printable(task), printable(metrics[-1]) if names else "", "score", lines, references))
     return drawn
-
-
-# ---- several runs
-
-
-def panels_together(runs: Sequence[Run], tables: Sequence[RunTable], bits: bool) -> list[Panel]:
-    """The charts of several runs: a line a run, each run in one colour throughout."""
-    names = [printable(run.name) for run in runs]
-
-    def each(role: str, column: str) -> list[Line]:
-        return [Line(role, column, name, i, i) for i, name in enumerate(names)]
-
-    unit = "bits per byte" if bits else "nats per token"
-    why = "the runs have different tokenizers, so losses are given per byte of text" if bits else ""
-    drawn = [
-        Panel("Validation loss", unit, "loss", each("points", "val_loss"), loss_references(runs), note=why),
-        Panel("Training loss", f"{unit}, smoothed", "loss", each("line", "loss_smooth")),
-        *task_panels(tables, names),
-        Panel("Learning rate", "", "rate", each("line", "lr")),
-        Panel("Gradient norm", "before clipping, smoothed", "norm", each("line", "grad_norm_smooth")),
-        Panel("Update to weight", "‖Δw‖ / ‖w‖ of a step", "rate", each("line", "updates"), [USUAL_UPDATE], log=True),
-        Panel("Throughput", "tokens/s, smoothed", "count", each("line", "tokens_per_s_smooth")),
-        Panel("MFU", "smoothed", "percent", each("line", "mfu_smooth")),
-        Panel("Peak memory", "GiB", "gib", each("line", "peak_memory_gib")),
-    ]
-    return with_values(drawn, tables)
 
 
 def with_values(panels: Sequence[Panel], tables: Sequence[RunTable]) -> list[Panel]:
@@ -304,13 +305,13 @@ def events(run: Run) -> list[Row]:
 
 
 def mark_of(event: Row) -> str:
-    """What stands beside its mark: of a bad batch what was done about it, `skip` or `rewind`."""
+    """Label of its mark: of a bad batch the action taken, `skip` or `rewind`."""
     policy = event.get("policy")
     return policy if policy in ("skip", "rewind") else str(event.get("name", "event"))
 
 
 def samples(run: Run) -> list[Row]:
-    """Texts by step: step, prompt, texts, and where the step lies on the other axes."""
+    """Texts by step: step, prompt, texts, and the position of the step on the other axes."""
     found = []
     for row in thin_samples(run.samples):
         texts = row.get("texts")

@@ -11,7 +11,7 @@ from regpt.console.text import counted
 from regpt.report.read import Run, number, section
 from regpt.report.series import Column, column, smooth, smoothing_span
 
-MIN_ROWS = 20  # fewer say nothing about a curve
+MIN_ROWS = 20  # fewer are not judged
 BLOCKS = 20  # parts of a run whose means are compared
 RISE = 0.1  # nats of the last part above the lowest one that count as rising, or six standard deviations of a part
 DIVERGED = 0.5  # nats
@@ -183,7 +183,7 @@ def validation(run: Run, curve: Curve) -> list[Finding]:
 
 
 def epochs_read(run: Run) -> float | None:
-    """How often the training data were read: the most read folder's count where the run says, else a quotient."""
+    """How often the training data were read: the most read folder's count where it is known, else a quotient."""
     for row in reversed(run.events):
         if row.get("name") == "epochs" and isinstance(row.get("epochs"), dict):
             counts = [n for value in row["epochs"].values() if (n := number(value)) is not None]

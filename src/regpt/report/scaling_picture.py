@@ -36,12 +36,8 @@ def draw_scaling(found: ScalingFit, path: Path, unit: str, plan: Plan | None = N
     draw_compute(right, found, plan)
     left.set_ylabel(f"validation loss, {unit}")
     law = found.law
-    figure.suptitle(
-        f"L = {law.E:.3f} + {law.A:.3g} / N^{law.alpha:.3f} + {law.B:.3g} / D^{law.beta:.3f}",
-        fontsize=11,
-        x=0.01,
-        ha="left",
-    )
+    title = f"L = {law.E:.3f} + {law.A:.3g} / N^{law.alpha:.3f} + {law.B:.3g} / D^{law.beta:.3f}"
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     save_figure(figure, path)
 
 
@@ -50,53 +46,41 @@ def draw_lines(axes: "Axes", found: ScalingFit, keys: tuple[str, str], plan: Pla
     from matplotlib import colormaps
 
     along, other = keys
-    x = np.array([getattr(point, along) for point in found.points])
     values = sorted({getattr(point, other) for point in found.points})
-    shown = (
-        values
-        if len(values) <= MAX_LINES
-        else [values[i] for i in np.linspace(0, len(values) - 1, MAX_LINES).astype(int)]
-    )
-    reach = [*x, *([plan[along == "tokens"]] if plan else [])]
-    grid = np.geomspace(min(reach) / 1.3, max(reach) * 1.3, 100)
-    for value in values:
-        share = values.index(value) / max(1, len(values) - 1)
-        colour = colormaps["viridis"](0.9 * share)
-        points = [point for point in found.points if getattr(point, other) == value]
+    shown = {values[int(i)] for i in np.linspace(0, len(values) - 1, min(len(values), MAX_LINES))}
+    at = None if plan is None else plan[along == "tokens"]
+    grid = grid_over([getattr(point, along) for point in found.points], at)
+    for i, value in enumerate(values):
+        colour = colormaps["viridis"](0.9 * i / max(1, len(values) - 1))
+        points = [(getattr(point, along), point.loss) for point in found.points if getattr(point, other) == value]
         label = f"{si(value)} {other}" if value in shown else None
-        axes.plot(
-            [getattr(p, along) for p in points], [p.loss for p in points], "o", color=colour, markersize=5, label=label
-        )
+        axes.plot(*zip(*points), "o", color=colour, markersize=5, label=label)
         if value in shown:
-            axes.plot(grid, [predict(found, along, place, value) for place in grid], color=colour, linewidth=1.2)
-    mark_plan(axes, found, plan, None if plan is None else plan[along == "tokens"])
+            losses = [found.law.loss(**{along: place, other: value}) for place in grid]
+            axes.plot(grid, losses, color=colour, linewidth=1.2)
+    mark_plan(axes, found, plan, at)
     finish(axes, along)
-
-
-def predict(found: ScalingFit, along: str, place: float, other: float) -> float:
-    return found.law.loss(place, other) if along == "parameters" else found.law.loss(other, place)
 
 
 def draw_compute(axes: "Axes", found: ScalingFit, plan: Plan | None) -> None:
     """Loss against FLOPs, with the lowest loss that the law allows for each number of FLOPs (6·N·D)."""
-    axes.plot(
-        [p.flops for p in found.points],
-        [p.loss for p in found.points],
-        "o",
-        color="#2563d9",
-        markersize=5,
-        label="runs",
-    )
+    flops = [point.flops for point in found.points]
+    axes.plot(flops, [point.loss for point in found.points], "o", color="#2563d9", markersize=5, label="runs")
     at = 6 * plan[0] * plan[1] if plan else None
-    reach = [*(p.flops for p in found.points), *([at] if at else [])]
-    grid = np.geomspace(min(reach) / 1.3, max(reach) * 1.3, 100)
+    grid = grid_over(flops, at)
     try:
         best = [found.law.loss(*found.law.optimum(flops)) for flops in grid]
         axes.plot(grid, best, color=LINE, linewidth=1.2, linestyle="--", label="best for the FLOPs, by the law")
-    except UserError:  # no optimum: the warnings say why
+    except UserError:  # no optimum: the warnings give the reason
         pass
     mark_plan(axes, found, plan, at)
     finish(axes, "FLOPs")
+
+
+def grid_over(places: list[float], plan: float | None) -> np.ndarray:
+    """100 places, evenly spaced on a logarithmic axis, over all of `places` and the plan."""
+    reach = [*places, *([plan] if plan else [])]
+    return np.geomspace(min(reach) / 1.3, max(reach) * 1.3, 100)
 
 
 def mark_plan(axes: "Axes", found: ScalingFit, plan: Plan | None, x: float | None) -> None:

@@ -25,7 +25,7 @@ def smooth(values: Sequence[float | None], span: int) -> Column:
     """Exponential moving average with weight 2 / (span + 1) for the newest value, None where `values` is.
 
     The span grows with the values seen, from 1 to at most `span`, an eighth of them in between: the steep start of a
-    training curve is followed, not dragged behind.
+    training curve is followed without lag.
     """
     smoothed: Column = []
     mean, seen = 0.0, 0
@@ -74,13 +74,12 @@ def training_seconds(train: Sequence[Row]) -> np.ndarray | None:
     if not known:
         return None
     filled = np.array([np.median(known) if value is None else value for value in dt_ms])
-    return (
-        np.cumsum(filled * np.diff([0, *(row["step"] for row in train)])) / 1000
-    )  # a row stands for the steps before it
+    steps = np.diff([0, *(row["step"] for row in train)])  # a row stands for the steps before it
+    return np.cumsum(filled * steps) / 1000
 
 
 def positions(train: Sequence[Row], steps: Sequence[int]) -> dict[str, Column]:
-    """Where `steps` lie on the x axes the rows allow, `step`, `tokens`, `flops`, `seconds`; linear between rows."""
+    """Positions of `steps` on the x axes the rows allow, `step`, `tokens`, `flops`, `seconds`; linear between rows."""
     known = np.array([0, *(row["step"] for row in train)], dtype=float)
     axes: dict[str, Column] = {"step": list(steps)}
     for axis in ("tokens", "flops"):
@@ -122,10 +121,8 @@ def measurements(run: Run) -> dict[str, dict[int, float | None]]:
     `eval:<task>/<metric>`, `updates` for all matrices together, `updates:<kind>` for those of one kind.
     """
     found: dict[str, dict[int, float | None]] = {
-        "val_loss": {row["step"]: number(row.get("loss")) for row in run.val},
-        "val_bpb": {row["step"]: number(row.get("bpb")) for row in run.val},
-        "val_loss_ema": {row["step"]: number(row.get("loss_ema")) for row in run.val},
-        "val_bpb_ema": {row["step"]: number(row.get("bpb_ema")) for row in run.val},
+        f"val_{key}": {row["step"]: number(row.get(key)) for row in run.val}
+        for key in ("loss", "bpb", "loss_ema", "bpb_ema")
     }
     for row in run.val_sources:
         found.setdefault(f"val:{row['source']}", {})[row["step"]] = number(row.get("loss"))
@@ -187,7 +184,7 @@ def need_bits(runs: Sequence[Run]) -> bool:
 
 
 def bytes_per_token(run: Run) -> float | None:
-    """UTF-8 bytes a token of the training text; of the validation text where the run says nothing of the other."""
+    """UTF-8 bytes a token of the training text; of the validation text where that is unknown."""
     data = section(run.env, "data")
     n_bytes, tokens = number(data.get("train_bytes")), number(data.get("train_tokens"))
     if n_bytes and tokens:

@@ -30,7 +30,7 @@ class RunEvaluations:
     Args:
         config, run: of the run. Items are written into RUN/evals by the main process.
         model: the raw module that is trained.
-        say: shows a line.
+        say: prints a line on the terminal.
         stop_requested: of this process; asked before each task, as all of them may take longer than the sender waits.
         average: of its weights; with `eval.ema` the same items are judged with it, too: metrics end in `_ema` then.
     """

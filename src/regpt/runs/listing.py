@@ -105,7 +105,7 @@ def state_of(
 
 
 def last_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows at the end of a JSON Lines file; lines that are none, and one that is being written, are left out."""
+    """The rows at the end of a JSON Lines file; invalid lines, and one that is being written, are left out."""
     if not is_file(path):
         return []
     with path.open("rb") as file:
