@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from regpt.remote.lease import Clock
 from regpt.remote.retry import Patience
 from regpt.remote.store import Store
 
@@ -70,10 +69,6 @@ class FaultyStore(Store):
         self.note("write", name)
         super().put(name, path)
 
-    def copy(self, name: str, other: str) -> None:
-        self.note("write", other)
-        super().copy(name, other)
-
     def remove(self, names: Any) -> None:
         for name in names:
             self.note("remove", name)
@@ -89,16 +84,11 @@ class Hand:
     """Time that passes only while somebody sleeps; `meanwhile()` happens then."""
 
     meanwhile: Callable[[], object] = lambda: None
-    start: float = 1e9
     slept: list[float] = field(default_factory=list)
 
     def sleep(self, seconds: float) -> None:
         self.slept.append(seconds)
         self.meanwhile()
-
-    @property
-    def clock(self) -> Clock:
-        return Clock(now=lambda: sum(self.slept), sleep=self.sleep, wall=lambda: self.start + sum(self.slept))
 
 
 @contextmanager

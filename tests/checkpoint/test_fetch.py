@@ -69,14 +69,14 @@ DAMAGE = {
     "a flipped bit": (lambda s, f: change(s, f"{f}/optimizer.safetensors", flip), "SHA-256 differs"),
     "a truncated file": (
         lambda s, f: change(s, f"{f}/state.json", lambda data: data[:-1]),
-        r"state\.json has .* of its",
+        r"state\.json' has .* bytes instead of",
     ),
-    "a missing file": (lambda s, f: s.remove([f"{f}/model.json"]), r"model\.json has none of its \d+ bytes"),
+    "a missing file": (lambda s, f: s.remove([f"{f}/model.json"]), r"model\.json' is missing"),
     "a torn manifest": (lambda s, f: change(s, f"{f}/manifest.json", lambda data: data[:50]), "is not a manifest"),
     "an empty manifest": (lambda s, f: s.write(f"{f}/manifest.json", b""), "is not a manifest"),
     "a huge manifest": (
         lambda s, f: s.write(f"{f}/manifest.json", b" " * ((64 << 20) + 1)),
-        "more than 67,108,864 bytes",
+        "has more than 64 MiB",
     ),
     "a path out of the folder": (lambda s, f: change(s, f"{f}/manifest.json", crafted), "is no plain file name"),
     "weights that are not finite": (consistent_nan, "not finite"),
@@ -149,9 +149,9 @@ def test_a_model_is_copied_once_without_the_optimizer(store, saved, monkeypatch)
         tensor.equal(expected[name]) for name, tensor in opened.model.named_parameters() if name == "ln_f.weight"
     )
     assert "checkpoints/step-00000002/optimizer.safetensors" not in got
-    n = len(got)
+    tensors = [name for name in got if "safetensors" in name]
     folder = fetch_model(store.url)
-    assert len(got) == n
+    assert [name for name in got if "safetensors" in name] == tensors
     assert folder.parts[-3:] == ("a", "checkpoints", "step-00000002")
     with pytest.raises(UserError, match=r"optimizer\.safetensors' is missing"):
         load_checkpoint(folder)

@@ -55,7 +55,7 @@ def start(url: str, config: RunConfig, **options: Any) -> int:
 
 def go_on(url: str, machine: Path, hand: Hand | None = None, **train: Any) -> int:
     config = tiny.change(on(machine, stored_config(url, str(machine))), "train", **train)
-    remote = RemoteRun(url, config.checkpoint, PATIENT, (hand or Hand()).clock)
+    remote = RemoteRun(url, config.checkpoint, PATIENT, (hand or Hand()).sleep)
     return resume(remote.folder, config, remote=remote)
 
 
@@ -263,7 +263,7 @@ def test_a_run_that_is_taken_over_stops_and_overwrites_nothing(config, url, tmp_
 
     def take_over(step: int, mirror: Any) -> None:
         if step == 4:
-            other = Lease(FaultyStore(url), clock=Hand().clock)
+            other = Lease(FaultyStore(url), sleep=Hand().sleep)
             other.acquire(say=lambda text: None)
             others.append(other)
             others[0].store.write("theirs", b"")
@@ -387,4 +387,4 @@ def test_a_run_that_this_machine_has_claimed_before_waits_for_the_network(config
             remote.store.tries(away)
         assert len(tries) == expected
         remote.folder.mkdir(exist_ok=True)
-        remote.note(["a claim"], whole=True)
+        remote.note(["a claim"])

@@ -13,7 +13,7 @@ import torch
 from regpt.checkpoint.best import METRICS, best_step, validation_losses
 from regpt.checkpoint.config import CheckpointConfig
 from regpt.checkpoint.load import checkpoint_folder
-from regpt.checkpoint.save import Contents, is_intact, prune_checkpoints, save_checkpoint
+from regpt.checkpoint.save import Contents, is_intact, kept_steps, prune_checkpoints, save_checkpoint
 from regpt.checkpoint.snapshot import HostMemory, Snapshot, take_snapshot
 from regpt.files import sync
 
@@ -107,6 +107,10 @@ class Saver:
         """Delete the checkpoints that are no longer wanted."""
         last, every = self.config.keep_last, self.config.keep_every
         prune_checkpoints(self.run, last, every, self.is_intact, self.in_use, self.best)
+
+    def kept(self, steps: Iterable[int]) -> set[int]:
+        """Those of `steps` whose checkpoints the configuration keeps."""
+        return kept_steps(steps, self.config.keep_last, self.config.keep_every, self.best)
 
     @cached_property
     def losses(self) -> dict[int, float]:

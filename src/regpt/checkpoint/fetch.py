@@ -3,26 +3,24 @@
 import hashlib
 import shutil
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from pathlib import Path
 
 from regpt.checkpoint.best import BEST, METRICS, validation_losses
 from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, print_warning, refuse_other_step, step_of, verify_checkpoint
 from regpt.checkpoint.manifest import MANIFEST, STATE, check_sizes, read_manifest
-from regpt.checkpoint.mirror import CONFIG, content
 from regpt.errors import UserError
-from regpt.files import SUCCESSOR, put_in_place, temporary_name, write_bytes
+from regpt.files import SUCCESSOR, put_in_place, temporary_name
 from regpt.remote.download import locked
 from regpt.remote.lease import FOLDER as LEASE
+from regpt.remote.mirror import CONFIG, content
+from regpt.remote.retry import NotTransferred
 from regpt.remote.store import Store, is_address
-from regpt.structured import MAX_BYTES
 
 Warn = Callable[[str], None]
-T = TypeVar("T")
 
 
 def cache_folder() -> Path:
-    """Where copies of what lies elsewhere are kept."""
+    """Where copies of remote runs are kept."""
     return Path.home() / ".cache" / "regpt"
 
 
@@ -40,21 +38,19 @@ def plain(name: str) -> str:
 def fetch_model(url: str, *, optimizer: bool = False, warn: Warn = print_warning) -> Path:
     """The checkpoint that `url` means, a run's newest intact one or a checkpoint, in a folder of this machine.
 
-    It lies in the copy of its run (`checkpoints/step-…` beside `config.toml`), which is made once: a checkpoint that is
-    there with the same manifest is not downloaded again.
+    The copy of its run (`checkpoints/step-…` next to `config.toml`) holds it: a checkpoint that is there with the same
+    manifest is not downloaded again.
 
     Args:
         optimizer: also its optimizer's tensors, two thirds of the bytes.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: there is no checkpoint, or it cannot be read.
     """
     run_url, step = split_address(url)
-    store = Store(run_url)
-    run = copy_of(run_url)
+    store, run = Store(run_url), copy_of(run_url)
     with locked(run.parent / "copy", lambda: None):
-        if (config := store.tries(lambda: store.read(CONFIG), name=CONFIG)) is not None:
-            write_bytes(run / CONFIG, config)
+        get(store, CONFIG, run / CONFIG)
         names, folder = [""], None
         while folder is None and names != (names := chosen_checkpoints(store, step, run)):
             # Once more where others have been written, and these deleted, meanwhile.
@@ -76,13 +72,12 @@ def fetch_run(url: str) -> Path:
     with locked(run.parent / "copy", lambda: None):
         for path in set(run.iterdir()) - {run / CHECKPOINTS}:  # some may have gone there
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if not get_run_files(store, run):
-            raise UserError(f"{url} holds no run (no {CONFIG}); check the address")
+        get_run_files(store, run)
     return run
 
 
 def local_run(name: str) -> Path:
-    """The folder of the run `name`: `name` itself, or a copy without checkpoints of what lies at that address."""
+    """The folder of the run `name`: `name` itself, or a copy without checkpoints of the run at that address."""
     return fetch_run(name) if is_address(name) else Path(name)
 
 
@@ -106,8 +101,7 @@ def restore(store: Store, run: Path, warn: Warn = print_warning) -> list[str]:
             f"run {store.url} cannot be opened, none of its {len(names)} checkpoints is intact; start it again with "
             "another --out, or choose another run"
         )
-    if not get_run_files(store, run):
-        raise UserError(f"{store.url} holds no run (no {CONFIG}); check the address")
+    get_run_files(store, run)
     return damaged
 
 
@@ -133,28 +127,11 @@ def chosen_checkpoints(store: Store, name: str, run: Path) -> list[str]:
     return sorted(known, key=lambda name: (losses[step_of(Path(name))], step_of(Path(name))))
 
 
-def get_run_files(store: Store, run: Path) -> bool:
-    """Download the files beside checkpoints, config.toml last; whether that one is there."""
-    names = store.tries(store.files)
-    beside = [name for name in names if PurePosixPath(name).parts[0] not in (CHECKPOINTS, LEASE)]
-    for name in sorted(beside, key=lambda name: name == CONFIG):
-        get(store, name, run / name)
-    return CONFIG in beside
-
-
 def complete_checkpoints(store: Store) -> list[str]:
-    """The names of those with a manifest, the newest first."""
-    names = {part.split("/")[1] for part in store.tries(lambda: store.files(CHECKPOINTS)) if is_manifest(part)}
-    return sorted((name for name in names if STEP_FOLDER.fullmatch(name)), key=order, reverse=True)
-
-
-def is_manifest(part: str) -> bool:
-    return PurePosixPath(part).parts[2:] == (MANIFEST,)
-
-
-def order(name: str) -> tuple[int, str]:
-    """By the step; what replaces a checkpoint is newer than that."""
-    return step_of(Path(name)), name
+    """The names of those with a manifest, the newest first; what replaces a checkpoint is newer than that."""
+    parts = [name.split("/") for name in store.tries(lambda: store.files(CHECKPOINTS))]
+    names = [part[1] for part in parts if part[2:] == [MANIFEST] and STEP_FOLDER.fullmatch(part[1])]
+    return sorted(names, key=lambda name: (step_of(Path(name)), name), reverse=True)
 
 
 def first_intact(
@@ -165,57 +142,40 @@ def first_intact(
     for name in names:
         try:
             return get_checkpoint(store, name, run, optimizer=optimizer), damaged
-        except Damaged as error:
+        except NotTransferred:
+            raise
+        except UserError as error:
             damaged.append(name)
             warn(f"skipped {store.url}/{CHECKPOINTS}/{name}: {error}")
     return None, damaged
 
 
-class Damaged(UserError):
-    """A checkpoint that is not what its manifest says."""
-
-
 def get_checkpoint(store: Store, name: str, run: Path, *, optimizer: bool) -> Path:
-    """Download a checkpoint, whole or not at all, unless it is there already; returns where it lies.
+    """Download a checkpoint, whole or not at all, unless it is there already; returns its folder.
 
     Raises:
-        Damaged: it is not what its manifest says, or has none.
-        UserError: it cannot be read.
+        NotTransferred: it cannot be read.
+        UserError: it is not what its manifest says, or has none.
     """
-    place = f"{CHECKPOINTS}/{name}"
-    folder = run / CHECKPOINTS / name.removesuffix(SUCCESSOR)
-    sizes = store.tries(lambda: store.files(place), name=place)
-    if sizes.get(f"{place}/{MANIFEST}", 0) > MAX_BYTES:
-        raise Damaged(f"its {MANIFEST} has more than {MAX_BYTES:,} bytes")
-    manifest = store.tries(lambda: store.read(f"{place}/{MANIFEST}"), name=place)
-    if manifest is not None and content(folder / MANIFEST) == manifest and is_there(folder, optimizer=optimizer):
-        return folder
-    if manifest is None:
-        raise Damaged(f"it has no {MANIFEST}, so it is not complete")
+    place, folder = f"{CHECKPOINTS}/{name}", run / CHECKPOINTS / name.removesuffix(SUCCESSOR)
     temporary = temporary_name(folder)
     try:
-        temporary.mkdir(parents=True)
-        write_bytes(temporary / MANIFEST, manifest)
-        for file in checked(lambda: read_manifest(temporary), temporary, store, place).needed(optimizer=optimizer):
-            part = f"{place}/{file.file}"
-            if sizes.get(part) != file.size:
-                have = f"{sizes[part]:,}" if part in sizes else "none"
-                raise Damaged(f"{file.file} has {have} of its {file.size:,} bytes")
-            get(store, part, temporary / file.file)
-        checked(lambda: verify_checkpoint(temporary, optimizer=optimizer), temporary, store, place)
-        checked(lambda: refuse_other_step(temporary / STATE, name), temporary, store, place)
+        if not get(store, f"{place}/{MANIFEST}", temporary / MANIFEST):
+            raise UserError(f"it has no {MANIFEST}, so it is not complete")
+        if content(folder / MANIFEST) == content(temporary / MANIFEST) and is_there(folder, optimizer=optimizer):
+            return folder
+        for file in read_manifest(temporary).needed(optimizer=optimizer):
+            get(store, f"{place}/{file.file}", temporary / file.file)
+        verify_checkpoint(temporary, optimizer=optimizer)
+        refuse_other_step(temporary / STATE, name)
         put_in_place(temporary, folder)
+    except NotTransferred:
+        raise
+    except UserError as error:
+        raise UserError(str(error).replace(str(temporary), f"{store.url}/{place}")) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
-
-
-def checked(check: Callable[[], T], folder: Path, store: Store, place: str) -> T:
-    """The result of `check`, of what was downloaded into `folder`; its UserError as `Damaged`, at its `place`."""
-    try:
-        return check()
-    except UserError as error:
-        raise Damaged(str(error).replace(str(folder), f"{store.url}/{place}")) from None
 
 
 def is_there(folder: Path, *, optimizer: bool) -> bool:
@@ -227,13 +187,17 @@ def is_there(folder: Path, *, optimizer: bool) -> bool:
     return True
 
 
-def get(store: Store, name: str, path: Path) -> None:
-    """Download a file.
+def get_run_files(store: Store, run: Path) -> None:
+    """Download the files next to checkpoints, config.toml last; a UserError where that one is not there."""
+    names = [name for name in store.tries(store.files) if name.split("/")[0] not in (CHECKPOINTS, LEASE)]
+    if CONFIG not in names:
+        raise UserError(f"{store.url} holds no run (no {CONFIG}); check the address")
+    for name in sorted(names, key=lambda name: name == CONFIG):
+        get(store, name, run / name)
 
-    Raises:
-        Damaged: it is no longer there.
-        UserError: it cannot be read.
-    """
+
+def get(store: Store, name: str, path: Path) -> bool:
+    """Download the file `name` as `path`; False where there is no such file."""
 
     def download() -> bool:
         try:
@@ -242,5 +206,4 @@ def get(store: Store, name: str, path: Path) -> None:
             return False
         return True
 
-    if not store.tries(download, name=name):
-        raise Damaged(f"{PurePosixPath(name).name} has just been deleted")
+    return store.tries(download, name=name)

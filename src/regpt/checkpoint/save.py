@@ -135,13 +135,17 @@ def prune_checkpoints(
     steps. A damaged one is neither counted nor deleted: it may be the only trace of something. `intact` tells them
     apart. One that is `in_use` stays until the next time.
     """
-    if not keep_last:
-        return []
     whole = [folder for folder in checkpoints(run) if intact(folder)]
-    chosen = best([step_of(folder) for folder in whole])
-    unwanted = [f for f in whole[:-keep_last] if not (keep_every and step_of(f) % keep_every == 0)]
-    unwanted = [folder for folder in unwanted if step_of(folder) != chosen]
-    unwanted = [folder for folder in unwanted if not in_use(folder)]
+    kept = kept_steps([step_of(folder) for folder in whole], keep_last, keep_every, best)
+    unwanted = [folder for folder in whole if step_of(folder) not in kept and not in_use(folder)]
     for folder in unwanted:
         discard(folder)
     return unwanted
+
+
+def kept_steps(
+    steps: Iterable[int], keep_last: int, keep_every: int, best: Callable[[Iterable[int]], int | None]
+) -> set[int]:
+    """Those of `steps` whose checkpoints stay; see `prune_checkpoints`."""
+    steps = sorted(set(steps))
+    return {*steps[-keep_last:], best(steps)} & {*steps} | {s for s in steps if keep_every and s % keep_every == 0}

@@ -60,8 +60,16 @@ class Patience:
         """For a first question: nobody waits minutes to hear that there is no network."""
         return replace(self, tries=min(LISTING_TRIES, self.tries))
 
+    def wait(self, tries: int) -> float:
+        """Seconds to wait after so many tries in a row."""
+        return min(self.longest_wait_s, self.wait_s * 2 ** min(max(0, tries - 1), 20))
+
 
 PATIENCE = Patience()
+
+
+class NotTransferred(UserError):
+    """Something elsewhere could not be read or written."""
 
 
 class Problem(NamedTuple):
@@ -82,7 +90,7 @@ def persistently(
     """The result of `attempt`, tried again while its error may pass; a try that gained bytes starts the count anew.
 
     Raises:
-        UserError: `name` could not be `done`.
+        NotTransferred: `name` could not be `done`.
     """
     tries, before, reached = 0, gained(), False
     while True:
@@ -94,11 +102,11 @@ def persistently(
         reached = reached or not problem.unreached or not tries
         before = gained()
         if not reached and tries >= min(patience.unreached, patience.tries):
-            raise UserError(f"{name} could not be {done}: {problem.text}; {WAYS_OUT}")
+            raise NotTransferred(f"{name} could not be {done}: {problem.text}; {WAYS_OUT}")
         if problem.lasts or tries >= patience.tries:
             again = "" if problem.lasts else f", {tries} times; the same command continues where this one stopped"
-            raise UserError(f"{name} could not be {done}: {problem.text}{again}")
-        wait_s = max(problem.retry_after_s, min(patience.longest_wait_s, patience.wait_s * 2 ** max(0, tries - 1)))
+            raise NotTransferred(f"{name} could not be {done}: {problem.text}{again}")
+        wait_s = max(problem.retry_after_s, patience.wait(tries))
         if waiting is None or not is_terminal(sys.stderr):
             print_note(f"{name}: {problem.text}; trying again in {wait_s:.0f} s")
         pause(wait_s, problem.text, patience, waiting or (lambda note: None))
@@ -119,15 +127,12 @@ def transport_errors() -> tuple[type[BaseException], ...]:
 
 
 def problem_of(error: BaseException) -> Problem:
-    """What an error of the operating system, of HTTP or of a library means for another try.
-
-    Raises:
-        UserError: the disk is full.
-    """
+    """What an error of ours, of the operating system, of HTTP or of a library means for another try."""
+    if isinstance(error, UserError):
+        return Problem(str(error), lasts=True)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        raise UserError(
-            "the disk of the download folder is full; free space and run the same command again: it continues"
-        )
+        full = "the disk of the download folder is full; free space and run the same command again: it continues"
+        return Problem(full, lasts=True)
     if status := status_of(error):
         return Problem(said(status), not (status in BUSY or status >= 500), retry_after_s(error))
     cause = getattr(error, "reason", error)  # of a urllib.error.URLError

@@ -15,9 +15,7 @@ from regpt.files import is_plain_path
 from regpt.remote.buckets import connect, import_fsspec, reach_store
 from regpt.remote.retry import PATIENCE, Patience, persistently, status_of, transport_errors
 
-# Stores that can create a file only where none is, in one step; `create` of others is a look and a write.
-EXCLUSIVE = {"s3", "s3a", "gs", "gcs", "file", "local", "memory"}
-REFUSED = (409, 412)  # HTTP: there is such a file, or it is being created
+REFUSED = {409, 412}  # HTTP: there is such a file, or it is being created
 STORES = "s3://BUCKET/FOLDER, gs://BUCKET/FOLDER or another address that fsspec can write to"
 T = TypeVar("T")
 
@@ -29,11 +27,7 @@ def is_address(name: str) -> bool:
 
 
 def local_folder(name: str, command: str) -> Path:
-    """The folder `name`.
-
-    Raises:
-        UsageError: it is an address, which `command` does not read.
-    """
+    """The folder `name`; a UsageError where it is an address, which `command` does not read."""
     if is_address(name):
         raise UsageError(
             f"{command} reads folders of this machine and {name} is an address; copy the run here and give that folder"
@@ -42,18 +36,16 @@ def local_folder(name: str, command: str) -> Path:
 
 
 class Store:
-    """The folder at `url`. Methods raise what fsspec raises, for `persistently`, but for those of `self.tries`."""
+    """The folder at `url`. Methods raise what fsspec raises; `tries` repeats them and raises a UserError."""
 
     def __init__(self, url: str, patience: Patience = PATIENCE) -> None:
-        """Raises:
-        UsageError: an address of an unknown kind.
-        UserError: a package that is missing.
-        """
+        """Raise a UsageError for an address of an unknown kind, a UserError for a package that is missing."""
         _, known = import_fsspec(url, "using")
         self.url, self.patience, self.reached = url.rstrip("/"), patience, False
-        self.scheme = url.split("://")[0].lower()
-        if self.scheme not in known or self.scheme in ("http", "https"):
+        scheme = url.split("://")[0].lower()
+        if scheme not in known or scheme in ("http", "https"):
             raise UsageError(f"{url} is an address of a kind that runs are not kept at; give a folder or {STORES}")
+        self.is_local = scheme in ("file", "local")
         options = {"auto_mkdir": True} if self.is_local else {}
         self.fs, root = connect(url, "using", patience, use_listings_cache=False, **options)
         self.root = root.rstrip("/")
@@ -96,11 +88,23 @@ class Store:
     def write(self, name: str, data: bytes) -> None:
         self.whole(name, lambda place: self.fs.pipe_file(place, data))
 
-    def create(self, name: str, data: bytes) -> bool:
-        """Write a file that does not exist yet; False when there is one.
+    def put(self, name: str, path: Path) -> None:
+        """Write the file `path`."""
+        self.whole(name, lambda place: self.fs.put_file(str(path), place))
 
-        Where `is_exclusive`, of several that try this at once one succeeds.
-        """
+    def whole(self, name: str, write: Callable[[str], object]) -> None:
+        """`write(place)`, so that nobody sees half a file: buckets name it at the end, folders need a rename."""
+        place = self.place(name)
+        if not self.is_local:
+            write(place)
+            return
+        parent, _, last = place.rpartition("/")
+        write(f"{parent}/.{last}.partial")
+        os.replace(f"{parent}/.{last}.partial", place)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a file that does not exist yet; False when there is one. Of several that try this at once one succeeds,
+        on S3, Google's storage and local disks; elsewhere it is a look and a write."""
         try:
             if self.is_local:
                 with self.fs.open(self.place(name), "xb") as file:
@@ -110,32 +114,10 @@ class Store:
         except FileExistsError:
             return False
         except transport_errors() as error:
-            if says_it_exists(error):
+            if {status_of(error), status_of(error.__cause__ or error)} & REFUSED:
                 return False
             raise
         return True
-
-    @property
-    def is_local(self) -> bool:
-        return self.scheme in ("file", "local")
-
-    @property
-    def is_exclusive(self) -> bool:
-        return self.scheme in EXCLUSIVE
-
-    def put(self, name: str, path: Path) -> None:
-        """Write the file `path`."""
-        self.whole(name, lambda place: self.fs.put_file(str(path), place))
-
-    def whole(self, name: str, write: Callable[[str], object]) -> None:
-        """`write(place)`, so that nobody sees half a file: buckets name it at the end, folders must be made to."""
-        place = self.place(name)
-        if not self.is_local:
-            write(place)
-            return
-        parent, _, last = place.rpartition("/")
-        write(f"{parent}/.{last}.partial")
-        os.replace(f"{parent}/.{last}.partial", place)
 
     def get(self, name: str, path: Path) -> None:
         """Download a file; `path` bears its name only when it is whole."""
@@ -144,16 +126,13 @@ class Store:
         self.fs.get_file(self.place(name), str(partial))
         os.replace(partial, path)
 
-    def copy(self, name: str, other: str) -> None:
-        self.fs.cp_file(self.place(name), self.place(other))
-
     def remove(self, names: Iterable[str]) -> None:
-        """Delete files, in this order; those that are gone already are none."""
+        """Delete files, in this order; those that are gone already do not matter."""
         for name in names:
             with contextlib.suppress(FileNotFoundError):
                 self.fs.rm_file(self.place(name))
             if self.is_local and "/" in name:
-                with contextlib.suppress(OSError):  # there are other files; in buckets a folder is but a name
+                with contextlib.suppress(OSError):  # other files are there; in buckets a folder is only a name
                     os.rmdir(self.place(name.rpartition("/")[0]))
 
     def place(self, name: str) -> str:
@@ -163,8 +142,3 @@ class Store:
 def is_safe(name: str) -> bool:
     """Whether a name in a store names a file inside the folder that it is downloaded to, and none that is hidden."""
     return is_plain_path(name) and not any(part.startswith(".") for part in name.split("/"))
-
-
-def says_it_exists(error: BaseException) -> bool:
-    """Whether `error` says that a file exists, as S3's answer to a condition that does not hold."""
-    return status_of(error) in REFUSED or (error.__cause__ is not None and status_of(error.__cause__) in REFUSED)

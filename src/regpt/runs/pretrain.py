@@ -12,7 +12,6 @@ import torch
 from regpt.checkpoint.background import Saver
 from regpt.checkpoint.load import checkpoints, load_checkpoint
 from regpt.checkpoint.manifest import MANIFEST
-from regpt.checkpoint.mirror import Mirror
 from regpt.config import RunConfig
 from regpt.console.lines import print_note
 from regpt.console.tables import PlainConsole
@@ -20,6 +19,7 @@ from regpt.files import exists, file_sha256, resolved
 from regpt.model.weights import count_parameters
 from regpt.parallel.mesh import Mesh
 from regpt.parallel.signals import EXIT_SAVED
+from regpt.remote.mirror import Mirror
 from regpt.remote.store import is_address
 from regpt.runs.actions import (
     Job,
@@ -226,9 +226,9 @@ def fit(
     terminal = Terminal(name, config.train.steps, PlainConsole(), enabled=mesh.is_main and not quiet)
     saver = Saver(run, config.checkpoint)
     if mirror is not None:
-        saver.in_use, saver.saved = mirror.is_uploading, mirror.notify
-        mirror.intact, mirror.best, mirror.say = saver.is_intact, saver.best, terminal.say
-        mirror.notify()
+        saver.in_use, saver.saved = (lambda folder: folder == mirror.uploading), mirror.notify
+        mirror.intact, mirror.kept, mirror.say = saver.is_intact, saver.kept, terminal.say
+        mirror.start()
     with stop(config.train.stop_seconds) as stop_requested:
         finished = train(machine, run, start, profile_steps, terminal, saver, lambda: stop_requested() or lost(mirror))
         bring_up_to_date(mirror, mesh, terminal.say)
@@ -242,7 +242,7 @@ def fit(
 
 
 def lost(mirror: Mirror | None) -> bool:
-    return mirror is not None and mirror.failed
+    return mirror is not None and mirror.failure is not None
 
 
 def train(

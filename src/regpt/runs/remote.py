@@ -1,55 +1,55 @@
-"""Runs whose folder is behind an address (s3://…): written on this machine, copied there by `checkpoint.mirror`.
+"""Runs whose folder is behind an address (s3://…): written on this machine, copied there by `remote.mirror`.
 
 The local folder, the staging folder, is as that of any run, with its lock, its checkpoints, its metrics. It holds what
-the store holds, and perhaps more, as long as the newest claim in the store's lease is its own; else another machine has
-gone on, and the store counts.
+the store holds, and perhaps more, as long as the newest claim in the store's lease is its own; otherwise another
+machine has continued the run, and the store counts.
 """
 
 import shutil
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TypedDict, TypeVar
+from typing import TypeVar
 
 from regpt.checkpoint.config import CheckpointConfig
 from regpt.checkpoint.fetch import cache_folder, fetch_model, folder_name, restore
 from regpt.checkpoint.load import print_warning
-from regpt.checkpoint.mirror import Mirror
+from regpt.checkpoint.save import is_intact
 from regpt.config import RunConfig, validate
 from regpt.console.lines import print_note
 from regpt.console.text import counted
 from regpt.errors import UserError
 from regpt.files import write_json
 from regpt.parallel.mesh import Mesh
-from regpt.remote.lease import CLOCK, Claim, Clock, Lease
+from regpt.remote.lease import Claim, Lease
+from regpt.remote.mirror import Mirror
 from regpt.remote.retry import PATIENCE, Patience
 from regpt.remote.store import Store, is_address
 from regpt.runs.folder import CONFIG, LOCK, is_run, read_run_config
 from regpt.structured import parse_json, parse_toml
 
-NOTE = ".remote.json"  # in the staging folder: its address, its last claim, and whether it is all there
+NOTE = ".remote.json"  # in the staging folder: its address, and the tokens of its last claims
 WAIT_SECONDS = 5.0  # of the main process, between two signs of life to the others
 T = TypeVar("T")
-
-
-class Note(TypedDict):
-    """What a staging folder remembers: tokens of its last claims, and whether it holds all that the store held."""
-
-    claims: list[str]
-    whole: bool
 
 
 class RemoteRun:
     """The run at `url`. `folder` is its staging folder; the store is first asked by the methods below: for long while
     the network is away, where this machine has claimed the run before."""
 
-    def __init__(self, url: str, config: CheckpointConfig, patience: Patience = PATIENCE, clock: Clock = CLOCK) -> None:
-        self.config, self.clock = config, clock
+    def __init__(
+        self,
+        url: str,
+        config: CheckpointConfig,
+        patience: Patience = PATIENCE,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         self.skipped: list[str] = []  # what was wrong with checkpoints of the store that were not used
         self.folder = staging_folder(url, config.staging)
-        self.store = Store(url, patience.steady() if read_note(self.folder)["claims"] else patience)
-        self.url = self.store.url
+        self.store = Store(url, patience.steady() if read_claims(self.folder) else patience)
+        self.url, self.lease = self.store.url, Lease(self.store, config.lease_seconds, sleep)
 
     def refuse_used(self) -> None:
         """Raise a UserError where a run is already."""
@@ -66,12 +66,10 @@ class RemoteRun:
     def begin(self, stack: ExitStack) -> Mirror:
         """Claim a new run until `stack` ends; the staging folder is this process's own already."""
         self.refuse_used()
-        lease = self.lease()
-        self.claim(stack, lease, read_note(self.folder))
+        self.claim(stack)
         self.refuse_used()
         empty(self.folder)
-        self.note([lease.claim.token], whole=True)
-        return self.mirror(stack, lease)
+        return self.mirror(stack)
 
     def go_on(self, stack: ExitStack) -> Mirror:
         """Claim the run until `stack` ends, and make the staging folder hold it; that is this process's own already.
@@ -79,48 +77,40 @@ class RemoteRun:
         Raises:
             UserError: another process holds it, there is no run, or none of its checkpoints is intact.
         """
-        lease, known = self.lease(), read_note(self.folder)
-        before = self.claim(stack, lease, known)
+        known = read_claims(self.folder)
+        before = self.claim(stack)
         if holds_all(self.folder, known, before):
-            self.note([lease.claim.token], whole=True)
-            return self.mirror(stack, lease)
-        if is_run(self.folder) and known["whole"]:
+            return self.mirror(stack)
+        if is_run(self.folder):
             who = f"{self.url} was written by {before.holder} since" if before else f"{self.url} was emptied"
-            say(f"{who}; what this machine had of it is now in {set_aside(self.folder)}")
-        self.note([lease.claim.token], whole=False)
+            print_note(f"{who}; what this machine had of it is now in {set_aside(self.folder)}")
+        print_note(f"copying {self.url} to {self.folder}")
         empty(self.folder)
-        say(f"copying {self.url} to {self.folder}")
-        damaged = restore(self.store, self.folder, self.skip)
-        self.note([lease.claim.token], whole=True)
-        return self.mirror(stack, lease, set(damaged))
+        return self.mirror(stack, restore(self.store, self.folder, self.skip))
 
     def skip(self, message: str) -> None:
-        """Say that a checkpoint is damaged, and remember it."""
+        """Report that a checkpoint is damaged, and remember it."""
         self.skipped.append(message)
         print_warning(message)
 
-    def lease(self) -> Lease:
-        return Lease(self.store, self.config.lease_seconds, self.clock)
-
-    def claim(self, stack: ExitStack, lease: Lease, known: Note) -> Claim | None:
-        """Acquire `lease`, and renew it until `stack` ends; the claim before.
+    def claim(self, stack: ExitStack) -> Claim | None:
+        """Acquire the lease, and renew it until `stack` ends; the claim before.
 
         This folder's lock is ours, so processes that claimed the run for it before have ended.
         """
-        self.note([*known["claims"], lease.claim.token], whole=known["whole"])  # first: a crash may follow
-        before = lease.acquire(dead=known["claims"], say=say)
-        stack.enter_context(lease.kept())
+        known = read_claims(self.folder)
+        self.note([*known, self.lease.claim.token])  # first: a crash may follow
+        before = self.lease.acquire(dead=known)
+        stack.enter_context(self.lease.kept())
         return before
 
-    def note(self, claims: list[str], whole: bool) -> None:
-        content = {"url": self.url, "claims": claims, "whole": whole}
-        write_json(self.folder / NOTE, content)
+    def note(self, claims: list[str]) -> None:
+        write_json(self.folder / NOTE, {"url": self.url, "claims": claims})
 
-    def mirror(self, stack: ExitStack, lease: Lease, damaged: set[str] | None = None) -> Mirror:
-        """What copies the folder until `stack` ends, also when an error ends it."""
-        mirror = Mirror(self.folder, lease, self.config, damaged)
-        mirror.say = say
-        mirror.start()
+    def mirror(self, stack: ExitStack, damaged: Sequence[str] = ()) -> Mirror:
+        """What copies the folder, once started, until `stack` ends, also when an error ends it."""
+        self.note([self.lease.claim.token])
+        mirror = Mirror(self.folder, self.lease, is_intact, damaged)
         stack.push(lambda kind, error, trace: end(mirror, error))
         return mirror
 
@@ -130,11 +120,11 @@ def end(mirror: Mirror, error: BaseException | None) -> None:
     if error is None or isinstance(error, Exception):
         mirror.finish()
         if mirror.failure is not None and mirror.failure is not error:
-            say(str(mirror.failure))
+            print_note(str(mirror.failure))
 
 
 def staging_folder(url: str, staging: str) -> Path:
-    """Where the run at `url` lies on this machine."""
+    """Where the run at `url` is on this machine."""
     return (Path(staging).expanduser() if staging else cache_folder() / "runs") / folder_name(url)
 
 
@@ -151,7 +141,7 @@ def stored_config(url: str, staging: str) -> RunConfig:
     data = store.tries(lambda: store.read(CONFIG), name=CONFIG)
     there = None if data is None else parse_config(data, f"{store.url}/{CONFIG}")
     folder = staging_folder(store.url, staging or (there.checkpoint.staging if there else ""))
-    if holds_all(folder, read_note(folder), store.tries(Lease(store).newest)):
+    if holds_all(folder, read_claims(folder), store.tries(Lease(store).newest)):
         return read_run_config(folder)
     if there is None:
         raise UserError(
@@ -168,37 +158,40 @@ def parse_config(data: bytes, source: str) -> RunConfig:
     return validate(values, source)
 
 
-def holds_all(folder: Path, known: Note, newest: Claim | None) -> bool:
-    """Whether the staging folder `folder` has all that the store has: nobody else claimed the run since."""
-    return is_run(folder) and known["whole"] and (newest is None or newest.token in known["claims"])
+def holds_all(folder: Path, claims: list[str], newest: Claim | None) -> bool:
+    """Whether the staging folder `folder` has all that the store has: nobody else claimed the run since `claims`."""
+    return is_run(folder) and (newest is None or newest.token in claims)
 
 
-def read_note(folder: Path) -> Note:
-    """What is noted in a staging folder; where nothing can be read, what is in the folder may be all that there is."""
+def read_claims(folder: Path) -> list[str]:
+    """The tokens of the last claims of a staging folder; none where they cannot be read."""
     try:
-        content = parse_json((folder / NOTE).read_bytes())
-        return {"claims": [str(token) for token in content["claims"]], "whole": bool(content["whole"])}
+        return [str(token) for token in parse_json((folder / NOTE).read_bytes())["claims"]]
     except (OSError, ValueError, KeyError, TypeError):
-        return {"claims": [], "whole": True}
+        return []
 
 
 def set_aside(folder: Path) -> Path:
-    """Move the content of `folder` to a new folder beside it; the lock, which is held, stays."""
+    """Move the content of `folder` to a new folder next to it; the lock, which is held, stays."""
     number = 1
     while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
         number += 1
     aside.mkdir()
-    for path in list(folder.iterdir()):
-        if path.name not in (LOCK, NOTE):
-            path.replace(aside / path.name)
+    for path in content_of(folder):
+        path.replace(aside / path.name)
     return aside
 
 
 def empty(folder: Path) -> None:
-    """Delete what a download that was not finished has left."""
-    for path in list(folder.iterdir()):
-        if path.name not in (LOCK, NOTE):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    """Delete what an unfinished download has left in `folder`."""
+    for path in content_of(folder):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def content_of(folder: Path) -> list[Path]:
+    """What a staging folder holds; config.toml comes first, so that a crash leaves nothing that seems a whole run."""
+    paths = [path for path in folder.iterdir() if path.name not in (LOCK, NOTE)]
+    return sorted(paths, key=lambda path: path.name != CONFIG)
 
 
 def by_main(mesh: Mesh, work: Callable[[], T]) -> T | None:
@@ -236,12 +229,12 @@ def ended(thread: threading.Thread) -> bool:
 
 
 def bring_up_to_date(mirror: Mirror | None, mesh: Mesh, tell: Callable[[str], None]) -> None:
-    """Return, in all processes, when the main one has copied everything; says what is left.
+    """Return, in all processes, when the main one has copied everything; reports what is left.
 
     Raises:
         UserError: it could not be copied, or the run was taken over.
     """
-    if mirror is not None and not mirror.failed and not mirror.finish(0):
+    if mirror is not None and mirror.failure is None and not mirror.finish(0):
         tell(left(mirror))
     while mesh.any(mirror is not None and not mirror.finish(WAIT_SECONDS)):
         if mirror is not None:
@@ -255,7 +248,3 @@ def bring_up_to_date(mirror: Mirror | None, mesh: Mesh, tell: Callable[[str], No
 def left(mirror: Mirror) -> str:
     files, size = mirror.left()
     return f"copying to {mirror.store.url}: {counted(files, 'file')}, {size / 1e6:,.1f} MB left"
-
-
-def say(text: str) -> None:
-    print_note(text)

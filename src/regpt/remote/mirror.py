@@ -1,0 +1,263 @@
+"""A run folder, copied to a bucket while the run goes on: finished checkpoints with their manifest last, then the rest.
+
+A thread does it, and training never waits for it. An error is reported once and the copy tried again, more and more
+seldom, as long as the run goes on; the last copy, at the end, is given up after a number of tries. What has arrived is
+known from the store's manifests and, of other files, from their size and time here. The lease decides whether anything
+may be written (`remote.lease`), before every single file.
+"""
+
+import os
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from regpt.console.lines import print_note
+from regpt.errors import UserError
+from regpt.remote.lease import Lease, LeaseLost
+from regpt.remote.retry import problem_of, transport_errors
+from regpt.remote.store import is_safe
+
+CONFIG = "config.toml"  # written last of the files next to checkpoints: it makes a run of the folder
+CHECKPOINTS, MANIFEST = "checkpoints", "manifest.json"
+STEP_FOLDER = re.compile(r"step-(\d{8,})")
+
+
+class Undelivered(UserError):
+    """The run is saved on this machine, and the store could not be brought up to date."""
+
+    exit_code = 75  # saved, start it again
+
+
+class Mirror:
+    """Copies the run folder `run` to the store of `lease`; `start` it, `notify` it of news, `finish` it.
+
+    Attributes:
+        failure: why nothing more will be copied.
+        say: receives messages about trouble, from the thread.
+        intact: whether a local checkpoint is whole.
+        kept: the steps that stay, of those given; the others are not copied, and deleted from the store.
+        uploading: the local checkpoint that is being read, which is not to be deleted meanwhile.
+        damaged: names of checkpoints of the store that are not what their manifest says: neither counted nor deleted.
+        there: the manifests of the others, by name.
+        sent: size and time of the files that have arrived, by name.
+    """
+
+    def __init__(self, run: Path, lease: Lease, intact: Callable[[Path], bool], damaged: Iterable[str] = ()) -> None:
+        self.run, self.lease, self.store, self.intact = run, lease, lease.store, intact
+        self.kept: Callable[[set[int]], set[int]] = lambda steps: steps
+        self.say: Callable[[str], None] = print_note
+        self.damaged, self.there, self.sent = set(damaged), dict[str, bytes](), dict[str, tuple[int, ...]]()
+        self.looked = False  # at what the store holds
+        self.uploading: Path | None = None
+        self.failure: Exception | None = None
+        self.wake, self.closing = threading.Event(), False
+        self.thread = threading.Thread(target=self.work, daemon=True)
+
+    # ---- from the thread that trains
+
+    def start(self) -> None:
+        self.wake.set()
+        self.thread.start()
+
+    def notify(self) -> None:
+        """There is something new in the folder."""
+        self.wake.set()
+
+    def finish(self, seconds: float | None = None) -> bool:
+        """Copy the rest, waiting at most `seconds`; whether nothing is left to wait for."""
+        self.closing = True
+        self.wake.set()
+        if self.thread.ident is None:  # never started
+            self.thread.start()
+        self.thread.join(seconds)
+        return not self.thread.is_alive()
+
+    def left(self) -> tuple[int, int]:
+        """Files still to be copied, and their bytes, as far as is known."""
+        waiting = dict(self.files())
+        for folder in self.missing():
+            waiting |= {self.name_of(path): path for path in folder.glob("*")}
+        stamps = {name: stamp_of(path) for name, path in waiting.items()}
+        sizes = [stamp[0] for name, stamp in stamps.items() if stamp and stamp != self.sent.get(name)]
+        return len(sizes), sum(sizes)
+
+    # ---- in the thread
+
+    def work(self) -> None:
+        """Copy until the run has ended and everything is there, or until it is of no use."""
+        patience, failures, last_tries, wait_s = self.store.patience, 0, 0, None
+        while True:
+            if not self.closing:
+                self.wake.wait(wait_s)
+            self.wake.clear()
+            closing = self.closing
+            last_tries += closing
+            try:
+                self.copy_all()
+                if closing:
+                    self.lease.renew(released=True)
+                    return
+                if failures:
+                    self.say(f"{self.store.url} is up to date again")
+                failures, wait_s = 0, None
+            except LeaseLost as error:
+                self.failure = UserError(f"{error}; what this process trained is in {self.run}")
+                return
+            except (UserError, *transport_errors()) as error:
+                text, lasts = problem_of(error)[:2]
+                if closing and (lasts or last_tries >= patience.tries):
+                    self.failure = self.undelivered(text)
+                    return
+                failures += 1
+                wait_s = patience.wait(failures)
+                if failures == 1:
+                    self.say(f"{self.store.url} could not be written ({text}); tried again while the run goes on")
+                if closing:
+                    patience.sleep(wait_s)
+            except Exception as error:  # a defect: raised again where the run ends, with its traceback
+                self.failure = error
+                return
+
+    def undelivered(self, why: str) -> Undelivered:
+        return Undelivered(
+            f"{self.store.url} could not be brought up to date: {why}; everything is in {self.run} on this "
+            f"machine, copy it with: regpt train --resume {self.store.url}"
+        )
+
+    def copy_all(self) -> None:
+        """Make the store hold what the folder holds."""
+        self.lease.check()
+        if not self.looked:
+            self.look()
+        self.put_files()
+        while folder := next(self.missing(), None):
+            self.uploading = folder
+            try:
+                self.put_checkpoint(folder)
+            except FileNotFoundError:
+                if (folder / MANIFEST).is_file():
+                    raise
+                # it was deleted here, because newer ones are there
+            finally:
+                self.uploading = None
+            self.prune()
+
+    def look(self) -> None:
+        """Find the complete checkpoints of the store, and delete what earlier processes left there."""
+        for name in self.store.files(CHECKPOINTS):
+            _, folder, *rest = name.split("/")
+            if rest == [MANIFEST] and STEP_FOLDER.fullmatch(folder) and folder not in self.damaged:
+                self.there[folder] = self.store.read(name) or b""
+        self.prune()
+        self.looked = True
+
+    def put_files(self) -> None:
+        """Copy the changed files next to checkpoints; delete those from the store that have gone here."""
+        present = dict(self.files())
+        for name, path in present.items():
+            try:
+                self.put(name, path)
+            except FileNotFoundError:
+                if path.exists():
+                    raise
+        gone = [name for name in self.sent if not name.startswith(f"{CHECKPOINTS}/") and name not in present]
+        self.remove(gone)
+
+    def put_checkpoint(self, folder: Path) -> None:
+        """Copy a checkpoint, its manifest last; an older or damaged one of its name is deleted first."""
+        manifest = (folder / MANIFEST).read_bytes()
+        if folder.name in self.there or folder.name in self.damaged:
+            self.drop(folder.name)
+        paths = {self.name_of(path): path for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+        for name, path in paths.items():
+            self.put(name, path)
+        self.put_files()  # a checkpoint that is complete has its rows of metrics
+        sizes = self.store.files(f"{CHECKPOINTS}/{folder.name}")
+        for name, path in paths.items():
+            if sizes.get(name) != path.stat().st_size:
+                del self.sent[name]
+                raise ConnectionError(f"{name} arrived with {sizes.get(name, 0):,} bytes, not all")
+        if content(folder / MANIFEST) == manifest:  # otherwise it was replaced here meanwhile
+            self.put(self.name_of(folder / MANIFEST), folder / MANIFEST)
+            self.there[folder.name] = manifest
+
+    def put(self, name: str, path: Path) -> None:
+        """Copy a file unless it is there; of rows that are being written, whole lines."""
+        stamp = stamp_of(path)
+        if self.sent.get(name) == stamp:
+            return
+        self.lease.check()
+        if path.suffix == ".jsonl":
+            data = path.read_bytes()
+            self.store.write(name, data[: data.rfind(b"\n") + 1])
+        else:
+            self.store.put(name, path)
+        self.sent[name] = stamp
+
+    def remove(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.lease.check()
+            self.store.remove([name])
+            self.sent.pop(name, None)
+
+    def drop(self, folder: str) -> None:
+        """Delete a checkpoint of the store: its manifest first, so that the rest is not a checkpoint."""
+        self.there.pop(folder, None)
+        names = self.store.files(f"{CHECKPOINTS}/{folder}")
+        self.remove(sorted(names, key=lambda name: not name.endswith(f"/{MANIFEST}")))
+        self.damaged.discard(folder)
+
+    def prune(self) -> None:
+        """Delete the checkpoints of the store that are not kept, and older half-copied ones."""
+        steps = {step_of(name) for name in self.there}
+        kept, newest = self.kept(steps), max(steps, default=0)
+        folders = {name.split("/")[1] for name in self.store.files(CHECKPOINTS)} - self.damaged
+        for name in filter(STEP_FOLDER.fullmatch, sorted(folders)):
+            if step_of(name) not in kept if name in self.there else step_of(name) < newest:
+                self.drop(name)
+
+    def files(self) -> Iterator[tuple[str, Path]]:
+        """The files next to checkpoints that are not private, by their names; config.toml last."""
+        paths: list[Path] = []
+        for folder, folders, names in os.walk(self.run):  # which passes over folders that are just being deleted
+            if Path(folder) == self.run:
+                folders[:] = [name for name in folders if name != CHECKPOINTS]
+            paths += [path for path in (Path(folder, name) for name in names) if not path.is_symlink()]
+        named = [(self.name_of(path), path) for path in sorted(paths)]
+        yield from sorted((pair for pair in named if is_safe(pair[0])), key=lambda pair: pair[0] == CONFIG)
+
+    def missing(self) -> Iterator[Path]:
+        """Local checkpoints that are kept and not in the store, the newest first."""
+        folders = {path.name: path for path in (self.run / CHECKPOINTS).glob("step-*")}
+        folders = {name: path for name, path in folders.items() if STEP_FOLDER.fullmatch(name)}
+        kept = self.kept({step_of(name) for name in (*folders, *self.there)})
+        for name in sorted(folders, key=step_of, reverse=True):
+            manifest = content(folders[name] / MANIFEST)
+            is_new = manifest is not None and manifest != self.there.get(name) and step_of(name) in kept
+            if is_new and self.intact(folders[name]):
+                yield folders[name]
+
+    def name_of(self, path: Path) -> str:
+        return path.relative_to(self.run).as_posix()
+
+
+def step_of(folder: str) -> int:
+    return int(folder.removeprefix("step-"))
+
+
+def stamp_of(path: Path) -> tuple[int, ...]:
+    """Size and time of a file; nothing when it has just been deleted."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return ()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def content(path: Path) -> bytes | None:
+    """The bytes of a file that may just be deleted; None when there is no file."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
