@@ -191,11 +191,11 @@ def test_everything_is_examined(tmp_path, monkeypatch: pytest.MonkeyPatch):
 def test_load_is_named_where_it_may_be_the_reason(tmp_path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(doctor_module, "CHILD", ("-c", "import time; time.sleep(60)"))
     monkeypatch.setattr(doctor_module, "host_trials", lambda folder: [])
-    monkeypatch.setattr("os.getloadavg", lambda: (123.0, 0.0, 0.0), raising=False)
+    monkeypatch.setattr("psutil.getloadavg", lambda: (123.0, 0.0, 0.0))
     load, *others = examine(tmp_path, trial_seconds=0.1).trials
     assert load.detail.startswith("load 123.0 on ")
     assert all("busy (load 123.0" in trial.detail and "--trial-seconds" in trial.detail for trial in others)
-    monkeypatch.setattr("os.getloadavg", lambda: (0.5, 0.0, 0.0), raising=False)
+    monkeypatch.setattr("psutil.getloadavg", lambda: (0.5, 0.0, 0.0))
     assert not any("load" in trial.detail for trial in examine(tmp_path, trial_seconds=0.1).trials)
 
 

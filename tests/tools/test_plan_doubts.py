@@ -1,16 +1,14 @@
 """A plan says which of its figures are doubtful."""
 
-import os
-
 import pytest
 import torch
 
-from regpt.tools.load import busy
-from regpt.tools.plan.machine import Machine
-from regpt.tools.plan.speed import Speed
+from regpt.tools.measure import busy
+from regpt.tools.plan.speed import StepTime
+from regpt.tools.plan.target import Target
 from regpt.tools.plan.warn import of_figures
 
-HERE = Machine("CPU", "cpu", None, torch.device("cpu"), None, 1e9, "measured here")
+HERE = Target("CPU", "cpu", None, torch.device("cpu"), 1e9, 1e9, "measured here")
 
 
 @pytest.mark.parametrize(
@@ -23,20 +21,19 @@ HERE = Machine("CPU", "cpu", None, torch.device("cpu"), None, 1e9, "measured her
     ],
 )
 def test_load_and_small_parts_make_a_time_doubtful(share: float | None, load: str | None, said: list[str]):
-    found = list(of_figures(HERE, Speed({"all": 1.0}, 1.0, "timed here", share), load))
+    found = list(of_figures(HERE, StepTime({"all": 1.0}, 1.0, "timed here", share), load))
     assert len(found) == len(said)
     assert all(part in sentence for part, sentence in zip(said, found))
 
 
 def test_a_data_sheet_is_not_doubtful_under_load():
-    gpu = Machine("H100", "gpu", None, None, None, 1e15, "data sheet: x")
-    assert list(of_figures(gpu, Speed({"all": 1.0}, 1.0, "predicted"), "load 9.0 on 2 cores")) == []
+    gpu = Target("H100", "gpu", None, None, 1e9, 1e15, "data sheet: x")
+    assert list(of_figures(gpu, StepTime({"all": 1.0}, 1.0, "predicted"), "load 9.0 on 2 cores")) == []
 
 
-@pytest.mark.skipif(not hasattr(os, "getloadavg"), reason="the system does not tell its load")
 def test_a_machine_is_busy_when_more_wants_to_run_than_one_command(monkeypatch):
-    monkeypatch.setattr("regpt.tools.load.available_cores", lambda: 4)
-    monkeypatch.setattr("os.getloadavg", lambda: (1.0, 9.0, 9.0))
+    monkeypatch.setattr("regpt.tools.measure.available_cores", lambda: 4)
+    monkeypatch.setattr("psutil.getloadavg", lambda: (1.0, 9.0, 9.0))
     assert busy() is None
-    monkeypatch.setattr("os.getloadavg", lambda: (6.0, 0.0, 0.0))
+    monkeypatch.setattr("psutil.getloadavg", lambda: (6.0, 0.0, 0.0))
     assert busy() == "load 6.0 on 4 cores"

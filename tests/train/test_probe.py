@@ -189,13 +189,6 @@ def test_one_row_that_does_not_fit_is_one_sentence(monkeypatch):
         choose_rows(trainer_to_choose_for())
 
 
-def test_without_a_word_on_memory_one_row_is_taken(monkeypatch):
-    monkeypatch.setattr(probe, "capacity", lambda device, processes: None)
-    choice = choose_rows(trainer_to_choose_for())
-    assert (choice.rows, choice.probes) == (1, ())
-    assert choice.why == "the system does not tell how much memory there is"
-
-
 def test_saved_bytes_are_those_of_the_graph_without_the_weights():
     weight = torch.ones(4, 5, requires_grad=True)
     x = torch.ones(3, 5)
@@ -209,7 +202,6 @@ def test_saved_bytes_are_those_of_the_graph_without_the_weights():
 
 def test_the_memory_of_this_machine_is_known():
     free = available_memory()
-    assert free is not None
     assert 2**26 < free < 2**46
 
 
@@ -224,8 +216,6 @@ def test_a_containers_limit_counts(monkeypatch, tmp_path):
 
 def test_processes_share_the_memory_of_a_cpu():
     alone, four = (capacity.capacity(tiny.CPU, n) for n in (1, 4))
-    assert alone is not None
-    assert four is not None
     assert four.limit == pytest.approx(alone.limit / 4, rel=0.2)
 
 

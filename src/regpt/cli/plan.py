@@ -14,7 +14,7 @@ from regpt.config import RunConfig, read_config, recipe_names
 from regpt.console.lines import print_json, print_line
 from regpt.console.text import counted
 from regpt.errors import UsageError
-from regpt.ranges import MANY, Range
+from regpt.ranges import LARGE, MANY, Range
 
 if TYPE_CHECKING:
     from regpt.runs.build import Corpus
@@ -34,9 +34,9 @@ class PlanArgs:
     """Plan for this GPU (h100, a100-40gb, rtx4090, … see docs/plan.md) or for cpu; default: this machine."""
     gpus: Annotated[int, Range(1, MANY)] = 1
     """How many of them, in one host."""
-    price: float | None = None
+    price: Annotated[float | None, Range(0, LARGE)] = None
     """Price of one GPU for an hour, in any currency."""
-    mfu: float | None = None
+    mfu: Annotated[float | None, Range(0, 1, above=True)] = None
     """Reckon with this share of the peak, such as 0.4, instead of the predicted one."""
     scaling: Annotated[str, tyro.conf.arg(metavar="FILE.json")] = ""
     """A fitted scaling law, from `regpt scaling`: also predict the loss."""
@@ -51,19 +51,19 @@ def main(args: list[str]) -> int:
     given = parse(PlanArgs, args, prog="regpt plan", default=over)
     if not given.recipe:
         raise UsageError(f"no recipe was given; regpt plan RECIPE, with one of {', '.join(recipe_names())}")
+    from regpt.report.scaling_law import read_law
     from regpt.tools.plan.plan import make_plan
-    from regpt.tools.plan.request import Request, Sections
-    from regpt.tools.plan.scaling import read_law
+    from regpt.tools.plan.request import PlanRequest, RunSections
 
     law = read_law(Path(given.scaling)) if given.scaling else None
-    request = Request(given.recipe, given.gpu, given.gpus, given.price, given.mfu, law)
+    request = PlanRequest(given.recipe, given.gpu, given.gpus, given.price, given.mfu, law)
     config = given.config
     if given.data:
         config = replace(config, data=chosen_data(config.data, given.data))
     corpus = data_of(config)
     config = config.with_vocab_size(corpus.vocab_size) if corpus else config.with_vocab_size()
     facts = data_facts(corpus) if corpus else None
-    run = Sections(config.model, config.data, config.train, config.optim, config.eval, config.checkpoint)
+    run = RunSections(config.model, config.data, config.train, config.optim, config.eval, config.checkpoint)
     plan = make_plan(run, request, facts)
     if given.json:
         print_json(plan)
@@ -137,13 +137,15 @@ def run_lines(run: dict[str, Any], data: dict[str, Any] | None) -> list[tuple[st
 
 
 def memory_lines(memory: dict[str, Any], run: dict[str, Any]) -> list[tuple[str, str]]:
-    room = "" if memory["available_gib"] is None else f" of {memory['available_gib']:.1f} GiB"
     largest = memory["largest_micro_batch_rows"]
     fits = f"; up to {largest} rows at once fit" if largest else ""
     peak = f"{memory['peak_gib']:.2f} GiB of {memory['of']} at the peak ({memory['path']})"
     parts = [f"{name} {size:.2f}" for name, size in memory["parts_gib"].items() if size >= 0.005]
     host = f", moments of {memory['host_gib']:.2f} GiB in host memory" if memory["host_gib"] else ""
-    return [("memory", f"{peak}{host}, needs {memory['needed_gib']:.2f}{room}{fits}"), ("", " · ".join(parts))]
+    return [
+        ("memory", f"{peak}{host}, needs {memory['needed_gib']:.2f} of {memory['available_gib']:.1f} GiB{fits}"),
+        ("", " · ".join(parts)),
+    ]
 
 
 def disk_lines(disk: dict[str, Any]) -> list[tuple[str, str]]:

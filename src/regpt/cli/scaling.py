@@ -115,7 +115,8 @@ def to_dict(found: ScalingFit, unit: str, given: ScalingArgs, plan: tuple[float,
     """The law for scripts; `regpt plan --scaling` reads form, E, A, B, alpha, beta."""
     from regpt.report.scaling import LEVEL, NAMES
 
-    document: dict[str, Any] = {"form": "chinchilla", **asdict(found.law), "unit": unit, "parameters": given.count}
+    coefficients = {name: getattr(found.law, name) for name in NAMES}
+    document: dict[str, Any] = {"form": "chinchilla", **coefficients, "unit": unit, "parameters": given.count}
     document |= {
         "level": LEVEL,
         "intervals": {name: found.interval(name) for name in NAMES},

@@ -1,61 +1,41 @@
-"""What this machine has and does: memory, its bandwidth, the disk. Short measurements, each in about a second."""
+"""Memory, its bandwidth, the disk and the load of this machine. Each measurement takes about a second."""
 
-import ctypes
+import math
 import os
 import shutil
-import sys
 import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import torch
 
+from regpt.console.text import counted
+from regpt.prepare.placement import available_cores
+from regpt.train.capacity import container_limit
 from regpt.train.peak import synchronize
+
+BUSY_SHARE = 0.75  # of the cores, that want to run: more than one command of ours accounts for
 
 COPY_BYTES = {"cuda": 1 << 30, "mps": 1 << 28, "cpu": 1 << 28}  # far more than a cache holds
 COPIES = 5
 DISK_BYTES = 1 << 28
 
 
-def memory_bytes(device: torch.device) -> float | None:
-    """Memory that `device` has: a GPU's own, what Metal recommends at most, the host's; None where nothing tells."""
+def memory_bytes(device: torch.device) -> float:
+    """Memory of `device`: a GPU's own, what Metal recommends at most, the host's or the control group's limit."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     if device.type == "mps":
         return float(torch.mps.recommended_max_memory())
-    limits = [n for n in (host_memory(), container_memory()) if n is not None]
-    return float(min(limits)) if limits else None
+    return float(min(psutil.virtual_memory().total, container_limit() or math.inf))
 
 
-def host_memory() -> int | None:
-    """Bytes of main memory."""
-    if sys.platform == "win32":
-        status = (ctypes.c_uint64 * 8)()  # MEMORYSTATUSEX: two 32-bit numbers, then ullTotalPhys
-        ctypes.cast(status, ctypes.POINTER(ctypes.c_uint32))[0] = ctypes.sizeof(status)
-        kernel = ctypes.windll.kernel32  # type: ignore[attr-defined]
-        return int(status[1]) if kernel.GlobalMemoryStatusEx(ctypes.byref(status)) else None
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return None
-
-
-def container_memory() -> int | None:
-    """The limit of the control group (version 2) that this process runs in; None outside of one."""
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8").strip()
-    except OSError:
-        return None
-    return int(limit) if limit.isdigit() else None
-
-
-def resident_bytes() -> int | None:
-    """Main memory that this process holds now; None where the system does not tell."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return None
-    line = next((x for x in status.read_text(encoding="utf-8").splitlines() if x.startswith("VmRSS:")), None)
-    return int(line.split()[1]) * 1024 if line else None
+def busy() -> str | None:
+    """`load 12.3 on 2 cores` where more than `BUSY_SHARE` of the cores were in use over the last minute: other work
+    shares this machine, and figures taken meanwhile are too low."""
+    load, cores = psutil.getloadavg()[0], available_cores()
+    return f"load {load:.1f} on {counted(cores, 'core')}" if load > max(1.0, BUSY_SHARE * cores) else None
 
 
 def bandwidth_bytes(device: torch.device) -> float:

@@ -1,11 +1,9 @@
 """How much memory there is for a step, and how much it took at its peak: on CUDA, on MPS, on the CPU."""
 
-import ctypes
-import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -26,8 +24,8 @@ class Capacity:
     limit: int
 
 
-def capacity(device: torch.device, processes: int) -> Capacity | None:
-    """What there is on `device`, caches given back; `processes` share the memory of a CPU. None where nothing tells."""
+def capacity(device: torch.device, processes: int) -> Capacity:
+    """What there is on `device`, caches given back; `processes` share the memory of a CPU."""
     free_memory(device)
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -36,8 +34,7 @@ def capacity(device: torch.device, processes: int) -> Capacity | None:
     if device.type == "mps":
         limit = int((1 - MPS_SHARE_FREE) * torch.mps.recommended_max_memory())
         return Capacity(torch.mps.driver_allocated_memory(), limit)
-    free = available_memory()
-    return None if free is None else Capacity(0, int((1 - CPU_SHARE_FREE) * free) // processes)
+    return Capacity(0, int((1 - CPU_SHARE_FREE) * available_memory()) // processes)
 
 
 def start_counting(device: torch.device) -> None:
@@ -70,38 +67,19 @@ class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
         return tensor
 
 
-def available_memory() -> int | None:
-    """Bytes that this process could take without swapping; None where the system does not tell."""
-    found = [n for n in (free_of_system(), free_of_container()) if n is not None]
-    return min(found, default=None)
+def available_memory() -> int:
+    """Bytes that this process could take without swapping."""
+    free, limit = psutil.virtual_memory().available, container_limit()
+    return free if limit is None else min(free, max(0, limit - container_bytes("memory.current")))
 
 
-def free_of_system() -> int | None:
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        line = next((x for x in meminfo.read_text(encoding="utf-8").splitlines() if x.startswith("MemAvailable:")), "")
-        return int(line.split()[1]) * 1024 if line else None
-    if sys.platform == "win32":
-        return free_of_windows()
-    if sys.platform == "darwin":  # which does not count what its caches would give back: half of what is built in
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return None
-
-
-def free_of_container() -> int | None:
-    """What the control group (version 2) still allows; None outside of one, or without a limit."""
-    folder = Path("/sys/fs/cgroup")
+def container_limit() -> int | None:
+    """Bytes that the control group (version 2) allows; None outside of one, or without a limit."""
     try:
-        limit = (folder / "memory.max").read_text(encoding="utf-8").strip()
-        used = (folder / "memory.current").read_text(encoding="utf-8").strip()
-    except OSError:
+        return container_bytes("memory.max")
+    except (OSError, ValueError):  # no group; "max"
         return None
-    return max(0, int(limit) - int(used)) if limit.isdigit() else None
 
 
-def free_of_windows() -> int | None:
-    """`ullAvailPhys` of GlobalMemoryStatusEx: two 32-bit numbers, then 64-bit ones, of which it is the second."""
-    status = (ctypes.c_uint64 * 8)()
-    ctypes.cast(status, ctypes.POINTER(ctypes.c_uint32))[0] = ctypes.sizeof(status)
-    kernel = getattr(ctypes, "windll").kernel32  # noqa: B009 (exists on Windows only)
-    return int(status[2]) if kernel.GlobalMemoryStatusEx(ctypes.byref(status)) else None
+def container_bytes(name: str) -> int:
+    return int((Path("/sys/fs/cgroup") / name).read_text(encoding="utf-8"))

@@ -70,9 +70,7 @@ def choose_rows(trainer: Trainer) -> Choice:
     choices = row_choices(config.batch_tokens // trainer.loader.seq_len // mesh.world_size)
     room = capacity(mesh.device, mesh.world_size)
     prober = Prober(trainer)
-    if room is None:
-        rows, why = choices[0], "the system does not tell how much memory there is"
-    elif mesh.device.type == "cpu":
+    if mesh.device.type == "cpu":
         rows = fastest(choices, prober.on_cpu, room)
         why = "the fastest a row"
     else:

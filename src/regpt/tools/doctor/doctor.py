@@ -11,7 +11,7 @@ from pathlib import Path
 from regpt.tools.doctor.child import MARK
 from regpt.tools.doctor.host import host_trials
 from regpt.tools.doctor.trial import Trial
-from regpt.tools.load import busy
+from regpt.tools.measure import busy
 
 ALONE = ("training", "rates")  # what counts, and what is measured while nothing else runs
 TOGETHER = ("devices", "compile", "flex", "processes")

@@ -1,35 +1,78 @@
-"""Memory by part at its peak, and the largest micro-batch that fits."""
+"""Memory of a step by part: the model's own forward and backward on fake tensors, whose storages are counted.
 
-from collections.abc import Callable
-from dataclasses import dataclass
+Bytes live after each allocation are a line in the rows of the micro-batch. Two passes, of 2 and of 4 rows, give the
+line of every allocation, and so the exact peak of any micro-batch of the eager path. Compiled and fused code is the
+same pass with two differences: logits exist once, in the computing format, and `KEPT`.
+"""
 
-from regpt.tools.plan.coefficients import (
-    BLOCK_INPUT_BYTES,
-    CONTEXT_BYTES,
-    DROPOUT_PAIR_BYTES,
-    FRAGMENTED_SHARE,
-    KEPT_BELOW_BYTES,
-    LSE_BYTES,
-    MALLOC_SHARE,
-    MOMENTS,
-    OFFLOAD_BYTES,
-    PROCESS_BYTES,
-    RECOMPUTED,
-    RUN_BYTES,
-    TOKENIZER_BYTES,
-    Path,
-    path_of,
-)
-from regpt.tools.plan.shape import Shape
+import functools
+import weakref
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from regpt.data.batch import Batch
+from regpt.kernels import fp8
+from regpt.model.config import ModelConfig
+from regpt.model.ops import PLAIN
+from regpt.model.transformer import Transformer
+from regpt.model.weights import WithoutValues
+from regpt.tools.plan.shape import Shape, shape_of
+from regpt.train.config import PrecisionName
+from regpt.train.loss import make_loss_sum
+from regpt.train.precision import HALF_TYPES
+from regpt.train.recompute import recompute_blocks
+
+# Share of the eager path's activations that another path keeps: bytes a token, layer and channel of both, counted on
+# the compiler's graph and in kernels/gpt2*.py (tests/tools/test_plan_memory.py repeats the counts). Compiled code keeps
+# all of them in bfloat16 and float32. Peaks of 25 runs on H100 and H200 are met to 3.1 %, with activation checkpointing
+# to 4 % (tests/tools/test_plan_measured.py).
+KEPT = {("compiled", "fp8"): 25 / 31, ("fused", "bf16"): 32 / 36, ("fused", "fp8"): 27 / 31}
+# Bytes of a weight's copies on top of the eager path's one: compiled code rounds weights once more in the backward, the
+# fused path has them in bfloat16, as validation wants it, and in FP8 by rows and by columns.
+MORE_COPIES = {("compiled", "fp8"): -1, ("fused", "fp8"): 3}
+# From PyTorch's allocator: cuBLAS on Hopper (CUBLAS_WORKSPACE_CONFIG); the fused path's, measured peak less counts.
+WORKSPACE = {"compiled": 32 * 2**20, "eager": 32 * 2**20, "fused": 0.28 * 2**30}
+OFFLOAD_BYTES = 3 * 2 * 4 * 2**23  # on the device with moments in host memory: three pieces of both (train/offload.py)
+CONTEXT_BYTES = 0.7 * 2**30  # of a GPU outside of PyTorch's count: context, loaded kernels; 0.5 to 0.8 GiB seen
+FRAGMENTED_SHARE = 0.03  # of the peak: blocks that the allocator holds and cannot use; assumed
+# Of a process on a CPU: oneDNN's buffers, batches made ahead, the tokenizer (20 MiB for GPT-2's). Two runs are met to
+# 3 % (docs/log.md).
+RUN_BYTES = 54 * 2**20
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Memory:
+class PlannedStep:
+    """A training step as a device will compute it; fields as in the configuration, `path` eager, compiled or fused."""
+
+    model: ModelConfig
+    seq_len: int
+    path: str
+    precision: PrecisionName
+    pad_vocab: bool = True
+    checkpointing: bool = False
+    offload: bool = False
+    document_mask: bool = False
+
+    @functools.cached_property
+    def shape(self) -> Shape:
+        return shape_of(self.model, self.seq_len, pad_vocab=self.pad_vocab)
+
+
+@dataclass(frozen=True)
+class StepMemory:
     """Bytes of one process.
 
     Attributes:
         parts: name → bytes at the peak; their sum is `peak`.
-        needed: what the device must have for that: with what lies outside of the count.
+        needed: what the device must have for that: with what is outside of the count.
     """
 
     parts: dict[str, float]
@@ -37,122 +80,123 @@ class Memory:
 
     @property
     def peak(self) -> float:
-        """What `peak_memory_gib` of metrics.jsonl will say: of tensors on a GPU, of the whole process on a CPU."""
+        """`peak_memory_gib` of metrics.jsonl, in bytes: of tensors on a GPU, of the whole process on a CPU."""
         return sum(self.parts.values())
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What of a run's configuration memory depends on, beside the shape and the rows."""
+class Trace:
+    """Bytes live at each allocation of a micro-batch, and those (two numbers) when the last norm is done.
 
-    path: str
-    precision: str
-    optimizer: str = "adamw"
-    checkpointing: bool = False
-    offload: bool = False
-    document_mask: bool = False
-    dropout: bool = False
-
-
-def tensors(shape: Shape, rows: int, settings: Settings) -> dict[str, float]:
-    """Tensors at the peak of a step, in bytes by part.
-
-    The peak is where the loss's backward begins, when all that was kept and the logits are there; or, for few tokens,
-    where backward ends, when all gradients are; or, with activation checkpointing, within a block that is computed
-    again. In between the ones go as the others come.
+    Rows of weights, gradients and moments are not counted; copies of the weights are.
     """
-    path = path_of(settings.path, settings.precision)
-    word = 8 if settings.precision == "fp64" else 4
-    moments = 0 if settings.offload else MOMENTS[settings.optimizer]
-    steady = {
-        "weights": word * shape.padded,
-        "gradients": word * shape.padded,
-        "optimizer": word * moments * shape.padded,
-    }
-    if settings.offload:
-        steady["offload buffers"] = min(OFFLOAD_BYTES, 2 * word * shape.padded)
-    peaks = recomputed_peaks if settings.checkpointing else kept_peaks
-    wide = word / 4  # counts are of float32, those of fp64 twice that
-    candidates = [{name: wide * size for name, size in peak.items()} for peak in peaks(shape, rows, path, settings)]
-    return steady | max(candidates, key=lambda parts: sum(parts.values()))
+
+    live: np.ndarray
+    hidden: np.ndarray
 
 
-def kept_peaks(shape: Shape, rows: int, path: Path, settings: Settings) -> list[dict[str, float]]:
-    """What comes on top of weights, gradients and moments where the peak may be."""
-    head = path.head_copies * shape.vocab_rows * shape.n_embd
-    copies = {"low-precision copies": path.copies * shape.block_weights + head}
-    kept = shape.n_layer * block(shape, rows, path, settings) + tail(shape, rows, path, settings)
-    return [copies | {"activations": kept, "logits": logits(shape, rows, path)}, copies | fresh(shape, path)]
+class LiveBytes(TorchDispatchMode):
+    """A context that records the bytes of the storages made in it and not freed, at each allocation."""
+
+    def __init__(self, known: list[Tensor]):
+        super().__init__()
+        self.seen = {tensor.untyped_storage()._cdata for tensor in known}
+        self.live, self.history = 0, [0]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self.seen:
+                self.seen.add(storage._cdata)
+                self.live += storage.nbytes()
+                self.history.append(self.live)
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        return out
+
+    def free(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.live -= size
 
 
-def recomputed_peaks(shape: Shape, rows: int, path: Path, settings: Settings) -> list[dict[str, float]]:
-    """The same with activation checkpointing: forward keeps no weight copies but the head's."""
-    copies = {"low-precision copies": path.head_copies * shape.vocab_rows * shape.n_embd}
-    kept = BLOCK_INPUT_BYTES * rows * shape.seq_len * shape.n_layer * shape.n_embd
-    again = RECOMPUTED["half" if path.head_copies else "full"] * block(shape, rows, path, settings)
-    return [
-        copies | {"activations": kept + tail(shape, rows, path, settings), "logits": logits(shape, rows, path)},
-        {"activations": kept + again},
-        fresh(shape, path),
-    ]
+@functools.cache
+def trace(step: PlannedStep, rows: int) -> Trace:
+    """Forward and backward of `rows` rows, on fake tensors; gradients of an earlier micro-batch are there already."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    marks: list[int] = []
+
+    def loss(hidden: Tensor, weight: Tensor, targets: Tensor, n_vocab: int) -> Tensor:
+        marks.append(live.live)
+        if step.path == "eager":
+            return PLAIN.linear_cross_entropy(hidden, weight, targets, n_vocab)
+        return F.linear(hidden, weight)[0, 0]  # logits once: freed, then as large a gradient
+
+    linear = fp8.linear if step.precision == "fp8" else PLAIN.linear
+    with FakeTensorMode(), WithoutValues():
+        ops = replace(PLAIN, linear=linear, linear_cross_entropy=loss)
+        model = Transformer(step.model, ops, pad_vocab=step.pad_vocab)
+        if step.checkpointing:
+            recompute_blocks(model)
+        for p in model.parameters():
+            p.grad = torch.empty_like(p)
+        batch = fake_batch(step, rows)
+        known = [*model.parameters(), *(p.grad for p in model.parameters()), *batch]
+        live = LiveBytes([tensor for tensor in known if tensor is not None])
+        with live:
+            loss_sum = make_loss_sum(model, "fp32" if step.precision == "fp64" else step.precision, CPU, False)
+            (loss_sum(batch) / 7).backward()
+    return Trace(np.array(live.history), np.array(marks))
 
 
-def block(shape: Shape, rows: int, path: Path, settings: Settings) -> float:
-    """What one block keeps for its backward."""
-    pair = DROPOUT_PAIR_BYTES["half" if path.head_copies else "full"] * settings.dropout
-    dropout = rows * shape.seq_len * (pair * shape.n_head * shape.seq_len + 2 * settings.dropout * shape.n_embd)
-    return dropout + rows * shape.seq_len * (path.activation * shape.n_embd + LSE_BYTES * shape.n_head + 2 * path.norms)
+def fake_batch(step: PlannedStep, rows: int) -> Batch:
+    """Rows of one document each; compiled code keeps one mask for all layers, which `tensors` adds."""
+    T = step.seq_len
+    idx = torch.zeros(rows, T, dtype=torch.int64)
+    keys = torch.zeros(rows, dtype=torch.int64) if step.model.dropout else None
+    if not (step.document_mask and step.path == "eager"):
+        return Batch(idx, idx, dropout_keys=keys)
+    return Batch(idx, idx, torch.zeros(rows, T, dtype=torch.int64), torch.arange(0, rows * T + 1, T), keys)
 
 
-def tail(shape: Shape, rows: int, path: Path, settings: Settings) -> float:
-    """What is kept around the last norm, and the masks of attention."""
-    masks = 1 if path.masks == "one" or settings.checkpointing else shape.n_layer
-    mask = path.mask * masks * rows * shape.seq_len**2 if settings.document_mask else 0
-    return rows * shape.seq_len * (path.last * shape.n_embd + path.norms) + mask
+def tensors(step: PlannedStep, rows: int) -> dict[str, float]:
+    """Tensors at the peak of a step, in bytes by part."""
+    shape, word = step.shape, 8 if step.precision == "fp64" else 4
+    two, four = trace(step, 2), trace(step, 4)
+    per_row, fixed = (four.live - two.live) / 2, 2 * two.live - four.live
+    hidden_row, copies = float((four.hidden - two.hidden)[0]) / 2, float((2 * two.hidden - four.hidden)[0])
+    kept = KEPT.get((step.path, step.precision), 1.0) * hidden_row * rows
+    peak = float((fixed + per_row * rows).max()) + kept - hidden_row * rows
+    if step.path == "compiled":  # whose backward is one graph: all gradients of a micro-batch come out together
+        peak = max(peak, copies + word * shape.padded)
+        if step.document_mask:
+            mask = (2 if step.precision in HALF_TYPES else 4) * rows * step.seq_len**2
+            kept, peak = kept + mask, peak + mask
+    more = MORE_COPIES.get((step.path, step.precision), 0) * shape.block_weights
+    copies, peak = copies + more, peak + more
+    wide = word / 4  # traces are of float32
+    parts = {"weights": word * shape.padded, "gradients": word * shape.padded}
+    parts["optimizer"] = 0 if step.offload else 2 * word * shape.padded  # AdamW's moments
+    if step.offload:
+        parts["offload buffers"] = min(OFFLOAD_BYTES, 2 * word * shape.padded)
+    kept = min(kept, peak - copies)
+    momentary = {"low-precision copies": copies, "activations": kept, "logits, new gradients": peak - copies - kept}
+    return parts | {name: wide * size for name, size in momentary.items()}
 
 
-def fresh(shape: Shape, path: Path) -> dict[str, float]:
-    """Gradients where backward ends."""
-    return {"fresh gradients": path.fresh * shape.padded + path.tied * shape.vocab_rows * shape.n_embd}
+def gpu_memory(step: PlannedStep, rows: int) -> StepMemory:
+    """Memory of one process with its own GPU."""
+    parts = tensors(step, rows) | {"workspace": float(WORKSPACE[step.path])}
+    return StepMemory(parts, sum(parts.values()) * (1 + FRAGMENTED_SHARE) + CONTEXT_BYTES)
 
 
-def logits(shape: Shape, rows: int, path: Path) -> float:
-    return path.logits * rows * shape.seq_len * shape.vocab_rows
-
-
-def gpu_memory(shape: Shape, rows: int, settings: Settings) -> Memory:
-    """Of one process on a GPU of its own."""
-    workspace = path_of(settings.path, settings.precision).workspace
-    parts = tensors(shape, rows, settings) | {"workspace": float(workspace)}
-    peak = sum(parts.values())
-    return Memory(parts, peak * (1 + FRAGMENTED_SHARE) + CONTEXT_BYTES)
-
-
-def cpu_memory(
-    shape: Shape,
-    rows: int,
-    settings: Settings,
-    vocab_size: int,
-    checkpoint_copy: float = 0,
-    process_bytes: float = PROCESS_BYTES,
-) -> Memory:
-    """Of one process on a CPU: the resident memory of all of it.
+def cpu_memory(step: PlannedStep, rows: int, process_bytes: float, checkpoint_copy: float = 0) -> StepMemory:
+    """Resident memory of one process on a CPU.
 
     Args:
+        process_bytes: Python and the libraries, before a model is built.
         checkpoint_copy: bytes that a checkpoint written in the background holds.
-        process_bytes: what Python and the libraries take before a model is built.
     """
-    parts = tensors(shape, rows, settings)
-    freed = path_of(settings.path, settings.precision).tied * shape.vocab_rows * shape.n_embd
-    kept = freed if freed / 3 < KEPT_BELOW_BYTES else 0.0  # three blocks
+    parts = tensors(step, rows) | {"process": process_bytes + RUN_BYTES}
     if checkpoint_copy:
         parts["checkpoint copy"] = checkpoint_copy
-    parts["allocator"] = kept + MALLOC_SHARE * sum(parts.values())
-    parts["process"] = process_bytes + RUN_BYTES + TOKENIZER_BYTES * vocab_size
-    peak = sum(parts.values())
-    return Memory(parts, peak)
-
-
-def largest_rows(choices: list[int], needed: Callable[[int], float], available: float) -> int | None:
-    """The largest of `choices` (ascending) whose `needed(rows)` bytes are available; None when none is."""
-    return max((rows for rows in choices if needed(rows) <= available), default=None)
+    return StepMemory(parts, sum(parts.values()))

@@ -1,19 +1,17 @@
-"""What a plan is asked for: the run's sections, the machine by name, prices; facts of the data."""
+"""What is asked for: sections of the run's configuration, flags of `regpt plan`, facts of the data."""
 
-import math
 from dataclasses import dataclass
+from typing import Protocol
 
 from regpt.checkpoint.config import CheckpointConfig
 from regpt.data.config import DataConfig
-from regpt.errors import UsageError
 from regpt.evals.config import EvalConfig
 from regpt.model.config import ModelConfig
-from regpt.tools.plan.scaling import Law
 from regpt.train.config import OptimConfig, TrainConfig
 
 
 @dataclass(frozen=True)
-class Sections:
+class RunSections:
     """Of the run's configuration."""
 
     model: ModelConfig
@@ -24,14 +22,25 @@ class Sections:
     checkpoint: CheckpointConfig
 
 
+class LossLaw(Protocol):
+    """A fitted scaling law (`report.scaling_law`): the loss for parameters and tokens, in `unit`."""
+
+    @property
+    def unit(self) -> str: ...
+    @property
+    def parameters(self) -> str: ...
+    def loss(self, parameters: float, tokens: float) -> float: ...
+    def standard_error(self, parameters: float, tokens: float) -> float | None: ...
+
+
 @dataclass(frozen=True)
-class Request:
-    """What is asked for beside the configuration.
+class PlanRequest:
+    """Flags of `regpt plan` next to the configuration.
 
     Attributes:
         gpu: a name from the table, `cpu`, or empty for this machine.
         price: of an hour of one GPU, in whatever currency.
-        mfu: to reckon with, in place of the predicted one.
+        mfu: to reckon with, instead of the predicted one.
         law: that predicts the loss.
     """
 
@@ -40,15 +49,7 @@ class Request:
     gpus: int = 1
     price: float | None = None
     mfu: float | None = None
-    law: Law | None = None
-
-    def __post_init__(self) -> None:
-        if self.gpus < 1:
-            raise UsageError(f"--gpus is {self.gpus}, must be at least 1")
-        if self.price is not None and not 0 <= self.price < math.inf:
-            raise UsageError(f"--price is {self.price}, must be 0 or more, for an hour of one GPU")
-        if self.mfu is not None and not 0 < self.mfu <= 1:
-            raise UsageError(f"--mfu is {self.mfu}, must be above 0 and at most 1, such as 0.4")
+    law: LossLaw | None = None
 
 
 @dataclass(frozen=True)

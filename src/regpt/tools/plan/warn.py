@@ -6,12 +6,13 @@ from typing import Any
 from regpt.data.config import DataConfig
 from regpt.data.loader import check_batch
 from regpt.errors import UsageError
-from regpt.tools.plan.coefficients import GOOD_EPOCHS, USELESS_EPOCHS
-from regpt.tools.plan.machine import Machine
-from regpt.tools.plan.speed import Speed
+from regpt.tools.plan.speed import StepTime
+from regpt.tools.plan.target import Target
 from regpt.train.config import OptimConfig, TrainConfig
 from regpt.train.schedule import make_schedule
 
+GOOD_EPOCHS = 4  # Muennighoff et al. 2023: up to four epochs are nearly as good as new data
+USELESS_EPOCHS = 16  # the same: after about sixteen, repeating brings almost nothing
 FEW_TOKENS_PER_PARAMETER = 0.5  # a fortieth of what is optimal
 HALF = 0.5
 SMALL_SHARE = 0.25  # of a micro-batch: smaller products reach less of the peak
@@ -33,40 +34,38 @@ def said_by(check: Callable[[], object]) -> Iterator[str]:
         yield f"regpt train will refuse this: {error}"
 
 
-def of_precision(train: TrainConfig, machine: Machine) -> Iterator[str]:
+def of_precision(train: TrainConfig, target: Target) -> Iterator[str]:
     """A format that the device computes only slowly, or not at all."""
-    device = machine.figures
-    if machine.kind != "gpu" or device is None:
+    device = target.figures
+    if target.kind != "gpu" or device is None:
         return
     if train.precision == "fp8":
         if device.fp8 is None:
-            yield f"regpt train will refuse this: {machine.name} has no units for fp8; set train.precision to bf16"
+            yield f"regpt train will refuse this: {target.name} has no units for fp8; set train.precision to bf16"
     elif getattr(device, train.precision, 1.0) is None:
         better = next((name for name in ("bf16", "fp16", "tf32") if getattr(device, name)), "fp32")
-        yield f"{machine.name} has no units for {train.precision}: time is planned for float32; it has {better}"
+        yield f"{target.name} has no units for {train.precision}: time is planned for float32; it has {better}"
     if train.compile and device.capability is not None and device.capability < 7.0:
-        has = f"{machine.name} has {device.capability}"
+        has = f"{target.name} has {device.capability}"
         yield f"torch.compile needs compute capability 7.0, {has}; set train.compile false"
 
 
-def of_figures(machine: Machine, speed: Speed, load: str | None) -> Iterator[str]:
+def of_figures(target: Target, time: StepTime, load: str | None) -> Iterator[str]:
     """Figures that were taken here and may be wrong: under load, or from a small part of a step."""
-    if machine.here is None or (machine.kind == "gpu" and "measured" not in machine.how):
+    if target.here is None or (target.kind == "gpu" and "measured" not in target.how):
         return
     if load:
         yield f"this machine is busy ({load}): the time is doubtful; plan again when it has nothing else to do"
-    if speed.timed_share is not None and speed.timed_share < SMALL_SHARE:
+    if time.timed_share is not None and time.timed_share < SMALL_SHARE:
         yield (
-            f"the time is extrapolated from {speed.timed_share:.1%} of a micro-batch, which takes too long to be timed "
+            f"the time is extrapolated from {time.timed_share:.1%} of a micro-batch, which takes too long to be timed "
             "here, so it is doubtful; regpt bench train measures steps"
         )
 
 
 def of_memory(memory: dict[str, Any], rows: int) -> Iterator[str]:
     available, largest = memory["available_gib"], memory["largest_micro_batch_rows"]
-    if available is None:
-        yield "the system does not tell how much memory there is; whether the run fits is not known"
-    elif not memory["fits"]:
+    if not memory["fits"]:
         way_out = f"set train.micro_batch_rows to {largest}" if largest else "use a smaller model or a larger device"
         yield (
             f"{rows} rows at once will not fit: {memory['needed_gib']:.1f} GiB are needed, {available:.1f} GiB are "

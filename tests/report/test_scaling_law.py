@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from regpt.errors import UserError
-from regpt.tools.plan.scaling import Law, read_law
+from regpt.report.scaling_law import ScalingLaw, read_law
 
 # Hoffmann et al. 2022, section 3.3, equation 10.
 PUBLISHED = {"form": "chinchilla", "E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
@@ -29,7 +29,7 @@ def test_the_error_is_that_of_drawn_coefficients(tmp_path):
     spread = np.diag([0.01, 8.0, 8.0, 0.002, 0.002]) ** 2
     law = read_law(write(tmp_path, PUBLISHED | {"covariance": spread.tolist()}))
     draws = np.random.default_rng(0).multivariate_normal([1.69, 406.4, 410.7, 0.34, 0.28], spread, 20_000)
-    losses = [Law(*coefficients).loss(124e6, 1e10) for coefficients in draws]
+    losses = [ScalingLaw(*coefficients).loss(124e6, 1e10) for coefficients in draws]
     assert law.standard_error(124e6, 1e10) == pytest.approx(np.std(losses), rel=0.03)
 
 

@@ -1,4 +1,4 @@
-"""The loss that a fitted scaling law predicts for a planned run; the file is written by `regpt scaling --json`."""
+"""A scaling law, L(N, D) = E + A/N^alpha + B/D^beta, and its JSON file, which `regpt scaling --json` writes."""
 
 import math
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ ORDER = ("E", "A", "B", "alpha", "beta")  # of the rows and columns of the covar
 
 
 @dataclass(frozen=True)
-class Law:
+class ScalingLaw:
     """L(N, D) = E + A/N^alpha + B/D^beta (Hoffmann et al. 2022, section 3.3), nats a token; N parameters, D tokens.
 
     Attributes:
@@ -36,6 +36,16 @@ class Law:
     def loss(self, parameters: float, tokens: float) -> float:
         return self.E + self.A / parameters**self.alpha + self.B / tokens**self.beta
 
+    def optimum(self, flops: float) -> tuple[float, float]:
+        """Parameters and tokens with the lowest loss among those with 6·N·D = `flops` (equation 4)."""
+        if self.alpha + self.beta == 0 or min(self.A, self.B, self.alpha, self.beta) <= 0:
+            raise UserError(
+                "the fitted law has no optimum: one of its terms vanished; add runs of other sizes or lengths"
+            )
+        ratio = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
+        parameters = ratio * (flops / 6) ** (self.beta / (self.alpha + self.beta))
+        return parameters, flops / 6 / parameters
+
     def standard_error(self, parameters: float, tokens: float) -> float | None:
         """Of the loss, to first order in the coefficients; None without a covariance."""
         if self.covariance is None:
@@ -46,7 +56,7 @@ class Law:
         return math.sqrt(max(0.0, variance))
 
 
-def read_law(path: Path) -> Law:
+def read_law(path: Path) -> ScalingLaw:
     """The law in a JSON file: `{"form": "chinchilla", "E": …, "A": …, "B": …, "alpha": …, "beta": …}` and, optional,
     `"covariance"`, 5 × 5 in that order, `"unit"`, `"parameters"`. Other keys are not looked at.
 
@@ -60,7 +70,7 @@ def read_law(path: Path) -> Law:
         raise UserError(f"{path} holds a law of the form {form!r}, 'chinchilla' is known; {advice}")
     known = {key: values[key] for key in (*ORDER, "covariance", "unit", "parameters") if key in values}
     try:
-        law = TypeAdapter(Law).validate_python(known)
+        law = TypeAdapter(ScalingLaw).validate_python(known)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -68,7 +78,7 @@ def read_law(path: Path) -> Law:
     return checked(law, path, advice)
 
 
-def checked(law: Law, path: Path, advice: str) -> Law:
+def checked(law: ScalingLaw, path: Path, advice: str) -> ScalingLaw:
     numbers: list[Any] = [getattr(law, key) for key in ORDER]
     square = law.covariance is None or [len(row) for row in law.covariance] == [len(ORDER)] * len(ORDER)
     if not all(map(math.isfinite, numbers)) or not square:
