@@ -12,9 +12,10 @@ from scipy.optimize import approx_fprime, minimize
 from regpt.cli.scaling import main
 from regpt.errors import UsageError, UserError
 from regpt.report.read import read_run
-from regpt.report.scaling import HUBER, Point, PowerLaw, doubts_about, errors, fit, jacobian, points_of
+from regpt.report.scaling import HUBER, Point, doubts_about, errors, fit, jacobian, points_of
+from regpt.report.scaling_law import ScalingLaw
 
-CHINCHILLA = PowerLaw(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)  # Hoffmann et al. 2022, equation 10
+CHINCHILLA = ScalingLaw(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)  # Hoffmann et al. 2022, equation 10
 SIZES, LENGTHS = (1e7, 4e7, 1.2e8, 3.5e8), (3e8, 1e9, 3e9, 1e10)
 
 
@@ -35,7 +36,7 @@ def logs(given):
     return [np.log([getattr(point, key) for point in given]) for key in ("parameters", "tokens", "loss")]
 
 
-def summed_huber(law: PowerLaw, given) -> float:
+def summed_huber(law: given) -> float:
     """What the fit minimises, by hand."""
     total = 0.0
     for point in given:
@@ -50,7 +51,7 @@ def test_no_other_method_finds_a_lower_minimum(noise):
     given = points(noise=noise)
 
     def objective(theta):
-        return 1e6 * summed_huber(PowerLaw(exp(theta[2]), exp(theta[0]), exp(theta[1]), theta[3], theta[4]), given)
+        return 1e6 * summed_huber(ScalingLaw(exp(theta[2]), exp(theta[0]), exp(theta[1]), theta[3], theta[4]), given)
 
     law = fit(given, bootstrap=0).law
     for start in (law, CHINCHILLA):
@@ -114,7 +115,7 @@ def test_too_few_sizes_or_lengths_are_refused(sizes, lengths):
 def test_what_the_points_do_not_determine_is_a_warning():
     narrow = fit(points(noise=0.001, sizes=(1e8, 1.2e8, 1.5e8)), bootstrap=0)
     assert "the model sizes differ by less than a factor of four" in narrow.warnings
-    flat = PowerLaw(E=2.0, A=1e-9, B=400.0, alpha=0.3, beta=0.3)  # a loss that does not depend on the size
+    flat = ScalingLaw(E=2.0, A=1e-9, B=400.0, alpha=0.3, beta=0.3)  # a loss that does not depend on the size
     assert any("do not determine" in warning for warning in fit(points(flat), bootstrap=0).warnings)
     noisy = fit(points(noise=0.03, sizes=SIZES[:3], lengths=LENGTHS[:3]), bootstrap=20)
     assert any("do not determine" in warning for warning in noisy.warnings)

@@ -14,6 +14,7 @@ import numpy as np
 
 from regpt.errors import UserError
 from regpt.report.read import Row, Run, number, section
+from regpt.report.scaling_law import ScalingLaw
 from regpt.report.series import need_bits, positions
 from regpt.report.summary import summarize
 
@@ -119,30 +120,6 @@ def non_embedding(total: float, model: Row) -> float:
 
 
 @dataclass(frozen=True)
-class PowerLaw:
-    """E + A / N^alpha + B / D^beta, in the unit of the losses that it was fitted to."""
-
-    E: float
-    A: float
-    B: float
-    alpha: float
-    beta: float
-
-    def loss(self, parameters: float, tokens: float) -> float:
-        return self.E + self.A / parameters**self.alpha + self.B / tokens**self.beta
-
-    def optimum(self, flops: float) -> tuple[float, float]:
-        """Parameters and tokens with the lowest loss among those with 6·N·D = `flops` (equation 4)."""
-        if self.alpha + self.beta == 0 or min(self.A, self.B, self.alpha, self.beta) <= 0:
-            raise UserError(
-                "the fitted law has no optimum: one of its terms vanished; add runs of other sizes or lengths"
-            )
-        ratio = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
-        parameters = ratio * (flops / 6) ** (self.beta / (self.alpha + self.beta))
-        return parameters, flops / 6 / parameters
-
-
-@dataclass(frozen=True)
 class ScalingFit:
     """A law, the points it was fitted to, and laws fitted to what the points could have been as well.
 
@@ -152,10 +129,10 @@ class ScalingFit:
         warnings: why the law should be doubted, a sentence each.
     """
 
-    law: PowerLaw
+    law: ScalingLaw
     points: tuple[Point, ...]
     residual: float
-    samples: tuple[PowerLaw, ...]
+    samples: tuple[ScalingLaw, ...]
     warnings: tuple[str, ...]
 
     def interval(self, name: str) -> tuple[float, float] | None:
@@ -277,9 +254,9 @@ def minimize(n: np.ndarray, d: np.ndarray, y: np.ndarray, begin: np.ndarray) -> 
     return min(found, key=lambda one: one.cost).x
 
 
-def to_law(theta: np.ndarray) -> PowerLaw:
+def to_law(theta: np.ndarray) -> ScalingLaw:
     a, b, e, alpha, beta = map(float, theta)
-    return PowerLaw(E=exp(e), A=exp(a), B=exp(b), alpha=alpha, beta=beta)
+    return ScalingLaw(E=exp(e), A=exp(a), B=exp(b), alpha=alpha, beta=beta)
 
 
 def quantiles(values: Sequence[float]) -> tuple[float, float] | None:
