@@ -36,7 +36,7 @@ def logs(given):
     return [np.log([getattr(point, key) for point in given]) for key in ("parameters", "tokens", "loss")]
 
 
-def summed_huber(law: given) -> float:
+def summed_huber(law: ScalingLaw, given) -> float:
     """What the fit minimises, by hand."""
     total = 0.0
     for point in given:
