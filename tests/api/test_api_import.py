@@ -58,7 +58,7 @@ def test_train_is_a_function_whatever_was_imported_before():
 
 def test_prepare_is_a_function_whatever_was_imported_before():
     assert regpt.prepare is importlib.import_module("regpt.prepare")
-    importlib.import_module("regpt.prepare.job")
+    importlib.import_module("regpt.prepare.shards")
     assert next(iter(inspect.signature(regpt.prepare).parameters)) == "sources"
     assert callable(regpt.prepare)
 

@@ -16,7 +16,7 @@ from regpt.cli import data
 from regpt.data.manifest import Manifest, read_manifest
 from regpt.data.verify import verify
 from regpt.errors import UserError
-from regpt.prepare import importer
+from regpt.prepare import importer, shards
 from regpt.prepare.importer import import_tokens
 
 EOT = 50256
@@ -317,7 +317,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     TOKENS.tofile(tmp_path / "a.bin")
-    monkeypatch.setattr(importer, "finish_file", full)
+    monkeypatch.setattr(shards, "finish_file", full)
     with pytest.raises(UserError, match=r"the disk of .* is full"):
         imported([tmp_path / "a.bin"], tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from regpt.data.manifest import Manifest, read_manifest
 from regpt.data.verify import verify
 from regpt.errors import UsageError, UserError
-from regpt.prepare import encode, job, write
-from regpt.prepare.corpus import hash_fraction
-from regpt.prepare.job import Progress
+from regpt.prepare import encode, shards
+from regpt.prepare import prepare as prepare_module
 from regpt.prepare.ngrams import cut
-from regpt.prepare.prepare import prepare
+from regpt.prepare.prepare import Progress, prepare
 from regpt.prepare.settings import TextOptions
+from regpt.prepare.split import hash_fraction
 from regpt.text import gpt2
 from regpt.text.bpe import BPETokenizer, train_bpe
 from regpt.text.tokenizer import Tokenizer
@@ -208,7 +208,7 @@ def test_a_killed_preparation_is_not_accepted_and_can_be_repeated(tmp_path, monk
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(job, "write_text", killed)  # everything is written but the manifest
+        patch.setattr(prepare_module, "write_text", killed)  # everything is written but the manifest
         with pytest.raises(Killed):
             prepare([source], out, TOKENIZER, val_fraction=0, shard_tokens=20)
     (out / "train-00099.bin.partial").write_bytes(b"half")
@@ -328,7 +328,7 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(tmp_path, monk
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(write, "finish_file", full)
+        patch.setattr(shards, "finish_file", full)
         with pytest.raises(UserError, match=r"the disk of .* is full; free space, then the same command goes on"):
             prepare([source], out, TOKENIZER, val_fraction=0)
     with pytest.raises(UserError, match="never finished"):

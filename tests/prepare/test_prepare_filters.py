@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from regpt.data.manifest import Manifest
 from regpt.data.verify import verify
 from regpt.errors import UserError
-from regpt.prepare import partition, placement
+from regpt.prepare import partition
 from regpt.prepare.decontaminate import N_WORDS, read_evaluations
 from regpt.prepare.ngrams import WORD, ngram_hashes
 from regpt.prepare.prepare import prepare
@@ -121,7 +121,7 @@ def test_near_duplicates_are_removed_and_named(tmp_path, monkeypatch):
     ]
     written = []
     for workers in (1, 2):
-        monkeypatch.setattr(placement, "SMALL_BYTES", 0)
+        monkeypatch.setattr("regpt.prepare.workers.SMALL_BYTES", 0)
         out = tmp_path / f"out{workers}"
         manifest = prepare(sources, out, TOKENIZER, val_fraction=0, workers=workers, filters=Filters(dedup="near"))
         written.append({path.name: path.read_bytes() for path in out.iterdir()})

@@ -18,9 +18,9 @@ from regpt.data.manifest import read_manifest
 from regpt.data.verify import verify
 from regpt.errors import UserError
 from regpt.files import locked
-from regpt.prepare import encode, partition, placement
+from regpt.prepare import encode, partition, workers
 from regpt.prepare.dedup import SIGNATURE
-from regpt.prepare.parts import DOCUMENT
+from regpt.prepare.partition import DOCUMENT
 from regpt.prepare.prepare import prepare
 from regpt.prepare.settings import Filters, TextOptions
 from regpt.text.bpe import train_bpe
@@ -34,7 +34,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="uses fork or signals")
 def many_partitions(monkeypatch):
     """Tiny sources divide into several partitions, and are worth processes."""
     monkeypatch.setattr(partition, "MIN_BYTES", 600)
-    monkeypatch.setattr(placement, "SMALL_BYTES", 0)
+    monkeypatch.setattr(workers, "SMALL_BYTES", 0)
 
 
 @pytest.fixture
@@ -127,10 +127,10 @@ def test_what_an_earlier_attempt_encoded_is_not_encoded_again(tmp_path, corpus, 
 DRIVER = """
 import sys
 from pathlib import Path
-from regpt.prepare import partition, placement
+from regpt.prepare import partition, workers
 from regpt.prepare.prepare import prepare
 from regpt.text.open import open_tokenizer
-partition.MIN_BYTES, placement.SMALL_BYTES = 600, 0
+partition.MIN_BYTES, workers.SMALL_BYTES = 600, 0
 folder = Path(sys.argv[1])
 if len(sys.argv) > 2:
     import resource

@@ -147,7 +147,7 @@ class ProgressLine:
             self._progress.stop()
 
     def show(self, now: Any) -> None:
-        """`now` is a `regpt.prepare.job.Progress`."""
+        """`now` is a `regpt.prepare.prepare.Progress`."""
         self._progress.start()  # again and again: only the first counts
         if self._counted and now.processes:
             self._counted = False
@@ -162,7 +162,7 @@ class ProgressLine:
 
     def _explain(self, processes: int) -> None:
         """Say why cores have nothing to do."""
-        from regpt.prepare.placement import available_cores
+        from regpt.prepare.workers import available_cores
 
         if processes < (cores := available_cores()):
             said = f"{processes} of {cores} cores encode, to stay within 2 GiB of memory; more: --workers N"

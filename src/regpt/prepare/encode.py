@@ -1,4 +1,4 @@
-"""One partition → its files in the work folder: tokens, a table of documents, and last what is known about them.
+"""One partition → its files in the work folder: tokens, a table of documents, and last a summary.
 
 The same function runs here, in a worker process and on a cluster. It streams: a document is cut where the word pattern
 cannot reach across, and about a megabyte of text is in hand at a time.
@@ -7,21 +7,24 @@ cannot reach across, and about a megabyte of text is in hand at a time.
 import contextlib
 import functools
 import json
+import os
+import secrets
+import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
-from regpt.prepare.corpus import cut_in_two, fraction
+import numpy as np
+
 from regpt.prepare.decontaminate import load_evaluations
-from regpt.prepare.dedup import MinHash
-from regpt.prepare.document import Document, Unreadable
+from regpt.prepare.dedup import SIGNATURE, MinHash
+from regpt.prepare.document import Document
 from regpt.prepare.ngrams import cut
-from regpt.prepare.partition import Partition, Reading, Split
-from regpt.prepare.parts import Counts, Piece, SignatureFile, SplitFiles, place
+from regpt.prepare.partition import DOCUMENT, Counts, Partition, Split
 from regpt.prepare.settings import Settings
+from regpt.prepare.split import cut_in_two, fraction
 from regpt.text.fast import FastEncoder, find_model
 from regpt.text.tokenizer import ENDOFTEXT, Encoder
 
@@ -30,21 +33,14 @@ BATCH_CHARS = 1 << 20
 LONG_LINE = 1_000_000  # characters without a line end
 
 
-@dataclass
-class Left:
-    """What was left out here and why; duplicates are found later."""
+class Piece(NamedTuple):
+    """A document, or a part of a long one; `row` is the document's in the table, or None for a later part."""
 
-    removed: dict[str, dict[str, int]] = field(default_factory=dict)
-    hits: list[dict[str, Any]] = field(default_factory=list)
-
-    def error(self, number: int, error: Unreadable) -> None:
-        self.out(error.reason, 0)
-        self.hits.append({"number": number, "reason": error.reason, "error": str(error)})
-
-    def out(self, reason: str, text_bytes: int) -> None:
-        count = self.removed.setdefault(reason, {"documents": 0, "text_bytes": 0})
-        count["documents"] += 1
-        count["text_bytes"] += text_bytes
+    text: str
+    split: Split
+    row: tuple[int, int, bytes] | None
+    signature: np.ndarray | None
+    source_bytes: float
 
 
 def encode_partition(
@@ -55,13 +51,13 @@ def encode_partition(
     threads: int = 1,
     progress: Callable[[Counts], None] | None = None,
 ) -> None:
-    """Write `partition`'s files into the folder `work`; `<name>.json`, the last, says that they are complete."""
-    reader = Reader(work, settings)
+    """Write `partition`'s files into the folder `work`; `<name>.json`, the last, makes them valid."""
+    reader = PartitionReader(work, settings)
     counts = Counts()
     with contextlib.ExitStack() as files:
         writers: dict[Split, SplitFiles] = {}
         near = settings.dedup == "near"
-        signatures = files.enter_context(SignatureFile(work / f"{partition.name}.sig")) if near else None
+        signatures = files.enter_context(CheckedFile(work / f"{partition.name}.sig")) if near else None
         for batch in batches(reader.pieces(partition)):
             encoded = encoder.encode_batch([piece.text for piece in batch], threads)
             for split in ("train", "val"):
@@ -71,21 +67,25 @@ def encode_partition(
                 if chosen:
                     counts.add(writers[split].write(chosen))
             if signatures:
-                signatures.write(batch)
+                rows = [(piece.row[0], piece.signature) for piece in batch if piece.row is not None]
+                signatures.write(np.array(rows, dtype=SIGNATURE))
             if progress:
                 progress(counts)
         splits = {split: writer.finish() for split, writer in writers.items()}
         check = signatures.finish() if signatures else None
     summary = {"key": partition.key, "splits": splits, "signatures": check, **reader.summary()}
-    place(work / f"{partition.name}.json", json.dumps(summary).encode())
+    with CheckedFile(work / f"{partition.name}.json") as file:
+        file.write(json.dumps(summary).encode())
+        file.finish()
 
 
-class Reader:
+class PartitionReader:
     """Reads the documents of one partition, decides which are left out and which are held out."""
 
     def __init__(self, work: Path, settings: Settings) -> None:
         self._settings = settings
-        self._left = Left()
+        self._removed: dict[str, dict[str, int]] = {}
+        self._hits: list[dict[str, Any]] = []  # of `removed.jsonl`; duplicates are found later
         self._sources: list[dict[str, Any]] = []
         self._lowest = 1.0
         self._number = 0
@@ -93,19 +93,18 @@ class Reader:
         self._minhash = MinHash() if settings.dedup == "near" else None
 
     def summary(self) -> dict[str, Any]:
-        left = {"removed": self._left.removed, "hits": self._left.hits}
-        return {"sources": self._sources, "lowest": self._lowest, **left}
+        return {"sources": self._sources, "lowest": self._lowest, "removed": self._removed, "hits": self._hits}
 
     def pieces(self, partition: Partition) -> Iterator[Piece]:
         for reading in partition.readings:
             source = {"rows": 0, "documents": 0, "record": reading.source.record() if reading.first else None}
             notes: Counter[str] = Counter()
-            for document in self._documents(reading):
+            for document in reading.source.documents(self._settings.text, reading.part):
                 source["rows"] += 1
                 source["documents"] += bool(document.text)
                 if document.error:
                     notes["skipped"] += 1
-                    self._left.error(self._number, document.error)
+                    self._remove(document.error.reason, 0, error=str(document.error))
                 if document.text:
                     notes.update(marks_in(document.text))
                     yield from self._kept(document, reading.split, reading.source.source)
@@ -114,13 +113,12 @@ class Reader:
             reading.check_unchanged()
             self._sources.append(source)
 
-    def _documents(self, reading: Reading) -> Iterator[Document]:
-        return reading.source.documents(self._settings.text, reading.part)
-
     def _kept(self, document: Document, split: Split, name: str) -> Iterator[Piece]:
         data = document.text.encode()
-        if reason := self._reason_against(document.text):
-            self._left.out(reason, len(data))
+        if len(document.text) < self._settings.min_chars:
+            self._remove("short", len(data))
+        elif self._evaluations and (items := self._evaluations.find(document.text)):
+            self._remove("contaminated", len(data), items=items)
         elif self._settings.rule == "cut":
             train, val = cut_in_two(document, self._settings.val_fraction, name)
             yield from self._pieces(train, "train", train.text.encode())
@@ -128,13 +126,12 @@ class Reader:
         else:
             yield from self._pieces(document, split, data)
 
-    def _reason_against(self, text: str) -> str | None:
-        if len(text) < self._settings.min_chars:
-            return "short"
-        if self._evaluations and (items := self._evaluations.find(text)):
-            self._left.hits.append({"number": self._number, "reason": "contaminated", "items": items})
-            return "contaminated"
-        return None
+    def _remove(self, reason: str, text_bytes: int, **details: Any) -> None:
+        count = self._removed.setdefault(reason, {"documents": 0, "text_bytes": 0})
+        count["documents"] += 1
+        count["text_bytes"] += text_bytes
+        if details:
+            self._hits.append({"number": self._number, "reason": reason, **details})
 
     def _pieces(self, document: Document, split: Split, data: bytes) -> Iterator[Piece]:
         digest = sha256(data).digest()
@@ -150,7 +147,7 @@ class Reader:
 
 
 def marks_in(text: str) -> dict[str, int]:
-    """What is perhaps a mistake in a text, counted for its file: nothing of it is changed."""
+    """Counts of possible mistakes in a text, for the record of its file; the text is not changed."""
     return {
         "crlf": text.count("\r\n"),
         "endoftext": text.count(ENDOFTEXT),
@@ -173,7 +170,7 @@ def batches(pieces: Iterable[Piece], limit: int | None = None) -> Iterator[list[
 
 @functools.lru_cache(maxsize=1)
 def open_encoder(work: Path, settings: Settings) -> Encoder:
-    """What the process that began the work in `work` chose, kept from one partition to the next."""
+    """The encoder of the process that began the work in `work`, kept from one partition to the next."""
     model = find_model(work) if settings.encoder == "auto" else None
     exact = functools.partial(open_exact, settings.tokenizer)
     return FastEncoder(model, exact) if model else exact()
@@ -183,3 +180,82 @@ def open_exact(tokenizer_json: str) -> Encoder:
     from regpt.text.open import from_json  # takes 0.1 s, and most workers do not need it
 
     return from_json(tokenizer_json)
+
+
+class SplitFiles:
+    """The files of one partition's split: `.bin` (tokens) and `.docs` (`DOCUMENT` rows)."""
+
+    def __init__(self, work: Path, stem: str, settings: Settings) -> None:
+        self._files = {suffix: CheckedFile(work / (stem + suffix)) for suffix in (".bin", ".docs")}
+        self._eot = np.array([settings.eot], dtype=np.uint32)
+        self._dtype = np.dtype(settings.dtype).newbyteorder("<")
+        self._open: tuple[int, int, int, bytes] | None = None  # the document that may continue in the next batch
+        self._total = Counts()
+
+    def write(self, pieces: Sequence[tuple[Piece, np.ndarray]]) -> Counts:
+        """Append pieces with their tokens, in the order of the text; returns what was added."""
+        added, tokens, rows = Counts(), [], []
+        for piece, ids in pieces:
+            length = len(ids)
+            if piece.row is not None:
+                number, text_bytes, key = piece.row
+                rows += [self._open] if self._open else []
+                tokens.append(self._eot)
+                length += 1
+                self._open = (number, 0, text_bytes, key)
+                added.documents += 1
+                added.text_bytes += text_bytes
+            assert self._open
+            number, before, text_bytes, key = self._open
+            self._open = (number, before + length, text_bytes, key)
+            tokens.append(ids)
+            added.tokens += length
+            added.source_bytes += piece.source_bytes
+        self._files[".bin"].write(np.concatenate(tokens, dtype=self._dtype, casting="unsafe"))  # n_vocab fits
+        self._files[".docs"].write(np.array(rows, dtype=DOCUMENT))
+        self._total.add(added)
+        return added
+
+    def finish(self) -> dict[str, Any]:
+        """Give the files their names; their sizes and checksums, and the counts."""
+        self._files[".docs"].write(np.array([self._open] if self._open else [], dtype=DOCUMENT))
+        checks = {suffix: file.finish() for suffix, file in self._files.items()}
+        total = self._total
+        return {"documents": total.documents, "tokens": total.tokens, "text_bytes": total.text_bytes, "files": checks}
+
+    def __enter__(self) -> "SplitFiles":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for file in self._files.values():
+            file.__exit__(*error)
+
+
+class CheckedFile:
+    """A file that has its name when it is whole, and a checksum to verify it later."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        # Two processes may write the same one: a worker whose task was given to another for dead.
+        self._partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+        self._file: BinaryIO = self._partial.open("wb")
+        self._size, self._crc = 0, 0
+
+    def write(self, data: bytes | np.ndarray) -> None:
+        view = data if isinstance(data, bytes) else data.view(np.uint8).data
+        self._file.write(view)
+        self._size += len(view)
+        self._crc = zlib.crc32(view, self._crc)
+
+    def finish(self) -> list[int]:
+        self._file.close()
+        os.replace(self._partial, self._path)
+        return [self._size, self._crc]
+
+    def __enter__(self) -> "CheckedFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with contextlib.suppress(OSError):  # a full disk says so again
+            self._file.close()
+        self._partial.unlink(missing_ok=True)

@@ -21,8 +21,9 @@ import numpy as np
 
 from regpt.data.manifest import Manifest, Shard
 from regpt.errors import UserError
-from regpt.files import exists, finish_file, is_folder, locked, sync, write_bytes, write_text
-from regpt.prepare.finished import finished
+from regpt.files import exists, is_folder, locked, sync, write_text
+from regpt.prepare.records import check_finished
+from regpt.prepare.shards import ShardWriter
 from regpt.prepare.sources import sha256_of
 from regpt.prepare.token_files import TokenFile, check_vocabulary, find_token_files
 from regpt.prepare.write import FULL, try_place
@@ -75,7 +76,7 @@ def import_tokens(
         check_vocabulary(files)
     options = {"imported": True, "val_rule": "sources" if val else "names", "shard_tokens": shard_tokens}
     if exists(out / "manifest.json"):
-        return finished(out, tokenizer, options, known_records(splits), derived=("inserted_eot",))
+        return check_finished(out, tokenizer, options, known_records(splits), derived=("inserted_eot",))
     check_out(out)
     try_place(out.parent)
     with new_folder(out) as folder:
@@ -189,15 +190,13 @@ class Copy:
         self._done, self._total = 0, total_tokens
 
     def split(self, split: Split, files: Sequence[TokenFile]) -> list[Shard]:
-        writer = StreamWriter(self.folder, split, self.dtype, self.shard_tokens)
-        try:
+        with ShardWriter(self.folder, split, self.dtype, self.shard_tokens) as writer:
             for i, file in enumerate(files):
                 self._copy(split, file, writer, first=i == 0)
-            return writer.finish()
-        finally:
-            writer.close()
+            writer.finish()
+        return writer.shards
 
-    def _copy(self, split: Split, file: TokenFile, writer: "StreamWriter", first: bool) -> None:
+    def _copy(self, split: Split, file: TokenFile, writer: ShardWriter, first: bool) -> None:
         with file.path.open("rb") as head:
             digest = hashlib.sha256(head.read(file.offset))
         documents = 0
@@ -205,11 +204,11 @@ class Copy:
             digest.update(chunk.tobytes())
             self._check(chunk, file)
             if first and chunk[0] != self._eot:
-                writer.append(np.array([self._eot], self.dtype), np.zeros(1, np.int64))
+                writer.write(np.array([self._eot], self.dtype), np.zeros(1, np.int64))
                 self.inserted[split] = 1
             first = False
             starts = np.flatnonzero(chunk == self._eot)
-            writer.append(chunk, starts)
+            writer.write(chunk, starts)
             documents += len(starts)
             self.text_bytes[split] += int(self._bytes_of[chunk].sum())
             self._done += len(chunk)
@@ -236,66 +235,3 @@ class Copy:
 def chunks(array: np.ndarray) -> Iterator[np.ndarray]:
     for i in range(0, len(array), CHUNK_TOKENS):
         yield array[i : i + CHUNK_TOKENS]
-
-
-class StreamWriter:
-    """Writes a stream of tokens with known document starts as shards of `shard_tokens`."""
-
-    def __init__(self, folder: Path, split: Split, dtype: Literal["uint16", "uint32"], shard_tokens: int) -> None:
-        self._folder, self._shard_tokens = folder, shard_tokens
-        self._split: Split = split
-        self._dtype: np.dtype = np.dtype(dtype).newbyteorder("<")
-        self._shards: list[Shard] = []
-        self._file = None
-
-    def append(self, tokens: np.ndarray, starts: np.ndarray) -> None:
-        """Write `tokens`; `starts` are the increasing positions in them at which documents start."""
-        while len(tokens):
-            if self._file is None or self._tokens == self._shard_tokens:
-                self._begin(continued=not len(starts) or bool(starts[0]))
-            assert self._file is not None
-            room = self._shard_tokens - self._tokens
-            inside = np.searchsorted(starts, room)
-            data = tokens[:room].astype(self._dtype).tobytes()
-            self._file.write(data)
-            self._digest.update(data)
-            self._starts.append(starts[:inside] + self._tokens)
-            self._tokens += len(tokens[:room])
-            tokens, starts = tokens[room:], starts[inside:] - room
-
-    def finish(self) -> list[Shard]:
-        if self._file is not None:
-            self._end(continues=False)
-        return self._shards
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def _begin(self, continued: bool) -> None:
-        if self._file is not None:
-            self._end(continues=continued)
-        self._tokens, self._digest = 0, hashlib.sha256()
-        self._starts: list[np.ndarray] = []
-        self._file = (self._folder / self._name).open("wb")
-
-    @property
-    def _name(self) -> str:
-        return f"{self._split}-{len(self._shards):05d}.bin"
-
-    def _end(self, continues: bool) -> None:
-        assert self._file is not None
-        finish_file(self._file, self._folder / self._name)
-        self._file = None
-        index = np.concatenate(self._starts).astype("<i8").tobytes()
-        shard = Shard(
-            file=self._name,
-            split=self._split,
-            tokens=self._tokens,
-            documents=len(index) // 8,
-            sha256=self._digest.hexdigest(),
-            idx_sha256=hashlib.sha256(index).hexdigest(),
-            continues=continues,
-        )
-        write_bytes(self._folder / shard.idx_file, index)
-        self._shards.append(shard)

@@ -111,6 +111,11 @@ class Listing:
     def files(self) -> list[Source]:
         return [*self.train, *self.val]
 
+    def known(self) -> list[dict[str, Any]]:
+        """The manifest's records of the sources; of remote files as much as is known without a download."""
+        splits = ["train"] * len(self.train) + ["val"] * len(self.val)
+        return [{**source.known(), "split": split} for source, split in zip(self.files, splits)]
+
     def discard(self) -> None:
         """Delete what was kept of stdin."""
         for source in self.files:

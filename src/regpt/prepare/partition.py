@@ -1,25 +1,37 @@
 """Sources → partitions: the units in which text is encoded, by whichever process, and found again after a stop.
 
 How the sources are divided is a function of them alone, and the partitions in their order are the text. The bytes of
-the shards do not depend on where the borders lie.
+the shards do not depend on the borders.
+
+The files of an encoded partition are scratch: not forced to the disk, but checked by size and checksum before another
+process builds on them.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from regpt.errors import UserError
+from regpt.prepare.dedup import KEY
 from regpt.prepare.document import Part
 from regpt.prepare.settings import TEXT_OPTIONS, TextOptions
 from regpt.prepare.sources import Source, SourceFile
+from regpt.structured import read_json
 
 Split = Literal["train", "val"]
 # Bytes of source files. Upwards a kill loses what the workers had in hand; downwards files are opened more often. A
 # parquet file of English text holds about 3.5 times its size.
 MIN_BYTES, MAX_BYTES = 1 << 20, 32 << 20
 PER_CORPUS = 64  # partitions of a small corpus, so that 16 cores end at about the same time
+RESTART = "add --restart to prepare from the start"
+# `number` counts all documents of the partition, those left out too; `key` begins the SHA-256 of the text.
+DOCUMENT = np.dtype([("number", "<i8"), ("tokens", "<i8"), ("bytes", "<i8"), ("key", KEY)])
 
 
 @dataclass(frozen=True)
@@ -103,3 +115,57 @@ def partitions(
 def partition(index: int, readings: list[Reading], settings_key: str) -> Partition:
     content = json.dumps([settings_key, [reading.identity() for reading in readings]])
     return Partition(index, tuple(readings), hashlib.sha256(content.encode()).hexdigest())
+
+
+@dataclass
+class Counts:
+    """Of one partition so far; `source_bytes` are those of the files."""
+
+    documents: int = 0
+    text_bytes: int = 0
+    tokens: int = 0
+    source_bytes: float = 0.0
+
+    def add(self, other: "Counts") -> None:
+        self.documents += other.documents
+        self.text_bytes += other.text_bytes
+        self.tokens += other.tokens
+        self.source_bytes += other.source_bytes
+
+
+def is_encoded(work: Path, partition: Partition, used: Mapping[str, int]) -> bool:
+    """Whether the files of `partition` from an earlier attempt are there and whole; those of the first `used[split]`
+    partitions lack their tokens, which are in shards."""
+    try:
+        found = load_summary(work, partition.name)
+        signatures = found["signatures"]
+        if signatures and not is_whole(work / f"{partition.name}.sig", signatures):
+            return False
+        return found["key"] == partition.key and all(
+            is_whole(work / f"{partition.name}.{split}{suffix}", check)
+            for split, content in found["splits"].items()
+            for suffix, check in content["files"].items()
+            if suffix != ".bin" or partition.index >= used[split]
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def is_whole(path: Path, check: Sequence[int]) -> bool:
+    """Whether `path` has the size and checksum of `check`."""
+    if not path.is_file() or path.stat().st_size != check[0]:
+        return False
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return crc == check[1]
+
+
+def load_summary(work: Path, name: str) -> dict[str, Any]:
+    """The summary in `<name>.json`, which is written last.
+
+    Raises:
+        UserError: no such file, or something else in it.
+    """
+    return read_json(work / f"{name}.json", RESTART)

@@ -1,47 +1,60 @@
 """Text → shards: divide the sources, encode the partitions wherever there is room, put them together in order.
 
 The bytes written depend on the sources, the tokenizer and the options; never on the number of workers, where they run,
-or how often the work was interrupted. Each partition's tokens lie in `OUT/.work` until they are in a shard, so an
-attempt that was killed loses what it had in hand, and the same command goes on.
+or how often the work was interrupted. Encoded partitions are files in `OUT/.work` until they are in a shard, so a
+killed attempt loses only the partitions in hand, and the same command continues.
 """
 
-import contextlib
-import json
-import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+import functools
+import platform
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from regpt.data.manifest import Manifest
+import regpt
+from regpt.data.manifest import Manifest, Shard
 from regpt.errors import UsageError, UserError
-from regpt.files import exists, is_folder, locked, write_json
-from regpt.prepare.assemble import STATE
-from regpt.prepare.corpus import default_fraction, split_rule
+from regpt.files import finish_file, write_text
 from regpt.prepare.decontaminate import Evaluations, read_evaluations
-from regpt.prepare.finished import finished
+from regpt.prepare.encode import encode_partition
 from regpt.prepare.formats import check_text
-from regpt.prepare.job import Job, Progress
 from regpt.prepare.named import NAMED_OPTIONS, Listing, NamedOptions, list_sources
-from regpt.prepare.parts import RESTART
-from regpt.prepare.placement import Placement, count_workers, start_pool
+from regpt.prepare.partition import Counts, Partition, Split, load_summary, partitions, target_bytes
+from regpt.prepare.records import Records, check_finished
+from regpt.prepare.remote import localized
 from regpt.prepare.settings import TEXT_OPTIONS, Filters, Settings, TextOptions
-from regpt.prepare.write import FULL, remove_leftovers
+from regpt.prepare.shards import Assembly, EncoderCheck, load_state
+from regpt.prepare.split import Unusable, check_splits, check_texts, default_fraction, split_rule
+from regpt.prepare.work import WORK, check_out, clear, in_work_folder, is_finished
+from regpt.prepare.workers import Pool, count_workers, encode_here, encode_on_ray, start_pool
+from regpt.prepare.write import FULL
 from regpt.remote.download import DownloadProgress
-from regpt.structured import read_json
-from regpt.text.tokenizer import Tokenizer
+from regpt.text.fast import accelerate, can_accelerate, encoder_name, find_model, save_model
+from regpt.text.open import NAMED
+from regpt.text.tokenizer import Encoder, Tokenizer
 
 SHARD_TOKENS = 100_000_000  # the size of FineWeb-Edu's shards in build-nanogpt
-WORK = ".work"
-FLAGS = {  # of the settings that an attempt must share with the one that it goes on from
-    "tokenizer_sha256": "--tokenizer",
-    "val_fraction": "--val-fraction",
-    "min_chars": "--min-chars",
-    "dedup": "--dedup",
-    "evaluations": "--decontaminate",
-    **{field.name: f"--{field.name.replace('_', '-')}" for field in fields(TextOptions)},
-}
 NO_FILTERS = Filters()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The documents, text and tokens encoded so far; `done` is the part of the source files, from 0 to 1.
+
+    `found_bytes` and `found_tokens` were encoded by an earlier attempt; they took no time now. `processes` is the size
+    of the pool, 0 without one.
+    """
+
+    documents: int = 0
+    text_bytes: int = 0
+    tokens: int = 0
+    done: float = 0.0
+    found_bytes: int = 0
+    found_tokens: int = 0
+    processes: int = 0
 
 
 def prepare(
@@ -63,172 +76,231 @@ def prepare(
     progress: Callable[[Progress], None] | None = None,
     download: DownloadProgress | None = None,
 ) -> Manifest:
-    """Write the shards of `sources` and their manifest into the folder `out`; go on where an earlier attempt stopped.
+    """Write the shards of `sources` and their manifest into the folder `out`; continue an earlier attempt.
 
     A document is held out when the first 8 bytes of the SHA-256 of its text, as a fraction of 2^64, are below
     `val_fraction`: copies of a text share a split, and adding files moves no document. A corpus of one document is cut
     into two at the end of a line. The default fraction is 0.1 for sources below 10 MB, 0.005 above. `val_sources` are
-    held out instead, when given. `restart` gives up what an attempt with other options has done. `workers`,
-    `executor`, `address` and `encoder` (see `Placement`) change no byte.
+    held out instead, when given. `restart` discards an attempt with other options. Without effect on the bytes are
+    `workers` (processes; None is one a core, as far as 2 GiB of memory allow), `executor`, `address` (of the Ray
+    cluster; None starts one on this machine) and `encoder` (`auto` takes the package `gigatoken` where it is
+    installed).
 
     Raises:
         UserError: sources that cannot be read or are empty, a split without documents, options out of range, an `out`
             that already holds a data set, is in use, or was begun with other options, or a full disk.
     """
-    placement = Placement(workers, executor, address, encoder)
-    check_options(sources, val_fraction, shard_tokens, filters, placement)
+    check_options(sources, val_fraction, shard_tokens, filters.min_chars, workers)
+    if address is not None and executor != "ray":
+        raise UsageError(f"address {address!r} is of a Ray cluster; add --executor ray, or leave it out")
     check_text(text)
     check_out(out)
     listing = list_sources(sources, val_sources, named, text)
-    count = 1 if is_finished(out) else count_workers(placement, filters)
-    try:
-        with start_pool(count, placement, listing.files, tokenizer) or contextlib.nullcontext() as pool:
-            evaluations = read_evaluations(filters.decontaminate) if filters.decontaminate else None
-            share = default_fraction(listing.train) if val_fraction is None else val_fraction
-            rule = split_rule(listing.train, bool(listing.val), share, text, download)
-            settings = make_settings(tokenizer, placement, rule, share, text, filters, evaluations)
-            places = (out, out / WORK, tokenizer, settings, shard_tokens, placement)
-            job = Job(*places, count, pool, evaluations, progress, download)
-            if is_finished(out):
-                manifest = finished(out, tokenizer, job.options(), known_records(listing))
-            else:
-                with in_work_folder(job.work, out, settings, evaluations, restart):
-                    manifest = job.run(listing)
-            listing.discard()
-            return manifest
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise UserError(f"the disk of {out} is full; free space, then the same command goes on") from None
+    count = 1 if is_finished(out) else count_workers(workers, filters)
+    with full_disk_named(out), start_pool(count, executor, listing.files, tokenizer) or nullcontext() as pool:
+        evaluations = read_evaluations(filters.decontaminate) if filters.decontaminate else None
+        share = default_fraction(listing.train) if val_fraction is None else val_fraction
+        rule = split_rule(listing.train, bool(listing.val), share, text, download)
+        settings = make_settings(tokenizer, encoder, rule, share, text, filters, evaluations)
+        where = (count, pool, executor == "ray", address)
+        job = Job(out, tokenizer, settings, shard_tokens, evaluations, *where, progress, download)
+        return job.manifest(listing, restart)
+
+
+def check_options(
+    sources: Sequence[str], val_fraction: float | None, shard_tokens: int, min_chars: int, workers: int | None
+) -> None:
+    if not sources:
+        raise UsageError("no SOURCE given; give files, folders, globs or a named set")
+    if val_fraction is not None and not 0 <= val_fraction < 1:
+        raise UsageError(f"val fraction is {val_fraction}, must be at least 0 and below 1")
+    for name, value, least in (("shard tokens", shard_tokens, 1), ("workers", workers, 1), ("min chars", min_chars, 0)):
+        if value is not None and value < least:
+            raise UsageError(f"{name} is {value}, must be at least {least}")
 
 
 def make_settings(
     tokenizer: Tokenizer,
-    placement: Placement,
+    encoder: str,
     rule: str,
     val_fraction: float,
     text: TextOptions,
     filters: Filters,
     evaluations: Evaluations | None,
 ) -> Settings:
-    return Settings(
-        tokenizer=tokenizer.to_json(),
-        tokenizer_sha256=tokenizer.sha256,
-        n_vocab=tokenizer.n_vocab,
-        eot=tokenizer.eot,
-        encoder=placement.encoder,
-        rule=rule,
-        val_fraction=val_fraction,
-        text=text,
-        min_chars=filters.min_chars,
-        dedup=filters.dedup,
-        evaluations=tuple(file["sha256"] for file in evaluations.files) if evaluations else (),
-    )
+    identity = (tokenizer.to_json(), tokenizer.sha256, tokenizer.n_vocab, tokenizer.eot)
+    hashes = tuple(file["sha256"] for file in evaluations.files) if evaluations else ()
+    return Settings(*identity, encoder, rule, val_fraction, text, filters.min_chars, filters.dedup, hashes)
 
 
-def known_records(listing: Listing) -> list[dict[str, Any]]:
-    """What the manifest would say of the sources; of files elsewhere as much as is known without a download."""
-    splits = ["train"] * len(listing.train) + ["val"] * len(listing.val)
-    return [{**source.known(), "split": split} for source, split in zip(listing.files, splits)]
-
-
-def check_options(
-    sources: Sequence[str], val_fraction: float | None, shard_tokens: int, filters: Filters, placement: Placement
-) -> None:
-    if not sources:
-        raise UsageError("no SOURCE given; give files, folders, globs or a named set")
-    if val_fraction is not None and not 0 <= val_fraction < 1:
-        raise UsageError(f"val fraction is {val_fraction}, must be at least 0 and below 1")
-    if shard_tokens < 1:
-        raise UsageError(f"shard tokens is {shard_tokens}, must be at least 1")
-    if placement.workers is not None and placement.workers < 1:
-        raise UsageError(f"workers is {placement.workers}, must be at least 1")
-    if filters.min_chars < 0:
-        raise UsageError(f"min chars is {filters.min_chars}, must be at least 0")
-    if placement.address is not None and placement.executor != "ray":
-        raise UsageError(f"address {placement.address!r} is of a Ray cluster; add --executor ray, or leave it out")
-
-
-def check_out(out: Path) -> None:
-    if is_finished(out):
-        shutil.rmtree(out / WORK, ignore_errors=True)  # of a process that was killed before it could tidy up
-    if exists(out) and not is_folder(out):
-        raise UserError(f"--out {out} is a file; give a folder")
-
-
-def is_finished(out: Path) -> bool:
-    return exists(out / "manifest.json")
-
-
-@contextlib.contextmanager
-def in_work_folder(work: Path, out: Path, settings: Settings, evaluations: Evaluations | None, restart: bool):
-    """Hold `work` for this process; afterwards it is gone if everything is finished, or nothing is."""
-    make_folder(work, out)
+@contextmanager
+def full_disk_named(out: Path) -> Iterator[None]:
     try:
-        with locked(work / "lock", out):
-            if is_finished(out):  # by another process, meanwhile
-                raise UserError(f"{out} already holds a data set; repeat the command to compare it")
-            if restart:
-                clear(work, out)
-            begin(work, out, settings)
-            if evaluations:
-                evaluations.save(work)
-            try:
-                yield
-            finally:
-                if is_finished(out):
-                    clear(work)
-                elif not is_begun(work):
-                    clear(work, out)
-    finally:
-        with contextlib.suppress(OSError):  # not empty
-            work.rmdir()
-            out.rmdir()
-
-
-def make_folder(work: Path, out: Path) -> None:
-    try:
-        work.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
-        raise UserError(f"--out {out} cannot be made ({error.strerror}); choose another folder") from None
+        if error.errno not in FULL:
+            raise
+        raise UserError(f"the disk of {out} is full; free space, then the same command goes on") from None
 
 
-def begin(work: Path, out: Path, settings: Settings) -> None:
-    """Note the settings, or compare them with those of the attempt to go on from."""
-    file, now = work / "settings.json", json.loads(json.dumps(asdict(settings)))
-    if is_begun(work) and file.is_file():
-        before = read_json(file, RESTART)
-        if not isinstance(before, dict) or not isinstance(text := before.get("text", {}), dict):
-            raise UserError(f"{str(file)!r} holds no settings; {RESTART}")
-        before, new = before | text, now | now["text"]
-        for name, flag in FLAGS.items():
-            if before.get(name, new[name]) != new[name]:
-                was = f" ({shown(before[name])}, now {shown(new[name])})"
-                raise UserError(
-                    f"{out} holds an unfinished preparation with another {flag}{was}; "
-                    "repeat its options to go on, or add --restart to give it up"
-                )
-    for path in work.glob("*.partial"):  # of processes that were killed
-        with contextlib.suppress(OSError):  # Windows, while a process ends
-            path.unlink()
-    write_json(file, now)
+@dataclass
+class Job:
+    """One `data prepare` job."""
 
+    out: Path
+    tokenizer: Tokenizer
+    settings: Settings
+    shard_tokens: int
+    evaluations: Evaluations | None
+    workers: int
+    pool: Pool | None
+    ray: bool
+    address: str | None
+    progress: Callable[[Progress], None] | None
+    download: DownloadProgress | None
+    _finished: Counts = field(default_factory=Counts)
+    _found: Counts = field(default_factory=Counts)
+    _running: dict[int, Counts] = field(default_factory=dict)
+    _total: int = 1
 
-def is_begun(work: Path) -> bool:
-    """Has any partition been encoded?"""
-    return (work / STATE).exists() or any(work.glob("part-*.json"))
+    def __post_init__(self) -> None:
+        self.work = self.out / WORK
+        self._fast = self.settings.encoder == "auto" and can_accelerate(self.tokenizer)
 
+    @functools.cached_property
+    def _encoder(self) -> Encoder:
+        """Only where this process encodes."""
+        return accelerate(self.tokenizer, self.work) if self._fast else self.tokenizer
 
-def clear(work: Path, out: Path | None = None) -> None:
-    """Delete everything in `work` but the lock, and the unfinished shards in `out`."""
-    for path in work.iterdir():
-        if path.name != "lock":
-            path.unlink() if path.is_file() else shutil.rmtree(path)
-    if out:
-        remove_leftovers(out)
+    def manifest(self, listing: Listing, restart: bool) -> Manifest:
+        """The manifest of a finished folder that this job would make again, or of the shards written now."""
+        if is_finished(self.out):
+            manifest = check_finished(self.out, self.tokenizer, self.options(), listing.known())
+        else:
+            with in_work_folder(self.out, self.settings, self.evaluations, restart):
+                manifest = self._run(listing)
+        listing.discard()
+        return manifest
 
+    def _run(self, listing: Listing) -> Manifest:
+        self._total = max(1, sum(source.bytes for source in listing.files))
+        if self._fast:
+            save_model(self.tokenizer, self.work)  # for other processes
+        elif left := find_model(self.work):  # by an attempt that had the package
+            left.unlink()
+        splits: Sequence[Split] = ("train",) * len(listing.train) + ("val",) * len(listing.val)
+        here = zip(localized(listing.files, self.download), splits)
+        plan = partitions(here, target_bytes(self._total), self.settings.key(), self.settings.text)
+        state, plan = load_state(self.work, self.out, self.shard_tokens, self.settings, plan)
+        check = EncoderCheck(self.work, self.tokenizer, self.settings.dtype) if self._fast else None
+        try:
+            with Assembly(
+                self.out, self.work, self.settings, self.shard_tokens, state, check, self.evaluations
+            ) as assembly:
+                self._encode(plan, assembly)
+                records = assembly.records
+                check_texts(records.sources, skip=self.settings.text.on_error == "skip")
+                check_splits(self.settings.rule, self.settings.val_fraction, records.documents, records.lowest)
+                shards = assembly.finish()
+        except Unusable:  # a second attempt would find the same
+            clear(self.work, self.out)
+            raise
+        return self._finish(shards, assembly.records, listing.left_out)
 
-def shown(value: Any) -> str:
-    """A setting in a message; hashes shortened."""
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    return ", ".join(item[:12] if isinstance(item, str) else str(item) for item in values) or "none"
+    def _encode(self, plan: Iterator[Partition], assembly: Assembly) -> None:
+        """Encode what is not there yet; give each partition to the assembly when all before it are done."""
+        order: deque[Partition] = deque()
+        done: set[int] = set()
+
+        def finish(partition: Partition, found: bool = False) -> None:
+            done.add(partition.index)
+            self._count(partition, found)
+            while order and order[0].index in done:
+                assembly.add(order.popleft())
+
+        def tasks() -> Iterator[Partition]:
+            for partition in plan:
+                order.append(partition)
+                if assembly.is_ready(partition):
+                    finish(partition, found=True)
+                elif (self.pool or self.ray) and not partition.in_files:
+                    encode_partition(self.work, partition, self.settings, self._encoder)
+                    finish(partition)
+                else:
+                    yield partition
+
+        with closing(self._executor(tasks())) as finished:
+            for partition in finished:
+                finish(partition)
+
+    def _executor(self, tasks: Iterator[Partition]) -> Generator[Partition]:
+        if self.ray:
+            return encode_on_ray(self.work, tasks, self.settings, self.address)
+        if self.pool:
+            return self.pool.encode(self.work, tasks, self.settings, self._hear)
+        return encode_here(self.work, tasks, self.settings, self._encoder, self.workers, self._hear)
+
+    def _hear(self, index: int, counts: Counts) -> None:
+        """News of a partition that is being encoded."""
+        self._running[index] = counts
+        self._show()
+
+    def _count(self, partition: Partition, found: bool) -> None:
+        """A partition is done; `found` when an earlier attempt did it."""
+        for split in load_summary(self.work, partition.name)["splits"].values():
+            counts = Counts(split["documents"], split["text_bytes"], split["tokens"], 0.0)
+            (self._found if found else self._finished).add(counts)
+        self._finished.source_bytes += partition.bytes
+        self._running.pop(partition.index, None)
+        self._show()
+
+    def _show(self) -> None:
+        if not self.progress:
+            return
+        now, found = Counts(), self._found
+        for counts in (self._finished, found, *self._running.values()):
+            now.add(counts)
+        done = min(1.0, now.source_bytes / self._total)
+        counts = (now.documents, now.text_bytes, now.tokens, done, found.text_bytes, found.tokens)
+        self.progress(Progress(*counts, self.workers if self.pool else 0))
+
+    def options(self) -> dict[str, Any]:
+        """The options that shape the bytes, for the manifest."""
+        return {
+            "val_rule": self.settings.rule,
+            "val_fraction": self.settings.val_fraction,
+            "text_column": self.settings.text.text_column,
+            **self.settings.text.changed(),
+            "shard_tokens": self.shard_tokens,
+            "min_chars": self.settings.min_chars,
+            "dedup": self.settings.dedup,
+            "decontaminate": list(self.evaluations.files) if self.evaluations else [],
+        }
+
+    def _finish(self, shards: Sequence[Shard], records: Records, left_out: Mapping[str, int]) -> Manifest:
+        """Write the files next to the shards; the manifest last."""
+        if self.tokenizer.name not in NAMED:
+            write_text(self.out / "tokenizer.json", self.tokenizer.to_json())
+        if records.lines:
+            with records.path.open("rb+") as lines:
+                finish_file(lines, self.out / "removed.jsonl")
+        manifest = Manifest(
+            tokenizer=self.tokenizer.name,
+            tokenizer_sha256=self.tokenizer.sha256,
+            vocab_size=self.tokenizer.n_vocab,
+            eot=self.tokenizer.eot,
+            dtype=self.settings.dtype,
+            shards=tuple(shards),
+            text_bytes=records.text_bytes,
+            sources=tuple(records.sources),
+            options=self.options(),
+            removed=records.removed,
+            left_out=dict(left_out),
+            made_with={
+                "regpt": regpt.__version__,
+                "python": platform.python_version(),
+                "encoder": encoder_name(self.tokenizer, self._fast),
+            },
+        )
+        write_text(self.out / "manifest.json", manifest.to_json())  # last, when the shards are on the disk
+        return manifest

@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING, Any
 from regpt.errors import UserError
 
 if TYPE_CHECKING:
-    from regpt.prepare.partition import Partition
-    from regpt.prepare.parts import Counts
-    from regpt.prepare.settings import Settings
-    from regpt.text.tokenizer import Encoder
+    from regpt.prepare.partition import Counts, Partition
+    from regpt.prepare.settings import Filters, Settings
+    from regpt.prepare.sources import Source
+    from regpt.text.tokenizer import Encoder, Tokenizer
 
     News = Callable[[int, Counts], None]  # index of a partition, and what is encoded of it so far
 
@@ -42,7 +42,39 @@ NEWS_S = 0.2
 # Of mallopt (glibc's malloc.h). Blocks above the second are given back at once: pages of parquet files. The first keeps
 # what batches of text take and leave all the time.
 MALLOC_TRIM_THRESHOLD, MALLOC_MMAP_THRESHOLD = (-1, 8 << 20), (-3, 4 << 20)
+SMALL_BYTES = 24_000_000  # of sources; below it starting processes (0.3 s) takes longer than what they would save
+# All processes together, and what they take (measured with English text): the first, another that encodes, and more
+# when it compares words, or has `datasketch` in it.
+MEMORY_BYTES, FIRST_BYTES, WORKER_BYTES, WORDS_BYTES, NEAR_BYTES = 2 << 30, 160 << 20, 115 << 20, 30 << 20, 45 << 20
 REPORT: list[Callable[[Any], None]] = []  # in a process of a pool: how it reports to the first one
+
+
+def available_cores() -> int:
+    """Cores that this process may use; macOS and Windows do not restrict them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def affordable_workers(filters: Filters) -> int:
+    """Processes that encode and, with the first, stay within `MEMORY_BYTES`."""
+    each = WORKER_BYTES
+    if filters.decontaminate or filters.dedup == "near":
+        each += WORDS_BYTES
+    if filters.dedup == "near":
+        each += NEAR_BYTES
+    return (MEMORY_BYTES - FIRST_BYTES) // each
+
+
+def count_workers(workers: int | None, filters: Filters) -> int:
+    return workers or min(available_cores(), affordable_workers(filters))
+
+
+def start_pool(workers: int, executor: str, sources: Sequence[Source], tokenizer: Tokenizer) -> Pool | None:
+    """Processes for these sources, or None when this process, or a cluster, does it all."""
+    from regpt.text.fast import is_standard
+
+    if executor == "ray" or workers == 1 or not is_standard(tokenizer):
+        return None
+    return Pool(workers) if sum(source.bytes for source in sources) >= SMALL_BYTES else None
 
 
 def encode_here(

@@ -2,10 +2,10 @@
 
 import pytest
 
-from regpt.prepare import placement
-from regpt.prepare.placement import Placement, affordable_workers, count_workers, start_pool
+from regpt.prepare import workers
 from regpt.prepare.settings import Filters
 from regpt.prepare.sources import SourceFile
+from regpt.prepare.workers import affordable_workers, count_workers, start_pool
 from regpt.text.bpe import train_bpe
 
 TOKENIZER = train_bpe(["the cat sat on the mat, and the cats sat on the mats\n" * 4], 270)
@@ -25,8 +25,8 @@ TOKENIZER = train_bpe(["the cat sat on the mat, and the cats sat on the mats\n" 
     ],
 )
 def test_one_process_a_core_as_far_as_memory_goes(monkeypatch, cores, asked, filters, count):
-    monkeypatch.setattr(placement, "available_cores", lambda: cores)
-    assert count_workers(Placement(asked), filters) == count
+    monkeypatch.setattr(workers, "available_cores", lambda: cores)
+    assert count_workers(asked, filters) == count
 
 
 def test_the_default_stays_within_the_memory():
@@ -35,11 +35,11 @@ def test_the_default_stays_within_the_memory():
 
 
 def test_processes_start_where_they_are_worth_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(placement, "Pool", lambda workers: f"{workers} processes")
+    monkeypatch.setattr(workers, "Pool", lambda count: f"{count} processes")
     (tmp_path / "a.txt").write_bytes(b"x" * 1000)
     source = SourceFile("a.txt", "a.txt", tmp_path / "a.txt")
-    monkeypatch.setattr(placement, "SMALL_BYTES", 2000)
-    assert start_pool(3, Placement(), [source], TOKENIZER) is None
-    assert start_pool(3, Placement(), [source, source], TOKENIZER) == "3 processes"
-    assert start_pool(1, Placement(), [source, source], TOKENIZER) is None
-    assert start_pool(3, Placement(executor="ray"), [source, source], TOKENIZER) is None
+    monkeypatch.setattr(workers, "SMALL_BYTES", 2000)
+    assert start_pool(3, "local", [source], TOKENIZER) is None
+    assert start_pool(3, "local", [source, source], TOKENIZER) == "3 processes"
+    assert start_pool(1, "local", [source, source], TOKENIZER) is None
+    assert start_pool(3, "ray", [source, source], TOKENIZER) is None

@@ -1,31 +1,36 @@
-"""What the manifest and `removed.jsonl` say about a preparation, gathered partition by partition."""
+"""Records for the manifest and `removed.jsonl`, gathered partition by partition, and their comparison with those of a
+finished folder: the same command again has nothing to do."""
 
 import bisect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from regpt.data.manifest import SPLITS
+from regpt.data.manifest import SPLITS, Manifest, read_manifest
+from regpt.errors import UserError
 from regpt.prepare.decontaminate import Evaluations
 from regpt.prepare.dedup import Repeat
 from regpt.prepare.partition import Partition
+from regpt.prepare.settings import TEXT_OPTIONS
+from regpt.text.tokenizer import Tokenizer
 
 Count = dict[str, int]
+Record = Mapping[str, Any]
 COUNTED = {"exact_duplicate": "exact_duplicates", "near_duplicate": "near_duplicates"}  # in the manifest
 
 
 @dataclass
-class Summary:
-    """What is known of the partitions so far; documents that were left out for what is in them become lines of the file
-    `path`: those with evaluation items, and duplicates.
+class Records:
+    """Counts of the partitions so far; documents left out for their content (evaluation items, duplicates, errors)
+    become lines of the file `path`.
 
     Attributes:
-        path: of that file; it holds what later is `removed.jsonl`.
-        evaluations: what was looked for.
+        path: the later `removed.jsonl`.
+        evaluations: the items looked for.
         sources: the record of every source file, its split, and its numbers of documents, of empty ones, and of those
             that are in the split `val`.
         documents: kept ones of each split.
@@ -59,8 +64,7 @@ class Summary:
         kept: Mapping[str, np.ndarray],
         repeats: Sequence[Repeat],
     ) -> None:
-        """Count a partition of which `found` is known, its tables of documents with what was `kept` of them, and what
-        was not."""
+        """Count a partition with the summary `found`, its tables of documents, those `kept`, and the duplicates."""
         first = self.rows
         held_out = np.sort(tables["val"]["number"][kept["val"]]) if "val" in tables else np.empty(0, np.int64)
         for reading, source in zip(partition.readings, found["sources"]):
@@ -117,3 +121,55 @@ class Summary:
         first, record, before = self._spans[bisect.bisect_right(self._spans, number, key=lambda span: span[0]) - 1]
         named = {name: record[name] for name in ("source", "file") if name in record}
         return {**named, "document": before + number - first}
+
+
+def check_finished(
+    out: Path, tokenizer: Tokenizer, options: Record, records: Sequence[Record], derived: Collection[str] = ()
+) -> Manifest:
+    """Return the manifest of `out` if the same tokenizer, options and sources made it.
+
+    `options` and `records` are those of a new manifest; keys that a record lacks, and the options `derived` from the
+    text, are not compared.
+
+    Raises:
+        UserError: something differs, or the folder is damaged.
+    """
+    manifest = read_manifest(out)
+    options = {**options, **{name: manifest.options.get(name) for name in derived}}
+    for difference in differences(manifest, tokenizer, options, records):
+        raise UserError(
+            f"{out} already holds a data set, made {difference} (see: regpt data info {out}); choose another --out or "
+            "delete it"
+        )
+    return manifest
+
+
+def differences(manifest: Manifest, tokenizer: Tokenizer, options: Record, records: Sequence[Record]) -> Iterator[str]:
+    """Phrases that begin after `made`."""
+    if manifest.tokenizer_sha256 != tokenizer.sha256:
+        yield f"with another --tokenizer ({manifest.tokenizer}, now {tokenizer.name})"
+    for name in {**options, **manifest.options}:
+        before, now = manifest.options.get(name), options.get(name)
+        if before != now:
+            yield f"with another {name.replace('_', ' ')} ({said(name, before)}, now {said(name, now)})"
+    before, now = ({name_of(record): record for record in group} for group in (manifest.sources, records))
+    for name in {**before, **now}:
+        shown = f"{name[1]} in {name[0]}" if name[1] else name[0]
+        if name not in now:
+            yield f"with {shown} for {name[2]}"
+        elif name not in before:
+            yield f"without {shown} for {name[2]}"
+        elif any(now[name][key] != before[name][key] for key in now[name].keys() & before[name].keys()):
+            yield f"when {shown} had other content"
+    if list(before) != list(now):
+        yield "from the sources in another order"
+
+
+def name_of(record: Record) -> tuple[str, str, str]:
+    return record["source"], record.get("file", ""), record["split"]
+
+
+def said(name: str, value: object) -> str:
+    """An option's value in a message; one that the manifest leaves out is the default."""
+    value = getattr(TEXT_OPTIONS, name, None) if value is None else value
+    return "none" if value is None else str(value)

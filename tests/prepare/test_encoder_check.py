@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regpt.errors import UserError
-from regpt.prepare import audit, job, partition, placement
-from regpt.prepare.audit import Audit
-from regpt.prepare.corpus import Unusable
+from regpt.prepare import partition, shards, workers
+from regpt.prepare import prepare as prepare_module
 from regpt.prepare.encode import encode_partition
-from regpt.prepare.partition import Partition, partitions
-from regpt.prepare.parts import DOCUMENT
+from regpt.prepare.partition import DOCUMENT, Partition, partitions
 from regpt.prepare.prepare import prepare
 from regpt.prepare.settings import Settings
+from regpt.prepare.shards import EncoderCheck
 from regpt.prepare.sources import find_files
+from regpt.prepare.split import Unusable
 from regpt.text import fast
 from regpt.text.bpe import train_bpe
 from regpt.text.fast import save_model
@@ -49,15 +49,15 @@ def encoded(folder: Path, texts: list[str]) -> list[tuple[Partition, dict[str, n
 def test_the_tokenizers_own_tokens_pass(tmp_path_factory, texts):
     folder = tmp_path_factory.mktemp("parts")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(audit, "EVERY", 1)
-        seen = Audit(folder, TOKENIZER, np.dtype("uint16"))
+        patch.setattr(shards, "EVERY", 1)
+        seen = EncoderCheck(folder, TOKENIZER, "uint16")
         for part, tables in encoded(folder, texts):
-            seen.check(part.name, tables)
+            seen.compare(part.name, tables)
 
 
 @pytest.mark.parametrize("every", [1, 2, 5, 7])
 def test_one_document_in_so_many_is_looked_at(tmp_path, monkeypatch, every):
-    monkeypatch.setattr(audit, "EVERY", every)
+    monkeypatch.setattr(shards, "EVERY", every)
     parts = encoded(tmp_path, [f"the cat {i}" for i in range(20)])
     positions = [(part, split, i) for part, tables in parts for split in tables for i in range(len(tables[split]))]
     assert {split for _, split, _ in positions} == {"train", "val"}
@@ -69,10 +69,10 @@ def test_one_document_in_so_many_is_looked_at(tmp_path, monkeypatch, every):
         changed = whole.copy()
         changed[table["tokens"][: i + 1].sum() - 1] ^= 1  # the document's last token
         changed.tofile(path)
-        seen = Audit(tmp_path, TOKENIZER, np.dtype("uint16"))
+        seen = EncoderCheck(tmp_path, TOKENIZER, "uint16")
         try:
             for other, tables in parts:
-                seen.check(other.name, tables)
+                seen.compare(other.name, tables)
         except Unusable:
             noticed.append(position)
         whole.tofile(path)
@@ -85,27 +85,27 @@ def test_other_tokens_of_the_same_text_are_a_difference(tmp_path):
     np.array(tokens, dtype="<u2").tofile(tmp_path / f"{part.name}.train.bin")
     tables["train"]["tokens"] = len(tokens)
     with pytest.raises(Unusable, match=r"gigatoken encodes 'the cat'… differently from the tokenizer bpe-270"):
-        Audit(tmp_path, TOKENIZER, np.dtype("uint16")).check(part.name, tables)
+        EncoderCheck(tmp_path, TOKENIZER, "uint16").compare(part.name, tables)
 
 
 def test_what_finished_shards_took_is_passed_over(tmp_path):
     ((part, tables),) = encoded(tmp_path, ["the cat"])
     (tmp_path / f"{part.name}.train.bin").unlink()
-    Audit(tmp_path, TOKENIZER, np.dtype("uint16")).check(part.name, tables)
+    EncoderCheck(tmp_path, TOKENIZER, "uint16").compare(part.name, tables)
 
 
 @pytest.mark.skipif(not fast.available(), reason="the package gigatoken is not installed")
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_wrong_encoder_leaves_nothing(tmp_path, monkeypatch, workers):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_wrong_encoder_leaves_nothing(tmp_path, monkeypatch, processes):
     monkeypatch.setattr(partition, "MIN_BYTES", 600)
-    monkeypatch.setattr(placement, "SMALL_BYTES", 0)
-    for module in (fast, job):
+    monkeypatch.setattr(workers, "SMALL_BYTES", 0)
+    for module in (fast, prepare_module):
         monkeypatch.setattr(module, "save_model", lambda tokenizer, folder: save_model(OTHER, folder))
     source = tmp_path / "a.jsonl"
     source.write_text("".join(json.dumps({"text": f"the cat {i}"}) + "\n" for i in range(300)), encoding="utf-8")
 
     def make(out: str, encoder: str):
-        return prepare([str(source)], tmp_path / out, TOKENIZER, workers=workers, encoder=encoder)  # type: ignore[arg-type]
+        return prepare([str(source)], tmp_path / out, TOKENIZER, workers=processes, encoder=encoder)  # type: ignore[arg-type]
 
     with pytest.raises(UserError, match=r"differently from the tokenizer bpe-270.*; do without it: --encoder exact"):
         make("out", "auto")

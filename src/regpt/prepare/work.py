@@ -1,0 +1,109 @@
+"""The folder `OUT/.work`: one process at a time, settings that a later attempt must share, nothing left at the end."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from regpt.errors import UserError
+from regpt.files import exists, is_folder, locked, write_bytes
+from regpt.prepare.decontaminate import Evaluations
+from regpt.prepare.partition import RESTART
+from regpt.prepare.settings import Settings, TextOptions
+from regpt.prepare.shards import STATE, remove_leftovers
+from regpt.structured import read_json
+
+WORK = ".work"
+FLAGS = {  # of the settings that an attempt must share with the one that it continues
+    "tokenizer_sha256": "--tokenizer",
+    "val_fraction": "--val-fraction",
+    "min_chars": "--min-chars",
+    "dedup": "--dedup",
+    "evaluations": "--decontaminate",
+    **{field.name: f"--{field.name.replace('_', '-')}" for field in fields(TextOptions)},
+}
+
+
+def check_out(out: Path) -> None:
+    if is_finished(out):
+        shutil.rmtree(out / WORK, ignore_errors=True)  # of a process that was killed before it could tidy up
+    if exists(out) and not is_folder(out):
+        raise UserError(f"--out {out} is a file; give a folder")
+
+
+def is_finished(out: Path) -> bool:
+    return exists(out / "manifest.json")
+
+
+@contextlib.contextmanager
+def in_work_folder(out: Path, settings: Settings, evaluations: Evaluations | None, restart: bool) -> Iterator[None]:
+    """Hold the work folder of `out`; afterwards it is gone if everything is finished, or nothing is."""
+    work = out / WORK
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made ({error.strerror}); choose another folder") from None
+    try:
+        with locked(work / "lock", out):
+            if is_finished(out):  # by another process meanwhile
+                raise UserError(f"{out} already holds a data set; repeat the command to compare it")
+            if restart:
+                clear(work, out)
+            begin(work, out, settings)
+            if evaluations:
+                evaluations.save(work)
+            try:
+                yield
+            finally:
+                if is_finished(out):
+                    clear(work)
+                elif not is_begun(work):
+                    clear(work, out)
+    finally:
+        with contextlib.suppress(OSError):  # not empty
+            work.rmdir()
+            out.rmdir()
+
+
+def begin(work: Path, out: Path, settings: Settings) -> None:
+    """Store the settings, or compare them with those of the attempt to continue."""
+    file, now = work / "settings.json", json.loads(json.dumps(asdict(settings)))
+    if is_begun(work) and file.is_file():
+        before = read_json(file, RESTART)
+        if not isinstance(before, dict) or not isinstance(text := before.get("text", {}), dict):
+            raise UserError(f"{str(file)!r} holds no settings; {RESTART}")
+        before, new = before | text, now | now["text"]
+        for name, flag in FLAGS.items():
+            if before.get(name, new[name]) != new[name]:
+                was = f" ({shown(before[name])}, now {shown(new[name])})"
+                raise UserError(
+                    f"{out} holds an unfinished preparation with another {flag}{was}; "
+                    "repeat its options to go on, or add --restart to give it up"
+                )
+    for path in work.glob("*.partial"):  # of processes that were killed
+        with contextlib.suppress(OSError):  # Windows, while a process ends
+            path.unlink()
+    write_bytes(file, json.dumps(now).encode())
+
+
+def is_begun(work: Path) -> bool:
+    """Whether any partition has been encoded."""
+    return (work / STATE).exists() or any(work.glob("part-*.json"))
+
+
+def clear(work: Path, out: Path | None = None) -> None:
+    """Delete everything in `work` but the lock, and the unfinished shards in `out`."""
+    for path in work.iterdir():
+        if path.name != "lock":
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+    if out:
+        remove_leftovers(out)
+
+
+def shown(value: Any) -> str:
+    """A setting in a message; hashes shortened."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    return ", ".join(item[:12] if isinstance(item, str) else str(item) for item in values) or "none"
