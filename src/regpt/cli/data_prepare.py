@@ -169,7 +169,7 @@ class ProgressLine:
             self._progress.console.print(said)
 
     def show_download(self, news: Any) -> None:
-        """`news` is a `regpt.prepare.sources.Download`."""
+        """`news` is a `regpt.remote.download.Download`."""
         self._progress.start()
         whole = news.bytes >= news.total > 0
         size = f"{news.bytes / 1e6:,.0f} of {news.total / 1e6:,.0f} MB" if news.total else f"{news.bytes / 1e6:,.0f} MB"

@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from regpt.console.text import counted
-from regpt.prepare.placement import available_cores
+from regpt.prepare.workers import available_cores
 from regpt.train.capacity import container_limit
 from regpt.train.peak import synchronize
 
