@@ -5,8 +5,7 @@ import json
 import pytest
 
 from regpt.tools.doctor import doctor as doctor_module
-from regpt.tools.doctor.doctor import Findings
-from regpt.tools.doctor.trial import Trial
+from regpt.tools.doctor.doctor import Findings, Trial
 
 FOUND = (
     Trial("cpu", "training step", "ok", "loss 5.6, then 5.1"),

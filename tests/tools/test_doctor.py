@@ -10,11 +10,9 @@ from regpt.kernels import fp8
 from regpt.tools.doctor import device as device_module
 from regpt.tools.doctor import doctor as doctor_module
 from regpt.tools.doctor import host as host_module
-from regpt.tools.doctor.device import check_attention, check_product, close, device_trials, fp8_linear, training_trials
-from regpt.tools.doctor.doctor import Findings, by_group, examine, run_group
+from regpt.tools.doctor.device import close, collective_trials, compile_trials, step_in, step_trials, training_trials
+from regpt.tools.doctor.doctor import LONGEST, Findings, Trial, attempt, by_group, examine, run_group
 from regpt.tools.doctor.host import extras, host_trials, packages_of_extras
-from regpt.tools.doctor.software import flex_attention, process_trials
-from regpt.tools.doctor.trial import LONGEST, Trial, attempt
 
 OK = Trial("cpu", "training step", "ok", "")
 
@@ -45,24 +43,25 @@ def test_the_cpu_trains():
     assert found["device"].status == "ok"
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_products_are_compared_with_float64(precision: str, monkeypatch: pytest.MonkeyPatch):
-    assert "relative error" in str(check_product(tiny.CPU, precision)())
-    monkeypatch.setitem(device_module.TOLERANCE, precision, 1e-12)
-    with pytest.raises(ArithmeticError, match="relative error"):
-        check_product(tiny.CPU, precision)()
+def test_a_step_in_every_format_is_compared_with_float64(monkeypatch: pytest.MonkeyPatch):
+    found = {trial.name: trial for trial in step_trials(tiny.CPU)}
+    assert found.keys() == {f"step {name}" for name in ("fp32", "bf16", "fp16", "fp8")}
+    assert {trial.status for trial in found.values()} == {"ok"}
+    assert all("relative error" in trial.detail for trial in found.values())
+    monkeypatch.setattr(device_module, "TOLERANCE", dict.fromkeys(device_module.TOLERANCE, 1e-12))
+    assert {trial.status for trial in step_trials(tiny.CPU)} == {"no"}
 
 
-def test_fp8_is_tried_as_training_uses_it(monkeypatch: pytest.MonkeyPatch):
-    assert "e4m3 forward, e5m2 backward, relative error 5" in fp8_linear(tiny.CPU)
+def test_a_format_that_the_device_lacks_is_a_no(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fp8, "error_of_linear", lambda device: float("nan"))
-    with pytest.raises(RuntimeError, match="wrong"):
-        fp8_linear(tiny.CPU)
+    (trial,) = [trial for trial in step_trials(tiny.CPU) if trial.name == "step fp8"]
+    assert trial.status == "no"
+    assert "wrong" in trial.detail
 
 
-def test_products_leave_the_precision_as_it_was():
+def test_steps_leave_the_precision_as_it_was():
     torch.set_float32_matmul_precision("highest")
-    check_product(tiny.CPU, "tf32")()
+    step_in(tiny.CPU, "tf32")()
     assert torch.get_float32_matmul_precision() == "highest"
 
 
@@ -71,36 +70,26 @@ def test_not_a_number_is_an_error():
         close(torch.tensor([float("nan")]), torch.tensor([1.0]), 0.1)
 
 
-def test_attention_is_compared_with_the_formula(monkeypatch: pytest.MonkeyPatch):
-    assert "float32, relative error" in str(check_attention(tiny.CPU, "math")())
-    monkeypatch.setattr(device_module, "exact_attention", lambda q, k, v: v)
-    with pytest.raises(ArithmeticError):
-        check_attention(tiny.CPU, "math")()
-
-
-def test_a_backend_that_is_not_here_is_a_no():
-    trial = attempt("cpu", "attention cuDNN", check_attention(tiny.CPU, "cuDNN"))
-    assert trial.status == "no"
-    assert "RuntimeError" in trial.detail
-
-
-def test_the_cpu_is_tried_in_all_its_formats():
-    found = {trial.name: trial.status for trial in device_trials(tiny.CPU)}
-    assert found.keys() == {f"product {name}" for name in ("fp32", "bf16", "fp16")} | {
-        "linear fp8",
-        "attention flash",
-        "attention math",
-    }
-    assert set(found.values()) == {"ok"}
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without:UserWarning")
-def test_flex_attention_is_tried():
-    assert "forward, uncompiled" in flex_attention(tiny.CPU)
+@tiny.IMPORTS_COMPILER
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_compiled_step_is_compared_too(monkeypatch: pytest.MonkeyPatch):
+    asked: list[bool] = []
+    real = device_module.make_loss_sum
+    monkeypatch.setattr(
+        device_module,
+        "make_loss_sum",
+        lambda model, precision, device, compile, kernels: (
+            asked.append(compile) or real(model, precision, device, False, kernels)
+        ),
+    )
+    (trial,) = compile_trials(tiny.CPU)
+    assert (trial.name, trial.status) == ("compiled step", "ok")
+    assert ", compiled: relative error" in trial.detail
+    assert asked == [False, True]
 
 
 def test_gloo_sums():
-    gloo = next(iter(process_trials()))
+    (gloo,) = collective_trials(tiny.CPU)
     assert (gloo.name, gloo.status, gloo.detail) == ("gloo", "ok", "sum of one process: 1")
 
 
@@ -176,21 +165,21 @@ def test_a_python_that_does_not_start_is_a_no(monkeypatch: pytest.MonkeyPatch):
 
 def test_everything_is_examined(tmp_path, monkeypatch: pytest.MonkeyPatch):
     asked: list[str] = []
-    monkeypatch.setattr(doctor_module, "host_trials", lambda folder: [])
+    monkeypatch.setattr(host_module, "host_trials", lambda folder: [])
     monkeypatch.setattr(
         doctor_module, "run_group", lambda *group: asked.append(group[0]) or [Trial(group[0], "n", "ok", "")]
     )
     heard: list[str] = []
     findings = examine(tmp_path, heard.append)
-    assert set(asked) == {"training", "rates", "devices", "compile", "flex", "processes"}
+    assert set(asked) == {"training", "rates", "steps", "compile", "collectives"}
     assert asked[:2] == ["training", "rates"]  # what is measured is measured alone
-    assert len(heard) == 7
+    assert len(heard) == 6
     assert not findings.can_train
 
 
 def test_load_is_named_where_it_may_be_the_reason(tmp_path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(doctor_module, "CHILD", ("-c", "import time; time.sleep(60)"))
-    monkeypatch.setattr(doctor_module, "host_trials", lambda folder: [])
+    monkeypatch.setattr(host_module, "host_trials", lambda folder: [])
     monkeypatch.setattr("psutil.getloadavg", lambda: (123.0, 0.0, 0.0))
     load, *others = examine(tmp_path, trial_seconds=0.1).trials
     assert load.detail.startswith("load 123.0 on ")
@@ -218,5 +207,5 @@ def test_the_real_thing_on_this_machine(tmp_path):
     found = {(trial.group, trial.name): trial for trial in examine(tmp_path).trials}
     assert found["cpu", "training step"].status == "ok"
     assert found["cpu", "rate fp32"].value > 0
-    assert found["processes", "gloo"].status == "ok"
-    assert found["compiler", "torch.compile"].status == "ok"
+    assert found["cpu", "gloo"].status == "ok"
+    assert found["cpu", "compiled step"].status == "ok"

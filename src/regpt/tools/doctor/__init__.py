@@ -1,9 +1,7 @@
-"""What this machine can do, tried and not guessed.
+"""Trials of this machine: what works, and how fast.
 
-trial.py      one trial: what was tried, whether it works, a line about it
-host.py       versions, CPU, memory, disk, extras: what needs no GPU and cannot fail badly
-device.py     precisions, attention, rates, a training step: each device
-software.py   torch.compile, FlexAttention, process groups
-child.py      a group of trials in a process of its own, which may crash or hang
-doctor.py     all of them
+host.py     versions, CPU, memory, disk, extras
+device.py   a training step in each format, compiled and fused, rates, a collective: each device
+child.py    a group of trials in a process of its own, which may crash or hang
+doctor.py   all of them
 """

@@ -10,20 +10,16 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import asdict
 
-from regpt.tools.doctor.trial import Trial
-
-MARK = "regpt-trial "  # before each line: libraries print too
+from regpt.tools.doctor.doctor import MARK, Trial
 
 
 def trials(group: str) -> Iterable[Trial]:
     """The trials of `group`, made as they are taken."""
-    from regpt.tools.doctor import device, software
+    from regpt.tools.doctor import device
 
-    each_device = {"training": device.training_trials, "rates": device.rate_trials, "devices": device.device_trials}
-    once = {"compile": software.compile_trials, "flex": software.flex_trials, "processes": software.process_trials}
-    if group in once:
-        return once[group]()
-    return (trial for each in device.devices() for trial in each_device[group](each))
+    tried = {"training": device.training_trials, "rates": device.rate_trials, "steps": device.step_trials}
+    tried |= {"compile": device.compile_trials, "collectives": device.collective_trials}
+    return (trial for each in device.devices() for trial in tried[group](each))
 
 
 def main(group: str) -> None:

@@ -7,20 +7,59 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from regpt.tools.doctor.child import MARK
-from regpt.tools.doctor.host import host_trials
-from regpt.tools.doctor.trial import Trial
 from regpt.tools.measure import busy
 
-ALONE = ("training", "rates")  # what counts, and what is measured while nothing else runs
-TOGETHER = ("devices", "compile", "flex", "processes")
+ALONE = ("training", "rates")  # trials that count, and measurements, while nothing else runs
+TOGETHER = ("steps", "compile", "collectives")
 TRAINING = "training step"
 CHILD = ("-m", "regpt.tools.doctor.child")
+MARK = "regpt-trial "  # before each line of a child: libraries print too
 # Longest time of a group; a fifth of it is usual. The first compilation builds C++ or starts Triton. A machine that is
 # merely busy must not be found unable to train.
-SECONDS = {"training": 120.0, "compile": 40.0, "flex": 40.0}
+SECONDS = {"training": 120.0, "compile": 60.0}
 OTHER_SECONDS = 20.0
+LONGEST = 160  # characters of an error that are shown
+Status = Literal["ok", "no", "note"]
+Attempt = Callable[[], str | tuple[str, float, str]]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A result.
+
+    Attributes:
+        group: heading that it is shown under.
+        name: what was tried.
+        status: ok: works; no: does not, `detail` has the reason; note: nothing that could work or not.
+        detail: one line.
+        value, unit: a measured rate, where there is one.
+    """
+
+    group: str
+    name: str
+    status: Status
+    detail: str
+    value: float | None = None
+    unit: str | None = None
+
+
+def attempt(group: str, name: str, function: Attempt) -> Trial:
+    """`function()` as a trial: it returns a line, or a line, a value and its unit; whatever it raises is a no."""
+    try:
+        found = function()
+    except Exception as error:  # the doctor's task: any failure of a trial is its result
+        return Trial(group, name, "no", first_line(error))
+    line, value, unit = (found, None, None) if isinstance(found, str) else found
+    return Trial(group, name, "ok", line, value, unit)
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of an error and the first line of its message, shortened."""
+    message = (str(error).strip().splitlines() or [""])[0]
+    line = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    return line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"
 
 
 @dataclass(frozen=True)
@@ -39,6 +78,8 @@ def examine(
 ) -> Findings:
     """Try everything; `folder` is where the disk is measured, `done` hears what has been looked at, `trial_seconds` is
     the longest time of each group, instead of `SECONDS`."""
+    from regpt.tools.doctor.host import host_trials
+
     load = busy()  # before our own trials
     found = list(host_trials(folder))
     if load:

@@ -1,17 +1,17 @@
 """Versions, CPU, memory, disk, extras: what needs no GPU."""
 
-import os
 import platform
 import re
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
+import psutil
 import torch
 
 import regpt
 from regpt.console.text import counted
-from regpt.tools.doctor.trial import Trial, attempt
+from regpt.tools.doctor.doctor import Trial, attempt
 from regpt.tools.measure import disk_write_bytes, free_disk_bytes, memory_bytes
 from regpt.train.capacity import available_memory
 
@@ -63,24 +63,15 @@ def installed(name: str) -> str | None:
 
 
 def cpu() -> str:
-    instructions = torch.backends.cpu.get_cpu_capability()
-    cores, threads = counted(os.cpu_count() or 1, "core"), counted(torch.get_num_threads(), "thread")
-    return f"{cpu_name()}, {cores}, {threads}, {instructions}"
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
-    named = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    return named or platform.processor() or platform.machine()
+    cores, threads = counted(psutil.cpu_count() or 1, "core"), counted(torch.get_num_threads(), "thread")
+    return (
+        f"{platform.processor() or platform.machine()}, {cores}, {threads}, {torch.backends.cpu.get_cpu_capability()}"
+    )
 
 
 def memory() -> tuple[str, float, str]:
-    total, free = memory_bytes(torch.device("cpu")), available_memory()
-    if total is None:
-        raise OSError("the system does not tell")
-    free_text = "" if free is None else f", {free / GIB:.1f} GiB free"
-    return f"{total / GIB:.1f} GiB{free_text}", total / GIB, "GiB"
+    total, free = memory_bytes(torch.device("cpu")) / GIB, available_memory() / GIB
+    return f"{total:.1f} GiB, {free:.1f} GiB free", total, "GiB"
 
 
 def disk(folder: Path) -> tuple[str, float, str]:
