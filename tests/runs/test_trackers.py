@@ -152,8 +152,8 @@ def test_a_copy_that_fails_is_said_once_and_ends_no_run(tmp_path, shards, monkey
     assert pretrain(config, tmp_path / "run") == 0
     said = [line for line in capsys.readouterr().out.splitlines() if "TensorBoard" in line]
     assert said == [
-        "the copy of the metrics for TensorBoard cannot be written ([Errno 28] No space left on device); it is left "
-        "out from now on, the run goes on"
+        "the copy of the metrics for TensorBoard cannot be written ([Errno 28] No space left on device); the run "
+        "continues without it"
     ]
 
 

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from regpt.cli.parse import parse
+from regpt.cli.report import refuse_twice
 from regpt.cli.table import print_rows
 from regpt.console.lines import print_json, print_line
-from regpt.errors import UsageError
-from regpt.files import resolved
 
 if TYPE_CHECKING:
     from regpt.report.compare import RunComparison
@@ -40,18 +39,15 @@ class DiffArgs:
 
 def main(args: list[str]) -> int:
     given = parse(DiffArgs, args, prog="regpt diff")
+    names = (given.a, given.b, *given.seeds)
+    refuse_twice(names)
     from regpt.checkpoint.fetch import local_run
-
-    folders = [local_run(run) for run in (given.a, given.b, *given.seeds)]
-    for i, folder in enumerate(folders):
-        if resolved(folder) in [resolved(other) for other in folders[:i]]:
-            raise UsageError(f"run folder {str(folder)!r} is given twice; give different runs")
     from regpt.report.compare import compare, to_dict
     from regpt.report.read import read_run, with_own_names
     from regpt.report.statistics import scipy_stats
 
     scipy_stats()  # refused before any work where it is missing
-    a, b, *others = with_own_names([read_run(folder) for folder in folders])
+    a, b, *others = with_own_names([read_run(local_run(name)) for name in names])
     found = compare(a, b, others)
     if given.json:
         print_json(to_dict(found), default=str)

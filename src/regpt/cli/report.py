@@ -1,5 +1,6 @@
 """`regpt report`: one run, or several over each other, as one HTML file."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -43,7 +44,8 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def refuse_twice(runs: tuple[str, ...]) -> None:
+def refuse_twice(runs: Sequence[str]) -> None:
+    """Raise a UsageError for a run, by folder or address, that is given twice."""
     seen: set[str] = set()
     for run in runs:
         place = run.rstrip("/") if is_address(run) else str(resolved(run))

@@ -115,40 +115,34 @@ def to_dict(found: ScalingFit, unit: str, given: ScalingArgs, plan: tuple[float,
     """The law for scripts; `regpt plan --scaling` reads form, E, A, B, alpha, beta."""
     from regpt.report.scaling import LEVEL, NAMES
 
-    coefficients = {name: getattr(found.law, name) for name in NAMES}
-    document: dict[str, Any] = {"form": "chinchilla", **coefficients, "unit": unit, "parameters": given.count}
-    document |= {
+    prediction = None
+    if plan is not None:
+        value, interval = found.predict(*plan)
+        prediction = {"parameters": plan[0], "tokens": plan[1], "loss": value, "interval": interval}
+    law = found.law
+    return {
+        "form": "chinchilla",
+        **{name: getattr(law, name) for name in NAMES},
+        "unit": unit,
+        "parameters": given.count,
         "level": LEVEL,
         "intervals": {name: found.interval(name) for name in NAMES},
         "residual": found.residual,
+        "points": [asdict(one) | {"fitted": law.loss(one.parameters, one.tokens)} for one in found.points],
+        "prediction": prediction,
+        "warnings": found.warnings,
     }
-    document["points"] = [
-        asdict(point) | {"fitted": found.law.loss(point.parameters, point.tokens)} for point in found.points
-    ]
-    document["prediction"] = None
-    if plan is not None:
-        value, interval = found.predict(*plan)
-        document["prediction"] = {"parameters": plan[0], "tokens": plan[1], "loss": value, "interval": interval}
-    return document | {"warnings": found.warnings}
 
 
 def print_fit(found: ScalingFit, unit: str, plan: tuple[float, float] | None) -> None:
     from regpt.report.scaling import NAMES
     from regpt.report.summary import si
 
-    rows = [
-        [
-            p.run,
-            si(p.parameters),
-            si(p.tokens),
-            f"{p.flops:.3g}",
-            f"{p.loss:.4f}",
-            f"{fitted:.4f}",
-            f"{p.loss - fitted:+.4f}",
-        ]
-        for p in found.points
-        for fitted in [found.law.loss(p.parameters, p.tokens)]
-    ]
+    rows = []
+    for p in found.points:
+        fitted = found.law.loss(p.parameters, p.tokens)
+        losses = [f"{p.loss:.4f}", f"{fitted:.4f}", f"{p.loss - fitted:+.4f}"]
+        rows.append([p.run, si(p.parameters), si(p.tokens), f"{p.flops:.3g}", *losses])
     print_rows(("run", "parameters", "tokens", "FLOPs", f"loss, {unit}", "law", "loss - law"), rows)
     print_line("\nL = E + A / N^alpha + B / D^beta")
     rows = [[name, f"{getattr(found.law, name):.4g}", interval_text(found.interval(name))] for name in NAMES]
@@ -173,11 +167,8 @@ def print_optimum(found: ScalingFit, flops: float) -> None:
     except UserError as error:
         print_line(str(error))
         return
-    loss = found.law.loss(parameters, tokens)
-    print_line(
-        f"the same {flops:.3g} FLOPs (6·N·D) would do best with {si(parameters)} parameters and {si(tokens)} tokens: "
-        f"{loss:.4f}"
-    )
+    best = f"{si(parameters)} parameters and {si(tokens)} tokens: {found.law.loss(parameters, tokens):.4f}"
+    print_line(f"the same {flops:.3g} FLOPs (6·N·D) would do best with {best}")
 
 
 def interval_text(interval: tuple[float, float] | None) -> str:

@@ -58,12 +58,10 @@ class Places(NamedTuple):
 
 @dataclass
 class Cost:
-    """What scoring took so far: seconds, those of them in calls that compiled, tokens read and scored."""
+    """Seconds in calls that compiled and tokens read, so far."""
 
-    seconds: float = 0.0
     compile_seconds: float = 0.0
     tokens: int = 0
-    scored: int = 0
 
 
 class Scorer:
@@ -130,7 +128,6 @@ class Scorer:
         if not np.isfinite(log_likelihood).all():
             raise UserError("the model gives a log-likelihood that is not a number; its weights are damaged")
         self.cost.tokens += int(sizes.sum())
-        self.cost.scored += int(tokens.sum())
         return Scores(log_likelihood, tokens.astype(np.int64), hits == tokens)
 
     def attempt(
@@ -141,14 +138,12 @@ class Scorer:
         try:
             plans = (packed if self.compile else bucketed)(sizes, self.batch_tokens)
             self.warm_up(plans, trees)
-            started = time.perf_counter()
             queue = Queue(self)
             for batch, done in self.share(plans, trees):
                 queue.add(*self.places(batch))
                 if progress:
                     progress(done, len(trees))
             own = queue.sums(endings)
-            self.cost.seconds += time.perf_counter() - started
         except torch.OutOfMemoryError:
             pass
         # Outside that block: an exception holds on to the tensors of its frames.

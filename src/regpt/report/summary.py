@@ -1,6 +1,7 @@
 """A run in one sentence and a row of figures."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import exp
 from statistics import median
@@ -105,7 +106,7 @@ def sentence(summary: RunSummary) -> str:
 
 
 def outcome(summary: RunSummary) -> str:
-    """The clauses of the sentence that follow the work: what the losses became."""
+    """The clauses of the sentence about losses."""
     if summary.first_val is None or summary.last_val is None or summary.best_val is None:
         return "" if summary.train_loss is None else f"; its training loss ended at {loss(summary.train_loss)}"
     text = "; its validation loss "
@@ -122,61 +123,46 @@ def outcome(summary: RunSummary) -> str:
 
 def tiles(summary: RunSummary, config: dict[str, Any]) -> list[Tile]:
     """The figures of the header, the most wanted first; those the run does not hold are left out."""
-    found = [val_tile(summary), train_tile(summary), model_tile(summary, config), tokens_tile(summary, config)]
-    return [tile for tile in [*found, speed_tile(summary), time_tile(summary)] if tile is not None]
+    return [*loss_tiles(summary), *size_tiles(summary, config), *time_tiles(summary)]
 
 
-def val_tile(summary: RunSummary) -> Tile | None:
-    if summary.best_val is None or summary.last_val is None:
-        return None
-    step, best = summary.best_val
-    notes = [f"perplexity {figure(exp(min(best, 700)))}"]  # exp overflows soon after
-    if step != summary.last_val[0]:
-        notes.append(f"at step {step:,}; last {loss(summary.last_val[1])}")
-    elif summary.last_bpb is not None:
-        notes.append(f"{summary.last_bpb:.3f} bits per byte")
-    return Tile("Best validation loss", loss(best), "", tuple(notes))
+def loss_tiles(summary: RunSummary) -> Iterator[Tile]:
+    train, last = summary.train_loss, summary.last_val
+    if summary.best_val is not None and last is not None:
+        step, best = summary.best_val
+        notes = [f"perplexity {figure(exp(min(best, 700)))}"]  # exp overflows soon after
+        if step != last[0]:
+            notes.append(f"at step {step:,}; last {loss(last[1])}")
+        elif summary.last_bpb is not None:
+            notes.append(f"{summary.last_bpb:.3f} bits per byte")
+        yield Tile("Best validation loss", loss(best), "", tuple(notes))
+    if train is not None:
+        gap = () if last is None else (f"gap to validation {last[1] - train:+.3f}",)
+        yield Tile("Final training loss", loss(train), "", ("smoothed", *gap))
 
 
-def train_tile(summary: RunSummary) -> Tile | None:
-    if summary.train_loss is None:
-        return None
-    notes = ["smoothed"]
-    if summary.last_val is not None:
-        notes.append(f"gap to validation {summary.last_val[1] - summary.train_loss:+.3f}")
-    return Tile("Final training loss", loss(summary.train_loss), "", tuple(notes))
-
-
-def model_tile(summary: RunSummary, config: dict[str, Any]) -> Tile | None:
-    if summary.parameters is None:
-        return None
-    model = section(config, "model")
-    shape = [f"{model[key]} {word}" for key, word in (("n_layer", "layers"), ("n_head", "heads")) if key in model]
-    width = [f"width {model['n_embd']}"] if "n_embd" in model else []
-    return Tile("Parameters", *split_si(summary.parameters), (", ".join(shape), *width))
-
-
-def tokens_tile(summary: RunSummary, config: dict[str, Any]) -> Tile | None:
+def size_tiles(summary: RunSummary, config: dict[str, Any]) -> Iterator[Tile]:
+    if summary.parameters is not None:
+        model = section(config, "model")
+        shape = [f"{model[key]} {word}" for key, word in (("n_layer", "layers"), ("n_head", "heads")) if key in model]
+        width = [f"width {model['n_embd']}"] if "n_embd" in model else []
+        yield Tile("Parameters", *split_si(summary.parameters), (", ".join(shape), *width))
     if summary.tokens is None:
-        return Tile("Steps", f"{summary.steps:,}")
+        yield Tile("Steps", f"{summary.steps:,}")
+        return
     batch_tokens = number(section(config, "train").get("batch_tokens"))
-    notes = [counted(summary.steps, "step"), *([f"{batch_tokens:,} tokens each"] if batch_tokens else [])]
-    return Tile("Tokens", *split_si(summary.tokens), tuple(notes))
+    each = [f"{batch_tokens:,} tokens each"] if batch_tokens else []
+    yield Tile("Tokens", *split_si(summary.tokens), (counted(summary.steps, "step"), *each))
 
 
-def speed_tile(summary: RunSummary) -> Tile | None:
-    if summary.tokens_per_s is None:
-        return None
-    notes = [] if summary.mfu is None else [f"MFU {100 * summary.mfu:.1f} %"]
-    notes += [] if summary.peak_memory_gib is None else [f"{summary.peak_memory_gib:.1f} GiB at most"]
-    value, prefix = split_si(summary.tokens_per_s)
-    return Tile("Throughput", value, f"{prefix} tokens/s".strip(), tuple(notes) or ("median of the steps",))
-
-
-def time_tile(summary: RunSummary) -> Tile | None:
-    if summary.seconds is None:
-        return None
-    return Tile("Time in training", duration(summary.seconds), "", (summary.device,) if summary.device else ())
+def time_tiles(summary: RunSummary) -> Iterator[Tile]:
+    if summary.tokens_per_s is not None:
+        notes = [] if summary.mfu is None else [f"MFU {100 * summary.mfu:.1f} %"]
+        notes += [] if summary.peak_memory_gib is None else [f"{summary.peak_memory_gib:.1f} GiB at most"]
+        value, prefix = split_si(summary.tokens_per_s)
+        yield Tile("Throughput", value, f"{prefix} tokens/s".strip(), tuple(notes) or ("median of the steps",))
+    if summary.seconds is not None:
+        yield Tile("Time in training", duration(summary.seconds), "", (summary.device,) if summary.device else ())
 
 
 def loss(value: float) -> str:
@@ -204,7 +190,8 @@ def split_si(value: float) -> tuple[str, str]:
     for scale, prefix in SI:
         if abs(rounded) >= scale:
             return figure(rounded / scale), prefix
-    return figure(rounded).rstrip("0").rstrip(".") if "." in figure(rounded) else figure(rounded), ""
+    text = figure(rounded)
+    return text.rstrip("0").rstrip(".") if "." in text else text, ""
 
 
 def si(value: float) -> str:

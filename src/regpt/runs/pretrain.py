@@ -262,7 +262,7 @@ def train(
         files = [stack.enter_context(JsonLines(run / name)) if mesh.is_main else None for name in names]
         if mesh.is_main:
             trackers = open_trackers(config.log, run, asdict(config), step, stack, terminal.say)
-            files = [Tee(file, trackers) for file in files if file is not None]
+            files = [Tee(file, *trackers) for file in files if file is not None]
         ratios = watch_updates(trainer, config.log.update_ratios_every_steps)
         suites = open_run_suites(config, machine.corpus.tokenizer)
         kept = {"average": machine.average, "stop_requested": stop_requested}

@@ -1,7 +1,7 @@
 """Copies of a run's metrics for TensorBoard and Weights & Biases. The run folder stays the record."""
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,15 +23,14 @@ class Sink(Protocol):
 
 
 class Tee:
-    """Writes each row to the run's own file first, then to the trackers."""
+    """Writes each row to every sink, in order: the run's own file first."""
 
-    def __init__(self, file: Sink, trackers: Sequence[Sink]):
-        self.file, self.trackers = file, trackers
+    def __init__(self, *sinks: Sink):
+        self.sinks = sinks
 
     def write(self, row: dict[str, Any]) -> None:
-        self.file.write(row)
-        for tracker in self.trackers:
-            tracker.write(row)
+        for sink in self.sinks:
+            sink.write(row)
 
 
 def wanted(log: LogConfig) -> list[str]:
@@ -42,7 +41,7 @@ def check_trackers(log: LogConfig) -> None:
     """Raise a UserError for a tracker whose package is not installed."""
     for name in wanted(log):
         found = find_spec(name)
-        if found is None or found.origin is None:  # a folder of this name, such as its own logs, is no package
+        if found is None or found.origin is None:  # a folder of this name, such as its own logs, is not a package
             raise UserError(
                 f"log.{name} asks for {PACKAGES[name]}, which is not installed; install it with: "
                 f"pip install 'regpt[{name}]', or leave it out"
@@ -52,39 +51,38 @@ def check_trackers(log: LogConfig) -> None:
 def open_trackers(
     log: LogConfig, run: Path, config: Mapping[str, Any], step: int, stack: ExitStack, say: Callable[[str], None]
 ) -> list[Sink]:
-    """The trackers that `[log]` asks for, closed with `stack`; `step` updates were made before. One that fails is said
-    once with `say`, and left out."""
+    """The trackers that `[log]` asks for, closed with `stack`; `step` updates were made before. A failing tracker is
+    reported once with `say`, and left out."""
     openers: dict[str, Callable[[ExitStack], Sink]] = {
         "tensorboard": lambda inner: TensorBoard(run / "tensorboard", step, inner),
         "wandb": lambda inner: WandB(log, run, config, inner),
     }
-    return [Copy(PACKAGES[name], openers[name], stack, say) for name in wanted(log)]
+    return [GuardedTracker(PACKAGES[name], openers[name], stack, say) for name in wanted(log)]
 
 
-class Copy:
+class GuardedTracker:
     """A tracker whose failures, a full disk or a lost network, never end a run: it gets no rows after the first."""
+
+    sink: Sink
 
     def __init__(self, name: str, opener: Callable[[ExitStack], Sink], stack: ExitStack, say: Callable[[str], None]):
         self.name, self.say, self.failed = name, say, False
         inner = ExitStack()
-        self.sink: Sink | None = None
         stack.callback(lambda: self.attempt(inner.close))
         self.attempt(lambda: setattr(self, "sink", opener(inner)))
 
     def write(self, row: dict[str, Any]) -> None:
-        sink = self.sink
-        if sink is not None and not self.failed:
-            self.attempt(lambda: sink.write(row))
+        if not self.failed:
+            self.attempt(lambda: self.sink.write(row))
 
     def attempt(self, action: Callable[[], object]) -> None:
         try:
             action()
-        except Exception as error:  # whatever a library of others raises: the run folder is the record
+        except Exception as error:  # whatever the tracker's library raises: the run folder is the record
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
             if not self.failed:
-                why = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 self.say(
-                    f"the copy of the metrics for {self.name} cannot be written ({why}); it is left "
-                    "out from now on, the run goes on"
+                    f"the copy of the metrics for {self.name} cannot be written ({why}); the run continues without it"
                 )
             self.failed = True
 
