@@ -31,12 +31,12 @@ import torch.nn.functional as F
 import tyro
 from hellaswag import machine, padded
 
-from regpt.checkpoint.export import export_hf
 from regpt.checkpoint.open import OpenModel, open_model
 from regpt.evals.choices import Choices
 from regpt.evals.hellaswag import read_hellaswag
 from regpt.evals.items import read_items
 from regpt.evals.score import Scorer, Scores
+from regpt.hf.export import export_hf
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize

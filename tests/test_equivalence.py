@@ -25,12 +25,12 @@ from regpt.checkpoint.load import checkpoint_folder
 from regpt.config import RunConfig
 from regpt.data.batch import IGNORE_INDEX, Batch
 from regpt.evals.score import Scorer
+from regpt.hf.gpt2 import WeightsFromHF, weights_to_hf
 from regpt.kernels.attention import TorchAttention
 from regpt.kernels.gpt2 import FusedGPT2
 from regpt.kernels.gpt2_fp8 import FusedGPT2FP8
 from regpt.kernels.select import ops_of
 from regpt.model.cache import KVCache
-from regpt.model.hf import WeightsFromHF, weights_to_hf
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize, state_tensors
 from regpt.parallel.mesh import open_mesh

@@ -2,9 +2,10 @@
 
 text/        text → tokens       the GPT-2 tokenizer, training a BPE
 data/        tokens → batches    sources, shards, the order of documents, the loader
-model/       batch → logits      GPT-2 in plain PyTorch; import from and export to Hugging Face
+model/       batch → logits      GPT-2 in plain PyTorch
 parallel/    many processes      the mesh, sums over ranks, the launcher
 train/       logits → step       loss, optimizer, schedule, the trainer
+hf/          other formats     Hugging Face folders of GPT-2, read and written
 remote/      other machines      downloads, the Hugging Face hub, runs in buckets
 checkpoint/  state → disk        save, load, verify; `open_model` finds a model by path or name
 evals/       model → numbers     validation loss, bits per byte

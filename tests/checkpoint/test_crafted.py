@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from regpt.__main__ import main
-from regpt.checkpoint.export import export_hf
-from regpt.checkpoint.generators import NUMPY, encode
 from regpt.checkpoint.load import checkpoint_folder, checkpoints, load_checkpoint, newest_checkpoint, verify_checkpoint
 from regpt.checkpoint.manifest import write_manifest
 from regpt.checkpoint.open import open_model
+from regpt.checkpoint.state import NUMPY, encode
 from regpt.errors import UserError
+from regpt.hf.export import export_hf
 from regpt.runs.pretrain import pretrain
 from regpt.structured import read_object
 

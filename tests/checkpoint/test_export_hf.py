@@ -5,12 +5,11 @@ import json
 import pytest
 import torch
 
-from regpt.checkpoint.export import export_hf
-from regpt.checkpoint.hf_folder import hf_tokenizer
-from regpt.checkpoint.hf_tokenizer import gpt2_json, tokenizer_config
 from regpt.checkpoint.open import open_model
 from regpt.cli.export import main
 from regpt.errors import UsageError, UserError
+from regpt.hf.export import export_hf, gpt2_json, tokenizer_config
+from regpt.hf.folder import hf_tokenizer
 from regpt.model.weights import state_tensors
 from regpt.text.gpt2 import VOCAB_PACKAGE, find_files
 from regpt.text.open import open_tokenizer

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from regpt.checkpoint.generators import generator_states, restore_generators
+from regpt.checkpoint.state import generator_states, restore_generators
 from regpt.errors import UserError
 
 

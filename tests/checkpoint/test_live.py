@@ -10,7 +10,7 @@ import pytest
 from regpt import tensors
 from regpt.__main__ import main
 from regpt.checkpoint import manifest, open
-from regpt.checkpoint.audit import find_damages, list_checkpoints
+from regpt.checkpoint.damage import find_damages, list_checkpoints
 from regpt.checkpoint.load import (
     checkpoint_folder,
     checkpoints,

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from regpt.checkpoint.audit import find_damage
-from regpt.checkpoint.export import export_hf
+from regpt.checkpoint.damage import find_damage
 from regpt.checkpoint.load import checkpoint_folder
 from regpt.checkpoint.manifest import write_manifest
 from regpt.checkpoint.open import open_model
 from regpt.errors import UserError
+from regpt.hf.export import export_hf
 
 GOLDEN = checkpoint_folder(Path(__file__).parents[1] / "goldens" / "run-1", 4)
 ANYTHING = [None, True, -1, 0, 1.5, 10**18, 10**40, 1e308, float("nan"), "", "x", "../x", [], ["a"], [[]], {}, {"a": 1}]

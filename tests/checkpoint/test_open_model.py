@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from regpt.checkpoint.export import export_hf
-from regpt.checkpoint.hf_folder import hf_tokenizer
 from regpt.checkpoint.open import open_model
 from regpt.errors import UsageError, UserError
+from regpt.hf.export import export_hf
+from regpt.hf.folder import hf_tokenizer
 from regpt.model.weights import state_tensors
 
 IDX = torch.tensor([[1, 5, 260, 7, 0]])

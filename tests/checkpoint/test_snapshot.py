@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from regpt.checkpoint.snapshot import HostMemory, packed_bytes, take_snapshot, views_of
+from regpt.checkpoint.saver import HostMemory, packed_bytes, take_snapshot, views_of
 
 CUDA = torch.device("cuda")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from hub_server import Server
-from regpt.checkpoint.export import export_hf
 from regpt.cli.eval import main
+from regpt.hf.export import export_hf
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize

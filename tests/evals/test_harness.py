@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import tiny
-from regpt.checkpoint.export import export_hf
+from regpt.hf.export import export_hf
 from regpt.text.bpe import train_bpe
 
 missing = [

@@ -288,7 +288,7 @@ def test_a_run_that_is_taken_over_stops_and_overwrites_nothing(config, url, tmp_
 
 def tiny_saver(monkeypatch) -> list[Callable[[int, Any], None]]:
     """Functions that are called with the step after each local save, and the mirror before it is told of it."""
-    from regpt.checkpoint.background import Saver
+    from regpt.checkpoint.saver import Saver
 
     called: list[Callable[[int, Any], None]] = []
     prune = Saver.prune

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import tiny
-from regpt.checkpoint.background import Saver
+from regpt.checkpoint.saver import Saver
 from regpt.config import RunConfig
 from regpt.parallel.pulse import Pulse
 from regpt.runs import actions, begin

@@ -218,7 +218,7 @@ def test_a_million_merges_of_one_pair_are_refused_before_they_are_used():
 
 @pytest.mark.skipif(find_files(VOCAB_PACKAGE) is None, reason="extra offline is not installed")
 def test_gpt2_is_recognised_by_all_of_its_rules_and_by_nothing_less():
-    from regpt.checkpoint.hf_tokenizer import gpt2_json
+    from regpt.hf.export import gpt2_json
 
     text = gpt2_json()
     made = json.loads(text)

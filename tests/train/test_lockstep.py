@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tiny
-from regpt.model.hf import WeightsFromHF
+from regpt.hf.gpt2 import WeightsFromHF
 from regpt.model.transformer import Transformer
 from regpt.model.weights import load_weights
 from regpt.train.config import OptimConfig, TrainConfig

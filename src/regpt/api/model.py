@@ -15,8 +15,8 @@ from regpt.api.arguments import checked
 from regpt.checkpoint.open import OpenModel, open_model
 from regpt.data.batch import Batch
 from regpt.errors import UsageError, UserError
+from regpt.hf.gpt2 import config_to_hf, weights_to_hf
 from regpt.model.config import ModelConfig
-from regpt.model.hf import config_to_hf, weights_to_hf
 from regpt.model.transformer import Transformer
 from regpt.model.weights import state_tensors
 from regpt.parallel.mesh import choose_device

@@ -14,7 +14,7 @@ import torch
 
 from regpt.api.arguments import check_options, checked, hints_of
 from regpt.api.metrics import TrainingRun, read_run
-from regpt.checkpoint.generators import generator_states, restore_generators
+from regpt.checkpoint.state import generator_states, restore_generators
 from regpt.config import RunConfig, overlay, read_config, validate
 from regpt.errors import UsageError
 from regpt.evals.specs import check_specs, parse_tasks

@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from regpt.checkpoint.hf_folder import CONFIG, INDEX, PICKLE, WEIGHTS, hf_config, how_to_convert
 from regpt.errors import UserError
+from regpt.hf.folder import CONFIG, INDEX, PICKLE, WEIGHTS, hf_config, how_to_convert
 from regpt.remote.network import WAYS_OUT, reach
 from regpt.tensors import shard_names
 from regpt.text.folder import ADDED, MERGES, NAMES, OPTIONS, TOKENIZER, VOCAB

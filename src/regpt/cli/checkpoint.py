@@ -17,7 +17,7 @@ from regpt.files import exists, is_file, is_folder
 from regpt.remote.store import local_folder
 
 if TYPE_CHECKING:
-    from regpt.checkpoint.audit import Damage, Listed
+    from regpt.checkpoint.damage import Damage, Listed
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def main(args: list[str]) -> int:
 
 def list_main(args: list[str]) -> int:
     given = parse(ListArgs, args, prog="regpt checkpoint list")
-    from regpt.checkpoint.audit import list_checkpoints
+    from regpt.checkpoint.damage import list_checkpoints
     from regpt.runs.folder import is_run
 
     run = local_folder(given.run, "regpt checkpoint")
@@ -97,7 +97,7 @@ def state_of(one: Listed) -> str:
 
 def verify_main(args: list[str]) -> int:
     given = parse(VerifyArgs, args, prog="regpt checkpoint verify")
-    from regpt.checkpoint.audit import find_damages
+    from regpt.checkpoint.damage import find_damages
 
     found: dict[Path, list[Damage]] = {}
     with status(quiet=given.json) as say:

@@ -29,8 +29,8 @@ class Export:
 def main(args: list[str]) -> int:
     command = parse(Export, args, prog="regpt export")
     from regpt.checkpoint.best import at_step
-    from regpt.checkpoint.export import export_hf
     from regpt.checkpoint.open import open_model
+    from regpt.hf.export import export_hf
     from regpt.model.weights import count_parameters
 
     opened = open_model(at_step(command.model, command.step), ema=command.ema)

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regpt.checkpoint.background import Saver
-from regpt.checkpoint.generators import generator_states
 from regpt.checkpoint.save import Contents
-from regpt.checkpoint.state import DataPosition, RunState
+from regpt.checkpoint.saver import Saver
+from regpt.checkpoint.state import DataPosition, RunState, generator_states
 from regpt.config import RunConfig
 from regpt.console.text import counted
 from regpt.data.batch import Batch

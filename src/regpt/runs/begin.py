@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from regpt.checkpoint.fetch import fetch_model, split_address
-from regpt.checkpoint.generators import restore_generators
 from regpt.checkpoint.load import (
     CHECKPOINTS,
     Checkpoint,
@@ -21,7 +20,7 @@ from regpt.checkpoint.load import (
 )
 from regpt.checkpoint.manifest import MANIFEST, STATE
 from regpt.checkpoint.open import open_model
-from regpt.checkpoint.state import RunState, read_state
+from regpt.checkpoint.state import RunState, read_state, restore_generators
 from regpt.config import RunConfig, validate
 from regpt.data.config import DataConfig
 from regpt.data.loader import Loader

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from regpt.checkpoint.background import Saver
 from regpt.checkpoint.load import checkpoints, load_checkpoint
 from regpt.checkpoint.manifest import MANIFEST
+from regpt.checkpoint.saver import Saver
 from regpt.config import RunConfig
 from regpt.console.lines import print_note
 from regpt.console.tables import PlainConsole

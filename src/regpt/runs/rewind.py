@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from regpt.checkpoint.generators import restore_generators
 from regpt.checkpoint.load import checkpoints
+from regpt.checkpoint.state import restore_generators
 from regpt.errors import UserError
 from regpt.model.weights import load_weights
 from regpt.runs.begin import choose_checkpoint

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from regpt.errors import UserError
 from regpt.files import is_file
+from regpt.hf.gpt2 import WeightsFromHF, config_from_hf
 from regpt.model.config import ModelConfig
-from regpt.model.hf import WeightsFromHF, config_from_hf
 from regpt.model.transformer import Transformer
 from regpt.model.weights import count_parameters, without_memory
 from regpt.structured import read_object

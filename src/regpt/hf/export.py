@@ -1,13 +1,40 @@
-"""A tokenizer as Hugging Face's `tokenizer.json`, so that `AutoTokenizer` opens what we export."""
+"""Write a model as a Hugging Face folder that `from_pretrained` opens."""
 
 import itertools
 import json
 import math
+from pathlib import Path
 from typing import Any
 
+from regpt.errors import UserError
+from regpt.files import exists, is_folder, resolved, whole_folder, write_json, write_text
+from regpt.hf.folder import CONFIG, TOKENIZER, WEIGHTS
+from regpt.hf.gpt2 import config_to_hf, weights_to_hf
+from regpt.model.transformer import Transformer
+from regpt.model.weights import state_tensors
+from regpt.tensors import write_tensors
 from regpt.text.gpt2 import EOT, VOCAB_PACKAGE, byte_characters, find_files, ranks_from_files, ranks_from_network
 from regpt.text.rules import Rules
 from regpt.text.tokenizer import ENDOFTEXT, Tokenizer
+
+
+def export_hf(model: Transformer, tokenizer: Tokenizer, folder: Path) -> Path:
+    """Configuration, weights and tokenizer of `model` in `folder`, whole or not at all; returns it.
+
+    Raises:
+        UserError: `folder` exists and is not empty, the disk is full, or the place cannot be written to.
+    """
+    folder = resolved(folder)
+    if exists(folder) and not (is_folder(folder) and not any(folder.iterdir())):
+        raise UserError(
+            f"{str(folder)!r} exists and is not empty, an export needs a new folder; choose another --out or delete it"
+        )
+    with whole_folder(folder) as temporary:
+        write_json(temporary / CONFIG, config_to_hf(model.config, tokenizer.eot))
+        write_tensors(temporary / WEIGHTS, weights_to_hf(state_tensors(model)))
+        write_text(temporary / TOKENIZER, tokenizer_json(tokenizer))
+        write_json(temporary / "tokenizer_config.json", tokenizer_config(model.config.max_seq_len))
+    return folder
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> str:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from regpt.__main__ import main
-from regpt.checkpoint.audit import find_damage, list_checkpoints
+from regpt.checkpoint.damage import find_damage, list_checkpoints
 from regpt.checkpoint.load import checkpoint_folder, verify_checkpoint
 from regpt.checkpoint.manifest import write_manifest
 from regpt.errors import UserError

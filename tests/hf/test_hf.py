@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from regpt.checkpoint.hf_folder import hf_config, hf_weights
 from regpt.checkpoint.open import build
 from regpt.errors import UserError
+from regpt.hf.folder import hf_config, hf_weights
+from regpt.hf.gpt2 import WeightsFromHF, config_from_hf, config_to_hf, weights_to_hf
 from regpt.model.config import ModelConfig
-from regpt.model.hf import WeightsFromHF, config_from_hf, config_to_hf, weights_to_hf
 from regpt.model.ops import linear_cross_entropy
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize, state_tensors

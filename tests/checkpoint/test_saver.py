@@ -7,10 +7,10 @@ import threading
 import pytest
 import torch
 
-import regpt.checkpoint.background
-from regpt.checkpoint.background import Saver
+import regpt.checkpoint.saver
 from regpt.checkpoint.config import CheckpointConfig
 from regpt.checkpoint.load import checkpoint_folder, checkpoints, load_checkpoint
+from regpt.checkpoint.saver import Saver
 from regpt.errors import UserError
 from regpt.model.weights import state_tensors
 
@@ -20,13 +20,13 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def gate(monkeypatch) -> threading.Event:
     """No checkpoint is written before it is set."""
-    event, real = threading.Event(), regpt.checkpoint.background.save_checkpoint
+    event, real = threading.Event(), regpt.checkpoint.saver.save_checkpoint
 
     def wait_and_save(*args):
         assert event.wait(60)
         return real(*args)
 
-    monkeypatch.setattr(regpt.checkpoint.background, "save_checkpoint", wait_and_save)
+    monkeypatch.setattr(regpt.checkpoint.saver, "save_checkpoint", wait_and_save)
     return event
 
 
