@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from hub_server import Server
-from regpt.checkpoint.hub import Repository, repository
 from regpt.hf.export import export_hf
+from regpt.hf.hub import Repository, repository
 
 pytest.importorskip("huggingface_hub")
 

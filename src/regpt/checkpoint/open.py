@@ -12,12 +12,12 @@ from torch import Tensor
 
 from regpt.checkpoint.best import BEST, best_last
 from regpt.checkpoint.fetch import fetch_model
-from regpt.checkpoint.hub import SHORT_NAMES, download, repository
 from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, load_checkpoint, of_newest
 from regpt.checkpoint.manifest import MODEL
 from regpt.errors import UsageError, UserError, nearest
 from regpt.files import exists, is_file, is_folder, unless_gone
 from regpt.hf.folder import CONFIG, hf_config, hf_tokenizer, hf_weights
+from regpt.hf.hub import SHORT_NAMES, download, repository
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import allocate, load_weights, without_memory
