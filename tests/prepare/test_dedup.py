@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regpt.prepare import dedup, sorted_index
+from regpt.prepare import dedup
 from regpt.prepare.dedup import (
     BANDS,
     EMPTY,
@@ -76,7 +76,7 @@ def test_the_documents_left_out_are_those_that_all_pairs_name(tmp_path_factory, 
     found = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dedup, "DOCUMENTS", block)
-        patch.setattr(sorted_index, "IN_MEMORY", 10)
+        patch.setattr(dedup, "IN_MEMORY", 10)
         index = NearDuplicates(folder)
         for first, last in zip([0, *cuts], [*cuts, 40]):
             path = signature_file(folder / f"{first}.sig", values[first:last])

@@ -17,8 +17,7 @@ import pytest
 from regpt.console.lines import print_note
 from regpt.errors import UserError
 from regpt.prepare.named import NamedOptions, open_sources
-from regpt.prepare.remote import RemoteSource, localized
-from regpt.prepare.sources import SourceFile
+from regpt.prepare.sources import RemoteSource, SourceFile, localized
 from regpt.remote import retry
 from regpt.remote.download import Download, RemoteFile
 from regpt.remote.retry import Patience, Problem

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regpt.prepare import sorted_index
-from regpt.prepare.sorted_index import SortedIndex
+from regpt.prepare import dedup
+from regpt.prepare.dedup import SortedIndex
 
 CALLS = st.lists(st.lists(st.integers(0, 12), max_size=20), max_size=12)
 
@@ -18,8 +18,8 @@ CALLS = st.lists(st.lists(st.integers(0, 12), max_size=20), max_size=12)
 def test_a_key_has_the_numbers_that_it_was_given(tmp_path_factory, dtype, in_memory, calls, block):
     folder = tmp_path_factory.mktemp("index")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sorted_index, "IN_MEMORY", in_memory)
-        patch.setattr(sorted_index, "BLOCK", block)
+        patch.setattr(dedup, "IN_MEMORY", in_memory)
+        patch.setattr(dedup, "MERGED", block)
         index, known, total = SortedIndex(folder, "a", dtype), {}, 0
         for numbers in calls:
             keys = as_keys(numbers, dtype)
@@ -47,7 +47,7 @@ def test_the_first_of_many_entries_are_found(tmp_path):
 
 
 def test_memory_holds_the_short_arrays_only(tmp_path, monkeypatch):
-    monkeypatch.setattr(sorted_index, "IN_MEMORY", 50)
+    monkeypatch.setattr(dedup, "IN_MEMORY", 50)
     index = SortedIndex(tmp_path, "a", "<u8")
     for i in range(200):
         index.add(np.arange(i * 7, i * 7 + 7, dtype="<u8"), np.arange(7))

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from regpt.compression import decompressed
 from regpt.errors import UserError
-from regpt.prepare.document import Part
-from regpt.prepare.formats import parts_of, read_documents
+from regpt.prepare.documents import Part
+from regpt.prepare.readers import parts_of, read_documents
 from regpt.prepare.settings import TextOptions
 from regpt.prepare.sources import find_files
 

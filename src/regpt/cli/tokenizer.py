@@ -56,8 +56,8 @@ def main(args: list[str]) -> int:
 def train_main(args: list[str]) -> int:
     given = parse(TrainArgs, args, prog="regpt tokenizer train")
     file = Path(given.out) / "tokenizer.json"
-    from regpt.prepare.formats import check_text
     from regpt.prepare.named import NamedOptions, list_sources
+    from regpt.prepare.readers import check_text
     from regpt.prepare.write import try_place, writing_to
     from regpt.text.bpe import MAX_WORD, LongWords, train_bpe
 

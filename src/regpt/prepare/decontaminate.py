@@ -15,10 +15,10 @@ import numpy as np
 
 from regpt.errors import UserError
 from regpt.files import is_file
-from regpt.prepare.document import Unreadable
-from regpt.prepare.formats import ALLOWED, read_rows, suffix_of
+from regpt.prepare.documents import Unreadable
 from regpt.prepare.listing import printable, refuse_pointer
 from regpt.prepare.ngrams import ngram_hashes
+from regpt.prepare.readers import ALLOWED, read_rows, suffix_of
 from regpt.prepare.sources import sha256_of
 
 N_WORDS = 13

@@ -20,7 +20,7 @@ import numpy as np
 
 from regpt.prepare.decontaminate import load_evaluations
 from regpt.prepare.dedup import SIGNATURE, MinHash
-from regpt.prepare.document import Document
+from regpt.prepare.documents import Document
 from regpt.prepare.ngrams import cut
 from regpt.prepare.partition import DOCUMENT, Counts, Partition, Split
 from regpt.prepare.settings import Settings

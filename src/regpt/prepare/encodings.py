@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 from regpt.compression import BufferedStream, decompressed, packing_of
 from regpt.errors import UsageError
-from regpt.prepare.document import Unreadable
+from regpt.prepare.documents import Unreadable
 
 BLOCK = 1 << 18
 BOM_UTF8 = codecs.BOM_UTF8

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from regpt.compression import MAX_ROW_BYTES, BufferedStream, lines_of, too_long
-from regpt.prepare.columns import Columns
-from regpt.prepare.document import Unreadable, not_utf8
+from regpt.prepare.documents import Columns, Unreadable, not_utf8
 from regpt.structured import MAX_CONTAINERS, refuse_many
 
 BLOCK = 1 << 20

@@ -13,12 +13,20 @@ from typing import Any
 
 from regpt.errors import UsageError, UserError
 from regpt.files import is_file
-from regpt.prepare.document import Document, Part
+from regpt.prepare.documents import Document, Part
 from regpt.prepare.listing import Wanted, split_once
 from regpt.prepare.pydocs import pydocs
-from regpt.prepare.remote import RemoteSource, find_remote, is_remote
 from regpt.prepare.settings import TEXT_OPTIONS, TextOptions
-from regpt.prepare.sources import Source, SourceFile, find_files, sha256_of, text_files
+from regpt.prepare.sources import (
+    RemoteSource,
+    Source,
+    SourceFile,
+    find_files,
+    find_remote,
+    is_remote,
+    sha256_of,
+    text_files,
+)
 from regpt.remote.download import Checksum, DownloadProgress, RemoteFile, RemoteOptions
 from regpt.remote.retry import PATIENCE, Patience
 from regpt.remote.web import open_http

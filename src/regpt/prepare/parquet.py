@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from regpt.errors import UserError
-from regpt.prepare.columns import HOW, Columns, missing
-from regpt.prepare.document import Part, Row, Unreadable
+from regpt.prepare.documents import HOW, Columns, Part, Row, Unreadable, missing
 
 PARQUET_BUFFER = 1 << 20  # of a column that is read at a time, instead of its whole row group
 # Encodings by which rows share bytes, so that a column may be far larger than its chunks: a dictionary can stay one in

@@ -19,7 +19,7 @@ import numpy as np
 
 from regpt.errors import UserError
 from regpt.prepare.dedup import KEY
-from regpt.prepare.document import Part
+from regpt.prepare.documents import Part
 from regpt.prepare.settings import TEXT_OPTIONS, TextOptions
 from regpt.prepare.sources import Source, SourceFile
 from regpt.structured import read_json

@@ -20,13 +20,13 @@ from regpt.errors import UsageError, UserError
 from regpt.files import finish_file, write_text
 from regpt.prepare.decontaminate import Evaluations, read_evaluations
 from regpt.prepare.encode import encode_partition
-from regpt.prepare.formats import check_text
 from regpt.prepare.named import NAMED_OPTIONS, Listing, NamedOptions, list_sources
 from regpt.prepare.partition import Counts, Partition, Split, load_summary, partitions, target_bytes
+from regpt.prepare.readers import check_text
 from regpt.prepare.records import Records, check_finished
-from regpt.prepare.remote import localized
 from regpt.prepare.settings import TEXT_OPTIONS, Filters, Settings, TextOptions
 from regpt.prepare.shards import Assembly, EncoderCheck, load_state
+from regpt.prepare.sources import localized
 from regpt.prepare.split import Unusable, check_splits, check_texts, default_fraction, split_rule
 from regpt.prepare.work import WORK, check_out, clear, in_work_folder, is_finished
 from regpt.prepare.workers import Pool, count_workers, encode_here, encode_on_ray, start_pool

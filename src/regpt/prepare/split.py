@@ -6,7 +6,7 @@ from hashlib import sha256
 from typing import Any
 
 from regpt.errors import UserError
-from regpt.prepare.document import Document
+from regpt.prepare.documents import Document
 from regpt.prepare.settings import TextOptions
 from regpt.prepare.sources import Source
 from regpt.remote.download import DownloadProgress

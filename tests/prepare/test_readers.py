@@ -17,9 +17,9 @@ from regpt import compression
 from regpt.errors import UsageError, UserError
 from regpt.prepare import json_rows
 from regpt.prepare.decontaminate import read_items
-from regpt.prepare.formats import check_text, parts_of, read_documents, split_at
 from regpt.prepare.json_rows import records
 from regpt.prepare.named import NamedOptions, list_sources
+from regpt.prepare.readers import check_text, parts_of, read_documents, split_at
 from regpt.prepare.settings import TextOptions
 from regpt.prepare.sources import find_files, text_files
 

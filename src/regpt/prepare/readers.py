@@ -1,30 +1,32 @@
 """Files of text → documents, one at a time and always in the same order.
 
-A table says how each ending is read; all but .parquet may also be compressed. The text is decoded, byte-order marks are
-left out, and nothing else is changed.
+A table has the reader of each suffix; all but .parquet may also be compressed. The text is decoded, byte-order marks
+are left out, and nothing else is changed.
 """
 
+import csv
 import io
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from regpt.compression import PACKINGS, BufferedStream, decompressed, next_line, packing_of
+from regpt.compression import MAX_ROW_BYTES, PACKINGS, BufferedStream, decompressed, lines_of, next_line, packing_of
 from regpt.errors import UsageError, UserError, nearest
-from regpt.prepare.columns import Columns
-from regpt.prepare.document import Document, Part, Row, Unreadable, not_utf8
+from regpt.prepare.documents import Columns, Document, Part, Row, Unreadable, missing, not_utf8
 from regpt.prepare.encodings import BOM_UTF8, check_encoding, in_utf8, is_utf8
 from regpt.prepare.json_rows import Rows, parse, rows_of_array, rows_of_lines
 from regpt.prepare.parquet import read_parquet, row_groups
 from regpt.prepare.settings import TEXT_OPTIONS, TextOptions
-from regpt.prepare.tables import COMMA, TAB, rows_of_table
 
 SNIFFED = 8000  # bytes in which git, too, looks for a zero to tell binary files from text
 BLOCK = 1 << 20
 MAX_PACKED_TEXT = 1 << 30  # bytes of a compressed file that is one document: a few kilobytes may hold a terabyte
+COMMA = ",;\t|"  # the one that the first line has most of: in many countries spreadsheets write `;`
+TAB = "\t"
+ESCAPE = 0xDC00  # a byte that is not UTF-8, as Python's `surrogateescape` keeps it
 
 
 def whole_text(stream: BufferedStream, path: Path, columns: Columns | None, separator: str | None) -> Rows:
@@ -65,6 +67,58 @@ def split_at(blocks: Iterator[bytes], separator: bytes) -> Iterator[bytes]:
         waiting += [rest[:kept], rest[kept:]]
     if text := b"".join(waiting).strip(b"\r\n"):
         yield text
+
+
+def rows_of_table(
+    stream: BufferedStream, path: Path, columns: Columns | None, separator: str | None, delimiters: str
+) -> Iterator[tuple[Any, Callable[[], str]]]:
+    """
+    Raises:
+        UserError: a column that is asked for is not there, or is there twice.
+    """
+    csv.field_size_limit(MAX_ROW_BYTES)
+    lines = (line.decode("utf-8", "surrogateescape") for line in lines_of(stream, path))
+    head = next(lines, "")
+    delimiter = max(delimiters, key=head.count)
+    reader = csv.reader(itertools.chain([head], lines), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    while True:
+        where = partial("{}, line {}".format, path, reader.line_num + 1)
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            said = f"{where()}: not a row of a table ({error}); quotes must be doubled and closed"
+            yield Unreadable(said, "ragged"), where
+            continue
+        if fields is None:
+            return
+        if fields and header is None:  # a line without anything is not a row
+            header = checked_header(fields, path, columns.names if columns else ())
+        elif fields and header:
+            yield row_of(header, fields, where), where
+
+
+def checked_header(header: list[str], path: Path, names: Sequence[str]) -> list[str]:
+    if any("\0" in name for name in header):
+        raise UserError(
+            f"{path} is not text: it holds zero bytes, as UTF-16 does; convert it to UTF-8, or name its --encoding"
+        )
+    for name in names:
+        if header.count(name) > 1:
+            raise UserError(f"{path} has more than one column {name!r}; rename one of them")
+        if name not in header:
+            raise UserError(f"{path}, line 1: {missing(name, header)}")
+    return header
+
+
+def row_of(header: list[str], fields: list[str], where: Callable[[], str]) -> Any:
+    if len(fields) != len(header):
+        return Unreadable(f"{where()}: {len(fields)} fields, but the first row has {len(header)}", "ragged")
+    try:
+        "".join(fields).encode()
+    except UnicodeEncodeError as error:
+        return not_utf8(where(), ord(error.object[error.start]) - ESCAPE)
+    return dict(zip(header, fields))
 
 
 READERS: dict[str, Callable[[BufferedStream, Path, Columns | None, str | None], Rows]] = {

@@ -1,16 +1,58 @@
-"""A row with named columns → its text: one column, one inside others (`doc.text`), or a template of several."""
+"""Rows of files → documents: the text of one column, of one inside others (`doc.text`), or of a template of several."""
 
 import json
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
+from regpt.compression import Unreadable
 from regpt.errors import UsageError, nearest
-from regpt.prepare.document import Unreadable
 
 SHOWN_NAMES = 50  # of columns in a message
 HOW = "name it with --text-column, or several with --template"
+
+
+def not_utf8(where: str, byte: int) -> Unreadable:
+    return Unreadable(
+        f"{where}: byte 0x{byte:02x} is not valid UTF-8; convert the file to UTF-8, or name its --encoding", "not_utf8"
+    )
+
+
+class Row(NamedTuple):
+    """What a document is made of.
+
+    Attributes:
+        value: text, an object with named columns, or why there is neither.
+        source_bytes: of the file that reading it consumed.
+        where: the place for messages.
+    """
+
+    value: Any
+    source_bytes: float
+    where: Callable[[], str]
+
+
+class Document(NamedTuple):
+    """A text, and the bytes of its file that reading it consumed (for progress: they sum to about its size).
+
+    `error` says why there is no text, where such documents are skipped.
+    """
+
+    text: str
+    source_bytes: float
+    error: Unreadable | None = None
+
+
+class Part(NamedTuple):
+    """Part of a file: row groups of .parquet, bytes of .jsonl (the lines that start there), 0 to 1 for a whole file.
+
+    `bytes` is its share of the file's size; the shares sum to it.
+    """
+
+    start: int
+    stop: int
+    bytes: int
 
 
 class Columns:
