@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -42,13 +43,16 @@ from fault_campaign import (
 import regpt
 from regpt.checkpoint.load import checkpoint_folder, checkpoints, step_of
 from regpt.config import RunConfig
+from regpt.data.batch import Batch
 from regpt.data.manifest import read_manifest
+from regpt.model.transformer import Transformer
 from regpt.report.read import rows_by_step
 from regpt.runs import build
 from regpt.runs.folder import source_commit
 from regpt.runs.pretrain import pretrain, resume
 from regpt.runs.verify_resume import Bench
-from regpt.train.loss import make_loss_sum
+from regpt.train.backend import DataParallel, make_backend
+from regpt.train.objective import Sums
 
 COUNTS = {
     "kills": 100,
@@ -286,28 +290,30 @@ def injected(config: RunConfig, run: Path, kind: str) -> int:
     """The run with a NaN in the loss, a gradient or a weight of update 51."""
     calls = [0]
 
-    def make(model: torch.nn.Module, *args: object, **options: object) -> Callable[..., torch.Tensor]:
-        good = make_loss_sum(model, *args, **options)  # type: ignore[arg-type]
+    def make(model: Transformer, *args: Any, **options: Any) -> DataParallel:
+        backend = make_backend(model, *args, **options)
+        good = backend.loss_sum
         weight = next(model.parameters())
 
-        def loss_sum(batch: object) -> torch.Tensor:
-            loss = good(batch)  # type: ignore[arg-type]
+        def loss_sum(batch: Batch) -> Sums:
+            loss, extras = good(batch)
             calls[0] += torch.is_grad_enabled()
             if calls[0] >= 51 and torch.is_grad_enabled():
                 if kind == "loss":
-                    return loss * math.nan
+                    return loss * math.nan, extras
                 if kind == "gradient":
                     loss.register_hook(lambda grad: grad * math.nan)
                 if kind == "weight":
                     with torch.no_grad():
                         weight.view(-1)[5] = math.nan
-                    return good(batch)  # type: ignore[arg-type]
-            return loss
+                    return good(batch)
+            return loss, extras
 
-        return loss_sum
+        backend.loss_sum = loss_sum
+        return backend
 
     if kind != "data":
-        build.make_loss_sum = make  # type: ignore[assignment]
+        build.make_backend = make
     return pretrain(config, run)
 
 

@@ -27,7 +27,7 @@ from regpt.kernels.gpt2 import FusedGPT2
 from regpt.model.masks import CAUSAL, AttentionMask
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
-from regpt.train.loss import make_loss_sum
+from regpt.train.backend import make_loss_sum
 
 DEVICE = torch.device("cuda")
 BANDWIDTH = 3.35e12

@@ -113,7 +113,7 @@ def accumulation() -> list[tuple[Found, Found]]:
 def after_out_of_memory() -> list[tuple[Found, Found]]:
     def limited(rows: int) -> Found:
         trainer = tiny.build_trainer(tiny.build_model(), tiny.Rows())
-        whole = trainer.loss_sum
+        whole = tiny.loss_sum_of(trainer)
 
         def loss_sum(batch: Batch) -> Tensor:
             loss = whole(batch)
@@ -122,7 +122,7 @@ def after_out_of_memory() -> list[tuple[Found, Found]]:
                 raise torch.OutOfMemoryError
             return loss
 
-        trainer.loss_sum = loss_sum
+        tiny.compute_by(trainer, loss_sum)
         return tiny.step_gradients(trainer)
 
     return [(limited(rows), ours(micro_batch_rows=rows)) for rows in (1, 2, 4)]

@@ -102,7 +102,7 @@ def four_updates(mesh: tiny.Mesh, path: str) -> dict[str, Any]:
     model = tiny.build_model()
     loader = tiny.Rows(micro_batch_rows=2, dp_rank=mesh.rank, dp_size=mesh.world_size)
     trainer = tiny.build_trainer(model, loader, mesh=mesh, loss_sum=loss_path(path, model))
-    rows = [trainer.update() for _ in range(4)]
+    rows = [tiny.update(trainer) for _ in range(4)]
     if mesh.world_size > 1:
         mesh.wait()
     weights = b"".join(p.detach().numpy().tobytes() for _, p in sorted(model.named_parameters()))

@@ -38,8 +38,8 @@ def test_a_recipe_can_be_built(name: str):
     assert hidden.shape == (1, config.data.seq_len, config.model.n_embd)
     assert count_parameters(model) == PARAMETERS.get(name, count_parameters(model))
     make_optimizer(model, config.optim, torch.device("meta"))
-    lr_at = make_schedule(config.optim, config.train.steps)
-    assert lr_at(config.optim.warmup_steps) == pytest.approx(config.optim.lr, rel=1e-12)
+    factor = make_schedule(config.optim, config.train.steps)
+    assert factor(config.optim.warmup_steps) == pytest.approx(1, rel=1e-12)
     assert config.optim.warmup_steps < config.train.steps / 3
 
 

@@ -32,8 +32,9 @@ from regpt.model.weights import InitialWeights, load_weights, state_tensors, unp
 from regpt.parallel.mesh import Mesh
 from regpt.sample.config import SampleConfig
 from regpt.text.tokenizer import Tokenizer
+from regpt.train.backend import DataParallel, make_backend
 from regpt.train.config import OptimConfig, TrainConfig
-from regpt.train.loss import LossSum, make_loss_sum
+from regpt.train.objective import NextToken
 from regpt.train.optim import make_optimizer
 from regpt.train.schedule import make_schedule
 from regpt.train.trainer import Trainer
@@ -92,7 +93,7 @@ def build_trainer(
     loader: Any,
     *,
     mesh: Mesh = ALONE,
-    loss_sum: LossSum | None = None,
+    loss_sum: Callable[[Batch], Tensor] | None = None,
     train: TrainConfig = TRAIN,
     compile: bool = False,
     optim: OptimConfig = OPTIM,
@@ -101,18 +102,58 @@ def build_trainer(
     first = loader.step(0)[0].idx
     rows = len(first) * len(loader.step(0)) * mesh.world_size
     train = replace(train, batch_tokens=rows * first.size(1), micro_batch_rows=len(first), compile=compile)
-    loss_sum = loss_sum or make_loss_sum(model, train.precision, mesh.device, compile)
+    objective = NextToken(model, train.z_loss)
+    backend = make_backend(model, objective, mesh, train.precision, compile=compile)
     optimizer = make_optimizer(model, optim, mesh.device)
-    return Trainer(model, loss_sum, optimizer, make_schedule(optim, train.steps), loader, mesh, train)
+    trainer = Trainer(model, objective, backend, optimizer, make_schedule(optim, train.steps), loader, mesh, train)
+    if loss_sum is not None:
+        compute_by(trainer, loss_sum)
+    return trainer
+
+
+def compute_by(trainer: Trainer, loss_sum: Callable[[Batch], Tensor]) -> None:
+    """The trainer's loss is that of `loss_sum` from now on."""
+    trainer.backend.loss_sum = lambda batch: (loss_sum(batch), {})
+
+
+def loss_sum_of(trainer: Trainer) -> Callable[[Batch], Tensor]:
+    """The summed loss of a micro-batch as the trainer computes it now."""
+    own = trainer.backend.loss_sum
+    return lambda batch: own(batch)[0]
+
+
+def loss_sum(model: Transformer, idx: Tensor, targets: Tensor, **places: Tensor) -> Tensor:
+    """The objective's summed loss of one micro-batch; `places` are the other fields of `Batch`."""
+    return NextToken(model).loss_sum(Batch(idx, targets)._replace(**places))[0]
+
+
+def wrapping(wrap: Callable[[Transformer, Callable[[Batch], Tensor]], Callable[[Batch], Tensor]]) -> Callable[..., Any]:
+    """A `make_backend` whose summed loss of a micro-batch is `wrap(model, the usual one)`."""
+
+    def make(model: Transformer, *args: Any, **kwargs: Any) -> DataParallel:
+        backend = make_backend(model, *args, **kwargs)
+        good = backend.loss_sum
+        wrapped = wrap(model, lambda batch: good(batch)[0])
+        backend.loss_sum = lambda batch: (wrapped(batch), {})
+        return backend
+
+    return make
+
+
+def update(trainer: Trainer) -> dict[str, Any]:
+    """The row of the next update that is applied, as `Trainer.fit` makes it."""
+    while (result := trainer.train_step()).verdict is not None:
+        trainer.leave_out(result)
+    return trainer.row(result, 1.0)
 
 
 def step_gradients(trainer: Trainer) -> dict[str, Tensor]:
     """`loss`, `norm` and the gradient of every parameter, unpadded and not clipped, of the trainer's next step."""
     trainer.config = replace(trainer.config, grad_clip=0.0)
-    loss, norm = trainer.gradients()
+    loss, norm, _ = trainer.gradients()
     gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
     named = {name: unpadded(trainer.model, name, gradient).clone() for name, gradient in gradients.items()}
-    return {"loss": loss, "norm": norm} | named
+    return {"loss": torch.tensor(loss, dtype=torch.float64), "norm": torch.tensor(norm, dtype=torch.float64)} | named
 
 
 def largest_error(given: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

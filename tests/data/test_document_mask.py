@@ -12,7 +12,7 @@ import tiny
 from regpt.data.batch import IGNORE_INDEX, Batch
 from regpt.data.loader import Loader, document_bounds, row_batch
 from regpt.data.rows import ORDERS, StreamRows, open_rows
-from regpt.train.loss import make_loss_sum
+from regpt.train.backend import make_loss_sum
 
 EOT = 0
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=40)

@@ -10,7 +10,7 @@ from regpt.evals.perplexity import LossSums, Validation, count_rows, finish, sum
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
-from regpt.train.loss import make_loss_sum
+from regpt.train.backend import make_loss_sum
 
 CONFIG = ModelConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=11, max_seq_len=6)
 ROWS = 7

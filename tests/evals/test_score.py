@@ -178,7 +178,7 @@ def test_a_compiled_training_step_is_not_compiled_again_for_an_evaluation_in_bet
         scorer = Scorer(trainer.model, tiny.ALONE, compile=True, batch_tokens=1024)
         curve = []
         for _ in range(4):
-            curve.append(trainer.update()["loss"])
+            curve.append(tiny.update(trainer)["loss"])
             if evaluating:
                 scorer(prompts)
         curves.append(curve)

@@ -15,7 +15,7 @@ from regpt.kernels.gpt2 import FusedGPT2
 from regpt.kernels.gpt2_fp8 import FusedGPT2FP8
 from regpt.kernels.graphs import GraphedLoss
 from regpt.model.transformer import Transformer
-from regpt.train.loss import LossSum, make_loss_sum
+from regpt.train.backend import LossSum, make_loss_sum
 
 PATHS = ["plain", pytest.param("compiled", marks=tiny.IMPORTS_COMPILER), "fused", "graphed", "fp8"]
 

@@ -247,7 +247,7 @@ def test_a_loss_curve_is_that_of_bf16():
         rows = Rows()
         rows.rows = lambda step: Rows().rows(step % 4)  # type: ignore[method-assign]
         trainer = tiny.build_trainer(build(precision), rows, train=train, optim=optim)
-        return [trainer.update()["loss"] for _ in range(40)]
+        return [tiny.update(trainer)["loss"] for _ in range(40)]
 
     ours, theirs = curve("fp8"), curve("bf16")
     assert theirs[-1] < theirs[0] - 1

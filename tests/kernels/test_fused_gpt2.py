@@ -15,8 +15,8 @@ from regpt.kernels.gpt2_fp8 import FusedGPT2FP8
 from regpt.kernels.select import ops_of
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
+from regpt.train.backend import make_loss_sum
 from regpt.train.config import OptimConfig
-from regpt.train.loss import make_loss_sum
 from regpt.train.optim import make_optimizer
 
 DOCUMENTS = {"positions": torch.arange(12).expand(8, 12) % 6, "cu_seqlens": torch.arange(0, 97, 6)}

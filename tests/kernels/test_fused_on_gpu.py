@@ -15,8 +15,8 @@ from regpt.kernels.select import fused_loss, select_kernels
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
+from regpt.train.backend import make_loss_sum
 from regpt.train.config import OptimConfig
-from regpt.train.loss import make_loss_sum
 from regpt.train.optim import make_optimizer
 
 pytestmark = pytest.mark.gpu

@@ -13,7 +13,6 @@ from regpt.data.loader import Loader, dropout_keys
 from regpt.errors import UsageError
 from regpt.model.config import ModelConfig
 from regpt.model.dropout import Dropout
-from regpt.model.loss import loss_sum
 from regpt.model.weights import state_tensors
 
 RATE = 0.3
@@ -75,25 +74,25 @@ def test_loss_and_gradients_are_those_of_the_model_by_hand_with_masks_by_another
     weights = {name: w.clone().requires_grad_() for name, w in state_tensors(model).items()}
     expected = by_hand(weights, idx, targets)
     expected.backward()
-    loss = loss_sum(model, idx, targets, dropout_keys=KEYS)
+    loss = tiny.loss_sum(model, idx, targets, dropout_keys=KEYS)
     loss.backward()
     ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None} | {"loss": loss.detach()}
     theirs = {name: w.grad for name, w in weights.items() if w.grad is not None} | {"loss": expected.detach()}
     assert tiny.largest_error(ours, theirs) < 1e-12
-    assert loss != loss_sum(model, idx, targets)
+    assert loss != tiny.loss_sum(model, idx, targets)
 
 
 def test_without_a_rate_or_without_keys_nothing_changes_bitwise():
     idx, targets = tiny.Rows().rows(0)
-    plain = loss_sum(tiny.build_model(), idx, targets)
-    assert loss_sum(tiny.build_model(), idx, targets, dropout_keys=KEYS).equal(plain)
-    assert loss_sum(tiny.build_model(config=CONFIG).train(), idx, targets).equal(plain)
+    plain = tiny.loss_sum(tiny.build_model(), idx, targets)
+    assert tiny.loss_sum(tiny.build_model(), idx, targets, dropout_keys=KEYS).equal(plain)
+    assert tiny.loss_sum(tiny.build_model(config=CONFIG).train(), idx, targets).equal(plain)
 
 
 def test_torchs_generator_is_not_used():
     model, (idx, targets) = tiny.build_model(config=CONFIG), tiny.Rows().rows(0)
     before = torch.get_rng_state()
-    loss_sum(model, idx, targets, dropout_keys=KEYS)
+    tiny.loss_sum(model, idx, targets, dropout_keys=KEYS)
     assert torch.get_rng_state().equal(before)
 
 

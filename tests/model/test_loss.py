@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import tiny
-from regpt.model.loss import loss_sum
 from regpt.model.ops import IGNORE_INDEX
 
 
@@ -21,7 +20,7 @@ def by_hand(logits: torch.Tensor, targets: torch.Tensor) -> float:
 def test_it_is_the_sum_over_the_valid_targets(pad_vocab: bool):
     model, (idx, targets) = tiny.build_model(pad_vocab=pad_vocab), tiny.Rows().rows(0)
     assert (targets == IGNORE_INDEX).any()
-    assert loss_sum(model, idx, targets).item() == pytest.approx(by_hand(model(idx), targets), rel=1e-12)
+    assert tiny.loss_sum(model, idx, targets).item() == pytest.approx(by_hand(model(idx), targets), rel=1e-12)
 
 
 def test_positions_and_document_lengths_reach_the_model():
@@ -32,11 +31,11 @@ def test_positions_and_document_lengths_reach_the_model():
         "cu_seqlens": torch.tensor([0, 5, 12]),
     }
     alone = sum(by_hand(model(idx[:, part]), targets[:, part]) for part in (slice(0, 5), slice(5, 12)))
-    assert loss_sum(model, idx, targets, **documents).item() == pytest.approx(alone, rel=1e-12)
-    assert abs(loss_sum(model, idx, targets).item() - alone) > 1e-3
+    assert tiny.loss_sum(model, idx, targets, **documents).item() == pytest.approx(alone, rel=1e-12)
+    assert abs(tiny.loss_sum(model, idx, targets).item() - alone) > 1e-3
 
 
 def test_it_is_float32_under_autocast():
     model, (idx, targets) = tiny.build_model(dtype=torch.float32), tiny.Rows().rows(0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert loss_sum(model, idx, targets).dtype == torch.float32
+        assert tiny.loss_sum(model, idx, targets).dtype == torch.float32

@@ -13,7 +13,7 @@ from regpt.model.masks import AttentionMask
 from regpt.model.ops import IGNORE_INDEX
 from regpt.model.transformer import Transformer
 from regpt.model.weights import count_parameters, initialize, state_tensors
-from regpt.train.loss import make_loss_sum
+from regpt.train.backend import make_loss_sum
 
 T = tiny.CONFIG.max_seq_len
 SIZES = {  # n_layer, n_head, n_embd (Radford et al. 2019, table 2), parameters (OpenAI's files)

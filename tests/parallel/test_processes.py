@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import tiny
 from regpt.model.weights import state_tensors
 from regpt.parallel.mesh import Mesh, open_mesh
 from regpt.train.config import TrainConfig
-from regpt.train.trainer import Actions, Every, Trainer
+from regpt.train.trainer import Trainer
 
 STEPS = 5
 
@@ -26,7 +27,7 @@ def trained(mesh: Mesh, micro_batch_rows: int) -> dict[str, Any]:
     """What one process has after a few updates, with all that could tell it from the others."""
     loader = tiny.Rows(micro_batch_rows=micro_batch_rows, dp_rank=mesh.rank, dp_size=mesh.world_size)
     trainer = tiny.build_trainer(tiny.build_model(), loader, mesh=mesh)
-    rows = [trainer.update() for _ in range(STEPS)]
+    rows = [tiny.update(trainer) for _ in range(STEPS)]
     return {
         "loss": torch.tensor([row["loss"] for row in rows]),
         "norm": torch.tensor([row["grad_norm"] for row in rows]),
@@ -45,14 +46,14 @@ def stopped_at(trainer: Trainer) -> list[int]:
         steps=99, batch_tokens=trainer.config.batch_tokens, precision="fp64", compile=False, grad_clip=0
     )
     last = trainer.mesh.rank == trainer.mesh.world_size - 1
-    do = Actions(
+    do = SimpleNamespace(
         log=lambda row: None,
         validate=lambda step: None,
         sample=lambda step: None,
         save=saved.append,
         stop_requested=lambda: last and trainer.step == STEPS + 2,
     )
-    assert trainer.fit(do, Every(0, 0, 0)) is False
+    assert trainer.fit(do) is False
     return saved
 
 
@@ -82,7 +83,7 @@ def gloo_threads():
 
 os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 with open_mesh("cpu") as mesh:
-    tiny.build_trainer(tiny.build_model(), tiny.Rows(), mesh=mesh).update()  # its optimizer imports much of torch
+    tiny.update(tiny.build_trainer(tiny.build_model(), tiny.Rows(), mesh=mesh))  # its optimizer imports much of torch
     print(gloo_threads() > 0)
 print(gloo_threads())
 """

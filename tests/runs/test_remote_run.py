@@ -20,7 +20,7 @@ from regpt.config import RunConfig
 from regpt.errors import UserError
 from regpt.remote.lease import Lease
 from regpt.remote.store import Store
-from regpt.runs import actions
+from regpt.runs.actions import RunActions
 from regpt.runs.pretrain import pretrain, resume
 from regpt.runs.remote import RemoteRun, stored_config
 from remote_stores import COPY_UNTIL_KILLED, PATIENT, FaultyStore, Hand, s3_bucket
@@ -70,14 +70,14 @@ def complete(url: str) -> list[int]:
 
 def stop_after(step: int, monkeypatch) -> None:
     """The process gets SIGTERM after this step."""
-    log = actions.log
+    log = RunActions.log
 
     def logged(job: Any, row: Any) -> None:
         log(job, row)
         if row["step"] == step:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(actions, "log", logged)
+    monkeypatch.setattr(RunActions, "log", logged)
 
 
 def test_a_run_is_there_when_it_has_ended(config, straight, url, tmp_path, capsys):
@@ -109,7 +109,7 @@ def test_a_stopped_run_goes_on_bitwise_on_another_machine(config, straight, url,
 def test_training_does_not_wait_for_the_network_and_the_newest_checkpoints_arrive(
     config, straight, url, tmp_path, monkeypatch
 ):
-    trained, puts, log = threading.Event(), [], actions.log
+    trained, puts, log = threading.Event(), [], RunActions.log
     put = Store.put
 
     def slow(self, name: str, path: Path) -> None:
@@ -124,7 +124,7 @@ def test_training_does_not_wait_for_the_network_and_the_newest_checkpoints_arriv
             trained.set()
 
     monkeypatch.setattr(Store, "put", slow)
-    monkeypatch.setattr(actions, "log", logged)
+    monkeypatch.setattr(RunActions, "log", logged)
     assert start(url, on(tmp_path, config)) == 0
     assert trained.is_set()
     assert not puts[0].startswith("checkpoints/step-00000008")  # it began long before

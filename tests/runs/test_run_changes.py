@@ -139,7 +139,7 @@ def test_a_fork_takes_other_settings_and_records_its_parent(straight, tmp_path):
 
 def test_a_fork_that_is_killed_at_once_begins_again(straight, config, tmp_path, monkeypatch):
     run, source = tmp_path / "fork", checkpoint_folder(straight, 4)
-    monkeypatch.setattr("regpt.runs.pretrain.fit", lambda *args, **options: 0)  # created, nothing else
+    monkeypatch.setattr("regpt.runs.pretrain.train", lambda *args, **options: 0)  # created, nothing else
     assert fork(config, source, run) == 0
     monkeypatch.undo()
     assert checkpoints(run) == []
@@ -148,7 +148,7 @@ def test_a_fork_that_is_killed_at_once_begins_again(straight, config, tmp_path, 
 
 
 def test_a_run_that_is_killed_before_its_first_checkpoint_begins_again(straight, config, tmp_path, monkeypatch):
-    monkeypatch.setattr("regpt.runs.pretrain.fit", lambda *args, **options: 0)
+    monkeypatch.setattr("regpt.runs.pretrain.train", lambda *args, **options: 0)
     assert pretrain(config, tmp_path / "run") == 0
     assert pretrain(config, tmp_path / "second", init_from=str(straight)) == 0
     monkeypatch.undo()

@@ -11,13 +11,12 @@ import torch
 import tiny
 from regpt.checkpoint.load import checkpoint_folder, checkpoints, load_checkpoint
 from regpt.config import RunConfig
-from regpt.data.batch import Batch
 from regpt.errors import UserError
 from regpt.parallel.mesh import launcher_rank
 from regpt.runs import build
 from regpt.runs.build import build_loader, open_corpus
 from regpt.runs.pretrain import pretrain, resume
-from regpt.train.loss import make_loss_sum
+from regpt.train.trainer import StepResult
 
 BAD = 4  # the batch that spoils, counted from 0: of update 5
 
@@ -36,15 +35,10 @@ def spoiled(config, monkeypatch) -> Callable[..., None]:
     """`spoiled(rows, what)`: from now on the loss of a micro-batch that is one of `rows` is `what` times as large."""
 
     def spoil(*rows: torch.Tensor, what: float = math.nan) -> None:
-        def make(*args, **kwargs):
-            good = make_loss_sum(*args, **kwargs)
+        def wrap(model, good):
+            return lambda batch: good(batch) * (what if any(batch.idx.equal(row) for row in rows) else 1.0)
 
-            def loss_sum(batch: Batch) -> torch.Tensor:
-                return good(batch) * (what if any(batch.idx.equal(row) for row in rows) else 1.0)
-
-            return loss_sum
-
-        monkeypatch.setattr(build, "make_loss_sum", make)
+        monkeypatch.setattr(build, "make_backend", tiny.wrapping(wrap))
 
     return spoil
 
@@ -116,7 +110,7 @@ def test_a_norm_that_overflows_is_no_fault_of_the_moment(config, spoiled, tmp_pa
 def test_the_advice_is_what_was_not_done_already(keys, step: int, found, advice: str):
     trainer = tiny.build_trainer(tiny.build_model(), tiny.Rows(), train=tiny.replace(tiny.TRAIN, **keys))
     trainer.step = step
-    said = str(trainer.stopped({"step": step + 1, "loss": 1.0, "grad_norm": math.inf, "lr": 0.1}, found))
+    said = str(trainer.stopped(StepResult(step + 1, 1.0, math.inf, 0.1, found=found)))
     assert advice in said
     for flag in (f"on-non-finite {trainer.config.on_non_finite}", f"precision {trainer.config.precision}"):
         assert flag not in said
@@ -227,11 +221,10 @@ def test_a_spike_is_recorded_and_skipped_when_asked_for(config, spoiled, policy:
 def two_processes(config: RunConfig, run: Path) -> str:
     rank, row = launcher_rank(), bad_row(config, row=1)
 
-    def make(*args, **kwargs):
-        good = make_loss_sum(*args, **kwargs)
+    def wrap(model, good):
         return lambda batch: good(batch) * (math.nan if batch.idx.equal(row) else 1.0)
 
-    build.make_loss_sum = make  # in this process only
+    build.make_backend = tiny.wrapping(wrap)  # in this process only
     try:
         pretrain(config, run)
     except UserError as error:

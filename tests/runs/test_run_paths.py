@@ -26,12 +26,12 @@ def computed(request, monkeypatch) -> Callable[[Callable[[torch.nn.Module, Batch
     """`computed(spoil)`: runs take this path, and their loss is `spoil(model, batch)` times as large."""
 
     def with_spoil(spoil: Callable[[torch.nn.Module, Batch], float]) -> None:
-        def make(model, *args, **kwargs):
+        def wrap(model, _):
             torch.compiler.reset()
             good = loss_path(request.param, model)
             return lambda batch: spoil(model, batch) * good(batch)
 
-        monkeypatch.setattr(build, "make_loss_sum", make)
+        monkeypatch.setattr(build, "make_backend", tiny.wrapping(wrap))
 
     return with_spoil
 

@@ -117,15 +117,15 @@ def largest_of_ranks() -> float | None:
 
 def test_a_step_lasts_from_the_end_of_the_one_before(monkeypatch: pytest.MonkeyPatch):
     trainer = tiny.build_trainer(tiny.build_model(), tiny.Rows(), train=replace(tiny.TRAIN, steps=5))
-    update, now = trainer.update, [0.0]
+    update, now = trainer.train_step, [0.0]
     monkeypatch.setattr("regpt.tools.bench.steps.time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def slow_update():
-        row = update()
+        result = update()
         now[0] += trainer.step**2  # seconds: 1, 4, 9, 16, 25
-        return row
+        return result
 
-    trainer.update = slow_update
+    trainer.train_step = slow_update
     times = time_steps(trainer, warmup=2)
     assert times.first_s == 1
     assert times.steady_ms == (9e3, 16e3, 25e3)

@@ -20,8 +20,8 @@ from regpt.tools.plan.memory import PlannedStep, cpu_memory, gpu_memory, tensors
 from regpt.tools.plan.room import Room
 from regpt.tools.plan.shape import shape_of
 from regpt.tools.plan.target import Target
+from regpt.train.backend import make_loss_sum
 from regpt.train.capacity import SavedTensors
-from regpt.train.loss import make_loss_sum
 from regpt.train.recompute import recompute_blocks
 
 SMALL = ModelConfig(n_layer=3, n_head=4, n_embd=64, vocab_size=1000, max_seq_len=64)

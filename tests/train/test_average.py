@@ -18,7 +18,7 @@ def trained(updates: int, *, average: bool = True):
     kept = Average(trainer.model, trainer.optimizer, DECAY) if average else None
     weights = [copies(trainer.model)]
     for _ in range(updates):
-        trainer.update()
+        tiny.update(trainer)
         weights.append(copies(trainer.model))
     return trainer, kept, weights
 

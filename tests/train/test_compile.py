@@ -21,7 +21,7 @@ from regpt.model.transformer import Transformer
 from regpt.runs.pretrain import pretrain
 from regpt.sample.generate import generate
 from regpt.sample.sampling import SamplingOptions
-from regpt.train.loss import make_loss_sum, uncompiled
+from regpt.train.backend import make_loss_sum, uncompiled
 
 pytestmark = [
     tiny.IMPORTS_COMPILER,
@@ -75,7 +75,11 @@ def test_training_validation_and_sampling_share_a_process():
     for step in range(6):
         chance = torch.get_rng_state()
         ours, theirs = (
-            (t.update()["loss"], finish(sum_losses(t.loss_sum, held_out(), None, tiny.CPU)).loss, drawn(t.model))
+            (
+                tiny.update(t)["loss"],
+                finish(sum_losses(tiny.loss_sum_of(t), held_out(), None, tiny.CPU)).loss,
+                drawn(t.model),
+            )
             for t in (compiled, plain)
         )
         assert ours[:2] == pytest.approx(theirs[:2], rel=1e-9), f"step {step}"
@@ -107,8 +111,8 @@ def test_documents_of_any_number_share_a_graph():
     for step in range(6):
         batches = Documents(micro_batch_rows=4).step(step)
         sizes |= {len(batch.cu_seqlens) for batch in batches if batch.cu_seqlens is not None}
-        assert compiled.update()["loss"] == pytest.approx(plain.update()["loss"], rel=1e-9), f"step {step}"
-        losses = [finish(sum_losses(t.loss_sum, batches, None, tiny.CPU)).loss for t in (compiled, plain)]
+        assert tiny.update(compiled)["loss"] == pytest.approx(tiny.update(plain)["loss"], rel=1e-9), f"step {step}"
+        losses = [finish(sum_losses(tiny.loss_sum_of(t), batches, None, tiny.CPU)).loss for t in (compiled, plain)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-9)
     assert len(sizes) >= 3  # each would have been compiled
     assert graphs() == 2
@@ -129,8 +133,8 @@ def test_training_validation_sampling_and_hellaswag_in_one_process_compile_nothi
     scorers = [Scorer(trainer.model, tiny.ALONE, compile=compile, batch_tokens=64) for compile in (False, True)]
     found = []
     for _ in range(4):
-        trainer.update()
-        finish(sum_losses(trainer.loss_sum, held_out(), None, tiny.CPU))
+        tiny.update(trainer)
+        finish(sum_losses(tiny.loss_sum_of(trainer), held_out(), None, tiny.CPU))
         drawn(trainer.model)
         prompts = items(12)
         ours, theirs = (scorer(prompts).log_likelihood for scorer in scorers)
@@ -145,7 +149,7 @@ def test_training_validation_sampling_and_hellaswag_in_one_process_compile_nothi
 def test_after_an_out_of_memory_the_smaller_shape_is_compiled_and_the_larger_forgotten():
     """Down to one row: with every shape kept, training and validation would pass torch's limit of eight graphs."""
     trainer = tiny.build_trainer(tiny.build_model(), tiny.Rows(), compile=True)
-    whole, limit = trainer.loss_sum, [8]
+    whole, limit = tiny.loss_sum_of(trainer), [8]
 
     @functools.wraps(whole)
     def limited(batch: Batch) -> torch.Tensor:
@@ -153,10 +157,10 @@ def test_after_an_out_of_memory_the_smaller_shape_is_compiled_and_the_larger_for
             raise torch.OutOfMemoryError
         return whole(batch)
 
-    trainer.loss_sum = limited
+    tiny.compute_by(trainer, limited)
     for rows in (8, 4, 2, 1):
         limit[0] = rows
-        trainer.update()
+        tiny.update(trainer)
         with torch.no_grad():
             limited(tiny.Rows(micro_batch_rows=rows).step(0)[0])
     assert graphs() == 2 * 4

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -97,10 +98,10 @@ def test_float16_rounds_products_and_nothing_that_is_kept():
     trainer = half_trainer()
     found = tiny.step_gradients(trainer)
     exact = tiny.step_gradients(tiny.build_trainer(tiny.build_model(), tiny.Rows(micro_batch_rows=2)))
-    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    assert {tensor.dtype for name, tensor in found.items() if name not in ("loss", "norm")} == {torch.float32}
     error = tiny.largest_error({name: tensor.double() for name, tensor in found.items()}, exact)
     assert 1e-5 < error < 1e-2  # eleven bits; bfloat16's eight give up to 0.1 here
-    trainer.update()
+    tiny.update(trainer)
     assert {w.dtype for w in state_tensors(trainer.model).values()} == {torch.float32}
 
 
@@ -110,12 +111,12 @@ def test_without_a_scale_small_gradients_vanish():
 
     def gradients(scale: float) -> float:
         trainer.loss_scale.scale = scale
-        own = trainer.loss_sum
-        trainer.loss_sum = lambda batch: own(batch) * 2.0**-24
+        own = tiny.loss_sum_of(trainer)
+        tiny.compute_by(trainer, lambda batch: own(batch) * 2.0**-24)
         try:
             return tiny.step_gradients(trainer)["h.0.mlp.c_fc.weight"].norm().item()
         finally:
-            trainer.loss_sum = own
+            tiny.compute_by(trainer, own)
 
     assert gradients(1.0) == 0
     assert gradients(2.0**20) > 0
@@ -123,16 +124,16 @@ def test_without_a_scale_small_gradients_vanish():
 
 def test_a_step_that_overflows_is_repeated_and_no_update_is_lost():
     trainer, events = half_trainer(), []
-    trainer.report = events.append
+    trainer.do = SimpleNamespace(log=events.append)
     trainer.loss_scale.scale = 2.0**40
-    row = trainer.update()
+    row = tiny.update(trainer)
     fits = trainer.loss_scale.scale
     assert fits < 2.0**40
     assert [(e["name"], e["step"], e["reason"]) for e in events] == [("loss_scale", 0, "overflow")] * len(events)
     assert [e["loss_scale"] for e in events] == [2.0**k for k in range(39, int(math.log2(fits)) - 1, -1)]
     calm = half_trainer()
     calm.loss_scale.scale = fits
-    expected = calm.update()
+    expected = tiny.update(calm)
     assert all(row[key] == expected[key] for key in ("step", "loss", "grad_norm", "lr"))
     assert all(w.equal(state_tensors(calm.model)[name]) for name, w in state_tensors(trainer.model).items())
     assert trainer.step == 1
@@ -144,7 +145,7 @@ def test_the_scale_changes_no_result_but_by_rounding():
     for scale in (2.0**10, 2.0**14):
         trainer = half_trainer()
         trainer.loss_scale.scale = scale
-        rows.append([trainer.update() for _ in range(3)])
+        rows.append([tiny.update(trainer) for _ in range(3)])
     for mine, other in zip(*rows):
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-3)
         assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-2)
@@ -161,10 +162,10 @@ def test_gradients_that_overflow_without_a_scale_stop_the_run():
             return grads[0] * math.inf
 
     trainer = half_trainer()
-    good = trainer.loss_sum
-    trainer.loss_sum = lambda batch: Steep.apply(good(batch))  # type: ignore[return-value]
+    good = tiny.loss_sum_of(trainer)
+    tiny.compute_by(trainer, lambda batch: Steep.apply(good(batch)))  # type: ignore[return-value]
     with pytest.raises(UserError, match=r"the gradient norm (nan|inf)"):
-        trainer.update()
+        tiny.update(trainer)
     assert trainer.loss_scale.scale == loss_scale.LEAST_SCALE
 
 
@@ -175,7 +176,7 @@ def together(overflowing: bool) -> dict[str, Any]:
     """Two processes; in the second update the last one's gradients overflow, once."""
     with open_mesh("cpu") as mesh:
         trainer = half_trainer(mesh)
-        good, left = trainer.loss_sum, [1 if overflowing and mesh.rank == mesh.world_size - 1 else 0]
+        good, left = tiny.loss_sum_of(trainer), [1 if overflowing and mesh.rank == mesh.world_size - 1 else 0]
 
         def loss_sum(batch: Batch) -> Tensor:
             loss = good(batch)
@@ -184,11 +185,11 @@ def together(overflowing: bool) -> dict[str, Any]:
                 loss.register_hook(lambda gradient: gradient * math.inf)
             return loss
 
-        trainer.loss_sum = loss_sum
+        tiny.compute_by(trainer, loss_sum)
         if not overflowing:
             trainer.loss_scale.scale /= 2  # what the others come to
         for _ in range(3):
-            trainer.update()
+            tiny.update(trainer)
         weights = {name: w.clone() for name, w in state_tensors(trainer.model).items()}
         return {"scale": trainer.loss_scale.scale, "weights": weights}
 

@@ -20,10 +20,10 @@ from regpt.model.config import ModelConfig
 from regpt.model.weights import state_tensors
 from regpt.parallel.mesh import Mesh, open_mesh
 from regpt.runs.pretrain import pretrain, resume
-from regpt.train import loss as training_loss
+from regpt.train.backend import make_loss_sum
 from regpt.train.config import TrainConfig
-from regpt.train.loss import make_loss_sum
 from regpt.train.micro_batch import MicroBatch, fewer
+from regpt.train.objective import NextToken
 from regpt.train.trainer import Trainer
 
 ERRORS = [
@@ -66,7 +66,7 @@ def trainer_with(rows: int, mesh: Mesh = tiny.ALONE) -> Trainer:
 
 def three_updates(trainer: Trainer) -> dict[str, Tensor]:
     """Losses, norms and weights."""
-    rows = [trainer.update() for _ in range(3)]
+    rows = [tiny.update(trainer) for _ in range(3)]
     numbers = {key: torch.tensor([row[key] for row in rows]) for key in ("loss", "grad_norm")}
     return numbers | {name: w.clone() for name, w in state_tensors(trainer.model).items()}
 
@@ -78,7 +78,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: str(error)[:20])
 def test_the_step_is_repeated_with_half_the_rows_and_nothing_of_the_failure_remains(error: Exception):
     trainer = trainer_with(4)
-    trainer.loss_sum = Limit(trainer.model, rows=2, failing=1, error=error)  # one micro-batch has left its gradients
+    tiny.compute_by(trainer, Limit(trainer.model, rows=2, failing=1, error=error))  # one micro-batch has left gradients
     told: list[int] = []
     trainer.micro_batch.on_fewer = told.append
     assert same(three_updates(trainer), three_updates(trainer_with(2)))
@@ -88,7 +88,7 @@ def test_the_step_is_repeated_with_half_the_rows_and_nothing_of_the_failure_rema
 @pytest.mark.parametrize("backward", [False, True])
 def test_rows_are_halved_until_they_fit(backward: bool):
     trainer = trainer_with(8)
-    trainer.loss_sum = Limit(trainer.model, rows=1, backward=backward)
+    tiny.compute_by(trainer, Limit(trainer.model, rows=1, backward=backward))
     told: list[int] = []
     trainer.micro_batch.on_fewer = told.append
     assert same(three_updates(trainer), three_updates(trainer_with(1)))
@@ -97,13 +97,13 @@ def test_rows_are_halved_until_they_fit(backward: bool):
 
 def test_one_row_that_does_not_fit_is_one_sentence():
     trainer = trainer_with(4)
-    trainer.loss_sum = Limit(trainer.model, rows=0)
+    tiny.compute_by(trainer, Limit(trainer.model, rows=0))
     before = {name: w.clone() for name, w in state_tensors(trainer.model).items()}
     with pytest.raises(
         UserError,
         match=r"^out of memory with train\.micro_batch_rows = 1, .*; try --train\.activation-checkpointing true and",
     ):
-        trainer.update()
+        tiny.update(trainer)
     assert same(before, state_tensors(trainer.model))
 
 
@@ -139,7 +139,7 @@ def test_out_of_memory_in_the_update_itself_names_the_rows_to_try():
 
     trainer.optimizer.step = exhausted  # type: ignore[method-assign]
     with pytest.raises(UserError, match=r"^out of memory with .*rows = 4; try --train\.micro-batch-rows 2, which"):
-        trainer.update()
+        tiny.update(trainer)
 
 
 def test_another_error_is_passed_on_as_it_is():
@@ -147,17 +147,17 @@ def test_another_error_is_passed_on_as_it_is():
         raise RuntimeError("shapes differ")
 
     trainer = trainer_with(4)
-    trainer.loss_sum = broken
+    tiny.compute_by(trainer, broken)
     with pytest.raises(RuntimeError, match="shapes differ"):
-        trainer.update()
+        tiny.update(trainer)
 
 
 def test_gradients_keep_their_memory():
     trainer = trainer_with(4)
-    places = [p.grad.data_ptr() for p in trainer.parameters if p.grad is not None]
+    places = [p.grad.data_ptr() for p in trainer.backend.parameters if p.grad is not None]
     three_updates(trainer)
-    assert places == [p.grad.data_ptr() for p in trainer.parameters if p.grad is not None]
-    assert len(places) == len(trainer.parameters)
+    assert places == [p.grad.data_ptr() for p in trainer.backend.parameters if p.grad is not None]
+    assert len(places) == len(trainer.backend.parameters)
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def shared_updates(rows: int, limit_of_the_last: int, device: str = "cpu") -> di
     with open_mesh(device) as mesh:
         trainer = trainer_with(rows, mesh)
         if mesh.rank == mesh.world_size - 1:
-            trainer.loss_sum = Limit(trainer.model, rows=limit_of_the_last, failing=1)
+            tiny.compute_by(trainer, Limit(trainer.model, rows=limit_of_the_last, failing=1))
         found = three_updates(trainer)
         return {name: x.cpu() for name, x in found.items()} | {"rows": torch.tensor(trainer.micro_batch.rows)}
 
@@ -195,14 +195,14 @@ def test_when_one_gpu_fails_all_repeat_the_step():
 
 
 def limit_the_device(monkeypatch: pytest.MonkeyPatch, rows: int, *, training_only: bool) -> None:
-    real = training_loss.summed_loss
+    real = NextToken.loss_sum
 
-    def limited(model, idx, targets, **options):
-        if len(idx) > rows and (torch.is_grad_enabled() or not training_only):
+    def limited(objective: NextToken, batch: Batch):
+        if len(batch.idx) > rows and (torch.is_grad_enabled() or not training_only):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(model, idx, targets, **options)
+        return real(objective, batch)
 
-    monkeypatch.setattr(training_loss, "summed_loss", limited)
+    monkeypatch.setattr(NextToken, "loss_sum", limited)
 
 
 def fewer_rows_events(run: Path) -> list[tuple[int, int]]:
@@ -246,7 +246,7 @@ def test_rows_in_a_state_that_no_longer_fit_the_configuration_are_left_alone():
     trainer.load_state({"micro_batch_rows": 2})
     assert trainer.micro_batch.rows == 2
     assert trainer.state()["micro_batch_rows"] == 2
-    assert math.isfinite(float(str(trainer.update()["loss"])))
+    assert math.isfinite(float(str(tiny.update(trainer)["loss"])))
 
 
 class Many:
@@ -270,7 +270,7 @@ def test_a_gpu_that_is_really_full_is_survived():
         model = tiny.build_model(dtype=torch.float32, config=config).to(device)
         trainer = tiny.build_trainer(model, Many(), mesh=mesh, train=TrainConfig(precision="fp32"))
         trainer.micro_batch.rows = rows
-        found = [float(str(trainer.update()["loss"])) for _ in range(3)]
+        found = [float(str(tiny.update(trainer)["loss"])) for _ in range(3)]
         return trainer.micro_batch.rows, found
 
     torch.cuda.empty_cache()

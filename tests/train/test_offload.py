@@ -37,7 +37,7 @@ def test_updates_are_bitwise_those_of_the_ordinary_optimizer(dtype: torch.dtype)
     ours, theirs = trainer_with(OFFLOAD, dtype), trainer_with(RESIDENT, dtype)
     assert isinstance(ours.optimizer, OffloadedAdamW)
     for _ in range(5):
-        rows = ours.update(), theirs.update()
+        rows = tiny.update(ours), tiny.update(theirs)
         assert rows[0]["loss"] == rows[1]["loss"]
     found, expected = everything(ours), everything(theirs)
     assert found.keys() == expected.keys()
@@ -52,8 +52,8 @@ def test_pieces_of_any_size_give_the_same(monkeypatch, piece: int, arena: int):
     monkeypatch.setattr(offload, "ARENA_ELEMENTS", arena)
     ours, theirs = trainer_with(OFFLOAD), trainer_with(RESIDENT)
     for _ in range(4):
-        ours.update()
-        theirs.update()
+        tiny.update(ours)
+        tiny.update(theirs)
     assert len(ours.optimizer.pieces) > 2  # type: ignore[attr-defined]
     # A gradient that is only rounding, as that of the key bias, AdamW makes as large as any.
     assert tiny.largest_error(state_tensors(ours.model), state_tensors(theirs.model)) < 1e-9
@@ -86,7 +86,7 @@ def test_moments_are_views_of_few_host_tensors():
     moments = [state["exp_avg"] for state in trainer.optimizer.state.values()]
     assert {moment.device.type for moment in moments} == {"cpu"}
     assert len({moment.untyped_storage().data_ptr() for moment in moments}) == 2  # that decay, that do not
-    assert len(moments) == len(trainer.parameters)
+    assert len(moments) == len(trainer.backend.parameters)
 
 
 @pytest.mark.parametrize("first", [OFFLOAD, RESIDENT])
@@ -94,7 +94,7 @@ def test_state_that_one_saved_the_other_goes_on_with(first):
     straight = trainer_with(RESIDENT)
     begun, gone_on = trainer_with(first), trainer_with(RESIDENT if first is OFFLOAD else OFFLOAD)
     for _ in range(2):
-        begun.update()
+        tiny.update(begun)
     tensors = {name: tensor.clone() for name, tensor in everything(begun).items()}
     with torch.no_grad():
         for mine, other in zip(gone_on.model.parameters(), begun.model.parameters()):
@@ -102,9 +102,9 @@ def test_state_that_one_saved_the_other_goes_on_with(first):
     load_optimizer(gone_on.model, gone_on.optimizer, tensors, step=2)
     gone_on.step = 2
     for _ in range(4):
-        straight.update()
+        tiny.update(straight)
     for _ in range(2):
-        gone_on.update()
+        tiny.update(gone_on)
     expected = everything(straight)
     assert all(tensor.equal(expected[name]) for name, tensor in everything(gone_on).items())
 
@@ -136,7 +136,7 @@ def test_on_a_gpu_updates_are_bitwise_the_same_and_the_moments_are_not_there(mon
         trainer = tiny.build_trainer(model, tiny.Rows(), mesh=mesh, optim=optim, train=TrainConfig(precision="fp32"))
         gradients = torch.Generator(device).manual_seed(0)
         for step in range(20):  # gradients of our own: those of a GPU's products may differ from run to run
-            for p in trainer.parameters:
+            for p in trainer.backend.parameters:
                 p.grad = torch.randn(p.shape, device=device, generator=gradients)
             for group in trainer.optimizer.param_groups:
                 group["lr"] = 1e-3 / (step + 1)

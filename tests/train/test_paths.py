@@ -41,14 +41,14 @@ def test_the_loss_follows_whoever_writes_the_weights(path: str):
 
     def fresh() -> Tensor:
         trainer.gradients()
-        loss = trainer.loss_sum(Batch(*tiny.Rows().rows(0)))
+        loss = tiny.loss_sum_of(trainer)(Batch(*tiny.Rows().rows(0)))
         other = Transformer(model.config, pad_vocab=True).double()
         expected = loss_path("plain", load_weights(other, state_tensors(model)))(Batch(*tiny.Rows().rows(0)))
         torch.testing.assert_close(loss, expected, rtol=CLOSE, atol=0, equal_nan=True)
         return loss.detach()
 
     losses = [fresh()]
-    trainer.update()
+    tiny.update(trainer)
     losses.append(fresh())
     with average.applied():
         losses.append(fresh())
@@ -94,9 +94,9 @@ def test_a_step_that_runs_out_of_memory_is_made_in_smaller_parts(path: str):
 def test_a_scale_that_lets_gradients_overflow_is_made_smaller_and_changes_no_gradient(path: str):
     trainer = trainer_of(path, lambda loss_sum: lambda batch: Overflowing.apply(loss_sum(batch)), precision="fp16")
     expected = trainer_of(path)
-    row = trainer.update()
+    row = tiny.update(trainer)
     assert trainer.loss_scale.scale < 2**16
-    other = expected.update()
+    other = tiny.update(expected)
     assert (row["loss"], row["grad_norm"]) == pytest.approx((other["loss"], other["grad_norm"]), rel=CLOSE)
 
 
@@ -116,6 +116,6 @@ def test_the_watchdog_sees_the_same_waits(path: str):
     trainer, plain = trainer_of(path), trainer_of("plain")
     for one in (trainer, plain):
         object.__setattr__(one, "mesh", tiny.replace(one.mesh, pulse=type(one.mesh.pulse)()))
-        one.update()
+        tiny.update(one)
     assert trainer.mesh.pulse.note() | {"time": 0} == plain.mesh.pulse.note() | {"time": 0}
     assert trainer.mesh.pulse.waits > 0

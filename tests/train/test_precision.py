@@ -47,10 +47,10 @@ def test_bfloat16_rounds_products_and_nothing_that_is_kept():
     )
     found = tiny.step_gradients(trainer)
     exact = tiny.step_gradients(tiny.build_trainer(tiny.build_model(), tiny.Rows()))
-    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    assert {tensor.dtype for name, tensor in found.items() if name not in ("loss", "norm")} == {torch.float32}
     error = tiny.largest_error({name: tensor.double() for name, tensor in found.items()}, exact)
     assert 1e-4 < error < 0.1  # bfloat16 has eight bits; a loss that was rounded to it would be off by 1e-3 and more
     assert found["loss"].item() == pytest.approx(exact["loss"].item(), rel=1e-3)
-    trainer.update()
+    tiny.update(trainer)
     assert {w.dtype for w in state_tensors(trainer.model).values()} == {torch.float32}
     assert {state["exp_avg"].dtype for state in trainer.optimizer.state.values()} == {torch.float32}

@@ -114,21 +114,21 @@ def trainer_to_choose_for(*, updates: int = 0, mesh: Mesh = tiny.ALONE) -> Train
     loader = tiny.Rows(micro_batch_rows=1, dp_rank=mesh.rank, dp_size=mesh.world_size)
     trainer = tiny.build_trainer(tiny.build_model(), loader, mesh=mesh, train=AUTO)
     for _ in range(updates):
-        trainer.update()
+        tiny.update(trainer)
     return trainer
 
 
 def everything(trainer: Trainer) -> list[Tensor]:
     """Weights, moments, counters, gradients, random state."""
-    moments = [x for p in trainer.parameters for x in trainer.optimizer.state[p].values()]
-    gradients = [p.grad for p in trainer.parameters if p.grad is not None]
+    moments = [x for p in trainer.backend.parameters for x in trainer.optimizer.state[p].values()]
+    gradients = [p.grad for p in trainer.backend.parameters if p.grad is not None]
     return [x.clone() for x in (*trainer.model.parameters(), *moments, *gradients, torch.get_rng_state())]
 
 
 def test_trying_leaves_no_trace():
     trainer, untouched = trainer_to_choose_for(updates=2), trainer_to_choose_for(updates=2)
     for t in (trainer, untouched):
-        t.clear_gradients()
+        t.backend.clear_gradients()
     before = everything(trainer)
     choice = choose_rows(trainer)
     assert choice.rows in row_choices(tiny.N_ROWS)
@@ -136,7 +136,7 @@ def test_trying_leaves_no_trace():
     assert all(a.equal(b) for a, b in zip(before, everything(trainer)))
     trainer.micro_batch.rows = untouched.micro_batch.rows = choice.rows
     for _ in range(2):
-        numbers = [[t.update()[key] for key in ("loss", "grad_norm")] for t in (trainer, untouched)]
+        numbers = [[tiny.update(t)[key] for key in ("loss", "grad_norm")] for t in (trainer, untouched)]
         assert numbers[0] == numbers[1]
     assert all(a.equal(b) for a, b in zip(everything(trainer), everything(untouched)))
 
@@ -155,18 +155,17 @@ class Room:
         if len(batch.idx) > self.rows:
             raise torch.OutOfMemoryError("CUDA out of memory")
         self.peak = 100 + 10 * len(batch.idx)
-        return self.plain(batch)
+        return self.plain(batch)[0]
 
 
 @pytest.mark.parametrize(("rows", "limit", "chosen"), [(4, 10**6, 4), (8, 10**6, 8), (8, 130, 2), (0, 10**6, 0)])
 def test_on_a_gpu_peaks_are_measured_and_failures_caught(monkeypatch, rows, limit, chosen):
     trainer = trainer_to_choose_for()
-    trainer.loss_sum = Room(trainer, monkeypatch, rows)
+    room = Room(trainer, monkeypatch, rows)
+    tiny.compute_by(trainer, room)
     prober = Prober(trainer)
     assert largest(row_choices(8), prober.on_gpu, Capacity(100, limit), 2) == chosen
-    assert {found.rows for found in prober.done if found.bytes is None} == {
-        n for n in trainer.loss_sum.tried if n > rows
-    }
+    assert {found.rows for found in prober.done if found.bytes is None} == {n for n in room.tried if n > rows}
 
 
 def test_a_mistake_that_is_no_lack_of_memory_is_passed_on():
@@ -174,7 +173,7 @@ def test_a_mistake_that_is_no_lack_of_memory_is_passed_on():
         raise RuntimeError("shapes differ")
 
     prober = Prober(trainer_to_choose_for())
-    prober.plain = prober.trainer.loss_sum = broken
+    prober.plain = prober.trainer.backend.loss_sum = broken
     for attempt in (prober.on_gpu, prober.on_cpu):
         with pytest.raises(RuntimeError, match="shapes differ"):
             attempt(1)
@@ -184,7 +183,7 @@ def test_one_row_that_does_not_fit_is_one_sentence(monkeypatch):
     def exhausted(*arguments: Any, **options: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("regpt.train.loss.summed_loss", exhausted)
+    monkeypatch.setattr("regpt.train.objective.NextToken.loss_sum", exhausted)
     with pytest.raises(UserError, match=r"^out of memory with one row at a time, tried for .*'auto'; try --train"):
         choose_rows(trainer_to_choose_for())
 

@@ -15,8 +15,8 @@ from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import state_tensors
 from regpt.runs.pretrain import pretrain
+from regpt.train.backend import make_loss_sum
 from regpt.train.capacity import SavedTensors
-from regpt.train.loss import make_loss_sum
 from regpt.train.recompute import recompute_blocks
 from regpt.train.trainer import Trainer
 
@@ -36,7 +36,7 @@ def test_losses_gradients_and_updates_are_bitwise_the_same():
         ours, theirs = (tiny.step_gradients(trainer) for trainer in (again, plain))
         assert ours.keys() == theirs.keys()
         assert all(tensor.equal(theirs[name]) for name, tensor in ours.items())
-        assert again.update()["loss"] == plain.update()["loss"]
+        assert tiny.update(again)["loss"] == tiny.update(plain)["loss"]
     weights = state_tensors(plain.model)
     assert all(w.equal(weights[name]) for name, w in state_tensors(again.model).items())
 
@@ -44,7 +44,7 @@ def test_losses_gradients_and_updates_are_bitwise_the_same():
 def saved_bytes(trainer: Trainer) -> int:
     saved = SavedTensors(list(trainer.model.parameters()))
     with saved:
-        loss = trainer.loss_sum(trainer.loader.step(0)[0])
+        loss = tiny.loss_sum_of(trainer)(trainer.loader.step(0)[0])
     loss.backward()
     return saved.bytes
 
@@ -66,7 +66,7 @@ def test_each_block_is_computed_twice_and_not_for_validation():
     assert len(calls) == 2 * 2 * DEEP.n_layer  # of two micro-batches
     calls.clear()
     with torch.no_grad():
-        again.loss_sum(again.loader.step(0)[0])
+        tiny.loss_sum_of(again)(again.loader.step(0)[0])
     assert len(calls) == DEEP.n_layer
 
 
@@ -90,7 +90,7 @@ def test_compiled_it_is_one_graph_with_the_same_results():
     counters.clear()
     _, again = trainers(compile=True)
     assert tiny.largest_error(tiny.step_gradients(again), tiny.step_gradients(trainers()[0])) < 1e-12
-    again.update()
+    tiny.update(again)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
 

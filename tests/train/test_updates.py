@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import tiny
 from regpt.parallel.mesh import Mesh, open_mesh
 from regpt.train.updates import UpdateRatios, kind
 from tiny import ALONE, CPU, Rows, build_model, build_trainer, in_processes
@@ -48,7 +49,7 @@ def test_only_due_steps_are_measured():
     ratios = UpdateRatios(trainer.model, trainer.optimizer, ALONE, lambda: (trainer.step + 1) % 2 == 0)
     taken = []
     for _ in range(4):
-        trainer.update()
+        tiny.update(trainer)
         taken.append(ratios.take() is not None)
     assert taken == [False, True, False, True]
     assert ratios.before is None
@@ -61,7 +62,7 @@ def test_measuring_changes_nothing():
         if measured:
             UpdateRatios(trainer.model, trainer.optimizer, ALONE, lambda: True)
         for _ in range(3):
-            trainer.update()
+            tiny.update(trainer)
         trained.append(dict(trainer.model.named_parameters()))
     for name, p in trained[0].items():
         assert torch.equal(p, trained[1][name]), name

@@ -23,8 +23,8 @@ from regpt.parallel.mesh import choose_device
 from regpt.sample.generate import stream_sample, write_samples
 from regpt.sample.sampling import SamplingOptions
 from regpt.text.tokenizer import Tokenizer
+from regpt.train.backend import make_loss_sum
 from regpt.train.config import InferencePrecision
-from regpt.train.loss import make_loss_sum
 from regpt.train.precision import autocast, check_inference_precision, matmul_precision, parameter_dtype
 
 if TYPE_CHECKING:

@@ -67,12 +67,27 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, n_voca
     Returns:
         Scalar, float32 (float64 for float64 inputs).
     """
-    logits = F.linear(hidden, weight)  # (N, V)
+    logits = padded_logits(hidden, weight, n_vocab)  # (N, V)
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def squared_log_partition(hidden: Tensor, weight: Tensor, targets: Tensor, n_vocab: int) -> Tensor:
+    """Sum over the valid targets of (log Σ exp(hidden · weightᵀ))²: the z-loss; arguments as of `linear_cross_entropy`.
+
+    Computes the logits again; torch.compile merges the two products into one.
+    """
+    log_z = padded_logits(hidden, weight, n_vocab).logsumexp(dim=1)  # (N,)
+    return log_z.square().masked_fill(targets == IGNORE_INDEX, 0).sum()
+
+
+def padded_logits(hidden: Tensor, weight: Tensor, n_vocab: int) -> Tensor:
+    """hidden · weightᵀ (N, V) in float32 (float64 for float64 inputs), -inf in the columns of padding."""
+    logits = F.linear(hidden, weight)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if weight.size(0) > n_vocab:
         padding = torch.arange(weight.size(0), device=logits.device) >= n_vocab  # (V,)
         logits = logits.masked_fill(padding, float("-inf"))
-    return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    return logits
 
 
 @dataclass(frozen=True)

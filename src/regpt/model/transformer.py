@@ -115,6 +115,10 @@ class Transformer(nn.Module):
     padded_names = frozenset({"wte.weight"})  # parameters whose rows are padded
     token_embedding, position_embedding = "wte.weight", "wpe.weight"  # names of parameters, each (rows, C)
 
+    def default_groups(self) -> list[dict[str, Any]]:
+        """Optimizer groups by name: weight decay for products and embeddings, not for biases and LayerNorms."""
+        return [{"pattern": p, "weight_decay": 0.0} for p in ("*.bias", "*ln_?.weight")] + [{"pattern": "*"}]
+
     @property
     def head_weight(self) -> Tensor:
         """(V, C), V padded: the output projection, tied to the token embedding (Press & Wolf 2017)."""

@@ -7,7 +7,7 @@ What would differ between a run and the same run resumed, and what fixes it:
 - the gradient of an embedding adds with atomics: torch sorts the indices first then, compiled code falls back to that;
 - cuBLAS divides a product by the memory it finds: a fixed workspace, from the environment (`parallel.mesh`);
 - Inductor times several tilings of a reduction and keeps the fastest, which another day may be another one:
-  `deterministic` among its options (`train.loss`), so that nothing depends on its cache either;
+  `deterministic` among its options (`train.backend`), so that nothing depends on its cache either;
 - NCCL chooses among algorithms that add in different orders: the ring alone, from the environment (`parallel.mesh`);
 - gradients are summed in buckets that depend on the parameters only (`parallel.reduce`); threads of a CPU divide sums:
   their number is part of a checkpoint (`train.trainer`).

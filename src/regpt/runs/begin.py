@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from regpt.checkpoint.fetch import fetch_model, split_address
@@ -30,7 +29,6 @@ from regpt.evals.config import EvalConfig
 from regpt.evals.specs import Spec
 from regpt.files import exists, file_sha256, is_file
 from regpt.files import resolved as whole_path
-from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize, load_weights, state_tensors
 from regpt.parallel.mesh import Mesh, open_mesh
 from regpt.remote.store import is_address
@@ -45,30 +43,45 @@ from regpt.train.trainer import Row, Trainer
 SAME_NUMBERS = ("torch", "device", "world_size")  # under others, deterministic sums too have another order
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What a run is made of, before it is known where it begins; the weights are not yet set."""
-
-    config: RunConfig
-    mesh: Mesh
-    corpus: Corpus
-    model: Transformer
-    optimizer: torch.optim.Optimizer
-
-
 def run_mesh(config: RunConfig) -> AbstractContextManager[Mesh]:
     """The processes of a run, as its `[train]` section wants them."""
     train = config.train
     return open_mesh(train.device, deterministic=train.deterministic, hang_seconds=train.hang_seconds)
 
 
-def open_parts(config: RunConfig, mesh: Mesh) -> Parts:
-    with mesh.pulse.working("opening its data"):
-        corpus = open_corpus(config)
-    config = config.with_vocab_size(corpus.vocab_size)
-    config = replace(config, data=resolved(config.data, corpus), eval=with_whole_paths(config.eval))
-    model = build_model(config, mesh.device)
-    return Parts(config, mesh, corpus, model, make_optimizer(model, config.optim, mesh.device))
+class Run:
+    """A training run: what it is made of, by its configuration, and where it begins.
+
+    Attributes:
+        loader, trainer, average, chosen: from `begin` on; `chosen` is what was chosen for this device, for env.json.
+    """
+
+    loader: Loader
+    trainer: Trainer
+    average: Average | None
+    chosen: dict[str, Any]
+
+    def __init__(self, config: RunConfig, mesh: Mesh):
+        """Open the data, build the model (its weights are not yet set) and the optimizer."""
+        with mesh.pulse.working("opening its data"):
+            self.corpus = open_corpus(config)
+        config = config.with_vocab_size(self.corpus.vocab_size)
+        data = resolved(config.data, self.corpus)
+        self.config, self.mesh = replace(config, data=data, eval=with_whole_paths(config.eval)), mesh
+        self.model = build_model(self.config, mesh.device)
+        self.optimizer = make_optimizer(self.model, config.optim, mesh.device)
+
+    def begin(self, start: "Start", stack: ExitStack) -> None:
+        """Build the loader and the trainer at `start`; batches are made in the background until `stack` ends."""
+        mesh = self.mesh
+        self.loader = build_loader(self.config, self.corpus, mesh, start.first_row)
+        batches = stack.enter_context(Prefetcher(self.loader, steps=self.config.train.steps))
+        self.trainer = build_trainer(self.config, mesh, self.model, self.optimizer, batches, step=start.step)
+        self.trainer.load_state(start.trainer)
+        self.config, self.chosen = with_chosen_rows(self.config, self.trainer)
+        if start.random is not None:
+            restore_generators(start.random, mesh.device)
+        self.average = make_average(self.trainer, start)
 
 
 def resolved(data: DataConfig, corpus: Corpus) -> DataConfig:
@@ -117,13 +130,13 @@ class Start:
     save: bool = False
 
 
-def start_new(parts: Parts, init_from: str | None) -> Start:
+def start_new(run: Run, init_from: str | None) -> Start:
     """Random weights from `train.seed`, or those of another model of the same shape."""
-    model, config = parts.model, parts.config
+    model, config = run.model, run.config
     if init_from is None:
         initialize(model, config.train.seed)
         return Start()
-    source = open_model(on_this_machine(init_from, parts.mesh)).model
+    source = open_model(on_this_machine(init_from, run.mesh)).model
     shape = replace(source.config, dropout=config.model.dropout)  # which is no part of it
     if shape != config.model:
         ours, theirs = asdict(config.model), asdict(shape)
@@ -135,17 +148,17 @@ def start_new(parts: Parts, init_from: str | None) -> Start:
     return Start()
 
 
-def start_at(parts: Parts, checkpoint: Checkpoint, event: Row, found: Changes | None = None) -> Start:
+def start_at(run: Run, checkpoint: Checkpoint, event: Row, found: Changes | None = None) -> Start:
     """Weights, moments and all the rest of `checkpoint`; `found` has changed since."""
-    state, mesh = checkpoint.state, parts.mesh
+    state, mesh = checkpoint.state, run.mesh
     with mesh.pulse.working("loading a checkpoint"):
-        load_weights(parts.model, checkpoint.weights())
-        load_optimizer(parts.model, parts.optimizer, checkpoint.optimizer(), state.step)
-    said = [describe(found, state, parts.config) if found else "", not_bitwise(parts, state, found or {})]
+        load_weights(run.model, checkpoint.weights())
+        load_optimizer(run.model, run.optimizer, checkpoint.optimizer(), state.step)
+    said = [describe(found, state, run.config) if found else "", not_bitwise(run, state, found or {})]
     average = checkpoint.average()
     return Start(
         step=state.step,
-        first_row=first_row(state.data, state.step, parts.config, parts.corpus.manifest_sha256),
+        first_row=first_row(state.data, state.step, run.config, run.corpus.manifest_sha256),
         trainer={key: value for key, value in state.trainer.items() if f"train.{key}" not in (found or {})},
         random=state.random[mesh.rank] if len(state.random) == mesh.world_size else None,
         average=None if average is None else (average, state.average_updates),
@@ -154,12 +167,12 @@ def start_at(parts: Parts, checkpoint: Checkpoint, event: Row, found: Changes | 
     )
 
 
-def not_bitwise(parts: Parts, state: RunState, found: Changes) -> str:
+def not_bitwise(run: Run, state: RunState, found: Changes) -> str:
     """Why a deterministic run does not go on bitwise as it would have; empty when it does."""
-    before, now = (facts | {"device": kind_of(facts)} for facts in (state.made_with, made_with(parts.mesh)))
+    before, now = (facts | {"device": kind_of(facts)} for facts in (state.made_with, made_with(run.mesh)))
     others = [f"{key} {before.get(key)} → {now[key]}" for key in SAME_NUMBERS if before.get(key) != now[key]]
     others += [listed({key: found[key]}) for key in ROUNDING_KEYS if key in found]
-    if not parts.config.train.deterministic or not others:
+    if not run.config.train.deterministic or not others:
         return ""
     return f"not bitwise the run that was stopped, in spite of train.deterministic: {', '.join(others)}"
 
@@ -169,18 +182,19 @@ def kind_of(facts: Mapping[str, Any]) -> str:
     return str(facts.get("device", "")).partition(" with ")[0]
 
 
-def start_again(parts: Parts, run: Path, env: Mapping[str, Any], event: Row) -> Start:
+def start_again(run: Run, folder: Path, env: Mapping[str, Any], event: Row) -> Start:
     """Where the run began that ended before its first checkpoint; `env` is its env.json."""
     parent = env.get("parent")
     if parent is None:
-        return replace(start_new(parts, env.get("init_from")), event=event)
-    source = Path(on_this_machine(parent["checkpoint"], parts.mesh, optimizer=True))
+        return replace(start_new(run, env.get("init_from")), event=event)
+    source = Path(on_this_machine(parent["checkpoint"], run.mesh, optimizer=True))
     checkpoint = load_checkpoint(source)
     if file_sha256(source / MANIFEST) != parent["manifest_sha256"]:
         raise UserError(
-            f"{parent['checkpoint']} is no longer the checkpoint that {run} began with; fork again into another --out"
+            f"{parent['checkpoint']} is no longer the checkpoint that {folder} began with; fork again into another "
+            "--out"
         )
-    return replace(start_at(parts, checkpoint, event), save=True)
+    return replace(start_at(run, checkpoint, event), save=True)
 
 
 def choose_checkpoint(run: Path, mesh: Mesh) -> tuple[Checkpoint, list[str]]:
@@ -229,32 +243,6 @@ def refuse_changed_data(checkpoint: Checkpoint, corpus: Corpus) -> None:
             f"the shards in {corpus.facts()['path']} are not those that {checkpoint.folder} was trained on (another "
             "manifest.json); restore them, or start a new run with --fork-from"
         )
-
-
-@dataclass(frozen=True)
-class Machine:
-    """A run that is ready: all it needs to train."""
-
-    config: RunConfig
-    corpus: Corpus
-    loader: Loader
-    trainer: Trainer
-    average: Average | None
-    chosen: dict[str, Any]
-    """What was chosen for this device, for env.json."""
-
-
-def assemble(stack: ExitStack, parts: Parts, start: Start) -> Machine:
-    """The trainer at `start`, whose batches are made until `stack` ends."""
-    mesh = parts.mesh
-    loader = build_loader(parts.config, parts.corpus, mesh, start.first_row)
-    batches = stack.enter_context(Prefetcher(loader, steps=parts.config.train.steps))
-    trainer = build_trainer(parts.config, mesh, parts.model, parts.optimizer, batches, step=start.step)
-    trainer.load_state(start.trainer)
-    config, chosen = with_chosen_rows(parts.config, trainer)
-    if start.random is not None:
-        restore_generators(start.random, mesh.device)
-    return Machine(config, parts.corpus, loader, trainer, make_average(trainer, start), chosen)
 
 
 def make_average(trainer: Trainer, start: Start) -> Average | None:

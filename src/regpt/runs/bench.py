@@ -39,7 +39,7 @@ from regpt.train.peak import PRODUCT_SIZE, device_figures, matmul_flops, synchro
 from regpt.train.trainer import Trainer
 
 Progress = Callable[[str], None]
-AdamW = torch.optim.AdamW
+Optimizer = torch.optim.Optimizer
 INVENTED = "invented tokens"
 GPU_PRODUCT = 8192  # large enough for a data centre's GPU to show its best
 PRODUCT_SECONDS = 0.5  # long enough for it to slow down to what its power supply allows
@@ -95,7 +95,7 @@ def opened_trainer(
     mesh: Mesh,
     corpus: Corpus,
     ops: Ops = PLAIN,
-    adamw: Callable[[AdamW], AdamW] = lambda optimizer: optimizer,
+    adamw: Callable[[Optimizer], Optimizer] = lambda optimizer: optimizer,
 ) -> Iterator[Trainer]:
     """A trainer as `regpt train` builds it, with other operations or another form of its optimizer where given."""
     model = initialize(build_model(config, mesh.device, ops), config.train.seed)

@@ -27,7 +27,8 @@ from regpt.model.weights import allocate, without_memory
 from regpt.parallel.mesh import Mesh
 from regpt.runs.validation import Part, folder_parts, mixture_parts
 from regpt.text.tokenizer import Tokenizer
-from regpt.train.loss import make_loss_sum
+from regpt.train.backend import make_backend
+from regpt.train.objective import NextToken
 from regpt.train.precision import parameter_dtype, set_matmul_precision
 from regpt.train.probe import choose_rows
 from regpt.train.recompute import recompute_blocks
@@ -210,12 +211,11 @@ def build_trainer(
     train = config.train
     if train.activation_checkpointing:
         recompute_blocks(model)
-    kernels = choose_kernels(config, model, mesh.device).name
-    loss_sum = make_loss_sum(
-        model, train.precision, mesh.device, train.compile, kernels, deterministic=train.deterministic
-    )
-    lr_at = make_schedule(config.optim, config.train.steps)
-    return Trainer(model, loss_sum, optimizer, lr_at, batches, mesh, config.train, step=step)
+    objective = NextToken(model, train.z_loss)
+    path = {"compile": train.compile, "kernels": choose_kernels(config, model, mesh.device).name}
+    backend = make_backend(model, objective, mesh, train.precision, **path, deterministic=train.deterministic)
+    schedule = make_schedule(config.optim, train.steps)
+    return Trainer(model, objective, backend, optimizer, schedule, batches, mesh, train, step=step)
 
 
 def with_chosen_rows(config: RunConfig, trainer: Trainer) -> tuple[RunConfig, dict[str, Any]]:
@@ -231,6 +231,10 @@ def with_chosen_rows(config: RunConfig, trainer: Trainer) -> tuple[RunConfig, di
 def choose_kernels(config: RunConfig, model: Transformer, device: torch.device) -> Kernels:
     """The path that computes the loss; raises what `kernels.select.select_kernels` does."""
     train = config.train
+    if train.z_loss and train.kernels == "fused":
+        raise UsageError("train.z_loss needs plain kernels, train.kernels is fused; set --train.kernels plain or auto")
+    if train.z_loss:
+        return Kernels("plain", "train.z_loss needs them")
     again = train.activation_checkpointing
     return select_kernels(
         train.kernels, model, device, train.precision, deterministic=train.deterministic, recompute=again

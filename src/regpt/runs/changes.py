@@ -99,7 +99,7 @@ def describe(found: Changes, state: RunState, config: RunConfig) -> str:
     """A line for the terminal; with the next learning rate, where it is another one than it would have been."""
     step = state.step + 1
     before = validate(state.config, "the checkpoint")  # its configuration was valid when it was stored
-    old, new = (make_schedule(c.optim, c.train.steps)(step) for c in (before, config))
+    old, new = (c.optim.lr * make_schedule(c.optim, c.train.steps)(step) for c in (before, config))
     rate = f"; the learning rate of step {step:,} is {new:.2e} instead of {old:.2e}" if new != old else ""
     return f"changed: {listed(found)}{rate}"
 

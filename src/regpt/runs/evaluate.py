@@ -22,8 +22,8 @@ from regpt.files import is_file, resolved
 from regpt.parallel.mesh import Mesh
 from regpt.runs.remote import on_this_machine
 from regpt.runs.validation import Part, Validated, folder_parts, own_sums, part_batches, result
+from regpt.train.backend import make_loss_sum
 from regpt.train.config import InferencePrecision
-from regpt.train.loss import make_loss_sum
 from regpt.train.precision import autocast, parameter_dtype, set_matmul_precision
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from regpt.data.batch import IGNORE_INDEX, Batch
 from regpt.data.documents import row_pieces
 from regpt.data.loader import Loader
 from regpt.text.tokenizer import Tokenizer
-from regpt.train.loss import valid_targets
 from regpt.train.precision import autocast
 from regpt.train.trainer import Row, Trainer, written
 
@@ -28,7 +28,8 @@ def examine(trainer: Trainer, loader: Loader, tokenizer: Tokenizer) -> Row:
     """
     own = {"rank": trainer.mesh.rank, "finite": own_part_is_finite(trainer), "documents": []}
     own["documents"] = [*document_losses(trainer, loader, tokenizer)]
-    repeats = not all(map(math.isfinite, trainer.measured()))
+    loss, norm, _ = trainer.gradients()
+    repeats = not (math.isfinite(loss) and math.isfinite(norm))
     every = [json.loads(part) for part in trainer.mesh.gather(json.dumps(own).encode())]
     documents = worst_first([document for part in every for document in part["documents"]])
     ranks = [part["rank"] for part in every if not part["finite"]]
@@ -41,11 +42,16 @@ def examine(trainer: Trainer, loader: Loader, tokenizer: Tokenizer) -> Row:
 def own_part_is_finite(trainer: Trainer) -> bool:
     """Whether this process's own loss, gradients and their norm are finite, computed once more, not summed with the
     others'."""
-    valid = valid_targets(trainer.loader.step(trainer.data_step, trainer.micro_batch.rows)) * trainer.mesh.world_size
-    divisor = torch.tensor(max(valid, 1), dtype=trainer.parameters[0].dtype, device=trainer.mesh.device)
+    own = trainer.objective.units(trainer.loader.step(trainer.data_step, trainer.micro_batch.rows))
+    dtype = trainer.backend.parameters[0].dtype
+    divisor = torch.tensor(max(own * trainer.mesh.world_size, 1), dtype=dtype, device=trainer.mesh.device)
     divisor /= trainer.loss_scale.scale
-    total = trainer.micro_batch.attempt(lambda rows: trainer.accumulate(rows, divisor))
-    gradients = [p.grad for p in trainer.parameters if p.grad is not None]
+
+    def own_total(rows: int) -> Tensor:
+        return trainer.backend.forward_backward(trainer.loader.step(trainer.data_step, rows), divisor)[0]
+
+    total = trainer.micro_batch.attempt(own_total)
+    gradients = [p.grad for p in trainer.backend.parameters if p.grad is not None]
     return bool(total.isfinite()) and bool(torch.nn.utils.get_total_norm(gradients).isfinite())
 
 

@@ -1,7 +1,7 @@
 """Pretraining: configuration → objects → `Trainer.fit`."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,21 +21,11 @@ from regpt.parallel.mesh import Mesh
 from regpt.parallel.signals import EXIT_SAVED
 from regpt.remote.mirror import Mirror
 from regpt.remote.store import is_address
-from regpt.runs.actions import (
-    Job,
-    make_actions,
-    say_what_is_left_out,
-    summary,
-    write_epochs,
-    write_row,
-    write_saved_rows,
-)
+from regpt.runs.actions import RunActions, say_what_is_left_out, summary, write_epochs
 from regpt.runs.begin import (
-    Machine,
+    Run,
     Start,
-    assemble,
     choose_checkpoint,
-    open_parts,
     refuse_changed_data,
     run_mesh,
     start_again,
@@ -44,7 +34,7 @@ from regpt.runs.begin import (
 )
 from regpt.runs.build import build_loader, choose_kernels, count_validation_rows, open_corpus
 from regpt.runs.changes import changes, refuse_changes
-from regpt.runs.evaluations import RunEvaluations, open_run_suites
+from regpt.runs.evaluations import open_run_suites
 from regpt.runs.folder import (
     JsonLines,
     create_run,
@@ -59,14 +49,12 @@ from regpt.runs.profile import profiled
 from regpt.runs.remote import NOTE, RemoteRun, bring_up_to_date, by_main, on_this_machine
 from regpt.runs.stop import StopRequest, stop_request
 from regpt.runs.terminal import Terminal
-from regpt.runs.trackers import Tee, check_trackers, open_trackers
+from regpt.runs.trackers import Sink, Tee, check_trackers, open_trackers
 from regpt.sample.generate import check_length, encode_prompt
 from regpt.structured import read_object
 from regpt.tensors import REMEDY
 from regpt.train.peak import device_peak
 from regpt.train.schedule import make_schedule
-from regpt.train.trainer import Every, Row
-from regpt.train.updates import watch_updates
 
 
 def check(config: RunConfig, run: Path | None, processes: int = 1) -> None:
@@ -89,7 +77,7 @@ def check(config: RunConfig, run: Path | None, processes: int = 1) -> None:
 
 def pretrain(
     config: RunConfig,
-    run: Path,
+    folder: Path,
     *,
     init_from: str | None = None,
     argv: Sequence[str] = (),
@@ -100,45 +88,51 @@ def pretrain(
     quiet: bool = False,
     stop: StopRequest = stop_request,
 ) -> int:
-    """Start a run in the new folder `run`; the exit code. `facts` go into env.json, `beside` is as in `create_run`,
-    `profile_steps` as in `runs.profile`. `run` is the staging folder of `remote`, where that is given. `quiet` prints
-    nothing; `stop` decides how signals stop the run."""
+    """Start a run in the new `folder`; the exit code.
+
+    Args:
+        folder: the staging folder of `remote`, where that is given.
+        facts: for env.json.
+        beside, profile_steps: as in `create_run` and `runs.profile`.
+        quiet: print nothing.
+        stop: decides how signals stop the run.
+    """
     init_from = str(resolved(init_from)) if init_from and exists(init_from) else init_from
     with run_mesh(config) as mesh, ExitStack() as stack:
-        parts = open_parts(config, mesh)
-        start = start_new(parts, init_from)
-        machine = assemble(stack, parts, start)
-        mirror = create(stack, machine, run, argv, {"init_from": init_from} | (facts or {}), beside, remote)
-        return fit(machine, run, start, profile_steps, mirror, quiet=quiet, stop=stop)
+        run = Run(config, mesh)
+        start = start_new(run, init_from)
+        run.begin(start, stack)
+        mirror = create(stack, run, folder, argv, {"init_from": init_from} | (facts or {}), beside, remote)
+        return train(run, folder, start, profile_steps, mirror, quiet=quiet, stop=stop)
 
 
 def fork(
     config: RunConfig,
     source: str | Path,
-    run: Path,
+    folder: Path,
     *,
     argv: Sequence[str] = (),
     profile_steps: int = 0,
     remote: RemoteRun | None = None,
 ) -> int:
-    """Start a run in the new folder `run` from the checkpoint `source`, a folder or an address, with the settings
+    """Start a run in the new folder `folder` from the checkpoint `source`, a folder or an address, with the settings
     `config`; the exit code. `remote` is as in `pretrain`."""
     with run_mesh(config) as mesh, ExitStack() as stack:
         checkpoint = load_checkpoint(Path(on_this_machine(str(source), mesh, optimizer=True)))
-        parts = open_parts(config, mesh)
-        found = changes(checkpoint.state.config, parts.config.sections())
+        run = Run(config, mesh)
+        found = changes(checkpoint.state.config, run.config.sections())
         refuse_changes(found, checkpoint.step, force=True)
         digest = file_sha256(checkpoint.folder / MANIFEST)
         place = source if is_address(str(source)) else str(checkpoint.folder.resolve())
         parent = {"checkpoint": place, "step": checkpoint.step, "manifest_sha256": digest, "changed": found}
-        start = replace(start_at(parts, checkpoint, {"name": "fork", "parent": parent}, found), save=True)
-        machine = assemble(stack, parts, start)
-        mirror = create(stack, machine, run, argv, {"parent": parent}, remote=remote)
-        return fit(machine, run, start, profile_steps, mirror)
+        start = replace(start_at(run, checkpoint, {"name": "fork", "parent": parent}, found), save=True)
+        run.begin(start, stack)
+        mirror = create(stack, run, folder, argv, {"parent": parent}, remote=remote)
+        return train(run, folder, start, profile_steps, mirror)
 
 
 def resume(
-    run: Path,
+    folder: Path,
     config: RunConfig | None = None,
     *,
     force: bool = False,
@@ -147,41 +141,41 @@ def resume(
     quiet: bool = False,
     stop: StopRequest = stop_request,
 ) -> int:
-    """Go on with the run in `run` from its newest valid checkpoint; the exit code.
+    """Go on with the run in `folder` from its newest valid checkpoint; the exit code.
 
     Args:
         config: instead of the run's config.toml, which it then replaces.
         force: also with settings that make another run of it.
         remote, quiet, stop: as in `pretrain`.
     """
-    config = config or read_run_config(run)
+    config = config or read_run_config(folder)
     with run_mesh(config) as mesh, ExitStack() as stack:
         if mesh.is_main:
-            stack.enter_context(owned(run))
+            stack.enter_context(owned(folder))
         mesh.wait()  # nobody reads before it is certain that nobody else writes
         mirror = by_main(mesh, lambda: remote.go_on(stack)) if remote else None
-        event: Row = {"name": "resume", **made_with(mesh)}
-        if checkpoints(run):
-            checkpoint, skipped = choose_checkpoint(run, mesh)
+        event: dict[str, object] = {"name": "resume", **made_with(mesh)}
+        if checkpoints(folder):
+            checkpoint, skipped = choose_checkpoint(folder, mesh)
             skipped = [*(remote.skipped if remote else ()), *skipped]
-            parts = open_parts(config, mesh)
-            found = changes(checkpoint.state.config, parts.config.sections())
+            run = Run(config, mesh)
+            found = changes(checkpoint.state.config, run.config.sections())
             refuse_changes(found, checkpoint.step, force)
-            refuse_changed_data(checkpoint, parts.corpus)
-            start = start_at(parts, checkpoint, event | {"changed": found, "skipped": skipped}, found)
+            refuse_changed_data(checkpoint, run.corpus)
+            start = start_at(run, checkpoint, event | {"changed": found, "skipped": skipped}, found)
         else:
-            parts = open_parts(config, mesh)
-            start = start_again(parts, run, read_object(run / "env.json", REMEDY), event)
-        machine = assemble(stack, parts, start)
+            run = Run(config, mesh)
+            start = start_again(run, folder, read_object(folder / "env.json", REMEDY), event)
+        run.begin(start, stack)
         if mesh.is_main:
-            write_run_config(run, machine.config)
-        return fit(machine, run, start, profile_steps, mirror, quiet=quiet, stop=stop)
+            write_run_config(folder, run.config)
+        return train(run, folder, start, profile_steps, mirror, quiet=quiet, stop=stop)
 
 
 def create(
     stack: ExitStack,
-    machine: Machine,
-    run: Path,
+    run: Run,
+    folder: Path,
     argv: Sequence[str],
     facts: dict[str, Any],
     beside: Sequence[str] = (),
@@ -191,25 +185,25 @@ def create(
 
     Returns what copies the folder to `remote`, in the main process.
     """
-    config, mesh, trainer = machine.config, machine.trainer.mesh, machine.trainer
+    config, mesh = run.config, run.mesh
 
     def make() -> Mirror | None:
-        env = describe_environment(mesh, machine.corpus.facts(), count_parameters(trainer.model), argv)
-        env |= {"peak": asdict(device_peak(mesh.device, config.train.precision))} | machine.chosen
-        env |= {"kernels": asdict(choose_kernels(config, trainer.model, mesh.device))}
+        env = describe_environment(mesh, run.corpus.facts(), count_parameters(run.model), argv)
+        env |= {"peak": asdict(device_peak(mesh.device, config.train.precision))} | run.chosen
+        env |= {"kernels": asdict(choose_kernels(config, run.model, mesh.device))}
         if remote is None:
-            refuse_used_folder(run, beside)
-        stack.enter_context(owned(run))
+            refuse_used_folder(folder, beside)
+        stack.enter_context(owned(folder))
         mirror = remote.begin(stack) if remote else None
-        create_run(run, config, env | facts, (*beside, NOTE))
+        create_run(folder, config, env | facts, (*beside, NOTE))
         return mirror
 
     return by_main(mesh, make)
 
 
-def fit(
-    machine: Machine,
-    run: Path,
+def train(
+    run: Run,
+    folder: Path,
     start: Start,
     profile_steps: int = 0,
     mirror: Mirror | None = None,
@@ -221,30 +215,46 @@ def fit(
 
     `mirror` copies the folder elsewhere meanwhile; this returns when it has copied everything.
     """
-    config, mesh = machine.config, machine.trainer.mesh
-    name = mirror.store.url if mirror else str(run)
+    config, mesh, trainer = run.config, run.mesh, run.trainer
+    name = mirror.store.url if mirror else str(folder)
     terminal = Terminal(name, config.train.steps, PlainConsole(), enabled=mesh.is_main and not quiet)
-    saver = Saver(run, config.checkpoint)
-    if mirror is not None:
-        saver.in_use, saver.saved = (lambda folder: folder == mirror.uploading), mirror.notify
-        mirror.intact, mirror.kept, mirror.say = saver.is_intact, saver.kept, terminal.say
-        mirror.start()
-    with stop(config.train.stop_seconds) as stop_requested:
-        finished = train(machine, run, start, profile_steps, terminal, saver, lambda: stop_requested() or lost(mirror))
+    saver = make_saver(folder, config, mirror, terminal)
+    every = {"validate_every": config.eval.every_steps, "sample_every": config.sample.every_steps}
+    with stop(config.train.stop_seconds) as asked, ExitStack() as stack:
+        metrics, samples = open_sinks(run, folder, terminal, stack)
+        over = lambda: asked() or (mirror is not None and mirror.failure is not None)  # noqa: E731
+        do = RunActions(run, folder, terminal, saver, metrics, samples, over)
+        announce(do, start)
+        steps = profile_steps * mesh.is_main
+        profile = profiled(steps, folder / "profile", mesh.device, terminal.console, terminal.say)
+        with terminal, saver, profile as do.note_step:
+            if start.save:
+                do.save(trainer.step)
+            finished = trainer.fit(do, **every, save_every=config.checkpoint.every_steps)
+            mesh.pulse.work = "finishing what it writes"  # the last checkpoint, copies of the metrics
+        do.write_saved_rows()
+        write_epochs(do, trainer.step, run.loader.epochs(trainer.data_step))
+        stack.close()  # the files are whole before they are copied
         bring_up_to_date(mirror, mesh, terminal.say)
         if mirror is not None:
             saver.prune()  # what had to stay while it was copied
     if not finished:
         mesh.wait()  # a launcher ends the others when the first has ended: not while they write
-        step = machine.trainer.step
-        terminal.say(f"stopped after step {step:,} and saved; go on with: regpt train --resume {name}")
+        terminal.say(f"stopped after step {trainer.step:,} and saved; go on with: regpt train --resume {name}")
     return 0 if finished else EXIT_SAVED
 
 
-def lost(mirror: Mirror | None) -> bool:
-    return mirror is not None and mirror.failure is not None
+def make_saver(folder: Path, config: RunConfig, mirror: Mirror | None, terminal: Terminal) -> Saver:
+    """What writes checkpoints; it and `mirror` know of each other."""
+    saver = Saver(folder, config.checkpoint)
+    if mirror is not None:
+        saver.in_use, saver.saved = (lambda folder: folder == mirror.uploading), mirror.notify
+        mirror.intact, mirror.kept, mirror.say = saver.is_intact, saver.kept, terminal.say
+        mirror.start()
+    return saver
 
 
+<<<<<<< HEAD
 def train(
     machine: Machine,
     run: Path,
@@ -290,3 +300,28 @@ def train(
         write_saved_rows(job)
         write_epochs(job, trainer.step, loader.epochs(trainer.data_step))
     return finished
+=======
+def open_sinks(run: Run, folder: Path, terminal: Terminal, stack: ExitStack) -> list[Sink | None]:
+    """metrics.jsonl and samples.jsonl, with the trackers of `[log]`; None where this process writes no files."""
+    if not run.mesh.is_main:
+        return [None, None]
+    files = [stack.enter_context(JsonLines(folder / name)) for name in ("metrics.jsonl", "samples.jsonl")]
+    log, step = run.config.log, run.trainer.step
+    trackers = open_trackers(log, folder, asdict(run.config), step, stack, terminal.say)
+    return [Tee(file, trackers) for file in files]
+
+
+def announce(do: RunActions, start: Start) -> None:
+    """Print what is trained and how, and record where it begins."""
+    config, terminal, step = do.config, do.terminal, do.trainer.step
+    terminal.say(summary(do))
+    peak = device_peak(do.mesh.device, config.train.precision)
+    terminal.say(f"100 % MFU is {peak}")
+    if start.changed:
+        terminal.say(start.changed)
+    say_what_is_left_out(do, do.run.loader.rows)
+    if start.event is not None:
+        do.write_row({"kind": "event", "step": step, **start.event, "peak": asdict(peak), "time": time.time()})
+    if step == config.train.steps:
+        terminal.say(f"the run is complete: all {step:,} updates are made; regpt report {do.folder} shows it")
+>>>>>>> 279bb59 (One training step: objectives, a backend for the gradients, optimizer groups by name; a run is one object, its actions another)

@@ -19,19 +19,19 @@ from regpt.data.batch import Batch
 from regpt.data.loader import Loader
 from regpt.errors import UsageError, UserError
 from regpt.files import unless_gone
-from regpt.model.loss import loss_sum
 from regpt.report.read import current, read_rows, steps_back
-from regpt.runs.begin import Machine, assemble, open_parts, refuse_changed_data, run_mesh, start_again, start_at
+from regpt.runs.begin import Run, refuse_changed_data, run_mesh, start_again, start_at
 from regpt.runs.examine import document_losses, first_spoiled_weight, worst_first
 from regpt.runs.folder import read_run_config
 from regpt.structured import read_object
 from regpt.tensors import REMEDY
+from regpt.train.objective import NextToken
 from regpt.train.precision import autocast
 from regpt.train.trainer import Trainer, written
 
 
-def replay(run: Path, step: int, *, op_level: bool = False) -> dict[str, Any]:
-    """What update `step` of `run` is made with: loss, norm, documents; nothing in the run's folder changes.
+def replay(folder: Path, step: int, *, op_level: bool = False) -> dict[str, Any]:
+    """Loss, norm and documents of update `step` of the run in `folder`, where nothing changes.
 
     The updates between the checkpoint and it are made again. In as many processes as the run had, with
     `train.deterministic`, or on one machine with the same kernels, the numbers are those of the run, bitwise.
@@ -44,25 +44,27 @@ def replay(run: Path, step: int, *, op_level: bool = False) -> dict[str, Any]:
         UsageError: a step that the run does not have.
         UserError: no run, changed shards, or an update on the way that cannot be made.
     """
-    config = config_of(run, step)
+    config = config_of(folder, step)
     if not 1 <= step <= config.train.steps:
         raise UsageError(f"--step is {step}, must be from 1 to the {config.train.steps} of the run")
     with run_mesh(config) as mesh, ExitStack() as stack:
-        parts = open_parts(config, mesh)
-        before = checkpoint_before(run, step)
+        run = Run(config, mesh)
+        before = checkpoint_before(folder, step)
         if before is None:
-            start = start_again(parts, run, read_object(run / "env.json", REMEDY), {})
+            start = start_again(run, folder, read_object(folder / "env.json", REMEDY), {})
         else:
-            refuse_changed_data(before, parts.corpus)
-            start = start_at(parts, before, {})
-        machine = assemble(stack, parts, start)
-        trainer = machine.trainer
-        if trainer.step >= step:
-            raise UsageError(f"run {str(run)!r} began at step {trainer.step}; give a later --step")
-        while trainer.step < step - 1:
-            trainer.update()
-        facts = {"run": str(run), "step": step, "from_step": start.step, "world_size": mesh.world_size}
-        return facts | measured(machine) | {"recorded": recorded(run, step)} | (spoiling(machine) if op_level else {})
+            refuse_changed_data(before, run.corpus)
+            start = start_at(run, before, {})
+        run.begin(start, stack)
+        if run.trainer.step >= step:
+            raise UsageError(f"run {str(folder)!r} began at step {run.trainer.step}; give a later --step")
+        while run.trainer.step < step - 1:
+            result = run.trainer.train_step()
+            if result.verdict is not None:
+                run.trainer.leave_out(result)
+        facts = {"run": str(folder), "step": step, "from_step": start.step, "world_size": mesh.world_size}
+        found = facts | measured(run) | {"recorded": recorded(folder, step)}
+        return found | (spoiling(run) if op_level else {})
 
 
 def config_of(run: Path, step: int) -> RunConfig:
@@ -87,20 +89,20 @@ def checkpoint_before(run: Path, step: int) -> Checkpoint | None:
     return None
 
 
-def measured(machine: Machine) -> dict[str, Any]:
+def measured(run: Run) -> dict[str, Any]:
     """Loss, norm and documents of the trainer's next step, whose update is not made."""
-    trainer, loader = machine.trainer, machine.loader
-    loss, norm = trainer.measured()
+    trainer, loader = run.trainer, run.loader
+    loss, norm, _ = trainer.gradients()
     while trainer.loss_scale.too_large(loss, norm):
-        loss, norm = trainer.measured()
+        loss, norm, _ = trainer.gradients()
     gradients = ((name, p.grad) for name, p in trainer.model.named_parameters() if p.grad is not None)
-    own = [*document_losses(trainer, loader, machine.corpus.tokenizer)]
+    own = [*document_losses(trainer, loader, run.corpus.tokenizer)]
     parts = [json.loads(part) for part in trainer.mesh.gather(json.dumps(own).encode())]
     first = loader.first_row + trainer.data_step * loader.batch_rows
     return {
         "loss": written(loss),
         "grad_norm": written(norm),
-        "lr": trainer.lr_at(trainer.step + 1),
+        "lr": run.config.optim.lr * trainer.schedule(trainer.step + 1),
         "finite": math.isfinite(loss) and math.isfinite(norm),
         "spoiled_weight": first_spoiled_weight(trainer),
         "spoiled_gradient": next((name for name, g in gradients if not g.isfinite().all()), None),
@@ -120,14 +122,12 @@ def recorded(run: Path, step: int) -> dict[str, Any] | None:
     return found
 
 
-def spoiling(machine: Machine) -> dict[str, Any]:
+def spoiling(run: Run) -> dict[str, Any]:
     """The first module, as they compute, whose output is not finite: in the uncompiled model, row by row."""
-    trainer = machine.trainer
-    for row, batch in row_batches(trainer, machine.loader):
+    trainer = run.trainer
+    for row, batch in row_batches(trainer, run.loader):
         with torch.no_grad(), watched(trainer.model) as found, autocast(trainer.config.precision, trainer.mesh.device):
-            idx, targets, positions, cu_seqlens, keys = batch.to(trainer.mesh.device)
-            places = {"positions": positions, "cu_seqlens": cu_seqlens}
-            loss = loss_sum(trainer.model, idx, targets, **places, dropout_keys=keys)
+            loss = NextToken(trainer.model).loss_sum(batch.to(trainer.mesh.device))[0]
         if found:
             return {"first_not_finite": {"row": row, **found[0]}}
         if not loss.isfinite():

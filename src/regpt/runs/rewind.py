@@ -2,15 +2,19 @@
 
 from pathlib import Path
 
+<<<<<<< HEAD
 import torch
 
+=======
+from regpt.checkpoint.generators import restore_generators
+>>>>>>> 279bb59 (One training step: objectives, a backend for the gradients, optimizer groups by name; a run is one object, its actions another)
 from regpt.checkpoint.load import checkpoints
 from regpt.checkpoint.state import restore_generators
 from regpt.errors import UserError
 from regpt.model.weights import load_weights
 from regpt.runs.begin import choose_checkpoint
 from regpt.train.average import Average
-from regpt.train.optim import MOMENTS, load_optimizer
+from regpt.train.optim import load_optimizer
 from regpt.train.trainer import Trainer
 
 
@@ -32,7 +36,6 @@ def go_back(run: Path, trainer: Trainer, average: Average | None) -> None:
         )
     checkpoint, _ = choose_checkpoint(run, mesh)
     load_weights(trainer.model, checkpoint.weights())
-    clear_moments(trainer.optimizer)
     load_optimizer(trainer.model, trainer.optimizer, checkpoint.optimizer(), checkpoint.step)
     if average is not None:
         average.load(checkpoint.average() or checkpoint.weights(), checkpoint.state.average_updates)
@@ -44,11 +47,3 @@ def go_back(run: Path, trainer: Trainer, average: Average | None) -> None:
     trainer.skipped = following - checkpoint.step
     back = failed_at - checkpoint.step
     trainer.event("rewind", checkpoint=checkpoint.folder.name, updates=back, batches_left_out=back + 1)
-
-
-@torch.no_grad()
-def clear_moments(optimizer: torch.optim.Optimizer) -> None:
-    """As before the first update: what a checkpoint without updates does not set."""
-    for state in optimizer.state.values():
-        for name in ("step", *MOMENTS):
-            state[name].zero_()

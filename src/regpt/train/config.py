@@ -35,6 +35,8 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Keep only the input of each block and compute the rest again in the backward: a third more time, much less
     memory."""
+    z_loss: Annotated[float, Range(0, LARGE)] = 0.0
+    """Coefficient of log² Z in the training loss, which keeps logits from drifting (PaLM: 1e-4); plain kernels only."""
     grad_clip: Annotated[float, Range(0, LARGE)] = 1.0
     """Largest gradient norm, larger ones are scaled down (GPT-3 paper, appendix B); 0 clips nothing."""
     ema_decay: Annotated[float, Range(0, 1, below=True)] = 0.0
@@ -74,6 +76,21 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class OptimGroup:
+    """Parameters that are updated in their own way: `[[optim.groups]]` of a recipe; what is left out is [optim]'s."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    pattern: str
+    """Names of parameters, with * and ?; the first group that matches counts, then the model family's own groups."""
+    lr_scale: Annotated[float, Range(0, LARGE)] = 1.0
+    """Times optim.lr."""
+    weight_decay: Annotated[float | None, Range(0, LARGE)] = None
+    beta1: Annotated[float | None, Range(0, 1, below=True)] = None
+    beta2: Annotated[float | None, Range(0, 1, below=True)] = None
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -97,6 +114,8 @@ class OptimConfig:
     """Decay rate of the second moment (GPT-3 paper, appendix B)."""
     eps: Annotated[float, Range(LEAST_EPS, LARGE)] = 1e-8
     """Added to the root of the second moment."""
+    groups: tuple[OptimGroup, ...] = ()
+    """Parameters with a learning rate, weight decay or betas of their own; in a recipe, as [[optim.groups]]."""
     offload: bool = False
     """Keep the moments in the host's memory, on the device only for the update: for models that do not fit."""
 

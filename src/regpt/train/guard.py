@@ -17,19 +17,19 @@ QUANTILE = 0.6745
 # of 0.01 where the median is smaller: a batch that is known by heart has the loss 0.
 LEAST_DEVIATION, LEAST_MEDIAN = 1e-3, 0.01
 
-Policy = Literal["stop", "skip", "rewind", "record"]
+Policy = Literal["stop", "skip", "rewind", "record", "repeat"]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is wrong with a step, `non_finite` or `spike`, and what to do about it.
+    """What is wrong with a step, and what to do about it. `overflow`: of float16, with the loss scale before.
 
     Attributes:
         score: the modified z-score of a spike.
         again: the update before was a spike too.
     """
 
-    name: Literal["non_finite", "spike"]
+    name: Literal["non_finite", "spike", "overflow"]
     policy: Policy
     score: float | None = None
     again: bool = False

@@ -7,11 +7,8 @@ been summed over micro-batches and processes: an infinity anywhere is one everyw
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
-
-import torch
-from torch import Tensor
 
 FIRST_SCALE, GROWTH, BACKOFF, GROWTH_INTERVAL = 2.0**16, 2.0, 0.5, 2000  # the defaults of torch.amp.GradScaler
 LEAST_SCALE = 1.0  # gradients that overflow without being enlarged are not the scale's doing
@@ -50,13 +47,6 @@ class LossScale:
         self.scale *= factor
         self.good_updates = 0
         self.on_change(self.scale, reason)
-
-    @torch.no_grad()
-    def unscale(self, parameters: Iterable[Tensor]) -> None:
-        """Divide every gradient by the scale, exactly: it is a power of two."""
-        if self.scale != 1:
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            torch._foreach_mul_(gradients, 1 / self.scale)  # pyright: ignore[reportPrivateImportUsage]
 
     def state(self) -> dict[str, float | int]:
         return {"scale": self.scale, "good_updates": self.good_updates} if self.dynamic else {}

@@ -1,6 +1,6 @@
 """How many rows a process computes at once; fewer after one of the processes ran out of memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from regpt.errors import UserError
@@ -12,6 +12,18 @@ LAST_RESORTS = (
     "try --train.activation-checkpointing true and --optim.offload true, a smaller model, a shorter data.seq_len or a "
     "device with more memory"
 )
+
+
+class Attempt:
+    """A context that an out-of-memory error leaves quietly; `out_of_memory` afterwards."""
+
+    out_of_memory = False
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        self.out_of_memory = error is not None and is_out_of_memory(error)
+        return self.out_of_memory
 
 
 class MicroBatch:
@@ -27,28 +39,32 @@ class MicroBatch:
     def __init__(self, rows: int, mesh: Mesh, on_fewer: Callable[[int], None] = lambda rows: None, *, pinned=False):
         self.rows, self.mesh, self.on_fewer, self.pinned = rows, mesh, on_fewer, pinned
 
-    def attempt(self, compute: Callable[[int], Result]) -> Result:
-        """`compute(rows)`, repeated with fewer rows as long as it runs out of memory in one of the processes.
+    def attempts(self) -> Iterator["Attempt"]:
+        """`for attempt in micro_batch.attempts(): with attempt: …`: the block again, with fewer rows, as long as one of
+        the processes runs out of memory in it.
 
-        `compute` starts from the beginning each time, and calls no collective: a process that failed would leave the
-        others waiting in it. All meet here when they are done, on the CPU, without waiting for their devices.
+        The block begins anew each time, and calls no collective: a process that failed would leave the others waiting
+        in it. All meet here after it, on the CPU, without waiting for their devices.
 
         Raises:
             UserError: one row at a time is too much.
         """
         while True:
-            results: list[Result] = []
-            try:
-                results.append(compute(self.rows))
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-            # Outside that block: an exception holds on to the tensors of its frames.
-            if not self.mesh.any(not results):
-                return results[0]
-            results.clear()
+            attempt = Attempt()
+            yield attempt
+            if not self.mesh.any(attempt.out_of_memory):
+                return
             free_memory(self.mesh.device)
             self.reduce()
+
+    def attempt(self, compute: Callable[[int], Result]) -> Result:
+        """`compute(rows)`, repeated as in `attempts`."""
+        results: list[Result] = []
+        for attempt in self.attempts():
+            results.clear()
+            with attempt:
+                results.append(compute(self.rows))
+        return results[0]
 
     def reduce(self) -> None:
         """Go on with the largest divisor of the present number that is at most half of it."""

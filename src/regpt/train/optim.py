@@ -1,40 +1,75 @@
-"""The optimizer, and its state as named tensors at the real vocabulary size."""
+"""Optimizer groups by parameter name, and an optimizer's state as named tensors at the real vocabulary size."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from regpt.errors import UserError
+from regpt.errors import UsageError, UserError
 from regpt.model.transformer import Transformer
 from regpt.model.weights import real_shape, unpadded
 from regpt.train.adamw import AdamW
-from regpt.train.config import OptimConfig
+from regpt.train.config import OptimConfig, OptimGroup
 from regpt.train.offload import OffloadedAdamW
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 FUSED_DEVICES = ("cuda", "cpu")
 
 
-def make_optimizer(model: Transformer, config: OptimConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) that decays only tensors of two or more dimensions: products and embeddings."""
+def make_optimizer(model: Transformer, config: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer over every parameter that learns, its state allocated; each group has its `initial_lr`.
+
+    AdamW (Loshchilov & Hutter 2019). What does not fit into memory is known here, before anything is computed.
+
+    Raises:
+        UsageError: a pattern of `optim.groups` that no parameter's name matches first.
+    """
     learning = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in learning if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in learning if p.dim() < 2], "weight_decay": 0.0},
-    ]
     fused = device.type in FUSED_DEVICES
     options = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps, "fused": fused}
-    if config.offload:
-        optimizer = OffloadedAdamW(groups, device=device, **options)
-    else:
-        optimizer = AdamW(groups, **options)
-        for p in learning:  # now, not in the first update: what does not fit is known before anything is computed
-            # The fused step wants its counter beside the parameter, the plain one keeps it on the host.
-            counter = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
-            optimizer.state[p] = {"step": counter} | {moment: torch.zeros_like(p) for moment in MOMENTS}
+    groups = parameter_groups(model, config)
+    optimizer = OffloadedAdamW(groups, device=device, **options) if config.offload else AdamW(groups, **options)
+    if not config.offload:
+        optimizer.allocate_state()
     optimizer.register_step_post_hook(lambda *_: count_as_changed(learning))
     return optimizer
+
+
+def parameter_groups(model: Transformer, config: OptimConfig) -> list[dict[str, Any]]:
+    """torch's parameter groups: each parameter in the first group whose pattern matches its name.
+
+    The groups of `config`, then the model family's; what a group leaves out is `config`'s own value.
+    """
+    groups = [*config.groups, *(OptimGroup(**group) for group in model.default_groups())]
+    members: list[list[Tensor]] = [[] for _ in groups]
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            first = next(k for k, group in enumerate(groups) if fnmatchcase(name, group.pattern))
+            members[first].append(p)
+    for group, own in zip(config.groups, members):
+        if not own:
+            raise UsageError(
+                f"optim.groups has the pattern {group.pattern!r}, which is the first match of no parameter; "
+                f"names are such as {next(name for name, _ in model.named_parameters())!r} (regpt inspect MODEL)"
+            )
+    merged: list[dict[str, Any]] = []
+    for group, own in zip(groups, members):
+        options = torch_options(group, config)
+        same = next((other for other in merged if other == options | {"params": other["params"]}), None)
+        if same is not None:
+            same["params"] += own
+        elif own:
+            merged.append({"params": own, **options})
+    return merged
+
+
+def torch_options(group: OptimGroup, config: OptimConfig) -> dict[str, Any]:
+    """What torch calls the settings of a group, but for its parameters."""
+    lr = config.lr * group.lr_scale
+    betas = (config.beta1 if group.beta1 is None else group.beta1, config.beta2 if group.beta2 is None else group.beta2)
+    decay = config.weight_decay if group.weight_decay is None else group.weight_decay
+    return {"lr": lr, "initial_lr": lr, "betas": betas, "weight_decay": decay}
 
 
 def count_as_changed(parameters: Sequence[Tensor]) -> None:
@@ -42,36 +77,44 @@ def count_as_changed(parameters: Sequence[Tensor]) -> None:
     torch.autograd.graph.increment_version(parameters)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set the learning rate of each group to `factor` times its `initial_lr`."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = group["initial_lr"] * factor
+
+
+def named_state(model: Transformer, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, str, Tensor]]:
+    """Parameter, name and tensor of the state of every parameter that learns, whatever the optimizer keeps."""
+    for name, p in model.named_parameters():
+        for key, value in optimizer.state[p].items() if p.requires_grad else ():
+            if isinstance(value, Tensor):
+                yield name, key, value
 
 
 def optimizer_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """`exp_avg/<parameter>` and `exp_avg_sq/<parameter>` of every parameter that learns; views."""
-    return {
-        f"{moment}/{name}": unpadded(model, name, optimizer.state[p][moment])
-        for name, p in model.named_parameters()
-        if p.requires_grad
-        for moment in MOMENTS
-    }
+    """`<name>/<parameter>` of every tensor of the state but the counters of updates; views without padding rows."""
+    of_state = named_state(model, optimizer)
+    return {f"{key}/{name}": unpadded(model, name, value) for name, key, value in of_state if key != "step"}
 
 
 @torch.no_grad()
 def load_optimizer(
     model: Transformer, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], step: int
 ) -> None:
-    """Restore what `optimizer_tensors` gave after `step` updates.
+    """Restore what `optimizer_tensors` gave after `step` updates; before the first, an empty state.
 
     Raises:
         UserError: a tensor is missing or of another shape.
     """
-    for name, p in model.named_parameters():
-        if not p.requires_grad or step == 0:
-            continue
-        optimizer.state[p]["step"].fill_(step)
-        for moment in MOMENTS:
-            key, shape = f"{moment}/{name}", real_shape(model, name, p)
-            if key not in tensors or tuple(tensors[key].shape) != shape:
-                raise UserError(f"the optimizer state lacks {key!r} of shape {shape}; resume from another checkpoint")
-            unpadded(model, name, optimizer.state[p][moment]).copy_(tensors[key])
+    for name, key, value in named_state(model, optimizer):
+        if key == "step":
+            value.fill_(step)
+        elif step == 0:
+            value.zero_()
+        else:
+            of_name, shape = f"{key}/{name}", real_shape(model, name, value)
+            if of_name not in tensors or tuple(tensors[of_name].shape) != shape:
+                raise UserError(
+                    f"the optimizer state lacks {of_name!r} of shape {shape}; resume from another checkpoint"
+                )
+            unpadded(model, name, value).copy_(tensors[of_name])

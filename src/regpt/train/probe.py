@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 import torch
 
 from regpt.errors import UserError
+from regpt.train.backend import LossSum, uncompiled
 from regpt.train.capacity import Capacity, SavedTensors, capacity, peak_bytes, start_counting
-from regpt.train.loss import LossSum, uncompiled
 from regpt.train.memory import free_memory, is_out_of_memory
 from regpt.train.micro_batch import LAST_RESORTS
 from regpt.train.trainer import Trainer
@@ -80,7 +80,7 @@ def choose_rows(trainer: Trainer) -> Choice:
             begin = next((n for n in choices if n > plain), plain)
         rows = largest(choices, prober.on_gpu, room, begin)
         why = "the largest that leaves memory free"
-    trainer.clear_gradients()
+    trainer.backend.clear_gradients()
     free_memory(mesh.device)
     rows = mesh.smallest(rows)
     if not rows:
@@ -145,14 +145,14 @@ class Prober:
 
     def __init__(self, trainer: Trainer):
         self.trainer, self.device = trainer, trainer.mesh.device
-        plain = uncompiled(trainer.loss_sum)
+        plain = uncompiled(trainer.backend.loss_sum)
         self.compiled = plain is not None
-        self.plain = plain or trainer.loss_sum
+        self.plain = plain or trainer.backend.loss_sum
         self.done: list[Probe] = []
 
     def on_gpu(self, rows: int, plain: bool = False) -> int | None:
         """Peak of forward and backward with gradients, weights and moments in their places; None: it does not fit."""
-        loss_sum = self.plain if plain else self.trainer.loss_sum
+        loss_sum = self.plain if plain else self.trainer.backend.loss_sum
         started = time.perf_counter()
         try:
             self.forward_and_backward(loss_sum, rows)  # compiles, chooses kernels, makes workspaces
@@ -186,7 +186,9 @@ class Prober:
     def forward_and_backward(self, loss_sum: LossSum, rows: int) -> None:
         """One micro-batch of the first step; returns when the device is done."""
         batch = self.trainer.loader.step(self.trainer.step, rows)[0].to(self.device)
-        loss_sum(batch).backward()
+        with self.trainer.backend.context():
+            loss = loss_sum(batch)[0]
+        loss.backward()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         elif self.device.type == "mps":

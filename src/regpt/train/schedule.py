@@ -1,4 +1,4 @@
-"""The learning rate of each update."""
+"""The learning-rate schedule: a factor for each update."""
 
 import math
 from collections.abc import Callable
@@ -8,9 +8,9 @@ from regpt.train.config import OptimConfig
 
 
 def make_schedule(config: OptimConfig, steps: int) -> Callable[[int], float]:
-    """`lr_at(k)`: learning rate of the k-th update, k from 1, for a run of `steps` updates.
+    """`factor(k)`: what the learning rates of the k-th update are multiplied by, k from 1, in a run of `steps` updates.
 
-    Linear warmup to `lr` (update k has lr·k/warmup_steps), then one of: cosine to `lr·min_lr_ratio`, which is reached
+    Linear warmup to 1 (update k has k/warmup_steps), then one of: cosine to `min_lr_ratio`, which is reached
     after update `decay_steps` and kept (Loshchilov & Hutter 2017; Brown et al. 2020, appendix B); wsd, constant
     until the last `decay_steps` updates, which fall linearly to the minimum (Hu et al. 2024, section 4.2); constant.
 
@@ -19,12 +19,12 @@ def make_schedule(config: OptimConfig, steps: int) -> Callable[[int], float]:
     """
     shape = {"cosine": cosine, "wsd": wsd, "constant": constant}[config.schedule](config, steps)
 
-    def lr_at(step: int) -> float:
+    def factor(step: int) -> float:
         if step <= config.warmup_steps:
-            return config.lr * step / config.warmup_steps
-        return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape(step))
+            return step / config.warmup_steps
+        return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape(step)
 
-    return lr_at
+    return factor
 
 
 def cosine(config: OptimConfig, steps: int) -> Callable[[int], float]:

@@ -3,23 +3,23 @@
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from regpt.data.loader import StepBatches
 from regpt.errors import UserError
 from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import Mesh
+from regpt.train.backend import DataParallel, uncompiled
 from regpt.train.config import TrainConfig
 from regpt.train.guard import Guard, Verdict
-from regpt.train.loss import LossSum, uncompiled, valid_targets
 from regpt.train.loss_scale import LossScale
 from regpt.train.memory import memory_advice
 from regpt.train.metrics import flops_per_token, peak_memory_gib
 from regpt.train.micro_batch import MicroBatch
+from regpt.train.objective import Objective
 from regpt.train.optim import set_lr
 from regpt.train.peak import device_peak
 
@@ -39,30 +39,52 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-@dataclass(frozen=True)
-class Actions:
+class Actions(Protocol):
     """What happens around the updates; handed in, so that training knows nothing of evaluation, files or terminals.
 
-    Each takes the number of updates made so far; `log` takes the row of one update, or of an event. They run in every
-    process.
+    `step` is the number of updates made so far. Every action runs in every process.
     """
 
-    log: Callable[[Row], None]
-    validate: Callable[[int], None]
-    sample: Callable[[int], None]
-    save: Callable[[int], None]
-    stop_requested: Callable[[], bool]
-    examine: Callable[[], Row] = dict  # what there is to know of the present step's batch
-    rewind: Callable[[], None] | None = None  # back to the last checkpoint, on with the batch after this one
+    def log(self, row: Row) -> None:
+        """Record the row of one update, or of an event."""
+
+    def validate(self, step: int) -> None: ...
+
+    def sample(self, step: int) -> None: ...
+
+    def save(self, step: int) -> None: ...
+
+    def stop_requested(self) -> bool: ...
+
+    def examine(self) -> Row:
+        """Facts about the batch of the present step, before it is refused."""
+        ...
+
+    def rewind(self) -> None:
+        """Return to the last checkpoint; the next batch is the one after the present."""
 
 
 @dataclass(frozen=True)
-class Every:
-    """Steps between actions; 0 is only after the last update, when all of them happen."""
+class StepResult:
+    """One attempt at an update.
 
-    validate: int
-    sample: int
-    save: int
+    Attributes:
+        step: number of the update, from 1.
+        loss: mean over the units of the global batch, before the update.
+        grad_norm: before clipping.
+        lr: learning rate of the update.
+        extras: further means of the objective, by name.
+        verdict: why the update was not applied; None when it was.
+        found: facts about a batch that was refused.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    extras: Mapping[str, float] = field(default_factory=dict)
+    verdict: Verdict | None = None
+    found: Row = field(default_factory=dict)
 
 
 class Trainer:
@@ -70,112 +92,136 @@ class Trainer:
 
     Args:
         model: on its device, with its weights.
-        loss_sum: summed loss of one micro-batch (`train.loss.make_loss_sum`), compiled or not.
-        optimizer: over the model's parameters.
-        lr_at: learning rate of the k-th update, k from 1.
+        objective: counts the units of a step.
+        backend: computes the gradients of the objective.
+        optimizer: over the model's parameters; each group has its `initial_lr`.
+        schedule: factor of the learning rates in the k-th update, k from 1.
         loader: micro-batches of this process for each step.
         mesh: the processes of this run.
         config: the `[train]` section.
-        step: updates made before, when a run goes on.
+        step: updates made before, in a resumed run.
     """
 
     def __init__(
         self,
         model: Transformer,
-        loss_sum: LossSum,
+        objective: Objective,
+        backend: DataParallel,
         optimizer: torch.optim.Optimizer,
-        lr_at: Callable[[int], float],
+        schedule: Callable[[int], float],
         loader: StepBatches,
         mesh: Mesh,
         config: TrainConfig,
         *,
         step: int = 0,
     ):
-        self.model, self.loss_sum, self.optimizer, self.lr_at = model, loss_sum, optimizer, lr_at
+        self.model, self.objective, self.backend = model, objective, backend
+        self.optimizer, self.schedule = optimizer, schedule
         self.loader, self.mesh, self.config, self.step = loader, mesh, config, step
         self.skipped = 0  # batches that no update was made with, since `loader` begins
-        self.do: Actions | None = None  # `fit` sets it, and:
-        self.report: Callable[[Row], None] = lambda row: None  # of events
+        self.do: Actions | None = None  # `fit` sets it
         self.guard = Guard(config)
-        self.micro_batch = MicroBatch(config.first_rows, mesh, self.go_on_with, pinned=config.deterministic)
+        self.micro_batch = MicroBatch(config.first_rows, mesh, self.note_fewer_rows, pinned=config.deterministic)
         self.loss_scale = LossScale(
             dynamic=config.precision == "fp16",
             on_change=lambda scale, reason: self.event("loss_scale", loss_scale=scale, reason=reason),
         )
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        for p in self.parameters:
-            p.grad = torch.zeros_like(p)  # here once; see clear_gradients
         self.flops_per_token = flops_per_token(model, loader.seq_len)
         self.peak_flops = device_peak(mesh.device, config.precision).flops
 
-    def fit(self, do: Actions, every: Every) -> bool:
-        """Train until `config.steps` updates are made; False when a stop was requested before that."""
-        self.do, self.report = do, do.log
-        self.evaluate(do, every)  # at initialisation; after a resume, what a stop may have left out
+    def fit(self, do: Actions, *, validate_every: int = 0, sample_every: int = 0, save_every: int = 0) -> bool:
+        """Train until `config.steps` updates are made; False when a stop was requested before that.
+
+        Validates, samples and saves every so many steps, and after the last one (0: only then).
+        """
+        self.do, every = do, {"validate": validate_every, "sample": sample_every}
+        self.evaluate(every)  # at initialisation; after a resume, what a stop may have left out
         while self.step < self.config.steps:
-            do.log(self.update())
+            started = time.perf_counter()
+            while (result := self.train_step()).verdict is not None:
+                self.leave_out(result)
+            do.log(self.row(result, time.perf_counter() - started))
             last = self.step == self.config.steps
             if not last and self.mesh.any(do.stop_requested()):
                 do.save(self.step)
                 return False
-            if last or due(self.step, every.save):
+            if last or due(self.step, save_every):
                 do.save(self.step)  # first: a failure of what follows loses nothing
-            self.evaluate(do, every)
+            self.evaluate(every)
         return True
 
-    def evaluate(self, do: Actions, every: Every) -> None:
-        """Validate and sample if it is time, or the end."""
-        last = self.step == self.config.steps
-        if last or due(self.step, every.validate):
-            do.validate(self.step)
-        if last or due(self.step, every.sample):
-            do.sample(self.step)
+    def train_step(self) -> StepResult:
+        """Make one update with the next global batch, unless its loss or gradients are refused.
+
+        Waits for the device once, to read the loss and the norm.
+        """
+        self.mesh.pulse.step = self.step + 1
+        with memory_advice(f"with train.micro_batch_rows = {self.micro_batch.rows}", self.micro_batch.advice()):
+            loss, norm, extras = self.gradients()
+            factor = self.schedule(self.step + 1)
+            result = StepResult(self.step + 1, loss, norm, self.optimizer.defaults["lr"] * factor, extras)
+            if (verdict := self.judge(result)) is not None:
+                result = replace(result, verdict=verdict, found=self.examined(result, verdict))
+                if verdict.policy != "record":
+                    return result
+            set_lr(self.optimizer, factor)
+            self.optimizer.step()
+        self.step += 1
+        self.loss_scale.note_update()
+        self.guard.note_update(self.step, loss)
+        return replace(result, verdict=None)
+
+    def gradients(self) -> tuple[float, float, dict[str, float]]:
+        """Set the gradients to those of the mean loss over every unit of the step, over all micro-batches and ranks.
+
+        Each micro-loss is a sum, divided by the whole step's count *before* its backward: the result does not depend
+        on how the batch is split, padded or masked. Returns the mean loss, the norm before clipping, and the extras.
+        """
+        with self.mesh.pulse.working("reading its data"):
+            units = self.objective.units(self.loader.step(self.data_step, self.micro_batch.rows))
+        dtype, device = self.backend.parameters[0].dtype, self.mesh.device
+        units = self.mesh.sum(torch.full((), units, device=device, dtype=dtype))  # stays there: nothing waits for it
+        scale = self.loss_scale.scale
+        loss, extras = units, {}  # of the attempt that did not run out of memory
+        for attempt in self.micro_batch.attempts():
+            with attempt:
+                batches = self.loader.step(self.data_step, self.micro_batch.rows)
+                loss, extras = self.backend.forward_backward(batches, units / scale)
+        norm = self.backend.sum_and_clip(self.config.grad_clip, scale)
+        sums = [self.mesh.sum(one) / scale for one in (loss, *extras.values())]
+        with self.mesh.pulse.waiting("the gradients of all processes"):
+            mean, norm, *further = torch.stack([sums[0], norm, *sums[1:]]).tolist()
+        return mean, norm, dict(zip(extras, further))
 
     @property
     def data_step(self) -> int:
         """The loader's step that the next update is made with."""
         return self.step + self.skipped
 
-    def update(self) -> Row:
-        """One update; its row of metrics, the loss taken before it over the whole global batch."""
-        started = time.perf_counter()
-        self.mesh.pulse.step = self.step + 1
-        with memory_advice(f"with train.micro_batch_rows = {self.micro_batch.rows}", self.micro_batch.advice()):
-            row = self.accepted()
-            set_lr(self.optimizer, float(row["lr"]))  # type: ignore[arg-type]
-            self.optimizer.step()
-        self.step += 1
-        self.loss_scale.note_update()
-        self.guard.note_update(self.step, float(row["loss"]))  # type: ignore[arg-type]
-        return row | self.costs(time.perf_counter() - started)
+    def judge(self, result: StepResult) -> Verdict | None:
+        """What is wrong with the gradients, if anything; by numbers that all processes share: they decide alike."""
+        if self.loss_scale.too_large(result.loss, result.grad_norm):
+            return Verdict("overflow", "repeat")
+        return self.guard.judge(self.step, result.loss, result.grad_norm)
 
-    def go_on_with(self, rows: int) -> None:
+    def note_fewer_rows(self, rows: int) -> None:
         """A process ran out of memory, and now all compute `rows` at once."""
-        if uncompiled(self.loss_sum):
+        if uncompiled(self.backend.loss_sum):
             torch.compiler.reset()  # forgets the graphs of the former shape, which count against torch's limit of eight
         self.event("out_of_memory", micro_batch_rows=rows)
 
-    def accepted(self) -> Row:
-        """Gradients that may be applied, of the first batch that gives such; the row of metrics so far."""
-        while True:
-            loss, norm = self.measured()
-            while self.loss_scale.too_large(loss, norm):
-                loss, norm = self.measured()
-            row: Row = {"kind": "train", "step": self.step + 1, "loss": loss, "lr": self.lr_at(self.step + 1)}
-            row["grad_norm"] = norm
-            verdict = self.guard.judge(self.step, loss, norm)
-            if verdict is None or not self.refused(row, verdict):
-                return row
-
-    def measured(self) -> tuple[float, float]:
-        """Mean loss and norm of the gradients, which are there now; waits for the device, as nothing else in a step."""
-        found = torch.stack(self.gradients())
-        with self.mesh.pulse.waiting("the gradients of all processes"):
-            loss, norm = found.tolist()
-        return loss, norm
+    def evaluate(self, every: Mapping[str, int]) -> None:
+        """Validate and sample if it is time, or the end."""
+        assert self.do is not None
+        last = self.step == self.config.steps
+        if last or due(self.step, every["validate"]):
+            self.do.validate(self.step)
+        if last or due(self.step, every["sample"]):
+            self.do.sample(self.step)
 
     def event(self, name: str, **facts: object) -> None:
-        self.report({"kind": "event", "step": self.step, "name": name, **facts, "time": time.time()})
+        if self.do is not None:
+            self.do.log({"kind": "event", "step": self.step, "name": name, **facts, "time": time.time()})
 
     def state(self) -> dict[str, object]:
         """What a run needs to go on, besides weights, moments and the number of the step: JSON values."""
@@ -201,73 +247,48 @@ class Trainer:
                 f"the checkpoint's state of the trainer cannot be used ({error}); resume from another one"
             ) from None
 
-    def gradients(self) -> tuple[Tensor, Tensor]:
-        """Gradients of the mean loss over every valid target of the step, summed over micro-batches and processes.
-
-        Each micro-loss is a sum, divided by the whole step's count *before* its backward: the result does not depend
-        on how the batch is split, padded or masked. Returns the mean loss and the gradients' norm before clipping.
-        """
-        with self.mesh.pulse.working("reading its data"):
-            own = valid_targets(self.loader.step(self.data_step, self.micro_batch.rows))
-        dtype = self.parameters[0].dtype
-        count = self.mesh.sum(torch.full((), own, device=self.mesh.device, dtype=dtype))  # there: nothing waits for it
-        scale = self.loss_scale.scale
-        total = self.micro_batch.attempt(lambda rows: self.accumulate(rows, count / scale))
-        self.mesh.sum_gradients(self.parameters)
-        self.loss_scale.unscale(self.parameters)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip or math.inf)
-        return self.mesh.sum(total) / scale, norm
-
-    def accumulate(self, rows: int, divisor: Tensor) -> Tensor:
-        """This process's part of the loss and its gradients, in micro-batches of `rows`, each loss over `divisor`."""
-        self.clear_gradients()
-        total = torch.zeros_like(divisor)
-        for batch in self.loader.step(self.data_step, rows):
-            loss = self.loss_sum(batch.to(self.mesh.device)) / divisor
-            loss.backward()
-            total += loss.detach()
-        return total
-
-    def clear_gradients(self) -> None:
-        """Set the gradients to zero where they lie: backward adds to them, and their memory stays the same."""
-        self.optimizer.zero_grad(set_to_none=False)
-
-    def refused(self, row: Row, verdict: Verdict) -> bool:
-        """Record what is wrong with the step, and leave its batch out; False when it is to be applied all the same.
+    def examined(self, result: StepResult, verdict: Verdict) -> Row:
+        """Record what is wrong with a step as an event; the facts found about its batch.
 
         Loss and norm are global: all processes come here.
 
         Raises:
+            UserError: no unit carries loss.
+        """
+        if verdict.policy == "repeat":  # recorded by the loss scale
+            return {}
+        own = self.objective.units(self.loader.step(self.data_step, self.micro_batch.rows))
+        if not self.mesh.total(torch.tensor(own)).item():
+            raise UserError(f"step {result.step}: no target carries loss; check the data and what masks its targets")
+        found = self.do.examine() if self.do is not None and not verdict.again else {}
+        numbers = {"loss": written(result.loss), "grad_norm": written(result.grad_norm), "lr": result.lr}
+        facts = {"at_step": result.step, "policy": verdict.policy, "score": verdict.score}
+        self.event(verdict.name, **numbers, **facts, **found)
+        return found
+
+    def leave_out(self, result: StepResult) -> None:
+        """Do with a refused batch as its verdict has it; the next `train_step` tries again.
+
+        Raises:
             UserError: the policy is to stop.
         """
-        own = valid_targets(self.loader.step(self.data_step, self.micro_batch.rows))
-        if not self.mesh.total(torch.tensor(own)).item():
-            raise UserError(f"step {row['step']}: no target carries loss; check the data and what masks its targets")
-        facts: Row = {key: written(row[key]) for key in ("loss", "grad_norm", "lr")}
-        facts |= {"at_step": row["step"], "policy": verdict.policy, "score": verdict.score}
-        found = self.do.examine() if self.do is not None and not verdict.again else {}
-        self.event(verdict.name, **facts, **found)
-        if verdict.policy == "record":
-            return False
-        if verdict.policy == "stop":
-            raise self.stopped(row, found)
-        if verdict.policy == "skip":
+        policy = result.verdict.policy if result.verdict else "repeat"
+        if policy == "stop":
+            raise self.stopped(result)
+        if policy == "skip":
             self.skipped += 1
-        elif self.do is None or self.do.rewind is None:
-            raise UserError(
-                f"step {row['step']} cannot be rewound, there is no run folder; set train.on_non_finite skip"
-            )
-        else:
+        if policy == "rewind":
+            assert self.do is not None
             self.do.rewind()
-        return True
 
-    def stopped(self, row: Row, found: Row) -> UserError:
+    def stopped(self, result: StepResult) -> UserError:
         """Why the run ends."""
         again = self.guard.refused_in_row - 1
         before = f", after {again} more that were left out" if again else ""
         return UserError(
-            f"step {row['step']}: the loss is {row['loss']} and the gradient norm {row['grad_norm']} at learning rate "
-            f"{row['lr']}{before}{found.get('where', '')}, so the update was not applied; {self.advice(found)}"
+            f"step {result.step}: the loss is {result.loss} and the gradient norm {result.grad_norm} at learning rate "
+            f"{result.lr}{before}{result.found.get('where', '')}, so the update was not applied; "
+            f"{self.advice(result.found)}"
         )
 
     def advice(self, found: Row) -> str:
@@ -281,11 +302,17 @@ class Trainer:
         advice += [f"with --force or --fork-from, set {' or '.join(changes)}"] if changes else []
         return ", or, ".join(advice) or "check the data and what --init-from named"
 
-    def costs(self, seconds: float) -> Row:
-        """Tokens, time, speed and memory of the update just made."""
+    def row(self, result: StepResult, seconds: float) -> Row:
+        """The row of metrics of the update just made: its result, tokens, time, speed and memory."""
         tokens = self.config.batch_tokens
         flops = tokens * self.flops_per_token
         return {
+            "kind": "train",
+            "step": result.step,
+            "loss": result.loss,
+            "lr": result.lr,
+            "grad_norm": result.grad_norm,
+            **result.extras,
             "tokens": self.step * tokens,
             "dt_ms": seconds * 1e3,
             "tokens_per_s": tokens / seconds,

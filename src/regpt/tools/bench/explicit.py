@@ -26,9 +26,8 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = No
 EXPLICIT = replace(PLAIN, attention=explicit_attention)
 
 
-def unfused(optimizer: torch.optim.AdamW) -> torch.optim.AdamW:
+def unfused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The same AdamW over the same parameters in PyTorch's own default form, as a script has it that does not ask for
     `fused`: several kernels over lists of tensors on a GPU (foreach), one tensor after another on a CPU."""
-    groups = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in optimizer.param_groups]
-    names = ("lr", "betas", "eps")
-    return torch.optim.AdamW(groups, **{name: optimizer.defaults[name] for name in names})
+    groups = [{**group, "fused": None} for group in optimizer.param_groups]
+    return torch.optim.AdamW(groups, lr=optimizer.defaults["lr"])

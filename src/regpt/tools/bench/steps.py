@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from regpt.train.trainer import Actions, Every, Row, Trainer
+from regpt.errors import UserError
+from regpt.train.trainer import Row, Trainer
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,9 @@ def time_steps(trainer: Trainer, warmup: int, progress: Callable[[str], None] = 
             reset_peak(trainer.mesh.device)
         progress(f"step {len(rows)} of {trainer.config.steps}")
 
-    nothing = Actions(log=log, validate=ignore, sample=ignore, save=ignore, stop_requested=lambda: False)
     before = compile_counts()
     progress("first step")
-    trainer.fit(nothing, Every(validate=0, sample=0, save=0))
+    trainer.fit(Timed(log))
     compile_s, cache = compile_costs(before, compile_counts())
     steady = [(end - begin) * 1e3 for begin, end in zip(clock[warmup:], clock[warmup + 1 :])]
     return StepTimes(clock[1] - clock[0], tuple(steady), compile_s, cache, tuple(rows))
@@ -68,8 +68,28 @@ def reset_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def ignore(step: int) -> None:
-    """An action that does nothing."""
+class Timed:
+    """Actions of a run that keeps nothing: `log` is all that happens."""
+
+    def __init__(self, note: Callable[[Row], None]):
+        self.note = note
+
+    def log(self, row: Row) -> None:
+        self.note(row)
+
+    def validate(self, step: int) -> None:
+        pass
+
+    sample = save = validate
+
+    def stop_requested(self) -> bool:
+        return False
+
+    def examine(self) -> Row:
+        return {}
+
+    def rewind(self) -> None:
+        raise UserError("an update cannot be rewound, there is no run folder; set train.on_non_finite skip")
 
 
 # What torch counts of its compiler, by the name of a phase: the graph of the forward pass with everything inside it,

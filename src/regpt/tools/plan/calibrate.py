@@ -18,8 +18,8 @@ from regpt.model.transformer import Transformer
 from regpt.model.weights import allocate, initialize, without_memory
 from regpt.tools.plan.memory import PlannedStep
 from regpt.tools.plan.speed import StepTime
+from regpt.train.backend import make_loss_sum
 from regpt.train.config import OptimConfig
-from regpt.train.loss import make_loss_sum
 from regpt.train.optim import make_optimizer
 from regpt.train.peak import synchronize
 from regpt.train.precision import parameter_dtype

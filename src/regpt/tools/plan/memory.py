@@ -24,8 +24,8 @@ from regpt.model.ops import PLAIN
 from regpt.model.transformer import Transformer
 from regpt.model.weights import WithoutValues
 from regpt.tools.plan.shape import Shape, shape_of
+from regpt.train.backend import make_loss_sum
 from regpt.train.config import PrecisionName
-from regpt.train.loss import make_loss_sum
 from regpt.train.precision import HALF_TYPES
 from regpt.train.recompute import recompute_blocks
 
