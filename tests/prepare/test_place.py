@@ -9,7 +9,7 @@ from regpt import files
 from regpt.__main__ import main
 from regpt.errors import UserError
 from regpt.prepare import importer
-from regpt.prepare.write import try_place, writing_to
+from regpt.prepare.work import try_place, writing_to
 
 
 @pytest.fixture

@@ -142,7 +142,8 @@ prepare(files, folder / "out", open_tokenizer(folder / "bpe.json"), val_fraction
 
 def start(folder: Path, *more: str) -> subprocess.Popen:
     (folder / "bpe.json").write_bytes(TOKENIZER.to_json().encode())
-    command = [sys.executable, "-c", DRIVER, str(folder), *more]
+    (folder / "script.py").write_text(DRIVER, encoding="utf-8")  # without `if __name__ == "__main__"`
+    command = [sys.executable, str(folder / "script.py"), str(folder), *more]
     return subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
 
 

@@ -16,7 +16,7 @@ from regpt.prepare.named import open_sources
 from regpt.prepare.prepare import SHARD_TOKENS
 from regpt.prepare.prepare import prepare as write_shards
 from regpt.prepare.settings import Filters, TextOptions
-from regpt.prepare.write import try_place, writing_to
+from regpt.prepare.work import try_place, writing_to
 from regpt.text.bpe import train_bpe
 from regpt.text.open import open_tokenizer
 from regpt.text.tokenizer import Tokenizer

@@ -58,7 +58,7 @@ def train_main(args: list[str]) -> int:
     file = Path(given.out) / "tokenizer.json"
     from regpt.prepare.named import NamedOptions, list_sources
     from regpt.prepare.readers import check_text
-    from regpt.prepare.write import try_place, writing_to
+    from regpt.prepare.work import try_place, writing_to
     from regpt.text.bpe import MAX_WORD, LongWords, train_bpe
 
     if not given.sources:

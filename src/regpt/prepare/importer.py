@@ -26,7 +26,7 @@ from regpt.prepare.records import check_finished
 from regpt.prepare.shards import ShardWriter
 from regpt.prepare.sources import sha256_of
 from regpt.prepare.token_files import TokenFile, check_vocabulary, find_token_files
-from regpt.prepare.write import FULL, try_place
+from regpt.prepare.work import FULL, try_place
 from regpt.text.open import NAMED
 from regpt.text.tokenizer import Tokenizer
 

@@ -29,9 +29,8 @@ from regpt.compression import packing_of
 from regpt.errors import UserError
 from regpt.files import file_sha256, identity
 from regpt.prepare.documents import Document, Part
-from regpt.prepare.encodings import has_mark
 from regpt.prepare.listing import Wanted, choose, find_local, printable, without_hidden
-from regpt.prepare.readers import ALLOWED, TABLES, parts_of, read_documents, suffix_of
+from regpt.prepare.readers import ALLOWED, TABLES, has_mark, parts_of, read_documents, suffix_of
 from regpt.prepare.settings import TEXT_OPTIONS, TextOptions
 from regpt.remote.buckets import list_bucket
 from regpt.remote.download import Download, DownloadProgress, RemoteFile, RemoteOptions

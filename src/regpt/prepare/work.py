@@ -1,6 +1,7 @@
 """The folder `OUT/.work`: one process at a time, settings that a later attempt must share, nothing left at the end."""
 
 import contextlib
+import errno
 import json
 import shutil
 from collections.abc import Iterator
@@ -9,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from regpt.errors import UserError
-from regpt.files import exists, is_folder, locked, write_bytes
+from regpt.files import PARTIAL, exists, is_folder, locked, write_bytes
 from regpt.prepare.decontaminate import Evaluations
 from regpt.prepare.partition import RESTART
 from regpt.prepare.settings import Settings, TextOptions
 from regpt.prepare.shards import STATE, remove_leftovers
 from regpt.structured import read_json
 
+# No space, no quota, no larger file: the user can mend all three.
+FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 WORK = ".work"
 FLAGS = {  # of the settings that an attempt must share with the one that it continues
     "tokenizer_sha256": "--tokenizer",
@@ -107,3 +110,34 @@ def shown(value: Any) -> str:
     """A setting in a message; hashes shortened."""
     values = value if isinstance(value, list) else [] if value is None else [value]
     return ", ".join(item[:12] if isinstance(item, str) else str(item) for item in values) or "none"
+
+
+def try_place(folder: Path) -> None:
+    """Make `folder`, and see that files can be written there, before work is spent on what they would hold.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
+    above = [one for one in (folder, *folder.parents) if not one.exists()]
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".regpt-try"
+        try:
+            write_bytes(probe, b"regpt")
+        finally:
+            with contextlib.suppress(OSError):  # what is in use, or cannot be changed
+                for one in (probe, probe.with_name(probe.name + PARTIAL)):
+                    one.unlink(missing_ok=True)
+                for one in above:
+                    one.rmdir()
+
+
+@contextlib.contextmanager
+def writing_to(out: Path) -> Iterator[None]:
+    """Raise a UserError that names `out` for an OSError in the body."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise UserError(f"the disk of {out} is full; free space or choose another --out") from None
+        raise UserError(f"--out {out} cannot be written ({error.strerror}); choose another folder") from None
