@@ -109,6 +109,7 @@ def test_hopper_takes_the_fused_path_and_others_the_plain_one(plan):
     assert plan("gpt2-124m", "--gpu", "a100")["memory"]["path"] == "compiled"
     assert plan("gpt2-124m", "--gpu", "a100", "--train.kernels", "fused")["memory"]["path"] == "fused"
     assert plan("gpt2-124m", "--gpu", "h100", "--train.precision", "tf32")["memory"]["path"] == "compiled"
+    assert plan("gpt2-124m", "--gpu", "h100", "--train.deterministic", "True")["memory"]["path"] == "compiled"
     eager = plan("gpt2-124m", "--gpu", "a100", "--train.compile", "False")
     assert eager["memory"]["path"] == "eager"
     assert eager["memory"]["peak_gib"] > 1.5 * plan("gpt2-124m", "--gpu", "a100")["memory"]["peak_gib"]
@@ -290,6 +291,12 @@ def test_switches_may_come_first(regpt):
         (["gpt2-124m", "--gpu", "h100", "--train.precision", "fp64"], 2, ["fp64", "fp32"]),
         (["gpt2-124m", "--gpu", "h100", "--train.kernels", "fused", "--train.precision", "fp32"], 2, ["fused", "fp32"]),
         (["gpt2-124m", "--gpu", "h100", "--train.kernels", "fused", "--train.precision", "fp16"], 2, ["fused", "fp16"]),
+        (["gpt2-124m", "--gpu", "h100", "--train.kernels", "fused", "--model.n-embd", "780"], 2, ["multiples of 8"]),
+        (
+            ["gpt2-124m", "--gpu", "h100", "--train.kernels", "fused", "--train.deterministic", "True"],
+            2,
+            ["order of its"],
+        ),
         (["gpt2-124m", "--gpu", "h100", "--data", "/no/such/folder"], 1, ["/no/such/folder", "does not exist"]),
         (["gpt2-124m", "--gpu", "h100", "--scaling", "/no/law.json"], 1, ["/no/law.json", "regpt scaling"]),
         (["gpt2-124m", "--gpu", "h100", "--data.seq-len", "2048"], 2, ["data.seq_len 2048", "max_seq_len 1024"]),

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import tiny
 from regpt.data.batch import Batch
+from regpt.model.cache import KVCache
 from regpt.model.config import ModelConfig
 from regpt.model.masks import AttentionMask
 from regpt.model.ops import IGNORE_INDEX
@@ -174,6 +175,9 @@ def test_what_the_model_cannot_read_is_refused():
         model(tokens(1, T + 1))
     with pytest.raises(ValueError, match="give positions that restart"):
         model(tokens(1, 4), cu_seqlens=torch.tensor([0, 4]))
+    cache = KVCache(tiny.CONFIG, 1, T, device=tiny.CPU, dtype=torch.float64)
+    with pytest.raises(ValueError, match="and no cache"):
+        model.hidden(tokens(1, 4), positions=torch.arange(4)[None], cu_seqlens=torch.tensor([0, 4]), cache=cache)
     with pytest.raises(ValueError, match="give positions that restart"):
         model.hidden(tokens(1, 4), mask=AttentionMask(tree=torch.full((1, 4), 4)))
 

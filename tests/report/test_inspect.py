@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from regpt.cli.inspect import main
+from regpt.cli.inspect import first_matrix, main
 from regpt.errors import UsageError, UserError
+from regpt.model.config import ModelConfig
+from regpt.model.transformer import Transformer
+from regpt.model.weights import without_memory
 from regpt.report.weights import find_tensor, nearest_tokens, parameter_table, token_id
 from regpt.runs.pretrain import pretrain
 from regpt.text.open import open_tokenizer
@@ -114,6 +117,13 @@ def test_json_has_the_same(run, capsys):
 def test_bad_arguments_are_one_sentence(run, args, words):
     with pytest.raises(UsageError, match=words):
         main([str(run), *args])
+
+
+@pytest.mark.parametrize(("n_layer", "name"), [(3, "h.1.attn.c_attn.weight"), (1, "h.0.attn.c_attn.weight")])
+def test_the_lectures_matrix_is_drawn_or_that_of_the_only_block(n_layer: int, name: str):
+    with without_memory():
+        model = Transformer(ModelConfig(n_layer=n_layer, n_head=1, n_embd=8, vocab_size=9, max_seq_len=4))
+    assert first_matrix(model) == name
 
 
 def test_any_matrix_can_be_drawn(run, tmp_path):

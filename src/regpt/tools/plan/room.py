@@ -40,11 +40,11 @@ def path_name(run: RunSections, target: Target) -> str:
         return plain
     with without_memory():
         empty = Transformer(run.model, pad_vocab=train.pad_vocab)
-    recompute = train.activation_checkpointing
+    how = {"deterministic": train.deterministic, "recompute": train.activation_checkpointing}
     if target.here is not None:
-        chosen = select_kernels(train.kernels, empty, target.here, train.precision, recompute=recompute)
+        chosen = select_kernels(train.kernels, empty, target.here, train.precision, **how)
         return "fused" if chosen.name == "fused" else plain
-    reason = model_obstacle(empty, train.precision, recompute=recompute)
+    reason = model_obstacle(empty, train.precision, **how)
     if train.kernels == "fused" and reason is not None:
         raise UsageError(f"train.kernels is fused, but {reason}; set train.kernels to plain or auto")
     major, minor = MEASURED_CAPABILITY
