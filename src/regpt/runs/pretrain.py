@@ -254,53 +254,6 @@ def make_saver(folder: Path, config: RunConfig, mirror: Mirror | None, terminal:
     return saver
 
 
-<<<<<<< HEAD
-def train(
-    machine: Machine,
-    run: Path,
-    start: Start,
-    profile_steps: int,
-    terminal: Terminal,
-    saver: Saver,
-    stop_requested: Callable[[], bool],
-) -> bool:
-    """All steps that are left, with everything that `run` keeps of them; False when a stop was requested."""
-    config, trainer, loader = machine.config, machine.trainer, machine.loader
-    mesh, step = trainer.mesh, trainer.step
-    with ExitStack() as stack:
-        names = ("metrics.jsonl", "samples.jsonl")
-        files = [stack.enter_context(JsonLines(run / name)) if mesh.is_main else None for name in names]
-        if mesh.is_main:
-            trackers = open_trackers(config.log, run, asdict(config), step, stack, terminal.say)
-            files = [Tee(file, *trackers) for file in files if file is not None]
-        ratios = watch_updates(trainer, config.log.update_ratios_every_steps)
-        suites = open_run_suites(config, machine.corpus.tokenizer)
-        kept = {"average": machine.average, "stop_requested": stop_requested}
-        evaluations = RunEvaluations(config, run, suites, trainer.model, mesh, terminal.say, **kept)
-        parts = (machine.corpus, loader, trainer, ratios, evaluations, terminal)
-        job = Job(config, run, *parts, *files, saver=saver, average=machine.average)
-        terminal.say(summary(job))
-        peak = device_peak(mesh.device, config.train.precision)
-        terminal.say(f"100 % MFU is {peak}")
-        if start.changed:
-            terminal.say(start.changed)
-        say_what_is_left_out(job, loader.rows)
-        if start.event is not None:
-            write_row(job, {"kind": "event", "step": step, **start.event, "peak": asdict(peak), "time": time.time()})
-        every = Every(config.eval.every_steps, config.sample.every_steps, config.checkpoint.every_steps)
-        if step == config.train.steps:
-            terminal.say(f"the run is complete: all {step:,} updates are made; regpt report {run} shows it")
-        profile = profiled(profile_steps * mesh.is_main, run / "profile", mesh.device, terminal.console, terminal.say)
-        with terminal, saver, profile as note_step:
-            do = make_actions(job, stop_requested)
-            if start.save:
-                do.save(step)
-            finished = trainer.fit(replace(do, log=lambda row: (do.log(row), note_step(row))[0]), every)
-            mesh.pulse.work = "finishing what it writes"  # the last checkpoint, copies of the metrics
-        write_saved_rows(job)
-        write_epochs(job, trainer.step, loader.epochs(trainer.data_step))
-    return finished
-=======
 def open_sinks(run: Run, folder: Path, terminal: Terminal, stack: ExitStack) -> list[Sink | None]:
     """metrics.jsonl and samples.jsonl, with the trackers of `[log]`; None where this process writes no files."""
     if not run.mesh.is_main:
@@ -308,7 +261,7 @@ def open_sinks(run: Run, folder: Path, terminal: Terminal, stack: ExitStack) -> 
     files = [stack.enter_context(JsonLines(folder / name)) for name in ("metrics.jsonl", "samples.jsonl")]
     log, step = run.config.log, run.trainer.step
     trackers = open_trackers(log, folder, asdict(run.config), step, stack, terminal.say)
-    return [Tee(file, trackers) for file in files]
+    return [Tee(file, *trackers) for file in files]
 
 
 def announce(do: RunActions, start: Start) -> None:
@@ -324,4 +277,3 @@ def announce(do: RunActions, start: Start) -> None:
         do.write_row({"kind": "event", "step": step, **start.event, "peak": asdict(peak), "time": time.time()})
     if step == config.train.steps:
         terminal.say(f"the run is complete: all {step:,} updates are made; regpt report {do.folder} shows it")
->>>>>>> 279bb59 (One training step: objectives, a backend for the gradients, optimizer groups by name; a run is one object, its actions another)
