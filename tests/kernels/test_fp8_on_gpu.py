@@ -16,13 +16,8 @@ from regpt.kernels.cublaslt import Products
 from regpt.kernels.select import ops_of, select_kernels
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
-<<<<<<< HEAD
 from regpt.tools.doctor.device import step_in
-from regpt.train.loss import make_loss_sum
-=======
-from regpt.tools.doctor.device import fp8_linear
 from regpt.train.backend import make_loss_sum
->>>>>>> 279bb59 (One training step: objectives, a backend for the gradients, optimizer groups by name; a run is one object, its actions another)
 from regpt.train.peak import matmul_flops
 from regpt.train.recompute import recompute_blocks
 

@@ -11,13 +11,8 @@ import torch
 from torch import Tensor
 
 from regpt.checkpoint.save import Contents
-<<<<<<< HEAD
 from regpt.checkpoint.saver import Saver
 from regpt.checkpoint.state import DataPosition, RunState, generator_states
-from regpt.config import RunConfig
-=======
-from regpt.checkpoint.state import DataPosition, RunState
->>>>>>> 279bb59 (One training step: objectives, a backend for the gradients, optimizer groups by name; a run is one object, its actions another)
 from regpt.console.text import counted
 from regpt.data.batch import Batch
 from regpt.data.bos import PackedRows

@@ -2,12 +2,6 @@
 
 from pathlib import Path
 
-<<<<<<< HEAD
-import torch
-
-=======
-from regpt.checkpoint.generators import restore_generators
->>>>>>> 279bb59 (One training step: objectives, a backend for the gradients, optimizer groups by name; a run is one object, its actions another)
 from regpt.checkpoint.load import checkpoints
 from regpt.checkpoint.state import restore_generators
 from regpt.errors import UserError

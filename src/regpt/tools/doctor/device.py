@@ -14,13 +14,8 @@ from regpt.model.weights import initialize
 from regpt.parallel.backends import sum_alone
 from regpt.tools.doctor.doctor import TRAINING, Attempt, Trial, attempt
 from regpt.tools.measure import bandwidth_bytes, memory_bytes
-<<<<<<< HEAD
-from regpt.train.config import OptimConfig, PrecisionName
-from regpt.train.loss import make_loss_sum
-=======
 from regpt.train.backend import make_loss_sum
-from regpt.train.config import OptimConfig
->>>>>>> 279bb59 (One training step: objectives, a backend for the gradients, optimizer groups by name; a run is one object, its actions another)
+from regpt.train.config import OptimConfig, PrecisionName
 from regpt.train.optim import make_optimizer
 from regpt.train.peak import device_figures, driver_name, matmul_flops
 from regpt.train.precision import matmul_precision, parameter_dtype
