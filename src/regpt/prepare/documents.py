@@ -36,7 +36,7 @@ class Row(NamedTuple):
 class Document(NamedTuple):
     """A text, and the bytes of its file that reading it consumed (for progress: they sum to about its size).
 
-    `error` says why there is no text, where such documents are skipped.
+    `error` is the reason for a document without text, where such documents are skipped.
     """
 
     text: str

@@ -256,6 +256,6 @@ class CheckedFile:
         return self
 
     def __exit__(self, *error: object) -> None:
-        with contextlib.suppress(OSError):  # a full disk says so again
+        with contextlib.suppress(OSError):  # a full disk fails again
             self._file.close()
         self._partial.unlink(missing_ok=True)

@@ -58,7 +58,7 @@ def import_tokens(
     """Write the tokens of the files `given` as shards into the new folder `out`, unless the same command has done so.
 
     `val` names the validation files; without it they are those with `val` in their names. `tokenizer` is the one that
-    made the tokens: nothing in the files says which; `guessed_tokenizer` says that the user named none. The manifest's
+    made the tokens: the files do not store which; `guessed_tokenizer`: the user named none. The manifest's
     option `inserted_eot` counts what was inserted into each split.
 
     Raises:
@@ -102,7 +102,7 @@ def known_records(splits: dict[Split, list[TokenFile]]) -> list[dict[str, Any]]:
 def split_files(
     given: Sequence[str], val: Sequence[str], file_format: str | None, n_vocab: int, left_out: Counter[str]
 ) -> dict[Split, list[TokenFile]]:
-    """The files of each split; one that `val` names may also lie in a folder of `given`."""
+    """The files of each split; one that `val` names may also be in a folder of `given`."""
     others, held_out = find_token_files(given, val, file_format, n_vocab, left_out)
     if not val:
         held_out = [file for file in others if VAL_NAME.search(file.path.stem.lower())]

@@ -29,7 +29,7 @@ def rows_of_lines(stream: BufferedStream, path: Path, columns: Columns | None, s
 
 
 def parse(data: bytes, where: Callable[[], str], needed: str = "a .jsonl file has one JSON object a line") -> Any:
-    """The JSON value in `data`, or an `Unreadable` that says why there is none."""
+    """The JSON value in `data`, or an `Unreadable` with the reason."""
     try:
         if len(data) > MAX_CONTAINERS:
             refuse_many(data)

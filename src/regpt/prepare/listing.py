@@ -156,7 +156,7 @@ def is_readable(file: Path, left_out: Counter[str], alone: bool) -> bool:
         raise UserError(f"{printable(str(file))!r} {REFUSED[reason]}")
     if reason and not alone:
         left_out[reason] += 1
-    return not is_folder(file) and (alone or not reason)  # an unreadable one says so when it is opened
+    return not is_folder(file) and (alone or not reason)  # an unreadable file raises when it is opened
 
 
 def choose(names: Iterable[str], rank: Callable[[str], int], left_out: Counter[str]) -> list[str]:
@@ -181,13 +181,13 @@ def kind_of_other(name: str) -> str:
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raise a UserError if `path` is a Git LFS pointer; an unreadable file says so when it is read."""
+    """Raise a UserError if `path` is a Git LFS pointer; an unreadable file raises when it is read."""
     if os.access(path, os.R_OK) and path.stat().st_size <= LFS_POINTER_BYTES:
         refuse_lfs_pointer(path)
 
 
 def once(files: Iterable[T], key: Callable[[T], Any], seen: dict[Any, str], left_out: Counter[str]) -> list[T]:
-    """`files` whose key is not in `seen`, which says why others are left out; they join it."""
+    """`files` whose key is not in `seen`, a table of reasons; new keys join it."""
     kept: list[T] = []
     for file in files:
         if (name := key(file)) in seen:

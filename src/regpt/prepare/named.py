@@ -71,7 +71,7 @@ STDIN = "-"
 
 @dataclass(frozen=True)
 class TextSet:
-    """Documents made in memory; `details` says what they depend on."""
+    """Documents made in memory; `details` are what they depend on."""
 
     source: str
     texts: tuple[str, ...]
@@ -181,7 +181,7 @@ def standard_input(folder: Path, ending: str | None) -> SourceFile:
     """What arrives on stdin, kept in `folder` under its hash: it is read more than once, and again after a stop.
 
     Raises:
-        UsageError: nothing says what it is, or it is a terminal.
+        UsageError: no format is given, or it is a terminal.
     """
     if not ending:
         raise UsageError(f"stdin ({STDIN}) has no name that says what it is; add --format, such as --format jsonl")

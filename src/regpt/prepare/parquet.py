@@ -56,7 +56,7 @@ def read_parquet(path: Path, columns: Columns | None, part: Part | None = None) 
 
 
 def chunks_of(metadata: Any, names: Sequence[str] | None, groups: Iterable[int] | None = None) -> Iterator[Any]:
-    """What the metadata says of the columns `names` (None: all) in some row groups (None: all)."""
+    """Metadata of the columns `names` (None: all) in some row groups (None: all)."""
     asked = None if names is None else tuple(name + "." for name in names)
     for group in map(metadata.row_group, range(metadata.num_row_groups) if groups is None else groups):
         for chunk in map(group.column, range(group.num_columns)):

@@ -15,7 +15,7 @@ class TextOptions:
         template: text made of several columns instead, `{question} {answer}`.
         format: the ending as which every file is read, such as `jsonl.gz`, whatever its name.
         include: patterns (`*.py`) of the names that are read in folders; endings that are not known are plain text.
-        encoding: of the text, where no byte-order mark says it.
+        encoding: of text without a byte-order mark.
         separator: what stands between two documents in a text.
         on_error: what to do with documents that cannot be read: `stop`, or `skip` and count them.
     """
@@ -54,7 +54,7 @@ class Filters:
 
 @dataclass(frozen=True)
 class Settings:
-    """What shapes the tokens, beside the text.
+    """Everything but the text that shapes the tokens.
 
     Attributes:
         tokenizer: its `to_json`.

@@ -250,7 +250,7 @@ class ShardWriter:
     def __exit__(self, *error: object) -> None:
         self._hasher.shutdown(cancel_futures=True)
         if self._file is not None:
-            with contextlib.suppress(OSError):  # a full disk says so again
+            with contextlib.suppress(OSError):  # a full disk fails again
                 self._file.close()
 
     def _append(self, data: memoryview) -> None:

@@ -3,7 +3,7 @@
 `build-nanogpt` is `.npy`: one array of integers (its fineweb.py). `nanogpt` is `.bin` without a header: uint16, or
 uint32 where the vocabulary has more than 65,536 tokens (its data/*/prepare.py). `llm.c`, which modded-nanogpt writes
 too, is `.bin` with a header of 256 int32: a magic number, a version, the number of tokens (dev/data/data_common.py).
-Nothing of these is a pickle, and a pickle beside them is not opened.
+Nothing of these is a pickle, and a pickle next to them is not opened.
 """
 
 from collections import Counter
@@ -28,7 +28,7 @@ EVALUATION_MAGIC = 20240522  # HellaSwag and MMLU: questions, not text
 NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 NPY, ZIP = b"\x93NUMPY", b"PK\x03\x04"
 SNIFFED = 4096  # tokens that are looked at for a wrong width
-# One that is named may have any name: its content says what it is.
+# A file that is named may have any ending: it is recognized by its content.
 TOKEN_FILES = Wanted(
     lambda name: int(name.lower().endswith(SUFFIXES)), lambda name: True, ", ".join(SUFFIXES), deep=False
 )
@@ -84,7 +84,7 @@ def files_of(given: Sequence[str], left_out: Counter[str]) -> Iterator[tuple[str
 
 
 def check_vocabulary(files: Sequence[TokenFile]) -> None:
-    """Raise a UserError when a file lies beside nanoGPT's meta.pkl: its tokens are of a vocabulary of its own."""
+    """Raise a UserError when a file is next to nanoGPT's meta.pkl: its tokens are of a vocabulary of its own."""
     for file in files:
         if (file.path.parent / "meta.pkl").exists():
             raise UserError(
@@ -181,7 +181,7 @@ def header_layout(path: Path, head: bytes, size: int) -> tuple[str, int, int]:
 
 
 def raw_layout(path: Path, size: int, n_vocab: int, forced: bool) -> tuple[str, int, int]:
-    """Nothing in the file says that these are tokens; a width that is plainly wrong is noticed."""
+    """Tokens without a header; a width that is plainly wrong is noticed."""
     width = 2 if n_vocab <= 1 << 16 else 4
     if size % width:
         raise UserError(

@@ -2,7 +2,7 @@
 
 `gigatoken` (extra `fast`) looks words up in a cache instead of merging them again. Its only known difference from
 tiktoken and tokenizers is the edition of Unicode: characters that were assigned lately are letters to one and unknown
-to the other. Text with such a character is encoded by the tokenizer itself. `prepare/audit.py` compares the two on one
+to the other. Text with such a character is encoded by the tokenizer itself. `prepare/shards.py` compares the two on one
 document in a thousand.
 """
 
