@@ -1,4 +1,4 @@
-"""`regpt runs`: every run below a folder, and what it has come to."""
+"""`regpt runs`: every run below a folder, with its state."""
 
 from __future__ import annotations
 

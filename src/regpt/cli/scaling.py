@@ -1,4 +1,4 @@
-"""`regpt scaling`: a power law through the losses of runs, and what it predicts."""
+"""`regpt scaling`: a power law through the losses of runs, and its predictions."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def main(args: list[str]) -> int:
 
 
 def check(given: ScalingArgs) -> None:
-    """What can be wrong with the arguments alone."""
+    """Refuse contradicting arguments."""
     if len(given.runs) < 2:
         raise UsageError("a scaling law needs several runs; regpt scaling RUN RUN RUN …")
     for name in ("parameters", "tokens"):
@@ -85,7 +85,7 @@ def check(given: ScalingArgs) -> None:
         if value is not None and not value > 0:
             raise UsageError(f"--{name} is {value}, must be above 0")
     if given.predict is not None and given.parameters is not None:
-        raise UsageError("--predict and --parameters both say what is predicted; give one of them")
+        raise UsageError("--predict and --parameters both name the run to predict; give one of them")
     if (given.parameters is None) != (given.tokens is None) and given.predict is None:
         raise UsageError("a prediction needs --parameters and --tokens, or --predict RECIPE")
     if given.out is not None:

@@ -48,7 +48,7 @@ def encodes(text: str, encoding: str) -> bool:
 
 
 def write(stream: IO[str] | None, text: str) -> None:
-    """Write all of `text` at once; what the stream refuses is dropped (`console.streams` makes most refusals rare)."""
+    """Write all of `text` at once; drop it where the stream refuses it (rare with `console.streams`)."""
     if stream is None:
         return
     if is_terminal(stream):
@@ -64,7 +64,7 @@ def write(stream: IO[str] | None, text: str) -> None:
 
 @contextlib.contextmanager
 def status(quiet: bool = False) -> Iterator[Callable[[str], None]]:
-    """`say(text)`: what is being done now, on the terminal's error stream; nothing where there is no terminal."""
+    """`say(text)` shows the current activity on the terminal's error stream; nothing without a terminal."""
     from rich.text import Text
 
     from regpt.console.tables import PlainConsole, can_redraw

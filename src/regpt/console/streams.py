@@ -16,7 +16,7 @@ ERRORS = "regpt.console"
 
 
 class Unfailing(io.RawIOBase):
-    """A raw stream that drops what the one below refuses, and remembers why in `lost`."""
+    """A raw stream that drops writes that the stream below refuses, and keeps the error in `lost`."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream  # which would close what is below it if nobody held it

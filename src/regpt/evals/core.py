@@ -148,7 +148,7 @@ def open_core(
 
     Args:
         chosen: names of the tasks that are wanted; nothing is missing then. Empty for all.
-        tolerate: receives what is wrong with the file of one task, whose neighbours are read all the same.
+        tolerate: receives the error in the file of one task; the others are read.
 
     Raises:
         UsageError: a name in `chosen` that the folder does not have.

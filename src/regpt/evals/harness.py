@@ -32,7 +32,7 @@ from regpt.sample.sampling import SamplingOptions
 from regpt.text.tokenizer import Tokenizer
 
 Request = tuple[Any, list[int], list[int]]  # the texts, tokens of the context, tokens of the continuation
-Noted = dict[str, dict[str, set[str]]]  # task → what was done → the documents that it was done to
+Noted = dict[str, dict[str, set[str]]]  # task → treatment → documents
 BOOTSTRAPS = 1000  # resamples for the standard error of a metric that is not a mean
 MAX_NEW_TOKENS = 256  # where a task does not say (the harness's own default)
 SEED = 1234  # of drawn texts: the harness's own
@@ -59,7 +59,7 @@ class HarnessModel(TemplateLM):
         self.scorer, self.text, self.progress = scorer, tokenizer, progress
         self.max_length = scorer.model.config.max_seq_len
         self.noted: Noted = {}
-        self.asked: Sequence[Instance] = ()  # what is being scored; nothing for rolling windows, which are not cut
+        self.asked: Sequence[Instance] = ()  # being scored; empty for rolling windows, which are not truncated
 
     @property
     def eot_token_id(self) -> int:
@@ -96,7 +96,7 @@ class HarnessModel(TemplateLM):
             for context, numbers in by_context.items()
         ]
         scores = self.scorer(prompts, self.progress)
-        found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)  # what nothing has: probability 1
+        found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)  # an empty ending has probability 1
         order = [k for numbers in by_context.values() for k in numbers]
         for k, log_likelihood, greedy in zip(order, scores.log_likelihood.tolist(), scores.greedy.tolist()):
             found[k] = (log_likelihood, greedy)
@@ -180,7 +180,7 @@ class HarnessModel(TemplateLM):
 
 
 class Generation(NamedTuple):
-    """What a task asks of generated text."""
+    """Options of a task for generated text."""
 
     sampling: SamplingOptions
     limit: int
@@ -308,11 +308,11 @@ def evaluate_harness(name: str, model: HarnessModel, manager: TaskManager, max_i
     """Run one task or group.
 
     Raises:
-        UserError: its data cannot be had, or it asks for what the adapter does not do.
+        UserError: its data are unavailable, or it asks for an option that the adapter does not support.
     """
     try:
         with contextlib.redirect_stdout(sys.stderr):  # it prints
-            loaded: dict[str, Any] = dict(manager.load([name]))  # what fails here is the task's own code and data
+            loaded: dict[str, Any] = dict(manager.load([name]))  # runs the task's own code on its data
     except UNAVAILABLE as error:
         raise UserError(f"lm-eval cannot load {name!r} ({first_line(error)})") from None
     with contextlib.redirect_stdout(sys.stderr):

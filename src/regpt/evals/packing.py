@@ -49,7 +49,7 @@ class Tree(NamedTuple):
 
 
 class PackedBatch(NamedTuple):
-    """What the model reads at once, int64: B rows of T tokens, and S places where a token is scored.
+    """Input of one forward pass, int64: B rows of T tokens, and S places where a token is scored.
 
     Attributes:
         idx, positions: (B, T).
@@ -203,7 +203,7 @@ def fill(plan: BatchPlan, trees: Sequence[Tree]) -> PackedBatch:
     first, counts, last, at_context, owner = np.array(places, dtype=np.int64).reshape(-1, 5).T
     slots = ranges(first, counts)
     begins, whole = np.cumsum(counts) - counts, at_context.astype(bool)
-    slots[begins[whole]] = last[whole]  # what the context predicts, every ending's first token
+    slots[begins[whole]] = last[whole]  # the context's last token predicts every ending's first
     row_starts = np.arange(B)[:, None] * T
     return PackedBatch(
         idx.reshape(B, T),

@@ -117,7 +117,7 @@ def ratio_stderr(sums: LossSums, by: int) -> float | None:
     """Standard error of the nats' total over total `by`, batches taken as the sampled units (Cochran 1977, section
     2.11: the residuals of each batch's nats from the ratio). None of fewer than two batches, or where the total is 0.
 
-    Neighbouring rows often are of one document: a batch of them, not a token, is what can be called independent.
+    Neighbouring rows often are of one document: batches, not tokens, are nearly independent.
     """
     m, total = float(sums.batches), float(sums.totals[by])
     if m < 2 or not total:

@@ -1,4 +1,4 @@
-"""MODEL → LOG-LIKELIHOODS: what a model gives to each ending of many prompts, computed together.
+"""MODEL → LOG-LIKELIHOODS of each ending of many prompts, computed together.
 
 Each context is computed once (`packing`), and logits only where a token is scored. The functions that may be compiled
 see few shapes: the hidden states of a batch, and the logits of a fixed number of places that are collected over
@@ -68,7 +68,7 @@ class Scorer:
     """Scores prompts under `model`, in all processes of `mesh` together.
 
     Args:
-        model: on the mesh's device. It is left as it is: compiled are functions of it.
+        model: on the mesh's device. It stays unchanged: functions of it are compiled.
         mesh: every process gives the same prompts, and gets all scores.
         autocast: makes the context in which the model computes (`train.precision.autocast`).
         compile: compile the two functions, and use rows of few lengths.
@@ -154,7 +154,7 @@ class Scorer:
         return None
 
     def warm_up(self, plans: Sequence[BatchPlan], trees: Sequence[Tree]) -> None:
-        """Compile what `plans` need and has not been seen; the time counts as compilation."""
+        """Compile for the new shapes in `plans`; the time counts as compilation."""
         if not self.compile:
             return
         for plan in {plan[1:]: plan for plan in plans if plan[1:] not in self.shapes}.values():
@@ -185,7 +185,7 @@ class Scorer:
         return Places(hidden.flatten(0, 1)[chosen[0]], chosen[1], batch.owners)
 
     def slowest(self, seconds: float) -> float:
-        """The largest of what the processes give."""
+        """The largest value of all processes."""
         mesh = self.mesh
         given = torch.zeros(mesh.world_size, dtype=torch.float64)
         given[mesh.rank] = seconds

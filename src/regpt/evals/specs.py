@@ -46,7 +46,7 @@ def parse_tasks(given: str) -> list[Spec]:
 
 
 def check_specs(names: Iterable[str]) -> list[Spec]:
-    """The same of a list of names. Those of CORE's tasks after `core:DIR/…` belong to it, but for kinds of tasks."""
+    """Parse a list of names, as `parse_tasks`; names of CORE's tasks after `core:DIR/…` belong to it."""
     specs: list[Spec] = []
     for name in names:
         kind, colon, argument = name.partition(":")

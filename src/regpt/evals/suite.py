@@ -20,7 +20,7 @@ from regpt.text.fast import accelerate
 from regpt.text.tokenizer import Encoder, Tokenizer
 
 Row = dict[str, Any]
-# show(name) is a context that gives a function: (done, total) of what is counted.
+# show(name) is a context that gives a progress function: (done, total).
 ShowProgress = Callable[[str], AbstractContextManager[Progress]]
 
 

@@ -29,7 +29,7 @@ class Task(Protocol):
     Attributes:
         name: as in results, such as `hellaswag` or `core/arc_easy`.
         n_items: how many there are.
-        items_sha256: hash of what is asked.
+        items_sha256: hash of the items.
         baseline: expected accuracy of a guess, None where it is unknown.
         lengths: (n_items,) most scored tokens of an ending of each item; a model that scores it has as many positions.
     """
@@ -186,8 +186,7 @@ def evaluate(
 
 
 def affordable(task: Task, scorer: Scorer, order: np.ndarray, seconds: float) -> int:
-    """How many items can be evaluated in `seconds`, the pilot's own time included; at least the pilot's. All processes
-    agree."""
+    """Number of items that can be evaluated in `seconds` with the pilot, at least the pilot's. All processes agree."""
     before, started = scorer.cost.compile_seconds, time.perf_counter()
     scorer(task.prompts(np.sort(order[:PILOT_ITEMS]).tolist()))
     spent = time.perf_counter() - started - (scorer.cost.compile_seconds - before)

@@ -291,7 +291,7 @@ def difference(x: Column, a: Column, at: Column, b: Column) -> Column:
     return [one(place, value) for place, value in zip(x, a)]
 
 
-# ---- what else a run holds
+# ---- events and samples
 
 
 def events(run: Run) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Two runs against each other: what differs between them, and which final numbers differ by more than chance."""
+"""Two runs against each other: differing keys, and final numbers that differ by more than chance."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +24,7 @@ Differences = list[tuple[str, list[Any]]]  # keys, joined with dots, and each ru
 Scores = tuple[list[float], list[float]]  # of the same items by A and by B
 
 
-# ---- what differs, as far as the folders of the runs state it
+# ---- differing keys of configuration, code and data
 
 
 def differing(documents: Sequence[Row]) -> Differences:
@@ -66,7 +66,7 @@ class Measured:
 
 
 def measurements(run: Run) -> Iterator[tuple[str, Measured]]:
-    """Everything that was measured, by its name in comparisons, ascending by step."""
+    """All measured numbers by their names in comparisons, ascending by step."""
     rows = [*run.val, *run.val_sources, *run.evals]
     tokens = positions(run.train, [row["step"] for row in rows]).get("tokens") or [None] * len(rows)
     for row, read in zip(rows, tokens):

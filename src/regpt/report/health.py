@@ -118,7 +118,7 @@ def training(run: Run, curve: Curve) -> list[Finding]:
     end = curve.smoothed[-1]
     fall = curve.raw[0] - best
     size = number(section(run.config, "model").get("vocab_size"))
-    trained = run.env.get("init_from") or run.env.get("parent")  # such a run begins with what another learned
+    trained = run.env.get("init_from") or run.env.get("parent")  # its weights were trained before
     from_scratch = not trained and (size is None or curve.raw[0] > 0.8 * log(size))
     if from_scratch and fall < LEARNS * curve.raw[0]:
         return [Finding("bad", "not learning", f"the training loss fell by {fall:.2f} only, from {curve.raw[0]:.2f}")]
@@ -183,7 +183,7 @@ def validation(run: Run, curve: Curve) -> list[Finding]:
 
 
 def epochs_read(run: Run) -> float | None:
-    """How often the training data were read: the most read folder's count where it is known, else a quotient."""
+    """Number of passes over the training data: the most read folder's count where it is known, else a quotient."""
     for row in reversed(run.events):
         if row.get("name") == "epochs" and isinstance(row.get("epochs"), dict):
             counts = [n for value in row["epochs"].values() if (n := number(value)) is not None]

@@ -172,7 +172,7 @@ def config_section(config: Row) -> str:
 
 
 def provenance_section(run: Run) -> str:
-    """Where the run came from: command, software, machine, data."""
+    """Origin of the run: command, software, machine, data."""
     plain = {key: value for key, value in run.env.items() if key not in ("argv", "data", "started")}
     sheets = [sheet("Environment", grouped(plain))] if plain else []
     data = section(run.env, "data")
@@ -205,9 +205,9 @@ def overview(runs: Sequence[Run], eyebrow: str, headline: str = "") -> str:
     title = " · ".join(names) if len(names) <= 3 else f"{names[0]} · {names[1]} · {len(names) - 2} more"
     figures = ("parameters", "tokens", "validation loss", "bits per byte", "training loss", "tokens/s", "MFU", "time")
     table = grid(("run", *figures), [overview_row(i, run, summarize(run)) for i, run in enumerate(runs)])
-    said = f'<p class="said">{text(headline)}</p>' if headline else ""
+    lead = f'<p class="said">{text(headline)}</p>' if headline else ""
     top = f'<p class="eyebrow">{text(eyebrow)}</p><h1>{text(title)}</h1>'
-    return f'<header>{top}{said}<div class="overview">{table}</div></header>'
+    return f'<header>{top}{lead}<div class="overview">{table}</div></header>'
 
 
 def swatch(run: int) -> str:

@@ -215,7 +215,7 @@ def of_kind(rows: Iterable[Row], kind: str, *keys: str) -> list[Row]:
 
 
 def latest(rows: Iterable[Row], *keys: str) -> list[Row]:
-    """Where a step occurs twice (after a resume) the last row counts; ascending by step."""
+    """The last row of every step (and value of `keys`), as after a resume; ascending by step."""
     last: dict[Hashable, Row] = {}
     for row in rows:
         last[(row["step"], *(str(row.get(key)) for key in keys))] = row
@@ -234,7 +234,7 @@ class StepBack(NamedTuple):
 
 
 def steps_back(rows: Sequence[Row]) -> list[StepBack]:
-    """Where the run went back, by its events; in files without them, by two updates in a row that were made before.
+    """Steps back of the run, by its events; in files without them, by two updates in a row that were made before.
     One such row alone is out of order, and not a step back."""
     found = []
     highest, last, again = 0, 0, False

@@ -1,7 +1,7 @@
 """How loss depends on parameters and tokens: a power law fitted to runs, its uncertainty and its predictions.
 
 L(N, D) = E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, section 3.3, equation 2): E is the entropy of the text,
-the others what a model of N parameters lacks, and what D tokens do not teach.
+the other terms are the loss due to the finite model and to the finite data.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ STARTS = tuple(
 )
 BEST_STARTS = 12  # of the 4,500, by their value: the others end in the same minima, or worse ones
 BOUNDS = ((-10.0, 60.0), (-10.0, 60.0), (-10.0, 5.0), (0.0, 3.0), (0.0, 3.0))
-MAX_STEPS = 200  # of one descent; twenty are usual
+MAX_STEPS = 200  # of one minimization; twenty are usual
 EDGE = 0.01  # of a coefficient's range: nearer to its end it was held back
 LEAST_POINTS, LEAST_SIZES = 6, 3
 LEVEL = 0.95
@@ -86,7 +86,7 @@ def points_of_run(run: Run, key: str, which: Which, parameters: float) -> list[P
 
 
 def doubts_about(runs: Sequence[Run], which: Which) -> list[str]:
-    """Why the last validations of `runs` may not be what they stand for: a sentence each."""
+    """A sentence for each run whose last validation may mislead, as it is unfinished."""
     ended = [(run, summarize(run)) for run in runs if which == "final"]
     return [
         f"run {run.name!r} is unfinished ({one.steps:,} of {one.planned_steps:,.0f} steps): where the learning rate "
@@ -121,7 +121,7 @@ def non_embedding(total: float, model: Row) -> float:
 
 @dataclass(frozen=True)
 class ScalingFit:
-    """A law, the points it was fitted to, and laws fitted to what the points could have been as well.
+    """A law, the points it was fitted to, and laws fitted to resampled points.
 
     Attributes:
         residual: root mean square of ln(loss) - ln(fitted loss).
@@ -188,7 +188,7 @@ def check_points(points: Sequence[Point]) -> None:
 
 
 def doubts(fits: Sequence[np.ndarray], points: Sequence[Point]) -> list[str]:
-    """What speaks against trusting the fit, the first of `fits`, whose others are the bootstrap's."""
+    """Reasons to doubt the fit, the first of `fits`, whose others are the bootstrap's."""
     low, high = (np.array(side) for side in zip(*BOUNDS))
     share = (np.array(fits) - low) / (high - low)  # (fits, 5): where in its range each coefficient ended
     held = (share < EDGE) | (share > 1 - EDGE)

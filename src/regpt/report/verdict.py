@@ -15,7 +15,7 @@ SEEDS_HEAD = ("measure", "B - A, means", "deviation", "runs of A + B", "p", "con
 
 
 def headline(found: RunComparison) -> str:
-    """Which run is better in the validation loss, and whether that is more than chance.
+    """Name the run with the better validation loss, and whether that is more than chance.
 
     Where one of them is trained less, that comes first, then their losses where both had read as much.
     """
@@ -68,7 +68,7 @@ def winner(found: RunComparison, one: Measure) -> str:
 
 
 def units(one: Measure) -> str:
-    """`1,000 items`, `8 validation batches`: what the test counts; empty without a count."""
+    """`1,000 items`, `8 validation batches`: the units that the test counts; empty without a count."""
     if one.test is None or not one.test.n:
         return ""
     kind = ("validation batch", "validation batches") if is_validation(one.name) else ("item", "items")

@@ -1,4 +1,4 @@
-"""`regpt runs`: what every run below a folder has come to, from its lock, its last rows and its checkpoints."""
+"""`regpt runs`: the state of every run below a folder, from its lock, its last rows and its checkpoints."""
 
 import math
 import time

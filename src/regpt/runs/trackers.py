@@ -153,7 +153,7 @@ class WandB:
 
 
 def run_id(run: Path) -> str:
-    """The same for every part of a run that was stopped and resumed: a hash of its env.json."""
+    """Hash of env.json: the same for every part of a run that was stopped and resumed."""
     return file_sha256(run / "env.json")[:12]
 
 
