@@ -26,8 +26,7 @@ import torch
 import tyro
 
 from regpt.data.prefetch import Prefetcher
-from regpt.tools.bench.batches import Reading, time_batches, time_first_batch
-from regpt.tools.bench.invent import document_lengths, invent_shards
+from regpt.tools.bench.data import BatchReading, document_lengths, invent_shards, time_batches, time_first_batch
 
 SEQ_LEN, BATCH_TOKENS, MICRO_BATCH_ROWS = 1024, 524288, 64  # the lecture's run
 VOCAB = 50257
@@ -147,10 +146,10 @@ MEASUREMENTS = {
 }
 
 
-def reading(folder: str, order: str, mask: bool = False) -> Reading:
+def reading(folder: str, order: str, mask: bool = False) -> BatchReading:
     order, _, shuffle_rows = order.partition("/")
     rows = int(shuffle_rows) if shuffle_rows.isdigit() else shuffle_rows
-    return Reading(Path(folder), order, rows, mask, SEED, SEQ_LEN, BATCH_TOKENS, MICRO_BATCH_ROWS)
+    return BatchReading(Path(folder), order, rows, mask, SEED, SEQ_LEN, BATCH_TOKENS, MICRO_BATCH_ROWS)
 
 
 def machine() -> dict:

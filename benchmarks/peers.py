@@ -14,7 +14,7 @@ import tyro
 
 from regpt.data.manifest import read_manifest
 from regpt.data.stream import Corpus
-from regpt.tools.bench.invent import MEAN_LENGTH, document_lengths, invent_shards
+from regpt.tools.bench.data import MEAN_LENGTH, document_lengths, invent_shards
 
 VOCAB = 50257
 LLMC_MAGIC, LLMC_VERSION, HEADER_INTS = 20240520, 1, 256  # llm.c: dev/data/data_common.py

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import pytest
 
 from regpt.data.bos import PackedRows
-from regpt.tools.bench import batches as batches_module
-from regpt.tools.bench.batches import Reading, time_batches
+from regpt.tools.bench import data as batches_module
+from regpt.tools.bench.data import BatchReading, time_batches
 
 SMALL = ("--seq-len", 16, "--batch-tokens", 128, "--micro-batch-rows", 4, "--seconds", 0.01)
 
 
-def reading(folder: Path, order: str = "shuffle", *, mask: bool = False) -> Reading:
-    return Reading(folder, order, "epoch", mask, 1337, seq_len=16, batch_tokens=128, micro_batch_rows=4)
+def reading(folder: Path, order: str = "shuffle", *, mask: bool = False) -> BatchReading:
+    return BatchReading(folder, order, "epoch", mask, 1337, seq_len=16, batch_tokens=128, micro_batch_rows=4)
 
 
 def test_the_report_is_of_what_was_asked_for(bench, shards: Path):

@@ -8,7 +8,7 @@ import pytest
 from regpt.data.manifest import read_manifest
 from regpt.data.rows import ORDERS, open_rows
 from regpt.data.verify import wrong_starts, wrong_tokens
-from regpt.tools.bench.invent import document_lengths, invent_shards
+from regpt.tools.bench.data import document_lengths, invent_shards
 
 
 @pytest.mark.parametrize("vocab_size", [2, 300, 70_000])

@@ -18,11 +18,21 @@ from regpt.runs import bench_ladder as ladder_module
 from regpt.runs.bench import Window
 from regpt.runs.bench_ladder import bench_ladder
 from regpt.tools.bench import ladder as parts
-from regpt.tools.bench.explicit import EXPLICIT, explicit_attention, unfused
-from regpt.tools.bench.ladder import LADDER, RECIPE, Rung, Setup, climb, is_lectures, missing, with_factors
-from regpt.tools.bench.picture import draw_ladder, right_edge
+from regpt.tools.bench.ladder import (
+    EXPLICIT,
+    LADDER,
+    RECIPE,
+    LadderRung,
+    RungSetup,
+    climb,
+    explicit_attention,
+    is_lectures,
+    missing,
+    unfused,
+    with_factors,
+)
 from regpt.tools.bench.steps import StepTimes
-from regpt.tools.bench.tables import figure_of, ladder_table
+from regpt.tools.bench.tables import draw_ladder, figure_of, ladder_table, right_edge
 from regpt.train.backend import uncompiled
 from regpt.train.optim import make_optimizer
 
@@ -89,33 +99,33 @@ def everything(need: str) -> None:
 
 def test_changes_stay_in_force_on_later_rungs():
     rungs = [
-        Rung("a", {"train.precision": "fp32", "train.pad_vocab": False}, attention="explicit", adamw="default"),
-        Rung("b", {"train.precision": "bf16"}, needs="bf16"),
-        Rung("c", attention="torch"),
-        Rung("d", {"train.batch_tokens": RECIPE}, adamw="fused"),
+        LadderRung("a", {"train.precision": "fp32", "train.pad_vocab": False}, attention="explicit", adamw="default"),
+        LadderRung("b", {"train.precision": "bf16"}, needs="bf16"),
+        LadderRung("c", attention="torch"),
+        LadderRung("d", {"train.batch_tokens": RECIPE}, adamw="fused"),
     ]
     setups = [setup for _, setup in climb(rungs, everything, lambda key: f"the recipe's {key}", 97)]
     precision = {"train.precision": "bf16", "train.pad_vocab": False}
     assert setups == [
-        Setup({"train.precision": "fp32", "train.pad_vocab": False}, "explicit", "default"),
-        Setup(precision, "explicit", "default"),
-        Setup(precision, "torch", "default"),
-        Setup(precision | {"train.batch_tokens": "the recipe's train.batch_tokens"}, "torch", "fused"),
+        RungSetup({"train.precision": "fp32", "train.pad_vocab": False}, "explicit", "default"),
+        RungSetup(precision, "explicit", "default"),
+        RungSetup(precision, "torch", "default"),
+        RungSetup(precision | {"train.batch_tokens": "the recipe's train.batch_tokens"}, "torch", "fused"),
     ]
 
 
 def test_a_skipped_rung_says_why_and_changes_nothing():
     rungs = [
-        Rung("a", {"train.precision": "fp32"}, attention="explicit"),
-        Rung("b", {"train.precision": "tf32"}, needs="tf32"),
-        Rung("c", adamw="default"),
-        Rung("d", adamw="default"),
-        Rung("e", {"train.pad_vocab": True}),
+        LadderRung("a", {"train.precision": "fp32"}, attention="explicit"),
+        LadderRung("b", {"train.precision": "tf32"}, needs="tf32"),
+        LadderRung("c", adamw="default"),
+        LadderRung("d", adamw="default"),
+        LadderRung("e", {"train.pad_vocab": True}),
     ]
     climbed = climb(rungs, lambda need: "it is too old", str, 256)
     setups = [setup for _, setup in climbed]
     assert setups[1] == "not on this device: it is too old"
-    assert setups[2] == Setup({"train.precision": "fp32"}, "explicit", "default")
+    assert setups[2] == RungSetup({"train.precision": "fp32"}, "explicit", "default")
     assert setups[3] == "no change here: all of it is so already"
     assert setups[4] == "no change here: 256 is a multiple of 128"
 
@@ -236,14 +246,14 @@ def test_a_rung_that_needs_too_much_memory_computes_fewer_rows_at_once(recipe: s
     monkeypatch.setattr(ladder_module, "EXPLICIT", replace(PLAIN, attention=hungry))
     peaks_forgotten: list[torch.device] = []
     monkeypatch.setattr("regpt.tools.bench.steps.reset_peak", peaks_forgotten.append)
-    report = run_ladder(recipe, [LADDER[0], Rung("flash", attention="torch")])
+    report = run_ladder(recipe, [LADDER[0], LadderRung("flash", attention="torch")])
     assert peaks_forgotten == [tiny.CPU]  # that of the attempt that failed
     assert [(rung["rows"], rung["rows_wanted"]) for rung in report["rungs"]] == [(2, 4), (4, 4)]
     assert "out of memory with 4 rows at once, so 2" in printed(report)
 
 
 def test_rows_that_the_device_chooses_are_no_lack_of_memory(recipe: str):
-    rungs = [Rung("first", {"train.precision": "fp32"}), Rung("auto", {"train.micro_batch_rows": "auto"})]
+    rungs = [LadderRung("first", {"train.precision": "fp32"}), LadderRung("auto", {"train.micro_batch_rows": "auto"})]
     (first, auto) = run_ladder(recipe, rungs)["rungs"]
     assert (first["rows"], first["rows_wanted"]) == (4, 4)
     assert auto["rows"] == auto["rows_wanted"]
@@ -252,7 +262,10 @@ def test_rows_that_the_device_chooses_are_no_lack_of_memory(recipe: str):
 def test_what_was_measured_is_kept_when_a_later_rung_fails(recipe: str, monkeypatch: pytest.MonkeyPatch):
     kept: list[dict] = []
     monkeypatch.setattr(ladder_module, "unfused", lambda optimizer: kept[-1]["no such key"])
-    rungs = [Rung("good", {"train.precision": "fp32", "train.compile": False}), Rung("bad", adamw="default")]
+    rungs = [
+        LadderRung("good", {"train.precision": "fp32", "train.compile": False}),
+        LadderRung("bad", adamw="default"),
+    ]
     with pytest.raises(KeyError, match="no such key"):
         run_ladder(recipe, rungs, keep=kept.append)
     assert [rung["name"] for rung in kept[-1]["rungs"]] == ["good"]
@@ -299,9 +312,9 @@ def test_the_command_writes_table_json_and_picture(bench, recipe: str, tmp_path:
 def test_the_same_losses_on_every_rung(recipe: str):
     rungs = [
         LADDER[0],
-        Rung("flash", attention="torch"),
-        Rung("padded", {"train.pad_vocab": True}),
-        Rung("fused", adamw="fused"),
+        LadderRung("flash", attention="torch"),
+        LadderRung("padded", {"train.pad_vocab": True}),
+        LadderRung("fused", adamw="fused"),
     ]
     losses = [rung["loss"] for rung in run_ladder(recipe, rungs)["rungs"]]
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)

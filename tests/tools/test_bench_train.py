@@ -15,8 +15,7 @@ from regpt.__main__ import main
 from regpt.config import read_config
 from regpt.parallel.mesh import open_mesh
 from regpt.runs.bench import Window, bench_train, greatest
-from regpt.tools.bench.active import attention_backend
-from regpt.tools.bench.steps import compile_costs, compile_counts, spread, time_steps
+from regpt.tools.bench.steps import attention_backend, compile_costs, compile_counts, spread, time_steps
 from regpt.tools.bench.tables import train_table
 from tiny import IMPORTS_COMPILER
 

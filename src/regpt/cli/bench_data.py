@@ -19,7 +19,7 @@ DATA, TRAIN = DataConfig(), TrainConfig()
 
 
 @dataclass(frozen=True)
-class DataArgs:
+class BenchDataArgs:
     """Time how fast one process makes batches from a folder of token shards, as it does while training."""
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
@@ -46,13 +46,13 @@ class DataArgs:
 
 def main(args: list[str]) -> int:
     """Parse, read, print."""
-    given = parse(DataArgs, args, prog="regpt bench data")
+    given = parse(BenchDataArgs, args, prog="regpt bench data")
     check_json(given.json)
-    from regpt.tools.bench.batches import Reading, bench_data
+    from regpt.tools.bench.data import BatchReading, bench_data
     from regpt.tools.bench.tables import data_table
 
     sizes = (given.seq_len, given.batch_tokens, given.micro_batch_rows)
-    reading = Reading(Path(given.folder), given.order, given.shuffle_rows, given.document_mask, given.seed, *sizes)
+    reading = BatchReading(Path(given.folder), given.order, given.shuffle_rows, given.document_mask, given.seed, *sizes)
     with status() as say:
         report = bench_data(reading, given.seconds, say)
     show(report, given.json, data_table)

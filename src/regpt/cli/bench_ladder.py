@@ -21,7 +21,7 @@ CPU_ROWS = 8  # where the recipe leaves it to the device
 
 
 @dataclass(frozen=True)
-class LadderArgs:
+class BenchLadderArgs:
     """Climb the lecture's ladder on this device: float32, TF32, bfloat16, torch.compile, flash attention, padded
     vocabulary, fused AdamW, and what this package adds. Each rung trains the same model on invented tokens."""
 
@@ -42,15 +42,14 @@ class LadderArgs:
 
 
 def main(args: list[str]) -> int:
-    given = parse(LadderArgs, args, prog="regpt bench ladder")
+    given = parse(BenchLadderArgs, args, prog="regpt bench ladder")
     check_json(given.json)
     from regpt.data.picture import check_picture
     from regpt.parallel.mesh import choose_device, under_launcher
     from regpt.runs.bench import Window
     from regpt.runs.bench_ladder import bench_ladder
     from regpt.tools.bench.ladder import LADDER, LECTURE_ROWS
-    from regpt.tools.bench.picture import draw_ladder
-    from regpt.tools.bench.tables import ladder_table
+    from regpt.tools.bench.tables import draw_ladder, ladder_table
 
     if given.out:
         check_picture(Path(given.out))

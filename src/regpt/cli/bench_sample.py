@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SampleArgs:
+class BenchSampleArgs:
     """Time how fast a model writes, one text at a time and many at once; the prompts are random tokens."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL|RECIPE")]
@@ -45,7 +45,7 @@ class SampleArgs:
 
 def main(args: list[str]) -> int:
     """Parse, open the model, write, print."""
-    given = parse(SampleArgs, args, prog="regpt bench sample")
+    given = parse(BenchSampleArgs, args, prog="regpt bench sample")
     check_json(given.json)
     from regpt.parallel.mesh import choose_device
     from regpt.tools.bench.samples import bench_sample

@@ -27,7 +27,7 @@ CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
 @dataclass(frozen=True)
-class TrainArgs:
+class BenchTrainArgs:
     """Time the training of a recipe: the trainer, loader and settings of `regpt train`, for a few steps. Every value of
     the configuration is a flag, as there."""
 
@@ -49,9 +49,9 @@ class TrainArgs:
 
 
 def main(args: list[str]) -> int:
-    recipe = named_recipe(TrainArgs, args, prog="regpt bench train")
-    over = TrainArgs(recipe=recipe, config=read_config(recipe)) if recipe else None
-    given = parse(TrainArgs, args, prog="regpt bench train", default=over)
+    recipe = named_recipe(BenchTrainArgs, args, prog="regpt bench train")
+    over = BenchTrainArgs(recipe=recipe, config=read_config(recipe)) if recipe else None
+    given = parse(BenchTrainArgs, args, prog="regpt bench train", default=over)
     if not given.recipe:
         raise UsageError(f"no recipe was given; regpt bench train RECIPE, with one of {', '.join(recipe_names())}")
     check_json(given.json)
@@ -59,7 +59,7 @@ def main(args: list[str]) -> int:
         return run_train(given, args)
 
 
-def run_train(given: TrainArgs, args: list[str]) -> int:
+def run_train(given: BenchTrainArgs, args: list[str]) -> int:
     from regpt.parallel.launch import launch
     from regpt.parallel.mesh import launcher_rank, launcher_world_size, under_launcher
     from regpt.runs.bench import Window, bench_train, check

@@ -19,7 +19,7 @@ from regpt.ranges import LARGE, MANY, PROCESSES, Range
 
 
 @dataclass(frozen=True)
-class VerifyResume:
+class VerifyResumeArgs:
     """Train straight; then killed by SIGKILL at random moments; then on another number of processes; and compare."""
 
     recipe: tyro.conf.Positional[str] = ""
@@ -49,9 +49,9 @@ class VerifyResume:
 
 
 def main(args: list[str]) -> int:
-    recipe = named_recipe(VerifyResume, args, prog="regpt verify-resume")
-    over = VerifyResume(recipe=recipe, config=read_config(recipe)) if recipe else None
-    given = parse(VerifyResume, args, prog="regpt verify-resume", default=over)
+    recipe = named_recipe(VerifyResumeArgs, args, prog="regpt verify-resume")
+    over = VerifyResumeArgs(recipe=recipe, config=read_config(recipe)) if recipe else None
+    given = parse(VerifyResumeArgs, args, prog="regpt verify-resume", default=over)
     if not given.recipe:
         raise UsageError(
             f"no recipe was given; regpt verify-resume RECIPE --data DIR, with {', '.join(recipe_names())}"
@@ -64,7 +64,7 @@ def main(args: list[str]) -> int:
         return verified(given, Path(folder))
 
 
-def verified(given: VerifyResume, folder: Path) -> int:
+def verified(given: VerifyResumeArgs, folder: Path) -> int:
     from regpt.runs.pretrain import check
     from regpt.runs.verify_resume import Bench, verify_resume
 
@@ -92,7 +92,7 @@ def verified(given: VerifyResume, folder: Path) -> int:
     return 0 if found["passed"] else 1
 
 
-def shortened(given: VerifyResume) -> RunConfig:
+def shortened(given: VerifyResumeArgs) -> RunConfig:
     """The run's first steps."""
     config = given.config
     if given.data:

@@ -14,7 +14,6 @@ import torch
 from regpt.config import RunConfig
 from regpt.data.loader import check_batch
 from regpt.data.prefetch import Prefetcher
-from regpt.errors import UsageError
 from regpt.model.ops import PLAIN, Ops
 from regpt.model.weights import count_parameters, initialize
 from regpt.parallel.mesh import Mesh, open_mesh
@@ -28,9 +27,16 @@ from regpt.runs.build import (
     with_chosen_rows,
 )
 from regpt.runs.folder import device_name, source_commit
-from regpt.tools.bench.active import attention_backend, computing_dtype, versions
-from regpt.tools.bench.invent import MEAN_LENGTH, document_lengths, invent_shards
-from regpt.tools.bench.steps import StepTimes, reset_peak, speed, time_steps
+from regpt.tools.bench.data import MEAN_LENGTH, document_lengths, invent_shards
+from regpt.tools.bench.steps import (
+    StepTimes,
+    attention_backend,
+    computing_dtype,
+    reset_peak,
+    speed,
+    time_steps,
+    versions,
+)
 from regpt.train.config import PrecisionName
 from regpt.train.memory import free_memory
 from regpt.train.metrics import peak_memory_gib
@@ -51,11 +57,6 @@ class Window:
 
     steps: int
     warmup: int
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "warmup"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name} is {getattr(self, name)}, must be at least 1")
 
 
 def shortened(config: RunConfig, window: Window) -> RunConfig:

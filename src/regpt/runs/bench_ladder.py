@@ -6,16 +6,13 @@ from functools import partial
 from typing import Any
 
 from regpt.config import RunConfig
-from regpt.errors import UsageError
 from regpt.model.ops import PLAIN
 from regpt.parallel.mesh import Mesh, open_mesh
 from regpt.runs.bench import INVENTED, Progress, Window, opened_data, opened_trainer, shortened, start_afresh
 from regpt.runs.build import Corpus
 from regpt.runs.folder import device_name, source_commit
-from regpt.tools.bench.active import versions
-from regpt.tools.bench.explicit import EXPLICIT, unfused
-from regpt.tools.bench.ladder import Rung, Setup, climb, is_lectures, missing, with_factors
-from regpt.tools.bench.steps import spread, time_steps
+from regpt.tools.bench.ladder import EXPLICIT, LadderRung, RungSetup, climb, is_lectures, missing, unfused, with_factors
+from regpt.tools.bench.steps import spread, time_steps, versions
 from regpt.train.metrics import peak_memory_gib
 
 Report = dict[str, Any]
@@ -23,7 +20,7 @@ Report = dict[str, Any]
 
 def bench_ladder(
     config: RunConfig,
-    rungs: Sequence[Rung],
+    rungs: Sequence[LadderRung],
     window: Window,
     *,
     name: str,
@@ -37,8 +34,6 @@ def bench_ladder(
         name: what the user called the configuration.
         keep: called with the report so far after each rung, so that a failure of the next loses nothing.
     """
-    if rows < 1:
-        raise UsageError(f"--rows is {rows}, must be at least 1")
     tokens = rows * config.data.seq_len
     first = changed(config, {"train.batch_tokens": tokens, "train.micro_batch_rows": rows})
     with open_mesh(config.train.device) as mesh, opened_data(shortened(first, window)) as (first, corpus):
@@ -83,8 +78,8 @@ def heading(config: RunConfig, mesh: Mesh, window: Window, name: str, rows: int)
 
 def climb_rung(
     first: RunConfig,
-    rung: Rung,
-    setup: Setup | str,
+    rung: LadderRung,
+    setup: RungSetup | str,
     mesh: Mesh,
     corpus: Corpus,
     window: Window,

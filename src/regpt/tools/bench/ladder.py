@@ -3,16 +3,19 @@
 A rung is a list of changes that stay in force on all later rungs. To add one, append it to `LADDER`.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from regpt.kernels.select import select_kernels
 from regpt.model.config import ModelConfig
+from regpt.model.ops import PLAIN
 from regpt.model.transformer import VOCAB_MULTIPLE, Transformer
 from regpt.model.weights import without_memory
 
@@ -21,13 +24,13 @@ LECTURE_ROWS, LECTURE_SEQ_LEN = 16, 1024
 
 AttentionForm = Literal["explicit", "torch"]
 AdamWForm = Literal["default", "fused"]
-Need = Literal["tf32", "bf16", "compile", "flash", "kernels"]
+RungNeed = Literal["tf32", "bf16", "compile", "flash", "kernels"]
 RECIPE = object()  # a change to the value that the recipe itself has
 PADDING = "train.pad_vocab"
 
 
 @dataclass(frozen=True)
-class Rung:
+class LadderRung:
     """One change, or several that belong together.
 
     Attributes:
@@ -43,32 +46,32 @@ class Rung:
     changes: Mapping[str, object] = field(default_factory=dict)
     attention: AttentionForm | None = None
     adamw: AdamWForm | None = None
-    needs: Need | None = None
+    needs: RungNeed | None = None
     lecture_ms: float | None = None
 
 
 LADDER = (
-    Rung(
+    LadderRung(
         "float32",
         {"train.precision": "fp32", "train.compile": False, "train.kernels": "plain", PADDING: False},
         attention="explicit",
         adamw="default",
         lecture_ms=1000,
     ),
-    Rung("TF32", {"train.precision": "tf32"}, needs="tf32", lecture_ms=333),
-    Rung("bfloat16", {"train.precision": "bf16"}, needs="bf16", lecture_ms=300),
-    Rung("torch.compile", {"train.compile": True}, needs="compile", lecture_ms=130),
-    Rung("flash attention", attention="torch", needs="flash", lecture_ms=96),
-    Rung("padded vocabulary", {PADDING: True}, lecture_ms=93),
-    Rung("fused AdamW", adamw="fused", lecture_ms=90),
-    Rung("fused kernels", {"train.kernels": "auto"}, needs="kernels"),
-    Rung("the recipe's batch", {"train.batch_tokens": RECIPE, "train.micro_batch_rows": RECIPE}),
+    LadderRung("TF32", {"train.precision": "tf32"}, needs="tf32", lecture_ms=333),
+    LadderRung("bfloat16", {"train.precision": "bf16"}, needs="bf16", lecture_ms=300),
+    LadderRung("torch.compile", {"train.compile": True}, needs="compile", lecture_ms=130),
+    LadderRung("flash attention", attention="torch", needs="flash", lecture_ms=96),
+    LadderRung("padded vocabulary", {PADDING: True}, lecture_ms=93),
+    LadderRung("fused AdamW", adamw="fused", lecture_ms=90),
+    LadderRung("fused kernels", {"train.kernels": "auto"}, needs="kernels"),
+    LadderRung("the recipe's batch", {"train.batch_tokens": RECIPE, "train.micro_batch_rows": RECIPE}),
 )
 
 
 @dataclass(frozen=True)
-class Setup:
-    """Everything that is in force on a rung; fields as in `Rung`."""
+class RungSetup:
+    """Everything that is in force on a rung; fields as in `LadderRung`."""
 
     changes: Mapping[str, object]
     attention: AttentionForm
@@ -76,8 +79,11 @@ class Setup:
 
 
 def climb(
-    rungs: Sequence[Rung], missing: Callable[[Need], str | None], recipe: Callable[[str], object], vocab_size: int
-) -> list[tuple[Rung, Setup | str]]:
+    rungs: Sequence[LadderRung],
+    missing: Callable[[RungNeed], str | None],
+    recipe: Callable[[str], object],
+    vocab_size: int,
+) -> list[tuple[LadderRung, RungSetup | str]]:
     """Each rung with what is in force on it, or with the reason why it is skipped, and then changes nothing later.
 
     Args:
@@ -85,11 +91,11 @@ def climb(
         recipe: the recipe's own value of a configuration key.
         vocab_size: of the model: one that needs no padding has no rung of it.
     """
-    state = Setup({}, "torch", "fused")
-    climbed: list[tuple[Rung, Setup | str]] = []
+    state = RungSetup({}, "torch", "fused")
+    climbed: list[tuple[LadderRung, RungSetup | str]] = []
     for rung in rungs:
         changes = {key: recipe(key) if value is RECIPE else value for key, value in rung.changes.items()}
-        setup = Setup({**state.changes, **changes}, rung.attention or state.attention, rung.adamw or state.adamw)
+        setup = RungSetup({**state.changes, **changes}, rung.attention or state.attention, rung.adamw or state.adamw)
         lacking = missing(rung.needs) if rung.needs else None
         if lacking:
             climbed.append((rung, f"not on this device: {lacking}"))
@@ -124,7 +130,7 @@ def is_lectures(model: ModelConfig, tokens: int, seq_len: int) -> bool:
     return model == LECTURE_MODEL and seq_len == LECTURE_SEQ_LEN and tokens == LECTURE_ROWS * LECTURE_SEQ_LEN
 
 
-def missing(need: Need, device: torch.device, model: ModelConfig) -> str | None:
+def missing(need: RungNeed, device: torch.device, model: ModelConfig) -> str | None:
     """Why `device` does not do `need` for `model`, found by trying; None when it does."""
     if need == "kernels":
         return lacks_kernels(device, model)
@@ -175,3 +181,30 @@ def lacks_flash(device: torch.device) -> str | None:
 
 def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
+
+
+# ---- the lecture's first forms: attention written out, an optimizer that is not fused --------------------------------
+
+
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q·kᵀ/√D)·v (Vaswani et al. 2017, eq. 1), every product written out: what flash attention replaces.
+
+    Arguments and result as in `regpt.model.ops.attention`. Memory: several times B·H·T·S numbers.
+    """
+    T, S = q.size(-2), k.size(-2)
+    if mask is None:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    scores = q @ k.transpose(-2, -1) * (1.0 / math.sqrt(q.size(-1)))  # (B, H, T, S)
+    return (
+        scores.masked_fill(~mask, float("-inf")).softmax(dim=-1) @ v
+    )  # (B, H, T, D); autocast takes the softmax in float32
+
+
+EXPLICIT = replace(PLAIN, attention=explicit_attention)
+
+
+def unfused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The same AdamW over the same parameters in PyTorch's own default form, as a script has it that does not ask for
+    `fused`: several kernels over lists of tensors on a GPU (foreach), one tensor after another on a CPU."""
+    groups = [{**group, "fused": None} for group in optimizer.param_groups]
+    return torch.optim.AdamW(groups, lr=optimizer.defaults["lr"])

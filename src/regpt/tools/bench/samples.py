@@ -13,8 +13,7 @@ from regpt.model.transformer import Transformer
 from regpt.model.weights import count_parameters
 from regpt.sample.generate import generate
 from regpt.sample.sampling import SamplingOptions
-from regpt.tools.bench.active import versions
-from regpt.tools.bench.steps import spread
+from regpt.tools.bench.steps import spread, versions
 from regpt.train.config import InferencePrecision
 from regpt.train.peak import driver_name, synchronize
 
@@ -61,9 +60,9 @@ def time_samples(
     `first_token_s` to the first, are medians. No text ends early.
 
     Raises:
-        UsageError: a number below 1, or more tokens than the model reads.
+        UsageError: an empty batch, or more tokens than the model reads.
     """
-    refuse(batches, prompt_tokens, new_tokens, repeats, model.config.max_seq_len)
+    check_sizes(batches, prompt_tokens, new_tokens, model.config.max_seq_len)
     rows = []
     for batch in batches:
         progress(f"{batch} at once")
@@ -74,13 +73,10 @@ def time_samples(
     return rows
 
 
-def refuse(batches: Sequence[int], prompt_tokens: int, new_tokens: int, repeats: int, longest: int) -> None:
-    """Raise a UsageError for what cannot be timed on a model that reads `longest` tokens."""
-    numbers = {"--batch": min(batches, default=0), "--prompt-tokens": prompt_tokens}
-    numbers |= {"--new-tokens": new_tokens, "--repeats": repeats}
-    for name, number in numbers.items():
-        if number < 1:
-            raise UsageError(f"{name} is {number}, must be at least 1")
+def check_sizes(batches: Sequence[int], prompt_tokens: int, new_tokens: int, longest: int) -> None:
+    """Raise a UsageError for an empty batch, or more tokens than the `longest` that the model reads."""
+    if min(batches) < 1:
+        raise UsageError(f"--batch is {min(batches)}, must be at least 1")
     if prompt_tokens + new_tokens > longest:
         raise UsageError(
             f"--prompt-tokens {prompt_tokens} and --new-tokens {new_tokens} are together more than the "

@@ -1,15 +1,21 @@
-"""How long the steps of a trainer take, and what the numbers are that one reads off them."""
+"""Times of a trainer's steps, and what was active meanwhile: attention backend, number format, versions."""
 
-import math
+import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
+from torch.nn.attention import SDPBackend
 
+import regpt
 from regpt.errors import UserError
+from regpt.model.config import ModelConfig
 from regpt.train.trainer import Row, Trainer
 
 
@@ -119,27 +125,11 @@ def compile_costs(before: dict[str, float], after: dict[str, float]) -> tuple[fl
     return seconds, "cold" if not hits else "partly warm" if misses else "warm"
 
 
-def spread(milliseconds: Sequence[float]) -> dict[str, float]:
+def spread(times: Sequence[float]) -> dict[str, float]:
     """Median, 10th and 90th percentile, mean, extremes, and the relative distance of the percentiles (`spread`)."""
-    ordered = sorted(milliseconds)
-    median, p10, p90 = (percentile(ordered, share) for share in (0.5, 0.1, 0.9))
-    return {
-        "median": median,
-        "p10": p10,
-        "p90": p90,
-        "mean": math.fsum(ordered) / len(ordered),
-        "min": ordered[0],
-        "max": ordered[-1],
-        "spread": (p90 - p10) / median,
-    }
-
-
-def percentile(ordered: Sequence[float], share: float) -> float:
-    """The value below which `share` of the `ordered` values lie, between two of them by linear interpolation."""
-    place = share * (len(ordered) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+    names = ("median", "p10", "p90", "min", "max")
+    found = dict(zip(names, np.percentile(times, (50, 10, 90, 0, 100)).tolist()))
+    return found | {"mean": fmean(times), "spread": (found["p90"] - found["p10"]) / found["median"]}
 
 
 def speed(times: StepTimes, tokens: int, flops_per_token: int, world_size: int) -> dict[str, Any]:
@@ -153,4 +143,43 @@ def speed(times: StepTimes, tokens: int, flops_per_token: int, world_size: int) 
         "tokens_per_s_per_device": tokens_per_s / world_size,
         "flops_per_token": flops_per_token,
         "flops_per_s": tokens_per_s * flops_per_token,
+    }
+
+
+# ---- what is active: asked for where it runs, not guessed ------------------------------------------------------------
+
+
+def attention_backend(
+    config: ModelConfig, seq_len: int, dtype: torch.dtype, device: torch.device, *, masked: bool = False
+) -> str:
+    """What torch's scaled_dot_product_attention computes attention of this shape with: flash, cudnn, math, …; causal,
+    or `masked` as for documents."""
+    shape = (1, config.n_head, seq_len, config.n_embd // config.n_head)  # (B, H, T, D)
+    q = torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
+    mask = torch.ones(1, 1, seq_len, seq_len, dtype=torch.bool, device=device).tril() if masked else None
+    choose = torch._fused_sdp_choice  # pyright: ignore[reportPrivateImportUsage]  (nothing public says it)
+    choice = choose(q, q, q, attn_mask=mask, dropout_p=0.0, is_causal=not masked)
+    return SDPBackend(choice).name.lower().removesuffix("_attention")
+
+
+def computing_dtype(precision: str) -> torch.dtype:
+    """What attention computes in under this precision (TF32 products are of float32 numbers; FP8 is for linears)."""
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+    return {"fp64": torch.float64, **half}.get(precision, torch.float32)
+
+
+def versions() -> dict[str, str | int | None]:
+    """Of regpt, Python and what computes."""
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = None
+    return {
+        "regpt": regpt.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
+        "triton": triton,
+        "system": platform.platform(),
     }
