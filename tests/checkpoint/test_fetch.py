@@ -13,7 +13,8 @@ from regpt.checkpoint.fetch import fetch_model, fetch_run, folder_name, restore,
 from regpt.checkpoint.load import checkpoint_folder, load_checkpoint
 from regpt.checkpoint.open import open_model
 from regpt.errors import UsageError, UserError
-from regpt.remote.store import Store, is_address
+from regpt.remote import is_address
+from regpt.remote.store import Store
 from regpt.text.bpe import train_bpe
 from remote_stores import FaultyStore, memory_bucket
 

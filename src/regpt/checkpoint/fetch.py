@@ -10,11 +10,12 @@ from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, print_warning, refus
 from regpt.checkpoint.manifest import MANIFEST, STATE, check_sizes, read_manifest
 from regpt.errors import UserError
 from regpt.files import SUCCESSOR, put_in_place, temporary_name
-from regpt.remote.download import locked
+from regpt.remote import is_address
+from regpt.remote.download import download_lock
 from regpt.remote.lease import FOLDER as LEASE
 from regpt.remote.mirror import CONFIG, content
 from regpt.remote.retry import NotTransferred
-from regpt.remote.store import Store, is_address
+from regpt.remote.store import Store
 
 Warn = Callable[[str], None]
 
@@ -49,7 +50,7 @@ def fetch_model(url: str, *, optimizer: bool = False, warn: Warn = print_warning
     """
     run_url, step = split_address(url)
     store, run = Store(run_url), copy_of(run_url)
-    with locked(run.parent / "copy", lambda: None):
+    with download_lock(run.parent / "copy", lambda: None):
         get(store, CONFIG, run / CONFIG)
         names, folder = [""], None
         while folder is None and names != (names := chosen_checkpoints(store, step, run)):
@@ -69,7 +70,7 @@ def fetch_run(url: str) -> Path:
     """
     store = Store(url)
     run = copy_of(store.url)
-    with locked(run.parent / "copy", lambda: None):
+    with download_lock(run.parent / "copy", lambda: None):
         for path in set(run.iterdir()) - {run / CHECKPOINTS}:  # some may have gone there
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         get_run_files(store, run)

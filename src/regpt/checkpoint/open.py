@@ -21,7 +21,7 @@ from regpt.hf.hub import SHORT_NAMES, download, repository
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import allocate, load_weights, without_memory
-from regpt.remote.store import is_address
+from regpt.remote import is_address
 from regpt.text.tokenizer import Tokenizer
 
 ALLOWED = (

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from regpt.cli.parse import parse
+from regpt.cli.parse import local_folder, parse
 from regpt.cli.table import print_rows
 from regpt.console.lines import print_json, print_line, status
 from regpt.errors import UsageError, UserError, nearest
 from regpt.files import exists, is_file, is_folder
-from regpt.remote.store import local_folder
 
 if TYPE_CHECKING:
     from regpt.checkpoint.damage import Damage, Listed

@@ -4,6 +4,7 @@ import contextlib
 import io
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import tyro
@@ -12,6 +13,7 @@ from regpt.cli.flags import Flag, flags_of, normalized
 from regpt.console.lines import print_line
 from regpt.errors import UsageError
 from regpt.files import address_of
+from regpt.remote import is_address
 
 Args = TypeVar("Args")
 WRITTEN = ("out", "json", "items")  # flags that name a file or folder to write
@@ -85,3 +87,12 @@ def one_sentence(box: str, known: Mapping[str, Flag], prog: str) -> str:
     if extra := re.match(r"Unrecognized options: ([^;]*)", said):
         return f"{extra[1]} is too much for {prog}; {prog} --help shows what it takes"
     return f"{said}; {prog} --help shows what is allowed"
+
+
+def local_folder(name: str, command: str) -> Path:
+    """The folder `name`; a UsageError where it is an address, which `command` does not read."""
+    if is_address(name):
+        raise UsageError(
+            f"{command} reads folders of this machine and {name} is an address; copy the run here and give that folder"
+        )
+    return Path(name)

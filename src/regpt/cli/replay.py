@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from regpt.cli.parse import parse
+from regpt.cli.parse import local_folder, parse
 from regpt.console.lines import print_json, print_line
 from regpt.ranges import MANY, Range
 
@@ -28,7 +28,6 @@ class Replay:
 
 def main(args: list[str]) -> int:
     given = parse(Replay, args, prog="regpt replay")
-    from regpt.remote.store import local_folder
     from regpt.runs.replay import replay
 
     found = replay(local_folder(given.run, "regpt replay"), given.step, op_level=given.op_level)

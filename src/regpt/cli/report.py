@@ -11,7 +11,7 @@ from regpt.cli.parse import parse
 from regpt.console.lines import print_line
 from regpt.errors import UsageError
 from regpt.files import resolved
-from regpt.remote.store import is_address
+from regpt.remote import is_address
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from regpt.data.config import DataConfig
 from regpt.errors import UsageError, UserError
 from regpt.files import is_folder
 from regpt.ranges import MANY, PROCESSES, Range
-from regpt.remote.store import is_address
+from regpt.remote import is_address
 
 if TYPE_CHECKING:
     from regpt.runs.remote import RemoteRun

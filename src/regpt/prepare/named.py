@@ -17,16 +17,8 @@ from regpt.prepare.documents import Document, Part
 from regpt.prepare.listing import Wanted, split_once
 from regpt.prepare.pydocs import pydocs
 from regpt.prepare.settings import TEXT_OPTIONS, TextOptions
-from regpt.prepare.sources import (
-    RemoteSource,
-    Source,
-    SourceFile,
-    find_files,
-    find_remote,
-    is_remote,
-    sha256_of,
-    text_files,
-)
+from regpt.prepare.sources import RemoteSource, Source, SourceFile, find_files, find_remote, sha256_of, text_files
+from regpt.remote import is_address
 from regpt.remote.download import Checksum, DownloadProgress, RemoteFile, RemoteOptions
 from regpt.remote.retry import PATIENCE, Patience
 from regpt.remote.web import open_http
@@ -172,7 +164,7 @@ def open_source(
         return [local_shakespeare(options.file) if options.file else remote_shakespeare(options)]
     if source in HUB_SETS:
         return find_remote(HUB_SETS[source], options.remote, left_out, source)
-    if is_remote(source):
+    if is_address(source):
         return find_remote(source, options.remote, left_out, wanted=wanted)
     return find_files(source, left_out, wanted)
 

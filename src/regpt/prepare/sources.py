@@ -14,7 +14,6 @@ a folder, glob or repository in the order of their names. What can be asked of a
 Sources and parts are small and can be pickled, so that another process reads them.
 """
 
-import re
 import threading
 import urllib.parse
 from collections import Counter, deque
@@ -39,7 +38,6 @@ from regpt.remote.web import shown, web_file
 
 # Sets that prepare/named.py opens; ./pydocs is a folder.
 NAMED = ("pydocs", "tinyshakespeare", "fineweb-edu-10B", "fineweb-10B")
-SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)  # two letters at least: C:\ is none
 OTHERS = "other text files with --include '*.ENDING'"
 
 
@@ -230,10 +228,6 @@ def localized(sources: Iterable[Source], progress: DownloadProgress | None = Non
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
-
-
-def is_remote(source: str) -> bool:
-    return bool(SCHEME.match(source))
 
 
 def find_remote(

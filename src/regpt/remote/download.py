@@ -136,7 +136,7 @@ def download(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with locked(path, lambda: progress and progress(Download(name, size_of(partial), total, note=WAITING))):
+    with download_lock(path, lambda: progress and progress(Download(name, size_of(partial), total, note=WAITING))):
         if path.is_file() and (not total or path.stat().st_size == total):
             matches, sha256 = compare(path, checksum)
             if matches:
@@ -155,7 +155,7 @@ def download(
 
 
 @contextmanager
-def locked(path: Path, waiting: Callable[[], object]) -> Iterator[None]:
+def download_lock(path: Path, waiting: Callable[[], object]) -> Iterator[None]:
     """The right to write `path`; `waiting` is called every second until it is there, and may raise to give up."""
     lock = FileLock(path.with_name(path.name + ".lock"))
     while True:

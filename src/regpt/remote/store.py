@@ -20,21 +20,6 @@ STORES = "s3://BUCKET/FOLDER, gs://BUCKET/FOLDER or another address that fsspec 
 T = TypeVar("T")
 
 
-def is_address(name: str) -> bool:
-    """Whether `name` is an address like s3://bucket/runs/a, not a path; C:\\runs is a path."""
-    scheme, found, _ = name.partition("://")
-    return bool(found) and len(scheme) > 1 and scheme.replace("+", "").replace("-", "").replace(".", "").isalnum()
-
-
-def local_folder(name: str, command: str) -> Path:
-    """The folder `name`; a UsageError where it is an address, which `command` does not read."""
-    if is_address(name):
-        raise UsageError(
-            f"{command} reads folders of this machine and {name} is an address; copy the run here and give that folder"
-        )
-    return Path(name)
-
-
 class Store:
     """The folder at `url`. Methods raise what fsspec raises; `tries` repeats them and raises a UserError."""
 

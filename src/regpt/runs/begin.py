@@ -31,7 +31,7 @@ from regpt.files import exists, file_sha256, is_file
 from regpt.files import resolved as whole_path
 from regpt.model.weights import initialize, load_weights, state_tensors
 from regpt.parallel.mesh import Mesh, open_mesh
-from regpt.remote.store import is_address
+from regpt.remote import is_address
 from regpt.runs.build import Corpus, build_loader, build_model, build_trainer, open_corpus, with_chosen_rows
 from regpt.runs.changes import ROUNDING_KEYS, Changes, describe, first_row, listed
 from regpt.runs.folder import made_with

@@ -20,7 +20,7 @@ from regpt.model.weights import count_parameters
 from regpt.parallel.mesh import Mesh
 from regpt.parallel.signals import EXIT_SAVED
 from regpt.remote.mirror import Mirror
-from regpt.remote.store import is_address
+from regpt.remote import is_address
 from regpt.runs.actions import RunActions, say_what_is_left_out, summary, write_epochs
 from regpt.runs.begin import (
     Run,

@@ -23,10 +23,11 @@ from regpt.console.text import counted
 from regpt.errors import UserError
 from regpt.files import write_json
 from regpt.parallel.mesh import Mesh
+from regpt.remote import is_address
 from regpt.remote.lease import Claim, Lease
 from regpt.remote.mirror import Mirror
 from regpt.remote.retry import PATIENCE, Patience
-from regpt.remote.store import Store, is_address
+from regpt.remote.store import Store
 from regpt.runs.folder import CONFIG, LOCK, is_run, read_run_config
 from regpt.structured import parse_json, parse_toml
 
