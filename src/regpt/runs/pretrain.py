@@ -19,8 +19,8 @@ from regpt.files import exists, file_sha256, resolved
 from regpt.model.weights import count_parameters
 from regpt.parallel.mesh import Mesh
 from regpt.parallel.signals import EXIT_SAVED
-from regpt.remote.mirror import Mirror
 from regpt.remote import is_address
+from regpt.remote.mirror import Mirror
 from regpt.runs.actions import RunActions, say_what_is_left_out, summary, write_epochs
 from regpt.runs.begin import (
     Run,
