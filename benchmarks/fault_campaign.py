@@ -19,6 +19,7 @@ from regpt.model.config import ModelConfig
 from regpt.prepare.prepare import prepare
 from regpt.report.read import rows_by_step
 from regpt.runs.pretrain import pretrain, resume
+from regpt.runs.verify_resume import compare
 from regpt.sample.config import SampleConfig
 from regpt.text.bpe import train_bpe
 from regpt.train.config import OptimConfig, TrainConfig
@@ -67,12 +68,8 @@ class Campaign:
         return text
 
     def is_straight(self, run: Path) -> bool:
-        """Whether the finished run has the bytes of the straight one, and its loss curve."""
-        keys = ("loss", "grad_norm", "lr")
-        curves = [
-            {s: [row[k] for k in keys] for s, row in rows_by_step(r, "train").items()} for r in (run, self.straight)
-        ]
-        return curves[0] == curves[1] and final_bytes(run) == self.expected
+        """Whether the finished run has every loss, norm and stored number of the straight one."""
+        return compare(self.straight, run, (1,), (), True, 0.0).bitwise
 
     def copy(self, name: str, upto: int, inside: Path | None = None) -> Path:
         """The straight run as it was after step `upto`, in a folder of the campaign or `inside` another one."""

@@ -50,7 +50,7 @@ from regpt.report.read import rows_by_step
 from regpt.runs import build
 from regpt.runs.folder import source_commit
 from regpt.runs.pretrain import pretrain, resume
-from regpt.runs.verify_resume import Bench
+from regpt.runs.verify_resume import RunCommands
 from regpt.train.backend import DataParallel, make_backend
 from regpt.train.objective import Sums
 
@@ -242,7 +242,7 @@ def process_deaths(c: Campaign, count: int) -> dict[str, object]:
     config = replace(c.config, train=replace(c.config.train, micro_batch_rows=1))
     (c.folder / "ranks.toml").write_text(config.to_toml(), encoding="utf-8")
     for processes in (2, 4):
-        bench = Bench(c.folder / f"ranks-{processes}", dict(os.environ), c.draw, print)
+        bench = RunCommands(c.folder / f"ranks-{processes}", dict(os.environ), c.draw, print)
         bench.folder.mkdir()
         start = ["train", str(c.folder / "ranks.toml"), "--nproc", str(processes), "--out"]
         bench.finish(*start, str(bench.folder / "straight"))

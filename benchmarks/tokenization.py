@@ -18,7 +18,6 @@ import json
 import multiprocessing
 import os
 import platform
-import signal
 import subprocess
 import sys
 import tempfile
@@ -31,7 +30,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import psutil
 import tyro
+
+from regpt.prepare.workers import available_cores
 
 SHARD_TOKENS = 100_000_000  # the lecture's
 CHUNK = 16  # documents handed to a process at a time in the lecture's script
@@ -106,9 +108,10 @@ def measure(args: Args, method: str, workers: int, repeat: int, folder: str) -> 
     try:
         output = process.communicate(timeout=args.limit_s)[0]
     except subprocess.TimeoutExpired:
-        for pid in sorted(tree(process.pid), reverse=True):
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
+        root = psutil.Process(process.pid)
+        for descendant in [*root.children(recursive=True), root]:
+            with contextlib.suppress(psutil.Error):
+                descendant.kill()
         process.communicate()
         return {"error": f"more than {args.limit_s:g} s"}
     finally:
@@ -283,7 +286,7 @@ def summary(arrays: Any) -> dict[str, Any]:
 
 
 class Peak:
-    """The most memory that a process and its descendants held at once, in bytes; 0 where there is no /proc."""
+    """The most memory that a process and its descendants held at once, in bytes."""
 
     def __init__(self, pid: int) -> None:
         self._pid, self._most, self._stop = pid, 0, threading.Event()
@@ -297,38 +300,23 @@ class Peak:
 
     def _watch(self) -> None:
         while not self._stop.wait(0.1):
-            self._most = max(self._most, sum(map(pss, tree(self._pid))))
+            self._most = max(self._most, held(self._pid))
 
 
-def tree(root: int) -> set[int]:
-    parents = {}
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(entry.parent.name)] = int(entry.read_text().rsplit(")", 1)[1].split()[1])
-        except OSError:  # it has ended
-            continue
-    found = {root}
-    while more := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= more
+def held(pid: int) -> int:
+    """Bytes of a process and its descendants, shared ones in shares (PSS, on Linux; else each by its own)."""
+    found = 0
+    with contextlib.suppress(psutil.Error):  # it has ended
+        for process in [parent := psutil.Process(pid), *parent.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                memory = process.memory_full_info()
+                found += getattr(memory, "pss", memory.uss)
     return found
 
 
-def pss(pid: int) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
-
-
 def machine() -> dict[str, Any]:
-    names = [line.split(":")[1].strip() for line in read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": names[0] if names else platform.processor(), "cores": cores, "python": platform.python_version()}
-
-
-def read(path: str) -> str:
-    return Path(path).read_text() if Path(path).exists() else ""
+    cpu = platform.processor() or platform.machine()
+    return {"cpu": cpu, "cores": available_cores(), "python": platform.python_version()}
 
 
 def save(args: Args, text_bytes: int, results: list[dict[str, Any]]) -> None:

@@ -18,7 +18,7 @@ from regpt.checkpoint.load import checkpoint_folder
 from regpt.checkpoint.manifest import write_manifest
 from regpt.errors import UserError
 from regpt.runs.pretrain import pretrain
-from regpt.runs.verify_resume import Bench, Comparison, Kill, compare, killed_run, sentence
+from regpt.runs.verify_resume import Comparison, Kill, RunCommands, compare, killed_run, sentence
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="kills processes")
 
@@ -66,10 +66,10 @@ def test_a_changed_or_missing_row_fails_the_certificate(run: Path, tmp_path: Pat
         assert not compared(run, other, deterministic=False).passed
 
 
-def bench(folder: Path, script: str) -> Bench:
+def bench(folder: Path, script: str) -> RunCommands:
     """Runs `script` in the place of every command."""
 
-    class Scripted(Bench):
+    class Scripted(RunCommands):
         def start(self, *args: str) -> subprocess.Popen[bytes]:
             self.commands.append(" ".join(["regpt", *args]))
             with (folder / "output.txt").open("ab") as output:

@@ -66,7 +66,7 @@ def main(args: list[str]) -> int:
 
 def verified(given: VerifyResumeArgs, folder: Path) -> int:
     from regpt.runs.pretrain import check
-    from regpt.runs.verify_resume import Bench, verify_resume
+    from regpt.runs.verify_resume import RunCommands, verify_resume
 
     config = shortened(given)
     check(config, None, processes=given.nproc)
@@ -77,7 +77,7 @@ def verified(given: VerifyResumeArgs, folder: Path) -> int:
     say = (lambda text: None) if given.json else print_line
     found = verify_resume(
         config,
-        Bench(folder, environment, random.Random(given.seed), say),
+        RunCommands(folder, environment, random.Random(given.seed), say),
         processes=given.nproc,
         other_processes=given.other_nproc,
         kills=given.kills,

@@ -61,7 +61,7 @@ class Comparison:
 
 
 @dataclass
-class Bench:
+class RunCommands:
     """Where the runs are made and how.
 
     Attributes:
@@ -125,7 +125,7 @@ def end(pid: int) -> None:
 
 def verify_resume(
     config: RunConfig,
-    bench: Bench,
+    commands: RunCommands,
     *,
     processes: int = 1,
     other_processes: int = 2,
@@ -144,26 +144,26 @@ def verify_resume(
         UserError: a run cannot be made at all.
     """
     config = with_checkpoints(config)
-    file = bench.folder / "config.toml"
-    bench.folder.mkdir(parents=True, exist_ok=True)
+    file = commands.folder / "config.toml"
+    commands.folder.mkdir(parents=True, exist_ok=True)
     file.write_text(config.to_toml(), encoding="utf-8")
-    straight = bench.folder / "straight"
-    bench.say(f"straight: {counted(config.train.steps, 'step')} on {counted(processes, 'process', 'processes')}")
-    bench.finish("train", str(file), "--out", str(straight), *nproc(processes))
+    straight = commands.folder / "straight"
+    commands.say(f"straight: {counted(config.train.steps, 'step')} on {counted(processes, 'process', 'processes')}")
+    commands.finish("train", str(file), "--out", str(straight), *nproc(processes))
     found: dict[str, Comparison] = {}
     for name, n_kills, last in (("killed", kills, processes), ("other_world_size", 1, other_processes)):
-        run = bench.folder / name
-        ends = killed_run(bench, file, run, config.train.steps, processes, n_kills, last)
+        run = commands.folder / name
+        ends = killed_run(commands, file, run, config.train.steps, processes, n_kills, last)
         worlds = (*[processes] * n_kills, last)
         found[name] = compare(straight, run, worlds, ends, config.train.deterministic, tolerance)
-        bench.say(f"{name}: {sentence(found[name])}")
+        commands.say(f"{name}: {sentence(found[name])}")
     return {
         "passed": all(comparison.passed for comparison in found.values()),
         "deterministic": config.train.deterministic,
         "made_with": load_checkpoint(checkpoint_folder(straight, config.train.steps)).state.made_with,
         "comparisons": {name: asdict(c) | {"passed": c.passed} for name, c in found.items()},
         "config": config.sections(),
-        "commands": bench.commands,
+        "commands": commands.commands,
     }
 
 
@@ -175,34 +175,34 @@ def with_checkpoints(config: RunConfig) -> RunConfig:
 
 
 def killed_run(
-    bench: Bench, file: Path, run: Path, steps: int, processes: int, kills: int, last_processes: int
+    commands: RunCommands, file: Path, run: Path, steps: int, processes: int, kills: int, last_processes: int
 ) -> tuple[Kill, ...]:
     """Make `run`, killed `kills` times, each at a random moment of its part of the steps, and finish it."""
     args = ["train", str(file), "--out", str(run), *nproc(processes)]
     ends = []
     for number in range(kills):
         first, last = steps * number // (kills + 1), steps * (number + 1) // (kills + 1)
-        process = bench.start(*args)
-        wait_for(run, process, bench.draw.randint(first + 1, max(first + 1, last)))
-        time.sleep(bench.draw.random() * step_seconds(run))
+        process = commands.start(*args)
+        wait_for(run, process, commands.draw.randint(first + 1, max(first + 1, last)))
+        time.sleep(commands.draw.random() * step_seconds(run))
         code = process.poll()
-        bench.kill(process)
+        commands.kill(process)
         if code:
-            raise bench.failure(code)
+            raise commands.failure(code)
         if code == 0:  # a certificate of kills that were none would be worth nothing
-            bench.say(
+            commands.say(
                 f"{run.name}: complete before it could be killed a {number + 1}. time; more --steps give more room"
             )
             break
         ends.append(Kill(len(rows_by_step(run, "train")), newest(run)))
-        bench.say(f"{run.name}: killed after step {ends[-1].steps_done}, newest checkpoint {ends[-1].checkpoint}")
+        commands.say(f"{run.name}: killed after step {ends[-1].steps_done}, newest checkpoint {ends[-1].checkpoint}")
         if (run / "config.toml").is_file():
             args = ["train", "--resume", str(run), *nproc(processes)]
     if not ends:
         raise UserError(f"{run.name}: the run was complete before it could be killed; give more --steps")
     if (run / "config.toml").is_file():
         args = ["train", "--resume", str(run)]
-    bench.finish(*[arg for arg in args if arg not in nproc(processes)], *nproc(last_processes))
+    commands.finish(*[arg for arg in args if arg not in nproc(processes)], *nproc(last_processes))
     return tuple(ends)
 
 
