@@ -7,7 +7,8 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from types import TracebackType
 
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
     try:
-        return checked(dispatch(args), args)
+        return checked(command_of(args)(), args)
     except UserError as error:
         print_note(error)
         return error.exit_code
@@ -72,17 +73,21 @@ def writes_file(args: list[str]) -> bool:
     return any(not named.get(flag, "-").startswith("-") for flag in ("--json", "--out"))
 
 
-def dispatch(args: list[str]) -> int:
+def command_of(args: list[str]) -> Callable[[], int]:
+    """What `args` ask for; it returns the exit code."""
     if not args or args[0] in ("-h", "--help"):
-        print_line(usage())
-        return 0
+        return partial(printed, usage())
     if args[0] == "--version":
-        print_line(regpt.__version__)
-        return 0
+        return partial(printed, regpt.__version__)
     name, *rest = args
     if name not in COMMANDS:
         raise UsageError(f"no command is called {name!r}{nearest(name, COMMANDS)}; choose from {', '.join(COMMANDS)}")
-    return import_module(f"regpt.cli.{name.replace('-', '_')}").main(rest)
+    return partial(import_module(f"regpt.cli.{name.replace('-', '_')}").main, rest)
+
+
+def printed(text: str) -> int:
+    print_line(text)
+    return 0
 
 
 def usage() -> str:

@@ -102,8 +102,13 @@ def with_home(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"data": data}
 
 
-def drop_none(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value is not None}  # TOML has no null
+def drop_none(values: Any) -> Any:
+    """`values` without the keys whose value is None: TOML has no null."""
+    if isinstance(values, (list, tuple)):
+        return type(values)(drop_none(value) for value in values)
+    if not isinstance(values, Mapping):
+        return values
+    return {key: drop_none(value) for key, value in values.items() if value is not None}
 
 
 def recipe_names() -> list[str]:

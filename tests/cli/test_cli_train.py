@@ -314,7 +314,7 @@ def test_a_gpu_that_failed_is_told_in_one_line_and_nothing_is_freed_afterwards()
         "    tensor = Tensor()\n"
         "    raise torch.AcceleratorError('CUDA error: unspecified launch failure\\nmore')\n"
         "atexit.register(os.abort)\n"
-        "main.dispatch = failing\n"
+        "main.command_of = failing\n"
         "sys.argv = ['regpt', 'train', 'gpt2-tiny']\n"
         "try: sys.exit(main.main())\n"
         "finally: print('noted')  # as regpt.parallel.worker notes the exit code\n"

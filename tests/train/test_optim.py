@@ -1,15 +1,19 @@
 """The optimizer's groups, its steps against AdamW by hand, and its state on the way to a disk and back."""
 
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 import tiny
-from regpt.errors import UserError
+from regpt.config import RunConfig, read_config
+from regpt.errors import UsageError, UserError
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.reference import adamw
-from regpt.train.config import OptimConfig
+from regpt.train.config import OptimConfig, OptimGroup
 from regpt.train.optim import load_optimizer, make_optimizer, optimizer_tensors, set_lr
 
 
@@ -136,3 +140,81 @@ def test_state_that_does_not_fit_is_refused_by_name():
         given = {n: t for n, t in tensors.items() if n != "exp_avg_sq/h.1.mlp.c_fc.weight"} | wrong
         with pytest.raises(UserError, match=sentence):
             load_optimizer(trainer.model, trainer.optimizer, given, step=1)
+
+
+# ---- groups ----------------------------------------------------------------------------------------------------------
+
+
+def settings(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[str, tuple]:
+    """For each parameter: its rate before the schedule, its decay and its betas."""
+    names = {p: name for name, p in model.named_parameters()}
+    return {
+        names[p]: (group["initial_lr"], group["weight_decay"], group["betas"])
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+
+
+def test_the_first_group_whose_pattern_matches_counts():
+    model = tiny.build_model()
+    groups = (
+        OptimGroup("wpe.*", lr_scale=0.5),
+        OptimGroup("w?e.*", weight_decay=0.7, beta2=0.99),
+        OptimGroup("h.0.*", lr_scale=2.0),
+    )
+    config = OptimConfig(lr=0.1, weight_decay=0.2, groups=groups)
+    found = settings(make_optimizer(model, config, tiny.CPU), model)
+    assert len(found) == len(list(model.parameters()))
+    assert found["wpe.weight"] == (0.05, 0.2, (0.9, 0.95))
+    assert found["wte.weight"] == (0.1, 0.7, (0.9, 0.99))
+    assert found["h.0.mlp.c_fc.bias"] == (0.2, 0.2, (0.9, 0.95))
+    assert found["h.1.mlp.c_fc.bias"] == (0.1, 0.0, (0.9, 0.95))
+    assert found["h.1.mlp.c_fc.weight"] == (0.1, 0.2, (0.9, 0.95))
+
+
+def test_the_schedule_is_a_factor_on_the_rate_of_each_group():
+    optimizer = make_optimizer(tiny.build_model(), OptimConfig(lr=0.1, groups=(OptimGroup("wpe.*", 0.5),)), tiny.CPU)
+    for factor in (0.5, 0.1):
+        set_lr(optimizer, factor)
+        assert {round(group["lr"] / factor, 12) for group in optimizer.param_groups} == {0.1, 0.05}
+
+
+def test_a_group_that_scales_by_zero_does_not_learn():
+    model = tiny.build_model()
+    optim = replace(tiny.OPTIM, groups=(OptimGroup("wpe.*", lr_scale=0.0),))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    tiny.update(tiny.build_trainer(model, tiny.Rows(), optim=optim))
+    changed = {name for name, p in model.named_parameters() if not p.equal(before[name])}
+    assert changed == set(before) - {"wpe.weight"}
+
+
+def test_a_pattern_that_matches_nothing_first_is_refused():
+    for groups in ((OptimGroup("wpx.*"),), (OptimGroup("wpe.*"), OptimGroup("wpe.weight"))):
+        with pytest.raises(
+            UsageError, match=rf"pattern '{re.escape(groups[-1].pattern)}', which is the first"
+        ):
+            make_optimizer(tiny.build_model(), OptimConfig(groups=groups), tiny.CPU)
+
+
+def test_groups_come_back_from_a_file_as_they_were(tmp_path):
+    config = replace(RunConfig(), optim=OptimConfig(groups=(OptimGroup("*.bias", lr_scale=2.0, beta1=0.8),)))
+    (tmp_path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    assert read_config(str(tmp_path / "config.toml")).optim == config.optim
+    (tmp_path / "config.toml").write_text('[[optim.groups]]\npattern = "*"\nlr_scale = -1.0\n', encoding="utf-8")
+    with pytest.raises(UsageError, match=r"optim.groups.lr_scale is -1.0, must be 0 or more"):
+        read_config(str(tmp_path / "config.toml"))
+
+
+def test_the_state_of_any_optimizer_is_stored_by_its_own_names():
+    model = tiny.build_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    kept = {name: tensor.clone() for name, tensor in optimizer_tensors(model, optimizer).items()}
+    assert set(kept) == {f"momentum_buffer/{name}" for name, _ in model.named_parameters()}
+    assert kept["momentum_buffer/wte.weight"].shape == (97, 24)
+    load_optimizer(model, optimizer, {}, step=0)
+    assert not any(tensor.any() for tensor in optimizer_tensors(model, optimizer).values())
+    load_optimizer(model, optimizer, kept, step=1)
+    assert all(tensor.equal(kept[name]) for name, tensor in optimizer_tensors(model, optimizer).items())

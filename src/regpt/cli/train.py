@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,7 +60,9 @@ def main(args: list[str]) -> int:
     refuse_contradictions(given)
     if given.data:
         given = replace(given, config=replace(given.config, data=chosen_data(given.config.data, given.data)))
-    return (resume if given.resume else start)(given, args)
+    work = (resume if given.resume else start)(given, args)
+    with another_try():
+        return work()
 
 
 def default_config(args: list[str], recipe: str) -> RunConfig | None:
@@ -135,7 +139,8 @@ def chosen_data(data: DataConfig, given: tuple[str, ...]) -> DataConfig:
     return replace(data, path="", mixture=mixture)
 
 
-def start(given: Train, args: list[str]) -> int:
+def start(given: Train, args: list[str]) -> Callable[[], int]:
+    """Check what was given; the new run, to be called."""
     from regpt.parallel.mesh import launcher_rank, launcher_restarts, launcher_world_size, under_launcher
     from regpt.runs.folder import is_run
     from regpt.runs.pretrain import check, fork, pretrain
@@ -149,16 +154,17 @@ def start(given: Train, args: list[str]) -> int:
             remote.refuse_used()
         check(given.config, None if remote else run, processes=given.nproc or launcher_world_size())
     if given.nproc and not under_launcher():
-        return launched(given, run, given.out, args)
+        return partial(launched, given, run, given.out, args)
     if again:
-        return worth_another_try(lambda: go_on(run, remote=remote))
+        return partial(go_on, run, remote=remote)
     options: dict[str, Any] = {"argv": argv, "profile_steps": given.profile, "remote": remote}
     if given.fork_from:
-        return worth_another_try(lambda: fork(given.config, given.fork_from, run, **options))
-    return worth_another_try(lambda: pretrain(given.config, run, init_from=given.init_from or None, **options))
+        return partial(fork, given.config, given.fork_from, run, **options)
+    return partial(pretrain, given.config, run, init_from=given.init_from or None, **options)
 
 
-def resume(given: Train, args: list[str]) -> int:
+def resume(given: Train, args: list[str]) -> Callable[[], int]:
+    """Check what was given; the run that is resumed, to be called."""
     from regpt.parallel.mesh import launcher_rank, launcher_world_size, under_launcher
     from regpt.runs.pretrain import check
     from regpt.runs.pretrain import resume as go_on
@@ -167,9 +173,9 @@ def resume(given: Train, args: list[str]) -> int:
     if launcher_rank() == 0:
         check(given.config, None, processes=given.nproc or launcher_world_size())
     if given.nproc and not under_launcher():
-        return launched(given, run, given.resume, args)
+        return partial(launched, given, run, given.resume, args)
     options: dict[str, Any] = {"force": given.force, "profile_steps": given.profile, "remote": remote}
-    return worth_another_try(lambda: go_on(run, given.config, **options))
+    return partial(go_on, run, given.config, **options)
 
 
 def place(name: str, config: RunConfig) -> tuple[Path, RemoteRun | None]:
@@ -206,13 +212,14 @@ def launched(given: Train, run: Path, name: str, args: list[str]) -> int:
     )
 
 
-def worth_another_try(work: Callable[[], int]) -> int:
-    """`work()`; what is unexpected ends a launched process with the exit code at which all are started again."""
+@contextmanager
+def another_try() -> Iterator[None]:
+    """An unexpected error in it ends a launched process with the exit code at which all are started again."""
     from regpt.parallel.launch import UNEXPECTED
     from regpt.parallel.mesh import under_launcher
 
     try:
-        return work()
+        yield
     except UserError:
         raise
     except Exception as error:

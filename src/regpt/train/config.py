@@ -89,6 +89,9 @@ class OptimGroup:
     beta1: Annotated[float | None, Range(0, 1, below=True)] = None
     beta2: Annotated[float | None, Range(0, 1, below=True)] = None
 
+    def __post_init__(self) -> None:
+        check_ranges("optim.groups", self)
+
 
 @dataclass(frozen=True)
 class OptimConfig:
