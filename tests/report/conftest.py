@@ -1,4 +1,4 @@
-"""Run folders to report on."""
+"""RunData folders to report on."""
 
 import json
 from pathlib import Path

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from regpt.report.markup import printable
-from regpt.report.read import Row, Run, number, section
+from regpt.report.read import Row, RunData, number, section
 from regpt.report.series import (
     MAX_POINTS,
     Column,
@@ -96,7 +96,7 @@ class RunTable:
     columns: dict[str, Column]
 
 
-def charts(runs: Sequence[Run]) -> Row:
+def charts(runs: Sequence[RunData]) -> Row:
     """The data of report.js: each run's columns, the panels that draw them, events and samples."""
     bits = need_bits(runs)
     tables = [run_table(run, len(runs), bits) for run in runs]
@@ -115,7 +115,7 @@ def charts(runs: Sequence[Run]) -> Row:
     }
 
 
-def run_table(run: Run, runs: int, bits: bool) -> RunTable:
+def run_table(run: RunData, runs: int, bits: bool) -> RunTable:
     """The columns of one of `runs` runs; its losses in bits per byte where `bits` asks for it."""
     axes, columns = build_table(run, max(400, MAX_POINTS // runs))
     if bits:
@@ -145,7 +145,7 @@ def panel_row(panel: Panel) -> Row:
 # ---- panels
 
 
-def panels(runs: Sequence[Run], tables: Sequence[RunTable], bits: bool) -> list[Panel]:
+def panels(runs: Sequence[RunData], tables: Sequence[RunTable], bits: bool) -> list[Panel]:
     """The charts in the order they stand, without those that have nothing to draw.
 
     One run has its raw values and smoothed ones; of several, each has one line, in one colour throughout.
@@ -188,7 +188,7 @@ def panels(runs: Sequence[Run], tables: Sequence[RunTable], bits: bool) -> list[
     return with_values(drawn, tables)
 
 
-def loss_panel(run: Run) -> Panel:
+def loss_panel(run: RunData) -> Panel:
     unigram = number(run.env.get("unigram_loss"))
     known = [Reference("unigram model", unigram)] if unigram is not None else []
     lines = [
@@ -294,7 +294,7 @@ def difference(x: Column, a: Column, at: Column, b: Column) -> Column:
 # ---- events and samples
 
 
-def events(run: Run) -> list[Row]:
+def events(run: RunData) -> list[Row]:
     """The newest events worth a mark, with their place on every axis."""
     last = run.train[-1]["step"]  # those beyond belong to what the run went back from
     kept = [row for row in run.events if row.get("name") not in UNMARKED and row["step"] <= last][-MAX_EVENTS:]
@@ -310,7 +310,7 @@ def mark_of(event: Row) -> str:
     return policy if policy in ("skip", "rewind") else str(event.get("name", "event"))
 
 
-def samples(run: Run) -> list[Row]:
+def samples(run: RunData) -> list[Row]:
     """Texts by step: step, prompt, texts, and the position of the step on the other axes."""
     found = []
     for row in thin_samples(run.samples):
@@ -325,12 +325,12 @@ def samples(run: Run) -> list[Row]:
 # ---- figures of other models, each with its source and the data it holds for
 
 
-def loss_references(runs: Sequence[Run]) -> list[Reference]:
+def loss_references(runs: Sequence[RunData]) -> list[Reference]:
     """GPT-2's validation loss, where it was measured on the same text in the same tokens."""
     return [GPT2_ON_FINEWEB_EDU] if all(map(is_fineweb_edu_in_gpt2_tokens, runs)) else []
 
 
-def is_fineweb_edu_in_gpt2_tokens(run: Run) -> bool:
+def is_fineweb_edu_in_gpt2_tokens(run: RunData) -> bool:
     """Whether all that the run read is FineWeb-Edu, encoded by GPT-2's tokenizer, as far as env.json states it."""
     data = run.env.get("data")
     if not isinstance(data, dict) or data.get("tokenizer") != "gpt2":

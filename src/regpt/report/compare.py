@@ -7,7 +7,7 @@ from typing import Any
 
 from regpt.errors import UserError
 from regpt.report.markup import flatten
-from regpt.report.read import Items, Row, Run, kept_items, number, section
+from regpt.report.read import Items, Row, RunData, kept_items, number, section
 from regpt.report.series import need_bits, positions
 from regpt.report.statistics import PairTest, SeedNoise, against_seeds, paired_test, unpaired_z
 from regpt.report.summary import RunSummary, summarize
@@ -35,16 +35,16 @@ def differing(documents: Sequence[Row]) -> Differences:
     return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
 
 
-def config_differences(runs: Sequence[Run]) -> Differences:
+def config_differences(runs: Sequence[RunData]) -> Differences:
     return differing([run.config for run in runs])
 
 
-def code_differences(runs: Sequence[Run]) -> Differences:
+def code_differences(runs: Sequence[RunData]) -> Differences:
     """Versions, commit and machine."""
     return differing([{key: value for key, value in run.env.items() if key not in INCIDENTAL} for run in runs])
 
 
-def data_differences(runs: Sequence[Run]) -> Differences:
+def data_differences(runs: Sequence[RunData]) -> Differences:
     """Hashes and counts of the data, not their path."""
     tables = [section(run.env, "data") for run in runs]
     return differing([{key: table[key] for key in DATA if key in table} for table in tables])
@@ -65,7 +65,7 @@ class Measured:
     tokens: float | None
 
 
-def measurements(run: Run) -> Iterator[tuple[str, Measured]]:
+def measurements(run: RunData) -> Iterator[tuple[str, Measured]]:
     """All measured numbers by their names in comparisons, ascending by step."""
     rows = [*run.val, *run.val_sources, *run.evals]
     tokens = positions(run.train, [row["step"] for row in rows]).get("tokens") or [None] * len(rows)
@@ -156,9 +156,9 @@ class RunComparison:
         equal: their validation where both had last read as much, if one of them went on.
     """
 
-    a: Run
-    b: Run
-    seeds: tuple[list[Run], list[Run]]
+    a: RunData
+    b: RunData
+    seeds: tuple[list[RunData], list[RunData]]
     bits: bool
     config: Differences
     code: Differences
@@ -172,7 +172,7 @@ class RunComparison:
         return summarize(self.a), summarize(self.b)
 
 
-def compare(a: Run, b: Run, seeds: Sequence[Run] = ()) -> RunComparison:
+def compare(a: RunData, b: RunData, seeds: Sequence[RunData] = ()) -> RunComparison:
     """Compare B with A; `seeds` are runs of A's or B's configuration with other seeds.
 
     Raises:
@@ -205,9 +205,9 @@ def compare(a: Run, b: Run, seeds: Sequence[Run] = ()) -> RunComparison:
     )
 
 
-def sort_seeds(a: Run, b: Run, seeds: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+def sort_seeds(a: RunData, b: RunData, seeds: Sequence[RunData]) -> tuple[list[RunData], list[RunData]]:
     """Assign each run to the one of A and B whose configuration it repeats; it must have read as much."""
-    groups: tuple[list[Run], list[Run]] = ([], [])
+    groups: tuple[list[RunData], list[RunData]] = ([], [])
     for run in seeds:
         from_a, from_b = beyond_seeds(a, run), beyond_seeds(b, run)
         if from_a and from_b:
@@ -227,13 +227,13 @@ def sort_seeds(a: Run, b: Run, seeds: Sequence[Run]) -> tuple[list[Run], list[Ru
     return groups
 
 
-def beyond_seeds(a: Run, b: Run) -> list[str]:
+def beyond_seeds(a: RunData, b: RunData) -> list[str]:
     """Keys of the configuration in which the runs differ, seeds aside, and of the data."""
     config = [key for key, _ in config_differences([a, b]) if key not in (*SEEDS, "data.path")]
     return config + [f"data: {key}" for key, _ in data_differences([a, b])]
 
 
-def final_measures(ours: Sequence[Run], theirs: Sequence[Run], bits: bool, same_data: bool) -> list[Measure]:
+def final_measures(ours: Sequence[RunData], theirs: Sequence[RunData], bits: bool, same_data: bool) -> list[Measure]:
     """Last values that A and B, the first of both groups, have in common; without losses a token where the tokens
     differ, which have no common unit."""
     groups = [[dict(measurements(run)) for run in group] for group in (ours, theirs)]
@@ -267,7 +267,7 @@ def best_test(a: Measured, b: Measured, scores: Scores | None) -> tuple[PairTest
 # ---- scores of items, paired
 
 
-def paired_scores(a: Run, b: Run) -> Callable[[str, tuple[int, int]], Scores | None]:
+def paired_scores(a: RunData, b: RunData) -> Callable[[str, tuple[int, int]], Scores | None]:
     """Name of a measure, and the steps of both runs → the scores of the items that both have kept of these steps."""
 
     @cache

@@ -8,7 +8,7 @@ from statistics import fmean, median
 from typing import Literal
 
 from regpt.console.text import counted
-from regpt.report.read import Run, number, section
+from regpt.report.read import RunData, number, section
 from regpt.report.series import Column, column, smooth, smoothing_span
 
 MIN_ROWS = 20  # fewer are not judged
@@ -54,7 +54,7 @@ class Curve:
         return self.steps[len(self.steps) * i // BLOCKS], self.steps[len(self.steps) * (i + 1) // BLOCKS - 1]
 
 
-def examine(run: Run) -> list[Finding]:
+def examine(run: RunData) -> list[Finding]:
     """All findings, the worst first."""
     losses = column(run.train, "loss")
     known = [(row["step"], loss) for row, loss in zip(run.train, losses) if loss is not None]
@@ -62,7 +62,7 @@ def examine(run: Run) -> list[Finding]:
     if len(known) < MIN_ROWS:
         return [*found, Finding("note", "short", f"{counted(len(known), 'row')} of training loss are too few to judge")]
     curve = make_curve(known)
-    rules: list[Callable[[Run, Curve], list[Finding]]] = [training, spikes, plateau, validation, repetition, gap]
+    rules: list[Callable[[RunData, Curve], list[Finding]]] = [training, spikes, plateau, validation, repetition, gap]
     for rule in [*rules, gradients, speed]:
         found += rule(run, curve)
     if any(one.kind == "diverging" for one in found):  # explains what the gap would blame on the data
@@ -96,14 +96,14 @@ def make_curve(known: list[tuple[int, float]]) -> Curve:
 # ---- the rules
 
 
-def not_finite(run: Run, losses: Column) -> list[Finding]:
+def not_finite(run: RunData, losses: Column) -> list[Finding]:
     bad = [row["step"] for row, loss in zip(run.train, losses) if loss is None and "loss" in row]
     if not bad:
         return []
     return [Finding("bad", "not finite", f"the loss is not a number at {counted(len(bad), 'step')}, first {bad[0]:,}")]
 
 
-def training(run: Run, curve: Curve) -> list[Finding]:
+def training(run: RunData, curve: Curve) -> list[Finding]:
     """Rising, not falling at all, or falling. Means of twentieths of the run are compared: a batch of one long
     document moves a smoothed line, too."""
     means = curve.means
@@ -128,14 +128,14 @@ def training(run: Run, curve: Curve) -> list[Finding]:
     return [Finding("good", "falling", text + still)]
 
 
-def validation_fell(run: Run, since: int) -> bool:
+def validation_fell(run: RunData, since: int) -> bool:
     """Whether the validation loss has fallen since that step: then a training loss that rose read harder text."""
     before = [loss for row in run.val if row["step"] <= since and (loss := number(row.get("loss"))) is not None]
     after = [loss for row in run.val if row["step"] > since and (loss := number(row.get("loss"))) is not None]
     return bool(before) and bool(after) and after[-1] < before[-1]
 
 
-def spikes(run: Run, curve: Curve) -> list[Finding]:
+def spikes(run: RunData, curve: Curve) -> list[Finding]:
     """Single rows far above the line, after the first tenth; neighbours count as one."""
     limit = max(SPIKE, 8 * curve.noise)
     start = len(curve.raw) // 10
@@ -149,7 +149,7 @@ def spikes(run: Run, curve: Curve) -> list[Finding]:
     return [Finding("note", "spikes", f"{counted(len(first), 'loss spike')}, {where}")]
 
 
-def plateau(run: Run, curve: Curve) -> list[Finding]:
+def plateau(run: RunData, curve: Curve) -> list[Finding]:
     """Hardly any fall in the first tenth of the run, or in a later stretch, although much of it came afterwards."""
     means, best = curve.means, min(curve.means)
     advice = "a higher optim.lr or a shorter warmup may shorten it"
@@ -167,7 +167,7 @@ def plateau(run: Run, curve: Curve) -> list[Finding]:
     return []
 
 
-def validation(run: Run, curve: Curve) -> list[Finding]:
+def validation(run: RunData, curve: Curve) -> list[Finding]:
     measured = [(row, loss) for row in run.val if (loss := number(row.get("loss"))) is not None]
     if len(measured) < 2:
         return []
@@ -182,7 +182,7 @@ def validation(run: Run, curve: Curve) -> list[Finding]:
     return [Finding("good", "validation", f"the validation loss ended at its best, {last:.3f}")]
 
 
-def epochs_read(run: Run) -> float | None:
+def epochs_read(run: RunData) -> float | None:
     """Number of passes over the training data: the most read folder's count where it is known, else a quotient."""
     for row in reversed(run.events):
         if row.get("name") == "epochs" and isinstance(row.get("epochs"), dict):
@@ -193,7 +193,7 @@ def epochs_read(run: Run) -> float | None:
     return tokens / corpus if tokens and corpus else None
 
 
-def repetition(run: Run, curve: Curve) -> list[Finding]:
+def repetition(run: RunData, curve: Curve) -> list[Finding]:
     epochs = epochs_read(run)
     if epochs is None or epochs <= 1.05:
         return []
@@ -203,7 +203,7 @@ def repetition(run: Run, curve: Curve) -> list[Finding]:
     return [Finding("good", "repeating", f"{text}, which up to {EPOCHS} epochs is nearly as good as new data")]
 
 
-def gap(run: Run, curve: Curve) -> list[Finding]:
+def gap(run: RunData, curve: Curve) -> list[Finding]:
     last = next((loss for row in reversed(run.val) if (loss := number(row.get("loss"))) is not None), None)
     if last is None or last - curve.smoothed[-1] <= GAP:
         return []
@@ -211,7 +211,7 @@ def gap(run: Run, curve: Curve) -> list[Finding]:
     return [Finding("note", "gap", f"{text}: repeated data, or validation text of another kind")]
 
 
-def gradients(run: Run, curve: Curve) -> list[Finding]:
+def gradients(run: RunData, curve: Curve) -> list[Finding]:
     """Norms that grow, or that are clipped most of the time, once warmup is over."""
     warmup = number(section(run.config, "optim").get("warmup_steps")) or 0
     norms = [norm for row in run.train if row["step"] > warmup and (norm := number(row.get("grad_norm"))) is not None]
@@ -228,7 +228,7 @@ def gradients(run: Run, curve: Curve) -> list[Finding]:
     return found
 
 
-def speed(run: Run, curve: Curve) -> list[Finding]:
+def speed(run: RunData, curve: Curve) -> list[Finding]:
     rates = [rate for rate in column(run.train, "tokens_per_s") if rate is not None]
     if len(rates) < MIN_ROWS:
         return []

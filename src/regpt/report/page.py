@@ -13,7 +13,7 @@ from regpt.report.charts import MAX_EVENTS, charts, task_references, with_differ
 from regpt.report.compare import Differences, RunComparison, code_differences, config_differences, data_differences
 from regpt.report.health import examine, verdict
 from regpt.report.markup import command_html, date, embed, grid, grouped, section_html, sheet, text, value_html
-from regpt.report.read import Row, Run, flatten, number, read_run, section, with_own_names
+from regpt.report.read import Row, RunData, flatten, number, read_run, section, with_own_names
 from regpt.report.summary import RunSummary, Tile, duration, loss, sentence, si, summarize, tiles
 from regpt.report.verdict import HEAD, SEEDS_HEAD, code_lines, headline, measure_cells, seeds_rows
 
@@ -56,7 +56,7 @@ def write_page(page: str, out: Path) -> Path:
     return out
 
 
-def render(runs: Sequence[Run], compared: RunComparison | None = None) -> str:
+def render(runs: Sequence[RunData], compared: RunComparison | None = None) -> str:
     """The page of one run or several; `compared` is the comparison of two. The same runs give the same bytes."""
     data = charts(runs)
     if len(runs) == 1:
@@ -123,7 +123,7 @@ def asset(name: str) -> str:
 # ---- one run
 
 
-def header(run: Run) -> str:
+def header(run: RunData) -> str:
     """Summary, health and figures; all findings under the verdict where it does not name them itself."""
     summary, findings = summarize(run), examine(run)
     started = number(run.env.get("started"))
@@ -144,7 +144,7 @@ def tile_html(tile: Tile) -> str:
     return f'<div class="tile"><dt>{text(tile.label)}</dt><dd>{figure}{notes}</dd></div>'
 
 
-def evaluations_section(run: Run) -> str:
+def evaluations_section(run: RunData) -> str:
     """The last value of every task and metric, its standard error, the items scored and left out, other models."""
     last = {(str(row.get("task")), str(row.get("metric"))): row for row in run.evals}  # ascending: the last one stays
     rows = []
@@ -171,7 +171,7 @@ def config_section(config: Row) -> str:
     return section_html("Configuration", f'<div class="columns">{"".join(sheets)}</div>' if sheets else "")
 
 
-def provenance_section(run: Run) -> str:
+def provenance_section(run: RunData) -> str:
     """Origin of the run: command, software, machine, data."""
     plain = {key: value for key, value in run.env.items() if key not in ("argv", "data", "started")}
     sheets = [sheet("Environment", grouped(plain))] if plain else []
@@ -199,7 +199,7 @@ def events_section(rows: list[Row]) -> str:
 # ---- several runs
 
 
-def overview(runs: Sequence[Run], eyebrow: str, headline: str = "") -> str:
+def overview(runs: Sequence[RunData], eyebrow: str, headline: str = "") -> str:
     """The header of several runs: a table with a row a run, in the colour of its lines."""
     names = [run.name for run in runs]
     title = " · ".join(names) if len(names) <= 3 else f"{names[0]} · {names[1]} · {len(names) - 2} more"
@@ -215,7 +215,7 @@ def swatch(run: int) -> str:
     return f'<span class="swatch" data-hue="{run % HUES}"></span>' if run >= 0 else ""
 
 
-def overview_row(i: int, run: Run, summary: RunSummary) -> list[str]:
+def overview_row(i: int, run: RunData, summary: RunSummary) -> list[str]:
     level, judged = verdict(examine(run))
     name = f'{swatch(i)}{text(run.name)} <span class="chip {level}" title="{text(judged)}">{WORDS[level]}</span>'
     last_val = None if summary.last_val is None else summary.last_val[1]
@@ -242,7 +242,7 @@ def measures_sections(found: RunComparison) -> str:
     )
 
 
-def stories_section(runs: Sequence[Run]) -> str:
+def stories_section(runs: Sequence[RunData]) -> str:
     """A paragraph a run."""
     stories = "".join(
         f'<div class="card story"><h3>{swatch(i)}{text(run.name)}</h3>'
@@ -252,7 +252,7 @@ def stories_section(runs: Sequence[Run]) -> str:
     return section_html("What happened", f'<div class="sheets">{stories}</div>')
 
 
-def differences_sections(runs: Sequence[Run]) -> str:
+def differences_sections(runs: Sequence[RunData]) -> str:
     """Tables of the keys of configuration, code and data that differ."""
     head = ["key", *(f"{swatch(i)}{text(run.name)}" for i, run in enumerate(runs))]
 
@@ -272,6 +272,6 @@ def source_section(found: RunComparison) -> str:
     return section_html("Changes of the source", f'<ul class="card story">{lines}</ul>' if lines else "")
 
 
-def commands_section(runs: Sequence[Run]) -> str:
+def commands_section(runs: Sequence[RunData]) -> str:
     commands = [(run.name, command_html(run.env.get("argv"))) for run in runs]
     return section_html("Commands", "".join(f"<h3>{text(name)}</h3>{command}" for name, command in commands if command))

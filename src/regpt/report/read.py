@@ -24,7 +24,7 @@ HISTORY = ("epochs", "checkpoint")  # events of one timeline; all others stay af
 
 
 @dataclass(frozen=True)
-class Run:
+class RunData:
     """Contents of a run folder, steps ascending.
 
     Attributes:
@@ -52,7 +52,7 @@ class Run:
     left_out: tuple[str, ...] = ()
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RunData:
     """Read everything that reports and comparisons need from `folder`.
 
     Raises:
@@ -73,7 +73,7 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{path} has no row of kind 'train' yet; wait until the run has made a step")
     samples, odd_samples = read_rows(folder / "samples.jsonl")
     last_step = max(row["step"] for row in rows if row.get("kind") != "event")
-    return Run(
+    return RunData(
         name=resolved(folder).name,
         config=read_document(folder / "config.toml", parse_toml),
         env=read_document(folder / "env.json", parse_json),
@@ -95,9 +95,9 @@ def rows_by_step(run: Path, kind: str) -> dict[int, Row]:
     return {row["step"]: row for row in of_kind(rows, kind) if "source" not in row}
 
 
-def with_own_names(runs: Sequence[Run]) -> list[Run]:
+def with_own_names(runs: Sequence[RunData]) -> list[RunData]:
     """The runs; those of one name get the folder above in front of it, or a number after it."""
-    named: list[Run] = []
+    named: list[RunData] = []
     for i, run in enumerate(runs):
         clash = [other.name for other in runs].count(run.name) > 1
         name = f"{run.folder.resolve().parent.name}/{run.name}" if clash else run.name
@@ -293,7 +293,7 @@ def item_file(folder: Path, task: str, step: int) -> Path:
     return folder / f"{name}-step-{step:08d}.jsonl"
 
 
-def kept_items(run: Run, task: str, step: int) -> Items | None:
+def kept_items(run: RunData, task: str, step: int) -> Items | None:
     """Item → its row of `task` after `step` updates, under RUN/evals; None where the run has not kept them, or has just
     replaced them by those of a later step. A warning counts lines without an `item`, or with one that occurred."""
     path = item_file(run.folder / "evals", task, step)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from regpt.errors import UserError
-from regpt.report.read import Row, Run, number, section
+from regpt.report.read import Row, RunData, number, section
 from regpt.report.scaling_law import ScalingLaw
 from regpt.report.series import need_bits, positions
 from regpt.report.summary import summarize
@@ -49,7 +49,7 @@ class Point:
     loss: float
 
 
-def points_of(runs: Sequence[Run], which: Which = "final", count: Count = "total") -> tuple[list[Point], str]:
+def points_of(runs: Sequence[RunData], which: Which = "final", count: Count = "total") -> tuple[list[Point], str]:
     """Points of `runs`, and the unit of their losses: bits per byte where the tokenizers differ.
 
     `which`: the last validation of each run, or all of them after the warmup. `count`: all parameters, or those that
@@ -64,7 +64,7 @@ def points_of(runs: Sequence[Run], which: Which = "final", count: Count = "total
     return found, "bits per byte" if bits else "nats per token"
 
 
-def points_of_run(run: Run, key: str, which: Which, parameters: float) -> list[Point]:
+def points_of_run(run: RunData, key: str, which: Which, parameters: float) -> list[Point]:
     warmup = number(section(run.config, "optim").get("warmup_steps")) or 0
     rows = [row for row in run.val if row["step"] > 0 and number(row.get(key)) is not None]
     if which == "all":
@@ -85,7 +85,7 @@ def points_of_run(run: Run, key: str, which: Which, parameters: float) -> list[P
     return found
 
 
-def doubts_about(runs: Sequence[Run], which: Which) -> list[str]:
+def doubts_about(runs: Sequence[RunData], which: Which) -> list[str]:
     """A sentence for each run whose last validation may mislead, as it is unfinished."""
     ended = [(run, summarize(run)) for run in runs if which == "final"]
     return [
@@ -96,7 +96,7 @@ def doubts_about(runs: Sequence[Run], which: Which) -> list[str]:
     ]
 
 
-def parameters_of(run: Run, count: Count) -> float:
+def parameters_of(run: RunData, count: Count) -> float:
     """Parameters by env.json; without the embeddings of tokens and positions by config.toml."""
     total = number(run.env.get("parameters"))
     if total is None:

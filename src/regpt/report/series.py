@@ -7,7 +7,7 @@ from math import log
 import numpy as np
 
 from regpt.errors import UserError
-from regpt.report.read import Row, Run, number, section
+from regpt.report.read import Row, RunData, number, section
 
 Column = list[float | None]
 
@@ -93,7 +93,7 @@ def positions(train: Sequence[Row], steps: Sequence[int]) -> dict[str, Column]:
     return axes
 
 
-def build_table(run: Run, limit: int = MAX_POINTS) -> tuple[dict[str, Column], dict[str, Column]]:
+def build_table(run: RunData, limit: int = MAX_POINTS) -> tuple[dict[str, Column], dict[str, Column]]:
     """The x axes and the columns of every chart, all of one length, on the union of the steps kept.
 
     Columns: those of `TRAIN_COLUMNS` that hold anything, `<name>_smooth`, and those of `measurements`. Smoothing
@@ -114,7 +114,7 @@ def build_table(run: Run, limit: int = MAX_POINTS) -> tuple[dict[str, Column], d
     }
 
 
-def measurements(run: Run) -> dict[str, dict[int, float | None]]:
+def measurements(run: RunData) -> dict[str, dict[int, float | None]]:
     """Step → value of everything that is measured at some steps only.
 
     Columns: `val_loss`, `val_bpb`, `val_loss_ema`, `val_bpb_ema`, `val:<source>`,
@@ -153,7 +153,7 @@ def short(value: float | None) -> float | None:
 # ---- one unit for losses of different tokenizers: bits per byte of text
 
 
-def same_tokenizer(a: Run, b: Run) -> bool:
+def same_tokenizer(a: RunData, b: RunData) -> bool:
     """Whether losses in nats per token of the two runs can be compared.
 
     By the tokenizer's hash where both runs recorded it, else by its name and the size of the vocabulary.
@@ -165,7 +165,7 @@ def same_tokenizer(a: Run, b: Run) -> bool:
     return ours.get("tokenizer") == theirs.get("tokenizer") and same_size
 
 
-def need_bits(runs: Sequence[Run]) -> bool:
+def need_bits(runs: Sequence[RunData]) -> bool:
     """Whether the runs have different tokenizers, so that only bits per byte can be compared.
 
     Raises:
@@ -183,7 +183,7 @@ def need_bits(runs: Sequence[Run]) -> bool:
     return True
 
 
-def bytes_per_token(run: Run) -> float | None:
+def bytes_per_token(run: RunData) -> float | None:
     """UTF-8 bytes a token of the training text; of the validation text where that is unknown."""
     data = section(run.env, "data")
     n_bytes, tokens = number(data.get("train_bytes")), number(data.get("train_tokens"))

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from regpt.console.text import counted
-from regpt.report.read import Run, number, section
+from regpt.report.read import RunData, number, section
 from regpt.report.series import column, smooth, smoothing_span, training_seconds
 
 SI = ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))  # B: how papers of this field count tokens
@@ -49,7 +49,7 @@ class RunSummary:
         return self.planned_steps is not None and self.steps < self.planned_steps
 
 
-def summarize(run: Run) -> RunSummary:
+def summarize(run: RunData) -> RunSummary:
     """The figures of `run`, from every row, not from the thinned ones."""
     val = [(row["step"], loss) for row in run.val if (loss := number(row.get("loss"))) is not None]
     seconds = training_seconds(run.train)
@@ -73,7 +73,7 @@ def summarize(run: Run) -> RunSummary:
     )
 
 
-def present(run: Run, key: str) -> list[float]:
+def present(run: RunData, key: str) -> list[float]:
     return [value for value in column(run.train, key) if value is not None]
 
 

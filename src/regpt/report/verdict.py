@@ -7,7 +7,7 @@ from pathlib import Path
 import regpt
 from regpt.console.text import counted
 from regpt.report.compare import BITS, LOSS, Measure, RunComparison, is_validation
-from regpt.report.read import Run
+from regpt.report.read import RunData
 
 MAX_FILES = 20
 HEAD = ("measure", "A", "B", "B - A", "95 % interval", "test", "p", "conclusion")
@@ -126,7 +126,7 @@ def code_lines(found: RunComparison) -> list[str]:
     return [*lines, *(f"{name} ran with changes that were not committed: they are not known" for name in dirty)]
 
 
-def changed_files(a: Run, b: Run) -> list[str] | None:
+def changed_files(a: RunData, b: RunData) -> list[str] | None:
     """Paths of the package with lines added and removed between the runs' commits; None where the checkout that regpt
     runs from does not know both. A commit that ends in `+` had changes that were not recorded."""
     commits = [str(run.env.get("commit") or "").removesuffix("+") for run in (a, b)]
