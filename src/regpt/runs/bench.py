@@ -1,4 +1,4 @@
-"""`regpt bench train`: the trainer that `regpt train` runs, over a few steps, with a clock beside it."""
+"""`regpt bench train`: the trainer that `regpt train` runs, timed over a few steps."""
 
 import contextlib
 import sys

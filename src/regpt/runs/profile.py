@@ -93,7 +93,7 @@ def write(
 def summarize(averages: Any, recorded: dict[int, float], device: torch.device) -> dict[str, Any]:
     """Milliseconds a step: of the whole step, of all work on the device, of its largest parts.
 
-    On a GPU the parts are kernels and copies, which may run beside each other on several streams; on a CPU they are
+    On a GPU the parts are kernels and copies, which may run at the same time on several streams; on a CPU they are
     operations, without what they call.
     """
     on_gpu, n = device.type == "cuda", len(recorded)

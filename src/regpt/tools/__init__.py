@@ -1,1 +1,1 @@
-"""What is known before and beside a run: the plan, the doctor, the benchmarks."""
+"""Before and next to a run: the plan, the doctor, the benchmarks."""
