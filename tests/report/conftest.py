@@ -1,4 +1,4 @@
-"""RunData folders to report on."""
+"""Run folders to report on."""
 
 import json
 from pathlib import Path
