@@ -1,11 +1,14 @@
 """The plain operations against float64 formulas written out from their sources."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+import tiny
 from regpt.model.ops import (
     IGNORE_INDEX,
     PLAIN,
@@ -15,6 +18,8 @@ from regpt.model.ops import (
     linear,
     linear_cross_entropy,
 )
+from regpt.model.transformer import Transformer
+from regpt.model.weights import load_weights, state_tensors
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -111,3 +116,18 @@ def test_the_loss_of_bfloat16_is_computed_in_float32():
 def test_plain_ops_are_the_functions_of_this_file():
     ours = (PLAIN.attention, PLAIN.layer_norm, PLAIN.gelu, PLAIN.linear, PLAIN.linear_cross_entropy)
     assert ours == (attention, layer_norm, gelu, linear, linear_cross_entropy)
+
+
+def test_another_norm_is_one_function():
+    """RMSNorm with a bias in the place of LayerNorm, as docs/architecture.md has it: nothing else is touched."""
+
+    def rms_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], weight, eps) + bias
+
+    model = Transformer(tiny.CONFIG, replace(PLAIN, layer_norm=rms_norm)).double()
+    load_weights(model, state_tensors(tiny.build_model()))
+    idx, _ = tiny.Rows().rows(0)
+    assert not torch.allclose(model(idx), tiny.build_model()(idx))
+    trainer = tiny.build_trainer(model, tiny.Rows())
+    first, last = [tiny.update(trainer)["loss"] for _ in range(20)][::19]
+    assert last < first

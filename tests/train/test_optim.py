@@ -190,9 +190,7 @@ def test_a_group_that_scales_by_zero_does_not_learn():
 
 def test_a_pattern_that_matches_nothing_first_is_refused():
     for groups in ((OptimGroup("wpx.*"),), (OptimGroup("wpe.*"), OptimGroup("wpe.weight"))):
-        with pytest.raises(
-            UsageError, match=rf"pattern '{re.escape(groups[-1].pattern)}', which is the first"
-        ):
+        with pytest.raises(UsageError, match=rf"pattern '{re.escape(groups[-1].pattern)}', which is the first"):
             make_optimizer(tiny.build_model(), OptimConfig(groups=groups), tiny.CPU)
 
 
