@@ -173,12 +173,15 @@ def read_claims(folder: Path) -> list[str]:
 
 
 def set_aside(folder: Path) -> Path:
-    """Move the content of `folder` to a new folder next to it; the lock, which is held, stays."""
+    """Move the content of `folder` to a new folder next to it; the lock, which is held, stays.
+
+    config.toml goes last: after a crash the rest still counts as a run, and is set aside too.
+    """
     number = 1
     while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
         number += 1
     aside.mkdir()
-    for path in content_of(folder):
+    for path in reversed(content_of(folder)):
         path.replace(aside / path.name)
     return aside
 
