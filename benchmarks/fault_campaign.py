@@ -19,7 +19,7 @@ from regpt.model.config import ModelConfig
 from regpt.prepare.prepare import prepare
 from regpt.report.read import rows_by_step
 from regpt.runs.pretrain import pretrain, resume
-from regpt.runs.verify_resume import compare
+from regpt.runs.verify_resume import compare_runs
 from regpt.sample.config import SampleConfig
 from regpt.text.bpe import train_bpe
 from regpt.train.config import OptimConfig, TrainConfig
@@ -69,7 +69,7 @@ class Campaign:
 
     def is_straight(self, run: Path) -> bool:
         """Whether the finished run has every loss, norm and stored number of the straight one."""
-        return compare(self.straight, run, (1,), (), True, 0.0).bitwise
+        return compare_runs(self.straight, run, (1,), (), True, 0.0).bitwise
 
     def copy(self, name: str, upto: int, inside: Path | None = None) -> Path:
         """The straight run as it was after step `upto`, in a folder of the campaign or `inside` another one."""

@@ -34,7 +34,7 @@ from regpt.errors import UserError
 from regpt.remote.lease import Lease
 from regpt.remote.store import Store
 from regpt.runs.folder import source_commit
-from regpt.runs.verify_resume import compare
+from regpt.runs.verify_resume import compare_runs
 
 STEPS, EVERY, MACHINES = 4000, 5, 3
 
@@ -160,7 +160,7 @@ def is_straight(c: Campaign) -> bool:
     subprocess.run(command, check=True, capture_output=True)
     there.mkdir()
     restore(c.store, there)
-    return compare(straight, there, (1,), (), True, 0.0).bitwise
+    return compare_runs(straight, there, (1,), (), True, 0.0).bitwise
 
 
 def main(args: Args) -> None:

@@ -32,7 +32,7 @@ from regpt.evals.choices import Choices
 from regpt.evals.score import Scorer
 from regpt.evals.specs import Spec
 from regpt.evals.suite import open_suites
-from regpt.evals.task import SUBSET_SEED, evaluate
+from regpt.evals.task import SUBSET_SEED, evaluate_task
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
@@ -118,10 +118,10 @@ def open_given(name: str, device: torch.device) -> tuple[Transformer, Any]:
 def ours(task: Choices, scorer: Scorer, read_seconds: float, items: int) -> dict[str, Any]:
     """Twice: once to compile and to warm up, then the one that counts."""
     if scorer.mesh.device.type == "cuda":
-        evaluate(task, scorer, max_items=items)
+        evaluate_task(task, scorer, max_items=items)
         torch.cuda.reset_peak_memory_stats()
     before, cpu_before = scorer.cost.tokens, time.process_time()
-    found = evaluate(task, scorer, max_items=items)
+    found = evaluate_task(task, scorer, max_items=items)
     tokens = scorer.cost.tokens - before
     cuda = scorer.mesh.device.type == "cuda"
     return {

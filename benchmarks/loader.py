@@ -26,7 +26,7 @@ import torch
 import tyro
 
 from regpt.data.prefetch import Prefetcher
-from regpt.tools.bench.data import BatchReading, document_lengths, invent_shards, time_batches, time_first_batch
+from regpt.tools.bench.data import BatchReading, invent_shards, invented_lengths, time_batches, time_first_batch
 
 SEQ_LEN, BATCH_TOKENS, MICRO_BATCH_ROWS = 1024, 524288, 64  # the lecture's run
 VOCAB = 50257
@@ -71,7 +71,7 @@ def throughput_table(base: Path, tokens: int) -> list[dict]:
     rows = []
     for kind, mean in KINDS.items():
         folder = base / kind
-        invent_shards(folder, document_lengths(tokens // mean, mean), VOCAB)
+        invent_shards(folder, invented_lengths(tokens // mean, mean), VOCAB)
         for order in ORDERS:
             for mask in (False, True):
                 row = {"kind": kind, "order": order, "mask": mask} | measured("throughput", folder, order, int(mask))
@@ -90,7 +90,7 @@ def first_batch_table(base: Path, documents: int) -> list[dict]:
     rows = []
     for kind, mean in KINDS.items():
         folder = base / f"{kind}-many"
-        tokens = invent_shards(folder, document_lengths(documents, mean), VOCAB, one_text=True)
+        tokens = invent_shards(folder, invented_lengths(documents, mean), VOCAB, one_text=True)
         for order in ORDERS:
             for share in (0.0, 0.5):  # a fresh run, and one that goes on in the middle of the epoch
                 step = int(share * tokens * (0.6 if order.startswith("bos") else 1) / BATCH_TOKENS)

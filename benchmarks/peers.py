@@ -13,8 +13,8 @@ import numpy as np
 import tyro
 
 from regpt.data.manifest import read_manifest
-from regpt.data.stream import Corpus
-from regpt.tools.bench.data import MEAN_LENGTH, document_lengths, invent_shards
+from regpt.data.stream import StoredTokens
+from regpt.tools.bench.data import MEAN_LENGTH, invent_shards, invented_lengths
 
 VOCAB = 50257
 LLMC_MAGIC, LLMC_VERSION, HEADER_INTS = 20240520, 1, 256  # llm.c: dev/data/data_common.py
@@ -36,7 +36,7 @@ def main(args: Args) -> None:
     out.mkdir(parents=True)
     folder = Path(args.data) if args.data else out / "regpt"
     if not args.data:
-        invent_shards(folder, document_lengths(args.tokens // MEAN_LENGTH), VOCAB)
+        invent_shards(folder, invented_lengths(args.tokens // MEAN_LENGTH), VOCAB)
     tokens = read_tokens(folder, args.tokens)
     n_val = int(VAL_SHARE * len(tokens))
     for split, part in {"train": tokens[n_val:], "val": tokens[:n_val]}.items():
@@ -46,7 +46,7 @@ def main(args: Args) -> None:
 
 def read_tokens(folder: Path, count: int) -> np.ndarray:
     """(count,) uint16: the training tokens of a data folder as stored, or all of them where there are fewer."""
-    corpus = Corpus(folder, read_manifest(folder), "train")
+    corpus = StoredTokens(folder, read_manifest(folder), "train")
     if corpus.vocab_size != VOCAB:
         raise SystemExit(f"{folder} has a vocabulary of {corpus.vocab_size:,} tokens; the peers' models have {VOCAB:,}")
     end = min(count, corpus.n_tokens)

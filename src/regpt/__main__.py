@@ -15,7 +15,7 @@ from types import TracebackType
 import regpt
 from regpt.cli.commands import COMMANDS
 from regpt.console.lines import print_error, print_line, print_note
-from regpt.console.streams import harden, lost
+from regpt.console.streams import harden, lost_text
 from regpt.errors import UsageError, UserError, nearest
 from regpt.parallel.signals import leave_when_terminated
 
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def checked(code: int, args: list[str]) -> int:
     """`code`, or 1 where stdout is all that a command gives and some of it could not be written."""
-    reason = lost(sys.stdout)
+    reason = lost_text(sys.stdout)
     if reason:  # a reader that left needs no message
         print_note(f"standard output could not be written ({reason}); free the disk, or choose another place for it")
     if code or reason is None or not args or args[0] in KEEP_RECORDS or writes_file(args):

@@ -123,7 +123,7 @@ def read_config(name: str) -> RunConfig:
     Raises:
         UsageError: no such recipe or file, broken TOML, an unknown key, a value of the wrong type or out of range.
     """
-    return validate(read_values(name), name)
+    return validate_config(read_values(name), name)
 
 
 def read_values(name: str) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def overlay(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def validate(values: dict[str, Any], source: str) -> RunConfig:
+def validate_config(values: dict[str, Any], source: str) -> RunConfig:
     """`values` as a RunConfig, strictly: `"12"` is no number, 12.0 no integer, unknown keys are errors."""
     if isinstance(values.get("model"), dict):
         values = overlay({"model": {"vocab_size": 0}}, values)

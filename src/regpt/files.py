@@ -30,7 +30,7 @@ ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+(.*)", re.IGNORECASE | re.DOTALL)  
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.EBADF)
 
 
-def status(path: str | Path) -> os.stat_result | None:
+def stat_or_none(path: str | Path) -> os.stat_result | None:
     """What the system knows about `path`; None where nothing has that name, also of one that no file system takes: too
     long, or with a NUL character, for which `Path.is_file` and its siblings raise before Python 3.14.
 
@@ -52,7 +52,7 @@ def status(path: str | Path) -> os.stat_result | None:
 def version(folder: Path) -> tuple[int, int, int] | None:
     """Which folder it is and when it last changed; None where nothing is. The number alone does not tell: a file system
     may give that of a deleted folder to the next."""
-    found = status(folder)
+    found = stat_or_none(folder)
     return (found.st_dev, found.st_ino, found.st_ctime_ns) if found else None
 
 
@@ -87,24 +87,24 @@ def unless_gone(folder: Path, read: Callable[[], T], doubtful: Callable[[T], obj
 
 def identity(path: str | Path) -> tuple[int, int] | None:
     """What is at `path`, whatever its name will be: device and file number; None where nothing is."""
-    found = status(path)
+    found = stat_or_none(path)
     return (found.st_dev, found.st_ino) if found else None
 
 
 def exists(path: str | Path) -> bool:
     """Whether `path` names something; False also for names that no file system takes (NUL, thousands of letters)."""
-    return status(path) is not None
+    return stat_or_none(path) is not None
 
 
 def is_file(path: str | Path) -> bool:
     """Whether `path` names a file; False also for names that no file system takes."""
-    found = status(path)
+    found = stat_or_none(path)
     return found is not None and stat.S_ISREG(found.st_mode)
 
 
 def is_folder(path: str | Path) -> bool:
     """Whether `path` names a folder; False also for names that no file system takes."""
-    found = status(path)
+    found = stat_or_none(path)
     return found is not None and stat.S_ISDIR(found.st_mode)
 
 
@@ -358,7 +358,7 @@ def lock_file(path: Path, folder: Path, otherwise: str) -> Iterator[IO[str]]:
                 who = f"process {holder}" if holder else "another process"
                 raise UserError(f"{folder} is being written by {who}; wait until it has finished, or {otherwise}")
             # The holder before us may have deleted the file between our opening and our locking it.
-            if (found := status(path)) and os.path.samestat(os.fstat(file.fileno()), found):
+            if (found := stat_or_none(path)) and os.path.samestat(os.fstat(file.fileno()), found):
                 yield file
                 return
 

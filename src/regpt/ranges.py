@@ -43,14 +43,14 @@ def or_more(low: float) -> str:
 
 def check_ranges(section: str, config: object) -> None:
     """Raise a UsageError for the first number of the dataclass `config` outside its range."""
-    for name, allowed in ranges(type(config)).items():
+    for name, allowed in ranges_of(type(config)).items():
         value = getattr(config, name)
         if isinstance(value, (int, float)) and (problem := allowed.problem(value)):
             raise UsageError(f"{section}.{name} is {value}, {problem}")
 
 
 @cache
-def ranges(kind: type) -> dict[str, Range]:
+def ranges_of(kind: type) -> dict[str, Range]:
     """The ranges of a dataclass, by field."""
     assert is_dataclass(kind)
     hints = get_type_hints(kind, include_extras=True)

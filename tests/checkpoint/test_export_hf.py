@@ -11,7 +11,7 @@ from regpt.errors import UsageError, UserError
 from regpt.hf.export import export_hf, gpt2_json, tokenizer_config
 from regpt.hf.folder import hf_tokenizer
 from regpt.model.weights import state_tensors
-from regpt.text.gpt2 import VOCAB_PACKAGE, find_files
+from regpt.text.gpt2 import VOCAB_PACKAGE, find_vocabulary
 from regpt.text.open import open_tokenizer
 
 TEXTS = [
@@ -67,7 +67,7 @@ def test_an_export_needs_a_new_or_empty_folder(tmp_path, model, tokenizer):
 @pytest.fixture(scope="module")
 def vocabulary():
     pytest.importorskip(VOCAB_PACKAGE, reason="GPT-2's vocabulary files are not installed")
-    files = find_files(VOCAB_PACKAGE)
+    files = find_vocabulary(VOCAB_PACKAGE)
     assert files
     return files
 

@@ -65,7 +65,7 @@ def fail(message: str) -> None:
     pytest.fail(message)
 
 
-@pytest.mark.parametrize("name", ["file_sha256", "read_small", "status"])
+@pytest.mark.parametrize("name", ["file_sha256", "read_small", "stat_or_none"])
 def test_a_checkpoint_that_is_pruned_while_it_is_verified_is_no_damaged_one(run, pruned, meanwhile, name):
     meanwhile(manifest, name, pruned)
     assert newest_checkpoint(run, warn=fail) == checkpoint_folder(run, 10)
@@ -125,7 +125,7 @@ def test_a_list_leaves_out_what_vanishes(run, save, meanwhile):
     leftover = run / "checkpoints" / ".step-00000015.tmp-0123abcd"
     leftover.mkdir()
     (leftover / "model.json").write_text("{}")
-    meanwhile(manifest, "status", lambda: discard(checkpoint_folder(run, 5)))
+    meanwhile(manifest, "stat_or_none", lambda: discard(checkpoint_folder(run, 5)))
     assert {one.name: one.problem for one in list_checkpoints(run) if one.step} == {"step-00000010": ""}
 
 

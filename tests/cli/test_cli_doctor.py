@@ -18,7 +18,7 @@ FOUND = (
 @pytest.fixture
 def found(monkeypatch: pytest.MonkeyPatch):
     def use(*trials: Trial) -> None:
-        monkeypatch.setattr(doctor_module, "examine", lambda folder, done, seconds: Findings(trials))
+        monkeypatch.setattr(doctor_module, "examine_machine", lambda folder, done, seconds: Findings(trials))
 
     return use
 

@@ -18,7 +18,7 @@ from regpt.checkpoint.load import checkpoint_folder
 from regpt.checkpoint.manifest import write_manifest
 from regpt.errors import UserError
 from regpt.runs.pretrain import pretrain
-from regpt.runs.verify_resume import Comparison, Kill, RunCommands, compare, killed_run, sentence
+from regpt.runs.verify_resume import Comparison, Kill, RunCommands, compare_runs, killed_run, sentence
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="kills processes")
 
@@ -31,7 +31,7 @@ def run(shards, tmp_path_factory) -> Path:
 
 
 def compared(straight: Path, other: Path, deterministic: bool = True) -> Comparison:
-    return compare(straight, other, (1, 1), (Kill(3, 2),), deterministic, 0.01)
+    return compare_runs(straight, other, (1, 1), (Kill(3, 2),), deterministic, 0.01)
 
 
 def test_a_run_is_bitwise_itself(run: Path):

@@ -11,7 +11,7 @@ from regpt.cli.parse import parse
 from regpt.cli.train import Train, named_recipe
 from regpt.config import RunConfig, read_config, with_home
 from regpt.errors import UsageError
-from regpt.ranges import ranges
+from regpt.ranges import ranges_of
 
 NUMBERS = {name: flag for name, flag in flags_of(Train).items() if {int, float} & set(flag.kinds) and not flag.many}
 
@@ -145,7 +145,7 @@ def test_every_number_of_a_file_has_bounds(section: str, tmp_path):
     assert is_dataclass(defaults)
     numbers = [f.name for f in fields(defaults) if any(kind in str(f.type) for kind in ("int", "float"))]
     numbers = [name for name in numbers if name != "mixture"]
-    assert set(numbers) == set(ranges(type(defaults)))
+    assert set(numbers) == set(ranges_of(type(defaults)))
     for name in numbers:
         for value in ("1" + "0" * 38, "-1" + "0" * 38):
             (tmp_path / "a.toml").write_text(f"[{section}]\n{name} = {value}\n", encoding="utf-8")

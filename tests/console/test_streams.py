@@ -11,7 +11,7 @@ from typing import TextIO
 import pytest
 
 from regpt.console import streams
-from regpt.console.streams import lost, unfailing
+from regpt.console.streams import lost_text, unfailing
 
 posix = pytest.mark.skipif(os.name != "posix", reason="descriptors as POSIX has them")
 
@@ -34,20 +34,20 @@ def test_a_reader_that_left_costs_text_only():
     with hardened(stream_to(writer)) as out:
         for _ in range(3):
             print("x" * 100_000, file=out, flush=True)
-        assert lost(out) == ""
+        assert lost_text(out) == ""
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
 def test_a_full_disk_costs_text_only_and_is_named():
     with hardened(stream_to(os.open("/dev/full", os.O_WRONLY))) as out:
         print("x", file=out, flush=True)
-        assert lost(out) == "No space left on device"
+        assert lost_text(out) == "No space left on device"
 
 
 def test_what_can_be_written_is_written(tmp_path):
     with hardened((tmp_path / "log").open("w", encoding="utf-8")) as out:
         print("日本", file=out, flush=True)
-        assert lost(out) is None
+        assert lost_text(out) is None
     assert (tmp_path / "log").read_text(encoding="utf-8") == "日本\n"
 
 

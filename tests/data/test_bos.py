@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from regpt.data.bos import BLOCK, WINDOW, PackedRows, pack
 from regpt.data.order import permutation, row_key, shuffled, splitmix64
 from regpt.data.rows import open_rows
-from regpt.data.stream import Corpus, document_starts
+from regpt.data.stream import StoredTokens, document_starts
 from regpt.errors import UsageError, UserError
 
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=40)
@@ -41,7 +41,7 @@ def packed(
     folder, manifest, tokens = write_shards(lengths, cuts)
     starts = document_starts(folder, manifest, "train")
     try:
-        rows = PackedRows(Corpus(folder, manifest, "train"), starts, 3, seq_len, shuffle_rows, window=window)
+        rows = PackedRows(StoredTokens(folder, manifest, "train"), starts, 3, seq_len, shuffle_rows, window=window)
     except UserError as error:
         assume("fill no row" not in str(error))
         raise

@@ -13,7 +13,7 @@ from regpt.data import info
 from regpt.data.info import (
     SplitInfo,
     count_tokens,
-    describe,
+    describe_shards,
     document_lengths,
     first_rows,
     histogram,
@@ -28,7 +28,7 @@ from regpt.errors import UsageError, UserError
 from regpt.files import file_sha256
 from regpt.prepare.prepare import prepare
 from regpt.text.bpe import train_bpe
-from regpt.text.gpt2 import VOCAB_PACKAGE, find_files, load_gpt2
+from regpt.text.gpt2 import VOCAB_PACKAGE, find_vocabulary, load_gpt2
 
 TOKENIZER = train_bpe(["the cat sat on the mat, and the cats sat on the mats\n" * 4], 270)
 TEXTS = [f"the cat {i} sat on the mat" for i in range(30)]
@@ -48,7 +48,7 @@ def split_of(lengths: list[int]) -> SplitInfo:
 
 def test_the_description_counts_what_was_prepared(folder):
     manifest = read_manifest(folder)
-    train, val = describe(folder, manifest)
+    train, val = describe_shards(folder, manifest)
     assert train.documents + val.documents == len(TEXTS)
     assert train.text_bytes + val.text_bytes == sum(map(len, TEXTS))
     lengths = sorted([*train.lengths, *val.lengths])
@@ -163,7 +163,7 @@ def test_parts_of_characters_are_shown_as_bytes(tmp_path, capsys):
 
 @pytest.mark.parametrize("text", ["the cat 日本 \x00\xad\xff🙂", "".join(map(chr, range(0x250)))])
 def test_the_bytes_of_tokens_are_those_of_their_text(text):
-    for tokenizer in (TOKENIZER, *([load_gpt2()] if find_files(VOCAB_PACKAGE) else [])):
+    for tokenizer in (TOKENIZER, *([load_gpt2()] if find_vocabulary(VOCAB_PACKAGE) else [])):
         ids = tokenizer.encode(text)
         assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
         assert [len(tokenizer.token_bytes(i)) for i in ids] == tokenizer.byte_lengths()[ids].tolist()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regpt.config import validate
+from regpt.config import validate_config
 from regpt.data.config import DataConfig
 from regpt.data.loader import Loader
 from regpt.data.mixture import MAX_PERIOD, MixedRows, spread, whole_shares
@@ -130,7 +130,7 @@ def test_a_weight_too_small_to_be_heard_is_an_error():
 
 
 def test_a_mixture_is_written_in_the_configuration_and_read_back():
-    config = validate({"data": {"mixture": {"web": 0.7, "dir/code": 1}}}, "x.toml")
+    config = validate_config({"data": {"mixture": {"web": 0.7, "dir/code": 1}}}, "x.toml")
     assert config.data.mixture == {"web": 0.7, "dir/code": 1.0}
     assert '[data.mixture]\nweb = 0.7\n"dir/code" = 1.0' in config.to_toml()
 
@@ -146,7 +146,7 @@ def test_a_mixture_is_written_in_the_configuration_and_read_back():
 )
 def test_a_wrong_mixture_is_one_sentence(data, said):
     with pytest.raises(UsageError) as error:
-        validate({"data": data}, "x.toml")
+        validate_config({"data": data}, "x.toml")
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from regpt.data.manifest import Manifest, Shard
 from regpt.data.order import permutation, ranges
-from regpt.data.stream import Corpus, open_stream
+from regpt.data.stream import StoredTokens, open_stream
 from regpt.errors import UserError
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=20)
@@ -164,7 +164,7 @@ def test_ranges_are_joined(pairs):
 @given(LENGTHS, CUTS, st.data())
 def test_pieces_are_the_same_gathered_and_joined(write_shards, lengths, cuts, data):
     folder, manifest, tokens = write_shards(lengths, cuts)
-    corpus = Corpus(folder, manifest, "train")
+    corpus = StoredTokens(folder, manifest, "train")
     position = st.integers(0, len(tokens) - 1)
     begins = np.array(data.draw(st.lists(position, min_size=1, max_size=12)))
     ends = np.array([data.draw(st.integers(begin + 1, len(tokens))) for begin in begins])

@@ -17,7 +17,7 @@ from regpt.evals.task import (
     Estimate,
     Result,
     estimate,
-    evaluate,
+    evaluate_task,
     refuse_if_nothing_fits,
     truncation_notice,
 )
@@ -62,7 +62,7 @@ def questions(n: int, seed: int = 0) -> list[Question]:
 def test_accuracy_is_that_of_one_question_at_a_time(model, tokenizer):
     """The lecture's loop: sums and means of the losses of each ending, the smallest is the prediction."""
     task = task_of(questions(50), tokenizer)
-    found = evaluate(task, Scorer(model, tiny.ALONE))
+    found = evaluate_task(task, Scorer(model, tiny.ALONE))
     for i, question in enumerate(task.questions):
         losses = []
         for ending in question.endings:
@@ -134,7 +134,7 @@ def test_a_malformed_question_names_its_line(tmp_path, tokenizer, row, said):
 def test_a_part_of_a_task_lies_within_a_larger_part(model, tokenizer):
     task = task_of(questions(60), tokenizer)
     scorer = Scorer(model, tiny.ALONE)
-    small, large, whole = (evaluate(task, scorer, max_items=n) for n in (10, 25, 0))
+    small, large, whole = (evaluate_task(task, scorer, max_items=n) for n in (10, 25, 0))
     assert [len(x.chosen) for x in (small, large, whole)] == [10, 25, 60]
     assert set(small.chosen) < set(large.chosen)
     assert small.chosen.tolist() != list(range(10))
@@ -149,7 +149,7 @@ def test_items_with_an_ending_longer_than_the_model_are_left_out_and_counted(tok
     for i in (3, 7, 30):
         given[i] = given[i]._replace(endings=(*given[i].endings[:1], " x" * 33))
     task, scorer = task_of(given, tokenizer), Scorer(short, tiny.ALONE)
-    whole, one = evaluate(task, scorer), evaluate(task, scorer, max_items=1)
+    whole, one = evaluate_task(task, scorer), evaluate_task(task, scorer, max_items=1)
     assert set(range(40)) - set(whole.chosen.tolist()) == {3, 7, 30}
     assert (whole.left_out, whole.estimates()["acc"].n) == (3, 37)
     assert "3 of 40 items of mine have an ending longer than the model's 32 tokens: left out" in truncation_notice(
@@ -162,7 +162,7 @@ def test_items_with_an_ending_longer_than_the_model_are_left_out_and_counted(tok
 def test_a_task_of_which_nothing_fits_has_no_value_and_refuses_no_other(tokenizer):
     short = tiny.build_model(config=tiny.replace(tiny.CONFIG, vocab_size=tokenizer.n_vocab, max_seq_len=32))
     long = task_of([one._replace(endings=(" x" * 33, " y")) for one in questions(3)], tokenizer)
-    found = evaluate(long, Scorer(short, tiny.ALONE))
+    found = evaluate_task(long, Scorer(short, tiny.ALONE))
     assert (found.left_out, found.estimates()["acc"]) == (3, Estimate(None, None, 0))
     refuse_if_nothing_fits([long, task_of(questions(3), tokenizer)], 32)
     with pytest.raises(UserError, match="every item of mine has an ending longer than the 32 tokens"):
@@ -199,7 +199,7 @@ def test_a_time_budget_chooses_a_part_after_a_pilot(tokenizer, monkeypatch, seco
             return Scores(np.zeros(n), np.ones(n, dtype=np.int64), np.zeros(n, dtype=bool))
 
     task = task_of(questions(20) * 100, tokenizer)
-    found = evaluate(task, Slow(), seconds=seconds)
+    found = evaluate_task(task, Slow(), seconds=seconds)
     assert asked == [PILOT_ITEMS, evaluated]
     assert len(found.chosen) == evaluated
     assert evaluated in (256, 2000) or found.seconds <= seconds

@@ -13,7 +13,7 @@ from regpt.evals.core import TASKS, CoreSettings, CoreTask, Example, common, ope
 from regpt.evals.score import Scorer
 from regpt.evals.specs import Spec
 from regpt.evals.suite import open_suites, suite_rows
-from regpt.evals.task import Result, evaluate
+from regpt.evals.task import Result, evaluate_task
 from regpt.text.bpe import BPETokenizer, train_bpe
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "evals"
@@ -154,7 +154,7 @@ def by_hand(task: CoreTask, model) -> list[bool]:
 @pytest.mark.parametrize("name", list(FILES))
 def test_each_kind_of_task_is_judged_as_by_hand(tasks, model, name):
     task = tasks[name]
-    found = evaluate(task, Scorer(model, tiny.ALONE))
+    found = evaluate_task(task, Scorer(model, tiny.ALONE))
     assert found.outcomes["acc"].tolist() == by_hand(task, model)
     p, b = found.estimates()["acc"].value, task.settings.baseline
     assert found.estimates()["centered"].value == pytest.approx((p - b) / (1 - b))
@@ -170,7 +170,7 @@ def test_a_continuation_counts_when_all_its_tokens_are_the_likeliest(model, toke
         tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
     right = np.array(tokens[-4:], dtype=np.uint32)
     task.answers = [[right], [np.append(right[:3], (right[3] + 1) % 300)]]
-    assert evaluate(task, Scorer(model, tiny.ALONE)).outcomes["acc"].tolist() == [1.0, 0.0]
+    assert evaluate_task(task, Scorer(model, tiny.ALONE)).outcomes["acc"].tolist() == [1.0, 0.0]
 
 
 def test_options_without_a_common_beginning_are_scored_apart(model, tokenizer):
@@ -216,7 +216,7 @@ def test_with_tasks_missing_it_has_another_name_and_says_which():
 def test_a_suite_reports_its_tasks_and_what_is_missing(tmp_path, model, tokenizer):
     (suite,) = open_suites([Spec("core", str(write(tmp_path / "core")))], tokenizer)
     scorer = Scorer(model, tiny.ALONE)
-    rows = suite_rows(suite, [evaluate(task, scorer) for task in suite.tasks])
+    rows = suite_rows(suite, [evaluate_task(task, scorer) for task in suite.tasks])
     assert [row["task"] for row in rows] == [*(f"core/{name}" for name in FILES for _ in range(2)), "core"]
     assert rows[-1]["metric"] == "centered_3_of_22"
     assert "squad" in rows[-1]["missing"]

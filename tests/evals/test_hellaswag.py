@@ -15,7 +15,7 @@ from regpt.errors import UserError
 from regpt.evals.choices import Choices
 from regpt.evals.hellaswag import LABEL_COUNTS, N_ITEMS, URL, download, open_hellaswag, read_hellaswag
 from regpt.evals.score import Scorer
-from regpt.evals.task import evaluate
+from regpt.evals.task import evaluate_task
 from regpt.model.transformer import Transformer
 from regpt.remote.retry import PATIENCE
 from regpt.text.bpe import BPETokenizer, train_bpe
@@ -153,7 +153,7 @@ def lecture(model: Transformer, task: Choices, tokenizer: BPETokenizer) -> tuple
 
 def equal_to_the_lecture(task: Choices, tokenizer: BPETokenizer, longest: int) -> None:
     model = tiny.build_model(config=tiny.replace(tiny.CONFIG, vocab_size=tokenizer.n_vocab, max_seq_len=longest))
-    found = evaluate(task, Scorer(model, tiny.ALONE, batch_tokens=4096))
+    found = evaluate_task(task, Scorer(model, tiny.ALONE, batch_tokens=4096))
     labels = np.array([question.label for question in task.questions])
     for metric, predicted in zip(("acc", "acc_norm"), lecture(model, task, tokenizer)):
         assert found.outcomes[metric].tolist() == (predicted == labels).tolist()

@@ -6,7 +6,7 @@ import torch
 
 from regpt.data.batch import IGNORE_INDEX, Batch
 from regpt.errors import UsageError, UserError
-from regpt.evals.perplexity import LossSums, Validation, count_rows, finish, sum_losses
+from regpt.evals.perplexity import LossSums, Validation, count_rows, sum_losses, validation_of
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
@@ -58,7 +58,7 @@ def by_hand(model: Transformer, batch: Batch) -> tuple[float, int, int]:
 
 def test_loss_perplexity_and_bits_per_byte_are_their_definitions(model, batch):
     nats, tokens, n_bytes = by_hand(model, batch)
-    result = finish(sum_losses(loss_sum(model), split(batch, 2), BYTE_LENGTHS, CPU))
+    result = validation_of(sum_losses(loss_sum(model), split(batch, 2), BYTE_LENGTHS, CPU))
     assert result.tokens == tokens < ROWS * 6
     assert result.bytes == n_bytes
     assert result.loss == pytest.approx(nats / tokens, rel=1e-12)
@@ -69,8 +69,8 @@ def test_loss_perplexity_and_bits_per_byte_are_their_definitions(model, batch):
 @pytest.mark.parametrize("batch_rows", [1, 2, 3, 7, 100])
 def test_the_split_into_batches_does_not_matter(model, batch, batch_rows):
     """A mean of batch means would differ: the batches have different numbers of targets."""
-    whole = finish(sum_losses(loss_sum(model), [batch], BYTE_LENGTHS, CPU))
-    parts = finish(sum_losses(loss_sum(model), split(batch, batch_rows), BYTE_LENGTHS, CPU))
+    whole = validation_of(sum_losses(loss_sum(model), [batch], BYTE_LENGTHS, CPU))
+    parts = validation_of(sum_losses(loss_sum(model), split(batch, batch_rows), BYTE_LENGTHS, CPU))
     assert parts[2:4] == whole[2:4]
     assert parts[:2] == pytest.approx(whole[:2], rel=1e-13)
 
@@ -79,8 +79,8 @@ def test_sums_over_ranks_give_the_whole(model, batch):
     parts = split(batch, 1)
     ranks = [sum_losses(loss_sum(model), parts[rank::3], BYTE_LENGTHS, CPU) for rank in range(3)]
     total = torch.stack([sums.pack() for sums in ranks]).sum(0)  # what an all-reduce does
-    alone = finish(sum_losses(loss_sum(model), parts, BYTE_LENGTHS, CPU))
-    assert finish(LossSums.unpack(total)) == pytest.approx(alone, rel=1e-13)
+    alone = validation_of(sum_losses(loss_sum(model), parts, BYTE_LENGTHS, CPU))
+    assert validation_of(LossSums.unpack(total)) == pytest.approx(alone, rel=1e-13)
 
 
 def test_standard_errors_are_those_of_a_ratio_over_batches(model, batch):
@@ -88,7 +88,7 @@ def test_standard_errors_are_those_of_a_ratio_over_batches(model, batch):
     parts = split(batch, 1)
     y = np.array([float(loss_sum(model)(part).detach()) for part in parts])
     targets = [part.targets[part.targets != IGNORE_INDEX].numpy() for part in parts]
-    whole = finish(sum_losses(loss_sum(model), parts, BYTE_LENGTHS, CPU))
+    whole = validation_of(sum_losses(loss_sum(model), parts, BYTE_LENGTHS, CPU))
     units = [np.array([len(t) for t in targets]), np.array([BYTE_LENGTHS[t].sum() for t in targets]) * math.log(2)]
     for x, given in zip(units, (whole.stderr, whole.bpb_stderr)):
         m = (units[0] > 0).sum()
@@ -97,13 +97,15 @@ def test_standard_errors_are_those_of_a_ratio_over_batches(model, batch):
 
 
 def test_a_single_batch_has_no_standard_error(model, batch):
-    result = finish(sum_losses(loss_sum(model), [batch], BYTE_LENGTHS, CPU))
+    result = validation_of(sum_losses(loss_sum(model), [batch], BYTE_LENGTHS, CPU))
     assert result.stderr is None
     assert result.bpb_stderr is None
 
 
 def test_equal_batches_have_no_error(model, batch):
-    assert finish(sum_losses(loss_sum(model), [batch] * 5, BYTE_LENGTHS, CPU)).stderr == pytest.approx(0, abs=1e-7)
+    assert validation_of(sum_losses(loss_sum(model), [batch] * 5, BYTE_LENGTHS, CPU)).stderr == pytest.approx(
+        0, abs=1e-7
+    )
 
 
 def test_a_rank_without_batches_adds_nothing(model):
@@ -115,21 +117,21 @@ def test_a_rank_without_batches_adds_nothing(model):
 def test_an_untrained_model_has_the_loss_of_a_guess(model, batch):
     with torch.no_grad():
         model.wte.weight.zero_()
-    result = finish(sum_losses(loss_sum(model), [batch], None, CPU))
+    result = validation_of(sum_losses(loss_sum(model), [batch], None, CPU))
     assert result.loss == pytest.approx(math.log(11), rel=1e-12)
     assert result.perplexity == pytest.approx(11, rel=1e-12)
 
 
 def test_bits_per_byte_need_byte_lengths(model, batch):
-    assert finish(sum_losses(loss_sum(model), [batch], None, CPU)).bpb is None
-    assert finish(sum_losses(loss_sum(model), [batch], np.zeros(11, dtype=np.int64), CPU)).bpb is None
+    assert validation_of(sum_losses(loss_sum(model), [batch], None, CPU)).bpb is None
+    assert validation_of(sum_losses(loss_sum(model), [batch], np.zeros(11, dtype=np.int64), CPU)).bpb is None
 
 
 def test_many_small_losses_are_summed_exactly():
     """A running float32 sum of 3000 losses of 50000.1 would already be off by some hundred."""
     one = torch.tensor(50000.1)
     batches = [Batch(torch.zeros(1, 1).long(), torch.zeros(1, 1).long())] * 3000
-    assert finish(sum_losses(lambda _: one, batches, None, CPU)).loss == pytest.approx(float(one), rel=1e-14)
+    assert validation_of(sum_losses(lambda _: one, batches, None, CPU)).loss == pytest.approx(float(one), rel=1e-14)
 
 
 def test_gradients_and_random_state_stay_untouched(model, batch):
@@ -140,7 +142,7 @@ def test_gradients_and_random_state_stay_untouched(model, batch):
         seen.append(torch.is_grad_enabled())
         return loss_sum(model)(part)
 
-    finish(sum_losses(watched, split(batch, 3), None, CPU))
+    validation_of(sum_losses(watched, split(batch, 3), None, CPU))
     assert seen == [False] * 3
     assert torch.is_grad_enabled()
     assert torch.equal(torch.get_rng_state(), state)
@@ -149,7 +151,7 @@ def test_gradients_and_random_state_stay_untouched(model, batch):
 def test_no_targets_is_a_user_error(model, batch):
     for batches in ([], [batch._replace(targets=torch.full_like(batch.targets, IGNORE_INDEX))]):
         with pytest.raises(UserError, match="no token to evaluate on"):
-            finish(sum_losses(loss_sum(model), batches, None, CPU))
+            validation_of(sum_losses(loss_sum(model), batches, None, CPU))
 
 
 def test_a_hopeless_loss_has_infinite_perplexity():

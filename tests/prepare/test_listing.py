@@ -11,7 +11,7 @@ import pytest
 from regpt.data.manifest import read_manifest
 from regpt.errors import UserError
 from regpt.prepare.importer import import_tokens
-from regpt.prepare.listing import counted, printable, without_hidden
+from regpt.prepare.listing import counted_kinds, printable, without_hidden
 from regpt.prepare.named import NamedOptions, list_sources
 from regpt.prepare.prepare import prepare
 from regpt.prepare.sources import find_files
@@ -38,7 +38,7 @@ def test_a_folder_counts_what_it_leaves_out_by_kind(tmp_path):
     train, _, left_out = listed(tmp_path)
     assert train == ["a.txt"]
     assert left_out == {".py": 2, ".tar.gz": 1, "other": 2, "hidden": 3}
-    assert counted(left_out) == "8 files: hidden 3, .py 2, other 2, .tar.gz 1"
+    assert counted_kinds(left_out) == "8 files: hidden 3, .py 2, other 2, .tar.gz 1"
 
 
 @posix

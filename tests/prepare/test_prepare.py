@@ -136,7 +136,7 @@ def test_text_cut_in_parts_has_the_tokens_of_the_whole(text, limit):
     parts = list(cut(text, limit))
     assert "".join(parts) == text
     tokenizers: list[Tokenizer] = [TOKENIZER]
-    if gpt2.find_files(gpt2.VOCAB_PACKAGE):
+    if gpt2.find_vocabulary(gpt2.VOCAB_PACKAGE):
         tokenizers.append(gpt2.load_gpt2())
     for tokenizer in tokenizers:
         assert [i for part in parts for i in tokenizer.encode(part)] == tokenizer.encode(text)

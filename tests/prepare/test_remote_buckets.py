@@ -14,7 +14,7 @@ from remote_servers import S3, Bucket, GoogleStorage, serve
 from regpt.errors import UserError
 from regpt.prepare.named import NamedOptions, open_sources
 from regpt.remote.buckets import bucket_file
-from regpt.remote.download import RemoteOptions, compare
+from regpt.remote.download import RemoteOptions, compare_hash
 from regpt.remote.retry import Patience, problem_of
 
 TEXT = "".join(f"line {i}\n" for i in range(4000)).encode()
@@ -75,9 +75,9 @@ def test_googles_md5_is_checked(tmp_path):
     md5 = base64.b64encode(hashlib.md5(TEXT).digest()).decode()
     file = bucket_file("gs://b/a.txt", {"size": len(TEXT), "md5Hash": md5, "generation": "17"}, RemoteOptions(tmp_path))
     assert file.version == "17"
-    assert compare(tmp_path / "a.txt", file.checksum) == (True, hashlib.sha256(TEXT).hexdigest())
+    assert compare_hash(tmp_path / "a.txt", file.checksum) == (True, hashlib.sha256(TEXT).hexdigest())
     (tmp_path / "a.txt").write_bytes(TEXT[:-1])
-    assert compare(tmp_path / "a.txt", file.checksum)[0] is False
+    assert compare_hash(tmp_path / "a.txt", file.checksum)[0] is False
 
 
 @pytest.mark.parametrize(("address", "package"), [("s3://bucket/a.txt", "s3fs"), ("gs://bucket/*.parquet", "gcsfs")])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from regpt.compression import decompressed
 from regpt.errors import UserError
-from regpt.prepare.documents import Part
+from regpt.prepare.documents import FilePart
 from regpt.prepare.readers import parts_of, read_documents
 from regpt.prepare.settings import TextOptions
 from regpt.prepare.sources import find_files
@@ -258,8 +258,8 @@ def test_parts_of_parquet_are_row_groups(tmp_path):
 def test_parts_of_what_cannot_be_divided_are_one(tmp_path):
     for name, data in (("a.txt", b"text"), ("a.jsonl.gz", gzip.compress(jsonl([{"text": "x"}])))):
         (tmp_path / name).write_bytes(data)
-        assert parts_of(tmp_path / name, 1) == [Part(0, 1, len(data))]
-        assert len(list(read_documents(tmp_path / name, part=Part(0, 1, len(data))))) == 1
+        assert parts_of(tmp_path / name, 1) == [FilePart(0, 1, len(data))]
+        assert len(list(read_documents(tmp_path / name, part=FilePart(0, 1, len(data))))) == 1
     empty = write_parquet(tmp_path / "a.parquet", {"text": []})
     (part,) = parts_of(empty, 1)
     assert part.bytes == empty.stat().st_size

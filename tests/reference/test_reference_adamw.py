@@ -25,7 +25,7 @@ def test_ten_updates_are_those_of_torch():
         {"params": [theirs["bias"]], "weight_decay": 0.0},
     ]
     reference = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8)
-    optimizer = adamw.AdamW(params, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
+    optimizer = adamw.ReferenceAdamW(params, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
     for step in range(1, 11):
         grads = random_tensors(rng) | {"unused": np.zeros(SHAPES["unused"])}  # decays, and divides 0 by eps
         for name, p in theirs.items():
@@ -41,7 +41,7 @@ def test_ten_updates_are_those_of_torch():
 def test_first_update_moves_every_weight_by_the_learning_rate():
     """m̂ = g and v̂ = g² after one update, so the step is lr·sign(g) whatever the size of g."""
     params, grads = {"bias": np.zeros(3)}, {"bias": np.array([1e-3, -1.0, 1e6])}
-    updated = adamw.AdamW(params, eps=0.0).step(params, grads, 0.5)
+    updated = adamw.ReferenceAdamW(params, eps=0.0).step(params, grads, 0.5)
     np.testing.assert_allclose(updated["bias"], [-0.5, 0.5, -0.5])
     assert (params["bias"] == 0).all()  # what was passed in is left as it is
 

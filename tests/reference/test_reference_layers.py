@@ -29,7 +29,7 @@ LAYERS = {
     "linear": (gpt2.linear, gpt2.linear_backward, [(B, T, C), (7, C), (7,)]),
     "layer_norm": (gpt2.layer_norm, gpt2.layer_norm_backward, [(B, T, C), (C,), (C,)]),
     "gelu": (gpt2.gelu, gpt2.gelu_backward, [(B, T, C)]),
-    "attention": (gpt2.attention, gpt2.attention_backward, [HEADS, HEADS, HEADS]),
+    "attention": (gpt2.causal_attention, gpt2.attention_backward, [HEADS, HEADS, HEADS]),
     "head": (gpt2.head, gpt2.head_backward, [(B, T, C), (V, C)]),
     "embedding": (lambda *w: gpt2.embedding(IDX, *w), gpt2.embedding_backward, [(V, C), (T + 2, C)]),
 }
@@ -88,8 +88,8 @@ def test_splitting_heads_is_undone_by_merging_them():
 
 def test_a_later_token_changes_no_earlier_output():
     q, k, v = np.random.default_rng(4).normal(size=(3, *HEADS))
-    before = gpt2.attention(q, k, v)[0]
+    before = gpt2.causal_attention(q, k, v)[0]
     k[:, :, -1], v[:, :, -1] = 7.0, -7.0
-    after = gpt2.attention(q, k, v)[0]
+    after = gpt2.causal_attention(q, k, v)[0]
     assert (before[:, :, :-1] == after[:, :, :-1]).all()
     assert (before[:, :, -1] != after[:, :, -1]).all()

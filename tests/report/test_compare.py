@@ -10,9 +10,9 @@ from test_page import check
 from regpt.cli.diff import main
 from regpt.errors import UsageError, UserError
 from regpt.report.charts import difference
-from regpt.report.compare import compare, measure_dict, to_dict
+from regpt.report.compare import compare, comparison_dict, measure_dict
 from regpt.report.read import read_run, with_own_names
-from regpt.report.verdict import headline, measure_cells
+from regpt.report.verdict import headline_of_runs, measure_cells
 
 SEED = CONFIG + "[data]\nseed = {}\n"
 
@@ -192,13 +192,13 @@ def test_a_line_that_is_no_item_is_left_out_and_said(make_run, line, capsys):
 def test_the_headline_says_who_is_better_and_whether_it_is_more_than_chance(make_run):
     a = make_run(rows=rows_of(3.3, stderr=0.01), name="a")
     b = make_run(rows=rows_of(3.2, stderr=0.01), name="b")
-    said = headline(compare(read_run(a), read_run(b)))
+    said = headline_of_runs(compare(read_run(a), read_run(b)))
     assert said.startswith("b has the better validation loss: 3.2000 against 3.3000, a significant difference (z of")
-    assert headline(compare(read_run(a), read_run(make_run(rows=rows_of(3.3), name="c")))).startswith(
+    assert headline_of_runs(compare(read_run(a), read_run(make_run(rows=rows_of(3.3), name="c")))).startswith(
         "Both runs have the same validation loss, 3.3000"
     )
     bare = [read_run(make_run(rows=[train_row(1)], name=name)) for name in ("d", "e")]
-    assert "no measure in common" in headline(compare(*bare))
+    assert "no measure in common" in headline_of_runs(compare(*bare))
 
 
 def test_curves_are_compared_after_as_many_tokens(make_run):
@@ -223,7 +223,7 @@ def trained(make_run, name, steps, *, losses, planned=40, **more):
 def test_unequal_training_is_said_before_who_is_better_and_where_both_had_read_as_much(make_run):
     a = trained(make_run, "a", 40, losses={20: 3.0, 40: 2.5})
     b = trained(make_run, "b", 20, losses={20: 2.8})
-    said = headline(compare(read_run(a), read_run(b)))
+    said = headline_of_runs(compare(read_run(a), read_run(b)))
     assert said.startswith(
         "Unequal training: a has made 40 steps on 40,960 tokens; b has made 20 steps on 20,480 tokens, unfinished "
         "(40 planned). After as many tokens (20,480; step 20 of A, 20 of B): b has the better validation loss: 2.8000 "
@@ -236,7 +236,7 @@ def test_unequal_training_without_a_common_point_names_both_steps(make_run):
     a = trained(make_run, "a", 40, losses={40: 2.5})
     b = trained(make_run, "b", 10, losses={10: 2.8}, planned=10)
     found = compare(read_run(a), read_run(b))
-    said = headline(found)
+    said = headline_of_runs(found)
     assert said.startswith(
         "Unequal training: a has made 40 steps on 40,960 tokens; b has made 10 steps on 10,240 tokens."
     )
@@ -250,10 +250,10 @@ def test_unequal_training_without_a_common_point_names_both_steps(make_run):
 def test_two_unfinished_runs_are_said_to_be_and_finished_ones_are_not(make_run):
     half = [trained(make_run, name, 20, losses={20: loss}) for name, loss in (("a", 3.0), ("b", 2.9))]
     whole = [trained(make_run, name, 40, losses={40: loss}) for name, loss in (("c", 3.0), ("d", 2.9))]
-    assert headline(compare(*map(read_run, half))).startswith(
+    assert headline_of_runs(compare(*map(read_run, half))).startswith(
         "Unfinished training: a has made 20 steps on 20,480 tokens,"
     )
-    assert headline(compare(*map(read_run, whole))).startswith("d has the better validation loss")
+    assert headline_of_runs(compare(*map(read_run, whole))).startswith("d has the better validation loss")
 
 
 def test_validations_of_other_lengths_are_not_tested(make_run):
@@ -274,7 +274,7 @@ def test_the_units_of_a_test_are_named(make_run):
         rows = [{"item": i, "loss": loss + i / 100, "tokens": 9} for i in range(8)]
         write_rows(folders[-1] / "evals" / "val-step-00000040.jsonl", rows)
     found = compare(*map(read_run, folders))
-    assert "over 8 validation batches, paired t" in headline(found)
+    assert "over 8 validation batches, paired t" in headline_of_runs(found)
     tests = [measure_cells(one)[5] for one in found.measures]
     assert {"paired t, 8 validation batches", "McNemar, exact, 200 items"} <= set(tests)
 
@@ -301,7 +301,7 @@ def test_json_has_everything(make_run, capsys):
     assert one["better"] == "b"
     assert found["curve"][-1] == {"tokens": 40960, "a": 3.25, "b": 3.0}
     runs = [read_run(a), read_run(b)]
-    assert json.loads(json.dumps(to_dict(compare(*with_own_names(runs))))) == found
+    assert json.loads(json.dumps(comparison_dict(compare(*with_own_names(runs))))) == found
 
 
 def test_a_run_cannot_be_compared_with_itself(make_run):

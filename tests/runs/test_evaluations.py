@@ -98,14 +98,14 @@ def test_items_longer_than_the_model_are_told_once_and_kept(shards, tmp_path, ca
 
 
 def test_a_stop_does_not_wait_for_the_tasks_that_are_left(shards, questions, tmp_path, capsys, monkeypatch):
-    original = evaluations.evaluate
+    original = evaluations.evaluate_task
 
     def interrupted(task, scorer, **limits):
         if len(tiny.rows_of(tmp_path / "run", "train")) == 3:
             signal.raise_signal(signal.SIGTERM)  # while the first task is judged
         return original(task, scorer, **limits)
 
-    monkeypatch.setattr(evaluations, "evaluate", interrupted)
+    monkeypatch.setattr(evaluations, "evaluate_task", interrupted)
     names = f"hellaswag:{questions},mc:{questions}"
     assert pretrain(tiny.change(tiny.run_config(shards), "eval", tasks=names), tmp_path / "run") == 75
     assert "asked to stop: the evaluation after step 3 ends before mc:" in capsys.readouterr().out
@@ -153,13 +153,13 @@ def test_several_processes_evaluate_together(shards, questions, tmp_path):
 
 def test_the_first_evaluation_chooses_the_part_and_a_resumed_run_keeps_it(shards, questions, tmp_path, monkeypatch):
     asked = []
-    original = evaluations.evaluate
+    original = evaluations.evaluate_task
 
     def watched(task, scorer, *, max_items=0, seconds=0.0):
         asked.append((max_items, seconds))
         return original(task, scorer, max_items=max_items or 270, seconds=0.0)
 
-    monkeypatch.setattr(evaluations, "evaluate", watched)
+    monkeypatch.setattr(evaluations, "evaluate_task", watched)
     run = tmp_path / "run"
     assert pretrain(with_tasks(shards, questions, max_seconds=5.0), run) == 0
     assert asked == [(0, 5.0), (270, 0.0), (270, 0.0), (270, 0.0)]
@@ -179,7 +179,7 @@ def test_every_name_has_the_same_share_of_the_time_however_many_tasks_are_behind
         outcomes = {"acc": np.ones(2)}
         return Result(task.name, outcomes, np.arange(2), 2, task.items_sha256, 0.0, 1.0 if task.name == "a" else 0.5)
 
-    monkeypatch.setattr(evaluations, "evaluate", watched)
+    monkeypatch.setattr(evaluations, "evaluate_task", watched)
     tasks = {name: SimpleNamespace(name=name, items_sha256=name) for name in "abcde"}
     suites = [Suite(name, tuple(tasks[letter] for letter in name)) for name in ("a", "bcd", "e")]
     config = tiny.change(tiny.run_config(shards), "eval", max_seconds=9.0)

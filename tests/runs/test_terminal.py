@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from regpt.runs.terminal import Terminal, si
+from regpt.runs.terminal import Terminal, si_spaced
 
 ROW = {
     "kind": "train",
@@ -44,8 +44,8 @@ def test_what_nothing_counts_is_left_out():
     [(0, "0 "), (999.4, "999 "), (1000, "1 k"), (999.6e3, "1 M"), (4.4808e14, "448 T"), (8.55e18, "8.55 E")],
 )
 def test_numbers_with_prefixes(number: float, text: str):
-    assert si(number) == text
+    assert si_spaced(number) == text
 
 
 def test_beyond_exa_there_is_an_exponent():
-    assert si(3.14e23) == "3.14e+23 "
+    assert si_spaced(3.14e23) == "3.14e+23 "

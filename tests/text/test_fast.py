@@ -94,7 +94,7 @@ STRANGE = [
 
 
 def tokenizers() -> list[Tokenizer]:
-    return [TRAINED, *([gpt2.load_gpt2()] if gpt2.find_files(gpt2.VOCAB_PACKAGE) else [])]
+    return [TRAINED, *([gpt2.load_gpt2()] if gpt2.find_vocabulary(gpt2.VOCAB_PACKAGE) else [])]
 
 
 EXACT = tokenizers()

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from regpt.errors import UserError
 from regpt.text import gpt2
-from regpt.text.gpt2 import GPT2Tokenizer, find_files, load_gpt2
+from regpt.text.gpt2 import GPT2Tokenizer, find_vocabulary, load_gpt2
 
 pytestmark = pytest.mark.skipif(
-    find_files(gpt2.VOCAB_PACKAGE) is None, reason="GPT-2's vocabulary files are not installed (extra offline)"
+    find_vocabulary(gpt2.VOCAB_PACKAGE) is None, reason="GPT-2's vocabulary files are not installed (extra offline)"
 )
 # Published with tiktoken as the hash of r50k_base.tiktoken (tiktoken_ext/openai_public.py).
 R50K_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
@@ -33,7 +33,7 @@ def oracle(tmp_path_factory):
     """Hugging Face's GPT-2 tokenizer, from the same two files."""
     from transformers import GPT2TokenizerFast
 
-    folder, files = tmp_path_factory.mktemp("hf"), find_files(gpt2.VOCAB_PACKAGE)
+    folder, files = tmp_path_factory.mktemp("hf"), find_vocabulary(gpt2.VOCAB_PACKAGE)
     assert files
     (folder / "vocab.json").write_bytes(files["encoder.json"].read_bytes())
     (folder / "merges.txt").write_bytes(files["vocab.bpe"].read_bytes())
@@ -122,7 +122,7 @@ def test_without_package_and_network_the_extra_is_named(monkeypatch, tmp_path):
 
 
 def test_a_download_gives_the_same_tokenizer_as_the_package(monkeypatch, tmp_path, tokenizer):
-    files = find_files(gpt2.VOCAB_PACKAGE)
+    files = find_vocabulary(gpt2.VOCAB_PACKAGE)
     assert files
     asked = []
 

@@ -9,7 +9,9 @@ from regpt.text import gpt2
 from regpt.text.bpe import train_bpe
 from regpt.text.open import from_json, open_tokenizer
 
-needs_gpt2 = pytest.mark.skipif(gpt2.find_files(gpt2.VOCAB_PACKAGE) is None, reason="extra offline is not installed")
+needs_gpt2 = pytest.mark.skipif(
+    gpt2.find_vocabulary(gpt2.VOCAB_PACKAGE) is None, reason="extra offline is not installed"
+)
 
 
 @pytest.fixture

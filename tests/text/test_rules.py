@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from regpt.errors import UserError
 from regpt.text.bpe import BPETokenizer, train_bpe
 from regpt.text.fast import accelerate
-from regpt.text.gpt2 import RULES_SHA256, VOCAB_PACKAGE, GPT2Tokenizer, find_files
+from regpt.text.gpt2 import RULES_SHA256, VOCAB_PACKAGE, GPT2Tokenizer, find_vocabulary
 from regpt.text.open import from_json
 from regpt.text.rules import BYTES
 
@@ -216,7 +216,7 @@ def test_a_million_merges_of_one_pair_are_refused_before_they_are_used():
         BPETokenizer(json.dumps(made))
 
 
-@pytest.mark.skipif(find_files(VOCAB_PACKAGE) is None, reason="extra offline is not installed")
+@pytest.mark.skipif(find_vocabulary(VOCAB_PACKAGE) is None, reason="extra offline is not installed")
 def test_gpt2_is_recognised_by_all_of_its_rules_and_by_nothing_less():
     from regpt.hf.export import gpt2_json
 

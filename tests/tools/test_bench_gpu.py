@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from regpt.model.config import ModelConfig
-from regpt.tools.bench.ladder import LADDER, missing
+from regpt.tools.bench.ladder import LADDER, missing_for
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -68,7 +68,7 @@ def test_every_rung_is_climbed_or_its_lack_named(bench, gpu_recipe: str):
     assert len(rungs) == len(LADDER)
     model = ModelConfig(n_layer=2, n_head=2, n_embd=128, vocab_size=300, max_seq_len=64)
     for rung in LADDER:
-        lacking = missing(rung.needs, CUDA, model) if rung.needs else None
+        lacking = missing_for(rung.needs, CUDA, model) if rung.needs else None
         assert ("ms" in rungs[rung.name]) == (lacking is None), rungs[rung.name]
         if lacking is None:
             assert rungs[rung.name]["peak_memory_gib"] > 0

@@ -8,12 +8,12 @@ import pytest
 from regpt.data.manifest import read_manifest
 from regpt.data.rows import ORDERS, open_rows
 from regpt.data.verify import wrong_starts, wrong_tokens
-from regpt.tools.bench.data import document_lengths, invent_shards
+from regpt.tools.bench.data import invent_shards, invented_lengths
 
 
 @pytest.mark.parametrize("vocab_size", [2, 300, 70_000])
 def test_they_keep_the_format(tmp_path: Path, vocab_size: int):
-    lengths = document_lengths(200, mean=50)
+    lengths = invented_lengths(200, mean=50)
     total = invent_shards(tmp_path / "data", lengths, vocab_size)
     manifest = read_manifest(tmp_path / "data")
     assert total == manifest.tokens("train") == lengths.sum()
@@ -27,13 +27,13 @@ def test_they_keep_the_format(tmp_path: Path, vocab_size: int):
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_every_order_reads_them(tmp_path: Path, order: str):
-    invent_shards(tmp_path / "data", document_lengths(200, mean=50), 300)
+    invent_shards(tmp_path / "data", invented_lengths(200, mean=50), 300)
     rows = open_rows(tmp_path / "data", read_manifest(tmp_path / "data"), "train", order, 1, 16)
     assert rows.read(0, 8).shape == (8, 17)
 
 
 def test_frequent_tokens_are_frequent(tmp_path: Path):
-    lengths = document_lengths(100, mean=1000)
+    lengths = invented_lengths(100, mean=1000)
     total = invent_shards(tmp_path / "data", lengths, 1001)
     counts = np.bincount(np.fromfile(tmp_path / "data" / "train-00000.bin", dtype="<u2"), minlength=1001)[:1000]
     expected = np.log1p(1 / np.arange(1, 1001)) / np.log(1001) * (total - len(lengths))

@@ -27,7 +27,7 @@ from regpt.tools.bench.ladder import (
     climb,
     explicit_attention,
     is_lectures,
-    missing,
+    missing_for,
     unfused,
     with_factors,
 )
@@ -141,15 +141,15 @@ def test_the_ladder_is_the_lectures():
 
 
 def test_the_kernels_are_those_that_a_run_would_choose(monkeypatch: pytest.MonkeyPatch):
-    assert "this is cpu" in missing("kernels", tiny.CPU, tiny.CONFIG)
+    assert "this is cpu" in missing_for("kernels", tiny.CPU, tiny.CONFIG)
     monkeypatch.setattr(parts, "select_kernels", lambda *args: Kernels("fused", "all is there"))
-    assert missing("kernels", tiny.CPU, tiny.CONFIG) is None
+    assert missing_for("kernels", tiny.CPU, tiny.CONFIG) is None
 
 
 def test_a_cpu_has_no_tf32_and_the_rest_is_tried():
-    assert "Ampere" in missing("tf32", tiny.CPU, tiny.CONFIG)
-    assert missing("bf16", tiny.CPU, tiny.CONFIG) is None
-    assert missing("flash", tiny.CPU, tiny.CONFIG) is None  # torch has a flash kernel for CPUs
+    assert "Ampere" in missing_for("tf32", tiny.CPU, tiny.CONFIG)
+    assert missing_for("bf16", tiny.CPU, tiny.CONFIG) is None
+    assert missing_for("flash", tiny.CPU, tiny.CONFIG) is None  # torch has a flash kernel for CPUs
 
 
 @pytest.mark.parametrize("need", ["bf16", "compile", "flash"])
@@ -160,7 +160,7 @@ def test_what_fails_when_tried_is_missing(monkeypatch: pytest.MonkeyPatch, need:
     monkeypatch.setattr(parts.torch, "autocast", fail)
     monkeypatch.setattr(parts.torch, "compile", fail)
     monkeypatch.setattr(parts.F, "scaled_dot_product_attention", fail)
-    assert missing(need, tiny.CPU, tiny.CONFIG).endswith("(no kernel)")
+    assert missing_for(need, tiny.CPU, tiny.CONFIG).endswith("(no kernel)")
 
 
 # ---- climbing --------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from regpt.__main__ import main
 from regpt.config import read_config
 from regpt.parallel.mesh import open_mesh
 from regpt.runs.bench import Window, bench_train, greatest
-from regpt.tools.bench.steps import attention_backend, compile_costs, compile_counts, spread, time_steps
+from regpt.tools.bench.steps import attention_backend, compile_costs, compile_counts, percentiles, time_steps
 from regpt.tools.bench.tables import train_table
 from tiny import IMPORTS_COMPILER
 
@@ -133,12 +133,12 @@ def test_a_step_lasts_from_the_end_of_the_one_before(monkeypatch: pytest.MonkeyP
 
 
 def test_the_spread_is_that_of_the_percentiles():
-    numbers = spread([5.0, 1.0, 4.0, 2.0, 3.0])
+    numbers = percentiles([5.0, 1.0, 4.0, 2.0, 3.0])
     assert (numbers["median"], numbers["min"], numbers["max"], numbers["mean"]) == (3, 1, 5, 3)
     assert (numbers["p10"], numbers["p90"]) == pytest.approx((1.4, 4.6))
     assert numbers["spread"] == pytest.approx(3.2 / 3)
-    assert spread([1.0, 2.0, 4.0])["p90"] == pytest.approx(3.6)
-    assert spread([7.0])["p10"] == spread([7.0])["p90"] == 7
+    assert percentiles([1.0, 2.0, 4.0])["p90"] == pytest.approx(3.6)
+    assert percentiles([7.0])["p10"] == percentiles([7.0])["p90"] == 7
 
 
 def test_compilation_is_told_apart_and_its_cache_named():

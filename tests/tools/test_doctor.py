@@ -11,7 +11,7 @@ from regpt.tools.doctor import device as device_module
 from regpt.tools.doctor import doctor as doctor_module
 from regpt.tools.doctor import host as host_module
 from regpt.tools.doctor.device import close, collective_trials, compile_trials, step_in, step_trials, training_trials
-from regpt.tools.doctor.doctor import LONGEST, Findings, Trial, attempt, by_group, examine, run_group
+from regpt.tools.doctor.doctor import LONGEST, Findings, Trial, attempt, by_group, examine_machine, run_group
 from regpt.tools.doctor.host import extras, host_trials, packages_of_extras
 
 OK = Trial("cpu", "training step", "ok", "")
@@ -170,7 +170,7 @@ def test_everything_is_examined(tmp_path, monkeypatch: pytest.MonkeyPatch):
         doctor_module, "run_group", lambda *group: asked.append(group[0]) or [Trial(group[0], "n", "ok", "")]
     )
     heard: list[str] = []
-    findings = examine(tmp_path, heard.append)
+    findings = examine_machine(tmp_path, heard.append)
     assert set(asked) == {"training", "rates", "steps", "compile", "collectives"}
     assert asked[:2] == ["training", "rates"]  # what is measured is measured alone
     assert len(heard) == 6
@@ -181,11 +181,11 @@ def test_load_is_named_where_it_may_be_the_reason(tmp_path, monkeypatch: pytest.
     monkeypatch.setattr(doctor_module, "CHILD", ("-c", "import time; time.sleep(60)"))
     monkeypatch.setattr(host_module, "host_trials", lambda folder: [])
     monkeypatch.setattr("psutil.getloadavg", lambda: (123.0, 0.0, 0.0))
-    load, *others = examine(tmp_path, trial_seconds=0.1).trials
+    load, *others = examine_machine(tmp_path, trial_seconds=0.1).trials
     assert load.detail.startswith("load 123.0 on ")
     assert all("busy (load 123.0" in trial.detail and "--trial-seconds" in trial.detail for trial in others)
     monkeypatch.setattr("psutil.getloadavg", lambda: (0.5, 0.0, 0.0))
-    assert not any("load" in trial.detail for trial in examine(tmp_path, trial_seconds=0.1).trials)
+    assert not any("load" in trial.detail for trial in examine_machine(tmp_path, trial_seconds=0.1).trials)
 
 
 def test_one_device_that_trains_is_enough():
@@ -204,7 +204,7 @@ def test_trials_are_grouped_in_order():
 
 @pytest.mark.slow
 def test_the_real_thing_on_this_machine(tmp_path):
-    found = {(trial.group, trial.name): trial for trial in examine(tmp_path).trials}
+    found = {(trial.group, trial.name): trial for trial in examine_machine(tmp_path).trials}
     assert found["cpu", "training step"].status == "ok"
     assert found["cpu", "rate fp32"].value > 0
     assert found["cpu", "gloo"].status == "ok"

@@ -54,7 +54,7 @@ def test_updates_are_adamw_by_hand():
     config = OptimConfig(lr=3e-3, weight_decay=0.3, beta1=0.8, beta2=0.9, eps=1e-6)
     optimizer = make_optimizer(model, config, tiny.CPU)
     params = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
-    by_hand = adamw.AdamW(params, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.3)
+    by_hand = adamw.ReferenceAdamW(params, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.3)
     rng = np.random.default_rng(0)
     for step in range(4):
         lr = 3e-3 / (step + 1)

@@ -45,7 +45,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         hints = hints_of(function)
         for name in own:
             if name in given.arguments:
-                given.arguments[name] = check(name, given.arguments[name], hints[name])
+                given.arguments[name] = check_argument(name, given.arguments[name], hints[name])
         return function(*given.args, **given.kwargs)
 
     return call
@@ -61,7 +61,7 @@ def check_options(function: str, given: Mapping[str, Any], hints: Mapping[str, A
         if name not in hints:
             known = ", ".join(sorted(hints))
             raise UsageError(f"{function} has no option {name!r}{nearest(name, hints)}; there is: {known}")
-    return {name: check(name, value, hints[name]) for name, value in given.items()}
+    return {name: check_argument(name, value, hints[name]) for name, value in given.items()}
 
 
 @functools.cache
@@ -70,7 +70,7 @@ def hints_of(owner: Any) -> dict[str, Any]:
     return typing.get_type_hints(owner)
 
 
-def check(name: str, value: Any, hint: Any) -> Any:
+def check_argument(name: str, value: Any, hint: Any) -> Any:
     """`value`, NumPy's numbers as Python's own, the home folder for `~` of a path.
 
     Raises:

@@ -15,7 +15,7 @@ import torch
 from regpt.api.arguments import check_options, checked, hints_of
 from regpt.api.metrics import TrainingRun, read_run
 from regpt.checkpoint.state import generator_states, restore_generators
-from regpt.config import RunConfig, overlay, read_config, validate
+from regpt.config import RunConfig, overlay, read_config, validate_config
 from regpt.errors import UsageError
 from regpt.evals.specs import check_specs, parse_tasks
 from regpt.parallel.mesh import choose_device, launcher_rank, launcher_world_size, open_mesh
@@ -139,7 +139,7 @@ def changed(config: RunConfig, sections: Mapping[str, Any]) -> RunConfig:
             key, _, rest = name.partition(".")
             example = f"{key}={{{rest!r}: {values!r}}}" if rest else f"{name}={{…}}, a dict of its keys"
             raise UsageError(f"{name}={values!r} is not a section of the configuration; write {example}")
-    return validate(overlay(config.sections(), plain(sections)), "the settings given")
+    return validate_config(overlay(config.sections(), plain(sections)), "the settings given")
 
 
 def plain(value: Any) -> Any:

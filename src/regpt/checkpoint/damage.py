@@ -13,7 +13,7 @@ from regpt.checkpoint.load import (
     DTYPES,
     STEP_FOLDER,
     load_checkpoint,
-    read_config,
+    read_model_config,
     refuse_disagreement,
     refuse_non_finite,
     refuse_other_step,
@@ -29,12 +29,12 @@ from regpt.checkpoint.manifest import (
     check_sha256,
     check_size,
     check_sizes,
-    read_manifest,
+    read_checkpoint_manifest,
     stem_of,
 )
 from regpt.checkpoint.state import read_state
 from regpt.errors import UserError
-from regpt.files import is_folder, status, unless_gone
+from regpt.files import is_folder, stat_or_none, unless_gone
 from regpt.tensors import TensorFiles
 from regpt.text.open import open_tokenizer
 
@@ -88,7 +88,7 @@ def list_checkpoints(run: Path) -> list[Listed]:
 
 
 def described(folder: Path) -> Listed:
-    files = [found for path in folder.iterdir() if (found := status(path))]
+    files = [found for path in folder.iterdir() if (found := stat_or_none(path))]
     known = bool(STEP_FOLDER.fullmatch(folder.name))
     problem, average = "", False
     try:
@@ -128,7 +128,7 @@ def find_damage(folder: Path, look: Callable[[str], None] = lambda file: None) -
     """
     found: list[Damage] = []
     with noted(found, MANIFEST):
-        for file in read_manifest(folder).files:
+        for file in read_checkpoint_manifest(folder).files:
             look(file.file)
             with noted(found, file.file):
                 check_size(folder, file)
@@ -149,7 +149,7 @@ def check_content(folder: Path, name: str) -> None:
         refuse_non_finite(folder, TensorFiles([path], DTYPES))
 
 
-READERS: dict[str, Callable[[Path], object]] = {MODEL: read_config, STATE: read_state, TOKENIZER: open_tokenizer}
+READERS: dict[str, Callable[[Path], object]] = {MODEL: read_model_config, STATE: read_state, TOKENIZER: open_tokenizer}
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from regpt.checkpoint.best import BEST, METRICS, validation_losses
 from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, print_warning, refuse_other_step, step_of, verify_checkpoint
-from regpt.checkpoint.manifest import MANIFEST, STATE, check_sizes, read_manifest
+from regpt.checkpoint.manifest import MANIFEST, STATE, check_sizes, read_checkpoint_manifest
 from regpt.errors import UserError
 from regpt.files import SUCCESSOR, put_in_place, temporary_name
 from regpt.remote import is_address
@@ -165,7 +165,7 @@ def get_checkpoint(store: Store, name: str, run: Path, *, optimizer: bool) -> Pa
             raise UserError(f"it has no {MANIFEST}, so it is not complete")
         if content(folder / MANIFEST) == content(temporary / MANIFEST) and is_there(folder, optimizer=optimizer):
             return folder
-        for file in read_manifest(temporary).needed(optimizer=optimizer):
+        for file in read_checkpoint_manifest(temporary).needed(optimizer=optimizer):
             get(store, f"{place}/{file.file}", temporary / file.file)
         verify_checkpoint(temporary, optimizer=optimizer)
         refuse_other_step(temporary / STATE, name)

@@ -18,9 +18,9 @@ from regpt.checkpoint.manifest import (
     STATE,
     TOKENIZER,
     WEIGHTS,
-    Manifest,
+    CheckpointManifest,
     damaged,
-    read_manifest,
+    read_checkpoint_manifest,
     verify_files,
 )
 from regpt.checkpoint.state import RunState, read_state
@@ -55,7 +55,7 @@ class Checkpoint:
     folder: Path
     config: ModelConfig
     state: RunState
-    manifest: Manifest
+    manifest: CheckpointManifest
 
     @property
     def step(self) -> int:
@@ -168,7 +168,9 @@ def load_checkpoint(folder: Path, *, optimizer: bool = True, verified: bool = Fa
     """
     if not verified:
         verify_checkpoint(folder, optimizer=optimizer)
-    return Checkpoint(folder, read_config(folder / MODEL), read_state(folder / STATE), read_manifest(folder))
+    return Checkpoint(
+        folder, read_model_config(folder / MODEL), read_state(folder / STATE), read_checkpoint_manifest(folder)
+    )
 
 
 def verify_checkpoint(folder: Path, *, optimizer: bool = True) -> None:
@@ -222,7 +224,7 @@ def refuse_non_finite(folder: Path, tensors: TensorFiles) -> None:
             raise damaged(tensors.file_of[name], f"holds numbers in {name!r} that are not finite")
 
 
-def read_config(path: Path) -> ModelConfig:
+def read_model_config(path: Path) -> ModelConfig:
     """The model's shape from `model.json`."""
     content = read_object(path, REMEDY)
     if content.pop("format_version", None) != FORMAT_VERSION:

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from regpt.errors import UserError
-from regpt.files import file_sha256, holds_lfs_pointer, is_file, is_folder, is_plain_name, status, write_json
+from regpt.files import file_sha256, holds_lfs_pointer, is_file, is_folder, is_plain_name, stat_or_none, write_json
 from regpt.structured import MAX_BYTES, parse_json, read_small
 from regpt.tensors import REMEDY, SUFFIX
 
@@ -33,7 +33,7 @@ class File:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class CheckpointManifest:
     """Every file of the folder but the manifest itself."""
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -63,10 +63,10 @@ def write_manifest(folder: Path) -> None:
     """Describe the files that lie in `folder`."""
     files = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
     listed = tuple(File(path.name, path.stat().st_size, file_sha256(path)) for path in files)
-    write_json(folder / MANIFEST, asdict(Manifest(listed)))
+    write_json(folder / MANIFEST, asdict(CheckpointManifest(listed)))
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_checkpoint_manifest(folder: Path) -> CheckpointManifest:
     """The manifest of the checkpoint `folder`.
 
     Raises:
@@ -82,7 +82,7 @@ def read_manifest(folder: Path) -> Manifest:
     content = read_small(path, REMEDY)
     refuse_other_version(content, path)
     try:
-        manifest = TypeAdapter(Manifest).validate_json(content, strict=True)
+        manifest = TypeAdapter(CheckpointManifest).validate_json(content, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
@@ -105,7 +105,7 @@ def refuse_other_version(content: bytes, path: Path) -> None:
         )
 
 
-def check_names(manifest: Manifest, path: Path) -> None:
+def check_names(manifest: CheckpointManifest, path: Path) -> None:
     """Raise a UserError unless the names lie in the folder and are those of a whole checkpoint."""
     for name in manifest.names():
         if not is_plain_name(name):
@@ -128,16 +128,16 @@ def expected_files(stem: str, count: int) -> list[str]:
     return [f"{stem}{SUFFIX}"] if count == 1 else divided
 
 
-def check_sizes(folder: Path, *, optimizer: bool = True) -> Manifest:
+def check_sizes(folder: Path, *, optimizer: bool = True) -> CheckpointManifest:
     """The manifest of `folder`, after a look at every file that it names: quick, and enough to see a torn copy.
 
     Args:
         optimizer: also at the optimizer's tensors, which a copy for sampling and evaluation leaves out.
 
     Raises:
-        UserError: as in `read_manifest`, or a file is missing, is a symbolic link, or has another size.
+        UserError: as in `read_checkpoint_manifest`, or a file is missing, is a symbolic link, or has another size.
     """
-    manifest = read_manifest(folder)
+    manifest = read_checkpoint_manifest(folder)
     for file in manifest.needed(optimizer=optimizer):
         check_size(folder, file)
     return manifest
@@ -148,7 +148,7 @@ def check_size(folder: Path, file: File) -> None:
     path = folder / file.file
     if path.is_symlink():
         raise damaged(path, "is a symbolic link")
-    found = status(path)
+    found = stat_or_none(path)
     if found is None or not stat.S_ISREG(found.st_mode):
         raise damaged(path, "is missing")
     if found.st_size != file.size and holds_lfs_pointer(path):

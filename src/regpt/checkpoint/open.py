@@ -17,7 +17,7 @@ from regpt.checkpoint.manifest import MODEL
 from regpt.errors import UsageError, UserError, nearest
 from regpt.files import exists, is_file, is_folder, unless_gone
 from regpt.hf.folder import CONFIG, hf_config, hf_tokenizer, hf_weights
-from regpt.hf.hub import SHORT_NAMES, download, repository
+from regpt.hf.hub import SHORT_NAMES, download_model, repository
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import allocate, load_weights, without_memory
@@ -80,7 +80,7 @@ def open_model(name: str, device: torch.device | str = "cpu", *, ema: bool = Fal
     if exists(path) or repo is None or not may_be_model(name):
         what = "holds no model" if exists(path) else "does not exist"
         raise UsageError(f"model {name!r} {what}{nearest(name, SHORT_NAMES)}; a model is {ALLOWED}")
-    return open_hf(download(repo), repo, device)
+    return open_hf(download_model(repo), repo, device)
 
 
 def may_be_model(name: str) -> bool:

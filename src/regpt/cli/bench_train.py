@@ -62,13 +62,13 @@ def main(args: list[str]) -> int:
 def run_train(given: BenchTrainArgs, args: list[str]) -> int:
     from regpt.parallel.launch import launch
     from regpt.parallel.mesh import launcher_rank, launcher_world_size, under_launcher
-    from regpt.runs.bench import Window, bench_train, check
+    from regpt.runs.bench import Window, bench_train, check_bench
 
     window, config = Window(given.steps, given.warmup), given.config
     if given.data:
         config = replace(config, data=chosen_data(config.data, given.data))
     if launcher_rank() == 0:
-        check(config, window, given.nproc or launcher_world_size())
+        check_bench(config, window, given.nproc or launcher_world_size())
     if given.nproc and not under_launcher():
         return launch(given.nproc, ["bench", "train", *args])
     imported_s = time.perf_counter() - STARTED

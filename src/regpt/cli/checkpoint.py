@@ -30,7 +30,7 @@ class ListArgs:
 
 
 @dataclass(frozen=True)
-class VerifyArgs:
+class CheckpointVerifyArgs:
     """Read every file of a run's checkpoints, or of one: size, SHA-256, format, shapes, numbers that are not finite.
     Exit code 1 if one is damaged."""
 
@@ -95,7 +95,7 @@ def state_of(one: Listed) -> str:
 
 
 def verify_main(args: list[str]) -> int:
-    given = parse(VerifyArgs, args, prog="regpt checkpoint verify")
+    given = parse(CheckpointVerifyArgs, args, prog="regpt checkpoint verify")
     from regpt.checkpoint.damage import find_damages
 
     found: dict[Path, list[Damage]] = {}

@@ -107,7 +107,8 @@ def bash() -> str:
 
 def fish() -> str:
     lines = [
-        f"complete -c regpt -n __fish_use_subcommand -f -a {name} -d {quoted(what)}" for name, what in COMMANDS.items()
+        f"complete -c regpt -n __fish_use_subcommand -f -a {name} -d {shell_quoted(what)}"
+        for name, what in COMMANDS.items()
     ]
     lines += ["complete -c regpt -l help", "complete -c regpt -n __fish_use_subcommand -l version"]
     for group, inner in groups().items():
@@ -128,5 +129,5 @@ def fish() -> str:
     return FISH + "\n".join(lines) + "\n"
 
 
-def quoted(text: str) -> str:
+def shell_quoted(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

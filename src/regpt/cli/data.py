@@ -15,7 +15,7 @@ from regpt.errors import UsageError, UserError, nearest
 
 
 @dataclass(frozen=True)
-class VerifyArgs:
+class DataVerifyArgs:
     """Compare every file of a data folder with the manifest and the format; exit code 1 if one is damaged."""
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
@@ -39,7 +39,7 @@ def main(args: list[str]) -> int:
 
 
 def verify_main(args: list[str]) -> int:
-    given = parse(VerifyArgs, args, prog="regpt data verify")
+    given = parse(DataVerifyArgs, args, prog="regpt data verify")
     from regpt.data.verify import verify
 
     with status() as say:

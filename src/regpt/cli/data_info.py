@@ -66,7 +66,7 @@ class Content:
 
 def main(args: list[str]) -> int:
     given = parse(InfoArgs, args, prog="regpt data info")
-    from regpt.data.info import describe
+    from regpt.data.info import describe_shards
     from regpt.data.manifest import read_manifest
     from regpt.data.picture import check_picture, draw_lengths
 
@@ -74,7 +74,7 @@ def main(args: list[str]) -> int:
         check_picture(Path(given.out))
     folder = Path(given.folder)
     manifest = read_manifest(folder)
-    splits = describe(folder, manifest)
+    splits = describe_shards(folder, manifest)
     if not splits:
         raise UserError(f"data folder {given.folder!r} has no documents; prepare it from more text")
     content = read_content(given, manifest, splits[0].split)

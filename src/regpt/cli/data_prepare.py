@@ -105,7 +105,7 @@ def main(args: list[str]) -> int:
                 address=given.address,
                 encoder=given.encoder,
                 restart=given.restart,
-                named=NamedOptions(cache=cache_folder(), file=Path(given.file) if given.file else None),
+                named=NamedOptions(cache=download_folder(), file=Path(given.file) if given.file else None),
                 progress=line.show,
                 download=line.show_download,
             )
@@ -120,7 +120,7 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def cache_folder() -> Path | None:
+def download_folder() -> Path | None:
     """Where downloads are kept when the environment says so; None for the default."""
     base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
     return Path(base) / "regpt" if base else None
@@ -188,7 +188,7 @@ def print_marks(manifest: Manifest) -> None:
 
 def print_left_out(left_out: Mapping[str, int]) -> None:
     """One line on the files that were found and not read."""
-    from regpt.prepare.listing import counted as listed
+    from regpt.prepare.listing import counted_kinds as listed
 
     if left_out:
         print_line(f"left out {listed(left_out)}")

@@ -42,7 +42,7 @@ def main(args: list[str]) -> int:
     names = (given.a, given.b, *given.seeds)
     refuse_twice(names)
     from regpt.checkpoint.fetch import local_run
-    from regpt.report.compare import compare, to_dict
+    from regpt.report.compare import compare, comparison_dict
     from regpt.report.read import read_run, with_own_names
     from regpt.report.statistics import scipy_stats
 
@@ -50,7 +50,7 @@ def main(args: list[str]) -> int:
     a, b, *others = with_own_names([read_run(local_run(name)) for name in names])
     found = compare(a, b, others)
     if given.json:
-        print_json(to_dict(found), default=str)
+        print_json(comparison_dict(found), default=str)
     else:
         print_comparison(found)
     if given.out is not None:
@@ -63,9 +63,9 @@ def main(args: list[str]) -> int:
 
 
 def print_comparison(found: RunComparison) -> None:
-    from regpt.report.verdict import HEAD, SEEDS_HEAD, code_lines, headline, measure_cells, seeds_rows
+    from regpt.report.verdict import HEAD, SEEDS_HEAD, code_lines, headline_of_runs, measure_cells, seeds_rows
 
-    print_line(f"A {found.a.name}\nB {found.b.name}\n\n{headline(found)}")
+    print_line(f"A {found.a.name}\nB {found.b.name}\n\n{headline_of_runs(found)}")
     print_part("final numbers", HEAD, [measure_cells(one) for one in found.measures], left=(0, 5, 7))
     print_part("against the noise between seeds", SEEDS_HEAD, seeds_rows(found), left=(0, 5))
     unit = "bits per byte" if found.bits else "validation loss"

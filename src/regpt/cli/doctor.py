@@ -31,11 +31,11 @@ class DoctorArgs:
 
 def main(args: list[str]) -> int:
     given = parse(DoctorArgs, args, prog="regpt doctor")
-    from regpt.tools.doctor.doctor import examine
+    from regpt.tools.doctor.doctor import examine_machine
 
     with status() as say:
         say("looking at the host")
-        findings = examine(Path.cwd(), lambda group: say(f"looked at {group}, going on"), given.trial_seconds)
+        findings = examine_machine(Path.cwd(), lambda group: say(f"looked at {group}, going on"), given.trial_seconds)
     if given.json:
         print_json({"can_train": findings.can_train, "trials": [asdict(trial) for trial in findings.trials]})
     else:

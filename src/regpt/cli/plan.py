@@ -114,7 +114,7 @@ def lines(plan: dict[str, Any]) -> list[tuple[str, str]]:
     """What is shown: name of a line, its text; an empty name continues the line before."""
     model = plan["model"]
     return [
-        ("model", f"{model['parameters']:,} parameters, {si(model['flops_per_token'])}FLOP a token"),
+        ("model", f"{model['parameters']:,} parameters, {si_text(model['flops_per_token'])}FLOP a token"),
         *run_lines(plan["run"], plan["data"]),
         *memory_lines(plan["memory"], plan["run"]),
         *disk_lines(plan["disk"]),
@@ -127,7 +127,7 @@ def lines(plan: dict[str, Any]) -> list[tuple[str, str]]:
 def run_lines(run: dict[str, Any], data: dict[str, Any] | None) -> list[tuple[str, str]]:
     ratio = f"{run['tokens_per_parameter']:.3g} a parameter, {run['optimal_tokens_per_parameter']} are compute-optimal"
     total = f"{counted(run['steps'], 'step')} × {run['batch_tokens']:,} = {count(run['tokens'])} tokens ({ratio}), "
-    found = [("run", f"{total}{si(run['flops'])}FLOP")]
+    found = [("run", f"{total}{si_text(run['flops'])}FLOP")]
     each = f"{run['accumulation']} × {counted(run['micro_batch_rows'], 'row')} of {run['seq_len']:,}"
     found.append(("a step", f"{each} on each device, {run['precision']}"))
     if data:
@@ -197,8 +197,8 @@ def count(n: int) -> str:
     return str(n)
 
 
-def si(number: float) -> str:
+def si_text(number: float) -> str:
     """`number` with its prefix, as the terminal of a run writes it."""
-    from regpt.runs.terminal import si
+    from regpt.runs.terminal import si_spaced
 
-    return si(number)
+    return si_spaced(number)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from regpt.cli.parse import parse
-from regpt.console.lines import is_terminal, print_json, print_line, print_note, write
+from regpt.console.lines import is_terminal, print_json, print_line, print_note, write_stream
 from regpt.console.streams import read_stdin
 from regpt.errors import UsageError, UserError
 from regpt.ranges import MANY, Range
@@ -79,7 +79,7 @@ def main(args: list[str]) -> int:
     with autocast(given.precision, device):
         if given.n == 1 and not given.json and is_terminal(sys.stdout):
             for piece in chain(["> "], stream_sample(model, opened.tokenizer, prompt, **drawn)):
-                write(sys.stdout, piece)
+                write_stream(sys.stdout, piece)
             print_line()
             return 0
         samples = write_samples(model, opened.tokenizer, prompt, n=given.n, **drawn)

@@ -47,7 +47,7 @@ class ScalingArgs:
 
 def main(args: list[str]) -> int:
     given = parse(ScalingArgs, args, prog="regpt scaling")
-    check(given)
+    check_arguments(given)
     from regpt.checkpoint.fetch import local_run
     from regpt.report.read import read_run, with_own_names
     from regpt.report.scaling import doubts_about, fit, points_of
@@ -76,7 +76,7 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def check(given: ScalingArgs) -> None:
+def check_arguments(given: ScalingArgs) -> None:
     """Refuse contradicting arguments."""
     if len(given.runs) < 2:
         raise UsageError("a scaling law needs several runs; regpt scaling RUN RUN RUN …")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from regpt.cli.data_prepare import cache_folder, print_left_out
+from regpt.cli.data_prepare import download_folder, print_left_out
 from regpt.cli.parse import parse
 from regpt.cli.text_args import TextArgs
 from regpt.console.lines import print_line, print_note
@@ -65,7 +65,7 @@ def train_main(args: list[str]) -> int:
         raise UsageError("no SOURCE given; give files, folders, globs or a named set")
     if not file.exists():
         try_place(file.parent)
-    named = NamedOptions(cache=cache_folder(), file=Path(given.file) if given.file else None)
+    named = NamedOptions(cache=download_folder(), file=Path(given.file) if given.file else None)
     text = given.text_options()
     check_text(text)
     listing = list_sources(given.sources, options=named, text=text)

@@ -60,7 +60,7 @@ def main(args: list[str]) -> int:
     refuse_contradictions(given)
     if given.data:
         given = replace(given, config=replace(given.config, data=chosen_data(given.config.data, given.data)))
-    work = (resume if given.resume else start)(given, args)
+    work = (resume_run if given.resume else start)(given, args)
     with another_try():
         return work()
 
@@ -163,7 +163,7 @@ def start(given: Train, args: list[str]) -> Callable[[], int]:
     return partial(pretrain, given.config, run, init_from=given.init_from or None, **options)
 
 
-def resume(given: Train, args: list[str]) -> Callable[[], int]:
+def resume_run(given: Train, args: list[str]) -> Callable[[], int]:
     """Check what was given; the run that is resumed, to be called."""
     from regpt.parallel.mesh import launcher_rank, launcher_world_size, under_launcher
     from regpt.runs.pretrain import check

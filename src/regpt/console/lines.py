@@ -11,17 +11,17 @@ from regpt.console.text import UNSAFE, message, visible
 
 def print_line(text: object = "") -> None:
     """`text` and a line break on stdout: as it is in a file or pipe, visible on a terminal."""
-    write(sys.stdout, f"{text}\n")
+    write_stream(sys.stdout, f"{text}\n")
 
 
 def print_note(text: object) -> None:
     """A sentence of ours on stderr, after the program's name."""
-    write(sys.stderr, f"regpt: {message(text)}\n")
+    write_stream(sys.stderr, f"regpt: {message(text)}\n")
 
 
 def print_error(text: str) -> None:
     """A traceback or another text of several lines on stderr, whole."""
-    write(sys.stderr, visible(text))
+    write_stream(sys.stderr, visible(text))
 
 
 def print_json(content: Any, default: Callable[[Any], Any] | None = None) -> None:
@@ -29,7 +29,7 @@ def print_json(content: Any, default: Callable[[Any], Any] | None = None) -> Non
     text = json.dumps(content, ensure_ascii=False, default=default)
     if not can_take(sys.stdout, text):
         text = json.dumps(content, default=default).replace("\x7f", "\\u007f")
-    write(sys.stdout, text + "\n")
+    write_stream(sys.stdout, text + "\n")
 
 
 def can_take(stream: IO[str] | None, text: str) -> bool:
@@ -47,7 +47,7 @@ def encodes(text: str, encoding: str) -> bool:
     return True
 
 
-def write(stream: IO[str] | None, text: str) -> None:
+def write_stream(stream: IO[str] | None, text: str) -> None:
     """Write all of `text` at once; drop it where the stream refuses it (rare with `console.streams`)."""
     if stream is None:
         return

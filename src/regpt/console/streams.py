@@ -84,7 +84,7 @@ def plain_ascii(error: UnicodeError) -> tuple[str, int]:
     return str(text), end
 
 
-def lost(stream: IO[str] | None) -> str | None:
+def lost_text(stream: IO[str] | None) -> str | None:
     """Why text of a hardened stream was dropped; None where all of it was written, "" where its reader left."""
     raw = getattr(getattr(stream, "buffer", None), "raw", None)
     error = raw.lost if isinstance(raw, Unfailing) else None

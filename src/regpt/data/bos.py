@@ -12,7 +12,7 @@ import numpy as np
 
 from regpt.data.config import ShuffleRows
 from regpt.data.order import EpochTables, permutation, ranges, row_key, shuffled, splitmix64
-from regpt.data.stream import Corpus
+from regpt.data.stream import StoredTokens
 from regpt.errors import UserError
 
 WINDOW = 1024  # documents, and rows' worth of tokens, that a window holds at least: its unfinished last row is left out
@@ -95,7 +95,7 @@ class PackedRows:
 
     def __init__(
         self,
-        corpus: Corpus,
+        corpus: StoredTokens,
         starts: np.ndarray,
         seed: int,
         seq_len: int,

@@ -7,11 +7,11 @@ import numpy as np
 from regpt.data.bos import PackedRows
 from regpt.data.mixture import MixedRows
 from regpt.data.rows import Rows, ShuffledRows, StreamRows
-from regpt.data.stream import Corpus, ShardStream, by_epoch
+from regpt.data.stream import ShardStream, StoredTokens, by_epoch
 
 
 @dataclass(frozen=True)
-class Piece:
+class DocumentSlice:
     """A part of a document in a row.
 
     Attributes:
@@ -31,24 +31,26 @@ class Piece:
     tokens: np.ndarray
 
 
-def row_pieces(rows: Rows, row: int) -> list[Piece]:
+def row_pieces(rows: Rows, row: int) -> list[DocumentSlice]:
     """The parts that `row`, its last target included, is made of, from left to right."""
     corpus, begins, ends = stored_ranges(rows, row)
     starts = corpus.starts
-    pieces: list[Piece] = []
+    pieces: list[DocumentSlice] = []
     place = 0
     for begin, end in zip(begins.tolist(), ends.tolist()):
         while begin < end:  # a stored range of `sequential` spans several documents
             document = int(np.searchsorted(starts, begin, side="right")) - 1
             stop = min(end, int(starts[document + 1]))
             tokens = corpus.read(np.array([begin]), np.array([stop]))
-            pieces.append(Piece(str(corpus.folder), document, begin - int(starts[document]), row, place, tokens))
+            pieces.append(
+                DocumentSlice(str(corpus.folder), document, begin - int(starts[document]), row, place, tokens)
+            )
             place += stop - begin
             begin = stop
     return pieces
 
 
-def stored_ranges(rows: Rows, row: int) -> tuple[Corpus, np.ndarray, np.ndarray]:
+def stored_ranges(rows: Rows, row: int) -> tuple[StoredTokens, np.ndarray, np.ndarray]:
     """The stored ranges [begins[k], ends[k]) whose tokens are `row`, and the corpus that holds them.
 
     Raises:

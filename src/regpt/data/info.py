@@ -51,7 +51,7 @@ class SplitInfo:
         }
 
 
-def describe(folder: Path, manifest: Manifest) -> list[SplitInfo]:
+def describe_shards(folder: Path, manifest: Manifest) -> list[SplitInfo]:
     """Every split that has documents."""
     return [
         SplitInfo(

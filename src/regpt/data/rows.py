@@ -9,7 +9,7 @@ from regpt.data.bos import PackedRows
 from regpt.data.config import ShuffleRows, check_shuffle_rows
 from regpt.data.manifest import Manifest
 from regpt.data.order import row_key, row_offset, shuffled
-from regpt.data.stream import Corpus, ShardStream, TokenStream, by_epoch, document_starts, open_stream
+from regpt.data.stream import ShardStream, StoredTokens, TokenStream, by_epoch, document_starts, open_stream
 from regpt.errors import UsageError, nearest
 
 ORDERS = ("shuffle", "sequential", "bos")
@@ -61,7 +61,7 @@ def open_rows(
     check_shuffle_rows(shuffle_rows)
     if order == "bos":
         starts = document_starts(folder, manifest, split)
-        return PackedRows(Corpus(folder, manifest, split), starts, seed, seq_len, shuffle_rows)
+        return PackedRows(StoredTokens(folder, manifest, split), starts, seed, seq_len, shuffle_rows)
     stream = open_stream(folder, manifest, split, order, seed)
     if order == "sequential" or shuffle_rows == "none":
         return StreamRows(stream, seq_len)

@@ -39,13 +39,13 @@ def open_stream(folder: Path, manifest: Manifest, split: str, order: str, seed: 
     """
     assert order in ("shuffle", "sequential")
     positions = Sequential() if order == "sequential" else Shuffle(document_starts(folder, manifest, split), seed)
-    return ShardStream(Corpus(folder, manifest, split), positions)
+    return ShardStream(StoredTokens(folder, manifest, split), positions)
 
 
 class ShardStream:
     """The tokens of `corpus` in `order`, epoch after epoch."""
 
-    def __init__(self, corpus: "Corpus", order: Order) -> None:
+    def __init__(self, corpus: "StoredTokens", order: Order) -> None:
         self.corpus = corpus
         self.order = order
         self.source = corpus.source
@@ -84,7 +84,7 @@ def by_epoch(start: int, count: int, epoch_tokens: int) -> Iterator[tuple[int, i
         start += end - begin
 
 
-class Corpus:
+class StoredTokens:
     """The shards of a split, memory-mapped, addressed as one array of `n_tokens` stored tokens.
 
     Every shard stays mapped and holds a file descriptor: above a thousand shards or so (100 billion tokens at the

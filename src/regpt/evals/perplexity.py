@@ -92,7 +92,7 @@ def sum_losses(
     return LossSums(of_batch.sum(dim=0), of_batch.T @ of_batch, (of_batch[:, 1] > 0).sum().double(), of_batch)
 
 
-def finish(sums: LossSums) -> Validation:
+def validation_of(sums: LossSums) -> Validation:
     """Turn sums over everything that was read into the result.
 
     Raises:

@@ -14,7 +14,7 @@ from regpt.evals.core import locate, open_core, summarize
 from regpt.evals.hellaswag import open_hellaswag
 from regpt.evals.score import Progress, Scorer
 from regpt.evals.specs import Spec
-from regpt.evals.task import Result, Task, Tolerate, evaluate, refuse, truncation_notice
+from regpt.evals.task import Result, Task, Tolerate, evaluate_task, refuse, truncation_notice
 from regpt.remote.download import DownloadProgress
 from regpt.text.fast import accelerate
 from regpt.text.tokenizer import Encoder, Tokenizer
@@ -44,7 +44,7 @@ class Suite:
         results = []
         for task in self.tasks:
             with show(task.name) as progress:
-                results.append(evaluate(task, scorer, max_items=max_items, seconds=seconds, progress=progress))
+                results.append(evaluate_task(task, scorer, max_items=max_items, seconds=seconds, progress=progress))
         return results
 
     def notices(self, results: Sequence[Result], max_seq_len: int) -> list[str]:

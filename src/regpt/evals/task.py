@@ -156,7 +156,7 @@ def with_error(value: float | None, stderr: float | None, absent: str = "-") -> 
     return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"
 
 
-def evaluate(
+def evaluate_task(
     task: Task, scorer: Scorer, *, max_items: int = 0, seconds: float = 0.0, progress: Progress | None = None
 ) -> Result:
     """Evaluate `task` on all items, or on a part.

@@ -13,7 +13,7 @@ from regpt.hf.gpt2 import config_to_hf, weights_to_hf
 from regpt.model.transformer import Transformer
 from regpt.model.weights import state_tensors
 from regpt.tensors import write_tensors
-from regpt.text.gpt2 import EOT, VOCAB_PACKAGE, byte_characters, find_files, ranks_from_files, ranks_from_network
+from regpt.text.gpt2 import EOT, VOCAB_PACKAGE, byte_characters, find_vocabulary, ranks_from_files, ranks_from_network
 from regpt.text.rules import Rules
 from regpt.text.tokenizer import ENDOFTEXT, Tokenizer
 
@@ -56,7 +56,7 @@ def tokenizer_config(max_seq_len: int) -> dict[str, Any]:
 
 def gpt2_json() -> str:
     """GPT-2's `tokenizer.json`, from the same vocabulary files as the tokenizer itself."""
-    files = find_files(VOCAB_PACKAGE)
+    files = find_vocabulary(VOCAB_PACKAGE)
     ranks = ranks_from_files(files) if files else ranks_from_network()
     spelling = byte_characters()
     spell = {token: "".join(spelling[byte] for byte in token) for token in ranks}

@@ -55,7 +55,7 @@ class Repository:
             raise unreachable(self.name, reason(error)) from None
 
 
-def download(repo: str) -> Path:
+def download_model(repo: str) -> Path:
     """The folder in the hub's cache that holds `repo`, as a Hugging Face folder.
 
     Raises:

@@ -22,7 +22,7 @@ HUNG = 70  # sysexits.h EX_SOFTWARE: unexpected, worth another try
 LONGEST_PAUSE = 5.0  # seconds between two notes
 
 
-class Store(Protocol):
+class HeartbeatStore(Protocol):
     """What is needed of torch.distributed's stores."""
 
     def set(self, key: str, value: str, /) -> None: ...
@@ -67,7 +67,9 @@ class Pulse:
 
 
 @contextlib.contextmanager
-def watched(pulse: Pulse, rank: int, world_size: int, connect: Callable[[], Store], seconds: float) -> Iterator[None]:
+def watched(
+    pulse: Pulse, rank: int, world_size: int, connect: Callable[[], HeartbeatStore], seconds: float
+) -> Iterator[None]:
     """Tell the others about `pulse`, and end this process when it has waited `seconds` for one of them."""
     done = threading.Event()
     watch = Watch(pulse, rank, world_size, connect, seconds, done)
@@ -88,7 +90,7 @@ class Watch:
         pulse: Pulse,
         rank: int,
         world_size: int,
-        connect: Callable[[], Store],
+        connect: Callable[[], HeartbeatStore],
         seconds: float,
         done: threading.Event,
     ):
@@ -129,7 +131,7 @@ class Watch:
             print_note(f"rank {self.rank}: the launcher is gone; stopping")
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def notes(self, store: Store | None) -> dict[int, Mapping[str, Any]]:
+    def notes(self, store: HeartbeatStore | None) -> dict[int, Mapping[str, Any]]:
         """What every process wrote last, as far as the store can be reached."""
         notes: dict[int, Mapping[str, Any]] = {}
         with contextlib.suppress(Exception):

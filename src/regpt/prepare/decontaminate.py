@@ -18,7 +18,7 @@ from regpt.files import is_file
 from regpt.prepare.documents import Unreadable
 from regpt.prepare.listing import printable, refuse_pointer
 from regpt.prepare.ngrams import ngram_hashes
-from regpt.prepare.readers import ALLOWED, read_rows, suffix_of
+from regpt.prepare.readers import ALLOWED, read_table_rows, suffix_of
 from regpt.prepare.sources import sha256_of
 
 N_WORDS = 13
@@ -99,7 +99,7 @@ def read_evaluations(paths: Sequence[str]) -> Evaluations:
 
 def read_items(path: Path) -> Iterator[list[str]]:
     """The texts of each item."""
-    for row in read_rows(path):
+    for row in read_table_rows(path):
         if isinstance(row.value, Unreadable):
             raise row.value
         yield list(strings(row.value))

@@ -44,7 +44,7 @@ class Document(NamedTuple):
     error: Unreadable | None = None
 
 
-class Part(NamedTuple):
+class FilePart(NamedTuple):
     """Part of a file: row groups of .parquet, bytes of .jsonl (the lines that start there), 0 to 1 for a whole file.
 
     `bytes` is its share of the file's size; the shares sum to it.

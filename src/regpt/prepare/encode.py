@@ -33,7 +33,7 @@ BATCH_CHARS = 1 << 20
 LONG_LINE = 1_000_000  # characters without a line end
 
 
-class Piece(NamedTuple):
+class EncodedPiece(NamedTuple):
     """A document, or a part of a long one; `row` is the document's in the table, or None for a later part."""
 
     text: str
@@ -95,7 +95,7 @@ class PartitionReader:
     def summary(self) -> dict[str, Any]:
         return {"sources": self._sources, "lowest": self._lowest, "removed": self._removed, "hits": self._hits}
 
-    def pieces(self, partition: Partition) -> Iterator[Piece]:
+    def pieces(self, partition: Partition) -> Iterator[EncodedPiece]:
         for reading in partition.readings:
             source = {"rows": 0, "documents": 0, "record": reading.source.record() if reading.first else None}
             notes: Counter[str] = Counter()
@@ -113,7 +113,7 @@ class PartitionReader:
             reading.check_unchanged()
             self._sources.append(source)
 
-    def _kept(self, document: Document, split: Split, name: str) -> Iterator[Piece]:
+    def _kept(self, document: Document, split: Split, name: str) -> Iterator[EncodedPiece]:
         data = document.text.encode()
         if len(document.text) < self._settings.min_chars:
             self._remove("short", len(data))
@@ -133,7 +133,7 @@ class PartitionReader:
         if details:
             self._hits.append({"number": self._number, "reason": reason, **details})
 
-    def _pieces(self, document: Document, split: Split, data: bytes) -> Iterator[Piece]:
+    def _pieces(self, document: Document, split: Split, data: bytes) -> Iterator[EncodedPiece]:
         digest = sha256(data).digest()
         if self._settings.rule == "documents":
             position = fraction(digest)
@@ -143,7 +143,7 @@ class PartitionReader:
         per_char = document.source_bytes / len(document.text)
         row = (self._number, len(data), digest[:16])
         for i, part in enumerate(cut(document.text, PIECE_CHARS)):
-            yield Piece(part, split, None if i else row, signature, per_char * len(part))
+            yield EncodedPiece(part, split, None if i else row, signature, per_char * len(part))
 
 
 def marks_in(text: str) -> dict[str, int]:
@@ -155,7 +155,7 @@ def marks_in(text: str) -> dict[str, int]:
     }
 
 
-def batches(pieces: Iterable[Piece], limit: int | None = None) -> Iterator[list[Piece]]:
+def batches(pieces: Iterable[EncodedPiece], limit: int | None = None) -> Iterator[list[EncodedPiece]]:
     """Lists of pieces of about `limit` characters together."""
     batch, chars, limit = [], 0, limit or BATCH_CHARS
     for piece in pieces:
@@ -192,7 +192,7 @@ class SplitFiles:
         self._open: tuple[int, int, int, bytes] | None = None  # the document that may continue in the next batch
         self._total = Counts()
 
-    def write(self, pieces: Sequence[tuple[Piece, np.ndarray]]) -> Counts:
+    def write(self, pieces: Sequence[tuple[EncodedPiece, np.ndarray]]) -> Counts:
         """Append pieces with their tokens, in the order of the text; returns what was added."""
         added, tokens, rows = Counts(), [], []
         for piece, ids in pieces:

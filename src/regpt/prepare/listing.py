@@ -77,7 +77,7 @@ def search(folder: Path, wanted: Wanted, left_out: Counter[str]) -> list[Found]:
     chosen = choose(names, wanted.rank, others)
     left_out.update(others)
     if not chosen:
-        but = f"; left out were {counted(others)}" if others else ""
+        but = f"; left out were {counted_kinds(others)}" if others else ""
         raise UserError(f"folder {printable(str(folder))!r} holds no readable file; allowed are {wanted.allowed}{but}")
     return [Found(names[name], name) for name in chosen]
 
@@ -215,7 +215,7 @@ def printable(name: str) -> str:
         return name.encode("utf-8", "backslashreplace").decode()
 
 
-def counted(left_out: Mapping[str, int]) -> str:
+def counted_kinds(left_out: Mapping[str, int]) -> str:
     """`4 files: .csv 2, .py 1, broken link 1`, the most frequent first."""
     total = sum(left_out.values())
     kinds = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))

@@ -13,7 +13,7 @@ from typing import Any
 
 from regpt.errors import UsageError, UserError
 from regpt.files import is_file
-from regpt.prepare.documents import Document, Part
+from regpt.prepare.documents import Document, FilePart
 from regpt.prepare.listing import Wanted, split_once
 from regpt.prepare.pydocs import pydocs
 from regpt.prepare.settings import TEXT_OPTIONS, TextOptions
@@ -84,8 +84,8 @@ class TextSet:
     def localize(self, progress: DownloadProgress | None = None) -> "TextSet":
         return self
 
-    def parts(self, target_bytes: int, options: TextOptions = TEXT_OPTIONS) -> list[Part]:
-        return [Part(0, 1, self.bytes)]
+    def parts(self, target_bytes: int, options: TextOptions = TEXT_OPTIONS) -> list[FilePart]:
+        return [FilePart(0, 1, self.bytes)]
 
     def known(self) -> dict[str, Any]:
         return self.record()
@@ -95,7 +95,7 @@ class TextSet:
         digest = hashlib.sha256(b"".join(text.encode() + b"\0" for text in self.texts)).hexdigest()
         return {"source": self.source, "bytes": self.bytes, "sha256": digest, **self.details}
 
-    def documents(self, options: TextOptions = TEXT_OPTIONS, part: Part | None = None) -> Iterator[Document]:
+    def documents(self, options: TextOptions = TEXT_OPTIONS, part: FilePart | None = None) -> Iterator[Document]:
         return (Document(text, len(text.encode())) for text in self.texts)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from regpt.errors import UserError
-from regpt.prepare.documents import HOW, Columns, Part, Row, Unreadable, missing
+from regpt.prepare.documents import HOW, Columns, FilePart, Row, Unreadable, missing
 
 PARQUET_BUFFER = 1 << 20  # of a column that is read at a time, instead of its whole row group
 # Encodings by which rows share bytes, so that a column may be far larger than its chunks: a dictionary can stay one in
@@ -16,7 +16,7 @@ DICTIONARY, PREFIXES, SHARED_ROWS = {"PLAIN_DICTIONARY", "RLE_DICTIONARY"}, {"DE
 BATCH_BYTES, BATCH_ROWS = 1 << 20, 1024  # of a row group that are Python strings at a time, at most
 
 
-def row_groups(path: Path, target_bytes: int) -> list[Part]:
+def row_groups(path: Path, target_bytes: int) -> list[FilePart]:
     """Neighbouring row groups until their compressed columns, scaled to the size of the file, reach `target_bytes`."""
     with opened_parquet(path) as file:
         groups = [
@@ -28,12 +28,12 @@ def row_groups(path: Path, target_bytes: int) -> list[Part]:
         seen += group
         position = size if i == len(groups) else size * seen // total
         if position - before >= target_bytes or i == len(groups):
-            parts.append(Part(start, i, position - before))
+            parts.append(FilePart(start, i, position - before))
             start, before = i, position
-    return parts or [Part(0, 0, size)]
+    return parts or [FilePart(0, 0, size)]
 
 
-def read_parquet(path: Path, columns: Columns | None, part: Part | None = None) -> Iterator[Row]:
+def read_parquet(path: Path, columns: Columns | None, part: FilePart | None = None) -> Iterator[Row]:
     """The rows of `path`, or of a part: all columns, or those that `columns` needs; of a single one the text itself."""
     with opened_parquet(path) as file:
         names = check_columns(file, columns, path) if columns else None

@@ -19,7 +19,7 @@ import numpy as np
 
 from regpt.errors import UserError
 from regpt.prepare.dedup import KEY
-from regpt.prepare.documents import Part
+from regpt.prepare.documents import FilePart
 from regpt.prepare.settings import TEXT_OPTIONS, TextOptions
 from regpt.prepare.sources import Source, SourceFile
 from regpt.structured import read_json
@@ -47,7 +47,7 @@ class Reading:
     """
 
     source: Source
-    part: Part
+    part: FilePart
     split: Split
     first: bool
     stamp: str

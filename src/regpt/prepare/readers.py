@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from regpt.compression import MAX_ROW_BYTES, PACKINGS, BufferedStream, decompressed, lines_of, next_line, packing_of
 from regpt.errors import UsageError, UserError, nearest
-from regpt.prepare.documents import Columns, Document, Part, Row, Unreadable, missing, not_utf8
+from regpt.prepare.documents import Columns, Document, FilePart, Row, Unreadable, missing, not_utf8
 from regpt.prepare.json_rows import Rows, parse, rows_of_array, rows_of_lines
 from regpt.prepare.parquet import read_parquet, row_groups
 from regpt.prepare.settings import TEXT_OPTIONS, TextOptions
@@ -169,7 +169,7 @@ def ending_of(path: Path, options: TextOptions) -> str:
     return f".{options.format}" if options.format else suffix_of(path) or ".txt" + packing_of(path.name)
 
 
-def parts_of(path: Path, target_bytes: int, options: TextOptions = TEXT_OPTIONS) -> list[Part]:
+def parts_of(path: Path, target_bytes: int, options: TextOptions = TEXT_OPTIONS) -> list[FilePart]:
     """The parts of `path`, each of at least `target_bytes` but the last, or as near as its format allows.
 
     Raises:
@@ -178,17 +178,17 @@ def parts_of(path: Path, target_bytes: int, options: TextOptions = TEXT_OPTIONS)
     ending, size = ending_of(path, options), path.stat().st_size
     if ending in (".jsonl", ".ndjson") and size and is_utf8(path, options.encoding):
         edges = [*range(0, size, target_bytes), size]
-        return [Part(start, stop, stop - start) for start, stop in itertools.pairwise(edges)]
+        return [FilePart(start, stop, stop - start) for start, stop in itertools.pairwise(edges)]
     if ending in PARQUET:
         try:
             return row_groups(path, target_bytes)
         except Unreadable:
             if options.on_error == "stop":
                 raise
-    return [Part(0, 1, size)]
+    return [FilePart(0, 1, size)]
 
 
-def read_documents(path: Path, options: TextOptions = TEXT_OPTIONS, part: Part | None = None) -> Iterator[Document]:
+def read_documents(path: Path, options: TextOptions = TEXT_OPTIONS, part: FilePart | None = None) -> Iterator[Document]:
     """The documents of `path`, or of one part of it, in order; an empty one, or a null, is an empty text.
 
     Raises:
@@ -198,7 +198,7 @@ def read_documents(path: Path, options: TextOptions = TEXT_OPTIONS, part: Part |
     columns = Columns(options.text_column, options.template)
     skip = options.on_error == "skip"
     try:
-        for row in read_rows(path, options, part, columns):
+        for row in read_table_rows(path, options, part, columns):
             try:
                 if isinstance(row.value, Unreadable):
                     raise row.value
@@ -224,8 +224,8 @@ def divided(text: str, source_bytes: float, separator: str | None) -> Iterator[D
     yield from (Document(part, source_bytes / len(texts)) for part in texts)
 
 
-def read_rows(
-    path: Path, options: TextOptions = TEXT_OPTIONS, part: Part | None = None, columns: Columns | None = None
+def read_table_rows(
+    path: Path, options: TextOptions = TEXT_OPTIONS, part: FilePart | None = None, columns: Columns | None = None
 ) -> Iterator[Row]:
     """What documents are made of; of .parquet only the `columns`, if they are given.
 
@@ -238,7 +238,7 @@ def read_rows(
         if ending in PARQUET:
             yield from read_parquet(path, columns, part)
         elif ending in (".jsonl", ".ndjson") and is_utf8(path, options.encoding):
-            yield from read_lines(path, part or Part(0, path.stat().st_size, 0))
+            yield from read_lines(path, part or FilePart(0, path.stat().st_size, 0))
         else:
             with path.open("rb") as raw, unpacked(raw, path, packing) as stream:
                 before, read = 0, READERS[ending.removesuffix(packing)]
@@ -254,7 +254,7 @@ def unpacked(raw: io.BufferedReader, path: Path, packing: str) -> AbstractContex
     return decompressed(raw, path, packing) if packing else nullcontext(raw)
 
 
-def read_lines(path: Path, part: Part) -> Iterator[Row]:
+def read_lines(path: Path, part: FilePart) -> Iterator[Row]:
     """The rows whose lines start in [part.start, part.stop)."""
     with path.open("rb") as raw:
         at = part.start

@@ -27,14 +27,14 @@ from typing import Any, Protocol
 from regpt.compression import packing_of
 from regpt.errors import UserError
 from regpt.files import file_sha256, identity
-from regpt.prepare.documents import Document, Part
+from regpt.prepare.documents import Document, FilePart
 from regpt.prepare.listing import Wanted, choose, find_local, printable, without_hidden
 from regpt.prepare.readers import ALLOWED, TABLES, has_mark, parts_of, read_documents, suffix_of
 from regpt.prepare.settings import TEXT_OPTIONS, TextOptions
 from regpt.remote.buckets import list_bucket
 from regpt.remote.download import Download, DownloadProgress, RemoteFile, RemoteOptions
 from regpt.remote.hub import list_dataset
-from regpt.remote.web import shown, web_file
+from regpt.remote.web import shown_address, web_file
 
 # Sets that prepare/named.py opens; ./pydocs is a folder.
 NAMED = ("pydocs", "tinyshakespeare", "fineweb-edu-10B", "fineweb-10B")
@@ -86,9 +86,9 @@ class Source(Protocol):
 
     def localize(self, progress: DownloadProgress | None = None) -> "Source": ...
 
-    def parts(self, target_bytes: int, options: TextOptions = TEXT_OPTIONS) -> list[Part]: ...
+    def parts(self, target_bytes: int, options: TextOptions = TEXT_OPTIONS) -> list[FilePart]: ...
 
-    def documents(self, options: TextOptions = TEXT_OPTIONS, part: Part | None = None) -> Iterator[Document]: ...
+    def documents(self, options: TextOptions = TEXT_OPTIONS, part: FilePart | None = None) -> Iterator[Document]: ...
 
     def known(self) -> dict[str, Any]:
         """As much of the record as needs no download."""
@@ -126,10 +126,10 @@ class SourceFile:
     def localize(self, progress: DownloadProgress | None = None) -> "SourceFile":
         return self
 
-    def parts(self, target_bytes: int, options: TextOptions = TEXT_OPTIONS) -> list[Part]:
+    def parts(self, target_bytes: int, options: TextOptions = TEXT_OPTIONS) -> list[FilePart]:
         return parts_of(self.path, target_bytes, options)
 
-    def documents(self, options: TextOptions = TEXT_OPTIONS, part: Part | None = None) -> Iterator[Document]:
+    def documents(self, options: TextOptions = TEXT_OPTIONS, part: FilePart | None = None) -> Iterator[Document]:
         return read_documents(self.path, options, part)
 
     def known(self) -> dict[str, Any]:
@@ -187,10 +187,10 @@ class RemoteSource:
         path, sha256 = self.remote.fetch(progress)
         return SourceFile(self.source, self.file, path, self.remote.url, sha256)
 
-    def parts(self, target_bytes: int, options: TextOptions = TEXT_OPTIONS) -> list[Part]:
+    def parts(self, target_bytes: int, options: TextOptions = TEXT_OPTIONS) -> list[FilePart]:
         return self.localize().parts(target_bytes, options)
 
-    def documents(self, options: TextOptions = TEXT_OPTIONS, part: Part | None = None) -> Iterator[Document]:
+    def documents(self, options: TextOptions = TEXT_OPTIONS, part: FilePart | None = None) -> Iterator[Document]:
         return self.localize().documents(options, part)
 
     def known(self) -> dict[str, Any]:
@@ -271,7 +271,7 @@ def chosen(given: list[str], address: str, root: str | None, left_out: Counter[s
 
 
 def find_over_http(address: str, options: RemoteOptions, wanted: Wanted) -> Source:
-    url = shown(urllib.parse.urldefrag(address)[0])
+    url = shown_address(urllib.parse.urldefrag(address)[0])
     if not wanted.accepts(urllib.parse.urlsplit(address).path):
         raise UserError(f"{url} is not the address of one file that is read; allowed are {wanted.allowed}")
     source = RemoteSource(url, web_file(address, options))

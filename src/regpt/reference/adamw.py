@@ -30,7 +30,7 @@ def adamw(
     return p * (1 - lr * decay) - lr * m_hat / (np.sqrt(v_hat) + eps), m, v
 
 
-class AdamW:
+class ReferenceAdamW:
     """The running means of every parameter, and the update of all of them.
 
     Only tensors of two or more dimensions decay (GPT-3 paper, appendix B, with the usual reading): matrices and

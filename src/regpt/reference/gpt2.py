@@ -81,7 +81,7 @@ def softmax(x: Array) -> Array:
     return e / e.sum(-1, keepdims=True)
 
 
-def attention(q: Array, k: Array, v: Array) -> tuple[Array, Saved]:
+def causal_attention(q: Array, k: Array, v: Array) -> tuple[Array, Saved]:
     """y = p·v with p = softmax(q·kᵀ/√D), where position t sees positions up to t (Vaswani et al. 2017, eq. 1).
 
     All arrays are (B, H, T, D), p is (B, H, T, T).
@@ -172,7 +172,7 @@ def self_attention(x: Array, w: Params, n_head: int) -> tuple[Array, Saved]:
     """x (B, T, C) → q, k, v in one product → attention in each head → projection; `w` names as inside `attn.`."""
     qkv, saved_in = linear(x, w["c_attn.weight"], w["c_attn.bias"])  # (B, T, 3C)
     q, k, v = (split_heads(part, n_head) for part in np.split(qkv, 3, axis=-1))  # each (B, H, T, D)
-    y, saved_attention = attention(q, k, v)
+    y, saved_attention = causal_attention(q, k, v)
     y, saved_out = linear(merge_heads(y), w["c_proj.weight"], w["c_proj.bias"])  # (B, T, C)
     return y, (saved_in, saved_attention, saved_out, n_head)
 

@@ -96,7 +96,7 @@ class RemoteFile:
     def fetch(self, progress: DownloadProgress | None = None) -> Fetched:
         """The file on this machine, downloaded unless it is there; errors as in `download`."""
         if self.kept and self.kept.is_file() and self.kept.stat().st_size == self.bytes:
-            matches, sha256 = compare(self.kept, self.checksum)
+            matches, sha256 = compare_hash(self.kept, self.checksum)
             if matches:
                 return Fetched(self.kept, sha256)
         patience = self.options.patience
@@ -138,12 +138,12 @@ def download(
     partial = path.with_name(path.name + ".partial")
     with download_lock(path, lambda: progress and progress(Download(name, size_of(partial), total, note=WAITING))):
         if path.is_file() and (not total or path.stat().st_size == total):
-            matches, sha256 = compare(path, checksum)
+            matches, sha256 = compare_hash(path, checksum)
             if matches:
                 return sha256
         for _ in range(2):  # a wrong hash may be the fault of the part that an earlier attempt left
             arrive(name, open_at, partial, total, patience, progress)
-            matches, sha256 = compare(partial, checksum)
+            matches, sha256 = compare_hash(partial, checksum)
             if matches:
                 os.replace(partial, path)
                 return sha256
@@ -207,7 +207,7 @@ def size_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def compare(path: Path, checksum: Checksum | None) -> tuple[bool, str | None]:
+def compare_hash(path: Path, checksum: Checksum | None) -> tuple[bool, str | None]:
     """Whether `path` has that hash, and its SHA-256 if it was computed."""
     if checksum is None:
         return True, None

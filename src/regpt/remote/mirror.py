@@ -210,11 +210,11 @@ class Mirror:
 
     def prune(self) -> None:
         """Delete the checkpoints of the store that are not kept, and older half-copied ones."""
-        steps = {step_of(name) for name in self.there}
+        steps = {step_number(name) for name in self.there}
         kept, newest = self.kept(steps), max(steps, default=0)
         folders = {name.split("/")[1] for name in self.store.files(CHECKPOINTS)} - self.damaged
         for name in filter(STEP_FOLDER.fullmatch, sorted(folders)):
-            if step_of(name) not in kept if name in self.there else step_of(name) < newest:
+            if step_number(name) not in kept if name in self.there else step_number(name) < newest:
                 self.drop(name)
 
     def files(self) -> Iterator[tuple[str, Path]]:
@@ -231,10 +231,10 @@ class Mirror:
         """Local checkpoints that are kept and not in the store, the newest first."""
         folders = {path.name: path for path in (self.run / CHECKPOINTS).glob("step-*")}
         folders = {name: path for name, path in folders.items() if STEP_FOLDER.fullmatch(name)}
-        kept = self.kept({step_of(name) for name in (*folders, *self.there)})
-        for name in sorted(folders, key=step_of, reverse=True):
+        kept = self.kept({step_number(name) for name in (*folders, *self.there)})
+        for name in sorted(folders, key=step_number, reverse=True):
             manifest = content(folders[name] / MANIFEST)
-            is_new = manifest is not None and manifest != self.there.get(name) and step_of(name) in kept
+            is_new = manifest is not None and manifest != self.there.get(name) and step_number(name) in kept
             if is_new and self.intact(folders[name]):
                 yield folders[name]
 
@@ -242,7 +242,7 @@ class Mirror:
         return path.relative_to(self.run).as_posix()
 
 
-def step_of(folder: str) -> int:
+def step_number(folder: str) -> int:
     return int(folder.removeprefix("step-"))
 
 

@@ -14,7 +14,7 @@ from regpt.remote.network import divided, reach
 from regpt.remote.retry import persistently
 
 
-def shown(address: str) -> str:
+def shown_address(address: str) -> str:
     """`address` without what may be secret: user and password, the query of a signed address."""
     split = urllib.parse.urlsplit(address)
     host = split.netloc.rpartition("@")[2]
@@ -28,7 +28,7 @@ def web_file(given: str, options: RemoteOptions) -> RemoteFile:
         UserError: it is not there, or the server cannot be reached.
     """
     address, fragment = urllib.parse.urldefrag(given)
-    url, timeout_s = shown(address), options.patience.timeout_s
+    url, timeout_s = shown_address(address), options.patience.timeout_s
     size, version, checksum = persistently(lambda: probe(address, timeout_s), url, options.patience.of_listing())
     if fragment.startswith("sha256="):
         checksum = Checksum("sha256", fragment.removeprefix("sha256=").lower())

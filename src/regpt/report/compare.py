@@ -321,7 +321,7 @@ def common_scores(both: tuple[Items, Items], key: str) -> Scores | None:
 # ---- as JSON
 
 
-def to_dict(found: RunComparison) -> Row:
+def comparison_dict(found: RunComparison) -> Row:
     """The comparison for scripts."""
     names = (found.a.name, found.b.name)
     training = [

@@ -15,7 +15,7 @@ from regpt.report.health import examine, verdict
 from regpt.report.markup import command_html, date, embed, grid, grouped, section_html, sheet, text, value_html
 from regpt.report.read import Row, RunData, flatten, number, read_run, section, with_own_names
 from regpt.report.summary import RunSummary, Tile, duration, loss, sentence, si, summarize, tiles
-from regpt.report.verdict import HEAD, SEEDS_HEAD, code_lines, headline, measure_cells, seeds_rows
+from regpt.report.verdict import HEAD, SEEDS_HEAD, code_lines, headline_of_runs, measure_cells, seeds_rows
 
 SCRIPTS = ("numbers.js", "charts.js", "samples.js", "report.js")
 # Nothing may be fetched, whatever a sample holds; the page's own style and script are inline.
@@ -67,7 +67,7 @@ def render(runs: Sequence[RunData], compared: RunComparison | None = None) -> st
     if compared is None:
         head, above, source = overview(runs, f"regpt · {len(runs)} runs"), "", ""
     else:
-        head, above = overview(runs, "regpt · B against A", headline(compared)), measures_sections(compared)
+        head, above = overview(runs, "regpt · B against A", headline_of_runs(compared)), measures_sections(compared)
         data, source = with_difference(data, compared.bits), source_section(compared)
     below = stories_section(runs) + differences_sections(runs) + source + commands_section(runs)
     return document(title, head, above, below, data)

@@ -14,7 +14,7 @@ HEAD = ("measure", "A", "B", "B - A", "95 % interval", "test", "p", "conclusion"
 SEEDS_HEAD = ("measure", "B - A, means", "deviation", "runs of A + B", "p", "conclusion")
 
 
-def headline(found: RunComparison) -> str:
+def headline_of_runs(found: RunComparison) -> str:
     """Name the run with the better validation loss, and whether that is more than chance.
 
     Where one of them is trained less, that comes first, then their losses where both had read as much.

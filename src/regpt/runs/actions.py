@@ -29,7 +29,7 @@ from regpt.runs.items import keep_items
 from regpt.runs.rewind import go_back
 from regpt.runs.terminal import Terminal
 from regpt.runs.trackers import Sink
-from regpt.runs.validation import Part, Validated, batch_items, own_sums, part_batches, result
+from regpt.runs.validation import Validated, ValidationPart, batch_items, own_sums, part_batches, result
 from regpt.sample.generate import write_samples
 from regpt.sample.sampling import SamplingOptions
 from regpt.train.memory import memory_advice
@@ -124,10 +124,10 @@ class RunActions:
         def own_share(rows: int) -> Tensor:
             items.clear()  # of an attempt that ran out of memory
 
-            def batches(part: Part) -> Iterator[Batch]:
+            def batches(part: ValidationPart) -> Iterator[Batch]:
                 return part_batches(part, mesh, rows, eot)
 
-            def keep(part: Part, each: Tensor) -> None:
+            def keep(part: ValidationPart, each: Tensor) -> None:
                 items.extend(batch_items(part, each, rows, mesh))
 
             return own_sums(parts, batches, self.trainer.backend.evaluate, lengths, mesh.device, keep)

@@ -20,7 +20,7 @@ from regpt.checkpoint.load import (
 from regpt.checkpoint.manifest import MANIFEST, STATE
 from regpt.checkpoint.open import open_model
 from regpt.checkpoint.state import RunState, read_state, restore_generators
-from regpt.config import RunConfig, validate
+from regpt.config import RunConfig, validate_config
 from regpt.data.config import DataConfig
 from regpt.data.loader import Loader
 from regpt.data.prefetch import Prefetcher
@@ -66,7 +66,7 @@ class Run:
         with mesh.pulse.working("opening its data"):
             self.corpus = open_corpus(config)
         config = config.with_vocab_size(self.corpus.vocab_size)
-        data = resolved(config.data, self.corpus)
+        data = resolved_config(config.data, self.corpus)
         self.config, self.mesh = replace(config, data=data, eval=with_whole_paths(config.eval)), mesh
         self.model = build_model(self.config, mesh.device)
         self.optimizer = make_optimizer(self.model, config.optim, mesh.device)
@@ -84,7 +84,7 @@ class Run:
         self.average = make_average(self.trainer, start)
 
 
-def resolved(data: DataConfig, corpus: Corpus) -> DataConfig:
+def resolved_config(data: DataConfig, corpus: Corpus) -> DataConfig:
     """`data` with whole paths and the tokenizer's name, as config.toml keeps it."""
     paths = [str(folder.path.resolve()) for folder in corpus.folders]
     tokenizer = corpus.folders[0].manifest.tokenizer
@@ -233,7 +233,7 @@ def fork_config(source: Path) -> RunConfig:
     values = read_state(source / STATE).config
     if not values:
         raise UserError(f"checkpoint {str(source)!r} holds no configuration of a run; give one that a run has saved")
-    return validate(values, str(source / STATE))
+    return validate_config(values, str(source / STATE))
 
 
 def refuse_changed_data(checkpoint: Checkpoint, corpus: Corpus) -> None:

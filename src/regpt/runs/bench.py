@@ -27,15 +27,15 @@ from regpt.runs.build import (
     with_chosen_rows,
 )
 from regpt.runs.folder import device_name, source_commit
-from regpt.tools.bench.data import MEAN_LENGTH, document_lengths, invent_shards
+from regpt.tools.bench.data import MEAN_LENGTH, invent_shards, invented_lengths
 from regpt.tools.bench.steps import (
     StepTimes,
     attention_backend,
     computing_dtype,
+    library_versions,
     reset_peak,
-    speed,
+    speed_of,
     time_steps,
-    versions,
 )
 from regpt.train.config import PrecisionName
 from regpt.train.memory import free_memory
@@ -67,7 +67,7 @@ def shortened(config: RunConfig, window: Window) -> RunConfig:
     return replace(config, train=train, optim=optim, data=replace(config.data, tokenizer=""))
 
 
-def check(config: RunConfig, window: Window, processes: int) -> None:
+def check_bench(config: RunConfig, window: Window, processes: int) -> None:
     """Raise what `bench_train` would for data or a batch that do not fit, before any process is started."""
     config = shortened(config, window)
     data = config.data
@@ -84,7 +84,7 @@ def opened_data(config: RunConfig) -> Iterator[tuple[RunConfig, Corpus]]:
             shards = Path(folder) / "shards"
             tokens = 4 * config.train.batch_tokens + 1_000_000  # enough for every order, little to write
             config = config.with_vocab_size()
-            invent_shards(shards, document_lengths(tokens // MEAN_LENGTH), config.model.vocab_size)
+            invent_shards(shards, invented_lengths(tokens // MEAN_LENGTH), config.model.vocab_size)
             config = replace(config, data=replace(config.data, path=str(shards)))
         corpus = open_shards(config)
         yield config.with_vocab_size(corpus.vocab_size), corpus
@@ -134,7 +134,7 @@ def bench_train(
                     **describe(trainer, config, mesh),
                     "steps": window.steps,
                     "warmup": window.warmup,
-                    **speed(times, config.train.batch_tokens, trainer.flops_per_token, mesh.world_size),
+                    **speed_of(times, config.train.batch_tokens, trainer.flops_per_token, mesh.world_size),
                     "peak_memory_gib": greatest(mesh, peak_memory_gib(mesh.device)),
                     "peak_memory_of": "gpu" if mesh.device.type == "cuda" else "process",
                     "first_step": first_step(times, imported_s, built_s),
@@ -174,7 +174,7 @@ def describe(trainer: Trainer, config: RunConfig, mesh: Mesh) -> dict[str, Any]:
             else None
         ),
         "fused_adamw": bool(trainer.optimizer.defaults.get("fused")),
-        "versions": {**versions(), "commit": source_commit()},
+        "versions": {**library_versions(), "commit": source_commit()},
     }
 
 

@@ -11,8 +11,17 @@ from regpt.parallel.mesh import Mesh, open_mesh
 from regpt.runs.bench import INVENTED, Progress, Window, opened_data, opened_trainer, shortened, start_afresh
 from regpt.runs.build import Corpus
 from regpt.runs.folder import device_name, source_commit
-from regpt.tools.bench.ladder import EXPLICIT, LadderRung, RungSetup, climb, is_lectures, missing, unfused, with_factors
-from regpt.tools.bench.steps import spread, time_steps, versions
+from regpt.tools.bench.ladder import (
+    EXPLICIT,
+    LadderRung,
+    RungSetup,
+    climb,
+    is_lectures,
+    missing_for,
+    unfused,
+    with_factors,
+)
+from regpt.tools.bench.steps import library_versions, percentiles, time_steps
 from regpt.train.metrics import peak_memory_gib
 
 Report = dict[str, Any]
@@ -40,7 +49,7 @@ def bench_ladder(
         progress("what this device can do")
         climbed = climb(
             rungs,
-            lambda need: missing(need, mesh.device, config.model),
+            lambda need: missing_for(need, mesh.device, config.model),
             partial(value_in, config),
             config.model.vocab_size,
         )
@@ -72,7 +81,7 @@ def heading(config: RunConfig, mesh: Mesh, window: Window, name: str, rows: int)
         "steps": window.steps,
         "warmup": window.warmup,
         "lectures": is_lectures(config.model, tokens, config.data.seq_len),
-        "versions": {**versions(), "commit": source_commit()},
+        "versions": {**library_versions(), "commit": source_commit()},
     }
 
 
@@ -96,7 +105,7 @@ def climb_rung(
     with opened_trainer(config, mesh, corpus, ops, unfused if setup.adamw == "default" else unchanged) as trainer:
         wanted = trainer.micro_batch.rows
         times = time_steps(trainer, window.warmup, progress)
-        ms = spread(times.steady_ms)
+        ms = percentiles(times.steady_ms)
         share = first.train.batch_tokens / config.train.batch_tokens
         return row | {
             "setup": {**setup.changes, "attention": setup.attention, "adamw": setup.adamw},

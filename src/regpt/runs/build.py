@@ -25,7 +25,7 @@ from regpt.model.ops import PLAIN, Ops
 from regpt.model.transformer import Transformer
 from regpt.model.weights import allocate, without_memory
 from regpt.parallel.mesh import Mesh
-from regpt.runs.validation import Part, folder_parts, mixture_parts
+from regpt.runs.validation import ValidationPart, folder_parts, mixture_parts
 from regpt.text.tokenizer import Tokenizer
 from regpt.train.backend import make_backend
 from regpt.train.objective import NextToken
@@ -258,7 +258,7 @@ def count_validation_rows(config: RunConfig, corpus: Corpus) -> int:
     return count_rows(whole * T + 1, T, config.eval.val_tokens)
 
 
-def validation_parts(config: RunConfig, corpus: Corpus) -> list[Part]:
+def validation_parts(config: RunConfig, corpus: Corpus) -> list[ValidationPart]:
     """What each validation reads, source by source; empty when there is no validation split."""
     n_rows, T = count_validation_rows(config, corpus), config.data.seq_len
     if not n_rows:
@@ -268,4 +268,4 @@ def validation_parts(config: RunConfig, corpus: Corpus) -> list[Part]:
         return folder_parts(folder.path, folder.manifest, T, config.eval.val_tokens)
     rows = corpus.rows("val", "sequential", 0, T)
     names = [str(folder.path) for folder in corpus.folders if folder.manifest.tokens("val")]
-    return mixture_parts(rows, names, n_rows) if isinstance(rows, MixedRows) else [Part("", rows, n_rows)]
+    return mixture_parts(rows, names, n_rows) if isinstance(rows, MixedRows) else [ValidationPart("", rows, n_rows)]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from regpt.checkpoint.state import DataPosition, RunState
-from regpt.config import RunConfig, completed, validate
+from regpt.config import RunConfig, completed, validate_config
 from regpt.errors import UsageError
 from regpt.train.schedule import make_schedule
 
@@ -98,7 +98,7 @@ def listed(found: Changes) -> str:
 def describe(found: Changes, state: RunState, config: RunConfig) -> str:
     """A line for the terminal; with the next learning rate, where it is another one than it would have been."""
     step = state.step + 1
-    before = validate(state.config, "the checkpoint")  # its configuration was valid when it was stored
+    before = validate_config(state.config, "the checkpoint")  # its configuration was valid when it was stored
     old, new = (c.optim.lr * make_schedule(c.optim, c.train.steps)(step) for c in (before, config))
     rate = f"; the learning rate of step {step:,} is {new:.2e} instead of {old:.2e}" if new != old else ""
     return f"changed: {listed(found)}{rate}"

@@ -21,7 +21,7 @@ from regpt.evals.task import refuse_if_nothing_fits
 from regpt.files import is_file, resolved
 from regpt.parallel.mesh import Mesh
 from regpt.runs.remote import on_this_machine
-from regpt.runs.validation import Part, Validated, folder_parts, own_sums, part_batches, result
+from regpt.runs.validation import Validated, ValidationPart, folder_parts, own_sums, part_batches, result
 from regpt.train.backend import make_loss_sum
 from regpt.train.config import InferencePrecision
 from regpt.train.precision import autocast, parameter_dtype, set_matmul_precision
@@ -67,7 +67,7 @@ class ValTask:
     folder: Path
     seq_len: int
     split_tokens: int
-    parts: list[Part]
+    parts: list[ValidationPart]
 
     @property
     def n_rows(self) -> int:
@@ -180,7 +180,7 @@ def validate(asked: EvalRequest, task: ValTask, opened: OpenModel, mesh: Mesh, s
     loss_sum = make_loss_sum(opened.model, asked.precision, mesh.device, compile=False)
     done = 0
 
-    def batches(part: Part) -> Iterator[Batch]:
+    def batches(part: ValidationPart) -> Iterator[Batch]:
         nonlocal done
         read = 0
         for batch in part_batches(part, mesh, asked.batch_rows):

@@ -8,7 +8,7 @@ from pathlib import Path
 from regpt.config import RunConfig
 from regpt.evals.score import BATCH_TOKENS, Scorer
 from regpt.evals.suite import Row, Suite, open_suites, suite_rows
-from regpt.evals.task import Result, Task, evaluate, refuse_if_nothing_fits, truncation_notice, with_error
+from regpt.evals.task import Result, Task, evaluate_task, refuse_if_nothing_fits, truncation_notice, with_error
 from regpt.files import is_file
 from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import Mesh
@@ -106,7 +106,7 @@ class RunEvaluations:
             for task in suite.tasks:
                 if self.mesh.any(self.stop_requested()):
                     return []
-                results.append(evaluate(task, self.scorer, max_items=self.counts[task.name]))
+                results.append(evaluate_task(task, self.scorer, max_items=self.counts[task.name]))
         return results
 
     def keep_items(self, results: Sequence[Result], averaged: Sequence[Result], step: int) -> None:
@@ -122,7 +122,7 @@ class RunEvaluations:
         """The result of `task`; under a budget of seconds on the items of its first evaluation."""
         known = self.counts.get(task.name) if seconds else None
         limit, seconds = (self.config.eval.max_items, seconds) if known is None else (known, 0.0)
-        found = evaluate(task, self.scorer, max_items=limit, seconds=seconds)
+        found = evaluate_task(task, self.scorer, max_items=limit, seconds=seconds)
         self.counts[task.name] = len(found.chosen)
         return found
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from regpt.checkpoint.load import CHECKPOINTS, checkpoints, step_of
 from regpt.console.text import counted
 from regpt.errors import UserError
-from regpt.files import exists, is_file, is_folder, is_locked, status
+from regpt.files import exists, is_file, is_folder, is_locked, stat_or_none
 from regpt.parallel.mesh import HANG_SECONDS
 from regpt.report.read import is_row, number, read_document, section
 from regpt.runs.folder import CONFIG, LOCK
@@ -116,5 +116,5 @@ def last_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def seconds_since(path: Path) -> float:
-    found = status(path)
+    found = stat_or_none(path)
     return max(0.0, time.time() - found.st_mtime) if found else 0.0

@@ -17,7 +17,7 @@ from regpt.checkpoint.config import CheckpointConfig
 from regpt.checkpoint.fetch import cache_folder, fetch_model, folder_name, restore
 from regpt.checkpoint.load import print_warning
 from regpt.checkpoint.save import is_intact
-from regpt.config import RunConfig, validate
+from regpt.config import RunConfig, validate_config
 from regpt.console.lines import print_note
 from regpt.console.text import counted
 from regpt.errors import UserError
@@ -156,7 +156,7 @@ def parse_config(data: bytes, source: str) -> RunConfig:
         values = parse_toml(data)
     except ValueError as error:  # no TOML, or no text
         raise UserError(f"{source} is not valid TOML: {error}; restore the file") from None
-    return validate(values, source)
+    return validate_config(values, source)
 
 
 def holds_all(folder: Path, claims: list[str], newest: Claim | None) -> bool:

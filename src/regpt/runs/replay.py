@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from regpt.checkpoint.load import Checkpoint, checkpoints, load_checkpoint, print_warning, step_of
 from regpt.checkpoint.manifest import STATE
 from regpt.checkpoint.state import read_state
-from regpt.config import RunConfig, validate
+from regpt.config import RunConfig, validate_config
 from regpt.data.batch import Batch
 from regpt.data.loader import Loader
 from regpt.errors import UsageError, UserError
@@ -74,7 +74,7 @@ def config_of(run: Path, step: int) -> RunConfig:
         with suppress(UserError):  # a damaged one, or one that a live run has just deleted
             values = read_state(folder / STATE).config if step_of(folder) >= step else {}
         if values:
-            return validate(values, str(folder / STATE))
+            return validate_config(values, str(folder / STATE))
     return read_run_config(run)
 
 

@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from regpt.console.lines import write
+from regpt.console.lines import write_stream
 from regpt.console.tables import can_redraw
 from regpt.console.text import visible
 
@@ -59,7 +59,7 @@ class Terminal:
         if self.live:
             self.console.print(Text(visible(text)), soft_wrap=True)
         else:
-            write(self.console.file, f"{text}\n")
+            write_stream(self.console.file, f"{text}\n")
 
     def row(self, row: dict[str, Any]) -> None:
         """Show one row of metrics.jsonl."""
@@ -93,7 +93,7 @@ class Terminal:
     def figures(self, row: dict[str, Any]) -> str:
         mfu = f"  {row['mfu']:.1%} MFU" if row.get("mfu") else ""
         memory = f"  {row['peak_memory_gib']:.1f} GiB" if row.get("peak_memory_gib") else ""
-        flops = f"  {si(row['flops'])}FLOP" if row.get("flops") else ""
+        flops = f"  {si_spaced(row['flops'])}FLOP" if row.get("flops") else ""
         return (
             f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  norm {row['grad_norm']:.2f}  "
             f"{row['tokens_per_s']:,.0f} tokens/s{mfu}{memory}{flops}  left {self.left(row['step'])}"
@@ -127,7 +127,7 @@ def duration(seconds: float) -> str:
     return f"{h}:{m:02d}:{s:02d}" if h else f"{m}:{s:02d}"
 
 
-def si(number: float) -> str:
+def si_spaced(number: float) -> str:
     """`number` with three digits and its prefix, a space before it: `4.48 P`; an exponent above exa."""
     for prefix in ("", "k", "M", "G", "T", "P", "E"):
         if abs(number) < 999.5:

@@ -15,12 +15,12 @@ from regpt.data.manifest import Manifest
 from regpt.data.mixture import MixedRows
 from regpt.data.rows import Rows, StreamRows
 from regpt.data.stream import Span, document_starts, open_stream
-from regpt.evals.perplexity import LossSums, Validation, count_rows, finish, sum_losses
+from regpt.evals.perplexity import LossSums, Validation, count_rows, sum_losses, validation_of
 from regpt.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
-class Part:
+class ValidationPart:
     """The first `n_rows` of `rows`, all of one source; `name` is empty where the data has one source only."""
 
     name: str
@@ -36,7 +36,7 @@ class Validated:
     sources: dict[str, Validation]
 
 
-def folder_parts(folder: Path, manifest: Manifest, seq_len: int, limit_tokens: int = 0) -> list[Part]:
+def folder_parts(folder: Path, manifest: Manifest, seq_len: int, limit_tokens: int = 0) -> list[ValidationPart]:
     """What is read of the split `val` of one folder, as stored.
 
     With one source the first rows of the split, so many that they hold `limit_tokens` (0: all). With several, the first
@@ -52,10 +52,10 @@ def folder_parts(folder: Path, manifest: Manifest, seq_len: int, limit_tokens: i
     whole = {name: (end - begin - 1) // seq_len for name, (begin, end) in spans.items()}
     whole = {name: rows for name, rows in whole.items() if rows}
     if len(spans) < 2 or not whole:
-        return [Part("", StreamRows(stream, seq_len), n_rows)]
+        return [ValidationPart("", StreamRows(stream, seq_len), n_rows)]
     share = min(1.0, n_rows / sum(whole.values()))
     return [
-        Part(name, StreamRows(Span(stream, *spans[name]), seq_len), max(1, int(rows * share)))
+        ValidationPart(name, StreamRows(Span(stream, *spans[name]), seq_len), max(1, int(rows * share)))
         for name, rows in whole.items()
     ]
 
@@ -78,12 +78,14 @@ def source_spans(folder: Path, manifest: Manifest) -> dict[str, tuple[int, int]]
     return spans
 
 
-def mixture_parts(rows: MixedRows, names: Sequence[str], n_rows: int) -> list[Part]:
+def mixture_parts(rows: MixedRows, names: Sequence[str], n_rows: int) -> list[ValidationPart]:
     """The first `n_rows` of a mixture, folder by folder."""
-    return [Part(name, part, rows.part_row(k, n_rows)) for k, (name, part) in enumerate(zip(names, rows.parts))]
+    return [
+        ValidationPart(name, part, rows.part_row(k, n_rows)) for k, (name, part) in enumerate(zip(names, rows.parts))
+    ]
 
 
-def part_batches(part: Part, mesh: Mesh, micro_batch_rows: int, eot: int | None = None) -> Iterator[Batch]:
+def part_batches(part: ValidationPart, mesh: Mesh, micro_batch_rows: int, eot: int | None = None) -> Iterator[Batch]:
     """This process's share of a part, every batch of the same shape.
 
     Rows beyond the part's carry no target: a compiled loss sees one shape only, and every process makes as many calls.
@@ -97,12 +99,12 @@ def part_batches(part: Part, mesh: Mesh, micro_batch_rows: int, eot: int | None 
 
 
 def own_sums(
-    parts: Sequence[Part],
-    batches: Callable[[Part], Iterator[Batch]],
+    parts: Sequence[ValidationPart],
+    batches: Callable[[ValidationPart], Iterator[Batch]],
     loss_sum: Callable[[Batch], Tensor],
     byte_lengths: Any,
     device: torch.device,
-    keep: Callable[[Part, Tensor], None] | None = None,
+    keep: Callable[[ValidationPart, Tensor], None] | None = None,
 ) -> Tensor:
     """(parts, 13): `LossSums.pack` of each part, over this process's batches; `keep` gets what each of them gave."""
     packed = []
@@ -114,7 +116,7 @@ def own_sums(
     return torch.stack(packed)
 
 
-def batch_items(part: Part, each: Tensor, micro_batch_rows: int, mesh: Mesh) -> list[dict[str, Any]]:
+def batch_items(part: ValidationPart, each: Tensor, micro_batch_rows: int, mesh: Mesh) -> list[dict[str, Any]]:
     """An item for each batch of `part_batches`, by the rows that it holds: two runs that read the same are compared."""
     items = []
     for call, (nats, tokens, n_bytes) in enumerate(each.tolist()):
@@ -129,7 +131,9 @@ def batch_items(part: Part, each: Tensor, micro_batch_rows: int, mesh: Mesh) -> 
     return items
 
 
-def result(parts: Sequence[Part], sums: Tensor) -> Validated:
+def result(parts: Sequence[ValidationPart], sums: Tensor) -> Validated:
     """From the sums (parts, 13) over all processes."""
-    named = {part.name: finish(LossSums.unpack(row)) for part, row in zip(parts, sums) if part.name and part.n_rows}
-    return Validated(finish(LossSums.unpack(sums.sum(dim=0))), named if len(named) > 1 else {})
+    named = {
+        part.name: validation_of(LossSums.unpack(row)) for part, row in zip(parts, sums) if part.name and part.n_rows
+    }
+    return Validated(validation_of(LossSums.unpack(sums.sum(dim=0))), named if len(named) > 1 else {})

@@ -155,7 +155,7 @@ def verify_resume(
         run = commands.folder / name
         ends = killed_run(commands, file, run, config.train.steps, processes, n_kills, last)
         worlds = (*[processes] * n_kills, last)
-        found[name] = compare(straight, run, worlds, ends, config.train.deterministic, tolerance)
+        found[name] = compare_runs(straight, run, worlds, ends, config.train.deterministic, tolerance)
         commands.say(f"{name}: {sentence(found[name])}")
     return {
         "passed": all(comparison.passed for comparison in found.values()),
@@ -222,7 +222,7 @@ def newest(run: Path) -> int | None:
     return step_of(folders[-1]) if folders else None
 
 
-def compare(
+def compare_runs(
     straight: Path, run: Path, worlds: tuple[int, ...], ends: tuple[Kill, ...], deterministic: bool, tolerance: float
 ) -> Comparison:
     """The rows and the last checkpoint of `run` against those of `straight`."""

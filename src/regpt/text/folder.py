@@ -39,7 +39,7 @@ def folder_json(file: Path) -> str:
         UserError: a file that is missing or damaged, or an option that regpt does not implement, by its name.
     """
     folder, is_vocab = file.parent, file.name == VOCAB
-    options, added, names = (read_object(folder / name) for name in (OPTIONS, ADDED, NAMES))
+    options, added, names = (read_optional(folder / name) for name in (OPTIONS, ADDED, NAMES))
     for option in PREFIXES if is_vocab else PREFIXES[:1]:
         if options.get(option):
             raise UserError(f"{folder / OPTIONS} sets {option}, which regpt does not implement; use another tokenizer")
@@ -60,7 +60,7 @@ def from_files(folder: Path, options: Json) -> str:
         raise UserError(f"folder {folder} holds {VOCAB} but not the {MERGES} that belongs to it; put it there")
     lines = [line.rstrip("\r") for line in read_text(folder / MERGES).split("\n")]
     merges = [line for line in lines[lines[0].startswith("#version") :] if line]
-    model = {"type": "BPE", "vocab": read_object(folder / VOCAB), "merges": merges}
+    model = {"type": "BPE", "vocab": read_optional(folder / VOCAB), "merges": merges}
     return json.dumps({"model": model, "pre_tokenizer": BYTE_LEVEL, "added_tokens": []})
 
 
@@ -100,7 +100,7 @@ def with_added(text: str, tokens: dict[str, Json], special: set[str], folder: Pa
     return json.dumps({**content, "added_tokens": [*listed, *ordered]}) if new else text
 
 
-def read_object(path: Path) -> Json:
+def read_optional(path: Path) -> Json:
     """The JSON object in `path`; an empty one where there is no such file."""
     content = read_json(path, RESTORE) if is_file(path) else {}
     if not isinstance(content, dict):

@@ -112,11 +112,11 @@ def load_gpt2(package: str = VOCAB_PACKAGE) -> GPT2Tokenizer:
     Raises:
         UserError: the package's files are not OpenAI's, or they are not installed and cannot be downloaded.
     """
-    files = find_files(package)
+    files = find_vocabulary(package)
     return GPT2Tokenizer(ranks_from_files(files) if files else ranks_from_network())
 
 
-def find_files(package: str) -> dict[str, Path] | None:
+def find_vocabulary(package: str) -> dict[str, Path] | None:
     """GPT-2's two vocabulary files inside `package`, located without importing it; None when it is not installed."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:

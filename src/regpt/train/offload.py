@@ -25,7 +25,7 @@ SLOTS = 3  # pieces on the device: one comes in, one is used, one goes back
 
 
 @dataclass(frozen=True)
-class Part:
+class OffloadedPart:
     """Elements [start, stop) of a parameter, flattened."""
 
     parameter: Tensor
@@ -39,7 +39,7 @@ class Piece:
 
     group: dict[str, Any]
     moments: tuple[Tensor, Tensor]
-    parts: tuple[Part, ...]
+    parts: tuple[OffloadedPart, ...]
 
 
 class OffloadedAdamW(AdamW):
@@ -178,16 +178,16 @@ def arenas(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield members
 
 
-def parts(members: Sequence[Tensor], of_piece: slice) -> Iterator[Part]:
+def parts(members: Sequence[Tensor], of_piece: slice) -> Iterator[OffloadedPart]:
     """The parts of `members`, laid out one after another, that lie in `of_piece`."""
     begin = 0
     for p in members:
         start, stop = max(of_piece.start - begin, 0), min(of_piece.stop - begin, p.numel())
         if start < stop:
-            yield Part(p, start, stop)
+            yield OffloadedPart(p, start, stop)
         begin += p.numel()
 
 
-def flat(tensor: Tensor | None, part: Part) -> Tensor:
+def flat(tensor: Tensor | None, part: OffloadedPart) -> Tensor:
     assert tensor is not None
     return tensor.detach().view(-1)[part.start : part.stop]

@@ -17,7 +17,7 @@ from regpt.data.loader import Loader
 from regpt.data.manifest import Manifest, Shard, read_manifest
 from regpt.data.prefetch import Prefetcher
 from regpt.data.rows import open_rows
-from regpt.tools.bench.steps import versions
+from regpt.tools.bench.steps import library_versions
 
 WARMUP = 2  # steps: the first ones bring the file into memory and make the epoch's table
 SHARD_TOKENS = 100_000_000
@@ -69,7 +69,14 @@ def bench_data(
     first = time_first_batch(reading)
     times = time_batches(reading, seconds, progress)
     settings = asdict(reading) | {"folder": str(reading.folder)}
-    return {"kind": "bench data", **settings, **times, "first_step": first, "pinned": pinned(), "versions": versions()}
+    return {
+        "kind": "bench data",
+        **settings,
+        **times,
+        "first_step": first,
+        "pinned": pinned(),
+        "versions": library_versions(),
+    }
 
 
 def time_batches(
@@ -105,7 +112,7 @@ def time_batches(
 # ---- invented tokens -------------------------------------------------------------------------------------------------
 
 
-def document_lengths(documents: int, mean: int = MEAN_LENGTH) -> np.ndarray:
+def invented_lengths(documents: int, mean: int = MEAN_LENGTH) -> np.ndarray:
     """Log-normal lengths of `documents` documents, at least 2 tokens each, always the same."""
     rng = np.random.default_rng(0)
     return np.maximum(2, rng.lognormal(np.log(mean) - SPREAD**2 / 2, SPREAD, documents)).astype(np.int64)

@@ -130,7 +130,7 @@ def is_lectures(model: ModelConfig, tokens: int, seq_len: int) -> bool:
     return model == LECTURE_MODEL and seq_len == LECTURE_SEQ_LEN and tokens == LECTURE_ROWS * LECTURE_SEQ_LEN
 
 
-def missing(need: RungNeed, device: torch.device, model: ModelConfig) -> str | None:
+def missing_for(need: RungNeed, device: torch.device, model: ModelConfig) -> str | None:
     """Why `device` does not do `need` for `model`, found by trying; None when it does."""
     if need == "kernels":
         return lacks_kernels(device, model)

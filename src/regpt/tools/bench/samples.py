@@ -13,7 +13,7 @@ from regpt.model.transformer import Transformer
 from regpt.model.weights import count_parameters
 from regpt.sample.generate import generate
 from regpt.sample.sampling import SamplingOptions
-from regpt.tools.bench.steps import spread, versions
+from regpt.tools.bench.steps import library_versions, percentiles
 from regpt.train.config import InferencePrecision
 from regpt.train.peak import driver_name, synchronize
 
@@ -42,7 +42,7 @@ def bench_sample(
         "new_tokens": new_tokens,
         "repeats": repeats,
         "batches": time_samples(model, batches, prompt_tokens, new_tokens, repeats, progress),
-        "versions": versions(),
+        "versions": library_versions(),
     }
 
 
@@ -87,7 +87,7 @@ def check_sizes(batches: Sequence[int], prompt_tokens: int, new_tokens: int, lon
 def time_generation(
     model: Transformer, batch: int, prompt_tokens: int, new_tokens: int, repeats: int
 ) -> dict[str, float]:
-    """`spread` of the seconds of `repeats` generations after one that is not timed."""
+    """`percentiles` of the seconds of `repeats` generations after one that is not timed."""
     device = model.device
     generator = torch.Generator(device).manual_seed(0)
     shape = (batch, prompt_tokens)
@@ -99,4 +99,4 @@ def time_generation(
         generate(model, prompts, new_tokens, options=OPTIONS, generator=generator)
         synchronize(device)
         seconds.append(time.perf_counter() - started)
-    return spread(seconds[1:])
+    return percentiles(seconds[1:])

@@ -125,16 +125,16 @@ def compile_costs(before: dict[str, float], after: dict[str, float]) -> tuple[fl
     return seconds, "cold" if not hits else "partly warm" if misses else "warm"
 
 
-def spread(times: Sequence[float]) -> dict[str, float]:
+def percentiles(times: Sequence[float]) -> dict[str, float]:
     """Median, 10th and 90th percentile, mean, extremes, and the relative distance of the percentiles (`spread`)."""
     names = ("median", "p10", "p90", "min", "max")
     found = dict(zip(names, np.percentile(times, (50, 10, 90, 0, 100)).tolist()))
     return found | {"mean": fmean(times), "spread": (found["p90"] - found["p10"]) / found["median"]}
 
 
-def speed(times: StepTimes, tokens: int, flops_per_token: int, world_size: int) -> dict[str, Any]:
+def speed_of(times: StepTimes, tokens: int, flops_per_token: int, world_size: int) -> dict[str, Any]:
     """Milliseconds a step, tokens/s (all processes; each) and FLOP/s (all), from the median of the steady steps."""
-    ms = spread(times.steady_ms)
+    ms = percentiles(times.steady_ms)
     tokens_per_s = tokens / ms["median"] * 1e3
     return {
         "step_ms": ms,
@@ -168,7 +168,7 @@ def computing_dtype(precision: str) -> torch.dtype:
     return {"fp64": torch.float64, **half}.get(precision, torch.float32)
 
 
-def versions() -> dict[str, str | int | None]:
+def library_versions() -> dict[str, str | int | None]:
     """Of regpt, Python and what computes."""
     try:
         triton = version("triton")

@@ -73,7 +73,7 @@ class Findings:
         return any(trial.name == TRAINING and trial.status == "ok" for trial in self.trials)
 
 
-def examine(
+def examine_machine(
     folder: Path, done: Callable[[str], None] = lambda group: None, trial_seconds: float | None = None
 ) -> Findings:
     """Try everything; `folder` is where the disk is measured, `done` hears what has been looked at, `trial_seconds` is

@@ -13,7 +13,7 @@ from regpt.tools.plan import warn
 from regpt.tools.plan.calibrate import calibrated_time
 from regpt.tools.plan.memory import PlannedStep
 from regpt.tools.plan.request import DataFacts, LossLaw, PlanRequest, RunSections
-from regpt.tools.plan.room import CHECKPOINT_BYTES, GIB, Room, step_of
+from regpt.tools.plan.room import CHECKPOINT_BYTES, GIB, Room, planned_step
 from regpt.tools.plan.shape import Shape
 from regpt.tools.plan.speed import StepTime, gpu_time, stated_time
 from regpt.tools.plan.target import Target, target_of
@@ -34,7 +34,7 @@ def make_plan(run: RunSections, request: PlanRequest, facts: DataFacts | None = 
     target = target_of(request.gpu, run.train.device, run.train.precision)
     if target.kind != "gpu" and request.gpus > 1:
         raise UsageError(f"--gpus is {request.gpus}, but this is planned for {target.name}; add --gpu NAME")
-    step = step_of(run, target)
+    step = planned_step(run, target)
     shape = step.shape
     batch_rows, rest = divmod(run.train.batch_tokens, run.data.seq_len * request.gpus)
     copy = CHECKPOINT_BYTES * shape.parameters if run.checkpoint.background else 0

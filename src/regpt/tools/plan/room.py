@@ -18,7 +18,7 @@ CHECKPOINT_BYTES = 12  # per parameter: float32 weights and two moments
 ROWS_ON_CPU = 8  # of `auto`, which tries there what is fastest
 
 
-def step_of(run: RunSections, target: Target) -> PlannedStep:
+def planned_step(run: RunSections, target: Target) -> PlannedStep:
     train = run.train
     return PlannedStep(
         run.model,
