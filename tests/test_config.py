@@ -1,6 +1,8 @@
 """The configuration of a run: strict reading, what comes from where, and the way to a file and back."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import regpt
 from regpt.config import RunConfig, read_config, recipe_names
 from regpt.errors import UsageError
 
@@ -125,3 +128,25 @@ def test_none_is_left_out_of_the_file():
     values = tomllib.loads(RunConfig().to_toml())
     assert "decay_steps" not in values["optim"]
     assert values["train"] == asdict(RunConfig().train)
+
+
+def test_sections_help_typos_and_refused_flags_import_no_torch():
+    """Torch and triton take seconds to import."""
+    package = Path(regpt.__file__).parent
+    modules = [f"regpt.{path.parent.name}.config" for path in package.glob("*/config.py")]
+    commands = [
+        ["train", "--help"],
+        ["train", "gpt2-tiny", "--trian.steps", "3"],
+        ["train", "gpt2-tiny", "--train.steps=-1"],
+    ]
+    code = (
+        "import sys, importlib; from regpt.__main__ import main\n"
+        f"for name in {['regpt.config', *modules]}: importlib.import_module(name)\n"
+        "codes = []\n"
+        f"for words in {commands}:\n"
+        "    try: codes.append(main(words))\n"
+        "    except SystemExit as end: codes.append(end.code)\n"
+        "print(codes, sorted({'torch', 'triton'} & {*sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
+    assert done.stdout.splitlines()[-1] == "[0, 2, 2] []"

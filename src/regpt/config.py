@@ -19,7 +19,7 @@ from regpt.data.config import DataConfig
 from regpt.errors import UsageError, nearest
 from regpt.evals.config import EvalConfig
 from regpt.files import at_home, is_file
-from regpt.kernels.fp8 import MULTIPLE as FP8_MULTIPLE
+from regpt.kernels.config import FP8_MULTIPLE
 from regpt.model.config import GPT2_VOCAB_SIZE, ModelConfig
 from regpt.sample.config import SampleConfig
 from regpt.structured import MAX_TOML_BYTES, parse_toml, read_small

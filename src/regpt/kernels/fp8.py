@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from regpt.kernels.config import FP8_MULTIPLE
+
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 # The power of two that a tensor's maximum gets: one binade below the last, so that the maximum (up to twice this)
 # never exceeds 448 and 57,344, the largest finite numbers (Micikevicius et al. 2022, table 1).
 TOP = {E4M3: 2.0**7, E5M2: 2.0**14}
 SMALLEST_MAXIMUM = 2.0**-90  # of a tensor of zeros; the product of two scales stays a normal float32
 EXPONENT_BITS = 0x7F800000  # of float32
-MULTIPLE = 16  # of both dimensions of each operand, for the tensor cores
 LEAST_CAPABILITY = (8, 9)  # Ada; then Hopper and later
 
 
@@ -50,7 +51,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def suits(x: Tensor, weight: Tensor) -> bool:
     rows = x.numel() // x.size(-1)
-    return all(n % MULTIPLE == 0 for n in (rows, *weight.shape))
+    return all(n % FP8_MULTIPLE == 0 for n in (rows, *weight.shape))
 
 
 class LinearFP8(torch.autograd.Function):

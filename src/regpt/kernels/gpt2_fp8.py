@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regpt.kernels.fp8 import E4M3, E5M2, MULTIPLE, Rounded
+from regpt.kernels.config import FP8_MULTIPLE
+from regpt.kernels.fp8 import E4M3, E5M2, Rounded
 from regpt.kernels.gpt2 import BlockState, FusedGPT2
 from regpt.model.masks import AttentionMask
 from regpt.model.transformer import NORM_EPS, Block, Transformer
@@ -97,7 +98,7 @@ class FusedGPT2FP8(FusedGPT2):
     def block_forward(
         self, block: Block, x: Tensor, shape: torch.Size, mask: AttentionMask, *, gradient: bool
     ) -> tuple[Tensor, Any]:
-        if not gradient or len(x) % MULTIPLE:
+        if not gradient or len(x) % FP8_MULTIPLE:
             return super().block_forward(block, x, shape, mask, gradient=gradient)
         attn, mlp, bounds, rounding = block.attn, block.mlp, self.bounds[block], self.rounding
         rows, h_1, norm_1 = rounding.layer_norm(x, block.ln_1.weight, block.ln_1.bias, NORM_EPS, E4M3, bounds.h_1)

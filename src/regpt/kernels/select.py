@@ -12,10 +12,10 @@ from torch import Tensor
 
 from regpt.errors import UsageError, UserError
 from regpt.kernels import fp8
+from regpt.kernels.config import FP8_MULTIPLE, KernelsName
 from regpt.model.ops import PLAIN, Ops
 from regpt.model.transformer import Transformer
 
-KernelsName = Literal["auto", "plain", "fused"]
 # Measured on Hopper, where `auto` takes it. It should work from Ampere on: there it is taken when asked for.
 MEASURED_CAPABILITY, LEAST_CAPABILITY = (9, 0), (8, 0)
 LossOfTokens = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
@@ -142,8 +142,8 @@ def gpt2_obstacle(model: Transformer, precision: str) -> str | None:
         return f"the fused path computes in bfloat16 or FP8, train.precision is {precision}"
     if config.n_embd % 8 or len(model.head_weight) % 8:
         return "the fused path needs n_embd and the (padded) vocabulary to be multiples of 8; set train.pad_vocab"
-    if precision == "fp8" and config.n_embd % fp8.MULTIPLE:
-        return f"in FP8 the fused path needs n_embd to be a multiple of {fp8.MULTIPLE}"
+    if precision == "fp8" and config.n_embd % FP8_MULTIPLE:
+        return f"in FP8 the fused path needs n_embd to be a multiple of {FP8_MULTIPLE}"
     head_size = config.n_embd // config.n_head
     if head_size % 8 or head_size > 128:
         return f"the fused path needs heads of a multiple of 8, up to 128; they are of {head_size}"

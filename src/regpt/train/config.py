@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from regpt.errors import UsageError
-from regpt.kernels.select import KernelsName
+from regpt.kernels.config import KernelsName
 from regpt.ranges import LARGE, LONG, MANY, SEED, Range, check_ranges
 
 LEAST_EPS = 2.0**-126  # the smallest normal float32; a smaller one is 0 in the update
