@@ -66,13 +66,22 @@ def __getattr__(name: str) -> Any:
     if name in FUNCTIONS:
         return import_module(f"regpt.{name}")  # which is callable; see `CallablePackage`
     if name == "__version__":
-        from regpt.version import installed_version
-
         return globals().setdefault(name, installed_version())
     for home, names in HOMES.items():
         if name in names:
             return globals().setdefault(name, getattr(import_module(home), name))
     raise AttributeError(f"module 'regpt' has no attribute {name!r}")
+
+
+def installed_version() -> str:
+    """Version of the installed package, made from git's tags (setuptools-scm); a source tree that was not installed has
+    PEP 440's lowest, with a label that says why."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("regpt")
+    except PackageNotFoundError:
+        return "0+unknown"
 
 
 def __dir__() -> list[str]:

@@ -8,15 +8,14 @@ import runpy
 import sys
 from pathlib import Path
 
+from regpt.files import write_text
 from regpt.parallel.signals import leave_when_terminated
 
 
 def main(folder: Path, rank: str, args: list[str]) -> None:
 
     def note(code: int) -> None:
-        whole = folder / f"{rank}.tmp"
-        whole.write_text(str(code), encoding="utf-8")
-        whole.replace(folder / f"{rank}.exit")
+        write_text(folder / f"{rank}.exit", str(code))
 
     if args[:1] == ["train"]:
         leave_when_terminated(note)
