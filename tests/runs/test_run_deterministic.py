@@ -148,7 +148,8 @@ def test_the_micro_batch_is_pinned():
 def test_the_fused_kernels_give_way(config, monkeypatch):
     from regpt.runs.build import choose_kernels
 
-    monkeypatch.setattr(select, "obstacle", lambda *args, **kwargs: None)
+    for obstacle in ("device_obstacle", "model_obstacle"):
+        monkeypatch.setattr(select, obstacle, lambda *args, **kwargs: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     model = tiny.build_model(config=config.model)
     assert choose_kernels(config, model, torch.device("cuda")).name == "plain"

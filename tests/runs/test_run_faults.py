@@ -15,8 +15,7 @@ import pytest
 import tiny
 from regpt.checkpoint.load import checkpoints, load_checkpoint
 from regpt.errors import UserError
-from regpt.runs import folder as module
-from regpt.runs.folder import LOCK, owned
+from regpt.runs.folder import LOCK, is_run, owned
 from regpt.runs.pretrain import pretrain, resume
 from regpt.runs.terminal import Terminal
 
@@ -112,17 +111,19 @@ def forbid_writing(monkeypatch, folder: Path) -> None:
 
 def test_a_disk_that_is_full_from_the_beginning_leaves_no_half_of_a_run(config, straight, tmp_path, monkeypatch):
     """Half of a config.toml may be valid: the other half would be defaults."""
-    whole = module.write_text
+    sync, synced = os.fsync, []
 
-    def full(path, text):
-        whole(path, text[: len(text) // 2])
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(file: int) -> None:
+        synced.append(file)
+        if len(synced) > 2:  # env.json and its folder are on the disk
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(file)
 
-    monkeypatch.setattr(module, "write_text", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"cannot write the run folder .* \(No space left on device\)"):
         pretrain(config, tmp_path / "run")
     monkeypatch.undo()
-    assert not module.is_run(tmp_path / "run")
+    assert not is_run(tmp_path / "run")
     assert pretrain(config, tmp_path / "run") == 0
     assert tiny.final_files(tmp_path / "run") == tiny.final_files(straight)
 
