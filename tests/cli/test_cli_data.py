@@ -149,6 +149,21 @@ def test_what_people_have_is_prepared_and_what_may_be_a_mistake_is_said(texts, c
     assert "left out 2 files: .csv 1, hidden 1\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("mark", "said"),
+    [
+        ("+++", "--separator '+++': 1 document from 1 file; it stands between no documents, check how it is spelled\n"),
+        ("---", "--separator '---': 3 documents from 1 file\n"),
+    ],
+)
+@pytest.mark.parametrize("fraction", ["0", "0.3"])
+def test_a_separator_is_said_to_cut_or_not(texts, capsys, mark, said, fraction):
+    (texts / "a.md").write_text("the cat\n---\nthe mat\n---\nthe cats sat\n", encoding="utf-8")
+    command = ["prepare", "a.md", "--tokenizer", "bpe", "--val-fraction", fraction, "--out", f"md{fraction}"]
+    assert data.main([*command, f"--separator={mark}"]) == 0
+    assert said in capsys.readouterr().out
+
+
 def test_text_from_stdin_is_prepared(texts, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(texts / "cache"))
     for said in ("wrote out", "nothing to do"):

@@ -107,7 +107,7 @@ def test_a_truncated_or_missing_file_is_named_before_anything_is_read(folder, na
     path = folder / name
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(UserError, match=f"{name} has .* bytes instead of"):
-        verify(folder)
+        read_manifest(folder)
     path.unlink()
     with pytest.raises(UserError, match=f"{name} is missing"):
         read_manifest(folder)
@@ -143,3 +143,23 @@ def test_a_missing_continuation_or_tokenizer_is_damage(folder):
     damage = verify(folder)
     assert damage[0] == f"{folder / 'tokenizer.json'} is missing"
     assert "the last val shard continues" in damage[1]
+
+
+def test_every_damaged_file_is_named_whatever_its_damage(folder):
+    (folder / "train-00000.bin").unlink()
+    (folder / "train-00001.idx").write_bytes(b"")
+    data = bytearray((folder / "val-00000.bin").read_bytes())
+    data[3] ^= 1
+    (folder / "val-00000.bin").write_bytes(data)
+    damage = verify(folder)
+    assert [sentence.split()[1 if sentence.startswith("shard") else 0] for sentence in damage] == [
+        str(folder / name) for name in ("train-00000.bin", "train-00001.idx", "val-00000.bin")
+    ]
+    with pytest.raises(UserError, match=r"train-00000\.bin is missing \(2 files are wrong; .* names all"):
+        read_manifest(folder)
+
+
+def test_shards_of_a_folder_of_texts_are_made_elsewhere(tmp_path):
+    (tmp_path / "a.txt").write_text("the cat", encoding="utf-8")
+    with pytest.raises(UserError, match=r"no token shards.*: regpt data prepare (\S+) --out \1-shards$"):
+        read_manifest(tmp_path)

@@ -82,8 +82,9 @@ class PrepareArgs(TextArgs):
 
 def main(args: list[str]) -> int:
     given = parse(PrepareArgs, args, prog="regpt data prepare")
+    from regpt.data.manifest import WORK
     from regpt.prepare.named import NamedOptions
-    from regpt.prepare.prepare import WORK, is_finished, prepare
+    from regpt.prepare.prepare import is_finished, prepare
     from regpt.prepare.settings import Filters
     from regpt.text.open import open_tokenizer
 
@@ -186,6 +187,17 @@ def print_marks(manifest: Manifest) -> None:
             print_line(f"{counted(len(counts), 'file')} {said.format(count=f'{sum(counts):,}')}")
 
 
+def print_separated(manifest: Manifest) -> None:
+    """How many documents the files are with --separator, and whether it cut none of them."""
+    mark = manifest.options.get("separator")
+    if mark is None:
+        return
+    counts = [sum(source.get(name, 0) for name in ("documents", "empty", "skipped")) for source in manifest.sources]
+    uncut = manifest.options["val_rule"] == "cut" or sum(counts) <= len(counts)
+    said = f"--separator {mark!r}: {counted(sum(counts), 'document')} from {counted(len(counts), 'file')}"
+    print_line(f"{said}; it stands between no documents, check how it is spelled" if uncut else said)
+
+
 def print_left_out(left_out: Mapping[str, int]) -> None:
     """One line on the files that were found and not read."""
     from regpt.prepare.listing import counted_kinds as listed
@@ -212,5 +224,6 @@ def print_prepared(out: str, manifest: Manifest) -> None:
         noun, why = REASONS[reason]
         print_line(f"left out {counted(count['documents'], noun)} {why}".rstrip() + size)
     print_marks(manifest)
+    print_separated(manifest)
     with_what = f"the tokenizer {manifest.tokenizer} ({manifest.made_with['encoder']})"
     print_line(f"wrote {out} with {with_what}; look inside with: regpt data info {out}")

@@ -14,6 +14,7 @@ from regpt.structured import read_small, refuse_many
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
+WORK = ".work"  # in a folder that is not finished
 MAX_VOCAB = 1 << 24  # the largest vocabularies in use have a million tokens
 MAX_MANIFEST_BYTES = 256 << 20  # about a million files of text
 Count = Annotated[int, Field(ge=0, le=1 << 53)]
@@ -104,28 +105,50 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of `folder`, with the size of every file checked against it.
 
     Raises:
-        UserError: no such folder, no manifest (the folder was never finished), a manifest of another format, or a
-            file that is missing or of another size.
+        UserError: as in `load_manifest`, or a file that is missing or of another size.
+    """
+    manifest = load_manifest(folder)
+    if wrong := list(wrong_sizes(folder, manifest).values()):
+        more = f" ({len(wrong)} files are wrong; regpt data verify {folder} names all)" if len(wrong) > 1 else ""
+        raise UserError(f"{wrong[0]}{more}; prepare the folder again or restore the file{'s' if more else ''}")
+    return manifest
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """The manifest of `folder`, whatever the files next to it.
+
+    Raises:
+        UserError: no such folder, no manifest (the folder was never finished, or holds no shards), or a manifest of
+            another format.
     """
     if address := address_of(folder):
         raise UserError(
             f"{address} is an address and token shards are read from folders of this machine; copy it here and give "
-            "that folder (train and eval: --data DIR)"
+            "that folder (train, eval and replay: --data DIR)"
         )
     path = folder / "manifest.json"
     if not is_file(path):
-        what = "has no manifest.json, so it was never finished" if is_folder(folder) else "does not exist"
-        raise UserError(
-            f"data folder {str(folder)!r} {what}; if it was moved, give its new place (train and eval: --data DIR), or "
-            f"make it with: regpt data prepare SOURCE --out {folder}"
-        )
+        raise UserError(f"data folder {str(folder)!r} {without_manifest(folder)}")
     manifest = parse_manifest(read_small(path, "prepare it again", MAX_MANIFEST_BYTES), path)
     if manifest.format_version != FORMAT_VERSION:
         raise UserError(
             f"{path} has format version {manifest.format_version}, this regpt reads {FORMAT_VERSION}; prepare it again"
         )
-    check_sizes(folder, manifest)
     return manifest
+
+
+def without_manifest(folder: Path) -> str:
+    """What is wrong with a folder without manifest.json, and what to do."""
+    moved = "if it was moved, give its new place (train, eval and replay: --data DIR)"
+    make = f"make it with: regpt data prepare SOURCE --out {folder}"
+    if not is_folder(folder):
+        return f"does not exist; {moved}, or {make}"
+    names = [path.name for path in folder.iterdir()]
+    if names and WORK not in names and not any(name.endswith((".bin", ".idx")) for name in names):
+        out = f"{folder}-shards" if folder.name not in ("", "..") else "NEW_DIR"
+        prepare = f"regpt data prepare {folder} --out {out}"
+        return f"holds no token shards (no manifest.json); if it holds texts, make shards of them with: {prepare}"
+    return f"has no manifest.json, so it was never finished; {moved}, or {make}"
 
 
 def parse_manifest(content: bytes, path: Path) -> Manifest:
@@ -148,9 +171,9 @@ def parse_manifest(content: bytes, path: Path) -> Manifest:
     return manifest
 
 
-def check_sizes(folder: Path, manifest: Manifest) -> None:
-    """Raise a UserError naming the first file of `manifest` that is missing or has another size."""
-    width = manifest.numpy_dtype.itemsize
+def wrong_sizes(folder: Path, manifest: Manifest) -> dict[str, str]:
+    """A phrase for each file of `manifest`, by name, that is missing or has another size."""
+    width, wrong = manifest.numpy_dtype.itemsize, dict[str, str]()
     for shard in manifest.shards:
         for name, expected in ((shard.file, shard.tokens * width), (shard.idx_file, shard.documents * 8)):
             path = folder / name
@@ -159,4 +182,5 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
                 refuse_lfs_pointer(path)
             if found != expected:
                 state = "is missing" if found is None else f"has {found:,} bytes instead of {expected:,}"
-                raise UserError(f"shard {path} {state}; prepare the folder again or restore the file")
+                wrong[name] = f"shard {path} {state}"
+    return wrong

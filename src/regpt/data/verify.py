@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from regpt.data.manifest import SPLITS, Manifest, Shard, read_manifest
+from regpt.data.manifest import SPLITS, Manifest, Shard, load_manifest, wrong_sizes
 from regpt.errors import UserError
 from regpt.files import file_sha256, is_file
 from regpt.text.open import NAMED
@@ -21,16 +21,18 @@ def verify(folder: Path, progress: Callable[[str], None] | None = None) -> list[
     end-of-text token and nothing else is one, starts increase, every token is in the vocabulary.
 
     Raises:
-        UserError: there is no readable manifest, or a file is missing or of another size.
+        UserError: there is no readable manifest.
     """
-    manifest = read_manifest(folder)
-    damage = list(check_tokenizer(folder, manifest))
+    manifest = load_manifest(folder)
+    wrong = wrong_sizes(folder, manifest)
+    damage = [*check_tokenizer(folder, manifest), *wrong.values()]
     for split in SPLITS:
         continued = False
         for shard in manifest.split(split):
             if progress:
                 progress(shard.file)
-            damage += check_shard(folder, shard, manifest, continued)
+            if not {shard.file, shard.idx_file} & wrong.keys():
+                damage += check_shard(folder, shard, manifest, continued)
             continued = shard.continues
         if continued:
             damage.append(f"{folder / 'manifest.json'}: the last {split} shard continues in one that is not listed")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import regpt
-from regpt.data.manifest import Manifest, Shard
+from regpt.data.manifest import WORK, Manifest, Shard
 from regpt.errors import UsageError, UserError
 from regpt.files import finish_file, write_text
 from regpt.prepare.decontaminate import Evaluations, read_evaluations
@@ -28,7 +28,7 @@ from regpt.prepare.settings import TEXT_OPTIONS, Filters, Settings, TextOptions
 from regpt.prepare.shards import Assembly, EncoderCheck, load_state
 from regpt.prepare.sources import localized
 from regpt.prepare.split import Unusable, check_splits, check_texts, default_fraction, split_rule
-from regpt.prepare.work import FULL, WORK, check_out, clear, in_work_folder, is_finished
+from regpt.prepare.work import FULL, check_out, clear, in_work_folder, is_finished
 from regpt.prepare.workers import Pool, count_workers, encode_here, encode_on_ray, start_pool
 from regpt.remote.download import DownloadProgress
 from regpt.text.fast import accelerate, can_accelerate, encoder_name, find_model, save_model

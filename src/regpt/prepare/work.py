@@ -9,6 +9,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from regpt.data.manifest import WORK
 from regpt.errors import UserError
 from regpt.files import PARTIAL, exists, is_folder, locked, write_bytes
 from regpt.prepare.decontaminate import Evaluations
@@ -19,7 +20,6 @@ from regpt.structured import read_json
 
 # No space, no quota, no larger file: the user can mend all three.
 FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
-WORK = ".work"
 FLAGS = {  # of the settings that an attempt must share with the one that it continues
     "tokenizer_sha256": "--tokenizer",
     "val_fraction": "--val-fraction",
