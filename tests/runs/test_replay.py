@@ -137,3 +137,23 @@ def test_rows_that_are_no_rows_do_not_hide_the_others(run: Path, tmp_path: Path)
     with (copy / "metrics.jsonl").open("ab") as file:
         file.write(b"\xff\xfe\x00 no text\n[1]\n{\n")
     assert replay(copy, 5)["recorded"] == replay(run, 5)["recorded"] is not None
+
+
+@pytest.mark.parametrize("step", [1, 5])
+def test_a_run_whose_data_moved_is_replayed_from_their_new_place(run: Path, shards: Path, tmp_path: Path, capsys, step):
+    copy, moved = tmp_path / "run", tmp_path / "moved"
+    shutil.copytree(run, copy)
+    shutil.copytree(shards, moved)
+    for file in (*copy.rglob("config.toml"), *copy.rglob("state.json")):
+        file.write_text(file.read_text("utf-8").replace(str(shards), str(tmp_path / "gone")), encoding="utf-8")
+    for folder in (copy / "checkpoints").iterdir():
+        (folder / "manifest.json").unlink()
+        write_manifest(folder)
+    command = ["replay", str(copy), "--step", str(step)]
+    assert main(command) == 1
+    assert "eval and replay: --data DIR" in capsys.readouterr().err
+    assert main([*command, "--data", str(moved)]) == 0
+    assert ": the same\n" in capsys.readouterr().out
+    (moved / "manifest.json").write_text((moved / "manifest.json").read_text("utf-8") + "\n", encoding="utf-8")
+    assert main([*command, "--data", str(moved)]) == 1
+    assert "are not those that" in capsys.readouterr().err

@@ -1,11 +1,12 @@
 """`regpt replay`: one step of a run once more."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import tyro
 
 from regpt.cli.parse import local_folder, parse
+from regpt.cli.train import chosen_data
 from regpt.console.lines import print_json, print_line
 from regpt.ranges import MANY, Range
 
@@ -18,6 +19,8 @@ class Replay:
     """The run's folder; nothing in it changes."""
     step: Annotated[int, Range(1, MANY)]
     """The update, counted from 1 as in metrics.jsonl."""
+    data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Where the run's token shards are now; repeated as DIR=WEIGHT, a mixture of several."""
     op_level: tyro.conf.FlagCreatePairsOff[bool] = False
     """Also find the first module whose output is not finite."""
     documents: Annotated[int, tyro.conf.arg(aliases=["-n"]), Range(0, MANY)] = 10
@@ -28,9 +31,13 @@ class Replay:
 
 def main(args: list[str]) -> int:
     given = parse(Replay, args, prog="regpt replay")
-    from regpt.runs.replay import replay
+    from regpt.runs.replay import config_of, replay
 
-    found = replay(local_folder(given.run, "regpt replay"), given.step, op_level=given.op_level)
+    run = local_folder(given.run, "regpt replay")
+    config = config_of(run, given.step)
+    if given.data:
+        config = replace(config, data=chosen_data(config.data, given.data))
+    found = replay(run, given.step, config, op_level=given.op_level)
     if given.json:
         print_json(found)
     else:

@@ -236,11 +236,11 @@ def fork_config(source: Path) -> RunConfig:
     return validate_config(values, str(source / STATE))
 
 
-def refuse_changed_data(checkpoint: Checkpoint, corpus: Corpus) -> None:
-    """The row at which a run goes on means something in the shards that it was trained on only."""
-    if checkpoint.state.data.manifest_sha256 != corpus.manifest_sha256:
+def refuse_changed_data(manifest_sha256: str, trained: Path, corpus: Corpus) -> None:
+    """The row at which a run goes on means something in the shards only that the run or checkpoint `trained` read."""
+    if manifest_sha256 != corpus.manifest_sha256:
         raise UserError(
-            f"the shards in {corpus.facts()['path']} are not those that {checkpoint.folder} was trained on (another "
+            f"the shards in {corpus.facts()['path']} are not those that {trained} was trained on (another "
             "manifest.json); restore them, or start a new run with --fork-from"
         )
 

@@ -161,7 +161,7 @@ def resume(
             run = Run(config, mesh)
             found = changes(checkpoint.state.config, run.config.sections())
             refuse_changes(found, checkpoint.step, force)
-            refuse_changed_data(checkpoint, run.corpus)
+            refuse_changed_data(checkpoint.state.data.manifest_sha256, checkpoint.folder, run.corpus)
             start = start_at(run, checkpoint, event | {"changed": found, "skipped": skipped}, found)
         else:
             run = Run(config, mesh)

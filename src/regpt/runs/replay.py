@@ -30,7 +30,7 @@ from regpt.train.precision import autocast
 from regpt.train.trainer import Trainer, written
 
 
-def replay(folder: Path, step: int, *, op_level: bool = False) -> dict[str, Any]:
+def replay(folder: Path, step: int, config: RunConfig | None = None, *, op_level: bool = False) -> dict[str, Any]:
     """Loss, norm and documents of update `step` of the run in `folder`, where nothing changes.
 
     The updates between the checkpoint and it are made again. In as many processes as the run had, with
@@ -38,22 +38,25 @@ def replay(folder: Path, step: int, *, op_level: bool = False) -> dict[str, Any]
 
     Args:
         step: counted from 1, as in metrics.jsonl.
+        config: that of the update, with other places of the same shards; default: as the run has it.
         op_level: also look for the first module whose output is not finite.
 
     Raises:
         UsageError: a step that the run does not have.
         UserError: no run, changed shards, or an update on the way that cannot be made.
     """
-    config = config_of(folder, step)
+    config = config or config_of(folder, step)
     if not 1 <= step <= config.train.steps:
         raise UsageError(f"--step is {step}, must be from 1 to the {config.train.steps} of the run")
     with run_mesh(config) as mesh, ExitStack() as stack:
         run = Run(config, mesh)
         before = checkpoint_before(folder, step)
         if before is None:
-            start = start_again(run, folder, read_object(folder / "env.json", REMEDY), {})
+            env = read_object(folder / "env.json", REMEDY)
+            refuse_changed_data(env["data"]["manifest_sha256"], folder, run.corpus)
+            start = start_again(run, folder, env, {})
         else:
-            refuse_changed_data(before, run.corpus)
+            refuse_changed_data(before.state.data.manifest_sha256, before.folder, run.corpus)
             start = start_at(run, before, {})
         run.begin(start, stack)
         if run.trainer.step >= step:
