@@ -8,6 +8,7 @@ from run_files import train_row, val_row
 
 from regpt.report.health import examine, verdict
 from regpt.report.read import read_run
+from regpt.report.summary import sentence, summarize
 
 STEPS = 400
 CONFIG = "[model]\nvocab_size = 50257\n[optim]\nwarmup_steps = 20\n[train]\ngrad_clip = 1.0\n"
@@ -109,6 +110,20 @@ def test_a_rising_validation_loss_overfits(make_run):
     assert found["validation rising"].level == "bad"
     assert "by 0.500 since step 200" in found["validation rising"].text
     assert "overfits" in found["validation rising"].text
+
+
+@pytest.mark.parametrize(
+    ("last", "said", "best"),
+    [
+        (3.0004, "ended at its best, 3.000", False),  # the same number for a reader
+        (3.005, "ended at 3.005, near its best, 3.000 at step 350", True),
+    ],
+)
+def test_the_best_validation_loss_is_one_number_in_the_whole_report(make_run, last, said, best):
+    vals = [val_row(0, 8.0), val_row(350, 3.0), val_row(STEPS, last)]
+    run = read_run(make_run(rows=[*rows_of(curve), *vals], env={}, config=CONFIG))
+    assert said in "".join(one.text for one in examine(run))
+    assert ("with the best" in sentence(summarize(run))) == best
 
 
 def test_a_validation_loss_within_its_error_does_not_rise(make_run):

@@ -179,7 +179,10 @@ def validation(run: RunData, curve: Curve) -> list[Finding]:
         why = f" while the training loss fell by {fell:.3f}: it overfits" if fell > 0.02 else ""
         text = f"the validation loss has risen by {last - best:.3f} since step {best_row['step']:,}{why}"
         return [Finding("bad", "validation rising", text)]
-    return [Finding("good", "validation", f"the validation loss ended at its best, {last:.3f}")]
+    text = f"the validation loss ended at its best, {last:.3f}"
+    if f"{best:.3f}" != f"{last:.3f}":
+        text = f"the validation loss ended at {last:.3f}, near its best, {best:.3f} at step {best_row['step']:,}"
+    return [Finding("good", "validation", text)]
 
 
 def epochs_read(run: RunData) -> float | None:

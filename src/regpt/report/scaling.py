@@ -86,14 +86,27 @@ def points_of_run(run: RunData, key: str, which: Which, parameters: float) -> li
 
 
 def doubts_about(runs: Sequence[RunData], which: Which) -> list[str]:
-    """A sentence for each run whose last validation may mislead, as it is unfinished."""
+    """A sentence for each run that may mislead: it began with trained weights, or is unfinished."""
     ended = [(run, summarize(run)) for run in runs if which == "final"]
     return [
+        f"run {run.name!r} began with trained weights ({origin}): the law takes it as trained from scratch; leave "
+        "it out"
+        for run in runs
+        if (origin := origin_of(run))
+    ] + [
         f"run {run.name!r} is unfinished ({one.steps:,} of {one.planned_steps:,.0f} steps): where the learning rate "
         "decays, its loss is too high"
         for run, one in ended
         if one.planned_steps and one.steps < one.planned_steps
     ]
+
+
+def origin_of(run: RunData) -> str:
+    """The flag that gave the run trained weights, and their model; empty where it began with random ones."""
+    if source := run.env.get("init_from"):
+        return f"--init-from {source}"
+    parent = run.env.get("parent")
+    return f"--fork-from {parent.get('checkpoint')}" if isinstance(parent, dict) else ""
 
 
 def parameters_of(run: RunData, count: Count) -> float:

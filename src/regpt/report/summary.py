@@ -114,7 +114,7 @@ def outcome(summary: RunSummary) -> str:
         text += f"is {loss(summary.last_val[1])}"
     else:
         text += f"went from {loss(summary.first_val[1])} to {loss(summary.last_val[1])}"
-    if summary.best_val[0] != summary.last_val[0]:
+    if loss(summary.best_val[1]) != loss(summary.last_val[1]):
         text += f", with the best, {loss(summary.best_val[1])}, at step {summary.best_val[0]:,}"
     if summary.unigram_loss is not None:
         text += f"; a unigram model would reach {loss(summary.unigram_loss)}"
