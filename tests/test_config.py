@@ -1,5 +1,6 @@
 """The configuration of a run: strict reading, what comes from where, and the way to a file and back."""
 
+import errno
 import re
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import pytest
 
 import regpt
 from regpt.config import RunConfig, read_config, recipe_names
-from regpt.errors import UsageError
+from regpt.errors import UsageError, UserError
+from regpt.structured import MAX_TOML_BYTES
 
 
 def read(tmp_path: Path, text: str) -> RunConfig:
@@ -97,6 +99,26 @@ def test_a_mistake_is_one_sentence_with_the_key_and_the_way_out(tmp_path: Path, 
 def test_an_unknown_recipe_or_file_is_refused(name: str, sentence: str):
     with pytest.raises(UsageError, match=sentence):
         read_config(name)
+
+
+@pytest.mark.parametrize("kind", ["locked", "large", "pointer"])
+def test_a_file_that_cannot_be_read_is_not_called_invalid_toml(tmp_path: Path, monkeypatch, kind: str):
+    path = tmp_path / "x.toml"
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12\n"
+    path.write_text(pointer if kind == "pointer" else "", encoding="utf-8")
+    if kind == "large":
+        path.write_bytes(b"#" * (MAX_TOML_BYTES + 1))
+    if kind == "locked":  # root may read what nobody may
+
+        def refuse(*_: object) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+        monkeypatch.setattr(Path, "open", refuse)
+    sentence = {"locked": "Permission denied", "large": "too much for its kind", "pointer": "LFS"}[kind]
+    with pytest.raises(UserError, match=sentence) as caught:
+        read_config(str(path))
+    assert "TOML" not in str(caught.value)
+    assert caught.value.exit_code == 1
 
 
 def test_a_file_that_is_not_text_is_refused(tmp_path: Path):

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from regpt.checkpoint.config import CheckpointConfig
 from regpt.data.config import DataConfig
-from regpt.errors import UsageError, nearest
+from regpt.errors import UsageError, UserError, nearest
 from regpt.evals.config import EvalConfig
 from regpt.files import at_home, is_file
 from regpt.kernels.config import FP8_MULTIPLE
@@ -122,6 +122,7 @@ def read_config(name: str) -> RunConfig:
 
     Raises:
         UsageError: no such recipe or file, broken TOML, an unknown key, a value of the wrong type or out of range.
+        UserError: a file that cannot be read.
     """
     return validate_config(read_values(name), name)
 
@@ -130,7 +131,7 @@ def read_values(name: str) -> dict[str, Any]:
     """Nested values of a recipe or file, over those of the recipe that it names."""
     try:
         values = parse_toml(read_text(name))
-    except UsageError:
+    except UserError:
         raise
     except ValueError as error:
         raise UsageError(f"{name} is not valid TOML: {error}; correct the file") from None
@@ -151,7 +152,7 @@ def read_text(name: str) -> str:
     if not is_file(path):
         raise UsageError(f"the file {name!r} does not exist; give an existing .toml file or {known_recipes()}")
     try:
-        return read_small(path, "give a .toml file", MAX_TOML_BYTES).decode()
+        return read_small(path, "make it a readable file, or give another .toml file", MAX_TOML_BYTES).decode()
     except UnicodeDecodeError:
         raise UsageError(f"{name} is not UTF-8 text; give a .toml file") from None
 

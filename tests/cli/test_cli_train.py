@@ -99,7 +99,7 @@ def test_a_run_starts_from_the_weights_of_another(regpt, finished_run: Path, tin
         (["--model.n-embd", "15"], 2, ["model.n_embd = 15 is not divisible by model.n_head = 2"]),
         (["--train.batch-tokens", "1048576"], 1, ["1,048,576", "tokens"]),
         (["--nproc", "8", "--train.micro-batch-rows", "1"], 2, ["8 processes", "4 rows"]),
-        (["--nproc", "-1"], 2, ["--nproc is -1", "0 or more"]),
+        (["--nproc", "0"], 2, ["--nproc is 0", "at least 1"]),
         (["--train.device", "cuda"], 2, ["'cuda' is not available", "cpu"]),
         (["--init-from", "/no/such/model"], 2, ["/no/such/model"]),
         (["--optim.decay-steps", "1"], 2, ["optim.decay_steps is 1", "warmup takes 1"]),

@@ -177,6 +177,7 @@ def test_what_cannot_be_evaluated_is_one_sentence(run, tmp_path, tokenizer, toke
     refused(UserError, "the split has 8 tokens and one row needs 9", run, "--data", small)
     refused(UsageError, "seq-len is 17, must be between 1 and the model's 16", run, "--seq-len", 17)
     refused(UsageError, "seq-len is 0", run, "--seq-len", 0)
+    refused(UsageError, "nproc is 0, must be at least 1", run, "--nproc", 0)
     refused(UsageError, "batch-rows is 0", run, "--batch-rows", 0)
     refused(UsageError, "val-tokens is 7, must be at least one row of 8", run, "--val-tokens", 7)
     refused(UsageError, "val-tokens is -1", run, "--val-tokens", -1)
@@ -259,6 +260,11 @@ def test_items_longer_than_the_model_are_counted_and_said(evaluate, run, tmp_pat
     assert main([str(run), "--device", "cpu", "--tasks", f"mc:{path}"]) == 0
     said = capsys.readouterr().out
     assert f"2 of 4 items of mc:{path} are longer than the model's 16 tokens: the beginning of their context" in said
+
+
+@pytest.mark.parametrize("flag", [("--items", "DIR"), ("--max-items", "3"), ("--max-seconds", "3")])
+def test_flags_of_items_are_refused_where_no_task_has_any(run, flag):
+    refused(UsageError, f"{flag[0]} would change nothing with --tasks val", run, *flag)
 
 
 def test_limits_below_zero_are_refused(run, questions):

@@ -223,6 +223,20 @@ def test_an_unfinished_run_is_said_to_be(grid, make_run, capsys):
     assert doubts_about([read_run(short)], "all") == []
 
 
+@pytest.mark.parametrize(
+    ("env", "origin"),
+    [
+        ({"init_from": "gpt2"}, "--init-from gpt2"),
+        ({"parent": {"checkpoint": "a/checkpoints/step-00000002"}}, "--fork-from a/checkpoints/step-00000002"),
+    ],
+)
+def test_a_run_that_began_with_trained_weights_is_doubted(make_run, env, origin):
+    run = read_run(scaling_run(make_run, 64, 40, **env))
+    for points in ("final", "all"):
+        (doubt,) = doubts_about([run], points)
+        assert f"began with trained weights ({origin})" in doubt
+
+
 def test_a_recipe_can_be_predicted(grid, capsys):
     assert main([*grid, "--predict", "gpt2-124m", "--bootstrap", "0", "--json", "-"]) == 0
     prediction = json.loads(capsys.readouterr().out)["prediction"]
@@ -236,6 +250,7 @@ def test_a_recipe_can_be_predicted(grid, capsys):
     [
         (["--parameters", "1e9"], "needs --parameters and --tokens"),
         (["--parameters", "0", "--tokens", "1"], "must be above 0"),
+        (["--parameters", "1", "--tokens", "nan"], "--tokens is nan, must be above 0"),
         (["--predict", "gpt2-124m", "--parameters", "1"], "give one of them"),
         (["--bootstrap", "-1"], "must be 0 or more"),
         (["--out", "law.pdf"], r"\.png or \.svg"),

@@ -101,7 +101,11 @@ def test_standard_input_that_is_no_text_is_a_user_error(checkpoint, monkeypatch)
     [
         (["--prompt", "a", "-n", "0"], "-n is 0, must be at least 1"),
         (["--prompt", "a", "--max-new-tokens", "0"], "max-new-tokens is 0, must be at least 1"),
-        (["--prompt", "a", "--temperature", "0"], "temperature is 0.0, must be above 0"),
+        (["--prompt", "a", "--temperature", "0"], "temperature is 0.0, must be above 0 and finite; top-k 1"),
+        (["--prompt", "a", "--temperature", "nan"], "temperature is nan, must be above 0 and finite; top-k 1"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature is -1.0, must be above 0"),
+        (["--prompt", "a", "--temperature", "inf"], "temperature is inf, must be above 0 and finite"),
+        (["--prompt", "a", "--top-p", "nan"], "top-p is nan, must be above 0 and at most 1"),
         (["--prompt", "a", "--top-k", "-1"], "top-k is -1"),
         (["--prompt", "a", "--top-p", "2"], "top-p is 2.0"),
         (["--prompt", "a", "--seed", "-1"], "seed is -1"),

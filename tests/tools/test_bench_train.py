@@ -194,7 +194,7 @@ def test_the_attention_backend_is_the_one_that_torch_chooses(monkeypatch: pytest
     [
         (["--steps", "0"], 2, ["--steps is 0", "at least 1"]),
         (["--warmup", "0"], 2, ["--warmup is 0", "at least 1"]),
-        (["--nproc", "-1"], 2, ["--nproc is -1", "0 or more"]),
+        (["--nproc", "0"], 2, ["--nproc is 0", "at least 1"]),
         (["--nproc", "3"], 2, ["3 processes", "192"]),
         (["--nproc", "16"], 2, ["16 processes", "8 rows"]),
         (["--data", "/no/such/folder"], 1, ["/no/such/folder", "does not exist"]),

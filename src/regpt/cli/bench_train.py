@@ -37,7 +37,7 @@ class BenchTrainArgs:
     """Steps that are timed."""
     warmup: Annotated[int, Range(1, MANY)] = 5
     """Steps before them, the first one with its compilation included."""
-    nproc: Annotated[int, Range(0, PROCESSES)] = 0
+    nproc: Annotated[int | None, tyro.conf.arg(metavar="INT"), Range(1, PROCESSES)] = None
     """Start this many processes on this machine (torchrun): one a GPU, or several on the CPU."""
     data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Folder of token shards, or several as DIR=WEIGHT; without it, invented tokens."""

@@ -15,7 +15,7 @@ from regpt.cli.output import OTHER_JSON
 from regpt.cli.parse import parse
 from regpt.console.lines import print_json, print_line, print_note
 from regpt.console.text import counted
-from regpt.errors import UserError
+from regpt.errors import UsageError, UserError
 from regpt.evals.specs import parse_tasks
 from regpt.files import write_json
 from regpt.ranges import LONG, MANY, PROCESSES, Range
@@ -61,7 +61,7 @@ class EvalArgs:
     """Number format of the computation; bf16 is the fast one on GPUs."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile what scores tasks with torch.compile; auto: on CUDA devices."""
-    nproc: Annotated[int, Range(0, PROCESSES)] = 0
+    nproc: Annotated[int | None, tyro.conf.arg(metavar="INT"), Range(1, PROCESSES)] = None
     """Start this many processes on this machine (torchrun) that share the work: one a GPU, or several on the CPU."""
 
 
@@ -69,6 +69,7 @@ def main(args: list[str]) -> int:
     """Parse, evaluate, print."""
     given = parse(EvalArgs, args, prog="regpt eval")
     specs = parse_tasks(given.tasks)
+    refuse_useless(given, {spec.kind for spec in specs})
     from regpt.checkpoint.best import at_step
     from regpt.parallel.launch import launch
     from regpt.parallel.mesh import open_mesh, under_launcher
@@ -106,6 +107,17 @@ def main(args: list[str]) -> int:
     for sentence in found.failures:
         print_note(sentence)
     return 1 if found.failures else 0
+
+
+def refuse_useless(given: EvalArgs, kinds: set[str]) -> None:
+    """Raise a UsageError for flags of tasks that are not evaluated."""
+    values = {"--items": given.items, "--max-items": given.max_items, "--max-seconds": given.max_seconds}
+    useless = [flag for flag, value in values.items() if value]
+    if kinds == {"val"} and useless:
+        raise UsageError(
+            f"{' and '.join(useless)} would change nothing with --tasks val, which has no items; name another task too "
+            "(--tasks val,hellaswag), or leave it out"
+        )
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from regpt.ranges import SEED, Range
 TRUTH = {"true": "True", "false": "False"}
 NEAR = 3  # names that are offered for one that does not exist
 HELP = ("-h", "--help")
-NATURAL = Range(0, SEED)  # of a number that has no range of its own
+NATURAL = Range(0, SEED)  # of a whole number that has no range of its own
 TEXT = ("--prompt", "--sample.prompt", "--sample.more-prompts", "--separator", "--template", "--text-column", "--token")
 WANTED = {int: "a whole number", float: "a number"}
 
@@ -28,7 +28,7 @@ class Flag:
         name: such as `--train.steps`, or the metavar of a positional argument.
         kinds: types of its value, such as `int`.
         choices: words that it takes, next to values of `kinds`.
-        allowed: range of its numbers.
+        allowed: range of its numbers; None leaves them to the command.
         many: it takes several values.
         switch: it takes no value; `--no-…` turns it off.
         positional: it has no name on the command line.
@@ -38,7 +38,7 @@ class Flag:
     name: str
     kinds: tuple[Any, ...]
     choices: tuple[str, ...] = ()
-    allowed: Range = NATURAL
+    allowed: Range | None = None
     many: bool = False
     switch: bool = False
     positional: bool = False
@@ -70,7 +70,7 @@ def walk(command: type, prefix: str, switches: bool) -> Iterator[tuple[str, Flag
             name=metavar if positional else f"--{prefix}{name}".replace("_", "-"),
             kinds=kinds,
             choices=choices,
-            allowed=next((note for note in notes if isinstance(note, Range)), NATURAL),
+            allowed=next((note for note in notes if isinstance(note, Range)), NATURAL if int in kinds else None),
             many=get_origin(kind) in (tuple, dict),
             switch=switches and kind is bool,
             positional=positional,
@@ -161,7 +161,7 @@ def check_value(name: str, flag: Flag, value: str) -> None:
             number = kind(value) if kind in WANTED else None
         except ValueError:  # not this one, or a million digits
             continue
-        if number is not None and (problem := flag.allowed.problem(number)):
+        if number is not None and flag.allowed and (problem := flag.allowed.problem(number)):
             raise UsageError(f"{name.removeprefix('--') if '.' in name else name} is {value}, {problem}")
         return
     wanted = [*flag.choices, *(WANTED.get(kind, kind.__name__) for kind in flag.kinds)]

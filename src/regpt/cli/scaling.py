@@ -14,7 +14,7 @@ from regpt.cli.table import print_rows
 from regpt.console.lines import print_json, print_line
 from regpt.errors import UsageError, UserError
 from regpt.files import write_errors, write_json
-from regpt.ranges import Range
+from regpt.ranges import LARGE, Range
 
 if TYPE_CHECKING:
     from regpt.report.scaling import ScalingFit
@@ -35,9 +35,9 @@ class ScalingArgs:
     """Fits to resampled residuals, for the uncertainty; 0 for none."""
     predict: Annotated[str | None, tyro.conf.arg(metavar="RECIPE|FILE.toml")] = None
     """Predict the loss of this configuration's run."""
-    parameters: Annotated[float | None, tyro.conf.arg(metavar="N")] = None
+    parameters: Annotated[float | None, tyro.conf.arg(metavar="N"), Range(0, LARGE, above=True)] = None
     """Predict the loss of a run with so many parameters, and --tokens."""
-    tokens: Annotated[float | None, tyro.conf.arg(metavar="D")] = None
+    tokens: Annotated[float | None, tyro.conf.arg(metavar="D"), Range(0, LARGE, above=True)] = None
     """Tokens of the predicted run; with --predict the configuration's own by default."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png|.svg")] = None
     """Draw the law over its points into this file."""
@@ -80,10 +80,6 @@ def check_arguments(given: ScalingArgs) -> None:
     """Refuse contradicting arguments."""
     if len(given.runs) < 2:
         raise UsageError("a scaling law needs several runs; regpt scaling RUN RUN RUN …")
-    for name in ("parameters", "tokens"):
-        value = getattr(given, name)
-        if value is not None and not value > 0:
-            raise UsageError(f"--{name} is {value}, must be above 0")
     if given.predict is not None and given.parameters is not None:
         raise UsageError("--predict and --parameters both name the run to predict; give one of them")
     if (given.parameters is None) != (given.tokens is None) and given.predict is None:

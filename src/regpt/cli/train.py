@@ -43,7 +43,7 @@ class Train:
     """With --resume: also with settings that make another run of it."""
     init_from: str = ""
     """Start from the weights of this model: a run, a checkpoint, a Hugging Face folder or hub name such as gpt2."""
-    nproc: Annotated[int, Range(0, PROCESSES)] = 0
+    nproc: Annotated[int | None, tyro.conf.arg(metavar="INT"), Range(1, PROCESSES)] = None
     """Start this many processes on this machine (torchrun): one a GPU, or several on the CPU."""
     profile: Annotated[int, Range(0, MANY)] = 0
     """Record so many steps from the fourth on: RUN/profile gets a Chrome trace and the ten largest costs."""
@@ -154,7 +154,7 @@ def start(given: Train, args: list[str]) -> Callable[[], int]:
             remote.refuse_used()
         check(given.config, None if remote else run, processes=given.nproc or launcher_world_size())
     if given.nproc and not under_launcher():
-        return partial(launched, given, run, given.out, args)
+        return partial(launched, given, given.nproc, run, given.out, args)
     if again:
         return partial(go_on, run, remote=remote)
     options: dict[str, Any] = {"argv": argv, "profile_steps": given.profile, "remote": remote}
@@ -173,7 +173,7 @@ def resume_run(given: Train, args: list[str]) -> Callable[[], int]:
     if launcher_rank() == 0:
         check(given.config, None, processes=given.nproc or launcher_world_size())
     if given.nproc and not under_launcher():
-        return partial(launched, given, run, given.resume, args)
+        return partial(launched, given, given.nproc, run, given.resume, args)
     options: dict[str, Any] = {"force": given.force, "profile_steps": given.profile, "remote": remote}
     return partial(go_on, run, given.config, **options)
 
@@ -188,8 +188,8 @@ def place(name: str, config: RunConfig) -> tuple[Path, RemoteRun | None]:
     return remote.folder, remote
 
 
-def launched(given: Train, run: Path, name: str, args: list[str]) -> int:
-    """The command as several processes, started again from the last checkpoint when one of them dies.
+def launched(given: Train, processes: int, run: Path, name: str, args: list[str]) -> int:
+    """The command as that many processes, started again from the last checkpoint when one of them dies.
 
     `name` is what was typed for `run`.
     """
@@ -201,7 +201,7 @@ def launched(given: Train, run: Path, name: str, args: list[str]) -> int:
         return ["train", *args] if given.resume or not is_run(run) else ["train", "--resume", name]
 
     return launch(
-        given.nproc,
+        processes,
         ["train", *args],
         again=again,
         progress=lambda: [folder.name for folder in checkpoints(run)],
