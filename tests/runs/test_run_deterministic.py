@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -148,10 +149,11 @@ def test_the_micro_batch_is_pinned():
 def test_the_fused_kernels_give_way(config, monkeypatch):
     from regpt.runs.build import choose_kernels
 
-    for obstacle in ("device_obstacle", "model_obstacle"):
-        monkeypatch.setattr(select, obstacle, lambda *args, **kwargs: None)
+    monkeypatch.setattr(select, "device_obstacle", lambda *args: None)
+    family = replace(select.FAMILIES["gpt2"], obstacle=lambda *args: None)
+    monkeypatch.setitem(select.FAMILIES, "gpt2", family)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    model = tiny.build_model(config=config.model)
+    model = tiny.build_model(config=config.model, dtype=torch.float32)
     assert choose_kernels(config, model, torch.device("cuda")).name == "plain"
     assert (
         choose_kernels(tiny.change(config, "train", deterministic=False), model, torch.device("cuda")).name == "fused"
