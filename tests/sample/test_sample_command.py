@@ -135,7 +135,7 @@ def test_a_terminal_sees_one_sample_as_it_is_made_the_same_text(capsys, checkpoi
     whole = run(capsys, *options)
     written: list[str] = []
     monkeypatch.setattr("regpt.cli.sample.is_terminal", lambda stream: True)
-    monkeypatch.setattr("regpt.cli.sample.write", lambda stream, text: written.append(text))
+    monkeypatch.setattr("regpt.cli.sample.write_stream", lambda stream, text: written.append(text))
     run(capsys, *options)
     assert "".join(written) == whole.removesuffix("\n")
     assert len(written) > 3
