@@ -11,7 +11,7 @@ checkpoint/  state → disk        save, load, verify; `open_model` finds a mode
 evals/       model → numbers     validation loss, bits per byte
 sample/      model → text        sampling, generation with a key/value cache
 report/      run → pictures      one self-contained page a run
-tools/       before and beside   the plan of a run, the doctor, the benchmarks
+tools/       around a run        the plan of a run, the doctor, the benchmarks
 runs/        all of it           composition roots: configuration → objects → Trainer.fit()
 api/         the Python way in   regpt.load, prepare, train, evaluate, read_run (docs/api.md), imported on first use
 cli/         the command line    one short file a command

@@ -1,4 +1,4 @@
-"""The whole configuration of a run: the sections that live beside their consumers, read strictly from TOML.
+"""The whole configuration of a run: the sections, each in the room of its consumer, read strictly from TOML.
 
 A file may name the recipe it changes (`recipe = "gpt2-124m"`); what it does not set comes from there. Precedence:
 defaults < recipe < file < flags.

@@ -89,7 +89,7 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoint folders of `run`, the oldest step first, whether intact or not.
 
-    Where a crash left the successor of a folder beside it (`files.put_in_place`), the successor comes later.
+    Where a crash left the successor of a folder next to it (`files.put_in_place`), the successor comes later.
     """
     folders = (run / CHECKPOINTS).glob("step-*") if is_folder(run) else ()
     real = (f for f in folders if STEP_FOLDER.fullmatch(f.name) and f.is_dir() and not f.is_symlink())

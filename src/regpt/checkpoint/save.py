@@ -33,7 +33,7 @@ class Contents:
 
     Attributes:
         config: shape of the model.
-        tokenizer: stored beside the weights.
+        tokenizer: stored next to the weights.
         weights: all of them, learning or not, at the real vocabulary size, the tied head once.
         optimizer: tensors named `exp_avg/<parameter>`, `exp_avg_sq/<parameter>`, without padding rows.
         average: exponential moving average of the weights, named and shaped like them; empty when none is kept.

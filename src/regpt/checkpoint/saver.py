@@ -168,7 +168,7 @@ class Saver:
 
 
 ALIGNMENT = 16  # bytes between the starts of tensors in a buffer: the largest type has 16
-SPARE_BYTES = 1 << 30  # of a device, left to the training step beside the copy
+SPARE_BYTES = 1 << 30  # of a device, left to the training step next to the copy
 
 
 @dataclass
@@ -262,7 +262,7 @@ def padded(size: int) -> int:
 
 
 def views_of(buffer: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors in `buffer` (bytes,), one behind the other, of the shapes and types of `like`."""
+    """Tensors in `buffer` (bytes,), one after the other, of the shapes and types of `like`."""
     views, start = {}, 0
     for name, tensor in like.items():
         views[name] = buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)

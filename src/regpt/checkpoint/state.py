@@ -44,7 +44,7 @@ class RunState:
         step: updates made.
         data: the position in the data, and which data that is.
         schedule: what set the learning rate: name, length, rate of the last update.
-        trainer: what the trainer keeps beside weights and moments, such as the scaler of float16.
+        trainer: state of the trainer besides weights and moments, such as the scaler of float16.
         average_updates: updates in the moving average of the weights, where one is kept.
         random: for each process, the states of its global generators (see `generator_states`).
         config: the whole configuration of the run, as in config.toml.

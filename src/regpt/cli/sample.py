@@ -17,7 +17,7 @@ from regpt.train.config import InferencePrecision
 
 @dataclass(frozen=True)
 class SampleArgs:
-    """Continue a prompt several times; every sample is printed behind "> "."""
+    """Continue a prompt several times; every sample is printed after "> "."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run or checkpoint folder, the address of one (s3://…), a Hugging Face folder, or a hub name such as gpt2."""

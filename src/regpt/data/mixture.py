@@ -88,7 +88,7 @@ def whole_shares(weights: Mapping[str, float]) -> list[int]:
     Where that makes a period longer than `MAX_PERIOD`, each share is rounded to a whole number of `MAX_PERIOD`ths.
 
     Raises:
-        UsageError: a weight too small beside the others.
+        UsageError: a weight too small next to the others.
     """
     exact = [Fraction(str(weight)) for weight in weights.values()]
     total = sum(exact)

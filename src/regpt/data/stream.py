@@ -69,7 +69,7 @@ class Span:
         self.epoch_tokens = end - begin
 
     def tokens(self, start: int, count: int) -> np.ndarray:
-        """What lies behind the end is the stream's, whose rows a caller leaves out."""
+        """Tokens after the end are the stream's; a caller leaves out their rows."""
         return self.stream.tokens(self.begin + start, count)
 
 
@@ -127,7 +127,7 @@ class StoredTokens:
         return tokens
 
     def check_sizes(self, shard: np.ndarray) -> None:
-        """Raise a UserError for one of these shards that was cut since it was opened: to read behind the end of a file
+        """Raise a UserError for one of these shards that was cut since it was opened: to read after the end of a file
         that is mapped ends the process with SIGBUS. A microsecond a shard; a cut during a read is still possible."""
         for k in np.flatnonzero(np.bincount(shard)).tolist():
             if self.files[k].size() < self.sizes[k]:

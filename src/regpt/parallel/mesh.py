@@ -187,7 +187,7 @@ def joined(device_name: str, hang_seconds: float) -> Iterator[Mesh]:
     mesh = Mesh(rank, world_size, device)
     with watched(mesh.pulse, rank, world_size, lambda: meeting_point(name), hang_seconds):
         with mesh.pulse.waiting("the beginning of all processes"):
-            # On GPUs both: what the processes agree on beside the gradients goes through the CPU, and waits for no
+            # On GPUs both: what the ranks agree on besides gradients goes through the CPU, and waits for no
             # kernel.
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=BACKEND_TIMEOUT, **place)

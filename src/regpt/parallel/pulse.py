@@ -23,7 +23,7 @@ LONGEST_PAUSE = 5.0  # seconds between two notes
 
 
 class HeartbeatStore(Protocol):
-    """What is needed of torch.distributed's stores."""
+    """The methods that heartbeats use of torch.distributed's stores."""
 
     def set(self, key: str, value: str, /) -> None: ...
     def get(self, key: str, /) -> bytes: ...
@@ -31,7 +31,7 @@ class HeartbeatStore(Protocol):
 
 
 class Pulse:
-    """What one process is doing. `step` is the update it works on; all processes begin the same waits in order."""
+    """Heartbeat of one rank. `step` is the update it works on; all processes begin the same waits in order."""
 
     def __init__(self) -> None:
         self.step = 0
@@ -132,7 +132,7 @@ class Watch:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def notes(self, store: HeartbeatStore | None) -> dict[int, Mapping[str, Any]]:
-        """What every process wrote last, as far as the store can be reached."""
+        """Last heartbeat of every rank, as far as the store can be reached."""
         notes: dict[int, Mapping[str, Any]] = {}
         with contextlib.suppress(Exception):
             for rank in range(self.world_size):

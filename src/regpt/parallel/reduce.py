@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-BUCKET_BYTES = 64 * 2**20  # large enough for full bandwidth, small beside the gradients themselves
+BUCKET_BYTES = 64 * 2**20  # large enough for full bandwidth, small next to the gradients
 
 
 def sum_in_buckets(tensors: Sequence[Tensor], all_reduce: Callable[[Tensor], object]) -> None:

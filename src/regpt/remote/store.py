@@ -1,4 +1,4 @@
-"""A folder behind an address that fsspec knows (s3://, gs://, …): its files by their names in it.
+"""A folder at an address that fsspec knows (s3://, gs://, …): its files by their names in it.
 
 Credentials, regions and endpoints are those of s3fs and gcsfs, as for sources of text (`remote.buckets`). Nothing is
 remembered between calls: another machine may have written meanwhile.

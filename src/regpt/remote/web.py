@@ -1,4 +1,4 @@
-"""Files behind http and https: their size and hash, and a stream from any offset."""
+"""Files at http and https addresses: their size and hash, and a stream from any offset."""
 
 import base64
 import re

@@ -1,4 +1,4 @@
-"""What a run does around its updates: rows of metrics, validation, samples, checkpoints."""
+"""Actions of a run around its updates: rows of metrics, validation, samples, checkpoints."""
 
 import json
 import time
@@ -43,7 +43,7 @@ SAMPLED_WINDOWS = 16  # a few milliseconds each; what the whole epoch leaves out
 
 
 class RunActions:
-    """What a run does around its updates (`train.trainer.Actions`), and what it keeps of them in its folder.
+    """The actions of a run around its updates (`train.trainer.Actions`), recorded in its folder.
 
     Args:
         run: begun.
@@ -204,7 +204,7 @@ class RunActions:
 
 
 def run_state(run: Run, step: int, random: list[dict[str, str]]) -> RunState:
-    """What state.json says after `step` updates."""
+    """The content of state.json after `step` updates."""
     config = run.config
     data = config.data
     next_row = run.loader.first_row + (step + run.trainer.skipped) * run.loader.batch_rows

@@ -1,4 +1,4 @@
-"""Where a run begins: at random weights, another model's, a checkpoint of its own or of another run."""
+"""Start of a run: random weights, another model, a checkpoint of its own or of another run."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
@@ -50,7 +50,7 @@ def run_mesh(config: RunConfig) -> AbstractContextManager[Mesh]:
 
 
 class Run:
-    """A training run: what it is made of, by its configuration, and where it begins.
+    """A training run: its parts, from its configuration, and its start.
 
     Attributes:
         loader, trainer, average, chosen: from `begin` on; `chosen` is what was chosen for this device, for env.json.
@@ -107,15 +107,15 @@ def with_whole_paths(config: EvalConfig) -> EvalConfig:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins, or goes on.
+    """Start of a run.
 
     Attributes:
         step: updates made.
         first_row: of the loader.
-        trainer: what the trainer's `state` gave then.
+        trainer: the trainer's `state`.
         random: the states of this process's random generators, where they are known.
         average: of the weights, and the updates in it; None where the run begins with a new one.
-        event: what metrics.jsonl says about it.
+        event: its row of metrics.jsonl.
         changed: settings, from those before, in words.
         save: whether to save at once: the first checkpoint of the run's own.
     """

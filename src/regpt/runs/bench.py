@@ -148,7 +148,7 @@ def bench_train(
 
 
 def describe(trainer: Trainer, config: RunConfig, mesh: Mesh) -> dict[str, Any]:
-    """What runs, where and how."""
+    """Describe the model, the device and the path of a benchmark."""
     model, train, rows = trainer.model, trainer.config, trainer.micro_batch.rows
     masked = config.data.document_mask
     kernels = choose_kernels(config, model, mesh.device)

@@ -50,7 +50,7 @@ class DataFolder:
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a run reads: one data folder, or several of them, `shares[k]` rows of folder k in every `sum(shares)`."""
+    """The data of a run: one data folder, or several of them, `shares[k]` rows of folder k in every `sum(shares)`."""
 
     folders: tuple[DataFolder, ...]
     shares: tuple[int, ...]
@@ -73,7 +73,7 @@ class Corpus:
         return self.folders[0].manifest.vocab_size
 
     def facts(self) -> dict[str, Any]:
-        """What env.json says about it."""
+        """Its facts for env.json."""
         return {
             "path": " + ".join(str(folder.path) for folder in self.folders),
             "manifest_sha256": self.manifest_sha256,
@@ -87,7 +87,7 @@ class Corpus:
         }
 
     def sources(self) -> list[dict[str, Any]]:
-        """What the manifests say of where the text came from."""
+        """Sources of the text, from the manifests."""
         return [source for folder in self.folders for source in folder.manifest.sources]
 
     def text_bytes(self, split: str) -> int | None:
@@ -259,7 +259,7 @@ def count_validation_rows(config: RunConfig, corpus: Corpus) -> int:
 
 
 def validation_parts(config: RunConfig, corpus: Corpus) -> list[ValidationPart]:
-    """What each validation reads, source by source; empty when there is no validation split."""
+    """The rows of each validation, source by source; empty when there is no validation split."""
     n_rows, T = count_validation_rows(config, corpus), config.data.seq_len
     if not n_rows:
         return []

@@ -1,4 +1,4 @@
-"""What differs between the configuration of a checkpoint and the one to go on with, and what that means."""
+"""Differences between the configurations of a checkpoint and of its resume, and their consequences."""
 
 from collections.abc import Mapping
 from typing import Any

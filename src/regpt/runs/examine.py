@@ -1,4 +1,4 @@
-"""What there is to know of one step's batch: which processes, documents and weights make its loss what it is."""
+"""Diagnosis of the batch of a step: ranks, documents and weights that make its loss not finite."""
 
 import json
 import math

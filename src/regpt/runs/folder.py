@@ -1,4 +1,4 @@
-"""The run folder: what is written where. Its layout is stable; see docs/formats.md."""
+"""The run folder. Its layout is stable; see docs/formats.md."""
 
 import json
 import platform
@@ -166,7 +166,7 @@ class JsonLines:
 
 
 def describe_environment(mesh: Mesh, data: dict[str, Any], parameters: int, argv: Sequence[str]) -> dict[str, Any]:
-    """What a run ran on and with: env.json; `data` says what it reads."""
+    """The content of env.json: environment of a run; `data` describes its data."""
     return {
         **made_with(mesh),
         "commit": source_commit(),
@@ -181,7 +181,7 @@ def describe_environment(mesh: Mesh, data: dict[str, Any], parameters: int, argv
 
 
 def made_with(mesh: Mesh) -> dict[str, Any]:
-    """What computes."""
+    """Facts about the computing device."""
     return {
         "regpt": regpt.__version__,
         "torch": torch.__version__,
@@ -192,7 +192,7 @@ def made_with(mesh: Mesh) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """What computes: the GPU's name, or the kind of device and its threads."""
+    """Name of the computing device: the GPU's name, or the kind of device and its threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} with {counted(torch.get_num_threads(), 'thread')}"

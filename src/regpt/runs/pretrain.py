@@ -245,7 +245,7 @@ def train(
 
 
 def make_saver(folder: Path, config: RunConfig, mirror: Mirror | None, terminal: Terminal) -> Saver:
-    """What writes checkpoints; it and `mirror` know of each other."""
+    """The writer of checkpoints, connected with `mirror`."""
     saver = Saver(folder, config.checkpoint)
     if mirror is not None:
         saver.in_use, saver.saved = (lambda folder: folder == mirror.uploading), mirror.notify

@@ -1,4 +1,4 @@
-"""Runs whose folder is behind an address (s3://…): written on this machine, copied there by `remote.mirror`.
+"""Runs whose folder is at an address (s3://…): written on this machine, copied there by `remote.mirror`.
 
 The local folder, the staging folder, is as that of any run, with its lock, its checkpoints, its metrics. It holds what
 the store holds, and perhaps more, as long as the newest claim in the store's lease is its own; otherwise another
@@ -109,7 +109,7 @@ class RemoteRun:
         write_json(self.folder / NOTE, {"url": self.url, "claims": claims})
 
     def mirror(self, stack: ExitStack, damaged: Sequence[str] = ()) -> Mirror:
-        """What copies the folder, once started, until `stack` ends, also when an error ends it."""
+        """The mirror of the folder; once started, it copies until `stack` ends, also on an error."""
         self.note([self.lease.claim.token])
         mirror = Mirror(self.folder, self.lease, is_intact, damaged)
         stack.push(lambda kind, error, trace: end(mirror, error))
@@ -193,7 +193,7 @@ def empty(folder: Path) -> None:
 
 
 def content_of(folder: Path) -> list[Path]:
-    """What a staging folder holds; config.toml comes first, so that a crash leaves nothing that seems a whole run."""
+    """Content of a staging folder; config.toml comes first, so that a crash leaves nothing that seems a whole run."""
     paths = [path for path in folder.iterdir() if path.name not in (LOCK, NOTE)]
     return sorted(paths, key=lambda path: path.name != CONFIG)
 

@@ -1,4 +1,4 @@
-"""One step of a run once more, from the checkpoint before it."""
+"""Recompute one step of a run from the checkpoint before it."""
 
 import json
 import math
@@ -115,7 +115,7 @@ def measured(run: Run) -> dict[str, Any]:
 
 
 def recorded(run: Path, step: int) -> dict[str, Any] | None:
-    """What metrics.jsonl says of the step, the last time that it was made or refused on the run's own timeline."""
+    """The row of metrics.jsonl of the step: the last one that was made or refused on the run's own timeline."""
     rows, _ = read_rows(run / "metrics.jsonl")
     found = None
     for row in current(rows, steps_back(rows)):

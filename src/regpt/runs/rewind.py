@@ -1,4 +1,4 @@
-"""Back to the last checkpoint, within a run that goes on."""
+"""Rewind a running run to its last checkpoint."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a training run shows while it runs: a live panel on a terminal, plain lines elsewhere."""
+"""Progress of a training run: a live panel on a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ EVENTS = {  # that are said at once, with the keys of their rows
     "spike": "a spike: loss {loss:.4f}, {score:.1f} deviations above the median (train.on_spike {policy})",
     "rewind": "went back {updates} updates to {checkpoint}, and on with the next batch",
 }
-SMOOTHING = 0.9  # of the rate behind the time left
+SMOOTHING = 0.9  # of the rate that gives the time left
 
 
 class Terminal:

@@ -37,7 +37,7 @@ class Validated:
 
 
 def folder_parts(folder: Path, manifest: Manifest, seq_len: int, limit_tokens: int = 0) -> list[ValidationPart]:
-    """What is read of the split `val` of one folder, as stored.
+    """The split `val` of one folder, as stored.
 
     With one source the first rows of the split, so many that they hold `limit_tokens` (0: all). With several, the first
     rows of each source, which share the limit by their tokens; a row never holds two sources.

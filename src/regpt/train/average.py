@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, kept beside them (Polyak & Juditsky 1992; Morales-Brotons et al. 2024).
+"""Exponential moving average (EMA) of the weights (Polyak & Juditsky 1992; Morales-Brotons et al. 2024).
 
 It changes no update. Its weights are often better than the last ones while the learning rate is high.
 """
@@ -62,7 +62,7 @@ class Average:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], updates: int) -> None:
-        """Go on from what `tensors` gave after `updates`.
+        """Restore what `tensors` returned after `updates`.
 
         Raises:
             UserError: a tensor is missing or of another shape.

@@ -43,7 +43,7 @@ class DataParallel:
         loss_sum: an objective's, as it is written, compiled or by fused kernels.
         parameters: those that learn.
         mesh: the processes of this run.
-        context: what `loss_sum` is called in: autocast, where it does not enter it itself.
+        context: entered around `loss_sum`: autocast, where it does not enter it itself.
     """
 
     def __init__(

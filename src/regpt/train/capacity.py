@@ -25,7 +25,7 @@ class Capacity:
 
 
 def capacity(device: torch.device, processes: int) -> Capacity:
-    """What there is on `device`, caches given back; `processes` share the memory of a CPU."""
+    """Memory of `device`, with caches freed; `processes` share the memory of a CPU."""
     free_memory(device)
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)

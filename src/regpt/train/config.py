@@ -40,7 +40,7 @@ class TrainConfig:
     grad_clip: Annotated[float, Range(0, LARGE)] = 1.0
     """Largest gradient norm, larger ones are scaled down (GPT-3 paper, appendix B); 0 clips nothing."""
     ema_decay: Annotated[float, Range(0, 1, below=True)] = 0.0
-    """Keep an exponential moving average of the weights with this decay, validated and stored beside them (0.999, say);
+    """Keep an exponential moving average (EMA) of the weights with this decay (0.999, say), validated and stored;
     0 keeps none."""
     pad_vocab: bool = True
     """Pad the embedding to a multiple of 128 rows while training; no result depends on it."""
@@ -138,7 +138,7 @@ class LogConfig:
     every_steps: Annotated[int, Range(1, MANY)] = 1
     """Steps between rows of metrics.jsonl; the terminal follows every step."""
     update_ratios_every_steps: Annotated[int, Range(0, MANY)] = 20
-    """Steps between measurements of the updates' size beside the weights'; 0 measures none."""
+    """Steps between measurements of the update-to-weight ratio; 0: never."""
     tensorboard: bool = False
     """Also write the metrics for TensorBoard, into RUN/tensorboard (extra tensorboard)."""
     wandb: Literal["off", "offline", "online"] = "off"

@@ -1,4 +1,4 @@
-"""Data-sheet figures of GPUs: what a step is compared with, and what a plan reckons with.
+"""Data-sheet figures of GPUs: the base of MFU and of plans.
 
 Dense figures: data sheets that print the doubled figure of structured sparsity are halved. Tensor-core figures are
 those that accumulate in float32, as training needs (GeForce cards run these at half the rate of float16 accumulation).

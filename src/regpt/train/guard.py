@@ -1,4 +1,4 @@
-"""Which updates are not applied: those of a loss or gradient that is not finite, and of a loss that jumps up."""
+"""Guard of updates: a loss or gradient that is not finite and a spike of the loss are not applied."""
 
 import math
 from collections import deque
@@ -22,7 +22,7 @@ Policy = Literal["stop", "skip", "rewind", "record", "repeat"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is wrong with a step, and what to do about it. `overflow`: of float16, with the loss scale before.
+    """The fault of a step and the policy for it. `overflow`: of float16, under the loss scale before.
 
     Attributes:
         score: the modified z-score of a spike.
@@ -46,7 +46,7 @@ class Guard:
         self.spiked = -1  # the same, of spikes that were only recorded
 
     def judge(self, updates: int, loss: float, norm: float) -> Verdict | None:
-        """What is wrong with the step after `updates` of them; None when it is to be applied. Counts refusals."""
+        """Verdict on the step after `updates` updates; None when it is to be applied. Counts refusals."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
             enough = self.count(updates) > self.config.max_refused
             return Verdict("non_finite", "stop" if enough else self.config.on_non_finite)
@@ -80,7 +80,7 @@ class Guard:
         return {"losses": list(self.losses), "refused_in_row": self.refused_in_row, "furthest": self.furthest}
 
     def load_state(self, state: Mapping[str, Any], *, rewound: bool = False) -> None:
-        """Go on from what `state` gave; `rewound`: in the same run, which has refused more since.
+        """Restore what `state` returned; `rewound`: in the same run, which has refused more since.
 
         Raises:
             ValueError: a loss that is not finite, which no update has.

@@ -1,4 +1,4 @@
-"""float16's gradient scaler: the loss is made larger, so that small gradients do not vanish on their way back.
+"""float16's gradient scaler: the loss is multiplied so that small gradients do not underflow.
 
 The rule is that of torch.amp.GradScaler (Micikevicius et al. 2018, section 3.2): halve the scale when a gradient
 overflows, double it after 2,000 updates without. Two things differ. An update whose gradients overflow is not lost: the
@@ -52,10 +52,10 @@ class LossScale:
         return {"scale": self.scale, "good_updates": self.good_updates} if self.dynamic else {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave; from the beginning where it gave nothing, in another precision.
+        """Restore what `state` returned; a fresh scale where it returned nothing, in another precision.
 
         Raises:
-            ValueError: the scale is none.
+            ValueError: not a power of two.
         """
         if self.dynamic and state:
             scale = float(state["scale"])

@@ -1,4 +1,4 @@
-"""What a step cost and achieved, in numbers that can be compared with other systems."""
+"""Cost and speed of a step, comparable with other systems."""
 
 import sys
 from pathlib import Path

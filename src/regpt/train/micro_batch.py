@@ -1,4 +1,4 @@
-"""How many rows a process computes at once; fewer after one of the processes ran out of memory."""
+"""Micro-batch size of all ranks; smaller after a rank ran out of memory (OOM)."""
 
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -33,7 +33,7 @@ class MicroBatch:
         rows: to begin with; divides what a process computes in a step.
         mesh: the processes that agree on the number.
         on_fewer: called in every process with the new number, before anything is computed with it.
-        pinned: never go on with fewer, which would round otherwise.
+        pinned: never continue with fewer rows, which rounds differently.
     """
 
     def __init__(self, rows: int, mesh: Mesh, on_fewer: Callable[[int], None] = lambda rows: None, *, pinned=False):
@@ -67,7 +67,7 @@ class MicroBatch:
         return results[0]
 
     def reduce(self) -> None:
-        """Go on with the largest divisor of the present number that is at most half of it."""
+        """Continue with the largest divisor of the present number that is at most half of it."""
         if self.rows == 1:
             raise UserError(f"out of memory with train.micro_batch_rows = 1, the smallest; {self.advice()}")
         if self.pinned:
@@ -79,7 +79,7 @@ class MicroBatch:
         self.on_fewer(self.rows)
 
     def advice(self) -> str:
-        """What may help where fewer rows cannot be tried at once."""
+        """Advice for an OOM that a smaller micro-batch cannot mend."""
         if self.rows > 1:
             return f"try --train.micro-batch-rows {fewer(self.rows)}, which computes the same update in smaller parts"
         return LAST_RESORTS

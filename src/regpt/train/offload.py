@@ -152,7 +152,7 @@ class Slot:
                 moment.copy_(room, non_blocking=True)
 
     def on(self, number: int, after: int | None = None) -> AbstractContextManager[object]:
-        """The stream of that number as the current one, behind what the stream `after` has been given."""
+        """Make that stream the current one, after the work queued on the stream `after`."""
         if not self.cuda:
             return contextlib.nullcontext()
         if after is not None:

@@ -65,7 +65,7 @@ def parameter_groups(model: Transformer, config: OptimConfig) -> list[dict[str, 
 
 
 def torch_options(group: OptimGroup, config: OptimConfig) -> dict[str, Any]:
-    """What torch calls the settings of a group, but for its parameters."""
+    """torch's options of a group, without its parameters."""
     lr = config.lr * group.lr_scale
     betas = (config.beta1 if group.beta1 is None else group.beta1, config.beta2 if group.beta2 is None else group.beta2)
     decay = config.weight_decay if group.weight_decay is None else group.weight_decay

@@ -1,4 +1,4 @@
-"""What a device can do at best: from its data sheet, or measured where there is none. MFU is a share of it."""
+"""Peak FLOP/s of a device, the base of MFU: from its data sheet, or measured where there is no data sheet."""
 
 import functools
 import time
@@ -59,7 +59,7 @@ def device_figures(device: torch.device) -> Device | None:
 
 
 def driver_name(device: torch.device) -> str:
-    """What the driver calls `device`; the kind of device where it has no name."""
+    """Name of `device` as its driver has it; its kind where it has no name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "mps":

@@ -19,7 +19,7 @@ from regpt.train.micro_batch import LAST_RESORTS
 from regpt.train.trainer import Trainer
 
 FASTER = 0.95  # of the time a row: what twice the rows must save on a CPU to be worth its memory
-PEAK_OVER_SAVED = 3  # measured on gpt2-tiny: 2.7; backward holds gradients, and the loss copies, beside what was saved
+PEAK_OVER_SAVED = 3  # measured on gpt2-tiny: 2.7; backward holds gradients, and the loss copies, next to what was saved
 CPU_SECONDS = 20.0  # after which no larger micro-batch is tried: choosing shall not take longer than it saves
 
 
@@ -41,14 +41,14 @@ class Probe:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen for all processes, and what this one has tried for it."""
+    """The choice for all ranks, and the probes of this rank."""
 
     rows: int
     why: str
     probes: tuple[Probe, ...]
 
     def facts(self) -> dict[str, object]:
-        """What env.json keeps."""
+        """Its facts for env.json."""
         return {"chosen": self.rows, "why": self.why, "probes": [asdict(probe) for probe in self.probes]}
 
 
@@ -169,7 +169,7 @@ class Prober:
         return peak
 
     def on_cpu(self, rows: int) -> Probe:
-        """What the plain step saves for its backward, and the time that it takes."""
+        """Bytes that the plain step saves for its backward, and its time."""
         saved = SavedTensors(list(self.trainer.model.parameters()))
         started = time.perf_counter()
         size = None

@@ -8,7 +8,7 @@ from regpt.train.config import OptimConfig
 
 
 def make_schedule(config: OptimConfig, steps: int) -> Callable[[int], float]:
-    """`factor(k)`: what the learning rates of the k-th update are multiplied by, k from 1, in a run of `steps` updates.
+    """`factor(k)`, which multiplies the learning rates of the k-th update, k from 1, in a run of `steps` updates.
 
     Linear warmup to 1 (update k has k/warmup_steps), then one of: cosine to `min_lr_ratio`, which is reached
     after update `decay_steps` and kept (Loshchilov & Hutter 2017; Brown et al. 2020, appendix B); wsd, constant

@@ -40,7 +40,7 @@ def due(step: int, every: int) -> bool:
 
 
 class Actions(Protocol):
-    """What happens around the updates; handed in, so that training knows nothing of evaluation, files or terminals.
+    """Actions around the updates; handed in, so that training knows nothing of evaluation, files or terminals.
 
     `step` is the number of updates made so far. Every action runs in every process.
     """
@@ -199,7 +199,7 @@ class Trainer:
         return self.step + self.skipped
 
     def judge(self, result: StepResult) -> Verdict | None:
-        """What is wrong with the gradients, if anything; by numbers that all processes share: they decide alike."""
+        """Verdict on the gradients, None when they may be applied; all ranks share the numbers and decide alike."""
         if self.loss_scale.too_large(result.loss, result.grad_norm):
             return Verdict("overflow", "repeat")
         return self.guard.judge(self.step, result.loss, result.grad_norm)
@@ -224,12 +224,12 @@ class Trainer:
             self.do.log({"kind": "event", "step": self.step, "name": name, **facts, "time": time.time()})
 
     def state(self) -> dict[str, object]:
-        """What a run needs to go on, besides weights, moments and the number of the step: JSON values."""
+        """State for a resume besides weights, moments and step number: JSON values."""
         parts = {"loss_scale": self.loss_scale.state(), "guard": self.guard.state()}
         return {"micro_batch_rows": self.micro_batch.rows, "threads": torch.get_num_threads(), **parts}
 
     def load_state(self, state: Mapping[str, Any], *, rewound: bool = False) -> None:
-        """Go on from what `state` gave; `rewound` as in `Guard.load_state`.
+        """Restore what `state` returned; `rewound` as in `Guard.load_state`.
 
         Raises:
             UserError: it is not what `state` gives.
@@ -282,7 +282,7 @@ class Trainer:
             self.do.rewind()
 
     def stopped(self, result: StepResult) -> UserError:
-        """Why the run ends."""
+        """The error that ends the run."""
         again = self.guard.refused_in_row - 1
         before = f", after {again} more that were left out" if again else ""
         return UserError(
@@ -292,7 +292,7 @@ class Trainer:
         )
 
     def advice(self, found: Row) -> str:
-        """What may help a run that ended, and was not done already."""
+        """Advice for a run that ended, without what it has already."""
         if not found.get("repeats", True):
             return "suspect the hardware, and go on from the last checkpoint with --resume"
         changes = ["a lower --optim.lr", "more --optim.warmup-steps"] if self.step else []  # no update made the first

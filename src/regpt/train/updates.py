@@ -1,4 +1,4 @@
-"""How large updates are beside the weights they change: ‖Δw‖ / ‖w‖, by kind of matrix."""
+"""Update-to-weight ratio ‖Δw‖ / ‖w‖ by kind of matrix."""
 
 import re
 from collections.abc import Callable, Sequence

@@ -82,7 +82,7 @@ def bench_data(
 def time_batches(
     reading: BatchReading, seconds: float, progress: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """Steps of the loader behind the prefetcher, as in a run, for about `seconds` after the first two.
+    """Steps of the loader with its prefetcher, as in a run, for about `seconds` after the first two.
 
     Returns steps and tokens a second, tokens for each second of the processor (which other programs on the machine
     change less), and the share of the tokens that the order `bos` leaves out.

@@ -224,7 +224,7 @@ def right_edge(rungs: Sequence[Mapping[str, Any]], compared: bool) -> float:
 
 
 def draw_rung(axes: "Axes", place: int, rung: Mapping[str, Any], lecture_ms: float | None) -> None:
-    """The bar of one rung with its figures behind it, the lecture's below it."""
+    """The bar of one rung with its figures after it, the lecture's below it."""
     top = place - 0.12 if lecture_ms else place
     if "ms" in rung:
         axes.barh(top, rung["ms"], height=0.46, color=HERE)
@@ -240,5 +240,5 @@ def draw_rung(axes: "Axes", place: int, rung: Mapping[str, Any], lecture_ms: flo
 
 
 def write(axes: "Axes", end: tuple[float, float], words: str, size: int, color: str) -> None:
-    """`words` behind the end of a bar."""
+    """`words` after the end of a bar."""
     axes.annotate(words, end, (6, 0), textcoords="offset points", va="center", fontsize=size, color=color)
