@@ -9,6 +9,8 @@ import pytest
 
 from regpt.__main__ import main
 from regpt.remote.store import Store
+from regpt.runs.folder import is_run
+from regpt.runs.remote import set_aside
 from remote_stores import forget_s3, memory_bucket, s3_bucket
 
 pytest.importorskip("fsspec")
@@ -227,3 +229,29 @@ def test_an_address_as_a_data_folder_is_named_as_it_was_given(regpt, tmp_path, d
     assert code == 1
     assert one_sentence(err), err
     assert f"{data} is an address and token shards are read from folders of this machine; copy it here" in err
+
+
+def test_what_is_set_aside_survives_a_crash_in_the_middle(tmp_path, monkeypatch):
+    folder = tmp_path / "staging"
+    for name in ("config.toml", "env.json", "metrics.jsonl", "checkpoints/step-1/model.json", "samples.jsonl"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    before = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    moved, replace = [], Path.replace
+
+    def killed(path: Path, target: Path) -> Path:
+        if len(moved) == 3:
+            raise KeyboardInterrupt
+        moved.append(path.name)
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            set_aside(folder)
+    assert is_run(folder)  # so the next process sets the rest aside, and deletes nothing
+    set_aside(folder)
+    found = {}
+    for aside in sorted(tmp_path.glob("staging.old-*")):
+        found |= {path.relative_to(aside): path.read_bytes() for path in aside.rglob("*") if path.is_file()}
+    assert found == before

@@ -21,9 +21,8 @@ from regpt.errors import UserError
 from regpt.remote.lease import Lease
 from regpt.remote.store import Store
 from regpt.runs.actions import RunActions
-from regpt.runs.folder import is_run
 from regpt.runs.pretrain import pretrain, resume
-from regpt.runs.remote import RemoteRun, set_aside, stored_config
+from regpt.runs.remote import RemoteRun, stored_config
 from remote_stores import COPY_UNTIL_KILLED, PATIENT, FaultyStore, Hand, s3_bucket
 
 pytest.importorskip("fsspec")
@@ -389,29 +388,3 @@ def test_a_run_that_this_machine_has_claimed_before_waits_for_the_network(config
         assert len(tries) == expected
         remote.folder.mkdir(exist_ok=True)
         remote.note(["a claim"])
-
-
-def test_what_is_set_aside_survives_a_crash_in_the_middle(tmp_path, monkeypatch):
-    folder = tmp_path / "staging"
-    for name in ("config.toml", "env.json", "metrics.jsonl", "checkpoints/step-1/model.json", "samples.jsonl"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(name)
-    before = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    moved, replace = [], Path.replace
-
-    def killed(path: Path, target: Path) -> Path:
-        if len(moved) == 3:
-            raise KeyboardInterrupt
-        moved.append(path.name)
-        return replace(path, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", killed)
-        with pytest.raises(KeyboardInterrupt):
-            set_aside(folder)
-    assert is_run(folder)  # so the next process sets the rest aside, and deletes nothing
-    set_aside(folder)
-    found = {}
-    for aside in sorted(tmp_path.glob("staging.old-*")):
-        found |= {path.relative_to(aside): path.read_bytes() for path in aside.rglob("*") if path.is_file()}
-    assert found == before
