@@ -111,14 +111,36 @@ def build_trainer(
     return trainer
 
 
+class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
+    """A context that counts the bytes that forward keeps for backward, each memory once, weights left out."""
+
+    def __init__(self, weights: list[Tensor]):
+        self.seen = {w.untyped_storage().data_ptr() for w in weights}
+        self.bytes = 0
+        super().__init__(self.keep, lambda tensor: tensor)
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.seen:
+            self.seen.add(storage.data_ptr())
+            self.bytes += storage.nbytes()
+        return tensor
+
+
+def data_parallel(trainer: Trainer) -> DataParallel:
+    """The backend of `trainer`, whose loss may be replaced."""
+    assert isinstance(trainer.backend, DataParallel)
+    return trainer.backend
+
+
 def compute_by(trainer: Trainer, loss_sum: Callable[[Batch], Tensor]) -> None:
     """The trainer's loss is that of `loss_sum` from now on."""
-    trainer.backend.loss_sum = lambda batch: (loss_sum(batch), {})
+    data_parallel(trainer).loss_sum = lambda batch: (loss_sum(batch), {})
 
 
 def loss_sum_of(trainer: Trainer) -> Callable[[Batch], Tensor]:
     """The summed loss of a micro-batch as the trainer computes it now."""
-    own = trainer.backend.loss_sum
+    own = data_parallel(trainer).loss_sum
     return lambda batch: own(batch)[0]
 
 

@@ -21,7 +21,6 @@ from regpt.tools.plan.room import Room
 from regpt.tools.plan.shape import shape_of
 from regpt.tools.plan.target import Target
 from regpt.train.backend import make_loss_sum
-from regpt.train.capacity import SavedTensors
 from regpt.train.recompute import recompute_blocks
 
 SMALL = ModelConfig(n_layer=3, n_head=4, n_embd=64, vocab_size=1000, max_seq_len=64)
@@ -120,7 +119,7 @@ def test_dropout_keeps_the_probabilities_of_attention_their_masks_and_those_of_r
         config = replace(SMALL, dropout=dropout)
         predicted.append(tensors(step_of(config, "eager", "fp32"), 8)["activations"])
         model = initialize(Transformer(config), 0)
-        saved = SavedTensors(list(model.parameters()))
+        saved = tiny.SavedTensors(list(model.parameters()))
         with saved:
             make_loss_sum(model, "fp32", tiny.CPU, False)(batch_of(config, 8)._replace(dropout_keys=torch.arange(8)))
         kept.append(saved.bytes)

@@ -21,7 +21,7 @@ from regpt.model.transformer import Transformer
 from regpt.runs.pretrain import pretrain
 from regpt.sample.generate import generate
 from regpt.sample.sampling import SamplingOptions
-from regpt.train.backend import make_loss_sum, uncompiled
+from regpt.train.backend import make_loss_sum
 
 pytestmark = [
     tiny.IMPORTS_COMPILER,
@@ -167,7 +167,7 @@ def test_after_an_out_of_memory_the_smaller_shape_is_compiled_and_the_larger_for
             limited(tiny.Rows(micro_batch_rows=rows).step(0)[0])
     assert graphs() == 2 * 4
     assert trainer.micro_batch.rows == 1
-    cached = torch._dynamo.eval_frame._debug_get_cache_entry_list(uncompiled(whole).__code__)  # type: ignore[union-attr]
+    cached = torch._dynamo.eval_frame._debug_get_cache_entry_list(whole.__wrapped__.__code__)  # type: ignore[attr-defined]
     assert len(cached) == 2  # with and without gradients, of one row
 
 

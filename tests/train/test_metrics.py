@@ -9,7 +9,8 @@ import tiny
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import without_memory
-from regpt.train.metrics import flops_per_token, peak_memory_gib
+from regpt.train.memory import peak_memory_gib
+from regpt.train.peak import flops_per_token
 
 
 def test_flops_are_those_that_torch_counts():

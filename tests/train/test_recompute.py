@@ -16,7 +16,6 @@ from regpt.model.transformer import Transformer
 from regpt.model.weights import state_tensors
 from regpt.runs.pretrain import pretrain
 from regpt.train.backend import make_loss_sum
-from regpt.train.capacity import SavedTensors
 from regpt.train.recompute import recompute_blocks
 from regpt.train.trainer import Trainer
 
@@ -42,7 +41,7 @@ def test_losses_gradients_and_updates_are_bitwise_the_same():
 
 
 def saved_bytes(trainer: Trainer) -> int:
-    saved = SavedTensors(list(trainer.model.parameters()))
+    saved = tiny.SavedTensors(list(trainer.model.parameters()))
     with saved:
         loss = tiny.loss_sum_of(trainer)(trainer.loader.step(0)[0])
     loss.backward()

@@ -38,8 +38,7 @@ from regpt.tools.bench.steps import (
     time_steps,
 )
 from regpt.train.config import PrecisionName
-from regpt.train.memory import free_memory
-from regpt.train.metrics import peak_memory_gib
+from regpt.train.memory import free_memory, peak_memory_gib
 from regpt.train.optim import make_optimizer
 from regpt.train.peak import PRODUCT_SIZE, device_figures, matmul_flops, synchronize
 from regpt.train.trainer import Trainer

@@ -22,7 +22,7 @@ from regpt.tools.bench.ladder import (
     with_factors,
 )
 from regpt.tools.bench.steps import library_versions, percentiles, time_steps
-from regpt.train.metrics import peak_memory_gib
+from regpt.train.memory import peak_memory_gib
 
 Report = dict[str, Any]
 

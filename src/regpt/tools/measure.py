@@ -12,7 +12,7 @@ import torch
 
 from regpt.console.text import counted
 from regpt.prepare.workers import available_cores
-from regpt.train.capacity import container_limit
+from regpt.train.memory import container_limit
 from regpt.train.peak import synchronize
 
 BUSY_SHARE = 0.75  # of the cores, that want to run: more than one command of ours accounts for

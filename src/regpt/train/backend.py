@@ -21,7 +21,13 @@ LossSum = Callable[[Batch], Sums]
 
 
 class Backend(Protocol):
-    """Where the gradients of a step come from: this process's micro-batches, then the sum over ranks."""
+    """Where the gradients of a step come from: this process's micro-batches, then the sum over ranks.
+
+    Attributes:
+        parameters: those that learn.
+    """
+
+    parameters: list[Tensor]
 
     def forward_backward(self, batches: Iterable[Batch], divisor: Tensor) -> Sums:
         """Set the gradients to those of this process's summed losses over `divisor`; the sums over it, detached."""
@@ -157,8 +163,3 @@ def compiled(loss_sum: LossSum, deterministic: bool = False) -> LossSum:
         return static(batch)
 
     return call
-
-
-def uncompiled(loss_sum: LossSum) -> LossSum | None:
-    """The function that `loss_sum` was compiled from; None when it is not compiled."""
-    return getattr(loss_sum, "__wrapped__", None)

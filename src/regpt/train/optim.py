@@ -10,9 +10,8 @@ from torch import Tensor
 from regpt.errors import UsageError, UserError
 from regpt.model.transformer import Transformer
 from regpt.model.weights import real_shape, unpadded
-from regpt.train.adamw import AdamW
+from regpt.train.adamw import AdamW, OffloadedAdamW
 from regpt.train.config import OptimConfig, OptimGroup
-from regpt.train.offload import OffloadedAdamW
 
 FUSED_DEVICES = ("cuda", "cpu")
 
@@ -28,10 +27,7 @@ def make_optimizer(model: Transformer, config: OptimConfig, device: torch.device
     learning = [p for p in model.parameters() if p.requires_grad]
     fused = device.type in FUSED_DEVICES
     options = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps, "fused": fused}
-    groups = parameter_groups(model, config)
-    optimizer = OffloadedAdamW(groups, device=device, **options) if config.offload else AdamW(groups, **options)
-    if not config.offload:
-        optimizer.allocate_state()
+    optimizer = (OffloadedAdamW if config.offload else AdamW)(parameter_groups(model, config), **options)
     optimizer.register_step_post_hook(lambda *_: count_as_changed(learning))
     return optimizer
 

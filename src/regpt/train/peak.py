@@ -1,4 +1,4 @@
-"""Peak FLOP/s of a device, the base of MFU: from its data sheet, or measured where there is no data sheet."""
+"""MFU: the FLOPs of a token, and the peak FLOP/s of a device, from its data sheet or else measured."""
 
 import functools
 import time
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from regpt.console.text import counted
 from regpt.kernels import fp8
+from regpt.model.transformer import Transformer
 from regpt.train.config import PrecisionName
 from regpt.train.devices import Device, device_by_driver
 
@@ -19,6 +20,12 @@ PRODUCT_SIZE = {"cpu": 1024, "mps": 2048, "cuda": 4096}  # large enough for the 
 SLOW_SIZE = 256  # of float16 on a CPU, which most CPUs have no units for: a larger product takes seconds
 MEASURE_SECONDS = 0.2  # once a run
 LEAST_PRODUCTS, MOST_PRODUCTS = 3, 50
+
+
+def flops_per_token(model: Transformer, seq_len: int) -> int:
+    """FLOPs of forward and backward for one token: 6 per weight of a matrix product (head included, vocabulary
+    unpadded) plus attention (Chowdhery et al. 2022, appendix B)."""
+    return 6 * model.matmul_parameters() + model.attention_flops(seq_len)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The training loop: the only one, for every method, device and number of processes."""
 
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,16 +13,15 @@ from regpt.data.loader import StepBatches
 from regpt.errors import UserError
 from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import Mesh
-from regpt.train.backend import DataParallel, uncompiled
+from regpt.train.backend import Backend
 from regpt.train.config import TrainConfig
 from regpt.train.guard import Guard, Verdict
 from regpt.train.loss_scale import LossScale
-from regpt.train.memory import memory_advice
-from regpt.train.metrics import flops_per_token, peak_memory_gib
+from regpt.train.memory import memory_advice, peak_memory_gib
 from regpt.train.micro_batch import MicroBatch
 from regpt.train.objective import Objective
 from regpt.train.optim import set_lr
-from regpt.train.peak import device_peak
+from regpt.train.peak import device_peak, flops_per_token
 
 Row = dict[str, object]
 MOST_THREADS = 4096  # of a CPU, that a checkpoint may ask for
@@ -106,7 +106,7 @@ class Trainer:
         self,
         model: Transformer,
         objective: Objective,
-        backend: DataParallel,
+        backend: Backend,
         optimizer: torch.optim.Optimizer,
         schedule: Callable[[int], float],
         loader: StepBatches,
@@ -206,7 +206,7 @@ class Trainer:
 
     def note_fewer_rows(self, rows: int) -> None:
         """A process ran out of memory, and now all compute `rows` at once."""
-        if uncompiled(self.backend.loss_sum):
+        if "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # forgets the graphs of the former shape, which count against torch's limit of eight
         self.event("out_of_memory", micro_batch_rows=rows)
 

@@ -13,7 +13,7 @@ import regpt
 from regpt.console.text import counted
 from regpt.tools.doctor.doctor import Trial, attempt
 from regpt.tools.measure import disk_write_bytes, free_disk_bytes, memory_bytes
-from regpt.train.capacity import available_memory
+from regpt.train.memory import available_memory
 
 GIB = 2**30
 BUNDLES = ("all", "dev")  # extras that name other extras

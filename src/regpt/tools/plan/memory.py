@@ -39,7 +39,7 @@ KEPT = {("compiled", "fp8"): 25 / 31, ("fused", "bf16"): 32 / 36, ("fused", "fp8
 MORE_COPIES = {("compiled", "fp8"): -1, ("fused", "fp8"): 3}
 # From PyTorch's allocator: cuBLAS on Hopper (CUBLAS_WORKSPACE_CONFIG); the fused path's, measured peak less counts.
 WORKSPACE = {"compiled": 32 * 2**20, "eager": 32 * 2**20, "fused": 0.28 * 2**30}
-OFFLOAD_BYTES = 3 * 2 * 4 * 2**23  # on the device with moments in host memory: three pieces of both (train/offload.py)
+OFFLOAD_BYTES = 3 * 2 * 4 * 2**23  # on the device with moments in host memory: three pieces of both (train/adamw.py)
 CONTEXT_BYTES = 0.7 * 2**30  # of a GPU outside of PyTorch's count: context, loaded kernels; 0.5 to 0.8 GiB seen
 FRAGMENTED_SHARE = 0.03  # of the peak: blocks that the allocator holds and cannot use; assumed
 # Of a process on a CPU: oneDNN's buffers, batches made ahead, the tokenizer (20 MiB for GPT-2's). Two runs are met to

@@ -10,7 +10,7 @@ from regpt.model.weights import without_memory
 from regpt.tools.plan.memory import PlannedStep, StepMemory, cpu_memory, gpu_memory
 from regpt.tools.plan.request import RunSections
 from regpt.tools.plan.target import Target
-from regpt.train.capacity import available_memory
+from regpt.train.memory import available_memory
 from regpt.train.probe import row_choices
 
 GIB = 2**30

@@ -8,7 +8,7 @@ from torch import nn
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import count_parameters, real_shape, without_memory
-from regpt.train.metrics import flops_per_token
+from regpt.train.peak import flops_per_token
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Shape:
         padded: what is in memory.
         matrices: weights of matrix products, the padded head included: those that bfloat16 copies are made of.
         vocab_rows: rows of the head, padded.
-        flops_per_token: forward and backward, at the real vocabulary (`train.metrics`).
+        flops_per_token: forward and backward, at the real vocabulary (`train.peak`).
         attention_flops: of them, those of attention's products.
     """
 

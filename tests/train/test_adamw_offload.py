@@ -12,10 +12,11 @@ from torch import Tensor
 import tiny
 from regpt.checkpoint.load import checkpoint_folder
 from regpt.model.weights import state_tensors
+from regpt.parallel.reduce import buckets
 from regpt.runs.pretrain import pretrain, resume
-from regpt.train import offload
+from regpt.train import adamw
+from regpt.train.adamw import OffloadedAdamW, parts
 from regpt.train.config import TrainConfig
-from regpt.train.offload import OffloadedAdamW, arenas, parts
 from regpt.train.optim import load_optimizer, optimizer_tensors
 from regpt.train.trainer import Trainer
 
@@ -48,8 +49,8 @@ def test_updates_are_bitwise_those_of_the_ordinary_optimizer(dtype: torch.dtype)
 @pytest.mark.parametrize(("piece", "arena"), [(100, 2**28), (7, 500), (2**23, 1)])
 def test_pieces_of_any_size_give_the_same(monkeypatch, piece: int, arena: int):
     """To the rounding of the CPU's kernel, which treats the ends of a piece otherwise than its middle."""
-    monkeypatch.setattr(offload, "PIECE_ELEMENTS", piece)
-    monkeypatch.setattr(offload, "ARENA_ELEMENTS", arena)
+    monkeypatch.setattr(adamw, "PIECE_ELEMENTS", piece)
+    monkeypatch.setattr(adamw, "ARENA_BYTES", 8 * arena)
     ours, theirs = trainer_with(OFFLOAD), trainer_with(RESIDENT)
     for _ in range(4):
         tiny.update(ours)
@@ -62,21 +63,12 @@ def test_pieces_of_any_size_give_the_same(monkeypatch, piece: int, arena: int):
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(1, 40), st.integers(1, 60))
 def test_pieces_hold_every_element_once_and_in_order(sizes: list[int], piece: int, arena: int):
     parameters = [torch.zeros(n) for n in sizes]
-    before = offload.ARENA_ELEMENTS
-    offload.ARENA_ELEMENTS = arena
-    try:
-        groups = list(arenas(parameters))
-    finally:
-        offload.ARENA_ELEMENTS = before
-    assert [id(p) for members in groups for p in members] == [id(p) for p in parameters]
-    assert all(len(members) == 1 or sum(p.numel() for p in members) <= arena for members in groups)
-    for members in groups:
+    for members in buckets(parameters, 4 * arena):
         total = sum(p.numel() for p in members)
         found = []
         for start in range(0, total, piece):
-            of_piece = slice(start, min(start + piece, total))
-            mine = list(parts(members, of_piece))
-            assert sum(part.stop - part.start for part in mine) == of_piece.stop - of_piece.start
+            mine = list(parts(members, start, min(start + piece, total)))
+            assert sum(part.stop - part.start for part in mine) == min(start + piece, total) - start
             found += [(id(part.parameter), i) for part in mine for i in range(part.start, part.stop)]
         assert found == [(id(p), i) for p in members for i in range(p.numel())]
 
@@ -127,7 +119,7 @@ def test_a_run_may_be_resumed_without_what_it_was_begun_with(shards, tmp_path: P
 
 @pytest.mark.gpu
 def test_on_a_gpu_updates_are_bitwise_the_same_and_the_moments_are_not_there(monkeypatch):
-    monkeypatch.setattr(offload, "PIECE_ELEMENTS", 1000)  # many pieces in flight
+    monkeypatch.setattr(adamw, "PIECE_ELEMENTS", 1000)  # many pieces in flight
     device = torch.device("cuda")
     found = []
     for optim in (OFFLOAD, RESIDENT):
