@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,47 +28,22 @@ class Sample(NamedTuple):
 
 
 def write_samples(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompt: str,
-    *,
-    n: int,
-    max_new_tokens: int,
-    options: SamplingOptions,
-    seed: int,
-    slide: bool = False,
+    model: Transformer, tokenizer: Tokenizer, prompt: str, *, n: int, max_new_tokens: int, **options: Any
 ) -> list[Sample]:
-    """`n` texts that continue `prompt`, drawn with one generator seeded by `seed`; each ends at `<|endoftext|>`.
-
-    `slide` is as in `generate_tokens`.
+    """`n` texts that continue `prompt`, each ending at `<|endoftext|>`; `options` as in `continue_prompt`.
 
     Raises:
         UserError: see `check_length`, or logits that are not finite.
     """
     if n < 1:
         raise UsageError(f"the number of samples is {n}, must be at least 1")
-    prompt_ids = encode_prompt(tokenizer, prompt)
-    texts = generate(
-        model,
-        torch.tensor(prompt_ids, device=model.device).expand(n, -1),  # (n, P)
-        max_new_tokens,
-        options=options,
-        generator=make_generator(model.device, seed),
-        stop=tokenizer.eot,
-        slide=slide,
-    )
-    return [make_sample(ids, len(prompt_ids), tokenizer) for ids in texts.tolist()]
+    prompt_ids, tokens = continue_prompt(model, tokenizer, prompt, n, max_new_tokens, **options)
+    rows = torch.stack(list(tokens), dim=1).tolist()  # (n, new)
+    return [make_sample([*prompt_ids, *row], len(prompt_ids), tokenizer) for row in rows]
 
 
 def stream_sample(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompt: str,
-    *,
-    max_new_tokens: int,
-    options: SamplingOptions,
-    seed: int,
-    slide: bool = False,
+    model: Transformer, tokenizer: Tokenizer, prompt: str, *, max_new_tokens: int, **options: Any
 ) -> Iterator[str]:
     """The text of `write_samples` with `n` = 1, in pieces as it is generated, the prompt first.
 
@@ -78,17 +53,31 @@ def stream_sample(
     Raises:
         UserError: see `check_length`, or logits that are not finite.
     """
-    prompt_ids = encode_prompt(tokenizer, prompt)
-    tokens = generate_tokens(
-        model,
-        torch.tensor([prompt_ids], device=model.device),
-        max_new_tokens,
-        options=options,
-        generator=make_generator(model.device, seed),
-        stop=tokenizer.eot,
-        slide=slide,
-    )
+    prompt_ids, tokens = continue_prompt(model, tokenizer, prompt, 1, max_new_tokens, **options)
     return text_pieces(tokenizer, prompt_ids, (int(token) for token in tokens))  # waits for the device
+
+
+def continue_prompt(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str,
+    n: int,
+    max_new_tokens: int,
+    *,
+    options: SamplingOptions,
+    seed: int,
+    slide: bool = False,
+) -> tuple[list[int], Iterator[Tensor]]:
+    """The ids of `prompt`, and the new tokens of `n` texts, drawn with one generator seeded by `seed`.
+
+    `slide` is as in `generate_tokens`.
+    """
+    prompt_ids = encode_prompt(tokenizer, prompt)
+    rows = torch.tensor(prompt_ids, device=model.device).expand(n, -1)  # (n, P)
+    generator = make_generator(model.device, seed)
+    return prompt_ids, generate_tokens(
+        model, rows, max_new_tokens, options=options, generator=generator, stop=tokenizer.eot, slide=slide
+    )
 
 
 def text_pieces(tokenizer: Tokenizer, prompt_ids: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
@@ -128,20 +117,9 @@ def make_sample(ids: Sequence[int], n_prompt: int, tokenizer: Tokenizer) -> Samp
     return Sample(ids[: end + 1], tokenizer.decode(ids[start:end]))
 
 
-def generate(
-    model: Transformer,
-    prompt_ids: Tensor,
-    max_new_tokens: int,
-    *,
-    options: SamplingOptions,
-    generator: torch.Generator,
-    stop: int | None = None,
-    cache_dtype: torch.dtype | None = None,
-    slide: bool = False,
-) -> Tensor:
+def generate(model: Transformer, prompt_ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
     """`prompt_ids` and the tokens of `generate_tokens` after them: (B, P + new) int64, new ≤ `max_new_tokens`."""
-    given = {"options": options, "generator": generator, "stop": stop, "cache_dtype": cache_dtype, "slide": slide}
-    tokens = generate_tokens(model, prompt_ids, max_new_tokens, **given)
+    tokens = generate_tokens(model, prompt_ids, max_new_tokens, **options)
     return torch.cat((prompt_ids, *(token[:, None] for token in tokens)), dim=1)
 
 
@@ -153,7 +131,6 @@ def generate_tokens(
     options: SamplingOptions,
     generator: torch.Generator,
     stop: int | None = None,
-    cache_dtype: torch.dtype | None = None,
     slide: bool = False,
 ) -> Iterator[Tensor]:
     """Continue each row of `prompt_ids` (B, P) int64: yield the new tokens one by one, (B,) int64 each.
@@ -163,19 +140,18 @@ def generate_tokens(
 
     Args:
         generator: on the model's device; one draw a token, no draw when greedy.
-        cache_dtype: type of the cached keys and values; by default the one that the model's attention computes in.
-        slide: go past the model's length: from there on each token follows from the last `max_seq_len` alone, which
-            are read again for it, since all their positions change.
+        slide: continue past the model's length: from there on each token follows from the last `max_seq_len` alone,
+            which are read again for it, since all their positions change.
 
     Raises:
         UserError: see `check_length`, at once; or logits that are not finite: before their token is yielded with a
             `stop`, at the end without one.
     """
-    longest, P = model.config.max_seq_len, prompt_ids.size(1)
-    check_length(P, max_new_tokens, P + max_new_tokens if slide else longest)
-    capacity = min(P + max_new_tokens - 1, longest)  # the last token is written, never read
-    dtype = cache_dtype or attention_dtype(model)
-    return token_loop(model, prompt_ids, max_new_tokens, options, generator, stop, capacity, dtype)
+    total, longest = prompt_ids.size(1) + max_new_tokens, model.config.max_seq_len
+    check_length(prompt_ids.size(1), max_new_tokens, total if slide else longest)
+    capacity = min(total - 1, longest)  # the last token is written, never read
+    cache = KVCache(model.config, len(prompt_ids), capacity, device=prompt_ids.device, dtype=attention_dtype(model))
+    return token_loop(model, prompt_ids, max_new_tokens, options, generator, stop, cache)
 
 
 @torch.no_grad()
@@ -186,12 +162,10 @@ def token_loop(
     options: SamplingOptions,
     generator: torch.Generator,
     stop: int | None,
-    capacity: int,
-    cache_dtype: torch.dtype,
+    cache: KVCache,
 ) -> Iterator[Tensor]:
-    B, longest = len(ids), model.config.max_seq_len
-    cache = KVCache(model.config, B, capacity, device=ids.device, dtype=cache_dtype)
-    done = torch.zeros(B, dtype=torch.bool, device=ids.device)  # (B,)
+    longest = model.config.max_seq_len
+    done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # (B,)
     finite = torch.ones((), dtype=torch.bool, device=ids.device)  # whether all logits were so far
     unread = ids
     was_training = model.training
