@@ -25,6 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import tyro
 from fault_campaign import (
@@ -252,10 +253,8 @@ def process_deaths(c: Campaign, count: int) -> dict[str, object]:
             while not checkpoints(run) and process.poll() is None:
                 time.sleep(0.01)
             time.sleep(c.draw.random() * c.step_seconds * 20)
-            victims = [*bench.folder.glob("tmp/regpt-launch-*/*.pid")]
-            victims = [path for path in victims if not path.with_suffix(".exit").exists()]
-            if victims:
-                os.kill(int(c.draw.choice(victims).read_text(encoding="utf-8")), signal.SIGKILL)
+            if victims := psutil.Process(process.pid).children():
+                c.draw.choice(victims).kill()
             wrong += process.wait() != 0 or final_bytes(run) != final_bytes(bench.folder / "straight")
             wrong += len(events(run, "resume")) != 1
             done += 1

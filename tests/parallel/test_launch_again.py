@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 import tiny
 from regpt.checkpoint.load import checkpoint_folder, checkpoints
 from regpt.parallel import launch as module
-from regpt.parallel.launch import launch, may_do_better, none_left, verdict
+from regpt.parallel.launch import kill_stragglers, launch, should_restart, verdict
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="macOS does not tell it")
@@ -38,7 +38,7 @@ KILLED = -signal.SIGTERM
     ],
 )
 def test_the_exit_code_and_whether_another_try_is_of_use(codes: dict[int, int], again: bool, code: int):
-    assert may_do_better(codes) is again
+    assert should_restart(codes) is again
     assert verdict(codes) == code
 
 
@@ -109,12 +109,12 @@ def test_a_process_that_does_not_end_when_the_others_have_is_killed(tmp_path: Pa
     """Suspended after the last step, or hanging in a library's clean-up: nobody waits for it any more."""
     monkeypatch.setattr(module, "LOOK_SECONDS", 0.01)
     said: list[str] = []
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as hanging:
+    command = [sys.executable, "-c", "input()", str(tmp_path), "1"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as hanging:
         (tmp_path / "0.exit").write_text("0")
-        (tmp_path / "1.pid").write_text(str(hanging.pid))
         if said_so:  # it hangs in the interpreter's own end
             (tmp_path / "1.exit").write_text("0")
-        with none_left(tmp_path, 0.05, said.append):
+        with kill_stragglers(tmp_path, 0.05, said.append):
             assert hanging.wait(PATIENCE) == -signal.SIGKILL
     assert said == ["process 1 has not ended 0.05 seconds after the others, and is killed"]
 

@@ -44,11 +44,11 @@ def test_every_collective_is_watched(monkeypatch):
     def all_reduce(x, op=None):
         seen.append(mesh.pulse.doing)
 
-    def all_gather(parts, mine):
+    def all_gather_object(parts, mine):
         seen.append(mesh.pulse.doing)
 
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
     weight = torch.nn.Parameter(torch.zeros(2))
     weight.grad = torch.ones(2)
     for collective in (

@@ -6,7 +6,6 @@ that was killed, or met something unexpected, may do better next time; one that 
 
 import contextlib
 import math
-import os
 import signal
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import psutil
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.utils.api import macros
@@ -64,7 +64,7 @@ def launch(
     restarts, reached = 0, progress()
     while True:
         codes, interrupted = run_once(processes, args, stop_seconds, hang_seconds, say)
-        if interrupted or not may_do_better(codes):
+        if interrupted or not should_restart(codes):
             return verdict(codes, interrupted)
         if progress() != reached:
             restarts, reached = 0, progress()
@@ -101,28 +101,24 @@ def run_once(
         interrupted, unknown = False, 0
         try:
             with (
-                handlers_kept(),
-                told_of_signals(first=lambda kind: None, second=lambda: end_soon(Path(folder))),
-                none_left(Path(folder), hang_seconds, say),
+                restored_handlers(),
+                told_of_signals(first=lambda kind: None, second=lambda: kill_workers(Path(folder), GRACE_SECONDS)),
+                kill_stragglers(Path(folder), hang_seconds, say),
             ):
                 elastic_launch(config, sys.executable)("-m", "regpt.parallel.worker", folder, macros.local_rank, *args)
         except ChildFailedError as failed:
             seen = {rank: failure.exitcode for rank, failure in failed.failures.items()}
         except SignalException as error:
-            # Who writes nothing down has left because it was late, or was killed.
-            interrupted, unknown = True, INTERRUPTED if is_second(error) else UNEXPECTED
-            end_all(Path(folder))  # all have ended, unless this was a second signal
+            # A process that wrote nothing down was late, or was killed.
+            is_second = isinstance(error.__context__, SignalException)  # it came while torchrun ended the processes
+            interrupted, unknown = True, INTERRUPTED if is_second else UNEXPECTED
+            kill_workers(Path(folder))  # all have ended, unless this was a second signal
         found = {int(path.stem): int(path.read_text()) for path in Path(folder).glob("*.exit")}
         return {rank: found.get(rank, seen.get(rank, unknown)) for rank in range(processes)}, interrupted
 
 
-def is_second(error: SignalException) -> bool:
-    """Whether the signal came while torchrun was ending the processes because of another one."""
-    return isinstance(error.__context__, SignalException)
-
-
 @contextlib.contextmanager
-def handlers_kept() -> Iterator[None]:
+def restored_handlers() -> Iterator[None]:
     """torchrun puts its own in their place and leaves them there."""
     before = {kind: signal.getsignal(kind) for kind in stop_signals()}
     try:
@@ -133,9 +129,9 @@ def handlers_kept() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def none_left(folder: Path, seconds: float, say: Callable[[str], None]) -> Iterator[None]:
-    """Kill the processes that have not ended `seconds` after the first: all meet at the end of a run, then nothing is
-    left to do, and nobody waits for them who would say that one hangs (`parallel.pulse`)."""
+def kill_stragglers(folder: Path, seconds: float, say: Callable[[str], None]) -> Iterator[None]:
+    """Kill the processes that have not ended `seconds` after the first: all meet at the end of a run, and then no rank
+    waits for another, whose heartbeats (`parallel.pulse`) would report one that hangs."""
     done = threading.Event()
 
     def look() -> None:
@@ -143,10 +139,10 @@ def none_left(folder: Path, seconds: float, say: Callable[[str], None]) -> Itera
         while not done.wait(LOOK_SECONDS):
             if any(folder.glob("*.exit")):
                 first = min(first, time.monotonic())
-            if time.monotonic() - first > seconds and (here := still_here(folder)):
+            if time.monotonic() - first > seconds and (here := workers(folder)):
                 ranks = ", ".join(map(str, sorted(here)))
                 say(f"process {ranks} has not ended {seconds:g} seconds after the others, and is killed")
-                end_all(folder)
+                kill_workers(folder)
                 return
 
     thread = threading.Thread(target=look, daemon=True)
@@ -158,38 +154,26 @@ def none_left(folder: Path, seconds: float, say: Callable[[str], None]) -> Itera
         thread.join()
 
 
-def end_soon(folder: Path) -> None:
-    """After a second signal: the processes have got it too, and end by themselves if they can."""
-    time.sleep(GRACE_SECONDS)
-    end_all(folder)
+def kill_workers(folder: Path, after: float = 0) -> None:
+    """Kill the processes that still run `after` so many seconds."""
+    time.sleep(after)
+    for process in workers(folder).values():
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            process.kill()
 
 
-def end_all(folder: Path) -> None:
-    """Kill the processes that are still here."""
-    for pid in still_here(folder).values():
-        with contextlib.suppress(OSError):  # it is gone
-            os.kill(pid, signal.SIGKILL if os.name == "posix" else signal.SIGTERM)
+def workers(folder: Path) -> dict[int, psutil.Process]:
+    """Rank → process, of those that have not ended."""
+    found = {}
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            words = process.cmdline()
+            if str(folder) in words:
+                found[int(words[words.index(str(folder)) + 1])] = process
+    return found
 
 
-def still_here(folder: Path) -> dict[int, int]:
-    """Rank → id of the processes that have not ended."""
-    with contextlib.suppress(ValueError):  # one has just begun
-        pids = {path: int(path.read_text()) for path in folder.glob("*.pid")}
-        return {int(path.stem): pid for path, pid in pids.items() if is_here(pid, path.with_suffix(".exit"))}
-    return {}
-
-
-def is_here(pid: int, ended: Path) -> bool:
-    """Whether our process `pid` runs; it writes `ended` shortly before it ends."""
-    if not hasattr(os, "waitid"):  # Windows, macOS
-        return not ended.exists()
-    try:
-        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-    except ChildProcessError:  # perhaps another one has its number now
-        return False
-
-
-def may_do_better(codes: dict[int, int]) -> bool:
+def should_restart(codes: dict[int, int]) -> bool:
     """Whether a process died, and none ended as it wanted to."""
     ends = [code for code in codes.values() if code]
     return not any(code in DELIBERATE for code in ends) and any(code not in TOLD for code in ends)

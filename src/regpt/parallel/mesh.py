@@ -63,21 +63,11 @@ class Mesh:
 
     def gather(self, data: bytes) -> list[bytes]:
         """`data` of every process, by rank, in all of them."""
-        if self.world_size == 1:
-            return [data]
-        with self.pulse.waiting("what every process tells the others"):
-            return self.gathered(data)
-
-    def gathered(self, data: bytes) -> list[bytes]:
-        sizes = self.sum(
-            torch.tensor([len(data) * (rank == self.rank) for rank in range(self.world_size)]).to(self.device)
-        )
-        width = int(sizes.max())
-        mine = torch.zeros(width, dtype=torch.uint8)
-        mine[: len(data)] = torch.tensor(list(data), dtype=torch.uint8)
-        parts = [torch.empty(width, dtype=torch.uint8, device=self.device) for _ in range(self.world_size)]
-        dist.all_gather(parts, mine.to(self.device))
-        return [bytes(part[:size].tolist()) for part, size in zip(parts, sizes.tolist())]
+        parts = [data] * self.world_size
+        if self.world_size > 1:
+            with self.pulse.waiting("data of every process"):
+                dist.all_gather_object(parts, data)
+        return parts
 
     def smallest(self, number: int) -> int:
         """The smallest of the numbers that the processes give."""

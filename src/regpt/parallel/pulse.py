@@ -1,10 +1,10 @@
-"""Where each process stands, told to the others, so that one that waits in vain can say for whom.
+"""Heartbeats between ranks: a stalled rank reports which ranks it is waiting for.
 
-A collective that one process does not come to makes all others wait: NCCL and gloo report that much later, if at all,
-and never who is missing. Every process writes now and then how many waits it has begun, and which, into the store that
-the processes met at; one that has waited too long in the same one reads what the others wrote, says it, and ends with
-an exit code at which the launcher starts all processes again. A process whose notes keep coming and say that it works
-for itself, writing a checkpoint for example, is not hung: a disk may take as long as it takes.
+A collective that one process does not enter makes all others wait: NCCL and gloo report that much later, if at all,
+and never which rank is missing. Every process writes its number of begun waits, and the present one, into the store of
+the rendezvous every few seconds; a process that has waited too long in the same one reads the others' heartbeats,
+reports them, and ends with an exit code at which the launcher starts all processes again. A process whose heartbeats
+continue and state that it works for itself, writing a checkpoint for example, is not hung: a disk may take any time.
 """
 
 import contextlib
@@ -14,20 +14,17 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 from regpt.console.lines import print_note
 
 HUNG = 70  # sysexits.h EX_SOFTWARE: unexpected, worth another try
-LONGEST_PAUSE = 5.0  # seconds between two notes
-
-
-class HeartbeatStore(Protocol):
-    """The methods that heartbeats use of torch.distributed's stores."""
-
-    def set(self, key: str, value: str, /) -> None: ...
-    def get(self, key: str, /) -> bytes: ...
-    def check(self, keys: list[str], /) -> bool: ...
+LONGEST_PAUSE = 5.0  # seconds between two heartbeats
+Note = Mapping[str, Any]  # a heartbeat
+Notes = Mapping[int, Note]  # by rank
 
 
 class Pulse:
@@ -67,38 +64,35 @@ class Pulse:
 
 
 @contextlib.contextmanager
-def watched(
-    pulse: Pulse, rank: int, world_size: int, connect: Callable[[], HeartbeatStore], seconds: float
-) -> Iterator[None]:
-    """Tell the others about `pulse`, and end this process when it has waited `seconds` for one of them."""
-    done = threading.Event()
-    watch = Watch(pulse, rank, world_size, connect, seconds, done)
+def watched(pulse: Pulse, rank: int, world_size: int, connect: Callable[[], Store], seconds: float) -> Iterator[None]:
+    """Send the heartbeats of `pulse`, and end this process when it has waited `seconds` for another one."""
+    watch = Watch(pulse, rank, world_size, connect, seconds)
     thread = threading.Thread(target=watch.run, name="regpt-pulse", daemon=True)
     thread.start()
     try:
         yield
     finally:
-        done.set()
+        watch.done.set()
         thread.join(timeout=LONGEST_PAUSE)
 
 
+@dataclass
 class Watch:
-    """The thread of `watched`."""
+    """The thread of `watched`.
 
-    def __init__(
-        self,
-        pulse: Pulse,
-        rank: int,
-        world_size: int,
-        connect: Callable[[], HeartbeatStore],
-        seconds: float,
-        done: threading.Event,
-    ):
-        self.pulse, self.rank, self.world_size = pulse, rank, world_size
-        self.connect, self.seconds, self.done = connect, seconds, done
-        self.parent = os.getppid()
-        self.excused = 0.0  # when all that were missing were last found at work, and
-        self.heard: dict[int, Mapping[str, Any]] = {}  # the notes of that time
+    Attributes:
+        excused, heard: when all missing ranks were last found at work, and the heartbeats of that time.
+    """
+
+    pulse: Pulse
+    rank: int
+    world_size: int
+    connect: Callable[[], Store]
+    seconds: float
+    done: threading.Event = field(default_factory=threading.Event)
+    parent: int = field(default_factory=os.getppid)
+    excused: float = 0.0
+    heard: Notes = field(default_factory=dict)
 
     def run(self) -> None:
         store = None
@@ -111,7 +105,7 @@ class Watch:
             if self.pulse.doing and waited > self.seconds:
                 self.judge(self.notes(store), waited)
 
-    def judge(self, notes: dict[int, Mapping[str, Any]], waited: float) -> None:
+    def judge(self, notes: Notes, waited: float) -> None:
         """End the process, unless all that it waits for are at work."""
         own = self.pulse.note()
         missing = missing_ranks(self.world_size, own, notes)
@@ -131,9 +125,9 @@ class Watch:
             print_note(f"rank {self.rank}: the launcher is gone; stopping")
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def notes(self, store: HeartbeatStore | None) -> dict[int, Mapping[str, Any]]:
+    def notes(self, store: Store | None) -> Notes:
         """Last heartbeat of every rank, as far as the store can be reached."""
-        notes: dict[int, Mapping[str, Any]] = {}
+        notes: Notes = {}
         with contextlib.suppress(Exception):
             for rank in range(self.world_size):
                 if store is not None and store.check([key(rank)]):
@@ -145,19 +139,17 @@ def key(rank: int) -> str:
     return f"regpt/pulse/{rank}"
 
 
-def missing_ranks(world_size: int, own: Mapping[str, Any], notes: Mapping[int, Mapping[str, Any]]) -> list[int]:
+def missing_ranks(world_size: int, own: Note, notes: Notes) -> list[int]:
     """Those that have not begun the wait that this process is in."""
     return [other for other in range(world_size) if other not in notes or notes[other]["waits"] < own["waits"]]
 
 
-def at_work(note: Mapping[str, Any], before: Mapping[str, Any] | None) -> bool:
+def at_work(note: Note, before: Note | None) -> bool:
     """Whether a process works for itself, and has noted so since its note `before`; no clocks of hosts are compared."""
     return bool(note.get("work")) and not note["doing"] and (before is None or note["time"] != before["time"])
 
 
-def diagnosis(
-    rank: int, world_size: int, own: Mapping[str, Any], notes: Mapping[int, Mapping[str, Any]], waited: float
-) -> str:
+def diagnosis(rank: int, world_size: int, own: Note, notes: Notes, waited: float) -> str:
     """One sentence: the step, what is waited for, who has not come to it and what was last heard of them."""
     begin = f"step {own['step']}: rank {rank} has waited {waited:.0f} seconds for {own['doing']}"
     if not notes:
@@ -168,7 +160,7 @@ def diagnosis(
     return f"{begin}; missing: " + ", ".join(heard(other, notes.get(other), own["time"]) for other in missing)
 
 
-def heard(rank: int, note: Mapping[str, Any] | None, now: float) -> str:
+def heard(rank: int, note: Note | None, now: float) -> str:
     if note is None:
         return f"rank {rank} (never heard of)"
     doing = f"waiting for {note['doing']}" if note["doing"] else note.get("work") or "computing"

@@ -1,9 +1,8 @@
-"""`python -m regpt.parallel.worker FOLDER RANK ARGS…`: `regpt ARGS…` as one process of `launch`; writes down its end.
+"""`python -m regpt.parallel.worker FOLDER RANK ARGS…`: `regpt ARGS…` as one process of `launch`; writes its exit code.
 
-torchrun tells its caller how the first process ended that failed, and nothing after a signal; FOLDER gets all of them.
+torchrun reports how the first process ended that failed, and nothing after a signal; FOLDER gets all exit codes.
 """
 
-import os
 import runpy
 import sys
 from pathlib import Path
@@ -19,7 +18,6 @@ def main(folder: Path, rank: str, args: list[str]) -> None:
 
     if args[:1] == ["train"]:
         leave_when_terminated(note)
-    (folder / f"{rank}.pid").write_text(str(os.getpid()), encoding="utf-8")
     sys.argv = ["regpt", *args]
     code: object = 1
     try:

@@ -1,9 +1,8 @@
 """A run that is killed again and again against the same run in one piece: the user's own configuration and data."""
 
+import contextlib
 import math
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -11,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from regpt.checkpoint.load import Checkpoint, checkpoint_folder, checkpoints, load_checkpoint, step_of
 from regpt.config import RunConfig
@@ -108,19 +109,12 @@ class RunCommands:
 
     def kill(self, process: subprocess.Popen[bytes]) -> None:
         """End the launcher and all its processes at once, as a power cut would: nothing of theirs runs afterwards."""
-        process.kill()
-        for path in (self.folder / "tmp").glob("regpt-launch-*/*.pid"):
-            if not path.with_suffix(".exit").exists():
-                end(int(path.read_text(encoding="utf-8")))
-            path.unlink()
+        with contextlib.suppress(psutil.Error):  # it has ended
+            launcher = psutil.Process(process.pid)
+            for one in [launcher, *launcher.children(recursive=True)]:
+                with contextlib.suppress(psutil.Error):
+                    one.kill()
         process.wait()
-
-
-def end(pid: int) -> None:
-    try:
-        os.kill(pid, signal.SIGKILL if os.name == "posix" else signal.SIGTERM)
-    except OSError:
-        return  # it has ended
 
 
 def verify_resume(
