@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regpt.console.text import LONGEST_MESSAGE, UNSAFE, counted, message, shortened, visible
+from regpt.console.text import LONGEST_MESSAGE, UNSAFE, counted, duration, figure, message, shortened, si, visible
 
 
 @pytest.mark.parametrize(
@@ -56,3 +56,54 @@ def test_apostrophes_enclose_no_quotation():
 def test_one_of_a_kind_is_in_the_singular():
     assert [counted(n, "document") for n in (0, 1, 2000)] == ["0 documents", "1 document", "2,000 documents"]
     assert counted(2, "process", "processes") == "2 processes"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (7, "7"),
+        (0.5, "0.5"),
+        (999, "999"),
+        (999.9, "1.00k"),
+        (1500, "1.50k"),
+        (124439808, "124M"),
+        (9_999_999_999, "10.0B"),
+        (1e15, "1.00P"),
+        (3.14e23, "314Z"),
+    ],
+)
+def test_si_shows_three_digits(value, text):
+    assert si(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (0.01234, "0.0123"), (9.999, "10.0"), (53.81, "53.8"), (1234.5, "1,230")]
+)
+def test_figure_shows_three_digits_without_an_exponent(value, text):
+    assert figure(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"),
+        (0.0204, "20 ms"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (59.6, "1 min 00 s"),
+        (92, "1 min 32 s"),
+        (3599.7, "1 h 00 min"),
+        (6540, "1 h 49 min"),
+        (266400, "3 d 2 h"),
+    ],
+)
+def test_duration_shows_the_two_units_that_matter(seconds, text):
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0 FLOP"), (999.6e3, "1.00 MFLOP"), (1e9, "1.00 GFLOP"), (4.4808e14, "448 TFLOP")]
+)
+def test_a_unit_follows_its_prefix_and_a_billion_is_giga(value, text):
+    assert si(value, "FLOP") == text

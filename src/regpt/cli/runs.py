@@ -11,6 +11,7 @@ import tyro
 from regpt.cli.parse import parse
 from regpt.cli.table import print_rows
 from regpt.console.lines import print_json, print_line
+from regpt.console.text import duration
 from regpt.errors import UsageError
 from regpt.files import is_folder
 
@@ -54,14 +55,6 @@ def cells(one: ListedRun, folder: str) -> list[str]:
         "" if one.step is None else f"{one.step:,}/{steps}",
         "" if one.loss is None else f"{one.loss:.4f}",
         "" if one.tokens_per_s is None else f"{one.tokens_per_s:,.0f}",
-        "" if one.age_s is None else age(one.age_s),
+        "" if one.age_s is None else duration(round(one.age_s)),
         one.note,
     ]
-
-
-def age(seconds: float) -> str:
-    """`3 s`, `12 min`, `5 h`, `40 d`: whole units, rounded down."""
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds // size:,.0f} {unit}"
-    return f"{seconds:.0f} s"

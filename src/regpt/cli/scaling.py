@@ -131,8 +131,8 @@ def to_dict(found: ScalingFit, unit: str, given: ScalingArgs, plan: tuple[float,
 
 
 def print_fit(found: ScalingFit, unit: str, plan: tuple[float, float] | None) -> None:
+    from regpt.console.text import si
     from regpt.report.scaling import NAMES
-    from regpt.report.summary import si
 
     rows = []
     for p in found.points:
@@ -156,7 +156,7 @@ def print_fit(found: ScalingFit, unit: str, plan: tuple[float, float] | None) ->
 
 
 def print_optimum(found: ScalingFit, flops: float) -> None:
-    from regpt.report.summary import si
+    from regpt.console.text import si
 
     try:
         parameters, tokens = found.law.optimum(flops)

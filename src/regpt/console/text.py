@@ -1,4 +1,4 @@
-"""Text as a console can show it: control characters escaped, long quotations shortened, counts with their noun."""
+"""Text as a console can show it: control characters escaped, long quotations shortened; counts, figures, durations."""
 
 import re
 
@@ -42,3 +42,48 @@ def shortened(text: str, length: int) -> str:
 def counted(n: int, noun: str, plural: str = "") -> str:
     """`1 document`, `2,000 documents`."""
     return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
+
+
+# ---- figures
+
+
+PREFIXES = ((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+
+
+def figure(value: float) -> str:
+    """Three significant digits without an exponent: 0.0123, 1.23, 123, 1,230."""
+    rounded = float(f"{value:.3g}")
+    power = int(f"{rounded:e}".partition("e")[2])
+    return f"{rounded:,.{max(0, 2 - power) if rounded else 0}f}"
+
+
+def split_si(value: float) -> tuple[str, str]:
+    """Three digits and the prefix: (`124`, `M`); a billion is `B`, as papers of this field count tokens."""
+    rounded = float(f"{value:.3g}")
+    for scale, prefix in PREFIXES:
+        if abs(rounded) >= scale:
+            return figure(rounded / scale), prefix
+    text = figure(rounded)
+    return text.rstrip("0").rstrip(".") if "." in text else text, ""
+
+
+def si(value: float, unit: str = "") -> str:
+    """124439808 → `124M`, 1500 → `1.50k`, 12 → `12`; with a unit `854 MFLOP`, `1.50 GFLOP`."""
+    number, prefix = split_si(value)
+    return f"{number} {prefix.replace('B', 'G')}{unit}" if unit else number + prefix
+
+
+def duration(seconds: float) -> str:
+    """The two units that matter: `92 ms`, `45 s`, `1 min 32 s`, `2 h 05 min`, `3 d 4 h`."""
+    if seconds < 9.95:
+        return "0 s" if seconds == 0 else f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24} h"

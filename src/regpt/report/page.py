@@ -8,13 +8,14 @@ from importlib.resources import files
 from pathlib import Path
 
 import regpt
+from regpt.console.text import duration, si
 from regpt.files import write_errors, write_text
 from regpt.report.charts import MAX_EVENTS, charts, task_references, with_difference
 from regpt.report.compare import Differences, RunComparison, code_differences, config_differences, data_differences
 from regpt.report.health import examine, verdict
 from regpt.report.markup import command_html, date, embed, grid, grouped, section_html, sheet, text, value_html
 from regpt.report.read import Row, RunData, flatten, number, read_run, section, with_own_names
-from regpt.report.summary import RunSummary, Tile, duration, loss, sentence, si, summarize, tiles
+from regpt.report.summary import RunSummary, Tile, loss, sentence, summarize, tiles
 from regpt.report.verdict import HEAD, SEEDS_HEAD, code_lines, headline_of_runs, measure_cells, seeds_rows
 
 SCRIPTS = ("numbers.js", "charts.js", "samples.js", "report.js")

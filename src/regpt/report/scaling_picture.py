@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from regpt.console.text import si
 from regpt.data.picture import OTHER_OUT, save_figure
 from regpt.errors import UserError
 from regpt.files import write_errors
 from regpt.report.scaling import ScalingFit
-from regpt.report.summary import si
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

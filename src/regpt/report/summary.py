@@ -7,11 +7,9 @@ from math import exp
 from statistics import median
 from typing import Any
 
-from regpt.console.text import counted
+from regpt.console.text import counted, duration, figure, si, split_si
 from regpt.report.read import RunData, number, section
 from regpt.report.series import column, smooth, smoothing_span, training_seconds
-
-SI = ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))  # B: how papers of this field count tokens
 
 
 @dataclass(frozen=True)
@@ -168,50 +166,3 @@ def time_tiles(summary: RunSummary) -> Iterator[Tile]:
 def loss(value: float) -> str:
     """A loss in nats per token, as papers print it."""
     return f"{value:.3f}"
-
-
-def figure(value: float) -> str:
-    """Three significant digits without an exponent: 0.0123, 1.23, 123, 1,230."""
-    return f"{float(f'{value:.3g}'):,.{decimals(value)}f}"
-
-
-def decimals(value: float) -> int:
-    """Decimals that show three significant digits of `value`."""
-    size = abs(float(f"{value:.3g}"))
-    if size == 0:
-        return 0
-    whole = int(f"{size:e}".partition("e")[2])  # its power of ten
-    return max(0, 2 - whole)
-
-
-def split_si(value: float) -> tuple[str, str]:
-    """Three digits and the prefix: (`124`, `M`)."""
-    rounded = float(f"{value:.3g}")
-    for scale, prefix in SI:
-        if abs(rounded) >= scale:
-            return figure(rounded / scale), prefix
-    text = figure(rounded)
-    return text.rstrip("0").rstrip(".") if "." in text else text, ""
-
-
-def si(value: float) -> str:
-    """124439808 → `124M`, 1500 → `1.50k`, 12 → `12`."""
-    return "".join(split_si(value))
-
-
-def duration(seconds: float) -> str:
-    """The two units that matter: `92 ms`, `45 s`, `1 min 32 s`, `2 h 05 min`, `3 d 4 h`."""
-    if seconds < 1:
-        return f"{1000 * seconds:.0f} ms"
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    minutes = round(seconds / 60)
-    if minutes < 48 * 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    hours = round(seconds / 3600)
-    return f"{hours // 24} d {hours % 24} h"

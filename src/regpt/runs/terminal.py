@@ -14,7 +14,7 @@ from rich.text import Text
 
 from regpt.console.lines import write_stream
 from regpt.console.tables import can_redraw
-from regpt.console.text import visible
+from regpt.console.text import duration, si, visible
 
 BAR_WIDTH, CURVE_WIDTH, CURVE_HEIGHT = 30, 60, 6  # in characters; a Braille character holds 2 × 4 dots
 PLAIN_SECONDS = 5.0  # between lines where nothing can be redrawn
@@ -93,7 +93,7 @@ class Terminal:
     def figures(self, row: dict[str, Any]) -> str:
         mfu = f"  {row['mfu']:.1%} MFU" if row.get("mfu") else ""
         memory = f"  {row['peak_memory_gib']:.1f} GiB" if row.get("peak_memory_gib") else ""
-        flops = f"  {si_spaced(row['flops'])}FLOP" if row.get("flops") else ""
+        flops = f"  {si(row['flops'], 'FLOP')}" if row.get("flops") else ""
         return (
             f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  norm {row['grad_norm']:.2f}  "
             f"{row['tokens_per_s']:,.0f} tokens/s{mfu}{memory}{flops}  left {self.left(row['step'])}"
@@ -118,22 +118,6 @@ class Terminal:
             *([drawn] if Measurement.get(self.console, self.console.options, drawn).maximum <= room else []),
         )
         return Panel(body, title=Text(visible(self.title)), border_style="dim")
-
-
-def duration(seconds: float) -> str:
-    """`1:02:03`, or `2:03` below an hour."""
-    minutes, s = divmod(round(seconds), 60)
-    h, m = divmod(minutes, 60)
-    return f"{h}:{m:02d}:{s:02d}" if h else f"{m}:{s:02d}"
-
-
-def si_spaced(number: float) -> str:
-    """`number` with three digits and its prefix, a space before it: `4.48 P`; an exponent above exa."""
-    for prefix in ("", "k", "M", "G", "T", "P", "E"):
-        if abs(number) < 999.5:
-            return f"{number:.3g} {prefix}"
-        number /= 1000
-    return f"{number * 1e21:.2e} "
 
 
 def curve(values: Sequence[float], width: int, height: int) -> list[str]:
