@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from regpt.tools.plan import plan as plan_module
+from regpt.runs import plan as plan_module
 
 KEYS = {
     "recipe": str,
@@ -265,7 +265,7 @@ def test_it_prints_a_table(regpt):
     assert code == 0
     said = " ".join(out.split())
     assert said.startswith("gpt2-124m on 2 × H100 SXM model 124,439,808 parameters")
-    for part in ("10 billion tokens", "29.02 GiB of tensors at the peak (compiled)", "GPU hours at 2.00", "MFU 41."):
+    for part in ("10.0B tokens", "29.02 GiB of tensors at the peak (compiled)", "GPU hours at 2.00", "MFU 41."):
         assert part in said
 
 

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
+from regpt.runs.plan import doubtful_figures
 from regpt.tools.measure import busy
-from regpt.tools.plan.speed import StepTime
-from regpt.tools.plan.target import Target
-from regpt.tools.plan.warn import of_figures
+from regpt.tools.plan.speed import StepTime, Target
 
 HERE = Target("CPU", "cpu", None, torch.device("cpu"), 1e9, 1e9, "measured here")
 
@@ -21,14 +20,14 @@ HERE = Target("CPU", "cpu", None, torch.device("cpu"), 1e9, 1e9, "measured here"
     ],
 )
 def test_load_and_small_parts_make_a_time_doubtful(share: float | None, load: str | None, said: list[str]):
-    found = list(of_figures(HERE, StepTime({"all": 1.0}, 1.0, "timed here", share), load))
+    found = list(doubtful_figures(HERE, StepTime({"all": 1.0}, 1.0, "timed here", share), load))
     assert len(found) == len(said)
     assert all(part in sentence for part, sentence in zip(said, found))
 
 
 def test_a_data_sheet_is_not_doubtful_under_load():
     gpu = Target("H100", "gpu", None, None, 1e9, 1e15, "data sheet: x")
-    assert list(of_figures(gpu, StepTime({"all": 1.0}, 1.0, "predicted"), "load 9.0 on 2 cores")) == []
+    assert list(doubtful_figures(gpu, StepTime({"all": 1.0}, 1.0, "predicted"), "load 9.0 on 2 cores")) == []
 
 
 def test_a_machine_is_busy_when_more_wants_to_run_than_one_command(monkeypatch):

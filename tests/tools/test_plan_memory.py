@@ -16,10 +16,9 @@ from regpt.kernels.select import ops_of
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
-from regpt.tools.plan.memory import PlannedStep, cpu_memory, gpu_memory, tensors
-from regpt.tools.plan.room import Room
-from regpt.tools.plan.shape import shape_of
-from regpt.tools.plan.target import Target
+from regpt.runs.plan import Room
+from regpt.tools.plan.memory import PlannedStep, cpu_memory, gpu_memory, shape_of, tensors
+from regpt.tools.plan.speed import Target
 from regpt.train.backend import make_loss_sum
 from regpt.train.recompute import recompute_blocks
 
@@ -280,7 +279,7 @@ def test_the_largest_micro_batch_is_the_largest_that_fits():
     for rows in (None, 1, 4):
         memory = 1 if rows is None else gpu_memory(step, rows).needed
         target = Target("a GPU", "gpu", None, None, memory, 1.0, "stated")
-        assert Room(step, target, 8, 0, 0).largest() == rows
+        assert Room(step, target, [1, 2, 4, 8]).largest() == rows
 
 
 @pytest.mark.gpu

@@ -9,9 +9,17 @@ import torch
 import tiny
 from regpt.errors import UsageError
 from regpt.model.config import ModelConfig
-from regpt.tools.plan.calibrate import SmallStep, calibrated_time, extrapolate, sizes, time_pieces
 from regpt.tools.plan.memory import PlannedStep
-from regpt.tools.plan.speed import REACHED, gpu_time, stated_time
+from regpt.tools.plan.speed import (
+    REACHED,
+    SmallStep,
+    calibrated_time,
+    extrapolate,
+    gpu_time,
+    sizes,
+    stated_time,
+    time_pieces,
+)
 from regpt.train.config import OptimConfig
 from regpt.train.devices import device_by_name
 
@@ -124,14 +132,14 @@ def test_a_small_step_does_what_a_training_step_does():
 
 def test_times_are_medians_of_each_model_after_the_first(monkeypatch):
     durations = iter([99.0] * 4 + [5.0, 0.1, 9.0, 0.2] + [3.0, 0.1, 8.0, 0.2] * 2 + [4.0, 0.3, 7.0, 0.2] * 2)
-    monkeypatch.setattr("regpt.tools.plan.calibrate.seconds", lambda function, device: next(durations))
+    monkeypatch.setattr("regpt.tools.plan.speed.seconds", lambda function, device: next(durations))
     steps = [replace(SMALL, model=replace(tiny.CONFIG, n_layer=n)) for n in (1, 2)]
     assert time_pieces([SmallStep(one, OptimConfig(), 1, 4, tiny.CPU) for one in steps]) == [(4.0, 0.1), (8.0, 0.2)]
 
 
 def test_time_grows_with_rows_and_micro_batches(monkeypatch):
-    monkeypatch.setattr("regpt.tools.plan.calibrate.time_pieces", lambda steps: [(1.0, 0.5), (1.5, 0.7)])
-    monkeypatch.setattr("regpt.tools.plan.calibrate.sizes", lambda *args: (2, 12))
+    monkeypatch.setattr("regpt.tools.plan.speed.time_pieces", lambda steps: [(1.0, 0.5), (1.5, 0.7)])
+    monkeypatch.setattr("regpt.tools.plan.speed.sizes", lambda *args: (2, 12))
     time = calibrated_time(SMALL, OptimConfig(), rows=8, micro_batches=3, device=tiny.CPU, peak=1e11)
     assert time.micro_batch == pytest.approx(1.5 * 4)
     assert time.seconds == pytest.approx(1.5 * 4 * 3 + 0.7)

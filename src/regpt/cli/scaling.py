@@ -12,6 +12,7 @@ from regpt.cli.output import OTHER_JSON
 from regpt.cli.parse import parse
 from regpt.cli.table import print_rows
 from regpt.console.lines import print_json, print_line
+from regpt.console.text import si
 from regpt.errors import UsageError, UserError
 from regpt.files import write_errors, write_json
 from regpt.ranges import LARGE, Range
@@ -131,40 +132,32 @@ def to_dict(found: ScalingFit, unit: str, given: ScalingArgs, plan: tuple[float,
 
 
 def print_fit(found: ScalingFit, unit: str, plan: tuple[float, float] | None) -> None:
-    from regpt.console.text import si
     from regpt.report.scaling import NAMES
 
-    rows = []
-    for p in found.points:
-        fitted = found.law.loss(p.parameters, p.tokens)
-        losses = [f"{p.loss:.4f}", f"{fitted:.4f}", f"{p.loss - fitted:+.4f}"]
-        rows.append([p.run, si(p.parameters), si(p.tokens), f"{p.flops:.3g}", *losses])
+    law = found.law
+    fitted = [law.loss(p.parameters, p.tokens) for p in found.points]
+    rows = [
+        [p.run, si(p.parameters), si(p.tokens), f"{p.flops:.3g}", f"{p.loss:.4f}", f"{y:.4f}", f"{p.loss - y:+.4f}"]
+        for p, y in zip(found.points, fitted)
+    ]
     print_rows(("run", "parameters", "tokens", "FLOPs", f"loss, {unit}", "law", "loss - law"), rows)
     print_line("\nL = E + A / N^alpha + B / D^beta")
-    rows = [[name, f"{getattr(found.law, name):.4g}", interval_text(found.interval(name))] for name in NAMES]
+    rows = [[name, f"{getattr(law, name):.4g}", interval_text(found.interval(name))] for name in NAMES]
     print_rows(("", "value", "95 % interval"), rows)
     print_line(f"residuals: {100 * found.residual:.2f} % of the loss (root mean square)")
     if plan is not None:
         value, interval = found.predict(*plan)
-        print_line(
-            f"\na run of {si(plan[0])} parameters on {si(plan[1])} tokens: {value:.4f} {unit} "
-            f"(95 % interval {interval_text(interval)})"
-        )
-        print_optimum(found, 6 * plan[0] * plan[1])
+        run = f"a run of {si(plan[0])} parameters on {si(plan[1])} tokens"
+        print_line(f"\n{run}: {value:.4f} {unit} (95 % interval {interval_text(interval)})")
+        flops = 6 * plan[0] * plan[1]
+        try:
+            parameters, tokens = law.optimum(flops)
+            best = f"{si(parameters)} parameters and {si(tokens)} tokens: {law.loss(parameters, tokens):.4f}"
+            print_line(f"the same {flops:.3g} FLOPs (6·N·D) would do best with {best}")
+        except UserError as error:
+            print_line(str(error))
     for warning in found.warnings:
         print_line(f"careful: {warning}")
-
-
-def print_optimum(found: ScalingFit, flops: float) -> None:
-    from regpt.console.text import si
-
-    try:
-        parameters, tokens = found.law.optimum(flops)
-    except UserError as error:
-        print_line(str(error))
-        return
-    best = f"{si(parameters)} parameters and {si(tokens)} tokens: {found.law.loss(parameters, tokens):.4f}"
-    print_line(f"the same {flops:.3g} FLOPs (6·N·D) would do best with {best}")
 
 
 def interval_text(interval: tuple[float, float] | None) -> str:

@@ -8,15 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import exp, sqrt
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
 
 from regpt.errors import UserError
 from regpt.report.read import Row, RunData, number, section
-from regpt.report.scaling_law import ScalingLaw
 from regpt.report.series import need_bits, positions
 from regpt.report.summary import summarize
+from regpt.structured import read_json
 
 HUBER = 1e-3  # Hoffmann et al. 2022, appendix D.3, of log losses
 # Starting points of Hoffmann et al. 2022, appendix D.3: a = ln A, b = ln B, e = ln E, alpha, beta.
@@ -33,6 +35,62 @@ NAMES = ("E", "A", "B", "alpha", "beta")
 IN_ORDER = ("A", "B", "E", "alpha", "beta")  # of the fitted coefficients
 Which = Literal["final", "all"]
 Count = Literal["total", "non-embedding"]
+
+
+# ---- the law
+
+
+@dataclass(frozen=True)
+class ScalingLaw:
+    """L(N, D) = E + A/N^alpha + B/D^beta (Hoffmann et al. 2022, section 3.3); N parameters, D tokens.
+
+    Attributes:
+        unit: of the loss.
+        parameters: which N counts: all parameters, or those without token and position embeddings.
+    """
+
+    E: FiniteFloat
+    A: FiniteFloat
+    B: FiniteFloat
+    alpha: FiniteFloat
+    beta: FiniteFloat
+    unit: str = "nats per token"
+    parameters: Count = "total"
+
+    def loss(self, parameters: float, tokens: float) -> float:
+        return self.E + self.A / parameters**self.alpha + self.B / tokens**self.beta
+
+    def optimum(self, flops: float) -> tuple[float, float]:
+        """Parameters and tokens with the lowest loss among those with 6·N·D = `flops` (equation 4)."""
+        if self.alpha + self.beta == 0 or min(self.A, self.B, self.alpha, self.beta) <= 0:
+            raise UserError(
+                "the fitted law has no optimum: one of its terms vanished; add runs of other sizes or lengths"
+            )
+        ratio = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
+        parameters = ratio * (flops / 6) ** (self.beta / (self.alpha + self.beta))
+        return parameters, flops / 6 / parameters
+
+
+def read_law(path: Path) -> ScalingLaw:
+    """The law in a JSON file of `regpt scaling --json`: `{"form": "chinchilla", "E": …, "A": …, "B": …, "alpha": …,
+    "beta": …}` and, optional, `"unit"` and `"parameters"`. Other keys are ignored.
+
+    Raises:
+        UserError: no such file, no JSON, another form, a coefficient that is missing or not a finite number.
+    """
+    advice = f"write it with: regpt scaling RUN… --json {path}"
+    values = read_json(path, advice)
+    form = values.get("form") if isinstance(values, dict) else None
+    if form != "chinchilla":
+        raise UserError(f"{path} holds a law of the form {form!r}, 'chinchilla' is known; {advice}")
+    try:
+        return TypeAdapter(ScalingLaw).validate_python(
+            {key: values[key] for key in (*NAMES, "unit", "parameters") if key in values}
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: {where} is wrong ({first['msg'].lower()}); {advice}") from None
 
 
 # ---- the points: parameters, tokens and loss of runs
@@ -59,54 +117,47 @@ def points_of(runs: Sequence[RunData], which: Which = "final", count: Count = "t
         UserError: a run without validation, parameters or tokens.
     """
     bits = need_bits(runs)
-    key = "bpb" if bits else "loss"
-    found = [point for run in runs for point in points_of_run(run, key, which, parameters_of(run, count))]
+    found = [point for run in runs for point in points_of_run(run, "bpb" if bits else "loss", which, count)]
     return found, "bits per byte" if bits else "nats per token"
 
 
-def points_of_run(run: RunData, key: str, which: Which, parameters: float) -> list[Point]:
-    warmup = number(section(run.config, "optim").get("warmup_steps")) or 0
-    rows = [row for row in run.val if row["step"] > 0 and number(row.get(key)) is not None]
-    if which == "all":
-        rows = [row for row in rows if row["step"] > warmup]
+def points_of_run(run: RunData, key: str, which: Which, count: Count) -> list[Point]:
+    parameters = parameters_of(run, count)
+    warmup = (number(section(run.config, "optim").get("warmup_steps")) or 0) if which == "all" else 0
+    rows = [row for row in run.val if row["step"] > warmup and number(row.get(key)) is not None]
     if not rows:
-        what = "in bits per byte" if key == "bpb" else "loss"
-        when = f"its warmup of {warmup:,.0f} steps" if which == "all" and warmup else "its first step"
-        raise UserError(f"run {run.name!r} has no validation {what} after {when}; leave it out")
+        unit = "in bits per byte" if key == "bpb" else "loss"
+        when = f"its warmup of {warmup:,.0f} steps" if warmup else "its first step"
+        raise UserError(f"run {run.name!r} has no validation {unit} after {when}; leave it out")
     rows = rows if which == "all" else rows[-1:]
     places = positions(run.train, [row["step"] for row in rows])
     if "tokens" not in places:
         raise UserError(f"run {run.name!r} does not say how many tokens it read; leave it out")
     found = []
-    for i, row in enumerate(rows):
-        tokens = float(places["tokens"][i] or 0)
-        flops = float((places["flops"][i] if "flops" in places else None) or 6 * parameters * tokens)
-        found.append(Point(run.name, parameters, tokens, flops, float(row[key])))
+    for row, read, counted in zip(rows, places["tokens"], places.get("flops", [None] * len(rows))):
+        tokens = float(read or 0)
+        found.append(Point(run.name, parameters, tokens, float(counted or 6 * parameters * tokens), float(row[key])))
     return found
 
 
 def doubts_about(runs: Sequence[RunData], which: Which) -> list[str]:
     """A sentence for each run that may mislead: it began with trained weights, or is unfinished."""
-    ended = [(run, summarize(run)) for run in runs if which == "final"]
-    return [
-        f"run {run.name!r} began with trained weights ({origin}): the law takes it as trained from scratch; leave "
-        "it out"
-        for run in runs
-        if (origin := origin_of(run))
-    ] + [
-        f"run {run.name!r} is unfinished ({one.steps:,} of {one.planned_steps:,.0f} steps): where the learning rate "
-        "decays, its loss is too high"
-        for run, one in ended
-        if one.planned_steps and one.steps < one.planned_steps
-    ]
-
-
-def origin_of(run: RunData) -> str:
-    """The flag that gave the run trained weights, and their model; empty where it began with random ones."""
-    if source := run.env.get("init_from"):
-        return f"--init-from {source}"
-    parent = run.env.get("parent")
-    return f"--fork-from {parent.get('checkpoint')}" if isinstance(parent, dict) else ""
+    found = []
+    for run in runs:
+        source, parent = run.env.get("init_from"), section(run.env, "parent")
+        if source or parent:
+            origin = f"--init-from {source}" if source else f"--fork-from {parent.get('checkpoint')}"
+            found.append(
+                f"run {run.name!r} began with trained weights ({origin}): the law takes it as trained from scratch; "
+                "leave it out"
+            )
+        one = summarize(run)
+        if which == "final" and one.unfinished:
+            found.append(
+                f"run {run.name!r} is unfinished ({one.steps:,} of {one.planned_steps:,.0f} steps): where the learning "
+                "rate decays, its loss is too high"
+            )
+    return found
 
 
 def parameters_of(run: RunData, count: Count) -> float:
@@ -129,7 +180,7 @@ def non_embedding(total: float, model: Row) -> float:
     return total - (tables * model["vocab_size"] + positions) * model["n_embd"]
 
 
-# ---- the law
+# ---- the fit
 
 
 @dataclass(frozen=True)
@@ -138,8 +189,8 @@ class ScalingFit:
 
     Attributes:
         residual: root mean square of ln(loss) - ln(fitted loss).
-        samples: laws of the bootstrap; empty when there is no uncertainty to tell.
-        warnings: why the law should be doubted, a sentence each.
+        samples: laws of the bootstrap.
+        warnings: reasons to doubt the law, a sentence each.
     """
 
     law: ScalingLaw
@@ -158,8 +209,7 @@ class ScalingFit:
         Each of the bootstrap's laws is one guess at the law; the residuals are what runs add to it.
         """
         guesses = [law.loss(parameters, tokens) for law in self.samples]
-        spread = self.residual * sqrt(len(self.points) / max(1, len(self.points) - len(NAMES)))
-        noise = np.random.default_rng(1).normal(0, spread, len(guesses))
+        noise = np.random.default_rng(1).normal(0, self.residual * widening(len(self.points)), len(guesses))
         return self.law.loss(parameters, tokens), quantiles([guess * exp(x) for guess, x in zip(guesses, noise)])
 
 
@@ -176,18 +226,21 @@ def fit(points: Sequence[Point], bootstrap: int = 200, seed: int = 0) -> Scaling
     n, d, y = (np.log([getattr(point, key) for point in points]) for key in ("parameters", "tokens", "loss"))
     best = minimize(n, d, y, starts(n, d, y))
     fitted = log_loss(best, n, d)
-    residuals = y - fitted
-    widened = residuals * sqrt(len(points) / max(1, len(points) - len(NAMES)))
-    draw = np.random.default_rng(seed)
-    resampled = [minimize(n, d, fitted + draw.choice(widened, len(points)), best[None]) for _ in range(bootstrap)]
-    law = to_law(best)
+    residuals, draw = y - fitted, np.random.default_rng(seed)
+    drawn = (draw.choice(residuals * widening(len(points)), len(points)) for _ in range(bootstrap))
+    resampled = [minimize(n, d, fitted + noise, best[None]) for noise in drawn]
     return ScalingFit(
-        law=law,
+        law=to_law(best),
         points=tuple(points),
         residual=float(np.sqrt(np.mean(residuals**2))),
-        samples=tuple(to_law(one) for one in resampled),
+        samples=tuple(map(to_law, resampled)),
         warnings=tuple(doubts([best, *resampled], points)),
     )
+
+
+def widening(n: int) -> float:
+    """Factor from the residuals of `n` points to the noise of single runs, for the five fitted numbers."""
+    return sqrt(n / max(1, n - len(NAMES)))
 
 
 def check_points(points: Sequence[Point]) -> None:
@@ -217,11 +270,15 @@ def doubts(fits: Sequence[np.ndarray], points: Sequence[Point]) -> list[str]:
 # ---- the minimisation
 
 
+def log_terms(theta: np.ndarray, n: np.ndarray, d: np.ndarray) -> np.ndarray:
+    """ln of the three terms of L for each point, (3, …, points), of coefficients (…, 5)."""
+    a, b, e, alpha, beta = (theta[..., i, None] for i in range(5))
+    return np.stack(np.broadcast_arrays(a - alpha * n, b - beta * d, e))
+
+
 def log_loss(theta: np.ndarray, n: np.ndarray, d: np.ndarray) -> np.ndarray:
     """ln L for each point, (…, points), of coefficients (…, 5)."""
-    a, b, e, alpha, beta = (theta[..., i, None] for i in range(5))
-    terms = np.stack(np.broadcast_arrays(a - alpha * n, b - beta * d, e))
-    return np.logaddexp.reduce(terms, axis=0)
+    return np.logaddexp.reduce(log_terms(theta, n, d), axis=0)
 
 
 def errors(theta: np.ndarray, n: np.ndarray, d: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -231,21 +288,15 @@ def errors(theta: np.ndarray, n: np.ndarray, d: np.ndarray, y: np.ndarray) -> np
 
 def jacobian(theta: np.ndarray, n: np.ndarray, d: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Derivatives of `errors`, (points, 5)."""
-    a, b, e, alpha, beta = theta
-    terms = np.stack(np.broadcast_arrays(a - alpha * n, b - beta * d, e))
-    share = np.exp(terms - np.logaddexp.reduce(terms, axis=0))  # (3, points): each term's part of the loss
-    return np.stack([share[0], share[1], share[2], -share[0] * n, -share[1] * d], axis=1)
-
-
-def huber(error: np.ndarray) -> np.ndarray:
-    size = np.abs(error)
-    return np.where(size <= HUBER, error**2 / 2, HUBER * (size - HUBER / 2))
+    of_n, of_d, of_e = np.exp(log_terms(theta, n, d) - log_loss(theta, n, d))  # each term's part of the loss
+    return np.stack([of_n, of_d, of_e, -of_n * n, -of_d * d], axis=1)
 
 
 def starts(n: np.ndarray, d: np.ndarray, y: np.ndarray) -> np.ndarray:
     """The most promising starting points, (BEST_STARTS, 5)."""
     grid = np.array(STARTS, dtype=float)
-    values = huber(log_loss(grid, n, d) - y).sum(axis=-1)
+    size = np.abs(log_loss(grid, n, d) - y)
+    values = np.where(size <= HUBER, size**2 / 2, HUBER * (size - HUBER / 2)).sum(axis=-1)
     return grid[np.argsort(values, kind="stable")[:BEST_STARTS]]
 
 
@@ -259,11 +310,10 @@ def minimize(n: np.ndarray, d: np.ndarray, y: np.ndarray, begin: np.ndarray) -> 
         from scipy.optimize import least_squares
     except ImportError:
         raise UserError("a fit needs SciPy; install it with: pip install 'regpt[report]'") from None
-    how: dict[str, Any] = {"jac": jacobian, "loss": "huber", "f_scale": HUBER, "x_scale": "jac", "args": (n, d, y)}
-    how |= {"max_nfev": MAX_STEPS}
+    how: dict[str, Any] = {"jac": jacobian, "loss": "huber", "f_scale": HUBER, "x_scale": "jac", "max_nfev": MAX_STEPS}
     low, high = (np.array(side) for side in zip(*BOUNDS))
     inside = np.clip(begin, low + 1e-3, high - 1e-3)
-    found = [least_squares(errors, row, bounds=(low, high), **how) for row in inside]
+    found = [least_squares(errors, row, bounds=(low, high), args=(n, d, y), **how) for row in inside]
     return min(found, key=lambda one: one.cost).x
 
 

@@ -1,5 +1,6 @@
 """A fitted scaling law over its points: loss against parameters, tokens and FLOPs."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,9 +32,20 @@ def draw_scaling(found: ScalingFit, path: Path, unit: str, plan: Plan | None = N
         path.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(13, 4.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3, sharey=True)
-    draw_lines(left, found, ("parameters", "tokens"), plan)
-    draw_lines(middle, found, ("tokens", "parameters"), plan)
-    draw_compute(right, found, plan)
+    places = (*plan, 6 * plan[0] * plan[1]) if plan else (None, None, None)
+    draw_lines(left, found, "parameters", "tokens", places[0])
+    draw_lines(middle, found, "tokens", "parameters", places[1])
+    draw_compute(right, found, places[2])
+    value, interval = found.predict(*plan) if plan else (0.0, None)
+    for axes, name, x in zip((left, middle, right), ("parameters", "tokens", "FLOPs"), places):
+        if x is not None:
+            axes.plot([x, x], interval or (value, value), color=PLAN, linewidth=1.5)
+            axes.plot([x], [value], "*", color=PLAN, markersize=12, label=f"planned: {value:.3f}")
+        axes.set_xscale("log")
+        axes.set_xlabel(name)
+        axes.grid(color="#edf0f3")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=7.5)
     left.set_ylabel(f"validation loss, {unit}")
     law = found.law
     title = f"L = {law.E:.3f} + {law.A:.3g} / N^{law.alpha:.3f} + {law.B:.3g} / D^{law.beta:.3f}"
@@ -41,15 +53,13 @@ def draw_scaling(found: ScalingFit, path: Path, unit: str, plan: Plan | None = N
     save_figure(figure, path)
 
 
-def draw_lines(axes: "Axes", found: ScalingFit, keys: tuple[str, str], plan: Plan | None) -> None:
-    """Loss against the first of `keys`, a line for each value of the second that points have."""
+def draw_lines(axes: "Axes", found: ScalingFit, along: str, other: str, plan: float | None) -> None:
+    """Loss against `along`, a line for each value of `other` that points have."""
     from matplotlib import colormaps
 
-    along, other = keys
     values = sorted({getattr(point, other) for point in found.points})
     shown = {values[int(i)] for i in np.linspace(0, len(values) - 1, min(len(values), MAX_LINES))}
-    at = None if plan is None else plan[along == "tokens"]
-    grid = grid_over([getattr(point, along) for point in found.points], at)
+    grid = grid_over([getattr(point, along) for point in found.points], plan)
     for i, value in enumerate(values):
         colour = colormaps["viridis"](0.9 * i / max(1, len(values) - 1))
         points = [(getattr(point, along), point.loss) for point in found.points if getattr(point, other) == value]
@@ -58,43 +68,19 @@ def draw_lines(axes: "Axes", found: ScalingFit, keys: tuple[str, str], plan: Pla
         if value in shown:
             losses = [found.law.loss(**{along: place, other: value}) for place in grid]
             axes.plot(grid, losses, color=colour, linewidth=1.2)
-    mark_plan(axes, found, plan, at)
-    finish(axes, along)
 
 
-def draw_compute(axes: "Axes", found: ScalingFit, plan: Plan | None) -> None:
+def draw_compute(axes: "Axes", found: ScalingFit, plan: float | None) -> None:
     """Loss against FLOPs, with the lowest loss that the law allows for each number of FLOPs (6·N·D)."""
     flops = [point.flops for point in found.points]
     axes.plot(flops, [point.loss for point in found.points], "o", color="#2563d9", markersize=5, label="runs")
-    at = 6 * plan[0] * plan[1] if plan else None
-    grid = grid_over(flops, at)
-    try:
+    grid = grid_over(flops, plan)
+    with suppress(UserError):  # no optimum: the warnings give the reason
         best = [found.law.loss(*found.law.optimum(flops)) for flops in grid]
         axes.plot(grid, best, color=LINE, linewidth=1.2, linestyle="--", label="best for the FLOPs, by the law")
-    except UserError:  # no optimum: the warnings give the reason
-        pass
-    mark_plan(axes, found, plan, at)
-    finish(axes, "FLOPs")
 
 
 def grid_over(places: list[float], plan: float | None) -> np.ndarray:
     """100 places, evenly spaced on a logarithmic axis, over all of `places` and the plan."""
     reach = [*places, *([plan] if plan else [])]
     return np.geomspace(min(reach) / 1.3, max(reach) * 1.3, 100)
-
-
-def mark_plan(axes: "Axes", found: ScalingFit, plan: Plan | None, x: float | None) -> None:
-    if plan is None or x is None:
-        return
-    value, interval = found.predict(*plan)
-    if interval is not None:
-        axes.plot([x, x], interval, color=PLAN, linewidth=1.5)
-    axes.plot([x], [value], "*", color=PLAN, markersize=12, label=f"planned: {value:.3f}")
-
-
-def finish(axes: "Axes", name: str) -> None:
-    axes.set_xscale("log")
-    axes.set_xlabel(name)
-    axes.grid(color="#edf0f3")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=7.5)

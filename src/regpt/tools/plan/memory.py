@@ -1,4 +1,5 @@
-"""Memory of a step by part: the model's own forward and backward on fake tensors, whose storages are counted.
+"""Memory of a step by part: the model's own forward and backward on fake tensors, whose storages are counted; and
+its sizes, counted on the model too, so that they cannot differ from it.
 
 Bytes live after each allocation are a line in the rows of the micro-batch. Two passes, of 2 and of 4 rows, give the
 line of every allocation, and so the exact peak of any micro-batch of the eager path. Compiled and fused code is the
@@ -6,6 +7,7 @@ same pass with two differences: logits exist once, in the computing format, and 
 """
 
 import functools
+import math
 import weakref
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,10 +24,10 @@ from regpt.kernels import fp8
 from regpt.model.config import ModelConfig
 from regpt.model.ops import PLAIN
 from regpt.model.transformer import Transformer
-from regpt.model.weights import WithoutValues
-from regpt.tools.plan.shape import Shape, shape_of
+from regpt.model.weights import WithoutValues, count_parameters, real_shape, without_memory
 from regpt.train.backend import make_loss_sum
 from regpt.train.config import PrecisionName
+from regpt.train.peak import flops_per_token
 from regpt.train.precision import HALF_TYPES
 from regpt.train.recompute import recompute_blocks
 
@@ -46,6 +48,68 @@ FRAGMENTED_SHARE = 0.03  # of the peak: blocks that the allocator holds and cann
 # 3 % (docs/log.md).
 RUN_BYTES = 54 * 2**20
 CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What memory and time depend on.
+
+    Attributes:
+        parameters: without vocabulary padding, the tied head once.
+        embeddings: of `parameters`, those of tokens (the tied head with them) and positions.
+        padded: what is in memory.
+        matrices: weights of matrix products, the padded head included: those that bfloat16 copies are made of.
+        vocab_rows: rows of the head, padded.
+        flops_per_token: forward and backward, at the real vocabulary (`train.peak`).
+        attention_flops: of them, those of attention's products.
+    """
+
+    parameters: int
+    embeddings: int
+    padded: int
+    matrices: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    vocab_rows: int
+    seq_len: int
+    flops_per_token: int
+    attention_flops: int
+
+    @property
+    def product_flops(self) -> int:
+        """FLOPs of matrix products for one token, forward and backward, as they are computed: padding included."""
+        return 6 * self.matrices
+
+    @property
+    def block_weights(self) -> int:
+        """Weights of the matrix products in blocks, without the head."""
+        return self.matrices - self.vocab_rows * self.n_embd
+
+    @property
+    def block_flops(self) -> int:
+        """FLOPs of those products for one token, forward and backward."""
+        return 6 * self.block_weights
+
+
+def shape_of(config: ModelConfig, seq_len: int, *, pad_vocab: bool) -> Shape:
+    """Count a model of this shape."""
+    with without_memory():
+        model = Transformer(config, pad_vocab=pad_vocab)
+    tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    return Shape(
+        parameters=count_parameters(model),
+        embeddings=sum(math.prod(real_shape(model, name, p)) for name, p in model.named_parameters() if name in tables),
+        padded=sum(p.numel() for p in model.parameters()),
+        matrices=model.matmul_parameters(padded=True),
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        n_embd=config.n_embd,
+        vocab_rows=model.head_weight.size(0),
+        seq_len=seq_len,
+        flops_per_token=flops_per_token(model, seq_len),
+        attention_flops=model.attention_flops(seq_len),
+    )
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,121 @@
-"""Milliseconds a step: FLOPs and bytes counted on the model over the figures of a device that a path reaches.
+"""The device that a run is planned for, and milliseconds a step on it.
 
-To set a path's numbers after a measurement on another GPU or with other kernels, take the profile of
-`regpt bench train`; `python benchmarks/plan.py` prints planned and measured figures next to each other.
+On a GPU: FLOPs and bytes counted on the model over the figures of the device that a path reaches. To set a path's
+numbers after a measurement on another GPU or with other kernels, take the profile of `regpt bench train`;
+`python benchmarks/plan.py` prints planned and measured figures next to each other.
+
+On a CPU or Apple's GPU: two models of few layers run a few micro-batches and updates here; their difference is the cost
+of a layer, the rest that of the embedding and the head. Where a micro-batch would take long, fewer rows are timed, and
+time is taken to grow with them. A few seconds, whatever the size of the run.
 """
 
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
 
+import torch
+
+from regpt.console.text import counted
+from regpt.data.batch import Batch
 from regpt.errors import UsageError
+from regpt.kernels.select import ops_of
+from regpt.model.transformer import Transformer
+from regpt.model.weights import allocate, initialize, without_memory
+from regpt.parallel.mesh import choose_device
+from regpt.tools.measure import bandwidth_bytes, memory_bytes
 from regpt.tools.plan.memory import PlannedStep
-from regpt.train.devices import Device
-from regpt.train.precision import HALF_TYPES
+from regpt.train.backend import make_loss_sum
+from regpt.train.config import OptimConfig, PrecisionName
+from regpt.train.devices import Device, device_by_name
+from regpt.train.optim import make_optimizer
+from regpt.train.peak import PRODUCT_SIZE, device_figures, device_peak, driver_name, matmul_flops, synchronize
+from regpt.train.precision import HALF_TYPES, parameter_dtype
+from regpt.train.recompute import recompute_blocks
+
+# ---- the device
+
+
+LARGE_PRODUCT_SHARE = 0.78  # an 8192³ bfloat16 product on an H100 SXM: 768 of 989 TFLOP/s
+MEASURED = "measured here"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One device.
+
+    Attributes:
+        name: of the device.
+        kind: gpu, cpu or mps.
+        figures: of a GPU: its data sheet's, or in their place what was measured.
+        here: the device itself where it is part of this machine.
+        memory: bytes that it has.
+        peak: FLOP/s of which MFU is a share.
+        how: where the figures are from.
+    """
+
+    name: str
+    kind: str
+    figures: Device | None
+    here: torch.device | None
+    memory: float
+    peak: float
+    how: str
+
+
+def target_of(typed: str, device: str, precision: PrecisionName) -> Target:
+    """The device that `--gpu` names, or with an empty name this machine's `device` (auto, cuda, mps, cpu).
+
+    Raises:
+        UsageError: a GPU that the table does not have, or a device that this machine does not have.
+    """
+    here, figures = None, None
+    if typed and typed.lower() != "cpu":
+        figures = device_by_name(typed)
+        if torch.cuda.is_available() and device_figures(torch.device("cuda")) == figures:
+            here = torch.device("cuda")
+    else:
+        here = choose_device(typed.lower() or device)
+        if here.type != "cuda":
+            return this_host(here, precision)
+        figures = device_figures(here) or measured_figures(here)
+    memory = memory_bytes(here) if here else figures.memory_gib * 2**30
+    how = figures.source if figures.source.startswith(MEASURED) else f"data sheet: {figures.source}"
+    return Target(figures.name, "gpu", figures, here, memory, figures.peak(precision), how)
+
+
+def measured_figures(here: torch.device) -> Device:
+    """Figures of a GPU without a data sheet: large products and copies on it, scaled up to what sheets promise."""
+
+    def rate(precision: str) -> float | None:
+        try:
+            return matmul_flops(here, precision, PRODUCT_SIZE["cuda"]) / LARGE_PRODUCT_SHARE / 1e12
+        except RuntimeError:  # not on this device
+            return None
+
+    rates = {name: rate(name) for name in ("fp32", "tf32", "bf16", "fp16", "fp8")}
+    major, minor = torch.cuda.get_device_capability(here)
+    return Device(
+        name=driver_name(here),
+        driver=(),
+        also=(),
+        capability=major + minor / 10,
+        **(rates | {"fp32": rates["fp32"] or 1.0}),  # type: ignore[arg-type]
+        memory_gib=memory_bytes(here) / 2**30,
+        bandwidth=bandwidth_bytes(here) / 1e9,
+        link=None,
+        source=f"{MEASURED}: products of {PRODUCT_SIZE['cuda']}² matrices and copies, no data sheet is known",
+    )
+
+
+def this_host(here: torch.device, precision: PrecisionName) -> Target:
+    """A CPU, or Apple's GPU, on which a step is timed."""
+    peak = device_peak(here, precision)
+    name = driver_name(here) if here.type == "mps" else f"CPU with {counted(torch.get_num_threads(), 'thread')}"
+    return Target(name, here.type, device_figures(here), here, memory_bytes(here), peak.flops, peak.how)
+
+
+# ---- time from figures
 
 
 @dataclass(frozen=True)
@@ -134,3 +240,84 @@ def stated_time(mfu: float, flops: float, micro_batches: int, peak: float) -> St
     """A step of `flops` a device at an MFU that the user states."""
     seconds = flops / (mfu * peak)
     return StepTime({"at the stated MFU": seconds}, seconds / micro_batches, f"stated: MFU {mfu:.1%}")
+
+
+# ---- time from small pieces, measured here
+
+
+PIECE_SECONDS = 0.25  # longest time expected of one timed micro-batch
+EXPECTED_SHARE = 0.4  # of the measured product, reached by a micro-batch: for choosing its size only
+REPEATS = 5
+FEW, MORE = 1, 3  # layers
+
+
+def calibrated_time(
+    step: PlannedStep, optim: OptimConfig, *, rows: int, micro_batches: int, device: torch.device, peak: float
+) -> StepTime:
+    """A step of `micro_batches` of `rows`, uncompiled, on `device`, whose products reach `peak` FLOP/s."""
+    layers = sorted({min(FEW, step.model.n_layer), min(MORE, step.model.n_layer)})
+    steps = [replace(step, model=replace(step.model, n_layer=n)) for n in layers]
+    timed_rows, timed_len = sizes(steps[-1], rows, peak)
+    times = time_pieces([SmallStep(small, optim, timed_rows, timed_len, device) for small in steps])
+    micro, update = (extrapolate(layers, seconds, step.model.n_layer) for seconds in zip(*times))
+    scale = rows * step.seq_len / (timed_rows * timed_len)
+    how = f"{' and '.join(map(str, layers))} of {step.model.n_layer} layers, {timed_rows} × {timed_len} tokens"
+    parts = {"forward and backward": micro * scale * micro_batches, "optimizer": update}
+    return StepTime(parts, micro * scale, f"timed here: {how}", timed_share=1 / scale)
+
+
+def sizes(largest: PlannedStep, rows: int, peak: float) -> tuple[int, int]:
+    """Rows and their length that take about PIECE_SECONDS in the larger of the two models."""
+    tokens = int(PIECE_SECONDS * EXPECTED_SHARE * peak / largest.shape.flops_per_token)
+    if tokens >= largest.seq_len:
+        return max(1, min(rows, tokens // largest.seq_len)), largest.seq_len
+    return 1, max(1, tokens)
+
+
+class SmallStep:
+    """A small model, ready to run; `micro_batch` and `update` are the parts of a training step."""
+
+    def __init__(self, step: PlannedStep, optim: OptimConfig, rows: int, seq_len: int, device: torch.device):
+        self.device = device
+        with without_memory():
+            empty = Transformer(step.model, ops_of(step.precision, device), pad_vocab=step.pad_vocab)
+        self.model = initialize(allocate(empty, device, parameter_dtype(step.precision)), seed=0)
+        self.optimizer = make_optimizer(self.model, optim, device)
+        if step.checkpointing:
+            recompute_blocks(self.model)
+        self.loss_sum = make_loss_sum(self.model, step.precision, device, False)
+        tokens = torch.arange(rows * (seq_len + 1), device=device).view(rows, seq_len + 1) % step.model.vocab_size
+        self.batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+
+    def micro_batch(self) -> None:
+        (self.loss_sum(self.batch) / self.batch.idx.numel()).backward()
+
+    def update(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+
+
+def time_pieces(steps: Sequence[SmallStep]) -> list[tuple[float, float]]:
+    """Seconds of a micro-batch and of an update of each: the median, after one that allocates.
+
+    In turn, so that what slows the machine down slows all of them.
+    """
+    runs = [
+        [(seconds(small.micro_batch, small.device), seconds(small.update, small.device)) for small in steps]
+        for _ in range(1 + REPEATS)
+    ]
+    return [(median(micro for micro, _ in own), median(update for _, update in own)) for own in zip(*runs[1:])]
+
+
+def seconds(function: Callable[[], None], device: torch.device) -> float:
+    synchronize(device)
+    begin = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - begin
+
+
+def extrapolate(layers: Sequence[int], times: Sequence[float], wanted: int) -> float:
+    """Seconds of `wanted` layers on the line through those of few; noise never makes more layers cheaper."""
+    each = max(0.0, times[-1] - times[0]) / max(1, layers[-1] - layers[0])
+    return times[-1] + each * (wanted - layers[-1])
