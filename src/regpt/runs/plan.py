@@ -19,7 +19,7 @@ from regpt.report.scaling import ScalingLaw
 from regpt.runs.build import Corpus
 from regpt.tools.measure import busy, free_disk_bytes
 from regpt.tools.plan.memory import PlannedStep, StepMemory, cpu_memory, gpu_memory
-from regpt.tools.plan.speed import StepTime, Target, calibrated_time, gpu_time, stated_time, target_of
+from regpt.tools.plan.speed import StepTime, Target, calibrated_time, gpu_time, planned_target, stated_time
 from regpt.train.config import TrainConfig
 from regpt.train.memory import available_memory
 from regpt.train.probe import row_choices
@@ -60,7 +60,7 @@ def make_plan(
         UsageError: a device or a combination that cannot be planned for.
     """
     load = busy()  # before anything is measured
-    target = target_of(gpu, config.train.device, config.train.precision)
+    target = planned_target(gpu, config.train.device, config.train.precision)
     if target.kind != "gpu" and gpus > 1:
         raise UsageError(f"--gpus is {gpus}, but this is planned for {target.name}; add --gpu NAME")
     step = planned_step(config, target)
@@ -69,21 +69,12 @@ def make_plan(
     run = describe_run(config, step, rows, gpus)
     time = step_time(config, target, step, rows, run["accumulation"], gpus, mfu)
     parameters, tokens = step.shape.parameters, run["tokens"]
-    data: dict[str, Any] | None = None
-    if corpus:
-        data = {"path": " + ".join(str(folder.path) for folder in corpus.folders)}
-        data |= {"train_tokens": corpus.tokens("train"), "val_tokens": corpus.tokens("val")}
-        data["epochs"] = tokens / max(1, data["train_tokens"])
     plan: dict[str, Any] = {
         "recipe": recipe,
         "machine": describe_target(target, gpus),
-        "model": {
-            "parameters": parameters,
-            "parameters_in_memory": step.shape.padded,
-            "flops_per_token": step.shape.flops_per_token,
-        },
+        "model": describe_model(step),
         "run": run,
-        "data": data,
+        "data": describe_data(corpus, tokens) if corpus else None,
         "memory": room.describe(rows),
         "disk": disk(config, parameters, target, corpus),
         "time": describe_time(config, target, step, time, rows, gpus, corpus),
@@ -212,6 +203,12 @@ def describe_target(target: Target, gpus: int) -> dict[str, Any]:
     }
 
 
+def describe_model(step: PlannedStep) -> dict[str, Any]:
+    shape = step.shape
+    sizes = {"parameters": shape.parameters, "parameters_in_memory": shape.padded}
+    return sizes | {"flops_per_token": shape.flops_per_token}
+
+
 def describe_run(config: RunConfig, step: PlannedStep, rows: int, gpus: int) -> dict[str, Any]:
     train, seq_len = config.train, config.data.seq_len
     tokens = train.steps * train.batch_tokens
@@ -227,6 +224,12 @@ def describe_run(config: RunConfig, step: PlannedStep, rows: int, gpus: int) -> 
         "optimal_tokens_per_parameter": TOKENS_PER_PARAMETER,
         "flops": tokens * step.shape.flops_per_token,
     }
+
+
+def describe_data(corpus: Corpus, tokens: int) -> dict[str, Any]:
+    path, train = " + ".join(str(folder.path) for folder in corpus.folders), corpus.tokens("train")
+    val, epochs = corpus.tokens("val"), tokens / max(1, train)
+    return {"path": path, "train_tokens": train, "val_tokens": val, "epochs": epochs}
 
 
 def disk(config: RunConfig, parameters: int, target: Target, corpus: Corpus | None) -> dict[str, Any]:

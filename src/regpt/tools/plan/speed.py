@@ -63,7 +63,7 @@ class Target:
     how: str
 
 
-def target_of(typed: str, device: str, precision: PrecisionName) -> Target:
+def planned_target(typed: str, device: str, precision: PrecisionName) -> Target:
     """The device that `--gpu` names, or with an empty name this machine's `device` (auto, cuda, mps, cpu).
 
     Raises:
