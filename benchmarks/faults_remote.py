@@ -29,9 +29,10 @@ import tyro
 from fault_campaign import tiny_config, write_data
 
 import regpt
-from regpt.checkpoint.fetch import complete_checkpoints, restore
+from regpt.checkpoint.fetch import restore
 from regpt.errors import UserError
 from regpt.remote.lease import Lease
+from regpt.remote.mirror import complete_checkpoints
 from regpt.remote.store import Store
 from regpt.runs.folder import source_commit
 from regpt.runs.verify_resume import compare_runs

@@ -1,6 +1,7 @@
 """A local server that imitates the Hugging Face hub; nothing here reaches the internet."""
 
 import hashlib
+import json
 import os
 import threading
 from functools import partial
@@ -26,6 +27,9 @@ class Hub(BaseHTTPRequestHandler):
         self.answer(body=True)
 
     def answer(self, body: bool) -> None:
+        if self.path.startswith("/api/models/"):
+            self.list_files(self.path.split("/")[4])
+            return
         _, _, name, _, _, file = self.path.split("/")
         self.asked.append(f"{self.command} {file}")
         path = self.root / name / file
@@ -42,6 +46,17 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         if body:
             self.wfile.write(content)
+
+    def list_files(self, name: str) -> None:
+        """`/api/models/OWNER/NAME/tree/REVISION` and `/api/models/OWNER/NAME/revision/REVISION`."""
+        paths = sorted((self.root / name).iterdir())
+        tree = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "0" * 40} for p in paths]
+        info = {"id": f"someone/{name}", "sha": COMMIT, "siblings": [{"rfilename": path.name} for path in paths]}
+        content = json.dumps(tree if "/tree/" in self.path else info).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
 
     def log_message(self, format: str, *args) -> None:
         pass

@@ -69,10 +69,9 @@ class FaultyStore(Store):
         self.note("write", name)
         super().put(name, path)
 
-    def remove(self, names: Any) -> None:
-        for name in names:
-            self.note("remove", name)
-            super().remove([name])
+    def remove(self, name: str) -> None:
+        self.note("remove", name)
+        super().remove(name)
 
     def content(self) -> dict[str, bytes]:
         """Every file but the lease's."""

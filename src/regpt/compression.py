@@ -16,7 +16,6 @@ from typing import Any, BinaryIO, Protocol
 
 from regpt.errors import UserError
 
-ZSTD_BLOCK = 1 << 10  # compressed bytes at a time: their content, up to 30,000 times larger, is in memory
 PACKINGS = (".gz", ".zst", ".bz2", ".xz")
 JSONL = tuple(ending + packing for ending in (".jsonl", ".ndjson") for packing in ("", *PACKINGS))
 MAX_ROW_BYTES = 256 << 20  # of a line of .jsonl, a record of .json, a row of .csv; long books have some megabytes
@@ -48,67 +47,26 @@ def packing_of(name: str) -> str:
 def decompressed(raw: BinaryIO, path: Path, packing: str | None = None) -> Iterator[BufferedStream]:
     """The content of `raw`, decompressed as the name of `path` says, or `packing`; damage is an `Unreadable`."""
     packing = packing or packing_of(path.name)
-    damage: tuple[type[Exception], ...] = (EOFError, zlib.error, lzma.LZMAError)
-    if packing == ".zst":
-        zstandard = import_zstandard(path)
-        damage = (EOFError, zstandard.ZstdError)
-        reader: Any = io.BufferedReader(ZstdFrames(raw, zstandard), ZSTD_BLOCK)
-    else:
-        reader = OPENERS[packing](raw)
+    reader = open_zstd(raw, path) if packing == ".zst" else OPENERS[packing](raw)
     try:
         with reader:
             if not path.stat().st_size:
                 raise EOFError("it is empty")
             yield reader
-    except damage as error:
-        raise damaged(path, error) from None
-    except OSError as error:
-        if error.errno is not None:  # of the disk; the libraries' own have no number
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk; the libraries' own have no number
             raise
-        raise damaged(path, error) from None
+        raise Unreadable(f"{path} is damaged: it does not decompress ({error})", "damaged") from None
 
 
-def damaged(path: Path, error: Exception) -> Unreadable:
-    return Unreadable(f"{path} is damaged: it does not decompress ({error})", "damaged")
-
-
-class ZstdFrames(io.RawIOBase):
-    """The content of Zstandard frames, one after another; zstandard's own reader takes a cut file for a whole one."""
-
-    def __init__(self, raw: BinaryIO, zstandard: Any) -> None:
-        self._raw, self._new_frame = raw, zstandard.ZstdDecompressor().decompressobj
-        self._frame, self._packed, self._content = None, b"", memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._content and self._advance():
-            pass
-        count = min(len(buffer), len(self._content))
-        buffer[:count], self._content = self._content[:count], self._content[count:]
-        return count
-
-    def _advance(self) -> bool:
-        """Decompress some more; False at the end."""
-        self._packed = self._packed or self._raw.read(ZSTD_BLOCK)
-        if not self._packed:
-            if self._frame:
-                raise EOFError("it ends inside a frame")
-            return False
-        self._frame = self._frame or self._new_frame()
-        self._content = memoryview(self._frame.decompress(self._packed))
-        self._packed = self._frame.unused_data if self._frame.eof else b""
-        self._frame = None if self._frame.eof else self._frame
-        return True
-
-
-def import_zstandard(path: Path) -> Any:
+def open_zstd(raw: BinaryIO, path: Path) -> BufferedStream:
+    """The content of Zstandard frames; a truncated file is an OSError."""
     try:
-        import zstandard
+        import pyarrow
     except ImportError:
-        raise UserError(f"reading {path} needs zstandard; install it with: pip install 'regpt[data]'") from None
-    return zstandard
+        raise UserError(f"reading {path} needs pyarrow; install it with: pip install 'regpt[data]'") from None
+    stream: Any = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
+    return io.BufferedReader(stream)
 
 
 class Readline(Protocol):

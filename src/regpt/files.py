@@ -153,15 +153,11 @@ def is_lfs_pointer(head: bytes) -> bool:
     return len(head) <= LFS_POINTER_BYTES and LFS_POINTER.fullmatch(head) is not None
 
 
-def holds_lfs_pointer(path: Path) -> bool:
-    """Whether the file `path` is a Git LFS pointer; OSError where it cannot be read."""
-    with path.open("rb") as file:
-        return is_lfs_pointer(file.read(LFS_POINTER_BYTES + 1))
-
-
 def refuse_lfs_pointer(path: Path) -> None:
     """Raise a UserError where the file `path` is a Git LFS pointer; OSError where it cannot be read."""
-    if holds_lfs_pointer(path):
+    with path.open("rb") as file:
+        head = file.read(LFS_POINTER_BYTES + 1)
+    if is_lfs_pointer(head):
         raise UserError(
             f"{str(path)!r} is a Git LFS pointer of {path.stat().st_size} bytes, not the file itself; "
             "fetch the content with: git lfs pull"
@@ -258,7 +254,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """
     temporary = temporary_name(folder)
     try:
-        make_folder(temporary)
+        above = [parent for parent in temporary.parents if not parent.exists()]
+        temporary.mkdir(parents=True)
+        for parent in above:
+            sync(parent.parent)
         yield temporary
         sync(temporary)
         put_in_place(temporary, folder)
@@ -315,12 +314,12 @@ def remove_temporary(parent: Path, name: str) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def make_folder(folder: Path) -> None:
-    """Make `folder`, which does not exist, and the folders above it; their names are on the disk when it returns."""
-    above = [parent for parent in folder.parents if not parent.exists()]
-    folder.mkdir(parents=True)
-    for parent in above:
-        sync(parent.parent)
+def unused(path: Path, mark: str) -> Path:
+    """The first of the paths with `mark` and 1, 2, … added to their name that does not exist."""
+    number = 1
+    while (found := path.with_name(f"{path.name}{mark}{number}")).exists():
+        number += 1
+    return found
 
 
 # Locks: a lock ends with the process that holds it, also when that is killed.
@@ -333,23 +332,6 @@ def locked(path: Path, folder: Path, otherwise: str = "choose another --out") ->
     Raises:
         UserError: another process holds it; the message offers to wait or to do `otherwise`.
     """
-    with lock_file(path, folder, otherwise) as file:
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        try:
-            yield
-        finally:
-            if os.name == "posix":  # while it is held, so that no other process's is deleted
-                path.unlink(missing_ok=True)
-    if os.name != "posix":  # Windows deletes no open file
-        with suppress(OSError):
-            path.unlink()
-
-
-@contextmanager
-def lock_file(path: Path, folder: Path, otherwise: str) -> Iterator[IO[str]]:
-    """The lock file, open and locked."""
     while True:
         with path.open("a+", encoding="utf-8") as file:
             if not try_lock(file):
@@ -357,10 +339,20 @@ def lock_file(path: Path, folder: Path, otherwise: str) -> Iterator[IO[str]]:
                 holder = file.read().strip()
                 who = f"process {holder}" if holder else "another process"
                 raise UserError(f"{folder} is being written by {who}; wait until it has finished, or {otherwise}")
-            # The holder before us may have deleted the file between our opening and our locking it.
-            if (found := stat_or_none(path)) and os.path.samestat(os.fstat(file.fileno()), found):
-                yield file
-                return
+            if not (found := stat_or_none(path)) or not os.path.samestat(os.fstat(file.fileno()), found):
+                continue  # the holder before us has deleted the file between our opening and our locking it
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            try:
+                yield
+            finally:
+                if os.name == "posix":  # while it is held, so that no other process's is deleted
+                    path.unlink(missing_ok=True)
+        if os.name != "posix":  # Windows deletes no open file
+            with suppress(OSError):
+                path.unlink()
+        return
 
 
 def is_locked(path: Path) -> bool:

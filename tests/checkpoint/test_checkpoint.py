@@ -271,9 +271,9 @@ def test_a_model_json_that_describes_no_model_is_refused(tmp_path, save, monkeyp
     folder = save(tmp_path, 1)
     for content, complaint in (
         ({"format_version": 9}, "format version 1"),
-        ({"format_version": 1, "n_layer": "2"}, r"describes no model \(n_layer"),
-        ({"format_version": 1, "n_head": 5}, "describes no model .*not divisible"),
-        ({"format_version": 1, "n_haed": 5}, r"describes no model \(n_haed"),
+        ({"format_version": 1, "n_layer": "2"}, r"does not describe a model \(n_layer"),
+        ({"format_version": 1, "n_head": 5}, "does not describe a model .*not divisible"),
+        ({"format_version": 1, "n_haed": 5}, r"does not describe a model \(n_haed"),
     ):
         (folder / "model.json").write_text(json.dumps(content))
         with pytest.raises(UserError, match=rf"model\.json' .*{complaint}"):

@@ -216,7 +216,8 @@ def test_a_hugging_face_folder_that_asks_for_more_than_it_has_is_refused_before_
 def test_a_shape_that_the_tensors_have_not_is_refused_before_memory_is_taken(folder, capsys, key, value):
     edit(folder, MODEL, lambda content: content.update({key: value}))
     with pytest.raises(
-        UserError, match=r"model\.json' (asks for|describes no model|is not JSON)|tokenizer\.json' has 300 tokens"
+        UserError,
+        match=r"model\.json' (asks for|does not describe a model|is not JSON)|tokenizer\.json' has 300 tokens",
     ):
         verify_checkpoint(folder)
     assert "json" in refused(capsys, "sample", folder, "--prompt", "ba")

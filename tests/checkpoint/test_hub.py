@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from hub_server import Server
+from regpt.errors import UserError
 from regpt.hf.export import export_hf
-from regpt.hf.hub import Repository, repository
+from regpt.hf.hub import download_model, repository
 
 pytest.importorskip("huggingface_hub")
 
@@ -96,15 +97,17 @@ def test_short_names_are_openais_repositories():
     assert [repository(name) for name in ("a/b..c", "a--b/c", "a/b.git", "a/b-", "ä/b", "a/" + "b" * 95)] == [None] * 6
 
 
-def test_what_the_hubs_cache_holds_is_found_without_asking_the_network(monkeypatch):
+def test_what_the_hubs_cache_holds_is_found_without_asking_the_network(monkeypatch, tmp_path):
     def ask(*where, **_):
         asked.append(where)
         raise OSError("no network")
 
     asked: list[tuple] = []
     monkeypatch.setattr("huggingface_hub.utils._detect_agent._registry", None, raising=False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", False)
     monkeypatch.setattr("socket.getaddrinfo", ask)
-    assert Repository("someone/absent", "no connection").file("config.json") is None
+    with pytest.raises(UserError, match=r"'someone/absent' is not in the hub's cache .* \(HF_HUB_OFFLINE is set\)"):
+        download_model("someone/absent")
     assert asked == []

@@ -127,7 +127,7 @@ def test_a_run_starts_from_the_weights_at_an_address(regpt, run, tiny_flags, tmp
         (
             ["train", TINY, "--out", "what://a", "FLAGS"],
             2,
-            "what://a is an address of a kind that runs are not kept at",
+            "what://a is an address of an unknown kind; give s3://",
         ),
         (["train", "--resume", "RUNx"], 1, "RUNx holds no run (no config.toml); start one with: regpt train RECIPE"),
         (["sample", "RUNx", "--prompt", "a"], 1, "RUNx cannot be opened, it has no complete checkpoint"),
@@ -194,7 +194,7 @@ def test_without_a_network_the_first_contact_ends_soon_with_the_ways_out(regpt, 
 
     monkeypatch.setattr("urllib.request.getproxies", dict)
     monkeypatch.setattr("socket.getaddrinfo", no_network)
-    monkeypatch.setattr("regpt.remote.retry.pause", lambda seconds, *_: waits.append(seconds))
+    monkeypatch.setattr("regpt.remote.network.time.sleep", waits.append)
     if scheme == "gs":  # whose credentials are looked for on the network, for a quarter of a minute
         monkeypatch.setattr("google.auth.default", lambda **_: asked.append(1) or no_network())
     filled = [flag for arg in args for flag in (tiny_flags if arg == "FLAGS" else [arg])]

@@ -132,7 +132,7 @@ def test_a_record_has_size_and_hash_and_the_name_that_was_given(tmp_path, monkey
 )
 def test_a_bad_file_is_one_sentence_with_file_and_line(tmp_path, name, content, said):
     if name.endswith(("zst", "parquet")):
-        pytest.importorskip("zstandard" if name.endswith("zst") else "pyarrow")
+        pytest.importorskip("pyarrow")
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=said):
         texts_of(tmp_path / name)
@@ -201,7 +201,7 @@ def test_a_line_beyond_the_limit_is_named_before_it_is_read(tmp_path, monkeypatc
 
 
 def test_zstandard_blocks_that_repeat_one_byte_are_unpacked_some_at_a_time(tmp_path):
-    pytest.importorskip("zstandard")
+    pytest.importorskip("pyarrow")
     blocks = [(2 | last | 2**17 << 3).to_bytes(3, "little") + b"\n" for last in [0] * 4000 + [1]]  # RFC 8878, 3.1.1.2
     (tmp_path / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd\x00\x38" + b"".join(blocks))
     tracemalloc.start()
@@ -345,7 +345,7 @@ def test_nothing_found_is_one_sentence(tmp_path):
         find_files("pydoc")
 
 
-@pytest.mark.parametrize(("name", "package"), [("a.parquet", "pyarrow"), ("a.jsonl.zst", "zstandard")])
+@pytest.mark.parametrize(("name", "package"), [("a.parquet", "pyarrow"), ("a.jsonl.zst", "pyarrow")])
 def test_a_missing_optional_package_names_the_extra(tmp_path, monkeypatch, name, package):
     monkeypatch.setitem(sys.modules, package, None)
     (tmp_path / name).write_bytes(b"x")

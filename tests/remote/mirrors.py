@@ -24,8 +24,8 @@ def add(run: Path, saved: Path, step: int) -> Path:
 
 def mirror(run: Path, url: str, keep_last: int = 2, keep_every: int = 0, **options) -> Mirror:
     lease = Lease(FaultyStore(url, **options))
-    lease.acquire(dead=DEAD)
-    DEAD.add(lease.claim.token)
+    lease.acquire(DEAD[-1] if DEAD else "")
+    DEAD.append(lease.claim.token)
     made = Mirror(run, lease, is_intact)
     made.kept = lambda steps: kept_steps(steps, keep_last, keep_every, lambda steps: None)
     made.said = []  # type: ignore[attr-defined]
@@ -33,7 +33,7 @@ def mirror(run: Path, url: str, keep_last: int = 2, keep_every: int = 0, **optio
     return made
 
 
-DEAD: set[str] = set()  # claims of the mirrors that these tests have given up
+DEAD: list[str] = []  # claims of the mirrors that these tests have given up, the last one last
 
 
 def journal(given: Mirror) -> list[tuple[str, str]]:

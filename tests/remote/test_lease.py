@@ -27,11 +27,11 @@ def acquire(given: Lease, **options) -> list[str]:
 
 def test_a_claim_says_who_holds_it(url):
     first = lease(url)
-    first.claim = first.claim._replace(claimed=1000.0, renewed=1000.0)
+    first.claim = first.claim._replace(claimed=1000.0)
     assert acquire(first) == []
     stored = json.loads(first.store.read("lease/00000001.json") or b"")
     assert stored == {
-        "number": 1, "token": first.claim.token, "host": "here", "pid": 7, "claimed": 1000.0, "renewed": 1000.0,
+        "number": 1, "token": first.claim.token, "host": "here", "pid": 7, "claimed": 1000.0,
         "seconds": 60, "renewals": 0, "released": False,
     }  # fmt: skip
 
@@ -106,8 +106,10 @@ def test_the_claim_of_a_process_that_is_known_to_be_dead_is_taken_over_at_once(u
     first = lease(url)
     acquire(first)
     hand = Hand()
-    assert acquire(lease(url, hand), dead=[first.claim.token]) == []
+    assert acquire(lease(url, hand), known=first.claim.token) == []
     assert hand.slept == []
+    with pytest.raises(LeaseLost):  # the same token, and a newer number
+        first.check()
 
 
 def test_of_two_that_create_the_same_claim_one_gets_it(url, monkeypatch):

@@ -38,16 +38,21 @@ def best_step(losses: Mapping[int, float], steps: Iterable[int]) -> int | None:
     return min((step for step in steps if step in losses), key=lambda step: (losses[step], step), default=None)
 
 
+def by_loss(names: Iterable[str], losses: Mapping[int, float]) -> list[str]:
+    """The names of checkpoints whose validation loss is known, the lowest first, the earliest of equals."""
+    steps = {name: step_of(Path(name)) for name in names}
+    return sorted((name for name in steps if steps[name] in losses), key=lambda name: (losses[steps[name]], name))
+
+
 def best_last(run: Path) -> list[Path]:
     """The checkpoint folders of `run` whose validation loss is known, the best one last."""
-    losses = validation_losses(run / METRICS)
-    known = [folder for folder in checkpoints(run) if step_of(folder) in losses]
-    if not known:
+    names = by_loss((folder.name for folder in checkpoints(run)), validation_losses(run / METRICS))
+    if not names:
         raise UserError(
             f"run {str(run)!r} has no checkpoint whose validation loss is known; leave out {BEST!r}, or train with "
             "checkpoint.keep_best"
         )
-    return sorted(known, key=lambda folder: (losses[step_of(folder)], step_of(folder)), reverse=True)
+    return [run / CHECKPOINTS / name for name in reversed(names)]
 
 
 def at_step(model: str, step: str) -> str:
@@ -60,16 +65,14 @@ def at_step(model: str, step: str) -> str:
         return model
     if step != BEST and not (step.isascii() and step.isdigit()):
         raise UsageError(f"--step is {step!r}, must be the number of a checkpoint's step or {BEST}")
-    name = model.rstrip("/")
+    name, chosen = model.rstrip("/"), step if step == BEST else f"step-{int(step):08d}"
     if STEP_FOLDER.fullmatch(Path(name).name):
         raise UsageError(f"--step chooses a checkpoint of a run and {model!r} is one; leave it out, or give the run")
     if step != BEST and not address_of(name):
-        there = [step_of(folder) for folder in checkpoints(Path(name))]
+        there = [folder.name for folder in checkpoints(Path(name))]
         if not there:
-            raise UsageError(
-                f"--step chooses a checkpoint of a run and {model!r} has none; leave it out, or give a run"
-            )
-        if int(step) not in there:
-            known = ", ".join(map(str, sorted(there)))
+            raise UsageError(f"--step chooses a checkpoint and {model!r} has none; leave it out, or give a run")
+        if chosen not in there:
+            known = ", ".join(str(step_of(Path(folder))) for folder in there)
             raise UsageError(f"run {model!r} has no checkpoint of step {int(step)}; choose from {known} or {BEST}")
-    return f"{name}/{CHECKPOINTS}/{step if step == BEST else f'step-{int(step):08d}'}"
+    return f"{name}/{CHECKPOINTS}/{chosen}"

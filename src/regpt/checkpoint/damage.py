@@ -1,42 +1,16 @@
 """What lies among the checkpoints of a run, and everything that is wrong with it; nothing is changed."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from regpt.checkpoint.best import METRICS, best_step, validation_losses
-from regpt.checkpoint.load import (
-    CHECKPOINTS,
-    DTYPES,
-    STEP_FOLDER,
-    load_checkpoint,
-    read_model_config,
-    refuse_disagreement,
-    refuse_non_finite,
-    refuse_other_step,
-    step_of,
-)
-from regpt.checkpoint.manifest import (
-    AVERAGE,
-    MANIFEST,
-    MODEL,
-    STATE,
-    TOKENIZER,
-    DamagedFile,
-    check_sha256,
-    check_size,
-    check_sizes,
-    read_checkpoint_manifest,
-    stem_of,
-)
-from regpt.checkpoint.state import read_state
+from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, damages, refuse_other_step, step_of
+from regpt.checkpoint.manifest import AVERAGE, STATE, DamagedFile, check_sizes
 from regpt.errors import UserError
 from regpt.files import is_folder, stat_or_none, unless_gone
-from regpt.tensors import TensorFiles
-from regpt.text.open import open_tokenizer
 
 SET_ASIDE, UNFINISHED = ".damaged-", ".tmp-"  # in the names that `save.set_aside` and `files.temporary_name` give
 
@@ -119,45 +93,11 @@ def find_damages(
 
 
 def find_damage(folder: Path, look: Callable[[str], None] = lambda file: None) -> list[Damage]:
-    """Every file of the checkpoint `folder` that is not as it should be; none for a checkpoint that a run can take.
-
-    It is the judgement of `load.verify_checkpoint`, which ends at the first one.
-
-    Args:
-        look: told the name of each file before it is read.
-    """
-    found: list[Damage] = []
-    with noted(found, MANIFEST):
-        for file in read_checkpoint_manifest(folder).files:
-            look(file.file)
-            with noted(found, file.file):
-                check_size(folder, file)
-                check_sha256(folder, file)
-                check_content(folder, file.file)
-    if not found:
-        with noted(found, MODEL):
-            refuse_disagreement(load_checkpoint(folder, verified=True))
-    return found
+    """Every file of the checkpoint `folder` that is not as it should be; empty for a checkpoint that a run can take;
+    `look` as in `damages`."""
+    found = [damage_of(name, error) for name, error in damages(folder, look=look)]
+    return sorted(found, key=lambda damage: damage.file)
 
 
-def check_content(folder: Path, name: str) -> None:
-    """Raise a UserError unless the file holds what its name says; files of other names may hold anything."""
-    path = folder / name
-    if name in READERS:
-        READERS[name](path)
-    elif stem_of(name):
-        refuse_non_finite(folder, TensorFiles([path], DTYPES))
-
-
-READERS: dict[str, Callable[[Path], object]] = {MODEL: read_model_config, STATE: read_state, TOKENIZER: open_tokenizer}
-
-
-@contextmanager
-def noted(found: list[Damage], file: str) -> Iterator[None]:
-    """A UserError in the body becomes damage of `file`."""
-    try:
-        yield
-    except DamagedFile as error:
-        found.append(Damage(error.name, error.what))
-    except UserError as error:
-        found.append(Damage(file, str(error)))
+def damage_of(name: str, error: UserError) -> Damage:
+    return Damage(error.name, error.what) if isinstance(error, DamagedFile) else Damage(name, str(error))

@@ -5,15 +5,15 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from regpt.checkpoint.best import BEST, METRICS, validation_losses
-from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, print_warning, refuse_other_step, step_of, verify_checkpoint
+from regpt.checkpoint.best import BEST, METRICS, by_loss, validation_losses
+from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, print_warning, refuse_other_step, verify_checkpoint
 from regpt.checkpoint.manifest import MANIFEST, STATE, check_sizes, read_checkpoint_manifest
 from regpt.errors import UserError
-from regpt.files import SUCCESSOR, put_in_place, temporary_name
+from regpt.files import discard, temporary_name
 from regpt.remote import is_address
 from regpt.remote.download import download_lock
 from regpt.remote.lease import FOLDER as LEASE
-from regpt.remote.mirror import CONFIG, content
+from regpt.remote.mirror import CONFIG, complete_checkpoints
 from regpt.remote.retry import NotTransferred
 from regpt.remote.store import Store
 
@@ -50,7 +50,7 @@ def fetch_model(url: str, *, optimizer: bool = False, warn: Warn = print_warning
     """
     run_url, step = split_address(url)
     store, run = Store(run_url), copy_of(run_url)
-    with download_lock(run.parent / "copy", lambda: None):
+    with download_lock(run.parent / "copy"):
         get(store, CONFIG, run / CONFIG)
         names, folder = [""], None
         while folder is None and names != (names := chosen_checkpoints(store, step, run)):
@@ -62,24 +62,22 @@ def fetch_model(url: str, *, optimizer: bool = False, warn: Warn = print_warning
     return folder
 
 
-def fetch_run(url: str) -> Path:
-    """A copy of the run at `url` without its checkpoints: configuration, metrics, samples, evaluations.
+def local_run(name: str) -> Path:
+    """The folder of the run `name`; where that is an address, a copy without checkpoints: configuration, metrics,
+    samples, evaluations.
 
     Raises:
-        UserError: there is no run, or it cannot be read.
+        UserError: there is no run at the address, or it cannot be read.
     """
-    store = Store(url)
+    if not is_address(name):
+        return Path(name)
+    store = Store(name)
     run = copy_of(store.url)
-    with download_lock(run.parent / "copy", lambda: None):
+    with download_lock(run.parent / "copy"):
         for path in set(run.iterdir()) - {run / CHECKPOINTS}:  # some may have gone there
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         get_run_files(store, run)
     return run
-
-
-def local_run(name: str) -> Path:
-    """The folder of the run `name`: `name` itself, or a copy without checkpoints of the run at that address."""
-    return fetch_run(name) if is_address(name) else Path(name)
 
 
 def copy_of(url: str) -> Path:
@@ -95,7 +93,7 @@ def restore(store: Store, run: Path, warn: Warn = print_warning) -> list[str]:
     Raises:
         UserError: there is no run, none of its checkpoints is intact, or it cannot be read.
     """
-    names = complete_checkpoints(store)
+    names = chosen_checkpoints(store, "", run)
     folder, damaged = first_intact(store, names, run, optimizer=True, warn=warn)
     if names and folder is None:
         raise UserError(
@@ -119,20 +117,11 @@ def chosen_checkpoints(store: Store, name: str, run: Path) -> list[str]:
     loss of the metrics, which are downloaded into `run`."""
     if name and name != BEST:
         return [name]
-    complete = complete_checkpoints(store)
-    if not name:
-        return complete
-    get(store, METRICS, run / METRICS)
-    losses = validation_losses(run / METRICS)
-    known = [name for name in complete if step_of(Path(name)) in losses]
-    return sorted(known, key=lambda name: (losses[step_of(Path(name))], step_of(Path(name))))
-
-
-def complete_checkpoints(store: Store) -> list[str]:
-    """The names of those with a manifest, the newest first; what replaces a checkpoint is newer than that."""
-    parts = [name.split("/") for name in store.tries(lambda: store.files(CHECKPOINTS))]
-    names = [part[1] for part in parts if part[2:] == [MANIFEST] and STEP_FOLDER.fullmatch(part[1])]
-    return sorted(names, key=lambda name: (step_of(Path(name)), name), reverse=True)
+    names = store.tries(lambda: complete_checkpoints(store))
+    if name == BEST:
+        get(store, METRICS, run / METRICS)
+        return by_loss(names, validation_losses(run / METRICS))
+    return names
 
 
 def first_intact(
@@ -158,18 +147,19 @@ def get_checkpoint(store: Store, name: str, run: Path, *, optimizer: bool) -> Pa
         NotTransferred: it cannot be read.
         UserError: it is not what its manifest says, or has none.
     """
-    place, folder = f"{CHECKPOINTS}/{name}", run / CHECKPOINTS / name.removesuffix(SUCCESSOR)
+    place, folder = f"{CHECKPOINTS}/{name}", run / CHECKPOINTS / name
     temporary = temporary_name(folder)
     try:
         if not get(store, f"{place}/{MANIFEST}", temporary / MANIFEST):
             raise UserError(f"it has no {MANIFEST}, so it is not complete")
-        if content(folder / MANIFEST) == content(temporary / MANIFEST) and is_there(folder, optimizer=optimizer):
+        if is_copy(folder, (temporary / MANIFEST).read_bytes(), optimizer=optimizer):
             return folder
         for file in read_checkpoint_manifest(temporary).needed(optimizer=optimizer):
             get(store, f"{place}/{file.file}", temporary / file.file)
         verify_checkpoint(temporary, optimizer=optimizer)
         refuse_other_step(temporary / STATE, name)
-        put_in_place(temporary, folder)
+        discard(folder)
+        temporary.replace(folder)
     except NotTransferred:
         raise
     except UserError as error:
@@ -179,13 +169,13 @@ def get_checkpoint(store: Store, name: str, run: Path, *, optimizer: bool) -> Pa
     return folder
 
 
-def is_there(folder: Path, *, optimizer: bool) -> bool:
-    """Whether the copy of a checkpoint has the files that are needed."""
+def is_copy(folder: Path, manifest: bytes, *, optimizer: bool) -> bool:
+    """Whether `folder` has this manifest and the files that are needed."""
     try:
         check_sizes(folder, optimizer=optimizer)
+        return (folder / MANIFEST).read_bytes() == manifest
     except UserError:
         return False
-    return True
 
 
 def get_run_files(store: Store, run: Path) -> None:
@@ -199,12 +189,4 @@ def get_run_files(store: Store, run: Path) -> None:
 
 def get(store: Store, name: str, path: Path) -> bool:
     """Download the file `name` as `path`; False where there is no such file."""
-
-    def download() -> bool:
-        try:
-            store.get(name, path)
-        except FileNotFoundError:
-            return False
-        return True
-
-    return store.tries(download, name=name)
+    return store.tries(lambda: store.get(name, path), name=name)

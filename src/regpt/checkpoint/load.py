@@ -2,26 +2,29 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import TypeAdapter, ValidationError
-
 from regpt.checkpoint.manifest import (
     AVERAGE,
     FORMAT_VERSION,
+    MANIFEST,
     MODEL,
     OPTIMIZER,
     STATE,
     TOKENIZER,
     WEIGHTS,
     CheckpointManifest,
+    File,
+    check_sha256,
+    check_size,
     damaged,
     read_checkpoint_manifest,
-    verify_files,
+    stem_of,
+    validated,
 )
 from regpt.checkpoint.state import RunState, read_state
 from regpt.console.lines import print_note
@@ -182,11 +185,51 @@ def verify_checkpoint(folder: Path, *, optimizer: bool = True) -> None:
     Raises:
         UserError: naming the first file that is missing, changed, no file of the folder, or not what it should be.
     """
-    verify_files(folder, optimizer=optimizer)
-    checkpoint = load_checkpoint(folder, verified=True)
-    refuse_disagreement(checkpoint)
-    for stem in (WEIGHTS, AVERAGE, OPTIMIZER) if optimizer else (WEIGHTS, AVERAGE):
-        refuse_non_finite(folder, checkpoint.tensors(stem))
+    for _, error in damages(folder, optimizer=optimizer):
+        raise error
+
+
+def damages(
+    folder: Path, *, optimizer: bool = True, look: Callable[[str], None] = lambda file: None
+) -> Iterator[tuple[str, UserError]]:
+    """The files of the checkpoint `folder` that are not as they should be, with their problems: quick ones first.
+
+    Args:
+        optimizer: as in `verify_checkpoint`.
+        look: receives the name of each file before it is read.
+    """
+    name, damaged_files = MANIFEST, set[str]()
+    try:
+        files = read_checkpoint_manifest(folder).needed(optimizer=optimizer)
+        for file, check in [*((file, check_size) for file in files), *((file, check_content) for file in files)]:
+            if file.file in damaged_files:
+                continue
+            if check is check_content:
+                look(file.file)
+            try:
+                check(folder, file)
+            except UserError as error:
+                damaged_files.add(file.file)
+                yield file.file, error
+        name = MODEL
+        if not damaged_files:
+            refuse_disagreement(load_checkpoint(folder, verified=True))
+    except UserError as error:
+        yield name, error
+
+
+def check_content(folder: Path, file: File) -> None:
+    """Raise a UserError unless the file has its SHA-256 and holds the content that its name promises, which may be
+    anything for other names."""
+    check_sha256(folder, file)
+    name, readers = file.file, {MODEL: read_model_config, STATE: read_state, TOKENIZER: open_tokenizer}
+    if name in readers:
+        readers[name](folder / name)
+    elif stem_of(name):
+        tensors = TensorFiles([folder / name], DTYPES)
+        for tensor_name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise damaged(folder / name, f"holds numbers in {tensor_name!r} that are not finite")
 
 
 def refuse_disagreement(checkpoint: Checkpoint) -> None:
@@ -217,21 +260,9 @@ def refuse_other_step(state: Path, name: str) -> None:
         raise damaged(state, f"is of step {step:,}, but the folder is called {name!r}; rename that to {right}")
 
 
-def refuse_non_finite(folder: Path, tensors: TensorFiles) -> None:
-    """Raise a UserError that names the first tensor with an infinity or a NaN in it."""
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise damaged(tensors.file_of[name], f"holds numbers in {name!r} that are not finite")
-
-
 def read_model_config(path: Path) -> ModelConfig:
     """The model's shape from `model.json`."""
     content = read_object(path, REMEDY)
     if content.pop("format_version", None) != FORMAT_VERSION:
         raise damaged(path, f"does not have format version {FORMAT_VERSION}")
-    try:
-        return TypeAdapter(ModelConfig).validate_json(json.dumps(content), strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the model"
-        raise damaged(path, f"describes no model ({where}: {first['msg']})") from None
+    return validated(ModelConfig, json.dumps(content), path, "does not describe a model")

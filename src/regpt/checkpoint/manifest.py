@@ -4,11 +4,12 @@ import re
 import stat
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from regpt.errors import UserError
-from regpt.files import file_sha256, holds_lfs_pointer, is_file, is_folder, is_plain_name, stat_or_none, write_json
+from regpt.files import file_sha256, is_file, is_folder, is_plain_name, refuse_lfs_pointer, stat_or_none, write_json
 from regpt.structured import MAX_BYTES, parse_json, read_small
 from regpt.tensors import REMEDY, SUFFIX
 
@@ -18,6 +19,7 @@ MODEL, TOKENIZER, STATE = "model.json", "tokenizer.json", "state.json"
 # Stems of tensor files: model.safetensors, or model-00001-of-00004.safetensors … with model.safetensors.index.json.
 WEIGHTS, OPTIMIZER, AVERAGE = "model", "optimizer", "ema"
 FILES = (MODEL, TOKENIZER, STATE)
+T = TypeVar("T")
 DIVIDED = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -81,14 +83,19 @@ def read_checkpoint_manifest(folder: Path) -> CheckpointManifest:
         raise UserError(f"checkpoint {str(folder)!r} {what}; use another checkpoint of the run")
     content = read_small(path, REMEDY)
     refuse_other_version(content, path)
+    manifest = validated(CheckpointManifest, content, path, "is not a manifest")
+    check_names(manifest, path)
+    return manifest
+
+
+def validated(kind: type[T], content: bytes | str, path: Path, problem: str) -> T:
+    """The `kind` that the JSON `content` of the file `path` describes; a UserError with the `problem` otherwise."""
     try:
-        manifest = TypeAdapter(CheckpointManifest).validate_json(content, strict=True)
+        return TypeAdapter(kind).validate_json(content, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
-        raise damaged(path, f"is not a manifest ({where}: {first['msg']})") from None
-    check_names(manifest, path)
-    return manifest
+        raise damaged(path, f"{problem} ({where}: {first['msg']})") from None
 
 
 def refuse_other_version(content: bytes, path: Path) -> None:
@@ -151,25 +158,11 @@ def check_size(folder: Path, file: File) -> None:
     found = stat_or_none(path)
     if found is None or not stat.S_ISREG(found.st_mode):
         raise damaged(path, "is missing")
-    if found.st_size != file.size and holds_lfs_pointer(path):
-        raise damaged(path, "is a Git LFS pointer, not the file itself, which this fetches: git lfs pull")
     if found.st_size != file.size:
+        refuse_lfs_pointer(path)
         raise damaged(path, f"has {found.st_size:,} bytes instead of {file.size:,}")
     if file.file in FILES and file.size > MAX_BYTES:
         raise damaged(path, f"has {file.size:,} bytes, more than {MAX_BYTES:,}, too much for its kind")
-
-
-def verify_files(folder: Path, *, optimizer: bool = True) -> None:
-    """Compare every file of `folder` with the manifest: sizes, then SHA-256.
-
-    Args:
-        optimizer: also the optimizer's tensors, two thirds of the bytes, which only a resume reads.
-
-    Raises:
-        UserError: naming the first file that is missing, changed or no file of the folder.
-    """
-    for file in check_sizes(folder, optimizer=optimizer).needed(optimizer=optimizer):
-        check_sha256(folder, file)
 
 
 def check_sha256(folder: Path, file: File) -> None:

@@ -19,7 +19,7 @@ from regpt.checkpoint.manifest import (
 )
 from regpt.checkpoint.state import RunState, write_state
 from regpt.errors import UserError
-from regpt.files import SUCCESSOR, discard, promote, remove_temporary, whole_folder, write_json, write_text
+from regpt.files import SUCCESSOR, discard, promote, remove_temporary, unused, whole_folder, write_json, write_text
 from regpt.model.config import ModelConfig
 from regpt.tensors import write_divided
 from regpt.text.tokenizer import Tokenizer
@@ -106,10 +106,7 @@ def finish_replacements(parent: Path) -> None:
 
 def set_aside(folder: Path) -> Path:
     """Rename a damaged checkpoint so that it is no longer looked at."""
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.damaged-{number}")).exists():
-        number += 1
-    return folder.replace(aside)
+    return folder.replace(unused(folder, ".damaged-"))
 
 
 def is_intact(folder: Path) -> bool:

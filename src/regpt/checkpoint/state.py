@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from regpt.checkpoint.manifest import damaged
+from regpt.checkpoint.manifest import damaged, validated
 from regpt.errors import UserError
 from regpt.files import write_json
 from regpt.structured import read_object
@@ -73,12 +72,7 @@ def read_state(path: Path) -> RunState:
     Raises:
         UserError: the file is missing or holds something else.
     """
-    try:
-        state = TypeAdapter(RunState).validate_json(json.dumps(read_object(path, REMEDY)), strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise damaged(path, f"describes no run ({where}: {first['msg']})") from None
+    state = validated(RunState, json.dumps(read_object(path, REMEDY)), path, "does not describe a run")
     numbers = {"step": state.step, "data.next_row": state.data.next_row, "average_updates": state.average_updates}
     for name, number in (numbers | {"data.seq_len": state.data.seq_len}).items():
         if not 0 <= number <= LARGEST_NUMBER:

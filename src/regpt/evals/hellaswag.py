@@ -8,7 +8,7 @@ import numpy as np
 from regpt.errors import UserError
 from regpt.evals.choices import Choices, Question
 from regpt.evals.items import Item, read_items
-from regpt.remote.download import Checksum, DownloadProgress, RemoteFile, RemoteOptions
+from regpt.remote.download import DownloadProgress, RemoteFile, RemoteOptions
 from regpt.remote.retry import PATIENCE, Patience
 from regpt.remote.web import open_http
 from regpt.text.tokenizer import Encoder
@@ -57,7 +57,7 @@ def download(
         address=url,
         open_at=open_http,
         options=RemoteOptions(cache or Path.home() / ".cache" / "regpt", None, patience),
-        checksum=Checksum("sha256", sha256),
+        sha256=sha256,
         version=sha256,
         advice="; or give a local copy with --tasks hellaswag:FILE",
     )

@@ -1,20 +1,19 @@
 """Download a model from the Hugging Face hub into its own cache: only the files that are read."""
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from regpt.errors import UserError
+from regpt.files import is_file
 from regpt.hf.folder import CONFIG, INDEX, PICKLE, WEIGHTS, hf_config, how_to_convert
-from regpt.remote.network import WAYS_OUT, reach
-from regpt.tensors import shard_names
+from regpt.remote.network import WAYS_OUT, Unreached, reach
 from regpt.text.folder import ADDED, MERGES, NAMES, OPTIONS, TOKENIZER, VOCAB
 
 # GPT-2's short names, and where OpenAI's weights lie.
 SHORT_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9]([\w.-]*\w)?", re.ASCII)
 UNNAMED = re.compile(r"--|\.\.|\.git$|.{97}")  # what the hub does not have in a name
-TIMEOUT_S = 5.0  # for the first answer; a download itself may take as long as it needs
+FILES = [TOKENIZER, VOCAB, MERGES, OPTIONS, ADDED, NAMES, WEIGHTS, INDEX, "model-*-of-*.safetensors"]
 LOCAL = f"or give a local folder with {CONFIG} and {WEIGHTS}"
 
 
@@ -23,114 +22,55 @@ def repository(name: str) -> str | None:
     return SHORT_NAMES.get(name) or (name if REPOSITORY.fullmatch(name) and not UNNAMED.search(name) else None)
 
 
-@dataclass(frozen=True)
-class Repository:
-    """A repository on the hub; `trouble` says why the hub does not answer, and then only the cache is read."""
+def download_model(repo: str) -> Path:
+    """The folder in the hub's cache that holds `repo`, as a Hugging Face folder; only the cache is read where the hub
+    does not answer.
 
-    name: str
-    trouble: str | None
-
-    def file(self, file: str, commit: str | None = None) -> Path | None:
-        """Where `file` lies in the cache, downloaded if need be; None when there is no such file.
-
-        Without a `commit` it is the newest one, and the cache remembers which that was.
-        """
-        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    Raises:
+        UserError: no such repository, no network and not in the cache, no safetensors, no huggingface_hub, or a model
+            that we do not implement; the last is known before the weights are downloaded.
+    """
+    try:
+        from huggingface_hub import constants, hf_hub_download, hf_hub_url, snapshot_download, try_to_load_from_cache
         from huggingface_hub.errors import (
             EntryNotFoundError,
             HTTPError,  # pyright: ignore[reportPrivateImportUsage] (httpx's or requests', whichever the library uses)
             LocalEntryNotFoundError,
-        )
-
-        if self.trouble is not None:  # not hf_hub_download(local_files_only=True), which asks the network who it is
-            kept = try_to_load_from_cache(self.name, file, revision=commit)
-            return Path(kept) if isinstance(kept, str) else None
-        try:
-            return Path(hf_hub_download(self.name, file, revision=commit))
-        except LocalEntryNotFoundError as error:  # an EntryNotFoundError, too
-            raise unreachable(self.name, reason(error)) from None
-        except EntryNotFoundError:
-            return None
-        except (OSError, HTTPError) as error:
-            raise unreachable(self.name, reason(error)) from None
-
-
-def download_model(repo: str) -> Path:
-    """The folder in the hub's cache that holds `repo`, as a Hugging Face folder.
-
-    Raises:
-        UserError: no such repository, no network and not in the cache, no safetensors, or a model that we do not
-            implement; the last is known before the weights are downloaded.
-    """
-    remote = connect(repo)
-    config = remote.file(CONFIG)
-    if config is None:
-        raise unreachable(repo, remote.trouble) if remote.trouble else no_model(repo)
-    folder = config.parent  # named after the commit, to which the other files must belong as well
-    hf_config(folder)
-    has_tokenizer = remote.file(TOKENIZER, folder.name) or all(
-        remote.file(file, folder.name)
-        for file in (VOCAB, MERGES)  # older models have these instead
-    )
-    if not has_tokenizer and remote.trouble:
-        raise unreachable(repo, remote.trouble)
-    for file in (OPTIONS, ADDED, NAMES):
-        remote.file(file, folder.name)
-    if remote.file(WEIGHTS, folder.name) is None:
-        index = remote.file(INDEX, folder.name)
-        if index is None and remote.trouble:
-            raise unreachable(repo, remote.trouble)
-        if index is None:
-            raise UserError(
-                f"hub repository {repo!r} has no {WEIGHTS}, and regpt never reads {PICKLE}; {how_to_convert()}"
-            )
-        for shard in shard_names(index):
-            remote.file(shard, folder.name)
-    return folder
-
-
-def connect(repo: str) -> Repository:
-    """`repo`, after one request that is not repeated: the library's own retries take half a minute without a network.
-
-    Raises:
-        UserError: huggingface_hub is not installed, or the hub knows no such repository.
-    """
-    try:
-        from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            HTTPError,  # pyright: ignore[reportPrivateImportUsage]
             RepositoryNotFoundError,
         )
     except ImportError:
         raise UserError(
             f"model {repo!r} is on the hub, which needs huggingface_hub; run: pip install 'regpt[data]', {LOCAL}"
         ) from None
+    trouble = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
     try:
-        if not constants.HF_HUB_OFFLINE:
-            reach(hf_hub_url(repo, CONFIG))
-        get_hf_file_metadata(hf_hub_url(repo, CONFIG), timeout=TIMEOUT_S)
+        if not trouble:
+            reach(hf_hub_url(repo, CONFIG), tries=1)  # the library's own retries take half a minute without a network
+            folder = Path(hf_hub_download(repo, CONFIG)).parent  # named after the commit
+            hf_config(folder)
+            snapshot_download(repo, revision=folder.name, allow_patterns=FILES)
+            return with_weights(folder, repo)
+    except Unreached as error:
+        trouble = error.why
     except RepositoryNotFoundError:
         raise UserError(f"the hub has no public repository {repo!r}; check the name, {LOCAL}") from None
-    except EntryNotFoundError:
-        raise no_model(repo) from None
     except (OSError, HTTPError) as error:
-        return Repository(repo, reason(error))
-    return Repository(repo, None)
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise UserError(
+                f"hub repository {repo!r} has no {CONFIG}, so it is no model for transformers; choose another, {LOCAL}"
+            ) from None
+        trouble = next(iter(str(error).splitlines()), "") or type(error).__name__
+    kept = try_to_load_from_cache(repo, CONFIG)
+    if not isinstance(kept, str):
+        raise UserError(
+            f"model {repo!r} is not in the hub's cache and the hub cannot be reached ({trouble}); {WAYS_OUT}, {LOCAL}"
+        )
+    hf_config(Path(kept).parent)
+    return with_weights(Path(kept).parent, repo)
 
 
-def no_model(repo: str) -> UserError:
-    return UserError(
-        f"hub repository {repo!r} has no {CONFIG}, so it is no model for transformers; choose another, {LOCAL}"
-    )
-
-
-def unreachable(repo: str, why: str) -> UserError:
-    return UserError(
-        f"model {repo!r} is not in the hub's cache and the hub cannot be reached ({why}); {WAYS_OUT}, {LOCAL}"
-    )
-
-
-def reason(error: Exception) -> str:
-    """The first line of what `error` says, or its type when it says nothing."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+def with_weights(folder: Path, repo: str) -> Path:
+    """`folder`; a UserError where it holds no safetensors."""
+    if not (is_file(folder / WEIGHTS) or is_file(folder / INDEX)):
+        raise UserError(f"hub repository {repo!r} has no {WEIGHTS}, and regpt never reads {PICKLE}; {how_to_convert()}")
+    return folder

@@ -19,7 +19,7 @@ from regpt.prepare.pydocs import pydocs
 from regpt.prepare.settings import TEXT_OPTIONS, TextOptions
 from regpt.prepare.sources import RemoteSource, Source, SourceFile, find_files, find_remote, sha256_of, text_files
 from regpt.remote import is_address
-from regpt.remote.download import Checksum, DownloadProgress, RemoteFile, RemoteOptions
+from regpt.remote.download import DownloadProgress, RemoteFile, RemoteOptions
 from regpt.remote.retry import PATIENCE, Patience
 from regpt.remote.web import open_http
 
@@ -219,7 +219,7 @@ def remote_shakespeare(options: NamedOptions) -> RemoteSource:
         address=options.url,
         open_at=open_http,
         options=options.remote,
-        checksum=Checksum("sha256", SHAKESPEARE_SHA256),
+        sha256=SHAKESPEARE_SHA256,
         advice="; or give a local copy with --file",
     )
     return RemoteSource("tinyshakespeare", file)

@@ -195,8 +195,7 @@ class RemoteSource:
 
     def known(self) -> dict[str, Any]:
         record = {"source": self.source, "file": self.file, "bytes": self.bytes, "url": self.remote.url}
-        checksum = self.remote.checksum
-        return {**record, "sha256": checksum.hex} if checksum and checksum.kind == "sha256" else record
+        return {**record, "sha256": self.remote.sha256} if self.remote.sha256 else record
 
     def record(self) -> dict[str, Any]:
         return self.localize().record()

@@ -1,7 +1,7 @@
-"""Remote bytes → a file on this machine: resumed where it stopped, tried again, compared with the published hash.
+"""Remote bytes → a file on this machine: resumed at its offset, retried, compared with the published hash.
 
-A `RemoteFile` gives a stream that starts at an offset. What has arrived is kept under `NAME.partial`, so another
-attempt, also one of a later process, continues there.
+A `RemoteFile` gives a stream that starts at an offset. The bytes that have arrived are kept under `NAME.partial`, so
+another attempt, also one of a later process, continues there.
 """
 
 import hashlib
@@ -11,27 +11,20 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from filelock import FileLock, Timeout
 
 from regpt.errors import UserError
+from regpt.files import file_sha256
 from regpt.remote.retry import PATIENCE, Patience, persistently
 
 CHUNK = 1 << 20
-WAITING = "another process downloads it"
-
-
-class Checksum(NamedTuple):
-    """A published hash: `sha256`, `md5`, or git's `blob` (SHA-1 of a header and the content)."""
-
-    kind: str
-    hex: str
 
 
 @dataclass(frozen=True)
 class Download:
-    """News of one download; `total` and `bytes_per_s` are 0 while they are unknown, `note` says why it waits."""
+    """News of one download; `total` and `bytes_per_s` are 0 while unknown, `note` is the reason of a wait."""
 
     file: str
     bytes: int
@@ -45,8 +38,6 @@ class Download:
 
 
 DownloadProgress = Callable[[Download], None]
-Stream = AbstractContextManager[tuple[BinaryIO, int]]  # the second is where it starts: 0 where it cannot elsewhere
-Opener = Callable[[int], Stream]
 
 
 @dataclass(frozen=True)
@@ -73,12 +64,11 @@ class RemoteFile:
         name: in messages and manifests.
         bytes: its size; 0 when unknown.
         url: for people and manifests: with the revision, without secrets.
-        address: what is opened.
-        open_at: `open_at(address, offset, timeout_s)`, the stream.
+        address: passed to `open_at`.
+        open_at: `open_at(address, offset, timeout_s)`, the stream and where it starts: 0 where it cannot elsewhere.
         options: how it is downloaded.
-        checksum: the hash that its server publishes.
-        version: what changes when the content does, where there is no hash.
-        kept: a copy in the folder of another program.
+        sha256: the hash that its server publishes; empty without one.
+        version: changes with the content, where there is no hash.
         advice: the end of the sentence about an error.
     """
 
@@ -86,29 +76,11 @@ class RemoteFile:
     bytes: int
     url: str
     address: str
-    open_at: Callable[[str, int, float], Stream]
+    open_at: Callable[[str, int, float], AbstractContextManager[tuple[BinaryIO, int]]]
     options: RemoteOptions
-    checksum: Checksum | None = None
+    sha256: str = ""
     version: str = ""
-    kept: Path | None = None
     advice: str = ""
-
-    def fetch(self, progress: DownloadProgress | None = None) -> Fetched:
-        """The file on this machine, downloaded unless it is there; errors as in `download`."""
-        if self.kept and self.kept.is_file() and self.kept.stat().st_size == self.bytes:
-            matches, sha256 = compare_hash(self.kept, self.checksum)
-            if matches:
-                return Fetched(self.kept, sha256)
-        patience = self.options.patience
-
-        def open_at(offset: int) -> Stream:
-            return self.open_at(self.address, offset, patience.timeout_s)
-
-        try:
-            sha256 = download(self.url, open_at, self.path, self.bytes, self.checksum, patience, progress)
-        except UserError as error:
-            raise UserError(f"{error}{self.advice}") from None
-        return Fetched(self.path, sha256)
 
     @property
     def path(self) -> Path:
@@ -116,52 +88,74 @@ class RemoteFile:
         key = hashlib.sha256("\n".join((self.address, self.version, str(self.bytes))).encode()).hexdigest()[:16]
         return self.options.cache / "downloads" / key / PurePosixPath(self.name).name
 
+    @property
+    def partial(self) -> Path:
+        return self.path.with_name(self.path.name + ".partial")
 
-def download(
-    name: str,
-    open_at: Opener,
-    path: Path,
-    total: int,
-    checksum: Checksum | None,
-    patience: Patience,
-    progress: DownloadProgress | None = None,
-) -> str | None:
-    """`path` with the bytes of `name`, downloaded unless they are there; returns their SHA-256 if it was computed.
+    def fetch(self, progress: DownloadProgress | None = None) -> Fetched:
+        """The file on this machine, downloaded unless it is there; of several processes that ask at once one downloads.
 
-    Several processes may ask at once: one downloads. `total` is 0 when unknown.
+        Raises:
+            UserError: refused, not there, unreachable after all tries, another hash than the published one (twice), or
+                a full disk.
+        """
 
-    Raises:
-        UserError: refused, not there, unreachable after all tries, another hash than the published one (twice), or a
-            full disk.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with download_lock(path, lambda: progress and progress(Download(name, size_of(partial), total, note=WAITING))):
-        if path.is_file() and (not total or path.stat().st_size == total):
-            matches, sha256 = compare_hash(path, checksum)
-            if matches:
-                return sha256
-        for _ in range(2):  # a wrong hash may be the fault of the part that an earlier attempt left
-            arrive(name, open_at, partial, total, patience, progress)
-            matches, sha256 = compare_hash(partial, checksum)
-            if matches:
-                os.replace(partial, path)
-                return sha256
-            partial.unlink()
-    raise UserError(
-        f"{name} arrived twice with another {checksum.kind if checksum else ''} hash than the published one, "
-        "so it was not kept; try again later or download it in another way and give the file"
-    )
+        progress = progress or (lambda news: None)
+
+        def tell(note: str) -> None:
+            progress(Download(self.url, size_of(self.partial), self.bytes, note=note))
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with download_lock(self.path, lambda: tell("another process downloads it")):
+            there = self.path.is_file() and self.bytes in (0, size_of(self.path))
+            if there and self.sha256 in ("", found := self.hash_of(self.path)):
+                return Fetched(self.path, found)
+            for _ in range(2):  # a wrong hash may be the fault of the part that an earlier attempt left
+                try:
+                    name, patience = self.url, self.options.patience
+                    persistently(lambda: self.append(progress), name, patience, lambda: size_of(self.partial), tell)
+                except UserError as error:
+                    raise UserError(f"{error}{self.advice}") from None
+                if self.sha256 in ("", found := self.hash_of(self.partial)):
+                    os.replace(self.partial, self.path)
+                    return Fetched(self.path, found)
+                self.partial.unlink()
+        raise UserError(
+            f"{self.url} arrived twice with another sha256 hash than the published one, so it was not kept; try again "
+            f"later or download it in another way and give the file{self.advice}"
+        )
+
+    def hash_of(self, path: Path) -> str | None:
+        """The SHA-256 of `path`; None where there is no other to compare it with."""
+        return file_sha256(path) if self.sha256 else None
+
+    def append(self, progress: DownloadProgress) -> None:
+        """Download the rest of `partial`, to the disk."""
+        have, total, began = size_of(self.partial), self.bytes, time.monotonic()
+        if total and have == total:
+            return
+        have = have if have <= total else 0  # also when the total is unknown: the part may belong to another version
+        opened = self.open_at(self.address, have, self.options.patience.timeout_s)
+        with opened as (stream, start), self.partial.open("ab") as out:
+            out.truncate(start)
+            done = start
+            while chunk := stream.read(CHUNK):
+                out.write(chunk)
+                done += len(chunk)
+                progress(Download(self.url, done, total, (done - start) / max(1e-3, time.monotonic() - began)))
+            out.flush()
+            os.fsync(out.fileno())
+        if total and done != total:
+            raise ConnectionError(f"the connection was cut after {done:,} of {total:,} bytes")
 
 
 @contextmanager
-def download_lock(path: Path, waiting: Callable[[], object]) -> Iterator[None]:
+def download_lock(path: Path, waiting: Callable[[], object] = lambda: None) -> Iterator[None]:
     """The right to write `path`; `waiting` is called every second until it is there, and may raise to give up."""
     lock = FileLock(path.with_name(path.name + ".lock"))
-    while True:
+    while not lock.is_locked:
         try:
             lock.acquire(timeout=1.0)
-            break
         except Timeout:
             waiting()
     try:
@@ -170,57 +164,5 @@ def download_lock(path: Path, waiting: Callable[[], object]) -> Iterator[None]:
         lock.release()
 
 
-def arrive(
-    name: str, open_at: Opener, partial: Path, total: int, patience: Patience, progress: DownloadProgress | None
-) -> None:
-    """Append to `partial` until it is whole and on disk."""
-
-    def attempt() -> None:
-        if not total or size_of(partial) != total:
-            append(name, open_at, partial, total, progress)
-
-    def waiting(note: str) -> None:
-        if progress:
-            progress(Download(name, size_of(partial), total, note=note))
-
-    persistently(attempt, name, patience, lambda: size_of(partial), waiting)
-
-
-def append(name: str, open_at: Opener, partial: Path, total: int, progress: DownloadProgress | None) -> None:
-    have, began = size_of(partial), time.monotonic()
-    have = have if have <= total else 0  # also when the total is unknown: nothing says whether the part belongs to it
-    with open_at(have) as (stream, start), partial.open("ab") as out:
-        out.truncate(start)
-        done = start
-        while chunk := stream.read(CHUNK):
-            out.write(chunk)
-            done += len(chunk)
-            if progress:
-                progress(Download(name, done, total, (done - start) / max(1e-3, time.monotonic() - began)))
-        out.flush()
-        os.fsync(out.fileno())
-    if total and done != total:
-        raise ConnectionError(f"the connection was cut after {done:,} of {total:,} bytes")
-
-
 def size_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-def compare_hash(path: Path, checksum: Checksum | None) -> tuple[bool, str | None]:
-    """Whether `path` has that hash, and its SHA-256 if it was computed."""
-    if checksum is None:
-        return True, None
-    sha256, other = hashlib.sha256(), hasher(checksum.kind, path.stat().st_size)
-    with path.open("rb") as file:
-        while block := file.read(CHUNK):
-            sha256.update(block)
-            if other:
-                other.update(block)
-    return (other or sha256).hexdigest() == checksum.hex, sha256.hexdigest()
-
-
-def hasher(kind: str, size: int) -> Any:
-    if kind == "md5":
-        return hashlib.md5(usedforsecurity=False)
-    return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False) if kind == "blob" else None

@@ -12,9 +12,11 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
+
+from pydantic import TypeAdapter
 
 from regpt.console.lines import print_note
 from regpt.errors import UserError
@@ -27,18 +29,16 @@ SECONDS = 60.0
 POLLS = 12  # looks at a claim, in the seconds that it may stay without a change
 RENEWALS = 4  # of the holder, in the same time
 LONGEST_SECONDS = 3600.0  # that a claim of others may ask for
-ATTEMPTS = 5  # at a number that somebody else is just creating
 
 
 class Claim(NamedTuple):
-    """A file of the lease; times are Unix seconds by the clock of `host`, for people."""
+    """A file of the lease."""
 
     number: int
-    token: str = ""  # random, of this claim alone
+    token: str = ""  # random; kept as long as the same staging folder claims the run again
     host: str = "an unknown host"
     pid: int = 0
-    claimed: float = 0.0
-    renewed: float = 0.0
+    claimed: float = 0.0  # Unix seconds by the clock of `host`, for people
     seconds: float = SECONDS  # without a renewal, after which others may take over
     renewals: int = 0
     released: bool = False  # the holder has ended
@@ -63,10 +63,9 @@ class Lease:
     """The right to write to `store`, from `acquire` to `release`."""
 
     def __init__(self, store: Store, seconds: float = SECONDS, sleep: Callable[[float], None] = time.sleep) -> None:
-        self.store, self.sleep, now = store, sleep, time.time()
-        self.claim = Claim(0, uuid.uuid4().hex, platform.node(), os.getpid(), now, now, seconds)
+        self.store, self.sleep, self.lock = store, sleep, threading.Lock()
+        self.claim = Claim(0, uuid.uuid4().hex, platform.node(), os.getpid(), time.time(), seconds)
         self.lost: LeaseLost | None = None
-        self.lock = threading.Lock()
 
     def newest(self) -> Claim | None:
         """The claim with the highest number, whoever made it."""
@@ -75,29 +74,29 @@ class Lease:
         data = self.store.read(Claim(number).name) if number else None
         return None if data is None else parse(number, data)
 
-    def acquire(self, dead: Collection[str] = (), say: Callable[[str], None] = print_note) -> Claim | None:
+    def acquire(self, known: str = "", say: Callable[[str], None] = print_note) -> Claim | None:
         """Take the lease; returns the claim before this one.
 
         Args:
-            dead: the tokens of claims whose processes are known to have ended.
-            say: receives why it takes time.
+            known: the token of a claim whose process has ended; this one's too, where nobody else has claimed since.
+            say: receives the reason of a wait.
 
         Raises:
             UserError: another process holds the lease, or the store cannot be read or written.
         """
-        after = None
-        for _ in range(ATTEMPTS):
-            before = self.store.tries(self.newest)
-            if before is not None and not before.released and before.token not in dead:
-                before = self.watch(before, say)
-            self.claim = mine = self.claim._replace(number=before.number + 1 if before else 1)
-            self.store.tries(lambda: self.store.create(mine.name, mine.data()), "written", mine.name)  # noqa: B023
-            after = self.store.tries(self.newest)  # ours, also when the answer to our own creation was lost
-            if after is not None and after.token == mine.token:
-                below = [name for name in self.store.tries(lambda: self.store.files(FOLDER)) if name < mine.name]
-                self.store.tries(lambda: self.store.remove(below), "written")  # noqa: B023
-                return before
-        raise held(self.store.url, after or self.claim)
+        before = self.store.tries(self.newest)
+        token = known if known and (before is None or before.token == known) else self.claim.token
+        if before is not None and before.token != token and not before.released:
+            before = self.watch(before, say)
+        self.claim = mine = self.claim._replace(number=before.number + 1 if before else 1, token=token)
+        self.store.tries(lambda: self.store.create(mine.name, mine.data()), "written", mine.name)
+        after = self.store.tries(self.newest)  # ours, also when the answer to our own creation was lost
+        if after is None or after[:2] != mine[:2]:
+            raise held(self.store.url, after or mine)
+        for name in self.store.tries(lambda: self.store.files(FOLDER)):
+            if name < mine.name:
+                self.store.tries(lambda: self.store.remove(name), "written", name)  # noqa: B023
+        return before
 
     def watch(self, first: Claim, say: Callable[[str], None]) -> Claim:
         """Return the newest claim when it was released, or has not changed for as long as it may.
@@ -122,7 +121,7 @@ class Lease:
             LeaseLost: it is not; nothing may be written any more.
         """
         newest = None if self.lost else self.newest()  # None also where somebody emptied the folder
-        if newest is not None and newest.token != self.claim.token:
+        if newest is not None and newest[:2] != self.claim[:2]:
             self.lost = LeaseLost(
                 f"{self.store.url} was taken over by {newest.holder}, because this process had not renewed its lease "
                 f"for {self.claim.seconds:g} seconds; nothing of theirs was overwritten"
@@ -135,8 +134,7 @@ class Lease:
         self.check()
         with self.lock:
             if not self.claim.released:
-                renewals = self.claim.renewals + (not released)
-                self.claim = self.claim._replace(renewals=renewals, renewed=time.time(), released=released)
+                self.claim = self.claim._replace(renewals=self.claim.renewals + (not released), released=released)
                 self.store.write(self.claim.name, self.claim.data())
 
     @contextmanager
@@ -163,11 +161,10 @@ def parse(number: int, data: bytes) -> Claim:
     """A claim as another process wrote it; one that cannot be read has no token and no holder's name."""
     try:
         values = parse_json(data)
-        kinds = {key: type(default) for key, default in Claim._field_defaults.items() if key in values}
-        claim = Claim(number, **{key: kind(values[key]) for key, kind in kinds.items()})
-    except (ValueError, TypeError, OverflowError):
+        claim = TypeAdapter(Claim).validate_python({key: values[key] for key in Claim._fields if key in values})
+    except (ValueError, TypeError):  # a ValidationError is a ValueError
         return Claim(number)
-    return claim._replace(seconds=min(max(claim.seconds, 1.0), LONGEST_SECONDS))
+    return claim._replace(number=number, seconds=min(max(claim.seconds, 1.0), LONGEST_SECONDS))
 
 
 def held(url: str, claim: Claim) -> UserError:

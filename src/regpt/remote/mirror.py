@@ -1,9 +1,10 @@
-"""A run folder, copied to a bucket while the run goes on: finished checkpoints with their manifest last, then the rest.
+"""A run folder, copied to a bucket while the run continues: finished checkpoints with their manifest last, then the
+rest.
 
-A thread does it, and training never waits for it. An error is reported once and the copy tried again, more and more
-seldom, as long as the run goes on; the last copy, at the end, is given up after a number of tries. What has arrived is
-known from the store's manifests and, of other files, from their size and time here. The lease decides whether anything
-may be written (`remote.lease`), before every single file.
+A thread does it, and training never waits for it. While the run lasts an error is reported once and the copy tried
+again, ever more seldom; the last copy, at the end, has a number of tries. The store's manifests state which checkpoints
+have arrived; of other files it is their size and time here. Before every single file the lease decides whether anything
+may be written (`remote.lease`).
 """
 
 import os
@@ -15,8 +16,8 @@ from pathlib import Path
 from regpt.console.lines import print_note
 from regpt.errors import UserError
 from regpt.remote.lease import Lease, LeaseLost
-from regpt.remote.retry import problem_of, transport_errors
-from regpt.remote.store import is_safe
+from regpt.remote.retry import NotTransferred, problem_of, transport_errors
+from regpt.remote.store import Store, is_safe
 
 CONFIG = "config.toml"  # written last of the files next to checkpoints: it makes a run of the folder
 CHECKPOINTS, MANIFEST = "checkpoints", "manifest.json"
@@ -39,7 +40,7 @@ class Mirror:
         kept: the steps that stay, of those given; the others are not copied, and deleted from the store.
         uploading: the local checkpoint that is being read, which is not to be deleted meanwhile.
         damaged: names of checkpoints of the store that are not what their manifest says: neither counted nor deleted.
-        there: the manifests of the others, by name.
+        there: the manifests of the other complete checkpoints of the store, by name.
         sent: size and time of the files that have arrived, by name.
     """
 
@@ -48,7 +49,7 @@ class Mirror:
         self.kept: Callable[[set[int]], set[int]] = lambda steps: steps
         self.say: Callable[[str], None] = print_note
         self.damaged, self.there, self.sent = set(damaged), dict[str, bytes](), dict[str, tuple[int, ...]]()
-        self.looked = False  # at what the store holds
+        self.looked = False  # at the store's checkpoints
         self.uploading: Path | None = None
         self.failure: Exception | None = None
         self.wake, self.closing = threading.Event(), False
@@ -75,9 +76,8 @@ class Mirror:
 
     def left(self) -> tuple[int, int]:
         """Files still to be copied, and their bytes, as far as is known."""
-        waiting = dict(self.files())
-        for folder in self.missing():
-            waiting |= {self.name_of(path): path for path in folder.glob("*")}
+        paths = {path for folder in self.missing() for path in folder.iterdir()}
+        waiting = dict(self.files()) | {self.name_of(path): path for path in paths}
         stamps = {name: stamp_of(path) for name, path in waiting.items()}
         sizes = [stamp[0] for name, stamp in stamps.items() if stamp and stamp != self.sent.get(name)]
         return len(sizes), sum(sizes)
@@ -86,44 +86,30 @@ class Mirror:
 
     def work(self) -> None:
         """Copy until the run has ended and everything is there, or until it is of no use."""
-        patience, failures, last_tries, wait_s = self.store.patience, 0, 0, None
-        while True:
-            if not self.closing:
-                self.wake.wait(wait_s)
-            self.wake.clear()
-            closing = self.closing
-            last_tries += closing
-            try:
-                self.copy_all()
-                if closing:
-                    self.lease.renew(released=True)
-                    return
-                if failures:
-                    self.say(f"{self.store.url} is up to date again")
-                failures, wait_s = 0, None
-            except LeaseLost as error:
-                self.failure = UserError(f"{error}; what this process trained is in {self.run}")
-                return
-            except (UserError, *transport_errors()) as error:
-                text, lasts = problem_of(error)[:2]
-                if closing and (lasts or last_tries >= patience.tries):
-                    self.failure = self.undelivered(text)
-                    return
-                failures += 1
-                wait_s = patience.wait(failures)
-                if failures == 1:
-                    self.say(f"{self.store.url} could not be written ({text}); tried again while the run goes on")
-                if closing:
-                    patience.sleep(wait_s)
-            except Exception as error:  # a defect: raised again where the run ends, with its traceback
-                self.failure = error
-                return
-
-    def undelivered(self, why: str) -> Undelivered:
-        return Undelivered(
-            f"{self.store.url} could not be brought up to date: {why}; everything is in {self.run} on this "
-            f"machine, copy it with: regpt train --resume {self.store.url}"
-        )
+        failures, patience = 0, self.store.patience
+        try:
+            while not self.closing:
+                self.wake.wait(patience.wait(failures) if failures else None)
+                self.wake.clear()
+                try:
+                    self.copy_all()
+                    failures = 0
+                except transport_errors() as error:
+                    failures += 1
+                    why = problem_of(error).text
+                    if failures == 1:
+                        self.say(f"{self.store.url} could not be written ({why}); tried again while the run goes on")
+            self.store.tries(self.copy_all, "brought up to date")
+            self.store.tries(lambda: self.lease.renew(released=True), "written")
+        except LeaseLost as error:
+            self.failure = UserError(f"{error}; what this process trained is in {self.run}")
+        except NotTransferred as error:
+            self.failure = Undelivered(
+                f"{self.store.url} could not be brought up to date: {error.why}; everything is in {self.run} on this "
+                f"machine, copy it with: regpt train --resume {self.store.url}"
+            )
+        except Exception as error:  # a defect: raised again where the run ends, with its traceback
+            self.failure = error
 
     def copy_all(self) -> None:
         """Make the store hold what the folder holds."""
@@ -144,11 +130,9 @@ class Mirror:
             self.prune()
 
     def look(self) -> None:
-        """Find the complete checkpoints of the store, and delete what earlier processes left there."""
-        for name in self.store.files(CHECKPOINTS):
-            _, folder, *rest = name.split("/")
-            if rest == [MANIFEST] and STEP_FOLDER.fullmatch(folder) and folder not in self.damaged:
-                self.there[folder] = self.store.read(name) or b""
+        """Find the complete checkpoints of the store, and delete the remains of earlier processes there."""
+        names = set(complete_checkpoints(self.store)) - self.damaged
+        self.there = {name: self.store.read(f"{CHECKPOINTS}/{name}/{MANIFEST}") or b"" for name in names}
         self.prune()
         self.looked = True
 
@@ -161,11 +145,10 @@ class Mirror:
             except FileNotFoundError:
                 if path.exists():
                     raise
-        gone = [name for name in self.sent if not name.startswith(f"{CHECKPOINTS}/") and name not in present]
-        self.remove(gone)
+        self.remove([name for name in self.sent if not name.startswith(f"{CHECKPOINTS}/") and name not in present])
 
     def put_checkpoint(self, folder: Path) -> None:
-        """Copy a checkpoint, its manifest last; an older or damaged one of its name is deleted first."""
+        """Copy a checkpoint, its manifest last; an older (see `rewind`) or damaged one of its name is deleted first."""
         manifest = (folder / MANIFEST).read_bytes()
         if folder.name in self.there or folder.name in self.damaged:
             self.drop(folder.name)
@@ -198,7 +181,7 @@ class Mirror:
     def remove(self, names: Iterable[str]) -> None:
         for name in names:
             self.lease.check()
-            self.store.remove([name])
+            self.store.remove(name)
             self.sent.pop(name, None)
 
     def drop(self, folder: str) -> None:
@@ -220,7 +203,7 @@ class Mirror:
     def files(self) -> Iterator[tuple[str, Path]]:
         """The files next to checkpoints that are not private, by their names; config.toml last."""
         paths: list[Path] = []
-        for folder, folders, names in os.walk(self.run):  # which passes over folders that are just being deleted
+        for folder, folders, names in os.walk(self.run):  # passes over folders that are just being deleted
             if Path(folder) == self.run:
                 folders[:] = [name for name in folders if name != CHECKPOINTS]
             paths += [path for path in (Path(folder, name) for name in names) if not path.is_symlink()]
@@ -230,16 +213,23 @@ class Mirror:
     def missing(self) -> Iterator[Path]:
         """Local checkpoints that are kept and not in the store, the newest first."""
         folders = {path.name: path for path in (self.run / CHECKPOINTS).glob("step-*")}
-        folders = {name: path for name, path in folders.items() if STEP_FOLDER.fullmatch(name)}
-        kept = self.kept({step_number(name) for name in (*folders, *self.there)})
-        for name in sorted(folders, key=step_number, reverse=True):
+        names = set(filter(STEP_FOLDER.fullmatch, folders))
+        kept = self.kept({step_number(name) for name in (*names, *self.there)})
+        for name in sorted(names, key=step_number, reverse=True):
             manifest = content(folders[name] / MANIFEST)
-            is_new = manifest is not None and manifest != self.there.get(name) and step_number(name) in kept
-            if is_new and self.intact(folders[name]):
+            is_new = manifest not in (None, self.there.get(name))
+            if is_new and step_number(name) in kept and self.intact(folders[name]):
                 yield folders[name]
 
     def name_of(self, path: Path) -> str:
         return path.relative_to(self.run).as_posix()
+
+
+def complete_checkpoints(store: Store) -> list[str]:
+    """The names of the checkpoints of the run in `store` that have a manifest, the newest first."""
+    parts = [name.split("/") for name in store.files(CHECKPOINTS)]
+    names = [part[1] for part in parts if part[2:] == [MANIFEST] and STEP_FOLDER.fullmatch(part[1])]
+    return sorted(names, key=step_number, reverse=True)
 
 
 def step_number(folder: str) -> int:

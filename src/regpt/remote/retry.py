@@ -1,22 +1,19 @@
-"""Another try: which errors of a network may pass, how long to wait, and one sentence where it was of no use."""
+"""Retries: which errors of a network may pass, how long to wait, and one sentence when they do not."""
 
-import email.utils
 import errno
 import http.client
 import sys
 import time
 import urllib.error
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 from regpt.console.lines import is_terminal, print_note
 from regpt.errors import UserError
-from regpt.remote.network import WAYS_OUT
 
 BUSY = (408, 425, 429)  # besides 5xx: the statuses that RFC 9110, 8470 and 6585 say may be tried again
 LONGEST_RETRY_AFTER_S = 3600
-LISTING_TRIES = 3
 # Errors of libraries that are neither OSError nor ours; looked up only when the library is loaded.
 LIBRARY_ERRORS = (
     ("httpx", "HTTPError"),  # of huggingface_hub 1
@@ -31,34 +28,21 @@ LIBRARY_ERRORS = (
 LASTING = {"FileNotFoundError", "PermissionError", "IsADirectoryError", "NotADirectoryError"}
 LASTING |= {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError"}
 LASTING |= {"SSLCertVerificationError", "OfflineModeIsEnabled", "UnsupportedProtocol", "InvalidURL"}
-
-# Nobody has answered: no network, no such host, nobody listens there.
-UNREACHED = {"Unreached", "gaierror", "ConnectError", "ConnectTimeout", "ProxyError", "ClientConnectorError"}
-UNREACHED |= {"EndpointConnectionError", "ConnectTimeoutError", "ProxyConnectionError"}
-NO_ROUTE = (errno.ECONNREFUSED, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN)
+LOG_IN = "it needs a token: log in, or ask for access"
+HINTS = {401: f"; {LOG_IN}", 403: f"; {LOG_IN}", 404: "; check the name, or log in if it is private"}
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a download is tried: `tries` in a row that bring no byte, waits doubling from `wait_s`; `unreached` of
-    them where no server has been reached yet."""
+    """`tries` in a row that bring no byte, waits doubling from `wait_s`."""
 
     tries: int = 8
     wait_s: float = 1.0
     longest_wait_s: float = 60.0
     timeout_s: float = 30.0
-    unreached: int = 2
     sleep: Callable[[float], None] = time.sleep
-
-    def steady(self) -> "Patience":
-        """With a server that was reached before: the network is away, and may return."""
-        return replace(self, unreached=self.tries)
-
-    def of_listing(self) -> "Patience":
-        """For a first question: nobody waits minutes to hear that there is no network."""
-        return replace(self, tries=min(LISTING_TRIES, self.tries))
 
     def wait(self, tries: int) -> float:
         """Seconds to wait after so many tries in a row."""
@@ -69,14 +53,17 @@ PATIENCE = Patience()
 
 
 class NotTransferred(UserError):
-    """Something elsewhere could not be read or written."""
+    """Something elsewhere could not be read or written; `why` is the last error."""
+
+    def __init__(self, sentence: str, why: str) -> None:
+        super().__init__(sentence)
+        self.why = why
 
 
 class Problem(NamedTuple):
     text: str
     lasts: bool
     retry_after_s: float = 0.0
-    unreached: bool = False
 
 
 def persistently(
@@ -89,35 +76,31 @@ def persistently(
 ) -> T:
     """The result of `attempt`, tried again while its error may pass; a try that gained bytes starts the count anew.
 
+    Args:
+        waiting: receives the reason of a wait each second, and may raise to end it.
+
     Raises:
         NotTransferred: `name` could not be `done`.
     """
-    tries, before, reached = 0, gained(), False
+    tries, before = 0, gained()
     while True:
         try:
             return attempt()
         except transport_errors() as error:
             problem = problem_of(error)
         tries = 0 if gained() > before else tries + 1
-        reached = reached or not problem.unreached or not tries
         before = gained()
-        if not reached and tries >= min(patience.unreached, patience.tries):
-            raise NotTransferred(f"{name} could not be {done}: {problem.text}; {WAYS_OUT}")
         if problem.lasts or tries >= patience.tries:
             again = "" if problem.lasts else f", {tries} times; the same command continues where this one stopped"
-            raise NotTransferred(f"{name} could not be {done}: {problem.text}{again}")
+            raise NotTransferred(f"{name} could not be {done}: {problem.text}{again}", problem.text)
         wait_s = max(problem.retry_after_s, patience.wait(tries))
         if waiting is None or not is_terminal(sys.stderr):
             print_note(f"{name}: {problem.text}; trying again in {wait_s:.0f} s")
-        pause(wait_s, problem.text, patience, waiting or (lambda note: None))
-
-
-def pause(wait_s: float, why: str, patience: Patience, waiting: Callable[[str], None]) -> None:
-    """In steps of a second, so that whoever watches can stop it."""
-    while wait_s > 0:
-        waiting(f"trying again in {wait_s:.0f} s: {why}")
-        patience.sleep(min(1.0, wait_s))
-        wait_s -= 1.0
+        while wait_s > 0:
+            if waiting is not None:
+                waiting(f"trying again in {wait_s:.0f} s: {problem.text}")
+            patience.sleep(min(1.0, wait_s))
+            wait_s -= 1.0
 
 
 def transport_errors() -> tuple[type[BaseException], ...]:
@@ -134,18 +117,16 @@ def problem_of(error: BaseException) -> Problem:
         full = "the disk of the download folder is full; free space and run the same command again: it continues"
         return Problem(full, lasts=True)
     if status := status_of(error):
-        return Problem(said(status), not (status in BUSY or status >= 500), retry_after_s(error))
+        reason = http.client.responses.get(status, "unknown status")
+        text = f"the server answered {status} {reason}{HINTS.get(status, '')}"
+        return Problem(text, not (status in BUSY or status >= 500), retry_after_s(error))
     cause = getattr(error, "reason", error)  # of a urllib.error.URLError
     cause = cause if isinstance(cause, BaseException) else error
-    kinds = {kind.__name__ for kind in type(cause).__mro__}
-    unreached = bool(UNREACHED & kinds) or getattr(cause, "errno", None) in NO_ROUTE
-    lasts = bool(LASTING & kinds)
     text = " ".join(str(cause).split()) or type(cause).__name__
     if text.startswith("Forbidden") or type(cause).__name__ == "NoCredentialsError":  # gcsfs, s3fs; botocore
         return Problem(f"{text[:200]}; log in, or ask for access", lasts=True)
-    return Problem(
-        f"there is no such file ({text})" if isinstance(cause, FileNotFoundError) else text, lasts, 0.0, unreached
-    )
+    text = f"there is no such file ({text})" if isinstance(cause, FileNotFoundError) else text
+    return Problem(text, bool(LASTING & {kind.__name__ for kind in type(cause).__mro__}))
 
 
 def status_of(error: BaseException) -> int | None:
@@ -159,24 +140,8 @@ def status_of(error: BaseException) -> int | None:
     return int(status) if status.isdigit() else None
 
 
-def said(status: int) -> str:
-    reason = http.client.responses.get(status, "unknown status")
-    hint = {
-        401: "; it needs a token: log in, or ask for access",
-        403: "; it needs a token: log in, or ask for access",
-        404: "; check the name, or log in if it is private",
-    }
-    return f"the server answered {status} {reason}{hint.get(status, '')}"
-
-
 def retry_after_s(error: BaseException) -> float:
-    """Seconds that the header Retry-After asks for, as a number or a date (RFC 9110, 10.2.3)."""
+    """Seconds that the header Retry-After asks for (RFC 9110, 10.2.3); 0 for a date."""
     headers = getattr(error, "headers", None) or getattr(getattr(error, "response", None), "headers", None) or {}
     value = headers.get("Retry-After") or ""
-    if value.isdigit():
-        return float(min(int(value), LONGEST_RETRY_AFTER_S))
-    try:
-        wait_s = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-    except (TypeError, ValueError):
-        return 0.0
-    return max(0.0, min(wait_s, LONGEST_RETRY_AFTER_S))
+    return float(min(int(value), LONGEST_RETRY_AFTER_S)) if value.isdigit() else 0.0

@@ -1,22 +1,21 @@
 """A folder at an address that fsspec knows (s3://, gs://, …): its files by their names in it.
 
 Credentials, regions and endpoints are those of s3fs and gcsfs, as for sources of text (`remote.buckets`). Nothing is
-remembered between calls: another machine may have written meanwhile.
+cached between calls: another machine may have written meanwhile.
 """
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from regpt.errors import UsageError
 from regpt.files import is_plain_path
-from regpt.remote.buckets import connect, import_fsspec, reach_store
+from regpt.remote.buckets import connect
 from regpt.remote.retry import PATIENCE, Patience, persistently, status_of, transport_errors
 
 REFUSED = {409, 412}  # HTTP: there is such a file, or it is being created
-STORES = "s3://BUCKET/FOLDER, gs://BUCKET/FOLDER or another address that fsspec can write to"
 T = TypeVar("T")
 
 
@@ -24,15 +23,14 @@ class Store:
     """The folder at `url`. Methods raise what fsspec raises; `tries` repeats them and raises a UserError."""
 
     def __init__(self, url: str, patience: Patience = PATIENCE) -> None:
-        """Raise a UsageError for an address of an unknown kind, a UserError for a package that is missing."""
-        _, known = import_fsspec(url, "using")
-        self.url, self.patience, self.reached = url.rstrip("/"), patience, False
+        """Raise a UserError for an address of an unknown kind, a missing package, and a server that is not reached."""
+        self.url, self.patience = url.rstrip("/"), patience
         scheme = url.split("://")[0].lower()
-        if scheme not in known or scheme in ("http", "https"):
-            raise UsageError(f"{url} is an address of a kind that runs are not kept at; give a folder or {STORES}")
+        if scheme in ("http", "https", "hf"):
+            raise UsageError(f"{url} is an address that runs are not kept at; give a folder, s3://BUCKET/FOLDER, …")
         self.is_local = scheme in ("file", "local")
         options = {"auto_mkdir": True} if self.is_local else {}
-        self.fs, root = connect(url, "using", patience, use_listings_cache=False, **options)
+        self.fs, root = connect(url, "using", use_listings_cache=False, **options)
         self.root = root.rstrip("/")
 
     def tries(self, action: Callable[[], T], done: str = "read", name: str = "") -> T:
@@ -41,27 +39,18 @@ class Store:
         Raises:
             UserError: the file `name` could not be `done`, all tries together or for a reason that lasts.
         """
-
-        def attempt() -> T:
-            if not self.reached:
-                reach_store(self.fs)
-                self.reached = True
-            return action()
-
-        patience = self.patience.steady() if self.reached else self.patience
-        return persistently(attempt, f"{self.url}/{name}".rstrip("/"), patience, done=done)
+        return persistently(action, f"{self.url}/{name}".rstrip("/"), self.patience, done=done)
 
     def files(self, folder: str = "") -> dict[str, int]:
         """The size of each file below `folder`, by its name in the store; hidden ones, half-written, are left out."""
         self.fs.invalidate_cache()
         try:
-            found: dict[str, Any] = self.fs.find(self.place(folder), detail=True)
+            found = self.fs.find(self.place(folder), detail=True)
         except FileNotFoundError:
             return {}
         start = f"{self.root}/"
-        inside = {path: info for path, info in found.items() if path.startswith(start) and info["type"] == "file"}
-        sizes = {path.removeprefix(start): int(info["size"]) for path, info in inside.items()}
-        return {name: size for name, size in sizes.items() if is_safe(name)}
+        inside = {path.removeprefix(start): info for path, info in found.items() if path.startswith(start)}
+        return {name: int(info["size"]) for name, info in inside.items() if info["type"] == "file" and is_safe(name)}
 
     def read(self, name: str) -> bytes | None:
         """The content of a file; None when there is none."""
@@ -104,26 +93,29 @@ class Store:
             raise
         return True
 
-    def get(self, name: str, path: Path) -> None:
-        """Download a file; `path` bears its name only when it is whole."""
+    def get(self, name: str, path: Path) -> bool:
+        """Download a file; `path` bears its name only when it is whole. False when there is no such file."""
         partial = path.with_name(f".{path.name}.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.fs.get_file(self.place(name), str(partial))
+        try:
+            self.fs.get_file(self.place(name), str(partial))
+        except FileNotFoundError:
+            return False
         os.replace(partial, path)
+        return True
 
-    def remove(self, names: Iterable[str]) -> None:
-        """Delete files, in this order; those that are gone already do not matter."""
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                self.fs.rm_file(self.place(name))
-            if self.is_local and "/" in name:
-                with contextlib.suppress(OSError):  # other files are there; in buckets a folder is only a name
-                    os.rmdir(self.place(name.rpartition("/")[0]))
+    def remove(self, name: str) -> None:
+        """Delete a file; one that is gone already does not matter."""
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(self.place(name))
+        if self.is_local and "/" in name:
+            with contextlib.suppress(OSError):  # other files are there; in buckets a folder is only a name
+                os.rmdir(self.place(name.rpartition("/")[0]))
 
     def place(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
 
 
 def is_safe(name: str) -> bool:
-    """Whether a name in a store names a file inside the folder that it is downloaded to, and none that is hidden."""
+    """Whether a name in a store is of a file inside the folder that it is downloaded to, and not hidden."""
     return is_plain_path(name) and not any(part.startswith(".") for part in name.split("/"))

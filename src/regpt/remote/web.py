@@ -1,7 +1,6 @@
-"""Files at http and https addresses: their size and hash, and a stream from any offset."""
+"""Files at http and https addresses: their size, and a stream from any offset."""
 
 import base64
-import re
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -9,16 +8,15 @@ from contextlib import contextmanager
 from http.client import HTTPResponse
 from typing import Any
 
-from regpt.remote.download import Checksum, RemoteFile, RemoteOptions
-from regpt.remote.network import divided, reach
+from regpt.remote.download import RemoteFile, RemoteOptions
+from regpt.remote.network import reach
 from regpt.remote.retry import persistently
 
 
 def shown_address(address: str) -> str:
     """`address` without what may be secret: user and password, the query of a signed address."""
     split = urllib.parse.urlsplit(address)
-    host = split.netloc.rpartition("@")[2]
-    return urllib.parse.urlunsplit((split.scheme, host, split.path, "", ""))
+    return urllib.parse.urlunsplit(split._replace(netloc=split.netloc.rpartition("@")[2], query="", fragment=""))
 
 
 def web_file(given: str, options: RemoteOptions) -> RemoteFile:
@@ -29,22 +27,20 @@ def web_file(given: str, options: RemoteOptions) -> RemoteFile:
     """
     address, fragment = urllib.parse.urldefrag(given)
     url, timeout_s = shown_address(address), options.patience.timeout_s
-    size, version, checksum = persistently(lambda: probe(address, timeout_s), url, options.patience.of_listing())
-    if fragment.startswith("sha256="):
-        checksum = Checksum("sha256", fragment.removeprefix("sha256=").lower())
-    return RemoteFile(url, size, url, address, open_http, options, checksum, version)
-
-
-def probe(address: str, timeout_s: float) -> tuple[int, str, Checksum | None]:
-    """Size (0 when the server does not say), version and published hash; asks for one byte: HEAD is often refused."""
     reach(address)
+    size, version = persistently(lambda: probe(address, timeout_s), url, options.patience)
+    kind, _, digest = fragment.partition("=")
+    sha256 = digest.lower() if kind == "sha256" else ""
+    return RemoteFile(url, size, url, address, open_http, options, sha256, version)
+
+
+def probe(address: str, timeout_s: float) -> tuple[int, str]:
+    """Size (0 when the server does not state it) and version; asks for one byte: HEAD is often refused."""
     with request(address, "bytes=0-0", None, timeout_s) as response:
         length = response.headers.get("Content-Length") if response.status == 200 else None
         total = (response.headers.get("Content-Range") or "").rpartition("/")[2] or length or ""
         version = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
-        digest = re.search(r"sha-256=:([A-Za-z0-9+/=]+):", response.headers.get("Repr-Digest") or "")  # RFC 9530
-    checksum = Checksum("sha256", base64.b64decode(digest[1]).hex()) if digest else None
-    return int(total) if total.isdigit() else 0, version, checksum
+    return int(total) if total.isdigit() else 0, version
 
 
 class SameHost(urllib.request.HTTPRedirectHandler):
@@ -59,9 +55,13 @@ class SameHost(urllib.request.HTTPRedirectHandler):
 
 
 def request(address: str, wanted: str | None, secret: str | None, timeout_s: float) -> HTTPResponse:
-    address, user = divided(address)
-    secret = secret or user
-    asked = urllib.request.Request(address, headers={"User-Agent": "regpt", "Accept-Encoding": "identity"})
+    split = urllib.parse.urlsplit(address)
+    user, at, host = split.netloc.rpartition("@")
+    if at:  # user and password as the header Authorization (RFC 7617)
+        credentials = urllib.parse.unquote(user if ":" in user else f"{user}:").encode()
+        secret = secret or "Basic " + base64.b64encode(credentials).decode()
+    headers = {"User-Agent": "regpt", "Accept-Encoding": "identity"}
+    asked = urllib.request.Request(urllib.parse.urlunsplit(split._replace(netloc=host)), headers=headers)
     if wanted:
         asked.add_header("Range", wanted)
     if secret:

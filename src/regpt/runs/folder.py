@@ -12,11 +12,10 @@ from typing import Any
 import torch
 
 import regpt
-from regpt.checkpoint.load import checkpoints
 from regpt.config import RunConfig, read_config
 from regpt.console.text import counted, without_user
 from regpt.errors import UserError
-from regpt.files import PARTIAL, exists, is_file, is_folder, locked, sync, write_json, write_text
+from regpt.files import PARTIAL, exists, is_file, is_folder, locked, sync, write_errors, write_json, write_text
 from regpt.parallel.mesh import Mesh
 
 CONFIG, LOCK = "config.toml", ".lock"
@@ -31,13 +30,9 @@ def owned(run: Path) -> Iterator[None]:
         UserError: another process has it, or it cannot be written to.
     """
     with ExitStack() as stack:
-        try:
+        with write_errors(run, "make it writable or choose another folder"):
             run.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(run / LOCK, run, "choose another folder"))
-        except OSError as error:
-            raise UserError(
-                f"cannot write the run folder {str(run)!r} ({error.strerror}); make it writable or choose another"
-            ) from None
         yield
 
 
@@ -48,13 +43,11 @@ def create_run(run: Path, config: RunConfig, env: dict[str, Any], beside: Sequen
         UserError: the folder holds a run already, or other files, or cannot be written.
     """
     refuse_used_folder(run, beside)
-    try:
+    with write_errors(run, "choose another --out"):
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "env.json", env)
         write_text(run / CONFIG, config.to_toml())  # last: it makes a run of the folder
         sync(run.absolute().parent)
-    except OSError as error:
-        raise UserError(f"cannot write the run folder {str(run)!r} ({error.strerror}); choose another --out") from None
 
 
 def write_run_config(run: Path, config: RunConfig) -> None:
@@ -63,13 +56,8 @@ def write_run_config(run: Path, config: RunConfig) -> None:
     Raises:
         UserError: the folder cannot be written.
     """
-    path = run / CONFIG
-    if path.read_text(encoding="utf-8") == config.to_toml():
-        return
-    try:
-        write_text(path, config.to_toml())  # half of one may be valid, and mean something else
-    except OSError as error:
-        raise unwritable(path, error) from None
+    if (run / CONFIG).read_text(encoding="utf-8") != config.to_toml():
+        write_text(run / CONFIG, config.to_toml(), free_space(run))  # half of one may be valid, and mean something else
 
 
 def is_run(run: Path) -> bool:
@@ -101,11 +89,6 @@ def read_run_config(run: Path) -> RunConfig:
                 f"{str(run)!r} is no run but lies in one; go on with: regpt train --resume {run.parent.parent}, or "
                 f"start a new run from a checkpoint with: regpt train --fork-from {run} --out RUN2"
             )
-        if folders := checkpoints(run):
-            raise UserError(
-                f"run folder {str(run)!r} has lost its {CONFIG}; restore it, or start a new run from its newest "
-                f"checkpoint with: regpt train --fork-from {folders[-1]} --out RUN2"
-            )
         what = f"holds no run (no {CONFIG})" if is_folder(run) else "does not exist"
         raise UserError(f"run folder {str(run)!r} {what}; start one with: regpt train RECIPE --data DIR --out {run}")
     return read_config(str(path))
@@ -125,11 +108,9 @@ def whole_lines(path: Path) -> int:
         return sum(len(line) for line in file if line.endswith(b"\n"))
 
 
-def unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"cannot write {str(path)!r} ({error.strerror}); free some space or make the place writable, then go on with: "
-        f"regpt train --resume {path.parent}"
-    )
+def free_space(run: Path) -> str:
+    """The remedy where a file of the run cannot be written."""
+    return f"free some space or make the place writable, then go on with: regpt train --resume {run}"
 
 
 class JsonLines:
@@ -143,20 +124,16 @@ class JsonLines:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
+        with write_errors(path, free_space(path.parent)):
             whole = whole_lines(path) if path.exists() else 0
             self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by __exit__)
             self.file.truncate(whole)
-        except OSError as error:
-            raise unwritable(path, error) from None
 
     def write(self, row: dict[str, Any]) -> None:
         line = json.dumps(row).encode() + b"\n"
-        try:
+        with write_errors(self.path, free_space(self.path.parent)):
             while line:
                 line = line[self.file.write(line) :]
-        except OSError as error:
-            raise unwritable(self.path, error) from None
 
     def __enter__(self) -> "JsonLines":
         return self

@@ -1,13 +1,14 @@
 """Runs whose folder is at an address (s3://…): written on this machine, copied there by `remote.mirror`.
 
-The local folder, the staging folder, is as that of any run, with its lock, its checkpoints, its metrics. It holds what
-the store holds, and perhaps more, as long as the newest claim in the store's lease is its own; otherwise another
+The local folder, the staging folder, is as that of any run, with its lock, its checkpoints, its metrics. It holds all
+files of the store, and perhaps more, as long as the newest claim in the store's lease has its token; otherwise another
 machine has continued the run, and the store counts.
 """
 
 import shutil
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,7 +22,7 @@ from regpt.config import RunConfig, validate_config
 from regpt.console.lines import print_note
 from regpt.console.text import counted
 from regpt.errors import UserError
-from regpt.files import write_json
+from regpt.files import unused, write_json
 from regpt.parallel.mesh import Mesh
 from regpt.remote import is_address
 from regpt.remote.lease import Claim, Lease
@@ -31,14 +32,13 @@ from regpt.remote.store import Store
 from regpt.runs.folder import CONFIG, LOCK, is_run, read_run_config
 from regpt.structured import parse_json, parse_toml
 
-NOTE = ".remote.json"  # in the staging folder: its address, and the tokens of its last claims
+NOTE = ".remote.json"  # in the staging folder: its address, and its token in the lease
 WAIT_SECONDS = 5.0  # of the main process, between two signs of life to the others
 T = TypeVar("T")
 
 
 class RemoteRun:
-    """The run at `url`. `folder` is its staging folder; the store is first asked by the methods below: for long while
-    the network is away, where this machine has claimed the run before."""
+    """The run at `url`; `folder` is its staging folder."""
 
     def __init__(
         self,
@@ -47,9 +47,8 @@ class RemoteRun:
         patience: Patience = PATIENCE,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.skipped: list[str] = []  # what was wrong with checkpoints of the store that were not used
-        self.folder = staging_folder(url, config.staging)
-        self.store = Store(url, patience.steady() if read_claims(self.folder) else patience)
+        self.skipped: list[str] = []  # problems of the store's checkpoints that were not used
+        self.store, self.folder = Store(url, patience), staging_folder(url, config.staging)
         self.url, self.lease = self.store.url, Lease(self.store, config.lease_seconds, sleep)
 
     def refuse_used(self) -> None:
@@ -78,15 +77,15 @@ class RemoteRun:
         Raises:
             UserError: another process holds it, there is no run, or none of its checkpoints is intact.
         """
-        known = read_claims(self.folder)
         before = self.claim(stack)
-        if holds_all(self.folder, known, before):
+        if holds_all(self.folder, before):
             return self.mirror(stack)
         if is_run(self.folder):
             who = f"{self.url} was written by {before.holder} since" if before else f"{self.url} was emptied"
-            print_note(f"{who}; what this machine had of it is now in {set_aside(self.folder)}")
+            print_note(f"{who}; this machine's copy of it is now in {set_aside(self.folder)}")
         print_note(f"copying {self.url} to {self.folder}")
         empty(self.folder)
+        self.note(self.lease.claim.token)
         return self.mirror(stack, restore(self.store, self.folder, self.skip))
 
     def skip(self, message: str) -> None:
@@ -97,27 +96,28 @@ class RemoteRun:
     def claim(self, stack: ExitStack) -> Claim | None:
         """Acquire the lease, and renew it until `stack` ends; the claim before.
 
-        This folder's lock is ours, so processes that claimed the run for it before have ended.
+        The token of the folder is on the disk before the claim. The process that claimed the run with it before has
+        ended, because the folder's lock is ours.
         """
-        known = read_claims(self.folder)
-        self.note([*known, self.lease.claim.token])  # first: a crash may follow
-        before = self.lease.acquire(dead=known)
+        token = read_token(self.folder) or uuid.uuid4().hex
+        self.note(token)
+        before = self.lease.acquire(token)
         stack.enter_context(self.lease.kept())
         return before
 
-    def note(self, claims: list[str]) -> None:
-        write_json(self.folder / NOTE, {"url": self.url, "claims": claims})
+    def note(self, token: str) -> None:
+        write_json(self.folder / NOTE, {"url": self.url, "token": token})
 
     def mirror(self, stack: ExitStack, damaged: Sequence[str] = ()) -> Mirror:
         """The mirror of the folder; once started, it copies until `stack` ends, also on an error."""
-        self.note([self.lease.claim.token])
+        self.note(self.lease.claim.token)
         mirror = Mirror(self.folder, self.lease, is_intact, damaged)
         stack.push(lambda kind, error, trace: end(mirror, error))
         return mirror
 
 
 def end(mirror: Mirror, error: BaseException | None) -> None:
-    """Copy what is left, such as the row that says what was wrong; not when Ctrl-C ends the run."""
+    """Copy the rest, such as the row about the error; not when Ctrl-C ends the run."""
     if error is None or isinstance(error, Exception):
         mirror.finish()
         if mirror.failure is not None and mirror.failure is not error:
@@ -142,7 +142,7 @@ def stored_config(url: str, staging: str) -> RunConfig:
     data = store.tries(lambda: store.read(CONFIG), name=CONFIG)
     there = None if data is None else parse_config(data, f"{store.url}/{CONFIG}")
     folder = staging_folder(store.url, staging or (there.checkpoint.staging if there else ""))
-    if holds_all(folder, read_claims(folder), store.tries(Lease(store).newest)):
+    if holds_all(folder, store.tries(Lease(store).newest)):
         return read_run_config(folder)
     if there is None:
         raise UserError(
@@ -159,17 +159,17 @@ def parse_config(data: bytes, source: str) -> RunConfig:
     return validate_config(values, source)
 
 
-def holds_all(folder: Path, claims: list[str], newest: Claim | None) -> bool:
-    """Whether the staging folder `folder` has all that the store has: nobody else claimed the run since `claims`."""
-    return is_run(folder) and (newest is None or newest.token in claims)
+def holds_all(folder: Path, newest: Claim | None) -> bool:
+    """Whether the staging folder `folder` has all files of the store: nobody else has claimed the run since."""
+    return is_run(folder) and (newest is None or newest.token == read_token(folder))
 
 
-def read_claims(folder: Path) -> list[str]:
-    """The tokens of the last claims of a staging folder; none where they cannot be read."""
+def read_token(folder: Path) -> str:
+    """The token of a staging folder; empty where it cannot be read."""
     try:
-        return [str(token) for token in parse_json((folder / NOTE).read_bytes())["claims"]]
+        return str(parse_json((folder / NOTE).read_bytes())["token"])
     except (OSError, ValueError, KeyError, TypeError):
-        return []
+        return ""
 
 
 def set_aside(folder: Path) -> Path:
@@ -177,9 +177,7 @@ def set_aside(folder: Path) -> Path:
 
     config.toml goes last: after a crash the rest still counts as a run, and is set aside too.
     """
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
-        number += 1
+    aside = unused(folder, ".old-")
     aside.mkdir()
     for path in reversed(content_of(folder)):
         path.replace(aside / path.name)
@@ -187,7 +185,7 @@ def set_aside(folder: Path) -> Path:
 
 
 def empty(folder: Path) -> None:
-    """Delete what an unfinished download has left in `folder`."""
+    """Delete the remains of an unfinished download in `folder`."""
     for path in content_of(folder):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -233,22 +231,18 @@ def ended(thread: threading.Thread) -> bool:
 
 
 def bring_up_to_date(mirror: Mirror | None, mesh: Mesh, tell: Callable[[str], None]) -> None:
-    """Return, in all processes, when the main one has copied everything; reports what is left.
+    """Return, in all processes, when the main one has copied everything; reports the rest.
 
     Raises:
         UserError: it could not be copied, or the run was taken over.
     """
-    if mirror is not None and mirror.failure is None and not mirror.finish(0):
-        tell(left(mirror))
-    while mesh.any(mirror is not None and not mirror.finish(WAIT_SECONDS)):
+    wait_s = 0.0
+    while mesh.any(mirror is not None and mirror.failure is None and not mirror.finish(wait_s)):
+        wait_s = WAIT_SECONDS
         if mirror is not None:
-            tell(left(mirror))
-    if mirror is not None and mirror.failure is not None:
-        raise mirror.failure
+            files, size = mirror.left()
+            tell(f"copying to {mirror.store.url}: {counted(files, 'file')}, {size / 1e6:,.1f} MB left")
     if mirror is not None:
+        if mirror.failure is not None:
+            raise mirror.failure
         tell(f"{mirror.store.url} is complete; the copy on this machine, {mirror.run}, may be deleted")
-
-
-def left(mirror: Mirror) -> str:
-    files, size = mirror.left()
-    return f"copying to {mirror.store.url}: {counted(files, 'file')}, {size / 1e6:,.1f} MB left"
