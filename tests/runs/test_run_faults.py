@@ -120,7 +120,7 @@ def test_a_disk_that_is_full_from_the_beginning_leaves_no_half_of_a_run(config, 
         sync(file)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"cannot write the run folder .* \(No space left on device\)"):
+    with pytest.raises(UserError, match=r"cannot write .* \(No space left on device\)"):
         pretrain(config, tmp_path / "run")
     monkeypatch.undo()
     assert not is_run(tmp_path / "run")
@@ -131,9 +131,9 @@ def test_a_disk_that_is_full_from_the_beginning_leaves_no_half_of_a_run(config, 
 def test_a_read_only_folder_is_one_sentence(cut, config, tmp_path, monkeypatch):
     before = contents(cut)
     forbid_writing(monkeypatch, tmp_path)
-    with pytest.raises(UserError, match=r"cannot write the run folder .*Read-only file system.*make it writable"):
+    with pytest.raises(UserError, match=r"cannot write .*Read-only file system.*make it writable"):
         resume(cut)
-    with pytest.raises(UserError, match=r"cannot write the run folder .*Read-only file system"):
+    with pytest.raises(UserError, match=r"cannot write .*Read-only file system"):
         pretrain(config, tmp_path / "new")
     assert contents(cut) == before
 
