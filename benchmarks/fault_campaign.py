@@ -69,7 +69,7 @@ class Campaign:
 
     def is_straight(self, run: Path) -> bool:
         """Whether the finished run has every loss, norm and stored number of the straight one."""
-        return compare_runs(self.straight, run, (1,), (), True, 0.0).bitwise
+        return compare_runs(self.straight, run).bitwise
 
     def copy(self, name: str, upto: int, inside: Path | None = None) -> Path:
         """The straight run as it was after step `upto`, in a folder of the campaign or `inside` another one."""

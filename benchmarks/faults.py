@@ -243,7 +243,7 @@ def process_deaths(c: Campaign, count: int) -> dict[str, object]:
     config = replace(c.config, train=replace(c.config.train, micro_batch_rows=1))
     (c.folder / "ranks.toml").write_text(config.to_toml(), encoding="utf-8")
     for processes in (2, 4):
-        bench = RunCommands(c.folder / f"ranks-{processes}", dict(os.environ), c.draw, print)
+        bench = RunCommands(c.folder / f"ranks-{processes}", c.draw, print)
         bench.folder.mkdir()
         start = ["train", str(c.folder / "ranks.toml"), "--nproc", str(processes), "--out"]
         bench.finish(*start, str(bench.folder / "straight"))

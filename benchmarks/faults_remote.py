@@ -161,7 +161,7 @@ def is_straight(c: Campaign) -> bool:
     subprocess.run(command, check=True, capture_output=True)
     there.mkdir()
     restore(c.store, there)
-    return compare_runs(straight, there, (1,), (), True, 0.0).bitwise
+    return compare_runs(straight, there).bitwise
 
 
 def main(args: Args) -> None:

@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from regpt.checkpoint.load import checkpoint_folder
 from regpt.checkpoint.manifest import write_manifest
 from regpt.errors import UserError
 from regpt.runs.pretrain import pretrain
-from regpt.runs.verify_resume import Comparison, Kill, RunCommands, compare_runs, killed_run, sentence
+from regpt.runs.verify_resume import RunCommands, RunDifference, compare_runs, killed_run, sentence
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="kills processes")
 
@@ -30,14 +31,12 @@ def run(shards, tmp_path_factory) -> Path:
     return folder
 
 
-def compared(straight: Path, other: Path, deterministic: bool = True) -> Comparison:
-    return compare_runs(straight, other, (1, 1), (Kill(3, 2),), deterministic, 0.01)
-
-
 def test_a_run_is_bitwise_itself(run: Path):
-    found = compared(run, run)
-    assert (found.passed, found.bitwise, found.steps, found.loss_difference) == (True, True, 8, 0.0)
-    assert sentence(found) == "8 steps on 1 process, killed after 3: bitwise equal, as it must be (bitwise)"
+    found = compare_runs(run, run)
+    assert found == RunDifference(8, True, 0.0, 0.0)
+    kills = {"world_sizes": [1, 1], "kills": [{"steps_done": 3, "checkpoint": 2}], "must_be_bitwise": True}
+    said = sentence(asdict(found) | kills | {"tolerance": 0.01, "passed": True})
+    assert said == "8 steps on 1 process, killed after 3: bitwise equal, as it must be (bitwise)"
 
 
 @pytest.mark.parametrize(("by", "within"), [(1e-6, True), (3.0, False)])
@@ -50,8 +49,9 @@ def test_a_changed_weight_fails_the_deterministic_and_the_tolerant_certificate(r
     save_file(weights, folder / "model.safetensors")
     (folder / "manifest.json").unlink()
     write_manifest(folder)
-    assert not compared(run, other).passed
-    assert compared(run, other, deterministic=False).passed is within
+    found = compare_runs(run, other)
+    assert not found.bitwise
+    assert (found.weight_difference <= 0.01) is within
 
 
 def test_a_changed_or_missing_row_fails_the_certificate(run: Path, tmp_path: Path):
@@ -62,8 +62,9 @@ def test_a_changed_or_missing_row_fails_the_certificate(run: Path, tmp_path: Pat
         rows = [change(row) if (row["kind"], row["step"]) == ("train", 5) else row for row in rows]
         text = "".join(json.dumps(row) + "\n" for row in rows if row is not None)
         (other / "metrics.jsonl").write_text(text, encoding="utf-8")
-        assert not compared(run, other).passed
-        assert not compared(run, other, deterministic=False).passed
+        found = compare_runs(run, other)
+        assert not found.bitwise
+        assert found.loss_difference > 0.01
 
 
 def bench(folder: Path, script: str) -> RunCommands:
@@ -76,7 +77,7 @@ def bench(folder: Path, script: str) -> RunCommands:
                 return subprocess.Popen([sys.executable, "-c", script], stdout=output, stderr=output)
 
     folder.mkdir()
-    return Scripted(folder, {}, random.Random(0), lambda text: None)
+    return Scripted(folder, random.Random(0), lambda text: None)
 
 
 @POSIX
@@ -95,14 +96,14 @@ def test_a_changed_average_fails_the_certificate(shards, tmp_path: Path):
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     assert pretrain(tiny.change(tiny.run_config(shards), "train", ema_decay=0.9), ours) == 0
     shutil.copytree(ours, theirs)
-    assert compared(ours, theirs).passed
+    assert compare_runs(ours, theirs).bitwise
     folder = checkpoint_folder(theirs, 8)
     average = load_file(folder / "ema.safetensors")
     average["wpe.weight"][0, 0] += 1e-3
     save_file(average, folder / "ema.safetensors")
     (folder / "manifest.json").unlink()
     write_manifest(folder)
-    assert not compared(ours, theirs).passed
+    assert not compare_runs(ours, theirs).bitwise
 
 
 @POSIX

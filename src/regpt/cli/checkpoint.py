@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from regpt.cli.parse import local_folder, parse
+from regpt.cli.parse import local_folder, parse, run_subcommand
 from regpt.cli.table import print_rows
 from regpt.console.lines import print_json, print_line, status
-from regpt.errors import UsageError, UserError, nearest
+from regpt.errors import UsageError, UserError
 from regpt.files import exists, is_file, is_folder
 
 if TYPE_CHECKING:
@@ -41,20 +41,12 @@ class CheckpointVerifyArgs:
 
 
 def main(args: list[str]) -> int:
-    """Hand over to the subcommand."""
-    commands = {"list": list_main, "verify": verify_main}
-    if args[:1] in (["--help"], ["-h"]):
-        print_line(
-            "usage: regpt checkpoint {list,verify} …\n\n  list     steps, dates and sizes of a run's checkpoints"
-        )
-        print_line("  verify   read every file of a run's checkpoints, or of one")
-        return 0
-    if not args:
-        raise UsageError(f"regpt checkpoint needs a command; choose from {', '.join(commands)}")
-    if args[0] not in commands:
-        hint = nearest(args[0], commands)
-        raise UsageError(f"regpt checkpoint has no command {args[0]!r}{hint}; choose from {', '.join(commands)}")
-    return commands[args[0]](args[1:])
+    """Call the subcommand."""
+    commands = {
+        "list": (list_main, "steps, dates and sizes of a run's checkpoints"),
+        "verify": (verify_main, "read every file of a run's checkpoints, or of one"),
+    }
+    return run_subcommand("regpt checkpoint", args, commands)
 
 
 def list_main(args: list[str]) -> int:

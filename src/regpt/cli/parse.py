@@ -3,7 +3,7 @@
 import contextlib
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,7 +11,7 @@ import tyro
 
 from regpt.cli.flags import Flag, flags_of, normalized
 from regpt.console.lines import print_line
-from regpt.errors import UsageError
+from regpt.errors import UsageError, nearest
 from regpt.files import address_of
 from regpt.remote import is_address
 
@@ -96,3 +96,17 @@ def local_folder(name: str, command: str) -> Path:
             f"{command} reads folders of this machine and {name} is an address; copy the run here and give that folder"
         )
     return Path(name)
+
+
+def run_subcommand(group: str, args: list[str], commands: Mapping[str, tuple[Callable[[list[str]], int], str]]) -> int:
+    """Call the subcommand of `group` (`regpt data`) that `args` begin with; `--help` lists them with their purposes."""
+    if args[:1] in (["--help"], ["-h"]):
+        print_line(f"usage: {group} {{{','.join(commands)}}} …\n")
+        print_line("\n".join(f"  {name:<8} {purpose}" for name, (_, purpose) in commands.items()))
+        return 0
+    if not args:
+        raise UsageError(f"{group} needs a command; choose from {', '.join(commands)}")
+    if args[0] not in commands:
+        hint = nearest(args[0], commands)
+        raise UsageError(f"{group} has no command {args[0]!r}{hint}; choose from {', '.join(commands)}")
+    return commands[args[0]][0](args[1:])

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from regpt.cli.data_prepare import download_folder, print_left_out
-from regpt.cli.parse import parse
+from regpt.cli.parse import parse, run_subcommand
 from regpt.cli.text_args import TextArgs
 from regpt.console.lines import print_line, print_note
-from regpt.errors import UsageError, UserError, nearest
+from regpt.errors import UsageError, UserError
 from regpt.files import file_sha256, write_json, write_text
 
 if TYPE_CHECKING:
@@ -43,14 +43,8 @@ class TrainArgs(TextArgs):
 
 
 def main(args: list[str]) -> int:
-    """Hand over to the only subcommand."""
-    if args[:1] in (["--help"], ["-h"]):
-        print_line("usage: regpt tokenizer {train} …\n\n  train  learn a byte-level BPE from text")
-        return 0
-    if not args or args[0] != "train":
-        said = f"has no command {args[0]!r}{nearest(args[0], ['train'])}" if args else "needs a command"
-        raise UsageError(f"regpt tokenizer {said}; there is: train")
-    return train_main(args[1:])
+    """Call the only subcommand."""
+    return run_subcommand("regpt tokenizer", args, {"train": (train_main, "learn a byte-level BPE from text")})
 
 
 def train_main(args: list[str]) -> int:

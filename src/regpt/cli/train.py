@@ -123,6 +123,19 @@ def named_recipe(command: type, args: list[str], prog: str) -> str:
     return ""
 
 
+def parse_over_recipe(command: type[Any], args: list[str], prog: str) -> Any:
+    """`args` as an instance of `command`, its `config` over the values of the recipe given and with the folders of
+    --data."""
+    recipe = named_recipe(command, args, prog)
+    over = command(recipe=recipe, config=read_config(recipe)) if recipe else None
+    given = parse(command, args, prog=prog, default=over)
+    if not given.recipe:
+        raise UsageError(f"no recipe was given; {prog} RECIPE, with one of {', '.join(recipe_names())}")
+    if not given.data:
+        return given
+    return replace(given, config=replace(given.config, data=chosen_data(given.config.data, given.data)))
+
+
 def chosen_data(data: DataConfig, given: tuple[str, ...]) -> DataConfig:
     """`data` with what --data names: one folder, or several with their weights."""
     if all("=" not in part or is_folder(part) for part in given):

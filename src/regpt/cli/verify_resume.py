@@ -1,6 +1,5 @@
-"""`regpt verify-resume`: is a run that is killed the run that would have happened anyway? On this machine, here."""
+"""`regpt verify-resume`: a killed run against the run in one piece, on this machine."""
 
-import os
 import random
 import tempfile
 from dataclasses import dataclass, field, replace
@@ -9,9 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from regpt.cli.parse import parse
-from regpt.cli.train import chosen_data, named_recipe
-from regpt.config import RunConfig, read_config, recipe_names
+from regpt.cli.train import parse_over_recipe
+from regpt.config import RunConfig
 from regpt.console.lines import print_json, print_line
 from regpt.errors import UsageError
 from regpt.files import exists, resolved
@@ -41,21 +39,13 @@ class VerifyResumeArgs:
     """Of the moments of the kills."""
     out: str = ""
     """Keep the runs in this new folder; default: a temporary one."""
-    fresh_caches: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Begin with an empty cache of compiled code, instead of the user's."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print the certificate as one JSON object."""
     config: Annotated[tyro.conf.FlagConversionOff[RunConfig], tyro.conf.arg(name="")] = field(default_factory=RunConfig)
 
 
 def main(args: list[str]) -> int:
-    recipe = named_recipe(VerifyResumeArgs, args, prog="regpt verify-resume")
-    over = VerifyResumeArgs(recipe=recipe, config=read_config(recipe)) if recipe else None
-    given = parse(VerifyResumeArgs, args, prog="regpt verify-resume", default=over)
-    if not given.recipe:
-        raise UsageError(
-            f"no recipe was given; regpt verify-resume RECIPE --data DIR, with {', '.join(recipe_names())}"
-        )
+    given: VerifyResumeArgs = parse_over_recipe(VerifyResumeArgs, args, "regpt verify-resume")
     if given.out and exists(given.out):
         raise UsageError(f"--out {given.out!r} exists; choose a folder that does not")
     if given.out:
@@ -68,16 +58,13 @@ def verified(given: VerifyResumeArgs, folder: Path) -> int:
     from regpt.runs.pretrain import check
     from regpt.runs.verify_resume import RunCommands, verify_resume
 
-    config = shortened(given)
+    config = first_steps(given.config, given.steps)
     check(config, None, processes=given.nproc)
     check(config, None, processes=given.other_nproc)
-    environment = dict(os.environ)
-    if given.fresh_caches:
-        environment["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     say = (lambda text: None) if given.json else print_line
     found = verify_resume(
         config,
-        RunCommands(folder, environment, random.Random(given.seed), say),
+        RunCommands(folder, random.Random(given.seed), say),
         processes=given.nproc,
         other_processes=given.other_nproc,
         kills=given.kills,
@@ -92,14 +79,11 @@ def verified(given: VerifyResumeArgs, folder: Path) -> int:
     return 0 if found["passed"] else 1
 
 
-def shortened(given: VerifyResumeArgs) -> RunConfig:
-    """The run's first steps."""
-    config = given.config
-    if given.data:
-        config = replace(config, data=chosen_data(config.data, given.data))
+def first_steps(config: RunConfig, steps: int) -> RunConfig:
+    """`config` for its first `steps`, with the learning rates of the whole run."""
     optim = config.optim
     if optim.schedule == "cosine":
         optim = replace(optim, decay_steps=optim.decay_steps or max(config.train.steps, optim.warmup_steps + 1))
     elif optim.schedule == "wsd":
         optim = replace(optim, schedule="constant")
-    return replace(config, train=replace(config.train, steps=given.steps), optim=optim)
+    return replace(config, train=replace(config.train, steps=steps), optim=optim)
