@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import pytest
 import tyro
 
+from regpt.cli.bench import BenchSampleArgs
 from regpt.cli.flags import flags_of
 from regpt.cli.parse import parse
 from regpt.cli.train import Train, named_recipe
@@ -110,6 +111,13 @@ def test_a_wrong_value_is_one_sentence_without_the_parsers_words(given: list[str
     with pytest.raises(UsageError) as found:
         parse(Train, ["gpt2-tiny", *given], "regpt train")
     assert str(found.value).startswith(sentence)
+
+
+@pytest.mark.parametrize("batch", [["0"], ["1", "0"], ["1", "-3"], ["8", "1000000000"]])
+def test_every_value_of_a_flag_of_several_is_checked(batch: list[str]):
+    with pytest.raises(UsageError, match=rf"^--batch is {batch[-1]}, must be"):
+        parse(BenchSampleArgs, ["gpt2", "--batch", *batch], "regpt bench sample")
+    assert parse(BenchSampleArgs, ["gpt2", "--batch", "1", "8"], "regpt bench sample").batch == (1, 8)
 
 
 def test_what_is_missing_is_named():

@@ -29,7 +29,7 @@ class Flag:
         kinds: types of its value, such as `int`.
         choices: words that it takes, next to values of `kinds`.
         allowed: range of its numbers; None leaves them to the command.
-        many: it takes several values.
+        many: it takes several values, one after another, or with `append` one each time that it is given.
         switch: it takes no value; `--no-…` turns it off.
         positional: it has no name on the command line.
         required: it has no default.
@@ -40,6 +40,7 @@ class Flag:
     choices: tuple[str, ...] = ()
     allowed: Range | None = None
     many: bool = False
+    append: bool = False
     switch: bool = False
     positional: bool = False
     required: bool = False
@@ -72,6 +73,7 @@ def walk(command: type, prefix: str, switches: bool) -> Iterator[tuple[str, Flag
             choices=choices,
             allowed=next((note for note in notes if isinstance(note, Range)), NATURAL if int in kinds else None),
             many=get_origin(kind) in (tuple, dict),
+            append=tyro.conf.UseAppendAction in notes,
             switch=switches and kind is bool,
             positional=positional,
             required=field.default is MISSING and field.default_factory is MISSING,
@@ -128,11 +130,15 @@ def normalized(known: Mapping[str, Flag], args: Sequence[str], prog: str) -> lis
             if not equals and rest and (rest[0].lower() in TRUTH or not (flag.switch or rest[0].startswith("-"))):
                 value = rest.pop(0)
             found += truth(name, flag, value)
-        elif equals or (rest and not rest[0].startswith("--") and rest[0] not in known):
-            value = value if equals else rest.pop(0)
-            value = value if name in TEXT else at_home(value)
-            check_value(name, flag, value)
-            found += [f"{name}={value}"] if equals or value.startswith("-") else [name, value]
+        elif equals or (rest and is_value(rest[0], known)):
+            values = [value if equals else rest.pop(0)]
+            while flag.many and not flag.append and rest and is_value(rest[0], known):
+                values.append(rest.pop(0))
+            first, *others = values if name in TEXT else map(at_home, values)
+            for one in (first, *others):
+                check_value(name, flag, one)
+            found += [f"{name}={first}"] if equals or first.startswith("-") else [name, first]
+            found += others
         elif flag.many:
             found.append(name)  # of no values
         else:
@@ -140,6 +146,10 @@ def normalized(known: Mapping[str, Flag], args: Sequence[str], prog: str) -> lis
             also = f" (one that begins with hyphens after an equals sign: {name}={rest[0]})" if hyphens else ""
             raise UsageError(f"{name} needs a value{also}; {prog} --help shows which")
     return found
+
+
+def is_value(arg: str, known: Mapping[str, Flag]) -> bool:
+    return not arg.startswith("--") and arg not in known
 
 
 def truth(name: str, flag: Flag, value: str) -> list[str]:
