@@ -3,41 +3,43 @@
 The script holds all words itself: a key press starts no Python.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import tyro
 
 from regpt.cli.commands import ARGUMENTS, COMMANDS, arguments
-from regpt.cli.flags import Flag, flags_of
+from regpt.cli.flags import flags_of
 from regpt.cli.parse import parse
 from regpt.config import recipe_names
 from regpt.console.lines import print_line
 
 WITH_RECIPE = ("train", "plan", "verify-resume", "bench train", "bench sample")
+# Each script looks up `COMMAND FLAG` (words of that flag), then `COMMAND` (recipes and words, then flags) in TABLE, of
+# lines `KEY=WORDS`. After a flag without words only files are offered.
 BASH = """# bash completion of regpt: eval "$(regpt completion bash)"
+_regpt_table='
+TABLE'
+_regpt_words() {
+    local line
+    while IFS= read -r line; do
+        if [ "${line%%=*}" = "$1" ]; then echo "${line#*=}"; fi
+    done <<< "$_regpt_table"
+}
 _regpt() {
-    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} words="" command=${COMP_WORDS[1]}
+    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} command="" words=""
+    if [ "$COMP_CWORD" -gt 1 ]; then command=${COMP_WORDS[1]}; fi
     case "$command" in
-        GROUPS) command="$command ${COMP_WORDS[2]}" ;;
+        GROUPS) if [ "$COMP_CWORD" -gt 2 ]; then command="$command ${COMP_WORDS[2]}"; fi ;;
     esac
-    if [ "$COMP_CWORD" -eq 1 ]; then
-        words="COMMANDS"
-    else
-        case "$command:$prev" in
-VALUES
+    words=$(_regpt_words "$command $prev")
+    if [ -z "$words" ]; then
+        words=$(_regpt_words "$command")
+        case "$cur:$prev" in
+            -*) ;;
+            *:-*) words="" ;;
+            *) words="${words%%--*}" ;;
         esac
-        if [ -z "$words" ]; then
-            case "$command" in
-FLAGS
-            esac
-            case "$cur:$prev" in
-                -*) ;;
-                *:-*) words="" ;;
-                *) words="${words%%--*}" ;;
-            esac
-        fi
     fi
     COMPREPLY=($(compgen -W "$words" -- "$cur"))
 }
@@ -49,11 +51,36 @@ autoload -U +X compinit && compinit
 autoload -U +X bashcompinit && bashcompinit
 """
 FISH = """# fish completion of regpt: regpt completion fish | source
-function __regpt_at
-    set -l typed (commandline -opc)
-    set -l last (math 1 + (count $argv))
-    test (count $typed) -ge $last; and test "$typed[2..$last]" = "$argv"
+set -g __regpt_table (string split \\n -- 'TABLE')
+function __regpt_words
+    for line in $__regpt_table
+        set -l found (string split -m 1 = -- $line)
+        if test "$found[1]" = "$argv[1]"
+            string split ' ' -- $found[2]
+        end
+    end
 end
+function __regpt_complete
+    set -l typed (commandline -opc)
+    set -l command "$typed[2]"
+    if test (count $typed) -gt 2; and string match -qr '^(GROUPS)$' -- $command
+        set command "$command $typed[3]"
+    end
+    set -l words (__regpt_words "$command $typed[-1]")
+    if test -z "$words"
+        set words (__regpt_words "$command")
+        if not string match -q -- '-*' (commandline -ct)
+            set words (string match -v -- '-*' $words)
+            string match -q -- '-*' $typed[-1]; and set words
+        end
+    end
+    if set words (string match -- (commandline -ct)'*' $words)
+        printf '%s\\n' $words
+    else
+        __fish_complete_path (commandline -ct)
+    end
+end
+complete -c regpt -f -a '(__regpt_complete)'
 """
 
 
@@ -68,66 +95,25 @@ class CompletionArgs:
 
 def main(args: list[str]) -> int:
     given = parse(CompletionArgs, args, prog="regpt completion")
-    print_line({"bash": bash, "zsh": lambda: ZSH + bash(), "fish": fish}[given.shell]().rstrip("\n"))
+    script = {"bash": BASH, "zsh": ZSH + BASH, "fish": FISH}[given.shell]
+    table = "".join(f"{key}={' '.join(words)}\n" for key, words in word_table().items())
+    groups = dict.fromkeys(command.split()[0] for command in ARGUMENTS if " " in command)
+    print_line(script.replace("TABLE", table).replace("GROUPS", "|".join(groups)).rstrip("\n"))
     return 0
 
 
-def groups() -> dict[str, list[str]]:
-    """Commands with commands of their own, and these."""
-    found: dict[str, list[str]] = {}
+def word_table() -> dict[str, list[str]]:
+    """Words by `""` (commands), group, command, or command and flag; of a command words and recipes before flags."""
+    found: dict[str, list[str]] = {"": [*COMMANDS, "--help", "--version"]}
     for command in ARGUMENTS:
-        first, _, second = command.partition(" ")
-        if second:
-            found.setdefault(first, []).append(second)
-    return found
-
-
-def words_of(command: str, known: Mapping[str, Flag]) -> list[str]:
-    """What may stand there: recipes and words without a flag first, then flags."""
-    positional = [word for flag in known.values() if flag.positional for word in flag.choices]
-    recipes = recipe_names() if command in WITH_RECIPE else []
-    return [*positional, *recipes, *(name for name, flag in known.items() if not flag.positional), "--help"]
-
-
-def bash() -> str:
-    values, flags = [], []
-    for group, inner in groups().items():
-        values.append(f'            "{group} "*":{group}") words="{" ".join(inner)}" ;;')
-    for command in ARGUMENTS:
+        group, _, inner = command.partition(" ")
+        if inner:
+            found.setdefault(group, []).append(inner)
         known = flags_of(arguments(command))
-        flags.append(f'                "{command}") words="{" ".join(words_of(command, known))}" ;;')
+        words = [word for flag in known.values() if flag.positional for word in flag.choices]
+        words += recipe_names() if command in WITH_RECIPE else []
+        found[command] = [*words, *(name for name, flag in known.items() if not flag.positional), "--help"]
         for name, flag in known.items():
             if flag.choices and not flag.switch and not flag.positional:
-                values.append(f'            "{command}:{name}") words="{" ".join(flag.choices)}" ;;')
-    script = BASH.replace("GROUPS", "|".join(groups())).replace(
-        "COMMANDS", " ".join([*COMMANDS, "--help", "--version"])
-    )
-    return script.replace("VALUES", "\n".join(values)).replace("FLAGS", "\n".join(flags))
-
-
-def fish() -> str:
-    lines = [
-        f"complete -c regpt -n __fish_use_subcommand -f -a {name} -d {shell_quoted(what)}"
-        for name, what in COMMANDS.items()
-    ]
-    lines += ["complete -c regpt -l help", "complete -c regpt -n __fish_use_subcommand -l version"]
-    for group, inner in groups().items():
-        alone = f"'__regpt_at {group}; and test (count (commandline -opc)) -eq 2'"
-        lines.append(f"complete -c regpt -n {alone} -f -a '{' '.join(inner)}'")
-    for command in ARGUMENTS:
-        known = flags_of(arguments(command))
-        at = f"complete -c regpt -n '__regpt_at {command}'"
-        words = [word for word in words_of(command, known) if not word.startswith("-")]
-        if words:
-            lines.append(f"{at} -a '{' '.join(words)}'")
-        for name, flag in known.items():
-            if flag.positional:
-                continue
-            spelled = f"-l {name.removeprefix('--')}" if name.startswith("--") else f"-s {name.removeprefix('-')}"
-            value = "" if flag.switch else f" -x -a '{' '.join(flag.choices)}'" if flag.choices else " -r"
-            lines.append(f"{at} {spelled}{value}")
-    return FISH + "\n".join(lines) + "\n"
-
-
-def shell_quoted(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+                found[f"{command} {name}"] = [*flag.choices]
+    return found
