@@ -16,7 +16,7 @@ import regpt
 from regpt.cli.commands import COMMANDS
 from regpt.console.lines import print_error, print_line, print_note
 from regpt.console.streams import harden, lost_text
-from regpt.errors import UsageError, UserError, nearest
+from regpt.errors import UsageError, UserError, first_line, nearest
 from regpt.parallel.signals import leave_when_terminated
 
 KEEP_RECORDS = ("train", "quickstart", "tokenizer", "export", "report")  # in files; stdout only follows
@@ -122,10 +122,6 @@ def leave_memory(error: Exception, code: int) -> None:
 
     kept.append(error)
     atexit.register(leave)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
 
 
 def write_traceback() -> str:

@@ -20,3 +20,8 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
     """` (did you mean X?)` for the allowed name closest to `given`, or nothing when none is close."""
     close = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its kind where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from regpt.tools.doctor import doctor as doctor_module
-from regpt.tools.doctor.doctor import Findings, Trial
+from regpt.tools.doctor.doctor import Trial
 
 FOUND = (
     Trial("cpu", "training step", "ok", "loss 5.6, then 5.1"),
@@ -18,7 +18,7 @@ FOUND = (
 @pytest.fixture
 def found(monkeypatch: pytest.MonkeyPatch):
     def use(*trials: Trial) -> None:
-        monkeypatch.setattr(doctor_module, "examine_machine", lambda folder, done, seconds: Findings(trials))
+        monkeypatch.setattr(doctor_module, "examine_machine", lambda folder, done, seconds: trials)
 
     return use
 

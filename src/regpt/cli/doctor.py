@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +14,7 @@ from regpt.console.lines import print_json, status
 from regpt.ranges import LONG, Range
 
 if TYPE_CHECKING:
-    from regpt.tools.doctor.doctor import Findings
+    from regpt.tools.doctor.doctor import Trial
 
 SIGNS = {"ok": ("✓", "green"), "no": ("✗", "yellow"), "note": ("·", "dim")}
 
@@ -31,31 +32,32 @@ class DoctorArgs:
 
 def main(args: list[str]) -> int:
     given = parse(DoctorArgs, args, prog="regpt doctor")
-    from regpt.tools.doctor.doctor import examine_machine
+    from regpt.tools.doctor.doctor import can_train, examine_machine
 
     with status() as say:
         say("looking at the host")
-        findings = examine_machine(Path.cwd(), lambda group: say(f"looked at {group}, going on"), given.trial_seconds)
+        trials = examine_machine(Path.cwd(), lambda group: say(f"looked at {group}"), given.trial_seconds)
     if given.json:
-        print_json({"can_train": findings.can_train, "trials": [asdict(trial) for trial in findings.trials]})
+        print_json({"can_train": can_train(trials), "trials": [asdict(trial) for trial in trials]})
     else:
-        show(findings)
-    return 0 if findings.can_train else 1
+        show(trials)
+    return 0 if can_train(trials) else 1
 
 
-def show(findings: Findings) -> None:
-    """One line a trial, under its heading."""
+def show(trials: Sequence[Trial]) -> None:
+    """One line a trial, under the headings of its group in the order in which these first occur."""
     from rich.text import Text
 
     from regpt.console.tables import PlainConsole
-    from regpt.tools.doctor.doctor import by_group
+    from regpt.tools.doctor.doctor import can_train
 
     console = PlainConsole()
-    for group, trials in by_group(findings.trials).items():
+    for group in dict.fromkeys(trial.group for trial in trials):
         console.print(Text(group, style="bold"), soft_wrap=True)
-        width = max(len(trial.name) for trial in trials)
-        for trial in trials:
+        shown = [trial for trial in trials if trial.group == group]
+        width = max(len(trial.name) for trial in shown)
+        for trial in shown:
             sign, style = SIGNS[trial.status]
             console.print(Text.assemble("  ", (sign, style), f" {trial.name:<{width}}  {trial.detail}"), soft_wrap=True)
-    verdict = "this machine can train" if findings.can_train else "nothing on this machine can train: see ✗ above"
+    verdict = "this machine can train" if can_train(trials) else "nothing on this machine can train: see ✗ above"
     console.print(Text(verdict, style="bold"), soft_wrap=True)

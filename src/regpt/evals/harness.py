@@ -21,7 +21,7 @@ from lm_eval.models.utils import normalize_gen_kwargs  # pyright: ignore[reportM
 from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 
-from regpt.errors import UsageError, UserError, nearest
+from regpt.errors import UsageError, UserError, first_line, nearest
 from regpt.evals.packing import Prompt
 from regpt.evals.score import Progress, Scorer
 from regpt.evals.suite import Row, ShowProgress
@@ -358,7 +358,3 @@ def results_of(found: Any, noted: Noted) -> list[HarnessResult]:
 
 def scores_of(sample: dict[str, Any], metrics: dict[str, Any]) -> dict[str, float]:
     return {name: float(sample[name]) for name in metrics if isinstance(sample.get(name), float | int)}
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

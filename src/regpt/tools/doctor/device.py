@@ -25,7 +25,6 @@ PRECISIONS: dict[str, tuple[PrecisionName, ...]] = {
     "mps": ("fp32", "bf16", "fp16"),
     "cpu": ("fp32", "bf16", "fp16", "fp8"),
 }
-RATES: dict[str, tuple[str, ...]] = {"cpu": ("fp32", "bf16", "fp16"), "mps": PRECISIONS["mps"]}
 SIZES = {"cuda": 8192, "mps": 2048, "cpu": 1024}  # of the products whose rate is measured
 SLOW_SIZE = 256  # of float16 on CPUs, most of which emulate it
 RATE_SECONDS = 0.3
@@ -35,7 +34,7 @@ TINY = ModelConfig(n_layer=2, n_head=2, n_embd=64, vocab_size=256, max_seq_len=6
 
 
 def devices() -> list[torch.device]:
-    """Those that are here, the CPU last."""
+    """The devices of this machine, the CPU last."""
     found = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     return found + ([torch.device("mps")] if torch.backends.mps.is_available() else []) + [torch.device("cpu")]
 
@@ -45,9 +44,16 @@ def name_of(device: torch.device) -> str:
 
 
 def training_trials(device: torch.device) -> Iterator[Trial]:
-    """The device, and whether it trains."""
-    yield attempt(name_of(device), "device", lambda: describe(device))
-    yield attempt(name_of(device), TRAINING, lambda: training_step(device))
+    """The device, whether it trains, a sum over one process, and how fast it multiplies and copies."""
+    group, backend = name_of(device), "nccl" if device.type == "cuda" else "gloo"
+    yield attempt(group, "device", lambda: describe(device))
+    yield attempt(group, TRAINING, lambda: training_step(device))
+    if device.type != "mps":
+        yield attempt(group, backend, lambda: f"sum of one process: {sum_alone(backend, device):g}")
+    for precision in PRECISIONS[device.type]:
+        if precision != "fp8" or (device.type == "cuda" and fp8.obstacle(device) is None):
+            yield attempt(group, f"rate {precision}", product_rate(device, precision))
+    yield attempt(group, "memory bandwidth", lambda: bandwidth(device))
 
 
 def step_trials(device: torch.device) -> Iterator[Trial]:
@@ -65,20 +71,7 @@ def compile_trials(device: torch.device) -> Iterator[Trial]:
     yield attempt(name_of(device), "compiled step", step_in(device, precision, compile=True))
 
 
-def collective_trials(device: torch.device) -> Iterator[Trial]:
-    """A sum over one process by the library that training takes there."""
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if device.type != "mps":
-        yield attempt(name_of(device), backend, lambda: f"sum of one process: {sum_alone(backend, device):g}")
-
-
-def rate_trials(device: torch.device) -> Iterator[Trial]:
-    """How fast `device` multiplies and copies."""
-    group = name_of(device)
-    for precision in RATES.get(device.type, PRECISIONS["cuda"]):
-        if precision != "fp8" or fp8.obstacle(device) is None:
-            yield attempt(group, f"rate {precision}", product_rate(device, precision))
-    yield attempt(group, "memory bandwidth", lambda: bandwidth(device))
+GROUPS = {"training": training_trials, "steps": step_trials, "compile": compile_trials}
 
 
 def describe(device: torch.device) -> str:
@@ -94,10 +87,8 @@ def describe(device: torch.device) -> str:
 def training_step(device: torch.device) -> str:
     """Two updates of a tiny model in float32: the second loss on the same batch is lower."""
     model = initialize(Transformer(TINY).to(device), 0)
-    loss_sum, optimizer = (
-        make_loss_sum(model, "fp32", device, False),
-        make_optimizer(model, OptimConfig(lr=1e-2), device),
-    )
+    loss_sum = make_loss_sum(model, "fp32", device, False)
+    optimizer = make_optimizer(model, OptimConfig(lr=1e-2), device)
     losses = []
     for _ in range(2):
         optimizer.zero_grad()
@@ -142,11 +133,7 @@ def gradients(device: torch.device, precision: PrecisionName, kernels: str = "pl
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float) -> str:
-    """The relative error in words.
-
-    Raises:
-        ArithmeticError: it is above `tolerance`.
-    """
+    """The relative error in words; raise an ArithmeticError above `tolerance`."""
     error = ((found - expected).norm() / expected.norm()).item()
     if not error <= tolerance:  # "not <=": NaN fails too
         raise ArithmeticError(f"relative error {error:.1e}, {tolerance:.0e} at most is expected")

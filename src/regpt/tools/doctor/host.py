@@ -1,4 +1,4 @@
-"""Versions, CPU, memory, disk, extras: what needs no GPU."""
+"""Versions, CPU, memory, disk, extras."""
 
 import platform
 import re
@@ -18,22 +18,6 @@ from regpt.train.memory import available_memory
 GIB = 2**30
 BUNDLES = ("all", "dev")  # extras that name other extras
 PACKAGES = ("torch", "numpy", "triton", "safetensors", "tokenizers", "tiktoken")
-# What of an extra is worth having, in a few words.
-PURPOSES = {
-    "offline": "GPT-2's vocabulary without a download",
-    "data": "Parquet, Zstandard, the hub, near duplicates",
-    "buckets": "data and runs at s3:// and gs://",
-    "docs": "the manual as a site",
-    "notebook": "the notebook of the manual",
-    "fast": "tokenization several times as fast",
-    "ray": "preparation on many machines",
-    "report": "pictures",
-    "hopper": "faster attention on Hopper GPUs",
-    "lm-eval": "the standard evaluation harness",
-    "serve": "the server and its web page",
-    "wandb": "metrics to Weights & Biases",
-    "tensorboard": "metrics to TensorBoard",
-}
 
 
 def host_trials(folder: Path) -> Iterator[Trial]:
@@ -48,8 +32,7 @@ def versions() -> Iterator[Trial]:
     yield Trial("versions", "regpt", "note", regpt.__version__)
     yield Trial("versions", "Python", "note", f"{platform.python_version()}, {platform.platform()}")
     for name in PACKAGES:
-        found = installed(name)
-        yield Trial("versions", name, "note", found or "not installed")
+        yield Trial("versions", name, "note", installed(name) or "not installed")
     cuda = torch.version.cuda
     yield Trial("versions", "CUDA", "note", f"torch was built for {cuda}" if cuda else "torch was built without CUDA")
 
@@ -80,20 +63,18 @@ def disk(folder: Path) -> tuple[str, float, str]:
 
 
 def extras() -> Iterator[Trial]:
-    """Every extra of the installed package: which of its packages are missing, and how to get them."""
+    """Every extra of the installed package: its packages, or those that are missing and how to install them."""
     try:
         required = distribution("regpt").requires or []
     except PackageNotFoundError:
-        yield Trial("extras", "regpt", "no", "it runs from its source and is not installed: pip install -e .")
+        yield Trial("extras", "regpt", "no", "regpt is not installed, it runs from its source: pip install -e .")
         return
     for extra, packages in packages_of_extras(required).items():
         missing = [name for name in packages if installed(name) is None]
-        purpose = PURPOSES.get(extra, "")
         if missing:
-            how = f"pip install 'regpt[{extra}]'"
-            yield Trial("extras", extra, "no", f"{purpose}: {', '.join(missing)} missing; {how}".lstrip(": "))
+            yield Trial("extras", extra, "no", f"{', '.join(missing)} missing; pip install 'regpt[{extra}]'")
         else:
-            yield Trial("extras", extra, "ok", purpose)
+            yield Trial("extras", extra, "ok", ", ".join(packages))
 
 
 def packages_of_extras(required: list[str]) -> dict[str, list[str]]:
