@@ -226,7 +226,7 @@ def train(
         do = RunActions(run, folder, terminal, saver, metrics, samples, over)
         announce(do, start)
         steps = profile_steps * mesh.is_main
-        profile = profiled(steps, folder / "profile", mesh.device, terminal.console, terminal.say)
+        profile = profiled(steps, folder / "profile", mesh.device, terminal.say)
         with terminal, saver, profile as do.note_step:
             if start.save:
                 do.save(trainer.step)

@@ -1,12 +1,10 @@
 """Progress of a training run: a live panel on a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.measure import Measurement
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -16,9 +14,9 @@ from regpt.console.lines import write_stream
 from regpt.console.tables import can_redraw
 from regpt.console.text import duration, si, visible
 
-BAR_WIDTH, CURVE_WIDTH, CURVE_HEIGHT = 30, 60, 6  # in characters; a Braille character holds 2 × 4 dots
+BAR_WIDTH = 60  # in characters
 PLAIN_SECONDS = 5.0  # between lines where nothing can be redrawn
-EVENTS = {  # that are said at once, with the keys of their rows
+EVENTS = {  # that are printed at once, with the keys of their rows
     "out_of_memory": "out of memory, going on with {micro_batch_rows} rows at once: the same update in smaller parts",
     "loss_scale": "loss scale {loss_scale:g} ({reason})",
     "non_finite": "loss {loss}, gradient norm {grad_norm}: the update was not applied (train.on_non_finite {policy})",
@@ -33,7 +31,7 @@ class Terminal:
 
     def __init__(self, title: str, steps: int, console: Console, enabled: bool = True):
         self.title, self.steps, self.console, self.enabled = title, steps, console, enabled
-        self.losses: list[float] = []
+        self.seen = 0
         self.val = ""
         self.seconds_a_step: float | None = None
         self.live = (
@@ -77,13 +75,13 @@ class Terminal:
             self.say(f"{when}: {EVENTS[row['name']].format(**row)}")
 
     def train_row(self, row: dict[str, Any]) -> None:
-        self.losses.append(row["loss"])
+        self.seen += 1
         seconds = row["dt_ms"] / 1e3
         rate = self.seconds_a_step
-        # The first step carries compilation and start-up: it says nothing of the rate.
-        self.seconds_a_step = (
-            seconds if rate is None or len(self.losses) <= 3 else SMOOTHING * rate + (1 - SMOOTHING) * seconds
-        )
+        if rate is None or self.seen <= 3:  # steps that carry compilation and start-up
+            self.seconds_a_step = seconds
+        else:
+            self.seconds_a_step = SMOOTHING * rate + (1 - SMOOTHING) * seconds
         if self.live:
             self.live.update(self.panel(row))
         elif row["step"] in (1, self.steps) or time.monotonic() - self.last_line >= PLAIN_SECONDS:
@@ -94,53 +92,17 @@ class Terminal:
         mfu = f"  {row['mfu']:.1%} MFU" if row.get("mfu") else ""
         memory = f"  {row['peak_memory_gib']:.1f} GiB" if row.get("peak_memory_gib") else ""
         flops = f"  {si(row['flops'], 'FLOP')}" if row.get("flops") else ""
+        left = duration((self.steps - row["step"]) * (self.seconds_a_step or 0))
         return (
             f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  norm {row['grad_norm']:.2f}  "
-            f"{row['tokens_per_s']:,.0f} tokens/s{mfu}{memory}{flops}  left {self.left(row['step'])}"
+            f"{row['tokens_per_s']:,.0f} tokens/s{mfu}{memory}{flops}  left {left}"
         )
-
-    def left(self, step: int) -> str:
-        """Time left at the present rate."""
-        return duration((self.steps - step) * (self.seconds_a_step or 0))
 
     def panel(self, row: dict[str, Any]) -> Panel:
-        """Step, figures and curve; what a narrow terminal has no room for is left out, and no number is cut."""
-        step = Text(f"step {row['step']:,} of {self.steps:,}")
-        room = self.console.width - 4  # within the frame
-        bar = ProgressBar(self.steps, row["step"], width=max(1, min(BAR_WIDTH, room - len(step) - 2)))
-        drawn = Text("\n".join(curve(self.losses, CURVE_WIDTH, CURVE_HEIGHT)), style="cyan", no_wrap=True)
-        table = Table.grid(padding=(0, 2))
-        table.add_row(step, *([bar] if room > len(step) + 4 else []))
-        body = Group(
-            table,
-            Text(self.figures(row), overflow="fold"),
-            Text(f"validation loss {self.val}" if self.val else "", overflow="fold"),
-            *([drawn] if Measurement.get(self.console, self.console.options, drawn).maximum <= room else []),
-        )
+        """Bar, step and figures; a narrow terminal wraps them, and no number is cut."""
+        bar = Table.grid()
+        bar.add_row(ProgressBar(self.steps, row["step"], width=max(1, min(BAR_WIDTH, self.console.width - 4))))
+        texts = [f"step {row['step']:,} of {self.steps:,}", self.figures(row)]
+        texts += [f"validation loss {self.val}"] if self.val else []
+        body = Group(bar, *(Text(text, overflow="fold") for text in texts))
         return Panel(body, title=Text(visible(self.title)), border_style="dim")
-
-
-def curve(values: Sequence[float], width: int, height: int) -> list[str]:
-    """`values` as `height` lines of Braille dots, the highest and the lowest value named at the right."""
-    columns, rows = 2 * width, 4 * height
-    n = min(columns, len(values))
-    means = []
-    for i in range(n):  # mean of an equal share of the values for each column of dots
-        part = values[i * len(values) // n : (i + 1) * len(values) // n]
-        means.append(sum(part) / len(part))
-    top, bottom = max(means), min(means)
-    scale = (rows - 1) / (top - bottom) if top > bottom else 0.0
-    cells = [[0] * width for _ in range(height)]
-    for x, value in enumerate(means):
-        y = round((top - value) * scale)
-        cells[y // 4][x // 2] |= BRAILLE[x % 2][y % 4]
-    lines = ["".join(chr(0x2800 + cell) for cell in line) for line in cells]
-    lines[0] += f" {top:.2f}"
-    lines[-1] += f" {bottom:.2f}"
-    return lines
-
-
-BRAILLE = (
-    (0x01, 0x02, 0x04, 0x40),
-    (0x08, 0x10, 0x20, 0x80),
-)  # U+2800: bits by column and row
