@@ -12,33 +12,19 @@ from torch import Tensor
 
 import tiny
 from regpt.config import read_config
-from regpt.kernels.select import Kernels
 from regpt.model.ops import PLAIN, attention
-from regpt.runs import bench_ladder as ladder_module
-from regpt.runs.bench import Window
-from regpt.runs.bench_ladder import bench_ladder
-from regpt.tools.bench import ladder as parts
-from regpt.tools.bench.ladder import (
-    EXPLICIT,
-    LADDER,
-    RECIPE,
-    LadderRung,
-    RungSetup,
-    climb,
-    explicit_attention,
-    is_lectures,
-    missing_for,
-    unfused,
-    with_factors,
-)
+from regpt.runs import bench as bench_module
+from regpt.runs.bench import Window, bench_ladder
+from regpt.tools.bench.ladder import EXPLICIT, LADDER, START, LadderRung, explicit_attention, is_lectures, unfused
 from regpt.tools.bench.steps import StepTimes
-from regpt.tools.bench.tables import draw_ladder, figure_of, ladder_table, right_edge
+from regpt.tools.bench.tables import figure_of, ladder_table
 from regpt.train.optim import make_optimizer
 
 
 def run_ladder(recipe: str, rungs=LADDER, **options) -> dict:
     window = Window(steps=3, warmup=1)
-    return bench_ladder(read_config(recipe), rungs, window, name="tiny", rows=4, progress=lambda text: None, **options)
+    config = read_config(recipe)
+    return bench_ladder(config, window, name="tiny", rows=4, progress=lambda text: None, rungs=rungs, **options)
 
 
 # ---- the lecture's first forms ---------------------------------------------------------------------------------------
@@ -92,41 +78,20 @@ def test_the_unfused_optimizer_makes_the_same_updates():
 # ---- which rungs there are -------------------------------------------------------------------------------------------
 
 
-def everything(need: str) -> None:
-    return None
-
-
-def test_changes_stay_in_force_on_later_rungs():
+def test_a_skipped_rung_says_why_and_changes_nothing_later(recipe: str):
     rungs = [
-        LadderRung("a", {"train.precision": "fp32", "train.pad_vocab": False}, attention="explicit", adamw="default"),
-        LadderRung("b", {"train.precision": "bf16"}, needs="bf16"),
-        LadderRung("c", attention="torch"),
-        LadderRung("d", {"train.batch_tokens": RECIPE}, adamw="fused"),
+        LADDER[0],
+        LadderRung("no Ampere", {"train.precision": "tf32"}),
+        LadderRung("no such GPU", {"train.kernels": "fused"}),
+        LadderRung("repeated", {"train.compile": False}),
+        LadderRung("padded", {"train.pad_vocab": True}),
     ]
-    setups = [setup for _, setup in climb(rungs, everything, lambda key: f"the recipe's {key}", 97)]
-    precision = {"train.precision": "bf16", "train.pad_vocab": False}
-    assert setups == [
-        RungSetup({"train.precision": "fp32", "train.pad_vocab": False}, "explicit", "default"),
-        RungSetup(precision, "explicit", "default"),
-        RungSetup(precision, "torch", "default"),
-        RungSetup(precision | {"train.batch_tokens": "the recipe's train.batch_tokens"}, "torch", "fused"),
-    ]
-
-
-def test_a_skipped_rung_says_why_and_changes_nothing():
-    rungs = [
-        LadderRung("a", {"train.precision": "fp32"}, attention="explicit"),
-        LadderRung("b", {"train.precision": "tf32"}, needs="tf32"),
-        LadderRung("c", adamw="default"),
-        LadderRung("d", adamw="default"),
-        LadderRung("e", {"train.pad_vocab": True}),
-    ]
-    climbed = climb(rungs, lambda need: "it is too old", str, 256)
-    setups = [setup for _, setup in climbed]
-    assert setups[1] == "not on this device: it is too old"
-    assert setups[2] == RungSetup({"train.precision": "fp32"}, "explicit", "default")
-    assert setups[3] == "no change here: all of it is so already"
-    assert setups[4] == "no change here: 256 is a multiple of 128"
+    found = run_ladder(recipe, rungs)["rungs"]
+    assert "Ampere" in found[1]["skipped"]
+    assert "needs an NVIDIA GPU" in found[2]["skipped"]
+    assert found[3]["skipped"] == "no change here"
+    assert found[4]["setup"] == found[0]["setup"] | {"train.pad_vocab": True}
+    assert found[4]["factor"] == found[4]["total"] == pytest.approx(found[0]["ms"] / found[4]["ms"])
 
 
 def test_the_ladder_is_the_lectures():
@@ -139,29 +104,6 @@ def test_the_ladder_is_the_lectures():
     assert not is_lectures(read_config("gpt2-350m").model, 16384, 1024)
 
 
-def test_the_kernels_are_those_that_a_run_would_choose(monkeypatch: pytest.MonkeyPatch):
-    assert "this is cpu" in missing_for("kernels", tiny.CPU, tiny.CONFIG)
-    monkeypatch.setattr(parts, "select_kernels", lambda *args: Kernels("fused", "all is there"))
-    assert missing_for("kernels", tiny.CPU, tiny.CONFIG) is None
-
-
-def test_a_cpu_has_no_tf32_and_the_rest_is_tried():
-    assert "Ampere" in missing_for("tf32", tiny.CPU, tiny.CONFIG)
-    assert missing_for("bf16", tiny.CPU, tiny.CONFIG) is None
-    assert missing_for("flash", tiny.CPU, tiny.CONFIG) is None  # torch has a flash kernel for CPUs
-
-
-@pytest.mark.parametrize("need", ["bf16", "compile", "flash"])
-def test_what_fails_when_tried_is_missing(monkeypatch: pytest.MonkeyPatch, need: str):
-    def fail(*args, **options):
-        raise RuntimeError("no kernel\nand more")
-
-    monkeypatch.setattr(parts.torch, "autocast", fail)
-    monkeypatch.setattr(parts.torch, "compile", fail)
-    monkeypatch.setattr(parts.F, "scaled_dot_product_attention", fail)
-    assert missing_for(need, tiny.CPU, tiny.CONFIG).endswith("(no kernel)")
-
-
 # ---- climbing --------------------------------------------------------------------------------------------------------
 
 
@@ -170,7 +112,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """What each rung's trainer is, in place of timing it; every rung is twice as fast as the one before."""
     trainers = []
 
-    def look(trainer, warmup, progress) -> StepTimes:
+    def look(trainer, warmup) -> StepTimes:
         compiled = hasattr(trainer.backend.loss_sum, "__wrapped__")
         trainers.append(
             {
@@ -186,16 +128,15 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
         ms = 64.0 / 2 ** len(trainers) * trainer.config.batch_tokens / 64
         return StepTimes(1.0, (ms, ms, ms), None, None, ({"loss": 5.0},))
 
-    monkeypatch.setattr(ladder_module, "time_steps", look)
-    monkeypatch.setattr(parts, "lacks_tf32", everything)
-    monkeypatch.setattr(parts, "lacks_compile", everything)
-    monkeypatch.setattr(parts, "lacks_kernels", lambda device, model: None)
+    monkeypatch.setattr(bench_module, "time_steps", look)
+    monkeypatch.setattr(bench_module, "lacks_tf32", lambda device: False)
     return trainers
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_each_rung_trains_what_it_says(recipe: str, seen: list[dict]):
-    report = run_ladder(recipe)
+    on_cpu = [replace(rung, changes={"train.kernels": "auto"}) if "kernels" in rung.name else rung for rung in LADDER]
+    report = run_ladder(recipe, on_cpu)
     plain = {
         "attention": "explicit_attention",
         "fused": False,
@@ -228,24 +169,16 @@ def test_each_rung_trains_what_it_says(recipe: str, seen: list[dict]):
     assert report["rungs"][-1]["batch_tokens"] == 128
 
 
-def test_factors_leave_out_what_was_skipped():
-    rows = with_factors([{"ms": 12.0}, {"skipped": "no"}, {"ms": 4.0}, {"ms": 8.0}])
-    assert [row.get("factor") for row in rows] == [1, None, 3, 0.5]
-    assert [row.get("total") for row in rows] == [1, None, 3, 1.5]
-    assert "ms" not in rows[1]
-    assert with_factors([{"skipped": "no"}]) == [{"skipped": "no"}]
-
-
 def test_a_rung_that_needs_too_much_memory_computes_fewer_rows_at_once(recipe: str, monkeypatch: pytest.MonkeyPatch):
     def hungry(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         if len(q) > 2:
             raise MemoryError
         return explicit_attention(q, k, v, mask)
 
-    monkeypatch.setattr(ladder_module, "EXPLICIT", replace(PLAIN, attention=hungry))
+    monkeypatch.setattr(bench_module, "EXPLICIT", replace(PLAIN, attention=hungry))
     peaks_forgotten: list[torch.device] = []
     monkeypatch.setattr("regpt.tools.bench.steps.reset_peak", peaks_forgotten.append)
-    report = run_ladder(recipe, [LADDER[0], LadderRung("flash", attention="torch")])
+    report = run_ladder(recipe, [LADDER[0], LadderRung("flash", {"attention": "torch"})])
     assert peaks_forgotten == [tiny.CPU]  # that of the attempt that failed
     assert [(rung["rows"], rung["rows_wanted"]) for rung in report["rungs"]] == [(2, 4), (4, 4)]
     assert "out of memory with 4 rows at once, so 2" in printed(report)
@@ -258,17 +191,15 @@ def test_rows_that_the_device_chooses_are_no_lack_of_memory(recipe: str):
     assert auto["rows"] == auto["rows_wanted"]
 
 
-def test_what_was_measured_is_kept_when_a_later_rung_fails(recipe: str, monkeypatch: pytest.MonkeyPatch):
-    kept: list[dict] = []
-    monkeypatch.setattr(ladder_module, "unfused", lambda optimizer: kept[-1]["no such key"])
-    rungs = [
-        LadderRung("good", {"train.precision": "fp32", "train.compile": False}),
-        LadderRung("bad", adamw="default"),
-    ]
-    with pytest.raises(KeyError, match="no such key"):
-        run_ladder(recipe, rungs, keep=kept.append)
-    assert [rung["name"] for rung in kept[-1]["rungs"]] == ["good"]
-    assert kept[-1]["rungs"][0]["ms"] > 0
+def test_a_rung_that_fails_is_named_and_the_next_one_is_timed(recipe: str, monkeypatch: pytest.MonkeyPatch):
+    def fail(optimizer):
+        raise RuntimeError("no kernel\nand more")
+
+    monkeypatch.setattr(bench_module, "unfused", fail)
+    rungs = [LadderRung("bad", START | {"adamw": "default"}), LadderRung("good", START)]
+    bad, good = run_ladder(recipe, rungs)["rungs"]
+    assert bad["skipped"] == "not on this device: no kernel"
+    assert good["ms"] > 0
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -280,9 +211,12 @@ def printed(report: dict) -> str:
     return out.getvalue()
 
 
-def test_the_command_writes_table_json_and_picture(bench, recipe: str, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(parts, "lacks_compile", lambda device: "there is no compiler")
-    out = ["--out", tmp_path / "ladder.png", "--json", tmp_path / "ladder.json"]
+def test_the_command_writes_table_and_json(bench, recipe: str, tmp_path: Path, monkeypatch):
+    def no_compiler(function, **options):
+        raise RuntimeError("there is no compiler")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    out = ["--json", tmp_path / "ladder.json"]
     code, said, err = bench("ladder", "--model", recipe, "--steps", 2, "--warmup", 1, "--device", "cpu", *out)
     assert code == 0, err
     report = json.loads((tmp_path / "ladder.json").read_text(encoding="utf-8"))
@@ -301,42 +235,35 @@ def test_the_command_writes_table_json_and_picture(bench, recipe: str, tmp_path:
         "attention": "explicit",
         "adamw": "default",
     }
-    assert rungs["TF32"]["skipped"].startswith("not on this device: TensorFloat-32")
+    assert rungs["TF32"]["skipped"].startswith("TensorFloat-32")
     assert rungs["torch.compile"]["skipped"] == "not on this device: there is no compiler"
     assert "there is no compiler" in said
     assert "lecture" not in said
-    assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_same_losses_on_every_rung(recipe: str):
     rungs = [
         LADDER[0],
-        LadderRung("flash", attention="torch"),
+        LadderRung("flash", {"attention": "torch"}),
         LadderRung("padded", {"train.pad_vocab": True}),
-        LadderRung("fused", adamw="fused"),
+        LadderRung("fused", {"adamw": "fused"}),
     ]
     losses = [rung["loss"] for rung in run_ladder(recipe, rungs)["rungs"]]
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
 
 
-def test_the_lecture_stands_beside_the_same_work_only(tmp_path: Path):
+def test_the_lecture_is_compared_with_the_same_work_only():
     rungs = [{"name": rung.name, "lecture_ms": rung.lecture_ms} for rung in LADDER]
     measured = {"p10": 1.0, "p90": 2.0, "rows": 8, "rows_wanted": 16, "batch_tokens": 16384, "peak_memory_gib": 7.25}
-    rungs = [rung | measured | {"ms": 300.0 - i, "tokens_per_s": 5e4} for i, rung in enumerate(rungs)]
+    measured |= {"tokens_per_s": 5e4, "factor": 1.0, "total": 1.0}
+    rungs = [rung | measured | {"ms": 300.0 - i} for i, rung in enumerate(rungs)]
     rungs[1] = {"name": "TF32", "lecture_ms": 333, "skipped": "not on this device: too old"}
-    report = {"model_name": "gpt2-124m", "device": "a GPU", "tokens": 16384, "steps": 10, "rungs": with_factors(rungs)}
-    alone, beside = report | {"lectures": False}, report | {"lectures": True}
-    assert "1,000" in printed(beside)
-    assert "Karpathy 2024" in printed(beside)
+    report = {"model_name": "gpt2-124m", "device": "a GPU", "tokens": 16384, "steps": 10, "rungs": rungs}
+    alone, compared = report | {"lectures": False}, report | {"lectures": True}
+    assert "1,000" in printed(compared)
+    assert "Karpathy 2024" in printed(compared)
     assert "1,000" not in printed(alone)
     assert "7.2" in printed(alone)
-    for name, shown in (("alone", alone), ("beside", beside)):
-        draw_ladder(shown, tmp_path / f"{name}.svg")
-    drawn = [(tmp_path / f"{name}.svg").read_text(encoding="utf-8") for name in ("alone", "beside")]
-    assert ["Karpathy" in svg for svg in drawn] == [False, True]
-    assert all("not on this device" in svg and "8 rows at once" in svg for svg in drawn)
-    assert right_edge(report["rungs"], compared=True) >= 1000
-    assert right_edge(report["rungs"], compared=False) < 700
 
 
 def test_figures_have_three_digits():
@@ -349,8 +276,6 @@ def test_figures_have_three_digits():
         (["--steps", "0"], 2, ["--steps is 0"]),
         (["--rows", "-1"], 2, ["--rows is -1", "0 or more"]),
         (["--model", "gpt2-125m"], 2, ["'gpt2-125m'", "did you mean"]),
-        (["--out", "ladder.jpeg"], 2, ["ladder.jpeg", ".png or .svg"]),
-        (["--out", "no/such/folder/x.png"], 1, ["no/such/folder/x.png", "make it first"]),
         (["--json", "no/such/folder/x.json"], 1, ["no/such/folder/x.json"]),
         (["--device", "tpu"], 2, ["tpu", "cpu"]),
         (["--rungs", "2"], 2, ["--rungs"]),

@@ -10,7 +10,7 @@ import torch
 import tiny
 from regpt.__main__ import main
 from regpt.tools.bench import samples as samples_module
-from regpt.tools.bench.samples import time_samples
+from regpt.tools.bench.samples import bench_sample
 
 SMALL = ("--batch", 1, 3, "--prompt-tokens", 4, "--new-tokens", 5, "--repeats", 2, "--device", "cpu")
 
@@ -47,7 +47,7 @@ def test_every_text_is_written_to_its_end_and_the_first_time_does_not_count(monk
 
     monkeypatch.setattr(samples_module, "generate", generate)
     monkeypatch.setattr(samples_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    (row,) = time_samples(tiny.build_model(dtype=torch.float32), [6], 4, 8, repeats=1)
+    (row,) = bench_sample(tiny.build_model(dtype=torch.float32), [6], 4, 8, repeats=1)["batches"]
     assert calls == [((6, 4), 8, 50)] * 2 + [((6, 4), 1, 50)] * 2
     assert (row["seconds"], row["first_token_s"], row["tokens_per_s"]) == (8, 1, 6)
 

@@ -1,27 +1,218 @@
 """`regpt bench`: how fast training, batches and sampling are on this machine."""
 
-from importlib import import_module
+from __future__ import annotations
 
-from regpt.console.lines import print_line
-from regpt.errors import UsageError, nearest
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
-COMMANDS = {
-    "train": "tokens/s, MFU, memory and time to the first step of a recipe",
-    "ladder": "what makes training fast, change by change, on this device",
-    "data": "batches and tokens a second from a data folder",
-    "sample": "tokens/s of a model that writes",
-}
+import tyro
+
+from regpt import STARTED
+from regpt.cli.output import check_json, show
+from regpt.cli.parse import parse, run_subcommand
+from regpt.cli.train import parse_over_recipe
+from regpt.config import RunConfig, read_config, recipe_names
+from regpt.console.lines import status
+from regpt.data.config import DataConfig, ShuffleRows
+from regpt.errors import UsageError
+from regpt.ranges import MANY, PROCESSES, SEED, Range
+from regpt.train.config import InferencePrecision, TrainConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from regpt.model.transformer import Transformer
+
+DATA, TRAIN = DataConfig(), TrainConfig()
+CPU_ROWS = 8  # of the ladder, where the recipe leaves them to the device
+DeviceName = Literal["auto", "cuda", "mps", "cpu"]
+JsonFile = Annotated[str | None, tyro.conf.arg(metavar="FILE")]
+
+
+@dataclass(frozen=True)
+class BenchTrainArgs:
+    """Time the training of a recipe: the trainer, loader and settings of `regpt train`, for a few steps. Every value of
+    the configuration is a flag, as there."""
+
+    recipe: tyro.conf.Positional[str] = ""
+    """A recipe by name, or a .toml file."""
+    steps: Annotated[int, Range(1, MANY)] = 20
+    """Steps that are timed."""
+    warmup: Annotated[int, Range(1, MANY)] = 5
+    """Steps before them, the first one with its compilation included."""
+    nproc: Annotated[int | None, tyro.conf.arg(metavar="INT"), Range(1, PROCESSES)] = None
+    """Start this many processes on this machine (torchrun): one a GPU, or several on the CPU."""
+    data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Folder of token shards, or several as DIR=WEIGHT; without it, invented tokens."""
+    json: JsonFile = None
+    """Also write the report to this file; - prints it as JSON instead."""
+    config: Annotated[tyro.conf.FlagConversionOff[RunConfig], tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+
+
+@dataclass(frozen=True)
+class BenchLadderArgs:
+    """Climb the lecture's ladder on this device: float32, TF32, bfloat16, torch.compile, flash attention, padded
+    vocabulary, fused AdamW, and what this package adds. Each rung trains the same model on invented tokens."""
+
+    model: Annotated[str, tyro.conf.arg(metavar="RECIPE|FILE")] = ""
+    """Recipe whose model is trained; default: gpt2-124m on a GPU, gpt2-tiny on a CPU."""
+    rows: Annotated[int, Range(0, MANY)] = 0
+    """Rows a step; default: 16 on a GPU, as in the lecture, the recipe's train.micro_batch_rows on a CPU."""
+    steps: Annotated[int, Range(1, MANY)] = 20
+    """Steps of each rung that are timed."""
+    warmup: Annotated[int, Range(1, MANY)] = 3
+    """Steps before them."""
+    device: DeviceName = "auto"
+    """auto: CUDA, then MPS, then CPU."""
+    json: JsonFile = None
+    """Also write the report to this file; - prints it as JSON instead."""
+
+
+@dataclass(frozen=True)
+class BenchDataArgs:
+    """Time how fast one process makes batches from a folder of token shards, as it does while training."""
+
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """Folder of token shards."""
+    order: Literal["shuffle", "sequential", "bos"] = DATA.order
+    """As data.order."""
+    shuffle_rows: Annotated[ShuffleRows, Range(2, MANY)] = DATA.shuffle_rows
+    """As data.shuffle_rows."""
+    document_mask: tyro.conf.FlagCreatePairsOff[bool] = False
+    """As data.document_mask: find the documents in each row."""
+    seq_len: Annotated[int, Range(1, MANY)] = DATA.seq_len
+    """Tokens a row."""
+    batch_tokens: Annotated[int, Range(1, MANY)] = TRAIN.batch_tokens
+    """Tokens a step."""
+    micro_batch_rows: Annotated[int, Range(1, MANY)] = 64
+    """Rows of a micro-batch."""
+    seed: Annotated[int, Range(-SEED, SEED)] = DATA.seed
+    """Seed of the document order."""
+    seconds: Annotated[float, Range(0, 3600, above=True)] = 3.0
+    """How long to read, after the first two steps."""
+    json: JsonFile = None
+    """Also write the report to this file; - prints it as JSON instead."""
+
+
+@dataclass(frozen=True)
+class BenchSampleArgs:
+    """Time how fast a model writes, one text at a time and many at once; the prompts are random tokens."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL|RECIPE")]
+    """A run folder, a checkpoint folder, a Hugging Face folder, a hub name such as gpt2; or a recipe by name, for its
+    model with random weights."""
+    batch: Annotated[tuple[int, ...], Range(1, 1 << 20)] = (1, 64)
+    """Texts at once; several numbers are timed one after another."""
+    prompt_tokens: Annotated[int, Range(1, MANY)] = 128
+    """Tokens of each prompt."""
+    new_tokens: Annotated[int, Range(1, MANY)] = 128
+    """Tokens that each text is continued by."""
+    repeats: Annotated[int, Range(1, 1 << 20)] = 5
+    """Times that each is written, after once without the clock; the median counts."""
+    device: DeviceName = "auto"
+    """auto: CUDA, then MPS, then CPU."""
+    precision: InferencePrecision = "fp32"
+    """Number format of the computation."""
+    json: JsonFile = None
+    """Also write the report to this file; - prints it as JSON instead."""
 
 
 def main(args: list[str]) -> int:
-    """Hand over to the subcommand."""
-    if args[:1] in (["--help"], ["-h"]):
-        print_line(f"usage: regpt bench {{{','.join(COMMANDS)}}} …\n")
-        print_line("\n".join(f"  {name:<8}{what}" for name, what in COMMANDS.items()))
-        return 0
-    if not args:
-        raise UsageError(f"regpt bench needs a command; choose from {', '.join(COMMANDS)}")
-    if args[0] not in COMMANDS:
-        hint = nearest(args[0], COMMANDS)
-        raise UsageError(f"regpt bench has no command {args[0]!r}{hint}; choose from {', '.join(COMMANDS)}")
-    return import_module(f"regpt.cli.bench_{args[0]}").main(args[1:])
+    """Call the subcommand."""
+    commands = {
+        "train": (train_main, "tokens/s, MFU, memory and time to the first step of a recipe"),
+        "ladder": (ladder_main, "what makes training fast, change by change, on this device"),
+        "data": (data_main, "batches and tokens a second from a data folder"),
+        "sample": (sample_main, "tokens/s of a model that writes"),
+    }
+    return run_subcommand("regpt bench", args, commands)
+
+
+def train_main(args: list[str]) -> int:
+    given: BenchTrainArgs = parse_over_recipe(BenchTrainArgs, args, "regpt bench train")
+    check_json(given.json)
+    from regpt.parallel.launch import launch
+    from regpt.parallel.mesh import launcher_rank, launcher_world_size, under_launcher
+    from regpt.runs.bench import Window, bench_train, check_bench
+    from regpt.tools.bench.tables import train_table
+
+    window = Window(given.steps, given.warmup)
+    if launcher_rank() == 0:
+        check_bench(given.config, window, given.nproc or launcher_world_size())
+    if given.nproc and not under_launcher():
+        return launch(given.nproc, ["bench", "train", *args])
+    imported_s = time.perf_counter() - STARTED
+    with status(quiet=launcher_rank() > 0) as say:
+        report = bench_train(given.config, window, recipe=given.recipe, imported_s=imported_s, progress=say)
+    if report is not None:
+        show(report, given.json, train_table)
+    return 0
+
+
+def ladder_main(args: list[str]) -> int:
+    given = parse(BenchLadderArgs, args, prog="regpt bench ladder")
+    check_json(given.json)
+    from regpt.parallel.mesh import choose_device, under_launcher
+    from regpt.runs.bench import Window, bench_ladder
+    from regpt.tools.bench.ladder import LECTURE_ROWS
+    from regpt.tools.bench.tables import ladder_table
+
+    if under_launcher():
+        raise UsageError("regpt bench ladder runs in one process; start it without torchrun")
+    on_gpu = choose_device(given.device).type == "cuda"
+    name = given.model or ("gpt2-124m" if on_gpu else "gpt2-tiny")
+    config = read_config(name).with_vocab_size()
+    config = replace(config, train=replace(config.train, device=given.device))
+    own = config.train.micro_batch_rows
+    rows = given.rows or (LECTURE_ROWS if on_gpu else CPU_ROWS if own == "auto" else own)
+    with status() as say:
+        report = bench_ladder(config, Window(given.steps, given.warmup), name=name, rows=rows, progress=say)
+    show(report, given.json, ladder_table)
+    return 0
+
+
+def data_main(args: list[str]) -> int:
+    given = parse(BenchDataArgs, args, prog="regpt bench data")
+    check_json(given.json)
+    from regpt.tools.bench.data import BatchReading, bench_data
+    from regpt.tools.bench.tables import data_table
+
+    sizes = (given.seq_len, given.batch_tokens, given.micro_batch_rows)
+    reading = BatchReading(Path(given.folder), given.order, given.shuffle_rows, given.document_mask, given.seed, *sizes)
+    with status() as say:
+        report = bench_data(reading, given.seconds, say)
+    show(report, given.json, data_table)
+    return 0
+
+
+def sample_main(args: list[str]) -> int:
+    given = parse(BenchSampleArgs, args, prog="regpt bench sample")
+    check_json(given.json)
+    from regpt.parallel.mesh import choose_device
+    from regpt.tools.bench.samples import bench_sample
+    from regpt.tools.bench.tables import sample_table
+    from regpt.train.precision import autocast, parameter_dtype, set_matmul_precision
+
+    device = choose_device(given.device)
+    set_matmul_precision(given.precision)
+    with status() as say, autocast(given.precision, device):
+        say("opening the model")
+        model = open_or_make(given.model, device).to(parameter_dtype(given.precision))
+        report = bench_sample(model, given.batch, given.prompt_tokens, given.new_tokens, given.repeats, say)
+    heading = {"kind": "bench sample", "source": given.model, "precision": given.precision}
+    show(heading | report, given.json, sample_table)
+    return 0
+
+
+def open_or_make(name: str, device: torch.device) -> Transformer:
+    """The model `name`; for a recipe's name, its model with random weights."""
+    from regpt.checkpoint.open import open_model
+    from regpt.model.transformer import Transformer
+    from regpt.model.weights import initialize
+
+    if name not in recipe_names():
+        return open_model(name, device).model
+    config = read_config(name).with_vocab_size()
+    return initialize(Transformer(config.model).to(device), config.train.seed).eval()

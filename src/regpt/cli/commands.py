@@ -45,10 +45,10 @@ ARGUMENTS = {  # what is typed: module in `regpt.cli`, dataclass
     "diff": ("diff", "DiffArgs"),
     "scaling": ("scaling", "ScalingArgs"),
     "inspect": ("inspect", "InspectArgs"),
-    "bench train": ("bench_train", "BenchTrainArgs"),
-    "bench ladder": ("bench_ladder", "BenchLadderArgs"),
-    "bench data": ("bench_data", "BenchDataArgs"),
-    "bench sample": ("bench_sample", "BenchSampleArgs"),
+    "bench train": ("bench", "BenchTrainArgs"),
+    "bench ladder": ("bench", "BenchLadderArgs"),
+    "bench data": ("bench", "BenchDataArgs"),
+    "bench sample": ("bench", "BenchSampleArgs"),
     "completion": ("completion", "CompletionArgs"),
 }
 

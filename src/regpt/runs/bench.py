@@ -1,10 +1,10 @@
-"""`regpt bench train`: the trainer that `regpt train` runs, timed over a few steps."""
+"""`regpt bench train` and `regpt bench ladder`: the trainer of a run, timed over a few steps."""
 
 import contextlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ import torch
 from regpt.config import RunConfig
 from regpt.data.loader import check_batch
 from regpt.data.prefetch import Prefetcher
-from regpt.model.ops import PLAIN, Ops
+from regpt.errors import UserError, first_line
+from regpt.model.ops import PLAIN
 from regpt.model.weights import count_parameters, initialize
 from regpt.parallel.mesh import Mesh, open_mesh
 from regpt.runs.build import (
@@ -28,11 +29,12 @@ from regpt.runs.build import (
 )
 from regpt.runs.folder import device_name, source_commit
 from regpt.tools.bench.data import MEAN_LENGTH, invent_shards, invented_lengths
+from regpt.tools.bench.ladder import EXPLICIT, LADDER, RECIPE, LadderRung, Setup, is_lectures, lacks_tf32, unfused
 from regpt.tools.bench.steps import (
-    StepTimes,
     attention_backend,
     computing_dtype,
     library_versions,
+    percentiles,
     reset_peak,
     speed_of,
     time_steps,
@@ -44,7 +46,7 @@ from regpt.train.peak import PRODUCT_SIZE, device_figures, matmul_flops, synchro
 from regpt.train.trainer import Trainer
 
 Progress = Callable[[str], None]
-Optimizer = torch.optim.Optimizer
+Report = dict[str, Any]
 INVENTED = "invented tokens"
 GPU_PRODUCT = 8192  # large enough for a data centre's GPU to show its best
 PRODUCT_SECONDS = 0.5  # long enough for it to slow down to what its power supply allows
@@ -77,7 +79,7 @@ def check_bench(config: RunConfig, window: Window, processes: int) -> None:
 
 @contextlib.contextmanager
 def opened_data(config: RunConfig) -> Iterator[tuple[RunConfig, Corpus]]:
-    """The data that `config` names, or invented data in its place, which exists within the context."""
+    """The data that `config` names; without any, invented tokens in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="regpt-bench-", ignore_cleanup_errors=True) as folder:
         if not config.data.path and not config.data.mixture:
             shards = Path(folder) / "shards"
@@ -90,16 +92,14 @@ def opened_data(config: RunConfig) -> Iterator[tuple[RunConfig, Corpus]]:
 
 
 @contextlib.contextmanager
-def opened_trainer(
-    config: RunConfig,
-    mesh: Mesh,
-    corpus: Corpus,
-    ops: Ops = PLAIN,
-    adamw: Callable[[Optimizer], Optimizer] = lambda optimizer: optimizer,
-) -> Iterator[Trainer]:
-    """A trainer as `regpt train` builds it, with other operations or another form of its optimizer where given."""
+def opened_trainer(config: RunConfig, mesh: Mesh, corpus: Corpus, setup: Setup | None = None) -> Iterator[Trainer]:
+    """A trainer as `regpt train` builds it, with the attention and the AdamW of a ladder's `setup` where given."""
+    setup = setup or {}
+    ops = EXPLICIT if setup.get("attention") == "explicit" else PLAIN
     model = initialize(build_model(config, mesh.device, ops), config.train.seed)
-    optimizer = adamw(make_optimizer(model, config.optim, mesh.device))
+    optimizer = make_optimizer(model, config.optim, mesh.device)
+    if setup.get("adamw") == "default":
+        optimizer = unfused(optimizer)
     with Prefetcher(build_loader(config, corpus, mesh), steps=config.train.steps) as batches:
         trainer = build_trainer(config, mesh, model, optimizer, batches)
         with_chosen_rows(config, trainer)
@@ -108,11 +108,11 @@ def opened_trainer(
 
 def bench_train(
     config: RunConfig, window: Window, *, recipe: str, imported_s: float, progress: Progress
-) -> dict[str, Any] | None:
+) -> Report | None:
     """Time the training of `config`; the report, None in all processes but the main one.
 
     Args:
-        recipe: what the user called it.
+        recipe: its name as typed.
         imported_s: seconds from the start of the process to this call.
     """
     source = config.data.path or " + ".join(config.data.mixture) or INVENTED
@@ -136,7 +136,7 @@ def bench_train(
                     **speed_of(times, config.train.batch_tokens, trainer.flops_per_token, mesh.world_size),
                     "peak_memory_gib": greatest(mesh, peak_memory_gib(mesh.device)),
                     "peak_memory_of": "gpu" if mesh.device.type == "cuda" else "process",
-                    "first_step": first_step(times, imported_s, built_s),
+                    "first_step": times.first_step(imported_s, built_s),
                     "loss": [row["loss"] for row in (times.rows[0], times.rows[-1])],
                 }
             del trainer  # its memory is needed for the product
@@ -146,52 +146,36 @@ def bench_train(
     return report if mesh.is_main else None
 
 
-def describe(trainer: Trainer, config: RunConfig, mesh: Mesh) -> dict[str, Any]:
+def describe(trainer: Trainer, config: RunConfig, mesh: Mesh) -> Report:
     """Describe the model, the device and the path of a benchmark."""
-    model, train, rows = trainer.model, trainer.config, trainer.micro_batch.rows
-    masked = config.data.document_mask
+    model, train, rows, T = trainer.model, trainer.config, trainer.micro_batch.rows, config.data.seq_len
     kernels = choose_kernels(config, model, mesh.device)
+    attention = None  # where the fused kernels compute it: their reason names its library
+    if kernels.name == "plain":
+        dtype, masked = computing_dtype(train.precision), config.data.document_mask
+        attention = attention_backend(model.config, T, dtype, mesh.device, masked=masked)
     return {
         "device": device_name(mesh.device),
         "world_size": mesh.world_size,
         "model": asdict(model.config),
         "parameters": count_parameters(model),
-        "seq_len": config.data.seq_len,
+        "seq_len": T,
         "batch_tokens": train.batch_tokens,
         "micro_batch_rows": rows,
-        "accumulation": train.batch_tokens // (rows * config.data.seq_len * mesh.world_size),
+        "accumulation": train.batch_tokens // (rows * T * mesh.world_size),
         "precision": train.precision,
         "kernels": asdict(kernels),
         "compile": train.compile and kernels.name == "plain",
         "pad_vocab": train.pad_vocab,
-        "document_mask": masked,
-        "attention": (  # None where the fused kernels compute it: their reason says with what
-            attention_backend(
-                model.config, config.data.seq_len, computing_dtype(train.precision), mesh.device, masked=masked
-            )
-            if kernels.name == "plain"
-            else None
-        ),
+        "document_mask": config.data.document_mask,
+        "attention": attention,
         "fused_adamw": bool(trainer.optimizer.defaults.get("fused")),
         "versions": {**library_versions(), "commit": source_commit()},
     }
 
 
-def first_step(times: StepTimes, imported_s: float, built_s: float) -> dict[str, Any]:
-    """Seconds from the command's start to the end of the first update, by what they went into."""
-    compile_s = times.compile_s or 0.0
-    return {
-        "imports_s": imported_s,
-        "building_s": built_s,
-        "compile_s": compile_s,
-        "compile_cache": times.compile_cache,
-        "update_s": times.first_s - compile_s,
-        "total_s": imported_s + built_s + times.first_s,
-    }
-
-
-def utilisation(flops_per_s: float, mesh: Mesh, precision: PrecisionName) -> dict[str, Any]:
-    """The share of what all devices could do: by their data sheet, and by a large product measured on each at once."""
+def utilisation(flops_per_s: float, mesh: Mesh, precision: PrecisionName) -> Report:
+    """The share of the FLOP/s of all devices: by their data sheet, and by a large product measured on each at once."""
     on_gpu = mesh.device.type == "cuda"
     wide = "fp8" if precision == "fp8" else "bf16"
     n, product = (GPU_PRODUCT, wide) if on_gpu else (PRODUCT_SIZE[mesh.device.type], precision)
@@ -216,8 +200,91 @@ def greatest(mesh: Mesh, value: float | None) -> float | None:
 
 
 def start_afresh(device: torch.device) -> None:
-    """Let go of compiled graphs and of memory, and count its peak from here."""
+    """Drop compiled graphs, free memory, and count its peak from here."""
     if "torch._dynamo" in sys.modules:  # else nothing was compiled, and importing it takes seconds
         torch.compiler.reset()
     free_memory(device)
     reset_peak(device)
+
+
+# ---- the ladder ------------------------------------------------------------------------------------------------------
+
+
+def bench_ladder(
+    config: RunConfig, window: Window, *, name: str, rows: int, progress: Progress, rungs: Sequence[LadderRung] = LADDER
+) -> Report:
+    """Time `rungs` on `rows` rows a step of the model of `config`, one after another in this process.
+
+    Each rung keeps the changes of those before it. One that fails, or would change nothing, is skipped with the reason.
+    """
+    T = config.data.seq_len
+    first = changed(config, {"train.batch_tokens": rows * T, "train.micro_batch_rows": rows})
+    done: list[Report] = []
+    with open_mesh(config.train.device) as mesh, opened_data(shortened(first, window)) as (first, corpus):
+        state: Setup = {}
+        for number, rung in enumerate(rungs, start=1):
+            progress(f"rung {number} of {len(rungs)}, {rung.name}")
+            own = {key: value_in(config, key) if value is RECIPE else value for key, value in rung.changes.items()}
+            setup = {**state, **own}
+            found = climb_rung(first, setup, mesh, corpus, window) if setup != state else {"skipped": "no change here"}
+            if "ms" in found:
+                times, state = [row["ms"] for row in done if "ms" in row] or [found["ms"]], setup
+                found |= {"factor": times[-1] / found["ms"], "total": times[0] / found["ms"]}
+            done.append({"name": rung.name, "lecture_ms": rung.lecture_ms, **found})
+    return {
+        "kind": "bench ladder",
+        "model_name": name,
+        "model": asdict(config.model),
+        "device": device_name(mesh.device),
+        "data": INVENTED,
+        "rows": rows,
+        "seq_len": T,
+        "tokens": rows * T,
+        "steps": window.steps,
+        "warmup": window.warmup,
+        "lectures": is_lectures(config.model, rows * T, T),
+        "rungs": done,
+        "versions": {**library_versions(), "commit": source_commit()},
+    }
+
+
+def climb_rung(first: RunConfig, setup: Setup, mesh: Mesh, corpus: Corpus, window: Window) -> Report:
+    """Figures of a rung; `ms` is the time of a step's tokens of `first`, whatever the rung's own batch."""
+    if setup.get("train.precision") == "tf32" and lacks_tf32(mesh.device):
+        return {"skipped": "TensorFloat-32 needs an NVIDIA GPU of the Ampere generation or newer"}
+    start_afresh(mesh.device)
+    config = changed(first, setup)
+    try:
+        with opened_trainer(config, mesh, corpus, setup) as trainer:
+            wanted = trainer.micro_batch.rows
+            times = time_steps(trainer, window.warmup)
+    except (RuntimeError, ImportError, UserError) as error:  # a format, a compiler or kernels missing here
+        return {"skipped": f"not on this device: {first_line(error)}"}
+    ms = percentiles(times.steady_ms)
+    share = first.train.batch_tokens / config.train.batch_tokens
+    return {
+        "setup": dict(setup),
+        **{key: ms[name] * share for key, name in {"ms": "median", "p10": "p10", "p90": "p90"}.items()},
+        "spread": ms["spread"],
+        "tokens_per_s": config.train.batch_tokens / ms["median"] * 1e3,
+        "batch_tokens": config.train.batch_tokens,
+        "rows": trainer.micro_batch.rows,
+        "rows_wanted": wanted,
+        "first_step_s": times.first_s,
+        "peak_memory_gib": peak_memory_gib(mesh.device) if mesh.device.type == "cuda" else None,
+        "loss": times.rows[-1]["loss"],
+    }
+
+
+def changed(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """`config` with other values, by keys such as `train.precision`; keys of no section are left out."""
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        if name:
+            config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
+    return config
+
+
+def value_in(config: RunConfig, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)

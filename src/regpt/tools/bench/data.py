@@ -46,13 +46,8 @@ class BatchReading:
             batch_tokens=self.batch_tokens,
             micro_batch_rows=self.micro_batch_rows,
             eot=manifest.eot if self.document_mask else None,
-            pin_memory=pinned(),
+            pin_memory=torch.cuda.is_available(),  # page-locked: a GPU copies from there
         )
-
-
-def pinned() -> bool:
-    """Whether batches are made in page-locked memory, from which a GPU copies them."""
-    return torch.cuda.is_available()
 
 
 def time_first_batch(reading: BatchReading, step: int = 0) -> dict[str, float]:
@@ -67,14 +62,12 @@ def bench_data(
 ) -> dict[str, Any]:
     """The report of `regpt bench data`."""
     first = time_first_batch(reading)
-    times = time_batches(reading, seconds, progress)
-    settings = asdict(reading) | {"folder": str(reading.folder)}
     return {
         "kind": "bench data",
-        **settings,
-        **times,
+        **asdict(reading),
+        "folder": str(reading.folder),
+        **time_batches(reading, seconds, progress),
         "first_step": first,
-        "pinned": pinned(),
         "versions": library_versions(),
     }
 
@@ -85,7 +78,7 @@ def time_batches(
     """Steps of the loader with its prefetcher, as in a run, for about `seconds` after the first two.
 
     Returns steps and tokens a second, tokens for each second of the processor (which other programs on the machine
-    change less), and the share of the tokens that the order `bos` leaves out.
+    change less), and the share of the tokens that the order `bos` drops.
     """
     loader = reading.loader()
     with Prefetcher(loader) as batches:
@@ -99,13 +92,12 @@ def time_batches(
         cpu = time.process_time() - cpu
     steps = step - WARMUP
     tokens = steps * reading.batch_tokens
-    rows = loader.rows
     return {
         "steps": steps,
         "steps_per_s": steps / passed,
         "tokens_per_s": tokens / passed,
         "tokens_per_cpu_s": tokens / cpu,
-        "left_out": rows.left_out() if isinstance(rows, PackedRows) else None,
+        "left_out": loader.rows.left_out() if isinstance(loader.rows, PackedRows) else None,
     }
 
 

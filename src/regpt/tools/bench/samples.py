@@ -14,7 +14,6 @@ from regpt.model.weights import count_parameters
 from regpt.sample.generate import generate
 from regpt.sample.sampling import SamplingOptions
 from regpt.tools.bench.steps import library_versions, percentiles
-from regpt.train.config import InferencePrecision
 from regpt.train.peak import driver_name, synchronize
 
 OPTIONS = SamplingOptions(top_k=50)
@@ -26,43 +25,22 @@ def bench_sample(
     prompt_tokens: int,
     new_tokens: int,
     repeats: int,
-    precision: InferencePrecision,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """The report of `regpt bench sample`, called where `precision` is in force; raises what `time_samples` does."""
-    device = model.device
-    return {
-        "model": asdict(model.config),
-        "parameters": count_parameters(model),
-        "device": driver_name(device)
-        if device.type != "cpu"
-        else f"cpu with {counted(torch.get_num_threads(), 'thread')}",
-        "precision": precision,
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens,
-        "repeats": repeats,
-        "batches": time_samples(model, batches, prompt_tokens, new_tokens, repeats, progress),
-        "versions": library_versions(),
-    }
+    """The report of `regpt bench sample`: every text is a prompt of random tokens and `new_tokens` more.
 
-
-def time_samples(
-    model: Transformer,
-    batches: Sequence[int],
-    prompt_tokens: int,
-    new_tokens: int,
-    repeats: int,
-    progress: Callable[[str], None] = lambda text: None,
-) -> list[dict[str, Any]]:
-    """One row for each number of texts in `batches`: every text a prompt of random tokens and `new_tokens` more.
-
-    Each is written once without the clock, then `repeats` times: `seconds` from the prompts to the last token, and
-    `first_token_s` to the first, are medians. No text ends early.
+    For each number of texts in `batches`, `seconds` from the prompts to the last token and `first_token_s` to the first
+    are medians of `repeats`. No text ends early.
 
     Raises:
-        UsageError: an empty batch, or more tokens than the model reads.
+        UsageError: more tokens than the model reads.
     """
-    check_sizes(batches, prompt_tokens, new_tokens, model.config.max_seq_len)
+    longest = model.config.max_seq_len
+    if prompt_tokens + new_tokens > longest:
+        raise UsageError(
+            f"--prompt-tokens {prompt_tokens} and --new-tokens {new_tokens} are together more than the "
+            f"{longest} tokens that the model reads; try --prompt-tokens {longest // 2} --new-tokens {longest // 2}"
+        )
     rows = []
     for batch in batches:
         progress(f"{batch} at once")
@@ -70,18 +48,17 @@ def time_samples(
         first = time_generation(model, batch, prompt_tokens, 1, repeats)
         row = {"batch": batch, "seconds": whole["median"], "first_token_s": first["median"], "spread": whole["spread"]}
         rows.append(row | {"tokens_per_s": batch * new_tokens / whole["median"]})
-    return rows
-
-
-def check_sizes(batches: Sequence[int], prompt_tokens: int, new_tokens: int, longest: int) -> None:
-    """Raise a UsageError for an empty batch, or more tokens than the `longest` that the model reads."""
-    if min(batches) < 1:
-        raise UsageError(f"--batch is {min(batches)}, must be at least 1")
-    if prompt_tokens + new_tokens > longest:
-        raise UsageError(
-            f"--prompt-tokens {prompt_tokens} and --new-tokens {new_tokens} are together more than the "
-            f"{longest} tokens that the model reads; try --prompt-tokens {longest // 2} --new-tokens {longest // 2}"
-        )
+    threads = f" with {counted(torch.get_num_threads(), 'thread')}" if model.device.type == "cpu" else ""
+    return {
+        "model": asdict(model.config),
+        "parameters": count_parameters(model),
+        "device": driver_name(model.device) + threads,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "repeats": repeats,
+        "batches": rows,
+        "versions": library_versions(),
+    }
 
 
 def time_generation(
@@ -92,7 +69,7 @@ def time_generation(
     generator = torch.Generator(device).manual_seed(0)
     shape = (batch, prompt_tokens)
     prompts = torch.randint(model.config.vocab_size, shape, generator=generator, device=device)  # (B, P)
-    seconds = []
+    seconds = list[float]()
     for _ in range(repeats + 1):
         synchronize(device)
         started = time.perf_counter()

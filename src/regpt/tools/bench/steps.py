@@ -21,14 +21,13 @@ from regpt.train.trainer import Row, Trainer
 
 @dataclass(frozen=True)
 class StepTimes:
-    """What `time_steps` saw.
+    """Times of a trainer's updates.
 
     Attributes:
         first_s: seconds of the first update, compilation included.
         steady_ms: milliseconds of each update after the warm-up, from the end of the one before.
-        compile_s: the part of the first update that torch.compile says it took; None where it did nothing.
-        compile_cache: `cold`, `warm` or `partly warm`: whether compiled code came from the disk; None where nothing was
-            compiled.
+        compile_s: the part of the first update that torch.compile counts as its own; None without a compilation.
+        compile_cache: `cold`, `warm` or `partly warm`: whether compiled code came from the disk; None without one.
         rows: the trainer's own row of metrics of every update.
     """
 
@@ -37,6 +36,18 @@ class StepTimes:
     compile_s: float | None
     compile_cache: str | None
     rows: tuple[Row, ...]
+
+    def first_step(self, imported_s: float, built_s: float) -> dict[str, Any]:
+        """Seconds from the command's start to the end of the first update, part by part."""
+        compile_s = self.compile_s or 0.0
+        return {
+            "imports_s": imported_s,
+            "building_s": built_s,
+            "compile_s": compile_s,
+            "compile_cache": self.compile_cache,
+            "update_s": self.first_s - compile_s,
+            "total_s": imported_s + built_s + self.first_s,
+        }
 
 
 def time_steps(trainer: Trainer, warmup: int, progress: Callable[[str], None] = lambda text: None) -> StepTimes:
@@ -53,9 +64,7 @@ def time_steps(trainer: Trainer, warmup: int, progress: Callable[[str], None] = 
     def log(row: Row) -> None:
         clock.append(time.perf_counter())
         rows.append(row)
-        if (
-            trainer.micro_batch.rows != fitted[-1]
-        ):  # the step ran out of memory and was repeated: its peak tells nothing
+        if trainer.micro_batch.rows != fitted[-1]:  # repeated after it ran out of memory, whose peak means nothing
             fitted.append(trainer.micro_batch.rows)
             reset_peak(trainer.mesh.device)
         progress(f"step {len(rows)} of {trainer.config.steps}")
