@@ -49,10 +49,10 @@ def stat_or_none(path: str | Path) -> os.stat_result | None:
         ) from None
 
 
-def version(folder: Path) -> tuple[int, int, int] | None:
-    """Which folder it is and when it last changed; None where nothing is. The number alone does not tell: a file system
-    may give that of a deleted folder to the next."""
-    found = stat_or_none(folder)
+def identity(path: str | Path) -> tuple[int, int, int] | None:
+    """Device, number and time of the last change of the file or folder at `path`, whatever its name; None where nothing
+    is. The number alone is not enough: a file system may give that of a deleted folder to the next."""
+    found = stat_or_none(path)
     return (found.st_dev, found.st_ino, found.st_ctime_ns) if found else None
 
 
@@ -66,10 +66,10 @@ def unless_gone(folder: Path, read: Callable[[], T], doubtful: Callable[[T], obj
     Raises:
         UserError: what `read` raises, and a file that cannot be read.
     """
-    before = version(folder)
+    before = identity(folder)
 
     def gone() -> bool:
-        return before is None or version(folder) != before
+        return before is None or identity(folder) != before
 
     try:
         found = read()
@@ -83,12 +83,6 @@ def unless_gone(folder: Path, read: Callable[[], T], doubtful: Callable[[T], obj
             ) from None
         raise
     return None if doubtful(found) and gone() else found
-
-
-def identity(path: str | Path) -> tuple[int, int] | None:
-    """What is at `path`, whatever its name will be: device and file number; None where nothing is."""
-    found = stat_or_none(path)
-    return (found.st_dev, found.st_ino) if found else None
 
 
 def exists(path: str | Path) -> bool:

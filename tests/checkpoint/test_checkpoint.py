@@ -232,7 +232,7 @@ def test_the_newest_intact_checkpoint_is_found_and_damaged_ones_are_named_and_ke
 
 
 def test_a_run_without_an_intact_checkpoint_is_one_sentence(tmp_path, save):
-    with pytest.raises(UserError, match="it has no checkpoint"):
+    with pytest.raises(UserError, match="it has no complete checkpoint"):
         newest_checkpoint(tmp_path)
     flip(save(tmp_path, 1) / "state.json")
     warnings = []

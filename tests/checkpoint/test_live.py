@@ -147,7 +147,7 @@ def test_what_was_mapped_can_be_read_after_it_was_deleted(run):
 
 
 def test_a_run_without_a_checkpoint_is_not_to_be_started_again(tmp_path):
-    with pytest.raises(UserError, match="it has no checkpoint yet; wait until it has saved one"):
+    with pytest.raises(UserError, match="it has no complete checkpoint yet; wait until it has saved one"):
         newest_checkpoint(tmp_path)
 
 

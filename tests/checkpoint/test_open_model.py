@@ -83,7 +83,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(UsageError, match="holds no model"):
         open_model(str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(UserError, match="it has no checkpoint"):
+    with pytest.raises(UserError, match="it has no complete checkpoint"):
         open_model(str(tmp_path))
 
 

@@ -6,7 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from regpt.checkpoint.best import BEST, METRICS, by_loss, validation_losses
-from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, print_warning, refuse_other_step, verify_checkpoint
+from regpt.checkpoint.load import (
+    CHECKPOINTS,
+    STEP_FOLDER,
+    none_intact,
+    print_warning,
+    refuse_other_step,
+    verify_checkpoint,
+)
 from regpt.checkpoint.manifest import MANIFEST, STATE, check_sizes, read_checkpoint_manifest
 from regpt.errors import UserError
 from regpt.files import discard, temporary_name
@@ -57,8 +64,7 @@ def fetch_model(url: str, *, optimizer: bool = False, warn: Warn = print_warning
             # Once more where others have been written, and these deleted, meanwhile.
             folder, _ = first_intact(store, names, run, optimizer=optimizer, warn=warn)
     if folder is None:
-        what = f"none of its {len(names)} checkpoints is intact" if names else "it has no complete checkpoint"
-        raise UserError(f"{url} cannot be opened, {what}; check the address, or choose another run")
+        raise none_intact(url, len(names))
     return folder
 
 
@@ -96,10 +102,7 @@ def restore(store: Store, run: Path, warn: Warn = print_warning) -> list[str]:
     names = chosen_checkpoints(store, "", run)
     folder, damaged = first_intact(store, names, run, optimizer=True, warn=warn)
     if names and folder is None:
-        raise UserError(
-            f"run {store.url} cannot be opened, none of its {len(names)} checkpoints is intact; start it again with "
-            "another --out, or choose another run"
-        )
+        raise none_intact(store.url, len(names))
     get_run_files(store, run)
     return damaged
 

@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,7 +28,7 @@ from regpt.checkpoint.manifest import (
 from regpt.checkpoint.state import RunState, read_state
 from regpt.console.lines import print_note
 from regpt.errors import UserError
-from regpt.files import SUCCESSOR, is_folder, unless_gone, version
+from regpt.files import SUCCESSOR, identity, is_folder, unless_gone
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import InitialWeights, without_memory
@@ -121,7 +120,7 @@ def of_newest(
     *,
     optimizer: bool = True,
     warn: Callable[[str], None] = print_warning,
-    listed: Callable[[Path], list[Path]] | None = None,
+    listed: Callable[[Path], list[Path]] = checkpoints,
 ) -> T:
     """`use(folder)` of the newest checkpoint of `run` that passes `verify_checkpoint`.
 
@@ -134,33 +133,26 @@ def of_newest(
     Raises:
         UserError: there is none, or what `use` raises.
     """
-    listed = listed or checkpoints
     seen, folders = None, listed(run)
-    while seen != (seen := [version(folder) for folder in folders]):
+    while seen != (seen := [identity(folder) for folder in folders]):
         for folder in reversed(folders):
             try:
-                intact = unless_gone(folder, partial(is_verified, folder, optimizer))
+                intact = unless_gone(folder, lambda: verify_checkpoint(folder, optimizer=optimizer) or True)  # noqa: B023
             except UserError as error:
                 warn(f"skipped {folder.name}: {error}")
                 continue
-            if intact and (found := unless_gone(folder, lambda folder=folder: (use(folder),))):
+            if intact and (found := unless_gone(folder, lambda: (use(folder),))):  # noqa: B023
                 return found[0]
         folders = listed(run)
-    if not folders:
-        raise UserError(
-            f"run {str(run)!r} cannot be opened, it has no checkpoint yet; wait until it has saved one, or choose "
-            "another run"
-        )
-    raise UserError(
-        f"run {str(run)!r} cannot be opened, none of its {len(folders)} checkpoints is intact; start it again with "
-        "another --out, or choose another run"
-    )
+    raise none_intact(str(run), len(folders))
 
 
-def is_verified(folder: Path, optimizer: bool) -> bool:
-    """True; raises what `verify_checkpoint` does."""
-    verify_checkpoint(folder, optimizer=optimizer)
-    return True
+def none_intact(run: str, count: int) -> UserError:
+    """The error for a run, none of whose `count` complete checkpoints can be used."""
+    what, advice = "it has no complete checkpoint yet", "wait until it has saved one, check the address"
+    if count:
+        what, advice = f"none of its {count} checkpoints is intact", "start it again with another --out"
+    return UserError(f"run {run} cannot be opened, {what}; {advice}, or choose another run")
 
 
 def load_checkpoint(folder: Path, *, optimizer: bool = True, verified: bool = False) -> Checkpoint:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from regpt.checkpoint.best import BEST, best_last
 from regpt.checkpoint.fetch import fetch_model
-from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, load_checkpoint, of_newest
+from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, checkpoints, load_checkpoint, of_newest
 from regpt.checkpoint.manifest import MODEL
 from regpt.errors import UsageError, UserError, nearest
 from regpt.files import exists, is_file, is_folder, unless_gone
@@ -63,11 +63,11 @@ def open_model(name: str, device: torch.device | str = "cpu", *, ema: bool = Fal
         opened = open_checkpoint(fetch_model(name), device, ema=ema)
         return replace(opened, source=f"{name}, step {opened.step}" + ", average" * ema)
     path = Path(name)
-    if (path.parent.name, path.name) == (CHECKPOINTS, BEST):
-        run, read = path.parents[1], partial(open_checkpoint, device=device, ema=ema, verified=True)
-        return of_newest(run, read, optimizer=False, listed=best_last)
-    if is_folder(path / CHECKPOINTS):
-        return of_newest(path, lambda folder: open_checkpoint(folder, device, ema=ema, verified=True), optimizer=False)
+    best = (path.parent.name, path.name) == (CHECKPOINTS, BEST)
+    if best or is_folder(path / CHECKPOINTS):
+        run, listed = (path.parents[1], best_last) if best else (path, checkpoints)
+        read = partial(open_checkpoint, device=device, ema=ema, verified=True)
+        return of_newest(run, read, optimizer=False, listed=listed)
     if is_file(path / MODEL) or (is_folder(path) and STEP_FOLDER.fullmatch(path.name)):
         if opened := unless_gone(path, lambda: open_checkpoint(path, device, ema=ema)):
             return opened

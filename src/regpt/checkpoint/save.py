@@ -1,7 +1,7 @@
 """Write a checkpoint, whole or not at all, and delete the ones that are no longer wanted."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -47,19 +47,10 @@ class Contents:
     state: RunState
     average: Mapping[str, Tensor] | None = None
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors in one mapping, each name after that of its file: `optimizer/exp_avg/<parameter>`."""
-        parts = {WEIGHTS: self.weights, OPTIMIZER: self.optimizer, AVERAGE: self.average or {}}
-        return {f"{stem}/{name}": tensor for stem, tensors in parts.items() for name, tensor in tensors.items()}
-
-    def with_tensors(self, tensors: Mapping[str, Tensor]) -> "Contents":
-        """The same with other tensors, named as in `tensors()`."""
-        parts: dict[str, dict[str, Tensor]] = {WEIGHTS: {}, OPTIMIZER: {}, AVERAGE: {}}
-        for name, tensor in tensors.items():
-            stem, _, inner = name.partition("/")
-            parts[stem][inner] = tensor
-        average = parts[AVERAGE] if self.average is not None else None
-        return replace(self, weights=parts[WEIGHTS], optimizer=parts[OPTIMIZER], average=average)
+    def tensors(self) -> dict[str, Mapping[str, Tensor]]:
+        """The mappings of tensors by the names of their fields."""
+        found = {"weights": self.weights, "optimizer": self.optimizer, "average": self.average}
+        return {name: tensors for name, tensors in found.items() if tensors is not None}
 
 
 def save_checkpoint(folder: Path, contents: Contents, max_file_bytes: int = MAX_FILE_BYTES) -> Path:

@@ -11,31 +11,7 @@ from regpt.train.schedule import make_schedule
 Sections = Mapping[str, Mapping[str, Any]]
 Changes = dict[str, list[Any]]  # "train.steps": [before, after]; None where the key was not set
 
-# What changes no update but for rounding. The shards are compared by their manifest, not by their path; every other key
-# changes the run, those of the future too, until they are listed here.
-FREE_SECTIONS = ("eval", "sample", "checkpoint", "log")
-FREE_KEYS = {
-    "data.path",
-    "data.mixture",
-    "data.tokenizer",
-    "train.micro_batch_rows",
-    "train.compile",
-    "train.kernels",
-    "train.activation_checkpointing",
-    "optim.offload",
-    "train.pad_vocab",
-    "train.device",
-    "train.deterministic",
-    "train.on_non_finite",
-    "train.on_spike",
-    "train.spike_score",
-    "train.max_refused",
-    "train.stop_seconds",
-    "train.hang_seconds",
-}
-
-
-# Those of FREE_KEYS that change the order of sums.
+# Keys that change the order of sums, and so the rounding.
 ROUNDING_KEYS = (
     "train.micro_batch_rows",
     "train.compile",
@@ -44,6 +20,23 @@ ROUNDING_KEYS = (
     "train.pad_vocab",
     "train.deterministic",
 )
+# Keys that change no update but for rounding. The shards are compared by their manifest, not by their path; every other
+# key changes the run, those of the future too, until they are listed here.
+FREE_SECTIONS = ("eval", "sample", "checkpoint", "log")
+FREE_KEYS = {
+    *ROUNDING_KEYS,
+    "data.path",
+    "data.mixture",
+    "data.tokenizer",
+    "optim.offload",
+    "train.device",
+    "train.on_non_finite",
+    "train.on_spike",
+    "train.spike_score",
+    "train.max_refused",
+    "train.stop_seconds",
+    "train.hang_seconds",
+}
 
 
 def changes(before: Sections, after: Sections) -> Changes:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import regpt
+from regpt.checkpoint.load import checkpoints
 from regpt.config import RunConfig, read_config
 from regpt.console.text import counted, without_user
 from regpt.errors import UserError
@@ -88,6 +89,11 @@ def read_run_config(run: Path) -> RunConfig:
             raise UserError(
                 f"{str(run)!r} is no run but lies in one; go on with: regpt train --resume {run.parent.parent}, or "
                 f"start a new run from a checkpoint with: regpt train --fork-from {run} --out RUN2"
+            )
+        if folders := checkpoints(run):
+            raise UserError(
+                f"run folder {str(run)!r} has lost its {CONFIG}; restore it, or start a new run from its newest "
+                f"checkpoint with: regpt train --fork-from {folders[-1]} --out RUN2"
             )
         what = f"holds no run (no {CONFIG})" if is_folder(run) else "does not exist"
         raise UserError(f"run folder {str(run)!r} {what}; start one with: regpt train RECIPE --data DIR --out {run}")
