@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from regpt.model.head import IGNORE_INDEX as IGNORE_INDEX
+from regpt.model.head import cross_entropy_with_z_loss, linear_cross_entropy
 from regpt.model.masks import AttentionMask, causal_mask, sdpa_mask
-
-IGNORE_INDEX = -100  # a target that carries no loss; the default of torch.nn.functional.cross_entropy
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -56,43 +56,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, n_vocab: int) -> Tensor:
-    """Sum over the valid targets of -log softmax(hidden · weightᵀ)[target].
-
-    Args:
-        hidden: (N, C).
-        weight: (V, C), V ≥ n_vocab; rows from n_vocab on are padding and take no part in the softmax.
-        targets: (N,) int64 below n_vocab, `IGNORE_INDEX` for no target.
-
-    Returns:
-        Scalar, float32 (float64 for float64 inputs).
-    """
-    logits = padded_logits(hidden, weight, n_vocab)  # (N, V)
-    return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
-
-
-def squared_log_partition(hidden: Tensor, weight: Tensor, targets: Tensor, n_vocab: int) -> Tensor:
-    """Sum over the valid targets of (log Σ exp(hidden · weightᵀ))²: the z-loss; arguments as of `linear_cross_entropy`.
-
-    Computes the logits again; torch.compile merges the two products into one.
-    """
-    log_z = padded_logits(hidden, weight, n_vocab).logsumexp(dim=1)  # (N,)
-    return log_z.square().masked_fill(targets == IGNORE_INDEX, 0).sum()
-
-
-def padded_logits(hidden: Tensor, weight: Tensor, n_vocab: int) -> Tensor:
-    """hidden · weightᵀ (N, V) in float32 (float64 for float64 inputs), -inf in the columns of padding."""
-    logits = F.linear(hidden, weight)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    if weight.size(0) > n_vocab:
-        padding = torch.arange(weight.size(0), device=logits.device) >= n_vocab  # (V,)
-        logits = logits.masked_fill(padding, float("-inf"))
-    return logits
-
-
 @dataclass(frozen=True)
 class Ops:
-    """One choice of implementation for each operation; the signatures are those of the functions above.
+    """One choice of implementation for each operation, with the signatures of the functions above and in `model.head`.
 
     Attributes:
         translate_mask: (mask, B, T, S, device) → what `attention` takes as its mask; called once a forward.
@@ -104,6 +70,9 @@ class Ops:
     gelu: Callable[[Tensor], Tensor] = gelu
     linear: Callable[[Tensor, Tensor, Tensor], Tensor] = linear
     linear_cross_entropy: Callable[[Tensor, Tensor, Tensor, int], Tensor] = linear_cross_entropy
+    cross_entropy_with_z_loss: Callable[[Tensor, Tensor, Tensor, int, float], tuple[Tensor, Tensor]] = (
+        cross_entropy_with_z_loss
+    )
 
 
 PLAIN = Ops()

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from regpt.data.batch import IGNORE_INDEX, Batch
-from regpt.model.ops import squared_log_partition
 from regpt.model.transformer import Transformer
 
 Sums = tuple[Tensor, dict[str, Tensor]]  # a summed loss, and the sums that are logged next to it: scalars
@@ -48,11 +47,10 @@ class NextToken:
         model = self.model
         hidden = model.hidden(idx, positions=positions, cu_seqlens=cu_seqlens, dropout_keys=dropout_keys)  # (B, T, C)
         of_head = hidden.flatten(0, 1), model.head_weight, targets.flatten(), model.config.vocab_size
-        loss = model.ops.linear_cross_entropy(*of_head)
         if not self.z_loss or not torch.is_grad_enabled():  # a validation loss is the cross-entropy alone
-            return loss, {}
-        penalty = self.z_loss * squared_log_partition(*of_head)
-        return loss + penalty, {"z_loss": penalty.detach()}
+            return model.ops.linear_cross_entropy(*of_head), {}
+        loss, squares = model.ops.cross_entropy_with_z_loss(*of_head, self.z_loss)
+        return loss, {"z_loss": self.z_loss * squares}
 
 
 def valid_targets(batches: Sequence[Batch]) -> int:
