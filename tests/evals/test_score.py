@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 import tiny
 from naive import naive_scores, random_prompts
 from regpt.errors import UserError
+from regpt.evals import score
 from regpt.evals.packing import Prompt
 from regpt.evals.score import HEAD_ROWS, CpuHead, Scorer, Scores, in_cache, log_probability
 from regpt.parallel.mesh import open_mesh
@@ -67,6 +68,25 @@ def test_less_precise_formats_stay_within_bounds(prompts, expected, dtype: torch
     found = Scorer(model, tiny.ALONE, autocast=lambda: autocast(precision, tiny.CPU))(prompts)
     error = np.abs(found.log_likelihood - [x for x, _, _ in expected]) / found.tokens
     assert error.max() <= tolerance
+
+
+def test_of_a_large_vocabulary_few_places_have_logits_at_once(prompts, expected, monkeypatch):
+    monkeypatch.setattr(score, "LOGITS", 7 * 128 + 100)
+    scorer = Scorer(tiny.build_model(), tiny.ALONE)
+    seen, head = [], scorer.head
+
+    def watched(hidden: torch.Tensor, targets: torch.Tensor):
+        seen.append(len(hidden))
+        return head(hidden, targets)
+
+    scorer.head = watched
+    check(scorer(prompts), expected, 1e-12)
+    assert max(seen) == 7
+
+
+@pytest.mark.parametrize(("kind", "rows"), [("cuda", 4096), ("cpu", 512)])
+def test_gpt2_s_vocabulary_is_scored_by_as_many_places_as_before(kind: str, rows: int):
+    assert min(HEAD_ROWS[kind], score.LOGITS // 50304) == rows
 
 
 def test_gradients_are_neither_computed_nor_needed(prompts):

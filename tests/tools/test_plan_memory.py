@@ -13,11 +13,12 @@ from regpt.data.batch import Batch
 from regpt.kernels.attention import TorchAttention
 from regpt.kernels.gpt2 import FusedGPT2
 from regpt.kernels.select import ops_of
+from regpt.model import head
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
 from regpt.runs.plan import Room
-from regpt.tools.plan.memory import PlannedStep, cpu_memory, gpu_memory, shape_of, tensors
+from regpt.tools.plan.memory import PlannedStep, chunk_of, cpu_memory, gpu_memory, shape_of, tensors
 from regpt.tools.plan.speed import Target
 from regpt.train.backend import make_loss_sum
 from regpt.train.recompute import recompute_blocks
@@ -96,6 +97,19 @@ def test_the_eager_path_is_exact(precision: str, change: dict):
     config = replace(SMALL, **change)
     predicted = momentary(step_of(config, "eager", precision))
     assert predicted == pytest.approx(peak_of_a_micro_batch(config, 8, precision), rel=0.005)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_head_in_chunks_is_counted_as_one_of_them(precision: str, monkeypatch):
+    """Of 512 tokens and 1,024 rows, 64 or 128 tokens at once."""
+    for name, value in {"SMALL_VOCAB": 0, "WHOLE": 2**17, "CHUNK_BYTES": 2**18, "CHUNK_MULTIPLE": 8}.items():
+        monkeypatch.setattr(head, name, value)
+    measured = peak_of_a_micro_batch(SMALL, 8, precision)
+    for path in ("eager", "compiled"):
+        step = step_of(SMALL, path, precision)
+        assert chunk_of(step, 8) == (64 if precision == "fp32" else 128)
+        assert momentary(step) == pytest.approx(measured, rel=0.02)
+    assert chunk_of(step_of(SMALL, "fused", "bf16"), 8) == 0
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -28,6 +28,7 @@ from regpt.parallel.mesh import Mesh
 # take 0.8 GB in float32; a CPU wants to keep its caches.
 BATCH_TOKENS = {"cuda": 32768, "mps": 4096, "cpu": 1024}
 HEAD_ROWS = {"cuda": 4096, "mps": 512, "cpu": 512}
+LOGITS = 2**28  # at most at once, 1 GiB in float32: of a large vocabulary fewer places
 PIECE = 32  # rows of logits, 6 MB for GPT-2's vocabulary: they stay in a processor's cache between the passes over them
 SMALLEST_BATCH = 256  # tokens, when memory is short
 IN_FLIGHT = 2  # batches that a GPU has before it: it never waits, and progress is not far ahead of the truth
@@ -88,7 +89,7 @@ class Scorer:
         self.model, self.mesh, self.autocast, self.compile = model, mesh, autocast, compile
         self.batch_tokens = batch_tokens or BATCH_TOKENS[kind]
         self.max_seq_len = model.config.max_seq_len
-        self.head_rows = HEAD_ROWS[kind]
+        self.head_rows = min(HEAD_ROWS[kind], max(1, LOGITS // len(model.head_weight)))
         self.cost = Cost()
         self.shapes: set[tuple[int, int]] = set()
 

@@ -158,24 +158,23 @@ def chunked_sums(
     (float64 for float64); without rows where they are not wanted. Products are in `dtype`, 16 bits of them unscaled:
     the gradient of a logit is at most 1, and one below 6e-8 is lost in float16."""
     N, C = hidden.shape
-    with torch.autocast(hidden.device.type, enabled=False):
-        w = weight.to(dtype)
-        losses, log_z = hidden.new_empty(2, N, dtype=wide(dtype))
-        grad_hidden = hidden.new_empty(N if of_hidden else 0, C, dtype=dtype)
-        grad_weight = hidden.new_zeros(len(w) if of_weight else 0, C, dtype=wide(dtype))
-        buffer = w.new_empty(min(rows, N), len(w))
-        for part in (slice(first, first + rows) for first in range(0, N, rows)):
-            h = hidden[part].to(dtype)
-            logits = torch.mm(h, w.t(), out=buffer[: len(h)])  # (n, V)
-            losses[part], log_z[part] = softmax_in_place(
-                logits, targets[part], n_vocab, softcap, z_loss, of_hidden or of_weight
-            )
-            if of_hidden:
-                torch.mm(logits, w, out=grad_hidden[part])
-            if of_weight:
-                add_product(grad_weight, logits, h)
-        squares = log_z.square().sum()
-        loss = losses.sum() + z_loss * squares if z_loss else losses.sum()
+    w = weight.to(dtype)
+    losses, log_z = hidden.new_empty(2, N, dtype=wide(dtype))
+    grad_hidden = hidden.new_empty(N if of_hidden else 0, C, dtype=dtype)
+    grad_weight = hidden.new_zeros(len(w) if of_weight else 0, C, dtype=wide(dtype))
+    buffer = w.new_empty(min(rows, N), len(w))
+    for part in (slice(first, first + rows) for first in range(0, N, rows)):
+        h = hidden[part].to(dtype)
+        logits = torch.mm(h, w.t(), out=buffer[: len(h)])  # (n, V)
+        losses[part], log_z[part] = softmax_in_place(
+            logits, targets[part], n_vocab, softcap, z_loss, of_hidden or of_weight
+        )
+        if of_hidden:
+            torch.mm(logits, w, out=grad_hidden[part])
+        if of_weight:
+            add_product(grad_weight, logits, h)
+    squares = log_z.square().sum()
+    loss = losses.sum() + z_loss * squares if z_loss else losses.sum()
     return loss, squares, grad_hidden, grad_weight
 
 
@@ -225,7 +224,6 @@ def softmax_of_piece(
             p, d_at = p.mul_(slope), d_at * slope.gather(1, at)
         torch.mul(p, weight, out=logits)
         logits.scatter_(1, at, d_at.to(logits.dtype))
-        logits[:, n_vocab:] = 0
     return (-log_p_at * valid[:, None])[:, 0], log_z[:, 0].masked_fill(~valid, 0)
 
 

@@ -3,7 +3,8 @@ its sizes, counted on the model too, so that they cannot differ from it.
 
 Bytes live after each allocation are a line in the rows of the micro-batch. Two passes, of 2 and of 4 rows, give the
 line of every allocation, and so the exact peak of any micro-batch of the eager path. Compiled and fused code is the
-same pass with two differences: logits exist once, in the computing format, and `KEPT`.
+same pass with two differences: logits exist once, in the computing format, and `KEPT`. A head in chunks (`model.head`)
+is one chunk of its size, whatever the rows.
 """
 
 import functools
@@ -22,13 +23,14 @@ from torch.utils._pytree import tree_leaves
 from regpt.data.batch import Batch
 from regpt.kernels import fp8
 from regpt.model.config import ModelConfig
+from regpt.model.head import chunk_rows, in_chunks, padded_logits, summed_losses
 from regpt.model.ops import PLAIN
 from regpt.model.transformer import Transformer
 from regpt.model.weights import WithoutValues, count_parameters, real_shape, without_memory
 from regpt.train.backend import make_loss_sum
 from regpt.train.config import PrecisionName
 from regpt.train.peak import flops_per_token
-from regpt.train.precision import HALF_TYPES
+from regpt.train.precision import HALF_TYPES, parameter_dtype
 from regpt.train.recompute import recompute_blocks
 
 # Share of the eager path's activations that another path keeps: bytes a token, layer and channel of both, counted on
@@ -183,16 +185,19 @@ class LiveBytes(TorchDispatchMode):
 
 
 @functools.cache
-def trace(step: PlannedStep, rows: int) -> Trace:
-    """Forward and backward of `rows` rows, on fake tensors; gradients of an earlier micro-batch are there already."""
+def trace(step: PlannedStep, rows: int, chunk: int = 0) -> Trace:
+    """Forward and backward of `rows` rows, on fake tensors; gradients of an earlier micro-batch are there already.
+    With a head of one chunk of `chunk` tokens, else of all logits."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     marks: list[int] = []
 
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor, n_vocab: int) -> Tensor:
         marks.append(live.live)
+        if chunk:
+            return in_chunks(hidden[:1].expand(chunk, -1), weight, targets[:1].expand(chunk), n_vocab, 0, 0, chunk)[0]
         if step.path == "eager":
-            return PLAIN.linear_cross_entropy(hidden, weight, targets, n_vocab)
+            return summed_losses(padded_logits(hidden, weight, n_vocab), targets)
         return F.linear(hidden, weight)[0, 0]  # logits once: freed, then as large a gradient
 
     linear = fp8.linear if step.precision == "fp8" else PLAIN.linear
@@ -225,7 +230,8 @@ def fake_batch(step: PlannedStep, rows: int) -> Batch:
 def tensors(step: PlannedStep, rows: int) -> dict[str, float]:
     """Tensors at the peak of a step, in bytes by part."""
     shape, word = step.shape, 8 if step.precision == "fp64" else 4
-    two, four = trace(step, 2), trace(step, 4)
+    chunk = chunk_of(step, rows)
+    two, four = trace(step, 2, chunk), trace(step, 4, chunk)
     per_row, fixed = (four.live - two.live) / 2, 2 * two.live - four.live
     hidden_row, copies = float((four.hidden - two.hidden)[0]) / 2, float((2 * two.hidden - four.hidden)[0])
     kept = KEPT.get((step.path, step.precision), 1.0) * hidden_row * rows
@@ -245,6 +251,15 @@ def tensors(step: PlannedStep, rows: int) -> dict[str, float]:
     kept = min(kept, peak - copies)
     momentary = {"low-precision copies": copies, "activations": kept, "logits, new gradients": peak - copies - kept}
     return parts | {name: wide * size for name, size in momentary.items()}
+
+
+def chunk_of(step: PlannedStep, rows: int) -> int:
+    """Tokens of a chunk of the head; 0 where the logits of a micro-batch are computed whole."""
+    if step.path == "fused":
+        return 0
+    tokens = rows * step.seq_len
+    dtype = HALF_TYPES.get(step.precision, parameter_dtype(step.precision))
+    return min(chunk_rows(tokens, step.shape.vocab_rows, dtype), tokens)
 
 
 def gpu_memory(step: PlannedStep, rows: int) -> StepMemory:
