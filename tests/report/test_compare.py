@@ -7,12 +7,11 @@ import pytest
 from run_files import CONFIG, ENV, train_row, val_row, write_rows
 from test_page import check
 
-from regpt.cli.diff import main
+from regpt.cli.diff import comparison_dict, main, measure_dict
 from regpt.errors import UsageError, UserError
 from regpt.report.charts import difference
-from regpt.report.compare import compare, comparison_dict, measure_dict
+from regpt.report.compare import compare, headline_of_runs, measure_cells
 from regpt.report.read import read_run, with_own_names
-from regpt.report.verdict import headline_of_runs, measure_cells
 
 SEED = CONFIG + "[data]\nseed = {}\n"
 

@@ -10,9 +10,8 @@ from test_page import check
 from regpt.cli.report import main
 from regpt.errors import UserError
 from regpt.report.charts import charts, loss_references, task_references
-from regpt.report.compare import config_differences, data_differences, differing
 from regpt.report.page import write_overlay, write_report
-from regpt.report.read import read_run
+from regpt.report.read import differences, differing, read_run
 from regpt.report.series import bytes_per_token, need_bits
 
 
@@ -99,8 +98,8 @@ def test_bytes_per_token_come_from_the_training_text_first(make_run):
 def test_what_differs_is_listed_and_nothing_else(make_run):
     other = CONFIG.replace("n_layer = 2", "n_layer = 3").replace("grad_clip = 1.0\n", "")
     runs = [read_run(make_run()), read_run(make_run(config=other, env=env(manifest_sha256="2"), name="b"))]
-    assert config_differences(runs) == [("model.n_layer", [2, 3]), ("train.grad_clip", [1.0, None])]
-    assert data_differences(runs) == [("manifest_sha256", [None, "2"])]
+    assert differences(runs)["config"] == [("model.n_layer", [2, 3]), ("train.grad_clip", [1.0, None])]
+    assert differences(runs)["data"] == [("manifest_sha256", [None, "2"])]
 
 
 def test_nested_tables_are_compared_key_by_key():

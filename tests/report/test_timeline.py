@@ -1,13 +1,11 @@
 """After a step back, rows of the timeline that the run left do not count."""
 
-from math import inf
-
 from run_files import train_row, val_row, write_rows
 
 from regpt.report.charts import events
 from regpt.report.compare import compare
 from regpt.report.health import epochs_read
-from regpt.report.read import StepBack, current_samples, read_run
+from regpt.report.read import current_samples, read_run
 from regpt.report.summary import sentence, summarize
 
 
@@ -65,11 +63,6 @@ def test_samples_of_steps_that_were_made_again_count_from_the_new_timeline(make_
     assert steps(run.samples) == [25]
 
 
-def test_files_without_events_go_back_where_two_updates_are_made_again(make_run):
-    run = read_run(make_run(rows=[*trains(1, 30), val_row(30, 1.0), *trains(11, 20)]))
-    assert (steps(run.train), run.val) == (list(range(1, 21)), [])
-
-
 def test_one_row_out_of_order_moves_no_other(make_run):
     for i, rows in enumerate(
         (
@@ -98,5 +91,6 @@ def test_items_of_the_timeline_that_was_left_are_not_compared(make_run):
 
 def test_a_sample_beyond_the_last_logged_update_counts_where_the_run_never_went_back():
     samples = [{"step": step, "texts": ["a"]} for step in (10, 25)]
-    assert current_samples(samples, [], last_step=20) == samples
-    assert current_samples(samples, [StepBack(3, 15, inf)], last_step=20) == samples[:1]
+    made = trains(1, 20)
+    assert current_samples(samples, made) == samples
+    assert current_samples(samples, [*made, event("resume", 15)]) == samples[:1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +16,7 @@ from regpt.cli.table import print_rows
 from regpt.console.lines import print_json, print_line
 
 if TYPE_CHECKING:
-    from regpt.report.compare import RunComparison
+    from regpt.report.compare import Measure, RunComparison
 
 MAX_CURVE = 8  # rows of the terminal's table of losses
 
@@ -42,7 +42,7 @@ def main(args: list[str]) -> int:
     names = (given.a, given.b, *given.seeds)
     refuse_twice(names)
     from regpt.checkpoint.fetch import local_run
-    from regpt.report.compare import compare, comparison_dict
+    from regpt.report.compare import compare
     from regpt.report.read import read_run, with_own_names
     from regpt.report.statistics import scipy_stats
 
@@ -63,7 +63,7 @@ def main(args: list[str]) -> int:
 
 
 def print_comparison(found: RunComparison) -> None:
-    from regpt.report.verdict import HEAD, SEEDS_HEAD, code_lines, headline_of_runs, measure_cells, seeds_rows
+    from regpt.report.compare import HEAD, SEEDS_HEAD, headline_of_runs, measure_cells, seeds_rows
 
     print_line(f"A {found.a.name}\nB {found.b.name}\n\n{headline_of_runs(found)}")
     print_part("final numbers", HEAD, [measure_cells(one) for one in found.measures], left=(0, 5, 7))
@@ -71,14 +71,12 @@ def print_comparison(found: RunComparison) -> None:
     unit = "bits per byte" if found.bits else "validation loss"
     rows = [[f"{tokens:,}", f"{a:.4f}", f"{b:.4f}", f"{b - a:+.4f}"] for tokens, a, b in thinned(found.curve)]
     print_part(f"{unit} after as many tokens", ("tokens", "A", "B", "B - A"), rows)
-    for name, differing in (("configuration", found.config), ("code and machine", found.code), ("data", found.data)):
+    words = {"config": "configuration", "code": "code and machine", "data": "data"}
+    for part, differing in found.differing.items():
         rows = [[key, *map(shown, values)] for key, values in differing]
-        print_part(f"differing {name}", ("key", "A", "B"), rows, left=(0, 1, 2))
+        print_part(f"differing {words[part]}", ("key", "A", "B"), rows, left=(0, 1, 2))
         if not rows:
-            print_line(f"\n{name}: the same")
-    lines = code_lines(found)
-    if lines:
-        print_line("\nchanges of the source\n  " + "\n  ".join(lines))
+            print_line(f"\n{words[part]}: the same")
 
 
 def print_part(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> None:
@@ -95,3 +93,40 @@ def thinned(curve: Sequence[tuple[int, float, float]]) -> list[tuple[int, float,
 
 def shown(value: Any) -> str:
     return "–" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def comparison_dict(found: RunComparison) -> dict[str, Any]:
+    """The comparison for scripts."""
+    training = [
+        {"steps": one.steps, "planned": one.planned_steps, "tokens": one.tokens, "unfinished": one.unfinished}
+        for one in found.training
+    ]
+    return {
+        "a": found.a.name,
+        "b": found.b.name,
+        "seeds": [[run.name for run in group] for group in found.seeds],
+        **{part: {key: dict(zip("ab", values)) for key, values in rows} for part, rows in found.differing.items()},
+        "measures": [measure_dict(one) for one in found.measures],
+        "curve": [dict(zip(("tokens", "a", "b"), point)) for point in found.curve],
+        "curve_unit": "bits per byte" if found.bits else "nats per token",
+        "training": dict(zip("ab", training)),
+        "after_equal_tokens": None if found.equal is None else measure_dict(found.equal),
+    }
+
+
+def measure_dict(one: Measure) -> dict[str, Any]:
+    return {
+        "name": one.name,
+        "a": one.a.value,
+        "b": one.b.value,
+        "difference": one.difference,
+        "better": one.better or None,
+        "step_a": one.a.step,
+        "step_b": one.b.step,
+        "tokens_a": one.a.tokens,
+        "tokens_b": one.b.tokens,
+        "equally_trained": one.equally_trained,
+        "test": None if one.test is None else asdict(one.test) | {"significant": one.test.significant},
+        "seeds": None if one.seeds is None else asdict(one.seeds) | {"exceeds": one.seeds.exceeds},
+        "conclusion": one.conclusion(),
+    }

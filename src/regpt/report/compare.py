@@ -1,53 +1,25 @@
-"""Two runs against each other: differing keys, and final numbers that differ by more than chance."""
+"""Two runs against each other: differing keys, final numbers, whether they differ by more than chance, in words."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from math import isclose
 
+from regpt.console.text import counted
 from regpt.errors import UserError
-from regpt.report.markup import flatten
-from regpt.report.read import Items, Row, RunData, kept_items, number, section
+from regpt.report.read import Differences, Items, Row, RunData, differences, kept_items, number
 from regpt.report.series import need_bits, positions
 from regpt.report.statistics import PairTest, SeedNoise, against_seeds, paired_test, unpaired_z
 from regpt.report.summary import RunSummary, summarize
 
-DATA = ("manifest_sha256", "tokenizer", "tokenizer_sha256", "train_tokens", "val_tokens")
-# Follow from other keys, differ between any two runs, or are shown elsewhere.
-INCIDENTAL = ("argv", "started", "host", "data", "unigram_loss", "parameters", "peak")
 SEEDS = ("train.seed", "data.seed", "sample.seed")
 LOWER_IS_BETTER = ("loss", "bpb", "bits_per_byte", "perplexity")
 LOSS, BITS, AVERAGED = "validation loss", "bits per byte", "averaged weights: "
 SAME_TOKENS = 1.01  # times as many tokens still are as many: another batch size, a step more
 HEADLINE = ("acc_norm", "centered", "acc")  # the metric that an item's `correct` stands for: the first one there is
-Differences = list[tuple[str, list[Any]]]  # keys, joined with dots, and each run's value, None where it has none
 Scores = tuple[list[float], list[float]]  # of the same items by A and by B
-
-
-# ---- differing keys of configuration, code and data
-
-
-def differing(documents: Sequence[Row]) -> Differences:
-    """Keys whose values are not the same in all `documents`."""
-    flat = [dict(flatten(document)) for document in documents]
-    keys = list(dict.fromkeys(key for one in flat for key in one))
-    rows = [(key, [one.get(key) for one in flat]) for key in keys]
-    return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
-
-
-def config_differences(runs: Sequence[RunData]) -> Differences:
-    return differing([run.config for run in runs])
-
-
-def code_differences(runs: Sequence[RunData]) -> Differences:
-    """Versions, commit and machine."""
-    return differing([{key: value for key, value in run.env.items() if key not in INCIDENTAL} for run in runs])
-
-
-def data_differences(runs: Sequence[RunData]) -> Differences:
-    """Hashes and counts of the data, not their path."""
-    tables = [section(run.env, "data") for run in runs]
-    return differing([{key: table[key] for key in DATA if key in table} for table in tables])
+HEAD = ("measure", "A", "B", "B - A", "95 % interval", "test", "p", "conclusion")
+SEEDS_HEAD = ("measure", "B - A, means", "deviation", "runs of A + B", "p", "conclusion")
 
 
 # ---- numbers
@@ -70,20 +42,15 @@ def measurements(run: RunData) -> Iterator[tuple[str, Measured]]:
     rows = [*run.val, *run.val_sources, *run.evals]
     tokens = positions(run.train, [row["step"] for row in rows]).get("tokens") or [None] * len(rows)
     for row, read in zip(rows, tokens):
-        for name, key, error in names_of(row):
+        names = [(LOSS, "loss", "stderr"), (BITS, "bpb", "bpb_stderr")]
+        names += [(AVERAGED + LOSS, "loss_ema", ""), (AVERAGED + BITS, "bpb_ema", "")]
+        if row["kind"] == "eval":
+            names = [(f"{row.get('task')} {row.get('metric')}", "value", "stderr")]
+        elif "source" in row:
+            names = [(f"{LOSS}, {row['source']}", "loss", "stderr")]
+        for name, key, error in names if row.get("metric") != "missing" else ():
             if (value := number(row.get(key))) is not None:
                 yield name, Measured(value, row["step"], number(row.get(error)), number(row.get("tokens")), read)
-
-
-def names_of(row: Row) -> list[tuple[str, str, str]]:
-    """Names of the numbers of a row, and the keys of their value and error."""
-    if row["kind"] == "eval":
-        missing = row.get("metric") == "missing"
-        return [] if missing else [(f"{row.get('task')} {row.get('metric')}", "value", "stderr")]
-    if "source" in row:
-        return [(f"{LOSS}, {row['source']}", "loss", "stderr")]
-    of_average = [(AVERAGED + LOSS, "loss_ema", ""), (AVERAGED + BITS, "bpb_ema", "")]
-    return [(LOSS, "loss", "stderr"), (BITS, "bpb", "bpb_stderr"), *of_average]
 
 
 def is_validation(name: str) -> bool:
@@ -128,7 +95,7 @@ class Measure:
     def conclusion(self) -> str:
         """Whether the difference is more than chance, in words."""
         if self.seeds is not None:
-            outcome = "exceeds the noise between seeds" if self.seeds.exceeds else "within the noise between seeds"
+            outcome = f"{'exceeds' if self.seeds.exceeds else 'within'} the noise between seeds"
         elif self.test is None:
             outcome = self.why
         else:
@@ -150,6 +117,7 @@ class RunComparison:
 
     Attributes:
         seeds: runs of other seeds, of A's and of B's configuration.
+        differing: keys of `config`, `code` and `data` (see `differences`).
         bits: losses are compared in bits per byte, as the tokenizers differ.
         measures: the last values of everything that both measured.
         curve: tokens read, and both validation losses then.
@@ -160,9 +128,7 @@ class RunComparison:
     b: RunData
     seeds: tuple[list[RunData], list[RunData]]
     bits: bool
-    config: Differences
-    code: Differences
-    data: Differences
+    differing: dict[str, Differences]
     measures: list[Measure]
     curve: list[tuple[int, float, float]]
     equal: Measure | None
@@ -178,10 +144,9 @@ def compare(a: RunData, b: RunData, seeds: Sequence[RunData] = ()) -> RunCompari
     Raises:
         UserError: different tokenizers without bits per byte; a run of `seeds` that differs in more than its seeds.
     """
-    groups = sort_seeds(a, b, seeds)
-    runs = [a, b]
-    bits, data = need_bits(runs), data_differences(runs)
-    unit = BITS if bits else LOSS
+    groups, runs = sort_seeds(a, b, seeds), [a, b]
+    bits, found = need_bits(runs), differences(runs)
+    unit, same_data = BITS if bits else LOSS, not found["data"]
     ours, theirs = (
         {int(one.tokens): one for name, one in measurements(run) if name == unit and one.tokens is not None}
         for run in runs
@@ -189,20 +154,10 @@ def compare(a: RunData, b: RunData, seeds: Sequence[RunData] = ()) -> RunCompari
     common = sorted(ours.keys() & theirs.keys())
     equal = None
     if common and common[-1] > 0 and not common[-1] == max(ours) == max(theirs):
-        x, y = ours[common[-1]], theirs[common[-1]]
-        equal = Measure(unit, x, y, True, *(best_test(x, y, None) if not data else (None, "not tested: other data")))
-    return RunComparison(
-        a=a,
-        b=b,
-        seeds=groups,
-        bits=bits,
-        config=config_differences(runs),
-        code=code_differences(runs),
-        data=data,
-        measures=final_measures([a, *groups[0]], [b, *groups[1]], bits, same_data=not data),
-        curve=[(tokens, ours[tokens].value, theirs[tokens].value) for tokens in common],
-        equal=equal,
-    )
+        equal = measure(unit, ours[common[-1]], theirs[common[-1]], same_data)
+    measures = final_measures([a, *groups[0]], [b, *groups[1]], bits, same_data)
+    curve = [(tokens, ours[tokens].value, theirs[tokens].value) for tokens in common]
+    return RunComparison(a, b, groups, bits, found, measures, curve, equal)
 
 
 def sort_seeds(a: RunData, b: RunData, seeds: Sequence[RunData]) -> tuple[list[RunData], list[RunData]]:
@@ -229,8 +184,9 @@ def sort_seeds(a: RunData, b: RunData, seeds: Sequence[RunData]) -> tuple[list[R
 
 def beyond_seeds(a: RunData, b: RunData) -> list[str]:
     """Keys of the configuration in which the runs differ, seeds aside, and of the data."""
-    config = [key for key, _ in config_differences([a, b]) if key not in (*SEEDS, "data.path")]
-    return config + [f"data: {key}" for key, _ in data_differences([a, b])]
+    found = differences([a, b])
+    config = [key for key, _ in found["config"] if key not in (*SEEDS, "data.path")]
+    return config + [f"data: {key}" for key, _ in found["data"]]
 
 
 def final_measures(ours: Sequence[RunData], theirs: Sequence[RunData], bits: bool, same_data: bool) -> list[Measure]:
@@ -240,28 +196,30 @@ def final_measures(ours: Sequence[RunData], theirs: Sequence[RunData], bits: boo
     scores_of = paired_scores(ours[0], theirs[0])
     found = []
     for name, x in groups[0][0].items():
-        validation = is_validation(name)
-        if (y := groups[1][0].get(name)) is None or (bits and validation and BITS not in name):
+        if (y := groups[1][0].get(name)) is None or (bits and is_validation(name) and BITS not in name):
             continue
-        lower = validation or name.rpartition(" ")[2] in LOWER_IS_BETTER
-        if validation and not same_data:
-            found.append(Measure(name, x, y, lower, None, "not tested: other data"))
-            continue
-        values = ([one[name].value for one in group if name in one] for group in groups)
-        test = best_test(x, y, scores_of(name, (x.step, y.step)))
-        found.append(Measure(name, x, y, lower, *test, against_seeds(*values)))
+        one = measure(name, x, y, same_data, scores_of(name, (x.step, y.step)))
+        if same_data or not is_validation(name):
+            values = ([run[name].value for run in group if name in run] for group in groups)
+            one = replace(one, seeds=against_seeds(*values))
+        found.append(one)
     return found
 
 
-def best_test(a: Measured, b: Measured, scores: Scores | None) -> tuple[PairTest | None, str]:
-    """Run the best test that the runs allow; or the reason for not testing."""
-    if a.measured_on != b.measured_on and None not in (a.measured_on, b.measured_on):
-        return None, f"not tested: validated on {a.measured_on:,.0f} and {b.measured_on:,.0f} tokens"
-    if scores is not None:
-        return paired_test(*scores), ""
-    if a.stderr is not None and b.stderr is not None:
-        return unpaired_z(a.value, a.stderr, b.value, b.stderr), ""
-    return None, "not tested: no scores"
+def measure(name: str, a: Measured, b: Measured, same_data: bool, scores: Scores | None = None) -> Measure:
+    """The number of both runs with the best test that they allow, or the reason for not testing."""
+    lower, test = is_validation(name) or name.rpartition(" ")[2] in LOWER_IS_BETTER, None
+    if is_validation(name) and not same_data:
+        why = "other data"
+    elif a.measured_on != b.measured_on and None not in (a.measured_on, b.measured_on):
+        why = f"validated on {a.measured_on:,.0f} and {b.measured_on:,.0f} tokens"
+    elif scores is not None:
+        test, why = paired_test(*scores), ""
+    elif a.stderr is not None and b.stderr is not None:
+        test, why = unpaired_z(a.value, a.stderr, b.value, b.stderr), ""
+    else:
+        why = "no scores"
+    return Measure(name, a, b, lower, test, why and f"not tested: {why}")
 
 
 # ---- scores of items, paired
@@ -271,16 +229,17 @@ def paired_scores(a: RunData, b: RunData) -> Callable[[str, tuple[int, int]], Sc
     """Name of a measure, and the steps of both runs → the scores of the items that both have kept of these steps."""
 
     @cache
-    def items(task: str, steps: tuple[int, int]) -> tuple[Items, Items] | None:
-        ours, theirs = (kept_items(run, task, step) for run, step in zip((a, b), steps))
-        return None if ours is None or theirs is None else (ours, theirs)
+    def items(task: str, steps: tuple[int, int]) -> list[Items | None]:
+        return [kept_items(run, task, step) for run, step in zip((a, b), steps)]
 
     def scores(name: str, steps: tuple[int, int]) -> Scores | None:
         if name.startswith(AVERAGED):
             return None  # of these only the number is kept
         task, _, metric = ("val", "", "") if is_validation(name) else name.rpartition(" ")
-        if (both := items(task, steps)) is None:
+        ours, theirs = items(task, steps)
+        if ours is None or theirs is None:
             return None
+        both = (ours, theirs)
         if task == "val":
             return validation_scores(both, name)
         metrics = {row.get("metric") for run in (a, b) for row in run.evals if row.get("task") == task}
@@ -310,53 +269,92 @@ def common_scores(both: tuple[Items, Items], key: str) -> Scores | None:
     """The values of `key` of the items that both have, in one order; None without any."""
 
     def score(row: Row) -> float | None:
-        value = row.get(key)
-        return float(value) if isinstance(value, bool) else number(value)
+        return float(row[key]) if isinstance(row.get(key), bool) else number(row.get(key))
 
     pairs = [(score(row), score(both[1][item])) for item, row in both[0].items() if item in both[1]]
     known = [(x, y) for x, y in pairs if x is not None and y is not None]
     return ([x for x, _ in known], [y for _, y in known]) if known else None
 
 
-# ---- as JSON
+# ---- in words and cells, for the terminal and the page
 
 
-def comparison_dict(found: RunComparison) -> Row:
-    """The comparison for scripts."""
-    names = (found.a.name, found.b.name)
-    training = [
-        {"steps": one.steps, "planned": one.planned_steps, "tokens": one.tokens, "unfinished": one.unfinished}
-        for one in found.training
-    ]
-    return {
-        "a": names[0],
-        "b": names[1],
-        "seeds": [[run.name for run in group] for group in found.seeds],
-        **{
-            part: {key: dict(zip(("a", "b"), values)) for key, values in getattr(found, part)}
-            for part in ("config", "code", "data")
-        },
-        "measures": [measure_dict(one) for one in found.measures],
-        "curve": [dict(zip(("tokens", "a", "b"), point)) for point in found.curve],
-        "curve_unit": BITS if found.bits else "nats per token",
-        "training": dict(zip(("a", "b"), training)),
-        "after_equal_tokens": None if found.equal is None else measure_dict(found.equal),
-    }
+def headline_of_runs(found: RunComparison) -> str:
+    """Name the run with the better validation loss, and whether that is more than chance.
+
+    Where one of them is trained less, that comes first, then their losses where both had read as much.
+    """
+    if not found.measures:
+        return "The runs have no measure in common: neither validation losses nor evaluations."
+    named = {one.name: one for one in found.measures}
+    one = named.get(LOSS) or named.get(BITS) or found.measures[0]
+    unequal, text, equal = not one.equally_trained, winner(found, one), found.equal
+    if not unequal and not any(training.unfinished for training in found.training):
+        return f"{text if one.better else text.capitalize()}."
+    clauses = []
+    for run, training in zip((found.a, found.b), found.training):
+        tokens = "" if training.tokens is None else f" on {training.tokens:,.0f} tokens"
+        unfinished = f", unfinished ({training.planned_steps:,.0f} planned)" if training.unfinished else ""
+        clauses.append(f"{run.name} has made {counted(training.steps, 'step')}{tokens}{unfinished}")
+    notice = f"{'Unequal' if unequal else 'Unfinished'} training: {'; '.join(clauses)}."
+    if equal is None:
+        return f"{notice} {text} (A after step {one.a.step:,}, B after step {one.b.step:,})."
+    steps = f"{equal.a.tokens:,.0f}; step {equal.a.step:,} of A, {equal.b.step:,} of B"
+    return f"{notice} After as many tokens ({steps}): {winner(found, equal)}. At the end of each: {text}."
 
 
-def measure_dict(one: Measure) -> Row:
-    return {
-        "name": one.name,
-        "a": one.a.value,
-        "b": one.b.value,
-        "difference": one.difference,
-        "better": one.better or None,
-        "step_a": one.a.step,
-        "step_b": one.b.step,
-        "tokens_a": one.a.tokens,
-        "tokens_b": one.b.tokens,
-        "equally_trained": one.equally_trained,
-        "test": None if one.test is None else asdict(one.test) | {"significant": one.test.significant},
-        "seeds": None if one.seeds is None else asdict(one.seeds) | {"exceeds": one.seeds.exceeds},
-        "conclusion": one.conclusion(),
-    }
+def winner(found: RunComparison, one: Measure) -> str:
+    """`B has the better validation loss: 3.2000 against 3.3000, a significant difference (…)`."""
+    a, b = f"{one.a.value:.4f}", f"{one.b.value:.4f}"
+    if not one.better:
+        return f"both runs have the same {one.name}, {a}"
+    name, values = (found.b.name, f"{b} against {a}") if one.better == "b" else (found.a.name, f"{a} against {b}")
+    text = f"{name} has the better {one.name}: {values}"
+    text += f" ({one.why})" if one.test is None else ""
+    if one.test is not None:
+        items = f"over {units(one)}, " if one.test.n else ""
+        word = "a significant" if one.test.significant else "no significant"
+        text += f", {word} difference ({items}{one.test.name}, {p_value(one.test.p)})"
+    if one.seeds is not None:
+        word = "exceeds" if one.seeds.exceeds else "does not exceed"
+        noise = f"standard deviation {one.seeds.deviation:.2g} over {counted(sum(one.seeds.runs), 'run')}"
+        text += f"; the difference {word} the noise between seeds ({noise}, {p_value(one.seeds.p)})"
+    return text
+
+
+def units(one: Measure) -> str:
+    """`1,000 items`, `8 validation batches`: the units that the test counts; empty without a count."""
+    if one.test is None or not one.test.n:
+        return ""
+    return counted(one.test.n, *(("validation batch", "validation batches") if is_validation(one.name) else ("item",)))
+
+
+def measure_cells(one: Measure) -> list[str]:
+    """A row under `HEAD`."""
+    cells = [one.name, f"{one.a.value:.4f}", f"{one.b.value:.4f}", f"{one.difference:+.4f}"]
+    if one.test is None:
+        return [*cells, "", "", "", one.conclusion()]
+    low, high = one.test.interval
+    # The mean difference of the items is not that of the two numbers for a centred accuracy, nor where the runs kept
+    # different items.
+    fits = isclose(one.test.difference, one.difference, abs_tol=max(1e-6, (high - low) / 20))
+    test = one.test.name + (f", {units(one)}" if one.test.n else "")
+    interval = f"{low:+.4f} to {high:+.4f}" if fits else ""
+    return [*cells, interval, test, p_value(one.test.p).removeprefix("p = "), one.conclusion()]
+
+
+def seeds_rows(found: RunComparison) -> list[list[str]]:
+    """A row under `SEEDS_HEAD` for each measure that other seeds have."""
+    rows = []
+    for one in found.measures:
+        if (seeds := one.seeds) is not None:
+            runs, p = f"{seeds.runs[0]} + {seeds.runs[1]}", p_value(seeds.p).removeprefix("p = ")
+            rows.append([one.name, f"{seeds.difference:+.4f}", f"{seeds.deviation:.4f}", runs, p, one.conclusion()])
+    return rows
+
+
+def p_value(p: float) -> str:
+    """`p = 0.023`, `p = 3e-07`, `p < 1e-300`."""
+    if p < 1e-300:
+        return "p < 1e-300"
+    return f"p = {p:.3f}" if p >= 0.001 else f"p = {p:.0e}"

@@ -11,12 +11,11 @@ import regpt
 from regpt.console.text import duration, si
 from regpt.files import write_errors, write_text
 from regpt.report.charts import MAX_EVENTS, charts, task_references, with_difference
-from regpt.report.compare import Differences, RunComparison, code_differences, config_differences, data_differences
+from regpt.report.compare import HEAD, SEEDS_HEAD, RunComparison, headline_of_runs, measure_cells, seeds_rows
 from regpt.report.health import examine, verdict
 from regpt.report.markup import command_html, date, embed, grid, grouped, section_html, sheet, text, value_html
-from regpt.report.read import Row, RunData, flatten, number, read_run, section, with_own_names
+from regpt.report.read import Row, RunData, differences, flatten, number, read_run, section, with_own_names
 from regpt.report.summary import RunSummary, Tile, loss, sentence, summarize, tiles
-from regpt.report.verdict import HEAD, SEEDS_HEAD, code_lines, headline_of_runs, measure_cells, seeds_rows
 
 SCRIPTS = ("numbers.js", "charts.js", "samples.js", "report.js")
 # Nothing may be fetched, whatever a sample holds; the page's own style and script are inline.
@@ -66,11 +65,11 @@ def render(runs: Sequence[RunData], compared: RunComparison | None = None) -> st
         return document(run.name, header(run), "", "".join([*below, provenance_section(run)]), data)
     title = " · ".join(run.name for run in runs)
     if compared is None:
-        head, above, source = overview(runs, f"regpt · {len(runs)} runs"), "", ""
+        head, above = overview(runs, f"regpt · {len(runs)} runs"), ""
     else:
         head, above = overview(runs, "regpt · B against A", headline_of_runs(compared)), measures_sections(compared)
-        data, source = with_difference(data, compared.bits), source_section(compared)
-    below = stories_section(runs) + differences_sections(runs) + source + commands_section(runs)
+        data = with_difference(data, compared.bits)
+    below = stories_section(runs) + differences_sections(runs) + commands_section(runs)
     return document(title, head, above, below, data)
 
 
@@ -256,21 +255,17 @@ def stories_section(runs: Sequence[RunData]) -> str:
 def differences_sections(runs: Sequence[RunData]) -> str:
     """Tables of the keys of configuration, code and data that differ."""
     head = ["key", *(f"{swatch(i)}{text(run.name)}" for i, run in enumerate(runs))]
-
-    def table(rows: Differences, same: str) -> str:
-        cells = [[text(key), *map(value_html, values)] for key, values in rows]
-        return grid(head, cells, numbers=False) if rows else f'<p class="note">{same}</p>'
-
-    config = table(config_differences(runs), "The configurations are the same.")
-    code = table(code_differences(runs), "Versions, commit and device are the same.")
-    data = table(data_differences(runs), "The data are the same.")
-    sections = {"Differing configuration": config, "Differing code and machine": code, "Differing data": data}
-    return "".join(section_html(title, content) for title, content in sections.items())
-
-
-def source_section(found: RunComparison) -> str:
-    lines = "".join(f"<li>{text(line)}</li>" for line in code_lines(found))
-    return section_html("Changes of the source", f'<ul class="card story">{lines}</ul>' if lines else "")
+    words = {
+        "config": ("Differing configuration", "The configurations are the same."),
+        "code": ("Differing code and machine", "Versions, commit and device are the same."),
+        "data": ("Differing data", "The data are the same."),
+    }
+    found = ""
+    for part, rows in differences(runs).items():
+        title, same = words[part]
+        table = grid(head, [[text(key), *map(value_html, values)] for key, values in rows], numbers=False)
+        found += section_html(title, table if rows else f'<p class="note">{same}</p>')
+    return found
 
 
 def commands_section(runs: Sequence[RunData]) -> str:

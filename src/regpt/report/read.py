@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from regpt.checkpoint.best import STEPS_BACK
 from regpt.console.lines import print_note
@@ -20,6 +20,10 @@ Row = dict[str, Any]
 Items = dict[Hashable, Row]
 LARGEST = 1e100  # float32 ends at 3.4e38
 MOST_STEPS = 10**12  # of a millisecond each: thirty years
+Differences = list[tuple[str, list[Any]]]  # keys, joined with dots, and each run's value, None where it has none
+DATA = ("manifest_sha256", "tokenizer", "tokenizer_sha256", "train_tokens", "val_tokens")
+# Follow from other keys, differ between any two runs, or are shown elsewhere.
+INCIDENTAL = ("argv", "started", "host", "data", "unigram_loss", "parameters", "peak")
 HISTORY = ("epochs", "checkpoint")  # events of one timeline; all others stay after a step back
 
 
@@ -66,13 +70,11 @@ def read_run(folder: Path) -> RunData:
             f"{str(folder)!r} has no metrics.jsonl, so it is not a run folder; give one that regpt train --out made"
         )
     written, left_out = read_rows(path)
-    back = steps_back(written)
-    rows = current(written, back)
+    rows = current(written)
     train = of_kind(rows, "train")
     if not train:
         raise UserError(f"{path} has no row of kind 'train' yet; wait until the run has made a step")
     samples, odd_samples = read_rows(folder / "samples.jsonl")
-    last_step = max(row["step"] for row in rows if row.get("kind") != "event")
     return RunData(
         name=resolved(folder).name,
         config=read_document(folder / "config.toml", parse_toml),
@@ -83,7 +85,7 @@ def read_run(folder: Path) -> RunData:
         evals=of_kind(rows, "eval", "task", "metric"),
         updates=of_kind(rows, "updates"),
         events=of_kind(rows, "event", "name"),
-        samples=latest(current_samples(samples, back, last_step), "prompt"),
+        samples=latest(current_samples(samples, written), "prompt"),
         folder=folder,
         left_out=(*left_out, *odd_samples),
     )
@@ -140,6 +142,20 @@ def number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return value if isfinite(value) and abs(value) < LARGEST else None
+
+
+def differing(documents: Sequence[Row]) -> Differences:
+    """Keys whose values are not the same in all `documents`."""
+    flat = [dict(flatten(document)) for document in documents]
+    rows = [(key, [one.get(key) for one in flat]) for key in dict.fromkeys(key for one in flat for key in one)]
+    return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
+
+
+def differences(runs: Sequence[RunData]) -> dict[str, Differences]:
+    """Differing keys: `config`; `code`, versions, commit and machine; `data`, its hashes and counts, not its path."""
+    code = [{key: value for key, value in run.env.items() if key not in INCIDENTAL} for run in runs]
+    data = [{key: value for key, value in section(run.env, "data").items() if key in DATA} for run in runs]
+    return {"config": differing([run.config for run in runs]), "code": differing(code), "data": differing(data)}
 
 
 # ---- rows
@@ -225,63 +241,35 @@ def latest(rows: Iterable[Row], *keys: str) -> list[Row]:
 # ---- the timeline
 
 
-class StepBack(NamedTuple):
-    """Before row `place` of a file the run went back to `step`; `time` in Unix seconds, infinite where unknown."""
-
-    place: int
-    step: int
-    time: float
-
-
-def steps_back(rows: Sequence[Row]) -> list[StepBack]:
-    """Steps back of the run, by its events; in files without them, by two updates in a row that were made before.
-    One such row alone is out of order, and not a step back."""
-    found = []
-    highest, last, again = 0, 0, False
-    for place, row in enumerate(rows):
-        kind, step = row.get("kind"), row["step"]
-        if kind == "event" and row.get("name") in STEPS_BACK:
-            found.append(StepBack(place, step, time_of(row)))
-            highest, again = min(highest, step), False
-        elif kind == "train":
-            made_before = step <= highest
-            if made_before and again and step > rows[last]["step"]:
-                found.append(StepBack(last, rows[last]["step"] - 1, time_of(rows[last])))
-                highest, again = step, False
-            else:
-                again = made_before
-            highest, last = max(highest, step), place
-    return found
-
-
-def current(rows: Sequence[Row], back: Sequence[StepBack]) -> list[Row]:
+def current(rows: Sequence[Row]) -> list[Row]:
     """The rows of `metrics.jsonl` that count: those of later steps before a step back do not, most events do."""
-    limits = [inf] * (len(rows) + 1)  # the lowest step that the run goes back to after a row
-    for place, step, _ in back:
-        limits[place] = min(limits[place], step)
-    for place in reversed(range(len(rows))):
-        limits[place] = min(limits[place], limits[place + 1])
-    return [
-        row
-        for row, limit in zip(rows, limits[1:])
-        if row["step"] <= limit or (row.get("kind") == "event" and row.get("name") not in HISTORY)
-    ]
+    kept, limit = [], inf  # the lowest step that the run goes back to after a row
+    for row in reversed(rows):
+        name = row.get("name") if row.get("kind") == "event" else None
+        if row["step"] <= limit or (name is not None and name not in HISTORY):
+            kept.append(row)
+        if name in STEPS_BACK:
+            limit = min(limit, row["step"])
+    return kept[::-1]
 
 
-def current_samples(samples: Sequence[Row], back: Sequence[StepBack], last_step: int) -> list[Row]:
-    """The rows of `samples.jsonl` that count, of a run whose last row has the step `last_step`. A run that never went
-    back may have sampled beyond it: it may log only some updates (`log.every_steps`)."""
+def current_samples(samples: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
+    """The rows of `samples.jsonl` that count, of a run with the metrics `rows`. A run that never went back may have
+    sampled beyond its last row: it may log only some updates (`log.every_steps`)."""
+    back = [row for row in rows if row.get("kind") == "event" and row.get("name") in STEPS_BACK]
+    last = max(row["step"] for row in current(rows) if row.get("kind") != "event") if back else inf
     return [
         row
         for row in samples
-        if (not back or row["step"] <= last_step)
-        and not any(row["step"] > one.step and time_of(row) < one.time < inf for one in back)
+        if row["step"] <= last
+        and not any(row["step"] > one["step"] and time_of(row) < time_of(one) < inf for one in back)
     ]
 
 
 def time_of(row: Row) -> float:
-    time = row.get("time")
-    return float(time) if isinstance(time, int | float) and not isinstance(time, bool) else inf
+    """Unix seconds, infinite where unknown."""
+    time = number(row.get("time"))
+    return inf if time is None else time
 
 
 # ---- scores of single items, kept for paired tests

@@ -19,7 +19,7 @@ from regpt.data.batch import Batch
 from regpt.data.loader import Loader
 from regpt.errors import UsageError, UserError
 from regpt.files import unless_gone
-from regpt.report.read import current, read_rows, steps_back
+from regpt.report.read import current, read_rows
 from regpt.runs.begin import Run, refuse_changed_data, run_mesh, start_again, start_at
 from regpt.runs.examine import document_losses, first_spoiled_weight, worst_first
 from regpt.runs.folder import read_run_config
@@ -118,7 +118,7 @@ def recorded(run: Path, step: int) -> dict[str, Any] | None:
     """The row of metrics.jsonl of the step: the last one that was made or refused on the run's own timeline."""
     rows, _ = read_rows(run / "metrics.jsonl")
     found = None
-    for row in current(rows, steps_back(rows)):
+    for row in current(rows):
         made = row.get("kind") == "train" and row["step"] == step
         if made or (row.get("name") == "non_finite" and row.get("at_step") == step):
             found = {key: row.get(key) for key in ("loss", "grad_norm", "lr")}
