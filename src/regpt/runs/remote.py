@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
@@ -198,23 +199,19 @@ def content_of(folder: Path) -> list[Path]:
 
 def by_main(mesh: Mesh, work: Callable[[], T]) -> T | None:
     """`work()` in the main process, however long it takes; the others get None, when it has ended."""
-    results: list[T] = []
-    errors: list[BaseException] = []
+    future: Future[T] = Future()
 
     def run() -> None:
         try:
-            results.append(work())
+            future.set_result(work())
         except BaseException as error:
-            errors.append(error)
+            future.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)  # so that the others can be told that nothing hangs
     if mesh.is_main:
-        thread.start()
-    while mesh.any(mesh.is_main and not ended(thread)):
-        pass
-    if errors:
-        raise errors[0]
-    return results[0] if results else None
+        threading.Thread(target=run, daemon=True).start()
+    while mesh.any(mesh.is_main and not wait([future], WAIT_SECONDS).done):
+        pass  # the others learn that nothing hangs
+    return future.result() if mesh.is_main else None
 
 
 def on_this_machine(name: str, mesh: Mesh, *, optimizer: bool = False) -> str:
@@ -223,11 +220,6 @@ def on_this_machine(name: str, mesh: Mesh, *, optimizer: bool = False) -> str:
         return name
     folder = by_main(mesh, lambda: fetch_model(name, optimizer=optimizer))
     return mesh.gather(str(folder or "").encode())[0].decode()
-
-
-def ended(thread: threading.Thread) -> bool:
-    thread.join(WAIT_SECONDS)
-    return not thread.is_alive()
 
 
 def bring_up_to_date(mirror: Mirror | None, mesh: Mesh, tell: Callable[[str], None]) -> None:
