@@ -13,8 +13,9 @@ import torch
 import regpt.checkpoint.save
 import regpt.files
 import regpt.tensors
+from regpt.checkpoint.config import CheckpointConfig
 from regpt.checkpoint.load import checkpoints, load_checkpoint, newest_checkpoint, verify_checkpoint
-from regpt.checkpoint.save import prune_checkpoints
+from regpt.checkpoint.saver import Saver
 from regpt.errors import UserError
 from regpt.files import whole_folder
 from regpt.model.config import ModelConfig
@@ -241,14 +242,18 @@ def test_a_run_without_an_intact_checkpoint_is_one_sentence(tmp_path, save):
     assert len(warnings) == 1
 
 
+def pruned(run, keep_last, keep_every):
+    return Saver(run, CheckpointConfig(keep_last=keep_last, keep_every=keep_every)).prune()
+
+
 def test_prune_keeps_the_newest_and_the_multiples(tmp_path, save):
     for step in (100, 150, 200, 250, 300):
         save(tmp_path, step)
-    assert prune_checkpoints(tmp_path, keep_last=0, keep_every=0) == []
-    deleted = prune_checkpoints(tmp_path, keep_last=2, keep_every=200)
+    assert pruned(tmp_path, keep_last=0, keep_every=0) == []
+    deleted = pruned(tmp_path, keep_last=2, keep_every=200)
     assert [folder.name for folder in deleted] == ["step-00000100", "step-00000150"]
     assert names(tmp_path / "checkpoints") == ["step-00000200", "step-00000250", "step-00000300"]
-    assert prune_checkpoints(tmp_path, keep_last=9, keep_every=0) == []
+    assert pruned(tmp_path, keep_last=9, keep_every=0) == []
 
 
 def test_prune_neither_counts_nor_deletes_a_damaged_checkpoint(tmp_path, save):
@@ -256,7 +261,7 @@ def test_prune_neither_counts_nor_deletes_a_damaged_checkpoint(tmp_path, save):
         save(tmp_path, step)
     for step in (1, 4):
         (tmp_path / "checkpoints" / f"step-0000000{step}" / "model.safetensors").write_bytes(b"")
-    prune_checkpoints(tmp_path, keep_last=1, keep_every=0)
+    pruned(tmp_path, keep_last=1, keep_every=0)
     assert names(tmp_path / "checkpoints") == ["step-00000001", "step-00000003", "step-00000004"]
 
 

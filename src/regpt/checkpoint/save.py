@@ -1,4 +1,4 @@
-"""Write a checkpoint, whole or not at all, and delete the ones that are no longer wanted."""
+"""Write a checkpoint, whole or not at all."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from regpt.checkpoint.load import checkpoints, step_of, verify_checkpoint
+from regpt.checkpoint.load import verify_checkpoint
 from regpt.checkpoint.manifest import (
     AVERAGE,
     FORMAT_VERSION,
@@ -19,7 +19,7 @@ from regpt.checkpoint.manifest import (
 )
 from regpt.checkpoint.state import RunState, write_state
 from regpt.errors import UserError
-from regpt.files import SUCCESSOR, discard, promote, remove_temporary, unused, whole_folder, write_json, write_text
+from regpt.files import SUCCESSOR, promote, remove_temporary, unused, whole_folder, write_json, write_text
 from regpt.model.config import ModelConfig
 from regpt.tensors import write_divided
 from regpt.text.tokenizer import Tokenizer
@@ -109,31 +109,13 @@ def is_intact(folder: Path) -> bool:
     return True
 
 
-def prune_checkpoints(
-    run: Path,
+def kept_steps(
+    steps: Iterable[int],
     keep_last: int,
     keep_every: int,
-    intact: Callable[[Path], bool] = is_intact,
-    in_use: Callable[[Path], bool] = lambda folder: False,
     best: Callable[[Iterable[int]], int | None] = lambda steps: None,
-) -> list[Path]:
-    """Delete the older checkpoints of `run`; returns those deleted.
-
-    The newest `keep_last` stay (0: all stay), those at multiples of `keep_every` (0: none), and the `best` of their
-    steps. A damaged one is neither counted nor deleted: it may be the only trace of something. `intact` tells them
-    apart. One that is `in_use` stays until the next time.
-    """
-    whole = [folder for folder in checkpoints(run) if intact(folder)]
-    kept = kept_steps([step_of(folder) for folder in whole], keep_last, keep_every, best)
-    unwanted = [folder for folder in whole if step_of(folder) not in kept and not in_use(folder)]
-    for folder in unwanted:
-        discard(folder)
-    return unwanted
-
-
-def kept_steps(
-    steps: Iterable[int], keep_last: int, keep_every: int, best: Callable[[Iterable[int]], int | None]
 ) -> set[int]:
-    """Those of `steps` whose checkpoints stay; see `prune_checkpoints`."""
+    """Those of `steps` whose checkpoints stay: the newest `keep_last` (0: all), those at multiples of `keep_every` (0:
+    none), and the `best`."""
     steps = sorted(set(steps))
     return {*steps[-keep_last:], best(steps)} & {*steps} | {s for s in steps if keep_every and s % keep_every == 0}

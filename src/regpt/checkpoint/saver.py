@@ -17,10 +17,10 @@ from torch import Tensor
 
 from regpt.checkpoint.best import METRICS, best_step, validation_losses
 from regpt.checkpoint.config import CheckpointConfig
-from regpt.checkpoint.load import checkpoint_folder
-from regpt.checkpoint.save import Contents, is_intact, kept_steps, prune_checkpoints, save_checkpoint
+from regpt.checkpoint.load import checkpoint_folder, checkpoints, step_of
+from regpt.checkpoint.save import Contents, is_intact, kept_steps, save_checkpoint
 from regpt.errors import UserError
-from regpt.files import sync
+from regpt.files import discard, sync
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,18 @@ class Saver:
             stall_ms += write_ms
         self.done.append(Saved(step, stall_ms, write_ms, size))
 
-    def prune(self) -> None:
-        """Delete the checkpoints that are no longer wanted."""
-        last, every = self.config.keep_last, self.config.keep_every
-        prune_checkpoints(self.run, last, every, self.is_intact, self.in_use, self.best)
+    def prune(self) -> list[Path]:
+        """Delete the older checkpoints of the run; returns those deleted.
+
+        A damaged one is neither counted nor deleted: it may be the only trace of something. One that is `in_use` stays
+        until the next time.
+        """
+        whole = [folder for folder in checkpoints(self.run) if self.is_intact(folder)]
+        kept = self.kept(map(step_of, whole))
+        unwanted = [folder for folder in whole if step_of(folder) not in kept and not self.in_use(folder)]
+        for folder in unwanted:
+            discard(folder)
+        return unwanted
 
     def kept(self, steps: Iterable[int]) -> set[int]:
         """Those of `steps` whose checkpoints the configuration keeps."""
