@@ -259,7 +259,7 @@ def test_items_longer_than_the_model_are_counted_and_said(evaluate, run, tmp_pat
     assert report["tasks"][f"mc:{path}"]["cut"] == 2  # the last token of sixteen and one is only predicted
     assert main([str(run), "--device", "cpu", "--tasks", f"mc:{path}"]) == 0
     said = capsys.readouterr().out
-    assert f"2 of 4 items of mc:{path} are longer than the model's 16 tokens: the beginning of their context" in said
+    assert f"2 of 4 items of mc:{path} are longer than the model's 16 tokens: truncated" in said
 
 
 @pytest.mark.parametrize("flag", [("--items", "DIR"), ("--max-items", "3"), ("--max-seconds", "3")])

@@ -13,7 +13,7 @@ from naive import naive_scores, random_prompts
 from regpt.errors import UserError
 from regpt.evals import score
 from regpt.evals.packing import Prompt
-from regpt.evals.score import HEAD_ROWS, CpuHead, Scorer, Scores, in_cache, log_probability
+from regpt.evals.score import HEAD_ROWS, Scorer, Scores, log_probability
 from regpt.parallel.mesh import open_mesh
 from regpt.train.precision import autocast
 
@@ -142,24 +142,11 @@ def test_too_little_memory_halves_the_batches(prompts, expected):
         scorer(prompts)
 
 
-@torch.no_grad()
-def test_the_processors_head_gives_what_the_plain_form_does():
-    model = tiny.build_model(dtype=torch.float32)
-    hidden, targets = torch.randn(100, 24, generator=torch.Generator().manual_seed(1)), torch.arange(100) % V
-    targets[:50] = model.logits(hidden[:50]).argmax(dim=-1).detach()
-    head = CpuHead(model, 64)
-    for n in (100, 1, 33, 64):  # the buffer grows, and is used again
-        found, expected = head(hidden[:n], targets[:n]), log_probability(model.logits(hidden[:n]), targets[:n])
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-        assert 0 < found[1].sum() == min(n, 50)
-
-
 def test_of_equally_likely_tokens_the_first_is_the_likeliest():
     logits = torch.tensor([[1.0, 3, 3, 0]] * 4)
-    for form in (log_probability, in_cache):
-        log_p, hit = form(logits, torch.arange(4))
-        assert hit.tolist() == [False, True, False, False]
-        torch.testing.assert_close(log_p, logits[0].log_softmax(0))
+    log_p, hit = log_probability(logits, torch.arange(4))
+    assert hit.tolist() == [False, True, False, False]
+    torch.testing.assert_close(log_p, logits[0].log_softmax(0))
 
 
 def score_in_a_process(prompts: list[Prompt], batch_tokens: int) -> list[list[float]]:

@@ -171,7 +171,7 @@ def show_tasks(asked: EvalRequest, found: ModelEvaluation) -> None:
     table = Table("task", "metric", "value", "items", "seconds")
     for suite, results in found.suites:
         for one in results:
-            seconds = "" if one.seconds is None else f"{one.seconds + suite.seconds / len(results):.1f}"
+            seconds = f"{one.seconds + suite.seconds / len(results):.1f}"
             for metric, value in one.estimates().items():
                 items = f"{value.n:,}" if value.n == one.n_items else f"{value.n:,} of {one.n_items:,}"
                 items += f", {one.left_out:,} left out" if one.left_out else ""

@@ -5,10 +5,10 @@ as our own tasks. Text that spells `<|endoftext|>` is text to our tokenizers.
 """
 
 import contextlib
-import json
 import sys
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,15 +24,15 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyr
 from regpt.errors import UsageError, UserError, first_line, nearest
 from regpt.evals.packing import Prompt
 from regpt.evals.score import Progress, Scorer
-from regpt.evals.suite import Row, ShowProgress
-from regpt.evals.task import Estimate, Tolerate
+from regpt.evals.suite import ShowProgress, Suite
+from regpt.evals.task import Estimate, Result, Tolerate
 from regpt.files import is_file, resolved
 from regpt.sample.generate import generate_tokens, text_pieces
 from regpt.sample.sampling import SamplingOptions
 from regpt.text.tokenizer import Tokenizer
 
 Request = tuple[Any, list[int], list[int]]  # the texts, tokens of the context, tokens of the continuation
-Noted = dict[str, dict[str, set[str]]]  # task → treatment → documents
+Truncated = dict[str, set[str]]  # task → documents that are longer than the model
 BOOTSTRAPS = 1000  # resamples for the standard error of a metric that is not a mean
 MAX_NEW_TOKENS = 256  # where a task does not say (the harness's own default)
 SEED = 1234  # of drawn texts: the harness's own
@@ -44,9 +44,6 @@ HONOURED = (
 )
 AT_ONE = ("num_beams", "num_return_sequences", "repetition_penalty", "length_penalty", "typical_p", "use_cache")
 AT_ZERO = ("no_repeat_ngram_size", "min_p", "presence_penalty", "frequency_penalty", "min_new_tokens", "early_stopping")
-CUT = "the beginning of the prompt was left out"
-SHORTENED = "fewer new tokens than the task asks for"
-CUT_ENDING = "the beginning of an answer was left out"
 # What the code and the data of others' tasks raise while they are loaded: offline, missing packages, malformed files.
 UNAVAILABLE = (OSError, ImportError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, AssertionError)
 
@@ -58,7 +55,7 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self.scorer, self.text, self.progress = scorer, tokenizer, progress
         self.max_length = scorer.model.config.max_seq_len
-        self.noted: Noted = {}
+        self.truncated: Truncated = {}
         self.asked: Sequence[Instance] = ()  # being scored; empty for rolling windows, which are not truncated
 
     @property
@@ -81,8 +78,7 @@ class HarnessModel(TemplateLM):
         of an ending that is itself longer than the model, which the harness's own backend refuses."""
         by_context: dict[tuple[int, ...], list[int]] = {}
         for (_, context, ending), request in zip(requests, self.asked):
-            self.note(request, CUT_ENDING, len(ending) > self.max_length)
-            self.note(request, CUT, len(ending) <= self.max_length < len(context) + len(ending) - 1)
+            self.note(request, len(context) + len(ending) - 1 > self.max_length or len(ending) > self.max_length)
         requests = [(texts, context, ending[-self.max_length :]) for texts, context, ending in requests]
         for number, (_, context, ending) in enumerate(requests):
             if len(ending):
@@ -144,8 +140,7 @@ class HarnessModel(TemplateLM):
         asked = generation_of(options)
         prompt = self.text.encode(context) or [self.text.eot]
         tokens, limit = self.fitted(prompt, asked.limit)
-        self.note(request, CUT, len(tokens) < len(prompt))
-        self.note(request, SHORTENED, limit < asked.limit)
+        self.note(request, len(tokens) < len(prompt) or limit < asked.limit)
         device = self.scorer.mesh.device
         text = ""
         with self.scorer.autocast():
@@ -173,10 +168,10 @@ class HarnessModel(TemplateLM):
         kept = prompt if len(prompt) < longest else prompt[-max(1, longest // 2) :]
         return kept, longest - len(kept)
 
-    def note(self, request: Instance | None, what: str, happened: bool) -> None:
-        """Count an item of whose request that is true."""
-        if happened and request is not None:
-            self.noted.setdefault(str(request.task_name), {}).setdefault(what, set()).add(str(request.doc_id))
+    def note(self, request: Instance | None, truncated: bool) -> None:
+        """Count the item of a request that is longer than the model."""
+        if truncated and request is not None:
+            self.truncated.setdefault(str(request.task_name), set()).add(str(request.doc_id))
 
 
 class Generation(NamedTuple):
@@ -223,52 +218,18 @@ def generation_of(options: dict[str, Any]) -> Generation:
         raise UserError(f"the task draws its texts, but {error}") from None
 
 
-@dataclass(frozen=True)
-class HarnessResult:
-    """One task of the harness, with what `regpt.evals.task.Result` has.
-
-    Attributes:
-        task: `lm-eval/` and its name there.
-        metrics: metric → value and standard error where the harness gives one; a filter other than `none` is named.
-        n_items: how many items it has; all are scored.
-        items: one row an item, `item` and its metrics.
-        changed: treatment of items that are longer than the model → how many.
-    """
-
-    task: str
-    metrics: dict[str, Estimate]
-    n_items: int
-    items: list[Row]
-    changed: dict[str, int]
-    seconds: float | None = None
-    cut: int = 0
-    left_out: int = 0
-
-    def estimates(self) -> dict[str, Estimate]:
-        return self.metrics
-
-    def item_lines(self) -> str:
-        return "".join(json.dumps(row) + "\n" for row in self.items)
-
-    def report(self) -> Row:
-        """The result as JSON."""
-        metrics = {name: asdict(found) for name, found in self.metrics.items()}
-        return {"metrics": metrics, "n": self.n_items, "changed": self.changed}
-
-
-class HarnessSuite:
-    """A `regpt.evals.suite.Suite` of tasks of the harness, by name (groups too) or from task files that end in `.yaml`.
+class HarnessSuite(Suite):
+    """A suite of tasks of the harness, by name (groups too) or from task files that end in `.yaml`.
 
     Each is run on its own: an error in one does not touch the others.
     """
-
-    name, tasks, seconds = "lm-eval", (), 0.0
 
     def __init__(self, names: Sequence[str], tokenizer: Tokenizer, tolerate: Tolerate):
         """
         Raises:
             UsageError: a task that the harness does not know.
         """
+        super().__init__("lm-eval", ())
         self.tokenizer, self.tolerate = tokenizer, tolerate
         files = [resolved(name) for name in names if name.endswith((".yaml", ".yml"))]
         self.wanted = [task_of(name) for name in names]  # refused before the harness reads its thousands of tasks
@@ -279,32 +240,24 @@ class HarnessSuite:
                 close = nearest(name, self.manager.all_tasks)
                 raise UsageError(f"lm-eval knows no task {name!r}{close}; lm-eval ls tasks lists them")
 
-    def evaluate(self, scorer: Scorer, show: ShowProgress, max_items: int, seconds: float) -> list[HarnessResult]:
+    def evaluate(self, scorer: Scorer, show: ShowProgress, max_items: int, seconds: float) -> list[Result]:
         """Run every task on `max_items` items (0: all); the harness has no limit of seconds."""
-        results: list[HarnessResult] = []
+        results: list[Result] = []
         with show(self.name) as progress:
             model = HarnessModel(scorer, self.tokenizer, progress)
             for name in self.wanted:
+                started = time.perf_counter()
                 try:
-                    results += evaluate_harness(name, model, self.manager, max_items)
+                    found = evaluate_harness(name, model, self.manager, max_items)
                 except UserError as error:
                     self.tolerate(f"lm-eval/{name}", error)
+                    continue
+                share = (time.perf_counter() - started) / max(1, len(found))
+                results += [replace(one, seconds=share) for one in found]
         return results
 
-    def summarize(self, results: Sequence[HarnessResult]) -> list[Row]:
-        return []
 
-    def notices(self, results: Sequence[HarnessResult], max_seq_len: int) -> list[str]:
-        """Sentences about the items that a model of `max_seq_len` did not see as the task has them."""
-        model = f"for the model's {max_seq_len:,} tokens"
-        return [
-            f"{count:,} of {one.n_items:,} items of {one.task}, {model}: {what}"
-            for one in results
-            for what, count in one.changed.items()
-        ]
-
-
-def evaluate_harness(name: str, model: HarnessModel, manager: TaskManager, max_items: int = 0) -> list[HarnessResult]:
+def evaluate_harness(name: str, model: HarnessModel, manager: TaskManager, max_items: int = 0) -> list[Result]:
     """Run one task or group.
 
     Raises:
@@ -323,7 +276,7 @@ def evaluate_harness(name: str, model: HarnessModel, manager: TaskManager, max_i
             bootstrap_iters=BOOTSTRAPS,
             task_manager=manager,
         )
-    return [] if found is None else results_of(found, model.noted)
+    return [] if found is None else results_of(found, model.truncated)
 
 
 def task_of(name: str) -> str:
@@ -339,7 +292,7 @@ def task_of(name: str) -> str:
     return named[0]
 
 
-def results_of(found: Any, noted: Noted) -> list[HarnessResult]:
+def results_of(found: Any, truncated: Truncated) -> list[Result]:
     results = []
     for task, numbers in found["results"].items():
         metrics: dict[str, Estimate] = {}
@@ -350,11 +303,20 @@ def results_of(found: Any, noted: Noted) -> list[HarnessResult]:
                 error = numbers.get(f"{metric}_stderr,{kind}")
                 stderr = float(error) if isinstance(error, float | int) else None
                 metrics[metric if kind == "none" else f"{metric}:{kind}"] = Estimate(float(value), stderr, len(samples))
-        items = [{"item": one["doc_id"]} | scores_of(one, metrics) for one in samples]
-        changed = {what: len(documents) for what, documents in noted.get(task, {}).items()}
-        results.append(HarnessResult(f"lm-eval/{task}", metrics, len(samples), items, changed))
+        columns = {name: [one.get(name) for one in samples] for name in metrics}
+        outcomes = {
+            name: np.array(values, dtype=np.float64)
+            for name, values in columns.items()
+            if all(isinstance(value, float | int) for value in values)
+        }
+        results.append(
+            Result(
+                f"lm-eval/{task}",
+                outcomes,
+                np.array([one["doc_id"] for one in samples]),
+                len(samples),
+                cut=len(truncated.get(task, ())),
+                metrics=metrics,
+            )
+        )
     return results
-
-
-def scores_of(sample: dict[str, Any], metrics: dict[str, Any]) -> dict[str, float]:
-    return {name: float(sample[name]) for name in metrics if isinstance(sample.get(name), float | int)}

@@ -29,9 +29,7 @@ from regpt.parallel.mesh import Mesh
 BATCH_TOKENS = {"cuda": 32768, "mps": 4096, "cpu": 1024}
 HEAD_ROWS = {"cuda": 4096, "mps": 512, "cpu": 512}
 LOGITS = 2**28  # at most at once, 1 GiB in float32: of a large vocabulary fewer places
-PIECE = 32  # rows of logits, 6 MB for GPT-2's vocabulary: they stay in a processor's cache between the passes over them
 SMALLEST_BATCH = 256  # tokens, when memory is short
-IN_FLIGHT = 2  # batches that a GPU has before it: it never waits, and progress is not far ahead of the truth
 Progress = Callable[[int, int], None]  # items done, of how many
 
 
@@ -47,14 +45,6 @@ class Scores(NamedTuple):
     log_likelihood: np.ndarray
     tokens: np.ndarray
     greedy: np.ndarray
-
-
-class Places(NamedTuple):
-    """Hidden states (N, C) that predict `targets` (N,), and the endings that these belong to, (N,) on the host."""
-
-    hidden: Tensor
-    targets: Tensor
-    owners: np.ndarray
 
 
 @dataclass
@@ -97,11 +87,9 @@ class Scorer:
             with autocast():
                 return model.hidden(idx, positions=positions, mask=AttentionMask(tree=ends))  # (B, T, C)
 
-        on_cpu = CpuHead(model, self.head_rows) if kind == "cpu" and not compile else None
-
         def head(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
             with autocast():
-                return on_cpu(hidden, targets) if on_cpu else log_probability(model.logits(hidden), targets)
+                return log_probability(model.logits(hidden), targets)
 
         if compile:
             check_compiler(mesh.device)
@@ -169,21 +157,20 @@ class Scorer:
     def share(self, plans: Sequence[BatchPlan], trees: Sequence[Tree]) -> Iterator[tuple[PackedBatch, int]]:
         """This process's batches, and how many trees all processes have done with each. Every process has as many: one
         that has none left computes an empty one, since a sharded model needs all of them for each."""
-        done, pace = 0, Pace(self.mesh.device)
-        size = self.mesh.world_size
+        done, size = 0, self.mesh.world_size
         for first in range(0, len(plans), size):
             mine = plans[first : first + size][self.mesh.rank : self.mesh.rank + 1]
             plan = mine[0] if mine else plans[first]._replace(rows=())
             done += sum(len(row) for plan in plans[first : first + size] for row in plan.rows)
             yield fill(plan, trees), done
-            pace.step()
 
-    def places(self, batch: PackedBatch) -> Places:
-        """The hidden states of `batch` at its slots."""
+    def places(self, batch: PackedBatch) -> tuple[Tensor, Tensor, np.ndarray]:
+        """Hidden states (S, C) of `batch` at its slots, the `targets` (S,) that they predict, and the endings that
+        these belong to, (S,) on the host."""
         rows = to_device(np.stack([batch.idx, batch.positions, batch.ends]), self.mesh.device)  # (3, B, T)
         chosen = to_device(np.stack([batch.slots, batch.targets]), self.mesh.device)  # (2, S)
         hidden = self.hidden(*rows)  # (B, T, C)
-        return Places(hidden.flatten(0, 1)[chosen[0]], chosen[1], batch.owners)
+        return hidden.flatten(0, 1)[chosen[0]], chosen[1], batch.owners
 
     def slowest(self, seconds: float) -> float:
         """The largest value of all processes."""
@@ -238,22 +225,6 @@ class Queue:
         return np.stack([np.bincount(owners, weights=x, minlength=endings) for x in weights])
 
 
-class Pace:
-    """Keeps the host at most `IN_FLIGHT` batches ahead of a GPU."""
-
-    def __init__(self, device: torch.device):
-        self.events: list[torch.cuda.Event] | None = [] if device.type == "cuda" else None
-
-    def step(self) -> None:
-        if self.events is None:
-            return
-        event = torch.cuda.Event()
-        event.record()
-        self.events.append(event)
-        if len(self.events) > IN_FLIGHT:
-            self.events.pop(0).synchronize()
-
-
 def filled(hidden: Tensor, targets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """`hidden` (N, C) and `targets` (N,) with zeros up to `rows`, or cut there."""
     missing = max(0, rows - len(hidden))
@@ -266,45 +237,12 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-# ---- hidden states → log-probabilities of given tokens, without keeping logits
-
-
 def log_probability(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Natural log of the probability of `targets` (N,) under `logits` (N, V), in float32 (float64 for float64), and
-    whether each is the likeliest token (the first of equals). In the form that compiles into one pass."""
+    whether each is the likeliest token (the first of equals)."""
     likeliest = logits.argmax(dim=-1)
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    chosen = logits.gather(1, targets[:, None])[:, 0]
+    if logits.device.type == "cpu":
+        return -F.cross_entropy(logits, targets, reduction="none"), likeliest == targets
+    chosen = logits.gather(1, targets[:, None])[:, 0]  # in the form that compiles into one pass
     return chosen - logits.logsumexp(dim=-1), likeliest == targets
-
-
-class CpuHead:
-    """`log_probability` on a CPU, without gradients: one buffer for the logits (fresh memory of that size costs as much
-    as a pass over it), read in pieces."""
-
-    def __init__(self, model: Transformer, rows: int):
-        self.model, self.rows = model, rows
-        self.buffer = torch.empty(0)
-
-    def __call__(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        pieces = zip(self.logits(hidden).split(PIECE), targets.split(PIECE))
-        log_p, hit = zip(*(in_cache(logits, of) for logits, of in pieces))
-        return torch.cat(log_p), torch.cat(hit)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(N, V), valid until the next call."""
-        if torch.is_autocast_enabled("cpu"):
-            return self.model.logits(hidden)
-        weight = self.model.head_weight
-        if self.buffer.dtype != weight.dtype or len(self.buffer) < len(hidden):
-            self.buffer = torch.empty(max(self.rows, len(hidden)), len(weight), dtype=weight.dtype)
-        padded = torch.mm(hidden, weight.t(), out=self.buffer[: len(hidden)])
-        return padded[:, : self.model.config.vocab_size]
-
-
-def in_cache(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    hit = logits.gather(1, targets[:, None])[:, 0] >= logits.amax(dim=-1)  # six times as fast as argmax
-    rows = hit.nonzero()[:, 0]
-    hit[rows] = logits[rows].argmax(dim=-1) == targets[rows]  # of equals the first
-    return -F.cross_entropy(logits, targets, reduction="none"), hit

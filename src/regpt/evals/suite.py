@@ -4,7 +4,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ Row = dict[str, Any]
 ShowProgress = Callable[[str], AbstractContextManager[Progress]]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Suite:
     """
     Attributes:
@@ -86,8 +86,8 @@ def open_suites(
     return suites
 
 
-def open_harness(spec: Spec, tokenizer: Tokenizer, tolerate: Tolerate) -> Any:
-    """Tasks of lm-eval, as a suite; a UserError where it is not installed."""
+def open_harness(spec: Spec, tokenizer: Tokenizer, tolerate: Tolerate) -> Suite:
+    """Tasks of lm-eval; a UserError where it is not installed."""
     try:
         from regpt.evals.harness import HarnessSuite
     except ImportError:
@@ -111,13 +111,9 @@ def open_suite(spec: Spec, encoder: Encoder, eot: int, progress: DownloadProgres
 def suite_rows(suite: Suite, results: Sequence[Result]) -> list[Row]:
     """Rows of `metrics.jsonl` without kind and step: one a task and metric, then those of the suite."""
     rows = [
-        {"task": one.task, "metric": metric, "value": found.value, "stderr": found.stderr, "n": found.n}
+        {"task": one.task, "metric": metric, **asdict(found), "seconds": one.seconds}
+        | {key: n for key, n in (("cut", one.cut), ("left_out", one.left_out)) if n}
         for one in results
         for metric, found in one.estimates().items()
     ]
-    more: dict[str, Row] = {}
-    for one in results:
-        counts = {"cut": one.cut, "left_out": one.left_out}
-        seconds = {} if one.seconds is None else {"seconds": one.seconds}
-        more[one.task] = seconds | {key: n for key, n in counts.items() if n}
-    return [*(row | more[row["task"]] for row in rows), *suite.summarize(results)]
+    return [*rows, *suite.summarize(results)]

@@ -61,36 +61,39 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Result:
-    """Outcome of a task.
+    """Outcome of a task, ours or lm-eval's.
 
     Attributes:
         task: its name.
         outcomes: metric → (items,) contribution of each evaluated item.
         chosen: (items,) the numbers of these items, ascending.
         n_items: how many the task has.
-        items_sha256, baseline: the task's.
+        items_sha256, baseline: the task's, where it has them.
         seconds: tokenization, computation and everything else but compilation.
-        cut: evaluated items whose context lost its beginning, as the model reads no longer ones.
+        cut: evaluated items that are longer than the model, and were truncated.
         left_out: items passed over, as one of their endings has more tokens than the model has positions.
+        metrics: their estimates, where these are not the means of `outcomes`.
     """
 
     task: str
     outcomes: dict[str, np.ndarray]
     chosen: np.ndarray
     n_items: int
-    items_sha256: str
+    items_sha256: str = ""
     baseline: float | None = None
     seconds: float = 0.0
     cut: int = 0
     left_out: int = 0
+    metrics: dict[str, Estimate] | None = None
 
     def estimates(self) -> dict[str, Estimate]:
-        return {metric: estimate(values) for metric, values in self.outcomes.items()}
+        return self.metrics or {metric: estimate(values) for metric, values in self.outcomes.items()}
 
     def item_lines(self) -> str:
         """One JSON object a line for each evaluated item, so that two models can be compared item by item: `item` names
         it across files of the same items, and a number for each metric."""
-        names = [f"{self.items_sha256[:8]}:{i}" for i in self.chosen.tolist()]
+        items = self.items_sha256[:8]
+        names = [f"{items}:{i}" if items else i for i in self.chosen.tolist()]
         columns = {metric: values.tolist() for metric, values in self.outcomes.items()}
         rows = [{"item": name} | {key: column[k] for key, column in columns.items()} for k, name in enumerate(names)]
         return "".join(json.dumps(row) + "\n" for row in rows)
@@ -134,7 +137,7 @@ def truncation_notice(results: Iterable[Result], max_seq_len: int) -> list[str]:
     return [
         f"{', '.join(which)} {what}"
         for which, what in (
-            (cut, f"are {longer}: the beginning of their context was left out"),
+            (cut, f"are {longer}: truncated"),
             (out, f"have an ending {longer}: left out"),
         )
         if which
