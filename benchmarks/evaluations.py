@@ -32,8 +32,7 @@ import tyro
 from hellaswag import machine, padded
 
 from regpt.checkpoint.open import OpenModel, open_model
-from regpt.evals.choices import Choices
-from regpt.evals.hellaswag import read_hellaswag
+from regpt.evals.choices import Choices, read_hellaswag
 from regpt.evals.items import read_items
 from regpt.evals.score import Scorer, Scores
 from regpt.hf.export import export_hf

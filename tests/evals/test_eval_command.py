@@ -196,7 +196,7 @@ def test_out_of_memory_names_what_to_try(run, monkeypatch, error):
     def exhausted(*args: object) -> None:
         raise error
 
-    monkeypatch.setattr("regpt.runs.validation.sum_losses", exhausted)
+    monkeypatch.setattr("regpt.runs.validation.batch_losses", exhausted)
     refused(UserError, "out of memory with --batch-rows 8; try --batch-rows 4", run)
     refused(UserError, "try a shorter --seq-len", run, "--batch-rows", 1)
 

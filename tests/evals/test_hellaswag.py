@@ -12,8 +12,7 @@ import torch.nn.functional as F
 
 import tiny
 from regpt.errors import UserError
-from regpt.evals.choices import Choices
-from regpt.evals.hellaswag import LABEL_COUNTS, N_ITEMS, URL, download, open_hellaswag, read_hellaswag
+from regpt.evals.choices import LABEL_COUNTS, N_ITEMS, URL, Choices, download, open_hellaswag, read_hellaswag
 from regpt.evals.score import Scorer
 from regpt.evals.task import evaluate_task
 from regpt.model.transformer import Transformer

@@ -6,7 +6,7 @@ import torch
 
 from regpt.data.batch import IGNORE_INDEX, Batch
 from regpt.errors import UsageError, UserError
-from regpt.evals.perplexity import LossSums, Validation, count_rows, sum_losses, validation_of
+from regpt.evals.perplexity import Validation, batch_losses, count_rows, loss_sums, validation_of
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
@@ -37,6 +37,10 @@ BYTE_LENGTHS = np.array([1, 2, 3, 1, 1, 4, 1, 2, 5, 7, 0])
 
 def split(batch: Batch, batch_rows: int) -> list[Batch]:
     return [Batch(*parts) for parts in zip(batch.idx.split(batch_rows), batch.targets.split(batch_rows))]
+
+
+def sum_losses(*args) -> torch.Tensor:
+    return loss_sums(batch_losses(*args))
 
 
 def loss_sum(model: Transformer):
@@ -78,9 +82,9 @@ def test_the_split_into_batches_does_not_matter(model, batch, batch_rows):
 def test_sums_over_ranks_give_the_whole(model, batch):
     parts = split(batch, 1)
     ranks = [sum_losses(loss_sum(model), parts[rank::3], BYTE_LENGTHS, CPU) for rank in range(3)]
-    total = torch.stack([sums.pack() for sums in ranks]).sum(0)  # what an all-reduce does
+    total = torch.stack(ranks).sum(0)  # what an all-reduce does
     alone = validation_of(sum_losses(loss_sum(model), parts, BYTE_LENGTHS, CPU))
-    assert validation_of(LossSums.unpack(total)) == pytest.approx(alone, rel=1e-13)
+    assert validation_of(total) == pytest.approx(alone, rel=1e-13)
 
 
 def test_standard_errors_are_those_of_a_ratio_over_batches(model, batch):
@@ -110,8 +114,8 @@ def test_equal_batches_have_no_error(model, batch):
 
 def test_a_rank_without_batches_adds_nothing(model):
     sums = sum_losses(loss_sum(model), [], BYTE_LENGTHS, CPU)
-    assert sums.pack().tolist() == [0.0] * 13
-    assert sums.pack().dtype == torch.float64
+    assert sums.tolist() == [0.0] * 13
+    assert sums.dtype == torch.float64
 
 
 def test_an_untrained_model_has_the_loss_of_a_guess(model, batch):

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 import tiny
 from kernels.test_fp8 import Rows, build, error, gradients, layer
-from regpt.evals.perplexity import sum_losses, validation_of
+from regpt.evals.perplexity import batch_losses, loss_sums, validation_of
 from regpt.kernels import fp8
 from regpt.train.config import TrainConfig
 from regpt.train.recompute import recompute_blocks
@@ -66,10 +66,12 @@ def test_a_training_step_is_one_graph_and_validation_another(recomputed: bool):
     for step in range(3):
         tiny.update(trainer)
         batches = Rows().step(step)
-        ours = validation_of(sum_losses(tiny.loss_sum_of(trainer), batches, None, tiny.CPU)).loss
+        ours = validation_of(loss_sums(batch_losses(tiny.loss_sum_of(trainer), batches, None, tiny.CPU))).loss
         uncompiled = build("bf16")
         uncompiled.load_state_dict(trainer.model.state_dict())
         theirs = tiny.build_trainer(uncompiled, Rows(), train=TrainConfig(precision="bf16")).backend.evaluate
-        assert ours == pytest.approx(validation_of(sum_losses(theirs, batches, None, tiny.CPU)).loss, rel=2e-3)
+        assert ours == pytest.approx(
+            validation_of(loss_sums(batch_losses(theirs, batches, None, tiny.CPU))).loss, rel=2e-3
+        )
     assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]

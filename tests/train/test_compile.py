@@ -15,7 +15,7 @@ import tiny
 from regpt.data.batch import IGNORE_INDEX, Batch
 from regpt.data.loader import document_bounds
 from regpt.evals.packing import Prompt
-from regpt.evals.perplexity import sum_losses, validation_of
+from regpt.evals.perplexity import batch_losses, loss_sums, validation_of
 from regpt.evals.score import Scorer
 from regpt.model.transformer import Transformer
 from regpt.runs.pretrain import pretrain
@@ -77,7 +77,7 @@ def test_training_validation_and_sampling_share_a_process():
         ours, theirs = (
             (
                 tiny.update(t)["loss"],
-                validation_of(sum_losses(tiny.loss_sum_of(t), held_out(), None, tiny.CPU)).loss,
+                validation_of(loss_sums(batch_losses(tiny.loss_sum_of(t), held_out(), None, tiny.CPU))).loss,
                 drawn(t.model),
             )
             for t in (compiled, plain)
@@ -113,7 +113,8 @@ def test_documents_of_any_number_share_a_graph():
         sizes |= {len(batch.cu_seqlens) for batch in batches if batch.cu_seqlens is not None}
         assert tiny.update(compiled)["loss"] == pytest.approx(tiny.update(plain)["loss"], rel=1e-9), f"step {step}"
         losses = [
-            validation_of(sum_losses(tiny.loss_sum_of(t), batches, None, tiny.CPU)).loss for t in (compiled, plain)
+            validation_of(loss_sums(batch_losses(tiny.loss_sum_of(t), batches, None, tiny.CPU))).loss
+            for t in (compiled, plain)
         ]
         assert losses[0] == pytest.approx(losses[1], rel=1e-9)
     assert len(sizes) >= 3  # each would have been compiled
@@ -136,7 +137,7 @@ def test_training_validation_sampling_and_hellaswag_in_one_process_compile_nothi
     found = []
     for _ in range(4):
         tiny.update(trainer)
-        validation_of(sum_losses(tiny.loss_sum_of(trainer), held_out(), None, tiny.CPU))
+        validation_of(loss_sums(batch_losses(tiny.loss_sum_of(trainer), held_out(), None, tiny.CPU)))
         drawn(trainer.model)
         prompts = items(12)
         ours, theirs = (scorer(prompts).log_likelihood for scorer in scorers)

@@ -6,19 +6,16 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from regpt.api.arguments import checked
 from regpt.config import RunConfig
-from regpt.errors import UsageError, UserError, nearest
+from regpt.errors import UsageError, nearest
 from regpt.report.read import Row
 from regpt.report.read import read_run as read_rows
 from regpt.runs.folder import read_run_config
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 Value = TypeVar("Value")
 
@@ -67,18 +64,6 @@ class TrainingRun:
     def finished(self) -> bool:
         """Whether all updates are made."""
         return self.step >= self.config.train.steps
-
-    def frame(self, kind: str = "train") -> DataFrame:
-        """One kind of metrics as a pandas DataFrame.
-
-        Raises:
-            UserError: pandas is not installed.
-        """
-        try:
-            from pandas import DataFrame
-        except ImportError:
-            raise UserError("pandas is not installed; install it with: pip install pandas") from None
-        return DataFrame(dict(self.metrics[kind]))
 
     def __fspath__(self) -> str:
         return str(self.folder)

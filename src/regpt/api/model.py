@@ -25,7 +25,7 @@ from regpt.sample.sampling import SamplingOptions
 from regpt.text.tokenizer import Tokenizer
 from regpt.train.backend import make_loss_sum
 from regpt.train.config import InferencePrecision
-from regpt.train.precision import autocast, check_inference_precision, matmul_precision, parameter_dtype
+from regpt.train.precision import autocast, matmul_precision, parameter_dtype
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
@@ -53,7 +53,6 @@ def load(
         UsageError: `model` names nothing, or a device that this machine does not have.
         UserError: a damaged model, one of a kind that is not implemented, or one that cannot be downloaded.
     """
-    check_inference_precision(precision)
     return LanguageModel(open_model(os.fspath(model), choose_device(device), ema=ema), precision)
 
 

@@ -24,7 +24,6 @@ from regpt.runs.folder import read_run_config
 from regpt.runs.pretrain import check, pretrain
 from regpt.runs.pretrain import resume as resume_run
 from regpt.runs.stop import PoliteStop
-from regpt.train.precision import check_inference_precision
 
 Place = str | os.PathLike[str]
 
@@ -113,7 +112,6 @@ def evaluate(
     specs = parse_tasks(tasks) if isinstance(tasks, str) else check_specs(tasks)
     if not specs:
         raise UsageError("no task was given; give their names, such as val")
-    check_inference_precision(options.get("precision", "fp32"))
     known = {name: hint for name, hint in hints_of(EvalRequest).items() if name not in ("model", "specs", "data")}
     options = check_options("evaluate", options, known)
     asked = EvalRequest(os.fspath(model), specs, None if data is None else os.fspath(data), **options)

@@ -34,17 +34,9 @@ def print_json(content: Any, default: Callable[[Any], Any] | None = None) -> Non
 
 def can_take(stream: IO[str] | None, text: str) -> bool:
     """Whether `stream` shows `text` unchanged."""
-    if stream is None or (is_terminal(stream) and UNSAFE.search(text)):
-        return False
-    return encodes(text, getattr(stream, "encoding", None) or "utf-8")
-
-
-def encodes(text: str, encoding: str) -> bool:
-    try:
-        text.encode(encoding)
-    except UnicodeEncodeError:
-        return False
-    return True
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    hostile = is_terminal(stream) and UNSAFE.search(text)
+    return not hostile and text.encode(encoding, "replace").decode(encoding) == text
 
 
 def write_stream(stream: IO[str] | None, text: str) -> None:

@@ -1,6 +1,6 @@
-"""Multiple choice: which of several endings of a context the model finds likeliest."""
+"""Multiple choice, HellaSwag included: which of several endings of a context the model finds likeliest."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,9 +10,19 @@ from regpt.errors import UserError
 from regpt.evals.items import Item, hash_of, read_items
 from regpt.evals.packing import Prompt
 from regpt.evals.score import Scores
+from regpt.remote.download import DownloadProgress, RemoteFile, RemoteOptions
+from regpt.remote.retry import PATIENCE, Patience
+from regpt.remote.web import open_http
 from regpt.text.tokenizer import Encoder
 
 KEYS = (("ctx", "endings", "label"), ("query", "choices", "gold"))  # HellaSwag's names, and those of CORE's files
+# HellaSwag's validation set.
+N_ITEMS = 10_042
+LABEL_COUNTS = (2515, 2485, 2584, 2458)  # how often each place holds the right ending
+# The authors' own file, and its hash as others have published it.
+COMMIT = "a29ff8e9a04bba4bd6588223785ce105328adc57"
+URL = f"https://raw.githubusercontent.com/rowanz/hellaswag/{COMMIT}/data/hellaswag_val.jsonl"
+SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 
 
 class Question(NamedTuple):
@@ -77,18 +87,78 @@ def open_choices(path: Path, name: str, encoder: Encoder, eot: int) -> Choices:
     Raises:
         UserError: a file that cannot be read, or a malformed line.
     """
-    return Choices(name, list(questions_of(read_items(path))), encoder, eot)
+    return Choices(name, [question_of(item) for item in read_items(path)], encoder, eot)
 
 
-def questions_of(items: Iterable[Item]) -> Iterable[Question]:
-    for item in items:
-        keys = next((keys for keys in KEYS if keys[1] in item.row), None)
-        if keys is None:
-            raise UserError(
-                f"{item.where}: the item has neither 'endings' nor 'choices'; a question has ctx, endings and label, "
-                "or query, choices and gold"
-            )
-        context, endings, label = keys
-        texts = item.texts(endings, at_least=2)
-        spaced = tuple(text if text[0].isspace() else f" {text}" for text in texts)
-        yield Question(item.get(context, str), spaced, item.label(label, len(texts)))
+def question_of(item: Item) -> Question:
+    keys = next((keys for keys in KEYS if keys[1] in item.row), None)
+    if keys is None:
+        raise UserError(
+            f"{item.where}: the item has neither 'endings' nor 'choices'; a question has ctx, endings and label, "
+            "or query, choices and gold"
+        )
+    context, endings, label = keys
+    texts = item.texts(endings, at_least=2)
+    spaced = tuple(text if text[0].isspace() else f" {text}" for text in texts)
+    return Question(item.get(context, str), spaced, item.label(label, len(texts)))
+
+
+# ---- HellaSwag (Zellers et al. 2019): 10,042 validation questions about what happens next ----------------------------
+
+
+def open_hellaswag(path: Path | None, encoder: Encoder, eot: int, progress: DownloadProgress | None = None) -> Choices:
+    """HellaSwag as a task; raises what `read_hellaswag` does."""
+    return Choices("hellaswag", read_hellaswag(path, progress), encoder, eot)
+
+
+def read_hellaswag(path: Path | None, progress: DownloadProgress | None = None) -> list[Question]:
+    """The questions in `path`, or in the authors' repository (kept in `.cache/regpt` of the home folder).
+
+    Both common formats are read: the authors' (`ctx`, `endings`, `label`) and that of CORE's bundle.
+
+    Raises:
+        UserError: a file that cannot be read or downloaded, malformed items, or all 10,042 items with other labels.
+    """
+    questions = [hellaswag_question(item) for item in read_items(path or download(progress=progress))]
+    counts = tuple(np.bincount([question.label for question in questions], minlength=4).tolist())
+    if len(questions) == N_ITEMS and counts != LABEL_COUNTS:
+        raise UserError(
+            f"{path or URL} has {N_ITEMS:,} items but the label counts {counts}, HellaSwag's validation set has "
+            f"{LABEL_COUNTS}; it was changed, so take another copy"
+        )
+    return questions
+
+
+def hellaswag_question(item: Item) -> Question:
+    """Exactly the lecture's: the endings get a leading space."""
+    context, endings, label = KEYS[0] if "ctx" in item.row else KEYS[1]
+    texts = item.texts(endings, at_least=4)
+    if len(texts) > 4:
+        raise UserError(f"{item.where}: HellaSwag has four endings, the item has {len(texts)}")
+    return Question(item.text(context), tuple(f" {text}" for text in texts), item.label(label, 4))
+
+
+def download(
+    url: str = URL,
+    sha256: str = SHA256,
+    cache: Path | None = None,
+    patience: Patience = PATIENCE,
+    progress: DownloadProgress | None = None,
+) -> Path:
+    """The official file on this machine; its hash is compared each time, not only after the download.
+
+    Raises:
+        UserError: it cannot be downloaded, or has another hash.
+    """
+    file = RemoteFile(
+        name="hellaswag_val.jsonl",
+        bytes=0,
+        url=url,
+        address=url,
+        open_at=open_http,
+        options=RemoteOptions(cache or Path.home() / ".cache" / "regpt", None, patience),
+        sha256=sha256,
+        version=sha256,
+        advice="; or give a local copy with --tasks hellaswag:FILE",
+    )
+    return file.fetch(progress).path

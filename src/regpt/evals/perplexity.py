@@ -12,31 +12,6 @@ from regpt.data.batch import IGNORE_INDEX, Batch
 from regpt.errors import UsageError, UserError
 
 
-class LossSums(NamedTuple):
-    """Sums over batches and over processes, float64 on the CPU: `unpack` of the sum of `pack`s.
-
-    Attributes:
-        totals: (3,) sum of -ln p(target) over the valid targets, their number, and the UTF-8 bytes that they stand for
-            (0 where the lengths of the tokens are unknown).
-        products: (3, 3) sum over batches of the outer product of a batch's own totals, for the standard error.
-        batches: scalar, batches with a valid target.
-        each: (batches, 3) the totals of each batch of this process; not in `pack`.
-    """
-
-    totals: Tensor
-    products: Tensor
-    batches: Tensor
-    each: Tensor | None = None
-
-    def pack(self) -> Tensor:
-        """All of it in one tensor, (13,)."""
-        return torch.cat([self.totals, self.products.flatten(), self.batches[None]])
-
-    @classmethod
-    def unpack(cls, packed: Tensor) -> "LossSums":
-        return cls(packed[:3], packed[3:12].view(3, 3), packed[12])
-
-
 class Validation(NamedTuple):
     """The result.
 
@@ -62,13 +37,14 @@ class Validation(NamedTuple):
 
 
 @torch.no_grad()
-def sum_losses(
+def batch_losses(
     loss_sum: Callable[[Batch], Tensor],
     batches: Iterable[Batch],
     byte_lengths: np.ndarray | None,
     device: torch.device,
-) -> LossSums:
-    """Sums over `batches`, independent of how the rows are split into them, beyond rounding.
+) -> Tensor:
+    """(batches, 3) float64 on the CPU: the sum of -ln p(target) over the valid targets of each batch, their number, and
+    the UTF-8 bytes that they stand for (0 where the lengths of the tokens are unknown).
 
     Args:
         loss_sum: summed loss (scalar tensor, nats) of one batch on `device`, called without gradients.
@@ -85,20 +61,26 @@ def sum_losses(
         # On the CPU small tensors kept in a list would part the memory that logits reuse.
         nats.append(float(loss) if device.type == "cpu" else loss)
     # Summed on the CPU in float64, which MPS does not have.
-    of_batch = torch.zeros(len(nats), 3, dtype=torch.float64)
+    each = torch.zeros(len(nats), 3, dtype=torch.float64)
     if nats:
-        of_batch[:, 0] = torch.tensor(nats, dtype=torch.float64) if device.type == "cpu" else torch.stack(nats).cpu()
-        of_batch[:, 1:] = torch.tensor(counts, dtype=torch.float64)
-    return LossSums(of_batch.sum(dim=0), of_batch.T @ of_batch, (of_batch[:, 1] > 0).sum().double(), of_batch)
+        each[:, 0] = torch.tensor(nats, dtype=torch.float64) if device.type == "cpu" else torch.stack(nats).cpu()
+        each[:, 1:] = torch.tensor(counts, dtype=torch.float64)
+    return each
 
 
-def validation_of(sums: LossSums) -> Validation:
-    """Turn sums over everything that was read into the result.
+def loss_sums(each: Tensor) -> Tensor:
+    """(13,) of batches (batches, 3): their totals (3), the sum of the outer products of each with itself (9), for the
+    standard error, and the number of batches with a valid target. To be added over processes."""
+    return torch.cat([each.sum(dim=0), (each.T @ each).flatten(), (each[:, 1] > 0).sum().double()[None]])
+
+
+def validation_of(sums: Tensor) -> Validation:
+    """Turn the `loss_sums` of everything that was read into the result.
 
     Raises:
         UserError: there was no valid target.
     """
-    nats, tokens, n_bytes = sums.totals.tolist()
+    nats, tokens, n_bytes = sums[:3].tolist()
     if not tokens:
         raise UserError("there is no token to evaluate on; give more validation text")
     bits = 1 / math.log(2)
@@ -113,17 +95,17 @@ def validation_of(sums: LossSums) -> Validation:
     )
 
 
-def ratio_stderr(sums: LossSums, by: int) -> float | None:
+def ratio_stderr(sums: Tensor, by: int) -> float | None:
     """Standard error of the nats' total over total `by`, batches taken as the sampled units (Cochran 1977, section
     2.11: the residuals of each batch's nats from the ratio). None of fewer than two batches, or where the total is 0.
 
     Neighbouring rows often are of one document: batches, not tokens, are nearly independent.
     """
-    m, total = float(sums.batches), float(sums.totals[by])
+    m, total, products = float(sums[12]), float(sums[by]), sums[3:12].view(3, 3)
     if m < 2 or not total:
         return None
-    ratio = float(sums.totals[0]) / total
-    residuals = float(sums.products[0, 0] - 2 * ratio * sums.products[0, by] + ratio**2 * sums.products[by, by])
+    ratio = float(sums[0]) / total
+    residuals = float(products[0, 0] - 2 * ratio * products[0, by] + ratio**2 * products[by, by])
     return math.sqrt(max(0.0, residuals) * m / (m - 1)) / total
 
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from regpt.errors import UsageError, UserError
-from regpt.evals.choices import open_choices
+from regpt.evals.choices import open_choices, open_hellaswag
 from regpt.evals.core import locate, open_core, summarize
-from regpt.evals.hellaswag import open_hellaswag
 from regpt.evals.score import Progress, Scorer
 from regpt.evals.specs import Spec
 from regpt.evals.task import Result, Task, Tolerate, evaluate_task, refuse, truncation_notice

@@ -15,7 +15,7 @@ from regpt.data.manifest import Manifest
 from regpt.data.mixture import MixedRows
 from regpt.data.rows import Rows, StreamRows
 from regpt.data.stream import Span, document_starts, open_stream
-from regpt.evals.perplexity import LossSums, Validation, count_rows, sum_losses, validation_of
+from regpt.evals.perplexity import Validation, batch_losses, count_rows, loss_sums, validation_of
 from regpt.parallel.mesh import Mesh
 
 
@@ -106,13 +106,13 @@ def own_sums(
     device: torch.device,
     keep: Callable[[ValidationPart, Tensor], None] | None = None,
 ) -> Tensor:
-    """(parts, 13): `LossSums.pack` of each part, over this process's batches; `keep` gets what each of them gave."""
+    """(parts, 13): `loss_sums` of each part, over this process's batches; `keep` gets what each of them gave."""
     packed = []
     for part in parts:
-        sums = sum_losses(loss_sum, batches(part), byte_lengths, device)
-        if keep is not None and sums.each is not None:
-            keep(part, sums.each)
-        packed.append(sums.pack())
+        each = batch_losses(loss_sum, batches(part), byte_lengths, device)
+        if keep is not None:
+            keep(part, each)
+        packed.append(loss_sums(each))
     return torch.stack(packed)
 
 
@@ -133,7 +133,5 @@ def batch_items(part: ValidationPart, each: Tensor, micro_batch_rows: int, mesh:
 
 def result(parts: Sequence[ValidationPart], sums: Tensor) -> Validated:
     """From the sums (parts, 13) over all processes."""
-    named = {
-        part.name: validation_of(LossSums.unpack(row)) for part, row in zip(parts, sums) if part.name and part.n_rows
-    }
-    return Validated(validation_of(LossSums.unpack(sums.sum(dim=0))), named if len(named) > 1 else {})
+    named = {part.name: validation_of(row) for part, row in zip(parts, sums) if part.name and part.n_rows}
+    return Validated(validation_of(sums.sum(dim=0)), named if len(named) > 1 else {})

@@ -49,15 +49,10 @@ def parameter_groups(model: Transformer, config: OptimConfig) -> list[dict[str, 
                 f"optim.groups has the pattern {group.pattern!r}, which is the first match of no parameter; "
                 f"names are such as {next(name for name, _ in model.named_parameters())!r} (regpt inspect MODEL)"
             )
-    merged: list[dict[str, Any]] = []
+    merged: dict[tuple[tuple[str, Any], ...], list[Tensor]] = {}
     for group, own in zip(groups, members):
-        options = torch_options(group, config)
-        same = next((other for other in merged if other == options | {"params": other["params"]}), None)
-        if same is not None:
-            same["params"] += own
-        elif own:
-            merged.append({"params": own, **options})
-    return merged
+        merged.setdefault(tuple(torch_options(group, config).items()), []).extend(own)
+    return [{"params": own, **dict(options)} for options, own in merged.items() if own]
 
 
 def torch_options(group: OptimGroup, config: OptimConfig) -> dict[str, Any]:

@@ -34,12 +34,10 @@ class Peak:
 
     Attributes:
         flops: FLOP/s of one device.
-        measured: by a matrix product on this machine, for want of a data sheet.
         how: where the figure is from, in words.
     """
 
     flops: float
-    measured: bool
     how: str
 
     def __str__(self) -> str:
@@ -53,11 +51,11 @@ def device_peak(device: torch.device, precision: PrecisionName) -> Peak:
     sheet = device_figures(device)
     if sheet is not None:
         listed = sheet.mfu_precision(precision)
-        return Peak(sheet.peak(precision), False, f"data sheet of the {sheet.name}, dense {listed}")
+        return Peak(sheet.peak(precision), f"data sheet of the {sheet.name}, dense {listed}")
     n = SLOW_SIZE if (device.type, precision) == ("cpu", "fp16") else PRODUCT_SIZE.get(device.type, 1024)
     flops = matmul_flops(device, precision, n)
     threads = f", {counted(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
-    return Peak(flops, True, f"measured here: a {precision} product of {n} × {n} matrices on {device.type}{threads}")
+    return Peak(flops, f"measured here: a {precision} product of {n} × {n} matrices on {device.type}{threads}")
 
 
 def device_figures(device: torch.device) -> Device | None:

@@ -3,12 +3,10 @@
 import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import get_args
 
 import torch
 
-from regpt.errors import UsageError, nearest
-from regpt.train.config import InferencePrecision, PrecisionName
+from regpt.train.config import PrecisionName
 
 HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
@@ -28,13 +26,6 @@ def parameter_dtype(precision: PrecisionName) -> torch.dtype:
 def set_matmul_precision(precision: PrecisionName) -> None:
     """Allow TensorFloat-32 for the float32 matrix products of this process, or forbid it."""
     torch.set_float32_matmul_precision("high" if precision in ("tf32", *HALF_TYPES) else "highest")
-
-
-def check_inference_precision(name: str) -> None:
-    """Raise a UsageError unless a model can be used in the number format `name`."""
-    known = get_args(InferencePrecision)
-    if name not in known:
-        raise UsageError(f"precision is {name!r}{nearest(str(name), known)}; choose from {', '.join(known)}")
 
 
 @contextlib.contextmanager
