@@ -1,6 +1,6 @@
 """Does the curve look healthy? Rules with stated thresholds; each finding has its reason and an advice."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from math import log, sqrt
@@ -8,7 +8,7 @@ from statistics import fmean, median
 from typing import Literal
 
 from regpt.console.text import counted
-from regpt.report.read import RunData, number, section
+from regpt.report.read import Row, RunData, number, section
 from regpt.report.series import Column, column, smooth, smoothing_span
 
 MIN_ROWS = 20  # fewer are not judged
@@ -58,12 +58,11 @@ def examine(run: RunData) -> list[Finding]:
     """All findings, the worst first."""
     losses = column(run.train, "loss")
     known = [(row["step"], loss) for row, loss in zip(run.train, losses) if loss is not None]
-    found = [*not_finite(run, losses), *(Finding("note", "left out", one) for one in run.left_out)]
+    found: list[Finding] = [*not_finite(run, losses), *(Finding("note", "left out", one) for one in run.left_out)]
     if len(known) < MIN_ROWS:
         return [*found, Finding("note", "short", f"{counted(len(known), 'row')} of training loss are too few to judge")]
     curve = make_curve(known)
-    rules: list[Callable[[RunData, Curve], list[Finding]]] = [training, spikes, plateau, validation, repetition, gap]
-    for rule in [*rules, gradients, speed]:
+    for rule in (training, spikes, plateau, validation, repetition, gap, gradients, speed):
         found += rule(run, curve)
     if any(one.kind == "diverging" for one in found):  # explains what the gap would blame on the data
         found = [one for one in found if one.kind != "gap"]
@@ -96,81 +95,80 @@ def make_curve(known: list[tuple[int, float]]) -> Curve:
 # ---- the rules
 
 
-def not_finite(run: RunData, losses: Column) -> list[Finding]:
+def not_finite(run: RunData, losses: Column) -> Iterator[Finding]:
     bad = [row["step"] for row, loss in zip(run.train, losses) if loss is None and "loss" in row]
-    if not bad:
-        return []
-    return [Finding("bad", "not finite", f"the loss is not a number at {counted(len(bad), 'step')}, first {bad[0]:,}")]
+    if bad:
+        text = f"the loss is not a number at {counted(len(bad), 'step')}, first {bad[0]:,}"
+        yield Finding("bad", "not finite", text)
 
 
-def training(run: RunData, curve: Curve) -> list[Finding]:
+def training(run: RunData, curve: Curve) -> Iterator[Finding]:
     """Rising, not falling at all, or falling. Means of twentieths of the run are compared: a batch of one long
     document moves a smoothed line, too."""
     means = curve.means
     bends = [abs(means[i] - (means[i - 1] + means[i + 1]) / 2) for i in range(1, BLOCKS - 1)]
     noise = MAD * median(bends) / sqrt(1.5)  # a mean's own deviation; 1.5: the variance of such a difference
     best, at = min(means), means.index(min(means))
-    rise, best_step = means[-1] - best, curve.block(at)[1]
+    rise, best_step, first, end = means[-1] - best, curve.block(at)[1], curve.raw[0], curve.smoothed[-1]
+    size = number(section(run.config, "model").get("vocab_size"))
+    trained = run.env.get("init_from") or run.env.get("parent")  # its weights were trained before
+    from_scratch = not trained and (size is None or first > 0.8 * log(size))
     if rise > max(RISE, 6 * noise) and not validation_fell(run, best_step):
         word = "diverged" if rise > DIVERGED else "is rising"
         text = f"the training loss {word}: {best:.3f} about step {best_step:,}, {means[-1]:.3f} at the end"
-        return [Finding("bad", "diverging", f"{text}; a lower optim.lr or a longer warmup usually helps")]
-    end = curve.smoothed[-1]
-    fall = curve.raw[0] - best
-    size = number(section(run.config, "model").get("vocab_size"))
-    trained = run.env.get("init_from") or run.env.get("parent")  # its weights were trained before
-    from_scratch = not trained and (size is None or curve.raw[0] > 0.8 * log(size))
-    if from_scratch and fall < LEARNS * curve.raw[0]:
-        return [Finding("bad", "not learning", f"the training loss fell by {fall:.2f} only, from {curve.raw[0]:.2f}")]
-    tenth = curve.smoothed[-max(2, len(curve.smoothed) // 10)] - end
-    text = f"the training loss fell from {curve.raw[0]:.2f} to {end:.3f}"
-    still = f", by {tenth:.3f} over the last tenth" if tenth > 0.0005 else ", and has stopped falling"
-    return [Finding("good", "falling", text + still)]
+        yield Finding("bad", "diverging", f"{text}; a lower optim.lr or a longer warmup usually helps")
+    elif from_scratch and first - best < LEARNS * first:
+        yield Finding("bad", "not learning", f"the training loss fell by {first - best:.2f} only, from {first:.2f}")
+    else:
+        tenth = curve.smoothed[-max(2, len(curve.smoothed) // 10)] - end
+        still = f", by {tenth:.3f} over the last tenth" if tenth > 0.0005 else ", and has stopped falling"
+        yield Finding("good", "falling", f"the training loss fell from {first:.2f} to {end:.3f}{still}")
+
+
+def validation_losses(run: RunData) -> list[tuple[Row, float]]:
+    return [(row, loss) for row in run.val if (loss := number(row.get("loss"))) is not None]
 
 
 def validation_fell(run: RunData, since: int) -> bool:
     """Whether the validation loss has fallen since that step: then a training loss that rose read harder text."""
-    before = [loss for row in run.val if row["step"] <= since and (loss := number(row.get("loss"))) is not None]
-    after = [loss for row in run.val if row["step"] > since and (loss := number(row.get("loss"))) is not None]
-    return bool(before) and bool(after) and after[-1] < before[-1]
+    losses = validation_losses(run)
+    before = [loss for row, loss in losses if row["step"] <= since]
+    return bool(before) and len(losses) > len(before) and losses[-1][1] < before[-1]
 
 
-def spikes(run: RunData, curve: Curve) -> list[Finding]:
+def spikes(run: RunData, curve: Curve) -> Iterator[Finding]:
     """Single rows far above the line, after the first tenth; neighbours count as one."""
-    limit = max(SPIKE, 8 * curve.noise)
-    start = len(curve.raw) // 10
-    high = [i for i in range(max(1, start), len(curve.raw)) if curve.raw[i] - curve.smoothed[i - 1] > limit]
-    first = [i for i in high if i - 1 not in high]
-    if not first:
-        return []
-    worst = max(high, key=lambda i: curve.raw[i] - curve.smoothed[i - 1])
-    size = curve.raw[worst] - curve.smoothed[worst - 1]
-    where = f"the largest {size:.2f} above the line at step {curve.steps[worst]:,}"
-    return [Finding("note", "spikes", f"{counted(len(first), 'loss spike')}, {where}")]
+    above = {i: curve.raw[i] - curve.smoothed[i - 1] for i in range(max(1, len(curve.raw) // 10), len(curve.raw))}
+    high = [i for i, size in above.items() if size > max(SPIKE, 8 * curve.noise)]
+    if high:
+        worst, first = max(high, key=above.__getitem__), [i for i in high if i - 1 not in high]
+        where = f"the largest {above[worst]:.2f} above the line at step {curve.steps[worst]:,}"
+        yield Finding("note", "spikes", f"{counted(len(first), 'loss spike')}, {where}")
 
 
-def plateau(run: RunData, curve: Curve) -> list[Finding]:
+def plateau(run: RunData, curve: Curve) -> Iterator[Finding]:
     """Hardly any fall in the first tenth of the run, or in a later stretch, although much of it came afterwards."""
     means, best = curve.means, min(curve.means)
     advice = "a higher optim.lr or a shorter warmup may shorten it"
     whole = curve.raw[0] - best
     if whole > LEAST_FALL and curve.raw[0] - means[1] < FLAT_FALL * whole:
         text = f"a plateau at the start: after {counted(curve.block(1)[1], 'step')} the loss was still {means[1]:.2f}"
-        return [Finding("note", "plateau", f"{text}; {advice}")]
+        yield Finding("note", "plateau", f"{text}; {advice}")
+        return
     whole = means[0] - best
     for i in range(BLOCKS // 2):
         flat = abs(means[i] - means[i + FLAT_BLOCKS]) < FLAT_FALL * whole
         if whole > LEAST_FALL and flat and means[i + FLAT_BLOCKS] - best > LATER_FALL * whole:
             begin, end = curve.block(i)[0], curve.block(i + FLAT_BLOCKS)[1]
             text = f"a plateau: the loss stood near {means[i]:.2f} from step {begin:,} to {end:,}"
-            return [Finding("note", "plateau", f"{text}; {advice}")]
-    return []
+            yield Finding("note", "plateau", f"{text}; {advice}")
+            return
 
 
-def validation(run: RunData, curve: Curve) -> list[Finding]:
-    measured = [(row, loss) for row in run.val if (loss := number(row.get("loss"))) is not None]
+def validation(run: RunData, curve: Curve) -> Iterator[Finding]:
+    measured = validation_losses(run)
     if len(measured) < 2:
-        return []
+        return
     (best_row, best), (last_row, last) = min(measured, key=lambda one: one[1]), measured[-1]
     error = sqrt(sum((number(row.get("stderr")) or 0.0) ** 2 for row in (best_row, last_row)))
     if last - best > max(VAL_RISE, 2 * error):
@@ -178,11 +176,12 @@ def validation(run: RunData, curve: Curve) -> list[Finding]:
         fell = curve.smoothed[then] - curve.smoothed[-1]
         why = f" while the training loss fell by {fell:.3f}: it overfits" if fell > 0.02 else ""
         text = f"the validation loss has risen by {last - best:.3f} since step {best_row['step']:,}{why}"
-        return [Finding("bad", "validation rising", text)]
-    text = f"the validation loss ended at its best, {last:.3f}"
-    if f"{best:.3f}" != f"{last:.3f}":
-        text = f"the validation loss ended at {last:.3f}, near its best, {best:.3f} at step {best_row['step']:,}"
-    return [Finding("good", "validation", text)]
+        yield Finding("bad", "validation rising", text)
+    elif f"{best:.3f}" == f"{last:.3f}":
+        yield Finding("good", "validation", f"the validation loss ended at its best, {last:.3f}")
+    else:
+        near = f"near its best, {best:.3f} at step {best_row['step']:,}"
+        yield Finding("good", "validation", f"the validation loss ended at {last:.3f}, {near}")
 
 
 def epochs_read(run: RunData) -> float | None:
@@ -196,46 +195,42 @@ def epochs_read(run: RunData) -> float | None:
     return tokens / corpus if tokens and corpus else None
 
 
-def repetition(run: RunData, curve: Curve) -> list[Finding]:
-    epochs = epochs_read(run)
-    if epochs is None or epochs <= 1.05:
-        return []
+def repetition(run: RunData, curve: Curve) -> Iterator[Finding]:
+    epochs = epochs_read(run) or 0.0
     text = f"the training data were read {epochs:.1f} times"
     if epochs > EPOCHS:
-        return [Finding("note", "repeating", f"{text}; beyond {EPOCHS} epochs repeated data teach little")]
-    return [Finding("good", "repeating", f"{text}, which up to {EPOCHS} epochs is nearly as good as new data")]
+        yield Finding("note", "repeating", f"{text}; beyond {EPOCHS} epochs repeated data teach little")
+    elif epochs > 1.05:
+        yield Finding("good", "repeating", f"{text}, which up to {EPOCHS} epochs is nearly as good as new data")
 
 
-def gap(run: RunData, curve: Curve) -> list[Finding]:
-    last = next((loss for row in reversed(run.val) if (loss := number(row.get("loss"))) is not None), None)
-    if last is None or last - curve.smoothed[-1] <= GAP:
-        return []
-    text = f"validation lies {last - curve.smoothed[-1]:.2f} above training at the end"
-    return [Finding("note", "gap", f"{text}: repeated data, or validation text of another kind")]
+def gap(run: RunData, curve: Curve) -> Iterator[Finding]:
+    losses = validation_losses(run)
+    above = losses[-1][1] - curve.smoothed[-1] if losses else 0.0
+    if above > GAP:
+        text = f"validation lies {above:.2f} above training at the end"
+        yield Finding("note", "gap", f"{text}: repeated data, or validation text of another kind")
 
 
-def gradients(run: RunData, curve: Curve) -> list[Finding]:
+def gradients(run: RunData, curve: Curve) -> Iterator[Finding]:
     """Norms that grow, or that are clipped most of the time, once warmup is over."""
     warmup = number(section(run.config, "optim").get("warmup_steps")) or 0
     norms = [norm for row in run.train if row["step"] > warmup and (norm := number(row.get("grad_norm"))) is not None]
     if len(norms) < MIN_ROWS:
-        return []
-    found = []
+        return
     middle, end = median(norms[len(norms) // 3 : 2 * len(norms) // 3]), median(norms[-max(5, len(norms) // 10) :])
     if middle > 0 and end > GROWTH * middle:
-        found.append(Finding("bad", "gradient norm", f"the gradient norm grew from {middle:.2g} to {end:.2g}"))
+        yield Finding("bad", "gradient norm", f"the gradient norm grew from {middle:.2g} to {end:.2g}")
     clip = number(section(run.config, "train").get("grad_clip"))
     share = sum(norm > clip for norm in norms) / len(norms) if clip else 0.0
     if share > CLIPPED:
-        found.append(Finding("note", "clipping", f"gradients were clipped in {share:.0%} of the steps after warmup"))
-    return found
+        yield Finding("note", "clipping", f"gradients were clipped in {share:.0%} of the steps after warmup")
 
 
-def speed(run: RunData, curve: Curve) -> list[Finding]:
+def speed(run: RunData, curve: Curve) -> Iterator[Finding]:
     rates = [rate for rate in column(run.train, "tokens_per_s") if rate is not None]
     if len(rates) < MIN_ROWS:
-        return []
+        return
     usual, end = median(rates), median(rates[-max(5, len(rates) // 10) :])
-    if end >= SLOW * usual:
-        return []
-    return [Finding("note", "slower", f"the last tenth ran at {end / usual:.0%} of the usual throughput")]
+    if end < SLOW * usual:
+        yield Finding("note", "slower", f"the last tenth ran at {end / usual:.0%} of the usual throughput")

@@ -6,6 +6,7 @@ One run has a report; several runs are drawn over each other; two runs that were
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from string import Template
 
 import regpt
 from regpt.console.text import duration, si
@@ -75,45 +76,19 @@ def render(runs: Sequence[RunData], compared: RunComparison | None = None) -> st
 
 def document(title: str, head: str, above: str, below: str, data: Row) -> str:
     """A whole page: `head`, sections `above` the charts of `data` (see `charts`), and sections `below` them."""
-    main = (
-        '<main><noscript><p class="card note">The charts and samples need JavaScript.</p></noscript>'
-        f'{above}<section id="charts" aria-label="Charts"></section>'
-        f'<section id="samples" aria-label="Samples"></section>{below}</main>'
-        f"<footer>regpt {regpt.__version__} · charts by uPlot, under the MIT licence</footer>"
+    return Template(asset("page.html")).substitute(
+        title=text(title),
+        policy=POLICY,
+        style=asset("vendor/uPlot.min.css") + asset("report.css").rstrip(),
+        head=head,
+        above=above,
+        below=below,
+        version=regpt.__version__,
+        data=embed(data),
+        licence=asset("vendor/LICENSE-uPlot").rstrip(),
+        uplot=asset("vendor/uPlot.iife.min.js").rstrip(),
+        script="".join(map(asset, SCRIPTS)).rstrip(),
     )
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<meta name="color-scheme" content="light dark">
-<title>{text(title)} · regpt report</title>
-<link rel="icon" href="data:,">
-<style>
-{asset("vendor/uPlot.min.css")}
-{asset("report.css")}
-</style>
-</head>
-<body>
-{head}{main}
-<script type="application/json" id="data">{embed(data)}</script>
-<script>
-/*
-uPlot
-{asset("vendor/LICENSE-uPlot")}
-*/
-{asset("vendor/uPlot.iife.min.js")}
-</script>
-<script>
-(() => {{
-"use strict";
-{"".join(asset(name) for name in SCRIPTS)}
-}})();
-</script>
-</body>
-</html>
-"""
 
 
 def asset(name: str) -> str:
