@@ -49,7 +49,12 @@ def test_the_wheel_holds_every_file_of_the_package(wheel: Path):
         held = {name for name in archive.namelist() if name.startswith("regpt/")}
         licences = [name for name in archive.namelist() if "/licenses/" in name]
     assert held == package_files()
-    assert {"regpt/py.typed", "regpt/recipes/quickstart.toml", "regpt/report/report.css", "regpt/report/page.html"} <= held
+    assert {
+        "regpt/py.typed",
+        "regpt/recipes/quickstart.toml",
+        "regpt/report/report.css",
+        "regpt/report/page.html",
+    } <= held
     assert len(licences) == 2
 
 

@@ -109,8 +109,6 @@ def test_json_has_the_same(run, capsys):
     [
         (["-n", "0"], "at least 1"),
         (["--out", "x.pdf"], r"\.png or \.svg"),
-        (["--channels", "16", "--out", "x.png"], "channels 0 to 15"),
-        (["--channels", "1"], "give the picture's file with --out"),
         (["--matrix", "wpe.weight"], "give the picture's file with --out"),
     ],
 )
@@ -128,5 +126,5 @@ def test_the_lectures_matrix_is_drawn_or_that_of_the_only_block(n_layer: int, na
 
 def test_any_matrix_can_be_drawn(run, tmp_path):
     picture = tmp_path / "x.svg"
-    assert main([str(run), "--matrix", "h.0.mlp.c_fc.weight", "--channels", "0", "3", "--out", str(picture)]) == 0
+    assert main([str(run), "--matrix", "h.0.mlp.c_fc.weight", "--out", str(picture)]) == 0
     assert "h.0.mlp.c_fc.weight" in picture.read_text(encoding="utf-8")

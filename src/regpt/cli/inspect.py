@@ -16,15 +16,9 @@ from regpt.errors import UsageError
 from regpt.ranges import MANY, Range
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor
-
     from regpt.checkpoint.open import OpenModel
     from regpt.model.transformer import Transformer
-    from regpt.report.weights import Neighbour, Tensors
-
-LECTURE_CHANNELS = (150, 200, 250)
+    from regpt.report.weights import Tensors
 
 
 @dataclass(frozen=True)
@@ -38,9 +32,7 @@ class InspectArgs:
     n: Annotated[int, tyro.conf.arg(aliases=["-n"]), Range(1, MANY)] = 10
     """Nearest tokens shown."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png|.svg")] = None
-    """Draw the position embeddings, some of their channels and a corner of a matrix into this file."""
-    channels: tuple[int, ...] = ()
-    """Channels of the position embeddings to draw; default 150, 200 and 250 (the lecture's), where they exist."""
+    """Draw the position embeddings, three of their channels and a corner of a matrix into this file."""
     matrix: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """Matrix to draw; default the first of the second block (queries, keys and values) as in the lecture, or of the
     only block."""
@@ -56,11 +48,11 @@ def main(args: list[str]) -> int:
         from regpt.data.picture import check_picture
 
         check_picture(given.out)
-    elif given.matrix is not None or given.channels:
-        raise UsageError("--matrix and --channels say what to draw; give the picture's file with --out")
+    elif given.matrix is not None:
+        raise UsageError("--matrix names the matrix to draw; give the picture's file with --out")
     from regpt.checkpoint.open import open_model
     from regpt.model.weights import count_parameters, state_tensors
-    from regpt.report.weights import nearest_tokens, parameter_table, token_id
+    from regpt.report.weights import draw_weights, find_tensor, nearest_tokens, parameter_table, token_id
 
     opened = open_model(given.model)
     tensors = state_tensors(opened.model)
@@ -68,55 +60,29 @@ def main(args: list[str]) -> int:
     embedding = tensors[opened.model.token_embedding]  # (V, C)
     near = {text: nearest_tokens(embedding, opened.tokenizer, i, given.n) for text, i in ids.items()}
     if given.out is not None:
-        draw(given, opened.model, tensors)
+        name = given.matrix or first_matrix(opened.model)
+        positions = tensors.get(opened.model.position_embedding)
+        draw_weights(given.out, positions, (name, find_tensor(tensors, name)))
     table, total = parameter_table(tensors, every=given.all), count_parameters(opened.model)
     if given.json:
-        print_json(inspection(opened, table, total, near))
+        nearest = {text: [asdict(one) for one in found] for text, found in near.items()}
+        facts = {"source": opened.source, "step": opened.step, "parameters": total}
+        print_json(facts | {"tensors": [asdict(row) for row in table], "nearest": nearest})
         return 0
     print_parameters(opened, table, total)
     for text, found in near.items():
-        print_neighbours(text, ids[text], found)
+        print_line(f"\nnearest to {text!r} (token {ids[text]}), by the angle between embeddings")
+        rows = [[repr(one.text), str(one.id), f"{one.cosine:.4f}", f"{one.norm:.3f}"] for one in found]
+        print_rows(["token", "id", "cosine", "norm"], rows)
     if given.out is not None:
         print_line(f"\n{given.out}")
     return 0
-
-
-def draw(given: InspectArgs, model: Transformer, tensors: Mapping[str, Tensor]) -> None:
-    """The picture, with the lecture's choices where the model is large enough for them."""
-    from regpt.report.weights import draw_weights, find_tensor
-
-    assert given.out is not None
-    positions = tensors.get(model.position_embedding)
-    channels = given.channels
-    if positions is not None:
-        width = positions.size(1)
-        if not channels:
-            channels = LECTURE_CHANNELS if width > max(LECTURE_CHANNELS) else (width // 5, width // 4, width // 3)
-        for channel in channels:
-            if not 0 <= channel < width:
-                raise UsageError(f"--channels holds {channel}, the position embeddings have channels 0 to {width - 1}")
-    elif channels:
-        raise UsageError("--channels was given, and this model has no learned position embeddings; leave it out")
-    name = given.matrix or first_matrix(model)
-    draw_weights(given.out, positions, channels, (name, find_tensor(tensors, name)))
 
 
 def first_matrix(model: Transformer) -> str:
     """Name of the first matrix of the second block, or of the only one."""
     first = next(p for p in model.blocks[:2][-1].parameters() if p.dim() == 2)
     return next(name for name, p in model.named_parameters() if p is first)
-
-
-def inspection(
-    opened: OpenModel, table: list[Tensors], total: int, near: dict[str, list[Neighbour]]
-) -> dict[str, object]:
-    return {
-        "source": opened.source,
-        "step": opened.step,
-        "parameters": total,
-        "tensors": [asdict(row) | {"parameters": row.parameters} for row in table],
-        "nearest": {text: [asdict(one) for one in found] for text, found in near.items()},
-    }
 
 
 def print_parameters(opened: OpenModel, table: list[Tensors], total: int) -> None:
@@ -128,9 +94,3 @@ def print_parameters(opened: OpenModel, table: list[Tensors], total: int) -> Non
     ]
     print_line(f"{opened.source}{step}: {total:,} parameters")
     print_rows(["parameter", "shape", "values", "share", "mean", "std", "least", "greatest"], rows)
-
-
-def print_neighbours(text: str, token: int, found: list[Neighbour]) -> None:
-    print_line(f"\nnearest to {text!r} (token {token}), by the angle between embeddings")
-    rows = [[repr(one.text), str(one.id), f"{one.cosine:.4f}", f"{one.norm:.3f}"] for one in found]
-    print_rows(["token", "id", "cosine", "norm"], rows)

@@ -1,7 +1,7 @@
 """A model's weights: a table of its parameters, the tokens nearest to a token, pictures like the lecture's."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from regpt.data.picture import save_figure
 from regpt.errors import UserError, nearest
-from regpt.report.scaling_picture import save_figure
 from regpt.text.tokenizer import Tokenizer, quoted, with_bytes
 
 if TYPE_CHECKING:
@@ -20,19 +20,15 @@ if TYPE_CHECKING:
 
 BLOCK = re.compile(r"^(\w+)\.(\d+)\.(.+)$")
 CORNER = 300  # rows and columns of a matrix that are drawn (the lecture)
-COLOURS = ("#2563d9", "#c8480a", "#0b7f56", "#9333b8", "#a07100", "#c21f5b", "#0a7f9c", "#5d6672")
+COLOURS = ("#2563d9", "#c8480a", "#0b7f56")
+LECTURE_CHANNELS = (150, 200, 250)
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """A parameter, or the parameters of one name and shape in consecutive blocks.
+    """A parameter, or the `count` parameters of one name and `shape` in consecutive blocks (`h.0-11.mlp.weight`).
 
-    Attributes:
-        name: of the parameter; `h.0-11.mlp.weight` for twelve of them.
-        shape: of each.
-        count: how many.
-        mean, std: over all their values.
-        least, greatest: value.
+    `parameters` are all their values; `mean`, `std`, `least` and `greatest` are over them.
     """
 
     name: str
@@ -42,18 +38,14 @@ class Tensors:
     std: float
     least: float
     greatest: float
-
-    @property
-    def parameters(self) -> int:
-        return self.count * torch.Size(self.shape).numel()
+    parameters: int
 
 
 def parameter_table(tensors: Mapping[str, Tensor], *, every: bool = False) -> list[Tensors]:
     """The parameters in the model's order, those of equal name and shape in all blocks in one row unless `every`."""
     groups: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for name, tensor in tensors.items():
-        block = BLOCK.match(name)
-        key = name if every or block is None else f"{block[1]}.*.{block[3]}"
+        key = name if every else BLOCK.sub(r"\1.*.\3", name)
         groups.setdefault((key, tuple(tensor.shape)), []).append(name)
     return [describe_tensors(key, names, tensors) for (key, _), names in groups.items()]
 
@@ -63,21 +55,11 @@ def describe_tensors(key: str, names: list[str], tensors: Mapping[str, Tensor]) 
     n = sum(x.numel() for x in values)
     mean = sum(x.sum().item() for x in values) / n
     variance = sum((x - mean).square().sum().item() for x in values) / n
-    return Tensors(
-        name=key.replace("*", block_range(names)) if "*" in key else key,
-        shape=tuple(values[0].shape),
-        count=len(names),
-        mean=mean,
-        std=variance**0.5,
-        least=min(x.min().item() for x in values),
-        greatest=max(x.max().item() for x in values),
-    )
-
-
-def block_range(names: Iterable[str]) -> str:
-    """`0-11` of the blocks that `names` are in."""
-    numbers = [int(block[2]) for name in names if (block := BLOCK.match(name))]
-    return f"{min(numbers)}-{max(numbers)}" if len(numbers) > 1 else str(numbers[0])
+    blocks = [int(block[2]) for name in names if (block := BLOCK.match(name))]
+    span = f"{min(blocks)}-{max(blocks)}" if len(blocks) > 1 else "".join(map(str, blocks))
+    least, greatest = min(x.min().item() for x in values), max(x.max().item() for x in values)
+    shape = tuple(values[0].shape)
+    return Tensors(key.replace("*", span), shape, len(names), mean, variance**0.5, least, greatest, n)
 
 
 def find_tensor(tensors: Mapping[str, Tensor], name: str) -> Tensor:
@@ -136,10 +118,11 @@ def nearest_tokens(embedding: Tensor, tokenizer: Tokenizer, token: int, n: int) 
 # ---- pictures
 
 
-def draw_weights(path: Path, positions: Tensor | None, channels: Sequence[int], matrix: tuple[str, Tensor]) -> None:
+def draw_weights(path: Path, positions: Tensor | None, matrix: tuple[str, Tensor]) -> None:
     """Write the pictures to `path` (.png or .svg).
 
-    `positions` (T, C) is None for a model without learned positions; `channels` are columns of it.
+    `positions` (T, C) is None for a model without learned positions. Some of its channels are drawn as curves: the
+    lecture's where the model is large enough for them.
     """
     from matplotlib.figure import Figure
 
@@ -147,14 +130,20 @@ def draw_weights(path: Path, positions: Tensor | None, channels: Sequence[int], 
     figure = Figure(figsize=(4.8 * panels, 4.6), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
     if positions is not None:
-        values = positions.float().cpu().numpy()
+        values, width = positions.float().cpu().numpy(), positions.size(1)
         image(figure, axes[0], values, "position embeddings", "channel", "position")
-        draw_channels(axes[1], values, channels)
+        large = width > max(LECTURE_CHANNELS)
+        for channel, colour in zip(LECTURE_CHANNELS if large else (width // 5, width // 4, width // 3), COLOURS):
+            axes[1].plot(values[:, channel], color=colour, linewidth=0.9, label=f"channel {channel}")
+        axes[1].set_title("channels of the position embeddings", fontsize=9, loc="left")
+        axes[1].set_xlabel("position")
+        axes[1].spines[["top", "right"]].set_visible(False)
+        axes[1].legend(frameon=False, fontsize=8)
     name, weight = matrix
     corner = weight[:CORNER, :CORNER].float().cpu().numpy()
     rows, columns = corner.shape
-    whole = tuple(weight.shape) == corner.shape
-    title = name if whole else f"{name}, the first {rows} × {columns} of {weight.size(0)} × {weight.size(1)}"
+    part = f", the first {rows} × {columns} of {weight.size(0)} × {weight.size(1)}"
+    title = name if tuple(weight.shape) == corner.shape else name + part
     image(figure, axes[-1], corner, title, "in", "out")
     save_figure(figure, path)
 
@@ -167,12 +156,3 @@ def image(figure: "Figure", axes: "Axes", values: np.ndarray, title: str, x: str
     axes.set_title(title, fontsize=9, loc="left")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-
-
-def draw_channels(axes: "Axes", positions: np.ndarray, channels: Sequence[int]) -> None:
-    for i, channel in enumerate(channels):
-        axes.plot(positions[:, channel], color=COLOURS[i % len(COLOURS)], linewidth=0.9, label=f"channel {channel}")
-    axes.set_title("channels of the position embeddings", fontsize=9, loc="left")
-    axes.set_xlabel("position")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)

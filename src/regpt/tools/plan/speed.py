@@ -4,9 +4,9 @@ On a GPU: FLOPs and bytes counted on the model over the figures of the device th
 numbers after a measurement on another GPU or with other kernels, take the profile of `regpt bench train`;
 `python benchmarks/plan.py` prints planned and measured figures next to each other.
 
-On a CPU or Apple's GPU: two models of few layers run a few micro-batches and updates here; their difference is the cost
-of a layer, the rest that of the embedding and the head. Where a micro-batch would take long, fewer rows are timed, and
-time is taken to grow with them. A few seconds, whatever the size of the run.
+On a CPU, Apple's GPU or a GPU without a data sheet: two models of few layers run a few micro-batches and updates here;
+their difference is the cost of a layer, the rest that of the embedding and the head. Where a micro-batch would take
+long, fewer rows are timed, and time is taken to grow with them. A few seconds, whatever the size of the run.
 """
 
 import time
@@ -23,21 +23,17 @@ from regpt.kernels.select import ops_of
 from regpt.model.transformer import Transformer
 from regpt.model.weights import allocate, initialize, without_memory
 from regpt.parallel.mesh import choose_device
-from regpt.tools.measure import bandwidth_bytes, memory_bytes
+from regpt.tools.measure import memory_bytes
 from regpt.tools.plan.memory import PlannedStep
 from regpt.train.backend import make_loss_sum
 from regpt.train.config import OptimConfig, PrecisionName
 from regpt.train.devices import Device, device_by_name
 from regpt.train.optim import make_optimizer
-from regpt.train.peak import PRODUCT_SIZE, device_figures, device_peak, driver_name, matmul_flops, synchronize
+from regpt.train.peak import device_figures, device_peak, driver_name, synchronize
 from regpt.train.precision import HALF_TYPES, parameter_dtype
 from regpt.train.recompute import recompute_blocks
 
 # ---- the device
-
-
-LARGE_PRODUCT_SHARE = 0.78  # an 8192³ bfloat16 product on an H100 SXM: 768 of 989 TFLOP/s
-MEASURED = "measured here"
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,7 @@ class Target:
     Attributes:
         name: of the device.
         kind: gpu, cpu or mps.
-        figures: of a GPU: its data sheet's, or in their place what was measured.
+        figures: of a GPU with a data sheet.
         here: the device itself where it is part of this machine.
         memory: bytes that it has.
         peak: FLOP/s of which MFU is a share.
@@ -76,43 +72,16 @@ def planned_target(typed: str, device: str, precision: PrecisionName) -> Target:
             here = torch.device("cuda")
     else:
         here = choose_device(typed.lower() or device)
-        if here.type != "cuda":
-            return this_host(here, precision)
-        figures = device_figures(here) or measured_figures(here)
-    memory = memory_bytes(here) if here else figures.memory_gib * 2**30
-    how = figures.source if figures.source.startswith(MEASURED) else f"data sheet: {figures.source}"
-    return Target(figures.name, "gpu", figures, here, memory, figures.peak(precision), how)
-
-
-def measured_figures(here: torch.device) -> Device:
-    """Figures of a GPU without a data sheet: large products and copies on it, scaled up to what sheets promise."""
-
-    def rate(precision: str) -> float | None:
-        try:
-            return matmul_flops(here, precision, PRODUCT_SIZE["cuda"]) / LARGE_PRODUCT_SHARE / 1e12
-        except RuntimeError:  # not on this device
-            return None
-
-    rates = {name: rate(name) for name in ("fp32", "tf32", "bf16", "fp16", "fp8")}
-    major, minor = torch.cuda.get_device_capability(here)
-    return Device(
-        name=driver_name(here),
-        driver=(),
-        also=(),
-        capability=major + minor / 10,
-        **(rates | {"fp32": rates["fp32"] or 1.0}),  # type: ignore[arg-type]
-        memory_gib=memory_bytes(here) / 2**30,
-        bandwidth=bandwidth_bytes(here) / 1e9,
-        link=None,
-        source=f"{MEASURED}: products of {PRODUCT_SIZE['cuda']}² matrices and copies, no data sheet is known",
-    )
-
-
-def this_host(here: torch.device, precision: PrecisionName) -> Target:
-    """A CPU, or Apple's GPU, on which a step is timed."""
+        figures = device_figures(here) if here.type == "cuda" else None
+    if figures is not None:
+        memory = memory_bytes(here) if here else figures.memory_gib * 2**30
+        how = f"data sheet: {figures.source}"
+        return Target(figures.name, "gpu", figures, here, memory, figures.peak(precision), how)
+    assert here is not None
     peak = device_peak(here, precision)
-    name = driver_name(here) if here.type == "mps" else f"CPU with {counted(torch.get_num_threads(), 'thread')}"
-    return Target(name, here.type, device_figures(here), here, memory_bytes(here), peak.flops, peak.how)
+    name = f"CPU with {counted(torch.get_num_threads(), 'thread')}" if here.type == "cpu" else driver_name(here)
+    kind = "gpu" if here.type == "cuda" else here.type
+    return Target(name, kind, device_figures(here), here, memory_bytes(here), peak.flops, peak.how)
 
 
 # ---- time from figures
