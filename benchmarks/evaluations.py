@@ -37,6 +37,7 @@ from regpt.evals.items import read_items
 from regpt.evals.score import Scorer, Scores
 from regpt.hf.export import export_hf
 from regpt.model.config import ModelConfig
+from regpt.model.families import make_model
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
 from regpt.parallel.mesh import Mesh, open_mesh
@@ -124,7 +125,7 @@ def random_model(name: str) -> OpenModel:
     tokenizer = open_tokenizer(name)
     config = ModelConfig(n_layer=2, n_head=2, n_embd=64, vocab_size=tokenizer.n_vocab, max_seq_len=512)
     with torch.device("meta"):
-        model = Transformer(config)
+        model = make_model(config)
     return OpenModel(initialize(model.to_empty(device="cpu"), seed=1).eval(), tokenizer, None, "random")
 
 

@@ -34,6 +34,7 @@ from regpt.evals.specs import Spec
 from regpt.evals.suite import open_suites
 from regpt.evals.task import SUBSET_SEED, evaluate_task
 from regpt.model.config import ModelConfig
+from regpt.model.families import make_model
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
 from regpt.parallel.mesh import Mesh, choose_device
@@ -111,7 +112,7 @@ def open_given(name: str, device: torch.device) -> tuple[Transformer, Any]:
         opened = open_model(name, device)
         return opened.model, opened.tokenizer
     with torch.device("meta"):
-        model = Transformer(ModelConfig())
+        model = make_model(ModelConfig())
     return initialize(model.to_empty(device=device), seed=1).eval(), open_tokenizer("gpt2")
 
 

@@ -24,6 +24,7 @@ from regpt.kernels import triton_ops
 from regpt.kernels.attention import CudnnAttention, TorchAttention
 from regpt.kernels.cublaslt import Products
 from regpt.kernels.gpt2 import FusedGPT2
+from regpt.model.families import make_model
 from regpt.model.masks import CAUSAL, AttentionMask
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
@@ -157,7 +158,7 @@ def between(table: Table, N: int) -> None:
 
 
 def whole(table: Table, B: int) -> None:
-    model = Transformer(read_config("gpt2-124m").with_vocab_size().model).to(DEVICE)
+    model = make_model(read_config("gpt2-124m").with_vocab_size().model).to(DEVICE)
     initialize(model, 0)
     ids = (torch.rand(B, T + 1, device=DEVICE) ** 4 * N_VOCAB).long()
     idx, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()

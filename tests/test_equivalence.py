@@ -25,13 +25,13 @@ from regpt.checkpoint.load import checkpoint_folder
 from regpt.config import RunConfig
 from regpt.data.batch import IGNORE_INDEX, Batch
 from regpt.evals.score import Scorer
-from regpt.hf.gpt2 import WeightsFromHF, weights_to_hf
+from regpt.hf.families import WeightsFromHF, weights_to_hf
 from regpt.kernels.attention import TorchAttention
 from regpt.kernels.gpt2 import FusedGPT2
 from regpt.kernels.gpt2_fp8 import FusedGPT2FP8
 from regpt.kernels.select import ops_of
 from regpt.model.cache import KVCache
-from regpt.model.transformer import Transformer
+from regpt.model.families import make_model
 from regpt.model.weights import initialize, state_tensors
 from regpt.parallel.mesh import open_mesh
 from regpt.reference import gpt2
@@ -190,7 +190,7 @@ FP8_CONFIG = tiny.replace(tiny.CONFIG, n_head=2, n_embd=32)  # multiples of 16
 
 def linear_layers_in_fp8() -> list[tuple[Found, Found]]:
     def found(precision: PrecisionName) -> Found:
-        model = Transformer(FP8_CONFIG, ops_of(precision, tiny.CPU))
+        model = make_model(FP8_CONFIG, ops_of(precision, tiny.CPU))
         model = initialize(model, seed=1).to(parameter_dtype(precision))
         train = tiny.replace(tiny.TRAIN, precision=precision)
         return {
@@ -207,7 +207,7 @@ def evaluated_in_fp8() -> list[tuple[Found, Found]]:
 
     def found(precision: PrecisionName) -> Found:
         with autocast(precision, tiny.CPU):
-            return {"logits": initialize(Transformer(FP8_CONFIG, ops_of(precision, tiny.CPU)), seed=1)(idx)}
+            return {"logits": initialize(make_model(FP8_CONFIG, ops_of(precision, tiny.CPU)), seed=1)(idx)}
 
     return [(found("fp8"), found("bf16"))]
 

@@ -8,7 +8,7 @@ import torch
 
 from regpt.config import read_config, recipe_names
 from regpt.data.loader import check_batch
-from regpt.model.transformer import Transformer
+from regpt.model.families import make_model
 from regpt.model.weights import count_parameters
 from regpt.sample.generate import check_length, encode_prompt
 from regpt.text.open import open_tokenizer
@@ -33,7 +33,7 @@ def test_the_recipes_are_these():
 def test_a_recipe_can_be_built(name: str):
     config = read_config(name).with_vocab_size()
     with torch.device("meta"):
-        model = Transformer(config.model, pad_vocab=config.train.pad_vocab)
+        model = make_model(config.model, pad_vocab=config.train.pad_vocab)
         hidden = model.hidden(torch.zeros(1, config.data.seq_len, dtype=torch.int64))
     assert hidden.shape == (1, config.data.seq_len, config.model.n_embd)
     assert count_parameters(model) == PARAMETERS.get(name, count_parameters(model))

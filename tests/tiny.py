@@ -27,6 +27,7 @@ from regpt.data.config import DataConfig
 from regpt.data.loader import dropout_keys
 from regpt.evals.config import EvalConfig
 from regpt.model.config import ModelConfig
+from regpt.model.families import make_model
 from regpt.model.transformer import Transformer
 from regpt.model.weights import InitialWeights, load_weights, state_tensors, unpadded
 from regpt.parallel.mesh import Mesh
@@ -52,7 +53,7 @@ IMPORTS_COMPILER = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationW
 
 def build_model(*, pad_vocab: bool = True, dtype: torch.dtype = torch.float64, config: ModelConfig = CONFIG):
     """A model with weights larger than at initialisation, biases and LayerNorms too: every part has an effect."""
-    model = Transformer(config, pad_vocab=pad_vocab).to(dtype)
+    model = make_model(config, pad_vocab=pad_vocab).to(dtype)
     generator = torch.Generator().manual_seed(5)
     weights = {
         name: torch.randn(InitialWeights(model, 0).shapes[name], generator=generator, dtype=torch.float64) * 0.2

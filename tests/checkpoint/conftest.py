@@ -11,6 +11,7 @@ from regpt.checkpoint.load import checkpoint_folder
 from regpt.checkpoint.save import Contents, save_checkpoint
 from regpt.checkpoint.state import DataPosition, RunState
 from regpt.model.config import ModelConfig
+from regpt.model.families import make_model
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize, state_tensors
 from regpt.text.bpe import BPETokenizer, train_bpe
@@ -25,7 +26,7 @@ def tokenizer() -> BPETokenizer:
 
 @pytest.fixture
 def model() -> Transformer:
-    return initialize(Transformer(CONFIG), 1)
+    return initialize(make_model(CONFIG), 1)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from regpt.checkpoint.saver import Saver
 from regpt.errors import UserError
 from regpt.files import whole_folder
 from regpt.model.config import ModelConfig
-from regpt.model.transformer import Transformer
+from regpt.model.families import make_model
 from regpt.model.weights import load_weights, state_tensors
 
 FILES = ["manifest.json", "model.json", "model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json"]
@@ -49,9 +49,9 @@ def test_padding_rows_are_not_stored_and_come_back_as_zeros(tmp_path, save, mode
     assert model.wte.weight.size(0) == 384
     assert weights["wte.weight"].size(0) == 263
     assert "lm_head.weight" not in weights
-    loaded = load_weights(Transformer(model.config), weights)
+    loaded = load_weights(make_model(model.config), weights)
     assert loaded.wte.weight.equal(model.wte.weight)
-    unpadded = load_weights(Transformer(model.config, pad_vocab=False), weights)
+    unpadded = load_weights(make_model(model.config, pad_vocab=False), weights)
     assert unpadded.wte.weight.equal(model.wte.weight[:263])
 
 
@@ -269,7 +269,7 @@ def test_weights_of_another_shape_are_refused_by_name(tmp_path, save):
     weights = load_checkpoint(save(tmp_path, 1)).weights()
     wider = ModelConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=263, max_seq_len=37)
     with pytest.raises(UserError, match=r"'wte\.weight' has shape \(263, 27\).*this model needs \(263, 16\)"):
-        load_weights(Transformer(wider), weights)
+        load_weights(make_model(wider), weights)
 
 
 def test_a_model_json_that_describes_no_model_is_refused(tmp_path, save, monkeypatch):

@@ -14,6 +14,7 @@ from regpt.data.config import DataConfig
 from regpt.data.manifest import Manifest, Shard
 from regpt.errors import UsageError, UserError
 from regpt.model.config import ModelConfig
+from regpt.model.families import make_model
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
 from regpt.text.bpe import BPETokenizer, train_bpe
@@ -47,7 +48,7 @@ def tokens(tokenizer) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    return initialize(Transformer(MODEL), seed=1).eval()
+    return initialize(make_model(MODEL), seed=1).eval()
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +203,7 @@ def test_out_of_memory_names_what_to_try(run, monkeypatch, error):
 
 
 def test_damaged_weights_give_no_number(run, tmp_path, tokenizer):
-    model = initialize(Transformer(MODEL), seed=1)
+    model = initialize(make_model(MODEL), seed=1)
     model.wpe.weight.data[3] = math.nan
     folder = tiny.save_model(tmp_path / "nan", model, tokenizer)
     refused(

@@ -11,7 +11,7 @@ from hub_server import Server
 from regpt.cli.eval import main
 from regpt.hf.export import export_hf
 from regpt.model.config import ModelConfig
-from regpt.model.transformer import Transformer
+from regpt.model.families import make_model
 from regpt.model.weights import initialize
 from regpt.text.gpt2 import load_gpt2
 
@@ -29,7 +29,7 @@ def hub(tmp_path):
 
 def test_gpt2_is_fetched_from_the_hub_and_judged(hub, tmp_path, capsys):
     assert COMMAND in DOCUMENT.read_text(encoding="utf-8")
-    model = initialize(Transformer(ModelConfig(n_layer=1, n_head=2, n_embd=8)), seed=1)
+    model = initialize(make_model(ModelConfig(n_layer=1, n_head=2, n_embd=8)), seed=1)
     folder = export_hf(model, load_gpt2(), hub.root / "gpt2")
     items = tmp_path / "hellaswag_val.jsonl"
     rows = [{"ctx": f"The {k}th", "endings": [f"is {k * j}." for j in range(4)], "label": k % 4} for k in range(30)]

@@ -8,6 +8,7 @@ from regpt.data.batch import IGNORE_INDEX, Batch
 from regpt.errors import UsageError, UserError
 from regpt.evals.perplexity import Validation, batch_losses, count_rows, loss_sums, validation_of
 from regpt.model.config import ModelConfig
+from regpt.model.families import make_model
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
 from regpt.train.backend import make_loss_sum
@@ -19,7 +20,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def model() -> Transformer:
-    return initialize(Transformer(CONFIG), seed=1).double()
+    return initialize(make_model(CONFIG), seed=1).double()
 
 
 @pytest.fixture

@@ -12,8 +12,10 @@ from regpt.errors import UsageError
 from regpt.kernels import fp8
 from regpt.kernels.select import ops_of
 from regpt.model.config import ModelConfig
+from regpt.model.families import make_model
+from regpt.model.layers import Linear
 from regpt.model.ops import PLAIN
-from regpt.model.transformer import Linear, Transformer
+from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
 from regpt.train.config import OptimConfig, TrainConfig
 from regpt.train.recompute import recompute_blocks
@@ -182,7 +184,7 @@ class Rows(tiny.Rows):
 
 
 def build(precision: str) -> Transformer:
-    model = Transformer(CONFIG, ops_of(precision, tiny.CPU))
+    model = make_model(CONFIG, ops_of(precision, tiny.CPU))
     return initialize(model, seed=1).to(torch.float64 if precision == "fp64" else torch.float32)
 
 

@@ -14,6 +14,7 @@ from regpt.data.batch import Batch
 from regpt.kernels import fp8
 from regpt.kernels.cublaslt import Products
 from regpt.kernels.select import ops_of, select_kernels
+from regpt.model.families import make_model
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
 from regpt.tools.doctor.device import step_in
@@ -40,7 +41,7 @@ def fresh_compiler():
 
 
 def build(precision: str) -> Transformer:
-    return initialize(Transformer(CONFIG, ops_of(precision, DEVICE)).to(DEVICE), 0)
+    return initialize(make_model(CONFIG, ops_of(precision, DEVICE)).to(DEVICE), 0)
 
 
 def loss_of(model: Transformer, compile: bool = False, **options: bool) -> Callable[[Batch], Tensor]:

@@ -13,6 +13,7 @@ from regpt.kernels.attention import TorchAttention
 from regpt.kernels.gpt2 import FusedGPT2
 from regpt.kernels.gpt2_fp8 import FusedGPT2FP8
 from regpt.kernels.select import ops_of
+from regpt.model.families import make_model
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
 from regpt.train.backend import make_loss_sum
@@ -105,7 +106,7 @@ def rounded(model, rounding: Rounding) -> FusedGPT2FP8:
 
 def wider(precision: str) -> Transformer:
     ops = ops_of(precision, tiny.CPU)
-    return initialize(Transformer(replace(tiny.CONFIG, n_embd=64, n_head=4), ops), 0)
+    return initialize(make_model(replace(tiny.CONFIG, n_embd=64, n_head=4), ops), 0)
 
 
 def test_what_is_rounded_to_fp8_stays_within_its_bounds_and_learns_like_fp8_layers():

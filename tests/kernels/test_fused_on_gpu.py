@@ -13,6 +13,7 @@ from kernels.kept import Kept
 from regpt.data.batch import Batch
 from regpt.kernels.select import fused_loss, select_kernels
 from regpt.model.config import ModelConfig
+from regpt.model.families import make_model
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
 from regpt.train.backend import make_loss_sum
@@ -26,7 +27,7 @@ B, T = 6, 256
 
 
 def build() -> Transformer:
-    model = Transformer(CONFIG).to(DEVICE)
+    model = make_model(CONFIG).to(DEVICE)
     initialize(model, 0)
     return model
 

@@ -8,7 +8,7 @@ import tiny
 from regpt.errors import UsageError
 from regpt.kernels import select
 from regpt.kernels.select import select_kernels
-from regpt.model.transformer import Transformer
+from regpt.model.families import make_model
 
 DROPOUT = replace(tiny.CONFIG, dropout=0.1)
 
@@ -71,7 +71,7 @@ def test_what_the_fused_path_cannot_do_takes_the_plain_one(hopper, change, reaso
 def test_fp8_takes_the_fused_path_where_its_kernels_work(hopper, monkeypatch, n_embd, broken):
     tried = []
     monkeypatch.setattr(select, "rounding_obstacle", lambda device, width: tried.append((device, width)) or broken)
-    model = Transformer(replace(tiny.CONFIG, n_embd=n_embd, n_head=n_embd // 8))
+    model = make_model(replace(tiny.CONFIG, n_embd=n_embd, n_head=n_embd // 8))
     reason = "in FP8 the fused path needs n_embd to be a multiple of 16" if n_embd % 16 else broken
     chosen = select_kernels("auto", model, hopper, "fp8")
     assert chosen.name == ("fused" if reason is None else "plain")

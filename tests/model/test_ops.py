@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tiny
+from regpt.model.families import make_model
 from regpt.model.ops import (
     IGNORE_INDEX,
     PLAIN,
@@ -18,7 +19,6 @@ from regpt.model.ops import (
     linear,
     linear_cross_entropy,
 )
-from regpt.model.transformer import Transformer
 from regpt.model.weights import load_weights, state_tensors
 
 
@@ -124,7 +124,7 @@ def test_another_norm_is_one_function():
     def rms_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], weight, eps) + bias
 
-    model = Transformer(tiny.CONFIG, replace(PLAIN, layer_norm=rms_norm)).double()
+    model = make_model(tiny.CONFIG, replace(PLAIN, layer_norm=rms_norm)).double()
     load_weights(model, state_tensors(tiny.build_model()))
     idx, _ = tiny.Rows().rows(0)
     assert not torch.allclose(model(idx), tiny.build_model()(idx))

@@ -10,9 +10,9 @@ import tiny
 from regpt.data.batch import Batch
 from regpt.model.cache import KVCache
 from regpt.model.config import ModelConfig
+from regpt.model.families import make_model
 from regpt.model.masks import AttentionMask
 from regpt.model.ops import IGNORE_INDEX
-from regpt.model.transformer import Transformer
 from regpt.model.weights import count_parameters, initialize, state_tensors
 from regpt.train.backend import make_loss_sum
 
@@ -33,13 +33,13 @@ def tokens(*shape: int, vocab_size: int = tiny.CONFIG.vocab_size, seed: int = 1)
 def test_parameters_are_those_of_openais_models(size: str):
     n_layer, n_head, n_embd, parameters = SIZES[size]
     with torch.device("meta"):
-        model = Transformer(ModelConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd))
+        model = make_model(ModelConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd))
     assert count_parameters(model) == parameters
     assert model.head_weight.shape == (50304, n_embd)
 
 
 def test_parameters_have_gpt2s_names():
-    names = set(state_tensors(Transformer(tiny.CONFIG)))
+    names = set(state_tensors(make_model(tiny.CONFIG)))
     inside = ["ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"]
     layers = [f"h.{i}.{part}" for i in range(2) for part in inside] + ["ln_f"]
     assert names == {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")} | {
@@ -51,7 +51,7 @@ def test_parameters_have_gpt2s_names():
 def first_loss(config: ModelConfig, rows: int, seq_len: int) -> float:
     """Mean loss of independent random tokens at initialisation."""
     with torch.device("meta"):
-        model = Transformer(config)
+        model = make_model(config)
     model = initialize(model.to_empty(device="cpu"), seed=1)
     idx, targets = (tokens(rows, seq_len, vocab_size=config.vocab_size, seed=seed) for seed in (1, 2))
     with torch.no_grad():

@@ -8,6 +8,7 @@ import torch
 import tiny
 from regpt.errors import UserError
 from regpt.model.config import ModelConfig
+from regpt.model.families import make_model
 from regpt.model.transformer import Transformer
 from regpt.model.weights import count_parameters, initialize, load_weights, state_tensors
 
@@ -15,7 +16,7 @@ WIDE = ModelConfig(n_layer=8, n_head=4, n_embd=128, vocab_size=1000, max_seq_len
 
 
 def fresh(config: ModelConfig = tiny.CONFIG, seed: int = 7, **options) -> Transformer:
-    return initialize(Transformer(config, **options), seed)
+    return initialize(make_model(config, **options), seed)
 
 
 def assert_same(given: Transformer, expected: Transformer) -> None:
@@ -62,14 +63,14 @@ def test_initial_weights_do_not_depend_on_padding_or_what_the_process_did_before
 
 
 def test_initial_weights_do_not_touch_the_global_random_state():
-    model = Transformer(tiny.CONFIG)
+    model = make_model(tiny.CONFIG)
     before = torch.get_rng_state()
     initialize(model, 1)
     assert torch.get_rng_state().equal(before)
 
 
 def test_initial_weights_do_not_depend_on_the_default_dtype_or_device():
-    expected, model, on_meta = fresh(), Transformer(tiny.CONFIG), Transformer(tiny.CONFIG)
+    expected, model, on_meta = fresh(), make_model(tiny.CONFIG), make_model(tiny.CONFIG)
     torch.set_default_dtype(torch.float64)
     try:
         assert_same(initialize(model, 7), expected)
@@ -80,14 +81,14 @@ def test_initial_weights_do_not_depend_on_the_default_dtype_or_device():
 
 
 def test_a_float64_model_starts_from_the_same_float32_numbers():
-    double = initialize(Transformer(tiny.CONFIG).double(), 7)
+    double = initialize(make_model(tiny.CONFIG).double(), 7)
     assert double.wte.weight.dtype == torch.float64
     assert double.wte.weight.float().equal(fresh().wte.weight)
 
 
 def test_padding_rows_are_zero_also_in_memory_that_held_something_else():
     with torch.device("meta"):
-        model = Transformer(tiny.CONFIG)
+        model = make_model(tiny.CONFIG)
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         parameter.data.fill_(math.nan)
@@ -98,7 +99,7 @@ def test_padding_rows_are_zero_also_in_memory_that_held_something_else():
 
 def test_weights_out_and_in_again_are_the_same():
     model = fresh()
-    assert_same(load_weights(Transformer(tiny.CONFIG, pad_vocab=False), state_tensors(model)), model)
+    assert_same(load_weights(make_model(tiny.CONFIG, pad_vocab=False), state_tensors(model)), model)
     assert state_tensors(model)["wte.weight"].data_ptr() == model.wte.weight.data_ptr()  # views: no copy
 
 
@@ -113,7 +114,7 @@ def test_weights_that_do_not_fit_are_refused_by_name():
     ]
     for given, sentence in cases:
         with pytest.raises(UserError, match=sentence):
-            load_weights(Transformer(tiny.CONFIG), given)
+            load_weights(make_model(tiny.CONFIG), given)
 
 
 def test_parameters_are_counted_without_padding_and_the_tied_head_once():

@@ -6,7 +6,7 @@ import torch
 
 from regpt.errors import UserError
 from regpt.model.config import ModelConfig
-from regpt.model.transformer import Transformer
+from regpt.model.families import make_model
 from regpt.model.weights import initialize, load_weights, state_tensors, unpadded
 from regpt.reference import adamw, gpt2
 
@@ -26,7 +26,7 @@ def random_batch(rng, B=3, T=8, masked=0.3):
 
 
 def torch_model(params, pad_vocab):
-    model = Transformer(CONFIG, pad_vocab=pad_vocab).double()
+    model = make_model(CONFIG, pad_vocab=pad_vocab).double()
     return load_weights(model, {name: torch.from_numpy(p) for name, p in params.items()})
 
 
@@ -83,7 +83,7 @@ def test_logits_loss_and_gradients_are_those_of_the_torch_model(pad_vocab, maske
 
 def test_parameters_are_those_of_the_torch_model():
     shapes = gpt2.parameter_shapes(CONFIG.n_layer, CONFIG.n_embd, CONFIG.vocab_size, CONFIG.max_seq_len)
-    assert shapes == {name: tuple(p.shape) for name, p in state_tensors(Transformer(CONFIG)).items()}
+    assert shapes == {name: tuple(p.shape) for name, p in state_tensors(make_model(CONFIG)).items()}
 
 
 def test_the_key_bias_has_no_gradient():
@@ -150,7 +150,7 @@ def numpy_step(params, optimizer, micro_batches, lr, max_norm):
 def test_twenty_training_steps_stay_in_lockstep_with_torch():
     """Two micro-batches with unequal masks, global count, clipping, schedule and AdamW, in float64."""
     rng = np.random.default_rng(5)
-    model = initialize(Transformer(CONFIG), seed=5).double()
+    model = initialize(make_model(CONFIG), seed=5).double()
     groups = [
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},

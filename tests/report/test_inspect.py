@@ -9,7 +9,7 @@ from torch import Tensor
 from regpt.cli.inspect import first_matrix, main
 from regpt.errors import UsageError, UserError
 from regpt.model.config import ModelConfig
-from regpt.model.transformer import Transformer
+from regpt.model.families import make_model
 from regpt.model.weights import without_memory
 from regpt.report.weights import find_tensor, nearest_tokens, parameter_table, token_id
 from regpt.runs.pretrain import pretrain
@@ -120,7 +120,7 @@ def test_bad_arguments_are_one_sentence(run, args, words):
 @pytest.mark.parametrize(("n_layer", "name"), [(3, "h.1.attn.c_attn.weight"), (1, "h.0.attn.c_attn.weight")])
 def test_the_lectures_matrix_is_drawn_or_that_of_the_only_block(n_layer: int, name: str):
     with without_memory():
-        model = Transformer(ModelConfig(n_layer=n_layer, n_head=1, n_embd=8, vocab_size=9, max_seq_len=4))
+        model = make_model(ModelConfig(n_layer=n_layer, n_head=1, n_embd=8, vocab_size=9, max_seq_len=4))
     assert first_matrix(model) == name
 
 

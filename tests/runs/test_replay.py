@@ -14,7 +14,7 @@ from regpt.__main__ import main
 from regpt.checkpoint.load import checkpoint_folder
 from regpt.checkpoint.manifest import write_manifest
 from regpt.errors import UsageError
-from regpt.model.transformer import CausalSelfAttention
+from regpt.model.gpt2 import CausalSelfAttention
 from regpt.runs.pretrain import pretrain
 from regpt.runs.replay import replay
 

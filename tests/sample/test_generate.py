@@ -7,6 +7,7 @@ import torch
 
 from regpt.errors import UsageError, UserError
 from regpt.model.config import ModelConfig
+from regpt.model.families import make_model
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
 from regpt.sample.generate import check_length, generate, stream_sample, text_pieces, write_samples
@@ -42,7 +43,7 @@ class Letters:
 @pytest.fixture
 def model() -> Transformer:
     """Weights ten times the initial ones: attention then matters for which token is likeliest."""
-    model = initialize(Transformer(CONFIG), seed=1).double()
+    model = initialize(make_model(CONFIG), seed=1).double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("weight") and ".ln" not in name:
@@ -159,7 +160,7 @@ def test_it_runs_under_autocast(model):
 
 def test_padded_rows_of_the_vocabulary_are_never_drawn():
     """101 padded rows of logit 0 beside 27 real ones: nearly every draw would be one of them."""
-    model = initialize(Transformer(CONFIG, pad_vocab=True), seed=1)
+    model = initialize(make_model(CONFIG, pad_vocab=True), seed=1)
     text = generate(model, prompts(8, 2), 20, options=SamplingOptions(top_k=0), generator=generator())
     assert text.max() < CONFIG.vocab_size
 
@@ -235,7 +236,7 @@ def test_within_the_context_sliding_changes_nothing(model):
 def test_a_streamed_text_is_the_sample_in_whole_characters():
     tokenizer = open_tokenizer("bytes")
     config = ModelConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=257, max_seq_len=200)
-    drawn = initialize(Transformer(config), 3).eval()
+    drawn = initialize(make_model(config), 3).eval()
     text = "é🎭\ufffd中"
     stream_of = [*tokenizer.encode(text), *tokenizer.encode("中")[:2]]  # ends in two of three bytes
     pieces = list(text_pieces(tokenizer, stream_of[:1], stream_of[1:]))

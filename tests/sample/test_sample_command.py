@@ -10,6 +10,7 @@ import tiny
 from regpt.cli.sample import main
 from regpt.errors import UsageError, UserError
 from regpt.model.config import ModelConfig
+from regpt.model.families import make_model
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
 from regpt.sample.generate import write_samples
@@ -27,7 +28,7 @@ def tokenizer() -> BPETokenizer:
 @pytest.fixture(scope="module")
 def model(tokenizer) -> Transformer:
     config = ModelConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=tokenizer.n_vocab, max_seq_len=64)
-    return initialize(Transformer(config), seed=1).eval()
+    return initialize(make_model(config), seed=1).eval()
 
 
 @pytest.fixture(scope="module")

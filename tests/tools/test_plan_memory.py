@@ -15,7 +15,7 @@ from regpt.kernels.gpt2 import FusedGPT2
 from regpt.kernels.select import ops_of
 from regpt.model import head
 from regpt.model.config import ModelConfig
-from regpt.model.transformer import Transformer
+from regpt.model.families import make_model
 from regpt.model.weights import initialize
 from regpt.runs.plan import Room
 from regpt.tools.plan.memory import PlannedStep, chunk_of, cpu_memory, gpu_memory, shape_of, tensors
@@ -74,7 +74,7 @@ def peak_of_a_micro_batch(
     config: ModelConfig, rows: int, precision: str, *, checkpointing: bool = False, masked: bool = False
 ) -> int:
     """Most bytes allocated at once by forward and backward, gradients of an earlier micro-batch there already."""
-    model = initialize(Transformer(config, ops_of(precision, tiny.CPU)), 0)
+    model = initialize(make_model(config, ops_of(precision, tiny.CPU)), 0)
     if checkpointing:
         recompute_blocks(model)
     loss_sum = make_loss_sum(model, precision, tiny.CPU, False)  # type: ignore[arg-type]
@@ -131,7 +131,7 @@ def test_dropout_keeps_the_probabilities_of_attention_their_masks_and_those_of_r
     for dropout in (0.0, 0.1):
         config = replace(SMALL, dropout=dropout)
         predicted.append(tensors(step_of(config, "eager", "fp32"), 8)["activations"])
-        model = initialize(Transformer(config), 0)
+        model = initialize(make_model(config), 0)
         saved = tiny.SavedTensors(list(model.parameters()))
         with saved:
             make_loss_sum(model, "fp32", tiny.CPU, False)(batch_of(config, 8)._replace(dropout_keys=torch.arange(8)))
@@ -203,7 +203,7 @@ def kept_by_the_compiler(config: ModelConfig, rows: int, precision: str, masked:
         partition_fn=min_cut_rematerialization_partition,
         decompositions=select_decomp_table(),
     )
-    model = initialize(Transformer(config, ops_of(precision, tiny.CPU)), 0)
+    model = initialize(make_model(config, ops_of(precision, tiny.CPU)), 0)
     loss = torch.compile(make_loss_sum(model, precision, tiny.CPU, False), backend=backend, dynamic=False)  # type: ignore[arg-type]
     loss(batch_of(config, rows, masked=masked)).backward()
     return sum(kept.values())
@@ -224,7 +224,7 @@ def test_the_fused_path_keeps_what_its_states_hold():
 
 def kept_by_the_fused_path(config: ModelConfig, rows: int) -> int:
     """Bytes of the tensors in the state of one micro-batch, each memory once, what it was given left out."""
-    model = initialize(Transformer(config), 0)
+    model = initialize(make_model(config), 0)
     path = FusedGPT2(model, reference.products, TorchAttention(), reference, torch.bfloat16)
     path.copy_weights()
     tokens = torch.zeros(rows, config.max_seq_len, dtype=torch.int64)
@@ -311,7 +311,7 @@ def test_the_peak_on_a_gpu_is_within_ten_per_cent(path: str, rows: int):
     torch.cuda.reset_peak_memory_stats()
     config = ModelConfig(n_layer=6)
     with device:
-        model = initialize(Transformer(config), 0)
+        model = initialize(make_model(config), 0)
     kernels = "fused" if path == "fused" else "plain"
     loss_sum = make_loss_sum(model, "bf16", device, path == "compiled", kernels)
     optimizer = make_optimizer(model, OptimConfig(), device)

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tiny
-from regpt.hf.gpt2 import WeightsFromHF
-from regpt.model.transformer import Transformer
+from regpt.hf.families import WeightsFromHF
+from regpt.model.families import make_model
 from regpt.model.weights import load_weights
 from regpt.train.config import OptimConfig, TrainConfig
 from regpt.train.schedule import make_schedule
@@ -41,7 +41,7 @@ def test_twenty_updates_are_those_of_a_plain_loop_around_hugging_faces_model():
     )
     theirs = transformers.GPT2LMHeadModel(config).train()
     weights = {name: w for name, w in theirs.state_dict().items() if name != "lm_head.weight"}
-    ours = load_weights(Transformer(tiny.CONFIG), WeightsFromHF(weights))
+    ours = load_weights(make_model(tiny.CONFIG), WeightsFromHF(weights))
     optim = OptimConfig(lr=1e-2, warmup_steps=4, decay_steps=STEPS)
     loader = TwoBatches(micro_batch_rows=2)
     trainer = tiny.build_trainer(ours, loader, train=TrainConfig(steps=STEPS, precision="fp32"), optim=optim)

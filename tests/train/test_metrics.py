@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tiny
 from regpt.model.config import ModelConfig
-from regpt.model.transformer import Transformer
+from regpt.model.families import make_model
 from regpt.model.weights import without_memory
 from regpt.train.memory import peak_memory_gib
 from regpt.train.peak import flops_per_token
@@ -25,7 +25,7 @@ def test_flops_are_those_that_torch_counts():
 def test_flops_of_gpt2_124m():
     # 6 × 123,532,032 weights of matrix products (84,934,656 in the blocks, 38,597,376 in the head), 12·12·768·1024
     with without_memory():
-        model = Transformer(ModelConfig())
+        model = make_model(ModelConfig())
     assert flops_per_token(model, 1024) == 6 * 123_532_032 + 113_246_208
 
 

@@ -11,7 +11,7 @@ import tiny
 from regpt.config import RunConfig, read_config
 from regpt.errors import UsageError, UserError
 from regpt.model.config import ModelConfig
-from regpt.model.transformer import Transformer
+from regpt.model.families import make_model
 from regpt.reference import adamw
 from regpt.train.config import OptimConfig, OptimGroup
 from regpt.train.optim import load_optimizer, make_optimizer, optimizer_tensors, set_lr
@@ -26,7 +26,7 @@ from regpt.train.optim import load_optimizer, make_optimizer, optimizer_tensors,
 )
 def test_matrices_and_embeddings_decay_and_nothing_else(pad_vocab: bool, decayed: int):
     with torch.device("meta"):
-        model = Transformer(ModelConfig(), pad_vocab=pad_vocab)
+        model = make_model(ModelConfig(), pad_vocab=pad_vocab)
     one, two = make_optimizer(model, OptimConfig(weight_decay=0.1), torch.device("meta")).param_groups
     assert (two["weight_decay"], one["weight_decay"]) == (0.1, 0.0)
     assert (len(two["params"]), len(one["params"])) == (50, 98)

@@ -10,7 +10,7 @@ from torch import Tensor
 import tiny
 from kernels.paths import PATHS, loss_path
 from regpt.data.batch import Batch
-from regpt.model.transformer import Transformer
+from regpt.model.families import make_model
 from regpt.model.weights import initialize, load_weights, state_tensors
 from regpt.train.average import Average
 from regpt.train.trainer import Trainer
@@ -42,7 +42,7 @@ def test_the_loss_follows_whoever_writes_the_weights(path: str):
     def fresh() -> Tensor:
         trainer.gradients()
         loss = tiny.loss_sum_of(trainer)(Batch(*tiny.Rows().rows(0)))
-        other = Transformer(model.config, pad_vocab=True).double()
+        other = make_model(model.config, pad_vocab=True).double()
         expected = loss_path("plain", load_weights(other, state_tensors(model)))(Batch(*tiny.Rows().rows(0)))
         torch.testing.assert_close(loss, expected, rtol=CLOSE, atol=0, equal_nan=True)
         return loss.detach()

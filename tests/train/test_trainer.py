@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import tiny
 from regpt.data.batch import IGNORE_INDEX, Batch
 from regpt.errors import UserError
+from regpt.model.families import make_model
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize, state_tensors
 from regpt.train.backend import make_loss_sum
@@ -35,7 +36,7 @@ def number(row: Row, key: str) -> float:
 
 
 def test_one_batch_is_learnt_by_heart():
-    model = initialize(Transformer(tiny.CONFIG), seed=1)
+    model = initialize(make_model(tiny.CONFIG), seed=1)
     optim = OptimConfig(lr=1e-2, schedule="constant", warmup_steps=10, weight_decay=0.0)
     trainer = tiny.build_trainer(model, Same(), train=TrainConfig(precision="fp32"), optim=optim)
     losses = [number(tiny.update(trainer), "loss") for _ in range(120)]
@@ -133,7 +134,7 @@ class Shifted(tiny.Rows):
 
 
 def copied(model: Transformer) -> Transformer:
-    copy = Transformer(model.config).double()
+    copy = make_model(model.config).double()
     copy.load_state_dict(model.state_dict())
     return copy
 

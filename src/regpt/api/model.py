@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
@@ -15,10 +17,9 @@ from regpt.api.arguments import checked
 from regpt.checkpoint.open import OpenModel, open_model
 from regpt.data.batch import Batch
 from regpt.errors import UsageError, UserError
-from regpt.hf.gpt2 import config_to_hf, weights_to_hf
+from regpt.hf.export import write_model
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
-from regpt.model.weights import state_tensors
 from regpt.parallel.mesh import choose_device
 from regpt.sample.generate import stream_sample, write_samples
 from regpt.sample.sampling import SamplingOptions
@@ -28,7 +29,7 @@ from regpt.train.config import InferencePrecision
 from regpt.train.precision import autocast, matmul_precision, parameter_dtype
 
 if TYPE_CHECKING:
-    from transformers import GPT2LMHeadModel
+    from transformers import PreTrainedModel
 
 PastContext = Literal["refuse", "slide"]
 Ids = Sequence[int] | Sequence[Sequence[int]] | np.ndarray | Tensor
@@ -189,21 +190,19 @@ class LanguageModel:
                     total += loss_sum(Batch(part[None, :-1], part[None, 1:])).item()
         return total / (len(ids) * n)
 
-    def to_hf(self) -> GPT2LMHeadModel:
+    def to_hf(self) -> PreTrainedModel:
         """The same model for `transformers`, on the CPU in float32: its logits are equal within rounding.
 
         Raises:
             UserError: transformers is not installed.
         """
         try:
-            from transformers import GPT2Config, GPT2LMHeadModel
+            from transformers import AutoModelForCausalLM
         except ImportError:
             raise UserError("transformers is not installed; install it with: pip install transformers") from None
-        theirs = GPT2LMHeadModel(GPT2Config(**hf_settings(self.config, self.tokenizer.eot)))
-        weights = {name: tensor.float().cpu() for name, tensor in weights_to_hf(state_tensors(self.module)).items()}
-        theirs.load_state_dict(weights, strict=False)  # the tied head is stored once
-        theirs.tie_weights()
-        return theirs.eval()
+        with tempfile.TemporaryDirectory() as folder:
+            write_model(self.module, self.tokenizer.eot, Path(folder))
+            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     def ids(self, given: Any) -> Tensor:
         """Token ids, (T,) or (B, T), as int64 on the model's device."""
@@ -229,10 +228,3 @@ class LanguageModel:
     def __repr__(self) -> str:
         shape = ", ".join(f"{name} {getattr(self.config, name)}" for name in ("n_layer", "n_head", "n_embd"))
         return f"<LanguageModel {self.source!r}: {shape}, {self.tokenizer.name}, on {self.device}>"
-
-
-def hf_settings(config: ModelConfig, eot: int) -> dict[str, Any]:
-    """Arguments of `GPT2Config`: the contents of config.json less what names the class."""
-    return {
-        key: value for key, value in config_to_hf(config, eot).items() if key not in ("architectures", "model_type")
-    }

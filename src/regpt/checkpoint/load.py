@@ -30,7 +30,7 @@ from regpt.console.lines import print_note
 from regpt.errors import UserError
 from regpt.files import SUCCESSOR, identity, is_folder, unless_gone
 from regpt.model.config import ModelConfig
-from regpt.model.transformer import Transformer
+from regpt.model.families import make_model
 from regpt.model.weights import InitialWeights, without_memory
 from regpt.structured import read_object
 from regpt.tensors import REMEDY, TensorFiles
@@ -235,7 +235,7 @@ def refuse_disagreement(checkpoint: Checkpoint) -> None:
     if blocks > len(stored):  # thousands of blocks take seconds to describe
         raise damaged(checkpoint.folder / MODEL, f"asks for {blocks:,} blocks, there are {len(stored):,} tensors")
     with without_memory():
-        shapes = InitialWeights(Transformer(checkpoint.config), seed=0).shapes
+        shapes = InitialWeights(make_model(checkpoint.config), seed=0).shapes
     for stem, complete in ((WEIGHTS, True), (AVERAGE, False)):  # what does not learn has no average
         stored = checkpoint.tensors(stem).shape_of
         for name, shape in shapes.items():

@@ -19,6 +19,7 @@ from regpt.files import exists, is_file, is_folder, unless_gone
 from regpt.hf.folder import CONFIG, hf_config, hf_tokenizer, hf_weights
 from regpt.hf.hub import SHORT_NAMES, download_model, repository
 from regpt.model.config import ModelConfig
+from regpt.model.families import make_model
 from regpt.model.transformer import Transformer
 from regpt.model.weights import allocate, load_weights, without_memory
 from regpt.remote import is_address
@@ -115,7 +116,7 @@ def open_hf(folder: Path, source: str, device: torch.device | str) -> OpenModel:
 def build(config: ModelConfig, weights: Mapping[str, Tensor], device: torch.device | str, source: str) -> Transformer:
     """A model of shape `config` on `device`, filled tensor by tensor, so that the weights are in memory once."""
     with without_memory():
-        model = Transformer(config)
+        model = make_model(config)
     try:
         return load_weights(allocate(model, device), weights).eval()
     except UserError as error:

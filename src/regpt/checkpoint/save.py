@@ -1,7 +1,7 @@
 """Write a checkpoint, whole or not at all."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -69,7 +69,7 @@ def save_checkpoint(folder: Path, contents: Contents, max_file_bytes: int = MAX_
     """
     finish_replacements(folder.parent)
     with whole_folder(folder) as temporary:
-        write_json(temporary / MODEL, {"format_version": FORMAT_VERSION, **asdict(contents.config)})
+        write_json(temporary / MODEL, {"format_version": FORMAT_VERSION, **contents.config.stored()})
         write_text(temporary / TOKENIZER, contents.tokenizer.to_json())
         write_divided(temporary, WEIGHTS, contents.weights, max_file_bytes)
         write_divided(temporary, OPTIMIZER, contents.optimizer, max_file_bytes)

@@ -209,10 +209,10 @@ def sample_main(args: list[str]) -> int:
 def open_or_make(name: str, device: torch.device) -> Transformer:
     """The model `name`; for a recipe's name, its model with random weights."""
     from regpt.checkpoint.open import open_model
-    from regpt.model.transformer import Transformer
+    from regpt.model.families import make_model
     from regpt.model.weights import initialize
 
     if name not in recipe_names():
         return open_model(name, device).model
     config = read_config(name).with_vocab_size()
-    return initialize(Transformer(config.model).to(device), config.train.seed).eval()
+    return initialize(make_model(config.model).to(device), config.train.seed).eval()

@@ -97,13 +97,13 @@ def planned(given: ScalingArgs) -> tuple[float, float] | None:
         return None if given.parameters is None or given.tokens is None else (given.parameters, given.tokens)
 
     from regpt.config import read_config
-    from regpt.model.transformer import Transformer
+    from regpt.model.families import make_model
     from regpt.model.weights import count_parameters, without_memory
     from regpt.report.scaling import non_embedding
 
     config = read_config(given.predict).with_vocab_size()
     with without_memory():
-        total = float(count_parameters(Transformer(config.model)))
+        total = float(count_parameters(make_model(config.model)))
     parameters = total if given.count == "total" else non_embedding(total, asdict(config.model))
     return parameters, given.tokens or float(config.train.steps * config.train.batch_tokens)
 

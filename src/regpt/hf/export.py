@@ -8,8 +8,8 @@ from typing import Any
 
 from regpt.errors import UserError
 from regpt.files import exists, is_folder, resolved, whole_folder, write_json, write_text
+from regpt.hf.families import config_to_hf, weights_to_hf
 from regpt.hf.folder import CONFIG, TOKENIZER, WEIGHTS
-from regpt.hf.gpt2 import config_to_hf, weights_to_hf
 from regpt.model.transformer import Transformer
 from regpt.model.weights import state_tensors
 from regpt.tensors import write_tensors
@@ -30,11 +30,16 @@ def export_hf(model: Transformer, tokenizer: Tokenizer, folder: Path) -> Path:
             f"{str(folder)!r} exists and is not empty, an export needs a new folder; choose another --out or delete it"
         )
     with whole_folder(folder) as temporary:
-        write_json(temporary / CONFIG, config_to_hf(model.config, tokenizer.eot))
-        write_tensors(temporary / WEIGHTS, weights_to_hf(state_tensors(model)))
+        write_model(model, tokenizer.eot, temporary)
         write_text(temporary / TOKENIZER, tokenizer_json(tokenizer))
         write_json(temporary / "tokenizer_config.json", tokenizer_config(model.config.max_seq_len))
     return folder
+
+
+def write_model(model: Transformer, eot: int, folder: Path) -> None:
+    """Configuration and weights of `model` in `folder`; `eot` is the id of the token that ends a text."""
+    write_json(folder / CONFIG, config_to_hf(model.config, eot))
+    write_tensors(folder / WEIGHTS, weights_to_hf(state_tensors(model), model.config.family))
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> str:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from regpt.errors import UserError
 from regpt.files import is_file
-from regpt.hf.gpt2 import WeightsFromHF, config_from_hf
+from regpt.hf.families import WeightsFromHF, config_from_hf
 from regpt.model.config import ModelConfig
-from regpt.model.transformer import Transformer
+from regpt.model.families import make_model
 from regpt.model.weights import count_parameters, without_memory
 from regpt.structured import read_object
 from regpt.tensors import REMEDY, TensorFiles, find_divided
@@ -48,14 +48,14 @@ def hf_weights(folder: Path, config: ModelConfig, n_vocab: int | None = None) ->
             "model"
         )
     try:
-        return WeightsFromHF(files, config.vocab_size, n_vocab)
+        return WeightsFromHF(files, config.vocab_size, n_vocab, family=config.family, tied=config.tie_embeddings)
     except UserError as error:
         raise UserError(f"model {str(folder)!r} cannot be read: {error}") from None
 
 
 def parameters_of(config: ModelConfig) -> int:
     with without_memory():
-        return count_parameters(Transformer(config))
+        return count_parameters(make_model(config))
 
 
 def weight_files(folder: Path) -> list[Path]:

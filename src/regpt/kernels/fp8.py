@@ -33,7 +33,7 @@ class Rounded:
     scale: Tensor
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (…, C) · weightᵀ (C, F) + bias (F,), as `model.ops.linear`, all three products of a training step in FP8.
 
     Without gradients, or for sizes that are not multiples of 16, it is the plain layer: validation, sampling and tasks
@@ -58,23 +58,24 @@ class LinearFP8(torch.autograd.Function):
     """x (N, C), weight (F, C), bias (F,) → (N, F); N, C, F multiples of 16. The backward keeps one byte a number."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x8, x_scale = quantized(x, E4M3)
         w8, w_scale = quantized(weight, E4M3)
         ctx.save_for_backward(x8, x_scale, w8, w_scale)
-        ctx.dtypes = x.dtype, weight.dtype, bias.dtype
-        return product(x8, w8, x_scale, w_scale, torch.bfloat16, bias=bias.to(torch.bfloat16), fast=True)
+        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        added = None if bias is None else bias.to(torch.bfloat16)
+        return product(x8, w8, x_scale, w_scale, torch.bfloat16, bias=added, fast=True)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x8, x_scale, w8, w_scale = ctx.saved_tensors
         x_dtype, w_dtype, b_dtype = ctx.dtypes
         dy8, dy_scale = quantized(dy, E5M2)  # (N, F)
         dx = product(dy8, transposed(w8), dy_scale, w_scale, torch.bfloat16)  # (N, C)
         dw = product(transposed(dy8), transposed(x8), dy_scale, x_scale, torch.float32)  # (F, C)
-        db = dy.sum(0, dtype=torch.float32)
-        return dx.to(x_dtype), dw.to(w_dtype), db.to(b_dtype)
+        db = None if b_dtype is None else dy.sum(0, dtype=torch.float32).to(b_dtype)
+        return dx.to(x_dtype), dw.to(w_dtype), db
 
 
 def quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

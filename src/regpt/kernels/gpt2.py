@@ -28,9 +28,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regpt.model.gpt2 import Block, CausalSelfAttention
 from regpt.model.masks import AttentionMask
 from regpt.model.ops import IGNORE_INDEX
-from regpt.model.transformer import NORM_EPS, Block, CausalSelfAttention, Transformer
+from regpt.model.transformer import Transformer
+
+NORM_EPS = 1e-5  # the value in OpenAI's code
 
 
 @dataclass

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from regpt.kernels.config import FP8_MULTIPLE
 from regpt.kernels.fp8 import E4M3, E5M2, Rounded
-from regpt.kernels.gpt2 import BlockState, FusedGPT2
+from regpt.kernels.gpt2 import NORM_EPS, BlockState, FusedGPT2
+from regpt.model.gpt2 import Block
 from regpt.model.masks import AttentionMask
-from regpt.model.transformer import NORM_EPS, Block, Transformer
+from regpt.model.transformer import Transformer
 
 # Bounds of products grow by the rounding of their operands: e4m3 by up to 2⁻⁴, e5m2 by 2⁻³, sums and bfloat16 by less.
 FORWARD_MARGIN = (1 + 2**-4) ** 2 * 1.02

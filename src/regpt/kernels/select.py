@@ -13,6 +13,7 @@ from torch import Tensor
 from regpt.errors import UsageError, UserError
 from regpt.kernels import fp8
 from regpt.kernels.config import FP8_MULTIPLE, KernelsName
+from regpt.model.config import ModelConfig
 from regpt.model.ops import PLAIN, Ops
 from regpt.model.transformer import Transformer
 
@@ -135,7 +136,12 @@ class FusedFamily:
 
 
 def gpt2_obstacle(model: Transformer, precision: str) -> str | None:
-    config = model.config
+    config, standard = model.config, ModelConfig().resolved()
+    for name in ("activation", "bias", "norm_eps", "tie_embeddings", "attention_scale_by_layer"):
+        if (value := getattr(config.resolved(), name)) != getattr(standard, name):
+            return f"the fused path computes model.{name} = {getattr(standard, name)!r}, the model has {value!r}"
+    if config.resolved().n_inner != 4 * config.n_embd:
+        return f"the fused path computes MLPs of 4 n_embd, model.n_inner is {config.n_inner}"
     if config.dropout:
         return f"the fused path computes no dropout, model.dropout is {config.dropout}"
     if precision not in ("bf16", "fp8"):

@@ -14,7 +14,8 @@ class KVCache:
     """
 
     def __init__(self, config: ModelConfig, batch: int, capacity: int, *, device: torch.device, dtype: torch.dtype):
-        shape = (config.n_layer, batch, config.n_head, capacity, config.n_embd // config.n_head)  # (L, B, H, S, D)
+        config = config.resolved()
+        shape = (config.n_layer, batch, config.n_kv_head, capacity, config.head_size)  # (L, B, G, S, D)
         self.k = torch.empty(shape, device=device, dtype=dtype)
         self.v = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
@@ -24,7 +25,7 @@ class KVCache:
         return self.k.size(-2)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store `k` and `v` (B, H, T, D) after the tokens of `layer`; return all of them, (B, H, S, D) views.
+        """Store `k` and `v` (B, G, T, D) after the tokens of `layer`; return all of them, (B, G, S, D) views.
 
         Raises:
             ValueError: another number of sequences, or more positions than fit.

@@ -1,7 +1,7 @@
 """The shape of a model: everything that is needed to build it, nothing about how it is trained."""
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
 from regpt.errors import UsageError
 from regpt.ranges import Range, check_ranges
@@ -11,6 +11,43 @@ LARGEST_SIZE = 1 << 24
 LARGEST_DEPTH = 1 << 12
 GPT2_VOCAB_SIZE = 50257  # Radford et al. 2019, section 2.3
 
+FamilyName = Literal["gpt2", "llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3", "gpt_neox"]
+ActivationName = Literal["gelu_tanh", "gelu", "relu", "silu"]
+BiasName = Literal["all", "attention", "qkv", "mlp", "none"]
+RopeType = Literal["default", "linear", "llama3"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What all models of a family share, and what its members have unless their configuration states otherwise.
+
+    Attributes:
+        activation, bias: defaults of the fields of `ModelConfig`.
+        gated: MLPs multiply the activation by a second product (Shazeer 2020).
+        rotary: positions by rotation (Su et al. 2021) instead of a learned embedding.
+        qk_norm: RMSNorm of queries and keys before the rotation: of each head, or of all heads together.
+        norm_after: norms at the output of attention and MLP instead of their input (OLMo et al. 2024, section 3.2).
+    """
+
+    activation: ActivationName = "silu"
+    bias: BiasName = "none"
+    gated: bool = True
+    rotary: bool = True
+    qk_norm: Literal["", "head", "all"] = ""
+    norm_after: bool = False
+
+
+FAMILIES: dict[str, Family] = {
+    "gpt2": Family("gelu_tanh", "all", gated=False, rotary=False),
+    "llama": Family(),  # Llama 2 to 3.3, SmolLM 2
+    "mistral": Family(),
+    "qwen2": Family(bias="qkv"),
+    "qwen3": Family(qk_norm="head"),
+    "olmo2": Family(qk_norm="all", norm_after=True),
+    "smollm3": Family(),
+    "gpt_neox": Family("gelu", "all", gated=False),  # Pythia
+}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -18,22 +55,57 @@ class ModelConfig:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    family: Literal["gpt2"] = "gpt2"
+    family: FamilyName = "gpt2"
     """Architecture."""
     n_layer: Annotated[int, Range(1, LARGEST_DEPTH)] = 12
     """Transformer blocks."""
     n_head: Annotated[int, Range(1, LARGEST_SIZE)] = 12
-    """Attention heads; must divide n_embd."""
+    """Attention heads; must divide n_embd, unless head_size is given."""
     n_embd: Annotated[int, Range(1, LARGEST_SIZE)] = 768
     """Width of the residual stream."""
     vocab_size: Annotated[int, Range(0, LARGEST_SIZE)] = GPT2_VOCAB_SIZE
     """The tokenizer's real vocabulary size; padding for speed is derived, never stored. 0, in the configuration of a
     run: that of the data."""
     max_seq_len: Annotated[int, Range(1, LARGEST_SIZE)] = 1024
-    """Learned positions: the longest sequence that the model reads."""
+    """Positions: the longest sequence that the model reads."""
     dropout: Annotated[float, Range(0, 1, below=True)] = 0.0
     """Rate of dropout in training: of attention's probabilities, of what each block adds, of the embeddings (Radford et
     al. 2018, section 4.1, has 0.1; from GPT-2's size on 0 is usual)."""
+    n_kv_head: Annotated[int, Range(0, LARGEST_SIZE)] = 0
+    """Heads of keys and values, each shared by n_head / n_kv_head queries (Ainslie et al. 2023); 0: n_head."""
+    head_size: Annotated[int, Range(0, LARGEST_SIZE)] = 0
+    """Width of a head; 0: n_embd / n_head."""
+    n_inner: Annotated[int, Range(0, LARGEST_SIZE)] = 0
+    """Width of the MLP; 0: 4 n_embd, for gated MLPs two thirds of that, rounded up to a multiple of 256."""
+    activation: Literal["", ActivationName] = ""
+    """Activation of the MLP; empty: the family's."""
+    bias: Literal["", BiasName] = ""
+    """Which linear layers have biases; empty: the family's. In GPT-2 `none` leaves out those of LayerNorms too."""
+    norm_eps: Annotated[float, Range(0, 1)] = 1e-5
+    """Added to the variance in norms."""
+    tie_embeddings: bool = True
+    """The head is the transposed token embedding (Press & Wolf 2017)."""
+    attention_scale_by_layer: bool = False
+    """GPT-2: divide the scores of layer k = 1, 2, … by k (Mistral's GPT-2 runs)."""
+    rope_theta: Annotated[float, Range(0, 1e12, above=True)] = 10_000.0
+    """Base of the rotation's wavelengths (Su et al. 2021; Llama 3: 500,000)."""
+    rope_fraction: Annotated[float, Range(0, 1, above=True)] = 1.0
+    """Share of each head that is rotated (Pythia: 0.25)."""
+    rope_type: RopeType = "default"
+    """How the wavelengths are stretched for rows longer than trained on: linear (Chen et al. 2023), or llama3: only
+    the long ones."""
+    rope_factor: Annotated[float, Range(1, 1e6)] = 1.0
+    """By how much."""
+    rope_low_freq_factor: Annotated[float, Range(0, 1e6, above=True)] = 1.0
+    """llama3: wavelengths over rope_original_max_seq_len / this are stretched by the whole factor."""
+    rope_high_freq_factor: Annotated[float, Range(0, 1e6, above=True)] = 4.0
+    """llama3: wavelengths below rope_original_max_seq_len / this stay."""
+    rope_original_max_seq_len: Annotated[int, Range(0, LARGEST_SIZE)] = 0
+    """llama3: the longest row before the stretch."""
+    no_rope_every: Annotated[int, Range(0, LARGEST_DEPTH)] = 0
+    """Every so many layers one without rotation (Yang et al. 2025; SmolLM 3: 4); 0: none."""
+    window: Annotated[int, Range(0, LARGEST_SIZE)] = 0
+    """A query sees so many keys, its own included (Mistral 7B: 4096); 0: all before it."""
 
     def __post_init__(self) -> None:
         if self.vocab_size < 0:
@@ -41,10 +113,84 @@ class ModelConfig:
                 f"model.vocab_size is {self.vocab_size}, must be at least 1, or 0 for the vocabulary of the data"
             )
         check_ranges("model", self)
-        if self.n_embd % self.n_head:
-            fits = [n for n in range(1, min(self.n_embd, 4 * self.n_head) + 1) if self.n_embd % n == 0]
-            near = sorted(sorted(fits, key=lambda n: abs(n - self.n_head))[:3])
+        if not self.head_size and self.n_embd % self.n_head:
             raise UsageError(
                 f"model.n_embd = {self.n_embd} is not divisible by model.n_head = {self.n_head}; "
-                f"n_head = {', '.join(map(str, near))} would fit"
+                f"n_head = {divisors_near(self.n_embd, self.n_head)} would fit"
             )
+        if self.n_head % (self.n_kv_head or self.n_head):
+            raise UsageError(
+                f"model.n_head = {self.n_head} is not divisible by model.n_kv_head = {self.n_kv_head}; "
+                f"n_kv_head = {divisors_near(self.n_head, self.n_kv_head)} would fit"
+            )
+        self.check_positions()
+
+    def check_positions(self) -> None:
+        """Raise a UsageError where fields of positions contradict each other or the family."""
+        family, whole = FAMILIES[self.family], self.resolved()
+        if not family.rotary:
+            changed = [name for name in ROTARY if getattr(self, name) != getattr(ModelConfig, name)]
+            if changed:
+                raise UsageError(
+                    f"model.{changed[0]} is {getattr(self, changed[0])!r}, but {self.family} has learned positions; "
+                    f"leave it out or choose another model.family"
+                )
+        elif self.rotated_size % 2 or not self.rotated_size:
+            raise UsageError(
+                f"rotary positions turn pairs, but {self.rope_fraction:g} of heads of {whole.head_size} is "
+                f"{self.rotated_size}; choose an even head size"
+            )
+        if self.rope_type == "llama3" and not (
+            self.rope_original_max_seq_len > 0 and self.rope_low_freq_factor < self.rope_high_freq_factor
+        ):
+            raise UsageError(
+                "model.rope_type llama3 needs rope_original_max_seq_len and rope_low_freq_factor below "
+                f"rope_high_freq_factor; they are {self.rope_original_max_seq_len}, {self.rope_low_freq_factor:g} and "
+                f"{self.rope_high_freq_factor:g}"
+            )
+
+    @property
+    def rotated_size(self) -> int:
+        """Dimensions of a head that are rotated."""
+        return int(self.resolved().head_size * self.rope_fraction)
+
+    def resolved(self) -> "ModelConfig":
+        """The same shape with a value in each field that may stand for the family's or for one derived from others."""
+        derived = self.derived()
+        values = {name: getattr(self, name) or value for name, value in derived.items()}
+        return self if all(getattr(self, name) for name in derived) else replace(self, **values)
+
+    def normalized(self) -> "ModelConfig":
+        """The same shape, no field stating what it would stand for anyhow."""
+        derived = {name: value for name, value in self.derived().items() if getattr(self, name) == value}
+        return replace(self, **{name: type(value)() for name, value in derived.items()})
+
+    def stored(self) -> dict[str, Any]:
+        """Fields for a file: those of GPT-2's first format, and the others where they differ from their default."""
+        return {
+            name: getattr(self, name)
+            for name, field in self.__dataclass_fields__.items()
+            if name in FIRST_FIELDS or getattr(self, name) != field.default
+        }
+
+    def derived(self) -> dict[str, Any]:
+        """Values of the fields that may be left empty."""
+        family = FAMILIES[self.family]
+        inner = -(-8 * self.n_embd // 3 // 256) * 256 if family.gated else 4 * self.n_embd
+        return {
+            "n_kv_head": self.n_head,
+            "head_size": self.n_embd // self.n_head,
+            "n_inner": inner,
+            "activation": family.activation,
+            "bias": family.bias,
+        }
+
+
+FIRST_FIELDS = ("family", "n_layer", "n_head", "n_embd", "vocab_size", "max_seq_len", "dropout")
+ROTARY = [name for name in ModelConfig.__dataclass_fields__ if name.startswith("rope_")] + ["no_rope_every"]
+
+
+def divisors_near(n: int, wanted: int) -> str:
+    """The three divisors of `n` nearest to `wanted`, in order."""
+    fits = [d for d in range(1, min(n, 4 * wanted) + 1) if n % d == 0]
+    return ", ".join(map(str, sorted(sorted(fits, key=lambda d: abs(d - wanted))[:3])))

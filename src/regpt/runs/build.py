@@ -21,6 +21,7 @@ from regpt.errors import UsageError, UserError
 from regpt.evals.perplexity import count_rows
 from regpt.files import file_sha256
 from regpt.kernels.select import Kernels, ops_of, select_kernels
+from regpt.model.families import make_model
 from regpt.model.ops import PLAIN, Ops
 from regpt.model.transformer import Transformer
 from regpt.model.weights import allocate, without_memory
@@ -178,7 +179,7 @@ def build_model(config: RunConfig, device: torch.device, ops: Ops = PLAIN) -> Tr
     """
     ops = ops_of(config.train.precision, device, ops)
     with without_memory():
-        model = Transformer(config.model, ops, pad_vocab=config.train.pad_vocab)
+        model = make_model(config.model, ops, pad_vocab=config.train.pad_vocab)
     return allocate(model, device, parameter_dtype(config.train.precision))
 
 

@@ -13,7 +13,7 @@ from regpt.config import RunConfig
 from regpt.data.loader import check_batch
 from regpt.errors import UsageError
 from regpt.kernels.select import MEASURED_CAPABILITY, model_obstacle, select_kernels
-from regpt.model.transformer import Transformer
+from regpt.model.families import make_model
 from regpt.model.weights import without_memory
 from regpt.report.scaling import ScalingLaw
 from regpt.runs.build import Corpus
@@ -115,7 +115,7 @@ def path_name(config: RunConfig, target: Target) -> str:
     if train.kernels == "plain":
         return plain
     with without_memory():
-        empty = Transformer(config.model, pad_vocab=train.pad_vocab)
+        empty = make_model(config.model, pad_vocab=train.pad_vocab)
     how = {"deterministic": train.deterministic, "recompute": train.activation_checkpointing}
     if target.here is not None:
         chosen = select_kernels(train.kernels, empty, target.here, train.precision, **how)

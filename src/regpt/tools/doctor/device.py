@@ -9,7 +9,7 @@ from regpt.data.batch import Batch
 from regpt.kernels import fp8
 from regpt.kernels.select import ops_of, select_kernels
 from regpt.model.config import ModelConfig
-from regpt.model.transformer import Transformer
+from regpt.model.families import make_model
 from regpt.model.weights import initialize
 from regpt.parallel.backends import sum_alone
 from regpt.tools.doctor.doctor import TRAINING, Attempt, Trial, attempt
@@ -86,7 +86,7 @@ def describe(device: torch.device) -> str:
 
 def training_step(device: torch.device) -> str:
     """Two updates of a tiny model in float32: the second loss on the same batch is lower."""
-    model = initialize(Transformer(TINY).to(device), 0)
+    model = initialize(make_model(TINY).to(device), 0)
     loss_sum = make_loss_sum(model, "fp32", device, False)
     optimizer = make_optimizer(model, OptimConfig(lr=1e-2), device)
     losses = []
@@ -114,7 +114,7 @@ def step_in(
     def run() -> str:
         how = ", compiled" if compile else ""
         if kernels == "fused":
-            model = initialize(Transformer(TINY).to(device), 0)
+            model = initialize(make_model(TINY).to(device), 0)
             how = f", {select_kernels('fused', model, device, precision).reason}"
         exact = gradients(torch.device("cpu"), "fp64")
         found = gradients(device, precision, kernels, compile)
@@ -126,7 +126,7 @@ def step_in(
 def gradients(device: torch.device, precision: PrecisionName, kernels: str = "plain", compile: bool = False) -> Tensor:
     """All gradients of a micro-batch in one vector, float64 on the CPU."""
     with matmul_precision(precision):
-        model = initialize(Transformer(TINY, ops_of(precision, device)).to(device, parameter_dtype(precision)), 0)
+        model = initialize(make_model(TINY, ops_of(precision, device)).to(device, parameter_dtype(precision)), 0)
         loss_sum = make_loss_sum(model, precision, device, compile, kernels)  # type: ignore[arg-type]
         (loss_sum(tiny_batch(device)) / (4 * 64)).backward()
     return torch.cat([p.grad.double().flatten().cpu() for p in model.parameters() if p.grad is not None])

@@ -23,9 +23,9 @@ from torch.utils._pytree import tree_leaves
 from regpt.data.batch import Batch
 from regpt.kernels import fp8
 from regpt.model.config import ModelConfig
+from regpt.model.families import make_model
 from regpt.model.head import chunk_rows, in_chunks, padded_logits, summed_losses
 from regpt.model.ops import PLAIN
-from regpt.model.transformer import Transformer
 from regpt.model.weights import WithoutValues, count_parameters, real_shape, without_memory
 from regpt.train.backend import make_loss_sum
 from regpt.train.config import PrecisionName
@@ -97,7 +97,7 @@ class Shape:
 def shape_of(config: ModelConfig, seq_len: int, *, pad_vocab: bool) -> Shape:
     """Count a model of this shape."""
     with without_memory():
-        model = Transformer(config, pad_vocab=pad_vocab)
+        model = make_model(config, pad_vocab=pad_vocab)
     tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     return Shape(
         parameters=count_parameters(model),
@@ -203,7 +203,7 @@ def trace(step: PlannedStep, rows: int, chunk: int = 0) -> Trace:
     linear = fp8.linear if step.precision == "fp8" else PLAIN.linear
     with FakeTensorMode(), WithoutValues():
         ops = replace(PLAIN, linear=linear, linear_cross_entropy=loss)
-        model = Transformer(step.model, ops, pad_vocab=step.pad_vocab)
+        model = make_model(step.model, ops, pad_vocab=step.pad_vocab)
         if step.checkpointing:
             recompute_blocks(model)
         for p in model.parameters():

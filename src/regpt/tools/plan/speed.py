@@ -20,7 +20,7 @@ from regpt.console.text import counted
 from regpt.data.batch import Batch
 from regpt.errors import UsageError
 from regpt.kernels.select import ops_of
-from regpt.model.transformer import Transformer
+from regpt.model.families import make_model
 from regpt.model.weights import allocate, initialize, without_memory
 from regpt.parallel.mesh import choose_device
 from regpt.tools.measure import memory_bytes
@@ -249,7 +249,7 @@ class SmallStep:
     def __init__(self, step: PlannedStep, optim: OptimConfig, rows: int, seq_len: int, device: torch.device):
         self.device = device
         with without_memory():
-            empty = Transformer(step.model, ops_of(step.precision, device), pad_vocab=step.pad_vocab)
+            empty = make_model(step.model, ops_of(step.precision, device), pad_vocab=step.pad_vocab)
         self.model = initialize(allocate(empty, device, parameter_dtype(step.precision)), seed=0)
         self.optimizer = make_optimizer(self.model, optim, device)
         if step.checkpointing:

@@ -1,0 +1,388 @@
+"""Hugging Face's models and ours: the same shapes and weights in other spellings, as a table; nothing here touches a
+disk.
+
+Linear layers of their GPT-2 are `Conv1D`, OpenAI's name for a linear layer whose weight is (in, out); ours are
+`nn.Linear`, (out, in). All other weights are the same under the same names, but for a prefix.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regpt.errors import UserError, nearest
+from regpt.model.config import FAMILIES, ModelConfig
+
+READ = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # those of 8 bits need scales
+CONV1D = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
+# Constants that older files store next to the weights: causal masks, and frequencies of the rotation.
+BUFFER = re.compile(r"(h|layers)\.\d+\.(attn|attention)\.(bias|masked_bias)|.*rotary_emb\.inv_freq")
+ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+    "silu": "silu",
+}
+SIZES = {  # our field: its keys in config.json, of which the first is written
+    "n_layer": ("num_hidden_layers",),
+    "n_head": ("num_attention_heads",),
+    "n_embd": ("hidden_size",),
+    "vocab_size": ("vocab_size",),
+    "max_seq_len": ("max_position_embeddings",),
+    "n_inner": ("intermediate_size",),
+}
+GROUPED = SIZES | {"n_kv_head": ("num_key_value_heads",), "head_size": ("head_dim",)}
+GPT2_SIZES = {
+    "n_layer": ("n_layer", "num_hidden_layers"),
+    "n_head": ("n_head", "num_attention_heads"),
+    "n_embd": ("n_embd", "hidden_size"),
+    "vocab_size": ("vocab_size",),
+    "max_seq_len": ("n_positions", "max_position_embeddings"),
+    "n_inner": ("n_inner",),
+}
+DERIVED = ("n_inner", "n_kv_head", "head_size")  # null or missing: what `ModelConfig.resolved` derives
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How transformers spells a family.
+
+    Attributes:
+        architecture: the class in `architectures`.
+        sizes: our field → keys that hold it.
+        eps, activation: keys of the two.
+        biases: keys of booleans: biases of attention, of MLPs; empty where the family decides.
+        defaults: values of missing keys in transformers; a size of 0 is derived.
+        fixed: keys that change the forward and their only implemented value, which a missing key has too.
+        prefix: of all weights but the head's.
+        embedding, head: names of the token embedding and of a head of its own.
+    """
+
+    architecture: str
+    defaults: Mapping[str, Any]
+    sizes: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: GROUPED)
+    eps: str = "rms_norm_eps"
+    activation: str = "hidden_act"
+    biases: tuple[str, str] = ("", "")
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    prefix: str = "model."
+    embedding: str = "embed_tokens.weight"
+    head: str = "lm_head.weight"
+
+
+LLAMA = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "hidden_act": "silu", "max_position_embeddings": 2048}
+QWEN = LLAMA | {"max_position_embeddings": 32768, "num_key_value_heads": 32}
+SPELLINGS: dict[str, Spelling] = {  # by model_type, which is our family
+    "gpt2": Spelling(
+        "GPT2LMHeadModel",
+        {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257, "n_positions": 1024}
+        | {"tie_word_embeddings": True, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new"},
+        GPT2_SIZES,
+        "layer_norm_epsilon",
+        "activation_function",
+        fixed={"scale_attn_weights": True, "add_cross_attention": False},
+        prefix="transformer.",
+        embedding="wte.weight",
+    ),
+    "llama": Spelling("LlamaForCausalLM", LLAMA, biases=("attention_bias", "mlp_bias")),
+    "mistral": Spelling(
+        "MistralForCausalLM",
+        LLAMA | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    ),
+    "qwen2": Spelling("Qwen2ForCausalLM", QWEN),
+    "qwen3": Spelling("Qwen3ForCausalLM", QWEN | {"head_dim": 128}, biases=("attention_bias", "")),
+    "olmo2": Spelling("Olmo2ForCausalLM", LLAMA | {"rms_norm_eps": 1e-5}, biases=("attention_bias", "")),
+    "smollm3": Spelling(
+        "SmolLM3ForCausalLM",
+        LLAMA
+        | {"tie_word_embeddings": True, "max_position_embeddings": 32768, "num_key_value_heads": 4}
+        | {"rope_theta": 2e6, "no_rope_layer_interval": 4},
+        biases=("attention_bias", "mlp_bias"),
+    ),
+    "gpt_neox": Spelling(
+        "GPTNeoXForCausalLM",
+        {"tie_word_embeddings": False, "layer_norm_eps": 1e-5, "hidden_act": "gelu", "max_position_embeddings": 2048}
+        | {"rotary_pct": 0.25, "attention_bias": True},
+        SIZES,
+        "layer_norm_eps",
+        biases=("attention_bias", ""),
+        fixed={"use_parallel_residual": True},
+        prefix="gpt_neox.",
+        embedding="embed_in.weight",
+        head="embed_out.weight",
+    ),
+}
+
+
+def spelling_of(model_type: object) -> Spelling:
+    if model_type not in SPELLINGS:
+        near = nearest(str(model_type), list(SPELLINGS))
+        raise UserError(
+            f"config.json has model_type {model_type!r}{near}, regpt reads {', '.join(SPELLINGS)}; choose such a model"
+        )
+    return SPELLINGS[str(model_type)]
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
+    """The shape that the contents of a `config.json` describe.
+
+    Raises:
+        UserError: another architecture, a variant that we do not implement, or a value of the wrong type.
+    """
+    family = str(hf.get("model_type"))
+    spelling = spelling_of(hf.get("model_type"))
+    values = {**spelling.defaults, **hf}
+    for key, implemented in spelling.fixed.items():
+        if hf.get(key, implemented) != implemented:
+            raise UserError(
+                f"config.json has {key} = {hf[key]!r}, regpt implements {implemented!r} only; choose another model"
+            )
+    if hf.get("quantization_config"):
+        raise UserError("config.json has a quantization_config, regpt reads weights that are not quantized only")
+    shape: dict[str, Any] = {name: size_of(values, hf, keys, name) for name, keys in spelling.sizes.items()}
+    act = values[spelling.activation]
+    if act not in ACTIVATIONS:
+        raise UserError(
+            f"config.json has {spelling.activation} = {act!r}, regpt implements {', '.join(ACTIVATIONS)}; choose "
+            "another model"
+        )
+    shape |= {"activation": ACTIVATIONS[act], "norm_eps": float(values[spelling.eps]), "bias": bias_of(family, values)}
+    shape |= {"tie_embeddings": values["tie_word_embeddings"] is True, "window": window_of(values)}
+    if family == "gpt2":
+        shape["attention_scale_by_layer"] = values.get("scale_attn_by_inverse_layer_idx") is True
+    if FAMILIES[family].rotary:
+        shape |= rope_of(values)
+    if family == "smollm3":
+        shape["no_rope_every"] = no_rope_every(values, shape["n_layer"])
+    return ModelConfig(family=family, **shape).normalized()  # pyright: ignore[reportArgumentType]
+
+
+def size_of(values: Mapping[str, Any], hf: Mapping[str, Any], keys: tuple[str, ...], name: str) -> int:
+    """The size under the first of `keys` that the file has, else transformers' default."""
+    key = next((key for key in keys if key in hf), keys[0])
+    value = values.get(key)
+    if value is None and name in DERIVED:
+        return 0
+    if type(value) is not int:  # a bool is no size either
+        raise UserError(f"config.json has {key} = {value!r}, which must be a whole number; repair the file")
+    return value
+
+
+def bias_of(family: str, values: Mapping[str, Any]) -> str:
+    """`ModelConfig.bias` from the booleans of the family's spelling."""
+    attention, mlp = SPELLINGS[family].biases
+    if not attention:
+        return FAMILIES[family].bias
+    with_attention = bool(values.get(attention))
+    with_mlp = bool(values.get(mlp)) if mlp else FAMILIES[family].bias == "all"
+    return {(True, True): "all", (True, False): "attention", (False, True): "mlp"}.get(
+        (with_attention, with_mlp), "none"
+    )
+
+
+def window_of(values: Mapping[str, Any]) -> int:
+    """Keys that a query sees; 0: all."""
+    window, kinds = values.get("sliding_window"), set(values.get("layer_types") or ())
+    if not window or values.get("use_sliding_window") is False or kinds == {"full_attention"}:
+        return 0
+    if len(kinds) > 1 or ("use_sliding_window" in values and kinds != {"sliding_attention"}):
+        raise UserError(
+            "config.json has layers with and without a sliding window, regpt implements one kind a model; choose "
+            "another model"
+        )
+    return int(window)
+
+
+def rope_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Our fields of rotary positions, of `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
+    new, old = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
+    given = {**old, **new}
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind not in ("default", "linear", "llama3"):
+        raise UserError(
+            f"config.json has the rope type {kind!r}, regpt implements default, linear and llama3; choose another model"
+        )
+    theta = given.get("rope_theta", values.get("rope_theta", values.get("rotary_emb_base", 10_000.0)))
+    share = given.get("partial_rotary_factor", values.get("partial_rotary_factor", values.get("rotary_pct", 1.0)))
+    rope = {"rope_theta": float(theta), "rope_fraction": float(share), "rope_type": kind}
+    if kind != "default":
+        rope["rope_factor"] = float(given.get("factor", 0))
+    if kind == "llama3":
+        longest = given.get("original_max_position_embeddings", values.get("original_max_position_embeddings"))
+        if type(longest) is not int:
+            raise UserError(
+                "config.json has rope type llama3, but no original_max_position_embeddings; repair the file"
+            )
+        rope["rope_original_max_seq_len"] = longest
+        rope |= {f"rope_{key}": float(given.get(key, 0)) for key in ("low_freq_factor", "high_freq_factor")}
+    return rope
+
+
+def no_rope_every(values: Mapping[str, Any], n_layer: int) -> int:
+    rotated = values.get("no_rope_layers")
+    if rotated is None:
+        return int(values["no_rope_layer_interval"])
+    every = rotated.index(0) + 1 if 0 in rotated else 0
+    if rotated != [int(not every or (layer + 1) % every != 0) for layer in range(n_layer)]:
+        raise UserError(
+            f"config.json has no_rope_layers = {rotated}, regpt implements every k-th layer; choose another model"
+        )
+    return every
+
+
+def config_to_hf(config: ModelConfig, eot: int, dtype: str = "float32") -> dict[str, Any]:
+    """Contents of the `config.json` from which transformers 4 and 5 build this model; `eot` is the id of the token
+    that ends a text."""
+    spelling, shape = SPELLINGS[config.family], config.resolved()
+    act = next(name for name, ours in ACTIVATIONS.items() if ours == shape.activation)
+    contents: dict[str, Any] = {
+        "architectures": [spelling.architecture],
+        "model_type": config.family,
+        **{keys[0]: getattr(shape, name) for name, keys in spelling.sizes.items()},
+        **spelling.fixed,
+        spelling.activation: act,
+        spelling.eps: shape.norm_eps,
+        "tie_word_embeddings": shape.tie_embeddings,
+        "initializer_range": 0.02,
+        "bos_token_id": eot,
+        "eos_token_id": eot,
+        "pad_token_id": None,  # transformers has a token of its own for some families
+        "use_cache": True,
+        "dtype": dtype,
+    }
+    attention, mlp = spelling.biases
+    if attention:
+        contents[attention] = shape.bias in ("all", "attention")
+    if mlp:
+        contents[mlp] = shape.bias in ("all", "mlp")
+    return contents | (gpt2_keys(shape) if config.family == "gpt2" else rotary_keys(shape))
+
+
+def gpt2_keys(shape: ModelConfig) -> dict[str, Any]:
+    return {
+        "n_ctx": shape.max_seq_len,  # read by older tools instead of n_positions
+        "n_inner": None if shape.n_inner == 4 * shape.n_embd else shape.n_inner,
+        "scale_attn_by_inverse_layer_idx": shape.attention_scale_by_layer,
+        "reorder_and_upcast_attn": False,  # another order of the same sums, in float32 always here
+        # Fine-tuning elsewhere then starts as training here ended. (Reading a model, we leave theirs out.)
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), shape.dropout),
+    }
+
+
+def rotary_keys(shape: ModelConfig) -> dict[str, Any]:
+    """Keys of positions and windows as transformers 4 spells them, which 5 reads too."""
+    keys: dict[str, Any] = {"rope_theta": shape.rope_theta, "attention_dropout": shape.dropout}
+    if shape.family == "gpt_neox":
+        keys = {"rotary_emb_base": shape.rope_theta, "rotary_pct": shape.rope_fraction}
+        keys |= {"attention_dropout": shape.dropout, "hidden_dropout": shape.dropout}
+    keys["rope_scaling"] = None
+    if shape.rope_type != "default":
+        keys["rope_scaling"] = {"rope_type": shape.rope_type, "factor": shape.rope_factor}
+    if shape.rope_type == "llama3":
+        keys["rope_scaling"] |= {
+            "low_freq_factor": shape.rope_low_freq_factor,
+            "high_freq_factor": shape.rope_high_freq_factor,
+            "original_max_position_embeddings": shape.rope_original_max_seq_len,
+        }
+    if shape.family in ("mistral", "qwen2", "qwen3", "smollm3"):
+        keys["sliding_window"] = shape.window or None
+    if shape.family in ("qwen2", "qwen3", "smollm3"):
+        kind = "sliding_attention" if shape.window else "full_attention"
+        keys |= {
+            "use_sliding_window": bool(shape.window),
+            "max_window_layers": 0,
+            "layer_types": [kind] * shape.n_layer,
+        }
+    if shape.family == "smollm3":
+        every = shape.no_rope_every
+        keys["no_rope_layers"] = [int(not every or (layer + 1) % every != 0) for layer in range(shape.n_layer)]
+        keys["no_rope_layer_interval"] = every or shape.n_layer + 1
+    return keys
+
+
+class WeightsFromHF(Mapping[str, Tensor]):
+    """Hugging Face's tensors under our names and in our layout, each read from `tensors` only when it is asked for.
+
+    A tied weight may be stored as the embedding, as the head, or as both.
+
+    Args:
+        rows: of embedding and head as they are stored; with `n_vocab`, those from there on are padding and left out.
+
+    Raises:
+        UserError: a tensor that is there with and without prefix, or a head that differs from the token embedding
+            though the two are tied.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        rows: int | None = None,
+        n_vocab: int | None = None,
+        *,
+        family: str = "gpt2",
+        tied: bool = True,
+    ):
+        self.tensors, self.rows, self.n_vocab = tensors, rows, n_vocab
+        self.spelling = spelling = SPELLINGS[family]
+        prefix = spelling.prefix
+        kept = [name for name in tensors if not is_buffer(name.removeprefix(prefix))]
+        self.theirs = {name.removeprefix(prefix): name for name in kept}
+        if len(self.theirs) < len(kept):
+            twice = next(name for name in kept if self.theirs[name.removeprefix(prefix)] != name)
+            raise UserError(f"the weights hold {twice!r} with and without {prefix!r}; remove one of them")
+        if not tied:
+            return
+        head = self.theirs.pop(spelling.head, None)
+        embedding = self.theirs.setdefault(spelling.embedding, head) if head else None
+        if head and embedding and head != embedding and not torch.equal(tensors[head], tensors[embedding]):
+            raise UserError(
+                f"the weights hold an {spelling.head} that differs from {spelling.embedding}, config.json has "
+                "tie_word_embeddings = true; set it to false or choose another model"
+            )
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.tensors[self.theirs[name]]
+        if tensor.dtype not in READ:
+            raise UserError(
+                f"weight {name!r} is stored as {tensor.dtype}, regpt reads floating point of 16 bits and more; "
+                "choose a model that is not quantised"
+            )
+        if name in (self.spelling.embedding, self.spelling.head) and self.rows is not None:
+            if tensor.shape[:1] != (self.rows,):
+                raise UserError(
+                    f"weight {name!r} has shape {tuple(tensor.shape)}, config.json has vocab_size {self.rows}; restore "
+                    "the folder or choose another model"
+                )
+            tensor = tensor[: self.n_vocab]
+        if not tensor.isfinite().all():
+            raise UserError(f"weight {name!r} holds numbers that are not finite; choose another model")
+        return transposed(name, tensor)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.theirs)
+
+    def __len__(self) -> int:
+        return len(self.theirs)
+
+
+def weights_to_hf(weights: Mapping[str, Tensor], family: str = "gpt2") -> dict[str, Tensor]:
+    """Our `weights` under transformers' names and in its layout, contiguous; a tied head is left out."""
+    prefix, head = SPELLINGS[family].prefix, SPELLINGS[family].head
+    return {
+        name if name == head else prefix + name: transposed(name, tensor).contiguous()
+        for name, tensor in weights.items()
+    }
+
+
+def transposed(name: str, tensor: Tensor) -> Tensor:
+    """`tensor` between `Conv1D` (in, out) and `nn.Linear` (out, in), either way; others as they are. A view."""
+    return tensor.t() if CONV1D.fullmatch(name) and tensor.dim() == 2 else tensor
+
+
+def is_buffer(name: str) -> bool:
+    """Whether `name`, without prefix, is a constant that older files store next to the weights."""
+    return BUFFER.fullmatch(name) is not None

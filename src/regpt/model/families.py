@@ -1,0 +1,15 @@
+"""The forward of each family."""
+
+from regpt.model.config import ModelConfig
+from regpt.model.gpt2 import GPT2
+from regpt.model.llama import Llama
+from regpt.model.neox import NeoX
+from regpt.model.ops import PLAIN, Ops
+from regpt.model.transformer import Transformer
+
+FORWARDS: dict[str, type[Transformer]] = {"gpt2": GPT2, "gpt_neox": NeoX}  # the others: Llama
+
+
+def make_model(config: ModelConfig, ops: Ops = PLAIN, *, pad_vocab: bool = True) -> Transformer:
+    """A model of `config`'s family; `pad_vocab`: pad the rows of embedding and head to a multiple of 128 with zeros."""
+    return FORWARDS.get(config.family, Llama)(config, ops, pad_vocab=pad_vocab)

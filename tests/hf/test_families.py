@@ -1,0 +1,207 @@
+"""Every family against transformers: random tiny models of odd shapes, saved there, opened here, exported again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from regpt.errors import UserError
+from regpt.hf.families import config_from_hf, config_to_hf, weights_to_hf
+from regpt.hf.folder import hf_config, hf_weights
+from regpt.model.cache import KVCache
+from regpt.model.families import make_model
+from regpt.model.ops import linear_cross_entropy
+from regpt.model.transformer import Transformer
+from regpt.model.weights import load_weights, state_tensors
+
+V, T = 61, 23
+TINY: dict[str, Any] = {
+    "vocab_size": V,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+GPT2 = {
+    "vocab_size": V,
+    "n_embd": 24,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2 as published": ("gpt2", GPT2),
+    "gpt2, narrow MLP, exact GELU": ("gpt2", GPT2 | {"n_inner": 37, "activation_function": "gelu"}),
+    "gpt2, relu, own head": ("gpt2", GPT2 | {"activation_function": "relu", "tie_word_embeddings": False}),
+    "gpt2, scaled by layer, epsilon": (
+        "gpt2",
+        GPT2 | {"scale_attn_by_inverse_layer_idx": True, "layer_norm_epsilon": 1e-3},
+    ),
+    "llama 2": ("llama", TINY | {"num_key_value_heads": 6}),
+    "llama 3, grouped queries": ("llama", TINY | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+    "llama 3.1, stretched": ("llama", TINY | {"rope_parameters": LLAMA3}),
+    "llama 3.2, tied, one key head": ("llama", TINY | {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "llama, linear": ("llama", TINY | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}}),
+    "llama, biases, wide heads": ("llama", TINY | {"attention_bias": True, "mlp_bias": True, "head_dim": 10}),
+    "llama, one head": ("llama", TINY | {"num_attention_heads": 1, "num_key_value_heads": 1, "vocab_size": 2}),
+    "mistral, window": ("mistral", TINY | {"sliding_window": 5}),
+    "mistral 0.3": ("mistral", TINY | {"sliding_window": None}),
+    "qwen 2.5": ("qwen2", TINY),
+    "qwen 2, all windows": (
+        "qwen2",
+        TINY | {"use_sliding_window": True, "sliding_window": 7, "layer_types": ["sliding_attention"] * 3},
+    ),
+    "qwen 3": ("qwen3", TINY | {"head_dim": 8, "tie_word_embeddings": True}),
+    "olmo 2": ("olmo2", TINY | {"pad_token_id": V - 1}),
+    "smollm 3": ("smollm3", TINY | {"num_hidden_layers": 5, "pad_token_id": V - 1}),
+    "smollm 3, all rotated": ("smollm3", TINY | {"no_rope_layers": [1, 1, 1], "pad_token_id": V - 1}),
+    "pythia": ("gpt_neox", TINY | {"num_key_value_heads": None, "hidden_size": 48}),
+    "pythia, no attention biases": ("gpt_neox", TINY | {"attention_bias": False, "hidden_size": 96}),
+}
+realistic = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+MODELS["smollm 2 135M, two layers"] = ("llama", TINY | realistic | {"num_hidden_layers": 2, "vocab_size": 4915})
+
+
+def their_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """transformers' model with weights larger than at initialisation, so that every part has an effect."""
+    kind, settings = MODELS[name]
+    torch.manual_seed(len(name))
+    config = AutoConfig.for_model(kind, **{key: value for key, value in settings.items() if value is not None})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")  # eager rounds to float32 in float64
+    for parameter in model.parameters():
+        parameter.data += torch.randn_like(parameter) * 0.1
+    return model.to(dtype).eval()
+
+
+def our_model(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
+    config = hf_config(folder)
+    return load_weights(make_model(config).to(dtype), hf_weights(folder, config))
+
+
+def tokens(vocab_size: int) -> torch.Tensor:
+    padding = int(vocab_size == V)  # the embedding of their padding gets no gradient
+    return torch.randint(vocab_size - padding, (2, T + 1), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=MODELS)
+def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Path]:
+    model = their_model(request.param)
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="20KB" if len(request.param) % 2 else "5GB")
+    return model, tmp_path / "theirs"
+
+
+def rms_norm_in_float64(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.rms_norm(x, (x.size(-1),), self.weight, self.variance_epsilon)
+
+
+def test_logits_loss_and_gradients_are_those_of_transformers(saved: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch):
+    theirs, folder = saved
+    rows = tokens(theirs.config.vocab_size)
+    single = our_model(folder)(rows[:, :-1]) - theirs(rows[:, :-1]).logits
+    assert single.abs().max() <= 1e-5
+    for module in theirs.modules():  # theirs round to float32 in float64
+        if type(module).__name__.endswith("RMSNorm"):
+            monkeypatch.setattr(type(module), "forward", rms_norm_in_float64)
+    theirs, ours = theirs.double(), our_model(folder, torch.float64)
+    logits = theirs(rows[:, :-1]).logits
+    assert (ours(rows[:, :-1]) - logits).abs().max() <= 1e-11
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
+    loss.backward()
+    mine = linear_cross_entropy(
+        ours.hidden(rows[:, :-1]).flatten(0, 1), ours.head_weight, rows[:, 1:].flatten(), ours.config.vocab_size
+    )
+    mine.backward()
+    torch.testing.assert_close(mine, loss, rtol=1e-12, atol=0)
+    gradients = {name: p.grad[: len(p)] for name, p in ours.named_parameters() if p.grad is not None}
+    gradients = {n: g[: ours.config.vocab_size] if n in ours.padded_names else g for n, g in gradients.items()}
+    expected = {name: p.grad for name, p in theirs.named_parameters()}
+    if ours.config.family == "gpt_neox":  # renamed when it is stored
+        expected["embed_out.weight"] = expected.pop("lm_head.weight")
+    exported = weights_to_hf(gradients, ours.config.family)
+    assert exported.keys() == expected.keys()
+    for name, gradient in exported.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-10, msg=name)
+
+
+def test_greedy_tokens_with_and_without_a_cache_are_those_of_transformers(saved: tuple[Any, Path]):
+    theirs, folder = saved
+    ours, prompt = our_model(folder).eval(), tokens(theirs.config.vocab_size)[:1, :7]
+    expected = theirs.generate(prompt, max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
+    cache = KVCache(ours.config, 1, 40, device=ours.device, dtype=ours.dtype)
+    without = with_cache = prompt
+    with torch.no_grad():
+        step = prompt
+        for _ in range(30):
+            without = torch.cat((without, ours(without)[:, -1:].argmax(-1)), dim=1)
+            step = ours(step, cache=cache)[:, -1:].argmax(-1)
+            with_cache = torch.cat((with_cache, step), dim=1)
+    assert without.tolist() == with_cache.tolist() == expected.tolist()
+
+
+def test_export_of_an_import_has_the_same_bytes_and_opens_in_transformers(saved: tuple[Any, Path], tmp_path: Path):
+    theirs, folder = saved
+    ours = our_model(folder)
+    settings = config_to_hf(ours.config, 1)
+    assert config_from_hf(settings) == config_from_hf(json.loads((folder / "config.json").read_text())) == ours.config
+    stored: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        stored |= load_file(file)
+    exported = weights_to_hf(state_tensors(ours), ours.config.family)
+    assert exported.keys() == stored.keys()
+    assert all(torch.equal(exported[name], stored[name]) for name in stored)
+    again = tmp_path / "again"
+    again.mkdir()
+    (again / "config.json").write_text(json.dumps(settings))
+    save_file(exported, again / "model.safetensors", {"format": "pt"})
+    rebuilt = AutoModelForCausalLM.from_pretrained(again, attn_implementation="sdpa")
+    rows = tokens(theirs.config.vocab_size)
+    assert torch.equal(rebuilt(rows).logits, theirs(rows).logits)
+
+
+@pytest.mark.parametrize("scaling", [{"type": "linear", "factor": 4.0}, LLAMA3 | {"type": "llama3"}])
+def test_rope_is_read_in_the_spelling_of_transformers_4(scaling: dict[str, Any]):
+    base = TINY | {"model_type": "llama", "pad_token_id": 0}
+    old = {key: value for key, value in scaling.items() if key not in ("rope_theta", "rope_type")}
+    new = {"rope_type": scaling["type"], "rope_theta": 500.0} | {k: v for k, v in old.items() if k != "type"}
+    assert config_from_hf(base | {"rope_theta": 500.0, "rope_scaling": old}) == config_from_hf(
+        base | {"rope_parameters": new}
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"model_type": "lama"}, "model_type 'lama'.*llama"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn', regpt implements default, linear"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "no original_max_position_embeddings"),
+        ({"hidden_act": "tanh"}, "hidden_act = 'tanh'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"num_key_value_heads": 4}, "n_head = 6 is not divisible by model.n_kv_head = 4"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4}, "with and without a sliding window"),
+        ({"model_type": "smollm3", "no_rope_layers": [0, 1, 1]}, "no_rope_layers"),
+        ({"model_type": "gpt_neox", "use_parallel_residual": False}, "use_parallel_residual = False"),
+    ],
+)
+def test_a_model_that_we_do_not_implement_is_refused_in_one_sentence(change: dict[str, Any], sentence: str):
+    with pytest.raises(UserError, match=sentence) as refused:
+        config_from_hf(TINY | {"model_type": "llama"} | change)
+    assert "\n" not in str(refused.value)
