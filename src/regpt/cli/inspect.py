@@ -61,7 +61,7 @@ def main(args: list[str]) -> int:
     near = {text: nearest_tokens(embedding, opened.tokenizer, i, given.n) for text, i in ids.items()}
     if given.out is not None:
         name = given.matrix or first_matrix(opened.model)
-        positions = tensors.get(opened.model.position_embedding)
+        positions = tensors.get(opened.model.position_embedding or "")
         draw_weights(given.out, positions, (name, find_tensor(tensors, name)))
     table, total = parameter_table(tensors, every=given.all), count_parameters(opened.model)
     if given.json:

@@ -279,15 +279,14 @@ def rotary_keys(shape: ModelConfig) -> dict[str, Any]:
     if shape.family == "gpt_neox":
         keys = {"rotary_emb_base": shape.rope_theta, "rotary_pct": shape.rope_fraction}
         keys |= {"attention_dropout": shape.dropout, "hidden_dropout": shape.dropout}
-    keys["rope_scaling"] = None
-    if shape.rope_type != "default":
-        keys["rope_scaling"] = {"rope_type": shape.rope_type, "factor": shape.rope_factor}
+    scaling: dict[str, Any] = {"rope_type": shape.rope_type, "factor": shape.rope_factor}
     if shape.rope_type == "llama3":
-        keys["rope_scaling"] |= {
+        scaling |= {
             "low_freq_factor": shape.rope_low_freq_factor,
             "high_freq_factor": shape.rope_high_freq_factor,
             "original_max_position_embeddings": shape.rope_original_max_seq_len,
         }
+    keys["rope_scaling"] = None if shape.rope_type == "default" else scaling
     if shape.family in ("mistral", "qwen2", "qwen3", "smollm3"):
         keys["sliding_window"] = shape.window or None
     if shape.family in ("qwen2", "qwen3", "smollm3"):

@@ -28,10 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regpt.model.gpt2 import Block, CausalSelfAttention
+from regpt.model.gpt2 import GPT2, Block, CausalSelfAttention
 from regpt.model.masks import AttentionMask
 from regpt.model.ops import IGNORE_INDEX
-from regpt.model.transformer import Transformer
 
 NORM_EPS = 1e-5  # the value in OpenAI's code
 
@@ -82,7 +81,7 @@ class FusedGPT2:
 
     def __init__(
         self,
-        model: Transformer,
+        model: GPT2,
         products: Any,
         attention: Any,
         between: Any,

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from regpt.kernels.config import FP8_MULTIPLE
 from regpt.kernels.fp8 import E4M3, E5M2, Rounded
 from regpt.kernels.gpt2 import NORM_EPS, BlockState, FusedGPT2
-from regpt.model.gpt2 import Block
+from regpt.model.gpt2 import GPT2, Block
+from regpt.model.layers import LayerNorm
 from regpt.model.masks import AttentionMask
-from regpt.model.transformer import Transformer
 
 # Bounds of products grow by the rounding of their operands: e4m3 by up to 2⁻⁴, e5m2 by 2⁻³, sums and bfloat16 by less.
 FORWARD_MARGIN = (1 + 2**-4) ** 2 * 1.02
@@ -77,7 +77,7 @@ class FusedGPT2FP8(FusedGPT2):
         rounding: the module `triton_fp8`, or an object with its functions.
     """
 
-    def __init__(self, model: Transformer, products: Any, attention: Any, between: Any, rounding: Any, **options: Any):
+    def __init__(self, model: GPT2, products: Any, attention: Any, between: Any, rounding: Any, **options: Any):
         super().__init__(model, products, attention, between, **options)
         self.rounding = rounding
         layers = [layer for block in self.blocks for layer in layers_of(block)]
@@ -182,12 +182,18 @@ def layers_of(block: Block) -> tuple[nn.Linear, ...]:
     return block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
 
 
+def magnitudes(norm: LayerNorm) -> Tensor:
+    """Magnitudes of a norm's biases, which every model on the fused path has."""
+    assert norm.bias is not None
+    return norm.bias.abs()
+
+
 def set_bounds(block: Block, bounds: Bounds) -> None:
     """Renew `bounds`: the squares of a normalised row sum to C, so its length is √C and no number exceeds that."""
     root = math.sqrt(block.ln_1.weight.numel())
     for norm, bound in ((block.ln_1, bounds.h_1), (block.ln_2, bounds.h_2)):
-        bound.copy_(root * norm.weight.abs().max() + norm.bias.abs().max())
+        bound.copy_(root * norm.weight.abs().max() + magnitudes(norm).max())
     layer, norm = block.mlp.c_fc, block.ln_2
-    longest = root * (layer.weight * norm.weight).norm(dim=1) + layer.weight.abs() @ norm.bias.abs()
+    longest = root * (layer.weight * norm.weight).norm(dim=1) + layer.weight.abs() @ magnitudes(norm)
     bounds.before_gelu.copy_((FORWARD_MARGIN * longest + layer.bias.abs()).max())
     bounds.dbefore.copy_(BACKWARD_MARGIN * GELU_SLOPE * block.mlp.c_proj.weight.norm(dim=0).max())

@@ -14,6 +14,7 @@ from regpt.errors import UsageError, UserError
 from regpt.kernels import fp8
 from regpt.kernels.config import FP8_MULTIPLE, KernelsName
 from regpt.model.config import ModelConfig
+from regpt.model.gpt2 import GPT2
 from regpt.model.ops import PLAIN, Ops
 from regpt.model.transformer import Transformer
 
@@ -163,6 +164,8 @@ def gpt2_loss(model: Transformer, device: torch.device, precision: str) -> LossO
     from regpt.kernels.cublaslt import Products, tuned_on
     from regpt.kernels.gpt2 import FusedGPT2
     from regpt.kernels.graphs import GraphedLoss
+
+    assert isinstance(model, GPT2)
 
     attention = CudnnAttention(device) if find_spec("cudnn") else TorchAttention()
     pieces = Products(device, tuned=tuned_on(device)), attention, triton_ops
