@@ -56,14 +56,9 @@ def test_a_folder_prefers_its_tokenizer_json(tmp_path):
     ("files", "said"),
     [
         ({"tokenizer_config": {"add_prefix_space": True}}, r"tokenizer_config\.json sets add_prefix_space"),
-        ({"tokenizer_config": {"add_bos_token": True}}, r"tokenizer_config\.json sets add_bos_token"),
+        ({"tokenizer_config": {"add_eos_token": True}}, r"tokenizer_config\.json sets add_eos_token"),
         ({"tokenizer_config": {"tokenizer_class": "RobertaTokenizer"}}, "tokenizer_class 'RobertaTokenizer'"),
         ({"tokenizer_config": []}, r"tokenizer_config\.json' holds no JSON object"),
-        ({"added_tokens": {"<name>": 275}}, r"adds the token '<name>'"),
-        (
-            {"tokenizer_config": {"added_tokens_decoder": {"275": {"content": "<name>", "special": False}}}},
-            r"adds the token '<name>'",
-        ),
     ],
 )
 def test_an_option_that_changes_tokens_is_refused_by_name(tmp_path, files, said):
@@ -89,6 +84,27 @@ def test_special_tokens_of_the_other_files_are_special_tokens(tmp_path, files, f
     assert max(tokenizer.encode("<pad>")) < 275
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"added_tokens": {"<name>": 275}},
+        {"tokenizer_config": {"added_tokens_decoder": {"275": {"content": "<name>", "special": False}}}},
+    ],
+)
+def test_added_tokens_that_are_not_special_are_found_in_text(tmp_path, files):
+    tokenizer = open_tokenizer(old_folder(tmp_path, **files))
+    stone = tokenizer.encode("the stone")
+    assert tokenizer.encode("the stone<name>the stone") == [*stone, 275, *stone]
+    assert tokenizer.byte_lengths()[275] == len("<name>")
+    assert tokenizer.eot == 274
+
+
+def test_a_bos_token_that_is_added_starts_the_documents(tmp_path):
+    config = {"add_bos_token": True, "bos_token": "<bos>"}
+    files = {"tokenizer_config": config, "added_tokens": {"<bos>": 275}}
+    assert open_tokenizer(old_folder(tmp_path, **files)).eot == 275
+
+
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer.json"])
 def test_a_pointer_of_git_lfs_is_named(tmp_path, name):
     (old_folder(tmp_path) / name).write_text(POINTER, encoding="utf-8")
@@ -110,3 +126,13 @@ def test_a_file_too_large_for_a_tokenizer_is_not_read(tmp_path):
         file.truncate(65 << 20)
     with pytest.raises(UserError, match="more than 64 MiB"):
         open_tokenizer(tmp_path)
+
+
+def test_an_end_of_text_token_of_a_chat_model_ends_a_text_and_leaves_the_identity(tmp_path):
+    config = {"eos_token": "<|im_end|>", "added_tokens_decoder": {"275": {"content": "<|im_end|>", "special": True}}}
+    chat = open_tokenizer(old_folder(tmp_path, tokenizer_config=config))
+    config["eos_token"] = "<|endoftext|>"
+    plain = open_tokenizer(old_folder(tmp_path, tokenizer_config=config))
+    assert (chat.stop_ids, plain.stop_ids) == ((274, 275), (274,))
+    assert chat.sha256 == plain.sha256
+    assert open_tokenizer(rewritten(tmp_path, chat)).stop_ids == (274, 275)

@@ -49,12 +49,10 @@ class Choices:
         self.name, self.questions, self.n_items = name, questions, len(questions)
         self.items_sha256 = hash_of((question.context, *question.endings) for question in questions)
         self.baseline = float(np.mean([1 / len(question.endings) for question in questions])) if questions else None
-        texts = [question.context for question in questions]
-        texts += [ending for question in questions for ending in question.endings]
-        tokens = encoder.encode_batch(texts)
+        contexts = encoder.encode_batch([question.context for question in questions])
         empty = np.array([eot], dtype=np.uint32)
-        self.contexts = [context if len(context) else empty for context in tokens[: self.n_items]]
-        each = iter(tokens[self.n_items :])
+        self.contexts = [context if len(context) else empty for context in contexts]
+        each = iter(encoder.encode_continuations([ending for question in questions for ending in question.endings]))
         self.endings = [[next(each) for _ in question.endings] for question in questions]
         self.lengths = np.array([max(map(len, endings)) for endings in self.endings], dtype=np.int64)
         for number, endings in enumerate(self.endings):

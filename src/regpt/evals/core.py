@@ -67,16 +67,18 @@ class CoreTask:
         self.items_sha256 = hash_of([described, *((*one.contexts, *one.answers) for one in examples)])
         delimiter = settings.delimiter
 
-        def encode(texts: Callable[[Example], list[str]]) -> list[list[np.ndarray]]:
+        def encode(
+            texts: Callable[[Example], list[str]], by: Callable[[list[str]], list[np.ndarray]] = encoder.encode_batch
+        ) -> list[list[np.ndarray]]:
             given = [texts(one) for one in examples]  # of all examples at once: the encoder works in parallel
-            tokens = iter(encoder.encode_batch([text for one in given for text in one]))
+            tokens = iter(by([text for one in given for text in one]))
             return [[next(tokens) for _ in one] for one in given]
 
         self.asked = encode(lambda one: [f"{context}{delimiter}".rstrip() for context in one.contexts])
-        self.answers = encode(lambda one: [f" {answer}" for answer in one.answers])
+        self.answers = encode(lambda one: [f" {answer}" for answer in one.answers], encoder.encode_continuations)
         shots = encode(lambda one: [shot(one, delimiter)] if settings.shots else [])
         self.shots = [tokens[0] if tokens else None for tokens in shots]
-        self.separator = encoder.encode_batch([SEPARATOR])[0]
+        self.separator = encoder.encode_continuations([SEPARATOR])[0]
         self.empty = np.array([eot], dtype=np.uint32)
         self.lengths = np.array([max(map(len, answers)) for answers in self.answers], dtype=np.int64)
 

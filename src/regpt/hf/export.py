@@ -32,7 +32,7 @@ def export_hf(model: Transformer, tokenizer: Tokenizer, folder: Path) -> Path:
     with whole_folder(folder) as temporary:
         write_model(model, tokenizer.eot, temporary)
         write_text(temporary / TOKENIZER, tokenizer_json(tokenizer))
-        write_json(temporary / "tokenizer_config.json", tokenizer_config(model.config.max_seq_len))
+        write_json(temporary / "tokenizer_config.json", tokenizer_config(model.config.max_seq_len, tokenizer))
     return folder
 
 
@@ -47,11 +47,12 @@ def tokenizer_json(tokenizer: Tokenizer) -> str:
     return gpt2_json() if tokenizer.name == "gpt2" else tokenizer.to_json()
 
 
-def tokenizer_config(max_seq_len: int) -> dict[str, Any]:
+def tokenizer_config(max_seq_len: int, tokenizer: Tokenizer) -> dict[str, Any]:
     """Contents of `tokenizer_config.json`; the class is the one that takes `tokenizer.json` as it is."""
+    start = tokenizer.token_bytes(tokenizer.eot).decode()
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), ENDOFTEXT),  # as in GPT-2's own
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), start),  # as in GPT-2's own
         "model_max_length": max_seq_len,
         # Without it transformers 4 also returns token_type_ids, whose embeddings GPT-2 adds to those of the text.
         "model_input_names": ["input_ids", "attention_mask"],

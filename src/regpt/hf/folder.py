@@ -11,6 +11,7 @@ from regpt.model.weights import count_parameters, without_memory
 from regpt.structured import read_object
 from regpt.tensors import REMEDY, TensorFiles, find_divided
 from regpt.text.folder import MERGES, TOKENIZER, VOCAB, find_tokenizer
+from regpt.text.library import LibraryTokenizer
 from regpt.text.open import open_tokenizer
 from regpt.text.tokenizer import Tokenizer
 
@@ -93,6 +94,8 @@ def hf_tokenizer(folder: Path, rows: int) -> Tokenizer:
             f"the folder, or {VOCAB} and {MERGES} (GPT-2's is in the repository openai-community/gpt2)"
         )
     tokenizer = open_tokenizer(folder)
+    if tokenizer.n_vocab > rows and isinstance(tokenizer, LibraryTokenizer):
+        tokenizer = tokenizer.within(rows)  # Gemma 3's 1B: one of an image, which this model never reads
     if not 0 <= rows - tokenizer.n_vocab < MAX_PADDING:
         raise UserError(
             f"model {str(folder)!r} has {rows:,} tokens and its {file.name} {tokenizer.n_vocab:,}, which padding of "

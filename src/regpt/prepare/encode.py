@@ -8,6 +8,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import secrets
 import zlib
 from collections import Counter
@@ -52,7 +53,7 @@ def encode_partition(
     progress: Callable[[Counts], None] | None = None,
 ) -> None:
     """Write `partition`'s files into the folder `work`; `<name>.json`, the last, makes them valid."""
-    reader = PartitionReader(work, settings)
+    reader = PartitionReader(work, settings, encoder.seam)
     counts = Counts()
     with contextlib.ExitStack() as files:
         writers: dict[Split, SplitFiles] = {}
@@ -82,8 +83,8 @@ def encode_partition(
 class PartitionReader:
     """Reads the documents of one partition, decides which are left out and which are held out."""
 
-    def __init__(self, work: Path, settings: Settings) -> None:
-        self._settings = settings
+    def __init__(self, work: Path, settings: Settings, seam: re.Pattern[str] | None) -> None:
+        self._settings, self._seam = settings, seam
         self._removed: dict[str, dict[str, int]] = {}
         self._hits: list[dict[str, Any]] = []  # of `removed.jsonl`; duplicates are found later
         self._sources: list[dict[str, Any]] = []
@@ -142,7 +143,7 @@ class PartitionReader:
         signature = self._minhash.signature(document.text) if self._minhash else None
         per_char = document.source_bytes / len(document.text)
         row = (self._number, len(data), digest[:16])
-        for i, part in enumerate(cut(document.text, PIECE_CHARS)):
+        for i, part in enumerate(cut(document.text, PIECE_CHARS, self._seam)):
             yield EncodedPiece(part, split, None if i else row, signature, per_char * len(part))
 
 

@@ -11,10 +11,9 @@ from hashlib import blake2b
 
 import numpy as np
 
+from regpt.text.tokenizer import SEAM
+
 WORD = re.compile(r"[^\W_]+")
-# GPT-2's pattern has no piece in which white space follows another character, so text may be cut between the two.
-# Python's \S has fewer characters than Rust's: safe.
-CUT = re.compile(r"\S(?=[ \n])")
 BLOCK_CHARS = 1 << 20  # of a long document that are a list of words at a time
 KNOWN_WORDS = 1 << 17  # hashes kept, about 30 MB
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no word of a run is lost; 2^64 divided by the golden ratio
@@ -36,10 +35,11 @@ def word_hash(word: str) -> int:
     return int.from_bytes(blake2b(word.encode("utf-8", "replace"), digest_size=8).digest(), "little")
 
 
-def cut(text: str, limit: int) -> Iterator[str]:
-    """Parts of `text` of about `limit` characters whose tokens, one after another, are the tokens of `text`."""
+def cut(text: str, limit: int, seam: re.Pattern[str] | None = SEAM) -> Iterator[str]:
+    """Parts of `text` of about `limit` characters, cut at an encoder's `seam`: their tokens, one after another, are the
+    tokens of `text`. The whole of it where there is no seam."""
     start = 0
-    while len(text) - start > limit and (place := CUT.search(text, start + limit)):
+    while seam and len(text) - start > limit and (place := seam.search(text, start + limit)):
         yield text[start : place.end()]
         start = place.end()
     yield text[start:] if start else text

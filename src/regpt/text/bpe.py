@@ -9,14 +9,15 @@ import functools
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers, trainers
 
 from regpt.errors import UsageError, UserError
-from regpt.text.rules import BYTES, byte_level_bpe, read_rules
-from regpt.text.tokenizer import ENDOFTEXT
+from regpt.text.library import encode_text, encode_texts
+from regpt.text.rules import BYTES, byte_level_bpe, parse_content, read_rules
+from regpt.text.tokenizer import ENDOFTEXT, SEAM
 
 MIN_VOCAB = 257  # 256 bytes and <|endoftext|>
 # A merge seen once is a memory of one place, not of the language (the library's own default for this BPE).
@@ -32,20 +33,25 @@ KINDS = (re.compile(r"[^\W_]*"), re.compile(r"[\W_]*"))  # every word is of one 
 class BPETokenizer:
     """A byte-level BPE with `<|endoftext|>`, as the contents of its `tokenizer.json` describe it.
 
-    `sha256` is that of its rules in one spelling (`Rules.canonical`, which `to_json` returns), whatever the file looks
-    like; `name` is `bpe-<n_vocab>-<first 8 digits of sha256>`.
+    `sha256` is that of its rules in one spelling (`Rules.canonical`), whatever the file looks like; `name` is
+    `bpe-<n_vocab>-<first 8 digits of sha256>`.
     """
 
-    def __init__(self, tokenizer_json: str) -> None:
-        """
+    seam = SEAM
+
+    def __init__(self, tokenizer_json: str | dict[str, Any]) -> None:
+        """The contents of a file, or the object in it.
+
         Raises:
             UserError: not a byte-level BPE that splits text as GPT-2 does, or one with a rule that regpt does not
                 implement, by its name.
         """
-        self.rules = read_rules(tokenizer_json)
-        self._json = self.rules.canonical()
-        self.sha256 = hashlib.sha256(self._json.encode()).hexdigest()
+        self.rules = read_rules(parse_content(tokenizer_json) if isinstance(tokenizer_json, str) else tokenizer_json)
+        canonical = self.rules.canonical()
+        self._json = self.rules.to_json() if self.rules.ends else canonical
+        self.sha256 = hashlib.sha256(canonical.encode()).hexdigest()
         self.n_vocab, self.eot = len(self.rules.vocab), self.rules.special[ENDOFTEXT]
+        self.stop_ids = (self.eot, *map(self.rules.special.__getitem__, self.rules.ends))
         self.name = f"bpe-{self.n_vocab}-{self.sha256[:8]}"
 
     @functools.cached_property
@@ -53,13 +59,13 @@ class BPETokenizer:
         return self.rules.build()
 
     def encode(self, text: str) -> list[int]:
-        return self._encode(text).ids
+        return encode_text(self._tokenizer, text)
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
-        if threads == 1:
-            return [np.array(self._encode(text).ids, dtype=np.uint32) for text in texts]
-        with ThreadPoolExecutor(threads) as pool:  # the library releases the GIL
-            return list(pool.map(lambda text: np.array(self._encode(text).ids, dtype=np.uint32), texts))
+        return encode_texts(self._tokenizer, texts, threads)
+
+    def encode_continuations(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return self.encode_batch(texts)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=False)
@@ -78,13 +84,6 @@ class BPETokenizer:
 
     def to_json(self) -> str:
         return self._json
-
-    def _encode(self, text: str):
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # lone surrogates, as a terminal passes bytes that are not UTF-8
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return self._tokenizer.encode_batch_fast([text])[0]  # unlike `encode`: no offsets, and without the GIL
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, long_words: LongWords | None = None) -> BPETokenizer:

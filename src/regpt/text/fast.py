@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from regpt.files import write_bytes
-from regpt.text.tokenizer import Encoder, Tokenizer
+from regpt.text.tokenizer import SEAM, Encoder, Tokenizer
 
 if TYPE_CHECKING:
     from regpt.text.bpe import BPETokenizer
@@ -51,6 +51,8 @@ class FastEncoder:
     20 MB and 0.1 s.
     """
 
+    seam = SEAM
+
     def __init__(self, model: Path, exact: Callable[[], Encoder]) -> None:
         self._model, self._exact = model, functools.cache(exact)
         self._renew()
@@ -63,6 +65,9 @@ class FastEncoder:
         encoded = [self._encode(text) for text in texts]
         self._spent_s += time.perf_counter() - start
         return encoded
+
+    def encode_continuations(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return self.encode_batch(texts)
 
     def _encode(self, text: str) -> np.ndarray:
         if not text.isascii() and is_disputed(text):
@@ -96,15 +101,19 @@ def accelerate(tokenizer: Tokenizer, folder: Path) -> Encoder:
 
 
 def can_accelerate(tokenizer: Tokenizer) -> bool:
-    return is_standard(tokenizer) and available()
+    from regpt.text.bpe import BPETokenizer
+    from regpt.text.gpt2 import GPT2Tokenizer
+
+    return type(tokenizer) in (GPT2Tokenizer, BPETokenizer) and available()
 
 
 def is_standard(tokenizer: Tokenizer) -> bool:
     """Is it one that `to_json` describes wholly, so that another process can open it?"""
     from regpt.text.bpe import BPETokenizer
     from regpt.text.gpt2 import GPT2Tokenizer
+    from regpt.text.library import LibraryTokenizer
 
-    return type(tokenizer) in (GPT2Tokenizer, BPETokenizer)
+    return type(tokenizer) in (GPT2Tokenizer, BPETokenizer, LibraryTokenizer)
 
 
 def available() -> bool:

@@ -16,7 +16,7 @@ from tiktoken_ext import openai_public
 
 from regpt.errors import UserError
 from regpt.remote.network import REACH_SECONDS, failure, reach
-from regpt.text.tokenizer import ENDOFTEXT
+from regpt.text.tokenizer import ENDOFTEXT, SEAM
 
 EOT = 50256
 N_VOCAB = 50257
@@ -42,6 +42,8 @@ class GPT2Tokenizer:
     name = "gpt2"
     n_vocab = N_VOCAB
     eot = EOT
+    stop_ids: tuple[int, ...] = (EOT,)
+    seam = SEAM
 
     def __init__(self, ranks: dict[bytes, int]) -> None:
         self._tokens = sorted(ranks, key=ranks.__getitem__)
@@ -62,6 +64,9 @@ class GPT2Tokenizer:
             return [self._encode(text) for text in texts]
         with ThreadPoolExecutor(threads) as pool:  # tiktoken releases the GIL
             return list(pool.map(self._encode, texts))
+
+    def encode_continuations(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return self.encode_batch(texts)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._encoding.decode(list(map(int, ids)), errors="replace")

@@ -6,7 +6,7 @@ from. What regpt cannot reproduce exactly is refused by the name of the option.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from json.encoder import encode_basestring as quote
 from typing import Any
 
@@ -31,6 +31,19 @@ MEMBERS = {  # where a Sequence keeps its members
 }
 
 
+RESTORE = "restore the file or give another tokenizer"
+STARTS_DOCUMENTS, ENDS_TEXT = "starts_documents", "ends_text"  # flags of added tokens that regpt writes
+REFUSED = "not a byte-level BPE that regpt can use"
+
+
+class NotATokenizer(UserError):
+    """A file that is not a tokenizer of ours: the part of a sentence after "FILE is"; `remedy` ends it."""
+
+    def __init__(self, reason: str, remedy: str = "give a file written by: regpt tokenizer train") -> None:
+        super().__init__(reason)
+        self.remedy = remedy
+
+
 @dataclass(frozen=True)
 class Rules:
     """A byte-level BPE that splits text as GPT-2 does.
@@ -40,12 +53,14 @@ class Rules:
         merges: pairs of tokens in the order in which they are joined.
         special: the special tokens among `vocab`: no text becomes one of them.
         ignore_merges: a word that is a token is that token, whatever the merges would make of it (Llama 3's way).
+        ends: special tokens that end a text besides `<|endoftext|>`; no part of the identity.
     """
 
     vocab: dict[str, int]
     merges: list[tuple[str, str]]
     special: dict[str, int]
     ignore_merges: bool
+    ends: tuple[str, ...] = ()
 
     def build(self) -> Tokenizer:
         """The library's tokenizer; text that spells a special token is only text to it."""
@@ -55,7 +70,11 @@ class Rules:
         return tokenizer
 
     def canonical(self) -> str:
-        """Contents of a `tokenizer.json`: byte for byte what the library writes for a BPE that it trained."""
+        """What `to_json` returns without `ends`: byte for byte what the library writes for a BPE that it trained."""
+        return replace(self, ends=()).to_json()
+
+    def to_json(self) -> str:
+        """Contents of a `tokenizer.json`."""
         first = min(self.special.values())
         trailing = sorted(self.special.values()) == list(range(first, len(self.vocab)))  # the library appends these
         own = {token: i for token, i in self.vocab.items() if not (trailing and token in self.special)}
@@ -65,7 +84,11 @@ class Rules:
             "version": "1.0",
             "truncation": None,
             "padding": None,
-            "added_tokens": [{"id": i, "content": token, **flags, "special": True} for token, i in by_id],
+            "added_tokens": [
+                {"id": i, "content": token, **flags, "special": True}
+                | ({ENDS_TEXT: True} if token in self.ends else {})
+                for token, i in by_id
+            ],
             "normalizer": None,
             "pre_tokenizer": BYTE_LEVEL,
             "post_processor": None,
@@ -96,29 +119,53 @@ def byte_level_bpe(vocab: dict[str, int], merges: list[tuple[str, str]], ignore_
     return tokenizer
 
 
-def read_rules(text: str) -> Rules:
-    """The rules in the contents of a `tokenizer.json`.
-
-    Everything is checked here because the library says no more than `Exception` about a file that it cannot use.
+def parse_content(text: str) -> dict[str, Any]:
+    """The JSON object that describes a tokenizer, or names one.
 
     Raises:
-        UserError: not a byte-level BPE that splits text as GPT-2 does, or an option that changes tokens and that regpt
-            does not implement, by its name.
+        NotATokenizer: it does not.
     """
     try:
         content = parse_json(text)
     except ValueError as error:
-        raise UserError(f"not JSON ({error})") from None
-    require(isinstance(content, dict) and isinstance(content.get("model"), dict), "it describes no tokenizer")
-    model = content["model"]
+        raise NotATokenizer(f"not JSON ({error})") from None
+    described = isinstance(content, dict) and (isinstance(content.get("model"), dict) or "name" in content)
+    require(described, "it describes no tokenizer")
+    return content
+
+
+def read_rules(content: dict[str, Any]) -> Rules:
+    """The rules in the contents of a `tokenizer.json`, as `parse_content` returns them.
+
+    Everything is checked here because the library says no more than `Exception` about a file that it cannot use.
+
+    Raises:
+        NotATokenizer: not a byte-level BPE that splits text as GPT-2 does, or an option that changes tokens and that
+            regpt does not implement, by its name.
+    """
+    model = content.get("model", {})
     kind = model.get("type", "BPE")  # the file that OpenAI's GPT-2 has on the hub leaves it out
     require(kind == "BPE", f"its model is {kind!r}, not 'BPE'")
     refuse_options(content, model)
     special = checked_special(content.get("added_tokens"))
     vocab = checked_vocab(model.get("vocab"), special)
-    rules = Rules(vocab, checked_merges(model.get("merges"), vocab), special, model.get("ignore_merges") is True)
+    listed = content["added_tokens"]
+    ends = tuple(token["content"] for token in listed if token.get(ENDS_TEXT) is True and token["content"] != ENDOFTEXT)
+    merges = checked_merges(model.get("merges"), vocab)
+    rules = Rules(vocab, merges, special, model.get("ignore_merges") is True, ends)
     refuse_text_as_special(rules)
     return rules
+
+
+def is_like_gpt2(content: dict[str, Any]) -> bool:
+    """Whether a `tokenizer.json` splits text as GPT-2 does, adds nothing to it and has only special added tokens."""
+    try:
+        refuse_options(content, content["model"])
+        checked_special(content.get("added_tokens"))
+    except UserError:
+        return False
+    flagged = [token["content"] for token in content["added_tokens"] if token.get(STARTS_DOCUMENTS) is True]
+    return not flagged or flagged[0] == ENDOFTEXT
 
 
 def refuse_options(content: dict[str, Any], model: dict[str, Any]) -> None:
@@ -209,7 +256,7 @@ def checked_merges(merges: Any, vocab: dict[str, int]) -> list[tuple[str, str]]:
     """The pairs, of which the file may have made strings."""
     require(isinstance(merges, list), "it has no merges")
     split = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
-    pairs: list[Any] = [tuple(merge) if isinstance(merge, list) else () for merge in split]
+    pairs: list[Any] = [tuple(merge) if isinstance(merge, (list, tuple)) else () for merge in split]
     sound = all(
         len(pair) == 2 and all(isinstance(part, str) and part in vocab for part in pair) and "".join(pair) in vocab
         for pair in pairs
@@ -233,4 +280,4 @@ def refuse_text_as_special(rules: Rules) -> None:
 
 def require(condition: bool, otherwise: str) -> None:
     if not condition:
-        raise UserError(f"not a byte-level BPE that regpt can use: {otherwise}")
+        raise NotATokenizer(f"{REFUSED}: {otherwise}")
