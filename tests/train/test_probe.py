@@ -130,10 +130,10 @@ def test_trying_leaves_no_trace():
     before = everything(trainer)
     choice = choose_rows(trainer)
     trainer.backend.forward_backward([], torch.ones(()))
-    assert choice.rows in row_choices(tiny.N_ROWS)
+    assert choice.chosen in row_choices(tiny.N_ROWS)
     assert [found.rows for found in choice.probes][:2] == [1, 1]
     assert all(a.equal(b) for a, b in zip(before, everything(trainer)))
-    trainer.micro_batch.rows = untouched.micro_batch.rows = choice.rows
+    trainer.micro_batch.rows = untouched.micro_batch.rows = choice.chosen
     for _ in range(2):
         numbers = [[tiny.update(t)[key] for key in ("loss", "grad_norm")] for t in (trainer, untouched)]
         assert numbers[0] == numbers[1]
@@ -215,7 +215,7 @@ def chosen_together() -> int:
         probe.FASTER = 1e9  # whatever the clock says
         if mesh.rank == mesh.world_size - 1:
             probe.capacity = lambda device, processes: Capacity(0, 1)  # the second is expected not to fit
-        return choose_rows(trainer).rows
+        return choose_rows(trainer).chosen
 
 
 def test_processes_agree_on_the_smallest():

@@ -158,11 +158,14 @@ def open_core(
     """
     described = {settings.name: (settings, file) for settings, file in map(settings_of, read_entries(folder))}
     held = {name: one for name, one in described.items() if one[1] is not None and is_file(folder / one[1])}
-    refuse_unknown(chosen, list(held), folder)
+    for name in chosen:
+        if name not in held:
+            known = ", ".join(held) or "other folders"
+            raise UsageError(f"{str(folder)!r} holds no CORE task {name!r}{nearest(name, held)}; choose from {known}")
     tasks = []
     for settings, file in (held[name] for name in held if not chosen or name in chosen):
         try:
-            examples = [example_of(item, settings.kind) for item in read_items(folder / str(file))]
+            examples = [READERS[settings.kind](item) for item in read_items(folder / str(file))]
             tasks.append(CoreTask(settings, examples, encoder, eot))
         except UserError as error:
             tolerate(f"core/{settings.name}", error)
@@ -170,15 +173,6 @@ def open_core(
         raise UserError(f"{folder / FILE} names no file that exists; put the tasks' files next to it")
     present = {task.settings.name for task in tasks}
     return tasks, [] if chosen else [name for name in TASKS if name not in present]
-
-
-def refuse_unknown(chosen: Sequence[str], held: Sequence[str], folder: Path) -> None:
-    for name in chosen:
-        if name not in held:
-            close = nearest(name, held)
-            raise UsageError(
-                f"{str(folder)!r} holds no CORE task {name!r}{close}; choose from {', '.join(held) or 'other folders'}"
-            )
 
 
 def locate(argument: str) -> tuple[Path, list[str]]:
@@ -220,10 +214,6 @@ def settings_of(entry: Item) -> tuple[CoreSettings, str | None]:
     if name not in TASKS:
         raise UserError(f"{entry.where}: {name!r} is not one of CORE's tasks, which are {', '.join(TASKS)}")
     return CoreSettings(name, kind, shots, delimiter, float(baseline)), file  # type: ignore[arg-type]
-
-
-def example_of(item: Item, kind: Kind) -> Example:
-    return READERS[kind](item)
 
 
 def multiple_choice(item: Item) -> Example:

@@ -1,7 +1,7 @@
 """The pieces of a run, from its sections."""
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -224,9 +224,9 @@ def with_chosen_rows(config: RunConfig, trainer: Trainer) -> tuple[RunConfig, di
     if config.train.micro_batch_rows != "auto":
         return config, {}
     choice = choose_rows(trainer)
-    trainer.micro_batch.rows = choice.rows
-    config = replace(config, train=replace(config.train, micro_batch_rows=choice.rows))
-    return config, {"micro_batch_rows": choice.facts()}
+    trainer.micro_batch.rows = choice.chosen
+    config = replace(config, train=replace(config.train, micro_batch_rows=choice.chosen))
+    return config, {"micro_batch_rows": asdict(choice)}
 
 
 def choose_kernels(config: RunConfig, model: Transformer, device: torch.device) -> Kernels:

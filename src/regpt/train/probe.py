@@ -7,7 +7,7 @@ there it is the smallest that is as fast, a row, as twice as many.
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -38,15 +38,11 @@ class Probe:
 
 @dataclass(frozen=True)
 class Choice:
-    """The choice for all ranks, and the probes of this rank."""
+    """Rows for all ranks, and the probes of this rank; kept in env.json."""
 
-    rows: int
+    chosen: int
     why: str
-    probes: tuple[Probe, ...]
-
-    def facts(self) -> dict[str, object]:
-        """Its facts for env.json."""
-        return {"chosen": self.rows, "why": self.why, "probes": [asdict(probe) for probe in self.probes]}
+    probes: list[Probe]
 
 
 def row_choices(batch_rows: int) -> list[int]:
@@ -76,7 +72,7 @@ def choose_rows(trainer: Trainer) -> Choice:
         raise UserError(
             f"out of memory with one row at a time, tried for train.micro_batch_rows = 'auto'; {LAST_RESORTS}"
         )
-    return Choice(rows, why, tuple(prober.done))
+    return Choice(rows, why, prober.done)
 
 
 def largest(choices: Sequence[int], measure: Callable[[int], Probe], room: Capacity) -> int:
