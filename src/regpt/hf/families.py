@@ -18,6 +18,7 @@ from regpt.model.config import FAMILIES, ModelConfig
 
 READ = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # those of 8 bits need scales
 CONV1D = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
+GPT2_BIASED = re.compile(CONV1D.pattern + r"|h\.\d+\.ln_[12]\.weight|ln_f\.weight")
 # Constants that older files store next to the weights: causal masks, and frequencies of the rotation.
 BUFFER = re.compile(r"(h|layers)\.\d+\.(attn|attention)\.(bias|masked_bias)|.*rotary_emb\.inv_freq")
 ACTIVATIONS = {
@@ -369,8 +370,14 @@ class WeightsFromHF(Mapping[str, Tensor]):
 
 
 def weights_to_hf(weights: Mapping[str, Tensor], family: str = "gpt2") -> dict[str, Tensor]:
-    """Our `weights` under transformers' names and in its layout, contiguous; a tied head is left out."""
+    """Our `weights` under transformers' names and in its layout, contiguous; a tied head is left out.
+
+    Their GPT-2 has all biases: those that ours lacks are zeros.
+    """
     prefix, head = SPELLINGS[family].prefix, SPELLINGS[family].head
+    if family == "gpt2":
+        biased = {name.removesuffix("weight") + "bias": w for name, w in weights.items() if GPT2_BIASED.fullmatch(name)}
+        weights = {name: w.new_zeros(len(w)) for name, w in biased.items()} | {**weights}
     return {
         name if name == head else prefix + name: transposed(name, tensor).contiguous()
         for name, tensor in weights.items()
