@@ -7,7 +7,6 @@ import pytest
 
 from regpt.cli import data, tokenizer
 from regpt.errors import UsageError, UserError
-from regpt.prepare import workers
 from regpt.text.open import open_tokenizer
 
 
@@ -77,16 +76,6 @@ def test_prepare_info_and_verify_follow_each_other(texts, capsys):
     assert info["sources"][0]["source"] == "texts"
     assert data.main(["verify", "shards"]) == 0
     assert "shards is intact" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(("more", "said"), [((), True), (("--workers", "2"), False)])
-def test_idle_cores_are_explained(texts, monkeypatch, capsys, more, said):
-    monkeypatch.setattr(workers, "SMALL_BYTES", 0)
-    monkeypatch.setattr(workers, "available_cores", lambda: 40)
-    monkeypatch.setattr(workers, "affordable_workers", lambda filters: 2)
-    assert prepare(*more) == 0
-    sentence = "2 of 40 cores encode, to stay within 2 GiB of memory; more: --workers N"
-    assert (sentence in capsys.readouterr().err) == said
 
 
 def test_verify_names_the_damaged_file(texts):

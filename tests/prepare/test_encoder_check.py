@@ -88,12 +88,6 @@ def test_other_tokens_of_the_same_text_are_a_difference(tmp_path):
         EncoderCheck(tmp_path, TOKENIZER, "uint16").compare(part.name, tables)
 
 
-def test_what_finished_shards_took_is_passed_over(tmp_path):
-    ((part, tables),) = encoded(tmp_path, ["the cat"])
-    (tmp_path / f"{part.name}.train.bin").unlink()
-    EncoderCheck(tmp_path, TOKENIZER, "uint16").compare(part.name, tables)
-
-
 @pytest.mark.skipif(not fast.available(), reason="the package gigatoken is not installed")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_wrong_encoder_leaves_nothing(tmp_path, monkeypatch, processes):

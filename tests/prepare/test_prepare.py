@@ -13,7 +13,6 @@ from regpt.data.manifest import Manifest, read_manifest
 from regpt.data.verify import verify
 from regpt.errors import UsageError, UserError
 from regpt.prepare import encode, shards
-from regpt.prepare import prepare as prepare_module
 from regpt.prepare.ngrams import cut
 from regpt.prepare.prepare import Progress, prepare
 from regpt.prepare.settings import TextOptions
@@ -208,7 +207,7 @@ def test_a_killed_preparation_is_not_accepted_and_can_be_repeated(tmp_path, monk
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "write_text", killed)  # everything is written but the manifest
+        patch.setattr(shards, "write_text", killed)  # everything is written but the manifest
         with pytest.raises(Killed):
             prepare([source], out, TOKENIZER, val_fraction=0, shard_tokens=20)
     (out / "train-00099.bin.partial").write_bytes(b"half")

@@ -67,7 +67,7 @@ class PrepareArgs(TextArgs):
     decontaminate: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE")] = ()
     """Leave out documents that share 13 words in a row with an item of these evaluation files."""
     workers: Annotated[int | None, tyro.conf.arg(metavar="INT"), Range(1, PROCESSES)] = None
-    """Processes that encode; default: one a core, as far as 2 GiB of memory allow. The files do not depend on it."""
+    """Processes that encode; default: one a core, 16 at most. The files do not depend on it."""
     executor: Literal["local", "ray"] = "local"
     """Where they run: here, or on a Ray cluster with shared storage (pip install 'regpt[ray]')."""
     address: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
@@ -91,7 +91,7 @@ def main(args: list[str]) -> int:
     tokenizer = open_tokenizer(given.tokenizer)
     done = is_finished(Path(given.out))
     try:
-        with ProgressLine(given.workers is None) as line:
+        with ProgressLine() as line:
             manifest = prepare(
                 given.sources,
                 Path(given.out),
@@ -130,15 +130,14 @@ def download_folder() -> Path | None:
 class ProgressLine:
     """One line in the terminal: part done, documents, text, tokens, speed, time left."""
 
-    def __init__(self, counted: bool) -> None:
-        """`counted`: the number of processes is ours."""
+    def __init__(self) -> None:
         from rich.progress import BarColumn, TaskProgressColumn, TimeRemainingColumn
 
         from regpt.console.tables import field, progress_bar
 
         self._progress = progress_bar(BarColumn(), TaskProgressColumn(), field("done"), TimeRemainingColumn())
         self._task = self._progress.add_task("", total=1.0, done="reading")
-        self._download, self._counted = "", counted
+        self._download = ""
 
     def __enter__(self) -> ProgressLine:
         return self  # the line appears with the first news: an error before stands alone
@@ -150,9 +149,6 @@ class ProgressLine:
     def show(self, now: Any) -> None:
         """`now` is a `regpt.prepare.prepare.Progress`."""
         self._progress.start()  # again and again: only the first counts
-        if self._counted and now.processes:
-            self._counted = False
-            self._explain(now.processes)
         seconds = max(self._progress.tasks[0].elapsed or 0.0, 1e-9)
         speed = (now.text_bytes - now.found_bytes) / 1e6 / seconds
         done = (
@@ -160,14 +156,6 @@ class ProgressLine:
             f"{now.tokens:,} tokens ({(now.tokens - now.found_tokens) / seconds:,.0f}/s){self._download}"
         )
         self._progress.update(self._task, completed=now.done, done=done)
-
-    def _explain(self, processes: int) -> None:
-        """Say why cores have nothing to do."""
-        from regpt.prepare.workers import available_cores
-
-        if processes < (cores := available_cores()):
-            said = f"{processes} of {cores} cores encode, to stay within 2 GiB of memory; more: --workers N"
-            self._progress.console.print(said)
 
     def show_download(self, news: Any) -> None:
         """`news` is a `regpt.remote.download.Download`."""

@@ -13,17 +13,19 @@ import secrets
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from regpt.data.manifest import SPLITS
 from regpt.prepare.decontaminate import load_evaluations
 from regpt.prepare.dedup import SIGNATURE, MinHash
 from regpt.prepare.documents import Document
 from regpt.prepare.ngrams import cut
-from regpt.prepare.partition import DOCUMENT, Counts, Partition, Split
+from regpt.prepare.partition import DOCUMENT, Counts, Partition, Split, total
 from regpt.prepare.settings import Settings
 from regpt.prepare.split import cut_in_two, fraction
 from regpt.text.fast import FastEncoder, find_model
@@ -54,27 +56,13 @@ def encode_partition(
 ) -> None:
     """Write `partition`'s files into the folder `work`; `<name>.json`, the last, makes them valid."""
     reader = PartitionReader(work, settings, encoder.seam)
-    counts = Counts()
-    with contextlib.ExitStack() as files:
-        writers: dict[Split, SplitFiles] = {}
-        near = settings.dedup == "near"
-        signatures = files.enter_context(CheckedFile(work / f"{partition.name}.sig")) if near else None
+    with PartitionFiles(work / partition.name, settings) as files:
         for batch in batches(reader.pieces(partition)):
             encoded = encoder.encode_batch([piece.text for piece in batch], threads)
-            for split in ("train", "val"):
-                chosen = [(piece, ids) for piece, ids in zip(batch, encoded) if piece.split == split]
-                if chosen and split not in writers:
-                    writers[split] = files.enter_context(SplitFiles(work, f"{partition.name}.{split}", settings))
-                if chosen:
-                    counts.add(writers[split].write(chosen))
-            if signatures:
-                rows = [(piece.row[0], piece.signature) for piece in batch if piece.row is not None]
-                signatures.write(np.array(rows, dtype=SIGNATURE))
+            files.write(list(zip(batch, encoded)))
             if progress:
-                progress(counts)
-        splits = {split: writer.finish() for split, writer in writers.items()}
-        check = signatures.finish() if signatures else None
-    summary = {"key": partition.key, "splits": splits, "signatures": check, **reader.summary()}
+                progress(total(files.counts.values()))
+        summary = {"key": partition.key, **files.finish(), **reader.summary()}
     with CheckedFile(work / f"{partition.name}.json") as file:
         file.write(json.dumps(summary).encode())
         file.finish()
@@ -156,13 +144,13 @@ def marks_in(text: str) -> dict[str, int]:
     }
 
 
-def batches(pieces: Iterable[EncodedPiece], limit: int | None = None) -> Iterator[list[EncodedPiece]]:
-    """Lists of pieces of about `limit` characters together."""
-    batch, chars, limit = [], 0, limit or BATCH_CHARS
+def batches(pieces: Iterable[EncodedPiece]) -> Iterator[list[EncodedPiece]]:
+    """Lists of pieces of about `BATCH_CHARS` characters together."""
+    batch, chars = [], 0
     for piece in pieces:
         batch.append(piece)
         chars += len(piece.text)
-        if chars >= limit:
+        if chars >= BATCH_CHARS:
             yield batch
             batch, chars = [], 0
     if batch:
@@ -183,53 +171,60 @@ def open_exact(tokenizer_json: str) -> Encoder:
     return from_json(tokenizer_json)
 
 
-class SplitFiles:
-    """The files of one partition's split: `.bin` (tokens) and `.docs` (`DOCUMENT` rows)."""
+class PartitionFiles:
+    """The files of one partition: `.SPLIT.bin` (tokens) and `.SPLIT.docs` (`DOCUMENT` rows) of each split that has
+    documents, and `.sig` where near duplicates are looked for."""
 
-    def __init__(self, work: Path, stem: str, settings: Settings) -> None:
-        self._files = {suffix: CheckedFile(work / (stem + suffix)) for suffix in (".bin", ".docs")}
+    def __init__(self, stem: Path, settings: Settings) -> None:
+        self.counts: dict[str, Counts] = {}
+        self._stem, self._files = stem, dict[str, CheckedFile]()
         self._eot = np.array([settings.eot], dtype=np.uint32)
         self._dtype = np.dtype(settings.dtype).newbyteorder("<")
-        self._open: tuple[int, int, int, bytes] | None = None  # the document that may continue in the next batch
-        self._total = Counts()
+        self._open: dict[str, tuple[int, int, int, bytes]] = {}  # the document that may continue in the next batch
 
-    def write(self, pieces: Sequence[tuple[EncodedPiece, np.ndarray]]) -> Counts:
-        """Append pieces with their tokens, in the order of the text; returns what was added."""
-        added, tokens, rows = Counts(), [], []
-        for piece, ids in pieces:
-            length = len(ids)
-            if piece.row is not None:
-                number, text_bytes, key = piece.row
-                rows += [self._open] if self._open else []
-                tokens.append(self._eot)
-                length += 1
-                self._open = (number, 0, text_bytes, key)
-                added.documents += 1
-                added.text_bytes += text_bytes
-            assert self._open
-            number, before, text_bytes, key = self._open
-            self._open = (number, before + length, text_bytes, key)
-            tokens.append(ids)
-            added.tokens += length
-            added.source_bytes += piece.source_bytes
-        self._files[".bin"].write(np.concatenate(tokens, dtype=self._dtype, casting="unsafe"))  # n_vocab fits
-        self._files[".docs"].write(np.array(rows, dtype=DOCUMENT))
-        self._total.add(added)
-        return added
+    def write(self, pieces: Sequence[tuple[EncodedPiece, np.ndarray]]) -> None:
+        """Append pieces with their tokens, in the order of the text."""
+        for split in SPLITS:
+            if own := [(piece, ids) for piece, ids in pieces if piece.split == split]:
+                self._write_split(split, own)
+        rows = [(piece.row[0], piece.signature) for piece, _ in pieces if piece.row and piece.signature is not None]
+        if rows:
+            self._append("sig", np.array(rows, dtype=SIGNATURE))
 
     def finish(self) -> dict[str, Any]:
         """Give the files their names; their sizes and checksums, and the counts."""
-        self._files[".docs"].write(np.array([self._open] if self._open else [], dtype=DOCUMENT))
+        for split, row in self._open.items():
+            self._append(f"{split}.docs", np.array([row], dtype=DOCUMENT))
         checks = {suffix: file.finish() for suffix, file in self._files.items()}
-        total = self._total
-        return {"documents": total.documents, "tokens": total.tokens, "text_bytes": total.text_bytes, "files": checks}
+        return {"splits": {split: asdict(counts) for split, counts in self.counts.items()}, "files": checks}
 
-    def __enter__(self) -> "SplitFiles":
+    def __enter__(self) -> "PartitionFiles":
         return self
 
     def __exit__(self, *error: object) -> None:
         for file in self._files.values():
             file.__exit__(*error)
+
+    def _write_split(self, split: str, pieces: Sequence[tuple[EncodedPiece, np.ndarray]]) -> None:
+        tokens, rows, counts = [], [], self.counts.setdefault(split, Counts())
+        for piece, ids in pieces:
+            if piece.row is not None:
+                number, text_bytes, key = piece.row
+                rows += [self._open[split]] if split in self._open else []
+                self._open[split] = (number, 1, text_bytes, key)
+                tokens.append(self._eot)
+                counts.add(Counts(1, text_bytes, 1))
+            number, before, text_bytes, key = self._open[split]
+            self._open[split] = (number, before + len(ids), text_bytes, key)
+            tokens.append(ids)
+            counts.add(Counts(0, 0, len(ids), piece.source_bytes))
+        self._append(f"{split}.bin", np.concatenate(tokens, dtype=self._dtype, casting="unsafe"))  # n_vocab fits
+        self._append(f"{split}.docs", np.array(rows, dtype=DOCUMENT))
+
+    def _append(self, suffix: str, data: np.ndarray) -> None:
+        if suffix not in self._files:
+            self._files[suffix] = CheckedFile(self._stem.with_name(f"{self._stem.name}.{suffix}"))
+        self._files[suffix].write(data)
 
 
 class CheckedFile:

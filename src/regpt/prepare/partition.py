@@ -10,7 +10,7 @@ process builds on them.
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -133,19 +133,19 @@ class Counts:
         self.source_bytes += other.source_bytes
 
 
-def is_encoded(work: Path, partition: Partition, used: Mapping[str, int]) -> bool:
-    """Whether the files of `partition` from an earlier attempt are there and whole; those of the first `used[split]`
-    partitions lack their tokens, which are in shards."""
+def total(parts: Iterable[Counts]) -> Counts:
+    together = Counts()
+    for counts in parts:
+        together.add(counts)
+    return together
+
+
+def is_encoded(work: Path, partition: Partition) -> bool:
+    """Whether the files of `partition` from an earlier attempt are there and whole."""
     try:
         found = load_summary(work, partition.name)
-        signatures = found["signatures"]
-        if signatures and not is_whole(work / f"{partition.name}.sig", signatures):
-            return False
         return found["key"] == partition.key and all(
-            is_whole(work / f"{partition.name}.{split}{suffix}", check)
-            for split, content in found["splits"].items()
-            for suffix, check in content["files"].items()
-            if suffix != ".bin" or partition.index >= used[split]
+            is_whole(work / f"{partition.name}.{suffix}", check) for suffix, check in found["files"].items()
         )
     except (OSError, ValueError, KeyError, TypeError):
         return False

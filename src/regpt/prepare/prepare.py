@@ -9,42 +9,51 @@ import functools
 import platform
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import regpt
 from regpt.data.manifest import WORK, Manifest, Shard
-from regpt.errors import UsageError, UserError
-from regpt.files import finish_file, write_text
+from regpt.errors import UsageError
+from regpt.files import finish_file
 from regpt.prepare.decontaminate import Evaluations, read_evaluations
 from regpt.prepare.encode import encode_partition
 from regpt.prepare.named import NAMED_OPTIONS, Listing, NamedOptions, list_sources
-from regpt.prepare.partition import Counts, Partition, Split, load_summary, partitions, target_bytes
+from regpt.prepare.partition import (
+    Counts,
+    Partition,
+    Split,
+    is_encoded,
+    load_summary,
+    partitions,
+    target_bytes,
+    total,
+)
 from regpt.prepare.readers import check_text
 from regpt.prepare.records import Records, check_finished
 from regpt.prepare.settings import TEXT_OPTIONS, Filters, Settings, TextOptions
-from regpt.prepare.shards import Assembly, EncoderCheck, load_state
+from regpt.prepare.shards import Assembly, EncoderCheck, finish_folder
 from regpt.prepare.sources import localized
 from regpt.prepare.split import Unusable, check_splits, check_texts, default_fraction, split_rule
-from regpt.prepare.work import FULL, check_out, clear, in_work_folder, is_finished
-from regpt.prepare.workers import Pool, count_workers, encode_here, encode_on_ray, start_pool
+from regpt.prepare.work import check_out, clear, in_work_folder, is_finished, naming_full_disk
+from regpt.prepare.workers import MAX_WORKERS, available_cores, encode_here, encode_on_ray, start_pool
 from regpt.remote.download import DownloadProgress
 from regpt.text.fast import accelerate, can_accelerate, encoder_name, find_model, save_model
-from regpt.text.open import NAMED
 from regpt.text.tokenizer import Encoder, Tokenizer
 
 SHARD_TOKENS = 100_000_000  # the size of FineWeb-Edu's shards in build-nanogpt
 NO_FILTERS = Filters()
+# Encodes partitions, and calls the last argument with the index of one and what is encoded of it so far.
+Executor = Callable[[Path, Iterator[Partition], Settings, Callable[[int, Counts], None]], Generator[Partition]]
 
 
 @dataclass(frozen=True)
 class Progress:
     """The documents, text and tokens encoded so far; `done` is the part of the source files, from 0 to 1.
 
-    `found_bytes` and `found_tokens` were encoded by an earlier attempt; they took no time now. `processes` is the size
-    of the pool, 0 without one.
+    `found_bytes` and `found_tokens` were encoded by an earlier attempt; they took no time now.
     """
 
     documents: int = 0
@@ -53,7 +62,6 @@ class Progress:
     done: float = 0.0
     found_bytes: int = 0
     found_tokens: int = 0
-    processes: int = 0
 
 
 def prepare(
@@ -81,9 +89,8 @@ def prepare(
     `val_fraction`: copies of a text share a split, and adding files moves no document. A corpus of one document is cut
     into two at the end of a line. The default fraction is 0.1 for sources below 10 MB, 0.005 above. `val_sources` are
     held out instead, when given. `restart` discards an attempt with other options. Without effect on the bytes are
-    `workers` (processes; None is one a core, as far as 2 GiB of memory allow), `executor`, `address` (of the Ray
-    cluster; None starts one on this machine) and `encoder` (`auto` takes the package `gigatoken` where it is
-    installed).
+    `workers` (processes; None is one a core, 16 at most), `executor`, `address` (of the Ray cluster; None starts one on
+    this machine) and `encoder` (`auto` takes the package `gigatoken` where it is installed).
 
     Raises:
         UserError: sources that cannot be read or are empty, a split without documents, options out of range, an `out`
@@ -95,14 +102,16 @@ def prepare(
     check_text(text)
     check_out(out)
     listing = list_sources(sources, val_sources, named, text)
-    count = 1 if is_finished(out) else count_workers(workers, filters)
-    with full_disk_named(out), start_pool(count, executor, listing.files, tokenizer) or nullcontext() as pool:
+    count = 1 if executor == "ray" or is_finished(out) else workers or min(available_cores(), MAX_WORKERS)
+    with naming_full_disk(out), start_pool(count, listing.files, tokenizer) or nullcontext() as pool:
         evaluations = read_evaluations(filters.decontaminate) if filters.decontaminate else None
         share = default_fraction(listing.train) if val_fraction is None else val_fraction
         rule = split_rule(listing.train, bool(listing.val), share, text, download)
         settings = make_settings(tokenizer, encoder, rule, share, text, filters, evaluations)
-        where = (count, pool, executor == "ray", address)
-        job = Job(out, tokenizer, settings, shard_tokens, evaluations, *where, progress, download)
+        elsewhere = pool.encode if pool else None
+        if executor == "ray":
+            elsewhere = functools.partial(encode_on_ray, address=address)
+        job = Job(out, tokenizer, settings, shard_tokens, evaluations, count, elsewhere, progress, download)
         return job.manifest(listing, restart)
 
 
@@ -132,29 +141,17 @@ def make_settings(
     return Settings(*identity, encoder, rule, val_fraction, text, filters.min_chars, filters.dedup, hashes)
 
 
-@contextmanager
-def full_disk_named(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise UserError(f"the disk of {out} is full; free space, then the same command goes on") from None
-
-
 @dataclass
 class Job:
-    """One `data prepare` job."""
+    """One `data prepare` job; `elsewhere` encodes in other processes, and without it `threads` do in this one."""
 
     out: Path
     tokenizer: Tokenizer
     settings: Settings
     shard_tokens: int
     evaluations: Evaluations | None
-    workers: int
-    pool: Pool | None
-    ray: bool
-    address: str | None
+    threads: int
+    elsewhere: Executor | None
     progress: Callable[[Progress], None] | None
     download: DownloadProgress | None
     _finished: Counts = field(default_factory=Counts)
@@ -190,12 +187,10 @@ class Job:
         splits: Sequence[Split] = ("train",) * len(listing.train) + ("val",) * len(listing.val)
         here = zip(localized(listing.files, self.download), splits)
         plan = partitions(here, target_bytes(self._total), self.settings.key(), self.settings.text)
-        state, plan = load_state(self.work, self.out, self.shard_tokens, self.settings, plan)
         check = EncoderCheck(self.work, self.tokenizer, self.settings.dtype) if self._fast else None
         try:
-            with Assembly(
-                self.out, self.work, self.settings, self.shard_tokens, state, check, self.evaluations
-            ) as assembly:
+            assembly = Assembly(self.out, self.work, self.settings, self.shard_tokens, check, self.evaluations)
+            with assembly:
                 self._encode(plan, assembly)
                 records = assembly.records
                 check_texts(records.sources, skip=self.settings.text.on_error == "skip")
@@ -220,24 +215,18 @@ class Job:
         def tasks() -> Iterator[Partition]:
             for partition in plan:
                 order.append(partition)
-                if assembly.is_ready(partition):
+                if is_encoded(self.work, partition):
                     finish(partition, found=True)
-                elif (self.pool or self.ray) and not partition.in_files:
+                elif self.elsewhere and not partition.in_files:
                     encode_partition(self.work, partition, self.settings, self._encoder)
                     finish(partition)
                 else:
                     yield partition
 
-        with closing(self._executor(tasks())) as finished:
+        encode = self.elsewhere or functools.partial(encode_here, encoder=self._encoder, threads=self.threads)
+        with closing(encode(self.work, tasks(), self.settings, self._hear)) as finished:
             for partition in finished:
                 finish(partition)
-
-    def _executor(self, tasks: Iterator[Partition]) -> Generator[Partition]:
-        if self.ray:
-            return encode_on_ray(self.work, tasks, self.settings, self.address)
-        if self.pool:
-            return self.pool.encode(self.work, tasks, self.settings, self._hear)
-        return encode_here(self.work, tasks, self.settings, self._encoder, self.workers, self._hear)
 
     def _hear(self, index: int, counts: Counts) -> None:
         """News of a partition that is being encoded."""
@@ -246,9 +235,8 @@ class Job:
 
     def _count(self, partition: Partition, found: bool) -> None:
         """A partition is done; `found` when an earlier attempt did it."""
-        for split in load_summary(self.work, partition.name)["splits"].values():
-            counts = Counts(split["documents"], split["text_bytes"], split["tokens"], 0.0)
-            (self._found if found else self._finished).add(counts)
+        for counts in load_summary(self.work, partition.name)["splits"].values():
+            (self._found if found else self._finished).add(Counts(**{**counts, "source_bytes": 0.0}))
         self._finished.source_bytes += partition.bytes
         self._running.pop(partition.index, None)
         self._show()
@@ -256,12 +244,9 @@ class Job:
     def _show(self) -> None:
         if not self.progress:
             return
-        now, found = Counts(), self._found
-        for counts in (self._finished, found, *self._running.values()):
-            now.add(counts)
+        found, now = self._found, total((self._finished, self._found, *self._running.values()))
         done = min(1.0, now.source_bytes / self._total)
-        counts = (now.documents, now.text_bytes, now.tokens, done, found.text_bytes, found.tokens)
-        self.progress(Progress(*counts, self.workers if self.pool else 0))
+        self.progress(Progress(now.documents, now.text_bytes, now.tokens, done, found.text_bytes, found.tokens))
 
     def options(self) -> dict[str, Any]:
         """The options that shape the bytes, for the manifest."""
@@ -278,28 +263,19 @@ class Job:
 
     def _finish(self, shards: Sequence[Shard], records: Records, left_out: Mapping[str, int]) -> Manifest:
         """Write the files next to the shards; the manifest last."""
-        if self.tokenizer.name not in NAMED:
-            write_text(self.out / "tokenizer.json", self.tokenizer.to_json())
         if records.lines:
             with records.path.open("rb+") as lines:
                 finish_file(lines, self.out / "removed.jsonl")
-        manifest = Manifest(
-            tokenizer=self.tokenizer.name,
-            tokenizer_sha256=self.tokenizer.sha256,
-            vocab_size=self.tokenizer.n_vocab,
-            eot=self.tokenizer.eot,
-            dtype=self.settings.dtype,
-            shards=tuple(shards),
+        encoder = encoder_name(self.tokenizer, self._fast)
+        return finish_folder(
+            self.out,
+            self.tokenizer,
+            self.settings.dtype,
+            shards,
             text_bytes=records.text_bytes,
             sources=tuple(records.sources),
             options=self.options(),
             removed=records.removed,
             left_out=dict(left_out),
-            made_with={
-                "regpt": regpt.__version__,
-                "python": platform.python_version(),
-                "encoder": encoder_name(self.tokenizer, self._fast),
-            },
+            made_with={"regpt": regpt.__version__, "python": platform.python_version(), "encoder": encoder},
         )
-        write_text(self.out / "manifest.json", manifest.to_json())  # last, when the shards are on the disk
-        return manifest

@@ -1,86 +1,34 @@
-"""Encoded partitions → shards, in order, and the state with which a later attempt continues.
-
-Whenever a shard is finished, `shards.json` in the work folder lists it, and the tokens that are in finished shards are
-deleted. An attempt that finds it begins after the last finished shard. The tables of documents stay until the end, so
-that it can work out anew which documents repeat earlier ones.
+"""Encoded partitions → shards, in order. Their files stay in the work folder until the last shard is finished: a later
+attempt writes the shards anew, from what is encoded.
 """
 
 import contextlib
 import hashlib
-import itertools
 import re
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from regpt.data.manifest import SPLITS, Shard
-from regpt.files import PARTIAL, finish_file, write_bytes, write_json
+from regpt.data.manifest import SPLITS, Manifest, Shard
+from regpt.files import PARTIAL, finish_file, write_bytes, write_text
 from regpt.prepare.decontaminate import Evaluations
 from regpt.prepare.dedup import Dedup
-from regpt.prepare.partition import DOCUMENT, RESTART, Partition, Split, is_encoded, load_summary
+from regpt.prepare.partition import DOCUMENT, Partition, Split, load_summary
 from regpt.prepare.records import Records
 from regpt.prepare.settings import Settings
 from regpt.prepare.split import Unusable
-from regpt.structured import read_json
 from regpt.text.fast import PACKAGE
+from regpt.text.open import NAMED
 from regpt.text.tokenizer import Tokenizer
 
-STATE = "shards.json"
 BLOCK_TOKENS = 4 << 20  # copied at a time
 EVERY = 1024  # documents, of which one is compared: a hundredth of one core's time at the speed of sixteen
 MOST_TOKENS = 1 << 16  # of a compared document: a book would take seconds
 OURS = re.compile(r"(((train|val)-\d{5,}\.(bin|idx))|tokenizer\.json|removed\.jsonl|manifest\.json)(\.partial)?")
-
-
-@dataclass(frozen=True)
-class State:
-    """Content of the finished shards.
-
-    Attributes:
-        shards: the finished ones of each split.
-        partitions: how many partitions have been read, in order; parts of the last may be missing in the shards.
-        keys: hash of their keys.
-        used: for each split the number of partitions of which it has everything; their tokens are no longer there.
-    """
-
-    shards: dict[str, list[dict[str, Any]]]
-    partitions: int
-    keys: str
-    used: dict[str, int]
-
-
-NOTHING = State({split: [] for split in SPLITS}, 0, hashlib.sha256().hexdigest(), dict.fromkeys(SPLITS, 0))
-
-
-def load_state(
-    work: Path, out: Path, shard_tokens: int, settings: Settings, plan: Iterator[Partition]
-) -> tuple[State, Iterator[Partition]]:
-    """The state of an earlier attempt, and `plan`; `NOTHING` without one, when a shard of it has changed, or when its
-    partitions are no longer those of the plan."""
-    width = np.dtype(settings.dtype).itemsize
-    try:
-        state = State(**read_json(work / STATE, RESTART))
-        shards = [Shard(**shard) for split in SPLITS for shard in state.shards[split]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return NOTHING, plan
-    used = list(itertools.islice(plan, state.partitions))
-    whole = all(
-        shard.tokens == shard_tokens
-        and has_size(out / shard.file, shard.tokens * width)
-        and has_size(out / shard.idx_file, shard.documents * 8)
-        for shard in shards
-    )
-    keys = hashlib.sha256("".join(partition.key for partition in used).encode()).hexdigest()
-    return state if whole and keys == state.keys else NOTHING, itertools.chain(used, plan)
-
-
-def has_size(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size
 
 
 class Assembly:
@@ -92,22 +40,14 @@ class Assembly:
         work: Path,
         settings: Settings,
         shard_tokens: int,
-        state: State,
         check: "EncoderCheck | None",
         evaluations: Evaluations | None,
     ) -> None:
-        self._out, self._work, self._state = out, work, state
+        self._work, self._check = work, check
         self._dtype = np.dtype(settings.dtype).newbyteorder("<")
-        found = {split: [Shard(**shard) for shard in state.shards[split]] for split in SPLITS}
-        remove_leftovers(out, keep=[name for shards in found.values() for s in shards for name in (s.file, s.idx_file)])
-        self._writers = {split: ShardWriter(out, split, settings.dtype, shard_tokens, found[split]) for split in SPLITS}
-        self._in_shards = {split: sum(shard.tokens for shard in found[split]) for split in SPLITS}
-        self._given = dict.fromkeys(SPLITS, 0)  # tokens of the partitions so far
-        self._waiting: dict[str, deque[tuple[int, str, int]]] = {split: deque() for split in SPLITS}
-        self._keys = hashlib.sha256()
+        remove_leftovers(out)
+        self._writers = {split: ShardWriter(out, split, settings.dtype, shard_tokens) for split in SPLITS}
         self._dedup = Dedup(work, settings.dedup)
-        self._check = check
-        self._index = 0
         self.records = Records(work / "removed.partial", evaluations)
 
     def __enter__(self) -> "Assembly":
@@ -118,9 +58,6 @@ class Assembly:
             writer.__exit__(*error)
         self._dedup.close()
         self.records.close()
-
-    def is_ready(self, partition: Partition) -> bool:
-        return is_encoded(self._work, partition, self._state.used)
 
     def add(self, partition: Partition) -> None:
         """Append `partition`, the next one.
@@ -137,13 +74,9 @@ class Assembly:
             self._check.compare(partition.name, tables)
         kept, repeats = self._dedup.choose(partition.name, self.records.rows, tables)
         self.records.add(partition, found, tables, kept, repeats)
-        before = self._finished()
         for split, table in tables.items():
-            self._copy(partition, split, table, kept[split])
-        self._keys.update(partition.key.encode())
-        self._index += 1
-        if self._finished() > before:
-            self._save()
+            for tokens, starts in self._blocks(f"{partition.name}.{split}.bin", table["tokens"], kept[split]):
+                self._writers[split].write(tokens, starts)
 
     def finish(self) -> list[Shard]:
         """End the last shards; all of them, train before val."""
@@ -151,50 +84,20 @@ class Assembly:
             writer.finish()
         return [shard for split in SPLITS for shard in self._writers[split].shards]
 
-    def _copy(self, partition: Partition, split: Split, table: np.ndarray, kept: np.ndarray) -> None:
-        """Hand the kept documents to the writer, but for what finished shards hold."""
-        done = min(max(0, self._in_shards[split] - self._given[split]), int(table["tokens"][kept].sum()))
-        for tokens, starts in self._blocks(partition, split, table["tokens"], kept, done):
-            self._writers[split].write(tokens, starts)
-        self._given[split] += int(table["tokens"][kept].sum())
-        self._waiting[split].append((partition.index, partition.name, self._given[split]))
-
-    def _blocks(
-        self, partition: Partition, split: Split, lengths: np.ndarray, kept: np.ndarray, done: int
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Kept tokens after the first `done`, and where documents start in them."""
+    def _blocks(self, name: str, lengths: np.ndarray, kept: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The kept documents' tokens, some at a time, and where documents start in them."""
         ends = np.cumsum(lengths)
         starts = np.cumsum(lengths[kept]) - lengths[kept]  # in the kept tokens
         at = 0
         for first, last in runs(kept):
-            begin, end = int(ends[first] - lengths[first]), int(ends[last])
-            skipped = min(max(0, done - at), end - begin)
-            at, begin = at + skipped, begin + skipped
-            while begin < end:
+            end = int(ends[last])
+            for begin in range(int(ends[first] - lengths[first]), end, BLOCK_TOKENS):
                 n = min(BLOCK_TOKENS, end - begin)
-                path = self._work / f"{partition.name}.{split}.bin"
-                tokens = np.fromfile(path, dtype=self._dtype, count=n, offset=begin * self._dtype.itemsize)
+                offset = begin * self._dtype.itemsize
+                tokens = np.fromfile(self._work / name, dtype=self._dtype, count=n, offset=offset)
                 low, high = np.searchsorted(starts, (at, at + n))
                 yield tokens, starts[low:high] - at
-                at, begin = at + n, begin + n
-
-    def _finished(self) -> int:
-        return sum(len(writer.shards) for writer in self._writers.values())
-
-    def _save(self) -> None:
-        """Store the content of the finished shards, then delete the tokens that are in them."""
-        shards = {split: [asdict(shard) for shard in self._writers[split].shards] for split in SPLITS}
-        self._in_shards = {split: sum(shard["tokens"] for shard in shards[split]) for split in SPLITS}
-        used, waiting = dict(self._state.used), []
-        for split, queue in self._waiting.items():
-            while queue and queue[0][2] <= self._in_shards[split]:
-                index, name, _ = queue.popleft()
-                used[split] = index + 1
-                waiting.append(self._work / f"{name}.{split}.bin")
-        self._state = State(shards, self._index, self._keys.hexdigest(), used)
-        write_json(self._work / STATE, asdict(self._state))
-        for path in waiting:
-            path.unlink(missing_ok=True)
+                at += n
 
 
 def runs(kept: np.ndarray) -> list[tuple[int, int]]:
@@ -206,19 +109,12 @@ def runs(kept: np.ndarray) -> list[tuple[int, int]]:
 class ShardWriter:
     """Writes one split as shards of at most `shard_tokens` tokens; a document may continue in the next shard.
 
-    `shards` describes the files that are finished, those of an earlier attempt first; `finish` ends the last one. Used
-    as a context manager, it closes the open file when something fails. A thread hashes what is written.
+    `shards` describes the files that are finished; `finish` ends the last one. Used as a context manager, it closes the
+    open file when something fails. A thread hashes what is written.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        split: Split,
-        dtype: Literal["uint16", "uint32"],
-        shard_tokens: int,
-        shards: Sequence[Shard] = (),
-    ) -> None:
-        self.shards = list(shards)
+    def __init__(self, folder: Path, split: Split, dtype: Literal["uint16", "uint32"], shard_tokens: int) -> None:
+        self.shards: list[Shard] = []
         self._folder, self._shard_tokens = folder, shard_tokens
         self._split: Split = split
         self._dtype = np.dtype(dtype).newbyteorder("<")
@@ -305,11 +201,10 @@ class EncoderCheck:
             first = -self._seen % EVERY
             self._seen += len(table)
             path = self._work / f"{name}.{split}.bin"
-            if first < len(table) and path.exists():  # finished shards took the others
-                starts = np.cumsum(table["tokens"]) - table["tokens"]
-                for i in range(first, len(table), EVERY):
-                    if table["tokens"][i] <= MOST_TOKENS:
-                        self._compare(path, int(starts[i]), table[i])
+            starts = np.cumsum(table["tokens"]) - table["tokens"]
+            for i in range(first, len(table), EVERY):
+                if table["tokens"][i] <= MOST_TOKENS:
+                    self._compare(path, int(starts[i]), table[i])
 
     def _compare(self, path: Path, start: int, row: np.void) -> None:
         offset = (start + 1) * self._dtype.itemsize  # without the <|endoftext|>
@@ -325,8 +220,27 @@ class EncoderCheck:
             )
 
 
-def remove_leftovers(folder: Path, keep: Collection[str] = ()) -> None:
-    """Delete what an interrupted preparation left in `folder`, but the files named in `keep`."""
-    for path in sorted(folder.iterdir()):  # the manifest before the shards
-        if OURS.fullmatch(path.name) and path.name not in keep:
+def finish_folder(
+    folder: Path, tokenizer: Tokenizer, dtype: Literal["uint16", "uint32"], shards: Sequence[Shard], **facts: Any
+) -> Manifest:
+    """Write the tokenizer, unless it has a name, and the manifest of finished shards; `facts` are its other fields."""
+    if tokenizer.name not in NAMED:
+        write_text(folder / "tokenizer.json", tokenizer.to_json())
+    manifest = Manifest(
+        tokenizer=tokenizer.name,
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.n_vocab,
+        eot=tokenizer.eot,
+        dtype=dtype,
+        shards=tuple(shards),
+        **facts,
+    )
+    write_text(folder / "manifest.json", manifest.to_json())  # last, when the shards are on the disk
+    return manifest
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the files of an interrupted preparation in `folder`, the manifest before the shards."""
+    for path in sorted(folder.iterdir()):
+        if OURS.fullmatch(path.name):
             path.unlink()

@@ -11,11 +11,11 @@ from typing import Any
 
 from regpt.data.manifest import WORK
 from regpt.errors import UserError
-from regpt.files import PARTIAL, exists, is_folder, locked, write_bytes
+from regpt.files import exists, is_folder, locked, write_bytes
 from regpt.prepare.decontaminate import Evaluations
 from regpt.prepare.partition import RESTART
 from regpt.prepare.settings import Settings, TextOptions
-from regpt.prepare.shards import STATE, remove_leftovers
+from regpt.prepare.shards import remove_leftovers
 from regpt.structured import read_json
 
 # No space, no quota, no larger file: the user can mend all three.
@@ -94,7 +94,7 @@ def begin(work: Path, out: Path, settings: Settings) -> None:
 
 def is_begun(work: Path) -> bool:
     """Whether any partition has been encoded."""
-    return (work / STATE).exists() or any(work.glob("part-*.json"))
+    return any(work.glob("part-*.json"))
 
 
 def clear(work: Path, out: Path | None = None) -> None:
@@ -121,13 +121,12 @@ def try_place(folder: Path) -> None:
     above = [one for one in (folder, *folder.parents) if not one.exists()]
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".regpt-try"
         try:
-            write_bytes(probe, b"regpt")
+            write_bytes(folder / ".regpt-try", b"regpt")
         finally:
             with contextlib.suppress(OSError):  # what is in use, or cannot be changed
-                for one in (probe, probe.with_name(probe.name + PARTIAL)):
-                    one.unlink(missing_ok=True)
+                for path in folder.glob(".regpt-try*"):
+                    path.unlink()
                 for one in above:
                     one.rmdir()
 
@@ -136,8 +135,18 @@ def try_place(folder: Path) -> None:
 def writing_to(out: Path) -> Iterator[None]:
     """Raise a UserError that names `out` for an OSError in the body."""
     try:
+        with naming_full_disk(out):
+            yield
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error.strerror}); choose another folder") from None
+
+
+@contextlib.contextmanager
+def naming_full_disk(out: Path) -> Iterator[None]:
+    """Raise a UserError that names `out` where the body finds its disk full."""
+    try:
         yield
     except OSError as error:
-        if error.errno in FULL:
-            raise UserError(f"the disk of {out} is full; free space or choose another --out") from None
-        raise UserError(f"--out {out} cannot be written ({error.strerror}); choose another folder") from None
+        if error.errno not in FULL:
+            raise
+        raise UserError(f"the disk of {out} is full; free space, then the same command goes on") from None

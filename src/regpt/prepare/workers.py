@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -29,7 +29,7 @@ from regpt.errors import UserError
 
 if TYPE_CHECKING:
     from regpt.prepare.partition import Counts, Partition
-    from regpt.prepare.settings import Filters, Settings
+    from regpt.prepare.settings import Settings
     from regpt.prepare.sources import Source
     from regpt.text.tokenizer import Encoder, Tokenizer
 
@@ -43,9 +43,7 @@ NEWS_S = 0.2
 # what batches of text take and leave all the time.
 MALLOC_TRIM_THRESHOLD, MALLOC_MMAP_THRESHOLD = (-1, 8 << 20), (-3, 4 << 20)
 SMALL_BYTES = 24_000_000  # of sources; below it starting processes (0.3 s) takes longer than what they would save
-# All processes together, and what they take (measured with English text): the first, another that encodes, and more
-# when it compares words, or has `datasketch` in it.
-MEMORY_BYTES, FIRST_BYTES, WORKER_BYTES, WORDS_BYTES, NEAR_BYTES = 2 << 30, 160 << 20, 115 << 20, 30 << 20, 45 << 20
+MAX_WORKERS = 16  # unless more are asked for: about 2 GiB of memory
 REPORT: list[Callable[[Any], None]] = []  # in a process of a pool: how it reports to the first one
 
 
@@ -54,31 +52,16 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def affordable_workers(filters: Filters) -> int:
-    """Processes that encode and, with the first, stay within `MEMORY_BYTES`."""
-    each = WORKER_BYTES
-    if filters.decontaminate or filters.dedup == "near":
-        each += WORDS_BYTES
-    if filters.dedup == "near":
-        each += NEAR_BYTES
-    return (MEMORY_BYTES - FIRST_BYTES) // each
-
-
-def count_workers(workers: int | None, filters: Filters) -> int:
-    return workers or min(available_cores(), affordable_workers(filters))
-
-
-def start_pool(workers: int, executor: str, sources: Sequence[Source], tokenizer: Tokenizer) -> Pool | None:
-    """Processes for these sources, or None when this process, or a cluster, does it all."""
+def start_pool(workers: int, sources: Sequence[Source], tokenizer: Tokenizer) -> Pool | None:
+    """Processes for these sources, or None when this process does it all."""
     from regpt.text.fast import is_standard
 
-    if executor == "ray" or workers == 1 or not is_standard(tokenizer):
-        return None
-    return Pool(workers) if sum(source.bytes for source in sources) >= SMALL_BYTES else None
+    worth = workers > 1 and is_standard(tokenizer) and sum(source.bytes for source in sources) >= SMALL_BYTES
+    return Pool(workers) if worth else None
 
 
 def encode_here(
-    work: Path, tasks: Iterator[Partition], settings: Settings, encoder: Encoder, threads: int, news: News
+    work: Path, tasks: Iterator[Partition], settings: Settings, news: News, encoder: Encoder, threads: int
 ) -> Generator[Partition]:
     """One partition after another; `threads` of this process encode."""
     from regpt.prepare.encode import encode_partition
@@ -117,22 +100,23 @@ class Pool:
                         yield running.pop(future)
                 except BrokenProcessPool:
                     self._restart()
-                    yield from self._one_by_one(work, list(running.values()), settings, news)
+                    for partition in running.values():
+                        yield self._encode_alone(work, partition, settings, news)
                     running.clear()
 
     def __enter__(self) -> Pool:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for process in self._context.started:
-            if process.pid:
+        for process in multiprocessing.active_children():
+            if isinstance(process, WorkerProcess):
                 process.kill()
         self._executor.shutdown(cancel_futures=True)
 
     def _start(self) -> None:
-        self._context = WorkerContext()
-        self._news = self._context.SimpleQueue()
-        self._executor = ProcessPoolExecutor(self._workers, self._context, start_worker, (self._news.put,))
+        context = WorkerContext()
+        self._news = context.SimpleQueue()
+        self._executor = ProcessPoolExecutor(self._workers, context, start_worker, (self._news.put,))
         for _ in range(self._workers):
             self._submit(import_encoder)
 
@@ -148,32 +132,27 @@ class Pool:
             broken.set_exception(BrokenProcessPool())
             return broken
 
-    def _wait(self, running: Mapping[Future[None], Partition], news: News) -> set[Future[None]]:
+    def _wait(self, running: Iterable[Future[None]], news: News) -> set[Future[None]]:
         """The futures that are done, after up to `NEWS_S`; passes on what the processes report meanwhile."""
         done, _ = wait(running, NEWS_S, FIRST_COMPLETED)
         while not self._news.empty():
             news(*self._news.get())
         return done
 
-    def _one_by_one(
-        self, work: Path, partitions: list[Partition], settings: Settings, news: News
-    ) -> Generator[Partition]:
-        """The partitions in hand when a process died: each has all of the memory, and is known if it fails again."""
-        for partition in partitions:
-            for _ in range(TRIES - 1):
-                running = {self._submit(encode_and_report, work, partition, settings, 1): partition}
-                try:
-                    while not (done := self._wait(running, news)):
-                        pass
-                    done.pop().result()
-                    break
-                except BrokenProcessPool:
-                    self._restart()
-            else:
-                name = partition.readings[0].source.file
-                fix = "perhaps for want of memory: use fewer --workers"
-                raise UserError(f"{TRIES} processes were killed while they read {name}, {fix}")
-            yield partition
+    def _encode_alone(self, work: Path, partition: Partition, settings: Settings, news: News) -> Partition:
+        """Encode a partition that was in hand when a process died: it has all of the memory, and is named if it fails
+        again."""
+        for _ in range(TRIES - 1):
+            future = self._submit(encode_and_report, work, partition, settings, 1)
+            while not self._wait([future], news):
+                pass
+            with suppress(BrokenProcessPool):
+                future.result()
+                return partition
+            self._restart()
+        name = partition.readings[0].source.file
+        fix = "perhaps for want of memory: use fewer --workers"
+        raise UserError(f"{TRIES} processes were killed while they read {name}, {fix}")
 
 
 class WorkerProcess(SpawnProcess):
@@ -188,15 +167,7 @@ class WorkerProcess(SpawnProcess):
 
 
 class WorkerContext(SpawnContext):
-    """Keeps the processes that it starts, so that they can be killed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.started: list[WorkerProcess] = []
-
-    def Process(self, *args: Any, **options: Any) -> WorkerProcess:  # type: ignore[override]
-        self.started.append(WorkerProcess(*args, **options))
-        return self.started[-1]
+    Process = WorkerProcess  # type: ignore[assignment]
 
 
 def start_worker(report: Callable[[Any], None]) -> None:
@@ -259,7 +230,7 @@ def encode_alone(
 
 
 def encode_on_ray(
-    work: Path, tasks: Iterator[Partition], settings: Settings, address: str | None
+    work: Path, tasks: Iterator[Partition], settings: Settings, news: News, address: str | None
 ) -> Generator[Partition]:
     """Partitions in the order in which the cluster at `address` finishes them; without one, on this machine's cores.
 
@@ -282,7 +253,15 @@ def encode_on_ray(
                 return
             (done, *_), _ = ray.wait(list(running))
             partition = running.pop(done)
-            if error := result(ray, done, partition):
+            try:
+                error = ray.get(done)
+            except ray.exceptions.RayTaskError:  # an unexpected error, with its traceback
+                raise
+            except ray.exceptions.RayError as lost:
+                reason, name = str(lost).strip().splitlines()[0], partition.readings[0].source.file
+                said = f"Ray gave up on {name} after {RAY_RETRIES + 1} tries ({reason}); look at the cluster's logs"
+                raise UserError(said) from None
+            if error:
                 raise error
             yield partition
     finally:
@@ -300,17 +279,6 @@ def encode_on_machine(work: Path, partition: Partition, settings: Settings) -> U
     except (UserError, OSError) as error:
         return error
     return None
-
-
-def result(ray: Any, task: Any, partition: Partition) -> UserError | OSError | None:
-    try:
-        return ray.get(task)
-    except ray.exceptions.RayTaskError:  # an unexpected error, with its traceback
-        raise
-    except ray.exceptions.RayError as error:
-        reason, name = str(error).strip().splitlines()[0], partition.readings[0].source.file
-        tries = f"{RAY_RETRIES + 1} tries ({reason})"
-        raise UserError(f"Ray gave up on {name} after {tries}; look at the cluster's logs") from None
 
 
 def connect(address: str | None) -> Any:
