@@ -304,8 +304,8 @@ def test_wrong_arguments_are_one_sentence(tmp_path):
 
 def test_an_import_that_was_killed_is_started_again(tmp_path):
     TOKENS.tofile(tmp_path / "a.bin")
-    (tmp_path / "out.importing").mkdir()
-    (tmp_path / "out.importing" / "train-00007.bin").write_bytes(b"half")
+    (tmp_path / "out" / ".work").mkdir(parents=True)
+    (tmp_path / "out" / "train-00007.bin").write_bytes(b"half")
     imported([tmp_path / "a.bin"], tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "out"]
     assert not (tmp_path / "out" / "train-00007.bin").exists()

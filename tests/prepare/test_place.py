@@ -52,7 +52,7 @@ def test_a_full_disk_is_called_full(number):
 def test_commands_that_write_refuse_the_place_before_the_work(tmp_path, text, monkeypatch, capsys, number, said):
     monkeypatch.setattr(files, "finish_file", refusing(number))
     monkeypatch.setattr("regpt.text.bpe.train_bpe", lambda *args: pytest.fail("worked"))
-    monkeypatch.setattr(importer, "write_folder", lambda *args: pytest.fail("worked"))
+    monkeypatch.setattr(importer, "copy_files", lambda *args: pytest.fail("worked"))
     (tmp_path / "tokens").mkdir()
     for name in ("train.bin", "val.bin"):
         (tmp_path / "tokens" / name).write_bytes(bytes(64))

@@ -18,6 +18,7 @@ from regpt.structured import MAX_CONTAINERS, refuse_many
 
 BLOCK = 1 << 20
 STRUCTURE, IN_STRING = re.compile(rb'["\[\]{},]'), re.compile(rb'["\\]')
+NEEDED = "a .json file has one array of objects"
 Rows = Iterator[tuple[Any, Callable[[], str]]]  # value and place, as in `Row`
 
 
@@ -47,94 +48,40 @@ def rows_of_array(stream: BufferedStream, path: Path, columns: Columns | None, s
     """
     for number, data in enumerate(records(iter(partial(stream.read, BLOCK), b""), path), start=1):
         where = partial("{}, record {}".format, path, number)
-        yield parse(data, where, "a .json file has one array of objects"), where
+        yield parse(data, where, NEEDED), where
 
 
 def records(blocks: Iterator[bytes], path: Path) -> Iterator[bytes]:
     """The elements of an array, or the objects that follow each other."""
-    text = Scanner(blocks, path)
-    first = text.first()
-    if first not in (b"[", b"{"):
-        what = f"begins with {first!r}" if first else "is empty"
-        raise Unreadable(f"{path} {what}; a .json file has one array of objects", "not_json")
-    if first == b"[":
-        text.next()
-        text.take()
-        text.taken = 0
-        yield from elements(text)
-        if text.first():
-            raise Unreadable(f"{path} goes on after its array; a .json file has one array of objects", "not_json")
-    else:
-        yield from objects(text)
-
-
-def elements(text: "Scanner") -> Iterator[bytes]:
-    """Those of the array that has just begun."""
-    depth = 1
-    while mark := text.next():
-        depth += (mark in b"[{") - (mark in b"]}")
-        if depth == 0 or (depth == 1 and mark == b","):
-            element = text.take()[:-1]
-            if depth or element.strip():  # an empty array has none
-                yield element
-            if not depth:
-                return
-    raise text.cut()
-
-
-def objects(text: "Scanner") -> Iterator[bytes]:
-    depth = 0
-    while mark := text.next():
-        depth += (mark in b"[{") - (mark in b"]}")
-        if depth <= 0:
-            depth = 0
-            yield text.take()
-    if text.first():
-        raise text.cut()
-
-
-class Scanner:
-    """JSON text, looked through for its brackets and commas outside strings."""
-
-    def __init__(self, blocks: Iterator[bytes], path: Path) -> None:
-        self._blocks, self._path = blocks, path
-        self._data, self._at, self._in_string, self.taken = bytearray(), 0, False, 0
-
-    def first(self) -> bytes:
-        """The first byte that is not white space, which goes; empty at the end."""
-        self._data = self._data.lstrip()
-        while not self._data and self._more():
-            self._data = self._data.lstrip()
-        return bytes(self._data[:1])
-
-    def next(self) -> bytes:
-        """The next bracket or comma outside strings; empty at the end."""
-        while True:
-            found = (IN_STRING if self._in_string else STRUCTURE).search(self._data, self._at)
-            if found:
-                mark, self._at = found[0], found.end()
-                if mark not in b'"\\':
-                    return mark
-                self._in_string ^= mark == b'"'
-                self._at += mark == b"\\"  # what is escaped, perhaps the first byte of the next block
-            else:
-                self._at = max(self._at, len(self._data))
-                if not self._more():
-                    return b""
-
-    def take(self) -> bytes:
-        """The text before the place that `next` has reached; it goes."""
-        taken = bytes(self._data[: self._at])
-        del self._data[: self._at]
-        self._at, self.taken = 0, self.taken + 1
-        return taken
-
-    def cut(self) -> Unreadable:
-        return Unreadable(f"{self._path} is damaged: it ends inside its last record", "damaged")
-
-    def _more(self) -> bool:
-        if len(self._data) > MAX_ROW_BYTES:
-            raise too_long(f"{self._path}, record {self.taken + 1}")
-        block = next(self._blocks, b"")
-        self._data += block
-        return bool(block)
+    text, array, begun, in_string, at, depth, number = bytearray(), False, False, False, 0, 0, 1
+    for block in blocks:
+        text += block
+        if not begun and (text := text.lstrip()):
+            begun, array = True, text[:1] == b"["
+            if text[:1] not in (b"[", b"{"):
+                raise Unreadable(f"{path} begins with {bytes(text[:1])!r}; {NEEDED}", "not_json")
+            del text[:array]
+        while found := (IN_STRING if in_string else STRUCTURE).search(text, at):
+            mark, at = found[0], found.end()
+            if mark in b'"\\':
+                in_string ^= mark == b'"'
+                at += mark == b"\\"  # the escaped byte, perhaps the first of the next block
+                continue
+            depth += (mark in b"[{") - (mark in b"]}")
+            if depth < 0 or (depth == 0 and (mark == b"," or not array)):
+                record = bytes(text[: at - array])
+                del text[:at]
+                if depth == 0 or not array or record.strip():  # an empty array has none
+                    yield record
+                if array and depth < 0:
+                    if text.strip() or any(block.strip() for block in blocks):
+                        raise Unreadable(f"{path} goes on after its array; {NEEDED}", "not_json")
+                    return
+                at, depth, number = 0, 0, number + 1
+        at = max(at, len(text))
+        if len(text) > MAX_ROW_BYTES:
+            raise too_long(f"{path}, record {number}")
+    if not begun:
+        raise Unreadable(f"{path} is empty; {NEEDED}", "not_json")
+    if array or text.strip():
+        raise Unreadable(f"{path} is damaged: it ends inside its last record", "damaged")

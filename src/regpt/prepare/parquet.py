@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from regpt.errors import UserError
-from regpt.prepare.documents import HOW, Columns, FilePart, Row, Unreadable, missing
+from regpt.prepare.documents import HOW, Columns, FilePart, Row, Unreadable, missing, names_in, pick
 
 PARQUET_BUFFER = 1 << 20  # of a column that is read at a time, instead of its whole row group
 # Encodings by which rows share bytes, so that a column may be far larger than its chunks: a dictionary can stay one in
@@ -84,64 +84,48 @@ def opened_parquet(path: Path, dictionaries: Sequence[str] | None = None) -> Ite
 
 
 def check_columns(file: Any, columns: Columns, path: Path) -> list[str]:
-    """The columns to read for those that are asked for: of a list, the whole column.
+    """The columns of the file to read for those that are asked for, which may be inside them.
 
     Raises:
         UserError: one is not there, is there twice, or is not text.
     """
     schema, types, read = file.schema_arrow, import_pyarrow(path)[0].types, []
+    example = {field.name: type_inside(field.type, types) for field in schema}
     for name in columns.names:
         if schema.names.count(name) > 1:
             raise UserError(f"{path} has more than one column {name!r}, there are {', '.join(schema.names)}; {HOW}")
-        kind, column = field_at(schema, name, types)
-        if kind is None:
-            raise UserError(f"{path} has {missing(name, names_of(schema, types))}")
+        try:
+            kind = pick(example, name)
+        except (LookupError, TypeError, ValueError):
+            raise UserError(f"{path} has {missing(name, names_in(example))}") from None
         if columns.alone and not is_text(kind, types):
+            kind = schema.field(name).type if name in schema.names else kind
             raise UserError(f"{path}: column {name!r} is not text but {kind}; name another with --text-column")
-        read.append(column)
-    return list(dict.fromkeys(read))
+        whole = [name] if name in schema.names else [one for one in schema.names if name.startswith(f"{one}.")]
+        read += [one for one in whole if one not in read]
+    return read
 
 
-def field_at(fields: Any, name: str, types: Any) -> tuple[Any, str]:
-    """The type at a path as `pick` reads it, and the part of the path before its first list; (None, "") if none."""
-    for field in fields:
-        if field.name == name:
-            return field.type, name
-    for field in fields:
-        if name.startswith(f"{field.name}."):
-            kind, column = type_inside(field.type, name[len(field.name) + 1 :], types)
-            if kind is not None:
-                return kind, f"{field.name}.{column}" if column else field.name
-    return None, ""
+class Elements(list[Any]):
+    """A list whose elements are all alike, however many it has."""
+
+    def __getitem__(self, place: Any) -> Any:
+        return super().__getitem__(0)
 
 
-def type_inside(kind: Any, name: str, types: Any) -> tuple[Any, str]:
+def type_inside(kind: Any, types: Any) -> Any:
+    """An example of a value of the type `kind`, as rows have it, with types in the places of texts and numbers."""
     if types.is_struct(kind):
-        return field_at(kind, name, types)
-    key, _, rest = name.partition(".")
-    if not is_list(kind, types) or not key.removeprefix("-").isdecimal():
-        return None, ""
-    return (type_inside(kind.value_type, rest, types)[0] if rest else kind.value_type), ""
-
-
-def names_of(fields: Any, types: Any, before: str = "") -> Iterator[str]:
-    """The paths of all columns, those of a list by its first element."""
-    for field in fields:
-        kind, place = field.type, before + field.name
-        while is_list(kind, types):
-            kind, place = kind.value_type, f"{place}.0"
-        if types.is_struct(kind):
-            yield from names_of(kind, types, f"{place}.")
-        else:
-            yield place
-
-
-def is_list(kind: Any, types: Any) -> bool:
-    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+        return {field.name: type_inside(field.type, types) for field in kind}
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return Elements([type_inside(kind.value_type, types)])
+    return kind
 
 
 def is_text(kind: Any, types: Any) -> bool:
     """Whether values are text, or all of them null."""
+    if isinstance(kind, dict | list):
+        return False
     kind = kind.value_type if types.is_dictionary(kind) else kind
     checks = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
     return any(check(kind) for check in checks)

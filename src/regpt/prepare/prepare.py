@@ -37,7 +37,7 @@ from regpt.prepare.settings import TEXT_OPTIONS, Filters, Settings, TextOptions
 from regpt.prepare.shards import Assembly, EncoderCheck, finish_folder
 from regpt.prepare.sources import localized
 from regpt.prepare.split import Unusable, check_splits, check_texts, default_fraction, split_rule
-from regpt.prepare.work import check_out, clear, in_work_folder, is_finished, naming_full_disk
+from regpt.prepare.work import begin, check_out, clear, is_finished, naming_full_disk, work_folder
 from regpt.prepare.workers import MAX_WORKERS, available_cores, encode_here, encode_on_ray, start_pool
 from regpt.remote.download import DownloadProgress
 from regpt.text.fast import accelerate, can_accelerate, encoder_name, find_model, save_model
@@ -173,7 +173,8 @@ class Job:
         if is_finished(self.out):
             manifest = check_finished(self.out, self.tokenizer, self.options(), listing.known())
         else:
-            with in_work_folder(self.out, self.settings, self.evaluations, restart):
+            with work_folder(self.out):
+                begin(self.work, self.out, self.settings, self.evaluations, restart)
                 manifest = self._run(listing)
         listing.discard()
         return manifest

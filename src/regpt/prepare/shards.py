@@ -113,7 +113,7 @@ class ShardWriter:
     open file when something fails. A thread hashes what is written.
     """
 
-    def __init__(self, folder: Path, split: Split, dtype: Literal["uint16", "uint32"], shard_tokens: int) -> None:
+    def __init__(self, folder: Path, split: Literal["train", "val"], dtype: str, shard_tokens: int) -> None:
         self.shards: list[Shard] = []
         self._folder, self._shard_tokens = folder, shard_tokens
         self._split: Split = split

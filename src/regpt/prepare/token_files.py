@@ -7,16 +7,18 @@ Nothing of these is a pickle, and a pickle next to them is not opened.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tokenize import TokenError
+from typing import Any
 
 import numpy as np
 
 from regpt.errors import UserError, nearest
 from regpt.files import identity, is_file
-from regpt.prepare.listing import Found, Wanted, find_local, printable, split_once
+from regpt.prepare.listing import Wanted, find_local, printable, split_once
+from regpt.prepare.sources import sha256_of
 
 FORMATS = ("build-nanogpt", "nanogpt", "llm.c")
 SUFFIXES = (".npy", ".bin")
@@ -49,6 +51,18 @@ class TokenFile:
     offset: int
     tokens: int
 
+    def record(self, split: str) -> dict[str, Any]:
+        """What the manifest stores before the file is read."""
+        return {
+            "source": self.source,
+            "file": self.file,
+            "bytes": self.path.stat().st_size,
+            "sha256": sha256_of(self.path),
+            "split": split,
+            "format": self.format,
+            "tokens": self.tokens,
+        }
+
     def array(self) -> np.ndarray:
         return np.memmap(self.path, dtype=self.dtype, mode="r", offset=self.offset, shape=(self.tokens,))
 
@@ -64,23 +78,21 @@ def find_token_files(
     """
     if forced and forced not in FORMATS:
         raise UserError(f"--format is {forced!r}{nearest(forced, FORMATS)}, must be one of {', '.join(FORMATS)}")
-    found = ([*files_of(given, left_out)], [*files_of(val, left_out)])
-    train, held_out = split_once(*found, lambda file: identity(file[1].path), left_out)
-
-    def opened(files: Sequence[tuple[str, Found]]) -> list[TokenFile]:
-        return [open_token_file(source, file.name, file.path, forced, n_vocab) for source, file in files]
-
-    return opened(train), opened(held_out)
-
-
-def files_of(given: Sequence[str], left_out: Counter[str]) -> Iterator[tuple[str, Found]]:
-    """Each PATH with each file that it means."""
-    for source in given:
+    for source in (*given, *val):
         if is_file(Path(source) / "manifest.json"):
             raise UserError(
                 f"{source} holds token shards of regpt already; use it as it is: regpt train … --data {source}"
             )
-        yield from ((printable(source), file) for file in find_local(source, TOKEN_FILES, left_out))
+    found = [
+        [(source, file.path, file.name) for source in names for file in find_local(source, TOKEN_FILES, left_out)]
+        for names in (given, val)
+    ]
+    train, held_out = split_once(found[0], found[1], lambda file: identity(file[1]), left_out)
+
+    def opened(files: Sequence[tuple[str, Path, str]]) -> list[TokenFile]:
+        return [open_token_file(printable(source), name, path, forced, n_vocab) for source, path, name in files]
+
+    return opened(train), opened(held_out)
 
 
 def check_vocabulary(files: Sequence[TokenFile]) -> None:

@@ -42,7 +42,7 @@ def is_finished(out: Path) -> bool:
 
 
 @contextlib.contextmanager
-def in_work_folder(out: Path, settings: Settings, evaluations: Evaluations | None, restart: bool) -> Iterator[None]:
+def work_folder(out: Path) -> Iterator[Path]:
     """Hold the work folder of `out`; afterwards it is gone if everything is finished, or nothing is."""
     work = out / WORK
     try:
@@ -53,13 +53,10 @@ def in_work_folder(out: Path, settings: Settings, evaluations: Evaluations | Non
         with locked(work / "lock", out):
             if is_finished(out):  # by another process meanwhile
                 raise UserError(f"{out} already holds a data set; repeat the command to compare it")
-            if restart:
-                clear(work, out)
-            begin(work, out, settings)
-            if evaluations:
-                evaluations.save(work)
             try:
-                yield
+                if not is_begun(work):
+                    clear(work, out)
+                yield work
             finally:
                 if is_finished(out):
                     clear(work)
@@ -71,8 +68,10 @@ def in_work_folder(out: Path, settings: Settings, evaluations: Evaluations | Non
             out.rmdir()
 
 
-def begin(work: Path, out: Path, settings: Settings) -> None:
-    """Store the settings, or compare them with those of the attempt to continue."""
+def begin(work: Path, out: Path, settings: Settings, evaluations: Evaluations | None, restart: bool) -> None:
+    """Store the settings, or compare them with those of the attempt to continue, unless it is given up."""
+    if restart:
+        clear(work, out)
     file, now = work / "settings.json", json.loads(json.dumps(asdict(settings)))
     if is_begun(work) and file.is_file():
         before = read_json(file, RESTART)
@@ -90,6 +89,8 @@ def begin(work: Path, out: Path, settings: Settings) -> None:
         with contextlib.suppress(OSError):  # Windows, while a process ends
             path.unlink()
     write_bytes(file, json.dumps(now).encode())
+    if evaluations:
+        evaluations.save(work)
 
 
 def is_begun(work: Path) -> bool:
