@@ -172,34 +172,17 @@ def test_several_ranges_of_an_epoch_follow_each_other(data, lengths, seed):
     for some_order in (Shuffle(starts, seed), Sequential()):
         whole = positions(some_order.segments(2, 0, n_tokens))
         expected = [position for begin, end in zip(begins, ends) for position in whole[begin:end]]
-        assert positions(some_order.segments(2, np.array(begins), np.array(ends), read=0.5)) == expected
+        assert positions(some_order.segments(2, np.array(begins), np.array(ends))) == expected
 
 
 @given(LENGTHS, st.lists(st.integers(0, 5), max_size=8))
-def test_tables_made_in_the_background_equal_those_made_in_the_foreground(lengths, epochs):
+def test_epochs_are_read_in_any_order(lengths, epochs):
     starts = starts_of(lengths)
     n_tokens = int(starts[-1])
     shuffle = Shuffle(starts, seed=7)
-    for epoch in epochs:  # any walk: forwards finds the prepared table, a jump makes one
+    for epoch in epochs:
         read = shuffle.segments(epoch, 0, n_tokens)
         assert positions(read) == positions(epoch_table(starts, 7, epoch).segments(starts, 0, n_tokens))
-
-
-def test_the_next_table_is_made_near_the_end_of_an_epoch_and_older_ones_are_dropped():
-    made = Shuffle(starts_of([10] * 100), seed=0)
-    made.segments(3, 0, 875)
-    assert list(made.tables.tables) == [3]
-    made.segments(3, 870, 876)
-    assert list(made.tables.tables) == [3, 4]
-    prepared = made.tables.tables[4]
-    made.segments(4, 0, 1)
-    assert made.tables.tables == {4: prepared}
-
-
-def test_an_error_in_the_background_reaches_the_reader():
-    no_table = Shuffle(starts_of([3]), seed=None)  # type: ignore[arg-type]
-    with pytest.raises(TypeError):
-        no_table.segments(0, 0, 1)
 
 
 def test_keys_of_many_documents_are_made_in_place():

@@ -162,14 +162,12 @@ def test_ranges_are_joined(pairs):
 
 
 @given(LENGTHS, CUTS, st.data())
-def test_pieces_are_the_same_gathered_and_joined(write_shards, lengths, cuts, data):
+def test_ranges_are_read_one_after_another(write_shards, lengths, cuts, data):
     folder, manifest, tokens = write_shards(lengths, cuts)
     corpus = StoredTokens(folder, manifest, "train")
     position = st.integers(0, len(tokens) - 1)
     begins = np.array(data.draw(st.lists(position, min_size=1, max_size=12)))
     ends = np.array([data.draw(st.integers(begin + 1, len(tokens))) for begin in begins])
     expected = [token for begin, end in zip(begins, ends) for token in tokens[begin:end].tolist()]
-    pieces = corpus.pieces(begins, ends)
-    assert corpus.gather(*pieces).tolist() == expected
-    assert corpus.join(*pieces).tolist() == expected
-    assert corpus.gather(*pieces).dtype == corpus.join(*pieces).dtype == corpus.dtype
+    assert corpus.read(begins, ends).tolist() == expected
+    assert corpus.read(begins, ends).dtype == corpus.dtype

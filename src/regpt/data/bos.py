@@ -4,6 +4,7 @@ The packing is nanochat's (Karpathy 2025, `tokenizing_distributed_data_loader_bo
 documents in place of its buffer, which a run cannot enter in the middle.
 """
 
+import functools
 import threading
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from regpt.data.config import ShuffleRows
-from regpt.data.order import EpochTables, permutation, ranges, row_key, shuffled, splitmix64
+from regpt.data.order import permutation, ranges, row_key, shuffled, splitmix64
 from regpt.data.stream import StoredTokens
 from regpt.errors import UserError
 
@@ -117,7 +118,7 @@ class PackedRows:
         self.keyed = shuffle_rows != "none"
         self.block_documents = self.window_documents * self.block_windows(shuffle_rows, window)
         self.epoch_blocks = -(-self.n_documents // self.block_documents)
-        self.tables = EpochTables(lambda epoch: permutation(seed, epoch, self.n_documents))
+        self.table = functools.lru_cache(maxsize=1)(lambda epoch: permutation(seed, epoch, self.n_documents))
         self.row_ends: list[int] = []  # by block: rows read when it has been
         self.last: tuple[int, Packing] | None = None
         self.lock = threading.RLock()  # a prefetching thread reads, another may ask for the epochs
@@ -172,7 +173,7 @@ class PackedRows:
                 self.pack_next()
             stored = self.epoch_tokens
             if n_blocks < self.epoch_blocks:
-                documents = self.tables.get(0, read=0)[: n_blocks * self.block_documents].astype(np.int64)
+                documents = self.table(0)[: n_blocks * self.block_documents].astype(np.int64)
                 stored = int((self.starts[documents + 1] - self.starts[documents]).sum())
             return 1 - self.rows_before(n_blocks) * (self.seq_len + 1) / stored
 
@@ -217,5 +218,4 @@ class PackedRows:
     def documents(self, block: int) -> np.ndarray:
         """(documents,) int64: the documents of `block`, in the order of its epoch."""
         epoch, place = divmod(block, self.epoch_blocks)
-        table = self.tables.get(epoch, read=(place + 1) / self.epoch_blocks)
-        return table[place * self.block_documents : (place + 1) * self.block_documents].astype(np.int64)
+        return self.table(epoch)[place * self.block_documents : (place + 1) * self.block_documents].astype(np.int64)

@@ -1,10 +1,8 @@
 """The order of documents and rows within an epoch: positions only, no tokens. Specified in docs/data-order.md."""
 
+import functools
 import math
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -13,8 +11,6 @@ GAMMA = np.uint64(0x9E3779B97F4A7C15)
 MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 MIX_2 = np.uint64(0x94D049BB133111EB)
 UPPER_HALF = np.uint64(0xFFFFFFFF00000000)
-
-Table = TypeVar("Table")
 
 CHUNK = 1 << 20  # documents gathered at once: temporary arrays of all of them would double the memory
 # Rounds of the Feistel network: Luby & Rackoff 1988 need 4. Two places stay side by side with a chance of 1/√n every
@@ -26,25 +22,10 @@ OFFSET = 1 << 63  # the output of a key of rows that places the first row; those
 Positions = int | np.ndarray  # one position, or (n,) int64
 
 
-class Order(Protocol):
-    """Where the tokens of an epoch are stored. An epoch reads every stored token once."""
-
-    def segments(
-        self, epoch: int, begins: Positions, ends: Positions, read: float | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Stored ranges, int64 begins and ends, that are the token ranges [begins[k], ends[k]) of `epoch`, in order.
-
-        `read` is the share of the epoch that has been read by then, where it is not the largest of `ends`.
-        """
-        ...
-
-
 class Sequential:
     """As stored, the same in every epoch."""
 
-    def segments(
-        self, epoch: int, begins: Positions, ends: Positions, read: float | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def segments(self, epoch: int, begins: Positions, ends: Positions) -> tuple[np.ndarray, np.ndarray]:
         return np.atleast_1d(begins), np.atleast_1d(ends)
 
 
@@ -54,39 +35,11 @@ class Shuffle:
     def __init__(self, starts: np.ndarray, seed: int) -> None:
         """`starts` (documents + 1,) int64: where each document begins; the last entry is the number of tokens."""
         self.starts = starts
-        self.tables = EpochTables(lambda epoch: epoch_table(starts, seed, epoch))
+        self.table = functools.lru_cache(maxsize=1)(lambda epoch: epoch_table(starts, seed, epoch))
 
-    def segments(
-        self, epoch: int, begins: Positions, ends: Positions, read: float | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        begins, ends = np.atleast_1d(begins), np.atleast_1d(ends)
-        table = self.tables.get(epoch, int(ends.max()) / int(self.starts[-1]) if read is None else read)
-        return table.segments(self.starts, begins, ends)
-
-
-class EpochTables(Generic[Table]):
-    """One table an epoch, the next one made in a background thread when reading comes near the end of one.
-
-    A table is a function of the epoch, so nothing depends on when it is made.
-    """
-
-    def __init__(self, make: Callable[[int], Table]) -> None:
-        self.make = make
-        self.tables: dict[int, Future[Table]] = {}  # of the epoch read last and, near its end, the next
-        self.background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="regpt-data-order")
-
-    def get(self, epoch: int, read: float) -> Table:
-        """The table of `epoch`, of which the share `read` has been read."""
-        self.tables = {e: table for e, table in self.tables.items() if e in (epoch, epoch + 1)}
-        table = self.start(epoch)
-        if read > 7 / 8:  # the last eighth lasts longer than making a table, for all but toy corpora
-            self.start(epoch + 1)
-        return table.result()
-
-    def start(self, epoch: int) -> "Future[Table]":
-        if epoch not in self.tables:
-            self.tables[epoch] = self.background.submit(self.make, epoch)
-        return self.tables[epoch]
+    def segments(self, epoch: int, begins: Positions, ends: Positions) -> tuple[np.ndarray, np.ndarray]:
+        """Stored ranges, int64 begins and ends, that are the token ranges [begins[k], ends[k]) of `epoch`, in order."""
+        return self.table(epoch).segments(self.starts, np.atleast_1d(begins), np.atleast_1d(ends))
 
 
 @dataclass(frozen=True)
@@ -102,7 +55,7 @@ class EpochTable:
     ends: np.ndarray
 
     def segments(self, starts: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`Order.segments` within this epoch; O(log documents) a range and O(1) a segment."""
+        """`Shuffle.segments` within this epoch; O(log documents) a range and O(1) a segment."""
         firsts = np.searchsorted(self.ends, begins, side="right")
         lasts = np.searchsorted(self.ends, ends - 1, side="right")
         n_segments = lasts - firsts + 1

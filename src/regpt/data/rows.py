@@ -9,7 +9,7 @@ from regpt.data.bos import PackedRows
 from regpt.data.config import ShuffleRows, check_shuffle_rows
 from regpt.data.manifest import Manifest
 from regpt.data.order import row_key, row_offset, shuffled
-from regpt.data.stream import ShardStream, StoredTokens, TokenStream, by_epoch, document_starts, open_stream
+from regpt.data.stream import ShardStream, Span, StoredTokens, by_epoch, document_starts, open_stream
 from regpt.errors import UsageError, nearest
 
 ORDERS = ("shuffle", "sequential", "bos")
@@ -71,7 +71,7 @@ def open_rows(
 class StreamRows:
     """The rows of a stream of tokens: row i is its tokens [i·T, i·T + T + 1)."""
 
-    def __init__(self, stream: TokenStream, seq_len: int) -> None:
+    def __init__(self, stream: ShardStream | Span, seq_len: int) -> None:
         self.stream = stream
         self.seq_len = seq_len
         self.source = stream.source
@@ -117,7 +117,7 @@ class ShuffledRows:
         over = np.flatnonzero(ends > self.epoch_tokens)  # the last row of the stream at most
         begins = np.insert(begins, over + 1, 0)
         ends = np.insert(np.minimum(ends, self.epoch_tokens), over + 1, ends[over] - self.epoch_tokens)
-        return self.stream.order.segments(epoch, begins, ends, read=end / self.n_rows)
+        return self.stream.order.segments(epoch, begins, ends)
 
     def stream_rows(self, epoch: int, begin: int, end: int) -> np.ndarray:
         """(end - begin,) int64: the rows of the epoch's stream that are read as its rows [begin, end)."""

@@ -4,31 +4,12 @@ import mmap
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from regpt.data.manifest import Manifest, Shard
-from regpt.data.order import Order, Sequential, Shuffle, ranges
+from regpt.data.order import Sequential, Shuffle, ranges
 from regpt.errors import UserError
-
-SHORT = 64  # tokens: shorter pieces than this on average are faster gathered than joined
-
-
-class TokenStream(Protocol):
-    """An endless stream of tokens: epoch 0, epoch 1, …, each a complete reading of the corpus.
-
-    Attributes:
-        source: what is read, for messages.
-        epoch_tokens: tokens in one epoch.
-    """
-
-    source: str
-    epoch_tokens: int
-
-    def tokens(self, start: int, count: int) -> np.ndarray:
-        """(count,) unsigned integers: tokens [start, start + count). A pure function of its arguments."""
-        ...
 
 
 def open_stream(folder: Path, manifest: Manifest, split: str, order: str, seed: int) -> "ShardStream":
@@ -43,16 +24,25 @@ def open_stream(folder: Path, manifest: Manifest, split: str, order: str, seed: 
 
 
 class ShardStream:
-    """The tokens of `corpus` in `order`, epoch after epoch."""
+    """An endless stream of tokens: epoch 0, epoch 1, …, each a complete reading of `corpus` in `order`.
 
-    def __init__(self, corpus: "StoredTokens", order: Order) -> None:
+    Attributes:
+        source: what is read, for messages.
+        epoch_tokens: tokens in one epoch.
+    """
+
+    def __init__(self, corpus: "StoredTokens", order: Sequential | Shuffle) -> None:
         self.corpus = corpus
         self.order = order
         self.source = corpus.source
         self.epoch_tokens = corpus.n_tokens
 
     def tokens(self, start: int, count: int) -> np.ndarray:
-        """(count,) tokens of the corpus's dtype; a UserError for a token id outside the vocabulary."""
+        """(count,) unsigned integers: tokens [start, start + count). A pure function of its arguments.
+
+        Raises:
+            UserError: a token id outside the vocabulary.
+        """
         parts = [self.order.segments(*part) for part in by_epoch(start, count, self.epoch_tokens)]
         if not parts:
             return self.corpus.read(np.empty(0, np.int64), np.empty(0, np.int64))
@@ -63,7 +53,7 @@ class ShardStream:
 class Span:
     """Tokens [begin, end) of a stream's first epoch, as a stream of their own that is read once, not over and over."""
 
-    def __init__(self, stream: TokenStream, begin: int, end: int) -> None:
+    def __init__(self, stream: ShardStream, begin: int, end: int) -> None:
         self.stream, self.begin = stream, begin
         self.source = f"tokens {begin:,} to {end:,} of {stream.source}"
         self.epoch_tokens = end - begin
@@ -117,8 +107,8 @@ class StoredTokens:
         """
         shard, lower, upper = self.pieces(begins, ends)
         self.check_sizes(shard)
-        short = (upper - lower).sum() < SHORT * len(shard)
-        tokens = self.gather(shard, lower, upper) if short else self.join(shard, lower, upper)
+        views = [self.maps[k][i:j] for k, i, j in zip(shard.tolist(), lower.tolist(), upper.tolist())]
+        tokens = np.concatenate([np.empty(0, self.dtype), *views])  # half a microsecond a piece
         if len(tokens) and tokens.max() >= self.vocab_size:
             raise UserError(
                 f"{self.source} holds token {tokens.max()}, the vocabulary ends at {self.vocab_size - 1}; "
@@ -147,25 +137,6 @@ class StoredTokens:
         lower = np.maximum(begins[segment], offset) - offset
         upper = np.minimum(ends[segment], self.offsets[shard + 1]) - offset
         return shard, lower, upper
-
-    def join(self, shard: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
-        """The pieces one after another: half a microsecond each, and next to nothing a token."""
-        maps = self.maps
-        views = [maps[k][i:j] for k, i, j in zip(shard.tolist(), lower.tolist(), upper.tolist())]
-        return np.concatenate([np.empty(0, self.dtype), *views])
-
-    def gather(self, shard: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
-        """The same, token by token: nothing a piece, and ten nanoseconds a token."""
-        lengths = upper - lower
-        by_shard = np.argsort(shard, kind="stable")
-        source = ranges(lower[by_shard], lengths[by_shard])
-        target = ranges((np.cumsum(lengths) - lengths)[by_shard], lengths[by_shard])
-        n_tokens = np.cumsum(np.bincount(shard, weights=lengths, minlength=len(self.maps)).astype(np.int64))
-        tokens = np.empty(len(source), self.dtype)
-        for k in np.unique(shard).tolist():
-            chosen = slice(n_tokens[k - 1] if k else 0, n_tokens[k])
-            tokens[target[chosen]] = self.maps[k][source[chosen]]
-        return tokens
 
 
 def map_file(path: Path) -> mmap.mmap:

@@ -6,20 +6,28 @@ import platform
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from regpt.errors import UsageError, UserError
 from regpt.files import is_file
-from regpt.prepare.documents import Document, FilePart
 from regpt.prepare.listing import Wanted, split_once
 from regpt.prepare.pydocs import pydocs
 from regpt.prepare.settings import TEXT_OPTIONS, TextOptions
-from regpt.prepare.sources import RemoteSource, Source, SourceFile, find_files, find_remote, sha256_of, text_files
+from regpt.prepare.sources import (
+    RemoteSource,
+    Source,
+    SourceFile,
+    TextSet,
+    find_files,
+    find_remote,
+    sha256_of,
+    text_files,
+)
 from regpt.remote import is_address
-from regpt.remote.download import DownloadProgress, RemoteFile, RemoteOptions
+from regpt.remote.download import RemoteFile, RemoteOptions
 from regpt.remote.retry import PATIENCE, Patience
 from regpt.remote.web import open_http
 
@@ -59,44 +67,6 @@ class NamedOptions:
 
 NAMED_OPTIONS = NamedOptions()
 STDIN = "-"
-
-
-@dataclass(frozen=True)
-class TextSet:
-    """Documents made in memory; `details` are what they depend on."""
-
-    source: str
-    texts: tuple[str, ...]
-    details: dict[str, Any]
-
-    @property
-    def file(self) -> str:
-        return self.source
-
-    @property
-    def bytes(self) -> int:
-        return sum(len(text.encode()) for text in self.texts)
-
-    @property
-    def identity(self) -> str:
-        return self.source
-
-    def localize(self, progress: DownloadProgress | None = None) -> "TextSet":
-        return self
-
-    def parts(self, target_bytes: int, options: TextOptions = TEXT_OPTIONS) -> list[FilePart]:
-        return [FilePart(0, 1, self.bytes)]
-
-    def known(self) -> dict[str, Any]:
-        return self.record()
-
-    def record(self) -> dict[str, Any]:
-        """`sha256` is that of the texts, each followed by a zero byte."""
-        digest = hashlib.sha256(b"".join(text.encode() + b"\0" for text in self.texts)).hexdigest()
-        return {"source": self.source, "bytes": self.bytes, "sha256": digest, **self.details}
-
-    def documents(self, options: TextOptions = TEXT_OPTIONS, part: FilePart | None = None) -> Iterator[Document]:
-        return (Document(text, len(text.encode())) for text in self.texts)
 
 
 @dataclass(frozen=True)

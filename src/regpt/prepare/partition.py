@@ -21,7 +21,7 @@ from regpt.errors import UserError
 from regpt.prepare.dedup import KEY
 from regpt.prepare.documents import FilePart
 from regpt.prepare.settings import TEXT_OPTIONS, TextOptions
-from regpt.prepare.sources import Source, SourceFile
+from regpt.prepare.sources import LocalSource, SourceFile
 from regpt.structured import read_json
 
 Split = Literal["train", "val"]
@@ -46,7 +46,7 @@ class Reading:
         stamp: what changes when the source does: size and time of a file, the hash of a set in memory.
     """
 
-    source: Source
+    source: LocalSource
     part: FilePart
     split: Split
     first: bool
@@ -84,7 +84,7 @@ class Partition:
         return all(isinstance(reading.source, SourceFile) for reading in self.readings)
 
 
-def stamp_of(source: Source) -> str:
+def stamp_of(source: LocalSource) -> str:
     if isinstance(source, SourceFile):
         stat = source.path.stat()
         return f"{stat.st_size}-{stat.st_mtime_ns}"
@@ -96,7 +96,7 @@ def target_bytes(total: int) -> int:
 
 
 def partitions(
-    sources: Iterable[tuple[Source, Split]], target: int, settings_key: str, options: TextOptions = TEXT_OPTIONS
+    sources: Iterable[tuple[LocalSource, Split]], target: int, settings_key: str, options: TextOptions = TEXT_OPTIONS
 ) -> Iterator[Partition]:
     """Parts of sources on this machine, small ones put together until they reach `target` bytes."""
     index, group, size = 0, [], 0

@@ -1,19 +1,17 @@
-"""Where text comes from, one object a file: the contract between sources and whoever reads them.
+"""Where text comes from, one object a file, in the order in which the user named them.
 
-`named.open_sources(given, options)` turns what a user typed into a list of `Source`s, in the order typed, the files of
-a folder, glob or repository in the order of their names. What can be asked of a `Source`, in this order:
-
-1. `source`, `file`, `bytes`: known at once, nothing is downloaded for them.
-2. `localize(progress)`: the same file on this machine, as a `Source` again. A remote one is downloaded (resumed,
-   retried, checked against the published hash), a local one returns itself. Safe from several threads and processes:
-   one downloads, the others wait. `localized(sources)` does it one file ahead of the reader.
-3. Of a localized source only: `parts(target_bytes)`, its division for several readers; a function of the file and
+1. `source`, `file`, `bytes` are known at once, nothing is downloaded for them.
+2. `localize(progress)`: the same file on this machine. A remote one is downloaded (resumed, retried, compared with
+   its published hash), a local one returns itself. Safe from several threads and processes: one downloads, the others wait.
+   `localized(sources)` does it one file ahead of the reader.
+3. Of a file on this machine: `parts(target_bytes)`, its division for several readers; a function of the file and
    `target_bytes` alone. `documents(options, part)` reads one part: the parts in their order are the file.
    `record()` is what the manifest keeps: it hashes the file.
 
 Sources and parts are small and can be pickled, so that another process reads them.
 """
 
+import hashlib
 import threading
 import urllib.parse
 from collections import Counter, deque
@@ -22,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from regpt.compression import packing_of
 from regpt.errors import UserError
@@ -63,40 +61,6 @@ def text_files(options: TextOptions) -> Wanted:
 TEXT_FILES = text_files(TEXT_OPTIONS)
 
 
-class Source(Protocol):
-    """One file of text (`SourceFile`, `remote.RemoteSource`) or a set made in memory (`named.TextSet`)."""
-
-    @property
-    def source(self) -> str:
-        """What the user typed."""
-        ...
-
-    @property
-    def file(self) -> str:
-        """The file in it, for messages and the manifest."""
-        ...
-
-    @property
-    def bytes(self) -> int: ...
-
-    @property
-    def identity(self) -> Any:
-        """Equal for two names of one file."""
-        ...
-
-    def localize(self, progress: DownloadProgress | None = None) -> "Source": ...
-
-    def parts(self, target_bytes: int, options: TextOptions = TEXT_OPTIONS) -> list[FilePart]: ...
-
-    def documents(self, options: TextOptions = TEXT_OPTIONS, part: FilePart | None = None) -> Iterator[Document]: ...
-
-    def known(self) -> dict[str, Any]:
-        """As much of the record as needs no download."""
-        ...
-
-    def record(self) -> dict[str, Any]: ...
-
-
 @dataclass(frozen=True)
 class SourceFile:
     """One file on this machine.
@@ -121,6 +85,7 @@ class SourceFile:
 
     @property
     def identity(self) -> Any:
+        """Equal for two names of one file."""
         return identity(self.path)
 
     def localize(self, progress: DownloadProgress | None = None) -> "SourceFile":
@@ -133,6 +98,7 @@ class SourceFile:
         return read_documents(self.path, options, part)
 
     def known(self) -> dict[str, Any]:
+        """As much of the record as needs no download."""
         return self.record()
 
     def record(self) -> dict[str, Any]:
@@ -187,26 +153,62 @@ class RemoteSource:
         path, sha256 = self.remote.fetch(progress)
         return SourceFile(self.source, self.file, path, self.remote.url, sha256)
 
-    def parts(self, target_bytes: int, options: TextOptions = TEXT_OPTIONS) -> list[FilePart]:
-        return self.localize().parts(target_bytes, options)
-
-    def documents(self, options: TextOptions = TEXT_OPTIONS, part: FilePart | None = None) -> Iterator[Document]:
-        return self.localize().documents(options, part)
+    def documents(self, options: TextOptions = TEXT_OPTIONS) -> Iterator[Document]:
+        return self.localize().documents(options)
 
     def known(self) -> dict[str, Any]:
         record = {"source": self.source, "file": self.file, "bytes": self.bytes, "url": self.remote.url}
         return {**record, "sha256": self.remote.sha256} if self.remote.sha256 else record
 
+
+@dataclass(frozen=True)
+class TextSet:
+    """Documents made in memory; `details` are what they depend on."""
+
+    source: str
+    texts: tuple[str, ...]
+    details: dict[str, Any]
+
+    @property
+    def file(self) -> str:
+        return self.source
+
+    @property
+    def bytes(self) -> int:
+        return sum(len(text.encode()) for text in self.texts)
+
+    @property
+    def identity(self) -> str:
+        return self.source
+
+    def localize(self, progress: DownloadProgress | None = None) -> "TextSet":
+        return self
+
+    def parts(self, target_bytes: int, options: TextOptions = TEXT_OPTIONS) -> list[FilePart]:
+        return [FilePart(0, 1, self.bytes)]
+
+    def known(self) -> dict[str, Any]:
+        return self.record()
+
     def record(self) -> dict[str, Any]:
-        return self.localize().record()
+        """`sha256` is that of the texts, each followed by a zero byte."""
+        digest = hashlib.sha256(b"".join(text.encode() + b"\0" for text in self.texts)).hexdigest()
+        return {"source": self.source, "bytes": self.bytes, "sha256": digest, **self.details}
+
+    def documents(self, options: TextOptions = TEXT_OPTIONS, part: FilePart | None = None) -> Iterator[Document]:
+        return (Document(text, len(text.encode())) for text in self.texts)
+
+
+LocalSource = SourceFile | TextSet
+Source = LocalSource | RemoteSource
 
 
 class Stopped(Exception):
     """The reader of `localized` has gone."""
 
 
-def localized(sources: Iterable[Source], progress: DownloadProgress | None = None, ahead: int = 1) -> Iterator[Source]:
-    """Every source on this machine, in order; while one is read, the next `ahead` are downloaded, one at a time."""
+def localized(sources: Iterable[Source], progress: DownloadProgress | None = None) -> Iterator[LocalSource]:
+    """Every source on this machine, in order; while one is read, the next is downloaded."""
     stop = threading.Event()
 
     def watch(news: Download) -> None:
@@ -216,14 +218,13 @@ def localized(sources: Iterable[Source], progress: DownloadProgress | None = Non
             progress(news)
 
     pool = ThreadPoolExecutor(1, thread_name_prefix="download")
-    queue: deque[Future[Source]] = deque()
     try:
+        following = deque[Future[LocalSource]]()
         for source in sources:
-            queue.append(pool.submit(source.localize, watch))
-            if len(queue) > ahead:
-                yield queue.popleft().result()
-        while queue:
-            yield queue.popleft().result()
+            following.append(pool.submit(source.localize, watch))
+            if len(following) > 1:
+                yield following.popleft().result()
+        yield from (source.result() for source in following)
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)

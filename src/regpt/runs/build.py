@@ -15,7 +15,7 @@ from regpt.data.loader import Loader, StepBatches
 from regpt.data.manifest import Manifest, read_manifest
 from regpt.data.mixture import MixedRows, whole_shares
 from regpt.data.rows import Rows, open_rows
-from regpt.data.stream import TokenStream, open_stream
+from regpt.data.stream import ShardStream, open_stream
 from regpt.data.verify import SMALL_BYTES, verify_small
 from regpt.errors import UsageError, UserError
 from regpt.evals.perplexity import count_rows
@@ -45,7 +45,7 @@ class DataFolder:
     manifest: Manifest
     manifest_sha256: str
 
-    def stream(self, split: str, order: str, seed: int) -> TokenStream:
+    def stream(self, split: str, order: str, seed: int) -> ShardStream:
         return open_stream(self.path, self.manifest, split, order, seed)
 
 
