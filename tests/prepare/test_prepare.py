@@ -2,6 +2,7 @@
 
 import errno
 import json
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from regpt.prepare import encode, shards
 from regpt.prepare.ngrams import cut
 from regpt.prepare.prepare import Progress, prepare
 from regpt.prepare.settings import TextOptions
-from regpt.prepare.split import hash_fraction
+from regpt.prepare.split import fraction
 from regpt.text import gpt2
 from regpt.text.bpe import BPETokenizer, train_bpe
 from regpt.text.tokenizer import Tokenizer
@@ -33,6 +34,10 @@ class WideTokenizer(BPETokenizer):
 
     def encode_batch(self, texts, threads=1):
         return [ids + np.uint32(69_000) for ids in super().encode_batch(texts, threads)]
+
+
+def hash_fraction(text: str) -> float:
+    return fraction(sha256(text.encode()).digest())
 
 
 def write_jsonl(path: Path, texts: list[str]) -> str:

@@ -55,13 +55,15 @@ class Content:
         frequent: the most frequent tokens: id, bytes, share of the tokens counted.
         rows: beginnings of the first rows, decoded.
         problem: why there is no text, instead of texts.
+        bos: of the order bos, rows of the first epoch and the share of the tokens that they leave out.
     """
 
     split: str
     counted: int
     frequent: Sequence[tuple[int, bytes | None, float]]
-    rows: list[str]
+    rows: Sequence[str]
     problem: str | None
+    bos: dict[str, Any]
 
 
 def main(args: list[str]) -> int:
@@ -78,11 +80,10 @@ def main(args: list[str]) -> int:
     if not splits:
         raise UserError(f"data folder {given.folder!r} has no documents; prepare it from more text")
     content = read_content(given, manifest, splits[0].split)
-    packing = bos_numbers(given, manifest, splits[0].split) if given.order == "bos" else None
     if given.json:
-        print_json(info_dict(manifest, splits, content, packing))
+        print_json(info_dict(manifest, splits, content))
     else:
-        print_info(given, manifest, splits, content, packing)
+        print_info(given, manifest, splits, content)
     if given.out:
         draw_lengths(splits, Path(given.out), given.seq_len)
         print_note(f"drawn: {given.out}")
@@ -91,35 +92,31 @@ def main(args: list[str]) -> int:
 
 def read_content(given: InfoArgs, manifest: Manifest, split: str) -> Content:
     """Count and decode; a tokenizer that is not here costs the texts, not the numbers."""
+    from regpt.data.bos import PackedRows
     from regpt.data.info import count_tokens, first_rows, most_frequent, tokenizer_of
     from regpt.data.rows import open_rows
 
     folder = Path(given.folder)
     counts = count_tokens(folder, manifest, split)
-    frequent = most_frequent(counts, FREQUENT_TOKENS)
     seq_len = given.seq_len if given.order == "bos" else min(given.seq_len, manifest.tokens(split))
     rows = open_rows(folder, manifest, split, given.order, given.seed, seq_len, given.shuffle_rows)
+    bos = {}
+    if isinstance(rows, PackedRows):
+        bos = {"seq_len": seq_len, "rows": rows.epoch_rows(ALL), "left_out": round(rows.left_out(), 6)}
+    tokenizer, texts, problem = None, [], None
     try:
         tokenizer = tokenizer_of(folder, manifest)
+        texts = first_rows(rows, tokenizer, SHOWN_ROWS, SHOWN_TOKENS)
     except UserError as error:
-        return Content(split, int(counts.sum()), [(i, None, share) for i, share in frequent], [], str(error))
-    texts = [(i, tokenizer.token_bytes(i), share) for i, share in frequent]
-    return Content(split, int(counts.sum()), texts, first_rows(rows, tokenizer, SHOWN_ROWS, SHOWN_TOKENS), None)
+        problem = str(error)
+    frequent = [
+        (i, tokenizer.token_bytes(i) if tokenizer else None, share)
+        for i, share in most_frequent(counts, FREQUENT_TOKENS)
+    ]
+    return Content(split, int(counts.sum()), frequent, texts, problem, bos)
 
 
-def bos_numbers(given: InfoArgs, manifest: Manifest, split: str) -> dict[str, Any]:
-    """Rows of the first epoch and the share of the tokens that they leave out."""
-    from regpt.data.bos import PackedRows
-    from regpt.data.rows import open_rows
-
-    rows = open_rows(Path(given.folder), manifest, split, "bos", given.seed, given.seq_len)
-    assert isinstance(rows, PackedRows)
-    return {"seq_len": given.seq_len, "rows": rows.epoch_rows(ALL), "left_out": round(rows.left_out(), 6)}
-
-
-def info_dict(
-    manifest: Manifest, splits: list[SplitInfo], content: Content, packing: dict[str, Any] | None
-) -> dict[str, Any]:
+def info_dict(manifest: Manifest, splits: list[SplitInfo], content: Content) -> dict[str, Any]:
     from regpt.text.tokenizer import with_bytes
 
     return {
@@ -134,25 +131,22 @@ def info_dict(
         ],
         "tokens_counted": content.counted,
         "rows": content.rows,
-        **({"bos": packing} if packing else {}),
+        **({"bos": content.bos} if content.bos else {}),
         "sources": manifest.sources,
         "options": manifest.options,
     }
 
 
-def print_info(
-    given: InfoArgs, manifest: Manifest, splits: list[SplitInfo], content: Content, packing: dict[str, Any] | None
-) -> None:
+def print_info(given: InfoArgs, manifest: Manifest, splits: list[SplitInfo], content: Content) -> None:
     vocabulary = f"tokenizer {manifest.tokenizer}, {manifest.vocab_size:,} tokens, {manifest.dtype}"
     print_line(f"{given.folder}: {vocabulary}")
     print_splits(splits)
     for split in splits:
         print_histogram(split)
-    if packing:
-        print_line(
-            f"\n{splits[0].split} in the order bos: {counted(packing['rows'], 'row')} of {given.seq_len:,} an epoch, "
-            f"which leave out {packing['left_out']:.2%} of the tokens"
-        )
+    if content.bos:
+        rows, left_out = counted(content.bos["rows"], "row"), content.bos["left_out"]
+        what = f"{rows} of {given.seq_len:,} an epoch, which leave out {left_out:.2%} of the tokens"
+        print_line(f"\n{content.split} in the order bos: {what}")
     print_content(given, content, whole=content.counted == splits[0].tokens)
 
 

@@ -107,7 +107,9 @@ def prepare(
         evaluations = read_evaluations(filters.decontaminate) if filters.decontaminate else None
         share = default_fraction(listing.train) if val_fraction is None else val_fraction
         rule = split_rule(listing.train, bool(listing.val), share, text, download)
-        settings = make_settings(tokenizer, encoder, rule, share, text, filters, evaluations)
+        hashes = tuple(file["sha256"] for file in evaluations.files) if evaluations else ()
+        identity = (tokenizer.to_json(), tokenizer.sha256, tokenizer.n_vocab, tokenizer.eot)
+        settings = Settings(*identity, encoder, rule, share, text, filters.min_chars, filters.dedup, hashes)
         elsewhere = pool.encode if pool else None
         if executor == "ray":
             elsewhere = functools.partial(encode_on_ray, address=address)
@@ -125,20 +127,6 @@ def check_options(
     for name, value, least in (("shard tokens", shard_tokens, 1), ("workers", workers, 1), ("min chars", min_chars, 0)):
         if value is not None and value < least:
             raise UsageError(f"{name} is {value}, must be at least {least}")
-
-
-def make_settings(
-    tokenizer: Tokenizer,
-    encoder: str,
-    rule: str,
-    val_fraction: float,
-    text: TextOptions,
-    filters: Filters,
-    evaluations: Evaluations | None,
-) -> Settings:
-    identity = (tokenizer.to_json(), tokenizer.sha256, tokenizer.n_vocab, tokenizer.eot)
-    hashes = tuple(file["sha256"] for file in evaluations.files) if evaluations else ()
-    return Settings(*identity, encoder, rule, val_fraction, text, filters.min_chars, filters.dedup, hashes)
 
 
 @dataclass

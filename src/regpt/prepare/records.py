@@ -136,7 +136,7 @@ def check_finished(
     """
     manifest = read_manifest(out)
     options = {**options, **{name: manifest.options.get(name) for name in derived}}
-    for difference in differences(manifest, tokenizer, options, records):
+    if difference := next(differences(manifest, tokenizer, options, records), None):
         raise UserError(
             f"{out} already holds a data set, made {difference} (see: regpt data info {out}); choose another --out or "
             "delete it"
@@ -145,31 +145,24 @@ def check_finished(
 
 
 def differences(manifest: Manifest, tokenizer: Tokenizer, options: Record, records: Sequence[Record]) -> Iterator[str]:
-    """Phrases that begin after `made`."""
+    """Phrases that begin after `made`; an option that the manifest leaves out has its default."""
     if manifest.tokenizer_sha256 != tokenizer.sha256:
         yield f"with another --tokenizer ({manifest.tokenizer}, now {tokenizer.name})"
     for name in {**options, **manifest.options}:
-        before, now = manifest.options.get(name), options.get(name)
-        if before != now:
-            yield f"with another {name.replace('_', ' ')} ({said(name, before)}, now {said(name, now)})"
-    before, now = ({name_of(record): record for record in group} for group in (manifest.sources, records))
+        both = manifest.options.get(name), options.get(name)
+        if both[0] != both[1]:
+            given = (getattr(TEXT_OPTIONS, name, None) if value is None else value for value in both)
+            before, now = ("none" if value is None else value for value in given)
+            yield f"with another {name.replace('_', ' ')} ({before}, now {now})"
+    before, now = (
+        {(record["source"], record.get("file", ""), record["split"]): record for record in group}
+        for group in (manifest.sources, records)
+    )
     for name in {**before, **now}:
         shown = f"{name[1]} in {name[0]}" if name[1] else name[0]
-        if name not in now:
-            yield f"with {shown} for {name[2]}"
-        elif name not in before:
-            yield f"without {shown} for {name[2]}"
+        if name not in now or name not in before:
+            yield f"{'with' if name in before else 'without'} {shown} for {name[2]}"
         elif any(now[name][key] != before[name][key] for key in now[name].keys() & before[name].keys()):
             yield f"when {shown} had other content"
     if list(before) != list(now):
         yield "from the sources in another order"
-
-
-def name_of(record: Record) -> tuple[str, str, str]:
-    return record["source"], record.get("file", ""), record["split"]
-
-
-def said(name: str, value: object) -> str:
-    """An option's value in a message; one that the manifest leaves out is the default."""
-    value = getattr(TEXT_OPTIONS, name, None) if value is None else value
-    return "none" if value is None else str(value)

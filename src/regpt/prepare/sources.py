@@ -2,8 +2,8 @@
 
 1. `source`, `file`, `bytes` are known at once, nothing is downloaded for them.
 2. `localize(progress)`: the same file on this machine. A remote one is downloaded (resumed, retried, compared with
-   its published hash), a local one returns itself. Safe from several threads and processes: one downloads, the others wait.
-   `localized(sources)` does it one file ahead of the reader.
+   its published hash), a local one returns itself. Safe from several threads and processes: one downloads, the others
+   wait. `localized(sources)` does it one file ahead of the reader.
 3. Of a file on this machine: `parts(target_bytes)`, its division for several readers; a function of the file and
    `target_bytes` alone. `documents(options, part)` reads one part: the parts in their order are the file.
    `record()` is what the manifest keeps: it hashes the file.

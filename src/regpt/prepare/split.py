@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from hashlib import sha256
 from typing import Any
 
 from regpt.errors import UserError
@@ -40,12 +39,8 @@ def split_rule(
     return "cut" if len(list(itertools.islice(filter(None, texts), 2))) == 1 else "documents"
 
 
-def hash_fraction(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
-    return fraction(sha256(text.encode()).digest())
-
-
 def fraction(digest: bytes) -> float:
+    """A number in [0, 1) that depends on the text with this SHA-256 alone."""
     return int.from_bytes(digest[:8], "big") / 2**64
 
 

@@ -23,7 +23,7 @@ from regpt.prepare.sources import sha256_of
 FORMATS = ("build-nanogpt", "nanogpt", "llm.c")
 SUFFIXES = (".npy", ".bin")
 HEADER = np.dtype("<i4")
-HEADER_INTS, HEADER_BYTES = 256, 1024
+HEADER_BYTES = 1024
 HEADERS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic: version, dtype; for GPT-2, for Llama 3
 EVALUATION_MAGIC = 20240522  # HellaSwag and MMLU: questions, not text
 # Version of the format: what reads its header, of 10,000 characters at most; version 3 has names of fields.

@@ -39,11 +39,8 @@ TRIES = 3  # of a partition whose process dies: the first among others, then alo
 RAY_RETRIES = 5
 CONNECT_S = 10
 NEWS_S = 0.2
-# Of mallopt (glibc's malloc.h). Blocks above the second are given back at once: pages of parquet files. The first keeps
-# what batches of text take and leave all the time.
-MALLOC_TRIM_THRESHOLD, MALLOC_MMAP_THRESHOLD = (-1, 8 << 20), (-3, 4 << 20)
 SMALL_BYTES = 24_000_000  # of sources; below it starting processes (0.3 s) takes longer than what they would save
-MAX_WORKERS = 16  # unless more are asked for: about 2 GiB of memory
+MAX_WORKERS = 16  # unless more are asked for: 2 to 3 GiB of memory
 REPORT: list[Callable[[Any], None]] = []  # in a process of a pool: how it reports to the first one
 
 
@@ -189,12 +186,6 @@ def limit_memory_and_threads() -> None:
     """Keep libraries of one process among many small; to be called before NumPy and pyarrow are imported."""
     os.putenv("OPENBLAS_NUM_THREADS", "1")  # NumPy's: no algebra here, and 16 times 16 threads that spin for a while
     os.putenv("ARROW_DEFAULT_MEMORY_POOL", "system")  # others keep twice as much for later
-    if sys.platform == "linux":
-        import ctypes
-
-        with suppress(AttributeError):  # musl has no mallopt
-            for threshold in (MALLOC_TRIM_THRESHOLD, MALLOC_MMAP_THRESHOLD):
-                ctypes.CDLL(None).mallopt(*threshold)
 
 
 def import_encoder() -> None:
@@ -222,11 +213,6 @@ def encode_alone(
         files = ", ".join(dict.fromkeys(reading.source.file for reading in partition.readings))
         fix = "divide large documents, or use fewer --workers"
         raise UserError(f"{files}: more memory is needed than there is; {fix}") from None
-    finally:
-        if "pyarrow" in sys.modules:
-            import pyarrow
-
-            pyarrow.default_memory_pool().release_unused()  # up to 50 MB a process
 
 
 def encode_on_ray(
