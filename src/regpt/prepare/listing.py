@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from regpt.console.text import counted
 from regpt.errors import UserError, nearest
 from regpt.files import LFS_POINTER_BYTES, identity, is_folder, matching, refuse_lfs_pointer
 
@@ -83,9 +84,16 @@ def search(folder: Path, wanted: Wanted, left_out: Counter[str]) -> list[Found]:
 
 
 def given_files(source: str, wanted: Wanted, left_out: Counter[str]) -> list[Found]:
-    """The file that `source` names, or those that it matches."""
-    matches = [Path(source)] if os.path.lexists(source) else matching(source)
-    files = [file for file in matches if is_readable(file, left_out, alone=len(matches) == 1)]
+    """The file that `source` names, or those that it matches; folders among them are passed over."""
+    matches, files = [Path(source)] if os.path.lexists(source) else matching(source), []
+    for file in (match for match in matches if not is_folder(match)):
+        reason = reason_against(file)
+        if reason and len(matches) > 1:
+            left_out[reason] += 1
+        elif reason in REFUSED:
+            raise UserError(f"{printable(str(file))!r} {REFUSED[reason]}")
+        else:
+            files.append(file)  # an unreadable one raises when it is opened
     if not files:
         sets = f", or a named set ({', '.join(wanted.known)})" if wanted.known else ""
         name = printable(source)
@@ -143,20 +151,6 @@ def reason_against_folder(path: Path, deep: bool, seen: set[Any]) -> str | None:
         return TWICE
     seen.add(name)
     return None
-
-
-def is_readable(file: Path, left_out: Counter[str], alone: bool) -> bool:
-    """Whether a name or a match of a glob is a file that can be read; `alone`: it is the only one.
-
-    Raises:
-        UserError: it is alone, and neither a file nor a folder.
-    """
-    reason = None if is_folder(file) else reason_against(file)
-    if alone and reason in REFUSED:
-        raise UserError(f"{printable(str(file))!r} {REFUSED[reason]}")
-    if reason and not alone:
-        left_out[reason] += 1
-    return not is_folder(file) and (alone or not reason)  # an unreadable file raises when it is opened
 
 
 def choose(names: Iterable[str], rank: Callable[[str], int], left_out: Counter[str]) -> list[str]:
@@ -219,6 +213,7 @@ def counted_kinds(left_out: Mapping[str, int]) -> str:
     """`4 files: .csv 2, .py 1, broken link 1`, the most frequent first."""
     total = sum(left_out.values())
     kinds = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
-    rest = sum(n for _, n in kinds[SHOWN_KINDS:])
-    shown = [f"{name} {n:,}" for name, n in kinds[:SHOWN_KINDS]] + ([f"others {rest:,}"] if rest else [])
-    return f"{total:,} file{'s' * (total != 1)}: {', '.join(shown)}"
+    shown = [f"{name} {n:,}" for name, n in kinds[:SHOWN_KINDS]]
+    if rest := sum(n for _, n in kinds[SHOWN_KINDS:]):
+        shown.append(f"others {rest:,}")
+    return f"{counted(total, 'file')}: {', '.join(shown)}"

@@ -78,11 +78,6 @@ class Partition:
     def bytes(self) -> int:
         return sum(reading.part.bytes for reading in self.readings)
 
-    @property
-    def in_files(self) -> bool:
-        """Can another process read it? Sets made in memory are encoded where they are."""
-        return all(isinstance(reading.source, SourceFile) for reading in self.readings)
-
 
 def stamp_of(source: LocalSource) -> str:
     if isinstance(source, SourceFile):

@@ -19,7 +19,6 @@ from regpt.data.manifest import WORK, Manifest, Shard
 from regpt.errors import UsageError
 from regpt.files import finish_file
 from regpt.prepare.decontaminate import Evaluations, read_evaluations
-from regpt.prepare.encode import encode_partition
 from regpt.prepare.named import NAMED_OPTIONS, Listing, NamedOptions, list_sources
 from regpt.prepare.partition import (
     Counts,
@@ -41,7 +40,7 @@ from regpt.prepare.work import begin, check_out, clear, is_finished, naming_full
 from regpt.prepare.workers import MAX_WORKERS, available_cores, encode_here, encode_on_ray, start_pool
 from regpt.remote.download import DownloadProgress
 from regpt.text.fast import accelerate, can_accelerate, encoder_name, find_model, save_model
-from regpt.text.tokenizer import Encoder, Tokenizer
+from regpt.text.tokenizer import Tokenizer
 
 SHARD_TOKENS = 100_000_000  # the size of FineWeb-Edu's shards in build-nanogpt
 NO_FILTERS = Filters()
@@ -151,11 +150,6 @@ class Job:
         self.work = self.out / WORK
         self._fast = self.settings.encoder == "auto" and can_accelerate(self.tokenizer)
 
-    @functools.cached_property
-    def _encoder(self) -> Encoder:
-        """Only where this process encodes."""
-        return accelerate(self.tokenizer, self.work) if self._fast else self.tokenizer
-
     def manifest(self, listing: Listing, restart: bool) -> Manifest:
         """The manifest of a finished folder that this job would make again, or of the shards written now."""
         if is_finished(self.out):
@@ -178,8 +172,7 @@ class Job:
         plan = partitions(here, target_bytes(self._total), self.settings.key(), self.settings.text)
         check = EncoderCheck(self.work, self.tokenizer, self.settings.dtype) if self._fast else None
         try:
-            assembly = Assembly(self.out, self.work, self.settings, self.shard_tokens, check, self.evaluations)
-            with assembly:
+            with Assembly(self.out, self.settings, self.shard_tokens, check, self.evaluations) as assembly:
                 self._encode(plan, assembly)
                 records = assembly.records
                 check_texts(records.sources, skip=self.settings.text.on_error == "skip")
@@ -206,13 +199,13 @@ class Job:
                 order.append(partition)
                 if is_encoded(self.work, partition):
                     finish(partition, found=True)
-                elif self.elsewhere and not partition.in_files:
-                    encode_partition(self.work, partition, self.settings, self._encoder)
-                    finish(partition)
                 else:
                     yield partition
 
-        encode = self.elsewhere or functools.partial(encode_here, encoder=self._encoder, threads=self.threads)
+        encode = self.elsewhere
+        if not encode:
+            encoder = accelerate(self.tokenizer, self.work) if self._fast else self.tokenizer
+            encode = functools.partial(encode_here, encoder=encoder, threads=self.threads)
         with closing(encode(self.work, tasks(), self.settings, self._hear)) as finished:
             for partition in finished:
                 finish(partition)

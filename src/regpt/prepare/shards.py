@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from regpt.data.manifest import SPLITS, Manifest, Shard
+from regpt.data.manifest import SPLITS, WORK, Manifest, Shard
 from regpt.files import PARTIAL, finish_file, write_bytes, write_text
 from regpt.prepare.decontaminate import Evaluations
 from regpt.prepare.dedup import Dedup
@@ -32,23 +32,22 @@ OURS = re.compile(r"(((train|val)-\d{5,}\.(bin|idx))|tokenizer\.json|removed\.js
 
 
 class Assembly:
-    """Writes the shards of `out` from the partitions in `work`; `add` takes them in order."""
+    """Writes the shards of `out` from the partitions in its work folder; `add` takes them in order."""
 
     def __init__(
         self,
         out: Path,
-        work: Path,
         settings: Settings,
         shard_tokens: int,
         check: "EncoderCheck | None",
         evaluations: Evaluations | None,
     ) -> None:
-        self._work, self._check = work, check
+        self._work, self._check = out / WORK, check
         self._dtype = np.dtype(settings.dtype).newbyteorder("<")
         remove_leftovers(out)
         self._writers = {split: ShardWriter(out, split, settings.dtype, shard_tokens) for split in SPLITS}
-        self._dedup = Dedup(work, settings.dedup)
-        self.records = Records(work / "removed.partial", evaluations)
+        self._dedup = Dedup(self._work, settings.dedup)
+        self.records = Records(self._work / "removed.partial", evaluations)
 
     def __enter__(self) -> "Assembly":
         return self

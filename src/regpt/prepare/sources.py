@@ -160,6 +160,9 @@ class RemoteSource:
         record = {"source": self.source, "file": self.file, "bytes": self.bytes, "url": self.remote.url}
         return {**record, "sha256": self.remote.sha256} if self.remote.sha256 else record
 
+    def record(self) -> dict[str, Any]:
+        return self.localize().record()
+
 
 @dataclass(frozen=True)
 class TextSet:

@@ -124,7 +124,7 @@ class Pool:
     def _submit(self, function: Callable[..., None], *task: Any) -> Future[None]:
         try:
             return self._executor.submit(function, *task)
-        except (BrokenProcessPool, OSError):  # a process died between two tasks or while it started
+        except (BrokenProcessPool, OSError, ValueError):  # a process died between two tasks or while another started
             broken: Future[None] = Future()
             broken.set_exception(BrokenProcessPool())
             return broken
