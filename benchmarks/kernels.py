@@ -1,6 +1,9 @@
 """Each piece of the fused path at GPT-2 124M's shapes on one CUDA device: error against float32, time, and floor.
 
-    python benchmarks/kernels.py [--rows 64] [--only whole products attention between] [--json FILE]
+    python benchmarks/kernels.py [--rows 64] [--only whole products attention between head] [--json FILE]
+
+`head` is the loss of 16,384 rows of 2,048 features over two vocabularies, forward and backward, in bfloat16: all logits
+at once, and in chunks (`regpt.model.head`). Its memory is the peak on top of inputs and gradients.
 
 A floor is the larger of the bytes that must move over 3.35 TB/s (data sheet of an H100 SXM) and of the operations over
 the rate that an 8192³ product reached in the same process.
@@ -25,6 +28,7 @@ from regpt.kernels.attention import CudnnAttention, TorchAttention
 from regpt.kernels.cublaslt import Products
 from regpt.kernels.gpt2 import FusedGPT2
 from regpt.model.families import make_model
+from regpt.model.head import in_chunks, padded_logits, rows_at_once, summed_losses
 from regpt.model.masks import CAUSAL, AttentionMask
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
@@ -157,6 +161,49 @@ def between(table: Table, N: int) -> None:
         table.time(name, triton_ops.cross_entropy, *given, gradient=True, moved=4.0 * N * V)
 
 
+HEAD_N, HEAD_C, HEAD_VOCABULARIES = 16_384, 2048, (50_304, 128_256)
+
+
+def head(table: Table) -> None:
+    for rows_of_head in HEAD_VOCABULARIES:
+        n_vocab = rows_of_head - 47 if rows_of_head == V else rows_of_head  # GPT-2's is padded
+        given = randn(HEAD_N, HEAD_C), randn(rows_of_head, HEAD_C, scale=0.02)
+        hidden, weight = (x.requires_grad_() for x in given)
+        targets = torch.randint(n_vocab, (HEAD_N,), device=DEVICE)
+        rows = rows_at_once(rows_of_head, torch.bfloat16)
+
+        def at_once(hidden: Tensor, weight: Tensor, targets=targets, n_vocab=n_vocab) -> Tensor:
+            return summed_losses(padded_logits(hidden, weight, n_vocab), targets)
+
+        def chunked(hidden: Tensor, weight: Tensor, targets=targets, n_vocab=n_vocab, rows=rows) -> Tensor:
+            return in_chunks(hidden, weight, targets, n_vocab, 0.0, 0.0, rows)[0]
+
+        exact = head_gradients(chunked, hidden.detach().float(), weight.detach().float())
+        ways = {"whole": at_once, "whole, compiled": torch.compile(at_once, dynamic=False), f"{rows} rows": chunked}
+        for name, loss in ways.items():
+            head_row(table, f"head {rows_of_head:,} {name}", loss, hidden, weight, exact)
+
+
+def head_row(table: Table, name: str, loss: Callable[..., Tensor], hidden: Tensor, weight: Tensor, exact: list) -> None:
+    """One line of the table and one of memory; the weight's gradient in float32 counts as a gradient, not as extra."""
+    error = max(map(relative, head_gradients(loss, hidden, weight), exact))
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    head_gradients(loss, hidden, weight)
+    extra = torch.cuda.max_memory_allocated() - before - 4 * weight.numel() - 2 * hidden.numel()
+    flops = 6.0 * HEAD_N * weight.numel()
+    ms = table.time(name, head_gradients, loss, hidden, weight, flops=flops, error=error)
+    table.rows[-1]["extra_bytes"] = extra
+    print(f"    {HEAD_N / ms * 1e3:,.0f} tokens/s, {extra / 2**30:.2f} GiB on top of inputs and gradients")
+
+
+def head_gradients(loss: Callable[..., Tensor], hidden: Tensor, weight: Tensor) -> list[Tensor]:
+    """Gradients of the mean, as a step has them: a scale that is not 1."""
+    of = hidden.requires_grad_(), weight.requires_grad_()
+    return list(torch.autograd.grad(loss(*of) / HEAD_N, of))
+
+
 def whole(table: Table, B: int) -> None:
     model = make_model(read_config("gpt2-124m").with_vocab_size().model).to(DEVICE)
     initialize(model, 0)
@@ -209,6 +256,7 @@ def main() -> None:
         "products": lambda: products(table, args.rows * T),
         "attention": lambda: attention(table, args.rows),
         "between": lambda: between(table, args.rows * T),
+        "head": lambda: head(table),
     }
     for name in args.only:
         sections[name]()

@@ -90,9 +90,12 @@ def product_dtype(hidden: Tensor) -> torch.dtype:
 
 def chunk_rows(N: int, V: int, dtype: torch.dtype) -> int:
     """Rows of a chunk of N × V logits in `dtype`; 0 where they are computed whole."""
-    logits, whole = N * V, WHOLE_OF_SMALL if V <= SMALL_VOCAB else WHOLE
-    if logits <= whole:
-        return 0
+    whole = WHOLE_OF_SMALL if V <= SMALL_VOCAB else WHOLE
+    return 0 if whole >= N * V else rows_at_once(V, dtype)
+
+
+def rows_at_once(V: int, dtype: torch.dtype) -> int:
+    """Rows whose logits take `CHUNK_BYTES`, in whole tiles where that is more than one."""
     rows = CHUNK_BYTES // (V * dtype.itemsize)
     return max(1, rows // CHUNK_MULTIPLE * CHUNK_MULTIPLE or rows)
 
