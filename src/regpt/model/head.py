@@ -106,7 +106,7 @@ def rows_at_once(V: int, dtype: torch.dtype) -> int:
 def in_chunks(
     hidden: Tensor, weight: Tensor, targets: Tensor, n_vocab: int, softcap: float, z_loss: float, rows: int
 ) -> tuple[Tensor, Tensor]:
-    """`cross_entropy_with_z_loss`, `rows` rows at once; differentiable once."""
+    """`cross_entropy_with_z_loss`, `rows` rows at once; one backward for each loss."""
     of_hidden, of_weight = (torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight))
     given = hidden, weight, targets, n_vocab, softcap, z_loss, product_dtype(hidden), rows, of_hidden, of_weight
     if not (of_hidden or of_weight):
@@ -122,23 +122,30 @@ def opaque(*given: Any) -> tuple[Tensor, ...]:
 
 
 class InChunks(torch.autograd.Function):
-    """Ties `chunked_sums` to autograd."""
+    """Ties `chunked_sums` to autograd. The backward overwrites its gradients: one backward for each loss."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
         loss, squares, *gradients = opaque(hidden, weight, *given)
         ctx.save_for_backward(*gradients)
-        ctx.formats, ctx.wanted = (hidden.dtype, weight.dtype), given[-2:]
+        ctx.formats, ctx.wanted, ctx.used = (hidden.dtype, weight.dtype), given[-2:], False
         return loss, squares
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if not torch.compiler.is_compiling():
+            if ctx.used:
+                raise RuntimeError("a loss in chunks allows one backward: its gradients were overwritten")
+            ctx.used = True
         found = zip(ctx.saved_tensors, ctx.formats, ctx.wanted)
         return *(scaled(grad, scale, dtype) if wanted else None for grad, dtype, wanted in found), *[None] * 8
 
 
 def scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad · scale in `dtype`, multiplied in the wider format, without a tensor in between where that narrows."""
+    """grad · scale in `dtype`, multiplied in the wider format, without a tensor in between; `grad` is lost where it has
+    that format."""
+    if dtype == grad.dtype and not torch.compiler.is_compiling():  # whose memory is the compiler's own affair
+        return grad.mul_(scale)
     if dtype.itemsize >= grad.dtype.itemsize:
         return grad.to(dtype) * scale
     return torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dtype))
