@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from regpt.errors import UserError
 from regpt.text import gpt2
 from regpt.text.gpt2 import find_vocabulary, ranks_from_files
-from regpt.text.llama3 import NAMED_3_0, NAMED_3_1, PATTERN, special_tokens
+from regpt.text.llama3 import NAMED_3_0, NAMED_3_1, PATTERN, name_special_tokens
 from regpt.text.open import from_json, open_tokenizer
 from tokenizer_files import LLAMA3, file_of, sentencepiece_file, texts, tiktoken_file
 
@@ -76,8 +76,8 @@ def test_the_files_next_to_it_name_the_special_tokens(llama3):
 def test_the_special_tokens_are_those_of_metas_code():
     first = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(4))]
     first += ["<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>"]
-    assert special_tokens(NAMED_3_0) == [*first, *(f"<|reserved_special_token_{i}|>" for i in range(5, 251))]
-    later = special_tokens(NAMED_3_1)
+    assert name_special_tokens(NAMED_3_0) == [*first, *(f"<|reserved_special_token_{i}|>" for i in range(5, 251))]
+    later = name_special_tokens(NAMED_3_1)
     assert later[4:6] == ["<|finetune_right_pad_id|>", "<|reserved_special_token_2|>"]
     assert later[8:12] == ["<|eom_id|>", "<|eot_id|>", "<|python_tag|>", "<|reserved_special_token_3|>"]
     assert (len(later), later[-1]) == (256, "<|reserved_special_token_247|>")

@@ -5,7 +5,7 @@ from importlib import import_module
 COMMANDS = {
     "quickstart": "text to a trained, evaluated and sampled model on this machine, in about two minutes",
     "data": "prepare, describe and verify token shards",
-    "tokenizer": "train a byte-level BPE",
+    "tokenizer": "train a byte-level BPE; look into any tokenizer",
     "doctor": "what this machine can do, tried; what is missing and how to get it",
     "plan": "parameters, memory, time and cost of a run, before it runs",
     "train": "train a model from a recipe, or go on with a run",
@@ -30,6 +30,7 @@ ARGUMENTS = {  # what is typed: module in `regpt.cli`, dataclass
     "data info": ("data_info", "InfoArgs"),
     "data verify": ("data", "DataVerifyArgs"),
     "tokenizer train": ("tokenizer", "TrainArgs"),
+    "tokenizer inspect": ("tokenizer_inspect", "TokenizerInspectArgs"),
     "doctor": ("doctor", "DoctorArgs"),
     "plan": ("plan", "PlanArgs"),
     "train": ("train", "Train"),

@@ -1,4 +1,4 @@
-"""`regpt tokenizer`: train a byte-level BPE."""
+"""`regpt tokenizer`: train a byte-level BPE, look into any tokenizer."""
 
 from __future__ import annotations
 
@@ -43,8 +43,14 @@ class TrainArgs(TextArgs):
 
 
 def main(args: list[str]) -> int:
-    """Call the only subcommand."""
-    return run_subcommand("regpt tokenizer", args, {"train": (train_main, "learn a byte-level BPE from text")})
+    """Call the subcommand."""
+    from regpt.cli import tokenizer_inspect
+
+    commands = {
+        "train": (train_main, "learn a byte-level BPE from text"),
+        "inspect": (tokenizer_inspect.main, "vocabulary, special tokens, how a text splits, bytes per token"),
+    }
+    return run_subcommand("regpt tokenizer", args, commands)
 
 
 def train_main(args: list[str]) -> int:

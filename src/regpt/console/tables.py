@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import IO, Any
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.measure import Measurement
 from rich.progress import Progress, ProgressColumn, TextColumn
@@ -13,6 +14,7 @@ from rich.text import Text
 from regpt.console.lines import is_terminal
 from regpt.console.text import visible
 
+CELLS = ("black on cyan", "black on yellow")  # of neighbours in a line
 NO_LIMIT = 1_000_000  # columns of a file
 
 
@@ -59,6 +61,24 @@ def print_table(table: Table, console: Console | None = None) -> None:
         console.print(table, soft_wrap=True)
     finally:
         console.width = before
+
+
+def print_cells(texts: list[str], notes: list[str], separator: str, console: Console | None = None) -> None:
+    """`texts` next to each other, each note below its text: on a terminal in two alternating colours, wrapped between
+    texts; in a file or pipe on two lines with `separator` between texts."""
+    console = console or PlainConsole()
+    if not is_terminal(console.file):
+        console.print(separator.join(texts), " ".join(notes), sep="\n", soft_wrap=True)
+        return
+    upper, lower = Text(), Text()
+    for k, (text, note) in enumerate(zip(map(visible, texts), notes)):
+        width = max(cell_len(text), cell_len(note)) + 1
+        if upper.cell_len and upper.cell_len + width > console.width:
+            console.print(upper, lower, sep="\n", soft_wrap=True)
+            upper, lower = Text(), Text()
+        upper.append(text, CELLS[k % 2]).append(" " * (width - cell_len(text)))
+        lower.append(note.ljust(width), "dim")
+    console.print(upper, lower, sep="\n", soft_wrap=True)
 
 
 def progress_bar(*columns: ProgressColumn, transient: bool = False) -> Progress:

@@ -44,7 +44,7 @@ def llama3_content(data: bytes, named: dict[int, str]) -> Json:
     spelling = byte_characters()
     spell = {token: "".join(map(spelling.__getitem__, token)) for token in ranks}
     merges = [(spell[left], spell[right]) for left, right in pairs_of(ranks)]
-    names = special_tokens(named)
+    names = name_special_tokens(named)
     flags = dict.fromkeys(FLAGS, False) | {"special": True}
     added = [
         {"id": RANKS + i, "content": name, **flags, **({ENDS_TEXT: True} if name in ENDS else {})}
@@ -66,7 +66,7 @@ def llama3_content(data: bytes, named: dict[int, str]) -> Json:
     }
 
 
-def special_tokens(named: dict[int, str]) -> list[str]:
+def name_special_tokens(named: dict[int, str]) -> list[str]:
     """The 256 special tokens in the order of their ids: those in `named`, the others numbered as reserved ones."""
     reserved = (f"<|reserved_special_token_{i}|>" for i in range(SPECIAL))
     return [named.get(place) or next(reserved) for place in range(SPECIAL)]
