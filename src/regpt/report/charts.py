@@ -88,35 +88,22 @@ class Panel:
 UPDATES = Panel("Update to weight", "‖Δw‖ / ‖w‖ of a step", "rate", (), (USUAL_UPDATE,), log=True)
 
 
-@dataclass(frozen=True)
-class RunTable:
-    """The x axes and columns of one run, for the script."""
-
-    axes: dict[str, Column]
-    columns: dict[str, Column]
+Table = dict[str, Column]  # the columns of one run
 
 
 def charts(runs: Sequence[RunData]) -> Row:
     """The data of report.js: each run's columns, the panels that draw them, events and samples."""
     bits = need_bits(runs)
     tables = [run_table(run, len(runs), bits) for run in runs]
-    return {
-        "runs": [
-            {
-                "name": printable(run.name),
-                "axes": table.axes,
-                "columns": table.columns,
-                "events": events(run),
-                "samples": samples(run),
-            }
-            for run, table in zip(runs, tables)
-        ],
-        "panels": [panel_row(panel) for panel in panels(runs, tables, bits)],
-    }
+    shown = [
+        {"name": printable(run.name), "axes": axes, "columns": columns, "events": events(run), "samples": samples(run)}
+        for run, (axes, columns) in zip(runs, tables)
+    ]
+    return {"runs": shown, "panels": [panel_row(panel) for panel in panels(runs, [table for _, table in tables], bits)]}
 
 
-def run_table(run: RunData, runs: int, bits: bool) -> RunTable:
-    """The columns of one of `runs` runs; its losses in bits per byte where `bits` asks for it."""
+def run_table(run: RunData, runs: int, bits: bool) -> tuple[Table, Table]:
+    """The x axes and columns of one of `runs` runs; its losses in bits per byte where `bits` asks for it."""
     axes, columns = build_table(run, max(400, MAX_POINTS // runs))
     if bits:
         each = bytes_per_token(run)
@@ -124,7 +111,7 @@ def run_table(run: RunData, runs: int, bits: bool) -> RunTable:
         for name in ("loss", "loss_smooth"):
             columns[name] = [to_bits(value, each) for value in columns.get(name, [])]
         columns |= {f"val_loss{which}": columns.get(f"val_bpb{which}", []) for which in ("", OF_AVERAGE)}
-    return RunTable(axes, columns)
+    return axes, columns
 
 
 def panel_row(panel: Panel) -> Row:
@@ -145,7 +132,7 @@ def panel_row(panel: Panel) -> Row:
 # ---- panels
 
 
-def panels(runs: Sequence[RunData], tables: Sequence[RunTable], bits: bool) -> list[Panel]:
+def panels(runs: Sequence[RunData], tables: Sequence[Table], bits: bool) -> list[Panel]:
     """The charts in the order they stand, without those that have nothing to draw.
 
     One run has its raw values and smoothed ones; of several, each has one line, in one colour throughout.
@@ -165,8 +152,9 @@ def panels(runs: Sequence[RunData], tables: Sequence[RunTable], bits: bool) -> l
 
     clip = number(section(runs[0].config, "train").get("grad_clip")) if alone else None
     limit = [Reference("clipped above", clip)] if clip else []
+    kinds = lines_of(tables[0], "updates:", "line") if alone else []
     if alone:
-        losses = [loss_panel(runs[0]), *source_panels(tables[0])]
+        losses = [loss_panel(runs[0]), source_panel(tables[0])]
     else:
         unit = "bits per byte" if bits else "nats per token"
         why = "the runs have different tokenizers, so losses are given per byte of text" if bits else ""
@@ -180,7 +168,7 @@ def panels(runs: Sequence[RunData], tables: Sequence[RunTable], bits: bool) -> l
         *task_panels(tables, names),
         Panel("Learning rate", "", "rate", each("lr", "learning rate")),
         Panel("Gradient norm", f"before clipping{smoothed}", "norm", noisy("grad_norm"), limit),
-        update_panel(tables[0]) if alone else replace(UPDATES, lines=each("updates")),
+        replace(UPDATES, lines=kinds or each("updates", "all matrices")),
         Panel("Throughput", f"tokens/s{smoothed}", "count", noisy("tokens_per_s")),
         Panel("MFU", f"model FLOPs utilisation{smoothed}", "percent", noisy("mfu")),
         Panel("Peak memory", "GiB", "gib", each("peak_memory_gib", "peak memory")),
@@ -200,28 +188,25 @@ def loss_panel(run: RunData) -> Panel:
     return Panel("Loss", "nats per token", "loss", lines, [*known, *loss_references([run])])
 
 
-def source_panels(table: RunTable) -> list[Panel]:
-    names = [name for name in table.columns if name.startswith("val:")]
-    lines = [
-        Line("points", name, printable(name.removeprefix("val:")), i) for i, name in enumerate(names[:MAX_SOURCES])
-    ]
-    note = f"the first {MAX_SOURCES} of {len(names)} sources" if len(names) > MAX_SOURCES else ""
-    return [Panel("Validation by source", "nats per token", "loss", lines, note=note)]
+def lines_of(table: Table, prefix: str, role: str) -> list[Line]:
+    """A line for every column whose name begins with `prefix`."""
+    names = [name for name in table if name.startswith(prefix)]
+    return [Line(role, name, printable(name.removeprefix(prefix)), i) for i, name in enumerate(names)]
 
 
-def update_panel(table: RunTable) -> Panel:
-    kinds = [name for name in table.columns if name.startswith("updates:")]
-    lines = [Line("line", name, printable(name.removeprefix("updates:")), i) for i, name in enumerate(kinds)]
-    return replace(UPDATES, lines=lines or [Line("line", "updates", "all matrices", "train")])
+def source_panel(table: Table) -> Panel:
+    lines = lines_of(table, "val:", "points")
+    note = f"the first {MAX_SOURCES} of {len(lines)} sources" if len(lines) > MAX_SOURCES else ""
+    return Panel("Validation by source", "nats per token", "loss", lines[:MAX_SOURCES], note=note)
 
 
-def task_panels(tables: Sequence[RunTable], names: Sequence[str] = ()) -> list[Panel]:
+def task_panels(tables: Sequence[Table], names: Sequence[str] = ()) -> list[Panel]:
     """A chart a task, or a metric of it where metrics differ in kind; parts of a benchmark (`core/…`) have the table.
 
     With several runs, whose names are given, only the last metric of each chart is drawn, a line a run.
     """
     charted: dict[tuple[str, str], list[str]] = {}
-    for name in dict.fromkeys(name for table in tables for name in table.columns if name.startswith("eval:")):
+    for name in dict.fromkeys(name for table in tables for name in table if name.startswith("eval:")):
         task, _, metric = name.removeprefix("eval:").rpartition("/")
         if "/" not in task and metric != "missing":
             kind = metric.removesuffix(OF_AVERAGE)
@@ -232,23 +217,19 @@ def task_panels(tables: Sequence[RunTable], names: Sequence[str] = ()) -> list[P
         metrics = sorted(metrics, key=lambda metric: (not metric.endswith(OF_AVERAGE), metric))
         references = list(dict.fromkeys(one for metric in metrics for one in task_references(task, metric)))
         column = f"eval:{task}/"
-        if names:
-            lines = [Line("points", column + metrics[-1], name, i, i) for i, name in enumerate(names)]
-        else:
-            hues: list[str | int] = ["val", "train"]
-            lines = [
-                Line("points", column + metric, printable(metric), hues[i] if i < 2 else i)
-                for i, metric in enumerate(reversed(metrics))
-            ]
+        lines = [Line("points", column + metrics[-1], name, i, i) for i, name in enumerate(names)] or [
+            Line("points", column + metric, printable(metric), ("val", "train")[i] if i < 2 else i)
+            for i, metric in enumerate(reversed(metrics))
+        ]
         drawn.append(Panel(printable(task), printable(metrics[-1]) if names else "", "score", lines, references))
     return drawn
 
 
-def with_values(panels: Sequence[Panel], tables: Sequence[RunTable]) -> list[Panel]:
+def with_values(panels: Sequence[Panel], tables: Sequence[Table]) -> list[Panel]:
     """The panels that have something to draw, without the lines that have nothing."""
     kept = []
     for panel in panels:
-        columns = [tables[line.run].columns.get(line.column, []) for line in panel.lines]
+        columns = [tables[line.run].get(line.column, []) for line in panel.lines]
         lines = [line for line, values in zip(panel.lines, columns) if any(value is not None for value in values)]
         if lines:
             kept.append(replace(panel, lines=lines))
@@ -281,14 +262,9 @@ def difference(x: Column, a: Column, at: Column, b: Column) -> Column:
     known = [(place, value) for place, value in zip(at, b) if place is not None and value is not None]
     if not known:
         return [None] * len(x)
-    places, values = np.array([place for place, _ in known]), np.array([value for _, value in known])
-
-    def one(place: float | None, value: float | None) -> float | None:
-        if place is None or value is None or not places[0] <= place <= places[-1]:
-            return None
-        return short(float(np.interp(place, places, values)) - value)
-
-    return [one(place, value) for place, value in zip(x, a)]
+    places, values = zip(*known)
+    there = np.interp([np.nan if place is None else place for place in x], places, values, left=np.nan, right=np.nan)
+    return [None if value is None or np.isnan(other) else short(float(other) - value) for value, other in zip(a, there)]
 
 
 # ---- events and samples

@@ -119,12 +119,8 @@ def outcome(summary: RunSummary) -> str:
     return text
 
 
-def tiles(summary: RunSummary, config: dict[str, Any]) -> list[Tile]:
+def tiles(summary: RunSummary, config: dict[str, Any]) -> Iterator[Tile]:
     """The figures of the header, the most wanted first; those the run does not hold are left out."""
-    return [*loss_tiles(summary), *size_tiles(summary, config), *time_tiles(summary)]
-
-
-def loss_tiles(summary: RunSummary) -> Iterator[Tile]:
     train, last = summary.train_loss, summary.last_val
     if summary.best_val is not None and last is not None:
         step, best = summary.best_val
@@ -137,9 +133,6 @@ def loss_tiles(summary: RunSummary) -> Iterator[Tile]:
     if train is not None:
         gap = () if last is None else (f"gap to validation {last[1] - train:+.3f}",)
         yield Tile("Final training loss", loss(train), "", ("smoothed", *gap))
-
-
-def size_tiles(summary: RunSummary, config: dict[str, Any]) -> Iterator[Tile]:
     if summary.parameters is not None:
         model = section(config, "model")
         shape = [f"{model[key]} {word}" for key, word in (("n_layer", "layers"), ("n_head", "heads")) if key in model]
@@ -147,13 +140,10 @@ def size_tiles(summary: RunSummary, config: dict[str, Any]) -> Iterator[Tile]:
         yield Tile("Parameters", *split_si(summary.parameters), (", ".join(shape), *width))
     if summary.tokens is None:
         yield Tile("Steps", f"{summary.steps:,}")
-        return
-    batch_tokens = number(section(config, "train").get("batch_tokens"))
-    each = [f"{batch_tokens:,} tokens each"] if batch_tokens else []
-    yield Tile("Tokens", *split_si(summary.tokens), (counted(summary.steps, "step"), *each))
-
-
-def time_tiles(summary: RunSummary) -> Iterator[Tile]:
+    else:
+        batch_tokens = number(section(config, "train").get("batch_tokens"))
+        each = [f"{batch_tokens:,} tokens each"] if batch_tokens else []
+        yield Tile("Tokens", *split_si(summary.tokens), (counted(summary.steps, "step"), *each))
     if summary.tokens_per_s is not None:
         notes = [] if summary.mfu is None else [f"MFU {100 * summary.mfu:.1f} %"]
         notes += [] if summary.peak_memory_gib is None else [f"{summary.peak_memory_gib:.1f} GiB at most"]

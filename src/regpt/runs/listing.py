@@ -1,6 +1,5 @@
 """`regpt runs`: the state of every run below a folder, from its lock, its last rows and its checkpoints."""
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -77,8 +76,9 @@ def describe(run: Path) -> ListedRun:
     step = updates[-1]["step"] if updates else max(saved, default=0)
     validated = [row for row in rows if row.get("kind") == "val" and "source" not in row]
     planned = number(train.get("steps"))
-    steps = int(planned) if planned is not None and math.isfinite(planned) else None
-    age = seconds_since(run / METRICS if is_file(run / METRICS) else run / CONFIG)
+    steps = None if planned is None else int(planned)
+    written = stat_or_none(run / METRICS) or stat_or_none(run / CONFIG)
+    age = max(0.0, time.time() - written.st_mtime) if written else 0.0
     state, note = state_of(run, rows, step, steps, max(saved, default=0), age, number(train.get("hang_seconds")))
     loss = number(validated[-1]["loss"]) if validated else number(updates[-1]["loss"]) if updates else None
     speed = number(updates[-1].get("tokens_per_s")) if updates else None
@@ -113,8 +113,3 @@ def last_rows(path: Path) -> list[dict[str, Any]]:
         file.seek(max(0, size - TAIL_BYTES))
         lines = file.read().split(b"\n")[size > TAIL_BYTES :]
     return [row for line in lines if line.strip() and (row := parse_row(line)) is not None and is_row(row)]
-
-
-def seconds_since(path: Path) -> float:
-    found = stat_or_none(path)
-    return max(0.0, time.time() - found.st_mtime) if found else 0.0

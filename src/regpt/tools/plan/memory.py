@@ -71,10 +71,8 @@ class Shape:
     padded: int
     matrices: int
     n_layer: int
-    n_head: int
     n_embd: int
     vocab_rows: int
-    seq_len: int
     flops_per_token: int
     attention_flops: int
 
@@ -105,10 +103,8 @@ def shape_of(config: ModelConfig, seq_len: int, *, pad_vocab: bool) -> Shape:
         padded=sum(p.numel() for p in model.parameters()),
         matrices=model.matmul_parameters(padded=True),
         n_layer=config.n_layer,
-        n_head=config.n_head,
         n_embd=config.n_embd,
         vocab_rows=model.head_weight.size(0),
-        seq_len=seq_len,
         flops_per_token=flops_per_token(model, seq_len),
         attention_flops=model.attention_flops(seq_len),
     )
