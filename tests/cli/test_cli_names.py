@@ -43,7 +43,6 @@ bench sample NAME
 bench data NAME
 bench train gpt2-tiny TINY --json NAME
 plan NAME
-plan gpt2-tiny --scaling NAME
 data info NAME
 data verify NAME
 data import NAME --out o

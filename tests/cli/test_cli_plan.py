@@ -53,7 +53,6 @@ KEYS = {
         "hours": float,
         "how": str,
     },
-    "loss": None,
     "cost": None,
     "warnings": list,
 }
@@ -240,24 +239,6 @@ def test_a_disk_that_is_too_small_is_a_warning(plan, tiny_flags, monkeypatch):
     assert any("GiB are free here; keep fewer" in warning for warning in warnings)
 
 
-def test_a_law_predicts_the_loss(plan, regpt, tmp_path: Path):
-    law = tmp_path / "law.json"
-    law.write_text('{"form": "chinchilla", "E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}')
-    found = plan("gpt2-124m", "--gpu", "h100", "--scaling", law)
-    expected = 1.69 + 406.4 / 124_439_808**0.34 + 410.7 / (19_073 * 524_288) ** 0.28
-    assert found["loss"]["loss"] == pytest.approx(expected)
-    assert f"{expected:.3f} nats per token" in regpt("plan", "gpt2-124m", "--gpu", "h100", "--scaling", law)[1]
-
-
-def test_a_law_may_count_parameters_without_embeddings(plan, tmp_path: Path):
-    law = tmp_path / "law.json"
-    values = {"form": "chinchilla", "E": 1.0, "A": 400.0, "B": 400.0, "alpha": 0.3, "beta": 0.3}
-    law.write_text(json.dumps(values | {"parameters": "non-embedding", "unit": "bits per byte"}))
-    found = plan("gpt2-124m", "--gpu", "h100", "--scaling", law)["loss"]
-    assert found["parameters"] == 124_439_808 - (50_257 + 1024) * 768
-    assert found["unit"] == "bits per byte"
-
-
 def test_it_prints_a_table(regpt):
     code, out, _ = regpt(
         "plan", "gpt2-124m", "--gpu", "h100", "--train.kernels", "plain", "--gpus", "2", "--price", "2"
@@ -298,7 +279,6 @@ def test_switches_may_come_first(regpt):
             ["order of its"],
         ),
         (["gpt2-124m", "--gpu", "h100", "--data", "/no/such/folder"], 1, ["/no/such/folder", "does not exist"]),
-        (["gpt2-124m", "--gpu", "h100", "--scaling", "/no/law.json"], 1, ["/no/law.json", "regpt scaling"]),
         (["gpt2-124m", "--gpu", "h100", "--data.seq-len", "2048"], 2, ["data.seq_len 2048", "max_seq_len 1024"]),
         (["gpt2-124m", "--train.device", "cuda"], 2, ["'cuda' is not available"]),
     ],

@@ -12,7 +12,7 @@ from scipy.optimize import approx_fprime, minimize
 from regpt.cli.scaling import main
 from regpt.errors import UsageError, UserError
 from regpt.report.read import read_run
-from regpt.report.scaling import HUBER, Point, ScalingLaw, doubts_about, errors, fit, jacobian, points_of, read_law
+from regpt.report.scaling import HUBER, Point, ScalingLaw, doubts_about, errors, fit, jacobian, points_of
 
 CHINCHILLA = ScalingLaw(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)  # Hoffmann et al. 2022, equation 10
 SIZES, LENGTHS = (1e7, 4e7, 1.2e8, 3.5e8), (3e8, 1e9, 3e9, 1e10)
@@ -265,47 +265,6 @@ def test_one_run_is_not_enough(make_run):
         main([str(make_run())])
 
 
-# ---- the file of a law
-
-# Hoffmann et al. 2022, section 3.3, equation 10.
-PUBLISHED = {"form": "chinchilla", "E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
-
-
-def write(tmp_path, values) -> str:
-    path = tmp_path / "law.json"
-    path.write_text(values if isinstance(values, str) else json.dumps(values), encoding="utf-8")
-    return path
-
-
-def test_the_published_law(tmp_path):
+def test_the_published_law():
     """Chinchilla, 70 billion parameters and 1.4 trillion tokens: about 1.94 nats by their own fit."""
-    law = read_law(write(tmp_path, PUBLISHED))
-    assert law.loss(70e9, 1.4e12) == pytest.approx(1.937, abs=0.002)
-
-
-def test_other_keys_are_not_looked_at(tmp_path):
-    assert read_law(write(tmp_path, PUBLISHED | {"covariance": [[1.0]], "runs": ["a", "b"]})).E == 1.69
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ("{", "is not JSON"),
-        ([1], "of the form None"),
-        (PUBLISHED | {"form": "kaplan"}, "of the form 'kaplan', 'chinchilla' is known"),
-        ({key: value for key, value in PUBLISHED.items() if key != "beta"}, "beta is wrong"),
-        (PUBLISHED | {"A": "many"}, "A is wrong"),
-        (PUBLISHED | {"parameters": "some"}, "parameters is wrong"),
-        (PUBLISHED | {"A": float("nan")}, "A is wrong"),
-    ],
-    ids=str,
-)
-def test_a_wrong_file_is_one_sentence(tmp_path, values, message):
-    with pytest.raises(UserError, match=message) as error:
-        read_law(write(tmp_path, values))
-    assert "regpt scaling" in str(error.value)
-
-
-def test_a_missing_file_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match=r"cannot read .*none\.json"):
-        read_law(tmp_path / "none.json")
+    assert CHINCHILLA.loss(70e9, 1.4e12) == pytest.approx(1.937, abs=0.002)

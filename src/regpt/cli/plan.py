@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -35,8 +34,6 @@ class PlanArgs:
     """Price of one GPU for an hour, in any currency."""
     mfu: Annotated[float | None, Range(0, 1, above=True)] = None
     """Calculate with this share of the peak, such as 0.4, instead of the predicted one."""
-    scaling: Annotated[str, tyro.conf.arg(metavar="FILE.json")] = ""
-    """A fitted scaling law, from `regpt scaling`: also predict the loss."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one JSON object instead."""
     config: Annotated[tyro.conf.FlagConversionOff[RunConfig], tyro.conf.arg(name="")] = field(default_factory=RunConfig)
@@ -48,18 +45,16 @@ def main(args: list[str]) -> int:
     given = parse(PlanArgs, args, prog="regpt plan", default=over)
     if not given.recipe:
         raise UsageError(f"no recipe was given; regpt plan RECIPE, with one of {', '.join(recipe_names())}")
-    from regpt.report.scaling import read_law
     from regpt.runs.build import open_shards
     from regpt.runs.plan import make_plan
 
-    law = read_law(Path(given.scaling)) if given.scaling else None
     config = given.config
     if given.data:
         config = replace(config, data=chosen_data(config.data, given.data))
     corpus = open_shards(config) if config.data.path or config.data.mixture else None
     config = config.with_vocab_size(corpus.vocab_size) if corpus else config.with_vocab_size()
     flags = {"gpu": given.gpu, "gpus": given.gpus, "price": given.price, "mfu": given.mfu}
-    plan = make_plan(config, given.recipe, **flags, law=law, corpus=corpus)
+    plan = make_plan(config, given.recipe, **flags, corpus=corpus)
     if given.json:
         print_json(plan)
     else:
@@ -113,5 +108,3 @@ def lines(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if cost := plan["cost"]:
         hour = f"{cost['gpu_hours']:,.2f} GPU hours at {cost['price_per_gpu_hour']:,.2f}"
         yield "cost", f"{cost['total']:,.2f} ({hour})"
-    if loss := plan["loss"]:
-        yield "loss", f"{loss['loss']:.3f} {loss['unit']} at the end, by the fitted law"

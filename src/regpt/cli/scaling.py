@@ -43,7 +43,7 @@ class ScalingArgs:
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png|.svg")] = None
     """Draw the law over its points into this file."""
     json: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """Also write the law to this file, for regpt plan --scaling; - prints it as JSON instead."""
+    """Also write the law to this file; - prints it as JSON instead."""
 
 
 def main(args: list[str]) -> int:
@@ -109,7 +109,7 @@ def planned(given: ScalingArgs) -> tuple[float, float] | None:
 
 
 def to_dict(found: ScalingFit, unit: str, given: ScalingArgs, plan: tuple[float, float] | None) -> dict[str, Any]:
-    """The law for scripts; `regpt plan --scaling` reads form, E, A, B, alpha, beta."""
+    """The law for scripts."""
     from regpt.report.scaling import LEVEL, NAMES
 
     prediction = None

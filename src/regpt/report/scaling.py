@@ -8,17 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import exp, sqrt
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import FiniteFloat, TypeAdapter, ValidationError
 
 from regpt.errors import UserError
 from regpt.report.read import Row, RunData, number, section
 from regpt.report.series import need_bits, positions
 from regpt.report.summary import summarize
-from regpt.structured import read_json
 
 HUBER = 1e-3  # Hoffmann et al. 2022, appendix D.3, of log losses
 # Starting points of Hoffmann et al. 2022, appendix D.3: a = ln A, b = ln B, e = ln E, alpha, beta.
@@ -42,20 +39,13 @@ Count = Literal["total", "non-embedding"]
 
 @dataclass(frozen=True)
 class ScalingLaw:
-    """L(N, D) = E + A/N^alpha + B/D^beta (Hoffmann et al. 2022, section 3.3); N parameters, D tokens.
+    """L(N, D) = E + A/N^alpha + B/D^beta (Hoffmann et al. 2022, section 3.3); N parameters, D tokens."""
 
-    Attributes:
-        unit: of the loss.
-        parameters: which N counts: all parameters, or those without token and position embeddings.
-    """
-
-    E: FiniteFloat
-    A: FiniteFloat
-    B: FiniteFloat
-    alpha: FiniteFloat
-    beta: FiniteFloat
-    unit: str = "nats per token"
-    parameters: Count = "total"
+    E: float
+    A: float
+    B: float
+    alpha: float
+    beta: float
 
     def loss(self, parameters: float, tokens: float) -> float:
         return self.E + self.A / parameters**self.alpha + self.B / tokens**self.beta
@@ -69,28 +59,6 @@ class ScalingLaw:
         ratio = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
         parameters = ratio * (flops / 6) ** (self.beta / (self.alpha + self.beta))
         return parameters, flops / 6 / parameters
-
-
-def read_law(path: Path) -> ScalingLaw:
-    """The law in a JSON file of `regpt scaling --json`: `{"form": "chinchilla", "E": …, "A": …, "B": …, "alpha": …,
-    "beta": …}` and, optional, `"unit"` and `"parameters"`. Other keys are ignored.
-
-    Raises:
-        UserError: no such file, no JSON, another form, a coefficient that is missing or not a finite number.
-    """
-    advice = f"write it with: regpt scaling RUN… --json {path}"
-    values = read_json(path, advice)
-    form = values.get("form") if isinstance(values, dict) else None
-    if form != "chinchilla":
-        raise UserError(f"{path} holds a law of the form {form!r}, 'chinchilla' is known; {advice}")
-    try:
-        return TypeAdapter(ScalingLaw).validate_python(
-            {key: values[key] for key in (*NAMES, "unit", "parameters") if key in values}
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: {where} is wrong ({first['msg'].lower()}); {advice}") from None
 
 
 # ---- the points: parameters, tokens and loss of runs

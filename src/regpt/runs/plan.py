@@ -15,7 +15,6 @@ from regpt.errors import UsageError
 from regpt.kernels.select import MEASURED_CAPABILITY, model_obstacle, select_kernels
 from regpt.model.families import make_model
 from regpt.model.weights import without_memory
-from regpt.report.scaling import ScalingLaw
 from regpt.runs.build import Corpus
 from regpt.tools.measure import busy, free_disk_bytes
 from regpt.tools.plan.memory import PlannedStep, StepMemory, cpu_memory, gpu_memory
@@ -45,7 +44,6 @@ def make_plan(
     gpus: int = 1,
     price: float | None = None,
     mfu: float | None = None,
-    law: ScalingLaw | None = None,
     corpus: Corpus | None = None,
 ) -> dict[str, Any]:
     """The plan; a few seconds, of which most is counting, and measuring where no data sheet is known.
@@ -54,7 +52,6 @@ def make_plan(
         gpu: a name from the table of data sheets, `cpu`, or empty for this machine.
         price: of one GPU for an hour, in any currency.
         mfu: to calculate with, instead of the predicted one.
-        law: predicts the loss.
 
     Raises:
         UsageError: a device or a combination that cannot be planned for.
@@ -78,12 +75,8 @@ def make_plan(
         "memory": room.describe(rows),
         "disk": disk(config, parameters, target, corpus),
         "time": describe_time(config, target, step, time, rows, gpus, corpus),
-        "loss": None,
         "cost": None,
     }
-    if law is not None:
-        counted = parameters - (step.shape.embeddings if law.parameters == "non-embedding" else 0)
-        plan["loss"] = {"loss": law.loss(counted, tokens), "unit": law.unit, "parameters": counted, "tokens": tokens}
     if price is not None:
         hours = plan["time"]["hours"] * gpus
         plan["cost"] = {"price_per_gpu_hour": price, "gpu_hours": hours, "total": hours * price}

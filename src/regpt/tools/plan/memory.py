@@ -8,7 +8,6 @@ is one chunk of its size, whatever the rows.
 """
 
 import functools
-import math
 import weakref
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -26,7 +25,7 @@ from regpt.model.config import ModelConfig
 from regpt.model.families import make_model
 from regpt.model.head import chunk_rows, in_chunks, padded_logits, summed_losses
 from regpt.model.ops import PLAIN
-from regpt.model.weights import WithoutValues, count_parameters, real_shape, without_memory
+from regpt.model.weights import WithoutValues, count_parameters, without_memory
 from regpt.train.backend import make_loss_sum
 from regpt.train.config import PrecisionName
 from regpt.train.peak import flops_per_token
@@ -58,7 +57,6 @@ class Shape:
 
     Attributes:
         parameters: without vocabulary padding, the tied head once.
-        embeddings: of `parameters`, those of tokens (the tied head with them) and positions.
         padded: what is in memory.
         matrices: weights of matrix products, the padded head included: those that bfloat16 copies are made of.
         vocab_rows: rows of the head, padded.
@@ -67,7 +65,6 @@ class Shape:
     """
 
     parameters: int
-    embeddings: int
     padded: int
     matrices: int
     n_layer: int
@@ -96,10 +93,8 @@ def shape_of(config: ModelConfig, seq_len: int, *, pad_vocab: bool) -> Shape:
     """Count a model of this shape."""
     with without_memory():
         model = make_model(config, pad_vocab=pad_vocab)
-    tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     return Shape(
         parameters=count_parameters(model),
-        embeddings=sum(math.prod(real_shape(model, name, p)) for name, p in model.named_parameters() if name in tables),
         padded=sum(p.numel() for p in model.parameters()),
         matrices=model.matmul_parameters(padded=True),
         n_layer=config.n_layer,
