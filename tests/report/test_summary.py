@@ -50,5 +50,5 @@ def test_throughput_is_not_moved_by_a_slow_first_step(make_run):
 
 def test_an_earlier_best_validation_loss_names_its_step_and_the_last(make_run):
     run = read_run(make_run(rows=[train_row(1), val_row(1, 2.0), val_row(2, 3.0)]))
-    tile = tiles(summarize(run), run.config)[0]
+    tile = next(tiles(summarize(run), run.config))
     assert (tile.value, tile.notes) == ("2.000", ("perplexity 7.39", "at step 1; last 3.000"))

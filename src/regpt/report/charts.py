@@ -152,7 +152,7 @@ def panels(runs: Sequence[RunData], tables: Sequence[Table], bits: bool) -> list
 
     clip = number(section(runs[0].config, "train").get("grad_clip")) if alone else None
     limit = [Reference("clipped above", clip)] if clip else []
-    kinds = lines_of(tables[0], "updates:", "line") if alone else []
+    kinds = prefixed_lines(tables[0], "updates:", "line") if alone else []
     if alone:
         losses = [loss_panel(runs[0]), source_panel(tables[0])]
     else:
@@ -188,14 +188,14 @@ def loss_panel(run: RunData) -> Panel:
     return Panel("Loss", "nats per token", "loss", lines, [*known, *loss_references([run])])
 
 
-def lines_of(table: Table, prefix: str, role: str) -> list[Line]:
+def prefixed_lines(table: Table, prefix: str, role: str) -> list[Line]:
     """A line for every column whose name begins with `prefix`."""
     names = [name for name in table if name.startswith(prefix)]
     return [Line(role, name, printable(name.removeprefix(prefix)), i) for i, name in enumerate(names)]
 
 
 def source_panel(table: Table) -> Panel:
-    lines = lines_of(table, "val:", "points")
+    lines = prefixed_lines(table, "val:", "points")
     note = f"the first {MAX_SOURCES} of {len(lines)} sources" if len(lines) > MAX_SOURCES else ""
     return Panel("Validation by source", "nats per token", "loss", lines[:MAX_SOURCES], note=note)
 
