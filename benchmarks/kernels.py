@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from triton.testing import do_bench  # pyright: ignore[reportMissingImports]
 
 from regpt.config import read_config
 from regpt.data.batch import Batch
-from regpt.kernels import triton_ops
+from regpt.kernels import triton_head, triton_ops
 from regpt.kernels.attention import CudnnAttention, TorchAttention
 from regpt.kernels.cublaslt import Products
 from regpt.kernels.gpt2 import FusedGPT2
@@ -175,11 +176,16 @@ def head(table: Table) -> None:
         def at_once(hidden: Tensor, weight: Tensor, targets=targets, n_vocab=n_vocab) -> Tensor:
             return summed_losses(padded_logits(hidden, weight, n_vocab), targets)
 
-        def chunked(hidden: Tensor, weight: Tensor, targets=targets, n_vocab=n_vocab, rows=rows) -> Tensor:
-            return in_chunks(hidden, weight, targets, n_vocab, 0.0, 0.0, rows)[0]
+        def chunked(hidden: Tensor, weight: Tensor, sums=None, given=(targets, n_vocab, 0.0, 0.0, rows)) -> Tensor:
+            return in_chunks(hidden, weight, *given, sums)[0]
 
         exact = head_gradients(chunked, hidden.detach().float(), weight.detach().float())
-        ways = {"whole": at_once, "whole, compiled": torch.compile(at_once, dynamic=False), f"{rows} rows": chunked}
+        ways = {
+            "whole": at_once,
+            "whole, compiled": torch.compile(at_once, dynamic=False),
+            f"{rows} rows": chunked,
+            f"{rows} rows, Triton": partial(chunked, sums=triton_head.SUMS),
+        }
         for name, loss in ways.items():
             head_row(table, f"head {rows_of_head:,} {name}", loss, hidden, weight, exact)
 

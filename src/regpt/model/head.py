@@ -27,10 +27,14 @@ PIECE = 2**24  # logits whose softmax is computed at once: 64 MiB in float32
 WEIGHT_ROWS = 8192  # rows of the weight's gradient at once, where its product cannot be added in float32
 
 # (logits, targets, n_vocab, softcap, z_loss, gradient) → losses and log Z: see `softmax_in_place`
-InPlace = Callable[[Tensor, Tensor, int, float, float, bool], tuple[Tensor, Tensor]]
+SoftmaxInPlace = Callable[[Tensor, Tensor, int, float, float, bool], tuple[Tensor, Tensor]]
+Sums = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]  # see `chunked_sums`
+LIBRARY = torch.library.Library("regpt", "FRAGMENT")  # operations that the compiler does not look into
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, n_vocab: int, softcap: float = 0.0) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, n_vocab: int, softcap: float = 0.0, sums: Sums | None = None
+) -> Tensor:
     """Sum over the valid targets of -log softmax(hidden · weightᵀ)[target].
 
     Args:
@@ -38,22 +42,29 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, n_voca
         weight: (V, C), V ≥ n_vocab; rows from n_vocab on are padding and take no part in the softmax.
         targets: (N,) int64 below n_vocab, `IGNORE_INDEX` for no target.
         softcap: c > 0 caps the logits at c·tanh(logits/c) (Gemma Team 2024, section 2); 0 leaves them.
+        sums: computes the chunks; None for plain PyTorch.
 
     Returns:
         Scalar, float32 (float64 for float64 inputs). Above `WHOLE` logits it is computed in chunks.
     """
     if rows := chunk_rows(len(hidden), len(weight), product_dtype(hidden)):
-        return in_chunks(hidden, weight, targets, n_vocab, softcap, 0.0, rows)[0]
+        return in_chunks(hidden, weight, targets, n_vocab, softcap, 0.0, rows, sums)[0]
     return summed_losses(padded_logits(hidden, weight, n_vocab, softcap), targets)
 
 
 def cross_entropy_with_z_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, n_vocab: int, z_loss: float, softcap: float = 0.0
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    n_vocab: int,
+    z_loss: float,
+    softcap: float = 0.0,
+    sums: Sums | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`linear_cross_entropy` plus `z_loss` times S; and S itself, detached: the sum over the valid targets of
     (log Σ exp(logits))², from the same logits."""
     if rows := chunk_rows(len(hidden), len(weight), product_dtype(hidden)):
-        return in_chunks(hidden, weight, targets, n_vocab, softcap, z_loss, rows)
+        return in_chunks(hidden, weight, targets, n_vocab, softcap, z_loss, rows, sums)
     logits = padded_logits(hidden, weight, n_vocab, softcap)  # (N, V)
     squares = logits.logsumexp(dim=1).square().masked_fill(targets == IGNORE_INDEX, 0).sum()
     return summed_losses(logits, targets) + z_loss * squares, squares.detach()
@@ -104,29 +115,32 @@ def rows_at_once(V: int, dtype: torch.dtype) -> int:
 
 
 def in_chunks(
-    hidden: Tensor, weight: Tensor, targets: Tensor, n_vocab: int, softcap: float, z_loss: float, rows: int
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    n_vocab: int,
+    softcap: float,
+    z_loss: float,
+    rows: int,
+    sums: Sums | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`cross_entropy_with_z_loss`, `rows` rows at once; one backward for each loss."""
+    """`cross_entropy_with_z_loss`, `rows` rows at once, by `sums` (`with_softmax`); one backward for each loss."""
+    sums = sums or PLAIN_SUMS
     of_hidden, of_weight = (torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight))
     given = hidden, weight, targets, n_vocab, softcap, z_loss, product_dtype(hidden), rows, of_hidden, of_weight
     if not (of_hidden or of_weight):
-        loss, squares, *_ = opaque(*given)
+        loss, squares, *_ = sums(*given)
         return loss, squares
-    loss, squares = InChunks.apply(*given)  # type: ignore[misc]
+    loss, squares = InChunks.apply(sums, *given)  # type: ignore[misc]
     return loss, squares.detach()
-
-
-def opaque(*given: Any) -> tuple[Tensor, ...]:
-    """`chunked_sums`; torch.compile sees one operation instead of the loop, which it would unroll."""
-    return torch.ops.regpt.chunked_sums(*given) if torch.compiler.is_compiling() else chunked_sums(*given)
 
 
 class InChunks(torch.autograd.Function):
     """Ties `chunked_sums` to autograd. The backward overwrites its gradients: one backward for each loss."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
-        loss, squares, *gradients = opaque(hidden, weight, *given)
+    def forward(ctx: Any, sums: Sums, hidden: Tensor, weight: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+        loss, squares, *gradients = sums(hidden, weight, *given)
         ctx.save_for_backward(*gradients)
         ctx.formats, ctx.wanted, ctx.used = (hidden.dtype, weight.dtype), given[-2:], False
         return loss, squares
@@ -138,7 +152,7 @@ class InChunks(torch.autograd.Function):
                 raise RuntimeError("a loss in chunks allows one backward: its gradients were overwritten")
             ctx.used = True
         found = zip(ctx.saved_tensors, ctx.formats, ctx.wanted)
-        return *(scaled(grad, scale, dtype) if wanted else None for grad, dtype, wanted in found), *[None] * 8
+        return None, *(scaled(grad, scale, dtype) if wanted else None for grad, dtype, wanted in found), *[None] * 8
 
 
 def scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -163,6 +177,7 @@ def chunked_sums(
     rows: int,
     of_hidden: bool,
     of_weight: bool,
+    softmax: SoftmaxInPlace,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss with its z-loss, Σ log²Z, and the gradients of hidden (N, C) in `dtype` and of weight (V, C) in float32
     (float64 for float64); without rows where they are not wanted. Products are in `dtype`, 16 bits of them unscaled:
@@ -176,9 +191,7 @@ def chunked_sums(
     for part in (slice(first, first + rows) for first in range(0, N, rows)):
         h = hidden[part].to(dtype)
         logits = torch.mm(h, w.t(), out=buffer[: len(h)])  # (n, V)
-        losses[part], log_z[part] = softmax_in_place(
-            logits, targets[part], n_vocab, softcap, z_loss, of_hidden or of_weight
-        )
+        losses[part], log_z[part] = softmax(logits, targets[part], n_vocab, softcap, z_loss, of_hidden or of_weight)
         if of_hidden:
             torch.mm(logits, w, out=grad_hidden[part])
         if of_weight:
@@ -246,10 +259,20 @@ def sums_without_values(hidden: Tensor, weight: Tensor, *given: Any) -> tuple[Te
     return loss, squares, grad_hidden, hidden.new_empty(V if of_weight else 0, C, dtype=wide(dtype))
 
 
-LIBRARY = torch.library.Library("regpt", "FRAGMENT")  # operations that the compiler does not look into
-LIBRARY.define(
-    "chunked_sums(Tensor hidden, Tensor weight, Tensor targets, int n_vocab, float softcap, float z_loss, "
-    "ScalarType dtype, int rows, bool of_hidden, bool of_weight) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-LIBRARY.impl("chunked_sums", chunked_sums, "CompositeExplicitAutograd")
-torch.library.register_fake("regpt::chunked_sums", sums_without_values, lib=LIBRARY)
+def with_softmax(name: str, softmax: SoftmaxInPlace) -> Sums:
+    """`chunked_sums` with `softmax`; torch.compile sees one operation, regpt::`name`, instead of a loop to unroll."""
+    LIBRARY.define(
+        f"{name}(Tensor hidden, Tensor weight, Tensor targets, int n_vocab, float softcap, float z_loss, "
+        "ScalarType dtype, int rows, bool of_hidden, bool of_weight) -> (Tensor, Tensor, Tensor, Tensor)"
+    )
+
+    def sums(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return chunked_sums(*given, softmax=softmax)
+
+    LIBRARY.impl(name, sums, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"regpt::{name}", sums_without_values, lib=LIBRARY)
+    operation = getattr(torch.ops.regpt, name)
+    return lambda *given: operation(*given) if torch.compiler.is_compiling() else sums(*given)
+
+
+PLAIN_SUMS = with_softmax("chunked_sums", softmax_in_place)
