@@ -1,11 +1,12 @@
 """How fast batches are made, and how soon the first one of ten million documents is there.
 
-    python benchmarks/loader.py [--tokens 100000000] [--documents 10000000] [--folder DIR]
+    python benchmarks/loader.py [--data DIR] [--tokens 100000000] [--documents 10000000] [--folder DIR]
 
 Prints two tables and writes benchmarks/results/loader-<hardware>-<date>.json. The text is invented: only its lengths
 matter. Each measurement runs in a process of its own; beside the clock stands the processor's time, which other
 programs on the machine change less. Memory is what NumPy and Python take, not the mapped files, which the system keeps
-and takes back as it likes. Files lie in --folder (a temporary one by default), about a gigabyte.
+and takes back as it likes. Files lie in --folder (a temporary one by default), about a gigabyte. With --data it times
+the batches of that folder of token shards only.
 """
 
 import json
@@ -20,23 +21,32 @@ import tracemalloc
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import tyro
 
+from regpt.data.bos import PackedRows
+from regpt.data.config import ShuffleRows
+from regpt.data.loader import Loader
+from regpt.data.manifest import read_manifest
 from regpt.data.prefetch import Prefetcher
-from regpt.tools.bench.data import BatchReading, invent_shards, invented_lengths, time_batches, time_first_batch
+from regpt.data.rows import open_rows
+from regpt.tools.bench.data import invent_shards, invented_lengths
 
 SEQ_LEN, BATCH_TOKENS, MICRO_BATCH_ROWS = 1024, 524288, 64  # the lecture's run
 VOCAB = 50257
 SEED = 1337
+WARMUP = 2  # steps: the first ones bring the file into memory and make the epoch's table
 ORDERS = ("shuffle/epoch", "shuffle/65536", "shuffle/none", "sequential/none", "bos/epoch", "bos/none")
 KINDS = {"long": 1000, "short": 20}  # mean tokens a document; lengths spread as web text's
 
 
 @dataclass(frozen=True)
 class Args:
+    data: str = ""
+    """Folder of token shards whose batches are timed, instead of invented ones."""
     tokens: int = 100_000_000
     """Tokens of the corpus whose batches are timed."""
     documents: int = 10_000_000
@@ -56,8 +66,8 @@ def main(args: Args) -> None:
             "machine": machine(),
             "tokens": args.tokens,
             "documents": args.documents,
-            "throughput": throughput_table(Path(base), args.tokens),
-            "first_batch": first_batch_table(Path(base), args.documents),
+            "throughput": throughput_table(Path(base), args.tokens, args.data),
+            "first_batch": [] if args.data else first_batch_table(Path(base), args.documents),
         }
     path = Path(__file__).parent / "results" / f"loader-{machine()['name']}-{datetime.now(UTC):%Y-%m-%d}.json"
     path.parent.mkdir(exist_ok=True)
@@ -65,13 +75,14 @@ def main(args: Args) -> None:
     print(f"\nwrote {path}")
 
 
-def throughput_table(base: Path, tokens: int) -> list[dict]:
+def throughput_table(base: Path, tokens: int, data: str) -> list[dict]:
     print(f"one process, batches of {BATCH_TOKENS:,} tokens in rows of {SEQ_LEN}; load {machine()['load']}")
     print(f"{'documents':>10} {'order':>15} {'mask':>5} {'Mtokens/s':>10} {'a CPU second':>13} {'cold':>6}  left out")
     rows = []
-    for kind, mean in KINDS.items():
-        folder = base / kind
-        invent_shards(folder, invented_lengths(tokens // mean, mean), VOCAB)
+    for kind, mean in {"own": 0}.items() if data else KINDS.items():
+        folder = Path(data) if data else base / kind
+        if not data:
+            invent_shards(folder, invented_lengths(tokens // mean, mean), VOCAB)
         for order in ORDERS:
             for mask in (False, True):
                 row = {"kind": kind, "order": order, "mask": mask} | measured("throughput", folder, order, int(mask))
@@ -102,13 +113,71 @@ def first_batch_table(base: Path, documents: int) -> list[dict]:
     return rows
 
 
+@dataclass(frozen=True)
+class BatchReading:
+    """What is read, and how; fields as in the configuration's `[data]` and `[train]`."""
+
+    folder: Path
+    order: str
+    shuffle_rows: ShuffleRows
+    document_mask: bool
+    seed: int
+    seq_len: int
+    batch_tokens: int
+    micro_batch_rows: int
+
+    def loader(self) -> Loader:
+        """Opened anew; raises what `open_rows` and `Loader` do."""
+        manifest = read_manifest(self.folder)
+        return Loader(
+            open_rows(self.folder, manifest, "train", self.order, self.seed, self.seq_len, self.shuffle_rows),
+            batch_tokens=self.batch_tokens,
+            micro_batch_rows=self.micro_batch_rows,
+            eot=manifest.eot if self.document_mask else None,
+            pin_memory=torch.cuda.is_available(),  # page-locked: a GPU copies from there
+        )
+
+
+def time_first_batch(reading: BatchReading, step: int = 0) -> dict[str, float]:
+    """Seconds, by the clock and of the processor, from opening the folder to having the batches of `step`."""
+    started, cpu = time.perf_counter(), time.process_time()
+    reading.loader().step(step)
+    return {"seconds": time.perf_counter() - started, "cpu_s": time.process_time() - cpu}
+
+
+def time_batches(reading: BatchReading, seconds: float) -> dict[str, Any]:
+    """Steps of the loader with its prefetcher, as in a run, for about `seconds` after the first two.
+
+    Returns steps and tokens a second, tokens for each second of the processor (which other programs on the machine
+    change less), and the share of the tokens that the order `bos` drops.
+    """
+    loader = reading.loader()
+    with Prefetcher(loader) as batches:
+        for step in range(WARMUP):
+            batches.step(step)
+        step, started, cpu = WARMUP, time.perf_counter(), time.process_time()
+        while (passed := time.perf_counter() - started) < seconds or step == WARMUP:
+            batches.step(step)
+            step += 1
+        cpu = time.process_time() - cpu
+    steps = step - WARMUP
+    tokens = steps * reading.batch_tokens
+    return {
+        "steps": steps,
+        "steps_per_s": steps / passed,
+        "tokens_per_s": tokens / passed,
+        "tokens_per_cpu_s": tokens / cpu,
+        "left_out": loader.rows.left_out() if isinstance(loader.rows, PackedRows) else None,
+    }
+
+
 def measured(*what: object) -> dict:
     command = [sys.executable, __file__, "--measure", ":".join(map(str, what))]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def measure_throughput(folder: str, order: str, mask: str) -> dict:
-    """Steps of the loader behind the prefetcher, for three seconds after the first two."""
+    """Steps of the loader with the prefetcher, for three seconds after the first two."""
     times = time_batches(reading(folder, order, mask == "1"), seconds=3)
     millions = {f"m{name}": times[name] / 1e6 for name in ("tokens_per_s", "tokens_per_cpu_s")}
     return millions | {"left_out": times["left_out"]}

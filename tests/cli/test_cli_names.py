@@ -40,7 +40,6 @@ train gpt2-tiny TINY --init-from NAME --out r
 train named.toml --out r
 verify-resume gpt2-tiny TINY --out NAME
 bench sample NAME
-bench data NAME
 bench train gpt2-tiny TINY --json NAME
 plan NAME
 data info NAME

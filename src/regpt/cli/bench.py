@@ -1,10 +1,9 @@
-"""`regpt bench`: how fast training, batches and sampling are on this machine."""
+"""`regpt bench`: how fast training and sampling are on this machine."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -15,17 +14,15 @@ from regpt.cli.parse import parse, run_subcommand
 from regpt.cli.train import parse_over_recipe
 from regpt.config import RunConfig, read_config, recipe_names
 from regpt.console.lines import status
-from regpt.data.config import DataConfig, ShuffleRows
 from regpt.errors import UsageError
-from regpt.ranges import MANY, PROCESSES, SEED, Range
-from regpt.train.config import InferencePrecision, TrainConfig
+from regpt.ranges import MANY, PROCESSES, Range
+from regpt.train.config import InferencePrecision
 
 if TYPE_CHECKING:
     import torch
 
     from regpt.model.transformer import Transformer
 
-DATA, TRAIN = DataConfig(), TrainConfig()
 CPU_ROWS = 8  # of the ladder, where the recipe leaves them to the device
 DeviceName = Literal["auto", "cuda", "mps", "cpu"]
 JsonFile = Annotated[str | None, tyro.conf.arg(metavar="FILE")]
@@ -71,32 +68,6 @@ class BenchLadderArgs:
 
 
 @dataclass(frozen=True)
-class BenchDataArgs:
-    """Time how fast one process makes batches from a folder of token shards, as it does while training."""
-
-    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """Folder of token shards."""
-    order: Literal["shuffle", "sequential", "bos"] = DATA.order
-    """As data.order."""
-    shuffle_rows: Annotated[ShuffleRows, Range(2, MANY)] = DATA.shuffle_rows
-    """As data.shuffle_rows."""
-    document_mask: tyro.conf.FlagCreatePairsOff[bool] = False
-    """As data.document_mask: find the documents in each row."""
-    seq_len: Annotated[int, Range(1, MANY)] = DATA.seq_len
-    """Tokens a row."""
-    batch_tokens: Annotated[int, Range(1, MANY)] = TRAIN.batch_tokens
-    """Tokens a step."""
-    micro_batch_rows: Annotated[int, Range(1, MANY)] = 64
-    """Rows of a micro-batch."""
-    seed: Annotated[int, Range(-SEED, SEED)] = DATA.seed
-    """Seed of the document order."""
-    seconds: Annotated[float, Range(0, 3600, above=True)] = 3.0
-    """How long to read, after the first two steps."""
-    json: JsonFile = None
-    """Also write the report to this file; - prints it as JSON instead."""
-
-
-@dataclass(frozen=True)
 class BenchSampleArgs:
     """Time how fast a model writes, one text at a time and many at once; the prompts are random tokens."""
 
@@ -124,7 +95,6 @@ def main(args: list[str]) -> int:
     commands = {
         "train": (train_main, "tokens/s, MFU, memory and time to the first step of a recipe"),
         "ladder": (ladder_main, "what makes training fast, change by change, on this device"),
-        "data": (data_main, "batches and tokens a second from a data folder"),
         "sample": (sample_main, "tokens/s of a model that writes"),
     }
     return run_subcommand("regpt bench", args, commands)
@@ -170,20 +140,6 @@ def ladder_main(args: list[str]) -> int:
     with status() as say:
         report = bench_ladder(config, Window(given.steps, given.warmup), name=name, rows=rows, progress=say)
     show(report, given.json, ladder_table)
-    return 0
-
-
-def data_main(args: list[str]) -> int:
-    given = parse(BenchDataArgs, args, prog="regpt bench data")
-    check_json(given.json)
-    from regpt.tools.bench.data import BatchReading, bench_data
-    from regpt.tools.bench.tables import data_table
-
-    sizes = (given.seq_len, given.batch_tokens, given.micro_batch_rows)
-    reading = BatchReading(Path(given.folder), given.order, given.shuffle_rows, given.document_mask, given.seed, *sizes)
-    with status() as say:
-        report = bench_data(reading, given.seconds, say)
-    show(report, given.json, data_table)
     return 0
 
 

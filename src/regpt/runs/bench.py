@@ -194,9 +194,7 @@ def utilisation(flops_per_s: float, mesh: Mesh, precision: PrecisionName) -> Rep
 
 def greatest(mesh: Mesh, value: float | None) -> float | None:
     """The largest `value` of all processes; None where nothing counts it."""
-    values = torch.zeros(mesh.world_size, device=mesh.device)
-    values[mesh.rank] = value or 0.0
-    return mesh.sum(values).max().item() or None
+    return max(float(one) for one in mesh.gather(str(value or 0.0).encode())) or None
 
 
 def start_afresh(device: torch.device) -> None:

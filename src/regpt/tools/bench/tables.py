@@ -107,23 +107,6 @@ def figure_of(value: float | None) -> str:
     return f"{value:,.{places}f}"
 
 
-def data_table(report: dict[str, Any]) -> Table:
-    """The report of `regpt bench data`."""
-    mask = ", masked by document" if report["document_mask"] else ""
-    first = report["first_step"]
-    timed = f"{report['steps']} of {report['batch_tokens']:,} tokens were timed"
-    rows = {
-        "tokens/s": f"{report['tokens_per_s']:,.0f}",
-        "a second of the processor": f"{report['tokens_per_cpu_s']:,.0f} tokens",
-        "steps/s": f"{figure_of(report['steps_per_s'])} ({timed})",
-        "first step after": f"{first['seconds']:.2f} s ({first['cpu_s']:.2f} s of the processor)",
-        "rows": f"{report['seq_len']:,} tokens, {report['micro_batch_rows']} at once, {report['order']}{mask}",
-    }
-    if report["left_out"] is not None:
-        rows["left out"] = f"{report['left_out']:.1%} of the tokens"
-    return pairs(f"batches from {report['folder']}, one process", rows.items())
-
-
 def sample_table(report: dict[str, Any]) -> Table:
     """The report of `regpt bench sample`."""
     model = f"{report['source']} ({report['parameters']:,} parameters) on {report['device']}, {report['precision']}"
