@@ -139,7 +139,9 @@ def read_values(name: str) -> dict[str, Any]:
     if base is None:
         return values
     if base not in recipe_names():
-        raise UsageError(f"{name} names the unknown recipe {base!r}{did_you_mean(base)}; {known_recipes()}")
+        raise UsageError(
+            f"{name} names the unknown recipe {base!r}{nearest(str(base), recipe_names())}; {known_recipes()}"
+        )
     return overlay(read_values(base), values)
 
 
@@ -148,17 +150,15 @@ def read_text(name: str) -> str:
         return files("regpt.recipes").joinpath(f"{name}.toml").read_text(encoding="utf-8")
     path = Path(name)
     if path.suffix != ".toml":
-        raise UsageError(f"no recipe is called {name!r}{did_you_mean(name)}; {known_recipes()}, or give a .toml file")
+        raise UsageError(
+            f"no recipe is called {name!r}{nearest(name, recipe_names())}; {known_recipes()}, or give a .toml file"
+        )
     if not is_file(path):
         raise UsageError(f"the file {name!r} does not exist; give an existing .toml file or {known_recipes()}")
     try:
         return read_small(path, "make it a readable file, or give another .toml file", MAX_TOML_BYTES).decode()
     except UnicodeDecodeError:
         raise UsageError(f"{name} is not UTF-8 text; give a .toml file") from None
-
-
-def did_you_mean(recipe: object) -> str:
-    return nearest(str(recipe), recipe_names())
 
 
 def known_recipes() -> str:

@@ -7,7 +7,7 @@ Python's parsers do: recursion without end, whole numbers that they refuse to pr
 import json
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +30,9 @@ def parse_json(data: bytes | str) -> Any:
     Raises:
         ValueError: something else, or something beyond the limits of this module.
     """
-    try:
-        text = data if isinstance(data, str) else data.decode()
-        refuse_many(text)
-        value = json.loads(text)
-    except RecursionError:
-        raise ValueError(f"lists or objects more than {MAX_DEPTH} deep") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise
-    except ValueError as error:
-        raise ValueError(shorter(error)) from None
-    check_limits(value)
-    return value
+    text = data if isinstance(data, str) else data.decode()
+    refuse_many(text)
+    return parsed(json.loads, text)
 
 
 def refuse_many(data: bytes | str) -> None:
@@ -63,16 +54,21 @@ def parse_toml(data: bytes | str) -> dict[str, Any]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.count(".") > MAX_DOTS and STRING.sub("", line).partition("#")[0].count(".") > MAX_DOTS:
             raise ValueError(f"a key of more than {MAX_DOTS} parts in line {number}")
+    return parsed(tomllib.loads, text)
+
+
+def parsed(parser: Callable[[str], Any], text: str) -> Any:
+    """`parser(text)` within the limits of this module, its errors short."""
     try:
-        values = tomllib.loads(text)
+        value = parser(text)
     except RecursionError:
         raise ValueError(f"lists or tables more than {MAX_DEPTH} deep") from None
-    except tomllib.TOMLDecodeError:
+    except (json.JSONDecodeError, tomllib.TOMLDecodeError):
         raise
     except ValueError as error:
         raise ValueError(shorter(error)) from None
-    check_limits(values)
-    return values
+    check_limits(value)
+    return value
 
 
 def shorter(error: ValueError) -> str:

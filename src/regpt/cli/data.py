@@ -9,9 +9,9 @@ from typing import Annotated
 import tyro
 
 from regpt.cli import data_import, data_info, data_prepare
-from regpt.cli.parse import parse
+from regpt.cli.parse import parse, run_subcommand
 from regpt.console.lines import print_line, status
-from regpt.errors import UsageError, UserError, nearest
+from regpt.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -23,19 +23,14 @@ class DataVerifyArgs:
 
 
 def main(args: list[str]) -> int:
-    """Hand over to the subcommand."""
-    commands = {"prepare": data_prepare.main, "import": data_import.main, "info": data_info.main, "verify": verify_main}
-    if args[:1] in (["--help"], ["-h"]):
-        print_line("usage: regpt data {prepare,import,info,verify} …\n\n  prepare  make token shards from text")
-        print_line("  import   make token shards from the token files of other projects")
-        print_line("  info     show what a data folder holds\n  verify   check every file of a data folder")
-        return 0
-    if not args:
-        raise UsageError(f"regpt data needs a command; choose from {', '.join(commands)}")
-    if args[0] not in commands:
-        hint = nearest(args[0], commands)
-        raise UsageError(f"regpt data has no command {args[0]!r}{hint}; choose from {', '.join(commands)}")
-    return commands[args[0]](args[1:])
+    """Call the subcommand."""
+    commands = {
+        "prepare": (data_prepare.main, "make token shards from text"),
+        "import": (data_import.main, "make token shards from the token files of other projects"),
+        "info": (data_info.main, "show what a data folder holds"),
+        "verify": (verify_main, "check every file of a data folder"),
+    }
+    return run_subcommand("regpt data", args, commands)
 
 
 def verify_main(args: list[str]) -> int:

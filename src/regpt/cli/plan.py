@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import tyro
 
-from regpt.cli.parse import parse
-from regpt.cli.train import chosen_data, named_recipe
-from regpt.config import RunConfig, read_config, recipe_names
+from regpt.cli.train import parse_over_recipe
+from regpt.config import RunConfig
 from regpt.console.lines import print_json, print_line
 from regpt.console.text import counted, duration, si
-from regpt.errors import UsageError
 from regpt.ranges import LARGE, MANY, Range
 
 
@@ -40,17 +38,11 @@ class PlanArgs:
 
 
 def main(args: list[str]) -> int:
-    recipe = named_recipe(PlanArgs, args, prog="regpt plan")
-    over = PlanArgs(recipe=recipe, config=read_config(recipe)) if recipe else None
-    given = parse(PlanArgs, args, prog="regpt plan", default=over)
-    if not given.recipe:
-        raise UsageError(f"no recipe was given; regpt plan RECIPE, with one of {', '.join(recipe_names())}")
+    given: PlanArgs = parse_over_recipe(PlanArgs, args, "regpt plan")
     from regpt.runs.build import open_shards
     from regpt.runs.plan import make_plan
 
     config = given.config
-    if given.data:
-        config = replace(config, data=chosen_data(config.data, given.data))
     corpus = open_shards(config) if config.data.path or config.data.mixture else None
     config = config.with_vocab_size(corpus.vocab_size) if corpus else config.with_vocab_size()
     flags = {"gpu": given.gpu, "gpus": given.gpus, "price": given.price, "mfu": given.mfu}

@@ -60,7 +60,7 @@ def main(args: list[str]) -> int:
     refuse_contradictions(given)
     if given.data:
         given = replace(given, config=replace(given.config, data=chosen_data(given.config.data, given.data)))
-    work = (resume_run if given.resume else start)(given, args)
+    work = prepared(given, args)
     with another_try():
         return work()
 
@@ -152,43 +152,31 @@ def chosen_data(data: DataConfig, given: tuple[str, ...]) -> DataConfig:
     return replace(data, path="", mixture=mixture)
 
 
-def start(given: Train, args: list[str]) -> Callable[[], int]:
-    """Check what was given; the new run, to be called."""
+def prepared(given: Train, args: list[str]) -> Callable[[], int]:
+    """Check what was given; the run, new, forked or resumed, to be called."""
     from regpt.parallel.mesh import launcher_rank, launcher_restarts, launcher_world_size, under_launcher
     from regpt.runs.folder import is_run
-    from regpt.runs.pretrain import check, fork, pretrain
-    from regpt.runs.pretrain import resume as go_on
+    from regpt.runs.pretrain import check, fork, pretrain, resume
 
-    run, remote = place(given.out, given.config)
-    argv = ["regpt", "train", *args]
-    again = launcher_restarts() and is_run(run)
+    name = given.resume or given.out
+    run, remote = place(name, given.config)
+    again = not given.resume and launcher_restarts() and is_run(run)
     if launcher_rank() == 0 and not again:  # one process refuses bad input; torchrun ends the others
-        if remote:
+        if remote and not given.resume:
             remote.refuse_used()
-        check(given.config, None if remote else run, processes=given.nproc or launcher_world_size())
+        new = None if remote or given.resume else run
+        check(given.config, new, processes=given.nproc or launcher_world_size())
     if given.nproc and not under_launcher():
-        return partial(launched, given, given.nproc, run, given.out, args)
+        return partial(launched, given, given.nproc, run, name, args)
     if again:
-        return partial(go_on, run, remote=remote)
-    options: dict[str, Any] = {"argv": argv, "profile_steps": given.profile, "remote": remote}
+        return partial(resume, run, remote=remote)
+    options: dict[str, Any] = {"profile_steps": given.profile, "remote": remote}
+    if given.resume:
+        return partial(resume, run, given.config, force=given.force, **options)
+    options["argv"] = ["regpt", "train", *args]
     if given.fork_from:
         return partial(fork, given.config, given.fork_from, run, **options)
     return partial(pretrain, given.config, run, init_from=given.init_from or None, **options)
-
-
-def resume_run(given: Train, args: list[str]) -> Callable[[], int]:
-    """Check what was given; the run that is resumed, to be called."""
-    from regpt.parallel.mesh import launcher_rank, launcher_world_size, under_launcher
-    from regpt.runs.pretrain import check
-    from regpt.runs.pretrain import resume as go_on
-
-    run, remote = place(given.resume, given.config)
-    if launcher_rank() == 0:
-        check(given.config, None, processes=given.nproc or launcher_world_size())
-    if given.nproc and not under_launcher():
-        return partial(launched, given, given.nproc, run, given.resume, args)
-    options: dict[str, Any] = {"force": given.force, "profile_steps": given.profile, "remote": remote}
-    return partial(go_on, run, given.config, **options)
 
 
 def place(name: str, config: RunConfig) -> tuple[Path, RemoteRun | None]:

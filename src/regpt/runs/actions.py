@@ -20,13 +20,12 @@ from regpt.data.mixture import MixedRows
 from regpt.data.rows import Rows
 from regpt.errors import UserError
 from regpt.model.weights import count_parameters, state_tensors
-from regpt.runs.begin import Run
+from regpt.runs.begin import Run, go_back
 from regpt.runs.build import choose_kernels, mask_token, validation_parts
 from regpt.runs.evaluations import RunEvaluations, open_run_suites
 from regpt.runs.examine import examine
 from regpt.runs.folder import device_name, made_with
 from regpt.runs.items import keep_items
-from regpt.runs.rewind import go_back
 from regpt.runs.terminal import Terminal
 from regpt.runs.trackers import Sink
 from regpt.runs.validation import Validated, ValidationPart, batch_items, own_sums, part_batches, result

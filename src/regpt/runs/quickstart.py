@@ -1,9 +1,8 @@
 """The whole path, small: the Python documentation of this machine → tokenizer → shards → GPT → samples → report."""
 
-import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,23 +13,15 @@ from regpt.evals.perplexity import token_counts, unigram_loss
 from regpt.prepare.named import python_docs
 from regpt.prepare.prepare import prepare
 from regpt.report.page import write_report
+from regpt.report.read import rows_by_step
 from regpt.runs.build import Corpus, count_validation_rows, open_corpus
 from regpt.runs.folder import refuse_used_folder
 from regpt.runs.pretrain import pretrain
+from regpt.structured import json_lines
 from regpt.text.bpe import train_bpe
 
 CHUNK_TOKENS = 1 << 20
 VOCAB_SIZE = 2048  # of the BPE: few rows, so the head costs little (docs/log.md, "The quickstart's shape")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of it: losses in nats a token over the same validation tokens, texts of the first and last samples."""
-
-    val_loss: float
-    unigram: float
-    before: list[str]
-    after: list[str]
 
 
 def quickstart(run: Path, *, steps: int | None = None, argv: Sequence[str] = ()) -> int:
@@ -56,7 +47,7 @@ def quickstart(run: Path, *, steps: int | None = None, argv: Sequence[str] = ())
         return code
     page = write_report(run)
     print_line(f"4/4  report written: {page}")
-    print_outcome(read_outcome(run, baseline), run, time.monotonic() - started)
+    print_outcome(run, baseline, time.monotonic() - started)
     return 0
 
 
@@ -75,24 +66,18 @@ def chunks(corpus: Corpus, split: str, start: int, count: int) -> Iterator[np.nd
         yield stream.tokens(first, min(CHUNK_TOKENS, start + count - first))
 
 
-def read_outcome(run: Path, unigram: float) -> Outcome:
-    """The last validation loss, the first and the last samples."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    losses = [row["loss"] for row in rows if row["kind"] == "val" and "source" not in row]
-    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
-    return Outcome(losses[-1], unigram, samples[0]["texts"], samples[-1]["texts"])
-
-
-def print_outcome(outcome: Outcome, run: Path, seconds: float) -> None:
-    print_line("\nbefore training:")
-    for text in outcome.before:
-        print_line(f"  > {text!r}")
-    print_line("after training:")
-    for text in outcome.after:
-        print_line(f"  > {text!r}")
-    verdict = "well below" if outcome.val_loss < outcome.unigram - 0.3 else "not yet well below"
+def print_outcome(run: Path, unigram: float, seconds: float) -> None:
+    """Print the first and the last samples, and the last validation loss next to that of word frequencies."""
+    losses = {step: row["loss"] for step, row in rows_by_step(run, "val").items()}
+    val = losses[max(losses)]
+    samples = [row for _, row, _ in json_lines(run / "samples.jsonl") if row]
+    for when, row in (("\nbefore", samples[0]), ("after", samples[-1])):
+        print_line(f"{when} training:")
+        for text in row["texts"]:
+            print_line(f"  > {text!r}")
+    verdict = "well below" if val < unigram - 0.3 else "not yet well below"
     print_line(
-        f"\nvalidation loss {outcome.val_loss:.3f}, {verdict} the {outcome.unigram:.3f} of word frequencies alone, "
+        f"\nvalidation loss {val:.3f}, {verdict} the {unigram:.3f} of word frequencies alone, "
         f"after {seconds:.0f} s\n\ntry next:\n"
         f'  regpt sample {run} --prompt "The method" -n 3\n'
         f"  regpt eval {run} --tasks val\n"

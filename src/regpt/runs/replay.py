@@ -15,8 +15,6 @@ from regpt.checkpoint.load import Checkpoint, checkpoints, load_checkpoint, prin
 from regpt.checkpoint.manifest import STATE
 from regpt.checkpoint.state import read_state
 from regpt.config import RunConfig, validate_config
-from regpt.data.batch import Batch
-from regpt.data.loader import Loader
 from regpt.errors import UsageError, UserError
 from regpt.files import unless_gone
 from regpt.report.read import current, read_rows
@@ -27,7 +25,7 @@ from regpt.structured import read_object
 from regpt.tensors import REMEDY
 from regpt.train.objective import NextToken
 from regpt.train.precision import autocast
-from regpt.train.trainer import Trainer, written
+from regpt.train.trainer import written
 
 
 def replay(folder: Path, step: int, config: RunConfig | None = None, *, op_level: bool = False) -> dict[str, Any]:
@@ -128,7 +126,7 @@ def recorded(run: Path, step: int) -> dict[str, Any] | None:
 def spoiling(run: Run) -> dict[str, Any]:
     """The first module, as they compute, whose output is not finite: in the uncompiled model, row by row."""
     trainer = run.trainer
-    for row, batch in row_batches(trainer, run.loader):
+    for row, batch in zip(run.loader.step_rows(trainer.data_step), run.loader.step(trainer.data_step, 1)):
         with torch.no_grad(), watched(trainer.model) as found, autocast(trainer.config.precision, trainer.mesh.device):
             loss = NextToken(trainer.model).loss_sum(batch.to(trainer.mesh.device))[0]
         if found:
@@ -136,10 +134,6 @@ def spoiling(run: Run) -> dict[str, Any]:
         if not loss.isfinite():
             return {"first_not_finite": {"row": row, "module": "the loss", "inputs_finite": True}}
     return {"first_not_finite": None}
-
-
-def row_batches(trainer: Trainer, loader: Loader) -> Iterator[tuple[int, Batch]]:
-    yield from zip(loader.step_rows(trainer.data_step), loader.step(trainer.data_step, 1))
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from regpt.errors import UserError
+from regpt.errors import UserError, first_line
 from regpt.files import file_sha256
 from regpt.report.read import number
 from regpt.train.config import LogConfig
@@ -63,28 +63,27 @@ def open_trackers(
 class GuardedTracker:
     """A tracker whose failures, a full disk or a lost network, never end a run: it gets no rows after the first."""
 
-    sink: Sink
+    sink: Sink | None = None
 
     def __init__(self, name: str, opener: Callable[[ExitStack], Sink], stack: ExitStack, say: Callable[[str], None]):
         self.name, self.say, self.failed = name, say, False
         inner = ExitStack()
-        stack.callback(lambda: self.attempt(inner.close))
-        self.attempt(lambda: setattr(self, "sink", opener(inner)))
+        stack.callback(self.attempt, inner.close)
+        self.sink = self.attempt(opener, inner)
 
     def write(self, row: dict[str, Any]) -> None:
-        if not self.failed:
-            self.attempt(lambda: self.sink.write(row))
+        if self.sink:
+            self.attempt(self.sink.write, row)
 
-    def attempt(self, action: Callable[[], object]) -> None:
+    def attempt(self, action: Callable[..., Any], *args: Any) -> Any:
         try:
-            action()
+            return action(*args)
         except Exception as error:  # whatever the tracker's library raises: the run folder is the record
-            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
             if not self.failed:
-                self.say(
-                    f"the copy of the metrics for {self.name} cannot be written ({why}); the run continues without it"
-                )
-            self.failed = True
+                why = f"cannot be written ({first_line(error)}); the run continues without it"
+                self.say(f"the copy of the metrics for {self.name} {why}")
+            self.sink, self.failed = None, True
+            return None
 
 
 class TensorBoard:
