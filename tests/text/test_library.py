@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from regpt.data.verify import verify
 from regpt.errors import UserError
 from regpt.prepare.prepare import prepare
 from regpt.text.library import LibraryTokenizer
@@ -185,6 +186,7 @@ def test_data_is_prepared_with_it(family, tmp_path):
     manifest = prepare([str(text)], tmp_path / "data", tokenizer, val_fraction=0.2, workers=1)
     assert (manifest.eot, manifest.vocab_size) == (tokenizer.eot, tokenizer.n_vocab)
     assert open_tokenizer(tmp_path / "data").sha256 == tokenizer.sha256
+    assert verify(tmp_path / "data") == []
     tokens = np.fromfile(tmp_path / "data" / manifest.split("train")[0].file, dtype="<u2")
     documents = [
         tokenizer.decode(part[1:].tolist()) for part in np.split(tokens, np.flatnonzero(tokens == manifest.eot))[1:]
@@ -269,3 +271,12 @@ def test_special_tokens_beyond_a_models_rows_can_be_left_out():
 def test_lone_surrogates_become_the_replacement_character():
     for tokenizer in OPENED.values():
         assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
+
+
+def test_an_added_token_beyond_ascii_stands_for_its_own_bytes():
+    made = json.loads(file_of("qwen"))
+    made["added_tokens"][-1]["content"] = "é日"
+    tokenizer = from_json(json.dumps(made))
+    last = made["added_tokens"][-1]["id"]
+    assert tokenizer.encode("aé日") == [*tokenizer.encode("a"), last]
+    assert (tokenizer.decode([last]), tokenizer.byte_lengths()[last]) == ("é日", 5)

@@ -8,7 +8,7 @@ import numpy as np
 from regpt.data.manifest import SPLITS, Manifest, Shard, load_manifest, wrong_sizes
 from regpt.errors import UserError
 from regpt.files import file_sha256, is_file
-from regpt.text.open import NAMED
+from regpt.text.open import NAMED, open_tokenizer
 
 SMALL_BYTES = 256 << 20  # half a second of SHA-256 on a core without instructions for it
 CHUNK_TOKENS = 16_000_000  # tokens compared at a time: tens of megabytes
@@ -65,8 +65,17 @@ def check_tokenizer(folder: Path, manifest: Manifest) -> Iterator[str]:
     path = folder / "tokenizer.json"
     if not is_file(path):
         yield f"{path} is missing"
-    elif file_sha256(path) != manifest.tokenizer_sha256:
+    elif not is_tokenizer(path, manifest.tokenizer_sha256):
         yield f"{path} is damaged: its SHA-256 is not the manifest's"
+
+
+def is_tokenizer(path: Path, sha256: str) -> bool:
+    """Whether `path` is the tokenizer of this identity: for a BPE of ours the hash of its file, for others of its
+    rules."""
+    try:
+        return file_sha256(path) == sha256 or open_tokenizer(path).sha256 == sha256
+    except UserError:
+        return False
 
 
 def check_shard(folder: Path, shard: Shard, manifest: Manifest, continued: bool) -> list[str]:

@@ -122,10 +122,9 @@ class BPESpec:
     def canonical(self) -> str:
         """What decides the tokens of a text and what a document starts with, in one spelling."""
         plain = [[token[key] for key in ("content", "id", *FLAGS)] for token in self.added if not token["special"]]
-        splitting = [{key: step[key] for key in step if key != "trim_offsets"} for step in self.pre_tokenizer]
         content = {
-            "normalizer": self.normalizer,
-            "pre_tokenizer": splitting,
+            "normalizer": list(map(without_defaults, self.normalizer)),
+            "pre_tokenizer": list(map(without_defaults, self.pre_tokenizer)),
             "ignore_merges": bool(self.options["ignore_merges"]),
             "byte_level": self.byte_level,
             "start": self.start,
@@ -159,6 +158,11 @@ class BPESpec:
             "decoder": as_sequence("decoder", self.decoder),
             "model": {**self.options, "vocab": base, "merges": self.merges},
         }
+
+
+def without_defaults(step: Json) -> Json:
+    """`step` without what changes no token, or is off: an option that a later library adds leaves the identity."""
+    return {key: value for key, value in step.items() if value not in (None, False) and key != "trim_offsets"}
 
 
 def adds_space(step: Json) -> bool:
