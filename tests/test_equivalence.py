@@ -32,9 +32,10 @@ from regpt.kernels.gpt2_fp8 import FusedGPT2FP8
 from regpt.kernels.select import ops_of
 from regpt.model.cache import KVCache
 from regpt.model.families import make_model
+from regpt.model.layers import rotation
 from regpt.model.weights import initialize, state_tensors
 from regpt.parallel.mesh import open_mesh
-from regpt.reference import gpt2
+from regpt.reference import gpt2, llama
 from regpt.runs.folder import read_run_config
 from regpt.runs.pretrain import fork, pretrain, resume
 from regpt.train.config import PrecisionName
@@ -101,6 +102,67 @@ def numpy_reference() -> list[tuple[Found, Found]]:
     loss, _, gradients = gpt2.loss_and_gradients(params, idx, targets, tiny.CONFIG.n_head, scale)
     by_hand = {"loss": torch.tensor(loss, dtype=torch.float64)}
     return [(without_norm(ours()), by_hand | {name: torch.from_numpy(np.asarray(g)) for name, g in gradients.items()})]
+
+
+def llama_by_hand() -> list[tuple[Found, Found]]:
+    pairs = []
+    for tied in (True, False):
+        config = tiny.replace(tiny.FAMILY_CONFIGS["llama"], tie_embeddings=tied)
+        params = {name: w.numpy() for name, w in state_tensors(tiny.build_model(config=config)).items()}
+        idx, targets = (x.numpy() for x in tiny.Rows().rows(0))
+        scale = 1 / int((targets != IGNORE_INDEX).sum())
+        by = tuple(x.double().numpy() for x in rotation(config.resolved(), torch.arange(tiny.SEQ_LEN)))
+        np.testing.assert_allclose(by, llama.rotation(tiny.SEQ_LEN, 4), rtol=0, atol=1e-6)
+        loss, _, gradients = llama.loss_and_gradients(
+            params, idx, targets, config.n_head, config.n_kv_head, scale, by=by
+        )
+        by_hand = {name: torch.from_numpy(np.asarray(g)) for name, g in gradients.items()}
+        pairs.append((without_norm(ours(config=config)), by_hand | {"loss": torch.tensor(loss, dtype=torch.float64)}))
+    return pairs
+
+
+# ---- every family in every way --------------------------------------------------------------------------------------
+
+
+def families_accumulated() -> list[tuple[Found, Found]]:
+    configs = tiny.FAMILY_CONFIGS.values()
+    return [(ours(micro_batch_rows=rows, config=config), ours(config=config)) for config in configs for rows in (1, 4)]
+
+
+def families_padded() -> list[tuple[Found, Found]]:
+    return [(ours(config=config), ours(pad_vocab=False, config=config)) for config in tiny.FAMILY_CONFIGS.values()]
+
+
+def families_recomputed() -> list[tuple[Found, Found]]:
+    pairs = []
+    for config in tiny.FAMILY_CONFIGS.values():
+        again = recompute_blocks(tiny.build_model(config=config))
+        pairs.append((tiny.step_gradients(tiny.build_trainer(again, tiny.Rows())), ours(config=config)))
+    return pairs
+
+
+def families_packed() -> list[tuple[Found, Found]]:
+    return [pair for config in tiny.FAMILY_CONFIGS.values() for pair in packed_documents(config)]
+
+
+def families_cached() -> list[tuple[Found, Found]]:
+    return [pair for config in tiny.FAMILY_CONFIGS.values() for pair in key_value_cache(config)]
+
+
+def llama_in_processes() -> list[tuple[Found, Found]]:
+    config = tiny.FAMILY_CONFIGS["llama"]
+    return [(found, ours(config=config)) for found in tiny.in_processes(2, llama_of_several)]
+
+
+def llama_of_several() -> Found:
+    config = tiny.FAMILY_CONFIGS["llama"]
+    with open_mesh("cpu") as mesh:
+        loader = tiny.Rows(micro_batch_rows=1, dp_rank=mesh.rank, dp_size=mesh.world_size)
+        return tiny.step_gradients(tiny.build_trainer(tiny.build_model(config=config), loader, mesh=mesh))
+
+
+def llama_compiled() -> list[tuple[Found, Found]]:
+    return compiled(tiny.replace(tiny.FAMILY_CONFIGS["qwen3"], window=5))
 
 
 # ---- other ways to compute a step ------------------------------------------------------------------------------------
@@ -247,17 +309,19 @@ class Padded(tiny.Rows):
         return [Batch(*rows)]
 
 
-def packed_documents() -> list[tuple[Found, Found]]:
-    packed, padded = (tiny.step_gradients(tiny.build_trainer(tiny.build_model(), rows())) for rows in (Packed, Padded))
+def packed_documents(config=tiny.CONFIG) -> list[tuple[Found, Found]]:
+    packed, padded = (
+        tiny.step_gradients(tiny.build_trainer(tiny.build_model(config=config), rows())) for rows in (Packed, Padded)
+    )
     return [(packed, padded)]
 
 
 @torch.no_grad()
-def key_value_cache() -> list[tuple[Found, Found]]:
-    model, (idx, _) = tiny.build_model(), tiny.Rows().rows(0)
+def key_value_cache(config=tiny.CONFIG) -> list[tuple[Found, Found]]:
+    model, (idx, _) = tiny.build_model(config=config), tiny.Rows().rows(0)
     pairs = []
     for parts in ([1] * tiny.SEQ_LEN, [5, 4, 3], [11, 1]):
-        cache = KVCache(tiny.CONFIG, tiny.N_ROWS, tiny.SEQ_LEN, device=tiny.CPU, dtype=torch.float64)
+        cache = KVCache(config, tiny.N_ROWS, tiny.SEQ_LEN, device=tiny.CPU, dtype=torch.float64)
         pieces = [model(part, cache=cache) for part in idx.split(parts, dim=1)]
         pairs.append(({"logits": torch.cat(pieces, dim=1)}, {"logits": model(idx)}))
     return pairs
@@ -339,6 +403,21 @@ def offloaded(shards: Path, folder: Path) -> list[tuple[Found, Found]]:
 CELLS = [
     Cell("regpt", "Hugging Face's GPT-2", "logits, loss, gradients", 1e-14, hugging_face),
     Cell("regpt", "GPT-2 by hand in NumPy", "loss, gradients", 1e-14, numpy_reference),
+    Cell("Llama", "Llama by hand in NumPy", "loss, gradients", 1e-14, llama_by_hand),
+    Cell("every family, 8 rows", "2 × 4, 8 × 1 rows", "loss, gradients", 1e-14, families_accumulated),
+    Cell("every family, vocabulary padded", "not padded", "loss, gradients", 1e-14, families_padded),
+    Cell("every family, activation checkpointing on", "off", "loss, gradients", 0.0, families_recomputed),
+    Cell("every family, documents packed, masked", "one a row, padded", "loss, gradients", 1e-14, families_packed),
+    Cell("every family, key-value cache, any split", "whole sequence", "logits", 1e-14, families_cached),
+    Cell("Llama in one process", "2 processes", "loss, gradients", 1e-14, llama_in_processes),
+    Cell(
+        "Qwen 3 with a window, `torch.compile` on",
+        "off, angles in float32",
+        "loss, gradients",
+        2e-6,
+        llama_compiled,
+        slow=True,
+    ),
     Cell("one batch of 8 rows", "2 × 4, 4 × 2, 8 × 1 rows, unequally masked", "loss, gradients", 1e-14, accumulation),
     Cell(
         "out of memory, repeated with fewer rows",

@@ -44,6 +44,17 @@ CPU = torch.device("cpu")
 ALONE = Mesh(0, 1, CPU)
 # Odd on purpose: heads of 8, and a vocabulary that is no multiple of anything, so that it is padded from 97 to 128.
 CONFIG = ModelConfig(n_layer=2, n_head=3, n_embd=24, vocab_size=97, max_seq_len=16)
+# One of each family, odd too; a window, unrotated layers and heads of their own where the family may have them.
+FAMILY_CONFIGS = {
+    "gpt2": replace(CONFIG, activation="relu", bias="mlp", n_inner=37, tie_embeddings=False),
+    "llama": replace(CONFIG, family="llama", n_head=6, n_kv_head=2, n_inner=40),
+    "mistral": replace(CONFIG, family="mistral", n_inner=40, window=5),
+    "qwen2": replace(CONFIG, family="qwen2", n_inner=40, tie_embeddings=False),
+    "qwen3": replace(CONFIG, family="qwen3", n_kv_head=1, head_size=6, n_inner=40),
+    "olmo2": replace(CONFIG, family="olmo2", n_inner=40),
+    "smollm3": replace(CONFIG, family="smollm3", n_inner=40, no_rope_every=2),
+    "gpt_neox": replace(CONFIG, family="gpt_neox", rope_fraction=0.5, tie_embeddings=False),
+}
 N_ROWS, SEQ_LEN = 8, 12
 TRAIN = TrainConfig(precision="fp64")
 OPTIM = OptimConfig(lr=1e-2, schedule="constant", warmup_steps=0)
@@ -57,7 +68,7 @@ def build_model(*, pad_vocab: bool = True, dtype: torch.dtype = torch.float64, c
     generator = torch.Generator().manual_seed(5)
     weights = {
         name: torch.randn(InitialWeights(model, 0).shapes[name], generator=generator, dtype=torch.float64) * 0.2
-        + (1.0 if ".ln_" in f".{name}" and name.endswith("weight") else 0.0)
+        + (1.0 if len(InitialWeights(model, 0).shapes[name]) == 1 and name.endswith("weight") else 0.0)
         for name, _ in model.named_parameters()
     }
     return load_weights(model, weights)
