@@ -83,10 +83,10 @@ def test_an_unknown_repository_and_one_without_safetensors_are_one_sentence(hub,
 
 
 def test_a_model_of_another_kind_is_refused_before_its_weights_are_downloaded(hub):
-    (hub.root / "llama").mkdir()
-    (hub.root / "llama" / "config.json").write_text('{"model_type": "llama"}')
-    (hub.root / "llama" / "model.safetensors").write_bytes(b"gigabytes")
-    assert "config.json has model_type 'llama'" in hub.open("someone/llama")
+    (hub.root / "bloom").mkdir()
+    (hub.root / "bloom" / "config.json").write_text('{"model_type": "bloom"}')
+    (hub.root / "bloom" / "model.safetensors").write_bytes(b"gigabytes")
+    assert "config.json has model_type 'bloom'" in hub.open("someone/bloom")
     assert not any("safetensors" in line for line in hub.asked)
 
 
