@@ -1,7 +1,7 @@
 """Llama's block, forward and backward, written out in NumPy: what differs from `reference.gpt2`, on half a page.
 
-RMSNorm, rotary positions, grouped queries and the gated MLP, each as a pair of functions; attention, softmax, head and
-loss are GPT-2's. Parameters have the names of `regpt.model.llama`. Shapes: H heads of queries, G of keys and values.
+RMSNorm, rotary positions, grouped queries and the gated MLP, each as a pair of functions; attention, softmax and loss are
+GPT-2's, and its `head`, x·wᵀ, is every product here: none has a bias. Parameters have the names of `regpt.model.llama`. Shapes: H heads of queries, G of keys and values.
 """
 
 import numpy as np
@@ -74,25 +74,20 @@ def swiglu_backward(dy: Array, saved: Saved) -> tuple[Array, Array]:
     return dy * up * sigmoid * (1 + gate * (1 - sigmoid)), dy * gate * sigmoid
 
 
-def product(x: Array, w: Array) -> tuple[Array, Saved]:
-    """y = x·wᵀ without a bias: the same function as the head, and the same derivative."""
-    return head(x, w)
-
-
 # ---- the block -------------------------------------------------------------------------------------------------------
 
 
 def self_attention(x: Array, w: Params, n_head: int, n_kv_head: int, by: tuple[Array, Array]) -> tuple[Array, Saved]:
     """x (B, T, C) → rotated q (B, H, T, D) and k (B, G, T, D), v → attention, where query head h sees key head
     h·G // H → projection; `w` names as inside `self_attn.`."""
-    q, saved_q = product(x, w["q_proj.weight"])
-    k, saved_k = product(x, w["k_proj.weight"])
-    v, saved_v = product(x, w["v_proj.weight"])
+    q, saved_q = head(x, w["q_proj.weight"])
+    k, saved_k = head(x, w["k_proj.weight"])
+    v, saved_v = head(x, w["v_proj.weight"])
     q, saved_turn = rotate(split_heads(q, n_head), by)
     k, _ = rotate(split_heads(k, n_kv_head), by)
     k, v = (np.repeat(y, n_head // n_kv_head, axis=1) for y in (k, split_heads(v, n_kv_head)))  # (B, H, T, D)
     y, saved_attention = causal_attention(q, k, v)
-    y, saved_out = product(merge_heads(y), w["o_proj.weight"])
+    y, saved_out = head(merge_heads(y), w["o_proj.weight"])
     return y, (saved_q, saved_k, saved_v, saved_turn, saved_attention, saved_out, n_head, n_kv_head)
 
 
@@ -113,10 +108,10 @@ def self_attention_backward(dy: Array, saved: Saved) -> tuple[Array, dict[str, A
 
 def mlp(x: Array, w: Params) -> tuple[Array, Saved]:
     """y = (silu(x·gateᵀ)·(x·upᵀ))·downᵀ; `w` names as inside `mlp.`."""
-    gate, saved_gate = product(x, w["gate_proj.weight"])
-    up, saved_up = product(x, w["up_proj.weight"])
+    gate, saved_gate = head(x, w["gate_proj.weight"])
+    up, saved_up = head(x, w["up_proj.weight"])
     y, saved_swiglu = swiglu(gate, up)
-    y, saved_out = product(y, w["down_proj.weight"])
+    y, saved_out = head(y, w["down_proj.weight"])
     return y, (saved_gate, saved_up, saved_swiglu, saved_out)
 
 
