@@ -1,7 +1,8 @@
 """Llama's block, forward and backward, written out in NumPy: what differs from `reference.gpt2`, on half a page.
 
-RMSNorm, rotary positions, grouped queries and the gated MLP, each as a pair of functions; attention, softmax and loss are
-GPT-2's, and its `head`, x·wᵀ, is every product here: none has a bias. Parameters have the names of `regpt.model.llama`. Shapes: H heads of queries, G of keys and values.
+RMSNorm, rotary positions, grouped queries and the gated MLP, each as a pair of functions; attention, softmax and loss
+are GPT-2's, and its `head`, x·wᵀ, is every product here: none has a bias. Parameters have the names of
+`regpt.model.llama`. Shapes: H heads of queries, G of keys and values.
 """
 
 import numpy as np
