@@ -84,7 +84,7 @@ def test_gpt2s_tokenizer_is_exported_so_that_transformers_encodes_like_tiktoken(
     gpt2 = open_tokenizer("gpt2")
     (tmp_path / "tokenizer.json").write_text(gpt2_json(), encoding="utf-8")
     opened = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(tmp_path / "tokenizer.json"), **tokenizer_config(1024)
+        tokenizer_file=str(tmp_path / "tokenizer.json"), **tokenizer_config(1024, gpt2)
     )
     for text in TEXTS:
         assert opened.encode(text) == gpt2.encode(text)
