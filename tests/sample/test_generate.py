@@ -22,13 +22,15 @@ GREEDY = SamplingOptions(top_k=1)
 class Letters:
     """a … z are 0 … 25, `<|endoftext|>` is 26."""
 
-    name, sha256, n_vocab, eot = "letters", "0" * 64, 27, EOT
+    name, sha256, n_vocab, eot, stop_ids = "letters", "0" * 64, 27, EOT, (EOT,)
 
     def encode(self, text: str) -> list[int]:
         return [ord(c) - ord("a") for c in text]
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         return [np.array(self.encode(text), dtype=np.uint32) for text in texts]
+
+    encode_prompts = encode_batch
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join("<|endoftext|>" if i == EOT else chr(ord("a") + i) for i in ids)
@@ -104,7 +106,7 @@ def test_the_stop_token_fills_its_row_and_ends_all(model):
     prompt = prompts(4, 3)
     free = generate(model, prompt, 20, options=GREEDY, generator=generator())
     stop = int(free[0, 5])
-    text = generate(model, prompt, 20, options=GREEDY, generator=generator(), stop=stop)
+    text = generate(model, prompt, 20, options=GREEDY, generator=generator(), stop=[stop])
     for row, wanted in zip(text[:, 3:].tolist(), free[:, 3:].tolist()):
         end = wanted.index(stop) if stop in wanted else len(wanted)
         assert row[:end] == wanted[:end][: len(row)]
@@ -115,9 +117,9 @@ def test_the_stop_token_fills_its_row_and_ends_all(model):
 
 def test_a_stop_token_in_the_prompt_stops_nothing(model):
     prompt = torch.full((1, 3), EOT)
-    assert generate(model, prompt, 5, options=GREEDY, generator=generator(), stop=None).size(1) == 8
+    assert generate(model, prompt, 5, options=GREEDY, generator=generator(), stop=()).size(1) == 8
     first_new = int(generate(model, prompt, 1, options=GREEDY, generator=generator())[0, -1])
-    stopped = generate(model, prompt, 5, options=GREEDY, generator=generator(), stop=EOT)
+    stopped = generate(model, prompt, 5, options=GREEDY, generator=generator(), stop=[EOT])
     assert first_new == EOT or stopped.size(1) > 4
 
 
@@ -142,7 +144,7 @@ def test_mode_is_restored_after_an_error(model):
 
 @pytest.mark.parametrize("options", [GREEDY, SamplingOptions(), SamplingOptions(0.7, 0, 0.9)])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("stop", [None, EOT])
+@pytest.mark.parametrize("stop", [(), (EOT,)])
 def test_logits_that_become_infinite_on_the_way_are_one_sentence(model, options, value, stop):
     model.wpe.weight.data[5:] = value
     with pytest.raises(UserError, match="logits are not finite"):

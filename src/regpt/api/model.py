@@ -99,7 +99,7 @@ class LanguageModel:
         past_context: PastContext = "refuse",
         stream: bool = False,
     ) -> str | list[str] | Iterator[str]:
-        """`prompt` and its continuation; of several prompts a list. The text ends before `<|endoftext|>`.
+        """`prompt` and its continuation; of several prompts a list. It ends before a token of `tokenizer.stop_ids`.
 
         A prompt that occurs n times gets n different continuations: those of `regpt sample --n n` with the same
         options and seed. What one prompt gets does not depend on the others.
@@ -156,7 +156,7 @@ class LanguageModel:
         Raises:
             UsageError: no token, more than `config.max_seq_len`, or ids that are not in the vocabulary.
         """
-        ids = self.ids(self.tokenizer.encode(text) if isinstance(text, str) else text)
+        ids = self.ids(self.tokenizer.encode_prompts([text])[0] if isinstance(text, str) else text)
         if ids.shape[-1] > self.config.max_seq_len:
             raise UsageError(
                 f"{ids.shape[-1]} tokens were given, the model reads {self.config.max_seq_len}; give fewer"
@@ -175,8 +175,7 @@ class LanguageModel:
         Raises:
             UsageError: fewer than two tokens, or ids that are not in the vocabulary.
         """
-        given = [self.tokenizer.eot, *self.tokenizer.encode(text)] if isinstance(text, str) else text
-        ids = self.ids(given)
+        ids = self.ids(self.document(text) if isinstance(text, str) else text)
         ids = ids.reshape(-1, ids.shape[-1])  # (B, T)
         n = ids.shape[1] - 1
         if n < 1:
@@ -203,6 +202,11 @@ class LanguageModel:
         with tempfile.TemporaryDirectory() as folder:
             write_model(self.module, self.tokenizer.eot, Path(folder))
             return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def document(self, text: str) -> list[int]:
+        """Token ids of `text` after the one that starts every document."""
+        ids, eot = self.tokenizer.encode_prompts([text])[0].tolist(), self.tokenizer.eot
+        return ids if ids[:1] == [eot] else [eot, *ids]
 
     def ids(self, given: Any) -> Tensor:
         """Token ids, (T,) or (B, T), as int64 on the model's device."""

@@ -57,7 +57,7 @@ def main(args: list[str]) -> int:
     from regpt.checkpoint.best import at_step
     from regpt.checkpoint.open import open_model
     from regpt.parallel.mesh import choose_device
-    from regpt.sample.generate import stream_sample, write_samples
+    from regpt.sample.generate import encode_prompt, stream_sample, write_samples
     from regpt.sample.sampling import SamplingOptions
     from regpt.train.precision import autocast, parameter_dtype, set_matmul_precision
 
@@ -68,7 +68,7 @@ def main(args: list[str]) -> int:
     model = opened.model.to(parameter_dtype(given.precision))
     longest = model.config.max_seq_len
     slide = given.past_context == "slide"
-    if slide and len(opened.tokenizer.encode(prompt)) + given.max_new_tokens > longest:
+    if slide and len(encode_prompt(opened.tokenizer, prompt)) + given.max_new_tokens > longest:
         print_note(f"the model reads {longest:,} tokens: what comes after them follows from the last {longest:,} alone")
     drawn: dict[str, Any] = {
         "max_new_tokens": given.max_new_tokens,
@@ -93,7 +93,7 @@ def main(args: list[str]) -> int:
             "source": opened.source,
             "step": opened.step,
             "prompt": prompt,
-            "prompt_ids": opened.tokenizer.encode(prompt),
+            "prompt_ids": opened.tokenizer.encode_prompts([prompt])[0].tolist(),
             **settings,
             "samples": [sample._asdict() for sample in samples],
         }

@@ -49,7 +49,7 @@ class Choices:
         self.name, self.questions, self.n_items = name, questions, len(questions)
         self.items_sha256 = hash_of((question.context, *question.endings) for question in questions)
         self.baseline = float(np.mean([1 / len(question.endings) for question in questions])) if questions else None
-        contexts = encoder.encode_batch([question.context for question in questions])
+        contexts = encoder.encode_prompts([question.context for question in questions])
         empty = np.array([eot], dtype=np.uint32)
         self.contexts = [context if len(context) else empty for context in contexts]
         each = iter(encoder.encode_continuations([ending for question in questions for ending in question.endings]))

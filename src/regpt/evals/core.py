@@ -1,8 +1,8 @@
 """CORE (Li et al. 2024, "DataComp-LM", appendix G): 22 tasks with few-shot prompts, the mean of centred accuracies.
 
 Prompts are those of the paper's evaluator (llm-foundry): examples are separated by a line break, texts are stripped,
-the answer begins with a space, nothing stands before the first example. Examples are drawn for each item from the other
-items of its task.
+the answer begins with a space, nothing stands before the first example but what the tokenizer puts before every text.
+Examples are drawn for each item from the other items of its task.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -79,6 +79,7 @@ class CoreTask:
         shots = encode(lambda one: [shot(one, delimiter)] if settings.shots else [])
         self.shots = [tokens[0] if tokens else None for tokens in shots]
         self.separator = encoder.encode_continuations([SEPARATOR])[0]
+        self.first = encoder.encode_prompts([""])[0]  # what stands before every text
         self.empty = np.array([eot], dtype=np.uint32)
         self.lengths = np.array([max(map(len, answers)) for answers in self.answers], dtype=np.int64)
 
@@ -86,7 +87,7 @@ class CoreTask:
         return [self.prompt(i) for i in chosen]
 
     def prompt(self, i: int) -> Prompt:
-        shown = []
+        shown = [self.first]
         for k in shots_for(i, self.n_items, self.settings.shots):
             shown += [self.shots[k], self.separator]
         contexts = [np.concatenate([*shown, asked]) for asked in self.asked[i]]

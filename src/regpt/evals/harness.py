@@ -27,7 +27,7 @@ from regpt.evals.score import Progress, Scorer
 from regpt.evals.suite import ShowProgress, Suite
 from regpt.evals.task import Estimate, Result, Tolerate
 from regpt.files import is_file, resolved
-from regpt.sample.generate import generate_tokens, text_pieces
+from regpt.sample.generate import encode_prompt, generate_tokens, text_pieces
 from regpt.sample.sampling import SamplingOptions
 from regpt.text.tokenizer import Tokenizer
 
@@ -63,7 +63,10 @@ class HarnessModel(TemplateLM):
         return self.text.eot
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return self.text.encode(string)
+        """With what the tokenizer puts before every text, as in the harness's own backend."""
+        if add_special_tokens is False:
+            return self.text.encode(string)
+        return self.text.encode_prompts([string])[0].tolist()
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """As in the harness; which items were cut is noted."""
@@ -138,7 +141,7 @@ class HarnessModel(TemplateLM):
             UserError: options that we cannot follow, by name.
         """
         asked = generation_of(options)
-        prompt = self.text.encode(context) or [self.text.eot]
+        prompt = encode_prompt(self.text, context)
         tokens, limit = self.fitted(prompt, asked.limit)
         self.note(request, len(tokens) < len(prompt) or limit < asked.limit)
         device = self.scorer.mesh.device
@@ -150,7 +153,7 @@ class HarnessModel(TemplateLM):
                 limit,
                 options=asked.sampling,
                 generator=generator or torch.Generator(device).manual_seed(SEED),
-                stop=self.text.eot,
+                stop=self.text.stop_ids,
             )
             for piece in text_pieces(self.text, [], (int(token) for token in ids)):
                 text += piece

@@ -18,9 +18,9 @@ class Sample(NamedTuple):
     """One text.
 
     Attributes:
-        ids: the prompt's tokens and the new ones, up to and including the `<|endoftext|>` that ended the text. For an
-            empty prompt the first is `<|endoftext|>`, which starts every document.
-        text: `ids` as text, without any `<|endoftext|>` that started or ended it.
+        ids: the prompt's tokens and the new ones, up to and including the one of the tokenizer's `stop_ids` that ended
+            the text. For an empty prompt the first is `eot`, which starts every document.
+        text: `ids` as text, without the token that started or ended it.
     """
 
     ids: list[int]
@@ -30,7 +30,7 @@ class Sample(NamedTuple):
 def write_samples(
     model: Transformer, tokenizer: Tokenizer, prompt: str, *, n: int, max_new_tokens: int, **options: Any
 ) -> list[Sample]:
-    """`n` texts that continue `prompt`, each ending at `<|endoftext|>`; `options` as in `continue_prompt`.
+    """`n` texts that continue `prompt`, each ending at the first of `stop_ids`; `options` as in `continue_prompt`.
 
     Raises:
         UserError: see `check_length`, or logits that are not finite.
@@ -76,17 +76,17 @@ def continue_prompt(
     rows = torch.tensor(prompt_ids, device=model.device).expand(n, -1)  # (n, P)
     generator = make_generator(model.device, seed)
     return prompt_ids, generate_tokens(
-        model, rows, max_new_tokens, options=options, generator=generator, stop=tokenizer.eot, slide=slide
+        model, rows, max_new_tokens, options=options, generator=generator, stop=tokenizer.stop_ids, slide=slide
     )
 
 
 def text_pieces(tokenizer: Tokenizer, prompt_ids: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
-    """The text of `prompt_ids` and of the `tokens` after them, up to `<|endoftext|>`, in pieces of whole characters."""
+    """The text of `prompt_ids` and the `tokens` after them, up to one of `stop_ids`, in pieces of whole characters."""
     ids, shown = list(prompt_ids), 0
     if ids[:1] == [tokenizer.eot]:
         del ids[0]
     for new in chain([[]], ([token] for token in tokens)):  # the prompt alone first
-        if new == [tokenizer.eot]:
+        if new and new[0] in tokenizer.stop_ids:
             break
         ids += new
         text = tokenizer.decode(ids).rstrip("\ufffd")  # may become another character with the next token
@@ -104,15 +104,15 @@ def make_generator(device: torch.device, seed: int) -> torch.Generator:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Token ids of `prompt`; an empty one becomes `<|endoftext|>`, the start of every document: the model must read at
-    least one token."""
-    return tokenizer.encode(prompt) or [tokenizer.eot]
+    """Token ids of `prompt`, with what the tokenizer puts before every text; an empty one becomes `eot`, the start of
+    every document: the model must read at least one token."""
+    return tokenizer.encode_prompts([prompt])[0].tolist() or [tokenizer.eot]
 
 
 def make_sample(ids: Sequence[int], n_prompt: int, tokenizer: Tokenizer) -> Sample:
-    """The sample of one row of `generate`, cut after the first new `<|endoftext|>`."""
+    """The sample of one row of `generate`, cut after the first new token of `stop_ids`."""
     ids = list(ids)
-    end = ids.index(tokenizer.eot, n_prompt) if tokenizer.eot in ids[n_prompt:] else len(ids)
+    end = next((i for i in range(n_prompt, len(ids)) if ids[i] in tokenizer.stop_ids), len(ids))
     start = 1 if ids[0] == tokenizer.eot else 0
     return Sample(ids[: end + 1], tokenizer.decode(ids[start:end]))
 
@@ -130,13 +130,13 @@ def generate_tokens(
     *,
     options: SamplingOptions,
     generator: torch.Generator,
-    stop: int | None = None,
+    stop: Sequence[int] = (),
     slide: bool = False,
 ) -> Iterator[Tensor]:
     """Continue each row of `prompt_ids` (B, P) int64: yield the new tokens one by one, (B,) int64 each.
 
-    A row that has produced `stop` is filled up with `stop`, and generation ends early when all rows have. Training
-    mode and torch's global random state stay as they were.
+    A row that has produced one of `stop` is filled up with the first of them, and generation ends early when
+    all rows have. Training mode and torch's global random state stay as they were.
 
     Args:
         generator: on the model's device; one draw a token, no draw when greedy.
@@ -161,7 +161,7 @@ def token_loop(
     max_new_tokens: int,
     options: SamplingOptions,
     generator: torch.Generator,
-    stop: int | None,
+    stop: Sequence[int],
     cache: KVCache,
 ) -> Iterator[Tensor]:
     longest = model.config.max_seq_len
@@ -177,10 +177,11 @@ def token_loop(
             logits = model.logits(hidden[:, -1])  # (B, V)
             finite &= logits.isfinite().all()
             token = sample(logits.nan_to_num(), options, generator)  # (B,); to draw from NaN would abort CUDA's process
-            if stop is not None:
-                token = token.masked_fill(done, stop)
-                done |= token == stop
-            ended = stop is not None and bool(done.all() | ~finite)  # waits for the device
+            if stop:
+                token = token.masked_fill(done, stop[0])
+                for one in stop:
+                    done |= token == one
+            ended = bool(stop) and bool(done.all() | ~finite)  # waits for the device
             if ended:
                 check_finite(finite)
             yield token

@@ -64,6 +64,9 @@ class BPETokenizer:
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         return encode_texts(self._tokenizer, texts, threads)
 
+    def encode_prompts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return self.encode_batch(texts)  # nothing stands before a text
+
     def encode_continuations(self, texts: Sequence[str]) -> list[np.ndarray]:
         return self.encode_batch(texts)
 

@@ -66,6 +66,9 @@ class FastEncoder:
         self._spent_s += time.perf_counter() - start
         return encoded
 
+    def encode_prompts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return self.encode_batch(texts)  # nothing stands before a text
+
     def encode_continuations(self, texts: Sequence[str]) -> list[np.ndarray]:
         return self.encode_batch(texts)
 

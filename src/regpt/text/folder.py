@@ -12,7 +12,7 @@ from regpt.errors import UserError
 from regpt.files import is_file
 from regpt.structured import read_json, read_small
 from regpt.text.rules import BYTE_LEVEL, ENDS_TEXT, RESTORE, STARTS_DOCUMENTS, members, parse_content
-from regpt.text.spec import template_token
+from regpt.text.spec import before_every_text, template_token
 from regpt.text.tokenizer import ENDOFTEXT
 
 TOKENIZER, VOCAB, MERGES, MODEL = "tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model"
@@ -119,7 +119,8 @@ def with_added(content: Json, tokens: dict[str, Json], special: set[str]) -> Non
 
 
 def with_roles(content: Json, options: Json, configs: list[Json]) -> None:
-    """Flag the added tokens that start a document and end a text, where only the other files say so."""
+    """Flag the added tokens that start a document and end a text, and put the former before every text, where only the
+    other files say so."""
     added, names = content["added_tokens"], {token["content"] for token in content["added_tokens"]}
     bos, eos = (name_of(options.get(f"{role}_token")) for role in ("bos", "eos"))
     ids = [i for config in configs for i in as_list(config.get("eos_token_id"))]
@@ -127,6 +128,8 @@ def with_roles(content: Json, options: Json, configs: list[Json]) -> None:
         start = next((name for name in (bos, eos) if name in names), None)
         for token in added:
             token.update({STARTS_DOCUMENTS: True} if token["content"] == start else {})
+            if options.get("add_bos_token") and bos == token["content"] == start != ENDOFTEXT:
+                content["post_processor"] = before_every_text(token["content"], token["id"])
     for token in added:
         token.update({ENDS_TEXT: True} if token["content"] == eos or token["id"] in ids else {})
 

@@ -65,6 +65,9 @@ class GPT2Tokenizer:
         with ThreadPoolExecutor(threads) as pool:  # tiktoken releases the GIL
             return list(pool.map(self._encode, texts))
 
+    def encode_prompts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return self.encode_batch(texts)  # nothing stands before a text
+
     def encode_continuations(self, texts: Sequence[str]) -> list[np.ndarray]:
         return self.encode_batch(texts)
 

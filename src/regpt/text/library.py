@@ -63,6 +63,13 @@ class LibraryTokenizer:
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         return encode_texts(self._library, texts, threads)
 
+    def encode_prompts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if not self.spec.template:
+            return self.encode_batch(texts)
+        first = np.array([self.eot], dtype=np.uint32)
+        rest = self.encode_batch([text.removeprefix(self.spec.start) for text in texts])
+        return [np.concatenate((first, ids)) for ids in rest]
+
     def encode_continuations(self, texts: Sequence[str]) -> list[np.ndarray]:
         return encode_texts(self._continuing, texts)
 

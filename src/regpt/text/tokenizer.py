@@ -27,6 +27,11 @@ class Encoder(Protocol):
         """One uint32 array of token ids a text, in the order given, without `eot`."""
         ...
 
+    def encode_prompts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The same for what a model reads first: after the token that transformers puts before every text (Llama 3's
+        `<|begin_of_text|>`), once, though a text may begin with its name."""
+        ...
+
     def encode_continuations(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The same for texts that follow other text: without the space that Llama 2's tokenizer puts before a text."""
         ...
