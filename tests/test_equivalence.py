@@ -25,7 +25,7 @@ from regpt.checkpoint.load import checkpoint_folder
 from regpt.config import RunConfig
 from regpt.data.batch import IGNORE_INDEX, Batch
 from regpt.evals.score import Scorer
-from regpt.hf.families import WeightsFromHF, weights_to_hf
+from regpt.hf.weights import WeightsFromHF, weights_to_hf
 from regpt.kernels.attention import TorchAttention
 from regpt.kernels.gpt2 import FusedGPT2
 from regpt.kernels.gpt2_fp8 import FusedGPT2FP8

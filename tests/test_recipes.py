@@ -23,6 +23,7 @@ PARAMETERS = {
     "gpt2-1558m": 1_557_611_200,
     "gpt3-125m": 124_439_808 + 1024 * 768,  # 1024 more positions
     "llama-124m": 123_551_232,
+    "moe-124m": 123_551_232 + 12 * (3 * 768 * (8 * 1024 - 2048) + 8 * 768),  # experts and routers instead of MLPs
 }
 
 
@@ -79,6 +80,13 @@ def test_the_lectures_run_is_the_lectures():
     assert (config.optim.lr, config.optim.warmup_steps, config.optim.min_lr_ratio) == (6e-4, 715, 0.1)
     assert (config.optim.beta1, config.optim.beta2, config.optim.weight_decay) == (0.9, 0.95, 0.1)
     assert config.train.grad_clip == 1.0
+
+
+def test_the_mixture_has_its_dense_twins_flops_but_for_the_routers():
+    with torch.device("meta"):
+        mixture, dense = (make_model(read_config(name).with_vocab_size().model) for name in ("moe-124m", "llama-124m"))
+    assert mixture.matmul_parameters() == dense.matmul_parameters() + 12 * 8 * 768
+    assert count_parameters(mixture) - mixture.idle_parameters() == count_parameters(dense) + 12 * 8 * 768
 
 
 @pytest.mark.parametrize("name", NAMES)

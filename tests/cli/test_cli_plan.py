@@ -11,7 +11,7 @@ from regpt.runs import plan as plan_module
 KEYS = {
     "recipe": str,
     "machine": {"name": str, "kind": str, "count": int, "memory_gib": float, "peak_tflops": float, "how": str},
-    "model": {"parameters": int, "parameters_in_memory": int, "flops_per_token": int},
+    "model": {"parameters": int, "active_parameters": int, "parameters_in_memory": int, "flops_per_token": int},
     "run": {
         "steps": int,
         "batch_tokens": int,

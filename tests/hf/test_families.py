@@ -1,6 +1,7 @@
 """Every family against transformers: random tiny models of odd shapes, saved there, opened here, exported again."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from regpt.errors import UserError
-from regpt.hf.families import config_from_hf, config_to_hf, weights_to_hf
+from regpt.hf.families import config_from_hf, config_to_hf
 from regpt.hf.folder import hf_config, hf_weights
+from regpt.hf.weights import weights_to_hf
 from regpt.model.cache import KVCache
 from regpt.model.families import make_model
 from regpt.model.ops import linear_cross_entropy
@@ -77,6 +79,24 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "pythia": ("gpt_neox", TINY | {"num_key_value_heads": None, "hidden_size": 48}),
     "pythia, no attention biases": ("gpt_neox", TINY | {"attention_bias": False, "hidden_size": 96}),
 }
+EXPERTS: dict[str, Any] = {"num_experts": 5, "num_experts_per_tok": 2, "attention_dropout": 0.0}
+MODELS |= {
+    "mixtral": ("mixtral", TINY | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral, window, all experts, wide heads": (
+        "mixtral",
+        TINY | {"num_local_experts": 3, "num_experts_per_tok": 3, "sliding_window": 5, "head_dim": 6},
+    ),
+    "olmoe": ("olmoe", TINY | EXPERTS),
+    "olmoe, one of five, normalized": ("olmoe", TINY | EXPERTS | {"num_experts_per_tok": 1, "norm_topk_prob": True}),
+    "qwen 3 of experts": ("qwen3_moe", TINY | EXPERTS | {"moe_intermediate_size": 12, "norm_topk_prob": True}),
+    "qwen 3 of experts, odd sizes, biases, window": (
+        "qwen3_moe",
+        TINY
+        | EXPERTS
+        | {"hidden_size": 30, "moe_intermediate_size": 7, "head_dim": 8, "attention_bias": True}
+        | {"use_sliding_window": True, "sliding_window": 4},
+    ),
+}
 realistic = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
 MODELS["smollm 2 135M, two layers"] = ("llama", TINY | realistic | {"num_hidden_layers": 2, "vocab_size": 4915})
 
@@ -86,10 +106,16 @@ def their_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
     kind, settings = MODELS[name]
     torch.manual_seed(len(name))
     config = AutoConfig.for_model(kind, **{key: value for key, value in settings.items() if value is not None})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")  # eager rounds to float32 in float64
+    how = {"attn_implementation": "sdpa"} | implementation(config)  # eager attention rounds to float32 in float64
+    model = AutoModelForCausalLM.from_config(config, **how)
     for parameter in model.parameters():
         parameter.data += torch.randn_like(parameter) * 0.1
     return model.to(dtype).eval()
+
+
+def implementation(config: Any) -> dict[str, str]:
+    """Experts one after the other: grouped, theirs know neither float64 nor odd sizes."""
+    return {"experts_implementation": "eager"} if hasattr(config, "num_experts_per_tok") else {}
 
 
 def our_model(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
@@ -100,6 +126,20 @@ def our_model(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
 def tokens(vocab_size: int) -> torch.Tensor:
     padding = int(vocab_size == V)  # the embedding of their padding gets no gradient
     return torch.randint(vocab_size - padding, (2, T + 1), generator=torch.Generator().manual_seed(1))
+
+
+def stored_experts(tensors: dict[str, torch.Tensor], family: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """As transformers stores its fused experts."""
+    gate, up, down = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    for name, tensor in tensors.items():
+        stored = name.replace(".mlp.", ".block_sparse_moe.") if family == "mixtral" else name
+        where, _, last = stored.rpartition(".")
+        if last not in ("gate_up_proj", "down_proj"):
+            yield stored, tensor
+            continue
+        for expert, one in enumerate(tensor):
+            names = (gate, up) if last == "gate_up_proj" else (down,)
+            yield from ((f"{where}.{expert}.{n}.weight", part) for n, part in zip(names, one.chunk(len(names))))
 
 
 @pytest.fixture(params=MODELS)
@@ -113,14 +153,22 @@ def rms_norm_in_float64(self: Any, x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.rms_norm(x, (x.size(-1),), self.weight, self.variance_epsilon)
 
 
+def router_in_float64(self: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    logits = x.reshape(-1, self.hidden_dim) @ self.weight.T
+    weights, chosen = logits.exp().div(logits.exp().sum(-1, keepdim=True)).topk(self.top_k, dim=-1)
+    normalized = getattr(self, "norm_topk_prob", True)  # Mixtral's always are
+    return logits, weights / weights.sum(-1, keepdim=True) if normalized else weights, chosen
+
+
 def test_logits_loss_and_gradients_are_those_of_transformers(saved: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch):
     theirs, folder = saved
     rows = tokens(theirs.config.vocab_size)
     single = our_model(folder)(rows[:, :-1]) - theirs(rows[:, :-1]).logits
     assert single.abs().max() <= 1e-5
     for module in theirs.modules():  # theirs round to float32 in float64
-        if type(module).__name__.endswith("RMSNorm"):
-            monkeypatch.setattr(type(module), "forward", rms_norm_in_float64)
+        for name, exact in (("RMSNorm", rms_norm_in_float64), ("TopKRouter", router_in_float64)):
+            if type(module).__name__.endswith(name):
+                monkeypatch.setattr(type(module), "forward", exact)
     theirs, ours = theirs.double(), our_model(folder, torch.float64)
     logits = theirs(rows[:, :-1]).logits
     assert (ours(rows[:, :-1]) - logits).abs().max() <= 1e-11
@@ -136,6 +184,7 @@ def test_logits_loss_and_gradients_are_those_of_transformers(saved: tuple[Any, P
     expected = {name: p.grad for name, p in theirs.named_parameters()}
     if ours.config.family == "gpt_neox":  # renamed when it is stored
         expected["embed_out.weight"] = expected.pop("lm_head.weight")
+    expected = dict(stored_experts(expected, ours.config.family))
     exported = weights_to_hf(gradients, ours.config.family)
     assert exported.keys() == expected.keys()
     for name, gradient in exported.items():
@@ -172,7 +221,7 @@ def test_export_of_an_import_has_the_same_bytes_and_opens_in_transformers(saved:
     again.mkdir()
     (again / "config.json").write_text(json.dumps(settings))
     save_file(exported, again / "model.safetensors", {"format": "pt"})
-    rebuilt = AutoModelForCausalLM.from_pretrained(again, attn_implementation="sdpa")
+    rebuilt = AutoModelForCausalLM.from_pretrained(again, attn_implementation="sdpa", **implementation(theirs.config))
     rows = tokens(theirs.config.vocab_size)
     assert torch.equal(rebuilt(rows).logits, theirs(rows).logits)
 
@@ -198,6 +247,10 @@ def test_rope_is_read_in_the_spelling_of_transformers_4(scaling: dict[str, Any])
         ({"num_key_value_heads": 4}, "n_head = 6 is not divisible by model.n_kv_head = 4"),
         ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4}, "with and without a sliding window"),
         ({"model_type": "smollm3", "no_rope_layers": [0, 1, 1]}, "no_rope_layers"),
+        ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, "decoder_sparse_step = 2, regpt implements 1 only"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": [0]}, r"mlp_only_layers = \[0\], regpt implements \[\] only"),
+        ({"model_type": "olmoe", "clip_qkv": 8.0}, "clip_qkv = 8.0, regpt implements None only"),
+        ({"model_type": "mixtral", "num_experts_per_tok": 9}, "n_expert_active is 9, but there are 8 experts"),
         ({"model_type": "gpt_neox", "use_parallel_residual": False}, "use_parallel_residual = False"),
     ],
 )

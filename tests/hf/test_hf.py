@@ -10,8 +10,9 @@ from torch import Tensor
 
 from regpt.checkpoint.open import build
 from regpt.errors import UserError
-from regpt.hf.families import WeightsFromHF, config_from_hf, config_to_hf, weights_to_hf
+from regpt.hf.families import config_from_hf, config_to_hf
 from regpt.hf.folder import hf_config, hf_weights
+from regpt.hf.weights import WeightsFromHF, weights_to_hf
 from regpt.model.config import ModelConfig
 from regpt.model.families import make_model
 from regpt.model.ops import linear_cross_entropy

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tiny
-from regpt.hf.families import WeightsFromHF
+from regpt.hf.weights import WeightsFromHF
 from regpt.model.families import make_model
 from regpt.model.weights import load_weights
 from regpt.train.config import OptimConfig, TrainConfig

@@ -75,7 +75,9 @@ def print_plan(plan: dict[str, Any]) -> None:
 def lines(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Name and text of each line; an empty name continues the line before."""
     model, run, data, memory, disk, time = (plan[key] for key in ("model", "run", "data", "memory", "disk", "time"))
-    yield "model", f"{model['parameters']:,} parameters, {si(model['flops_per_token'], 'FLOP')} a token"
+    idle = model["active_parameters"] != model["parameters"]
+    active = f" ({model['active_parameters']:,} of them compute a token)" if idle else ""
+    yield "model", f"{model['parameters']:,} parameters{active}, {si(model['flops_per_token'], 'FLOP')} a token"
     ratio = f"{run['tokens_per_parameter']:.3g} a parameter, {run['optimal_tokens_per_parameter']} are compute-optimal"
     total = f"{counted(run['steps'], 'step')} × {run['batch_tokens']:,} = {si(run['tokens'])} tokens ({ratio})"
     yield "run", f"{total}, {si(run['flops'], 'FLOP')}"

@@ -8,8 +8,9 @@ from typing import Any
 
 from regpt.errors import UserError
 from regpt.files import exists, is_folder, resolved, whole_folder, write_json, write_text
-from regpt.hf.families import config_to_hf, weights_to_hf
+from regpt.hf.families import config_to_hf
 from regpt.hf.folder import CONFIG, TOKENIZER, WEIGHTS
+from regpt.hf.weights import weights_to_hf
 from regpt.model.transformer import Transformer
 from regpt.model.weights import state_tensors
 from regpt.tensors import write_tensors

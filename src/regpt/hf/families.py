@@ -1,26 +1,14 @@
-"""Hugging Face's models and ours: the same shapes and weights in other spellings, as a table; nothing here touches a
-disk.
-
-Linear layers of their GPT-2 are `Conv1D`, OpenAI's name for a linear layer whose weight is (in, out); ours are
-`nn.Linear`, (out, in). All other weights are the same under the same names, but for a prefix.
+"""Hugging Face's models and ours: the same shapes in other spellings, as a table; nothing here touches a disk. The
+weights: `hf.weights`.
 """
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from regpt.errors import UserError, nearest
 from regpt.model.config import FAMILIES, ModelConfig
 
-READ = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # those of 8 bits need scales
-CONV1D = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
-GPT2_BIASED = re.compile(CONV1D.pattern + r"|h\.\d+\.ln_[12]\.weight|ln_f\.weight")
-# Constants that older files store next to the weights: causal masks, and frequencies of the rotation.
-BUFFER = re.compile(r"(h|layers)\.\d+\.(attn|attention)\.(bias|masked_bias)|.*rotary_emb\.inv_freq")
 ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -37,6 +25,7 @@ SIZES = {  # our field: its keys in config.json, of which the first is written
     "n_inner": ("intermediate_size",),
 }
 GROUPED = SIZES | {"n_kv_head": ("num_key_value_heads",), "head_size": ("head_dim",)}
+CHOSEN = {"n_expert_active": ("num_experts_per_tok",)}
 GPT2_SIZES = {
     "n_layer": ("n_layer", "num_hidden_layers"),
     "n_head": ("n_head", "num_attention_heads"),
@@ -61,6 +50,7 @@ class Spelling:
         fixed: keys that change the forward and their only implemented value, which a missing key has too.
         prefix: of all weights but the head's.
         embedding, head: names of the token embedding and of a head of its own.
+        experts: names of a mixture of experts: of its module, of an expert's gate, up and down.
     """
 
     architecture: str
@@ -73,6 +63,7 @@ class Spelling:
     prefix: str = "model."
     embedding: str = "embed_tokens.weight"
     head: str = "lm_head.weight"
+    experts: tuple[str, str, str, str] | None = None
 
 
 LLAMA = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "hidden_act": "silu", "max_position_embeddings": 2048}
@@ -116,6 +107,34 @@ SPELLINGS: dict[str, Spelling] = {  # by model_type, which is our family
         embedding="embed_in.weight",
         head="embed_out.weight",
     ),
+    "mixtral": Spelling(
+        "MixtralForCausalLM",
+        LLAMA
+        | {"rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "num_key_value_heads": 8, "rope_theta": 1e6}
+        | {"num_local_experts": 8, "num_experts_per_tok": 2},
+        GROUPED | {"n_expert": ("num_local_experts", "num_experts")} | CHOSEN,
+        experts=("block_sparse_moe", "w1", "w3", "w2"),
+    ),
+    "olmoe": Spelling(
+        "OlmoeForCausalLM",
+        LLAMA
+        | {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "num_experts": 64, "num_experts_per_tok": 8}
+        | {"norm_topk_prob": False},
+        SIZES | {"n_kv_head": ("num_key_value_heads",), "n_expert": ("num_experts", "num_local_experts")} | CHOSEN,
+        biases=("attention_bias", ""),
+        fixed={"clip_qkv": None},
+        experts=("mlp", "gate_proj", "up_proj", "down_proj"),
+    ),
+    "qwen3_moe": Spelling(
+        "Qwen3MoeForCausalLM",
+        LLAMA
+        | {"max_position_embeddings": 32768, "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8}
+        | {"moe_intermediate_size": 768, "norm_topk_prob": False, "use_sliding_window": False},
+        GROUPED | {"n_inner": ("moe_intermediate_size",), "n_expert": ("num_experts", "num_local_experts")} | CHOSEN,
+        biases=("attention_bias", ""),
+        fixed={"decoder_sparse_step": 1, "mlp_only_layers": []},  # experts in every layer
+        experts=("mlp", "gate_proj", "up_proj", "down_proj"),
+    ),
 }
 
 
@@ -138,7 +157,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     spelling = spelling_of(hf.get("model_type"))
     values = {**spelling.defaults, **hf}
     for key, implemented in spelling.fixed.items():
-        if hf.get(key, implemented) != implemented:
+        if hf.get(key, implemented) != implemented and (implemented or hf[key] is not None):  # null: false, or empty
             raise UserError(
                 f"config.json has {key} = {hf[key]!r}, regpt implements {implemented!r} only; choose another model"
             )
@@ -159,6 +178,8 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         shape |= rope_of(values)
     if family == "smollm3":
         shape["no_rope_every"] = no_rope_every(values, shape["n_layer"])
+    if "norm_topk_prob" in spelling.defaults:
+        shape["norm_topk"] = values["norm_topk_prob"] is True
     return ModelConfig(family=family, **shape).normalized()  # pyright: ignore[reportArgumentType]
 
 
@@ -190,7 +211,8 @@ def window_of(values: Mapping[str, Any]) -> int:
     window, kinds = values.get("sliding_window"), set(values.get("layer_types") or ())
     if not window or values.get("use_sliding_window") is False or kinds == {"full_attention"}:
         return 0
-    if len(kinds) > 1 or ("use_sliding_window" in values and kinds != {"sliding_attention"}):
+    some = "use_sliding_window" in values and values.get("model_type") != "qwen3_moe"  # whose layers are alike
+    if len(kinds) > 1 or (some and kinds != {"sliding_attention"}):
         raise UserError(
             "config.json has layers with and without a sliding window, regpt implements one kind a model; choose "
             "another model"
@@ -237,8 +259,13 @@ def no_rope_every(values: Mapping[str, Any], n_layer: int) -> int:
 
 def config_to_hf(config: ModelConfig, eot: int, dtype: str = "float32") -> dict[str, Any]:
     """Contents of the `config.json` from which transformers 4 and 5 build this model; `eot` is the id of the token
-    that ends a text."""
+    that ends a text.
+
+    Raises:
+        UserError: transformers has no such model.
+    """
     spelling, shape = SPELLINGS[config.family], config.resolved()
+    check_spelling(shape)
     act = next(name for name, ours in ACTIVATIONS.items() if ours == shape.activation)
     contents: dict[str, Any] = {
         "architectures": [spelling.architecture],
@@ -260,7 +287,25 @@ def config_to_hf(config: ModelConfig, eot: int, dtype: str = "float32") -> dict[
         contents[attention] = shape.bias in ("all", "attention")
     if mlp:
         contents[mlp] = shape.bias in ("all", "mlp")
+    if "norm_topk_prob" in spelling.defaults:
+        contents["norm_topk_prob"] = shape.norm_topk
     return contents | (gpt2_keys(shape) if config.family == "gpt2" else rotary_keys(shape))
+
+
+def check_spelling(shape: ModelConfig) -> None:
+    """Raise a UserError where transformers' classes of the family cannot compute what `shape` describes."""
+    changed = {
+        "expert_bias": shape.expert_bias,
+        "n_expert_shared": shape.n_expert_shared,
+        "norm_topk": shape.family == "mixtral" and not shape.norm_topk,
+        "head_size": shape.family == "olmoe" and shape.head_size * shape.n_head != shape.n_embd,
+    }
+    for name, given in changed.items():
+        if given:
+            raise UserError(
+                f"model.{name} is {getattr(shape, name)}, which {SPELLINGS[shape.family].architecture} of transformers "
+                "cannot compute; it has no place in a Hugging Face folder"
+            )
 
 
 def gpt2_keys(shape: ModelConfig) -> dict[str, Any]:
@@ -288,7 +333,7 @@ def rotary_keys(shape: ModelConfig) -> dict[str, Any]:
             "original_max_position_embeddings": shape.rope_original_max_seq_len,
         }
     keys["rope_scaling"] = None if shape.rope_type == "default" else scaling
-    if shape.family in ("mistral", "qwen2", "qwen3", "smollm3"):
+    if shape.family in ("mistral", "qwen2", "qwen3", "smollm3", "mixtral", "qwen3_moe"):
         keys["sliding_window"] = shape.window or None
     if shape.family in ("qwen2", "qwen3", "smollm3"):
         kind = "sliding_attention" if shape.window else "full_attention"
@@ -297,98 +342,10 @@ def rotary_keys(shape: ModelConfig) -> dict[str, Any]:
             "max_window_layers": 0,
             "layer_types": [kind] * shape.n_layer,
         }
+    if shape.family == "qwen3_moe":
+        keys |= {"use_sliding_window": bool(shape.window), "intermediate_size": shape.n_inner}
     if shape.family == "smollm3":
         every = shape.no_rope_every
         keys["no_rope_layers"] = [int(not every or (layer + 1) % every != 0) for layer in range(shape.n_layer)]
         keys["no_rope_layer_interval"] = every or shape.n_layer + 1
     return keys
-
-
-class WeightsFromHF(Mapping[str, Tensor]):
-    """Hugging Face's tensors under our names and in our layout, each read from `tensors` only when it is asked for.
-
-    A tied weight may be stored as the embedding, as the head, or as both.
-
-    Args:
-        rows: of embedding and head as they are stored; with `n_vocab`, those from there on are padding and left out.
-
-    Raises:
-        UserError: a tensor that is there with and without prefix, or a head that differs from the token embedding
-            though the two are tied.
-    """
-
-    def __init__(
-        self,
-        tensors: Mapping[str, Tensor],
-        rows: int | None = None,
-        n_vocab: int | None = None,
-        *,
-        family: str = "gpt2",
-        tied: bool = True,
-    ):
-        self.tensors, self.rows, self.n_vocab = tensors, rows, n_vocab
-        self.spelling = spelling = SPELLINGS[family]
-        prefix = spelling.prefix
-        kept = [name for name in tensors if not is_buffer(name.removeprefix(prefix))]
-        self.theirs = {name.removeprefix(prefix): name for name in kept}
-        if len(self.theirs) < len(kept):
-            twice = next(name for name in kept if self.theirs[name.removeprefix(prefix)] != name)
-            raise UserError(f"the weights hold {twice!r} with and without {prefix!r}; remove one of them")
-        if not tied:
-            return
-        head = self.theirs.pop(spelling.head, None)
-        embedding = self.theirs.setdefault(spelling.embedding, head) if head else None
-        if head and embedding and head != embedding and not torch.equal(tensors[head], tensors[embedding]):
-            raise UserError(
-                f"the weights hold an {spelling.head} that differs from {spelling.embedding}, config.json has "
-                "tie_word_embeddings = true; set it to false or choose another model"
-            )
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor = self.tensors[self.theirs[name]]
-        if tensor.dtype not in READ:
-            raise UserError(
-                f"weight {name!r} is stored as {tensor.dtype}, regpt reads floating point of 16 bits and more; "
-                "choose a model that is not quantised"
-            )
-        if name in (self.spelling.embedding, self.spelling.head) and self.rows is not None:
-            if tensor.shape[:1] != (self.rows,):
-                raise UserError(
-                    f"weight {name!r} has shape {tuple(tensor.shape)}, config.json has vocab_size {self.rows}; restore "
-                    "the folder or choose another model"
-                )
-            tensor = tensor[: self.n_vocab]
-        if not tensor.isfinite().all():
-            raise UserError(f"weight {name!r} holds numbers that are not finite; choose another model")
-        return transposed(name, tensor)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.theirs)
-
-    def __len__(self) -> int:
-        return len(self.theirs)
-
-
-def weights_to_hf(weights: Mapping[str, Tensor], family: str = "gpt2") -> dict[str, Tensor]:
-    """Our `weights` under transformers' names and in its layout, contiguous; a tied head is left out.
-
-    Their GPT-2 has all biases: those that ours lacks are zeros.
-    """
-    prefix, head = SPELLINGS[family].prefix, SPELLINGS[family].head
-    if family == "gpt2":
-        biased = {name.removesuffix("weight") + "bias": w for name, w in weights.items() if GPT2_BIASED.fullmatch(name)}
-        weights = {name: w.new_zeros(len(w)) for name, w in biased.items()} | {**weights}
-    return {
-        name if name == head else prefix + name: transposed(name, tensor).contiguous()
-        for name, tensor in weights.items()
-    }
-
-
-def transposed(name: str, tensor: Tensor) -> Tensor:
-    """`tensor` between `Conv1D` (in, out) and `nn.Linear` (out, in), either way; others as they are. A view."""
-    return tensor.t() if CONV1D.fullmatch(name) and tensor.dim() == 2 else tensor
-
-
-def is_buffer(name: str) -> bool:
-    """Whether `name`, without prefix, is a constant that older files store next to the weights."""
-    return BUFFER.fullmatch(name) is not None

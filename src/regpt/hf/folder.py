@@ -4,7 +4,8 @@ from pathlib import Path
 
 from regpt.errors import UserError
 from regpt.files import is_file
-from regpt.hf.families import WeightsFromHF, config_from_hf
+from regpt.hf.families import config_from_hf
+from regpt.hf.weights import WeightsFromHF
 from regpt.model.config import ModelConfig
 from regpt.model.families import make_model
 from regpt.model.weights import count_parameters, without_memory

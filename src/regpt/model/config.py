@@ -8,10 +8,12 @@ from regpt.ranges import Range, check_ranges
 
 # Beyond any machine; a file that asks for more is damaged or made to fill the memory.
 LARGEST_SIZE = 1 << 24
-LARGEST_DEPTH = 1 << 12
+LARGEST_DEPTH = LARGEST_EXPERTS = 1 << 12
 GPT2_VOCAB_SIZE = 50257  # Radford et al. 2019, section 2.3
 
-FamilyName = Literal["gpt2", "llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3", "gpt_neox"]
+FamilyName = Literal[
+    "gpt2", "llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3", "gpt_neox", "mixtral", "olmoe", "qwen3_moe"
+]
 ActivationName = Literal["gelu_tanh", "gelu", "relu", "silu"]
 BiasName = Literal["all", "attention", "qkv", "mlp", "none"]
 RopeType = Literal["default", "linear", "llama3"]
@@ -26,6 +28,7 @@ class Family:
         gated: MLPs multiply the activation by a second product (Shazeer 2020).
         rotary: positions by rotation (Su et al. 2021) instead of a learned embedding.
         qk_norm: RMSNorm of queries and keys before the rotation: of each head, or of all heads together.
+        experts: MLPs of experts and a router (Shazeer et al. 2017).
         norm_after: norms at the output of attention and MLP instead of their input (OLMo et al. 2024, section 3.2).
     """
 
@@ -35,6 +38,7 @@ class Family:
     rotary: bool = True
     qk_norm: Literal["", "head", "all"] = ""
     norm_after: bool = False
+    experts: bool = False
 
 
 FAMILIES: dict[str, Family] = {
@@ -46,6 +50,9 @@ FAMILIES: dict[str, Family] = {
     "olmo2": Family(qk_norm="all", norm_after=True),
     "smollm3": Family(),
     "gpt_neox": Family("gelu", "all", gated=False),  # Pythia
+    "mixtral": Family(experts=True),
+    "olmoe": Family(qk_norm="all", experts=True),
+    "qwen3_moe": Family(qk_norm="head", experts=True),
 }
 
 
@@ -76,7 +83,18 @@ class ModelConfig:
     head_size: Annotated[int, Range(0, LARGEST_SIZE)] = 0
     """Width of a head; 0: n_embd / n_head."""
     n_inner: Annotated[int, Range(0, LARGEST_SIZE)] = 0
-    """Width of the MLP; 0: 4 n_embd, for gated MLPs two thirds of that, rounded up to a multiple of 256."""
+    """Width of the MLP; 0: 4 n_embd, for gated MLPs two thirds of that, rounded up to a multiple of 256.
+    In families of experts: of each expert."""
+    n_expert: Annotated[int, Range(0, LARGEST_EXPERTS)] = 0
+    """Experts of a layer; 0: Mixtral's 8 in families of experts, none in the others."""
+    n_expert_active: Annotated[int, Range(0, LARGEST_EXPERTS)] = 0
+    """Experts that compute a token, chosen by its router; 0: Mixtral's 2, or the one there is."""
+    n_expert_shared: Annotated[int, Range(0, LARGEST_EXPERTS)] = 0
+    """Further experts that compute every token (Dai et al. 2024, section 3.2)."""
+    norm_topk: bool = True
+    """The weights of a token's experts are divided by their sum (Mixtral, Qwen 3; OLMoE: not)."""
+    expert_bias: bool = False
+    """Routers have a bias that only takes part in the choice of experts: what train.balance = bias moves."""
     activation: Literal["", ActivationName] = ""
     """Activation of the MLP; empty: the family's."""
     bias: Literal["", BiasName] = ""
@@ -124,6 +142,7 @@ class ModelConfig:
                 f"n_kv_head = {divisors_near(self.n_head, self.n_kv_head)} would fit"
             )
         self.check_positions()
+        self.check_experts()
 
     def check_positions(self) -> None:
         """Raise a UsageError where fields of positions contradict each other or the family."""
@@ -148,6 +167,26 @@ class ModelConfig:
                 f"rope_high_freq_factor; they are {self.rope_original_max_seq_len}, {self.rope_low_freq_factor:g} and "
                 f"{self.rope_high_freq_factor:g}"
             )
+
+    def check_experts(self) -> None:
+        """Raise a UsageError where fields of experts contradict each other or the family."""
+        if not FAMILIES[self.family].experts:
+            changed = [name for name in EXPERTS if getattr(self, name) != getattr(ModelConfig, name)]
+            if changed:
+                families = ", ".join(name for name, family in FAMILIES.items() if family.experts)
+                raise UsageError(
+                    f"model.{changed[0]} is {getattr(self, changed[0])!r}, but {self.family} has no experts; leave it "
+                    f"out or choose a model.family that has some: {families}"
+                )
+            return
+        whole = self.resolved()
+        if whole.n_expert_active > whole.n_expert:
+            raise UsageError(
+                f"model.n_expert_active is {whole.n_expert_active}, but there are {whole.n_expert} experts; make it "
+                "smaller or model.n_expert larger"
+            )
+        if self.bias in ("all", "mlp"):
+            raise UsageError(f"model.bias is {self.bias!r}, but experts have no biases; choose attention, qkv or none")
 
     @property
     def rotated_size(self) -> int:
@@ -177,7 +216,8 @@ class ModelConfig:
         """Values of the fields that may be left empty."""
         family = FAMILIES[self.family]
         inner = -(-8 * self.n_embd // 3 // 256) * 256 if family.gated else 4 * self.n_embd
-        return {
+        routed = {"n_expert": 8, "n_expert_active": min(2, self.n_expert or 8)} if family.experts else {}
+        return routed | {
             "n_kv_head": self.n_head,
             "head_size": self.n_embd // self.n_head,
             "n_inner": inner,
@@ -187,6 +227,7 @@ class ModelConfig:
 
 
 FIRST_FIELDS = ("family", "n_layer", "n_head", "n_embd", "vocab_size", "max_seq_len", "dropout")
+EXPERTS = ("n_expert", "n_expert_active", "n_expert_shared", "norm_topk", "expert_bias")
 ROTARY = [name for name in ModelConfig.__dataclass_fields__ if name.startswith("rope_")] + ["no_rope_every"]
 
 

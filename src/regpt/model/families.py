@@ -1,17 +1,19 @@
 """The forward of each family."""
 
-from regpt.model.config import ModelConfig
+from regpt.model.config import FAMILIES, ModelConfig
+from regpt.model.experts import LlamaOfExperts
 from regpt.model.gpt2 import GPT2
 from regpt.model.llama import Llama
 from regpt.model.neox import NeoX
 from regpt.model.ops import PLAIN, Ops
 from regpt.model.transformer import Transformer
 
-FORWARDS: dict[str, type[Transformer]] = {"gpt2": GPT2, "gpt_neox": NeoX}  # the others: Llama
+FORWARDS: dict[str, type[Transformer]] = {"gpt2": GPT2, "gpt_neox": NeoX}  # the others: Llama, with or without experts
 
 
 def forward_of(config: ModelConfig) -> type[Transformer]:
-    return FORWARDS.get(config.family, Llama)
+    others = LlamaOfExperts if FAMILIES[config.family].experts else Llama
+    return FORWARDS.get(config.family, others)
 
 
 def make_model(config: ModelConfig, ops: Ops = PLAIN, *, pad_vocab: bool = True) -> Transformer:

@@ -10,7 +10,7 @@ from regpt.model.config import ModelConfig
 from regpt.model.dropout import OFF, Dropout
 from regpt.model.layers import Head, LayerNorm, Linear, activation, attend, padded_rows
 from regpt.model.ops import PLAIN, Ops
-from regpt.model.transformer import Transformer
+from regpt.model.transformer import Routes, Transformer
 
 
 class CausalSelfAttention(nn.Module):
@@ -80,7 +80,16 @@ class GPT2(Transformer):
         self.lm_head = None if config.tie_embeddings else Head(rows, config.n_embd)
         self.padded_names = frozenset({"wte.weight"} | ({"lm_head.weight"} if self.lm_head else set()))
 
-    def stack(self, idx: Tensor, positions: Tensor, mask: Any, cache: KVCache | None, drop: Dropout, /) -> Tensor:
+    def stack(
+        self,
+        idx: Tensor,
+        positions: Tensor,
+        mask: Any,
+        cache: KVCache | None,
+        drop: Dropout,
+        /,
+        routes: Routes = None,
+    ) -> Tensor:
         x = drop(self.wte(idx) + self.wpe(positions), site=0)  # (B, T, C)
         for block in self.h:
             x = block(x, mask, cache, drop)

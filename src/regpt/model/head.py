@@ -94,9 +94,14 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def product_dtype(hidden: Tensor) -> torch.dtype:
     """The format in which F.linear multiplies here: autocast's, which leaves float64 alone."""
     kind = hidden.device.type
-    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+    if hidden.dtype != torch.float64 and under_autocast(kind):
         return torch.get_autocast_dtype(kind)
     return hidden.dtype
+
+
+def under_autocast(kind: str) -> bool:
+    """Whether autocast is on; the meta device has none."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def chunk_rows(N: int, V: int, dtype: torch.dtype) -> int:

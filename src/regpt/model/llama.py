@@ -15,7 +15,7 @@ from regpt.model.config import FAMILIES, ModelConfig
 from regpt.model.dropout import OFF, Dropout
 from regpt.model.layers import Head, Linear, RMSNorm, Rotation, activation, attend, padded_rows, rotate, rotation
 from regpt.model.ops import PLAIN, Ops
-from regpt.model.transformer import Transformer
+from regpt.model.transformer import Routes, Transformer
 
 
 class LlamaAttention(nn.Module):
@@ -50,14 +50,14 @@ class LlamaAttention(nn.Module):
 
 
 class LlamaMLP(nn.Module):
-    """SwiGLU (Shazeer 2020, eq. 6)."""
+    """SwiGLU (Shazeer 2020, eq. 6), `times` as wide as the configuration states."""
 
-    def __init__(self, config: ModelConfig, ops: Ops):
+    def __init__(self, config: ModelConfig, ops: Ops, times: int = 1):
         super().__init__()
-        bias = config.bias in ("all", "mlp")
-        self.gate_proj = Linear(config.n_embd, config.n_inner, ops, bias=bias)
-        self.up_proj = Linear(config.n_embd, config.n_inner, ops, bias=bias)
-        self.down_proj = Linear(config.n_inner, config.n_embd, ops, bias=bias)
+        bias, inner = config.bias in ("all", "mlp"), times * config.n_inner
+        self.gate_proj = Linear(config.n_embd, inner, ops, bias=bias)
+        self.up_proj = Linear(config.n_embd, inner, ops, bias=bias)
+        self.down_proj = Linear(inner, config.n_embd, ops, bias=bias)
         self.activation = activation(config, ops)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,19 +103,29 @@ class Llama(Transformer):
     token_embedding = "embed_tokens.weight"
     undecayed = ("*.bias", "*norm.weight")
     residual = ("o_proj.weight", "down_proj.weight")
+    block_class: type[nn.Module] = LlamaBlock
 
     def __init__(self, config: ModelConfig, ops: Ops = PLAIN, *, pad_vocab: bool = True):
         super().__init__(config, ops, pad_vocab=pad_vocab)
         self.shape = shape = config.resolved()
         rows = padded_rows(config.vocab_size, pad_vocab)
-        block = PostNormBlock if FAMILIES[config.family].norm_after else LlamaBlock
+        block = PostNormBlock if FAMILIES[config.family].norm_after else self.block_class
         self.embed_tokens = nn.Embedding(rows, config.n_embd)
         self.layers = nn.ModuleList(block(shape, ops, layer) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps, ops)
         self.lm_head = None if config.tie_embeddings else Head(rows, config.n_embd)
         self.padded_names = frozenset({"embed_tokens.weight"} | ({"lm_head.weight"} if self.lm_head else set()))
 
-    def stack(self, idx: Tensor, positions: Tensor, mask: Any, cache: KVCache | None, drop: Dropout, /) -> Tensor:
+    def stack(
+        self,
+        idx: Tensor,
+        positions: Tensor,
+        mask: Any,
+        cache: KVCache | None,
+        drop: Dropout,
+        /,
+        routes: Routes = None,
+    ) -> Tensor:
         x = drop(self.embed_tokens(idx), site=0)  # (B, T, C)
         by = rotation(self.shape, positions)
         for block in self.layers:

@@ -14,7 +14,7 @@ from regpt.model.config import ModelConfig
 from regpt.model.dropout import OFF, Dropout
 from regpt.model.layers import Head, LayerNorm, Linear, Rotation, activation, attend, padded_rows, rotate, rotation
 from regpt.model.ops import PLAIN, Ops
-from regpt.model.transformer import Transformer
+from regpt.model.transformer import Routes, Transformer
 
 
 class NeoXAttention(nn.Module):
@@ -77,7 +77,16 @@ class NeoX(Transformer):
         self.embed_out = None if config.tie_embeddings else Head(rows, config.n_embd)
         self.padded_names = frozenset({"embed_in.weight"} | ({"embed_out.weight"} if self.embed_out else set()))
 
-    def stack(self, idx: Tensor, positions: Tensor, mask: Any, cache: KVCache | None, drop: Dropout, /) -> Tensor:
+    def stack(
+        self,
+        idx: Tensor,
+        positions: Tensor,
+        mask: Any,
+        cache: KVCache | None,
+        drop: Dropout,
+        /,
+        routes: Routes = None,
+    ) -> Tensor:
         x = drop(self.embed_in(idx), site=0)  # (B, T, C)
         by = rotation(self.shape, positions)
         for block in self.layers:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from regpt.model.grouped import Matrices, experts_grouped
 from regpt.model.head import IGNORE_INDEX as IGNORE_INDEX
 from regpt.model.head import cross_entropy_with_z_loss, linear_cross_entropy
 from regpt.model.masks import AttentionMask, causal_mask, sdpa_mask
@@ -72,7 +73,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Ops:
-    """One choice of implementation for each operation, with the signatures of the functions above and in `model.head`.
+    """One choice of implementation for each operation, with the signatures of the functions above, in `model.head`
+    and in `model.grouped`.
 
     Attributes:
         translate_mask: (mask, B, T, S, device) → what `attention` takes as its mask; called once a forward.
@@ -84,6 +86,7 @@ class Ops:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
     gelu: Callable[[Tensor], Tensor] = gelu
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = linear
+    experts: Callable[[Tensor, tuple[Tensor, Tensor], Matrices, Callable[[Tensor], Tensor]], Tensor] = experts_grouped
     linear_cross_entropy: Callable[[Tensor, Tensor, Tensor, int], Tensor] = linear_cross_entropy
     cross_entropy_with_z_loss: Callable[[Tensor, Tensor, Tensor, int, float], tuple[Tensor, Tensor]] = (
         cross_entropy_with_z_loss

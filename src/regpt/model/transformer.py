@@ -11,8 +11,11 @@ from torch import Tensor
 from regpt.model.cache import KVCache
 from regpt.model.config import ModelConfig
 from regpt.model.dropout import Dropout
+from regpt.model.grouped import Routing
 from regpt.model.masks import CAUSAL, AttentionMask
 from regpt.model.ops import PLAIN, Ops
+
+Routes = list[Routing] | None  # what the layers' routers decided, appended in order
 
 INIT_STD = 0.02  # GPT-2: Radford et al. 2018, section 4.1
 
@@ -55,7 +58,16 @@ class Transformer(nn.Module):
         self.config = config
         self.ops = ops
 
-    def stack(self, idx: Tensor, positions: Tensor, mask: Any, cache: KVCache | None, drop: Dropout, /) -> Tensor:
+    def stack(
+        self,
+        idx: Tensor,
+        positions: Tensor,
+        mask: Any,
+        cache: KVCache | None,
+        drop: Dropout,
+        /,
+        routes: Routes = None,
+    ) -> Tensor:
         """The family's forward: from token ids (B, T) and their positions to hidden states (B, T, C)."""
         raise NotImplementedError
 
@@ -94,6 +106,10 @@ class Transformer(nn.Module):
         linear = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
         return linear + rows * self.head_weight.size(1)
 
+    def idle_parameters(self) -> int:
+        """Weights that a token has no part in: of experts that it is not routed to."""
+        return 0
+
     def attention_flops(self, seq_len: int) -> int:
         """FLOPs of the two products of attention for one token of `seq_len`, forward and backward, without a discount
         for causality: 12·H·D·T a block (Chowdhery et al. 2022, appendix B), T at most the window."""
@@ -110,6 +126,7 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         mask: AttentionMask = CAUSAL,
         dropout_keys: Tensor | None = None,
+        routes: Routes = None,
     ) -> Tensor:
         """Final hidden states (B, T, C) of the tokens `idx` (B, T) int64, each below vocab_size.
 
@@ -117,7 +134,7 @@ class Transformer(nn.Module):
         lengths from 0 to B·T, are the documents of `mask`; `positions` must then restart in each. With a tree, rows may
         be longer than the model. `cache` holds the keys and values of earlier tokens and takes those of `idx`.
         `dropout_keys` (B,), for training alone, are the rows' keys of dropout at `config.dropout`; without them there
-        is no dropout, in training mode either.
+        is no dropout, in training mode either. To `routes` each layer of experts appends its routing of the B·T tokens.
 
         Raises:
             ValueError: more positions than the model has; documents or a tree without positions or with a cache.
@@ -134,7 +151,7 @@ class Transformer(nn.Module):
             positions = torch.arange(start, start + T, device=idx.device)  # (T,)
         seen = self.ops.translate_mask(mask, B, T, start + T, idx.device)
         drop = Dropout(self.config.dropout, dropout_keys if self.config.dropout else None)
-        x = self.stack(idx, positions, seen, cache, drop)  # (B, T, C)
+        x = self.stack(idx, positions, seen, cache, drop, routes)  # (B, T, C)
         if cache is not None:
             cache.length += T
         return x

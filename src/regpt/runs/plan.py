@@ -198,7 +198,7 @@ def describe_target(target: Target, gpus: int) -> dict[str, Any]:
 
 def describe_model(step: PlannedStep) -> dict[str, Any]:
     shape = step.shape
-    sizes = {"parameters": shape.parameters, "parameters_in_memory": shape.padded}
+    sizes = {"parameters": shape.parameters, "active_parameters": shape.active, "parameters_in_memory": shape.padded}
     return sizes | {"flops_per_token": shape.flops_per_token}
 
 

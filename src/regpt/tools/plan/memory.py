@@ -23,6 +23,7 @@ from regpt.data.batch import Batch
 from regpt.kernels import fp8
 from regpt.model.config import ModelConfig
 from regpt.model.families import make_model
+from regpt.model.grouped import experts_grouped, looped_product
 from regpt.model.head import chunk_rows, in_chunks, padded_logits, summed_losses
 from regpt.model.ops import PLAIN
 from regpt.model.weights import WithoutValues, count_parameters, without_memory
@@ -57,14 +58,17 @@ class Shape:
 
     Attributes:
         parameters: without vocabulary padding, the tied head once.
+        active: of them, those that compute a token: without the experts that it is not routed to.
         padded: what is in memory.
-        matrices: weights of matrix products, the padded head included: those that bfloat16 copies are made of.
+        matrices: weights of a token's matrix products, the padded head included: without experts, those that bfloat16
+            copies are made of.
         vocab_rows: rows of the head, padded.
         flops_per_token: forward and backward, at the real vocabulary (`train.peak`).
         attention_flops: of them, those of attention's products.
     """
 
     parameters: int
+    active: int
     padded: int
     matrices: int
     n_layer: int
@@ -95,6 +99,7 @@ def shape_of(config: ModelConfig, seq_len: int, *, pad_vocab: bool) -> Shape:
         model = make_model(config, pad_vocab=pad_vocab)
     return Shape(
         parameters=count_parameters(model),
+        active=count_parameters(model) - model.idle_parameters(),
         padded=sum(p.numel() for p in model.parameters()),
         matrices=model.matmul_parameters(padded=True),
         n_layer=config.n_layer,
@@ -193,7 +198,8 @@ def trace(step: PlannedStep, rows: int, chunk: int = 0) -> Trace:
 
     linear = fp8.linear if step.precision == "fp8" else PLAIN.linear
     with FakeTensorMode(), WithoutValues():
-        ops = replace(PLAIN, linear=linear, linear_cross_entropy=loss)
+        experts = functools.partial(experts_grouped, product=looped_product)  # fake tensors have no other
+        ops = replace(PLAIN, linear=linear, linear_cross_entropy=loss, experts=experts)
         model = make_model(step.model, ops, pad_vocab=step.pad_vocab)
         if step.checkpointing:
             recompute_blocks(model)
