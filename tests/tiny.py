@@ -180,7 +180,7 @@ def wrapping(wrap: Callable[[Transformer, Callable[[Batch], Tensor]], Callable[[
 def update(trainer: Trainer) -> dict[str, Any]:
     """The row of the next update that is applied, as `Trainer.fit` makes it."""
     while (result := trainer.train_step()).verdict is not None:
-        trainer.leave_out(result)
+        trainer.apply_verdict(result)
     return trainer.row(result, 1.0)
 
 

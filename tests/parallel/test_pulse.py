@@ -21,7 +21,7 @@ def test_the_ranks_that_have_begun_fewer_waits_are_missing():
     notes = {0: OWN, 1: note(6, 20, time=88.0), 2: OWN}
     assert diagnosis(0, 4, OWN, notes, 61.0) == (
         "step 7: rank 0 has waited 61 seconds for the sum of the gradients; missing: "
-        "rank 1 (computing in step 6, heard of 12 seconds ago), rank 3 (never heard of)"
+        "rank 1 (computing in step 6, last heartbeat 12 seconds ago), rank 3 (no heartbeat yet)"
     )
 
 
@@ -30,7 +30,7 @@ def test_when_nobody_is_missing_the_device_or_the_network_is_suspected():
 
 
 def test_without_a_store_its_host_is_said_to_be_gone():
-    assert diagnosis(1, 2, OWN, {}, 61.0).endswith("the store is not to be reached, so its host is gone")
+    assert diagnosis(1, 2, OWN, {}, 61.0).endswith("the rendezvous store cannot be reached, so its host is gone")
 
 
 def test_a_pulse_counts_waits_and_knows_the_present_one():
@@ -111,7 +111,7 @@ def test_a_rank_that_says_that_it_writes_is_waited_for_as_long_as_it_says_so(end
     assert not capfd.readouterr().err  # rank 0 says it for all
     waiting.judge(all_notes | {1: at_work() | {"time": 222.0}}, 61.0)  # nothing was heard since
     assert ended == [HUNG]
-    assert "missing: rank 1 (writing a checkpoint in step 6, heard of" in capfd.readouterr().err
+    assert "missing: rank 1 (writing a checkpoint in step 6, last heartbeat" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_a_rank_that_says_that_it_writes_is_waited_for_as_long_as_it_says_so(end
         {0: OWN, 1: at_work(work=""), 2: OWN},  # computing
         {0: OWN, 1: at_work(doing="a common decision"), 2: OWN},  # in another wait
         {0: OWN, 1: at_work(), 2: note(6, 20)},  # another one computes
-        {0: OWN, 1: at_work()},  # never heard of
+        {0: OWN, 1: at_work()},  # no heartbeat yet
         {0: OWN, 1: OWN, 2: OWN},  # all are in it
         {},  # the store is gone
     ],

@@ -89,7 +89,7 @@ def test_a_norm_that_overflows_is_no_fault_of_the_moment(config, spoiled, tmp_pa
             {"precision": "fp32"},
             4,
             {"repeats": False},
-            "suspect the hardware, and go on from the last checkpoint with -",
+            "suspect the hardware, and continue from the last checkpoint with -",
         ),
         (
             {"precision": "bf16"},
@@ -98,7 +98,7 @@ def test_a_norm_that_overflows_is_no_fault_of_the_moment(config, spoiled, tmp_pa
             "skip, or, with --force or --fork-from, set --train.precision fp3",
         ),
         ({"precision": "fp32", "on_non_finite": "skip"}, 0, {}, "check the data and what --init-from named"),
-        ({"precision": "fp64"}, 0, {}, "go on from the last checkpoint with --train.on-non-finite skip"),
+        ({"precision": "fp64"}, 0, {}, "continue from the last checkpoint with --train.on-non-finite skip"),
         (
             {"precision": "fp32", "on_non_finite": "rewind"},
             3,
@@ -198,7 +198,7 @@ def test_rewind_without_a_checkpoint_says_what_to_do(config, spoiled, tmp_path: 
 
 def test_too_many_in_a_row_stop_the_run(config, spoiled, tmp_path: Path):
     spoiled(*(bad_row(config, step=step) for step in (4, 5, 6, 7)))
-    with pytest.raises(UserError, match=r"step 5: .*, after 3 more that were left out.*was not applied"):
+    with pytest.raises(UserError, match=r"step 5: .*, after 3 more skipped batches.*was not applied"):
         pretrain(config, tmp_path / "run")
     assert len(events(tmp_path / "run", "non_finite")) == 4
 

@@ -166,7 +166,7 @@ def test_more_processes_than_rows_are_refused(config, tmp_path):
 
 
 def test_weights_of_another_shape_are_refused_before_the_run_exists(config, straight, tmp_path):
-    with pytest.raises(UserError, match=r"is a model of another shape \(n_layer 1 there, 2 here\)"):
+    with pytest.raises(UserError, match=r"is a model of another shape \(n_layer 1, not 2\)"):
         pretrain(tiny.change(config, "model", n_layer=2), tmp_path / "run", init_from=str(straight))
     assert not (tmp_path / "run").exists()
 

@@ -1,6 +1,7 @@
-"""Checkpoints written while training continues, one at a time, in a thread.
+"""Asynchronous checkpoints: a background thread writes them, one at a time, while training continues.
 
-Training waits until the tensors are copied to host memory: for those of a GPU page-locked, and kept for the next time.
+Training waits only for the copy of the tensors to host memory. The copy of GPU tensors uses page-locked buffers, which
+the next save reuses.
 """
 
 import math
@@ -28,10 +29,10 @@ class Saved:
     """One finished save.
 
     Attributes:
-        step: updates that the checkpoint has seen.
+        step: updates made.
         stall_ms: how long training waited.
-        write_ms: from then until the checkpoint was on the disk and older ones were gone.
-        bytes: of its tensors.
+        write_ms: from the end of the copy until the checkpoint was on disk and older ones were deleted.
+        bytes: size of the tensors.
     """
 
     step: int
@@ -41,11 +42,11 @@ class Saved:
 
 
 class Saver:
-    """Saves the checkpoints of one run; use it as a context, which ends when the last one is on the disk.
+    """Saves the checkpoints of one run. Leaving it as a context manager waits until the last one is on disk.
 
-    `save` returns as soon as the tensors have been copied. When something goes wrong later, `failed` becomes true and
-    stays so, and the next `wait` raises what it was. Two saves never overlap. When Ctrl-C ends the context nothing
-    waits: the checkpoint that was being written is not there, the ones before it are.
+    `save` returns as soon as the tensors are copied. If the write fails later, `failed` becomes True for good, and the
+    next `wait` raises the error. Two saves never overlap. Ctrl-C leaves the context without waiting: the checkpoint in
+    progress is lost, earlier ones are complete.
     """
 
     def __init__(
@@ -55,12 +56,12 @@ class Saver:
         in_use: Callable[[Path], bool] = lambda folder: False,
         saved: Callable[[], object] = lambda: None,
     ) -> None:
-        """`in_use(folder)`: an old checkpoint is not to be deleted yet; `saved()` is called after each save."""
+        """`in_use(folder)`: a checkpoint must not be deleted yet; `saved()` is called after each save."""
         self.run, self.config, self.in_use, self.saved = run, config, in_use, saved
-        self.pinned: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)  # by the fields of `Contents`
-        self.known: dict[Path, bool] = {}  # whether a checkpoint is intact: each is read once
+        self.pinned: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)  # buffers by field of `Contents`
+        self.known: dict[Path, bool] = {}  # results of `is_intact`, which reads every byte of a checkpoint
         self.thread: threading.Thread | None = None
-        self.last_step: int | None = None  # of the save last begun
+        self.last_step: int | None = None  # of the last save that was started
         self.failed = False
         self.failure: BaseException | None = None
         self.done: list[Saved] = []
@@ -72,12 +73,12 @@ class Saver:
             UserError: the save before this one failed.
         """
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # the update itself is no part of what saving costs
+            torch.cuda.synchronize(device)  # so that the stall does not count the update itself
         started = time.perf_counter()
         self.wait()
         self.last_step = contents.state.step
         copies = {part: copied_to_host(tensors, self.pinned[part]) for part, tensors in contents.tensors().items()}
-        contents = replace(contents, **copies)  # the originals go on changing
+        contents = replace(contents, **copies)  # training keeps changing the originals
         stall_ms = (time.perf_counter() - started) * 1e3
         self.thread = threading.Thread(target=self.work, args=(contents, stall_ms), daemon=True)
         self.thread.start()
@@ -85,14 +86,14 @@ class Saver:
             self.wait()
 
     def work(self, contents: Contents, stall_ms: float) -> None:
-        """Everything after the copy, in the thread."""
+        """Write the copy and prune older checkpoints; runs in the thread."""
         started = time.perf_counter()
         try:
             for part, tensors in contents.tensors().items():
                 if name := not_finite(tensors):
                     raise UserError(f"{f'{part}/{name}'!r} holds numbers that are not finite, so it was not saved")
             for rows in self.run.glob("*.jsonl"):
-                sync(rows)  # what was said of the steps before reaches the disk first
+                sync(rows)  # a checkpoint on disk implies that the metrics up to its step are
             step = contents.state.step
             folder = checkpoint_folder(self.run, step)
             save_checkpoint(folder, contents, self.config.max_file_mib << 20)
@@ -109,40 +110,40 @@ class Saver:
         self.done.append(Saved(step, stall_ms, write_ms, size))
 
     def prune(self) -> list[Path]:
-        """Delete the older checkpoints of the run; returns those deleted.
+        """Delete the older checkpoints of the run that the configuration does not keep; return their folders.
 
-        A damaged one is neither counted nor deleted: it may be the only trace of something. One that is `in_use` stays
-        until the next time.
+        A damaged checkpoint is neither counted nor deleted: it may hold the only copy of some state. A checkpoint
+        that is `in_use` stays until the next save.
         """
-        whole = [folder for folder in checkpoints(self.run) if self.is_intact(folder)]
-        kept = self.kept(map(step_of, whole))
-        unwanted = [folder for folder in whole if step_of(folder) not in kept and not self.in_use(folder)]
+        intact = [folder for folder in checkpoints(self.run) if self.is_intact(folder)]
+        kept = self.kept(map(step_of, intact))
+        unwanted = [folder for folder in intact if step_of(folder) not in kept and not self.in_use(folder)]
         for folder in unwanted:
             discard(folder)
         return unwanted
 
     def kept(self, steps: Iterable[int]) -> set[int]:
-        """Those of `steps` whose checkpoints the configuration keeps."""
+        """Select the `steps` whose checkpoints the configuration keeps."""
         return kept_steps(steps, self.config.keep_last, self.config.keep_every, self.best)
 
     @cached_property
     def losses(self) -> dict[int, float]:
-        """Validation loss by step, those of earlier processes too."""
+        """Validation loss by step, read from metrics.jsonl: losses before a resume count, too."""
         return validation_losses(self.run / METRICS)
 
     def best(self, steps: Iterable[int]) -> int | None:
-        """The one of `steps` that `checkpoint.keep_best` keeps."""
+        """Return the step of the lowest validation loss among `steps`; None unless `checkpoint.keep_best` is set."""
         return best_step(self.losses, steps) if self.config.keep_best else None
 
     def is_best_unsaved(self, step: int, loss: float) -> bool:
-        """Note a validation; whether it is the lowest so far, and its weights are not in a checkpoint."""
+        """Record a validation loss; return True if it is the lowest so far and its step has no checkpoint yet."""
         losses = self.losses | ({step: loss} if math.isfinite(loss) else {})
         self.losses = losses
-        there = step == self.last_step or checkpoint_folder(self.run, step).exists()
-        return self.best(losses) == step and not there
+        saved = step == self.last_step or checkpoint_folder(self.run, step).exists()
+        return self.best(losses) == step and not saved
 
     def note_step_back(self, step: int) -> None:
-        """The run goes on from `step`: later validations do not count."""
+        """Forget validations after `step`, to which the run was rewound."""
         self.losses = {made: loss for made, loss in self.losses.items() if made <= step}
 
     def is_intact(self, folder: Path) -> bool:
@@ -151,7 +152,7 @@ class Saver:
         return self.known[folder]
 
     def wait(self) -> None:
-        """Return when nothing is being written; raises what went wrong, once."""
+        """Wait for the save in progress; raise its error, once."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
@@ -160,7 +161,7 @@ class Saver:
             raise failure
 
     def take_done(self) -> list[Saved]:
-        """The saves that were finished since the last call."""
+        """Return the saves finished since the last call."""
         done, self.done = self.done, []
         return done
 
@@ -171,14 +172,14 @@ class Saver:
         if error is None:
             self.wait()
         elif isinstance(error, Exception) and self.thread is not None:
-            self.thread.join()  # what was begun is finished; its own failure would hide the error
+            self.thread.join()  # finish the save in progress, but let `error` propagate rather than its failure
 
 
 def copied_to_host(tensors: Mapping[str, Tensor], pinned: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of `tensors` in host memory, complete when this returns.
+    """Copy `tensors` to host memory; synchronises, so the copies are complete on return.
 
     Args:
-        pinned: page-locked memory for the tensors of a GPU, by name; filled here, and used again by the next call.
+        pinned: page-locked buffers for GPU tensors, by name; allocated here and reused by the next call.
     """
     copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items() if not tensor.is_cuda}
     devices = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
@@ -193,5 +194,5 @@ def copied_to_host(tensors: Mapping[str, Tensor], pinned: dict[str, Tensor]) -> 
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str:
-    """The name of the first tensor with a NaN or an infinity in it; empty without one."""
+    """Name of the first tensor with a NaN or an infinity; empty if all values are finite."""
     return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), "")

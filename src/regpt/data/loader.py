@@ -1,4 +1,4 @@
-"""Rows as the micro-batches of one process."""
+"""Micro-batches of one rank, from rows of tokens."""
 
 from typing import Protocol
 
@@ -11,7 +11,7 @@ from regpt.data.order import splitmix64
 from regpt.data.rows import Rows
 from regpt.errors import UsageError, UserError
 
-DROPOUT = int.from_bytes(b"dropout", "big")  # another stream than the order's, which may have the same seed
+DROPOUT = int.from_bytes(b"dropout", "big")  # XORed into the seed: the data order may use the same one
 
 
 class StepBatches(Protocol):
@@ -31,8 +31,8 @@ class Loader:
     """The batches of a run. Its whole state is the number of the step: `step(s)` is a pure function.
 
     Step s takes rows [s·R, (s + 1)·R), R = batch_tokens / T, however many processes share them. Micro-step m of rank r
-    takes the B rows from s·R + (m·W + r)·B on, which is build-nanogpt's order. (All of them `first_row` later, in a run
-    that changed its batch or its data on the way.)
+    takes the B rows from s·R + (m·W + r)·B on, which is build-nanogpt's order. A run that changed its batch or
+    its data when it was resumed adds `first_row` to all of these.
     """
 
     def __init__(
@@ -88,14 +88,14 @@ class Loader:
         return range(first + self.dp_rank, first + self.batch_rows, self.dp_size)
 
     def epochs(self, steps: int) -> list[float]:
-        """For each folder, how many times it has been read after `steps` steps."""
+        """Number of epochs read of each data folder after `steps` steps."""
         return self.rows.epochs(self.first_row + steps * self.batch_rows)
 
 
 def row_batch(rows: Rows, first: int, count: int, eot: int | None = None, pin_memory: bool = False) -> Batch:
     """Rows [first, first + count) as idx and targets (count, T), masked by document where `eot` is given.
 
-    `pin_memory` puts them into page-locked memory, from which a GPU copies without waiting.
+    `pin_memory` allocates page-locked memory, from which copies to a GPU are asynchronous.
     """
     tokens = rows.read(first, count)  # (count, T + 1)
     batch = Batch(as_tensor(tokens[:, :-1], pin_memory), as_tensor(tokens[:, 1:], pin_memory))
@@ -106,23 +106,25 @@ def row_batch(rows: Rows, first: int, count: int, eot: int | None = None, pin_me
 
 
 def dropout_keys(seed: int, first: int, count: int) -> np.ndarray:
-    """(count,) uint64 below 2³²: the keys of dropout of rows [first, first + count), each a function of seed and row:
-    the upper half of output `row` of SplitMix64 started at `seed ^ DROPOUT`."""
+    """Dropout keys of rows [first, first + count), (count,) uint64 below 2³².
+
+    The key of a row is the upper half of output `row` of SplitMix64 seeded with `seed ^ DROPOUT`.
+    """
     return splitmix64(seed ^ DROPOUT, first, count) >> np.uint64(32)
 
 
 def as_tensor(array: np.ndarray, pin_memory: bool) -> Tensor:
-    """An int64 copy."""
+    """Copy `array` into an int64 tensor."""
     tensor = torch.empty(array.shape, dtype=torch.int64, pin_memory=pin_memory)
     np.copyto(tensor.numpy(), array)
     return tensor
 
 
 def document_bounds(starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`positions` (B, T) and `cu_seqlens` of `Batch`; starts (B, T) bool says where documents begin.
+    """Compute `positions` (B, T) and `cu_seqlens` of `Batch`; `starts` (B, T) bool is True where documents begin.
 
-    A row's first tokens count as a document of their own, whatever they continue. `cu_seqlens` is filled up with B·T to
-    a power of two, so that a compiled step meets few shapes.
+    Every row starts a document, even when it continues one of the row before: `starts` is changed in place.
+    `cu_seqlens` is padded with B·T to a power of two, so that a compiled step sees few shapes.
     """
     starts[:, 0] = True
     n_tokens = starts.size
@@ -134,7 +136,7 @@ def document_bounds(starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_batch(seq_len: int, batch_tokens: int, micro_batch_rows: int, dp_size: int) -> None:
-    """Raise a UsageError that says which numbers would do, unless every process gets whole micro-batches."""
+    """Raise a UsageError with the nearest valid sizes unless every process gets whole micro-batches."""
     unit = seq_len * micro_batch_rows * dp_size
     if batch_tokens % unit == 0 and batch_tokens > 0:
         return
@@ -149,22 +151,22 @@ def check_batch(seq_len: int, batch_tokens: int, micro_batch_rows: int, dp_size:
             f"{seq_len}; start at most {rows}, or {way_out}"
         )
     if batch_tokens % (seq_len * dp_size) == 0:
-        way_out += f", or train.micro_batch_rows to {divisors_beside(rows // dp_size, micro_batch_rows)}"
+        way_out += f", or train.micro_batch_rows to {nearest_divisors(rows // dp_size, micro_batch_rows)}"
     raise UsageError(
         f"train.batch_tokens {batch_tokens} is not a multiple of {unit} = data.seq_len {seq_len} × "
         f"train.micro_batch_rows {micro_batch_rows} × {dp_size} {'process' if dp_size == 1 else 'processes'}; {way_out}"
     )
 
 
-def divisors_beside(number: int, near: int) -> str:
-    """The divisors of `number` next below and above `near`, which is none."""
+def nearest_divisors(number: int, near: int) -> str:
+    """List the divisors of `number` next below and above `near`, itself not a divisor."""
     divisors = [d for d in range(1, number + 1) if number % d == 0]
     below, above = [d for d in divisors if d < near], [d for d in divisors if d > near]
     return " or ".join(str(d) for d in [*below[-1:], *above[:1]])
 
 
 def check_corpus(rows: Rows, batch_tokens: int, micro_rows: int) -> None:
-    """Raise a UserError unless one epoch holds one batch; `micro_rows` are the rows of a micro-step of all ranks."""
+    """Raise a UserError unless an epoch holds a batch; `micro_rows` are the rows of a micro-step over all ranks."""
     seq_len = rows.seq_len
     wanted = batch_tokens // seq_len
     found = rows.epoch_rows(wanted)

@@ -12,25 +12,25 @@ MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 MIX_2 = np.uint64(0x94D049BB133111EB)
 UPPER_HALF = np.uint64(0xFFFFFFFF00000000)
 
-CHUNK = 1 << 20  # documents gathered at once: temporary arrays of all of them would double the memory
-# Rounds of the Feistel network: Luby & Rackoff 1988 need 4. Two places stay side by side with a chance of 1/√n every
-# second round, so small domains take more.
+CHUNK = 1 << 20  # documents gathered at once: temporaries for all documents would double the memory
+# Rounds of the Feistel network: Luby & Rackoff 1988 need 4. Neighbouring rows stay neighbours through two rounds with
+# probability 1/√n, so small domains (below SMALL) take more.
 ROUNDS, SMALL_ROUNDS, SMALL = 8, 24, 1024
-ROW_KEYS = 1 << 63  # outputs of the seed from here on are keys of rows; those below are seeds of epochs
-OFFSET = 1 << 63  # the output of a key of rows that places the first row; those below are keys of blocks
+ROW_KEYS = 1 << 63  # SplitMix64(data.seed): outputs below 2^63 are seeds of epochs, those from 2^63 on their row keys
+OFFSET = 1 << 63  # SplitMix64(row key): output 2^63 is the offset of the first row, those below are keys of blocks
 
 Positions = int | np.ndarray  # one position, or (n,) int64
 
 
 class Sequential:
-    """As stored, the same in every epoch."""
+    """Stored order, the same in every epoch; the interface of `Shuffle`."""
 
     def segments(self, epoch: int, begins: Positions, ends: Positions) -> tuple[np.ndarray, np.ndarray]:
         return np.atleast_1d(begins), np.atleast_1d(ends)
 
 
 class Shuffle:
-    """Every document once an epoch, in `permutation(seed, epoch, n)`."""
+    """Shuffled documents: each once an epoch, in the order of `permutation(seed, epoch, n)`."""
 
     def __init__(self, starts: np.ndarray, seed: int) -> None:
         """`starts` (documents + 1,) int64: where each document begins; the last entry is the number of tokens."""
@@ -38,17 +38,20 @@ class Shuffle:
         self.table = functools.lru_cache(maxsize=1)(lambda epoch: epoch_table(starts, seed, epoch))
 
     def segments(self, epoch: int, begins: Positions, ends: Positions) -> tuple[np.ndarray, np.ndarray]:
-        """Stored ranges, int64 begins and ends, that are the token ranges [begins[k], ends[k]) of `epoch`, in order."""
+        """Map token ranges [begins[k], ends[k]) of the shuffled epoch to ranges of stored tokens (int64 begins, ends).
+
+        A range that spans several documents becomes several stored ranges, in order.
+        """
         return self.table(epoch).segments(self.starts, np.atleast_1d(begins), np.atleast_1d(ends))
 
 
 @dataclass(frozen=True)
 class EpochTable:
-    """One epoch: 12 bytes a document.
+    """Order of the documents in one epoch; 12 bytes a document.
 
     Attributes:
         documents: (documents,) uint32, document numbers in the order in which they are read.
-        ends: (documents,) int64, number of tokens read when that document has been.
+        ends: (documents,) int64, where each of them ends in the epoch's stream: the cumulative sum of their lengths.
     """
 
     documents: np.ndarray
@@ -62,13 +65,14 @@ class EpochTable:
         documents = self.documents[ranges(firsts, n_segments)].astype(np.int64)
         stored_begins, stored_ends = starts[documents], starts[documents + 1]
         after = np.cumsum(n_segments)  # (n,): segments up to the end of each range
+        # Whole documents so far: trim the first document of each range at its begin, the last one at its end.
         stored_begins[after - n_segments] += begins - np.where(firsts, self.ends[firsts - 1], 0)
         stored_ends[after - 1] -= self.ends[lasts] - ends
         return stored_begins, stored_ends
 
 
 def epoch_table(starts: np.ndarray, seed: int, epoch: int) -> EpochTable:
-    """The table of `epoch` for documents that begin at `starts`; O(documents log documents)."""
+    """Build the table of `epoch` for documents that begin at `starts`; O(documents log documents)."""
     documents = permutation(seed, epoch, len(starts) - 1)
     ends = np.empty(len(documents), dtype=np.int64)
     for begin in range(0, len(documents), CHUNK):
@@ -87,7 +91,7 @@ def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     assert n <= 2**32
     epoch_seed = int(splitmix64(seed, epoch, 1)[0])
     keys = splitmix64(epoch_seed, 0, n)
-    # Sorting (key, document) pairs packed in one integer is the stable argsort, and several times as fast.
+    # Sorting (key, document) pairs packed into one integer equals a stable argsort and is several times as fast.
     keys &= UPPER_HALF
     keys |= np.arange(n, dtype=np.uint64)
     keys.sort()
@@ -95,21 +99,22 @@ def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 def row_key(seed: int, epoch: int, block: int) -> int:
-    """The key of `shuffled` for the rows of one block (a window, or the whole) of `epoch`."""
+    """Key of `shuffled` for one block of rows (a window, or the whole epoch)."""
     return int(splitmix64(int(splitmix64(seed, ROW_KEYS + epoch, 1)[0]), block, 1)[0])
 
 
 def row_offset(seed: int, epoch: int, seq_len: int) -> int:
-    """Where in the stream of `epoch` its first row begins, 0 … `seq_len` - 1: a document is cut anew each epoch."""
+    """Offset of the first row in the stream of `epoch`, 0 … `seq_len` - 1: rows cut documents elsewhere each epoch."""
     return row_key(seed, epoch, OFFSET) % seq_len
 
 
 def shuffled(places: np.ndarray, n: int, key: int) -> np.ndarray:
-    """(k,) int64: the images of `places` (k,) in a keyed permutation of 0 … n - 1, without a table; O(1) each.
+    """Images (k,) int64 of `places` (k,) under a keyed permutation of 0 … n - 1; no table, O(1) each.
 
-    A generalized Feistel network on pairs (place mod a, place div a), a = ⌊√n⌋ + 1 and b = ⌈n / a⌉, walked on while its
-    result is n or above, a·b - n < a places of a·b (Black & Rogaway 2002, "Ciphers with arbitrary finite domains",
-    methods 2 and 3). Round r adds output `other half` of SplitMix64 started at output r of SplitMix64 started at `key`.
+    A generalized Feistel network on the halves (place mod a, place div a), a = ⌊√n⌋ + 1 and b = ⌈n / a⌉, with cycle
+    walking: it is applied again while the image is n or above, which fewer than a of the a·b images are (Black &
+    Rogaway 2002, "Ciphers with arbitrary finite domains", methods 2 and 3). In round r, one half is the index of an
+    output of SplitMix64, seeded with output r of SplitMix64 seeded with `key`; that output is added to the other half.
     """
     a = math.isqrt(n) + 1
     halves = np.uint64(a), np.uint64(-(-n // a))
@@ -126,19 +131,19 @@ def shuffled(places: np.ndarray, n: int, key: int) -> np.ndarray:
 
 
 def splitmix64(seed: int, first: int, count: int) -> np.ndarray:
-    """(count,) uint64: outputs first … first + count - 1 of SplitMix64 started at `seed` modulo 2^64."""
+    """Outputs first … first + count - 1 of SplitMix64 seeded with `seed` modulo 2^64: (count,) uint64."""
     numbers = np.arange(count, dtype=np.uint64)
     numbers += np.uint64(first)
     return to_outputs(np.uint64(seed % 2**64), numbers)
 
 
 def outputs(seed: np.uint64, numbers: np.ndarray) -> np.ndarray:
-    """Outputs `numbers` (n,) uint64, counted from 0, of SplitMix64 started at `seed`: (n,) uint64."""
+    """Outputs number `numbers` (n,) uint64, from 0, of SplitMix64 seeded with `seed`: (n,) uint64."""
     return to_outputs(seed, numbers.copy())
 
 
 def to_outputs(seed: np.uint64, z: np.ndarray) -> np.ndarray:
-    """`z`, numbers of outputs, turned into these in place: there may be as many as documents."""
+    """Replace the indices `z` by the outputs of SplitMix64 in place: `z` may have an entry for every document."""
     z += np.uint64(1)
     z *= GAMMA
     z += seed
@@ -151,6 +156,6 @@ def to_outputs(seed: np.uint64, z: np.ndarray) -> np.ndarray:
 
 
 def ranges(firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """firsts[0], firsts[0] + 1, …: counts[0] integers, then those from firsts[1] on, and so on."""
+    """Concatenate the integers of [firsts[k], firsts[k] + counts[k]) for all k."""
     ends = np.cumsum(counts)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(firsts - ends + counts, counts)

@@ -1,8 +1,8 @@
-"""MODEL → LOG-LIKELIHOODS of each ending of many prompts, computed together.
+"""Log-likelihoods of the endings of many prompts under a model, in packed batches.
 
-Each context is computed once (`packing`), and logits only where a token is scored. The functions that may be compiled
-see few shapes: the hidden states of a batch, and the logits of a fixed number of places that are collected over
-batches.
+Each context is computed once (`packing`), and logits only at positions that predict a scored token. The two compiled
+functions see few shapes: hidden states of a batch, and log-probabilities at a fixed number of positions, which are
+collected over batches.
 """
 
 import contextlib
@@ -24,22 +24,22 @@ from regpt.model.masks import AttentionMask
 from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import Mesh
 
-# Tokens of a batch and places whose logits are computed at once. A GPU wants large products, and logits of 4,096 places
-# take 0.8 GB in float32; a CPU wants to keep its caches.
+# Tokens per batch, and positions per call of the head. Large products keep a GPU busy (logits of 4,096 positions take
+# 0.8 GB in float32); small ones stay in the caches of a CPU.
 BATCH_TOKENS = {"cuda": 32768, "mps": 4096, "cpu": 1024}
 HEAD_ROWS = {"cuda": 4096, "mps": 512, "cpu": 512}
-LOGITS = 2**28  # at most at once, 1 GiB in float32: of a large vocabulary fewer places
-SMALLEST_BATCH = 256  # tokens, when memory is short
-Progress = Callable[[int, int], None]  # items done, of how many
+LOGITS = 2**28  # limit per call of the head, 1 GiB in float32: a large vocabulary gets fewer positions
+SMALLEST_BATCH = 256  # tokens; the lower limit when batches shrink after an OOM
+Progress = Callable[[int, int], None]  # called with the items done and their total
 
 
 class Scores(NamedTuple):
-    """For each ending, in the order of the prompts.
+    """Scores of every ending, in the order of the prompts.
 
     Attributes:
         log_likelihood: (endings,) float64, natural log of the probability of its scored tokens.
-        tokens: (endings,) int64, how many they are.
-        greedy: (endings,) bool, whether each of them was the likeliest token at its place.
+        tokens: (endings,) int64, number of scored tokens.
+        greedy: (endings,) bool, True if every scored token was the argmax.
     """
 
     log_likelihood: np.ndarray
@@ -49,20 +49,20 @@ class Scores(NamedTuple):
 
 @dataclass
 class Cost:
-    """Seconds in calls that compiled and tokens read, so far."""
+    """Seconds spent on compilation and tokens read, so far."""
 
     compile_seconds: float = 0.0
     tokens: int = 0
 
 
 class Scorer:
-    """Scores prompts under `model`, in all processes of `mesh` together.
+    """Scores prompts under `model`; the ranks of `mesh` share the batches.
 
     Args:
-        model: on the mesh's device. It stays unchanged: functions of it are compiled.
-        mesh: every process gives the same prompts, and gets all scores.
+        model: on the mesh's device. Do not modify it afterwards: compiled functions hold it.
+        mesh: every rank passes the same prompts, and receives all scores.
         autocast: makes the context in which the model computes (`train.precision.autocast`).
-        compile: compile the two functions, and use rows of few lengths.
+        compile: compile hidden states and head, and pack rows of few lengths.
         batch_tokens: tokens computed at once; None chooses by the device.
     """
 
@@ -98,12 +98,12 @@ class Scorer:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], progress: Progress | None = None) -> Scores:
-        """The scores of every ending of `prompts`.
+        """Score every ending of `prompts`. Collective.
 
-        Where a GPU's memory does not suffice, smaller batches are tried, and kept.
+        Out of memory halves `batch_tokens`, for later calls too.
 
         Raises:
-            UserError: an ending longer than the model, a log-likelihood that is not a number, or too little memory.
+            UserError: an ending longer than `max_seq_len`, a log-likelihood that is not finite, or too little memory.
         """
         trees = plant(prompts, self.max_seq_len)
         sizes = np.array([tree.size for tree in trees], dtype=np.int64)
@@ -122,20 +122,20 @@ class Scorer:
     def attempt(
         self, trees: Sequence[Tree], sizes: np.ndarray, endings: int, progress: Progress | None
     ) -> np.ndarray | None:
-        """This process's share, (3, endings); None, in every process, where one of them ran out of memory."""
+        """Sums of this rank's batches, (3, endings); None on every rank if any rank ran out of memory."""
         own = None
         try:
             plans = (packed if self.compile else bucketed)(sizes, self.batch_tokens)
             self.warm_up(plans, trees)
             queue = Queue(self)
             for batch, done in self.share(plans, trees):
-                queue.add(*self.places(batch))
+                queue.add(*self.hidden_at_slots(batch))
                 if progress:
                     progress(done, len(trees))
             own = queue.sums(endings)
         except torch.OutOfMemoryError:
             pass
-        # Outside that block: an exception holds on to the tensors of its frames.
+        # Outside the except block: the traceback keeps the tensors of its frames alive.
         if not self.mesh.any(own is None):
             return own
         if self.mesh.device.type == "cuda":
@@ -143,20 +143,22 @@ class Scorer:
         return None
 
     def warm_up(self, plans: Sequence[BatchPlan], trees: Sequence[Tree]) -> None:
-        """Compile for the new shapes in `plans`; the time counts as compilation."""
+        """Compile for the new shapes in `plans`, and count the time as compilation."""
         if not self.compile:
             return
         for plan in {plan[1:]: plan for plan in plans if plan[1:] not in self.shapes}.values():
             started = time.perf_counter()
-            hidden, targets, _ = self.places(fill(plan, trees))
-            self.head(*filled(hidden, targets, self.head_rows))
-            self.wait()
+            hidden, targets, _ = self.hidden_at_slots(fill(plan, trees))
+            self.head(*pad_or_truncate(hidden, targets, self.head_rows))
+            self.synchronize()
             self.shapes.add(plan[1:])
             self.cost.compile_seconds += time.perf_counter() - started
 
     def share(self, plans: Sequence[BatchPlan], trees: Sequence[Tree]) -> Iterator[tuple[PackedBatch, int]]:
-        """This process's batches, and how many trees all processes have done with each. Every process has as many: one
-        that has none left computes an empty one, since a sharded model needs all of them for each."""
+        """Yield this rank's batches, each with the number of trees that all ranks have done after it.
+
+        All ranks get equally many batches, the last possibly empty: every forward of a sharded model is collective.
+        """
         done, size = 0, self.mesh.world_size
         for first in range(0, len(plans), size):
             mine = plans[first : first + size][self.mesh.rank : self.mesh.rank + 1]
@@ -164,34 +166,34 @@ class Scorer:
             done += sum(len(row) for plan in plans[first : first + size] for row in plan.rows)
             yield fill(plan, trees), done
 
-    def places(self, batch: PackedBatch) -> tuple[Tensor, Tensor, np.ndarray]:
-        """Hidden states (S, C) of `batch` at its slots, the `targets` (S,) that they predict, and the endings that
-        these belong to, (S,) on the host."""
+    def hidden_at_slots(self, batch: PackedBatch) -> tuple[Tensor, Tensor, np.ndarray]:
+        """Return hidden states (S, C) at the slots of `batch`, the targets (S,) that they predict, and the numbers of
+        the endings that own the targets, (S,) on the host."""
         rows = to_device(np.stack([batch.idx, batch.positions, batch.ends]), self.mesh.device)  # (3, B, T)
         chosen = to_device(np.stack([batch.slots, batch.targets]), self.mesh.device)  # (2, S)
         hidden = self.hidden(*rows)  # (B, T, C)
         return hidden.flatten(0, 1)[chosen[0]], chosen[1], batch.owners
 
     def slowest(self, seconds: float) -> float:
-        """The largest value of all processes."""
+        """Return the maximum of `seconds` over all ranks. Collective."""
         mesh = self.mesh
         given = torch.zeros(mesh.world_size, dtype=torch.float64)
         given[mesh.rank] = seconds
         return float(mesh.total(given).max())
 
-    def wait(self) -> None:
+    def synchronize(self) -> None:
         if self.mesh.device.type == "cuda":
             torch.cuda.synchronize(self.mesh.device)
 
 
 class Queue:
-    """Places, collected until there are enough for one call of the head."""
+    """Hidden states at slots, collected over batches until they fill a call of the head."""
 
     def __init__(self, scorer: Scorer):
         self.scorer = scorer
         self.waiting: list[tuple[Tensor, Tensor]] = []
         self.n_waiting = 0
-        self.found: list[tuple[Tensor, Tensor]] = []  # log-probabilities and hits, on the device
+        self.found: list[tuple[Tensor, Tensor]] = []  # log-probabilities and argmax hits, on the device
         self.owners: list[np.ndarray] = []
 
     def add(self, hidden: Tensor, targets: Tensor, owners: np.ndarray) -> None:
@@ -199,24 +201,24 @@ class Queue:
         self.owners.append(owners)
         self.n_waiting += len(owners)
         if self.n_waiting >= self.scorer.head_rows:
-            self.compute(whole=True)
+            self.compute(full_calls_only=True)
 
-    def compute(self, *, whole: bool) -> None:
-        """Call the head; with `whole` only for full calls, leaving the rest."""
+    def compute(self, *, full_calls_only: bool) -> None:
+        """Call the head on the waiting states; with `full_calls_only`, a remainder stays queued."""
         rows = self.scorer.head_rows
         hidden, targets = (torch.cat(parts) for parts in zip(*self.waiting))
-        end = len(hidden) // rows * rows if whole else len(hidden)
+        end = len(hidden) // rows * rows if full_calls_only else len(hidden)
         for part in zip(hidden[:end].split(rows), targets[:end].split(rows)):
             n = len(part[0])
-            found = self.scorer.head(*(filled(*part, rows) if self.scorer.compile else part))
+            found = self.scorer.head(*(pad_or_truncate(*part, rows) if self.scorer.compile else part))
             self.found.append((found[0][:n], found[1][:n]))
         self.waiting = [(hidden[end:], targets[end:])]
         self.n_waiting = len(hidden) - end
 
     def sums(self, endings: int) -> np.ndarray:
-        """(3, endings) float64: the log-likelihood of each ending, its scored tokens, and the likeliest among them."""
+        """Sum per ending, (3, endings) float64: log-likelihood, number of scored tokens, number of argmax hits."""
         if self.n_waiting:
-            self.compute(whole=False)
+            self.compute(full_calls_only=False)
         if not self.found:
             return np.zeros((3, endings))
         owners = np.concatenate(self.owners)
@@ -225,24 +227,24 @@ class Queue:
         return np.stack([np.bincount(owners, weights=x, minlength=endings) for x in weights])
 
 
-def filled(hidden: Tensor, targets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """`hidden` (N, C) and `targets` (N,) with zeros up to `rows`, or cut there."""
+def pad_or_truncate(hidden: Tensor, targets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Zero-pad or truncate `hidden` (N, C) and `targets` (N,) to `rows`, so that the head compiles once."""
     missing = max(0, rows - len(hidden))
     return F.pad(hidden, (0, 0, 0, missing))[:rows], F.pad(targets, (0, missing))[:rows]
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """A copy on `device` that a GPU makes while it computes."""
+    """Copy `array` to `device`, asynchronously to a GPU."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def log_probability(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Natural log of the probability of `targets` (N,) under `logits` (N, V), in float32 (float64 for float64), and
-    whether each is the likeliest token (the first of equals)."""
+    """Log-probabilities of `targets` (N,) under `logits` (N, V), in nats, float32 (float64 for float64 logits), and
+    whether each target is the argmax (the first one of a tie)."""
     likeliest = logits.argmax(dim=-1)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if logits.device.type == "cpu":
         return -F.cross_entropy(logits, targets, reduction="none"), likeliest == targets
-    chosen = logits.gather(1, targets[:, None])[:, 0]  # in the form that compiles into one pass
+    chosen = logits.gather(1, targets[:, None])[:, 0]  # torch.compile fuses this form into one pass
     return chosen - logits.logsumexp(dim=-1), likeliest == targets

@@ -1,22 +1,24 @@
 """GPT-2's loss and its gradients as one hand-written function: the fast version of `Transformer.hidden` and
 `linear_cross_entropy`.
 
-- Products run in bfloat16 with float32 sums, on copies of the weights that are made once an update.
-- The residual stream is kept in bfloat16; each residual is added inside the product that makes its other half, before
-  rounding. (Under autocast the plain path keeps the stream in float32.)
+- Matrix products (GEMMs) run in bfloat16 with float32 accumulation, on bfloat16 copies of the weights, renewed once an
+  update.
+- The residual stream is bfloat16; each residual is added in the epilogue of the product that computes the other
+  summand, before rounding. (Under autocast the plain path keeps the stream in float32.)
 - GELU and its derivative are epilogues of products; LayerNorm's backward also adds the residual's gradient and sums the
   bias gradient of the product before it.
-- The logits are written by one product, read once and overwritten by their gradient, and read by two products.
-- Weight gradients are added in float32 to `parameter.grad` by the products themselves. So only `.grad` holds them:
-  `torch.autograd.grad` finds nothing, and hooks on parameters do not run.
+- The logits are written by one product, overwritten in place by their gradient during the forward, and that gradient is
+  read by two products of the backward.
+- Weight gradients are added in float32 to `parameter.grad` by the products themselves. So they exist only in
+  `.grad`: `torch.autograd.grad` returns none, and hooks on parameters do not run.
 
 One block, row by row (N = B·T rows; shapes: the glossary in `regpt.model`):
 
     h₁ = LN₁(x)   qkv = h₁·Wₐᵀ + bₐ   y = attention(qkv)   m = x + y·Wₚᵀ + bₚ
     h₂ = LN₂(m)   u = h₂·W_fᵀ + b_f   g = GELU(u)          x' = m + g·Wₒᵀ + bₒ
 
-With dz for ∂loss/∂z, a product z = a·Wᵀ + b has da = dz·W, dW = dzᵀ·a and db = Σₙ dz. The backward walks down the
-da's, each of which the next step waits for; nothing waits for a dW or a db, so they run on a second stream.
+With dz for ∂loss/∂z, a product z = a·Wᵀ + b has da = dz·W, dW = dzᵀ·a and db = Σₙ dz. The
+backward's critical path is the chain of da's; no other kernel needs a dW or a db, so they run on a side stream.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,14 +39,14 @@ NORM_EPS = 1e-5  # the value in OpenAI's code
 
 @dataclass
 class BlockState:
-    """Activations of one block that its backward reads: inputs of products and norms, (N, …) bfloat16, (N,) float32."""
+    """Activations of one block saved for its backward: (N, …) in bfloat16, statistics of norms (N,) in float32."""
 
     x: Tensor
     norm_1: tuple[Tensor, Tensor]  # mean and 1/standard deviation of each row
     h_1: Tensor
     qkv: Tensor
     attended: Tensor  # y
-    stats: Tensor  # of the softmax, as the attention made them
+    stats: Tensor  # softmax statistics, in the form that the attention backend returned
     x_mid: Tensor  # m
     norm_2: tuple[Tensor, Tensor]
     h_2: Tensor
@@ -54,16 +56,16 @@ class BlockState:
 
 @dataclass
 class ForwardState:
-    """Activations of one micro-batch; the backward takes it apart, so that memory is freed on the way."""
+    """Activations of one micro-batch; the backward drops each after its last use, to free memory early."""
 
     idx: Tensor
     positions: Tensor | None
     mask: AttentionMask
     blocks: list[BlockState]
-    x: Tensor  # the last norm's input, result, mean and 1/standard deviation
+    x: Tensor  # input of the last norm; then its output, mean and 1/standard deviation
     h: Tensor | None
     norm: tuple[Tensor, Tensor]
-    dlogits: Tensor | None  # (N, V)
+    dlogits: Tensor | None  # (N, V): softmax - onehot, unscaled
 
 
 class FusedGPT2:
@@ -71,12 +73,12 @@ class FusedGPT2:
 
     Args:
         model: its parameters are read, and their `.grad` written.
-        products: a `cublaslt.Products` of the same device, or what has its signature.
+        products: matrix multiplication, a `cublaslt.Products` of the same device or a callable with its signature.
         attention: a `CudnnAttention` or `TorchAttention`.
-        between: the module `triton_ops`, or what has its functions.
+        between: kernels between the products, the module `triton_ops` or an object with its functions.
         dtype: of products and activations.
-        overlap: compute the gradients of weights on a second stream, next to those of activations: kernels that memory
-            bounds then run while a product is bound by arithmetic.
+        overlap: compute the gradients of weights on a side stream: memory-bound kernels of one stream then overlap with
+            compute-bound products of the other.
     """
 
     def __init__(
@@ -92,18 +94,18 @@ class FusedGPT2:
         self.model, self.products, self.attention, self.between, self.dtype = model, products, attention, between, dtype
         self.blocks: list[Any] = list(model.h)
         layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        multiplied = [model.wte.weight, *(p for layer in layers for p in layer.parameters())]
-        self.copies: dict[Tensor, Tensor] = {p: torch.empty_like(p, dtype=dtype) for p in multiplied}
-        self.copied: list[tuple[int, int]] = []  # address and version of each parameter when it was copied
+        matmul_params = [model.wte.weight, *(p for layer in layers for p in layer.parameters())]
+        self.copies: dict[Tensor, Tensor] = {p: torch.empty_like(p, dtype=dtype) for p in matmul_params}
+        self.copied: list[tuple[int, int]] = []  # address and version of each parameter at its last copy
         self.side = SideStream(model.device, overlap)
-        self.warm: set[tuple[torch.Size, int | None]] = set()  # shapes that have added to gradients: idx, cu_seqlens
+        self.warm: set[tuple[torch.Size, int | None]] = set()  # shapes ready for CUDA graph capture: idx, cu_seqlens
 
     def loss_sum(
         self, idx: Tensor, targets: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> Tensor:
         """Cross-entropy in nats summed over the valid targets (B, T), a float32 scalar; arguments as in `Batch`."""
         self.copy_weights()
-        self.side.join()  # the last backward may have been broken off, when out of memory
+        self.side.join()  # an OOM may have interrupted the last backward
         inputs = idx, targets, positions, cu_seqlens
 
         def compute() -> tuple[Tensor, Callable[[Tensor], None]]:
@@ -116,11 +118,11 @@ class FusedGPT2:
 
     @torch.no_grad()
     def copy_weights(self) -> None:
-        """Renew the copies when a parameter has changed since: whoever writes to a parameter raises its version."""
+        """Renew the copies if a parameter has changed: every in-place write increments the tensor's `_version`."""
         now = [(p.data_ptr(), p._version) for p in self.model.parameters()]
         if now != self.copied:
             self.renew_copies()
-            self.copied = now  # last: after an out-of-memory error they are renewed again
+            self.copied = now  # last, so that an OOM above leaves the copies marked as stale
 
     def renew_copies(self) -> None:
         """Recompute everything that is derived from the weights."""
@@ -131,7 +133,7 @@ class FusedGPT2:
     def forward(
         self, idx: Tensor, targets: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None, *, gradient: bool
     ) -> tuple[Tensor, ForwardState]:
-        """The loss, and the state for `backward`; without `gradient` the state is unusable."""
+        """Return the loss and the state for `backward`, which is valid only with `gradient`."""
         model, mask = self.model, AttentionMask(documents=cu_seqlens)
         x = self.between.embed(idx, positions, model.wte.weight, model.wpe.weight, self.dtype)  # (N, C)
         states = []
@@ -149,7 +151,7 @@ class FusedGPT2:
     def block_forward(
         self, block: Block, x: Tensor, shape: torch.Size, mask: AttentionMask, *, gradient: bool
     ) -> tuple[Tensor, BlockState]:
-        """The block's output (N, C), and the state for `block_backward`; here `gradient` makes no difference."""
+        """Return the block's output (N, C) and the state for `block_backward`; only `FusedGPT2FP8` uses `gradient`."""
         attn, mlp = block.attn, block.mlp
         h_1, norm_1 = self.between.layer_norm(x, block.ln_1.weight, block.ln_1.bias, NORM_EPS)
         qkv = self.linear(h_1, attn.c_attn)  # (N, 3·C)
@@ -173,40 +175,41 @@ class FusedGPT2:
         return self.products(x, weight, out, transpose_b=True, epilogue="bias", bias=bias, add=residual)
 
     def backward(self, scale: Tensor, state: ForwardState) -> None:
-        """Add `scale` times the gradient of the summed loss to every parameter's `.grad`; takes `state` apart."""
+        """Add `scale` times the gradient of the summed loss to every parameter's `.grad`; consumes `state`."""
         model = self.model
         adding = all(p.grad is not None for p in model.parameters())
         dh = self.head_backward(scale, state)
         dx, sums = self.norm_backward(dh, state.x, model.ln_f, state.norm, None)
-        self.side.join()  # the logits, the largest tensor of all, are freed before the blocks take memory
-        above: Any = model.ln_f
+        self.side.join()  # frees dlogits, the largest tensor, before the blocks allocate
+        above: Any = model.ln_f  # the norm that read the output of the block at hand
         for block in reversed(self.blocks):
-            # The norm above has read this block's output x', so its sums hold Σₙ dx', the gradient of bₒ.
+            # `dx` is now the gradient of this block's output x', and the norm above has left Σₙ dx' in `sums`: that is
+            # the gradient of bₒ, without another pass over dx.
             self.finish_sums(sums, above, block.mlp.c_proj.bias)
             dx, sums = self.block_backward(block, dx, state.blocks.pop(), state.idx.shape, state.mask)
-            self.side.join_previous()
+            self.side.join_previous()  # bounds the memory that the side stream holds, without draining it
             above = block.ln_1
-        self.finish_sums(sums, above, None)  # no product made the input of the first block
-        with self.side():  # after the head's gradient, which is on the same stream and writes the tied weight
+        self.finish_sums(sums, above, None)  # the first block's input is the embedding, which has no bias
+        with self.side():  # stream order: the head has written the tied weight's gradient before
             dwpe, add = self.gradient(model.wpe.weight)
             if not add:
                 dwpe.zero_()  # `embed_backward` only adds
             self.between.embed_backward(dx, state.idx, state.positions, self.gradient(model.wte.weight)[0], dwpe)
         self.side.join()
-        if adding:  # every kernel of this shape is now tuned and compiled in its adding form: it may be captured
+        if adding:  # kernels that accumulate are now tuned and compiled for this shape: it may be captured
             documents = state.mask.documents
             self.warm.add((state.idx.shape, None if documents is None else documents.numel()))
 
     def head_backward(self, scale: Tensor, state: ForwardState) -> Tensor:
-        """Gradient of the last norm's result h, (N, C); that of the head goes to the embedding, which it is tied to.
+        """Return the gradient (N, C) of the last norm's output h; add the head's to the embedding, to which it is tied.
 
-        logits = h·Wᵀ, and the loss left dlogits = softmax - onehot in their memory. `scale` (1 / valid targets) enters
-        here, as a factor of both products, and reaches everything below through dh.
+        logits = h·Wᵀ, and the forward has overwritten them with dlogits = softmax - onehot. `scale`, the gradient of
+        the summed loss (1 / valid targets), is a factor of both products; all other gradients get it through dh.
         """
         weight, h, dlogits = self.model.wte.weight, state.h, state.dlogits
         assert h is not None
         assert dlogits is not None
-        state.h = state.dlogits = None
+        state.h = state.dlogits = None  # the side stream holds them until it has used them
         with self.side(dlogits, h, scale):
             grad, add = self.gradient(weight)
             self.products(dlogits, h, grad, transpose_a=True, scale=scale, add=grad if add else None)
@@ -215,10 +218,10 @@ class FusedGPT2:
     def block_backward(
         self, block: Block, dx: Tensor, state: BlockState, shape: torch.Size, mask: AttentionMask
     ) -> tuple[Tensor, Tensor]:
-        """Gradient of the block's input x, and the partial sums of its first norm; `dx` is that of its output x'.
+        """Return the gradient of the block's input x and the partial sums of LN₁; `dx` is that of its output x'.
 
-        Each weight gradient is launched as soon as its operands exist, after the product that the main stream waits
-        for: it fills the gaps of the kernels that follow.
+        Each weight gradient is launched on the side stream as soon as its operands exist, but after the product on the
+        critical path, so that it fills gaps of the kernels that follow.
         """
         attn, mlp = block.attn, block.mlp
         # MLP: du = (dx'·Wₒ) ∘ GELU'(u) in one product, then dh₂ = du·W_f.
@@ -230,14 +233,14 @@ class FusedGPT2:
             self.between.add_column_sums(dbefore, *self.gradient(mlp.c_fc.bias))
         self.weight_gradient(dbefore, state.h_2, mlp.c_fc.weight)
         dh = self.products(dbefore, self.copies[mlp.c_fc.weight], torch.empty_like(dx))
-        # x' = m + …: dm = dx' + the norm's part, in one kernel. It also leaves Σₙ dm, the gradient of bₚ.
+        # x' = m + …, so dm = dx' + LN₂'s part, in one kernel, which also leaves Σₙ dm, the gradient of bₚ, in `sums`.
         dx, sums = self.norm_backward(dh, state.x_mid, block.ln_2, state.norm_2, dx)
         sums = self.finish_sums(sums, block.ln_2, attn.c_proj.bias)
-        # Attention: dy = dm·Wₚ, then dqkv, then dh₁ = dqkv·Wₐ; m = x + … again adds dm to the norm's part.
+        # Attention: dy = dm·Wₚ, then dqkv, then dh₁ = dqkv·Wₐ. m = x + …, so dx = dm + LN₁'s part.
         dattended = self.products(dx, self.copies[attn.c_proj.weight], torch.empty_like(dx))
         self.weight_gradient(dx, state.attended, attn.c_proj.weight)
-        given = (t.view(*shape, -1) for t in (dattended, state.qkv, state.attended))
-        dqkv = self.attention.backward(*given, state.stats, attn.n_head, mask).view(state.qkv.shape)
+        operands = (t.view(*shape, -1) for t in (dattended, state.qkv, state.attended))  # (B, T, …)
+        dqkv = self.attention.backward(*operands, state.stats, attn.n_head, mask).view(state.qkv.shape)
         self.attention_bias_gradient(dqkv, sums, attn)
         self.weight_gradient(dqkv, state.h_1, attn.c_attn.weight)
         dh = self.products(dqkv, self.copies[attn.c_attn.weight], torch.empty_like(dx))
@@ -246,59 +249,62 @@ class FusedGPT2:
     def norm_backward(
         self, dh: Tensor, x: Tensor, norm: Any, statistics: tuple[Tensor, Tensor], dresidual: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Gradient of the norm's input x, `dresidual` added; and partial column sums for `finish_sums`."""
+        """Return the gradient of the norm's input x plus `dresidual`, and partial column sums for `finish_sums`.
+
+        Column 0 and 1 of the partial sums are for the norm's weight and bias, column 2 for the returned gradient.
+        """
         return self.between.layer_norm_backward(dh, x, norm.weight, *statistics, dresidual)
 
     def attention_bias_gradient(self, dqkv: Tensor, sums: Tensor, attn: CausalSelfAttention) -> None:
-        """Gradients of the three parts of bₐ; only the queries' takes a pass over dqkv.
+        """Add the gradients of the query, key and value parts of bₐ; only the queries' reads dqkv.
 
-        Keys: a query's scores q·(k + b) all gain the same q·b, which the softmax takes out again, so the gradient is 0.
-        Values: the weights of a query's values add up to 1, so y gains b, and db = Σₙ dy = (Σₙ dm)·Wₚ; the second norm
-        has left Σₙ dm in `sums`.
+        Keys: b shifts all scores q·(k + b) of a query by the same q·b, which softmax ignores, so the gradient is 0.
+        Values: the attention probabilities of a query sum to 1, so y gains b, and db = Σₙ dy = (Σₙ dm)·Wₚ, where the
+        backward of LN₂ has left partial sums of dm in `sums[:, 2]`.
         """
         C = attn.c_proj.in_features
         with self.side(dqkv, sums):
             grad, add = self.gradient(attn.c_attn.bias)
             if not add:
-                grad.zero_()
+                grad.zero_()  # nothing is added to the keys' part
             self.between.add_column_sums(dqkv[:, :C], grad[:C], add=True)
             grad[2 * C :].addmv_(attn.c_proj.weight.T, sums[:, 2].sum(0))
 
     def weight_gradient(self, dy: Tensor, x: Tensor, weight: Tensor) -> None:
-        """dW = dyᵀ·x, added to `weight.grad` in float32."""
+        """Add dW = dyᵀ·x to `weight.grad`, in float32."""
         with self.side(dy, x):
             grad, add = self.gradient(weight)
             self.products(dy, x, grad, transpose_a=True, add=grad if add else None)
 
     def finish_sums(self, sums: Tensor, norm: Any, bias_before: Tensor | None) -> Tensor:
-        """Add the partial sums of `norm_backward` up: gradients of the norm's weight and bias, and of the bias of the
-        product whose result it normalised; returns fewer partial sums.
+        """Reduce partial sums of `norm_backward` to the gradients of the norm's weight and bias and of `bias_before`,
+        the bias of the product that computed the norm's input; return fewer partial sums, for another reduction.
         """
         outs = [norm.weight, norm.bias] + ([] if bias_before is None else [bias_before])
         with self.side(sums):
             return self.between.add_partial_sums(sums, [self.gradient(p) for p in outs])
 
     def gradient(self, p: Tensor) -> tuple[Tensor, bool]:
-        """The parameter's gradient, and whether it already holds something to add to."""
+        """Return the parameter's gradient, and whether to add to it; a new one is uninitialised: overwrite it."""
         if p.grad is not None:
             return p.grad, True
-        p.grad = torch.empty_like(p)  # the first to write it need not read it
+        p.grad = torch.empty_like(p)  # not zeroed: the first kernel overwrites it
         return p.grad, False
 
 
 class SideStream:
-    """A second CUDA stream. Without one (`overlap` off, or no GPU) everything runs in order on the current stream."""
+    """A second CUDA stream; without `overlap` or without a GPU, its work runs in order on the current stream."""
 
     def __init__(self, device: torch.device, overlap: bool):
         self.stream = torch.cuda.Stream(device) if overlap and device.type == "cuda" else None
-        # The allocator knows the main stream only: a tensor freed there while the side stream still reads it would be
-        # overwritten. So they are held until the main stream has waited.
+        # The caching allocator tracks only the stream that allocated a tensor: one freed while the side stream still
+        # reads it would be overwritten. So tensors are held until the main stream has waited for the side stream.
         self.held: list[tuple[Tensor, ...]] = []
-        self.previous: tuple[Any, list[tuple[Tensor, ...]]] | None = None  # an event, what it waits to release
+        self.previous: tuple[Any, list[tuple[Tensor, ...]]] | None = None  # an event; tensors to release after it
 
     @contextmanager
     def __call__(self, *used: Tensor) -> Iterator[None]:
-        """Launch kernels on the side stream, after everything launched so far; holds the tensors that they use."""
+        """Launch kernels on the side stream, after all work launched so far; hold the tensors that they use."""
         if self.stream is None:
             yield
             return
@@ -308,8 +314,10 @@ class SideStream:
             yield
 
     def join_previous(self) -> None:
-        """Let the main stream wait for the work up to the last call, not for later work: the side stream may lag one
-        block behind, and at most two blocks' tensors are held."""
+        """Make the main stream wait for the work before the previous call only.
+
+        The side stream may lag by one block, and the tensors of at most two blocks are held.
+        """
         if self.stream is None:
             return
         event = self.stream.record_event()
@@ -321,21 +329,22 @@ class SideStream:
         self.held = []
 
     def join(self) -> None:
-        """Let the main stream wait for all work of the side stream, and release what it used."""
+        """Make the main stream wait for all work of the side stream; release the held tensors."""
         if self.stream is not None:
             torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
         self.reset()
 
     def reset(self) -> None:
-        """Release everything without waiting: after a capture that failed nothing was launched."""
+        """Release the held tensors without waiting: a failed CUDA graph capture has launched nothing."""
         self.held = []
         self.previous = None
 
 
 class HandWritten(torch.autograd.Function):
-    """Ties a loss whose backward is written by hand to autograd, through one parameter; gradients go to `.grad`.
+    """Connects a loss with a hand-written backward to autograd, through one parameter (`anchor`).
 
-    `compute()` returns the loss, and a function that adds its gradients, times a scale, to the parameters'.
+    `compute()` returns the loss and a function that adds its gradients, times a scale, to the `.grad` of all
+    parameters; autograd itself receives no gradient.
     """
 
     @staticmethod

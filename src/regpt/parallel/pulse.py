@@ -1,10 +1,10 @@
 """Heartbeats between ranks: a stalled rank reports which ranks it is waiting for.
 
-A collective that one process does not enter makes all others wait: NCCL and gloo report that much later, if at all,
-and never which rank is missing. Every process writes its number of begun waits, and the present one, into the store of
-the rendezvous every few seconds; a process that has waited too long in the same one reads the others' heartbeats,
-reports them, and ends with an exit code at which the launcher starts all processes again. A process whose heartbeats
-continue and state that it works for itself, writing a checkpoint for example, is not hung: a disk may take any time.
+A collective that one rank does not enter stalls all others: NCCL and gloo report it much later, if at all, and never
+which rank is missing. Every few seconds each rank writes a heartbeat into the store of the rendezvous: how many waits
+for other ranks it has entered, and the current one. A rank that has waited too long reads the others' heartbeats,
+reports the missing ranks, and exits with a code on which the launcher restarts all processes. A rank whose heartbeats
+continue and name local work, such as writing a checkpoint, is not hung: a disk may take any time.
 """
 
 import contextlib
@@ -21,25 +21,25 @@ from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 from regpt.console.lines import print_note
 
-HUNG = 70  # sysexits.h EX_SOFTWARE: unexpected, worth another try
+HUNG = 70  # sysexits.h EX_SOFTWARE: unexpected, so the launcher restarts
 LONGEST_PAUSE = 5.0  # seconds between two heartbeats
 Note = Mapping[str, Any]  # a heartbeat
 Notes = Mapping[int, Note]  # by rank
 
 
 class Pulse:
-    """Heartbeat of one rank. `step` is the update it works on; all processes begin the same waits in order."""
+    """State that a rank's heartbeat reports. All ranks enter the same waits in order, so `waits` are comparable."""
 
     def __init__(self) -> None:
-        self.step = 0
-        self.waits = 0
-        self.doing = ""  # what is waited for; empty while computing
-        self.work = ""  # of this process alone, which may take as long as a disk does
-        self.since = time.monotonic()
+        self.step = 0  # update that it works on
+        self.waits = 0  # waits entered so far
+        self.doing = ""  # name of the current wait; empty while computing
+        self.work = ""  # name of local work without a time limit, such as writing to a disk
+        self.since = time.monotonic()  # start of the current wait, or end of the last
 
     @contextlib.contextmanager
     def waiting(self, doing: str) -> Iterator[None]:
-        """Around what returns only when all processes have come to it; a wait inside another is a part of that one."""
+        """Mark a wait for all other ranks, such as a collective; a nested wait counts as part of the outer one."""
         if self.doing:
             yield
             return
@@ -52,7 +52,7 @@ class Pulse:
 
     @contextlib.contextmanager
     def working(self, work: str) -> Iterator[None]:
-        """Around what may take long in this process alone: the others wait for it, unless it waits itself."""
+        """Mark local work that may take long; the other ranks wait for it without a time limit."""
         before, self.work = self.work, work
         try:
             yield
@@ -65,7 +65,7 @@ class Pulse:
 
 @contextlib.contextmanager
 def watched(pulse: Pulse, rank: int, world_size: int, connect: Callable[[], Store], seconds: float) -> Iterator[None]:
-    """Send the heartbeats of `pulse`, and end this process when it has waited `seconds` for another one."""
+    """Send the heartbeats of `pulse`; end this process when it has waited `seconds` for another rank."""
     watch = Watch(pulse, rank, world_size, connect, seconds)
     thread = threading.Thread(target=watch.run, name="regpt-pulse", daemon=True)
     thread.start()
@@ -81,7 +81,8 @@ class Watch:
     """The thread of `watched`.
 
     Attributes:
-        excused, heard: when all missing ranks were last found at work, and the heartbeats of that time.
+        excused: last time at which every missing rank was at local work; the wait counts from then.
+        heard: the heartbeats of that time.
     """
 
     pulse: Pulse
@@ -97,36 +98,36 @@ class Watch:
     def run(self) -> None:
         store = None
         while not self.done.wait(min(LONGEST_PAUSE, self.seconds / 4)):
-            with contextlib.suppress(Exception):  # the store is gone when the launcher is: then there is nobody to tell
+            with contextlib.suppress(Exception):  # the store ends with the launcher
                 store = store or self.connect()
                 store.set(key(self.rank), json.dumps(self.pulse.note()))
-            self.look_for_launcher()
+            self.stop_without_launcher()
             waited = time.monotonic() - max(self.pulse.since, self.excused)
             if self.pulse.doing and waited > self.seconds:
                 self.judge(self.notes(store), waited)
 
     def judge(self, notes: Notes, waited: float) -> None:
-        """End the process, unless all that it waits for are at work."""
+        """End the process with a diagnosis, unless all missing ranks are at local work."""
         own = self.pulse.note()
         missing = missing_ranks(self.world_size, own, notes)
         if missing and all(rank in notes and at_work(notes[rank], self.heard.get(rank)) for rank in missing):
             self.excused, self.heard = time.monotonic(), notes
-            if self.rank == min(set(range(self.world_size)) - set(missing)):  # one says it for all
+            if self.rank == min(set(range(self.world_size)) - set(missing)):  # one rank prints
                 work = ", ".join(f"rank {rank} is {notes[rank]['work']}" for rank in missing)
                 print_note(f"step {own['step']}: {work}; the others wait for it")
         else:
             print_note(diagnosis(self.rank, self.world_size, own, notes, waited))
             os._exit(HUNG)
 
-    def look_for_launcher(self) -> None:
-        """Stop as after SIGTERM when the launcher was killed: nobody would start again what dies, or end what hangs."""
+    def stop_without_launcher(self) -> None:
+        """Send SIGTERM to this process if the launcher was killed: no one would restart or stop its processes."""
         if os.getppid() != self.parent:
             self.parent = os.getppid()
             print_note(f"rank {self.rank}: the launcher is gone; stopping")
             os.kill(os.getpid(), signal.SIGTERM)
 
     def notes(self, store: Store | None) -> Notes:
-        """Last heartbeat of every rank, as far as the store can be reached."""
+        """Read the last heartbeat of every rank; those that the store does not return are missing."""
         notes: Notes = {}
         with contextlib.suppress(Exception):
             for rank in range(self.world_size):
@@ -140,28 +141,28 @@ def key(rank: int) -> str:
 
 
 def missing_ranks(world_size: int, own: Note, notes: Notes) -> list[int]:
-    """Those that have not begun the wait that this process is in."""
+    """List the ranks that have not entered this rank's current wait."""
     return [other for other in range(world_size) if other not in notes or notes[other]["waits"] < own["waits"]]
 
 
 def at_work(note: Note, before: Note | None) -> bool:
-    """Whether a process works for itself, and has noted so since its note `before`; no clocks of hosts are compared."""
+    """Return True if a rank is at local work, with a newer heartbeat than `before` (by that rank's own clock)."""
     return bool(note.get("work")) and not note["doing"] and (before is None or note["time"] != before["time"])
 
 
 def diagnosis(rank: int, world_size: int, own: Note, notes: Notes, waited: float) -> str:
-    """One sentence: the step, what is waited for, who has not come to it and what was last heard of them."""
+    """Describe a stalled wait in one sentence: step, wait, missing ranks and their last heartbeats."""
     begin = f"step {own['step']}: rank {rank} has waited {waited:.0f} seconds for {own['doing']}"
     if not notes:
-        return f"{begin}; the store is not to be reached, so its host is gone"
+        return f"{begin}; the rendezvous store cannot be reached, so its host is gone"
     missing = missing_ranks(world_size, own, notes)
     if not missing:
-        return f"{begin}; all {world_size} ranks are in it: suspect a device or the network (NCCL_DEBUG=INFO says more)"
-    return f"{begin}; missing: " + ", ".join(heard(other, notes.get(other), own["time"]) for other in missing)
+        return f"{begin}; all {world_size} ranks are in it: suspect a device or the network (try NCCL_DEBUG=INFO)"
+    return f"{begin}; missing: " + ", ".join(last_heartbeat(other, notes.get(other), own["time"]) for other in missing)
 
 
-def heard(rank: int, note: Note | None, now: float) -> str:
+def last_heartbeat(rank: int, note: Note | None, now: float) -> str:
     if note is None:
-        return f"rank {rank} (never heard of)"
+        return f"rank {rank} (no heartbeat yet)"
     doing = f"waiting for {note['doing']}" if note["doing"] else note.get("work") or "computing"
-    return f"rank {rank} ({doing} in step {note['step']}, heard of {now - note['time']:.0f} seconds ago)"
+    return f"rank {rank} ({doing} in step {note['step']}, last heartbeat {now - note['time']:.0f} seconds ago)"

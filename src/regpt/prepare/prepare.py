@@ -1,8 +1,8 @@
-"""Text → shards: divide the sources, encode the partitions wherever there is room, put them together in order.
+"""Prepare token shards from text: partition the sources, encode partitions in parallel, assemble them in order.
 
 The bytes written depend on the sources, the tokenizer and the options; never on the number of workers, where they run,
 or how often the work was interrupted. Encoded partitions are files in `OUT/.work` until they are in a shard, so a
-killed attempt loses only the partitions in hand, and the same command continues.
+killed attempt loses only the partitions being encoded, and the same command continues it.
 """
 
 import functools
@@ -44,15 +44,16 @@ from regpt.text.tokenizer import Tokenizer
 
 SHARD_TOKENS = 100_000_000  # the size of FineWeb-Edu's shards in build-nanogpt
 NO_FILTERS = Filters()
-# Encodes partitions, and calls the last argument with the index of one and what is encoded of it so far.
+# Encodes partitions into the folder (first argument) and yields each when it is done; reports its progress to the last
+# argument, with the index of the partition and its counts so far.
 Executor = Callable[[Path, Iterator[Partition], Settings, Callable[[int, Counts], None]], Generator[Partition]]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """The documents, text and tokens encoded so far; `done` is the part of the source files, from 0 to 1.
+    """Documents, text bytes and tokens encoded so far; `done` is the fraction of the source bytes, from 0 to 1.
 
-    `found_bytes` and `found_tokens` were encoded by an earlier attempt; they took no time now.
+    `found_bytes` and `found_tokens` were encoded by an earlier attempt: exclude them from speeds.
     """
 
     documents: int = 0
@@ -85,11 +86,11 @@ def prepare(
     """Write the shards of `sources` and their manifest into the folder `out`; continue an earlier attempt.
 
     A document is held out when the first 8 bytes of the SHA-256 of its text, as a fraction of 2^64, are below
-    `val_fraction`: copies of a text share a split, and adding files moves no document. A corpus of one document is cut
-    into two at the end of a line. The default fraction is 0.1 for sources below 10 MB, 0.005 above. `val_sources` are
-    held out instead, when given. `restart` discards an attempt with other options. Without effect on the bytes are
-    `workers` (processes; None is one a core, 16 at most), `executor`, `address` (of the Ray cluster; None starts one on
-    this machine) and `encoder` (`auto` takes the package `gigatoken` where it is installed).
+    `val_fraction`: copies of a text share a split, and adding files moves no document. A corpus of one document is
+    split in two at the end of a line. The default fraction is 0.1 for sources below 10 MB, 0.005 above. `val_sources`
+    are held out instead, when given. `restart` discards an attempt with other options. These do not change the bytes:
+    `workers` (processes; None is one per core, 16 at most), `executor`, `address` (of the Ray cluster; None starts one
+    on this machine) and `encoder` (`auto` uses the package `gigatoken` if it is installed).
 
     Raises:
         UserError: sources that cannot be read or are empty, a split without documents, options out of range, an `out`
@@ -109,10 +110,10 @@ def prepare(
         hashes = tuple(file["sha256"] for file in evaluations.files) if evaluations else ()
         identity = (tokenizer.to_json(), tokenizer.sha256, tokenizer.n_vocab, tokenizer.eot)
         settings = Settings(*identity, encoder, rule, share, text, filters.min_chars, filters.dedup, hashes)
-        elsewhere = pool.encode if pool else None
+        encode_partitions = pool.encode if pool else None
         if executor == "ray":
-            elsewhere = functools.partial(encode_on_ray, address=address)
-        job = Job(out, tokenizer, settings, shard_tokens, evaluations, count, elsewhere, progress, download)
+            encode_partitions = functools.partial(encode_on_ray, address=address)
+        job = Job(out, tokenizer, settings, shard_tokens, evaluations, count, encode_partitions, progress, download)
         return job.manifest(listing, restart)
 
 
@@ -130,7 +131,7 @@ def check_options(
 
 @dataclass
 class Job:
-    """One `data prepare` job; `elsewhere` encodes in other processes, and without it `threads` do in this one."""
+    """One `data prepare` job. Without `encode_partitions`, `threads` threads of this process encode."""
 
     out: Path
     tokenizer: Tokenizer
@@ -138,7 +139,7 @@ class Job:
     shard_tokens: int
     evaluations: Evaluations | None
     threads: int
-    elsewhere: Executor | None
+    encode_partitions: Executor | None
     progress: Callable[[Progress], None] | None
     download: DownloadProgress | None
     _finished: Counts = field(default_factory=Counts)
@@ -151,7 +152,7 @@ class Job:
         self._fast = self.settings.encoder == "auto" and can_accelerate(self.tokenizer)
 
     def manifest(self, listing: Listing, restart: bool) -> Manifest:
-        """The manifest of a finished folder that this job would make again, or of the shards written now."""
+        """Write the shards and return their manifest; a finished folder of the same job is only checked."""
         if is_finished(self.out):
             manifest = check_finished(self.out, self.tokenizer, self.options(), listing.known())
         else:
@@ -164,12 +165,12 @@ class Job:
     def _run(self, listing: Listing) -> Manifest:
         self._total = max(1, sum(source.bytes for source in listing.files))
         if self._fast:
-            save_model(self.tokenizer, self.work)  # for other processes
-        elif left := find_model(self.work):  # by an attempt that had the package
-            left.unlink()
+            save_model(self.tokenizer, self.work)  # worker processes load it
+        elif stale := find_model(self.work):  # from an attempt with `gigatoken`: workers would use it
+            stale.unlink()
         splits: Sequence[Split] = ("train",) * len(listing.train) + ("val",) * len(listing.val)
-        here = zip(localized(listing.files, self.download), splits)
-        plan = partitions(here, target_bytes(self._total), self.settings.key(), self.settings.text)
+        files = zip(localized(listing.files, self.download), splits)
+        plan = partitions(files, target_bytes(self._total), self.settings.key(), self.settings.text)
         check = EncoderCheck(self.work, self.tokenizer, self.settings.dtype) if self._fast else None
         try:
             with Assembly(self.out, self.settings, self.shard_tokens, check, self.evaluations) as assembly:
@@ -178,13 +179,13 @@ class Job:
                 check_texts(records.sources, skip=self.settings.text.on_error == "skip")
                 check_splits(self.settings.rule, self.settings.val_fraction, records.documents, records.lowest)
                 shards = assembly.finish()
-        except Unusable:  # a second attempt would find the same
+        except Unusable:  # another attempt would fail the same way: nothing to continue
             clear(self.work, self.out)
             raise
         return self._finish(shards, assembly.records, listing.left_out)
 
     def _encode(self, plan: Iterator[Partition], assembly: Assembly) -> None:
-        """Encode what is not there yet; give each partition to the assembly when all before it are done."""
+        """Encode the missing partitions; pass each to the assembly as soon as all before it are done."""
         order: deque[Partition] = deque()
         done: set[int] = set()
 
@@ -202,7 +203,7 @@ class Job:
                 else:
                     yield partition
 
-        encode = self.elsewhere
+        encode = self.encode_partitions
         if not encode:
             encoder = accelerate(self.tokenizer, self.work) if self._fast else self.tokenizer
             encode = functools.partial(encode_here, encoder=encoder, threads=self.threads)
@@ -211,12 +212,12 @@ class Job:
                 finish(partition)
 
     def _hear(self, index: int, counts: Counts) -> None:
-        """News of a partition that is being encoded."""
+        """Report progress within a partition."""
         self._running[index] = counts
         self._show()
 
     def _count(self, partition: Partition, found: bool) -> None:
-        """A partition is done; `found` when an earlier attempt did it."""
+        """Count a finished partition; `found` if an earlier attempt encoded it."""
         for counts in load_summary(self.work, partition.name)["splits"].values():
             (self._found if found else self._finished).add(Counts(**{**counts, "source_bytes": 0.0}))
         self._finished.source_bytes += partition.bytes
@@ -231,7 +232,7 @@ class Job:
         self.progress(Progress(now.documents, now.text_bytes, now.tokens, done, found.text_bytes, found.tokens))
 
     def options(self) -> dict[str, Any]:
-        """The options that shape the bytes, for the manifest."""
+        """Options that determine the bytes, for the manifest."""
         return {
             "val_rule": self.settings.rule,
             "val_fraction": self.settings.val_fraction,
@@ -244,7 +245,7 @@ class Job:
         }
 
     def _finish(self, shards: Sequence[Shard], records: Records, left_out: Mapping[str, int]) -> Manifest:
-        """Write the files next to the shards; the manifest last."""
+        """Write removed.jsonl and the tokenizer, then the manifest, which marks the folder as complete."""
         if records.lines:
             with records.path.open("rb+") as lines:
                 finish_file(lines, self.out / "removed.jsonl")

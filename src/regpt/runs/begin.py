@@ -1,4 +1,4 @@
-"""Start of a run: random weights, another model, a checkpoint of its own or of another run; and the way back to it."""
+"""Start of a run from random weights, another model or a checkpoint (resume, fork), and rewind to a checkpoint."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
@@ -40,20 +40,20 @@ from regpt.train.average import Average
 from regpt.train.optim import load_optimizer, make_optimizer
 from regpt.train.trainer import Row, Trainer
 
-SAME_NUMBERS = ("torch", "device", "world_size")  # under others, deterministic sums too have another order
+BITWISE_KEYS = ("torch", "device", "world_size")  # a change reorders sums, even with train.deterministic
 
 
 def run_mesh(config: RunConfig) -> AbstractContextManager[Mesh]:
-    """The processes of a run, as its `[train]` section wants them."""
+    """Open the mesh of processes with the device and timeouts of the `[train]` section."""
     train = config.train
     return open_mesh(train.device, deterministic=train.deterministic, hang_seconds=train.hang_seconds)
 
 
 class Run:
-    """A training run: its parts, from its configuration, and its start.
+    """A training run: its corpus, model, optimizer and trainer, built from the configuration.
 
     Attributes:
-        loader, trainer, average, chosen: from `begin` on; `chosen` is what was chosen for this device, for env.json.
+        loader, trainer, average, chosen: set by `begin`; `chosen` holds settings tuned for this device, for env.json.
     """
 
     loader: Loader
@@ -62,7 +62,7 @@ class Run:
     chosen: dict[str, Any]
 
     def __init__(self, config: RunConfig, mesh: Mesh):
-        """Open the data, build the model (its weights are not yet set) and the optimizer."""
+        """Open the data, build the model (weights uninitialised) and the optimizer."""
         with mesh.pulse.working("opening its data"):
             self.corpus = open_corpus(config)
         config = config.with_vocab_size(self.corpus.vocab_size)
@@ -72,7 +72,7 @@ class Run:
         self.optimizer = make_optimizer(self.model, config.optim, mesh.device)
 
     def begin(self, start: "Start", stack: ExitStack) -> None:
-        """Build the loader and the trainer at `start`; batches are made in the background until `stack` ends."""
+        """Build the loader and the trainer at `start`; batches are prefetched in a thread until `stack` is closed."""
         mesh = self.mesh
         self.loader = build_loader(self.config, self.corpus, mesh, start.first_row)
         batches = stack.enter_context(Prefetcher(self.loader, steps=self.config.train.steps))
@@ -85,7 +85,7 @@ class Run:
 
 
 def resolved_config(data: DataConfig, corpus: Corpus) -> DataConfig:
-    """`data` with whole paths and the tokenizer's name, as config.toml keeps it."""
+    """Return `data` with absolute paths and the tokenizer's name, as stored in config.toml."""
     paths = [str(folder.path.resolve()) for folder in corpus.folders]
     tokenizer = corpus.folders[0].manifest.tokenizer
     if data.mixture:
@@ -94,7 +94,7 @@ def resolved_config(data: DataConfig, corpus: Corpus) -> DataConfig:
 
 
 def with_whole_paths(config: EvalConfig) -> EvalConfig:
-    """`config` with the files of its tasks as config.toml keeps them: found from other folders, too."""
+    """Return `config` with absolute paths of task files, so that config.toml works from any folder."""
 
     def whole(spec: Spec) -> Spec:
         first, comma, chosen = spec.argument.partition(",")  # core:DIR/arc_easy,piqa: two of the folder's tasks
@@ -113,11 +113,11 @@ class Start:
         step: updates made.
         first_row: of the loader.
         trainer: the trainer's `state`.
-        random: the states of this process's random generators, where they are known.
-        average: of the weights, and the updates in it; None where the run begins with a new one.
-        event: its row of metrics.jsonl.
-        changed: settings, from those before, in words.
-        save: whether to save at once: the first checkpoint of the run's own.
+        random: states of this rank's random generators; None when unknown.
+        average: EMA of the weights and its number of updates; None to start a new one.
+        event: row of metrics.jsonl to log, such as `resume`.
+        changed: notice of the settings that differ from the checkpoint's, for the terminal.
+        save: save a checkpoint immediately, because the run has none of its own yet.
     """
 
     step: int = 0
@@ -131,16 +131,16 @@ class Start:
 
 
 def start_new(run: Run, init_from: str | None) -> Start:
-    """Random weights from `train.seed`, or those of another model of the same shape."""
+    """Initialise from `train.seed`, or load the weights of another model of the same shape."""
     model, config = run.model, run.config
     if init_from is None:
         initialize(model, config.train.seed)
         return Start()
     source = open_model(on_this_machine(init_from, run.mesh)).model
-    shape = replace(source.config, dropout=config.model.dropout)  # which is no part of it
+    shape = replace(source.config, dropout=config.model.dropout)  # not part of the shape
     if shape != config.model:
         ours, theirs = asdict(config.model), asdict(shape)
-        other = ", ".join(f"{key} {theirs[key]} there, {ours[key]} here" for key in ours if ours[key] != theirs[key])
+        other = ", ".join(f"{key} {theirs[key]}, not {ours[key]}" for key in ours if ours[key] != theirs[key])
         raise UserError(
             f"--init-from {init_from} is a model of another shape ({other}); set the [model] keys to its values"
         )
@@ -149,12 +149,13 @@ def start_new(run: Run, init_from: str | None) -> Start:
 
 
 def start_at(run: Run, checkpoint: Checkpoint, event: Row, found: Changes | None = None) -> Start:
-    """Weights, moments and all the rest of `checkpoint`; `found` has changed since."""
+    """Load weights and moments of `checkpoint` and return its `Start`; `found` holds the settings changed since."""
     state, mesh = checkpoint.state, run.mesh
     with mesh.pulse.working("loading a checkpoint"):
         load_weights(run.model, checkpoint.weights())
         load_optimizer(run.model, run.optimizer, checkpoint.optimizer(), state.step)
-    said = [describe(found, state, run.config) if found else "", not_bitwise(run, state, found or {})]
+    changed = describe(found, state, run.config) if found else ""
+    inexact = not_bitwise(run, state, found or {})
     average = checkpoint.average()
     return Start(
         step=state.step,
@@ -162,28 +163,28 @@ def start_at(run: Run, checkpoint: Checkpoint, event: Row, found: Changes | None
         trainer={key: value for key, value in state.trainer.items() if f"train.{key}" not in (found or {})},
         random=state.random[mesh.rank] if len(state.random) == mesh.world_size else None,
         average=None if average is None else (average, state.average_updates),
-        event=event | ({"not_bitwise": said[1]} if said[1] else {}),
-        changed="\n".join(filter(None, said)),
+        event=event | ({"not_bitwise": inexact} if inexact else {}),
+        changed="\n".join(filter(None, (changed, inexact))),
     )
 
 
 def not_bitwise(run: Run, state: RunState, found: Changes) -> str:
-    """Why a deterministic run does not go on bitwise as it would have; empty when it does."""
-    before, now = (facts | {"device": kind_of(facts)} for facts in (state.made_with, made_with(run.mesh)))
-    others = [f"{key} {before.get(key)} → {now[key]}" for key in SAME_NUMBERS if before.get(key) != now[key]]
+    """Explain why a deterministic run does not resume bitwise; empty if it does."""
+    before, now = (facts | {"device": device_kind(facts)} for facts in (state.made_with, made_with(run.mesh)))
+    others = [f"{key} {before.get(key)} → {now[key]}" for key in BITWISE_KEYS if before.get(key) != now[key]]
     others += [listed({key: found[key]}) for key in ROUNDING_KEYS if key in found]
     if not run.config.train.deterministic or not others:
         return ""
     return f"not bitwise the run that was stopped, in spite of train.deterministic: {', '.join(others)}"
 
 
-def kind_of(facts: Mapping[str, Any]) -> str:
-    """The device without its threads, whose number the checkpoint sets."""
+def device_kind(facts: Mapping[str, Any]) -> str:
+    """Name of the device without the number of its threads, which a checkpoint restores."""
     return str(facts.get("device", "")).partition(" with ")[0]
 
 
 def start_again(run: Run, folder: Path, env: Mapping[str, Any], event: Row) -> Start:
-    """Where the run began that ended before its first checkpoint; `env` is its env.json."""
+    """Repeat the start of a run that ended before its first checkpoint; `env` is its env.json."""
     parent = env.get("parent")
     if parent is None:
         return replace(start_new(run, env.get("init_from")), event=event)
@@ -198,7 +199,7 @@ def start_again(run: Run, folder: Path, env: Mapping[str, Any], event: Row) -> S
 
 
 def choose_checkpoint(run: Path, mesh: Mesh) -> tuple[Checkpoint, list[str]]:
-    """The newest valid checkpoint, and what was wrong with newer ones; read and chosen by one process for all."""
+    """Open the newest valid checkpoint, chosen by the main rank; also return its warnings about damaged ones."""
     skipped: list[str] = []
 
     def warn(message: str) -> None:
@@ -212,11 +213,11 @@ def choose_checkpoint(run: Path, mesh: Mesh) -> tuple[Checkpoint, list[str]]:
 
 
 def go_back(run: Path, trainer: Trainer, average: Average | None) -> None:
-    """Give `trainer` the state of the newest valid checkpoint of `run`; its next batch is the one after the present.
-    So with the `average` of its weights, where one is kept.
+    """Rewind `trainer`, and the EMA `average` if there is one, to the newest valid checkpoint of `run`.
 
-    All batches from the checkpoint on are left out, the present one too: PaLM's remedy (Chowdhery et al. 2022, section
-    5.1), whose authors found that neither the state nor the data alone made a spike.
+    The next batch is the one after the current one: all batches since the checkpoint are skipped. This is PaLM's
+    remedy (Chowdhery et al. 2022, section 5.1),
+    whose authors found that neither the state nor the data alone caused a spike.
 
     Raises:
         UserError: there is no checkpoint.
@@ -252,10 +253,10 @@ def checkpoint_at(name: str) -> Path:
 
 
 def fork_config(source: Path) -> RunConfig:
-    """The configuration that the checkpoint `source` was made with.
+    """Read the configuration of the run that saved the checkpoint `source`.
 
     Raises:
-        UserError: it is no checkpoint of a run.
+        UserError: it is not a checkpoint of a run.
     """
     if folders := checkpoints(source):
         raise UserError(f"--fork-from {str(source)!r} is a run; give one of its checkpoints, such as {folders[-1]}")
@@ -268,7 +269,7 @@ def fork_config(source: Path) -> RunConfig:
 
 
 def refuse_changed_data(manifest_sha256: str, trained: Path, corpus: Corpus) -> None:
-    """The row at which a run goes on means something in the shards only that the run or checkpoint `trained` read."""
+    """Raise a UserError unless the corpus has the shards that `trained` read: row numbers are valid in no others."""
     if manifest_sha256 != corpus.manifest_sha256:
         raise UserError(
             f"the shards in {corpus.facts()['path']} are not those that {trained} was trained on (another "
@@ -277,7 +278,7 @@ def refuse_changed_data(manifest_sha256: str, trained: Path, corpus: Corpus) -> 
 
 
 def make_average(trainer: Trainer, start: Start) -> Average | None:
-    """The moving average of the weights where one is wanted: that of `start`, or one that begins there."""
+    """Return the EMA of the weights, continued from `start` or new; None without `train.ema_decay`."""
     if not trainer.config.ema_decay:
         return None
     average = Average(trainer.model, trainer.optimizer, trainer.config.ema_decay)

@@ -14,7 +14,7 @@ from regpt.data.documents import row_pieces
 from regpt.data.loader import Loader
 from regpt.text.tokenizer import Tokenizer
 from regpt.train.precision import autocast
-from regpt.train.trainer import Row, Trainer, written
+from regpt.train.trainer import Row, Trainer, json_number
 
 SHOWN, TEXT_CHARACTERS = 8, 80  # documents in an event, and how much of each
 
@@ -70,7 +70,7 @@ def document_losses(trainer: Trainer, loader: Loader, tokenizer: Tokenizer) -> I
                 "place": piece.place,
                 "offset": piece.offset,
                 "tokens": len(piece.tokens),
-                "loss": written(sum(own) / len(own)) if own else None,
+                "loss": json_number(sum(own) / len(own)) if own else None,
                 "text": shortened(text),
             }
 

@@ -25,7 +25,7 @@ from regpt.structured import read_object
 from regpt.tensors import REMEDY
 from regpt.train.objective import NextToken
 from regpt.train.precision import autocast
-from regpt.train.trainer import written
+from regpt.train.trainer import json_number
 
 
 def replay(folder: Path, step: int, config: RunConfig | None = None, *, op_level: bool = False) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def replay(folder: Path, step: int, config: RunConfig | None = None, *, op_level
         while run.trainer.step < step - 1:
             result = run.trainer.train_step()
             if result.verdict is not None:
-                run.trainer.leave_out(result)
+                run.trainer.apply_verdict(result)
         facts = {"run": str(folder), "step": step, "from_step": start.step, "world_size": mesh.world_size}
         found = facts | measured(run) | {"recorded": recorded(folder, step)}
         return found | (spoiling(run) if op_level else {})
@@ -101,8 +101,8 @@ def measured(run: Run) -> dict[str, Any]:
     parts = [json.loads(part) for part in trainer.mesh.gather(json.dumps(own).encode())]
     first = loader.first_row + trainer.data_step * loader.batch_rows
     return {
-        "loss": written(loss),
-        "grad_norm": written(norm),
+        "loss": json_number(loss),
+        "grad_norm": json_number(norm),
         "lr": run.config.optim.lr * trainer.schedule(trainer.step + 1),
         "finite": math.isfinite(loss) and math.isfinite(norm),
         "spoiled_weight": first_spoiled_weight(trainer),

@@ -1,4 +1,4 @@
-"""The training loop: the only one, for every method, device and number of processes."""
+"""The training loop, shared by every method, device and world size."""
 
 import math
 import sys
@@ -35,14 +35,14 @@ def whole(value: object, most: int) -> int:
 
 
 def due(step: int, every: int) -> bool:
-    """True when something done every `every` steps is to be done after `step`; 0 is never."""
+    """Return True if an action with interval `every` runs after `step`; interval 0 never runs."""
     return every > 0 and step % every == 0
 
 
 class Actions(Protocol):
-    """Actions around the updates; handed in, so that training knows nothing of evaluation, files or terminals.
+    """Callbacks around the updates, passed in so that the trainer imports no evaluation, file or terminal code.
 
-    `step` is the number of updates made so far. Every action runs in every process.
+    `step` is the number of updates made so far. Every rank calls every action.
     """
 
     def log(self, row: Row) -> None:
@@ -57,11 +57,11 @@ class Actions(Protocol):
     def stop_requested(self) -> bool: ...
 
     def examine(self) -> Row:
-        """Facts about the batch of the present step, before it is refused."""
+        """Diagnose the current batch, whose update was refused: facts for its event row."""
         ...
 
     def rewind(self) -> None:
-        """Return to the last checkpoint; the next batch is the one after the present."""
+        """Restore the last checkpoint; continue with the batch after the current one."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class StepResult:
         lr: learning rate of the update.
         extras: further means of the objective, by name.
         verdict: why the update was not applied; None when it was.
-        found: facts about a batch that was refused.
+        found: diagnosis of a refused batch, from `Actions.examine`.
     """
 
     step: int
@@ -92,10 +92,10 @@ class Trainer:
 
     Args:
         model: on its device, with its weights.
-        objective: counts the units of a step.
+        objective: counts the units (targets, pairs, …) that the loss of a step is averaged over.
         backend: computes the gradients of the objective.
         optimizer: over the model's parameters; each group has its `initial_lr`.
-        schedule: factor of the learning rates in the k-th update, k from 1.
+        schedule: multiplier of the learning rates in the k-th update, k from 1.
         loader: micro-batches of this process for each step.
         mesh: the processes of this run.
         config: the `[train]` section.
@@ -118,7 +118,7 @@ class Trainer:
         self.model, self.objective, self.backend = model, objective, backend
         self.optimizer, self.schedule = optimizer, schedule
         self.loader, self.mesh, self.config, self.step = loader, mesh, config, step
-        self.skipped = 0  # batches that no update was made with, since `loader` begins
+        self.skipped = 0  # batches without an update since the loader's first row
         self.do: Actions | None = None  # `fit` sets it
         self.guard = Guard(config)
         self.micro_batch = MicroBatch(config.first_rows, mesh, self.note_fewer_rows, pinned=config.deterministic)
@@ -130,30 +130,30 @@ class Trainer:
         self.peak_flops = device_peak(mesh.device, config.precision).flops
 
     def fit(self, do: Actions, *, validate_every: int = 0, sample_every: int = 0, save_every: int = 0) -> bool:
-        """Train until `config.steps` updates are made; False when a stop was requested before that.
+        """Train until `config.steps` updates are made; return False if a stop was requested before that.
 
-        Validates, samples and saves every so many steps, and after the last one (0: only then).
+        Validates, samples and saves at the given intervals and after the last step (interval 0: only then).
         """
         self.do, every = do, {"validate": validate_every, "sample": sample_every}
-        self.evaluate(every)  # at initialisation; after a resume, what a stop may have left out
+        self.evaluate(every)  # at step 0; after a resume, the evaluation that a stop may have pre-empted
         while self.step < self.config.steps:
             started = time.perf_counter()
             while (result := self.train_step()).verdict is not None:
-                self.leave_out(result)
+                self.apply_verdict(result)
             do.log(self.row(result, time.perf_counter() - started))
             last = self.step == self.config.steps
             if not last and self.mesh.any(do.stop_requested()):
                 do.save(self.step)
                 return False
             if last or due(self.step, save_every):
-                do.save(self.step)  # first: a failure of what follows loses nothing
+                do.save(self.step)  # before evaluating, so that a failed evaluation loses no updates
             self.evaluate(every)
         return True
 
     def train_step(self) -> StepResult:
         """Make one update with the next global batch, unless its loss or gradients are refused.
 
-        Waits for the device once, to read the loss and the norm.
+        Synchronises with the device once, to read the loss and the norm.
         """
         self.mesh.pulse.step = self.step + 1
         with memory_advice(f"with train.micro_batch_rows = {self.micro_batch.rows}", self.micro_batch.advice()):
@@ -161,7 +161,7 @@ class Trainer:
             factor = self.schedule(self.step + 1)
             result = StepResult(self.step + 1, loss, norm, self.optimizer.defaults["lr"] * factor, extras)
             if (verdict := self.judge(result)) is not None:
-                result = replace(result, verdict=verdict, found=self.examined(result, verdict))
+                result = replace(result, verdict=verdict, found=self.record_refusal(result, verdict))
                 if verdict.policy != "record":
                     return result
             set_lr(self.optimizer, factor)
@@ -172,7 +172,7 @@ class Trainer:
         return replace(result, verdict=None)
 
     def gradients(self) -> tuple[float, float, dict[str, float]]:
-        """Set the gradients to those of the mean loss over every unit of the step, over all micro-batches and ranks.
+        """Set the gradients to those of the mean loss over all units of the step, on all micro-batches and ranks.
 
         Each micro-loss is a sum, divided by the whole step's count *before* its backward: the result does not depend
         on how the batch is split, padded or masked. Returns the mean loss, the norm before clipping, and the extras.
@@ -180,32 +180,32 @@ class Trainer:
         with self.mesh.pulse.working("reading its data"):
             units = self.objective.units(self.loader.step(self.data_step, self.micro_batch.rows))
         dtype, device = self.backend.parameters[0].dtype, self.mesh.device
-        units = self.mesh.sum(torch.full((), units, device=device, dtype=dtype))  # stays there: nothing waits for it
+        units = self.mesh.sum(torch.full((), units, device=device, dtype=dtype))  # does not synchronise
         scale = self.loss_scale.scale
-        loss, extras = units, {}  # of the attempt that did not run out of memory
+        loss, extras = units, {}  # overwritten by the first attempt that fits into memory
         for attempt in self.micro_batch.attempts():
             with attempt:
                 batches = self.loader.step(self.data_step, self.micro_batch.rows)
                 loss, extras = self.backend.forward_backward(batches, units / scale)
         norm = self.backend.sum_and_clip(self.config.grad_clip, scale)
-        sums = [self.mesh.sum(one) / scale for one in (loss, *extras.values())]
+        sums = [self.mesh.sum(value) / scale for value in (loss, *extras.values())]
         with self.mesh.pulse.waiting("the gradients of all processes"):
-            mean, norm, *further = torch.stack([sums[0], norm, *sums[1:]]).tolist()
+            mean, norm, *further = torch.stack([sums[0], norm, *sums[1:]]).tolist()  # synchronises
         return mean, norm, dict(zip(extras, further))
 
     @property
     def data_step(self) -> int:
-        """The loader's step that the next update is made with."""
+        """Step of the loader that the next update reads: skipped batches count, too."""
         return self.step + self.skipped
 
     def judge(self, result: StepResult) -> Verdict | None:
-        """Verdict on the gradients, None when they may be applied; all ranks share the numbers and decide alike."""
+        """Return a verdict that refuses the gradients, or None. Its inputs are global, so all ranks agree."""
         if self.loss_scale.too_large(result.loss, result.grad_norm):
             return Verdict("overflow", "repeat")
         return self.guard.judge(self.step, result.loss, result.grad_norm)
 
     def note_fewer_rows(self, rows: int) -> None:
-        """A process ran out of memory, and now all compute `rows` at once."""
+        """Log that a rank ran out of memory and that all ranks now use micro-batches of `rows` rows."""
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # forgets the graphs of the former shape, which count against torch's limit of eight
         self.event("out_of_memory", micro_batch_rows=rows)
@@ -224,7 +224,7 @@ class Trainer:
             self.do.log({"kind": "event", "step": self.step, "name": name, **facts, "time": time.time()})
 
     def state(self) -> dict[str, object]:
-        """State for a resume besides weights, moments and step number: JSON values."""
+        """State for a resume, apart from weights, moments and step number, as JSON values."""
         parts = {"loss_scale": self.loss_scale.state(), "guard": self.guard.state()}
         return {"micro_batch_rows": self.micro_batch.rows, "threads": torch.get_num_threads(), **parts}
 
@@ -232,13 +232,13 @@ class Trainer:
         """Restore what `state` returned; `rewound` as in `Guard.load_state`.
 
         Raises:
-            UserError: it is not what `state` gives.
+            UserError: `state` does not have the form that `Trainer.state` returns.
         """
         try:
             rows = whole(state.get("micro_batch_rows", self.micro_batch.rows), self.config.batch_tokens)
-            if self.micro_batch.rows % rows == 0:  # else the configuration was changed since
+            if self.micro_batch.rows % rows == 0:  # otherwise the configured rows changed since the save
                 self.micro_batch.rows = rows
-            if self.config.deterministic and self.mesh.device.type == "cpu":  # a sum is divided by their number
+            if self.config.deterministic and self.mesh.device.type == "cpu":  # sums are split by thread
                 torch.set_num_threads(whole(state.get("threads", torch.get_num_threads()), MOST_THREADS))
             self.loss_scale.load_state(state.get("loss_scale", {}))
             self.guard.load_state(state.get("guard", {}), rewound=rewound)
@@ -247,27 +247,27 @@ class Trainer:
                 f"the checkpoint's state of the trainer cannot be used ({error}); resume from another one"
             ) from None
 
-    def examined(self, result: StepResult, verdict: Verdict) -> Row:
-        """Record what is wrong with a step as an event; the facts found about its batch.
+    def record_refusal(self, result: StepResult, verdict: Verdict) -> Row:
+        """Log a refused step as an event; return the diagnosis of its batch.
 
-        Loss and norm are global: all processes come here.
+        Collective: loss and norm are global, so every rank calls this.
 
         Raises:
-            UserError: no unit carries loss.
+            UserError: no target of the step is valid.
         """
-        if verdict.policy == "repeat":  # recorded by the loss scale
+        if verdict.policy == "repeat":  # logged by the loss scale
             return {}
         own = self.objective.units(self.loader.step(self.data_step, self.micro_batch.rows))
         if not self.mesh.total(torch.tensor(own)).item():
             raise UserError(f"step {result.step}: no target carries loss; check the data and what masks its targets")
         found = self.do.examine() if self.do is not None and not verdict.again else {}
-        numbers = {"loss": written(result.loss), "grad_norm": written(result.grad_norm), "lr": result.lr}
+        numbers = {"loss": json_number(result.loss), "grad_norm": json_number(result.grad_norm), "lr": result.lr}
         facts = {"at_step": result.step, "policy": verdict.policy, "score": verdict.score}
         self.event(verdict.name, **numbers, **facts, **found)
         return found
 
-    def leave_out(self, result: StepResult) -> None:
-        """Do with a refused batch as its verdict has it; the next `train_step` tries again.
+    def apply_verdict(self, result: StepResult) -> None:
+        """Skip, repeat or rewind after a refused update, by the policy of its verdict.
 
         Raises:
             UserError: the policy is to stop.
@@ -282,9 +282,9 @@ class Trainer:
             self.do.rewind()
 
     def stopped(self, result: StepResult) -> UserError:
-        """The error that ends the run."""
+        """Build the error that ends the run."""
         again = self.guard.refused_in_row - 1
-        before = f", after {again} more that were left out" if again else ""
+        before = f", after {again} more skipped batches" if again else ""
         return UserError(
             f"step {result.step}: the loss is {result.loss} and the gradient norm {result.grad_norm} at learning rate "
             f"{result.lr}{before}{result.found.get('where', '')}, so the update was not applied; "
@@ -292,18 +292,19 @@ class Trainer:
         )
 
     def advice(self, found: Row) -> str:
-        """Advice for a run that ended, without what it has already."""
+        """Suggest how to continue, omitting settings that the run has already."""
         if not found.get("repeats", True):
-            return "suspect the hardware, and go on from the last checkpoint with --resume"
-        changes = ["a lower --optim.lr", "more --optim.warmup-steps"] if self.step else []  # no update made the first
+            return "suspect the hardware, and continue from the last checkpoint with --resume"
+        # No update precedes the loss of step 1, so neither the learning rate nor the warm-up can explain it.
+        changes = ["a lower --optim.lr", "more --optim.warmup-steps"] if self.step else []
         changes += ["--train.precision fp32"] if self.config.precision not in ("fp32", "fp64") else []
-        again = "go on from the last checkpoint with --train.on-non-finite skip"
+        again = "continue from the last checkpoint with --train.on-non-finite skip"
         advice = [again] if self.config.on_non_finite == "stop" else []
         advice += [f"with --force or --fork-from, set {' or '.join(changes)}"] if changes else []
         return ", or, ".join(advice) or "check the data and what --init-from named"
 
     def row(self, result: StepResult, seconds: float) -> Row:
-        """The row of metrics of the update just made: its result, tokens, time, speed and memory."""
+        """Row of metrics.jsonl for the update just made: its result, tokens, time, speed and memory."""
         tokens = self.config.batch_tokens
         flops = tokens * self.flops_per_token
         return {
@@ -323,6 +324,6 @@ class Trainer:
         }
 
 
-def written(number: object) -> object:
-    """JSON knows no NaN: `"nan"`, `"inf"`."""
+def json_number(number: object) -> object:
+    """Spell non-finite floats as `"nan"`, `"inf"`, which JSON numbers cannot express."""
     return number if not isinstance(number, float) or math.isfinite(number) else str(number)
