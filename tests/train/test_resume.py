@@ -122,8 +122,8 @@ def test_shards_that_changed_since_are_refused(straight, shards, tmp_path: Path)
 @pytest.mark.parametrize(
     ("also", "sentence"),
     [
-        (["--out", "x"], "--resume goes on with a run where it is and --out starts one"),
-        (["--init-from", "x"], "--resume goes on with a run where it is and --init-from starts one"),
+        (["--out", "x"], "--resume continues a run in its folder and --out starts a new one"),
+        (["--init-from", "x"], "--resume continues a run in its folder and --init-from starts a new one"),
         (["gpt2-tiny"], "RECIPE and --resume exclude each other"),
         (["--fork-from", "x"], "--resume and --fork-from exclude each other"),
     ],

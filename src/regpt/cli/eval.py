@@ -1,4 +1,4 @@
-"""`regpt eval`: the numbers of a model."""
+"""`regpt eval`: evaluate a model on held-out text and on tasks."""
 
 from __future__ import annotations
 
@@ -33,36 +33,36 @@ class EvalArgs:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run or checkpoint folder, the address of one (s3://…), a Hugging Face folder, or a hub name such as gpt2."""
     tasks: str = "val"
-    """Names with commas between them: val; hellaswag, or hellaswag:FILE; core:DIR, or core:DIR/TASK,TASK; mc:FILE;
+    """Comma-separated names: val; hellaswag, or hellaswag:FILE; core:DIR, or core:DIR/TASK,TASK; mc:FILE;
     lm-eval:TASK,TASK…"""
     data: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """val: folder of token shards; default: the one that the run was trained on."""
+    """val: folder of token shards; default: that of the run's training data."""
     val_tokens: Annotated[int, Range(0, MANY)] = 0
     """val: tokens evaluated, from the start of the split, in full rows; 0 for all."""
     seq_len: Annotated[int | None, tyro.conf.arg(metavar="INT"), Range(1, MANY)] = None
-    """val: tokens a row; default: the run's data.seq_len, or the model's length."""
+    """val: tokens per row; default: the run's data.seq_len, or the model's max_seq_len."""
     batch_rows: Annotated[int, Range(1, MANY)] = 8
-    """val: rows computed at once; the loss does not depend on it, the standard error takes a batch as its unit."""
+    """val: rows per batch; it does not change the loss, but the standard error is computed over batches."""
     max_items: Annotated[int, Range(0, MANY)] = 0
-    """Items of each other task, the first of a fixed order; 0 for all."""
+    """Items per task other than val, the first of a fixed order; 0 for all."""
     max_seconds: Annotated[float, Range(0, LONG)] = 0.0
-    """Seconds that each other task may take, as far as a pilot can tell; 0 for no limit."""
+    """Time limit per task other than val, in seconds, estimated from its first items; 0 for no limit."""
     step: Annotated[str, tyro.conf.arg(metavar="N|best")] = ""
-    """Of a run: the checkpoint of this step, or best, that of the lowest validation loss; default: the newest."""
+    """Checkpoint of a run: this step, or best for the lowest validation loss; default: the newest."""
     ema: bool = False
-    """With the moving average of the weights, which train.ema_decay keeps."""
+    """Evaluate the moving average of the weights, which train.ema_decay keeps."""
     json: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Also write the results to this file; - prints them as JSON instead."""
     items: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """Also write what every item gave, TASK-step-N.jsonl, into this folder; regpt diff reads RUN/evals."""
+    """Also write the result of every item, TASK-step-N.jsonl, into this folder; regpt diff reads RUN/evals."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto: CUDA, then MPS, then CPU."""
     precision: InferencePrecision = "fp32"
-    """Number format of the computation; bf16 is the fast one on GPUs."""
+    """Number format of the computation; bf16 is fastest on GPUs."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile what scores tasks with torch.compile; auto: on CUDA devices."""
+    """Compile the scoring of tasks with torch.compile; auto: on CUDA devices."""
     nproc: Annotated[int | None, tyro.conf.arg(metavar="INT"), Range(1, PROCESSES)] = None
-    """Start this many processes on this machine (torchrun) that share the work: one a GPU, or several on the CPU."""
+    """Start this many processes on this machine (torchrun) that share the work: one per GPU, or several on the CPU."""
 
 
 def main(args: list[str]) -> int:
@@ -129,7 +129,7 @@ def bar(name: str) -> Iterator[Progress]:
 
     columns = (field("description"), BarColumn(), field("counted"), TimeRemainingColumn())
     with progress_bar(*columns, transient=True) as progress:
-        task = progress.add_task(name, total=None, counted="")  # nothing is known before the first batch
+        task = progress.add_task(name, total=None, counted="")  # the total is known after the first batch
 
         def update(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total, counted=f"{done:,} of {total:,}")
@@ -138,7 +138,7 @@ def bar(name: str) -> Iterator[Progress]:
 
 
 def show(asked: EvalRequest, found: ModelEvaluation) -> None:
-    """Tables: validation, then the other tasks."""
+    """Print the tables of validation and of the other tasks."""
     if found.val:
         show_val(found)
     if any(results for _, results in found.suites):

@@ -1,4 +1,4 @@
-"""`regpt train`: start a run from a recipe or a file, or go on with one."""
+"""`regpt train`: start a run from a recipe or a file, resume one, or fork one."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ class Train:
     recipe: tyro.conf.Positional[str] = ""
     """A recipe by name, or a .toml file."""
     data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Folder of token shards, from `regpt data prepare`; repeated as DIR=WEIGHT, a mixture of several."""
+    """Folder of token shards, from `regpt data prepare`; repeat it as DIR=WEIGHT to mix several."""
     out: str = ""
-    """New folder for the run; s3://… and the like are written by way of a folder of this machine (docs/remote.md)."""
+    """New folder for the run; a run at s3://… is written to a local staging folder and copied (docs/remote.md)."""
     resume: str = ""
-    """Go on with the run in this folder (or at s3://…) from its newest valid checkpoint; flags change its settings."""
+    """Resume the run in this folder (or at s3://…) from its newest valid checkpoint; flags change its settings."""
     fork_from: str = ""
     """Start the new run --out from this checkpoint: its weights, optimizer and settings, changed by the flags given."""
     force: bool = False
-    """With --resume: also with settings that make another run of it."""
+    """With --resume: accept settings that change the run, such as optim.lr."""
     init_from: str = ""
     """Start from the weights of this model: a run, a checkpoint, a Hugging Face folder or hub name such as gpt2."""
     nproc: Annotated[int | None, tyro.conf.arg(metavar="INT"), Range(1, PROCESSES)] = None
-    """Start this many processes on this machine (torchrun): one a GPU, or several on the CPU."""
+    """Start this many processes on this machine (torchrun): one per GPU, or several on the CPU."""
     profile: Annotated[int, Range(0, MANY)] = 0
-    """Record so many steps from the fourth on: RUN/profile gets a Chrome trace and the ten largest costs."""
+    """Profile this many steps, from the fourth on: RUN/profile gets a Chrome trace and the ten largest costs."""
     max_restarts: Annotated[int, Range(0, MANY)] = 3
-    """With --nproc: how often in a row, without a new checkpoint, all processes are started again when one has died."""
+    """With --nproc: restarts of all processes after one has died, in a row without a new checkpoint."""
     config: Annotated[tyro.conf.FlagConversionOff[RunConfig], tyro.conf.arg(name="")] = field(default_factory=RunConfig)
 
 
@@ -61,12 +61,12 @@ def main(args: list[str]) -> int:
     if given.data:
         given = replace(given, config=replace(given.config, data=chosen_data(given.config.data, given.data)))
     work = prepared(given, args)
-    with another_try():
+    with restart_on_error():
         return work()
 
 
 def default_config(args: list[str], recipe: str) -> RunConfig | None:
-    """The values under the flags: of the run to go on with, of the checkpoint to fork from, or of the recipe."""
+    """Read the values that flags override: of the run to resume, the checkpoint to fork from, or the recipe."""
     ways = {"RECIPE": recipe} | {flag: flag_value(args, flag) for flag in ("--resume", "--fork-from")}
     chosen = [name for name, value in ways.items() if value]
     if len(chosen) > 1:
@@ -85,24 +85,24 @@ def default_config(args: list[str], recipe: str) -> RunConfig | None:
 
 
 def refuse_contradictions(given: Train) -> None:
-    """Raise a UsageError for what is missing or cannot be asked for together."""
+    """Raise a UsageError for missing or contradictory arguments."""
     if not (given.recipe or given.resume or given.fork_from):
         raise UsageError(
             f"no recipe was given; regpt train RECIPE --data DIR --out RUN, with one of {', '.join(recipe_names())}"
         )
     if given.resume and (given.out or given.init_from):
         other = "--out" if given.out else "--init-from"
-        raise UsageError(f"--resume goes on with a run where it is and {other} starts one; leave out one of them")
+        raise UsageError(f"--resume continues a run in its folder and {other} starts a new one; leave out one of them")
     if given.fork_from and given.init_from:
         raise UsageError("--fork-from and --init-from exclude each other; give one of them")
     if given.force and not given.resume:
-        raise UsageError("--force belongs to --resume; leave it out")
+        raise UsageError("--force needs --resume; leave it out")
     if not given.resume and not given.out:
         raise UsageError("no folder for the run was given; add --out RUN, a folder that does not exist yet")
 
 
 def flag_value(args: list[str], flag: str) -> str:
-    """What follows the last `flag` in `args`, before they are parsed; "" without it."""
+    """Find the value of the last `flag` in `args`, before they are parsed; "" without it."""
     found = ""
     for arg, following in zip(args, [*args[1:], ""]):
         name, equals, value = arg.partition("=")
@@ -112,7 +112,7 @@ def flag_value(args: list[str], flag: str) -> str:
 
 
 def named_recipe(command: type, args: list[str], prog: str) -> str:
-    """The first argument that is neither a flag nor the value of one: flags are read over this recipe's values."""
+    """Find the recipe: the first argument that is neither a flag nor a flag's value. It sets the flags' defaults."""
     known = flags_of(command)
     rest = iter(normalized(known, args, prog))
     for arg in rest:
@@ -124,8 +124,7 @@ def named_recipe(command: type, args: list[str], prog: str) -> str:
 
 
 def parse_over_recipe(command: type[Any], args: list[str], prog: str) -> Any:
-    """`args` as an instance of `command`, its `config` over the values of the recipe given and with the folders of
-    --data."""
+    """Parse `args` into `command`, with the recipe's values as defaults of `config` and the folders of --data."""
     recipe = named_recipe(command, args, prog)
     over = command(recipe=recipe, config=read_config(recipe)) if recipe else None
     given = parse(command, args, prog=prog, default=over)
@@ -153,7 +152,7 @@ def chosen_data(data: DataConfig, given: tuple[str, ...]) -> DataConfig:
 
 
 def prepared(given: Train, args: list[str]) -> Callable[[], int]:
-    """Check what was given; the run, new, forked or resumed, to be called."""
+    """Check the arguments; return a function that starts, forks or resumes the run."""
     from regpt.parallel.mesh import launcher_rank, launcher_restarts, launcher_world_size, under_launcher
     from regpt.runs.folder import is_run
     from regpt.runs.pretrain import check, fork, pretrain, resume
@@ -161,7 +160,7 @@ def prepared(given: Train, args: list[str]) -> Callable[[], int]:
     name = given.resume or given.out
     run, remote = place(name, given.config)
     again = not given.resume and launcher_restarts() and is_run(run)
-    if launcher_rank() == 0 and not again:  # one process refuses bad input; torchrun ends the others
+    if launcher_rank() == 0 and not again:  # rank 0 reports bad input; torchrun ends the others
         if remote and not given.resume:
             remote.refuse_used()
         new = None if remote or given.resume else run
@@ -180,7 +179,7 @@ def prepared(given: Train, args: list[str]) -> Callable[[], int]:
 
 
 def place(name: str, config: RunConfig) -> tuple[Path, RemoteRun | None]:
-    """The local folder of the run at `name`, and the run itself where that is an address."""
+    """Return the local folder of the run `name` and, if `name` is an address, its `RemoteRun`."""
     if not is_address(name):
         return Path(name), None
     from regpt.runs.remote import RemoteRun
@@ -190,9 +189,9 @@ def place(name: str, config: RunConfig) -> tuple[Path, RemoteRun | None]:
 
 
 def launched(given: Train, processes: int, run: Path, name: str, args: list[str]) -> int:
-    """The command as that many processes, started again from the last checkpoint when one of them dies.
+    """Run the command in `processes` processes; restart them from the last checkpoint when one dies.
 
-    `name` is what was typed for `run`.
+    `name` is the folder or address of `run`, as typed.
     """
     from regpt.checkpoint.load import checkpoints
     from regpt.parallel.launch import launch
@@ -214,8 +213,8 @@ def launched(given: Train, processes: int, run: Path, name: str, args: list[str]
 
 
 @contextmanager
-def another_try() -> Iterator[None]:
-    """An unexpected error in it ends a launched process with the exit code at which all are started again."""
+def restart_on_error() -> Iterator[None]:
+    """Give an unexpected error in a launched process the exit code on which the launcher restarts all processes."""
     from regpt.parallel.launch import UNEXPECTED
     from regpt.parallel.mesh import under_launcher
 
