@@ -17,6 +17,7 @@ from regpt.data.loader import document_bounds
 from regpt.evals.packing import Prompt
 from regpt.evals.perplexity import batch_losses, loss_sums, validation_of
 from regpt.evals.score import Scorer
+from regpt.model.gpt2 import GPT2
 from regpt.model.transformer import Transformer
 from regpt.runs.pretrain import pretrain
 from regpt.sample.generate import generate
@@ -153,6 +154,7 @@ def test_after_an_out_of_memory_the_smaller_shape_is_compiled_and_the_larger_for
     """Down to one row: with every shape kept, training and validation would pass torch's limit of eight graphs."""
     trainer = tiny.build_trainer(tiny.build_model(), tiny.Rows(), compile=True)
     whole, limit = tiny.loss_sum_of(trainer), [8]
+    compiled = tiny.data_parallel(trainer).loss_sum
 
     @functools.wraps(whole)
     def limited(batch: Batch) -> torch.Tensor:
@@ -168,14 +170,14 @@ def test_after_an_out_of_memory_the_smaller_shape_is_compiled_and_the_larger_for
             limited(tiny.Rows(micro_batch_rows=rows).step(0)[0])
     assert graphs() == 2 * 4
     assert trainer.micro_batch.rows == 1
-    cached = torch._dynamo.eval_frame._debug_get_cache_entry_list(whole.__wrapped__.__code__)  # type: ignore[attr-defined]
+    cached = torch._dynamo.eval_frame._debug_get_cache_entry_list(compiled.__wrapped__.__code__)  # type: ignore[attr-defined]
     assert len(cached) == 2  # with and without gradients, of one row
 
 
 def test_the_module_stays_a_plain_module():
     model = tiny.build_model()
     make_loss_sum(model, "fp64", tiny.CPU, compile=True)(tiny.Rows().step(0)[0])
-    assert type(model) is Transformer
+    assert type(model) is GPT2
     assert not any("_orig_mod" in name for name, _ in model.named_parameters())
     assert model.forward.__func__ is Transformer.forward
 
