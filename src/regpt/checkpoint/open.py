@@ -17,6 +17,9 @@ from regpt.checkpoint.manifest import MODEL
 from regpt.errors import UsageError, UserError, nearest
 from regpt.files import exists, is_file, is_folder, unless_gone
 from regpt.hf.folder import CONFIG, hf_config, hf_tokenizer, hf_weights
+from regpt.hf.gguf import GGUFFile, is_gguf
+from regpt.hf.gguf_models import GGUFWeights, config_from_gguf
+from regpt.hf.gguf_tokenizer import tokenizer_from_gguf
 from regpt.hf.hub import SHORT_NAMES, download_model, repository
 from regpt.model.config import ModelConfig
 from regpt.model.families import make_model
@@ -26,7 +29,7 @@ from regpt.remote import is_address
 from regpt.text.tokenizer import Tokenizer
 
 ALLOWED = (
-    "a run folder, a checkpoint folder, the address of one (s3://…), a Hugging Face folder, or a hub name "
+    "a run folder, a checkpoint folder, the address of one (s3://…), a Hugging Face folder, a GGUF file, or a hub name "
     f"({', '.join(SHORT_NAMES)}, or OWNER/NAME)"
 )
 
@@ -50,8 +53,8 @@ class OpenModel:
 
 def open_model(name: str, device: torch.device | str = "cpu", *, ema: bool = False) -> OpenModel:
     """The model that `name` means: a run's newest intact checkpoint, a checkpoint (RUN/checkpoints/best is that of the
-    lowest validation loss), one of them at an address (s3://…; copied to this machine), a Hugging Face folder, a hub
-    name.
+    lowest validation loss), one of them at an address (s3://…; copied to this machine), a Hugging Face folder, a GGUF
+    file, a hub name.
 
     Args:
         ema: with the moving average of the weights instead of the last ones.
@@ -77,6 +80,8 @@ def open_model(name: str, device: torch.device | str = "cpu", *, ema: bool = Fal
         raise UsageError(f"model {name!r} is no run and no checkpoint, which alone have an average; leave out --ema")
     if is_file(path / CONFIG):
         return open_hf(path, name, device)
+    if is_gguf(path):
+        return open_gguf(path, name, device)
     repo = repository(name)
     if exists(path) or repo is None or not may_be_model(name):
         what = "holds no model" if exists(path) else "does not exist"
@@ -110,6 +115,18 @@ def open_hf(folder: Path, source: str, device: torch.device | str) -> OpenModel:
     tokenizer = hf_tokenizer(folder, config.vocab_size)
     weights = hf_weights(folder, config, tokenizer.n_vocab)
     config = replace(config, vocab_size=tokenizer.n_vocab)  # its real size: rows of padding are left out
+    return OpenModel(build(config, weights, device, source), tokenizer, None, source)
+
+
+def open_gguf(path: Path, source: str, device: torch.device | str) -> OpenModel:
+    file = GGUFFile(path)
+    try:
+        config = config_from_gguf(file)
+    except UsageError as error:  # a shape that no model has
+        raise UserError(f"model {source!r} cannot be read: {error}") from None
+    tokenizer = tokenizer_from_gguf(file, config.vocab_size)
+    weights = GGUFWeights(file, config, tokenizer.n_vocab)
+    config = replace(config, vocab_size=tokenizer.n_vocab)  # rows of padding are left out
     return OpenModel(build(config, weights, device, source), tokenizer, None, source)
 
 

@@ -31,7 +31,8 @@ class EvalArgs:
     """Evaluate a model: loss and bits per byte on held-out text, HellaSwag, CORE, multiple choice, lm-eval's tasks."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A run or checkpoint folder, the address of one (s3://…), a Hugging Face folder, or a hub name such as gpt2."""
+    """A run or checkpoint folder, the address of one (s3://…), a Hugging Face folder, a GGUF file, or a hub name such
+    as gpt2."""
     tasks: str = "val"
     """Comma-separated names: val; hellaswag, or hellaswag:FILE; core:DIR, or core:DIR/TASK,TASK; mc:FILE;
     lm-eval:TASK,TASK…"""

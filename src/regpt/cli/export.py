@@ -7,34 +7,59 @@ from typing import Annotated, Literal
 import tyro
 
 from regpt.cli.parse import parse
-from regpt.console.lines import print_line
+from regpt.console.lines import print_line, print_note
+from regpt.errors import UsageError
 
 
 @dataclass(frozen=True)
 class Export:
-    """Write a model for other programs: a folder that Hugging Face's from_pretrained opens."""
+    """Write a model for other programs: a folder that Hugging Face's from_pretrained opens, or a file for llama.cpp."""
 
     model: tyro.conf.Positional[str]
-    """A run or checkpoint folder, the address of one (s3://…), a Hugging Face folder, or a hub name such as gpt2."""
+    """A run or checkpoint folder, the address of one (s3://…), a Hugging Face folder, a GGUF file, or a hub name such
+    as gpt2."""
     out: Path
-    """Folder to write, new or empty."""
+    """hf: the folder to write, new or empty. gguf: the file, new."""
     step: Annotated[str, tyro.conf.arg(metavar="N|best")] = ""
     """Of a run: the checkpoint of this step, or best, that of the lowest validation loss; default: the newest."""
     ema: bool = False
     """With the moving average of the weights, which train.ema_decay keeps."""
-    format: Literal["hf"] = "hf"
-    """hf: config.json, model.safetensors and the tokenizer."""
+    format: Literal["hf", "gguf"] = "hf"
+    """hf: config.json, model.safetensors and the tokenizer. gguf: one file for llama.cpp and what is built on it."""
+    type: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] = "f16"
+    """gguf: how matrices are stored; 8.5 and 4.5 bits a weight with q8_0 and q4_0."""
+    check: bool = False
+    """gguf: open the file with llama.cpp (pip install 'regpt[gguf]') and compare tokens and probabilities; print what
+    the type costs."""
+    data: str = ""
+    """gguf, --check: a text file, whose loss before and after is printed; default: one text in many languages."""
 
 
 def main(args: list[str]) -> int:
     command = parse(Export, args, prog="regpt export")
+    if command.format != "gguf" and (command.check or command.data):
+        raise UsageError("--check and --data belong to --format gguf; add it, or leave them out")
     from regpt.checkpoint.best import at_step
     from regpt.checkpoint.open import open_model
-    from regpt.hf.export import export_hf
     from regpt.model.weights import count_parameters
 
     opened = open_model(at_step(command.model, command.step), ema=command.ema)
+    size = f"{count_parameters(opened.model):,} parameters"
+    if command.format == "gguf":
+        from regpt.runs.export import check_export, export_model_gguf
+
+        f16 = export_model_gguf(opened, command.out, command.type)
+        print_line(f"wrote {opened.source} ({size}) to {command.out}, {command.out.stat().st_size:,} bytes")
+        if f16:
+            print_note(f"{len(f16)} matrices such as {f16[0]} have f16: their rows are no multiple of 32")
+        if command.check:
+            print_line(check_export(opened, command.out, command.type, command.data))
+        else:
+            print_line(f"open it with: llama-cli -m {command.out}")
+        return 0
+    from regpt.hf.export import export_hf
+
     folder = export_hf(opened.model, opened.tokenizer, command.out)
-    print_line(f"wrote {opened.source} ({count_parameters(opened.model):,} parameters) to {folder}")
+    print_line(f"wrote {opened.source} ({size}) to {folder}")
     print_line(f"open it with: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})")
     return 0

@@ -26,7 +26,8 @@ class InspectArgs:
     """Show a model's parameters, draw its position embeddings and a matrix, and find the tokens nearest to a token."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A run or checkpoint folder, the address of one (s3://…), a Hugging Face folder, or a hub name such as gpt2."""
+    """A run or checkpoint folder, the address of one (s3://…), a Hugging Face folder, a GGUF file, or a hub name such
+    as gpt2."""
     token: tuple[str, ...] = ()
     """Show the tokens whose embeddings are nearest to those of these tokens; a space at the front counts."""
     n: Annotated[int, tyro.conf.arg(aliases=["-n"]), Range(1, MANY)] = 10

@@ -20,7 +20,8 @@ class SampleArgs:
     """Continue a prompt several times; every sample is printed after "> "."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A run or checkpoint folder, the address of one (s3://…), a Hugging Face folder, or a hub name such as gpt2."""
+    """A run or checkpoint folder, the address of one (s3://…), a Hugging Face folder, a GGUF file, or a hub name such
+    as gpt2."""
     prompt: Annotated[str, tyro.conf.arg(metavar="TEXT")]
     """Text to continue; - reads it from standard input, less one line break at its end; '' starts a new document."""
     n: Annotated[int, tyro.conf.arg(aliases=["-n"]), Range(1, 1 << 20)] = 5

@@ -1,0 +1,97 @@
+"""A model as a GGUF file, compared with llama.cpp."""
+
+import math
+from pathlib import Path
+
+from regpt.checkpoint.open import OpenModel, open_model
+from regpt.errors import UserError
+from regpt.files import exists, is_file, is_folder
+from regpt.hf.gguf import GGUFFile, is_gguf
+from regpt.hf.gguf_models import export_gguf
+from regpt.structured import read_json
+from regpt.text.sentences import SENTENCES
+from regpt.tools.llama_cpp import (
+    LARGEST_KL,
+    LARGEST_TIE,
+    LOSS_TOKENS,
+    STRINGS,
+    LlamaCheck,
+    check_with_llama_cpp,
+    loss_on,
+)
+
+LARGEST_TEXT = 16 * LOSS_TOKENS  # bytes that are read of --data
+
+
+def export_model_gguf(opened: OpenModel, out: Path, kind: str) -> list[str]:
+    """Write the file; returns the tensors whose rows do not fit `kind`.
+
+    Raises:
+        UserError: something of that name exists, or see `export_gguf`.
+    """
+    if exists(out):
+        raise UserError(f"{str(out)!r} exists, an export needs a new file; choose another --out or delete it")
+    if not is_folder(out.parent):
+        raise UserError(f"there is no folder {str(out.parent)!r} for the file; make it or choose another --out")
+    return export_gguf(opened.model, opened.tokenizer, out, kind, chat_template(Path(opened.source)))
+
+
+def chat_template(source: Path) -> str:
+    """The template that a Hugging Face folder or a GGUF file holds; empty where there is none."""
+    if is_gguf(source):
+        return str(GGUFFile(source).metadata.get("tokenizer.chat_template", ""))
+    if is_file(source / "chat_template.jinja"):
+        return (source / "chat_template.jinja").read_text(encoding="utf-8")
+    options = source / "tokenizer_config.json"
+    found = read_json(options, "restore the file").get("chat_template") if is_file(options) else None
+    return found if isinstance(found, str) else ""
+
+
+def check_export(opened: OpenModel, file: Path, kind: str, data: str, strings: int = STRINGS) -> str:
+    """llama.cpp's reading of `file` against ours, the loss of `opened` against that of the file; sentences to print.
+
+    Raises:
+        UserError: llama.cpp reads another text or, in f32, computes something else.
+    """
+    again = open_model(str(file))
+    found = check_with_llama_cpp(file, again.model, again.tokenizer, strings)
+    arch = GGUFFile(file).metadata["general.architecture"]
+    tie = f" (the others from a token on that was as likely as ours within {found.gap:.0e})" if found.gap else ""
+    lines = [
+        f"llama.cpp: {found.equal_tokens:,} of {found.tokens:,} greedy tokens as ours{tie}, KL divergence "
+        f"{found.mean_kl:.1e} on average and at most {found.kl:.1e} nats ({found.positions} positions), "
+        f"{found.strings:,} strings become the same tokens"
+    ]
+    if kind != "f32":
+        ids = [opened.tokenizer.eot, *opened.tokenizer.encode(text_of(data))]
+        before, after = loss_on(opened.model, ids), loss_on(again.model, ids)
+        lines.append(
+            f"loss {before:.4f} before and {after:.4f} in {kind} ({after - before:+.4f}), perplexity "
+            f"{math.exp(before):.4g} and {math.exp(after):.4g}, on {min(len(ids), LOSS_TOKENS) - 1:,} tokens of "
+            f"{data or 'a text in many languages'}"
+        )
+    refuse_difference(found, kind, LARGEST_KL[arch], LARGEST_TIE[arch])
+    return "\n".join(lines)
+
+
+def refuse_difference(found: LlamaCheck, kind: str, largest_kl: float, largest_tie: float) -> None:
+    if found.different is not None:
+        raise UserError(f"llama.cpp makes other tokens of {found.different!r} than this model's tokenizer; report it")
+    if kind == "f32" and not (found.gap <= largest_tie and found.kl <= largest_kl):
+        raise UserError(
+            f"llama.cpp computes another model than ours: {found.equal_tokens:,} of {found.tokens:,} greedy tokens are "
+            f"equal, the KL divergence is {found.kl:.1e} nats, at most {largest_kl:.0e} is expected; report it"
+        )
+
+
+def text_of(data: str) -> str:
+    if not data:
+        return "\n\n".join(SENTENCES.values())
+    try:
+        with Path(data).open("rb") as file:
+            text = file.read(LARGEST_TEXT).decode(errors="replace")
+    except OSError as error:
+        raise UserError(f"cannot read {data!r} ({error.strerror or error}); give a text file") from None
+    if len(text) < 2:
+        raise UserError(f"{data!r} holds no text; give another")
+    return text

@@ -1,0 +1,196 @@
+"""A GGUF file against llama.cpp itself, from the pip package xllamacpp: tokens, greedy continuations, probabilities."""
+
+import importlib
+import json
+import random
+import unicodedata
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regpt.errors import UserError
+from regpt.hf.gguf_models import ARCHS
+from regpt.model.ops import linear_cross_entropy
+from regpt.model.transformer import Transformer
+from regpt.sample.generate import generate, make_generator
+from regpt.sample.sampling import SamplingOptions
+from regpt.text.library import LibraryTokenizer
+from regpt.text.sentences import SENTENCES
+from regpt.text.tokenizer import Tokenizer
+
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS, STRINGS = 20, 24, 100, 10_000
+PROBABILITIES = 4 << 20  # numbers that llama.cpp sends as text, at most, with one position of each prompt at least
+# Largest KL divergence in float32, and the largest difference of two log-probabilities between which llama.cpp's
+# rounding decides. It looks GELU up in a table of half precision: log-probabilities of tiny GPT-2s of random weights
+# differ from ours by up to 2e-3.
+LARGEST_KL = {arch: 1e-4 if arch == "gpt2" else 1e-5 for arch in ARCHS}
+LARGEST_TIE = {arch: 5e-3 if arch == "gpt2" else 1e-5 for arch in ARCHS}
+LOSS_TOKENS = 1 << 15
+FORCED = 1e4  # added to a logit that then wins
+
+
+class LlamaServer:
+    """llama.cpp's server with one model, in this process, on the CPU: caches in float32, no flash attention, greedy.
+
+    Raises:
+        UserError: xllamacpp is not installed, or llama.cpp cannot load the file.
+    """
+
+    def __init__(self, path: Path, max_seq_len: int) -> None:
+        try:
+            xllamacpp: Any = importlib.import_module("xllamacpp")
+        except ImportError:
+            raise UserError("the check needs llama.cpp; install it with: pip install 'regpt[gguf]'") from None
+        params = xllamacpp.CommonParams()
+        params.model.path, params.n_ctx, params.n_parallel = str(path), max_seq_len, 1
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.n_gpu_layers, params.warmup, params.verbosity = 0, False, -1
+        params.cpuparams.n_threads = torch.get_num_threads()
+        try:
+            self.server = xllamacpp.Server(params)
+        except RuntimeError as error:
+            raise UserError(f"llama.cpp cannot load {str(path)!r}: {error}") from None
+
+    def ask(self, route: str, **body: Any) -> Any:
+        # Its own address on this machine, also where a proxy is set.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
+        with opener.open(urllib.request.Request(self.server.listening_address + route, data, headers)) as answer:
+            return json.load(answer)
+
+    def complete(self, ids: list[int], n: int, **options: Any) -> Any:
+        return self.ask("/completion", prompt=ids, n_predict=n, temperature=0.0, samplers=["temperature"], **options)
+
+    def greedy(self, ids: list[int], n: int) -> list[int]:
+        return self.complete(ids, n, return_tokens=True)["tokens"]
+
+    def log_probabilities(self, ids: list[int], n_vocab: int, whole: int) -> Tensor:
+        """(V,) float64 of the token after `ids`. The server tells those of tokens that end a character only, so `whole`
+        is drawn; the probabilities are those without that."""
+        options = {"n_probs": n_vocab, "cache_prompt": False, "logit_bias": [[whole, FORCED]]}
+        (position,) = self.complete(ids, 1, **options)["completion_probabilities"]
+        found = torch.full((n_vocab,), -torch.inf, dtype=torch.float64)
+        for entry in position["top_logprobs"]:
+            found[entry["id"]] = entry["logprob"]
+        return found
+
+    def tokenize(self, text: str) -> list[int]:
+        return self.ask("/tokenize", content=text, add_special=False, parse_special=False)["tokens"]
+
+
+@dataclass(frozen=True)
+class LlamaCheck:
+    """llama.cpp's answers against ours.
+
+    Attributes:
+        tokens, equal_tokens: greedy tokens of all prompts; those up to the first different one of each.
+        gap: largest difference of our log-probabilities of the two at the first different one, 0 without any.
+        kl, mean_kl: largest and mean KL divergence (nats) of llama.cpp's next token from ours, over `positions`: ends
+            of prompts, and before each different token.
+        strings, different: texts that were tokenized, and the first that became other tokens.
+    """
+
+    tokens: int
+    equal_tokens: int
+    gap: float
+    kl: float
+    mean_kl: float
+    positions: int
+    strings: int
+    different: str | None
+
+
+@torch.no_grad()
+def check_with_llama_cpp(
+    path: Path, model: Transformer, tokenizer: Tokenizer, strings: int = STRINGS, new_tokens: int = NEW_TOKENS
+) -> LlamaCheck:
+    """Compare llama.cpp's reading of `path` with `model`, which was opened from it, in float32."""
+    longest = model.config.max_seq_len
+    server = LlamaServer(path, longest)
+    prompts = [*check_prompts(tokenizer, min(PROMPT_TOKENS, longest // 2))]
+    n = min(new_tokens, longest - max(map(len, prompts)))
+    pairs = [(greedy(model, prompt, n), server.greedy(prompt, n)) for prompt in prompts]
+    specials = {i for i, size in enumerate(tokenizer.byte_lengths()) if not size}
+    equal = [equal_part(ours, theirs, specials) for ours, theirs in pairs]
+    each = max(1, min(8, PROBABILITIES // PROMPTS // model.config.vocab_size))
+    texts = [ids[: len(ids) - k] for ids in prompts for k in range(min(each, len(ids)))]
+    differing = [(ids, *pair, part) for ids, pair, part in zip(prompts, pairs, equal) if part < len(pair[1])]
+    texts += [ids + ours[:part] for ids, ours, _, part in differing]
+    whole = tokenizer.encode("a")[0]
+    kl = torch.tensor(
+        [divergence(model, server.log_probabilities(ids, tokenizer.n_vocab, whole), ids) for ids in texts]
+    )
+    given = check_strings(
+        strings, normalized=isinstance(tokenizer, LibraryTokenizer) and bool(tokenizer.spec.normalizer)
+    )
+    different = next((text for text in given if server.tokenize(text) != tokenizer.encode(text)), None)
+    gaps = [tie_gap(model, *one) for one in differing]
+    tokens = sum(len(theirs) for _, theirs in pairs)
+    return LlamaCheck(
+        tokens, sum(equal), max(gaps, default=0.0), float(kl.max()), float(kl.mean()), len(kl), strings, different
+    )
+
+
+def check_prompts(tokenizer: Tokenizer, at_most: int) -> Iterator[list[int]]:
+    texts = [*SENTENCES.values()]
+    for k in range(PROMPTS):
+        text = texts[k % len(texts)][k // len(texts) * 40 :]
+        yield [tokenizer.eot, *tokenizer.encode(text)][:at_most]
+
+
+def greedy(model: Transformer, prompt: list[int], n: int) -> list[int]:
+    options, rows = SamplingOptions(top_k=1), torch.tensor([prompt], device=model.device)
+    made = generate(model, rows, n, options=options, generator=make_generator(model.device, 0))
+    return made[0, len(prompt) :].tolist()
+
+
+def equal_part(ours: list[int], theirs: list[int], specials: set[int]) -> int:
+    """Tokens before the first different one; llama.cpp may end earlier, after or before a token that ends a text."""
+    equal = next((i for i, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1]), len(theirs))
+    ended = equal < len(theirs) or len(theirs) == len(ours) or specials & {*ours[max(0, equal - 1) : equal + 1]}
+    return equal if ended else max(0, equal - 1)
+
+
+def tie_gap(model: Transformer, prompt: list[int], ours: list[int], theirs: list[int], equal: int) -> float:
+    """By how much our log-probability of our token exceeds that of theirs where they first differ."""
+    logits = model(torch.tensor([[*prompt, *ours[:equal]]], device=model.device))[0, -1].double()
+    return abs(float(logits[ours[equal]] - logits[theirs[equal]]))
+
+
+def divergence(model: Transformer, theirs: Tensor, ids: list[int]) -> float:
+    """KL(ours ‖ theirs) in nats."""
+    logits = model(torch.tensor([ids], device=model.device))[0, -1, : len(theirs)]
+    ours = logits.double().cpu().log_softmax(-1)
+    return float((ours.exp() * (ours - theirs)).sum())
+
+
+def check_strings(n: int, *, normalized: bool) -> Iterator[str]:
+    """Texts of many languages, pieces of them, and random characters; in NFC with `normalized`."""
+    draw, lines = random.Random(0), [*SENTENCES.values()]
+    letters = [*map(chr, range(32, 0x250)), *sorted(set("".join(lines))), *" \n\t\r'0123456789" * 8]
+    for k in range(n):
+        if k % 2:
+            text = "".join(draw.choice(letters) for _ in range(draw.randint(0, 40)))
+        else:
+            line = draw.choice(lines) + draw.choice(["", " ", "\n", "  ", "\n\n", "\t"]) + draw.choice(lines)
+            start = draw.randint(0, len(line))
+            text = line[start : start + draw.randint(0, 120)]
+        yield unicodedata.normalize("NFC", text) if normalized else text
+
+
+@torch.no_grad()
+def loss_on(model: Transformer, ids: list[int]) -> float:
+    """Mean of -ln p over the tokens of a text after the first, in rows of the model's length, each token once."""
+    longest, ids = model.config.max_seq_len, ids[:LOSS_TOKENS]
+    total = 0.0
+    for start in range(0, len(ids) - 1, longest):
+        row = torch.tensor(ids[start : start + longest + 1], device=model.device)
+        hidden = model.hidden(row[None, :-1]).flatten(0, 1)
+        total += float(linear_cross_entropy(hidden, model.head_weight, row[1:], model.config.vocab_size))
+    return total / (len(ids) - 1)

@@ -1,0 +1,147 @@
+"""Our GGUF files in llama.cpp itself."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tokenizer_files
+from regpt.checkpoint.open import open_model
+from regpt.errors import UserError
+from regpt.hf import gguf_models
+from regpt.hf.gguf_models import export_gguf
+from regpt.runs.export import check_export, refuse_difference
+from regpt.text.open import from_json
+from regpt.tools import llama_cpp
+from regpt.tools.llama_cpp import LlamaCheck, check_prompts, check_with_llama_cpp, equal_part, loss_on
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "hf"))
+from test_gguf import SHAPES, make
+
+pytestmark = pytest.mark.gguf
+STRINGS, NEW_TOKENS = 100, 40
+
+
+@pytest.fixture
+def llama_cpp_installed():
+    pytest.importorskip("xllamacpp")
+
+
+def checked(name: str, kind: str, path: Path, strings: int = STRINGS, new_tokens: int = NEW_TOKENS) -> LlamaCheck:
+    model, tokenizer = make(name, max_seq_len=124)
+    export_gguf(model, tokenizer, path, kind)
+    opened = open_model(str(path))
+    return check_with_llama_cpp(path, opened.model, opened.tokenizer, strings, new_tokens)
+
+
+@pytest.mark.usefixtures("llama_cpp_installed")
+@pytest.mark.parametrize("name", [name for name in SHAPES if name != "mistral"])
+def test_llama_cpp_computes_and_tokenizes_what_we_do(name: str, tmp_path: Path):
+    found = checked(name, "f32", tmp_path / "m.gguf")
+    assert (found.positions >= 20 * 8, found.strings, found.different) == (True, STRINGS, None)
+    family = name.split(",")[0]
+    refuse_difference(found, "f32", llama_cpp.LARGEST_KL[family], llama_cpp.LARGEST_TIE[family])
+    assert found.tokens > 300  # some of the prompts are ended by a token that ends texts
+    if family != "gpt2":
+        assert found.equal_tokens == found.tokens
+
+
+@pytest.mark.usefixtures("llama_cpp_installed")
+def test_the_check_finds_rows_in_another_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, tokenizer = make("llama", max_seq_len=124)
+    export_gguf(model, tokenizer, tmp_path / "sound.gguf", "f32")
+    opened = open_model(str(tmp_path / "sound.gguf"))
+    monkeypatch.setattr(gguf_models, "permuted", lambda name, tensor, shape, back: tensor)
+    export_gguf(model, tokenizer, tmp_path / "m.gguf", "f32")
+    found = check_with_llama_cpp(tmp_path / "m.gguf", opened.model, tokenizer, 1, 5)
+    with pytest.raises(UserError, match="computes another model than ours"):
+        refuse_difference(found, "f32", 1e-5, 1e-5)
+
+
+@pytest.mark.usefixtures("llama_cpp_installed")
+@pytest.mark.parametrize("kind", ["bf16", "q4_0"])
+def test_the_check_prints_what_a_type_costs(kind: str, tmp_path: Path):
+    model, tokenizer = make("llama", max_seq_len=48)
+    export_gguf(model, tokenizer, tmp_path / "original.gguf", "f32")
+    export_gguf(model, tokenizer, tmp_path / "m.gguf", kind)
+    (tmp_path / "text.txt").write_text(" ".join(tokenizer_files.LINES), encoding="utf-8")
+    printed = check_export(
+        open_model(str(tmp_path / "original.gguf")), tmp_path / "m.gguf", kind, str(tmp_path / "text.txt"), 20
+    )
+    first, second = printed.split("\n")
+    assert "20 strings become the same tokens" in first
+    assert f"in {kind} (" in second
+    assert second.endswith("text.txt")
+    with pytest.raises(UserError, match="cannot read"):
+        check_export(open_model(str(tmp_path / "original.gguf")), tmp_path / "m.gguf", kind, str(tmp_path / "no.txt"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("llama_cpp_installed")
+@pytest.mark.parametrize("name", ["gpt2", "gpt2, own head", "llama", "llama, linear", "qwen2"])
+def test_ten_thousand_strings_and_two_thousand_tokens(name: str, tmp_path: Path):
+    found = checked(name, "f32", tmp_path / "m.gguf", 10_000, 100)
+    refuse_difference(found, "f32", 1e-4 if "gpt2" in name else 1e-5, 5e-3 if "gpt2" in name else 0.0)
+
+
+@pytest.mark.usefixtures("llama_cpp_installed")
+def test_a_file_that_llama_cpp_cannot_load_is_one_sentence(tmp_path: Path):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match="cannot load"):
+        llama_cpp.LlamaServer(tmp_path / "m.gguf", 64)
+
+
+def test_without_xllamacpp_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    with pytest.raises(UserError, match=r"pip install 'regpt\[gguf\]'"):
+        llama_cpp.LlamaServer(tmp_path / "m.gguf", 64)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "equal"),
+    [
+        ([1, 2, 3], [1, 2, 3], 3),
+        ([1, 2, 3], [1, 9, 3], 1),
+        ([1, 0, 3], [1], 1),  # it ended before the token 0, which ends a text
+        ([1, 0, 3], [1, 0], 2),  # or after it
+        ([1, 2, 3], [1], 0),  # it ended for no reason
+        ([1, 2, 3], [], 0),
+    ],
+)
+def test_greedy_tokens_are_equal_up_to_the_first_different_one(ours: list[int], theirs: list[int], equal: int):
+    assert equal_part(ours, theirs, {0}) == equal
+
+
+@pytest.mark.parametrize(
+    ("found", "sentence"),
+    [
+        (LlamaCheck(9, 9, 0.0, 1e-6, 0, 1, 1, "é"), "makes other tokens of 'é'"),
+        (LlamaCheck(9, 8, 0.1, 1e-6, 0, 1, 1, None), "8 of 9 greedy tokens"),
+        (LlamaCheck(9, 9, 0.0, 1e-3, 0, 1, 1, None), "KL divergence is 1.0e-03 nats, at most 1e-05"),
+        (LlamaCheck(9, 9, 0.0, float("nan"), 0, 1, 1, None), "KL divergence is nan"),
+    ],
+)
+def test_a_difference_in_float32_is_refused(found: LlamaCheck, sentence: str):
+    with pytest.raises(UserError, match=sentence):
+        refuse_difference(found, "f32", 1e-5, 1e-5)
+    if found.different is None:
+        refuse_difference(found, "q8_0", 1e-5, 1e-5)
+
+
+def test_prompts_begin_as_documents_do_and_differ():
+    tokenizer = from_json(tokenizer_files.file_of("llama3"))
+    prompts = [*check_prompts(tokenizer, 24)]
+    assert {prompt[0] for prompt in prompts} == {tokenizer.eot}
+    assert len({*map(tuple, prompts)}) == len(prompts) == 20
+
+
+@torch.no_grad()
+def test_the_loss_of_a_text_counts_each_token_once():
+    model, tokenizer = make("llama", max_seq_len=16)
+    ids = torch.arange(41) * 7 % tokenizer.n_vocab
+    losses = [
+        torch.nn.functional.cross_entropy(model(row[None, :-1])[0], row[1:], reduction="sum")
+        for row in (ids[:17], ids[16:33], ids[32:])
+    ]
+    assert loss_on(model, ids.tolist()) == pytest.approx(float(sum(losses)) / 40, rel=1e-5)
