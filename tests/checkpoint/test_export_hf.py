@@ -105,7 +105,7 @@ def test_the_command_exports_a_run(tmp_path, save, capsys):
     }
 
 
-@pytest.mark.parametrize("args", [["gpt2"], ["--out", "x"], ["gpt2", "--out", "x", "--format", "gguf"]])
+@pytest.mark.parametrize("args", [["gpt2"], ["--out", "x"], ["gpt2", "--out", "x", "--format", "onnx"]])
 def test_the_command_refuses_bad_usage(args):
     with pytest.raises(UsageError, match=r"regpt export|must be hf"):
         main(args)
