@@ -358,6 +358,7 @@ def test_a_damaged_head_is_one_sentence(head: bytes, sentence: str, tmp_path: Pa
     ("fields", "reason"),
     [
         ({"family": "gpt_neox"}, "model.family gpt_neox"),
+        ({"family": "mixtral", "n_expert": 4, "n_expert_active": 2}, "model.family mixtral"),
         ({"family": "gpt2", "activation": "relu"}, "model.activation relu"),
         ({"family": "gpt2", "attention_scale_by_layer": True}, "attention_scale_by_layer"),
         ({"family": "llama", "rope_fraction": 0.5}, "rope_fraction 0.5"),

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from regpt.errors import UserError
-from regpt.hf.families import GPT2_BIASED
 from regpt.hf.gguf import TYPES, GGUFFile, write_gguf
 from regpt.hf.gguf_tokenizer import tokenizer_to_gguf
+from regpt.hf.weights import GPT2_BIASED
 from regpt.model.config import ModelConfig
 from regpt.model.layers import rope_frequencies
 from regpt.model.transformer import Transformer
