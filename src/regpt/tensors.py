@@ -104,6 +104,7 @@ class TensorFiles(Mapping[str, Tensor]):
     def __init__(self, files: Iterable[Path], dtypes: Collection[str] = ()):
         self.file_of: dict[str, Path] = {}
         self.shape_of: dict[str, tuple[int, ...]] = {}
+        self.dtype_of: dict[str, str] = {}  # in safetensors' names
         self.handles: dict[Path, Any] = {}
         for file in files:
             with readable(file):
@@ -122,6 +123,7 @@ class TensorFiles(Mapping[str, Tensor]):
                             f"{REMEDY}"
                         )
                     self.file_of[name], self.shape_of[name] = file, tuple(header.get_shape())
+                    self.dtype_of[name] = dtype
 
     def __getitem__(self, name: str) -> Tensor:
         file = self.file_of[name]

@@ -193,11 +193,15 @@ def test_a_hugging_face_folder_that_asks_for_more_than_it_has_is_refused_before_
     opened = open_model(str(folder))
     exported = export_hf(opened.model, opened.tokenizer, tmp_path / "hf")
     config = json.loads((exported / "config.json").read_text(encoding="utf-8"))
-    for change in ({"n_layer": 4000}, {"n_embd": 1 << 20}, {"n_positions": 1 << 24}):
+    fewer = "has fewer weights than its config.json asks for"
+    for change, sentence in (
+        ({"n_layer": 4000}, fewer),
+        ({"n_embd": 1 << 20}, "n_embd = 1048576, but tensor 'transformer.wte.weight' has shape"),
+        ({"n_positions": 1 << 24}, "n_positions = 16777216, but tensor 'transformer.wpe.weight' has shape"),
+        ({"vocab_size": 1 << 24}, "vocabulary"),
+    ):
         (exported / "config.json").write_text(json.dumps(config | change), encoding="utf-8")
-        assert "has fewer weights than its config.json asks for" in refused(
-            capsys, "sample", exported, "--prompt", "ba"
-        )
+        assert sentence in refused(capsys, "sample", exported, "--prompt", "ba")
 
 
 @pytest.mark.parametrize(

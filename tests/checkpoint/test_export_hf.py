@@ -99,6 +99,7 @@ def test_the_command_exports_a_run(tmp_path, save, capsys):
     assert "from_pretrained" in capsys.readouterr().out
     assert {p.name for p in (tmp_path / "hf").iterdir()} == {
         "config.json",
+        "generation_config.json",
         "model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",

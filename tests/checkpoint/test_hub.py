@@ -5,11 +5,13 @@ import subprocess
 import sys
 
 import pytest
+from safetensors.torch import load_file
 
 from hub_server import Server
 from regpt.errors import UserError
 from regpt.hf.export import export_hf
 from regpt.hf.hub import download_model, repository
+from regpt.tensors import write_divided
 
 pytest.importorskip("huggingface_hub")
 
@@ -49,7 +51,13 @@ def test_a_model_is_downloaded_once_and_opens_without_the_hub(hub, model, tokeni
     (folder / "pytorch_model.bin").write_bytes(b"never asked for")
     assert hub.open("someone/tiny") == "someone/tiny 27 263"
     fetched = sorted(line.split()[1] for line in hub.asked if line.startswith("GET"))
-    assert fetched == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert fetched == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     hub.stop()
     assert hub.open("someone/tiny") == "someone/tiny 27 263"
     said = hub.open("someone/other")
@@ -61,12 +69,28 @@ def test_a_model_with_vocabulary_and_merges_is_downloaded_with_them(hub, model, 
     folder = export_hf(model, tokenizer, hub.root / "old")
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").unlink()
+    (folder / "generation_config.json").unlink()
     (folder / "vocab.json").write_text(json.dumps(tokenizer.rules.vocab), encoding="utf-8")
     merges = "#version: 0.2\n" + "\n".join(map(" ".join, tokenizer.rules.merges))
     (folder / "merges.txt").write_text(merges, encoding="utf-8")
     assert hub.open("someone/old") == "someone/old 27 263"
     fetched = sorted(line.split()[1] for line in hub.asked if line.startswith("GET"))
     assert fetched == ["config.json", "merges.txt", "model.safetensors", "vocab.json"]
+
+
+def test_divided_weights_and_every_file_of_the_tokenizer_are_downloaded_and_nothing_else(hub, model, tokenizer):
+    folder = export_hf(model, tokenizer, hub.root / "whole")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    write_divided(folder, "model", weights, 20_000)
+    wanted = {file.name for file in folder.iterdir()}
+    assert len(wanted) > 7
+    texts = {"chat_template.jinja": "{{ x }}", "special_tokens_map.json": "{}", "tokenizer.model": "unread"}
+    others = ("pytorch_model.bin", "consolidated.00.pth", "tiny-q4.gguf", "onnx.onnx", "README.md")
+    for name, content in texts.items() | dict.fromkeys(others, "never asked for").items():
+        (folder / name).write_text(content)
+    assert hub.open("someone/whole") == "someone/whole 27 263"
+    assert {line.split()[1] for line in hub.asked if line.startswith("GET")} == wanted | texts.keys()
 
 
 def test_an_unknown_repository_and_one_without_safetensors_are_one_sentence(hub, model, tokenizer):

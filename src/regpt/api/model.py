@@ -200,7 +200,7 @@ class LanguageModel:
         except ImportError:
             raise UserError("transformers is not installed; install it with: pip install transformers") from None
         with tempfile.TemporaryDirectory() as folder:
-            write_model(self.module, self.tokenizer.eot, Path(folder))
+            write_model(self.module, self.tokenizer, Path(folder))
             return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     def document(self, text: str) -> list[int]:

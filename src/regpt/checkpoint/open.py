@@ -16,7 +16,7 @@ from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, checkpoints, load_ch
 from regpt.checkpoint.manifest import MODEL
 from regpt.errors import UsageError, UserError, nearest
 from regpt.files import exists, is_file, is_folder, unless_gone
-from regpt.hf.folder import CONFIG, hf_config, hf_tokenizer, hf_weights
+from regpt.hf.folder import CONFIG, hf_config, hf_tokenizer, hf_weights, stored_dtype
 from regpt.hf.gguf import GGUFFile, is_gguf
 from regpt.hf.gguf_models import GGUFWeights, config_from_gguf
 from regpt.hf.gguf_tokenizer import tokenizer_from_gguf
@@ -43,12 +43,16 @@ class OpenModel:
         tokenizer: the one it was trained with.
         step: updates done, for a checkpoint of ours.
         source: the folder or hub name it was read from; and whether its weights are the average.
+        dtype: type in which the weights are stored.
+        folder: of a Hugging Face model, with its other files.
     """
 
     model: Transformer
     tokenizer: Tokenizer
     step: int | None
     source: str
+    dtype: torch.dtype = torch.float32
+    folder: Path | None = None
 
 
 def open_model(name: str, device: torch.device | str = "cpu", *, ema: bool = False) -> OpenModel:
@@ -115,7 +119,7 @@ def open_hf(folder: Path, source: str, device: torch.device | str) -> OpenModel:
     tokenizer = hf_tokenizer(folder, config.vocab_size)
     weights = hf_weights(folder, config, tokenizer.n_vocab)
     config = replace(config, vocab_size=tokenizer.n_vocab)  # its real size: rows of padding are left out
-    return OpenModel(build(config, weights, device, source), tokenizer, None, source)
+    return OpenModel(build(config, weights, device, source), tokenizer, None, source, stored_dtype(folder), folder)
 
 
 def open_gguf(path: Path, source: str, device: torch.device | str) -> OpenModel:

@@ -24,8 +24,11 @@ class Export:
     """Of a run: the checkpoint of this step, or best, that of the lowest validation loss; default: the newest."""
     ema: bool = False
     """With the moving average of the weights, which train.ema_decay keeps."""
+    dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
+    """hf: type of the weights; stored: that in which they are kept, float32 for a run."""
     format: Literal["hf", "gguf"] = "hf"
-    """hf: config.json, model.safetensors and the tokenizer. gguf: one file for llama.cpp and what is built on it."""
+    """hf: config.json, model.safetensors, generation_config.json, the tokenizer; of an imported folder its own files
+    and chat template. gguf: one file for llama.cpp and what is built on it."""
     type: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] = "f16"
     """gguf: how matrices are stored; 8.5 and 4.5 bits a weight with q8_0 and q4_0."""
     check: bool = False
@@ -39,6 +42,10 @@ def main(args: list[str]) -> int:
     command = parse(Export, args, prog="regpt export")
     if command.format != "gguf" and (command.check or command.data):
         raise UsageError("--check and --data belong to --format gguf; add it, or leave them out")
+    if command.format == "gguf" and command.dtype != "stored":
+        raise UsageError("--dtype belongs to --format hf; a GGUF file takes --type")
+    import torch
+
     from regpt.checkpoint.best import at_step
     from regpt.checkpoint.open import open_model
     from regpt.model.weights import count_parameters
@@ -59,7 +66,8 @@ def main(args: list[str]) -> int:
         return 0
     from regpt.hf.export import export_hf
 
-    folder = export_hf(opened.model, opened.tokenizer, command.out)
+    dtype = opened.dtype if command.dtype == "stored" else getattr(torch, command.dtype)
+    folder = export_hf(opened.model, opened.tokenizer, command.out, dtype=dtype, source=opened.folder)
     print_line(f"wrote {opened.source} ({size}) to {folder}")
     print_line(f"open it with: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})")
     return 0

@@ -6,24 +6,42 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from regpt.errors import UserError
-from regpt.files import exists, is_folder, resolved, whole_folder, write_json, write_text
-from regpt.hf.families import config_to_hf
+from regpt.files import exists, is_file, is_folder, resolved, whole_folder, write_bytes, write_json, write_text
+from regpt.hf.families import config_to_hf, one_or_list
 from regpt.hf.folder import CONFIG, TOKENIZER, WEIGHTS
+from regpt.hf.hub import TEXT_FILES
 from regpt.hf.weights import weights_to_hf
 from regpt.model.transformer import Transformer
 from regpt.model.weights import state_tensors
 from regpt.tensors import write_tensors
+from regpt.text.folder import GENERATION, OPTIONS
 from regpt.text.gpt2 import EOT, VOCAB_PACKAGE, byte_characters, find_vocabulary, ranks_from_files, ranks_from_network
 from regpt.text.rules import Rules
 from regpt.text.tokenizer import ENDOFTEXT, Tokenizer
 
 
-def export_hf(model: Transformer, tokenizer: Tokenizer, folder: Path) -> Path:
+def export_hf(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    source: Path | None = None,
+) -> Path:
     """Configuration, weights and tokenizer of `model` in `folder`, whole or not at all; returns it.
 
+    Args:
+        dtype: of the stored weights.
+        source: the Hugging Face folder that `tokenizer` is from, whose other files are kept: options and roles of its
+            tokens, chat template, options of generation.
+
     Raises:
-        UserError: `folder` exists and is not empty, the disk is full, or the place cannot be written to.
+        UserError: `folder` exists and is not empty, the disk is full, or the place cannot be written to, or a
+            weight does not fit into `dtype`.
     """
     folder = resolved(folder)
     if exists(folder) and not (is_folder(folder) and not any(folder.iterdir())):
@@ -31,16 +49,41 @@ def export_hf(model: Transformer, tokenizer: Tokenizer, folder: Path) -> Path:
             f"{str(folder)!r} exists and is not empty, an export needs a new folder; choose another --out or delete it"
         )
     with whole_folder(folder) as temporary:
-        write_model(model, tokenizer.eot, temporary)
-        write_text(temporary / TOKENIZER, tokenizer_json(tokenizer))
-        write_json(temporary / "tokenizer_config.json", tokenizer_config(model.config.max_seq_len, tokenizer))
+        write_model(model, tokenizer, temporary, dtype)
+        write_json(
+            temporary / GENERATION, {"bos_token_id": tokenizer.eot, "eos_token_id": one_or_list(ends(tokenizer))}
+        )
+        write_json(temporary / OPTIONS, tokenizer_config(model.config.max_seq_len, tokenizer))
+        for file in kept_files(source):
+            write_bytes(temporary / file.name, file.read_bytes())
+        if not is_file(temporary / TOKENIZER):
+            write_text(temporary / TOKENIZER, tokenizer_json(tokenizer))
     return folder
 
 
-def write_model(model: Transformer, eot: int, folder: Path) -> None:
-    """Configuration and weights of `model` in `folder`; `eot` is the id of the token that ends a text."""
-    write_json(folder / CONFIG, config_to_hf(model.config, eot))
-    write_tensors(folder / WEIGHTS, weights_to_hf(state_tensors(model), model.config.family))
+def kept_files(source: Path | None) -> list[Path]:
+    return [source / name for name in TEXT_FILES if is_file(source / name)] if source else []
+
+
+def ends(tokenizer: Tokenizer) -> list[int]:
+    """Ids that end a text: where a token stands before every text, others than that one."""
+    before = tokenizer.encode_prompts([""])[0].tolist()
+    return [i for i in tokenizer.stop_ids if i not in before] or [tokenizer.eot]
+
+
+def write_model(model: Transformer, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Configuration and weights of `model` in `folder`."""
+    name = str(dtype).removeprefix("torch.")
+    weights = {key: converted(key, tensor, dtype) for key, tensor in state_tensors(model).items()}
+    write_json(folder / CONFIG, config_to_hf(model.config, tokenizer.eot, name, ends(tokenizer)))
+    write_tensors(folder / WEIGHTS, weights_to_hf(weights, model.config.family))
+
+
+def converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    found = tensor.to(dtype)
+    if not found.isfinite().all():
+        raise UserError(f"weight {name!r} has numbers beyond the range of {dtype}; export with --dtype bfloat16")
+    return found
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> str:
@@ -50,10 +93,13 @@ def tokenizer_json(tokenizer: Tokenizer) -> str:
 
 def tokenizer_config(max_seq_len: int, tokenizer: Tokenizer) -> dict[str, Any]:
     """Contents of `tokenizer_config.json`; the class is the one that takes `tokenizer.json` as it is."""
-    start = tokenizer.token_bytes(tokenizer.eot).decode()
+    start, end = (tokenizer.token_bytes(i).decode() for i in (tokenizer.eot, ends(tokenizer)[0]))
+    unknown = {"unk_token": start} if start == end else {}  # as in GPT-2's own
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), start),  # as in GPT-2's own
+        "bos_token": start,
+        "eos_token": end,
+        **unknown,
         "model_max_length": max_seq_len,
         # Without it transformers 4 also returns token_type_ids, whose embeddings GPT-2 adds to those of the text.
         "model_input_names": ["input_ids", "attention_mask"],

@@ -2,7 +2,7 @@
 weights: `hf.weights`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -172,6 +172,8 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         )
     shape |= {"activation": ACTIVATIONS[act], "norm_eps": float(values[spelling.eps]), "bias": bias_of(family, values)}
     shape |= {"tie_embeddings": values["tie_word_embeddings"] is True, "window": window_of(values)}
+    if shape["window"] > shape["max_seq_len"]:
+        shape["window"] = 0  # no row is that long
     if family == "gpt2":
         shape["attention_scale_by_layer"] = values.get("scale_attn_by_inverse_layer_idx") is True
     if FAMILIES[family].rotary:
@@ -257,9 +259,9 @@ def no_rope_every(values: Mapping[str, Any], n_layer: int) -> int:
     return every
 
 
-def config_to_hf(config: ModelConfig, eot: int, dtype: str = "float32") -> dict[str, Any]:
+def config_to_hf(config: ModelConfig, eot: int, dtype: str = "float32", ends: Sequence[int] = ()) -> dict[str, Any]:
     """Contents of the `config.json` from which transformers 4 and 5 build this model; `eot` is the id of the token
-    that ends a text.
+    that starts a document, which also ends a text unless `ends` are given.
 
     Raises:
         UserError: transformers has no such model.
@@ -277,7 +279,7 @@ def config_to_hf(config: ModelConfig, eot: int, dtype: str = "float32") -> dict[
         "tie_word_embeddings": shape.tie_embeddings,
         "initializer_range": 0.02,
         "bos_token_id": eot,
-        "eos_token_id": eot,
+        "eos_token_id": one_or_list(ends or (eot,)),
         "pad_token_id": None,  # transformers has a token of its own for some families
         "use_cache": True,
         "dtype": dtype,
@@ -306,6 +308,10 @@ def check_spelling(shape: ModelConfig) -> None:
                 f"model.{name} is {getattr(shape, name)}, which {SPELLINGS[shape.family].architecture} of transformers "
                 "cannot compute; it has no place in a Hugging Face folder"
             )
+
+
+def one_or_list(ids: Sequence[int]) -> int | list[int]:
+    return ids[0] if len(ids) == 1 else list(ids)
 
 
 def gpt2_keys(shape: ModelConfig) -> dict[str, Any]:

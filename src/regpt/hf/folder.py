@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import torch
+
 from regpt.errors import UserError
 from regpt.files import is_file
+from regpt.hf.contradictions import bare, check_shapes, refuse_quantized
 from regpt.hf.families import config_from_hf
-from regpt.hf.weights import WeightsFromHF
+from regpt.hf.weights import WeightsFromHF, is_buffer
 from regpt.model.config import ModelConfig
 from regpt.model.families import make_model
 from regpt.model.weights import count_parameters, without_memory
@@ -44,6 +47,10 @@ def hf_weights(folder: Path, config: ModelConfig, n_vocab: int | None = None) ->
     """
     paths = weight_files(folder)
     files = TensorFiles(paths)
+    refuse_quantized(files.dtype_of, folder)
+    if config.n_layer <= len(files):
+        with without_memory():
+            check_shapes(make_model(config), files.shape_of, folder)
     if config.n_layer > len(files) or parameters_of(config) > sum(path.stat().st_size for path in paths):
         raise UserError(  # before memory is taken for them
             f"model {str(folder)!r} has fewer weights than its {CONFIG} asks for; restore the folder or choose another "
@@ -53,6 +60,13 @@ def hf_weights(folder: Path, config: ModelConfig, n_vocab: int | None = None) ->
         return WeightsFromHF(files, config.vocab_size, n_vocab, family=config.family, tied=config.tie_embeddings)
     except UserError as error:
         raise UserError(f"model {str(folder)!r} cannot be read: {error}") from None
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The type of all weights of `folder`; float32, in which any of them fit, where they are of several."""
+    kinds = {kind for name, kind in TensorFiles(weight_files(folder)).dtype_of.items() if not is_buffer(bare(name))}
+    small = {"BF16": torch.bfloat16, "F16": torch.float16}
+    return small.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
 
 
 def parameters_of(config: ModelConfig) -> int:

@@ -159,6 +159,11 @@ class ModelConfig:
                 f"rotary positions turn pairs, but {self.rope_fraction:g} of heads of {whole.head_size} is "
                 f"{self.rotated_size}; choose an even head size"
             )
+        if self.window > self.max_seq_len:
+            raise UsageError(
+                f"model.window is {self.window} and model.max_seq_len {self.max_seq_len}: no row is longer than the "
+                "window; leave out model.window, or choose a smaller one"
+            )
         if self.rope_type == "llama3" and not (
             self.rope_original_max_seq_len > 0 and self.rope_low_freq_factor < self.rope_high_freq_factor
         ):

@@ -17,7 +17,7 @@ from regpt.text.tokenizer import ENDOFTEXT
 
 TOKENIZER, VOCAB, MERGES, MODEL = "tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model"
 OPTIONS, ADDED, NAMES = "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"
-GENERATION, CONFIG = "generation_config.json", "config.json"
+GENERATION, CONFIG, CHAT = "generation_config.json", "config.json", "chat_template.jinja"
 STEPS = ("normalizer", "pre_tokenizer")
 GPT2_CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast")  # what transformers makes of a vocab.json and a merges.txt
 Json = dict[str, Any]
