@@ -111,7 +111,7 @@ def test_a_fork_from_an_address_names_it_as_its_parent(regpt, run, tmp_path):
     assert env["parent"]["step"] == 3
     code, _, err = regpt("train", "--fork-from", run, "--out", "memory://bucket/runs/other")
     assert code == 1
-    assert err == f"regpt: --fork-from {run!r} is no checkpoint; give RUN/checkpoints/step-…\n"
+    assert err == f"regpt: --fork-from {run!r} is not a checkpoint; give RUN/checkpoints/step-…\n"
 
 
 def test_a_run_starts_from_the_weights_at_an_address(regpt, run, tiny_flags, tmp_path):

@@ -160,7 +160,10 @@ def test_a_run_that_is_killed_before_its_first_checkpoint_begins_again(straight,
 
 @pytest.mark.parametrize(
     ("source", "sentence"),
-    [(".", r"is a run; give one of its checkpoints, such as .*step-00000008"), ("nothing", "is no checkpoint; give")],
+    [
+        (".", r"is a run; give one of its checkpoints, such as .*step-00000008"),
+        ("nothing", "is not a checkpoint; give"),
+    ],
 )
 def test_a_fork_from_something_else_is_one_sentence(straight, tmp_path, source, sentence):
     with pytest.raises(UserError, match=sentence):

@@ -97,7 +97,7 @@ def test_a_norm_that_overflows_is_no_fault_of_the_moment(config, spoiled, tmp_pa
             {"repeats": True},
             "skip, or, with --force or --fork-from, set --train.precision fp3",
         ),
-        ({"precision": "fp32", "on_non_finite": "skip"}, 0, {}, "check the data and what --init-from named"),
+        ({"precision": "fp32", "on_non_finite": "skip"}, 0, {}, "check the data and the model of --init-from"),
         ({"precision": "fp64"}, 0, {}, "continue from the last checkpoint with --train.on-non-finite skip"),
         (
             {"precision": "fp32", "on_non_finite": "rewind"},

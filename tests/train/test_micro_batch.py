@@ -217,7 +217,7 @@ def test_a_run_goes_on_in_training_and_validation_and_says_so(shards, tmp_path, 
     assert pretrain(tiny.change(config, "train", micro_batch_rows=4), tmp_path / "four") == 0
     assert fewer_rows_events(tmp_path / "four") == [(0, 2)]
     assert fewer_rows_events(tmp_path / "two") == []
-    assert "after step 0: out of memory, going on with 2 rows at once" in capsys.readouterr().out
+    assert "after step 0: out of memory, continuing with micro-batches of 2 rows" in capsys.readouterr().out
     assert tiny.final_files(tmp_path / "four") == tiny.final_files(tmp_path / "two")
     losses = [[row["loss"] for row in tiny.rows_of(tmp_path / run, "val")] for run in ("two", "four")]
     assert losses[0][1:] == losses[1][1:]

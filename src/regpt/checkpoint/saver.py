@@ -67,7 +67,7 @@ class Saver:
         self.done: list[Saved] = []
 
     def save(self, contents: Contents, device: torch.device) -> None:
-        """Copy the tensors of `contents`, after what was queued on `device`; write them in the background.
+        """Copy the tensors of `contents`, after all kernels queued on `device`; write them in the background.
 
         Raises:
             UserError: the save before this one failed.

@@ -16,8 +16,8 @@ CHUNK = 1 << 20  # documents gathered at once: temporaries for all documents wou
 # Rounds of the Feistel network: Luby & Rackoff 1988 need 4. Neighbouring rows stay neighbours through two rounds with
 # probability 1/√n, so small domains (below SMALL) take more.
 ROUNDS, SMALL_ROUNDS, SMALL = 8, 24, 1024
-ROW_KEYS = 1 << 63  # SplitMix64(data.seed): outputs below 2^63 are seeds of epochs, those from 2^63 on their row keys
-OFFSET = 1 << 63  # SplitMix64(row key): output 2^63 is the offset of the first row, those below are keys of blocks
+ROW_KEYS = 1 << 63  # of SplitMix64(seed), output e seeds the documents of epoch e, and output 2^63 + e its rows
+OFFSET = 1 << 63  # of SplitMix64(seed of the rows), output w is the key of block w, and output 2^63 the offset
 
 Positions = int | np.ndarray  # one position, or (n,) int64
 
@@ -120,7 +120,7 @@ def shuffled(places: np.ndarray, n: int, key: int) -> np.ndarray:
     halves = np.uint64(a), np.uint64(-(-n // a))
     seeds = splitmix64(key, 0, SMALL_ROUNDS if n < SMALL else ROUNDS)
     images = places.astype(np.uint64)
-    outside = np.arange(len(images))
+    outside = np.arange(len(images))  # indices of images still to be walked into 0 … n - 1
     while len(outside):
         pair = [images[outside] % halves[0], images[outside] // halves[0]]
         for r, seed in enumerate(seeds):

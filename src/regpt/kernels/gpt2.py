@@ -10,7 +10,7 @@
 - The logits are written by one product, overwritten in place by their gradient during the forward, and that gradient is
   read by two products of the backward.
 - Weight gradients are added in float32 to `parameter.grad` by the products themselves. So they exist only in
-  `.grad`: `torch.autograd.grad` returns none, and hooks on parameters do not run.
+  `.grad`: `torch.autograd.grad` returns nothing, and hooks on parameters do not run.
 
 One block, row by row (N = B·T rows; shapes: the glossary in `regpt.model`):
 
@@ -190,7 +190,8 @@ class FusedGPT2:
             self.side.join_previous()  # bounds the memory that the side stream holds, without draining it
             above = block.ln_1
         self.finish_sums(sums, above, None)  # the first block's input is the embedding, which has no bias
-        with self.side():  # stream order: the head has written the tied weight's gradient before
+        # On the side stream, after the head's product, which has written the gradient of the tied weight.
+        with self.side():
             dwpe, add = self.gradient(model.wpe.weight)
             if not add:
                 dwpe.zero_()  # `embed_backward` only adds
@@ -251,7 +252,7 @@ class FusedGPT2:
     ) -> tuple[Tensor, Tensor]:
         """Return the gradient of the norm's input x plus `dresidual`, and partial column sums for `finish_sums`.
 
-        Column 0 and 1 of the partial sums are for the norm's weight and bias, column 2 for the returned gradient.
+        The partial sums (P, 3, C) are of the gradients of the norm's weight and bias, and of the returned gradient.
         """
         return self.between.layer_norm_backward(dh, x, norm.weight, *statistics, dresidual)
 

@@ -52,7 +52,7 @@ class Pulse:
 
     @contextlib.contextmanager
     def working(self, work: str) -> Iterator[None]:
-        """Mark local work that may take long; the other ranks wait for it without a time limit."""
+        """Mark local work that may take long: outside a wait, the other ranks wait for it without a time limit."""
         before, self.work = self.work, work
         try:
             yield

@@ -137,7 +137,7 @@ def start_new(run: Run, init_from: str | None) -> Start:
         initialize(model, config.train.seed)
         return Start()
     source = open_model(on_this_machine(init_from, run.mesh)).model
-    shape = replace(source.config, dropout=config.model.dropout)  # not part of the shape
+    shape = replace(source.config, dropout=config.model.dropout)  # may differ: not part of the shape
     if shape != config.model:
         ours, theirs = asdict(config.model), asdict(shape)
         other = ", ".join(f"{key} {theirs[key]}, not {ours[key]}" for key in ours if ours[key] != theirs[key])
@@ -192,7 +192,7 @@ def start_again(run: Run, folder: Path, env: Mapping[str, Any], event: Row) -> S
     checkpoint = load_checkpoint(source)
     if file_sha256(source / MANIFEST) != parent["manifest_sha256"]:
         raise UserError(
-            f"{parent['checkpoint']} is no longer the checkpoint that {folder} began with; fork again into another "
+            f"{parent['checkpoint']} is no longer the checkpoint that {folder} started from; fork again into another "
             "--out"
         )
     return replace(start_at(run, checkpoint, event), save=True)
@@ -216,8 +216,8 @@ def go_back(run: Path, trainer: Trainer, average: Average | None) -> None:
     """Rewind `trainer`, and the EMA `average` if there is one, to the newest valid checkpoint of `run`.
 
     The next batch is the one after the current one: all batches since the checkpoint are skipped. This is PaLM's
-    remedy (Chowdhery et al. 2022, section 5.1),
-    whose authors found that neither the state nor the data alone caused a spike.
+    remedy (Chowdhery et al. 2022, section 5.1), whose authors found that neither the state nor the
+    data alone caused a spike.
 
     Raises:
         UserError: there is no checkpoint.
@@ -248,7 +248,7 @@ def checkpoint_at(name: str) -> Path:
     if not is_address(name):
         return Path(name)
     if not split_address(name)[1]:
-        raise UserError(f"--fork-from {name!r} is no checkpoint; give RUN/{CHECKPOINTS}/step-…")
+        raise UserError(f"--fork-from {name!r} is not a checkpoint; give RUN/{CHECKPOINTS}/step-…")
     return fetch_model(name, optimizer=True)
 
 
@@ -261,10 +261,10 @@ def fork_config(source: Path) -> RunConfig:
     if folders := checkpoints(source):
         raise UserError(f"--fork-from {str(source)!r} is a run; give one of its checkpoints, such as {folders[-1]}")
     if not is_file(source / STATE):
-        raise UserError(f"--fork-from {str(source)!r} is no checkpoint; give RUN/{CHECKPOINTS}/step-…")
+        raise UserError(f"--fork-from {str(source)!r} is not a checkpoint; give RUN/{CHECKPOINTS}/step-…")
     values = read_state(source / STATE).config
     if not values:
-        raise UserError(f"checkpoint {str(source)!r} holds no configuration of a run; give one that a run has saved")
+        raise UserError(f"checkpoint {str(source)!r} stores no run configuration; give one that a run has saved")
     return validate_config(values, str(source / STATE))
 
 

@@ -57,7 +57,7 @@ class Actions(Protocol):
     def stop_requested(self) -> bool: ...
 
     def examine(self) -> Row:
-        """Diagnose the current batch, whose update was refused: facts for its event row."""
+        """Diagnose the current batch after a verdict on its gradients: facts for the event row."""
         ...
 
     def rewind(self) -> None:
@@ -75,7 +75,7 @@ class StepResult:
         lr: learning rate of the update.
         extras: further means of the objective, by name.
         verdict: why the update was not applied; None when it was.
-        found: diagnosis of a refused batch, from `Actions.examine`.
+        found: diagnosis of the batch, from `Actions.examine`.
     """
 
     step: int
@@ -161,7 +161,7 @@ class Trainer:
             factor = self.schedule(self.step + 1)
             result = StepResult(self.step + 1, loss, norm, self.optimizer.defaults["lr"] * factor, extras)
             if (verdict := self.judge(result)) is not None:
-                result = replace(result, verdict=verdict, found=self.record_refusal(result, verdict))
+                result = replace(result, verdict=verdict, found=self.log_verdict(result, verdict))
                 if verdict.policy != "record":
                     return result
             set_lr(self.optimizer, factor)
@@ -199,7 +199,7 @@ class Trainer:
         return self.step + self.skipped
 
     def judge(self, result: StepResult) -> Verdict | None:
-        """Return a verdict that refuses the gradients, or None. Its inputs are global, so all ranks agree."""
+        """Return a verdict on suspicious gradients, or None. Its inputs are global, so all ranks agree."""
         if self.loss_scale.too_large(result.loss, result.grad_norm):
             return Verdict("overflow", "repeat")
         return self.guard.judge(self.step, result.loss, result.grad_norm)
@@ -247,8 +247,8 @@ class Trainer:
                 f"the checkpoint's state of the trainer cannot be used ({error}); resume from another one"
             ) from None
 
-    def record_refusal(self, result: StepResult, verdict: Verdict) -> Row:
-        """Log a refused step as an event; return the diagnosis of its batch.
+    def log_verdict(self, result: StepResult, verdict: Verdict) -> Row:
+        """Log a verdict as an event; return the diagnosis of its batch.
 
         Collective: loss and norm are global, so every rank calls this.
 
@@ -301,7 +301,7 @@ class Trainer:
         again = "continue from the last checkpoint with --train.on-non-finite skip"
         advice = [again] if self.config.on_non_finite == "stop" else []
         advice += [f"with --force or --fork-from, set {' or '.join(changes)}"] if changes else []
-        return ", or, ".join(advice) or "check the data and what --init-from named"
+        return ", or, ".join(advice) or "check the data and the model of --init-from"
 
     def row(self, result: StepResult, seconds: float) -> Row:
         """Row of metrics.jsonl for the update just made: its result, tokens, time, speed and memory."""
