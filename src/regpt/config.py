@@ -45,6 +45,12 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
+        for _, _, seq_len in self.train.batch_ramp:
+            if seq_len > self.model.max_seq_len:
+                raise UsageError(
+                    f"train.batch_ramp has rows of {seq_len} tokens, longer than model.max_seq_len "
+                    f"{self.model.max_seq_len}; lower the first or raise the second"
+                )
         if self.data.seq_len > self.model.max_seq_len:
             raise UsageError(
                 f"data.seq_len {self.data.seq_len} is longer than model.max_seq_len {self.model.max_seq_len}; "
@@ -52,6 +58,7 @@ class RunConfig:
             )
         if self.train.precision == "fp8":
             sizes = {"model.n_embd": self.model.n_embd, "data.seq_len": self.data.seq_len}
+            sizes |= {f"seq_len of train.batch_ramp at {tokens}": T for tokens, _, T in self.train.batch_ramp}
             for name, size in sizes.items():
                 if size % FP8_MULTIPLE:
                     near = max(size // FP8_MULTIPLE, 1) * FP8_MULTIPLE

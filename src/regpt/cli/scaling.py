@@ -97,6 +97,7 @@ def planned(given: ScalingArgs) -> tuple[float, float] | None:
         return None if given.parameters is None or given.tokens is None else (given.parameters, given.tokens)
 
     from regpt.config import read_config
+    from regpt.data.ramp import stages_of, tokens_before
     from regpt.model.families import make_model
     from regpt.model.weights import count_parameters, without_memory
     from regpt.report.scaling import non_embedding
@@ -105,7 +106,8 @@ def planned(given: ScalingArgs) -> tuple[float, float] | None:
     with without_memory():
         total = float(count_parameters(make_model(config.model)))
     parameters = total if given.count == "total" else non_embedding(total, asdict(config.model))
-    return parameters, given.tokens or float(config.train.steps * config.train.batch_tokens)
+    stages = stages_of(config.train.batch_tokens, config.data.seq_len, config.train.batch_ramp)
+    return parameters, given.tokens or float(tokens_before(stages, config.train.steps))
 
 
 def to_dict(found: ScalingFit, unit: str, given: ScalingArgs, plan: tuple[float, float] | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 from regpt.data.config import ShuffleRows
 from regpt.data.order import permutation, ranges, row_key, shuffled, splitmix64
 from regpt.data.stream import StoredTokens
-from regpt.errors import UserError
+from regpt.errors import UsageError, UserError
 
 WINDOW = 1024  # documents, and rows' worth of tokens, that a window holds at least: its unfinished last row is left out
 BLOCK = 1 << 18  # documents whose rows are permuted together: packing them takes about a quarter of a second
@@ -158,6 +158,13 @@ class PackedRows:
             epoch, place = divmod(block, self.epoch_blocks)
             read = place * self.block_documents + row / self.packing(block).n_rows * len(self.documents(block))
         return [epoch + read / self.n_documents]
+
+    def cut(self, count: int, seq_len: int) -> "tuple[PackedRows, PackedRows]":
+        """Raise a UsageError: rows of another length are packed from other windows of documents."""
+        raise UsageError(
+            f"data.order is bos, whose rows of {self.seq_len} tokens cannot be followed by rows of {seq_len} without "
+            "leaving out documents; set data.order to shuffle, or one seq_len in train.batch_ramp"
+        )
 
     def left_out(self, windows: int | None = None) -> float:
         """The share of the tokens that no row holds: cropped, or in a window's unfinished last row.

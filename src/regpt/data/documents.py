@@ -66,10 +66,9 @@ def stored_ranges(rows: Rows, row: int) -> tuple[StoredTokens, np.ndarray, np.nd
         return rows.corpus, begins, ends
     if isinstance(rows, StreamRows) and isinstance(rows.stream, ShardStream):
         stream, T = rows.stream, rows.seq_len
-        parts = [stream.order.segments(*part) for part in by_epoch(row * T, T + 1, stream.epoch_tokens)]
+        parts = [stream.order.segments(*part) for part in by_epoch(rows.begin + row * T, T + 1, stream.epoch_tokens)]
         begins, ends = (np.concatenate(bounds) for bounds in zip(*parts))
         return stream.corpus, begins, ends
     if isinstance(rows, ShuffledRows):
-        epoch, place = divmod(row, rows.n_rows)
-        return rows.stream.corpus, *rows.segments(epoch, place, place + 1)
+        return rows.stream.corpus, *rows.stored(row, 1)
     raise TypeError(f"rows of the type {type(rows).__name__} are not read from shards")

@@ -1,6 +1,8 @@
 """Micro-batches of one rank, from rows of tokens."""
 
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor
 
 from regpt.data.batch import Batch
 from regpt.data.order import splitmix64
+from regpt.data.ramp import Stage, rows_at_once, stage_at, tokens_before
 from regpt.data.rows import Rows
 from regpt.errors import UsageError, UserError
 
@@ -47,10 +50,11 @@ class Loader:
         pin_memory: bool = False,
         first_row: int = 0,
         dropout_seed: int | None = None,
+        rows_before: int = 0,
     ) -> None:
         """`batch_tokens` counts the tokens of a step over all `dp_size` processes; `eot` is the token that starts a
         document, given where attention is to be masked by document; `dropout_seed` is given where rows are to have
-        keys of dropout.
+        keys of dropout; `rows_before` are those of the run that were read before row 0 of `rows`.
 
         Raises:
             UsageError: a batch that cannot be divided into whole micro-batches for every process.
@@ -69,6 +73,7 @@ class Loader:
         self.pin_memory = pin_memory
         self.first_row = first_row
         self.dropout_seed = dropout_seed
+        self.rows_before = rows_before
 
     def step(self, step: int, micro_batch_rows: int | None = None) -> list[Batch]:
         """This rank's micro-batches of `step`, counted from 0, on the CPU: B rows each, or `micro_batch_rows`."""
@@ -79,8 +84,13 @@ class Loader:
         batches = [row_batch(self.rows, first, B, self.eot, self.pin_memory) for first in firsts]
         if self.dropout_seed is None:
             return batches
-        keys = [as_tensor(dropout_keys(self.dropout_seed, first, B), self.pin_memory) for first in firsts]
+        numbers = [self.rows_before + first for first in firsts]
+        keys = [as_tensor(dropout_keys(self.dropout_seed, first, B), self.pin_memory) for first in numbers]
         return [batch._replace(dropout_keys=own) for batch, own in zip(batches, keys)]
+
+    def at(self, step: int) -> "Loader":
+        """The loader of `step`: this one."""
+        return self
 
     def step_rows(self, step: int) -> range:
         """The rows of `step` that this rank takes when it takes them one at a time."""
@@ -90,6 +100,95 @@ class Loader:
     def epochs(self, steps: int) -> list[float]:
         """Number of epochs read of each data folder after `steps` steps."""
         return self.rows.epochs(self.first_row + steps * self.batch_rows)
+
+
+class RampLoader:
+    """The batches of a run whose batch or row length changes: one `Loader` for each of its `stages`.
+
+    Rows are numbered from 0 where a row length begins. All steps are read `ahead` steps later, in a run that left out
+    batches.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        stages: Sequence[Stage],
+        *,
+        micro_batch_rows: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        ahead: int = 0,
+        eot: int | None = None,
+        pin_memory: bool = False,
+        dropout_seed: int | None = None,
+    ) -> None:
+        """`rows` are those of the first stage; the rest as in `Loader`.
+
+        Raises:
+            UsageError: a batch that cannot be divided among the processes, or an order whose row length is fixed.
+            UserError: a corpus smaller than one batch.
+        """
+        self.seq_len, self.rows, self.micro_batch_rows = rows.seq_len, rows, micro_batch_rows
+        self.stages, self.ahead, self.dp_size = tuple(stages), ahead, dp_size
+        self.loaders: list[Loader] = []
+        given: dict[str, Any] = {"dp_rank": dp_rank, "dp_size": dp_size, "eot": eot, "pin_memory": pin_memory}
+        check_batch(rows.seq_len, stages[0].batch_tokens, micro_batch_rows, dp_size)
+        for first_row, rows_before, stage_rows, stage in rows_of_stages(rows, stages):
+            check_shares(stage, dp_size)
+            loader = Loader(
+                stage_rows,
+                batch_tokens=stage.batch_tokens,
+                micro_batch_rows=rows_at_once(micro_batch_rows, self.seq_len, stage, dp_size),
+                first_row=first_row + (ahead - stage.first_step) * (stage.batch_tokens // stage.seq_len),
+                dropout_seed=dropout_seed,
+                rows_before=rows_before,
+                **given,
+            )
+            self.loaders.append(loader)
+
+    def at(self, step: int) -> Loader:
+        """The loader of the stage of `step`."""
+        return self.loaders[self.stages.index(stage_at(self.stages, step + self.ahead))]
+
+    def step(self, step: int, micro_batch_rows: int | None = None) -> list[Batch]:
+        """As `Loader.step`; `micro_batch_rows` are of the first stage's length, in others as many tokens."""
+        rows = micro_batch_rows or self.micro_batch_rows
+        stage = stage_at(self.stages, step + self.ahead)
+        return self.at(step).step(step, rows_at_once(rows, self.seq_len, stage, self.dp_size))
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens read before `step`."""
+        return tokens_before(self.stages, step + self.ahead)
+
+    def epochs(self, steps: int) -> list[float]:
+        """As `Loader.epochs`."""
+        return self.at(steps - 1).epochs(steps)
+
+
+def rows_of_stages(rows: Rows, stages: Sequence[Stage]) -> Iterator[tuple[int, int, Rows, Stage]]:
+    """For each stage: its first row among the rows of its length, those before all of these, its rows, itself."""
+    rows_before = 0
+    lengths = [list(group) for _, group in groupby(stages, key=lambda stage: stage.seq_len)]
+    for group, following in zip(lengths, [*lengths[1:], None]):
+        first, ended, after = group[0], rows, rows
+        n_rows = 0
+        if following is not None:
+            n_rows = (following[0].first_token - first.first_token) // first.seq_len
+            ended, after = rows.cut(n_rows, following[0].seq_len)
+        for stage in group:
+            yield (stage.first_token - first.first_token) // stage.seq_len, rows_before, ended, stage
+        rows, rows_before = after, rows_before + n_rows
+
+
+def check_shares(stage: Stage, dp_size: int) -> None:
+    """Raise a UsageError for a batch of `train.batch_ramp` that `dp_size` processes cannot share in whole rows."""
+    unit = stage.seq_len * dp_size
+    if stage.batch_tokens % unit:
+        near = max(1, stage.batch_tokens // unit) * unit
+        raise UsageError(
+            f"train.batch_ramp has a batch of {stage.batch_tokens} tokens in rows of {stage.seq_len}, which {dp_size} "
+            f"processes cannot share in whole rows; set it to {near}, say"
+        )
 
 
 def row_batch(rows: Rows, first: int, count: int, eot: int | None = None, pin_memory: bool = False) -> Batch:

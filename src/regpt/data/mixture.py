@@ -19,7 +19,7 @@ class MixedRows:
     """
 
     def __init__(self, parts: Sequence[Rows], counts: Sequence[int]) -> None:
-        self.parts = list(parts)
+        self.parts, self.counts = list(parts), list(counts)
         self.seq_len = parts[0].seq_len
         self.source = "the mixture of " + ", ".join(part.source for part in parts)
         self.epoch_tokens = sum(part.epoch_tokens for part in parts)
@@ -49,6 +49,12 @@ class MixedRows:
 
     def epochs(self, row: int) -> list[float]:
         return [times for k, part in enumerate(self.parts) for times in part.epochs(self.part_row(k, row))]
+
+    def cut(self, count: int, seq_len: int) -> "tuple[MixedRows, MixedRows]":
+        """The pattern of turns begins anew with the rows of another length."""
+        parts = [part.cut(self.part_row(k, count), seq_len) for k, part in enumerate(self.parts)]
+        ended, following = zip(*parts)
+        return MixedRows(ended, self.counts), MixedRows(following, self.counts)
 
     def rows_within(self, part_rows: Sequence[int]) -> int:
         """The most rows that take no more than `part_rows[k]` of each part."""

@@ -1,7 +1,9 @@
 """Rows of T + 1 tokens, numbered from 0 without end: what a batch is made of, in every order."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -9,7 +11,7 @@ from regpt.data.bos import PackedRows
 from regpt.data.config import ShuffleRows, check_shuffle_rows
 from regpt.data.manifest import Manifest
 from regpt.data.order import row_key, row_offset, shuffled
-from regpt.data.stream import ShardStream, Span, StoredTokens, by_epoch, document_starts, open_stream
+from regpt.data.stream import ShardStream, Span, StoredTokens, document_starts, open_stream
 from regpt.errors import UsageError, nearest
 
 ORDERS = ("shuffle", "sequential", "bos")
@@ -38,6 +40,10 @@ class Rows(Protocol):
 
     def epochs(self, row: int) -> list[float]:
         """For each folder, how many times it has been read when rows [0, row) have been."""
+        ...
+
+    def cut(self, count: int, seq_len: int) -> "tuple[Rows, Rows]":
+        """These rows, of which `count` are read, and the rows of `seq_len` that are read after them."""
         ...
 
 
@@ -69,24 +75,46 @@ def open_rows(
 
 
 class StreamRows:
-    """The rows of a stream of tokens: row i is its tokens [i·T, i·T + T + 1)."""
+    """The rows of a stream of tokens from token `begin` on: row i is its tokens [begin + i·T, begin + i·T + T + 1)."""
 
-    def __init__(self, stream: ShardStream | Span, seq_len: int) -> None:
+    def __init__(self, stream: ShardStream | Span, seq_len: int, begin: int = 0) -> None:
         self.stream = stream
         self.seq_len = seq_len
+        self.begin = begin
         self.source = stream.source
         self.epoch_tokens = stream.epoch_tokens
 
     def read(self, first: int, count: int) -> np.ndarray:
         T = self.seq_len
-        tokens = self.stream.tokens(first * T, count * T + 1)  # (count·T + 1,)
+        tokens = self.stream.tokens(self.begin + first * T, count * T + 1)  # (count·T + 1,)
         return np.lib.stride_tricks.sliding_window_view(tokens, T + 1)[::T]  # each row ends with the next one's first
 
     def epoch_rows(self, limit: int) -> int:
         return min(limit, self.epoch_tokens // self.seq_len)
 
     def epochs(self, row: int) -> list[float]:
-        return [row * self.seq_len / self.epoch_tokens]
+        return [(self.begin + row * self.seq_len) / self.epoch_tokens]
+
+    def cut(self, count: int, seq_len: int) -> "tuple[StreamRows, StreamRows]":
+        return self, StreamRows(self.stream, seq_len, self.begin + count * self.seq_len)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows of one length that lie one after another on the ring of an epoch, and are permuted among themselves.
+
+    Attributes:
+        token: of the ring, at which the first row begins.
+        left: tokens of the ring from there on that have not been read.
+        block: number in the epoch of its first block of rows.
+        n_rows: rows that are read of it.
+    """
+
+    epoch: int
+    token: int
+    left: int
+    block: int = 0
+    n_rows: int = 0
 
 
 class ShuffledRows:
@@ -95,42 +123,98 @@ class ShuffledRows:
     An epoch's stream of N tokens is read as a ring. Row j is its tokens [o + j·T, o + j·T + T + 1), for
     j < n = ⌊N / T⌋, with an offset o < T of the epoch's own, so that even a corpus of one document is cut into other
     rows each time. The other N mod T tokens are left out of this epoch. Rows are permuted over the epoch, or within
-    each `window` rows of it.
+    each `window` rows of it. Rows that follow those of another length begin in an epoch where these ended.
     """
 
-    def __init__(self, stream: ShardStream, seed: int, seq_len: int, window: int | None) -> None:
-        self.stream, self.seed, self.seq_len = stream, seed, seq_len
+    def __init__(
+        self,
+        stream: ShardStream,
+        seed: int,
+        seq_len: int,
+        window: int | None,
+        begin: Segment | None = None,
+        count: int | None = None,
+    ) -> None:
+        """`begin` is where the rows begin in an epoch (without its `n_rows`), `count` how many are read in all."""
+        self.stream, self.seed, self.seq_len, self.given_window = stream, seed, seq_len, window
         self.source, self.epoch_tokens = stream.source, stream.epoch_tokens
         self.n_rows = self.epoch_tokens // seq_len
         self.window = min(window or self.n_rows, self.n_rows)
+        self.count = count
+        begin = begin or Segment(0, row_offset(seed, 0, seq_len), self.epoch_tokens)
+        n_rows = begin.left // seq_len
+        self.first = replace(begin, n_rows=n_rows if count is None else min(n_rows, count))
 
     def read(self, first: int, count: int) -> np.ndarray:
-        parts = [self.segments(*part) for part in by_epoch(first, count, self.n_rows)]
-        begins, ends = (np.concatenate(bounds) for bounds in zip(*parts))
+        begins, ends = self.stored(first, count)
         return self.stream.corpus.read(begins, ends).reshape(count, self.seq_len + 1)
 
-    def segments(self, epoch: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """The stored ranges that are rows [begin, end) of `epoch`, in the order in which they are read."""
-        offset = row_offset(self.seed, epoch, self.seq_len)
-        begins = self.stream_rows(epoch, begin, end) * self.seq_len + offset
-        ends = begins + self.seq_len + 1
-        over = np.flatnonzero(ends > self.epoch_tokens)  # the last row of the stream at most
-        begins = np.insert(begins, over + 1, 0)
-        ends = np.insert(np.minimum(ends, self.epoch_tokens), over + 1, ends[over] - self.epoch_tokens)
-        return self.stream.order.segments(epoch, begins, ends)
+    def stored(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The stored ranges, begins and ends, that are rows [first, first + count)."""
+        parts = [self.ranges(segment, begin, end) for segment, begin, end in self.by_segment(first, count)]
+        begins, ends = (np.concatenate(bounds) for bounds in zip(*parts))
+        return begins, ends
 
-    def stream_rows(self, epoch: int, begin: int, end: int) -> np.ndarray:
-        """(end - begin,) int64: the rows of the epoch's stream that are read as its rows [begin, end)."""
+    def by_segment(self, first: int, count: int) -> Iterator[tuple[Segment, int, int]]:
+        while count:
+            segment, begin = self.locate(first)
+            end = min(segment.n_rows, begin + count)
+            yield segment, begin, end
+            first, count = first + end - begin, count - (end - begin)
+
+    def locate(self, row: int) -> tuple[Segment, int]:
+        """The segment that holds `row`, and the row's place in it."""
+        if row < self.first.n_rows:
+            return self.first, row
+        epochs, place = divmod(row - self.first.n_rows, self.n_rows)
+        epoch, rest = self.first.epoch + 1 + epochs, self.n_rows
+        if self.count is not None:
+            rest = min(rest, self.count - row + place)
+        return Segment(epoch, row_offset(self.seed, epoch, self.seq_len), self.epoch_tokens, n_rows=rest), place
+
+    def ranges(self, segment: Segment, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """The stored ranges that are rows [begin, end) of `segment`, in the order in which they are read."""
+        N = self.epoch_tokens
+        begins = (self.ring_rows(segment, begin, end) * self.seq_len + segment.token) % N
+        ends = begins + self.seq_len + 1
+        over = np.flatnonzero(ends > N)  # the row over the end of the stream, if it is here
+        begins = np.insert(begins, over + 1, 0)
+        ends = np.insert(np.minimum(ends, N), over + 1, ends[over] - N)
+        return self.stream.order.segments(segment.epoch, begins, ends)
+
+    def ring_rows(self, segment: Segment, begin: int, end: int) -> np.ndarray:
+        """(end - begin,) int64: the rows of `segment`, as they lie on the ring, that are read as its rows
+        [begin, end)."""
         pieces = []
         for block in range(begin // self.window, -(-end // self.window)):
             first = block * self.window
-            size = min(self.window, self.n_rows - first)
+            size = min(self.window, segment.n_rows - first)
             places = np.arange(max(begin - first, 0), min(end - first, size))
-            pieces.append(first + shuffled(places, size, row_key(self.seed, epoch, block)))
+            key = row_key(self.seed, segment.epoch, segment.block + block)
+            pieces.append(first + shuffled(places, size, key))
         return np.concatenate(pieces)
 
     def epoch_rows(self, limit: int) -> int:
         return min(limit, self.n_rows)
 
     def epochs(self, row: int) -> list[float]:
-        return [row / self.n_rows]
+        first = self.first
+        before = self.epoch_tokens - first.left
+        if not before or row >= first.n_rows:
+            return [(row + (first.epoch + 1) * self.n_rows - first.n_rows) / self.n_rows]
+        return [first.epoch + (before + row / first.n_rows * first.left) / self.epoch_tokens]
+
+    def cut(self, count: int, seq_len: int) -> "tuple[Self, Self]":
+        given = self.stream, self.seed
+        ended = type(self)(*given, self.seq_len, self.given_window, self.first, count)
+        if not count:  # of a mixture whose other parts were read
+            return ended, type(self)(*given, seq_len, self.given_window, self.first)
+        segment, place = ended.locate(count - 1)
+        begin = Segment(
+            segment.epoch,
+            segment.token + segment.n_rows * self.seq_len,
+            segment.left - segment.n_rows * self.seq_len,
+            segment.block + -(-segment.n_rows // self.window),
+        )
+        assert place == segment.n_rows - 1
+        return ended, type(self)(*given, seq_len, self.given_window, begin)

@@ -142,7 +142,8 @@ def tiles(summary: RunSummary, config: dict[str, Any]) -> Iterator[Tile]:
         yield Tile("Steps", f"{summary.steps:,}")
     else:
         batch_tokens = number(section(config, "train").get("batch_tokens"))
-        each = [f"{batch_tokens:,} tokens each"] if batch_tokens else []
+        ramp = section(config, "train").get("batch_ramp")
+        each = [f"{batch_tokens:,} tokens each{', at first' if ramp else ''}"] if batch_tokens else []
         yield Tile("Tokens", *split_si(summary.tokens), (counted(summary.steps, "step"), *each))
     if summary.tokens_per_s is not None:
         notes = [] if summary.mfu is None else [f"MFU {100 * summary.mfu:.1f} %"]

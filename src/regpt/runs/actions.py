@@ -16,6 +16,7 @@ from regpt.checkpoint.state import DataPosition, RunState, generator_states
 from regpt.console.text import counted
 from regpt.data.batch import Batch
 from regpt.data.bos import PackedRows
+from regpt.data.loader import RampLoader
 from regpt.data.mixture import MixedRows
 from regpt.data.rows import Rows
 from regpt.errors import UserError
@@ -77,7 +78,7 @@ class RunActions:
 
     def examine(self) -> Row:
         with self.mesh.pulse.working("examining a batch"):
-            return examine(self.trainer, self.run.loader, self.run.corpus.tokenizer)
+            return examine(self.trainer, self.run.loader.at(self.trainer.data_step), self.run.corpus.tokenizer)
 
     def rewind(self) -> None:
         """Return to the newest valid checkpoint, and save at once with the position after the present batch."""
@@ -206,11 +207,15 @@ def run_state(run: Run, step: int, random: list[dict[str, str]]) -> RunState:
     """The content of state.json after `step` updates."""
     config = run.config
     data = config.data
-    next_row = run.loader.first_row + (step + run.trainer.skipped) * run.loader.batch_rows
+    loader, seq_len, data_step = run.loader, data.seq_len, step + run.trainer.skipped
+    if isinstance(loader, RampLoader):
+        next_row, seq_len = loader.tokens_before(data_step), 1
+    else:
+        next_row = loader.first_row + data_step * loader.batch_rows
     lr = config.optim.lr * run.trainer.schedule(step) if step else 0.0
     return RunState(
         step=step,
-        data=DataPosition(run.corpus.manifest_sha256, next_row, data.seq_len, data.order, data.seed, data.shuffle_rows),
+        data=DataPosition(run.corpus.manifest_sha256, next_row, seq_len, data.order, data.seed, data.shuffle_rows),
         schedule={"name": config.optim.schedule, "steps": config.train.steps, "lr": lr},
         trainer=run.trainer.state(),
         average_updates=run.average.updates if run.average else 0,

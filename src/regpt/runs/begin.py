@@ -22,7 +22,7 @@ from regpt.checkpoint.open import open_model
 from regpt.checkpoint.state import RunState, read_state, restore_generators
 from regpt.config import RunConfig, validate_config
 from regpt.data.config import DataConfig
-from regpt.data.loader import Loader
+from regpt.data.loader import Loader, RampLoader
 from regpt.data.prefetch import Prefetcher
 from regpt.errors import UserError
 from regpt.evals.config import EvalConfig
@@ -33,7 +33,7 @@ from regpt.model.weights import initialize, load_weights, state_tensors
 from regpt.parallel.mesh import Mesh, open_mesh
 from regpt.remote import is_address
 from regpt.runs.build import Corpus, build_loader, build_model, build_trainer, open_corpus, with_chosen_rows
-from regpt.runs.changes import ROUNDING_KEYS, Changes, describe, first_row, listed
+from regpt.runs.changes import ROUNDING_KEYS, Changes, describe, first_row, listed, ramp_steps
 from regpt.runs.folder import made_with
 from regpt.runs.remote import on_this_machine
 from regpt.train.average import Average
@@ -56,7 +56,7 @@ class Run:
         loader, trainer, average, chosen: set by `begin`; `chosen` holds settings tuned for this device, for env.json.
     """
 
-    loader: Loader
+    loader: Loader | RampLoader
     trainer: Trainer
     average: Average | None
     chosen: dict[str, Any]
@@ -74,7 +74,7 @@ class Run:
     def begin(self, start: "Start", stack: ExitStack) -> None:
         """Build the loader and the trainer at `start`; batches are prefetched in a thread until `stack` is closed."""
         mesh = self.mesh
-        self.loader = build_loader(self.config, self.corpus, mesh, start.first_row)
+        self.loader = build_loader(self.config, self.corpus, mesh, start.first_row, start.ahead)
         batches = stack.enter_context(Prefetcher(self.loader, steps=self.config.train.steps))
         self.trainer = build_trainer(self.config, mesh, self.model, self.optimizer, batches, step=start.step)
         self.trainer.load_state(start.trainer)
@@ -111,7 +111,7 @@ class Start:
 
     Attributes:
         step: updates made.
-        first_row: of the loader.
+        first_row, ahead: of the loader.
         trainer: the trainer's `state`.
         random: states of this rank's random generators; None when unknown.
         average: EMA of the weights and its number of updates; None to start a new one.
@@ -122,6 +122,7 @@ class Start:
 
     step: int = 0
     first_row: int = 0
+    ahead: int = 0
     trainer: Mapping[str, Any] = field(default_factory=dict)
     random: dict[str, str] | None = None
     average: tuple[Mapping[str, Tensor], int] | None = None
@@ -160,6 +161,7 @@ def start_at(run: Run, checkpoint: Checkpoint, event: Row, found: Changes | None
     return Start(
         step=state.step,
         first_row=first_row(state.data, state.step, run.config, run.corpus.manifest_sha256),
+        ahead=ramp_steps(state.data, run.config) - state.step,
         trainer={key: value for key, value in state.trainer.items() if f"train.{key}" not in (found or {})},
         random=state.random[mesh.rank] if len(state.random) == mesh.world_size else None,
         average=None if average is None else (average, state.average_updates),

@@ -62,8 +62,8 @@ class Window:
 
 def shortened(config: RunConfig, window: Window) -> RunConfig:
     """`config` for so many steps; the learning rate follows no schedule that could be too long for them, and any
-    tokenizer will do: tokens are not read as text."""
-    train = replace(config.train, steps=window.warmup + window.steps)
+    tokenizer will do: tokens are not read as text. Of a batch ramp the first stage is timed."""
+    train = replace(config.train, steps=window.warmup + window.steps, batch_ramp=())
     optim = replace(config.optim, schedule="constant", decay_steps=None)
     return replace(config, train=train, optim=optim, data=replace(config.data, tokenizer=""))
 

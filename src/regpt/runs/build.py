@@ -11,9 +11,10 @@ import torch
 from regpt.config import RunConfig
 from regpt.data.config import ShuffleRows
 from regpt.data.info import tokenizer_identity, tokenizer_of
-from regpt.data.loader import Loader, StepBatches
+from regpt.data.loader import Loader, RampLoader, StepBatches
 from regpt.data.manifest import Manifest, read_manifest
 from regpt.data.mixture import MixedRows, whole_shares
+from regpt.data.ramp import Stage, stages_of
 from regpt.data.rows import Rows, open_rows
 from regpt.data.stream import ShardStream, open_stream
 from regpt.data.verify import SMALL_BYTES, verify_small
@@ -183,19 +184,28 @@ def build_model(config: RunConfig, device: torch.device, ops: Ops = PLAIN) -> Tr
     return allocate(model, device, parameter_dtype(config.train.precision))
 
 
-def build_loader(config: RunConfig, corpus: Corpus, mesh: Mesh, first_row: int = 0) -> Loader:
-    data = config.data
-    return Loader(
-        corpus.rows("train", data.order, data.seed, data.seq_len, data.shuffle_rows),
-        batch_tokens=config.train.batch_tokens,
-        micro_batch_rows=config.train.first_rows,
-        dp_rank=mesh.rank,
-        dp_size=mesh.world_size,
-        eot=mask_token(config, corpus),
-        pin_memory=mesh.device.type == "cuda",
-        first_row=first_row,
-        dropout_seed=config.train.seed if config.model.dropout else None,
-    )
+def build_loader(
+    config: RunConfig, corpus: Corpus, mesh: Mesh, first_row: int = 0, ahead: int = 0
+) -> Loader | RampLoader:
+    """The batches of a run: from `first_row` on, or with a ramp `ahead` steps later than their numbers."""
+    data, train = config.data, config.train
+    rows = corpus.rows("train", data.order, data.seed, data.seq_len, data.shuffle_rows)
+    settings: dict[str, Any] = {
+        "micro_batch_rows": train.first_rows,
+        "dp_rank": mesh.rank,
+        "dp_size": mesh.world_size,
+        "eot": mask_token(config, corpus),
+        "pin_memory": mesh.device.type == "cuda",
+        "dropout_seed": train.seed if config.model.dropout else None,
+    }
+    if not train.batch_ramp:
+        return Loader(rows, batch_tokens=train.batch_tokens, first_row=first_row, **settings)
+    return RampLoader(rows, run_stages(config), ahead=ahead, **settings)
+
+
+def run_stages(config: RunConfig) -> tuple[Stage, ...]:
+    """The stages of `train.batch_ramp`; a run without one has one stage."""
+    return stages_of(config.train.batch_tokens, config.data.seq_len, config.train.batch_ramp)
 
 
 def build_trainer(

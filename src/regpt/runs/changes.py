@@ -5,6 +5,7 @@ from typing import Any
 
 from regpt.checkpoint.state import DataPosition, RunState
 from regpt.config import RunConfig, completed, validate_config
+from regpt.data.ramp import stages_of, step_at
 from regpt.errors import UsageError
 from regpt.train.schedule import make_schedule
 
@@ -49,7 +50,7 @@ def changes(before: Sections, after: Sections) -> Changes:
 
 def stored(value: Any) -> Any:
     """`value` as JSON gives it back, which has no tuples."""
-    return list(value) if isinstance(value, tuple) else value
+    return [stored(one) for one in value] if isinstance(value, (tuple, list)) else value
 
 
 def refuse_changes(found: Changes, step: int, force: bool) -> None:
@@ -112,3 +113,12 @@ def first_row(data: DataPosition, step: int, config: RunConfig, manifest_sha256:
     same = (data.manifest_sha256, before) == (manifest_sha256, order)
     next_row = -(-data.next_row * data.seq_len // T) if same else 0
     return next_row - step * (config.train.batch_tokens // T)
+
+
+def ramp_steps(data: DataPosition, config: RunConfig) -> int:
+    """Steps of `train.batch_ramp` with which as many tokens are read as `data` says, rounded up; of other data as many.
+
+    The state of a run with a ramp counts in rows of one token.
+    """
+    stages = stages_of(config.train.batch_tokens, config.data.seq_len, config.train.batch_ramp)
+    return step_at(stages, data.next_row * data.seq_len)

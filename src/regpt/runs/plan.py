@@ -56,6 +56,11 @@ def make_plan(
     Raises:
         UsageError: a device or a combination that cannot be planned for.
     """
+    if config.train.batch_ramp:
+        raise UsageError(
+            "regpt plan plans one batch and train.batch_ramp has several; plan each stage by itself, with "
+            "--train.batch-ramp without values and its own --train.batch-tokens, --data.seq-len and --train.steps"
+        )
     load = busy()  # before anything is measured
     target = planned_target(gpu, config.train.device, config.train.precision)
     if target.kind != "gpu" and gpus > 1:

@@ -92,7 +92,7 @@ def checkpoint_before(run: Path, step: int) -> Checkpoint | None:
 
 def measured(run: Run) -> dict[str, Any]:
     """Loss, norm and documents of the trainer's next step, whose update is not made."""
-    trainer, loader = run.trainer, run.loader
+    trainer, loader = run.trainer, run.loader.at(run.trainer.data_step)
     loss, norm, _ = trainer.gradients()
     while trainer.loss_scale.too_large(loss, norm):
         loss, norm, _ = trainer.gradients()
@@ -126,7 +126,8 @@ def recorded(run: Path, step: int) -> dict[str, Any] | None:
 def spoiling(run: Run) -> dict[str, Any]:
     """The first module, as they compute, whose output is not finite: in the uncompiled model, row by row."""
     trainer = run.trainer
-    for row, batch in zip(run.loader.step_rows(trainer.data_step), run.loader.step(trainer.data_step, 1)):
+    loader = run.loader.at(trainer.data_step)
+    for row, batch in zip(loader.step_rows(trainer.data_step), loader.step(trainer.data_step, 1)):
         with torch.no_grad(), watched(trainer.model) as found, autocast(trainer.config.precision, trainer.mesh.device):
             loss = NextToken(trainer.model).loss_sum(batch.to(trainer.mesh.device))[0]
         if found:

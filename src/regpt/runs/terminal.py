@@ -17,6 +17,7 @@ from regpt.console.text import duration, si, visible
 BAR_WIDTH = 60  # in characters
 PLAIN_SECONDS = 5.0  # between lines where nothing can be redrawn
 EVENTS = {  # that are printed at once, with the keys of their rows
+    "batch_ramp": "batches of {batch_tokens:,} tokens in rows of {seq_len:,} from here on",
     "out_of_memory": "out of memory, continuing with micro-batches of {micro_batch_rows} rows: the update is the same",
     "loss_scale": "loss scale {loss_scale:g} ({reason})",
     "non_finite": "loss {loss}, gradient norm {grad_norm}: the update was not applied (train.on_non_finite {policy})",

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from regpt.data.ramp import RampEntry, check_ramp
 from regpt.errors import UsageError
 from regpt.kernels.config import KernelsName
 from regpt.ranges import LARGE, LONG, MANY, SEED, Range, check_ranges
@@ -20,6 +21,9 @@ class TrainConfig:
     """Updates in the whole run (the lecture: 10 billion tokens)."""
     batch_tokens: Annotated[int, Range(1, MANY)] = 524288
     """Tokens an update, over all processes (GPT-3 paper, table 2.1: 0.5 M for 125M)."""
+    batch_ramp: tuple[RampEntry, ...] = ()
+    """[[tokens, batch_tokens, seq_len], …]: from so many tokens on another batch and row length (Llama 3: 4 M × 4,096,
+    8 M × 8,192, 16 M); before the first, train.batch_tokens and data.seq_len."""
     micro_batch_rows: Annotated[Literal["auto"] | int, Range(1, MANY)] = "auto"
     """Rows that one process computes at once; the rest of the batch is accumulated. auto: what fits, tried at the
     start and kept in config.toml."""
@@ -73,6 +77,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_ranges("train", self)
+        check_ramp(self.batch_ramp)
 
 
 @dataclass(frozen=True)

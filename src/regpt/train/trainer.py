@@ -3,12 +3,13 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 
+from regpt.data.batch import Batch
 from regpt.data.loader import StepBatches
 from regpt.errors import UserError
 from regpt.model.transformer import Transformer
@@ -25,12 +26,13 @@ from regpt.train.peak import device_peak, flops_per_token
 
 Row = dict[str, object]
 MOST_THREADS = 4096  # of a CPU, that a checkpoint may ask for
+LARGEST_COUNT = 2**100  # tokens or FLOPs, beyond any run
 
 
-def whole(value: object, most: int) -> int:
-    """`value`, a whole number from 1 to `most`; anything else is a ValueError."""
-    if type(value) is not int or not 1 <= value <= most:
-        raise ValueError(f"{value!r} is no whole number from 1 to {most}")
+def whole(value: object, most: int, least: int = 1) -> int:
+    """`value`, a whole number from `least` to `most`; anything else is a ValueError."""
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{value!r} is no whole number from {least} to {most}")
     return value
 
 
@@ -126,7 +128,10 @@ class Trainer:
             dynamic=config.precision == "fp16",
             on_change=lambda scale, reason: self.event("loss_scale", loss_scale=scale, reason=reason),
         )
+        self.stage = (config.batch_tokens, loader.seq_len)  # of the last step
         self.flops_per_token = flops_per_token(model, loader.seq_len)
+        self.tokens = step * config.batch_tokens  # of the updates made
+        self.flops = self.tokens * self.flops_per_token
         self.peak_flops = device_peak(mesh.device, config.precision).flops
 
     def fit(self, do: Actions, *, validate_every: int = 0, sample_every: int = 0, save_every: int = 0) -> bool:
@@ -167,6 +172,8 @@ class Trainer:
             set_lr(self.optimizer, factor)
             self.optimizer.step()
         self.step += 1
+        self.tokens += self.stage[0]
+        self.flops += self.stage[0] * self.flops_per_token
         self.loss_scale.note_update()
         self.guard.note_update(self.step, loss)
         return replace(result, verdict=None)
@@ -178,7 +185,9 @@ class Trainer:
         on how the batch is split, padded or masked. Returns the mean loss, the norm before clipping, and the extras.
         """
         with self.mesh.pulse.working("reading its data"):
-            units = self.objective.units(self.loader.step(self.data_step, self.micro_batch.rows))
+            batches = self.loader.step(self.data_step, self.micro_batch.rows)
+            units = self.objective.units(batches)
+        self.note_stage(batches)
         dtype, device = self.backend.parameters[0].dtype, self.mesh.device
         units = self.mesh.sum(torch.full((), units, device=device, dtype=dtype))  # does not synchronise
         scale = self.loss_scale.scale
@@ -204,10 +213,26 @@ class Trainer:
             return Verdict("overflow", "repeat")
         return self.guard.judge(self.step, result.loss, result.grad_norm)
 
+    def note_stage(self, batches: Sequence[Batch]) -> None:
+        """Follow `train.batch_ramp` to the batch and row length of this step."""
+        if not self.config.batch_ramp:
+            return
+        (rows, seq_len), before = batches[0].idx.shape, self.stage
+        self.stage = (len(batches) * rows * self.mesh.world_size * seq_len, seq_len)
+        if self.stage == before:
+            return
+        self.flops_per_token = flops_per_token(self.model, seq_len)
+        self.forget_graphs()
+        self.event("batch_ramp", at_step=self.step + 1, batch_tokens=self.stage[0], seq_len=seq_len)
+
+    def forget_graphs(self) -> None:
+        """Drop compiled graphs of former shapes, which count against torch's limit of eight."""
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()
+
     def note_fewer_rows(self, rows: int) -> None:
         """Log that a rank ran out of memory and that all ranks now use micro-batches of `rows` rows."""
-        if "torch._dynamo" in sys.modules:
-            torch.compiler.reset()  # forgets the graphs of the former shape, which count against torch's limit of eight
+        self.forget_graphs()
         self.event("out_of_memory", micro_batch_rows=rows)
 
     def evaluate(self, every: Mapping[str, int]) -> None:
@@ -226,7 +251,8 @@ class Trainer:
     def state(self) -> dict[str, object]:
         """State for a resume, apart from weights, moments and step number, as JSON values."""
         parts = {"loss_scale": self.loss_scale.state(), "guard": self.guard.state()}
-        return {"micro_batch_rows": self.micro_batch.rows, "threads": torch.get_num_threads(), **parts}
+        counts = {"tokens": self.tokens, "flops": self.flops}
+        return {"micro_batch_rows": self.micro_batch.rows, "threads": torch.get_num_threads(), **counts, **parts}
 
     def load_state(self, state: Mapping[str, Any], *, rewound: bool = False) -> None:
         """Restore what `state` returned; `rewound` as in `Guard.load_state`.
@@ -240,6 +266,8 @@ class Trainer:
                 self.micro_batch.rows = rows
             if self.config.deterministic and self.mesh.device.type == "cpu":  # sums are split by thread
                 torch.set_num_threads(whole(state.get("threads", torch.get_num_threads()), MOST_THREADS))
+            self.tokens = whole(state.get("tokens", self.tokens), LARGEST_COUNT, least=0)
+            self.flops = whole(state.get("flops", self.flops), LARGEST_COUNT, least=0)
             self.loss_scale.load_state(state.get("loss_scale", {}))
             self.guard.load_state(state.get("guard", {}), rewound=rewound)
         except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
@@ -305,7 +333,7 @@ class Trainer:
 
     def row(self, result: StepResult, seconds: float) -> Row:
         """Row of metrics.jsonl for the update just made: its result, tokens, time, speed and memory."""
-        tokens = self.config.batch_tokens
+        tokens = self.stage[0]
         flops = tokens * self.flops_per_token
         return {
             "kind": "train",
@@ -314,11 +342,11 @@ class Trainer:
             "lr": result.lr,
             "grad_norm": result.grad_norm,
             **result.extras,
-            "tokens": self.step * tokens,
+            "tokens": self.tokens,
             "dt_ms": seconds * 1e3,
             "tokens_per_s": tokens / seconds,
             "mfu": flops / seconds / (self.peak_flops * self.mesh.world_size),
-            "flops": self.step * flops,
+            "flops": self.flops,
             "peak_memory_gib": peak_memory_gib(self.mesh.device),
             "time": time.time(),
         }
