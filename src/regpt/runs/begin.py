@@ -29,6 +29,7 @@ from regpt.evals.config import EvalConfig
 from regpt.evals.specs import Spec
 from regpt.files import exists, file_sha256, is_file
 from regpt.files import resolved as whole_path
+from regpt.model.config import FAMILIES, ROTARY, ModelConfig
 from regpt.model.weights import initialize, load_weights, state_tensors
 from regpt.parallel.mesh import Mesh, open_mesh
 from regpt.remote import is_address
@@ -40,6 +41,8 @@ from regpt.train.average import Average
 from regpt.train.optim import load_optimizer, make_optimizer
 from regpt.train.trainer import Row, Trainer
 
+# Fields of a model that hold no weights: another value computes something else with the same tensors.
+WEIGHTLESS = {*ROTARY, "max_seq_len", "window", "dropout", "norm_eps"}
 BITWISE_KEYS = ("torch", "device", "world_size")  # a change reorders sums, even with train.deterministic
 
 
@@ -132,21 +135,38 @@ class Start:
 
 
 def start_new(run: Run, init_from: str | None) -> Start:
-    """Initialise from `train.seed`, or load the weights of another model of the same shape."""
+    """Initialise from `train.seed`, or load the weights of another model whose weights have the same shapes."""
     model, config = run.model, run.config
     if init_from is None:
         initialize(model, config.train.seed)
         return Start()
     source = open_model(on_this_machine(init_from, run.mesh)).model
-    shape = replace(source.config, dropout=config.model.dropout)  # may differ: not part of the shape
-    if shape != config.model:
-        ours, theirs = asdict(config.model), asdict(shape)
-        other = ", ".join(f"{key} {theirs[key]}, not {ours[key]}" for key in ours if ours[key] != theirs[key])
-        raise UserError(
-            f"--init-from {init_from} is a model of another shape ({other}); set the [model] keys to its values"
-        )
+    differing = other_fields(source.config, config.model)
+    refuse_other_weights(init_from, differing, config.model)
     load_weights(model, state_tensors(source))
-    return Start()
+    said = ", ".join(f"model.{key} {here} instead of {there}" for key, (there, here) in differing.items())
+    return Start(changed=f"--init-from {init_from}: the same weights in another model: {said}" if said else "")
+
+
+def other_fields(there: ModelConfig, here: ModelConfig) -> dict[str, tuple[Any, Any]]:
+    """Fields of two models that differ, with both values."""
+    theirs, ours = asdict(there.resolved()), asdict(here.resolved())
+    return {key: (theirs[key], ours[key]) for key in ours if theirs[key] != ours[key]}
+
+
+def refuse_other_weights(name: str, differing: Mapping[str, tuple[Any, Any]], model: ModelConfig) -> None:
+    """Raise a UserError where the weights of the model `name` have other shapes, or another meaning."""
+    other = {key: values for key, values in differing.items() if key not in WEIGHTLESS}
+    if other:
+        said = ", ".join(f"{key} {there}, not {here}" for key, (there, here) in other.items())
+        raise UserError(f"--init-from {name} is a model of another shape ({said}); set the [model] keys to its values")
+    if "max_seq_len" in differing and not FAMILIES[model.family].rotary:
+        there, here = differing["max_seq_len"]
+        raise UserError(
+            f"--init-from {name} has {there} positions and model.max_seq_len is {here}, but {model.family} learns a "
+            f"vector for each position, and there are none to begin the others with; set model.max_seq_len {there}, or "
+            "train a family with rotary positions (llama)"
+        )
 
 
 def start_at(run: Run, checkpoint: Checkpoint, event: Row, found: Changes | None = None) -> Start:
