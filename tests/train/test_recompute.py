@@ -12,7 +12,7 @@ import tiny
 from regpt.data.batch import Batch
 from regpt.model.cache import KVCache
 from regpt.model.config import ModelConfig
-from regpt.model.transformer import Transformer
+from regpt.model.gpt2 import GPT2
 from regpt.model.weights import state_tensors
 from regpt.runs.pretrain import pretrain
 from regpt.train.backend import make_loss_sum
@@ -71,7 +71,7 @@ def test_each_block_is_computed_twice_and_not_for_validation():
 
 def test_the_module_and_its_cache_work_as_before():
     model, plain = recompute_blocks(tiny.build_model()), tiny.build_model()
-    assert type(model) is Transformer
+    assert type(model) is GPT2
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
     idx, _ = tiny.Rows().rows(0)
     with torch.no_grad():

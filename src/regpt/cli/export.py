@@ -43,7 +43,7 @@ def main(args: list[str]) -> int:
     if command.format != "gguf" and (command.check or command.data):
         raise UsageError("--check and --data belong to --format gguf; add it, or leave them out")
     if command.format == "gguf" and command.dtype != "stored":
-        raise UsageError("--dtype belongs to --format hf; a GGUF file takes --type")
+        raise UsageError("--dtype is for --format hf; a GGUF file takes --type")
     import torch
 
     from regpt.checkpoint.best import at_step
