@@ -34,6 +34,7 @@ from regpt.parallel.mesh import Mesh
 from regpt.sample.config import SampleConfig
 from regpt.text.tokenizer import Tokenizer
 from regpt.train.backend import DataParallel, make_backend
+from regpt.train.balance import make_balance
 from regpt.train.config import OptimConfig, TrainConfig
 from regpt.train.objective import NextToken
 from regpt.train.optim import make_optimizer
@@ -55,7 +56,7 @@ FAMILY_CONFIGS = {
     "smollm3": replace(CONFIG, family="smollm3", n_inner=40, no_rope_every=2),
     "mixtral": replace(CONFIG, family="mixtral", n_inner=13, n_expert=4, n_expert_shared=1),
     "olmoe": replace(CONFIG, family="olmoe", n_inner=12, n_expert=5, n_expert_active=3, norm_topk=False),
-    "qwen3_moe": replace(CONFIG, family="qwen3_moe", n_kv_head=1, head_size=6, n_inner=12, expert_bias=True),
+    "qwen3_moe": replace(CONFIG, family="qwen3_moe", n_kv_head=1, head_size=6, n_inner=12),
     "gpt_neox": replace(CONFIG, family="gpt_neox", rope_fraction=0.5, tie_embeddings=False),
 }
 N_ROWS, SEQ_LEN = 8, 12
@@ -117,10 +118,12 @@ def build_trainer(
     first = loader.step(0)[0].idx
     rows = len(first) * len(loader.step(0)) * mesh.world_size
     train = replace(train, batch_tokens=rows * first.size(1), micro_batch_rows=len(first), compile=compile)
-    objective = NextToken(model, train.z_loss)
+    balance = make_balance(model, train)
+    objective = NextToken(model, train.z_loss, balance)
     backend = make_backend(model, objective, mesh, train.precision, compile=compile)
     optimizer = make_optimizer(model, optim, mesh.device)
-    trainer = Trainer(model, objective, backend, optimizer, make_schedule(optim, train.steps), loader, mesh, train)
+    schedule = make_schedule(optim, train.steps)
+    trainer = Trainer(model, objective, backend, optimizer, schedule, loader, mesh, train, balance=balance)
     if loss_sum is not None:
         compute_by(trainer, loss_sum)
     return trainer

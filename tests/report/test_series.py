@@ -102,3 +102,11 @@ def test_samples_are_thinned_evenly_with_both_ends():
     rows = [{"step": step, "texts": []} for step in range(1000)]
     kept = [row["step"] for row in thin_samples(rows, limit=10)]
     assert kept == [0, 111, 222, 333, 444, 555, 666, 777, 888, 999]
+
+
+def test_loads_of_experts_are_the_largest_and_the_mean_of_the_layers(make_run):
+    loads = {1: [1.5, 2.5], 2: [1.0, "x", True, 3.0], 3: "damaged"}
+    run = make_run(rows=[train_row(step, expert_load=load) for step, load in loads.items()])
+    _, columns = build_table(read_run(run))
+    assert columns["expert_load:the least even layer"] == [2.5, 3.0, None]
+    assert columns["expert_load:mean of layers"] == [2.0, 2.0, None]

@@ -128,7 +128,7 @@ class Smoothed:
 
 
 def test_another_objective_is_trained_by_the_same_step(config: RunConfig, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("regpt.runs.build.NextToken", lambda model, z_loss: Smoothed(model, 0.2))
+    monkeypatch.setattr("regpt.runs.build.NextToken", lambda model, *_: Smoothed(model, 0.2))
     assert pretrain(config, tmp_path / "run", quiet=True) == 0
     rows = tiny.rows_of(tmp_path / "run", "train")
     assert rows[-1]["loss"] < rows[0]["loss"]

@@ -9,6 +9,7 @@ import numpy as np
 from regpt.report.markup import printable
 from regpt.report.read import Row, RunData, number, section
 from regpt.report.series import (
+    LEAST_EVEN,
     MAX_POINTS,
     Column,
     build_table,
@@ -153,6 +154,7 @@ def panels(runs: Sequence[RunData], tables: Sequence[Table], bits: bool) -> list
     clip = number(section(runs[0].config, "train").get("grad_clip")) if alone else None
     limit = [Reference("clipped above", clip)] if clip else []
     kinds = prefixed_lines(tables[0], "updates:", "line") if alone else []
+    loads = prefixed_lines(tables[0], "expert_load:", "line") if alone else each(f"expert_load:{LEAST_EVEN}")
     if alone:
         losses = [loss_panel(runs[0]), source_panel(tables[0])]
     else:
@@ -169,6 +171,7 @@ def panels(runs: Sequence[RunData], tables: Sequence[Table], bits: bool) -> list
         Panel("Learning rate", "", "rate", each("lr", "learning rate")),
         Panel("Gradient norm", f"before clipping{smoothed}", "norm", noisy("grad_norm"), limit),
         replace(UPDATES, lines=kinds or each("updates", "all matrices")),
+        Panel("Load of experts", "the largest over the mean", "norm", loads, (Reference("even", 1.0),)),
         Panel("Throughput", f"tokens/s{smoothed}", "count", noisy("tokens_per_s")),
         Panel("MFU", f"model FLOPs utilisation{smoothed}", "percent", noisy("mfu")),
         Panel("Peak memory", "GiB", "gib", each("peak_memory_gib", "peak memory")),

@@ -14,6 +14,7 @@ Column = list[float | None]
 MAX_POINTS = 2000  # per series: more than a wide screen has pixels for
 MAX_SAMPLE_STEPS = 100
 TRAIN_COLUMNS = ("loss", "lr", "grad_norm", "tokens_per_s", "mfu", "peak_memory_gib")
+LEAST_EVEN = "the least even layer"  # of a mixture of experts
 SMOOTHED = ("loss", "grad_norm", "tokens_per_s", "mfu")  # also the ones whose extremes survive thinning
 
 
@@ -124,6 +125,10 @@ def measurements(run: RunData) -> dict[str, dict[int, float | None]]:
         f"val_{key}": {row["step"]: number(row.get(key)) for row in run.val}
         for key in ("loss", "bpb", "loss_ema", "bpb_ema")
     }
+    for row in run.train:
+        if loads := loads_of(row):
+            found.setdefault(f"expert_load:{LEAST_EVEN}", {})[row["step"]] = max(loads)
+            found.setdefault("expert_load:mean of layers", {})[row["step"]] = sum(loads) / len(loads)
     for row in run.val_sources:
         found.setdefault(f"val:{row['source']}", {})[row["step"]] = number(row.get("loss"))
     for row in run.evals:
@@ -134,6 +139,13 @@ def measurements(run: RunData) -> dict[str, dict[int, float | None]]:
         for kind, value in ratios.items() if isinstance(ratios, dict) else ():
             found.setdefault(f"updates:{kind}", {})[row["step"]] = number(value)
     return found
+
+
+def loads_of(row: Row) -> list[float]:
+    """Largest over mean load of the experts of each layer; empty without experts."""
+    loads = row.get("expert_load")
+    found = [number(one) for one in loads] if isinstance(loads, list) else []
+    return [one for one in found if one is not None]
 
 
 def thin_samples(samples: Sequence[Row], limit: int = MAX_SAMPLE_STEPS) -> list[Row]:

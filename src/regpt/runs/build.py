@@ -30,6 +30,7 @@ from regpt.parallel.mesh import Mesh
 from regpt.runs.validation import ValidationPart, folder_parts, mixture_parts
 from regpt.text.tokenizer import Tokenizer
 from regpt.train.backend import make_backend
+from regpt.train.balance import make_balance
 from regpt.train.objective import NextToken
 from regpt.train.precision import parameter_dtype, set_matmul_precision
 from regpt.train.probe import choose_rows
@@ -222,11 +223,12 @@ def build_trainer(
     train = config.train
     if train.activation_checkpointing:
         recompute_blocks(model)
-    objective = NextToken(model, train.z_loss)
+    balance = make_balance(model, train)
+    objective = NextToken(model, train.z_loss, balance)
     path = {"compile": train.compile, "kernels": choose_kernels(config, model, mesh.device).name}
     backend = make_backend(model, objective, mesh, train.precision, **path, deterministic=train.deterministic)
     schedule = make_schedule(config.optim, train.steps)
-    return Trainer(model, objective, backend, optimizer, schedule, batches, mesh, train, step=step)
+    return Trainer(model, objective, backend, optimizer, schedule, batches, mesh, train, step=step, balance=balance)
 
 
 def with_chosen_rows(config: RunConfig, trainer: Trainer) -> tuple[RunConfig, dict[str, Any]]:

@@ -30,7 +30,8 @@ class Backend(Protocol):
     parameters: list[Tensor]
 
     def forward_backward(self, batches: Iterable[Batch], divisor: Tensor) -> Sums:
-        """Set the gradients to those of this process's summed losses over `divisor`; the sums over it, detached."""
+        """Set the gradients to those of this process's summed losses over `divisor`; the sums over it, detached, counts
+        as they are."""
         ...
 
     def sum_and_clip(self, max_norm: float, scale: float = 1.0) -> Tensor:
@@ -74,7 +75,9 @@ class DataParallel:
             loss = loss / divisor
             loss.backward()
             total += loss.detach()
-            extras = {name: extras.get(name, 0) + value / divisor for name, value in further.items()}
+            for name, value in further.items():  # whole numbers are counts, which stay exact
+                part = value / divisor if value.is_floating_point() else value
+                extras[name] = extras[name] + part if name in extras else part
         return total, extras
 
     def sum_and_clip(self, max_norm: float, scale: float = 1.0) -> Tensor:

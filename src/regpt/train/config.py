@@ -41,6 +41,15 @@ class TrainConfig:
     memory."""
     z_loss: Annotated[float, Range(0, LARGE)] = 0.0
     """Coefficient of log² Z in the training loss, which keeps logits from drifting (PaLM: 1e-4); plain kernels only."""
+    balance: Literal["loss", "bias"] = "loss"
+    """What evens out the loads of experts. loss: balance_loss; bias: the bias of model.expert_bias, moved after each
+    update (DeepSeek-AI 2024, section 2.1.2)."""
+    balance_loss: Annotated[float, Range(0, LARGE)] = 0.01
+    """Coefficient of the balance loss of experts (Fedus et al. 2022, section 2.2)."""
+    balance_rate: Annotated[float, Range(0, LARGE)] = 0.001
+    """What an update moves a bias of balance = bias by (DeepSeek-AI 2024, section 4.2)."""
+    router_z_loss: Annotated[float, Range(0, LARGE)] = 0.0
+    """Coefficient of log² Z of the routers of experts (Zoph et al. 2022, section 3.3: 1e-3)."""
     grad_clip: Annotated[float, Range(0, LARGE)] = 1.0
     """Largest gradient norm, larger ones are scaled down (GPT-3 paper, appendix B); 0 clips nothing."""
     ema_decay: Annotated[float, Range(0, 1, below=True)] = 0.0

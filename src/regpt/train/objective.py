@@ -9,8 +9,9 @@ from torch import Tensor
 
 from regpt.data.batch import IGNORE_INDEX, Batch
 from regpt.model.transformer import Transformer
+from regpt.train.balance import Balance
 
-Sums = tuple[Tensor, dict[str, Tensor]]  # scalars: the summed loss, and further sums to log, by name
+Sums = tuple[Tensor, dict[str, Tensor]]  # the summed loss, and further sums by name: scalars to log, or counts
 
 
 class Objective(Protocol):
@@ -22,6 +23,7 @@ class Objective(Protocol):
         """Sum the loss over the units of a micro-batch on the model's device; differentiable.
 
         The second value holds further sums by name, detached; they are reduced and divided like the loss, and logged.
+        Integers (counts) are not divided.
         """
         ...
 
@@ -33,10 +35,11 @@ class NextToken:
         model: computes the hidden states; its ops compute the loss.
         z_loss: coefficient of log² Z, Z the sum of exp(logits), which keeps logits from drifting (Chowdhery et al.
             2022, section 5: 1e-4). Part of the training loss only; logged as `z_loss`.
+        balance: of a model with experts; its losses are part of the training loss only.
     """
 
-    def __init__(self, model: Transformer, z_loss: float = 0.0):
-        self.model, self.z_loss = model, z_loss
+    def __init__(self, model: Transformer, z_loss: float = 0.0, balance: Balance | None = None):
+        self.model, self.z_loss, self.balance = model, z_loss, balance
 
     def units(self, batches: Sequence[Batch]) -> int:
         return valid_targets(batches)
@@ -45,12 +48,21 @@ class NextToken:
         """Scalar, float32 (float64 for a float64 model), under autocast too."""
         idx, targets, positions, cu_seqlens, dropout_keys = batch
         model = self.model
-        hidden = model.hidden(idx, positions=positions, cu_seqlens=cu_seqlens, dropout_keys=dropout_keys)  # (B, T, C)
+        training = torch.is_grad_enabled()  # validation reports the plain cross-entropy
+        routes = [] if self.balance and training else None
+        hidden = model.hidden(
+            idx, positions=positions, cu_seqlens=cu_seqlens, dropout_keys=dropout_keys, routes=routes
+        )  # (B, T, C)
         inputs = hidden.flatten(0, 1), model.head_weight, targets.flatten(), model.config.vocab_size
-        if not self.z_loss or not torch.is_grad_enabled():  # validation reports the plain cross-entropy
-            return model.ops.linear_cross_entropy(*inputs), {}
-        loss, squares = model.ops.cross_entropy_with_z_loss(*inputs, self.z_loss)
-        return loss, {"z_loss": self.z_loss * squares}
+        if self.z_loss and training:
+            loss, squares = model.ops.cross_entropy_with_z_loss(*inputs, self.z_loss)
+            extras = {"z_loss": self.z_loss * squares}
+        else:
+            loss, extras = model.ops.linear_cross_entropy(*inputs), {}
+        if self.balance is None or routes is None:
+            return loss, extras
+        further, sums = self.balance.sums(routes, targets.flatten() != IGNORE_INDEX)
+        return loss + further, extras | sums
 
 
 def valid_targets(batches: Sequence[Batch]) -> int:

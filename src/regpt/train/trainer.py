@@ -15,6 +15,7 @@ from regpt.errors import UserError
 from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import Mesh
 from regpt.train.backend import Backend
+from regpt.train.balance import COUNTS, Balance
 from regpt.train.config import TrainConfig
 from regpt.train.guard import Guard, Verdict
 from regpt.train.loss_scale import LossScale
@@ -102,6 +103,7 @@ class Trainer:
         mesh: the processes of this run.
         config: the `[train]` section.
         step: updates made before, in a resumed run.
+        balance: of the objective, where the model has experts.
     """
 
     def __init__(
@@ -116,7 +118,9 @@ class Trainer:
         config: TrainConfig,
         *,
         step: int = 0,
+        balance: Balance | None = None,
     ):
+        self.balance = balance
         self.model, self.objective, self.backend = model, objective, backend
         self.optimizer, self.schedule = optimizer, schedule
         self.loader, self.mesh, self.config, self.step = loader, mesh, config, step
@@ -174,6 +178,8 @@ class Trainer:
         self.step += 1
         self.tokens += self.stage[0]
         self.flops += self.stage[0] * self.flops_per_token
+        if self.balance is not None:
+            self.balance.note_update()
         self.loss_scale.note_update()
         self.guard.note_update(self.step, loss)
         return replace(result, verdict=None)
@@ -197,9 +203,12 @@ class Trainer:
                 batches = self.loader.step(self.data_step, self.micro_batch.rows)
                 loss, extras = self.backend.forward_backward(batches, units / scale)
         norm = self.backend.sum_and_clip(self.config.grad_clip, scale)
+        counts = extras.pop(COUNTS, None)
         sums = [self.mesh.sum(value) / scale for value in (loss, *extras.values())]
         with self.mesh.pulse.waiting("the gradients of all processes"):
             mean, norm, *further = torch.stack([sums[0], norm, *sums[1:]]).tolist()  # synchronises
+        if self.balance is not None and counts is not None:
+            self.balance.take(self.mesh.sum(counts))
         return mean, norm, dict(zip(extras, further))
 
     @property
@@ -251,6 +260,7 @@ class Trainer:
     def state(self) -> dict[str, object]:
         """State for a resume, apart from weights, moments and step number, as JSON values."""
         parts = {"loss_scale": self.loss_scale.state(), "guard": self.guard.state()}
+        parts |= {} if self.balance is None else {"balance": self.balance.state()}
         counts = {"tokens": self.tokens, "flops": self.flops}
         return {"micro_batch_rows": self.micro_batch.rows, "threads": torch.get_num_threads(), **counts, **parts}
 
@@ -268,6 +278,8 @@ class Trainer:
                 torch.set_num_threads(whole(state.get("threads", torch.get_num_threads()), MOST_THREADS))
             self.tokens = whole(state.get("tokens", self.tokens), LARGEST_COUNT, least=0)
             self.flops = whole(state.get("flops", self.flops), LARGEST_COUNT, least=0)
+            if self.balance is not None:
+                self.balance.load_state(state.get("balance", {}))
             self.loss_scale.load_state(state.get("loss_scale", {}))
             self.guard.load_state(state.get("guard", {}), rewound=rewound)
         except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
@@ -342,6 +354,7 @@ class Trainer:
             "lr": result.lr,
             "grad_norm": result.grad_norm,
             **result.extras,
+            **({} if self.balance is None else self.balance.row()),
             "tokens": self.tokens,
             "dt_ms": seconds * 1e3,
             "tokens_per_s": tokens / seconds,
