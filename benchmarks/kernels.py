@@ -1,9 +1,12 @@
 """Each piece of the fused path at GPT-2 124M's shapes on one CUDA device: error against float32, time, and floor.
 
-    python benchmarks/kernels.py [--rows 64] [--only whole products attention between head] [--json FILE]
+    python benchmarks/kernels.py [--rows 64] [--only whole products attention between head masks] [--json FILE]
 
 `head` is the loss of 16,384 rows of 2,048 features over two vocabularies, forward and backward, in bfloat16: all logits
 at once, and in chunks (`regpt.model.head`). Its memory is the peak on top of inputs and gradients.
+
+`masks` is attention of 2 rows of 8,192 tokens, forward and backward, by every way to a document mask and a window, as
+a multiple of causal attention without either; memory as for `head`, the error against booleans, both in bfloat16.
 
 A floor is the larger of the bytes that must move over 3.35 TB/s (data sheet of an H100 SXM) and of the operations over
 the rate that an 8192³ product reached in the same process.
@@ -20,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from triton.testing import do_bench  # pyright: ignore[reportMissingImports]
 
 from regpt.config import read_config
@@ -28,9 +32,11 @@ from regpt.kernels import triton_head, triton_ops
 from regpt.kernels.attention import CudnnAttention, TorchAttention
 from regpt.kernels.cublaslt import Products
 from regpt.kernels.gpt2 import FusedGPT2
+from regpt.kernels.masked import attend_in_band, band, cudnn, flash
 from regpt.model.families import make_model
 from regpt.model.head import in_chunks, padded_logits, rows_at_once, summed_losses
-from regpt.model.masks import CAUSAL, AttentionMask
+from regpt.model.masks import CAUSAL, AttentionMask, sdpa_mask
+from regpt.model.ops import attention as plain_attention
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
 from regpt.train.backend import make_loss_sum
@@ -126,10 +132,10 @@ def attention(table: Table, B: int) -> None:
         table.time(f"attention backward, packed{name}", packed.backward, *given, flops=2.5 * flops, error=error)
 
 
-def documents(B: int) -> Tensor:
-    """Cumulative lengths of documents of 400 tokens in the mean, cut where rows end, padded to a power of two."""
+def documents(B: int, T: int = T, mean: int = 400) -> Tensor:
+    """Cumulative lengths of documents of `mean` tokens in the mean, cut where rows end, padded to a power of two."""
     generator = torch.Generator().manual_seed(0)
-    lengths = torch.empty(B * T // 100).exponential_(1 / 400, generator=generator).long() + 1
+    lengths = torch.empty(4 * B * T // mean).exponential_(1 / mean, generator=generator).long() + 1
     starts = torch.cat([lengths.cumsum(0), torch.arange(0, B * T + 1, T)]).unique()
     cu = starts[starts <= B * T]
     size = 1 << (len(cu) - 1).bit_length()
@@ -210,6 +216,105 @@ def head_gradients(loss: Callable[..., Tensor], hidden: Tensor, weight: Tensor) 
     return list(torch.autograd.grad(loss(*of) / HEAD_N, of))
 
 
+MASK_T, MASK_ROWS, MASK_SHAPES = 8192, 2, {"llama-124m": (12, 12, 64), "llama3-1b": (32, 8, 64)}
+Attention = Callable[..., Tensor]
+
+
+def masks(table: Table) -> None:
+    cuts = documents(MASK_ROWS, MASK_T, 1000)
+    kinds = {
+        f"documents of {MASK_ROWS * MASK_T / len(cuts.unique()):,.0f}": AttentionMask(documents=cuts),
+        "window 4096": AttentionMask(window=4096),
+        "window 1024": AttentionMask(window=1024),
+        "documents, window 1024": AttentionMask(window=1024, documents=cuts),
+    }
+    for name, (H_q, H_kv, D_head) in MASK_SHAPES.items():
+        made = (randn(MASK_ROWS, MASK_T, n, D_head).transpose(1, 2) for n in (H_q, H_kv, H_kv, H_q))  # as projected
+        *leaves, dout = made
+        leaves = [y.requires_grad_() for y in leaves]
+        unmasked = mask_row(table, f"{name} causal", plain_attention, None, leaves, dout)
+        for kind, mask in kinds.items():
+            expected = attended(plain_attention, translated(mask), leaves, dout)
+            ways: dict[str, tuple[Attention, Any]] = {"booleans": (plain_attention, translated(mask))}
+            given = band(mask, MASK_ROWS, MASK_T, MASK_T, DEVICE)
+            ways |= {one.__name__: (partial(attend_in_band, attend=one), given) for one in (flash, cudnn)}
+            if mask.window is None:
+                ways["cudnn by torch"] = (partial(attend_in_band, attend=cudnn_by_torch), given)
+            if mask.window is None or mask.documents is None:
+                ways["flex"] = (flex, block_mask(mask))
+            for way, (call, form) in ways.items():
+                try:
+                    mask_row(table, f"{name} {kind} {way}", call, form, leaves, dout, unmasked, expected)
+                except Exception as error:  # a way that this machine does not have is a row, too
+                    print(f"{name} {kind} {way}: {type(error).__name__} {str(error)[:300]}", flush=True)
+
+
+def translated(mask: AttentionMask) -> Tensor | None:
+    return sdpa_mask(mask, MASK_ROWS, MASK_T, MASK_T, DEVICE)
+
+
+def attended(call: Attention, form: Any, leaves: list[Tensor], dout: Tensor) -> tuple[Tensor, ...]:
+    out = call(*leaves, form)
+    return out, *torch.autograd.grad(out, leaves, dout)
+
+
+def mask_row(
+    table: Table,
+    name: str,
+    call: Attention,
+    form: Any,
+    leaves: list[Tensor],
+    dout: Tensor,
+    unmasked: float = 0,
+    expected: tuple[Tensor, ...] = (),
+) -> float:
+    """One line of the table; the milliseconds."""
+    error = max(map(relative, attended(call, form, leaves, dout), expected), default=0.0)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    attended(call, form, leaves, dout)
+    extra = torch.cuda.max_memory_allocated() - before - 2 * sum(y.numel() for y in (*leaves, dout))
+    ms = do_bench(lambda: attended(call, form, leaves, dout), warmup=30, rep=150, return_mode="median")
+    of_forward = do_bench(lambda: call(*leaves, form), warmup=15, rep=60, return_mode="median")
+    ratio = ms / (unmasked or ms)
+    table.rows.append({"name": name, "ms": ms, "forward_ms": of_forward, "ratio": ratio, "extra_bytes": extra})
+    table.rows[-1]["error"] = error
+    figures = f"{ms:8.3f} ms, forward {of_forward:7.3f}, {ratio:5.2f} of causal, {extra / 2**20:7.1f} MiB"
+    print(f"{name:50} {figures}, error {error:.1e}", flush=True)
+    return ms
+
+
+def cudnn_by_torch(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: None) -> Tensor:
+    """cuDNN as torch calls it, which has documents but no windows."""
+    flat = (y.flatten(0, 1) for y in (q, k, v))
+    given = None, documents, documents, q.size(1), q.size(1), True, 0.0, True
+    return torch.ops.aten._cudnn_attention_forward(*flat, *given)[0].view_as(q)
+
+
+@partial(torch.compile, dynamic=False)
+def flex(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask) -> Tensor:
+    return flex_attention(q, k, v, block_mask=blocks, enable_gqa=q.size(1) != k.size(1))  # type: ignore[return-value]
+
+
+def block_mask(mask: AttentionMask) -> BlockMask:
+    """Built by compiled code, which keeps no B·T² booleans; its time is printed."""
+    token = torch.arange(MASK_ROWS * MASK_T, device=DEVICE)
+    cuts = mask.documents
+    ids = None if cuts is None else torch.searchsorted(cuts, token, right=True).view(MASK_ROWS, MASK_T)
+
+    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        allowed = i >= j
+        allowed = allowed if mask.window is None else allowed & (i - j < mask.window)
+        return allowed if ids is None else allowed & (ids[b, i] == ids[b, j])
+
+    make = torch.compile(create_block_mask, dynamic=False)
+    given = seen, None if ids is None else MASK_ROWS, None, MASK_T, MASK_T, DEVICE
+    made = make(*given)
+    print(f"    block mask of FlexAttention: {do_bench(lambda: make(*given), warmup=10, rep=30):.3f} ms")
+    return made
+
+
 def whole(table: Table, B: int) -> None:
     model = make_model(read_config("gpt2-124m").with_vocab_size().model).to(DEVICE)
     initialize(model, 0)
@@ -263,6 +368,7 @@ def main() -> None:
         "attention": lambda: attention(table, args.rows),
         "between": lambda: between(table, args.rows * T),
         "head": lambda: head(table),
+        "masks": lambda: masks(table),
     }
     for name in args.only:
         sections[name]()

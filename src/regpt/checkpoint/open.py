@@ -21,8 +21,10 @@ from regpt.hf.gguf import GGUFFile, is_gguf
 from regpt.hf.gguf_models import GGUFWeights, config_from_gguf
 from regpt.hf.gguf_tokenizer import tokenizer_from_gguf
 from regpt.hf.hub import SHORT_NAMES, download_model, repository
+from regpt.kernels.masked import with_masks_as_data
 from regpt.model.config import ModelConfig
 from regpt.model.families import make_model
+from regpt.model.ops import PLAIN
 from regpt.model.transformer import Transformer
 from regpt.model.weights import allocate, load_weights, without_memory
 from regpt.remote import is_address
@@ -137,7 +139,7 @@ def open_gguf(path: Path, source: str, device: torch.device | str) -> OpenModel:
 def build(config: ModelConfig, weights: Mapping[str, Tensor], device: torch.device | str, source: str) -> Transformer:
     """A model of shape `config` on `device`, filled tensor by tensor, so that the weights are in memory once."""
     with without_memory():
-        model = make_model(config)
+        model = make_model(config, with_masks_as_data(PLAIN, torch.device(device)))
     try:
         return load_weights(allocate(model, device), weights).eval()
     except UserError as error:

@@ -1,4 +1,5 @@
-"""Causal attention on the packed product of queries, keys and values, forward and backward, by cuDNN.
+"""Causal attention, forward and backward, by cuDNN: on the packed product of queries, keys and values, or on three
+tensors, where keys and values may have fewer heads and a window is allowed (`kernels.masked`).
 
 `scaled_dot_product_attention` reaches the same cuDNN kernels, but its backward returns three gradients that must be
 copied into one before the next matrix product (six passes over (B, T, C) in each layer). cuDNN reads and writes any
@@ -22,7 +23,14 @@ CUDNN_TYPES = {torch.bfloat16: "BFLOAT16", torch.float16: "HALF", torch.float32:
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Key of a graph: sizes of one packed product; documents is the number of them in `cu_seqlens`, 0 without it."""
+    """Key of a graph.
+
+    Attributes:
+        H, G: heads of the queries, and of the keys and values.
+        documents: the number of them in `cu_seqlens`, 0 without it.
+        window: as in `AttentionMask`.
+        packed: q, k and v are parts of one product.
+    """
 
     B: int
     T: int
@@ -30,6 +38,9 @@ class AttentionShape:
     D: int
     dtype: torch.dtype
     documents: int = 0
+    G: int = 0
+    window: int | None = None
+    packed: bool = True
 
     @property
     def C(self) -> int:
@@ -38,6 +49,18 @@ class AttentionShape:
     @property
     def sequences(self) -> int:
         return self.documents or self.B
+
+    def heads(self, name: str) -> int:
+        return self.G if name in ("k", "v", "dk", "dv") and not self.packed else self.H
+
+    def token_stride(self, name: str) -> int:
+        """Elements from a token to the next."""
+        return 3 * self.C if self.packed and name not in ("o", "do") else self.heads(name) * self.D
+
+    @property
+    def ragged_stats(self) -> bool:
+        """Statistics as (B·T, H), not (documents, H, T)."""
+        return not self.packed and self.documents > 0
 
 
 @dataclass
@@ -68,13 +91,7 @@ class CudnnAttention:
     def forward(self, qkv: Tensor, n_head: int, mask: AttentionMask) -> tuple[Tensor, Tensor]:
         """The heads' outputs (B, T, C), and the log of each softmax's sum, float32, for the backward."""
         documents = cudnn_documents(mask)
-        shape = shape_of(qkv, n_head, documents)
-        graph = self.graph(shape, backward=False)
-        out = qkv.new_empty(shape.B, shape.T, shape.C)
-        stats = qkv.new_empty(shape.sequences, shape.H, shape.T, 1, dtype=torch.float32)
-        q, k, v = qkv.chunk(3, dim=-1)
-        self.run(graph, {"q": q, "k": k, "v": v, "o": out, "stats": stats} | lengths(shape, documents))
-        return out, stats
+        return self.attend(shape_of(qkv, n_head, documents), qkv.chunk(3, dim=-1), documents)
 
     def backward(
         self, dout: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, n_head: int, mask: AttentionMask
@@ -82,13 +99,32 @@ class CudnnAttention:
         """Gradient of `qkv`, (B, T, 3·C), packed alike."""
         documents = cudnn_documents(mask)
         shape = shape_of(qkv, n_head, documents)
-        graph = self.graph(shape, backward=True)
         dqkv = torch.empty_like(qkv)
-        q, k, v = qkv.chunk(3, dim=-1)
-        dq, dk, dv = dqkv.chunk(3, dim=-1)
-        pointers = {"q": q, "k": k, "v": v, "o": out, "do": dout, "stats": stats, "dq": dq, "dk": dk, "dv": dv}
-        self.run(graph, pointers | lengths(shape, documents))
+        self.differentiate(shape, qkv.chunk(3, dim=-1), (dout, out, stats), dqkv.chunk(3, dim=-1), documents)
         return dqkv
+
+    def attend(self, shape: AttentionShape, qkv: tuple[Tensor, ...], documents: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Outputs (B, T, C) and statistics of q, k and v, whose tokens are as far apart as `shape` has it."""
+        q, k, v = qkv
+        out = q.new_empty(shape.B, shape.T, shape.C)
+        sizes = (shape.B * shape.T, shape.H) if shape.ragged_stats else (shape.sequences, shape.H, shape.T, 1)
+        stats = q.new_empty(sizes, dtype=torch.float32)
+        graph = self.graph(shape, backward=False)
+        self.run(graph, {"q": q, "k": k, "v": v, "o": out, "stats": stats} | lengths(shape, documents))
+        return out, stats
+
+    def differentiate(
+        self,
+        shape: AttentionShape,
+        qkv: tuple[Tensor, ...],
+        results: tuple[Tensor, Tensor, Tensor],
+        gradients: tuple[Tensor, ...],
+        documents: Tensor | None,
+    ) -> None:
+        """Write the `gradients` of q, k and v; `results` are the output's gradient, the output and the statistics."""
+        names = ("q", "k", "v", "do", "o", "stats", "dq", "dk", "dv")
+        pointers = dict(zip(names, (*qkv, *results, *gradients), strict=True))
+        self.run(self.graph(shape, backward=True), pointers | lengths(shape, documents))
 
     def run(self, graph: CudnnGraph, pointers: dict[str, Tensor]) -> None:
         workspace = torch.empty(max(graph.workspace_bytes, 1), dtype=torch.uint8, device=self.device)
@@ -112,16 +148,18 @@ class CudnnAttention:
         )
         tensors: dict[str, Any] = {}
         options: dict[str, Any] = {"attn_scale": 1 / math.sqrt(shape.D), "use_causal_mask": True}
+        if shape.window is not None:  # keys fewer than this number of positions before the query
+            options["sliding_window_length"] = shape.window
         if shape.documents:
             tensors |= {name: self.integers(graph, name, shape.documents) for name in ("lengths_q", "lengths_kv")}
-            tensors |= {name: self.integers(graph, name, shape.documents + 1) for name in ("starts_3c", "starts_c")}
+            tensors |= {name: self.integers(graph, name, shape.documents + 1) for name in offsets(shape)}
             options |= {
                 "use_padding_mask": True,
                 "seq_len_q": tensors["lengths_q"],
                 "seq_len_kv": tensors["lengths_kv"],
             }
         for name in ("q", "k", "v"):
-            tensors[name] = self.heads(graph.tensor, name, shape, 3 * shape.C, tensors)
+            tensors[name] = self.heads(graph.tensor, name, shape, tensors)
         if backward:
             self.add_backward(graph, shape, tensors, options)
         else:
@@ -139,15 +177,23 @@ class CudnnAttention:
     def add_forward(self, graph: Any, shape: AttentionShape, tensors: dict[str, Any], options: dict[str, Any]) -> None:
         inputs = {name: tensors[name] for name in ("q", "k", "v")}
         out, stats = graph.sdpa(name="sdpa", **inputs, generate_stats=True, **options)
-        self.output(out, shape, shape.C, tensors)
+        self.output(out, "o", shape, tensors)
         stats.set_output(True).set_data_type(self.type(torch.float32))
+        if shape.ragged_stats:
+            stats.set_dim([shape.sequences, shape.H, shape.T, 1]).set_stride(stats_stride(shape))
+            stats.set_ragged_offset(tensors[starts(shape.H)])
         tensors |= {"o": out, "stats": stats}
 
     def add_backward(self, graph: Any, shape: AttentionShape, tensors: dict[str, Any], options: dict[str, Any]) -> None:
         for name in ("o", "do"):
-            tensors[name] = self.heads(graph.tensor, name, shape, shape.C, tensors)
-        dim, stride = [shape.sequences, shape.H, shape.T, 1], [shape.H * shape.T, shape.T, 1, 1]
-        tensors["stats"] = graph.tensor(name="stats", dim=dim, stride=stride, data_type=self.type(torch.float32))
+            tensors[name] = self.heads(graph.tensor, name, shape, tensors)
+        tensors["stats"] = graph.tensor(
+            name="stats",
+            dim=[shape.sequences, shape.H, shape.T, 1],
+            stride=stats_stride(shape),
+            data_type=self.type(torch.float32),
+            ragged_offset=tensors[starts(shape.H)] if shape.ragged_stats else None,
+        )
         inputs = {name: tensors[name] for name in ("q", "k", "v", "o", "stats")}
         if shape.documents:
             options |= {"max_total_seq_len_q": shape.B * shape.T, "max_total_seq_len_kv": shape.B * shape.T}
@@ -159,25 +205,27 @@ class CudnnAttention:
             **options,
         )
         for name, gradient in zip(("dq", "dk", "dv"), gradients):
-            self.output(gradient, shape, 3 * shape.C, tensors)
+            self.output(gradient, name, shape, tensors)
             tensors[name] = gradient
 
-    def heads(self, make: Any, name: str, shape: AttentionShape, token_stride: int, tensors: dict[str, Any]) -> Any:
-        """A tensor of (sequences, H, T, D) whose tokens are `token_stride` elements apart."""
+    def heads(self, make: Any, name: str, shape: AttentionShape, tensors: dict[str, Any]) -> Any:
+        """A tensor of (sequences, heads, T, D) whose tokens are `shape.token_stride` elements apart."""
+        token_stride = shape.token_stride(name)
         return make(
             name=name,
-            dim=[shape.sequences, shape.H, shape.T, shape.D],
+            dim=[shape.sequences, shape.heads(name), shape.T, shape.D],
             stride=[shape.T * token_stride, shape.D, token_stride, 1],
             data_type=self.type(shape.dtype),
-            ragged_offset=tensors[starts(shape, token_stride)] if shape.documents else None,
+            ragged_offset=tensors[starts(token_stride)] if shape.documents else None,
         )
 
-    def output(self, tensor: Any, shape: AttentionShape, token_stride: int, tensors: dict[str, Any]) -> None:
+    def output(self, tensor: Any, name: str, shape: AttentionShape, tensors: dict[str, Any]) -> None:
         """The layout of `heads` for a tensor that the graph writes."""
-        tensor.set_output(True).set_dim([shape.sequences, shape.H, shape.T, shape.D])
+        token_stride = shape.token_stride(name)
+        tensor.set_output(True).set_dim([shape.sequences, shape.heads(name), shape.T, shape.D])
         tensor.set_stride([shape.T * token_stride, shape.D, token_stride, 1]).set_data_type(self.type(shape.dtype))
         if shape.documents:
-            tensor.set_ragged_offset(tensors[starts(shape, token_stride)])
+            tensor.set_ragged_offset(tensors[starts(token_stride)])
 
     def integers(self, graph: Any, name: str, n: int) -> Any:
         return graph.tensor(name=name, dim=[n, 1, 1, 1], stride=[1, 1, 1, 1], data_type=self.type(torch.int32))
@@ -199,14 +247,28 @@ def cudnn_documents(mask: AttentionMask) -> Tensor | None:
     return mask.documents
 
 
-def starts(shape: AttentionShape, token_stride: int) -> str:
-    return "starts_c" if token_stride == shape.C else "starts_3c"
+def starts(token_stride: int) -> str:
+    return f"starts_{token_stride}"
+
+
+def offsets(shape: AttentionShape) -> dict[str, int]:
+    """Names of the tensors of offsets that a graph for documents reads, and the elements of a token in each."""
+    strides = {shape.token_stride(name) for name in ("q", "k", "o")} | ({shape.H} if shape.ragged_stats else set())
+    return {starts(stride): stride for stride in sorted(strides)}
+
+
+def stats_stride(shape: AttentionShape) -> list[int]:
+    H, T = shape.H, shape.T
+    return [H * T, 1, H, 1] if shape.ragged_stats else [H * T, T, 1, 1]
 
 
 def shape_of(qkv: Tensor, n_head: int, cu_seqlens: Tensor | None) -> AttentionShape:
     B, T, C3 = qkv.shape
-    documents = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
-    return AttentionShape(B, T, n_head, C3 // 3 // n_head, qkv.dtype, documents)
+    return AttentionShape(B, T, n_head, C3 // 3 // n_head, qkv.dtype, documents_in(cu_seqlens))
+
+
+def documents_in(cu_seqlens: Tensor | None) -> int:
+    return 0 if cu_seqlens is None else cu_seqlens.numel() - 1
 
 
 def lengths(shape: AttentionShape, cu_seqlens: Tensor | None) -> dict[str, Tensor]:
@@ -215,7 +277,7 @@ def lengths(shape: AttentionShape, cu_seqlens: Tensor | None) -> dict[str, Tenso
         return {}
     cu = cu_seqlens.to(torch.int32)
     n = cu.diff()
-    return {"lengths_q": n, "lengths_kv": n, "starts_3c": cu * (3 * shape.C), "starts_c": cu * shape.C}
+    return {"lengths_q": n, "lengths_kv": n} | {name: cu * stride for name, stride in offsets(shape).items()}
 
 
 class TorchAttention:

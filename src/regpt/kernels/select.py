@@ -13,6 +13,7 @@ from torch import Tensor
 from regpt.errors import UsageError, UserError
 from regpt.kernels import fp8
 from regpt.kernels.config import FP8_MULTIPLE, KernelsName
+from regpt.kernels.masked import with_masks_as_data
 from regpt.model.config import ModelConfig
 from regpt.model.gpt2 import GPT2
 from regpt.model.ops import PLAIN, Ops
@@ -32,11 +33,14 @@ class Kernels:
 
 
 def ops_of(precision: str, device: torch.device, ops: Ops = PLAIN) -> Ops:
-    """`ops` as a model that trains in `precision` needs them: with linear layers of FP8 for fp8.
+    """`ops` as a model that trains in `precision` on `device` needs them: masks as data where a kernel takes them, and
+    linear layers of FP8 for fp8.
 
     Raises:
         UsageError: fp8 was asked for and `device` cannot.
     """
+    if precision in ("bf16", "fp16", "fp8"):
+        ops = with_masks_as_data(ops, device)
     if precision != "fp8":
         return ops
     reason = fp8.obstacle(device)

@@ -12,7 +12,7 @@ from regpt.model.cache import KVCache
 from regpt.model.config import ModelConfig
 from regpt.model.dropout import Dropout
 from regpt.model.grouped import Routing
-from regpt.model.masks import CAUSAL, AttentionMask
+from regpt.model.masks import CAUSAL, AttentionMask, sdpa_mask
 from regpt.model.ops import PLAIN, Ops
 
 Routes = list[Routing] | None  # what the layers' routers decided, appended in order
@@ -149,8 +149,9 @@ class Transformer(nn.Module):
             raise ValueError("documents or a tree were given; give positions that restart in each, and no cache")
         if positions is None:
             positions = torch.arange(start, start + T, device=idx.device)  # (T,)
-        seen = self.ops.translate_mask(mask, B, T, start + T, idx.device)
         drop = Dropout(self.config.dropout, dropout_keys if self.config.dropout else None)
+        translate = self.ops.translate_mask if drop.keys is None else sdpa_mask  # as `attention_with_dropout` takes it
+        seen = translate(mask, B, T, start + T, idx.device)
         x = self.stack(idx, positions, seen, cache, drop, routes)  # (B, T, C)
         if cache is not None:
             cache.length += T

@@ -15,6 +15,7 @@ from regpt.config import RunConfig
 from regpt.data.loader import check_batch
 from regpt.data.prefetch import Prefetcher
 from regpt.errors import UserError, first_line
+from regpt.kernels.masked import mask_kernel
 from regpt.model.ops import PLAIN
 from regpt.model.weights import count_parameters, initialize
 from regpt.parallel.mesh import Mesh, open_mesh
@@ -153,7 +154,8 @@ def describe(trainer: Trainer, config: RunConfig, mesh: Mesh) -> Report:
     attention = None  # where the fused kernels compute it: their reason names its library
     if kernels.name == "plain":
         dtype, masked = computing_dtype(train.precision), config.data.document_mask
-        attention = attention_backend(model.config, T, dtype, mesh.device, masked=masked)
+        masked_by = mask_kernel(model.ops) if masked or model.config.window else None
+        attention = masked_by or attention_backend(model.config, T, dtype, mesh.device, masked=masked)
     return {
         "device": device_name(mesh.device),
         "world_size": mesh.world_size,

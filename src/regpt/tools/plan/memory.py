@@ -260,7 +260,8 @@ def chunk_of(step: PlannedStep, rows: int) -> int:
 
 
 def gpu_memory(step: PlannedStep, rows: int) -> StepMemory:
-    """Memory of one process with its own GPU."""
+    """Memory of one process with its own GPU; masks in half precision are data there (`kernels.masked`)."""
+    step = replace(step, document_mask=step.document_mask and step.precision not in HALF_TYPES)
     parts = tensors(step, rows) | {"workspace": float(WORKSPACE[step.path])}
     return StepMemory(parts, sum(parts.values()) * (1 + FRAGMENTED_SHARE) + CONTEXT_BYTES)
 

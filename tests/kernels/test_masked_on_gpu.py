@@ -1,0 +1,147 @@
+"""Masks as data as a GPU computes them, against booleans in float64 and against documents that are alone."""
+
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from regpt.data.batch import Batch
+from regpt.kernels.masked import attend_in_band, band, cudnn, flash
+from regpt.kernels.select import ops_of
+from regpt.model.config import ModelConfig
+from regpt.model.families import make_model
+from regpt.model.masks import AttentionMask, sdpa_mask
+from regpt.model.ops import PLAIN, attention
+from regpt.model.weights import initialize, load_weights, state_tensors
+from regpt.train.backend import make_loss_sum
+from regpt.train.recompute import recompute_blocks
+
+pytestmark = pytest.mark.gpu
+DEVICE = torch.device("cuda")
+B, T = 2, 640
+LENGTHS = torch.tensor([5, 123, 257, 255, 1, 639])
+HOPPER = pytest.mark.skipif(not find_spec("cudnn"), reason="nvidia-cudnn-frontend is not installed")
+KERNELS = [pytest.param(cudnn, id="cudnn", marks=HOPPER), pytest.param(flash, id="flash")]
+MASKS = {"documents": (True, None), "window": (False, 100), "both": (True, 100), "one": (True, 1)}
+
+
+def documents() -> torch.Tensor:
+    """Padded with empty ones to a power of two."""
+    return F.pad(F.pad(LENGTHS.cumsum(0), (1, 0)), (0, 2), value=B * T).to(DEVICE)
+
+
+def results(attend, mask, inputs: list[torch.Tensor], dout: torch.Tensor) -> list[torch.Tensor]:
+    leaves = [y.clone().requires_grad_() for y in inputs]
+    out = attend(*leaves, mask)
+    return [out, *torch.autograd.grad(out, leaves, dout)]
+
+
+def error(given: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((given.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("heads", [(4, 4, 64), (8, 2, 64), (6, 1, 128), (3, 3, 40)], ids=str)
+@pytest.mark.parametrize("name", MASKS)
+def test_outputs_and_gradients_are_as_exact_as_those_with_booleans(kernel, heads, name: str):
+    packed, window = MASKS[name]
+    mask = AttentionMask(window=window, documents=documents() if packed else None)
+    torch.manual_seed(0)
+    H, G, D = heads
+    *inputs, dout = (torch.randn(B, n, T, D, device=DEVICE).bfloat16() for n in (H, G, G, H))
+    seen = sdpa_mask(mask, B, T, T, DEVICE)
+    exact = results(attention, seen, [y.double() for y in inputs], dout.double())
+    plain = results(attention, seen, inputs, dout)
+    given = results(partial(attend_in_band, attend=kernel), band(mask, B, T, T, DEVICE), inputs, dout)
+    for what, ours, theirs, true in zip(("out", "dq", "dk", "dv"), given, plain, exact):
+        assert error(ours, true) < max(1.6 * error(theirs, true), 4e-3), what
+
+
+CONFIG = ModelConfig(
+    family="qwen3", n_layer=2, n_head=4, n_kv_head=2, n_embd=256, head_size=64, n_inner=512, vocab_size=500,
+    max_seq_len=T, window=200,
+)  # fmt: skip
+
+
+def step(model, batch: Batch, precision: str, compile: bool) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss = make_loss_sum(model, precision, DEVICE, compile)(batch) / (B * T)
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def batch() -> Batch:
+    ids = torch.randint(CONFIG.vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    positions = torch.cat([torch.arange(n) for n in LENGTHS.tolist()]).view(B, T).to(DEVICE)
+    return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), positions, documents())
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recomputed"])
+@pytest.mark.parametrize("compile", [False, True], ids=["", "compiled"])
+def test_a_step_of_a_model_is_as_exact_as_with_booleans(compile: bool, recompute: bool):
+    plain = initialize(make_model(CONFIG).to(DEVICE), 0)
+    model = load_weights(make_model(CONFIG, ops_of("bf16", DEVICE)).to(DEVICE), state_tensors(plain))
+    assert model.ops.translate_mask is band
+    exact = step(plain, batch(), "fp32", False)
+    bound = step(plain, batch(), "bf16", False)
+    given = step(recompute_blocks(model) if recompute else model, batch(), "bf16", compile)
+    for name, true in exact.items():
+        assert error(given[name], true) < max(1.6 * error(bound[name], true), 1e-4), name
+
+
+def test_each_document_is_computed_as_if_it_were_alone():
+    model = initialize(make_model(CONFIG, ops_of("bf16", DEVICE)).to(DEVICE), 0)
+    together = batch()
+    with torch.autocast("cuda", torch.bfloat16), torch.no_grad():
+        packed = model.hidden(together.idx, positions=together.positions, cu_seqlens=together.cu_seqlens).flatten(0, 1)
+        alone = [model.hidden(part[None])[0] for part in together.idx.flatten().split(LENGTHS.tolist())]
+    assert error(packed, torch.cat(alone)) < 5e-3
+
+
+def test_another_number_of_documents_does_not_compile_again():
+    """The counts of a real loader: powers of two; the graphs of cuDNN are built anew, the compiled code is not."""
+    model = initialize(make_model(CONFIG, ops_of("bf16", DEVICE)).to(DEVICE), 0)
+    loss_sum = make_loss_sum(model, "bf16", DEVICE, True)
+    counters = torch._dynamo.utils.counters["stats"]
+    losses, compiled = [], []
+    for pad in (0, 8, 24, 56):
+        one = batch()
+        cuts = F.pad(one.cu_seqlens, (0, pad), value=B * T)
+        losses.append(loss_sum(one._replace(cu_seqlens=cuts)).item())
+        compiled.append(counters["unique_graphs"])
+    assert losses == pytest.approx(losses[:1] * 4, rel=1e-4)
+    assert compiled[1] == compiled[-1]
+
+
+def test_deterministic_algorithms_repeat_bitwise():
+    mask = AttentionMask(window=100, documents=documents())
+    torch.manual_seed(0)
+    *inputs, dout = (torch.randn(B, n, T, 64, device=DEVICE).bfloat16() for n in (8, 2, 2, 8))
+    torch.use_deterministic_algorithms(True)
+    try:
+        attend = partial(attend_in_band, attend=cudnn)
+        first, again = (results(attend, band(mask, B, T, T, DEVICE), inputs, dout) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+
+
+def test_memory_grows_with_the_length_and_not_with_its_square():
+    """A model with rows of 16,384 tokens: B·T² booleans would be 0.5 GiB, twice over in bfloat16."""
+    long = replace(CONFIG, max_seq_len=16384, window=4096)
+    peaks = {}
+    for name, ops in (("data", ops_of("bf16", DEVICE)), ("booleans", PLAIN)):
+        model = initialize(make_model(long, ops).to(DEVICE), 0)
+        idx = torch.zeros(2, 16384, dtype=torch.long, device=DEVICE)
+        positions = torch.arange(16384, device=DEVICE).remainder(1024).expand(2, -1)
+        cuts = torch.arange(0, 2 * 16384 + 1, 1024, device=DEVICE)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.autocast("cuda", torch.bfloat16), torch.no_grad():
+            model.hidden(idx, positions=positions, cu_seqlens=cuts)
+        peaks[name] = torch.cuda.max_memory_allocated() - before
+        del model
+    assert peaks["data"] < 0.4 * 2**30 < 2 * 16384**2 < peaks["booleans"]
