@@ -88,7 +88,9 @@ def pieces(normalizer: Any, splitting: Any, joining: Any, special: list[str], pl
     """A BPE with SentencePiece's spelling: special tokens, 256 bytes, characters and the merges of `LINES`."""
     spelled = [line.replace(" ", "▁") for line in LINES]
     learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    learner.pre_tokenizer = pre_tokenizers.Sequence(  # no merge crosses the end of a line, in whatever order they tie
+        [pre_tokenizers.Split("▁", "merged_with_next"), pre_tokenizers.Split("\n", "isolated")]
+    )
     learner.train_from_iterator(
         spelled * 3, trainers.BpeTrainer(vocab_size=260, limit_alphabet=120, show_progress=False)
     )

@@ -204,7 +204,7 @@ class LargestOutput(TorchDispatchMode):
 @pytest.mark.parametrize("gradient", [True, False], ids=["training", "validation"])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
 def test_logits_of_a_large_vocabulary_never_exist_all_at_once(precision: torch.dtype, gradient: bool):
-    N, V = 2500, 66_000
+    N, V = 5000, 66_000
     hidden, weight = (torch.zeros(n, 1, dtype=precision, requires_grad=gradient) for n in (N, V))
     seen = LargestOutput()
     with seen:
@@ -212,7 +212,7 @@ def test_logits_of_a_large_vocabulary_never_exist_all_at_once(precision: torch.d
         if gradient:
             loss.backward()
     assert loss.item() == pytest.approx(N * torch.tensor(V).log().item(), rel=1e-5)
-    assert seen.elements > N * V / 6
+    assert seen.elements > N * V / 8
     assert seen.elements <= head.CHUNK_BYTES // precision.itemsize < N * V
 
 
@@ -231,23 +231,23 @@ def test_a_head_of_128256_takes_less_than_a_gib_on_top_of_inputs_and_gradients(p
                 loss = linear_cross_entropy(*of, targets, V, softcap)
             torch.autograd.grad(loss / 7, of)
     extra = max(live.history) - 4 * V * C - dtype.itemsize * N * C
-    assert 0.25 < extra / 2**30 < 0.9
+    assert 0.37 < extra / 2**30 < 1
 
 
 @pytest.mark.parametrize(
     ("N", "V", "dtype", "rows"),
     [
         (65_536, 50_304, torch.bfloat16, 0),  # as measured
-        (131_072, 50_304, torch.bfloat16, 2560),
-        (16_384, 128_256, torch.bfloat16, 1024),
-        (16_384, 128_256, torch.float32, 512),
+        (131_072, 50_304, torch.bfloat16, 3968),
+        (16_384, 128_256, torch.bfloat16, 1536),
+        (16_384, 128_256, torch.float32, 768),
         (523, 128_256, torch.float32, 0),
-        (524, 128_256, torch.float32, 512),
-        (70, 2**20 + 1, torch.float64, 31),
+        (524, 128_256, torch.float32, 768),
+        (70, 2**20 + 1, torch.float64, 47),
         (3, 2**26, torch.float64, 1),
     ],
 )
-def test_a_chunk_is_of_256_mib_and_small_logits_are_whole(N: int, V: int, dtype: torch.dtype, rows: int):
+def test_a_chunk_is_of_384_mib_and_small_logits_are_whole(N: int, V: int, dtype: torch.dtype, rows: int):
     assert chunk_rows(N, V, dtype) == rows
 
 

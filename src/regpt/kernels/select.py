@@ -33,14 +33,18 @@ class Kernels:
 
 
 def ops_of(precision: str, device: torch.device, ops: Ops = PLAIN) -> Ops:
-    """`ops` as a model that trains in `precision` on `device` needs them: masks as data where a kernel takes them, and
-    linear layers of FP8 for fp8.
+    """`ops` as a model that trains in `precision` on `device` needs them: masks as data where a kernel takes them, heads
+    in chunks whose softmax is one kernel where there is Triton, and linear layers of FP8 for fp8.
 
     Raises:
         UsageError: fp8 was asked for and `device` cannot.
     """
     if precision in ("bf16", "fp16", "fp8"):
         ops = with_masks_as_data(ops, device)
+    if device.type == "cuda" and torch.version.cuda and find_spec("triton"):
+        from regpt.kernels import triton_head  # Triton is an import that only this needs
+
+        ops = triton_head.in_one_kernel(ops)
     if precision != "fp8":
         return ops
     reason = fp8.obstacle(device)
