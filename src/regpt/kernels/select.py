@@ -33,8 +33,8 @@ class Kernels:
 
 
 def ops_of(precision: str, device: torch.device, ops: Ops = PLAIN) -> Ops:
-    """`ops` as a model that trains in `precision` on `device` needs them: masks as data where a kernel takes them, heads
-    in chunks whose softmax is one kernel where there is Triton, and linear layers of FP8 for fp8.
+    """`ops` as a model that trains in `precision` on `device` needs them: masks as data where a kernel takes them,
+    heads in chunks whose softmax is one kernel where there is Triton, and linear layers of FP8 for fp8.
 
     Raises:
         UsageError: fp8 was asked for and `device` cannot.
