@@ -7,7 +7,8 @@ in float64 agrees to rounding, about 1e-15; the tolerances are some ten times wh
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 
 import tiny
 from kernels import reference as pieces
+from kernels.emulated import emulated
 from kernels.reference_fp8 import Rounding
 from naive import naive_scores, random_prompts
 from regpt.checkpoint.load import checkpoint_folder
@@ -29,11 +31,13 @@ from regpt.hf.weights import WeightsFromHF, weights_to_hf
 from regpt.kernels.attention import TorchAttention
 from regpt.kernels.gpt2 import FusedGPT2
 from regpt.kernels.gpt2_fp8 import FusedGPT2FP8
+from regpt.kernels.masked import attend_in_band, band, cudnn, flash
 from regpt.kernels.select import ops_of
 from regpt.model.cache import KVCache
 from regpt.model.families import make_model
 from regpt.model.layers import rotation
-from regpt.model.weights import initialize, state_tensors
+from regpt.model.ops import PLAIN
+from regpt.model.weights import initialize, load_weights, state_tensors
 from regpt.parallel.mesh import open_mesh
 from regpt.reference import gpt2, llama
 from regpt.runs.folder import read_run_config
@@ -143,6 +147,18 @@ def families_recomputed() -> list[tuple[Found, Found]]:
 
 def families_packed() -> list[tuple[Found, Found]]:
     return [pair for config in tiny.FAMILY_CONFIGS.values() for pair in packed_documents(config)]
+
+
+def families_with_masks_as_data() -> list[tuple[Found, Found]]:
+    """Their kernels emulated; those of a GPU are compared in tests/kernels/test_masked_on_gpu.py."""
+    pairs = []
+    with pytest.MonkeyPatch.context() as patch, emulated(patch):
+        for config, kernel in ((c, k) for c in tiny.FAMILY_CONFIGS.values() for k in (cudnn, flash)):
+            exact = tiny.build_model(config=config)
+            ops = replace(PLAIN, attention=partial(attend_in_band, attend=kernel), translate_mask=band)
+            model = load_weights(make_model(config, ops).double(), state_tensors(exact))
+            pairs.append(tuple(tiny.step_gradients(tiny.build_trainer(one, Packed())) for one in (model, exact)))
+    return pairs
 
 
 def families_cached() -> list[tuple[Found, Found]]:
@@ -408,6 +424,13 @@ CELLS = [
     Cell("every family, vocabulary padded", "not padded", "loss, gradients", 1e-14, families_padded),
     Cell("every family, activation checkpointing on", "off", "loss, gradients", 0.0, families_recomputed),
     Cell("every family, documents packed, masked", "one a row, padded", "loss, gradients", 1e-14, families_packed),
+    Cell(
+        "every family, documents and windows as data",
+        "as booleans",
+        "loss, gradients",
+        1e-14,
+        families_with_masks_as_data,
+    ),
     Cell("every family, key-value cache, any split", "whole sequence", "logits", 1e-14, families_cached),
     Cell("Llama in one process", "2 processes", "loss, gradients", 1e-14, llama_in_processes),
     Cell(

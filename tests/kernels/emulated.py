@@ -88,6 +88,7 @@ def flash_backward(dout, q, k, v, out, lse, documents, _, T, *args, window_size_
 def emulated(patch: pytest.MonkeyPatch) -> Iterator[None]:
     """Both kernels work on a CPU, and in float64."""
     patch.setattr(masked, "HALF", (torch.float64, torch.float32, *masked.HALF))
+    patch.setattr(masked, "HEAD_MULTIPLE", 1)
     patch.setattr(masked, "cudnn_on", lambda device: EmulatedCudnn())
     with torch.library._scoped_library("aten", "IMPL") as library:
         library.impl("_flash_attention_forward", flash_forward, "CPU")

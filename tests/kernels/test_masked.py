@@ -196,6 +196,7 @@ def test_other_devices_and_precisions_keep_booleans(gpu, monkeypatch):
 @pytest.mark.parametrize(("head_size", "dtype"), [(12, torch.float64), (8, torch.float16)])
 def test_what_the_kernels_cannot_have_is_computed_with_booleans(monkeypatch, head_size: int, dtype: torch.dtype):
     monkeypatch.setattr(masked, "HALF", (torch.float64,))
+    monkeypatch.setattr(masked, "HEAD_MULTIPLE", 8)
 
     def refuse(*args):
         raise AssertionError("a kernel was called")

@@ -34,8 +34,8 @@ class EvalArgs:
     """A run or checkpoint folder, the address of one (s3://…), a Hugging Face folder, a GGUF file, or a hub name such
     as gpt2."""
     tasks: str = "val"
-    """Comma-separated names: val; hellaswag, or hellaswag:FILE; core:DIR, or core:DIR/TASK,TASK; mc:FILE;
-    lm-eval:TASK,TASK…"""
+    """Comma-separated names: val; hellaswag, or hellaswag:FILE; core:DIR, or core:DIR/TASK,TASK; mc:FILE; needle, or
+    needle:lengths=1024/4096:depths=0/50/100:text=FILE; lm-eval:TASK,TASK…"""
     data: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """val: folder of token shards; default: that of the run's training data."""
     val_tokens: Annotated[int, Range(0, MANY)] = 0
@@ -180,11 +180,27 @@ def show_tasks(asked: EvalRequest, found: ModelEvaluation) -> None:
         for row in suite.summarize(results):
             table.add_row(row["task"], row["metric"], with_error(row["value"], row["stderr"]))
     print_table(table)
+    show_cells(found)
     longest = found.opened.model.config.max_seq_len
     for sentence in (one for suite, results in found.suites for one in suite.notices(results, longest)):
         print_line(sentence)
     if asked.compile:
         print_line(f"compiled in {found.compile_seconds:.1f} s, not counted above")
+
+
+def show_cells(found: ModelEvaluation) -> None:
+    """A table of a metric by depth and length, where a task has them."""
+    from rich.table import Table
+
+    from regpt.console.tables import print_table
+    from regpt.evals.suite import suite_rows
+
+    for row in (row for suite, results in found.suites for row in suite_rows(suite, results) if "cells" in row):
+        cells = row["cells"]
+        table = Table(f"{row['task']} {row['metric']}", *(f"{length:,} tokens" for length in cells["lengths"]))
+        for depth, values in zip(cells["depths"], cells["values"]):
+            table.add_row(f"depth {depth} %", *("-" if value is None else f"{value:.2f}" for value in values))
+        print_table(table)
 
 
 def write_all_items(folder: Path, found: ModelEvaluation) -> None:

@@ -10,6 +10,7 @@ KINDS = {
     "hellaswag": "the official file, or hellaswag:FILE",
     "core": "core:DIR, a folder with core.json, or some of its tasks, core:DIR/arc_easy,piqa",
     "mc": "mc:FILE, multiple-choice questions",
+    "needle": "needle in a haystack, or needle:lengths=1024/4096:depths=0/50/100:items=8:text=FILE",
     "lm-eval": "lm-eval:TASK,TASK…, the rest of the list",
 }
 # The 22 of CORE's metric; a folder may hold fewer, with a notice.

@@ -11,6 +11,7 @@ from typing import Any
 from regpt.errors import UsageError, UserError
 from regpt.evals.choices import open_choices, open_hellaswag
 from regpt.evals.core import locate, open_core, summarize
+from regpt.evals.needle import Needle, needle_options
 from regpt.evals.score import Progress, Scorer
 from regpt.evals.specs import Spec
 from regpt.evals.task import Result, Task, Tolerate, evaluate_task, refuse, truncation_notice
@@ -31,12 +32,14 @@ class Suite:
         tasks: its parts.
         summarize: rows about all of them together, next to those of each.
         seconds: of reading and encoding.
+        more: what a row of a result and metric holds besides.
     """
 
     name: str
     tasks: tuple[Task, ...]
     summarize: Callable[[Sequence[Result]], list[Row]] = lambda results: []
     seconds: float = 0.0
+    more: Callable[[Result, str], Row] = lambda result, metric: {}
 
     def evaluate(self, scorer: Scorer, show: ShowProgress, max_items: int, seconds: float) -> list[Result]:
         """The result of every task, each within the limits (see `regpt.evals.task.evaluate`)."""
@@ -59,11 +62,13 @@ def open_suites(
     tokenizer: Tokenizer,
     progress: DownloadProgress | None = None,
     tolerate: Tolerate = refuse,
+    max_seq_len: int = 1024,
 ) -> list[Suite]:
     """The tasks that `specs` name, but `val`: read, checked and encoded, by gigatoken where it is installed.
 
     Args:
         tolerate: receives the name of a task of CORE whose file is damaged, and the error; its neighbours are read.
+        max_seq_len: tokens that the model reads, for tasks of its length.
 
     Raises:
         UserError: a file that cannot be had, or malformed items.
@@ -78,6 +83,10 @@ def open_suites(
             started = time.perf_counter()
             if spec.kind == "lm-eval":
                 suites.append(open_harness(spec, tokenizer, tolerate))
+                continue
+            if spec.kind == "needle":
+                needle = Needle(needle_options(spec.argument), encoder, max_seq_len)
+                suites.append(Suite("needle", (needle,), more=needle.by_cell, seconds=time.perf_counter() - started))
                 continue
             suite = open_suite(spec, encoder, tokenizer.eot, progress, tolerate)
             if suite.tasks:
@@ -112,6 +121,7 @@ def suite_rows(suite: Suite, results: Sequence[Result]) -> list[Row]:
     rows = [
         {"task": one.task, "metric": metric, **asdict(found), "seconds": one.seconds}
         | {key: n for key, n in (("cut", one.cut), ("left_out", one.left_out)) if n}
+        | suite.more(one, metric)
         for one in results
         for metric, found in one.estimates().items()
     ]

@@ -20,7 +20,7 @@ from regpt.model.ops import Ops, attention
 
 HALF = (torch.bfloat16, torch.float16)
 FLASH_CAPABILITY, CUDNN_CAPABILITY = (8, 0), (9, 0)  # cuDNN has documents from Hopper on
-FLASH_HEAD, CUDNN_HEAD = 256, 128  # the largest heads of their backwards, in multiples of 8
+FLASH_HEAD, CUDNN_HEAD, HEAD_MULTIPLE = 256, 128, 8  # the largest heads of their backwards, and what divides all
 
 
 class Band(NamedTuple):
@@ -77,7 +77,7 @@ def attend_in_band(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *, attend:
     if not isinstance(mask, Band):
         return attention(q, k, v, mask)
     B, _, T, D = q.shape
-    if v.dtype not in HALF or D % 8 or D > FLASH_HEAD:
+    if v.dtype not in HALF or D % HEAD_MULTIPLE or D > FLASH_HEAD:
         seen = sdpa_mask(AttentionMask(window=mask.window, documents=mask.documents), B, T, T, q.device)
         return attention(q, k, v, seen)
     # Norms of q and k give float32 under autocast, which rounds for torch's own attention but not for these kernels.

@@ -111,7 +111,9 @@ def evaluate_model(asked: EvalRequest, mesh: Mesh, show: ShowProgress) -> ModelE
     def tolerate(task: str, error: UserError) -> None:
         failures.append((task, error))
 
-    suites: list[Any] = list(open_suites(asked.specs, opened.tokenizer, tolerate=tolerate))
+    suites: list[Any] = list(
+        open_suites(asked.specs, opened.tokenizer, None, tolerate, opened.model.config.max_seq_len)
+    )
     if not task and all(suite.tasks for suite in suites):  # those of lm-eval are not open yet
         if failures and not suites:
             raise failures[0][1]
@@ -216,6 +218,9 @@ def report(asked: EvalRequest, found: ModelEvaluation) -> dict[str, Any]:
     for suite, results in found.suites:
         read = {"read_seconds": suite.seconds} if suite.tasks else {}
         tasks |= {one.task: one.report() | read for one in results}
+        for one in results:
+            for metric, numbers in tasks[one.task]["metrics"].items():
+                numbers |= suite.more(one, metric)
         tasks |= {row["task"]: {key: x for key, x in row.items() if key != "task"} for row in suite.summarize(results)}
     return {
         "model": asked.model,

@@ -133,7 +133,7 @@ def open_run_suites(config: RunConfig, tokenizer: Tokenizer) -> list[Suite]:
     Raises:
         UserError: files that cannot be had, malformed items, or nothing but endings longer than the model.
     """
-    suites = open_suites(config.eval.specs(), tokenizer)
+    suites = open_suites(config.eval.specs(), tokenizer, max_seq_len=config.model.max_seq_len)
     refuse_if_nothing_fits([task for suite in suites for task in suite.tasks], config.model.max_seq_len)
     return suites
 
