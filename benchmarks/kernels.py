@@ -17,6 +17,7 @@ import json
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -223,30 +224,26 @@ Attention = Callable[..., Tensor]
 def masks(table: Table) -> None:
     cuts = documents(MASK_ROWS, MASK_T, 1000)
     kinds = {
-        f"documents of {MASK_ROWS * MASK_T / len(cuts.unique()):,.0f}": AttentionMask(documents=cuts),
+        f"documents of {MASK_ROWS * MASK_T / (len(cuts.unique()) - 1):,.0f}": AttentionMask(documents=cuts),
         "window 4096": AttentionMask(window=4096),
         "window 1024": AttentionMask(window=1024),
         "documents, window 1024": AttentionMask(window=1024, documents=cuts),
     }
+    inputs, unmasked, expected = {}, {}, {}
     for name, (H_q, H_kv, D_head) in MASK_SHAPES.items():
-        made = (randn(MASK_ROWS, MASK_T, n, D_head).transpose(1, 2) for n in (H_q, H_kv, H_kv, H_q))  # as projected
-        *leaves, dout = made
-        leaves = [y.requires_grad_() for y in leaves]
-        unmasked = mask_row(table, f"{name} causal", plain_attention, None, leaves, dout)
-        for kind, mask in kinds.items():
-            expected = attended(plain_attention, translated(mask), leaves, dout)
-            ways: dict[str, tuple[Attention, Any]] = {"booleans": (plain_attention, translated(mask))}
-            given = band(mask, MASK_ROWS, MASK_T, MASK_T, DEVICE)
-            ways |= {one.__name__: (partial(attend_in_band, attend=one), given) for one in (flash, cudnn)}
-            if mask.window is None:
-                ways["cudnn by torch"] = (partial(attend_in_band, attend=cudnn_by_torch), given)
-            if mask.window is None or mask.documents is None:
-                ways["flex"] = (flex, block_mask(mask))
-            for way, (call, form) in ways.items():
-                try:
-                    mask_row(table, f"{name} {kind} {way}", call, form, leaves, dout, unmasked, expected)
-                except Exception as error:  # a way that this machine does not have is a row, too
-                    print(f"{name} {kind} {way}: {type(error).__name__} {str(error)[:300]}", flush=True)
+        heads = (H_q, H_kv, H_kv, H_q)
+        *leaves, dout = (randn(MASK_ROWS, MASK_T, n, D_head).transpose(1, 2) for n in heads)  # as projected
+        inputs[name] = [y.requires_grad_() for y in leaves], dout
+        unmasked[name] = mask_row(table, f"{name} causal", plain_attention, None, *inputs[name])
+    for way, (call, translate) in WAYS.items():  # one after the other: an error of the device ends those that follow
+        for name, (kind, mask) in product(inputs, kinds.items()):
+            try:
+                form, bound = translate(mask), expected.get((name, kind), ())
+                mask_row(table, f"{name} {kind} {way}", call, form, *inputs[name], unmasked[name], bound)
+                if way == "booleans":
+                    expected[name, kind] = attended(call, form, *inputs[name])
+            except Exception as error:  # a way without this mask is a line, too
+                print(f"{name} {kind} {way}: {type(error).__name__} {str(error)[:200]}", flush=True)
 
 
 def translated(mask: AttentionMask) -> Tensor | None:
@@ -285,8 +282,10 @@ def mask_row(
     return ms
 
 
-def cudnn_by_torch(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: None) -> Tensor:
+def cudnn_by_torch(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, window: int | None) -> Tensor:
     """cuDNN as torch calls it, which has documents but no windows."""
+    if documents is None or window is not None:
+        raise ValueError("no windows")
     flat = (y.flatten(0, 1) for y in (q, k, v))
     given = None, documents, documents, q.size(1), q.size(1), True, 0.0, True
     return torch.ops.aten._cudnn_attention_forward(*flat, *given)[0].view_as(q)
@@ -313,6 +312,19 @@ def block_mask(mask: AttentionMask) -> BlockMask:
     made = make(*given)
     print(f"    block mask of FlexAttention: {do_bench(lambda: make(*given), warmup=10, rep=30):.3f} ms")
     return made
+
+
+def in_band(mask: AttentionMask) -> Any:
+    return band(mask, MASK_ROWS, MASK_T, MASK_T, DEVICE)
+
+
+WAYS: dict[str, tuple[Attention, Callable[[AttentionMask], Any]]] = {
+    "booleans": (plain_attention, translated),
+    "flash": (partial(attend_in_band, attend=flash), in_band),
+    "cudnn": (partial(attend_in_band, attend=cudnn), in_band),
+    "flex": (flex, block_mask),
+    "cudnn by torch": (partial(attend_in_band, attend=cudnn_by_torch), in_band),
+}
 
 
 def whole(table: Table, B: int) -> None:

@@ -40,7 +40,9 @@ def results(attend, mask, inputs: list[torch.Tensor], dout: torch.Tensor) -> lis
 
 
 def error(given: torch.Tensor, exact: torch.Tensor) -> float:
-    return ((given.double() - exact.double()).norm() / exact.double().norm()).item()
+    """Relative; where one key is all that is seen, gradients of q and k are zero, and what counts is absolute."""
+    scale = exact.double().norm().clamp(min=1e-2 * exact.numel() ** 0.5)
+    return ((given.double() - exact.double()).norm() / scale).item()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -56,8 +58,9 @@ def test_outputs_and_gradients_are_as_exact_as_those_with_booleans(kernel, heads
     exact = results(attention, seen, [y.double() for y in inputs], dout.double())
     plain = results(attention, seen, inputs, dout)
     given = results(partial(attend_in_band, attend=kernel), band(mask, B, T, T, DEVICE), inputs, dout)
-    for what, ours, theirs, true in zip(("out", "dq", "dk", "dv"), given, plain, exact):
-        assert error(ours, true) < max(1.6 * error(theirs, true), 4e-3), what
+    errors = [(error(ours, true), error(theirs, true)) for ours, theirs, true in zip(given, plain, exact)]
+    said = ", ".join(f"{ours:.1e} ({theirs:.1e})" for ours, theirs in errors)
+    assert all(ours < max(1.6 * theirs, 4e-3) for ours, theirs in errors), f"out, dq, dk, dv: {said}"
 
 
 CONFIG = ModelConfig(

@@ -5,6 +5,7 @@ FlashAttention-2 (Dao 2023) elsewhere and for deterministic algorithms. Both ski
 `sdpa_mask` remains for trees, for caches, for float32 and for sizes of heads that they do not have.
 """
 
+import atexit
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -109,6 +110,9 @@ def cudnn(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, window: int
 @lru_cache
 def cudnn_on(device: torch.device) -> CudnnAttention:
     return CudnnAttention(device)
+
+
+atexit.register(cudnn_on.cache_clear)  # the frontend prints the graphs that are left when Python ends
 
 
 def shape_of(q: Tensor, k: Tensor, documents: Tensor | None, window: int | None) -> AttentionShape:
