@@ -231,23 +231,23 @@ def test_a_head_of_128256_takes_less_than_a_gib_on_top_of_inputs_and_gradients(p
                 loss = linear_cross_entropy(*of, targets, V, softcap)
             torch.autograd.grad(loss / 7, of)
     extra = max(live.history) - 4 * V * C - dtype.itemsize * N * C
-    assert 0.37 < extra / 2**30 < 1
+    assert 0.43 < extra / 2**30 < 1
 
 
 @pytest.mark.parametrize(
     ("N", "V", "dtype", "rows"),
     [
         (65_536, 50_304, torch.bfloat16, 0),  # as measured
-        (131_072, 50_304, torch.bfloat16, 3968),
-        (16_384, 128_256, torch.bfloat16, 1536),
-        (16_384, 128_256, torch.float32, 768),
+        (131_072, 50_304, torch.bfloat16, 4608),
+        (16_384, 128_256, torch.bfloat16, 1792),
+        (16_384, 128_256, torch.float32, 896),
         (523, 128_256, torch.float32, 0),
-        (524, 128_256, torch.float32, 768),
-        (70, 2**20 + 1, torch.float64, 47),
+        (524, 128_256, torch.float32, 896),
+        (70, 2**20 + 1, torch.float64, 55),
         (3, 2**26, torch.float64, 1),
     ],
 )
-def test_a_chunk_is_of_384_mib_and_small_logits_are_whole(N: int, V: int, dtype: torch.dtype, rows: int):
+def test_a_chunk_is_of_448_mib_and_small_logits_are_whole(N: int, V: int, dtype: torch.dtype, rows: int):
     assert chunk_rows(N, V, dtype) == rows
 
 

@@ -21,9 +21,9 @@ IGNORE_INDEX = -100  # a target that carries no loss; the default of torch.nn.fu
 # Logits are whole up to these many: of vocabularies up to 65,536, the largest that were measured whole (65,536 rows of
 # GPT-2's 50,304, which torch.compile fuses); of larger ones, about one chunk.
 SMALL_VOCAB, WHOLE_OF_SMALL, WHOLE = 2**16, 2**32, 2**26
-CHUNK_BYTES = 3 * 2**27  # of a chunk's logits, in the format of the products: 1,536 rows of 128,256 in bfloat16
+CHUNK_BYTES = 7 * 2**26  # of a chunk's logits, in the format of the products: 1,792 rows of 128,256 in bfloat16
 CHUNK_MULTIPLE = 128  # rows: tiles of matrix products are full
-PIECE = 2**24  # logits whose softmax is computed at once: 64 MiB in float32
+PIECE = 2**23  # logits whose softmax is computed at once: 32 MiB in float32
 WEIGHT_ROWS = 8192  # rows of the weight's gradient at once, where its product cannot be added in float32
 
 # (logits, targets, n_vocab, softcap, z_loss, gradient) → losses and log Z: see `softmax_in_place`
