@@ -18,14 +18,19 @@ def lease(url: str, hand: Hand | None = None, host: str = "here", store: Store |
     return made
 
 
-def acquire(given: Lease, **options) -> list[str]:
-    """What is said while the lease is acquired."""
-    said: list[str] = []
-    given.acquire(say=said.append, **options)
-    return said
+@pytest.fixture
+def acquire(capsys):
+    """Acquire a lease; the lines that it prints meanwhile."""
+
+    def acquired(given: Lease, **options) -> list[str]:
+        capsys.readouterr()
+        given.acquire(**options)
+        return capsys.readouterr().err.splitlines()
+
+    return acquired
 
 
-def test_a_claim_says_who_holds_it(url):
+def test_a_claim_says_who_holds_it(url, acquire):
     first = lease(url)
     first.claim = first.claim._replace(claimed=1000.0)
     assert acquire(first) == []
@@ -37,7 +42,7 @@ def test_a_claim_says_who_holds_it(url):
 
 
 @pytest.mark.parametrize("their_clock", [1e9, 5.0, 9e9])
-def test_a_holder_that_renews_keeps_the_lease_whatever_its_clock_says(url, their_clock, monkeypatch):
+def test_a_holder_that_renews_keeps_the_lease_whatever_its_clock_says(url, their_clock, monkeypatch, acquire):
     first = lease(url, host="there")
     acquire(first)
     monkeypatch.setattr("time.time", lambda: their_clock)
@@ -45,7 +50,7 @@ def test_a_holder_that_renews_keeps_the_lease_whatever_its_clock_says(url, their
     hand.meanwhile = lambda: len(hand.slept) == 3 and first.renew()
     second = lease(url, hand)
     with pytest.raises(
-        UserError, match=r"bucket/runs/a is being written by process 7 on there, whose lease lasts until"
+        UserError, match=r"bucket/runs/a is being written by process 7 on there, who renews its lease of 60 seconds"
     ):
         acquire(second)
     assert len(hand.slept) == 3
@@ -53,13 +58,13 @@ def test_a_holder_that_renews_keeps_the_lease_whatever_its_clock_says(url, their
     assert sorted(first.store.files("lease")) == ["lease/00000001.json"]
 
 
-def test_a_lease_without_renewals_is_taken_over_after_its_time_and_the_old_holder_notices(url):
+def test_a_lease_without_renewals_is_taken_over_after_its_time_and_the_old_holder_notices(url, acquire):
     first = lease(url, host="there")
     acquire(first)
     hand = Hand()
     second = lease(url, hand)
     said = acquire(second)
-    assert said == [f"process 7 on there holds {url}; taken over unless renewed within 60 seconds"]
+    assert said == [f"regpt: process 7 on there holds {url}; taken over unless renewed within 60 seconds"]
     assert sum(hand.slept) >= 60
     assert sorted(second.store.files("lease")) == ["lease/00000002.json"]
     stored = second.store.content(), second.store.read("lease/00000002.json")
@@ -72,7 +77,7 @@ def test_a_lease_without_renewals_is_taken_over_after_its_time_and_the_old_holde
     second.renew()
 
 
-def test_renewals_just_in_time_are_enough(url):
+def test_renewals_just_in_time_are_enough(url, acquire):
     first = lease(url)
     acquire(first)
     hand = Hand()
@@ -81,7 +86,7 @@ def test_renewals_just_in_time_are_enough(url):
         acquire(lease(url, hand))
 
 
-def test_a_released_lease_is_free_at_once(url):
+def test_a_released_lease_is_free_at_once(url, acquire):
     first = lease(url)
     acquire(first)
     first.renew(released=True)
@@ -94,7 +99,7 @@ def test_a_released_lease_is_free_at_once(url):
         first.renew()
 
 
-def test_a_renewal_that_comes_after_the_release_changes_nothing(url):
+def test_a_renewal_that_comes_after_the_release_changes_nothing(url, acquire):
     first = lease(url)
     acquire(first)
     first.renew(released=True)
@@ -102,7 +107,7 @@ def test_a_renewal_that_comes_after_the_release_changes_nothing(url):
     assert json.loads(first.store.read("lease/00000001.json") or b"")["released"] is True
 
 
-def test_the_claim_of_a_process_that_is_known_to_be_dead_is_taken_over_at_once(url):
+def test_the_claim_of_a_process_that_is_known_to_be_dead_is_taken_over_at_once(url, acquire):
     first = lease(url)
     acquire(first)
     hand = Hand()
@@ -112,7 +117,7 @@ def test_the_claim_of_a_process_that_is_known_to_be_dead_is_taken_over_at_once(u
         first.check()
 
 
-def test_of_two_that_create_the_same_claim_one_gets_it(url, monkeypatch):
+def test_of_two_that_create_the_same_claim_one_gets_it(url, monkeypatch, acquire):
     first, second = lease(url, host="there"), lease(url)
     hand = Hand()
     hand.meanwhile = lambda: first.renew()
@@ -130,7 +135,7 @@ def test_of_two_that_create_the_same_claim_one_gets_it(url, monkeypatch):
     first.check()
 
 
-def test_a_claim_whose_number_was_used_and_deleted_is_void(url, monkeypatch):
+def test_a_claim_whose_number_was_used_and_deleted_is_void(url, monkeypatch, acquire):
     first, third, late = lease(url, host="one"), lease(url, host="three"), lease(url, host="late")
     acquire(first)
     first.renew(released=True)
@@ -154,7 +159,7 @@ def test_a_claim_whose_number_was_used_and_deleted_is_void(url, monkeypatch):
     third.check()
 
 
-def test_an_answer_that_was_lost_costs_nothing(url, monkeypatch):
+def test_an_answer_that_was_lost_costs_nothing(url, monkeypatch, acquire):
     create, calls = Store.create, []
 
     def torn(self, name: str, data: bytes) -> bool:
@@ -171,7 +176,7 @@ def test_an_answer_that_was_lost_costs_nothing(url, monkeypatch):
     first.renew()
 
 
-def test_in_a_store_that_creates_twice_the_last_writer_wins(url, monkeypatch):
+def test_in_a_store_that_creates_twice_the_last_writer_wins(url, monkeypatch, acquire):
     def create(self, name: str, data: bytes) -> bool:
         self.write(name, data)
         return True
@@ -187,7 +192,7 @@ def test_in_a_store_that_creates_twice_the_last_writer_wins(url, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"seconds": "soon"}', b'{"seconds": 1e999, "token": 1}'])
-def test_a_claim_that_cannot_be_read_is_waited_for(url, content):
+def test_a_claim_that_cannot_be_read_is_waited_for(url, content, acquire):
     store = FaultyStore(url)
     store.write("lease/00000004.json", content)
     store.write("lease/notes.txt", b"?")
@@ -210,7 +215,7 @@ class Ticks:
         return self.left < 0
 
 
-def test_a_network_that_fails_for_a_while_does_not_end_the_renewals(url):
+def test_a_network_that_fails_for_a_while_does_not_end_the_renewals(url, acquire):
     trouble = iter([True, True, False, False])
 
     def before(kind: str, name: str) -> None:

@@ -161,7 +161,7 @@ def test_the_machine_that_was_left_behind_fetches_what_others_have_trained(confi
     assert go_on(url, tmp_path / "two") == 0
     assert go_on(url, tmp_path / "one", steps=10) == 0
     said = capsys.readouterr()
-    assert "was written by process" in said.err
+    assert f"{url} was written elsewhere since" in said.err
     staging = RemoteRun(url, on(tmp_path / "one", config).checkpoint).folder
     assert [folder.name for folder in checkpoints(Path(f"{staging}.old-1"))] == ["step-00000002", "step-00000003"]
     assert complete(url) == [8, 10]
@@ -234,7 +234,7 @@ def test_a_run_that_never_reached_its_store_goes_on_from_the_staging_folder(conf
         patched.setattr(Store, "put", refuse("", Store.put))
         with pytest.raises(UserError, match="could not be brought up to date"):
             start(url, on(tmp_path, config))
-    with pytest.raises(UserError, match=r"holds a run that never reached .*; go on with: regpt train --resume"):
+    with pytest.raises(UserError, match=r"never reached .*, holds a run; go on with: regpt train --resume"):
         start(url, on(tmp_path, config))
     assert go_on(url, tmp_path) == 0
     assert complete(url) == [6, 8]
@@ -247,7 +247,7 @@ def test_a_second_process_on_the_run_is_refused(config, url, tmp_path, monkeypat
     holder = Lease(FaultyStore(url))
     holder.acquire()
     with pytest.raises(
-        UserError, match=rf"{url} is being written by process {os.getpid()} on .*, whose lease lasts until"
+        UserError, match=rf"{url} is being written by process {os.getpid()} on .*, who renews its lease of 60 seconds"
     ):
         go_on(url, tmp_path / "two", Hand(holder.renew))
     staging = RemoteRun(url, on(tmp_path / "two", config).checkpoint).folder
@@ -264,7 +264,7 @@ def test_a_run_that_is_taken_over_stops_and_overwrites_nothing(config, url, tmp_
     def take_over(step: int, mirror: Any) -> None:
         if step == 4:
             other = Lease(FaultyStore(url), sleep=Hand().sleep)
-            other.acquire(say=lambda text: None)
+            other.acquire()
             others.append(other)
             others[0].store.write("theirs", b"")
             mirror.notify()

@@ -16,13 +16,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from regpt.console.lines import print_note
 from regpt.errors import UserError
 from regpt.remote.retry import transport_errors
 from regpt.remote.store import Store
-from regpt.structured import parse_json
 
 FOLDER = "lease"
 SECONDS = 60.0
@@ -32,7 +31,7 @@ LONGEST_SECONDS = 3600.0  # that a claim of others may ask for
 
 
 class Claim(NamedTuple):
-    """A file of the lease."""
+    """A file of the lease; one that cannot be read has a number only."""
 
     number: int
     token: str = ""  # random; kept as long as the same staging folder claims the run again
@@ -60,26 +59,30 @@ class LeaseLost(UserError):
 
 
 class Lease:
-    """The right to write to `store`, from `acquire` to `release`."""
+    """The right to write to `store`, from `acquire` to `renew(released=True)`."""
 
     def __init__(self, store: Store, seconds: float = SECONDS, sleep: Callable[[float], None] = time.sleep) -> None:
         self.store, self.sleep, self.lock = store, sleep, threading.Lock()
         self.claim = Claim(0, uuid.uuid4().hex, platform.node(), os.getpid(), time.time(), seconds)
-        self.lost: LeaseLost | None = None
 
     def newest(self) -> Claim | None:
         """The claim with the highest number, whoever made it."""
         stems = [name.removeprefix(f"{FOLDER}/").removesuffix(".json") for name in self.store.files(FOLDER)]
         number = max((int(stem) for stem in stems if stem.isdigit()), default=0)
         data = self.store.read(Claim(number).name) if number else None
-        return None if data is None else parse(number, data)
+        if data is None:
+            return None
+        try:
+            found = TypeAdapter(Claim).validate_json(data)
+        except ValidationError:
+            return Claim(number)
+        return found._replace(number=number, seconds=min(max(found.seconds, 1.0), LONGEST_SECONDS))
 
-    def acquire(self, known: str = "", say: Callable[[str], None] = print_note) -> Claim | None:
+    def acquire(self, known: str = "") -> Claim | None:
         """Take the lease; returns the claim before this one.
 
         Args:
             known: the token of a claim whose process has ended; this one's too, where nobody else has claimed since.
-            say: receives the reason of a wait.
 
         Raises:
             UserError: another process holds the lease, or the store cannot be read or written.
@@ -87,47 +90,51 @@ class Lease:
         before = self.store.tries(self.newest)
         token = known if known and (before is None or before.token == known) else self.claim.token
         if before is not None and before.token != token and not before.released:
-            before = self.watch(before, say)
+            before = self.watch(before)
         self.claim = mine = self.claim._replace(number=before.number + 1 if before else 1, token=token)
         self.store.tries(lambda: self.store.create(mine.name, mine.data()), "written", mine.name)
         after = self.store.tries(self.newest)  # ours, also when the answer to our own creation was lost
         if after is None or after[:2] != mine[:2]:
-            raise held(self.store.url, after or mine)
+            raise self.held(after or mine)
         for name in self.store.tries(lambda: self.store.files(FOLDER)):
             if name < mine.name:
                 self.store.tries(lambda: self.store.remove(name), "written", name)  # noqa: B023
         return before
 
-    def watch(self, first: Claim, say: Callable[[str], None]) -> Claim:
+    def watch(self, first: Claim) -> Claim:
         """Return the newest claim when it was released, or has not changed for as long as it may.
 
         Raises:
             UserError: it was renewed.
         """
-        say(f"{first.holder} holds {self.store.url}; taken over unless renewed within {first.seconds:g} seconds")
+        print_note(f"{first.holder} holds {self.store.url}; taken over unless renewed within {first.seconds:g} seconds")
         for _ in range(POLLS):
             self.sleep(first.seconds / POLLS)
             seen = self.store.tries(self.newest)
             if seen is None or seen.released:
                 return seen or first
             if seen != first:
-                raise held(self.store.url, seen)
+                raise self.held(seen)
         return first
 
+    def held(self, claim: Claim) -> UserError:
+        return UserError(
+            f"{self.store.url} is being written by {claim.holder}, who renews its lease of {claim.seconds:g} seconds; "
+            "wait until it has ended, or choose another --out"
+        )
+
     def check(self) -> None:
-        """Return when the lease is still this process's.
+        """Return when the lease is still this process's, or the folder was emptied.
 
         Raises:
             LeaseLost: it is not; nothing may be written any more.
         """
-        newest = None if self.lost else self.newest()  # None also where somebody emptied the folder
+        newest = self.newest()
         if newest is not None and newest[:2] != self.claim[:2]:
-            self.lost = LeaseLost(
+            raise LeaseLost(
                 f"{self.store.url} was taken over by {newest.holder}, because this process had not renewed its lease "
                 f"for {self.claim.seconds:g} seconds; nothing of theirs was overwritten"
             )
-        if self.lost:
-            raise self.lost
 
     def renew(self, released: bool = False) -> None:
         """Write that this process is alive, or that others may have the run; errors as in `check`."""
@@ -155,21 +162,3 @@ class Lease:
                 return
             except transport_errors():
                 continue  # the mirror reports it
-
-
-def parse(number: int, data: bytes) -> Claim:
-    """A claim as another process wrote it; one that cannot be read has no token and no holder's name."""
-    try:
-        values = parse_json(data)
-        claim = TypeAdapter(Claim).validate_python({key: values[key] for key in Claim._fields if key in values})
-    except (ValueError, TypeError):  # a ValidationError is a ValueError
-        return Claim(number)
-    return claim._replace(number=number, seconds=min(max(claim.seconds, 1.0), LONGEST_SECONDS))
-
-
-def held(url: str, claim: Claim) -> UserError:
-    until = time.strftime("%H:%M:%S", time.localtime(time.time() + claim.seconds))
-    return UserError(
-        f"{url} is being written by {claim.holder}, whose lease lasts until {until} at least; wait until it has ended, "
-        "or choose another --out"
-    )

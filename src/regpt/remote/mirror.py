@@ -39,8 +39,9 @@ class Mirror:
         intact: whether a local checkpoint is whole.
         kept: the steps that stay, of those given; the others are not copied, and deleted from the store.
         uploading: the local checkpoint that is being read, which is not to be deleted meanwhile.
+        sending: the file that is on its way.
         damaged: names of checkpoints of the store that are not what their manifest says: neither counted nor deleted.
-        there: the manifests of the other complete checkpoints of the store, by name.
+        there: the manifests of checkpoints of the store, by name, as far as they were compared.
         sent: size and time of the files that have arrived, by name.
     """
 
@@ -49,8 +50,8 @@ class Mirror:
         self.kept: Callable[[set[int]], set[int]] = lambda steps: steps
         self.say: Callable[[str], None] = print_note
         self.damaged, self.there, self.sent = set(damaged), dict[str, bytes](), dict[str, tuple[int, ...]]()
-        self.looked = False  # at the store's checkpoints
         self.uploading: Path | None = None
+        self.sending = ""
         self.failure: Exception | None = None
         self.wake, self.closing = threading.Event(), False
         self.thread = threading.Thread(target=self.work, daemon=True)
@@ -73,14 +74,6 @@ class Mirror:
             self.thread.start()
         self.thread.join(seconds)
         return not self.thread.is_alive()
-
-    def left(self) -> tuple[int, int]:
-        """Files still to be copied, and their bytes, as far as is known."""
-        paths = {path for folder in self.missing() for path in folder.iterdir()}
-        waiting = dict(self.files()) | {self.name_of(path): path for path in paths}
-        stamps = {name: stamp_of(path) for name, path in waiting.items()}
-        sizes = [stamp[0] for name, stamp in stamps.items() if stamp and stamp != self.sent.get(name)]
-        return len(sizes), sum(sizes)
 
     # ---- in the thread
 
@@ -114,10 +107,8 @@ class Mirror:
     def copy_all(self) -> None:
         """Make the store hold what the folder holds."""
         self.lease.check()
-        if not self.looked:
-            self.look()
         self.put_files()
-        while folder := next(self.missing(), None):
+        while folder := self.next_missing():
             self.uploading = folder
             try:
                 self.put_checkpoint(folder)
@@ -127,14 +118,30 @@ class Mirror:
                 # it was deleted here, because newer ones are there
             finally:
                 self.uploading = None
-            self.prune()
 
-    def look(self) -> None:
-        """Find the complete checkpoints of the store, and delete the remains of earlier processes there."""
-        names = set(complete_checkpoints(self.store)) - self.damaged
-        self.there = {name: self.store.read(f"{CHECKPOINTS}/{name}/{MANIFEST}") or b"" for name in names}
-        self.prune()
-        self.looked = True
+    def next_missing(self) -> Path | None:
+        """The newest local checkpoint that is kept and not in the store, after `prune`."""
+        complete = self.prune()
+        folders = {path.name: path for path in (self.run / CHECKPOINTS).glob("step-*")}
+        names = sorted(filter(STEP_FOLDER.fullmatch, folders), key=step_number, reverse=True)
+        kept = self.kept({step_number(name) for name in (*names, *complete)})
+        for name in names:
+            if name in complete and name not in self.there:
+                self.there[name] = self.store.read(f"{CHECKPOINTS}/{name}/{MANIFEST}") or b""
+            is_new = content(folders[name] / MANIFEST) not in (None, self.there.get(name))
+            if is_new and step_number(name) in kept and self.intact(folders[name]):
+                return folders[name]
+        return None
+
+    def prune(self) -> list[str]:
+        """Delete the checkpoints of the store that are not kept, and older half-copied ones; the complete ones left."""
+        stored = {name: whole for name, whole in stored_checkpoints(self.store).items() if name not in self.damaged}
+        complete = [name for name, whole in stored.items() if whole]
+        kept, newest = self.kept(set(map(step_number, complete))), max(map(step_number, complete), default=0)
+        for name, whole in stored.items():
+            if step_number(name) not in kept if whole else step_number(name) < newest:
+                self.drop(name)
+        return [name for name in complete if step_number(name) in kept]
 
     def put_files(self) -> None:
         """Copy the changed files next to checkpoints; delete those from the store that have gone here."""
@@ -171,6 +178,7 @@ class Mirror:
         if self.sent.get(name) == stamp:
             return
         self.lease.check()
+        self.sending = f"{name}, {stamp[0] / 1e6:,.1f} MB" if stamp else name
         if path.suffix == ".jsonl":
             data = path.read_bytes()
             self.store.write(name, data[: data.rfind(b"\n") + 1])
@@ -191,15 +199,6 @@ class Mirror:
         self.remove(sorted(names, key=lambda name: not name.endswith(f"/{MANIFEST}")))
         self.damaged.discard(folder)
 
-    def prune(self) -> None:
-        """Delete the checkpoints of the store that are not kept, and older half-copied ones."""
-        steps = {step_number(name) for name in self.there}
-        kept, newest = self.kept(steps), max(steps, default=0)
-        folders = {name.split("/")[1] for name in self.store.files(CHECKPOINTS)} - self.damaged
-        for name in filter(STEP_FOLDER.fullmatch, sorted(folders)):
-            if step_number(name) not in kept if name in self.there else step_number(name) < newest:
-                self.drop(name)
-
     def files(self) -> Iterator[tuple[str, Path]]:
         """The files next to checkpoints that are not private, by their names; config.toml last."""
         paths: list[Path] = []
@@ -210,26 +209,21 @@ class Mirror:
         named = [(self.name_of(path), path) for path in sorted(paths)]
         yield from sorted((pair for pair in named if is_safe(pair[0])), key=lambda pair: pair[0] == CONFIG)
 
-    def missing(self) -> Iterator[Path]:
-        """Local checkpoints that are kept and not in the store, the newest first."""
-        folders = {path.name: path for path in (self.run / CHECKPOINTS).glob("step-*")}
-        names = set(filter(STEP_FOLDER.fullmatch, folders))
-        kept = self.kept({step_number(name) for name in (*names, *self.there)})
-        for name in sorted(names, key=step_number, reverse=True):
-            manifest = content(folders[name] / MANIFEST)
-            is_new = manifest not in (None, self.there.get(name))
-            if is_new and step_number(name) in kept and self.intact(folders[name]):
-                yield folders[name]
-
     def name_of(self, path: Path) -> str:
         return path.relative_to(self.run).as_posix()
 
 
+def stored_checkpoints(store: Store) -> dict[str, bool]:
+    """The checkpoint folders of the run in `store`, the newest first, and whether they have a manifest."""
+    files = store.files(CHECKPOINTS)
+    names = {name.split("/")[1] for name in files}
+    names = sorted(filter(STEP_FOLDER.fullmatch, names), key=step_number, reverse=True)
+    return {name: f"{CHECKPOINTS}/{name}/{MANIFEST}" in files for name in names}
+
+
 def complete_checkpoints(store: Store) -> list[str]:
     """The names of the checkpoints of the run in `store` that have a manifest, the newest first."""
-    parts = [name.split("/") for name in store.files(CHECKPOINTS)]
-    names = [part[1] for part in parts if part[2:] == [MANIFEST] and STEP_FOLDER.fullmatch(part[1])]
-    return sorted(names, key=step_number, reverse=True)
+    return [name for name, whole in stored_checkpoints(store).items() if whole]
 
 
 def step_number(folder: str) -> int:

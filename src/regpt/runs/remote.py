@@ -21,7 +21,6 @@ from regpt.checkpoint.load import print_warning
 from regpt.checkpoint.save import is_intact
 from regpt.config import RunConfig, validate_config
 from regpt.console.lines import print_note
-from regpt.console.text import counted
 from regpt.errors import UserError
 from regpt.files import unused, write_json
 from regpt.parallel.mesh import Mesh
@@ -54,15 +53,10 @@ class RemoteRun:
 
     def refuse_used(self) -> None:
         """Raise a UserError where a run is already."""
-        if self.store.tries(lambda: self.store.read(CONFIG), name=CONFIG) is not None:
-            raise UserError(
-                f"{self.url} already holds a run; go on with: regpt train --resume {self.url}, or choose another --out"
-            )
-        if is_run(self.folder):
-            raise UserError(
-                f"{self.folder} holds a run that never reached {self.url}; go on with: regpt train --resume "
-                f"{self.url}, or delete that folder"
-            )
+        there = self.store.tries(lambda: self.store.read(CONFIG), name=CONFIG) is not None
+        if there or is_run(self.folder):
+            which = f"{self.url} already" if there else f"{self.folder}, which never reached {self.url},"
+            raise UserError(f"{which} holds a run; go on with: regpt train --resume {self.url}, or use another --out")
 
     def begin(self, stack: ExitStack) -> Mirror:
         """Claim a new run until `stack` ends; the staging folder is this process's own already."""
@@ -70,6 +64,7 @@ class RemoteRun:
         self.claim(stack)
         self.refuse_used()
         empty(self.folder)
+        self.note(self.lease.claim.token)
         return self.mirror(stack)
 
     def go_on(self, stack: ExitStack) -> Mirror:
@@ -82,8 +77,8 @@ class RemoteRun:
         if holds_all(self.folder, before):
             return self.mirror(stack)
         if is_run(self.folder):
-            who = f"{self.url} was written by {before.holder} since" if before else f"{self.url} was emptied"
-            print_note(f"{who}; this machine's copy of it is now in {set_aside(self.folder)}")
+            aside = set_aside(self.folder)
+            print_note(f"{self.url} was written elsewhere since; this machine's copy of it is now in {aside}")
         print_note(f"copying {self.url} to {self.folder}")
         empty(self.folder)
         self.note(self.lease.claim.token)
@@ -110,19 +105,18 @@ class RemoteRun:
         write_json(self.folder / NOTE, {"url": self.url, "token": token})
 
     def mirror(self, stack: ExitStack, damaged: Sequence[str] = ()) -> Mirror:
-        """The mirror of the folder; once started, it copies until `stack` ends, also on an error."""
-        self.note(self.lease.claim.token)
+        """The mirror of the folder; when `stack` ends it copies the rest, such as the row about an error, but not after
+        Ctrl-C."""
         mirror = Mirror(self.folder, self.lease, is_intact, damaged)
-        stack.push(lambda kind, error, trace: end(mirror, error))
+
+        def end(kind: object, error: BaseException | None, trace: object) -> None:
+            if error is None or isinstance(error, Exception):
+                mirror.finish()
+                if mirror.failure is not None and mirror.failure is not error:
+                    print_note(str(mirror.failure))
+
+        stack.push(end)
         return mirror
-
-
-def end(mirror: Mirror, error: BaseException | None) -> None:
-    """Copy the rest, such as the row about the error; not when Ctrl-C ends the run."""
-    if error is None or isinstance(error, Exception):
-        mirror.finish()
-        if mirror.failure is not None and mirror.failure is not error:
-            print_note(str(mirror.failure))
 
 
 def staging_folder(url: str, staging: str) -> Path:
@@ -139,9 +133,13 @@ def stored_config(url: str, staging: str) -> RunConfig:
     Raises:
         UserError: there is no run, or it cannot be read.
     """
-    store = Store(url)
-    data = store.tries(lambda: store.read(CONFIG), name=CONFIG)
-    there = None if data is None else parse_config(data, f"{store.url}/{CONFIG}")
+    store, there = Store(url), None
+    if data := store.tries(lambda: store.read(CONFIG), name=CONFIG):
+        source = f"{store.url}/{CONFIG}"
+        try:
+            there = validate_config(parse_toml(data), source)
+        except ValueError as error:  # no TOML, or no text
+            raise UserError(f"{source} is not valid TOML: {error}; restore the file") from None
     folder = staging_folder(store.url, staging or (there.checkpoint.staging if there else ""))
     if holds_all(folder, store.tries(Lease(store).newest)):
         return read_run_config(folder)
@@ -150,14 +148,6 @@ def stored_config(url: str, staging: str) -> RunConfig:
             f"{store.url} holds no run (no {CONFIG}); start one with: regpt train RECIPE --data DIR --out {store.url}"
         )
     return there
-
-
-def parse_config(data: bytes, source: str) -> RunConfig:
-    try:
-        values = parse_toml(data)
-    except ValueError as error:  # no TOML, or no text
-        raise UserError(f"{source} is not valid TOML: {error}; restore the file") from None
-    return validate_config(values, source)
 
 
 def holds_all(folder: Path, newest: Claim | None) -> bool:
@@ -208,7 +198,7 @@ def by_main(mesh: Mesh, work: Callable[[], T]) -> T | None:
             future.set_exception(error)
 
     if mesh.is_main:
-        threading.Thread(target=run, daemon=True).start()
+        threading.Thread(target=run, daemon=True).start()  # Ctrl-C does not wait for it
     while mesh.any(mesh.is_main and not wait([future], WAIT_SECONDS).done):
         pass  # the others learn that nothing hangs
     return future.result() if mesh.is_main else None
@@ -223,17 +213,16 @@ def on_this_machine(name: str, mesh: Mesh, *, optimizer: bool = False) -> str:
 
 
 def bring_up_to_date(mirror: Mirror | None, mesh: Mesh, tell: Callable[[str], None]) -> None:
-    """Return, in all processes, when the main one has copied everything; reports the rest.
+    """Return, in all processes, when the main one has copied everything; reports the file on its way meanwhile.
 
     Raises:
         UserError: it could not be copied, or the run was taken over.
     """
     wait_s = 0.0
-    while mesh.any(mirror is not None and mirror.failure is None and not mirror.finish(wait_s)):
+    while mesh.any(mirror is not None and not mirror.finish(wait_s)):
         wait_s = WAIT_SECONDS
         if mirror is not None:
-            files, size = mirror.left()
-            tell(f"copying to {mirror.store.url}: {counted(files, 'file')}, {size / 1e6:,.1f} MB left")
+            tell(f"copying to {mirror.store.url}: {mirror.sending}")
     if mirror is not None:
         if mirror.failure is not None:
             raise mirror.failure
