@@ -47,7 +47,7 @@ def test_a_tokenizer_needs_no_folder_and_takes_no_used_one(text: Path, tmp_path:
     [
         ({"dedup": "near"}, "prepare has no option 'dedup'"),
         ({"sepparator": "x"}, "did you mean 'separator'"),
-        ({"executor": "slurm"}, "executor is 'slurm', must be one of 'local', 'ray'"),
+        ({"encoder": "slow"}, "encoder is 'slow', must be one of 'auto', 'exact'"),
         ({"include": "*.txt"}, "must be a list of text"),
         ({"val_fraction": "0.1"}, "must be a number or None"),
         ({"tokenizer": 5}, "must be text, a path or a Tokenizer"),

@@ -14,7 +14,7 @@ from regpt.errors import UsageError
 
 SOURCE = Path(regpt.__file__).parent
 GAP = "\ue000"  # what an f-string fills in
-OTHER_PROGRAMS = {  # flags of torchrun, pip, git, ray and Python, which messages name too
+OTHER_PROGRAMS = {  # flags of torchrun, pip, git and Python, which messages name too
     *("--max-restarts", "--standalone", "--nproc-per-node", "--upgrade", "--rdzv-backend", "--show-toplevel"),
     *(
         "--dirty",

@@ -54,7 +54,6 @@ data prepare text.txt --tokenizer TOKENIZER --val NAME --out o
 data prepare text.txt --tokenizer NAME --out o
 data prepare text.txt --tokenizer TOKENIZER --decontaminate NAME --out o
 data prepare text.txt --tokenizer TOKENIZER --out NAME
-data prepare tinyshakespeare --file NAME --out o
 tokenizer train NAME --vocab-size 300 --out o
 tokenizer train text.txt --vocab-size 300 --out NAME
 """.strip().splitlines()

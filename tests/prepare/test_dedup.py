@@ -25,8 +25,8 @@ from regpt.prepare.dedup import (
 
 @given(st.lists(st.lists(st.integers(0, 40), max_size=30), max_size=12))
 @settings(deadline=None, max_examples=100)
-def test_the_first_document_with_a_key_is_found(tmp_path_factory, calls):
-    index, first, total = ExactDuplicates(tmp_path_factory.mktemp("index")), {}, 5
+def test_the_first_document_with_a_key_is_found(calls):
+    index, first, total = ExactDuplicates(), {}, 5
     for keys in calls:
         numbers = np.arange(total, total + 3 * len(keys), 3)
         expected = []
@@ -38,8 +38,7 @@ def test_the_first_document_with_a_key_is_found(tmp_path_factory, calls):
         given = np.array([b"%016d" % key for key in keys], dtype="S16")
         assert index.add(given, numbers).tolist() == expected
         total += 3 * len(keys)
-    assert sum(len(run.keys) for run in index._index._runs) == len(first)
-    index.close()
+    assert sum(len(keys) for keys, _ in index._index._runs) == len(first)
 
 
 def signature_file(path: Path, values: list[np.ndarray]) -> Path:
@@ -76,8 +75,7 @@ def test_the_documents_left_out_are_those_that_all_pairs_name(tmp_path_factory, 
     found = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dedup, "DOCUMENTS", block)
-        patch.setattr(dedup, "IN_MEMORY", 10)
-        index = NearDuplicates(folder)
+        index = NearDuplicates()
         for first, last in zip([0, *cuts], [*cuts, 40]):
             path = signature_file(folder / f"{first}.sig", values[first:last])
             found += index.add(path, 2 * first, np.arange(last - first)).tolist()
@@ -89,7 +87,7 @@ def test_the_documents_left_out_are_those_that_all_pairs_name(tmp_path_factory, 
 
 def test_documents_that_are_left_out_otherwise_are_not_compared(tmp_path):
     value = np.arange(PERMUTATIONS, dtype=np.uint32)
-    index = NearDuplicates(tmp_path)
+    index = NearDuplicates()
     path = signature_file(tmp_path / "a.sig", [value, value, value])
     assert index.add(path, 100, np.array([1, 2])).tolist() == [NONE, 102]
     assert index.add(signature_file(tmp_path / "b.sig", []), 110, np.array([], dtype=np.int64)).tolist() == []

@@ -213,7 +213,7 @@ def test_a_worker_that_is_killed_loses_only_its_partition(tmp_path, corpus, monk
 def test_a_partition_that_kills_every_worker_is_one_sentence_and_the_rest_stays(tmp_path, corpus, monkeypatch):
     multiprocessing.set_executable("/bin/false" if os.name == "posix" else "where.exe")
     try:
-        with pytest.raises(UserError, match=r"3 processes were killed while they read .*\.jsonl, .* fewer --workers"):
+        with pytest.raises(UserError, match=r"a process was killed while it read .*\.jsonl, perhaps for want"):
             make(corpus, tmp_path / "out", workers=2)
     finally:
         multiprocessing.set_executable(sys.executable)

@@ -68,16 +68,10 @@ class PrepareArgs(TextArgs):
     """Leave out documents that share 13 words in a row with an item of these evaluation files."""
     workers: Annotated[int | None, tyro.conf.arg(metavar="INT"), Range(1, PROCESSES)] = None
     """Processes that encode; default: one a core, 16 at most. The files do not depend on it."""
-    executor: Literal["local", "ray"] = "local"
-    """Where they run: here, or on a Ray cluster with shared storage (pip install 'regpt[ray]')."""
-    address: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
-    """Address of the Ray cluster, such as auto; default: this machine alone."""
     encoder: Literal["auto", "exact"] = "auto"
     """auto: gigatoken where it is installed (pip install 'regpt[fast]'), the same tokens sooner; exact: without it."""
     restart: bool = False
     """Give up what an earlier attempt with other options has done."""
-    file: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """Take tinyshakespeare from this file instead of downloading it."""
 
 
 def main(args: list[str]) -> int:
@@ -102,11 +96,9 @@ def main(args: list[str]) -> int:
                 shard_tokens=given.shard_tokens,
                 filters=Filters(given.min_chars, given.dedup, given.decontaminate),
                 workers=given.workers,
-                executor=given.executor,
-                address=given.address,
                 encoder=given.encoder,
                 restart=given.restart,
-                named=NamedOptions(cache=download_folder(), file=Path(given.file) if given.file else None),
+                named=NamedOptions(cache=download_folder()),
                 progress=line.show,
                 download=line.show_download,
             )

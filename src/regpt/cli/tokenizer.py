@@ -38,8 +38,6 @@ class TrainArgs(TextArgs):
     """Tokens, the 256 bytes and <|endoftext|> included."""
     out: Annotated[str, tyro.conf.arg(metavar="DIR")]
     """Folder to write tokenizer.json into; where these sources made the one in it, nothing is to do."""
-    file: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """Take tinyshakespeare from this file instead of downloading it."""
 
 
 def main(args: list[str]) -> int:
@@ -65,7 +63,7 @@ def train_main(args: list[str]) -> int:
         raise UsageError("no SOURCE given; give files, folders, globs or a named set")
     if not file.exists():
         try_place(file.parent)
-    named = NamedOptions(cache=download_folder(), file=Path(given.file) if given.file else None)
+    named = NamedOptions(cache=download_folder())
     text = given.text_options()
     check_text(text)
     listing = list_sources(given.sources, options=named, text=text)

@@ -5,7 +5,7 @@ listing.py  sources.py     names, folders, globs and addresses → files; what i
 named.py  pydocs.py        sets with a name, stdin, and the list of everything that a command reads
 readers.py  parquet.py  json_rows.py  documents.py      a file by its suffix → rows → documents
 partition.py  encode.py    sources → partitions → files of tokens and tables of documents
-workers.py                 partitions encoded here, in a pool of processes, or on Ray
+workers.py                 partitions encoded here or in a pool of processes
 split.py                   which documents are held out
 ngrams.py  decontaminate.py  dedup.py      documents that hold evaluation items or repeat earlier ones
 shards.py  records.py      encoded partitions → shards, and the manifest's records

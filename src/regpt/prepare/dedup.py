@@ -2,12 +2,11 @@
 
 Exact: the same text, by 16 bytes of its SHA-256. Near: about 80 % of the runs of five words in common, by MinHash with
 128 permutations and locality-sensitive hashing (Broder 1997; the library `datasketch`). The keys of earlier documents
-are in sorted files, so that memory does not grow with them: 24 bytes a document, and 256 for near duplicates.
+are in memory: 24 bytes a document, and 256 more for near duplicates.
 """
 
 import functools
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,8 +31,6 @@ EMPTY = np.iinfo(np.uint32).max  # of a text without runs: all ones
 # Of a document of a partition; `number` counts its documents.
 SIGNATURE = np.dtype([("number", "<i8"), ("values", "<u4", (PERMUTATIONS,))])
 Tables = dict[str, np.ndarray]  # of the documents of a partition (`partition.DOCUMENT`), for each split
-IN_MEMORY = 1 << 17  # entries of an array that is not a file
-MERGED = 1 << 17  # entries merged at a time
 
 
 class Repeat(NamedTuple):
@@ -46,13 +43,12 @@ class Repeat(NamedTuple):
 
 
 class Dedup:
-    """Takes the partitions in the folder `work` in their order, and keeps its own files there; `kind` is `none`,
-    `exact` or `near`."""
+    """Takes the partitions in the folder `work` in their order; `kind` is `none`, `exact` or `near`."""
 
     def __init__(self, work: Path, kind: str) -> None:
         self._work = work
-        self._exact = ExactDuplicates(work) if kind != "none" else None
-        self._near = NearDuplicates(work) if kind == "near" else None
+        self._exact = ExactDuplicates() if kind != "none" else None
+        self._near = NearDuplicates() if kind == "near" else None
 
     def choose(self, name: str, first: int, tables: Tables) -> tuple[Tables, list[Repeat]]:
         """For each split of the partition `name` (documents,) bool: which stay; and the duplicates, in their order.
@@ -77,17 +73,15 @@ class Dedup:
         ]
 
     def close(self) -> None:
-        for index in (self._exact, self._near):
-            if index:
-                index.close()
+        if self._near:
+            self._near.close()
 
 
 class ExactDuplicates:
-    """The keys seen so far; its files are in `folder`."""
+    """The keys seen so far."""
 
-    def __init__(self, folder: Path) -> None:
-        self._index = SortedIndex(folder, "exact", KEY)
-        self.close = self._index.close
+    def __init__(self) -> None:
+        self._index = SortedIndex(KEY)
 
     def add(self, keys: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """(n,) int64: the number of the first document with the key of each, or `NONE` where no document had it before,
@@ -133,10 +127,10 @@ class SignatureFile(NamedTuple):
 
 
 class NearDuplicates:
-    """The kept documents' bands, in files in `folder`, and the files that hold their signatures."""
+    """The kept documents' bands, and the files that hold their signatures."""
 
-    def __init__(self, folder: Path) -> None:
-        self._bands = [SortedIndex(folder, f"band-{k}", "<u8") for k in range(BANDS)]
+    def __init__(self) -> None:
+        self._bands = [SortedIndex("<u8") for _ in range(BANDS)]
         self._files: list[SignatureFile] = []
         self._total = 0
         self._opened = functools.lru_cache(OPEN_FILES)(open_signatures)
@@ -152,9 +146,8 @@ class NearDuplicates:
         return np.concatenate([np.empty(0, dtype=np.int64), *map(self._add_block, blocks)])
 
     def close(self) -> None:
+        """Close the files, which Windows wants before they are deleted."""
         self._opened.cache_clear()
-        for band in self._bands:
-            band.close()
 
     def _add_block(self, ordinals: np.ndarray) -> np.ndarray:
         numbers, values = self._read(ordinals)
@@ -213,89 +206,36 @@ def open_signatures(path: Path) -> np.ndarray:
     return np.memmap(path, SIGNATURE, "r") if path.stat().st_size else np.empty(0, SIGNATURE)
 
 
-class SortedRun(NamedTuple):
-    """`keys` (n,), ascending, with `numbers` (n,); `files` hold them, or there are none."""
-
-    keys: np.ndarray
-    numbers: np.ndarray
-    files: tuple[Path, ...] = ()
-
-
 class SortedIndex:
-    """Keys of one `dtype` with a number each, for more of them than fit into memory.
+    """Keys of one `dtype` with a number each.
 
     Sorted arrays, of which each is at least twice as long as the next, so that n entries are in log n of them and are
-    moved log n times. Long ones are files that the system maps into memory: in `folder`, their names begin with `name`
-    and end with `.partial`; `close` deletes them.
+    moved log n times.
     """
 
-    def __init__(self, folder: Path, name: str, dtype: str) -> None:
-        self._folder, self._name, self._dtype = folder, name, np.dtype(dtype)
-        self._counter = itertools.count()
-        self._runs: list[SortedRun] = []
+    def __init__(self, dtype: str) -> None:
+        self._dtype = np.dtype(dtype)
+        self._runs: list[tuple[np.ndarray, np.ndarray]] = []  # keys (n,), ascending, and their numbers (n,)
 
     def find(self, keys: np.ndarray, limit: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """(m,) int64 positions in `keys` (n,), and (m,) int64 numbers: a pair for each entry with such a key, but only
         for the first `limit` of them in an array."""
-        positions, numbers = [], []
-        for run in self._runs:
-            low, high = np.searchsorted(run.keys, keys, "left"), np.searchsorted(run.keys, keys, "right")
+        positions, numbers = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
+        for known, owners in self._runs:
+            low, high = np.searchsorted(known, keys, "left"), np.searchsorted(known, keys, "right")
             counts = np.minimum(high - low, limit)
             positions.append(np.repeat(np.arange(len(keys)), counts))
             within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-            numbers.append(run.numbers[np.repeat(low, counts) + within])
-        nothing = [np.empty(0, dtype=np.int64)]
-        return np.concatenate(positions or nothing), np.concatenate(numbers or nothing)
+            numbers.append(owners[np.repeat(low, counts) + within])
+        return np.concatenate(positions), np.concatenate(numbers)
 
     def add(self, keys: np.ndarray, numbers: np.ndarray) -> None:
         """Enter `keys` (n,) with `numbers` (n,)."""
         order = np.argsort(keys, kind="stable")
-        run = SortedRun(keys[order].astype(self._dtype), numbers[order].astype(np.int64))
-        while self._runs and len(self._runs[-1].keys) < 2 * len(run.keys):
-            run = self._merge(self._runs.pop(), run)
-        if len(run.keys):
+        run = keys[order].astype(self._dtype), numbers[order].astype(np.int64)
+        while self._runs and len(self._runs[-1][0]) < 2 * len(run[0]):
+            before = self._runs.pop()
+            at = np.searchsorted(before[0], run[0], "right")
+            run = np.insert(before[0], at, run[0]), np.insert(before[1], at, run[1])
+        if len(run[0]):
             self._runs.append(run)
-
-    def close(self) -> None:
-        while self._runs:
-            remove_run(self._runs.pop())
-
-    def _merge(self, one: SortedRun, other: SortedRun) -> SortedRun:
-        if len(one.keys) + len(other.keys) <= IN_MEMORY:
-            return merged(one, other)
-        number = next(self._counter)
-        files = tuple(self._folder / f"{self._name}-{number}.{part}.partial" for part in ("keys", "numbers"))
-        with files[0].open("wb") as keys, files[1].open("wb") as numbers:
-            for block in merged_blocks(one, other):
-                block.keys.tofile(keys)
-                block.numbers.tofile(numbers)
-        remove_run(one)
-        remove_run(other)
-        return SortedRun(np.memmap(files[0], self._dtype, "r"), np.memmap(files[1], np.int64, "r"), files)
-
-
-def merged(one: SortedRun, other: SortedRun) -> SortedRun:
-    at = np.searchsorted(one.keys, other.keys, "right")
-    return SortedRun(np.insert(one.keys, at, other.keys), np.insert(one.numbers, at, other.numbers))
-
-
-def merged_blocks(one: SortedRun, other: SortedRun) -> Iterator[SortedRun]:
-    """The merged entries in their order, some at a time."""
-    i = j = 0
-    while i < len(one.keys) or j < len(other.keys):
-        a, b = one.keys[i : i + MERGED], other.keys[j : j + MERGED]
-        # What is not read yet of a run is not below the last that is.
-        ends = [part[-1] for part, left in ((a, len(one.keys) - i), (b, len(other.keys) - j)) if left > len(part) > 0]
-        n_a = int(np.searchsorted(a, min(ends), "right")) if ends else len(a)
-        n_b = int(np.searchsorted(b, min(ends), "right")) if ends else len(b)
-        yield merged(SortedRun(a[:n_a], one.numbers[i : i + n_a]), SortedRun(b[:n_b], other.numbers[j : j + n_b]))
-        i, j = i + n_a, j + n_b
-
-
-def remove_run(run: SortedRun) -> None:
-    """Delete its files; Windows wants them closed first."""
-    for array in (run.keys, run.numbers):
-        if isinstance(array, np.memmap):
-            array._mmap.close()  # type: ignore[attr-defined]
-    for path in run.files:
-        path.unlink()

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from regpt.errors import UsageError, UserError
-from regpt.files import is_file
 from regpt.prepare.listing import Wanted, split_once
 from regpt.prepare.pydocs import pydocs
 from regpt.prepare.settings import TEXT_OPTIONS, TextOptions
@@ -23,7 +22,6 @@ from regpt.prepare.sources import (
     TextSet,
     find_files,
     find_remote,
-    sha256_of,
     text_files,
 )
 from regpt.remote import is_address
@@ -48,14 +46,12 @@ class NamedOptions:
 
     Attributes:
         cache: folder that keeps downloads; None is `.cache/regpt` in the home folder.
-        file: tinyshakespeare from this file instead of the download.
         url: where tinyshakespeare is downloaded from.
         endpoint: address of the Hugging Face hub; None is huggingface_hub's own, which HF_ENDPOINT sets.
         patience: how long downloads are tried.
     """
 
     cache: Path | None = None
-    file: Path | None = None
     url: str = SHAKESPEARE_URL
     endpoint: str | None = None
     patience: Patience = PATIENCE
@@ -131,7 +127,7 @@ def open_source(
     if source == "pydocs":
         return [python_docs()]
     if source == "tinyshakespeare":
-        return [local_shakespeare(options.file) if options.file else remote_shakespeare(options)]
+        return [shakespeare(options)]
     if source in HUB_SETS:
         return find_remote(HUB_SETS[source], options.remote, left_out, source)
     if is_address(source):
@@ -171,17 +167,7 @@ def python_docs() -> TextSet:
     return TextSet("pydocs", tuple(pydocs()), {"python": platform.python_version()})
 
 
-def local_shakespeare(path: Path) -> SourceFile:
-    if not is_file(path):
-        raise UserError(f"tinyshakespeare's file {path} does not exist; leave the option out to download it")
-    if path.stat().st_size != SHAKESPEARE_BYTES or sha256_of(path) != SHAKESPEARE_SHA256:
-        raise UserError(
-            f"{path} is not tinyshakespeare (its SHA-256 differs); prepare it as a file: give its path as SOURCE"
-        )
-    return SourceFile("tinyshakespeare", "input.txt", path)
-
-
-def remote_shakespeare(options: NamedOptions) -> RemoteSource:
+def shakespeare(options: NamedOptions) -> RemoteSource:
     file = RemoteFile(
         name="input.txt",
         bytes=SHAKESPEARE_BYTES,
@@ -190,6 +176,6 @@ def remote_shakespeare(options: NamedOptions) -> RemoteSource:
         open_at=open_http,
         options=options.remote,
         sha256=SHAKESPEARE_SHA256,
-        advice="; or give a local copy with --file",
+        advice="; or give a local copy as SOURCE",
     )
     return RemoteSource("tinyshakespeare", file)

@@ -8,7 +8,7 @@ killed attempt loses only the partitions being encoded, and the same command con
 import functools
 import platform
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,16 +37,13 @@ from regpt.prepare.shards import Assembly, EncoderCheck, finish_folder
 from regpt.prepare.sources import localized
 from regpt.prepare.split import Unusable, check_splits, check_texts, default_fraction, split_rule
 from regpt.prepare.work import begin, check_out, clear, is_finished, naming_full_disk, work_folder
-from regpt.prepare.workers import MAX_WORKERS, available_cores, encode_here, encode_on_ray, start_pool
+from regpt.prepare.workers import MAX_WORKERS, Pool, available_cores, encode_here, start_pool
 from regpt.remote.download import DownloadProgress
 from regpt.text.fast import accelerate, can_accelerate, encoder_name, find_model, save_model
 from regpt.text.tokenizer import Tokenizer
 
 SHARD_TOKENS = 100_000_000  # the size of FineWeb-Edu's shards in build-nanogpt
 NO_FILTERS = Filters()
-# Encodes partitions into the folder (first argument) and yields each when it is done; reports its progress to the last
-# argument, with the index of the partition and its counts so far.
-Executor = Callable[[Path, Iterator[Partition], Settings, Callable[[int, Counts], None]], Generator[Partition]]
 
 
 @dataclass(frozen=True)
@@ -75,8 +72,6 @@ def prepare(
     shard_tokens: int = SHARD_TOKENS,
     filters: Filters = NO_FILTERS,
     workers: int | None = None,
-    executor: Literal["local", "ray"] = "local",
-    address: str | None = None,
     encoder: Literal["auto", "exact"] = "auto",
     restart: bool = False,
     named: NamedOptions = NAMED_OPTIONS,
@@ -89,20 +84,18 @@ def prepare(
     `val_fraction`: copies of a text share a split, and adding files moves no document. A corpus of one document is
     split in two at the end of a line. The default fraction is 0.1 for sources below 10 MB, 0.005 above. `val_sources`
     are held out instead, when given. `restart` discards an attempt with other options. These do not change the bytes:
-    `workers` (processes; None is one per core, 16 at most), `executor`, `address` (of the Ray cluster; None starts one
-    on this machine) and `encoder` (`auto` uses the package `gigatoken` if it is installed).
+    `workers` (processes; None is one per core, 16 at most) and `encoder` (`auto` uses the package `gigatoken` if it is
+    installed).
 
     Raises:
         UserError: sources that cannot be read or are empty, a split without documents, options out of range, an `out`
             that already holds a data set, is in use, or was begun with other options, or a full disk.
     """
     check_options(sources, val_fraction, shard_tokens, filters.min_chars, workers)
-    if address is not None and executor != "ray":
-        raise UsageError(f"address {address!r} is of a Ray cluster; add --executor ray, or leave it out")
     check_text(text)
     check_out(out)
     listing = list_sources(sources, val_sources, named, text)
-    count = 1 if executor == "ray" or is_finished(out) else workers or min(available_cores(), MAX_WORKERS)
+    count = 1 if is_finished(out) else workers or min(available_cores(), MAX_WORKERS)
     with naming_full_disk(out), start_pool(count, listing.files, tokenizer) or nullcontext() as pool:
         evaluations = read_evaluations(filters.decontaminate) if filters.decontaminate else None
         share = default_fraction(listing.train) if val_fraction is None else val_fraction
@@ -110,10 +103,7 @@ def prepare(
         hashes = tuple(file["sha256"] for file in evaluations.files) if evaluations else ()
         identity = (tokenizer.to_json(), tokenizer.sha256, tokenizer.n_vocab, tokenizer.eot)
         settings = Settings(*identity, encoder, rule, share, text, filters.min_chars, filters.dedup, hashes)
-        encode_partitions = pool.encode if pool else None
-        if executor == "ray":
-            encode_partitions = functools.partial(encode_on_ray, address=address)
-        job = Job(out, tokenizer, settings, shard_tokens, evaluations, count, encode_partitions, progress, download)
+        job = Job(out, tokenizer, settings, shard_tokens, evaluations, count, pool, progress, download)
         return job.manifest(listing, restart)
 
 
@@ -131,7 +121,7 @@ def check_options(
 
 @dataclass
 class Job:
-    """One `data prepare` job. Without `encode_partitions`, `threads` threads of this process encode."""
+    """One `data prepare` job. Without a `pool`, `threads` threads of this process encode."""
 
     out: Path
     tokenizer: Tokenizer
@@ -139,7 +129,7 @@ class Job:
     shard_tokens: int
     evaluations: Evaluations | None
     threads: int
-    encode_partitions: Executor | None
+    pool: Pool | None
     progress: Callable[[Progress], None] | None
     download: DownloadProgress | None
     _finished: Counts = field(default_factory=Counts)
@@ -203,8 +193,9 @@ class Job:
                 else:
                     yield partition
 
-        encode = self.encode_partitions
-        if not encode:
+        if self.pool:
+            encode = self.pool.encode
+        else:
             encoder = accelerate(self.tokenizer, self.work) if self._fast else self.tokenizer
             encode = functools.partial(encode_here, encoder=encoder, threads=self.threads)
         with closing(encode(self.work, tasks(), self.settings, self._hear)) as finished:

@@ -1,7 +1,7 @@
-"""Encode partitions: in this process, in a pool of processes, or on a Ray cluster with shared storage (extra `ray`).
+"""Encode partitions in this process, or in a pool of processes.
 
-Every executor yields a partition when its files are complete. A process that dies loses the partitions in hand, which
-are encoded again: files get their names when they are whole. Modules that import NumPy are imported after
+Both yield a partition when its files are complete. A process that dies loses the partitions in hand, which are encoded
+again: files get their names when they are whole. Modules that import NumPy are imported after
 `limit_memory_and_threads`.
 """
 
@@ -12,14 +12,11 @@ import itertools
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
-from dataclasses import replace
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from types import ModuleType
@@ -35,9 +32,6 @@ if TYPE_CHECKING:
 
     News = Callable[[int, Counts], None]  # index of a partition, and what is encoded of it so far
 
-TRIES = 3  # of a partition whose process dies: the first among others, then alone
-RAY_RETRIES = 5
-CONNECT_S = 10
 NEWS_S = 0.2
 SMALL_BYTES = 24_000_000  # of sources; below it starting processes (0.3 s) takes longer than what they would save
 MAX_WORKERS = 16  # unless more are asked for: 2 to 3 GiB of memory
@@ -85,7 +79,8 @@ class Pool:
         with self:
             first = list(itertools.islice(tasks, self._workers))
             threads = self._workers // max(1, len(first))  # more than one for a few files that cannot be divided
-            tasks, running = itertools.chain(first, tasks), {}
+            tasks = itertools.chain(first, tasks)
+            running: dict[Future[None], Partition] = {}
             while True:
                 while len(running) < 2 * self._workers and (task := next(tasks, None)):
                     running[self._submit(encode_and_report, work, task, settings, threads)] = task
@@ -96,10 +91,8 @@ class Pool:
                         future.result()
                         yield running.pop(future)
                 except BrokenProcessPool:
-                    self._restart()
-                    for partition in running.values():
-                        yield self._encode_alone(work, partition, settings, news)
-                    running.clear()
+                    self._restart_with_fewer(list(running.values()))
+                    tasks, running, threads = itertools.chain(list(running.values()), tasks), {}, 1
 
     def __enter__(self) -> Pool:
         return self
@@ -117,8 +110,17 @@ class Pool:
         for _ in range(self._workers):
             self._submit(import_encoder)
 
-    def _restart(self) -> None:
+    def _restart_with_fewer(self, in_hand: Sequence[Partition]) -> None:
+        """Start half as many processes after one has died, most likely for want of memory.
+
+        Raises:
+            UserError: there was one only.
+        """
         self.__exit__()
+        if self._workers == 1:
+            name, fix = in_hand[0].readings[0].source.file, "divide large documents, or use a machine with more memory"
+            raise UserError(f"a process was killed while it read {name}, perhaps for want of memory: {fix}")
+        self._workers //= 2
         self._start()
 
     def _submit(self, function: Callable[..., None], *task: Any) -> Future[None]:
@@ -135,21 +137,6 @@ class Pool:
         while not self._news.empty():
             news(*self._news.get())
         return done
-
-    def _encode_alone(self, work: Path, partition: Partition, settings: Settings, news: News) -> Partition:
-        """Encode a partition that was in hand when a process died: it has all of the memory, and is named if it fails
-        again."""
-        for _ in range(TRIES - 1):
-            future = self._submit(encode_and_report, work, partition, settings, 1)
-            while not self._wait([future], news):
-                pass
-            with suppress(BrokenProcessPool):
-                future.result()
-                return partition
-            self._restart()
-        name = partition.readings[0].source.file
-        fix = "perhaps for want of memory: use fewer --workers"
-        raise UserError(f"{TRIES} processes were killed while they read {name}, {fix}")
 
 
 class WorkerProcess(SpawnProcess):
@@ -193,95 +180,14 @@ def import_encoder() -> None:
 
 
 def encode_and_report(work: Path, partition: Partition, settings: Settings, threads: int) -> None:
-    (report,) = REPORT
-    encode_alone(work, partition, settings, threads, lambda counts: report((partition.index, counts)))
-
-
-def encode_alone(
-    work: Path,
-    partition: Partition,
-    settings: Settings,
-    threads: int = 1,
-    progress: Callable[[Counts], None] | None = None,
-) -> None:
-    """Encode `partition` in a process that does nothing else."""
+    """Encode `partition` in a process of a pool."""
     from regpt.prepare.encode import encode_partition, open_encoder
 
+    (report,) = REPORT
     try:
-        encode_partition(work, partition, settings, open_encoder(work, settings), threads, progress)
+        encoder = open_encoder(work, settings)
+        encode_partition(work, partition, settings, encoder, threads, lambda counts: report((partition.index, counts)))
     except MemoryError:
         files = ", ".join(dict.fromkeys(reading.source.file for reading in partition.readings))
         fix = "divide large documents, or use fewer --workers"
         raise UserError(f"{files}: more memory is needed than there is; {fix}") from None
-
-
-def encode_on_ray(
-    work: Path, tasks: Iterator[Partition], settings: Settings, news: News, address: str | None
-) -> Generator[Partition]:
-    """Partitions in the order in which the cluster at `address` finishes them; without one, on this machine's cores.
-
-    Ray starts the task of a lost machine or process again elsewhere.
-
-    Raises:
-        UserError: Ray is not installed or does not answer, or unreadable text.
-        OSError: a worker could not write.
-    """
-    ray = connect(address)
-    encode = ray.remote(num_cpus=1, max_retries=RAY_RETRIES)(encode_on_machine)
-    running: dict[Any, Partition] = {}
-    work = work.resolve()  # the same path on every machine
-    try:
-        while True:
-            limit = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
-            while len(running) < limit and (partition := next(tasks, None)):
-                running[encode.remote(work, partition, settings)] = partition
-            if not running:
-                return
-            (done, *_), _ = ray.wait(list(running))
-            partition = running.pop(done)
-            try:
-                error = ray.get(done)
-            except ray.exceptions.RayTaskError:  # an unexpected error, with its traceback
-                raise
-            except ray.exceptions.RayError as lost:
-                reason, name = str(lost).strip().splitlines()[0], partition.readings[0].source.file
-                said = f"Ray gave up on {name} after {RAY_RETRIES + 1} tries ({reason}); look at the cluster's logs"
-                raise UserError(said) from None
-            if error:
-                raise error
-            yield partition
-    finally:
-        ray.shutdown()
-
-
-def encode_on_machine(work: Path, partition: Partition, settings: Settings) -> UserError | OSError | None:
-    """Encode `partition` on the machine that Ray chose; Ray would wrap the errors that users know."""
-    from regpt.text.fast import available
-
-    if not available():  # here, or in this version
-        settings = replace(settings, encoder="exact")
-    try:
-        encode_alone(work, partition, settings)
-    except (UserError, OSError) as error:
-        return error
-    return None
-
-
-def connect(address: str | None) -> Any:
-    """The module `ray`, connected."""
-    try:
-        import ray  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise UserError("--executor ray needs Ray; install it with: pip install 'regpt[ray]'") from None
-    if address is None:
-        ray.init(log_to_driver=False, include_dashboard=False)
-        return ray
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    try:
-        if host and port.isdigit():  # where nobody listens, Ray itself would wait for minutes
-            socket.create_connection((host, int(port)), CONNECT_S).close()
-        ray.init(address=address, log_to_driver=False)
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"no Ray cluster answers at {address!r} ({reason}); start one with: ray start --head") from None
-    return ray
