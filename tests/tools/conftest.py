@@ -1,12 +1,16 @@
 """A recipe small enough to be timed in a test, and the command line as a function."""
 
+import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from regpt.__main__ import main
 
+SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 RECIPE = """
 [model]
 n_layer = 1
@@ -49,3 +53,24 @@ def bench(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, s
         return code, out, err
 
     return run
+
+
+def benchmark_script(name: str) -> ModuleType:
+    """A script of `benchmarks/` as a module."""
+    spec = importlib.util.spec_from_file_location(f"{name}_script", SCRIPTS / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where its dataclasses look up their annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def loader_script() -> ModuleType:
+    return benchmark_script("loader")
+
+
+@pytest.fixture(scope="session")
+def ladder() -> ModuleType:
+    return benchmark_script("ladder")

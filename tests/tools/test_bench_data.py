@@ -1,24 +1,11 @@
 """`benchmarks/loader.py`: the speed of a loader, on the folder and with the settings given."""
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from regpt.data.bos import PackedRows
-
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "loader.py"
-
-
-@pytest.fixture(scope="module")
-def loader_script():
-    spec = importlib.util.spec_from_file_location("loader_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["loader_script"] = module  # where its dataclasses look up their annotations
-    spec.loader.exec_module(module)
-    return module
 
 
 def reading(script, folder: Path, order: str = "shuffle", *, mask: bool = False):

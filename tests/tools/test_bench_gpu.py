@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from regpt.tools.bench.ladder import LADDER, lacks_tf32
+from regpt.config import read_config
+from regpt.runs.bench import Window
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -59,13 +60,13 @@ def test_a_cold_start_compiles_anew(bench, gpu_recipe: str, tmp_path: Path, monk
     assert json.loads(out)["first_step"]["compile_cache"] == "cold"
 
 
-def test_every_rung_is_climbed_or_its_lack_named(bench, gpu_recipe: str):
-    code, out, err = bench("ladder", "--model", gpu_recipe, "--rows", 4, "--steps", 2, "--warmup", 1, "--json", "-")
-    assert code == 0, err
-    rungs = {rung["name"]: rung for rung in json.loads(out)["rungs"]}
-    assert len(rungs) == len(LADDER)
-    for rung in LADDER:
-        skipped = lacks_tf32(CUDA) if rung.name == "TF32" else "fused" in rungs[rung.name].get("skipped", "")
+def test_every_rung_is_climbed_or_its_lack_named(ladder, gpu_recipe: str):
+    window, config = Window(steps=2, warmup=1), read_config(gpu_recipe)
+    report = ladder.bench_ladder(config, window, name="tiny", rows=4, progress=lambda text: None)
+    rungs = {rung["name"]: rung for rung in report["rungs"]}
+    assert len(rungs) == len(ladder.LADDER)
+    for rung in ladder.LADDER:
+        skipped = ladder.lacks_tf32(CUDA) if rung.name == "TF32" else "fused" in rungs[rung.name].get("skipped", "")
         assert ("ms" in rungs[rung.name]) is not skipped, rungs[rung.name]
         if not skipped:
             assert rungs[rung.name]["peak_memory_gib"] > 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -14,7 +14,6 @@ from regpt.cli.parse import parse, run_subcommand
 from regpt.cli.train import parse_over_recipe
 from regpt.config import RunConfig, read_config, recipe_names
 from regpt.console.lines import status
-from regpt.errors import UsageError
 from regpt.ranges import MANY, PROCESSES, Range
 from regpt.train.config import InferencePrecision
 
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
     from regpt.model.transformer import Transformer
 
-CPU_ROWS = 8  # of the ladder, where the recipe leaves them to the device
 DeviceName = Literal["auto", "cuda", "mps", "cpu"]
 JsonFile = Annotated[str | None, tyro.conf.arg(metavar="FILE")]
 
@@ -46,25 +44,6 @@ class BenchTrainArgs:
     json: JsonFile = None
     """Also write the report to this file; - prints it as JSON instead."""
     config: Annotated[tyro.conf.FlagConversionOff[RunConfig], tyro.conf.arg(name="")] = field(default_factory=RunConfig)
-
-
-@dataclass(frozen=True)
-class BenchLadderArgs:
-    """Climb the lecture's ladder on this device: float32, TF32, bfloat16, torch.compile, flash attention, padded
-    vocabulary, fused AdamW, and what this package adds. Each rung trains the same model on invented tokens."""
-
-    model: Annotated[str, tyro.conf.arg(metavar="RECIPE|FILE")] = ""
-    """Recipe whose model is trained; default: gpt2-124m on a GPU, gpt2-tiny on a CPU."""
-    rows: Annotated[int, Range(0, MANY)] = 0
-    """Rows a step; default: 16 on a GPU, as in the lecture, the recipe's train.micro_batch_rows on a CPU."""
-    steps: Annotated[int, Range(1, MANY)] = 20
-    """Steps of each rung that are timed."""
-    warmup: Annotated[int, Range(1, MANY)] = 3
-    """Steps before them."""
-    device: DeviceName = "auto"
-    """auto: CUDA, then MPS, then CPU."""
-    json: JsonFile = None
-    """Also write the report to this file; - prints it as JSON instead."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +73,6 @@ def main(args: list[str]) -> int:
     """Call the subcommand."""
     commands = {
         "train": (train_main, "tokens/s, MFU, memory and time to the first step of a recipe"),
-        "ladder": (ladder_main, "what makes training fast, change by change, on this device"),
         "sample": (sample_main, "tokens/s of a model that writes"),
     }
     return run_subcommand("regpt bench", args, commands)
@@ -118,28 +96,6 @@ def train_main(args: list[str]) -> int:
         report = bench_train(given.config, window, recipe=given.recipe, imported_s=imported_s, progress=say)
     if report is not None:
         show(report, given.json, train_table)
-    return 0
-
-
-def ladder_main(args: list[str]) -> int:
-    given = parse(BenchLadderArgs, args, prog="regpt bench ladder")
-    check_json(given.json)
-    from regpt.parallel.mesh import choose_device, under_launcher
-    from regpt.runs.bench import Window, bench_ladder
-    from regpt.tools.bench.ladder import LECTURE_ROWS
-    from regpt.tools.bench.tables import ladder_table
-
-    if under_launcher():
-        raise UsageError("regpt bench ladder runs in one process; start it without torchrun")
-    on_gpu = choose_device(given.device).type == "cuda"
-    name = given.model or ("gpt2-124m" if on_gpu else "gpt2-tiny")
-    config = read_config(name).with_vocab_size()
-    config = replace(config, train=replace(config.train, device=given.device))
-    own = config.train.micro_batch_rows
-    rows = given.rows or (LECTURE_ROWS if on_gpu else CPU_ROWS if own == "auto" else own)
-    with status() as say:
-        report = bench_ladder(config, Window(given.steps, given.warmup), name=name, rows=rows, progress=say)
-    show(report, given.json, ladder_table)
     return 0
 
 

@@ -47,7 +47,6 @@ ARGUMENTS = {  # what is typed: module in `regpt.cli`, dataclass
     "scaling": ("scaling", "ScalingArgs"),
     "inspect": ("inspect", "InspectArgs"),
     "bench train": ("bench", "BenchTrainArgs"),
-    "bench ladder": ("bench", "BenchLadderArgs"),
     "bench sample": ("bench", "BenchSampleArgs"),
     "completion": ("completion", "CompletionArgs"),
 }

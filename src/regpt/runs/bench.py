@@ -1,10 +1,10 @@
-"""`regpt bench train` and `regpt bench ladder`: the trainer of a run, timed over a few steps."""
+"""`regpt bench train`: the trainer of a run, timed over a few steps."""
 
 import contextlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,7 @@ import torch
 from regpt.config import RunConfig
 from regpt.data.loader import check_batch
 from regpt.data.prefetch import Prefetcher
-from regpt.errors import UserError, first_line
 from regpt.kernels.masked import mask_kernel
-from regpt.model.ops import PLAIN
 from regpt.model.weights import count_parameters, initialize
 from regpt.parallel.mesh import Mesh, open_mesh
 from regpt.runs.build import (
@@ -30,12 +28,10 @@ from regpt.runs.build import (
 )
 from regpt.runs.folder import device_name, source_commit
 from regpt.tools.bench.data import MEAN_LENGTH, invent_shards, invented_lengths
-from regpt.tools.bench.ladder import EXPLICIT, LADDER, RECIPE, LadderRung, Setup, is_lectures, lacks_tf32, unfused
 from regpt.tools.bench.steps import (
     attention_backend,
     computing_dtype,
     library_versions,
-    percentiles,
     reset_peak,
     speed_of,
     time_steps,
@@ -93,14 +89,10 @@ def opened_data(config: RunConfig) -> Iterator[tuple[RunConfig, Corpus]]:
 
 
 @contextlib.contextmanager
-def opened_trainer(config: RunConfig, mesh: Mesh, corpus: Corpus, setup: Setup | None = None) -> Iterator[Trainer]:
-    """A trainer as `regpt train` builds it, with the attention and the AdamW of a ladder's `setup` where given."""
-    setup = setup or {}
-    ops = EXPLICIT if setup.get("attention") == "explicit" else PLAIN
-    model = initialize(build_model(config, mesh.device, ops), config.train.seed)
+def opened_trainer(config: RunConfig, mesh: Mesh, corpus: Corpus) -> Iterator[Trainer]:
+    """A trainer as `regpt train` builds it."""
+    model = initialize(build_model(config, mesh.device), config.train.seed)
     optimizer = make_optimizer(model, config.optim, mesh.device)
-    if setup.get("adamw") == "default":
-        optimizer = unfused(optimizer)
     with Prefetcher(build_loader(config, corpus, mesh), steps=config.train.steps) as batches:
         trainer = build_trainer(config, mesh, model, optimizer, batches)
         with_chosen_rows(config, trainer)
@@ -205,86 +197,3 @@ def start_afresh(device: torch.device) -> None:
         torch.compiler.reset()
     free_memory(device)
     reset_peak(device)
-
-
-# ---- the ladder ------------------------------------------------------------------------------------------------------
-
-
-def bench_ladder(
-    config: RunConfig, window: Window, *, name: str, rows: int, progress: Progress, rungs: Sequence[LadderRung] = LADDER
-) -> Report:
-    """Time `rungs` on `rows` rows a step of the model of `config`, one after another in this process.
-
-    Each rung keeps the changes of those before it. One that fails, or would change nothing, is skipped with the reason.
-    """
-    T = config.data.seq_len
-    first = changed(config, {"train.batch_tokens": rows * T, "train.micro_batch_rows": rows})
-    done: list[Report] = []
-    with open_mesh(config.train.device) as mesh, opened_data(shortened(first, window)) as (first, corpus):
-        state: Setup = {}
-        for number, rung in enumerate(rungs, start=1):
-            progress(f"rung {number} of {len(rungs)}, {rung.name}")
-            own = {key: value_in(config, key) if value is RECIPE else value for key, value in rung.changes.items()}
-            setup = {**state, **own}
-            found = climb_rung(first, setup, mesh, corpus, window) if setup != state else {"skipped": "no change here"}
-            if "ms" in found:
-                times, state = [row["ms"] for row in done if "ms" in row] or [found["ms"]], setup
-                found |= {"factor": times[-1] / found["ms"], "total": times[0] / found["ms"]}
-            done.append({"name": rung.name, "lecture_ms": rung.lecture_ms, **found})
-    return {
-        "kind": "bench ladder",
-        "model_name": name,
-        "model": asdict(config.model),
-        "device": device_name(mesh.device),
-        "data": INVENTED,
-        "rows": rows,
-        "seq_len": T,
-        "tokens": rows * T,
-        "steps": window.steps,
-        "warmup": window.warmup,
-        "lectures": is_lectures(config.model, rows * T, T),
-        "rungs": done,
-        "versions": {**library_versions(), "commit": source_commit()},
-    }
-
-
-def climb_rung(first: RunConfig, setup: Setup, mesh: Mesh, corpus: Corpus, window: Window) -> Report:
-    """Figures of a rung; `ms` is the time of a step's tokens of `first`, whatever the rung's own batch."""
-    if setup.get("train.precision") == "tf32" and lacks_tf32(mesh.device):
-        return {"skipped": "TensorFloat-32 needs an NVIDIA GPU of the Ampere generation or newer"}
-    start_afresh(mesh.device)
-    config = changed(first, setup)
-    try:
-        with opened_trainer(config, mesh, corpus, setup) as trainer:
-            wanted = trainer.micro_batch.rows
-            times = time_steps(trainer, window.warmup)
-    except (RuntimeError, ImportError, UserError) as error:  # a format, a compiler or kernels missing here
-        return {"skipped": f"not on this device: {first_line(error)}"}
-    ms = percentiles(times.steady_ms)
-    share = first.train.batch_tokens / config.train.batch_tokens
-    return {
-        "setup": dict(setup),
-        **{key: ms[name] * share for key, name in {"ms": "median", "p10": "p10", "p90": "p90"}.items()},
-        "spread": ms["spread"],
-        "tokens_per_s": config.train.batch_tokens / ms["median"] * 1e3,
-        "batch_tokens": config.train.batch_tokens,
-        "rows": trainer.micro_batch.rows,
-        "rows_wanted": wanted,
-        "first_step_s": times.first_s,
-        "peak_memory_gib": peak_memory_gib(mesh.device) if mesh.device.type == "cuda" else None,
-        "loss": times.rows[-1]["loss"],
-    }
-
-
-def changed(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
-    """`config` with other values, by keys such as `train.precision`; keys of no section are left out."""
-    for key, value in values.items():
-        section, _, name = key.partition(".")
-        if name:
-            config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
-    return config
-
-
-def value_in(config: RunConfig, key: str) -> Any:
-    section, name = key.split(".")
-    return getattr(getattr(config, section), name)

@@ -8,8 +8,6 @@ from rich.text import Text
 
 from regpt.console.text import counted
 
-LECTURE_NOTE = 'lecture: milliseconds on one A100 in "Let\'s reproduce GPT-2 (124M)" (Karpathy 2024)'
-
 
 def pairs(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     """Two columns: figure and value."""
@@ -63,40 +61,6 @@ def train_table(report: dict[str, Any]) -> Table:
     return pairs(
         f"{report['recipe']}: {report['parameters']:,} parameters on {world} × {report['device']}", rows.items()
     )
-
-
-def ladder_table(report: dict[str, Any]) -> Table:
-    """The report of `regpt bench ladder`."""
-    rungs, lectures = report["rungs"], report["lectures"]
-    memory = any(rung.get("peak_memory_gib") for rung in rungs)
-    headings = ["ms", "p10–p90", "× before", "× first", "tokens/s", *["GiB"] * memory]
-
-    def cells(rung: dict[str, Any]) -> list[str]:
-        if "ms" not in rung:
-            return [""] * len(headings)
-        range_ms = f"{figure_of(rung['p10'])}–{figure_of(rung['p90'])}"
-        factors = [f"{rung['factor']:.2f}", f"{rung['total']:.2f}", f"{rung['tokens_per_s']:,.0f}"]
-        return [figure_of(rung["ms"]), range_ms, *factors, *([f"{rung['peak_memory_gib']:.1f}"] if memory else [])]
-
-    rows = [
-        [rung["name"], *cells(rung), *[figure_of(rung["lecture_ms"])] * lectures, rung_note(rung, report["tokens"])]
-        for rung in rungs
-    ]
-    timed = f"{counted(report['tokens'], 'token')}, median of {counted(report['steps'], 'step')}"
-    title, caption = f"{report['model_name']} on {report['device']}: {timed}", LECTURE_NOTE if lectures else None
-    return columns(title, ["rung", *headings, *["lecture"] * lectures, ""], rows, caption)
-
-
-def rung_note(rung: dict[str, Any], tokens: int) -> str:
-    """Why a rung was skipped, or how its work differs from that of the others."""
-    if "skipped" in rung:
-        return rung["skipped"]
-    notes = []
-    if rung["rows"] != rung["rows_wanted"]:
-        notes.append(f"out of memory with {counted(rung['rows_wanted'], 'row')} at once, so {rung['rows']}")
-    if rung["batch_tokens"] != tokens:
-        notes.append(f"steps of {rung['batch_tokens']:,} tokens, {rung['rows']} rows at once; ms of {tokens:,} of them")
-    return "; ".join(notes)
 
 
 def figure_of(value: float | None) -> str:
