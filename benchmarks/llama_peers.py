@@ -11,7 +11,8 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from unittest.mock import MagicMock
+from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,17 @@ BATCH, MICRO = 65_536, 16_384
 PEAK_FLOPS = 989.4e12  # dense bfloat16 of an H200 (its data sheet)
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (rows of T tokens, their targets) → the mean loss
+
+
+class Absent(ModuleType):
+    """A module that is not installed and whose classes are not used."""
+
+    __path__ = ()
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
 
 
 def transformers_loss(T: int) -> tuple[nn.Module, Loss]:
@@ -39,8 +51,9 @@ def transformers_loss(T: int) -> tuple[nn.Module, Loss]:
 
 
 def torchtitan_loss(T: int) -> tuple[nn.Module, Loss]:
-    for absent in ("datasets", "datasets.distributed", "torchdata", "torchdata.stateful_dataloader"):
-        sys.modules.setdefault(absent, MagicMock())  # its model imports its data loading
+    loading = ("datasets", "datasets.distributed", "torchdata", "torchdata.stateful_dataloader")
+    absent = [name for name in loading if find_spec(name.split(".")[0]) is None]
+    sys.modules.update({name: Absent(name) for name in (*absent, "torch.utils.tensorboard")})  # which its model imports
     from torchtitan.models.llama3.model.args import TransformerModelArgs
     from torchtitan.models.llama3.model.model import Transformer
 
@@ -48,7 +61,8 @@ def torchtitan_loss(T: int) -> tuple[nn.Module, Loss]:
     sizes = {"ffn_dim_multiplier": 1.5, "multiple_of": 256, "rope_theta": 500_000.0, "max_seq_len": T}
     with torch.device("cuda"):
         model = Transformer(TransformerModelArgs(**shape, **sizes))
-        model.init_weights()
+        with torch.no_grad():
+            model.init_weights()
     model.output.weight = model.tok_embeddings.weight
     assert model.layers["0"].feed_forward.w1.out_features == INNER
     for name, block in model.layers.named_children():
