@@ -38,6 +38,7 @@ from regpt.train.balance import make_balance
 from regpt.train.config import OptimConfig, TrainConfig
 from regpt.train.objective import NextToken
 from regpt.train.optim import make_optimizer
+from regpt.train.precision import gradient_dtype
 from regpt.train.schedule import make_schedule
 from regpt.train.trainer import Trainer
 
@@ -120,8 +121,9 @@ def build_trainer(
     train = replace(train, batch_tokens=rows * first.size(1), micro_batch_rows=len(first), compile=compile)
     balance = make_balance(model, train)
     objective = NextToken(model, train.z_loss, balance)
-    backend = make_backend(model, objective, mesh, train.precision, compile=compile)
-    optimizer = make_optimizer(model, optim, mesh.device)
+    grad_dtype = gradient_dtype(train.weight_dtype, train.grad_dtype)
+    backend = make_backend(model, objective, mesh, train.autocast_precision, compile=compile, grad_dtype=grad_dtype)
+    optimizer = make_optimizer(model, optim, mesh.device, train.seed)
     schedule = make_schedule(optim, train.steps)
     trainer = Trainer(model, objective, backend, optimizer, schedule, loader, mesh, train, balance=balance)
     if loss_sum is not None:

@@ -66,6 +66,11 @@ class RunConfig:
                         f"{name} is {size}, train.precision fp8 multiplies sizes that are multiples of {FP8_MULTIPLE}; "
                         f"set it to {near}, say, or train.precision to bf16"
                     )
+        if self.optim.state_dtype != "fp32" and self.train.precision == "fp64":
+            raise UsageError(
+                f"optim.state_dtype is {self.optim.state_dtype}, train.precision fp64 keeps moments in float64; set "
+                "one of them to fp32"
+            )
         if self.eval.ema and not self.train.ema_decay:
             raise UsageError(
                 "eval.ema asks for an average of the weights, which is not kept; set train.ema_decay, such as 0.999"

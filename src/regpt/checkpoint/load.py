@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,8 @@ from regpt.text.tokenizer import Tokenizer
 CHECKPOINTS = "checkpoints"  # the folder of a run that holds them
 STEP_FOLDER = re.compile(rf"step-(\d{{8,}})(?:{re.escape(SUCCESSOR)})?")
 T = TypeVar("T")
-DTYPES = ("F32", "F64")  # what a run computes its updates in; another type of a stored tensor is no rounding of ours
+DTYPES = ("F32", "F64", "BF16")  # of weights, moments and averages, each of one type; others are no rounding of ours
+CODES = "U8"  # of moments in 8 bits, next to their scales
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Checkpoint:
 
     def tensors(self, stem: str) -> TensorFiles:
         files = [self.folder / name for name in self.manifest.tensor_files(stem)]
-        return TensorFiles(files, DTYPES)
+        return tensors_of_one_type(files, stem)
 
     def tokenizer(self) -> Tokenizer:
         return open_tokenizer(self.folder / TOKENIZER)
@@ -218,10 +220,25 @@ def check_content(folder: Path, file: File) -> None:
     if name in readers:
         readers[name](folder / name)
     elif stem_of(name):
-        tensors = TensorFiles([folder / name], DTYPES)
+        tensors = tensors_of_one_type([folder / name], stem_of(name))
         for tensor_name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 raise damaged(folder / name, f"holds numbers in {tensor_name!r} that are not finite")
+
+
+def tensors_of_one_type(files: list[Path], stem: str) -> TensorFiles:
+    """The tensors of `files`; those of an optimizer may be codes of 8 bits, too.
+
+    Raises:
+        UserError: a tensor of a type that no run stores, or of another type than the others.
+    """
+    found = TensorFiles(files, (*DTYPES, CODES) if stem == OPTIMIZER else DTYPES)
+    kinds = Counter(kind for kind in found.dtype_of.values() if kind != CODES)
+    for kind, _ in kinds.most_common()[1:]:
+        name = next(name for name, own in found.dtype_of.items() if own == kind)
+        others = kinds.most_common()[0][0]
+        raise UserError(f"tensor {name!r} in {str(found.file_of[name])!r} has type {kind}, others {others}; {REMEDY}")
+    return found
 
 
 def refuse_disagreement(checkpoint: Checkpoint) -> None:

@@ -104,8 +104,10 @@ def model_obstacle(
     family = FAMILIES.get(model.config.family)
     if family is None:
         return f"there is no fused path for models of the family {model.config.family}"
-    if model.dtype != torch.float32 or not all(p.requires_grad for p in model.parameters()):
-        return "the fused path trains all parameters, in float32; this model has frozen ones or is in float64"
+    if model.dtype != torch.float32:
+        return f"the fused path trains float32 weights, these are {str(model.dtype).removeprefix('torch.')}"
+    if not all(p.requires_grad for p in model.parameters()):
+        return "the fused path trains all parameters; this model has frozen ones"
     if deterministic:
         return "the order of its sums is not fixed, train.deterministic is true"
     if recompute:

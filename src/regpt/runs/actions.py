@@ -164,7 +164,7 @@ class RunActions:
         lengths: dict[str, Any] = {"n": config.n, "max_new_tokens": config.max_new_tokens}
         with self.mesh.pulse.working("sampling"):
             for prompt in config.prompts:
-                number_format = autocast(self.config.train.precision, self.mesh.device)
+                number_format = autocast(self.config.train.autocast_precision, self.mesh.device)
                 try:
                     with number_format, memory_advice("while sampling", ADVICE):
                         options_of = {**lengths, "options": options, "seed": config.seed}

@@ -72,7 +72,7 @@ class Run:
         data = resolved_config(config.data, self.corpus)
         self.config, self.mesh = replace(config, data=data, eval=with_whole_paths(config.eval)), mesh
         self.model = build_model(self.config, mesh.device)
-        self.optimizer = make_optimizer(self.model, config.optim, mesh.device)
+        self.optimizer = make_optimizer(self.model, config.optim, mesh.device, config.train.seed)
 
     def begin(self, start: "Start", stack: ExitStack) -> None:
         """Build the loader and the trainer at `start`; batches are prefetched in a thread until `stack` is closed."""

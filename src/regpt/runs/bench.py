@@ -92,7 +92,7 @@ def opened_data(config: RunConfig) -> Iterator[tuple[RunConfig, Corpus]]:
 def opened_trainer(config: RunConfig, mesh: Mesh, corpus: Corpus) -> Iterator[Trainer]:
     """A trainer as `regpt train` builds it."""
     model = initialize(build_model(config, mesh.device), config.train.seed)
-    optimizer = make_optimizer(model, config.optim, mesh.device)
+    optimizer = make_optimizer(model, config.optim, mesh.device, config.train.seed)
     with Prefetcher(build_loader(config, corpus, mesh), steps=config.train.steps) as batches:
         trainer = build_trainer(config, mesh, model, optimizer, batches)
         with_chosen_rows(config, trainer)

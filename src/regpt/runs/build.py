@@ -32,7 +32,7 @@ from regpt.text.tokenizer import Tokenizer
 from regpt.train.backend import make_backend
 from regpt.train.balance import make_balance
 from regpt.train.objective import NextToken
-from regpt.train.precision import parameter_dtype, set_matmul_precision
+from regpt.train.precision import gradient_dtype, parameter_dtype, set_matmul_precision
 from regpt.train.probe import choose_rows
 from regpt.train.recompute import recompute_blocks
 from regpt.train.schedule import make_schedule
@@ -182,7 +182,7 @@ def build_model(config: RunConfig, device: torch.device, ops: Ops = PLAIN) -> Tr
     ops = ops_of(config.train.precision, device, ops)
     with without_memory():
         model = make_model(config.model, ops, pad_vocab=config.train.pad_vocab)
-    return allocate(model, device, parameter_dtype(config.train.precision))
+    return allocate(model, device, parameter_dtype(config.train.precision, config.train.weight_dtype))
 
 
 def build_loader(
@@ -225,8 +225,9 @@ def build_trainer(
         recompute_blocks(model)
     balance = make_balance(model, train)
     objective = NextToken(model, train.z_loss, balance)
-    path = {"compile": train.compile, "kernels": choose_kernels(config, model, mesh.device).name}
-    backend = make_backend(model, objective, mesh, train.precision, **path, deterministic=train.deterministic)
+    path: dict[str, Any] = {"compile": train.compile, "kernels": choose_kernels(config, model, mesh.device).name}
+    path |= {"deterministic": train.deterministic, "grad_dtype": gradient_dtype(train.weight_dtype, train.grad_dtype)}
+    backend = make_backend(model, objective, mesh, train.autocast_precision, **path)
     schedule = make_schedule(config.optim, train.steps)
     return Trainer(model, objective, backend, optimizer, schedule, batches, mesh, train, step=step, balance=balance)
 

@@ -56,7 +56,7 @@ class RunEvaluations:
         self.scorer = Scorer(
             model,
             mesh,
-            autocast=lambda: autocast(train.precision, mesh.device),
+            autocast=lambda: autocast(train.autocast_precision, mesh.device),
             compile=train.compile and kind == "cuda",
             # No more memory than training takes: its micro-batches are of this size, and keep their activations.
             batch_tokens=min(BATCH_TOKENS[kind], max(1024, rows * config.data.seq_len)),

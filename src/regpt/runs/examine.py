@@ -80,7 +80,7 @@ def token_losses(trainer: Trainer, batch: Batch) -> torch.Tensor:
     """The loss of each target of a batch of one row, (T,) float64 on the CPU, by the uncompiled model, no dropout."""
     idx, targets, positions, cu_seqlens, _ = batch.to(trainer.mesh.device)
     model = trainer.model
-    with autocast(trainer.config.precision, trainer.mesh.device):
+    with autocast(trainer.config.autocast_precision, trainer.mesh.device):
         logits = model(idx, positions=positions, cu_seqlens=cu_seqlens)[0, :, : model.config.vocab_size]  # (T, V)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(logits, targets[0], ignore_index=IGNORE_INDEX, reduction="none").double().cpu()

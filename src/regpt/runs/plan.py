@@ -110,7 +110,7 @@ def path_name(config: RunConfig, target: Target) -> str:
     """eager, compiled or fused: as `regpt train` would choose on that device."""
     train = config.train
     plain = "compiled" if train.compile else "eager"
-    if train.kernels == "plain":
+    if train.kernels == "plain" or train.weight_dtype == "bf16":
         return plain
     with without_memory():
         empty = make_model(config.model, pad_vocab=train.pad_vocab)

@@ -128,7 +128,8 @@ def spoiling(run: Run) -> dict[str, Any]:
     trainer = run.trainer
     loader = run.loader.at(trainer.data_step)
     for row, batch in zip(loader.step_rows(trainer.data_step), loader.step(trainer.data_step, 1)):
-        with torch.no_grad(), watched(trainer.model) as found, autocast(trainer.config.precision, trainer.mesh.device):
+        number_format = autocast(trainer.config.autocast_precision, trainer.mesh.device)
+        with torch.no_grad(), watched(trainer.model) as found, number_format:
             loss = NextToken(trainer.model).loss_sum(batch.to(trainer.mesh.device))[0]
         if found:
             return {"first_not_finite": {"row": row, **found[0]}}

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from regpt.parallel.reduce import buckets
+from regpt.train.rounding import Moment, Part, RoundedUpdate
 
 ARENA_BYTES = 2**30  # of a host tensor: torch rounds page-locked memory up to a power of two, which wastes little here
 PIECE_ELEMENTS = 2**23  # 32 MiB of each moment: large enough for the bus's full speed
@@ -47,19 +48,6 @@ class AdamW(torch.optim.AdamW):
                 self.state[p] = {"step": counter, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
 
-class Part(NamedTuple):
-    """Elements [start, stop) of a parameter, flattened."""
-
-    parameter: Tensor
-    start: int
-    stop: int
-
-    def of(self, tensor: Tensor | None) -> Tensor:
-        """The same elements of `tensor`, the parameter or its gradient."""
-        assert tensor is not None
-        return tensor.detach().view(-1)[self.start : self.stop]
-
-
 class Piece(NamedTuple):
     """Consecutive elements of both moments in host memory, and the parts of parameters that they belong to."""
 
@@ -73,7 +61,22 @@ class OffloadedAdamW(AdamW):
 
     `state[p]` holds `step`, `exp_avg` and `exp_avg_sq`; the moments are views of larger tensors. `step` returns when
     they are back.
+
+    Args:
+        state_dtype: of the moments; that of the parameters by default.
+        rule: instead of torch's update (`train.low_memory.RoundedUpdate`).
     """
+
+    def __init__(
+        self,
+        groups: Sequence[dict[str, Any]],
+        *,
+        state_dtype: torch.dtype | None = None,
+        rule: RoundedUpdate | None = None,
+        **options: Any,
+    ):
+        self.state_dtype, self.rule = state_dtype, rule
+        super().__init__(groups, **options)
 
     def allocate_state(self) -> None:
         self.device = self.param_groups[0]["params"][0].device
@@ -86,7 +89,7 @@ class OffloadedAdamW(AdamW):
     def pieces_of(self, group: dict[str, Any], pin: bool) -> Iterator[Piece]:
         """Make the state of the parameters of `group`; its pieces."""
         for members in buckets(group["params"], ARENA_BYTES):
-            size, dtype = sum(p.numel() for p in members), members[0].dtype
+            size, dtype = sum(p.numel() for p in members), self.state_dtype or members[0].dtype
             first, second = (torch.zeros(size, dtype=dtype, pin_memory=pin) for _ in range(2))
             start = 0
             for p in members:
@@ -103,6 +106,8 @@ class OffloadedAdamW(AdamW):
         """Update every parameter; all of them must have a gradient."""
         for state in self.state.values():
             state["step"] += 1
+        if self.rule is not None:
+            self.rule.begin(self.param_groups, int(next(iter(self.state.values()))["step"]))
         for stream in self.streams:
             stream.wait_stream(torch.cuda.current_stream(self.device))  # for the gradients
         for number, piece in enumerate(self.pieces):
@@ -114,19 +119,29 @@ class OffloadedAdamW(AdamW):
 
     def update(self, piece: Piece, room: Tensor) -> None:
         """AdamW on the parts of one piece, its moments in `room` meanwhile."""
-        group, fused = piece.group, bool(piece.group["fused"])
         there = [of_room[: len(moment)] for of_room, moment in zip(room, piece.moments)]
         for of_room, moment in zip(there, piece.moments):
             of_room.copy_(moment, non_blocking=True)
         sizes = [part.stop - part.start for part in piece.parts]
+        moments = list(there[0].split(sizes)), list(there[1].split(sizes))
+        if self.rule is not None:
+            for part, first, second in zip(piece.parts, *moments):
+                self.rule(part, piece.group, Moment(first), Moment(second))
+        else:
+            self.torchs_update(piece, *moments)
+        for of_room, moment in zip(there, piece.moments):
+            moment.copy_(of_room, non_blocking=True)
+
+    def torchs_update(self, piece: Piece, first: list[Tensor], second: list[Tensor]) -> None:
+        group, fused = piece.group, bool(piece.group["fused"])
         # The kernel counts the steps itself, once for each part: it gets counters of its own.
         done = float(self.state[piece.parts[0].parameter]["step"]) - 1  # the same for all
-        counters = torch.full((len(sizes),), done, dtype=torch.float32, device=self.device if fused else "cpu")
+        counters = torch.full((len(first),), done, dtype=torch.float32, device=self.device if fused else "cpu")
         adamw(
             [part.of(part.parameter) for part in piece.parts],
             [part.of(part.parameter.grad) for part in piece.parts],
-            list(there[0].split(sizes)),
-            list(there[1].split(sizes)),
+            first,
+            second,
             [],
             list(counters.unbind()),
             foreach=False,
@@ -139,8 +154,6 @@ class OffloadedAdamW(AdamW):
             eps=group["eps"],
             maximize=False,
         )
-        for of_room, moment in zip(there, piece.moments):
-            moment.copy_(of_room, non_blocking=True)
 
 
 def parts(members: Sequence[Tensor], start: int, stop: int) -> Iterator[Part]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from regpt.errors import UserError
+from regpt.model.head import wide
 from regpt.model.transformer import Transformer
 from regpt.model.weights import real_shape, unpadded
 
@@ -29,7 +30,9 @@ class Average:
     def __init__(self, model: Transformer, optimizer: torch.optim.Optimizer, decay: float):
         self.model, self.decay, self.updates = model, decay, 0
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
+        # In float32 at least: in bfloat16 a share of 1 - decay is mostly below the last digit.
+        self.averages = {name: p.detach().to(wide(p.dtype), copy=True) for name, p in self.parameters.items()}
+        self.weights: dict[str, Tensor] = {}  # in bfloat16, while the model computes with the averages
         optimizer.register_step_post_hook(self.follow)
 
     @torch.no_grad()
@@ -37,8 +40,12 @@ class Average:
         """Take in the weights after an update."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        weights = [p.detach() for p in self.parameters.values()]
-        get_ema_multi_avg_fn(decay)(list(self.averages.values()), weights, self.updates)
+        average = get_ema_multi_avg_fn(decay)
+        if all(self.averages[name].dtype == p.dtype for name, p in self.parameters.items()):
+            average(list(self.averages.values()), [p.detach() for p in self.parameters.values()], self.updates)
+            return
+        for name, p in self.parameters.items():  # one at a time: a wide copy of one parameter
+            average([self.averages[name]], [p.detach().to(self.averages[name].dtype)], self.updates)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -52,9 +59,15 @@ class Average:
     @torch.no_grad()
     def swap(self) -> None:
         for name, p in self.parameters.items():
-            weight = p.detach().clone()
-            p.copy_(self.averages[name])
-            self.averages[name].copy_(weight)
+            if name in self.weights:
+                p.copy_(self.weights.pop(name))
+                continue
+            weight, average = p.detach().clone(), self.averages[name]
+            p.copy_(average)
+            if average.dtype == p.dtype:
+                average.copy_(weight)
+            else:
+                self.weights[name] = weight
 
     def tensors(self) -> dict[str, Tensor]:
         """Name → average at its real shape, views."""

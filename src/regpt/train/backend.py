@@ -51,6 +51,7 @@ class DataParallel:
         parameters: those that learn.
         mesh: the processes of this run.
         context: entered around `loss_sum`: autocast, where it does not enter it itself.
+        grad_dtype: in which gradients are summed, over micro-batches and ranks; None for that of the parameters.
     """
 
     def __init__(
@@ -59,11 +60,15 @@ class DataParallel:
         parameters: Sequence[Tensor],
         mesh: Mesh,
         context: Callable[[], AbstractContextManager[object]] = nullcontext,
+        grad_dtype: torch.dtype | None = None,
     ):
         self.loss_sum, self.mesh, self.context = loss_sum, mesh, context
         self.parameters = [p for p in parameters if p.requires_grad]
         for p in self.parameters:
-            p.grad = torch.zeros_like(p)  # allocated here, once: backward adds to it, and the fused path writes into it
+            if grad_dtype not in (None, p.grad_dtype):
+                p.grad = None  # of an earlier backend
+                p.grad_dtype = grad_dtype  # autograd widens each gradient before it adds it
+            p.grad = torch.zeros_like(p, dtype=grad_dtype)  # once: backward adds to it, the fused path writes into it
 
     def forward_backward(self, batches: Iterable[Batch], divisor: Tensor) -> Sums:
         """Each loss is divided *before* its backward: the gradient does not depend on how the batch is split."""
@@ -84,7 +89,12 @@ class DataParallel:
         self.mesh.sum_gradients(self.parameters)
         if scale != 1:  # a power of two: the division is exact
             torch._foreach_mul_([p.grad for p in self.parameters], 1 / scale)  # pyright: ignore
-        return torch.nn.utils.clip_grad_norm_(self.parameters, max_norm or math.inf)
+        if self.parameters[0].grad.dtype != torch.bfloat16:  # pyright: ignore
+            return torch.nn.utils.clip_grad_norm_(self.parameters, max_norm or math.inf)
+        norms = torch._foreach_norm([p.grad for p in self.parameters], 2, dtype=torch.float32)  # pyright: ignore
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, max_norm or math.inf, norm)
+        return norm
 
     @torch.no_grad()
     def clear_gradients(self) -> None:
@@ -104,13 +114,14 @@ def make_backend(
     compile: bool = False,
     kernels: Literal["plain", "fused"] = "plain",
     deterministic: bool = False,
+    grad_dtype: torch.dtype | None = None,
 ) -> DataParallel:
     """The path of `objective` that the arguments name; `deterministic`: compiled without choices by timing."""
     parameters = list(model.parameters())
     if not compile and kernels == "plain":
-        return DataParallel(objective.loss_sum, parameters, mesh, lambda: autocast(precision, mesh.device))
+        return DataParallel(objective.loss_sum, parameters, mesh, lambda: autocast(precision, mesh.device), grad_dtype)
     of_path = path_of(model, objective, precision, mesh.device, compile, kernels, deterministic=deterministic)
-    return DataParallel(of_path, parameters, mesh)
+    return DataParallel(of_path, parameters, mesh, grad_dtype=grad_dtype)
 
 
 def make_loss_sum(

@@ -11,6 +11,8 @@ from regpt.ranges import LARGE, LONG, MANY, SEED, Range, check_ranges
 LEAST_EPS = 2.0**-126  # the smallest normal float32; a smaller one is 0 in the update
 InferencePrecision = Literal["fp64", "fp32", "tf32", "bf16", "fp16"]
 PrecisionName = Literal[InferencePrecision, "fp8"]
+WeightDtype = Literal["fp32", "bf16"]
+StateDtype = Literal["fp32", "bf16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,12 @@ class TrainConfig:
     """fp32; tf32: float32 with TensorFloat-32 products; bf16: bfloat16 autocast, float32 weights; fp16: float16
     autocast and a loss scale, for devices without bfloat16; fp8: as bf16, the products of the blocks' linear layers in
     8 bits, where the device has units for them; fp64 for tests."""
+    weight_dtype: WeightDtype = "fp32"
+    """bf16: weights and activations in bfloat16, without autocast; updates in float32, rounded stochastically. Norms,
+    softmax and loss stay float32 inside. With train.precision bf16; plain kernels only."""
+    grad_dtype: WeightDtype = "fp32"
+    """Sums of gradients over micro-batches and processes, with bfloat16 weights. bf16: 2 bytes a parameter less, and
+    small addends are lost in sums of many micro-batches."""
     compile: bool = True
     """Compile the training step with torch.compile; of no effect with the fused kernels."""
     kernels: KernelsName = "auto"
@@ -84,9 +92,29 @@ class TrainConfig:
         """Rows at once before `auto` has been decided: one, which divides every batch."""
         return 1 if self.micro_batch_rows == "auto" else self.micro_batch_rows
 
+    @property
+    def autocast_precision(self) -> PrecisionName:
+        """`precision` where the computation casts float32 weights; bfloat16 weights need no autocast."""
+        return "fp32" if self.weight_dtype == "bf16" else self.precision
+
     def __post_init__(self) -> None:
         check_ranges("train", self)
         check_ramp(self.batch_ramp)
+        if self.weight_dtype == "bf16" and self.precision != "bf16":
+            raise UsageError(
+                f"train.weight_dtype bf16 computes in bfloat16, train.precision is {self.precision}; set it to bf16, "
+                "or train.weight_dtype to fp32"
+            )
+        if self.grad_dtype == "bf16" and self.weight_dtype == "fp32":
+            raise UsageError(
+                "train.grad_dtype bf16 is for bfloat16 weights, train.weight_dtype is fp32; set both to bf16, or "
+                "neither"
+            )
+        if self.weight_dtype == "bf16" and self.kernels == "fused":
+            raise UsageError(
+                "train.kernels is fused, which trains float32 weights, and train.weight_dtype is bf16; set "
+                "train.kernels to plain or auto"
+            )
 
 
 @dataclass(frozen=True)
@@ -133,6 +161,9 @@ class OptimConfig:
     """Added to the root of the second moment."""
     groups: tuple[OptimGroup, ...] = ()
     """Parameters with a learning rate, weight decay or betas of their own; in a recipe, as [[optim.groups]]."""
+    state_dtype: StateDtype = "fp32"
+    """Moments: fp32; bf16: rounded stochastically; int8: blocks of 256 with a scale (Dettmers et al. 2022; extra
+    lowmem)."""
     offload: bool = False
     """Keep the moments in the host's memory, on the device only for the update: for models that do not fit."""
 
@@ -143,6 +174,11 @@ class OptimConfig:
                 "divide zero by it"
             )
         check_ranges("optim", self)
+        if self.offload and self.state_dtype == "int8":
+            raise UsageError(
+                "optim.offload moves moments of fp32 or bf16, optim.state_dtype is int8; set optim.offload to false, "
+                "or optim.state_dtype to bf16"
+            )
 
 
 @dataclass(frozen=True)

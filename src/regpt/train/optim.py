@@ -12,23 +12,42 @@ from regpt.model.transformer import Transformer
 from regpt.model.weights import real_shape, unpadded
 from regpt.train.adamw import AdamW, OffloadedAdamW
 from regpt.train.config import OptimConfig, OptimGroup
+from regpt.train.low_memory import STATE_DTYPES, LowMemoryAdamW
+from regpt.train.rounding import RoundedUpdate
 
 FUSED_DEVICES = ("cuda", "cpu")
 
 
-def make_optimizer(model: Transformer, config: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer over every parameter that learns, its state allocated; each group has its `initial_lr`.
+def make_optimizer(
+    model: Transformer, config: OptimConfig, device: torch.device, seed: int = 0
+) -> torch.optim.Optimizer:
+    """The optimizer over every parameter that learns, its state allocated; each group has its `initial_lr`. `seed` is
+    that of stochastic rounding, where weights or moments have fewer than 32 bits.
 
     AdamW (Loshchilov & Hutter 2019). What does not fit into memory is known here, before anything is computed.
 
     Raises:
         UsageError: a pattern of `optim.groups` that no parameter's name matches first.
+        UserError: `optim.state_dtype` needs a package that is not installed.
     """
-    learning = [p for p in model.parameters() if p.requires_grad]
-    fused = device.type in FUSED_DEVICES
-    options = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps, "fused": fused}
-    optimizer = (OffloadedAdamW if config.offload else AdamW)(parameter_groups(model, config), **options)
-    optimizer.register_step_post_hook(lambda *_: count_as_changed(learning))
+    learning: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    groups, rounds = parameter_groups(model, config), model.dtype == torch.bfloat16 or config.state_dtype != "fp32"
+    fused = device.type in FUSED_DEVICES and not rounds
+    options: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+        "fused": fused,
+    }
+    rule = RoundedUpdate(learning, seed, device) if rounds else None
+    if config.offload:
+        state_dtype = STATE_DTYPES[config.state_dtype] if rule else None
+        optimizer = OffloadedAdamW(groups, state_dtype=state_dtype, rule=rule, **options)
+    elif rule:
+        optimizer = LowMemoryAdamW(groups, state_dtype=config.state_dtype, rule=rule, **options)
+    else:
+        optimizer = AdamW(groups, **options)
+    optimizer.register_step_post_hook(lambda *_: count_as_changed([*learning]))
     return optimizer
 
 
@@ -108,4 +127,9 @@ def load_optimizer(
                 raise UserError(
                     f"the optimizer state lacks {of_name!r} of shape {shape}; resume from another checkpoint"
                 )
-            unpadded(model, name, value).copy_(tensors[of_name])
+            if (found := tensors[of_name]).is_floating_point() != value.is_floating_point():
+                raise UserError(
+                    f"{of_name!r} is stored as {found.dtype}, optim.state_dtype asks for {value.dtype}, and moments in "
+                    "8 bits are only resumed as such; set optim.state_dtype as it was"
+                )
+            unpadded(model, name, value).copy_(found)

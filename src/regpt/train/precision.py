@@ -1,4 +1,4 @@
-"""In which number format a model computes. Weights, gradients and optimizer state stay float32 (float64 under fp64)."""
+"""In which number format a model computes, and keeps its weights."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from regpt.train.config import PrecisionName
+from regpt.train.config import PrecisionName, WeightDtype
 
 HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
@@ -19,8 +19,15 @@ def autocast(precision: PrecisionName, device: torch.device) -> AbstractContextM
     return contextlib.nullcontext()
 
 
-def parameter_dtype(precision: PrecisionName) -> torch.dtype:
+def parameter_dtype(precision: PrecisionName, weights: WeightDtype = "fp32") -> torch.dtype:
+    if weights == "bf16":
+        return torch.bfloat16
     return torch.float64 if precision == "fp64" else torch.float32
+
+
+def gradient_dtype(weights: WeightDtype, gradients: WeightDtype) -> torch.dtype | None:
+    """In which gradients are summed; None where it is that of the weights."""
+    return torch.float32 if (weights, gradients) == ("bf16", "fp32") else None
 
 
 def set_matmul_precision(precision: PrecisionName) -> None:

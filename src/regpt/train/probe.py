@@ -151,7 +151,7 @@ class Prober:
         trainer = self.trainer
         batch = trainer.loader.step(trainer.step, rows)[0]
         if self.device.type == "cpu":
-            with autocast(trainer.config.precision, self.device):
+            with autocast(trainer.config.autocast_precision, self.device):
                 loss = trainer.objective.loss_sum(batch)[0]
             loss.backward()
         else:

@@ -12,6 +12,7 @@ import torch
 from regpt.data.batch import Batch
 from regpt.data.loader import StepBatches
 from regpt.errors import UserError
+from regpt.model.head import wide
 from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import Mesh
 from regpt.train.backend import Backend
@@ -194,7 +195,7 @@ class Trainer:
             batches = self.loader.step(self.data_step, self.micro_batch.rows)
             units = self.objective.units(batches)
         self.note_stage(batches)
-        dtype, device = self.backend.parameters[0].dtype, self.mesh.device
+        dtype, device = wide(self.backend.parameters[0].dtype), self.mesh.device
         units = self.mesh.sum(torch.full((), units, device=device, dtype=dtype))  # does not synchronise
         scale = self.loss_scale.scale
         loss, extras = units, {}  # overwritten by the first attempt that fits into memory

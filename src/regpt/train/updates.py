@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regpt.model.head import wide
 from regpt.parallel.mesh import Mesh
 from regpt.train.trainer import Trainer, due
 
@@ -90,4 +91,4 @@ def local(p: Tensor) -> Tensor:
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
     """Euclidean norm of each tensor in float32, (tensors,)."""
-    return torch.stack([torch.linalg.vector_norm(x).float() for x in tensors])
+    return torch.stack([torch.linalg.vector_norm(x, dtype=wide(x.dtype)).float() for x in tensors])
