@@ -22,7 +22,11 @@ from regpt.model.transformer import Transformer
 from regpt.runs.pretrain import pretrain
 from regpt.sample.generate import generate
 from regpt.sample.sampling import SamplingOptions
+from regpt.train import activation_offload
+from regpt.train.activation_offload import OnHost
 from regpt.train.backend import make_loss_sum
+from regpt.train.config import TrainConfig
+from regpt.train.recompute import compile_blocks, recompute_blocks
 
 pytestmark = [
     tiny.IMPORTS_COMPILER,
@@ -65,6 +69,51 @@ def test_loss_and_gradients_are_those_of_the_plain_step(precision: str, toleranc
     )
     assert tiny.largest_error(tiny.step_gradients(compiled), tiny.step_gradients(plain)) < tolerance
     assert graphs() == 1
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch hides it
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_blocks_compiled_once_for_all_give_the_gradients_of_the_plain_step(monkeypatch, recompute: bool, offload: bool):
+    """Two graphs of six blocks: of the first, and of all others, whose number is an input. None for samples."""
+    monkeypatch.setattr(activation_offload, "LEAST_BYTES", 1024)
+    config = tiny.replace(tiny.FAMILY_CONFIGS["llama"], n_layer=6)
+    plain, model = tiny.build_model(config=config), compile_blocks(tiny.build_model(config=config))
+    if recompute:
+        recompute_blocks(model)
+    loader = tiny.Rows(micro_batch_rows=4, config=config)
+    ours, theirs = tiny.build_trainer(model, loader), tiny.build_trainer(plain, loader)
+    if offload:
+        tiny.data_parallel(ours).context = lambda: OnHost(list(model.parameters()), tiny.CPU)
+    assert tiny.largest_error(tiny.step_gradients(ours), tiny.step_gradients(theirs)) < 1e-12
+    assert graphs() == 2
+    assert drawn(model) == drawn(plain)
+    tiny.update(ours)
+    assert graphs() == 2
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch hides it
+def test_blocks_compiled_once_for_all_have_the_dropout_of_the_plain_step():
+    config = tiny.replace(tiny.CONFIG, n_layer=4, dropout=0.2)
+    plain, model = tiny.build_model(config=config), compile_blocks(tiny.build_model(config=config))
+    ours, theirs = (tiny.step_gradients(tiny.build_trainer(m, tiny.Rows(config=config))) for m in (model, plain))
+    assert tiny.largest_error(ours, theirs) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch hides it
+@pytest.mark.parametrize("blocks", [False, True])
+def test_gradients_of_bfloat16_weights_are_summed_in_float32(blocks: bool):
+    train = TrainConfig(precision="bf16", weight_dtype="bf16")
+    found = []
+    for compiled in (False, True):
+        model = tiny.build_model(dtype=torch.bfloat16)
+        if compiled and blocks:
+            compile_blocks(model)
+        loader = tiny.Rows(micro_batch_rows=1)
+        found.append(tiny.build_trainer(model, loader, train=train, compile=compiled and not blocks))
+    theirs, ours = (tiny.step_gradients(trainer) for trainer in found)
+    assert all(p.grad.dtype == torch.float32 for p in found[1].backend.parameters)
+    assert tiny.largest_error(ours, theirs) < 0.1  # where both round is not the same
 
 
 def test_training_validation_and_sampling_share_a_process():

@@ -61,6 +61,7 @@ def select_kernels(
     *,
     deterministic: bool = False,
     recompute: bool = False,
+    offload: bool = False,
 ) -> Kernels:
     """The path to take.
 
@@ -69,9 +70,8 @@ def select_kernels(
     """
     if wanted == "plain":
         return Kernels("plain", "asked for")
-    reason = device_obstacle(device, precision) or model_obstacle(
-        model, precision, deterministic=deterministic, recompute=recompute
-    )
+    how = {"deterministic": deterministic, "recompute": recompute, "offload": offload}
+    reason = device_obstacle(device, precision) or model_obstacle(model, precision, **how)
     if reason is None and wanted == "auto" and torch.cuda.get_device_capability(device) < MEASURED_CAPABILITY:
         reason = f"not measured on {torch.cuda.get_device_name(device)}; train.kernels fused tries it"
     if reason is None and precision == "fp8":
@@ -98,7 +98,7 @@ def device_obstacle(device: torch.device, precision: str) -> str | None:
 
 
 def model_obstacle(
-    model: Transformer, precision: str, *, deterministic: bool = False, recompute: bool = False
+    model: Transformer, precision: str, *, deterministic: bool = False, recompute: bool = False, offload: bool = False
 ) -> str | None:
     """Why no fused path can train `model` so, on whatever device; None when its family's can."""
     family = FAMILIES.get(model.config.family)
@@ -112,6 +112,8 @@ def model_obstacle(
         return "the order of its sums is not fixed, train.deterministic is true"
     if recompute:
         return "it keeps what its backward needs, train.activation_checkpointing is true"
+    if offload:
+        return "it keeps what its backward needs on the GPU, train.activation_offload is true"
     return family.obstacle(model, precision)
 
 

@@ -3,7 +3,9 @@
 import contextlib
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 from regpt.errors import UserError
 from regpt.model.transformer import Transformer
+
+INIT_THREADS = min(16, os.cpu_count() or 1)
 
 
 @contextlib.contextmanager
@@ -48,9 +52,18 @@ def initialize(model: Transformer, seed: int) -> Transformer:
     """GPT-2's initialisation (Radford et al. 2019, section 2.3): N(0, 0.02), residual projections times (2·n_layer)^-½.
 
     Every parameter has its own generator on the CPU, seeded by `seed` and the parameter's name: the values do not
-    depend on the model's device, on padding, or on how parameters are sharded over processes.
+    depend on the model's device, on padding, or on how parameters are sharded over processes. Several are drawn at
+    once, each by a thread of its own, and no more of them are in the host's memory than there are threads.
     """
-    return load_weights(model, InitialWeights(model, seed))
+    values = InitialWeights(model, seed)
+
+    def fill(named: tuple[str, Tensor]) -> None:
+        name, parameter = named
+        set_weight(model, name, parameter, values[name])
+
+    with ThreadPoolExecutor(INIT_THREADS) as pool:  # normal_ is one thread's work, without the interpreter's lock
+        list(pool.map(fill, model.named_parameters()))
+    return model
 
 
 class InitialWeights(Mapping[str, Tensor]):
@@ -114,10 +127,15 @@ def load_weights(model: Transformer, weights: Mapping[str, Tensor]) -> Transform
                 f"weight {name!r} has shape {tuple(value.shape)} and type {value.dtype}, this model needs {shape} and "
                 "floating-point numbers; build the model from the weights' own config"
             )
-        # Through the parameter, not its `.data`: the kernels renew their copies when its version has changed.
-        unpadded(model, name, parameter).copy_(value)
-        parameter[shape[0] :] = 0  # padding rows
+        set_weight(model, name, parameter, value)
     return model
+
+
+@torch.no_grad()
+def set_weight(model: Transformer, name: str, parameter: Tensor, value: Tensor) -> None:
+    # Through the parameter, not its `.data`: the kernels renew their copies when its version has changed.
+    unpadded(model, name, parameter).copy_(value)
+    parameter[len(value) :] = 0  # padding rows
 
 
 def count_parameters(model: Transformer) -> int:

@@ -21,7 +21,7 @@ from regpt.data.verify import SMALL_BYTES, verify_small
 from regpt.errors import UsageError, UserError
 from regpt.evals.perplexity import count_rows
 from regpt.files import file_sha256
-from regpt.kernels.select import Kernels, ops_of, select_kernels
+from regpt.kernels.select import Kernels, check_compiler, ops_of, select_kernels
 from regpt.model.families import make_model
 from regpt.model.ops import PLAIN, Ops
 from regpt.model.transformer import Transformer
@@ -34,7 +34,7 @@ from regpt.train.balance import make_balance
 from regpt.train.objective import NextToken
 from regpt.train.precision import gradient_dtype, parameter_dtype, set_matmul_precision
 from regpt.train.probe import choose_rows
-from regpt.train.recompute import recompute_blocks
+from regpt.train.recompute import compile_blocks, recompute_blocks
 from regpt.train.schedule import make_schedule
 from regpt.train.trainer import Trainer
 
@@ -221,12 +221,21 @@ def build_trainer(
     """The trainer of a run after `step` updates; sets how this process multiplies float32 matrices."""
     set_matmul_precision(config.train.precision)
     train = config.train
+    kernels = choose_kernels(config, model, mesh.device).name
+    blocks = train.compile_blocks and kernels == "plain"
+    if blocks:
+        check_compiler(mesh.device)
+        compile_blocks(model, deterministic=train.deterministic)
     if train.activation_checkpointing:
         recompute_blocks(model)
     balance = make_balance(model, train)
     objective = NextToken(model, train.z_loss, balance)
-    path: dict[str, Any] = {"compile": train.compile, "kernels": choose_kernels(config, model, mesh.device).name}
-    path |= {"deterministic": train.deterministic, "grad_dtype": gradient_dtype(train.weight_dtype, train.grad_dtype)}
+    path: dict[str, Any] = {"compile": train.compile and not blocks, "kernels": kernels}
+    path |= {
+        "offload": train.activation_offload,
+        "deterministic": train.deterministic,
+        "grad_dtype": gradient_dtype(train.weight_dtype, train.grad_dtype),
+    }
     backend = make_backend(model, objective, mesh, train.autocast_precision, **path)
     schedule = make_schedule(config.optim, train.steps)
     return Trainer(model, objective, backend, optimizer, schedule, batches, mesh, train, step=step, balance=balance)
@@ -249,10 +258,8 @@ def choose_kernels(config: RunConfig, model: Transformer, device: torch.device) 
         raise UsageError("train.z_loss needs plain kernels, train.kernels is fused; set --train.kernels plain or auto")
     if train.z_loss:
         return Kernels("plain", "train.z_loss needs them")
-    again = train.activation_checkpointing
-    return select_kernels(
-        train.kernels, model, device, train.precision, deterministic=train.deterministic, recompute=again
-    )
+    how = {"recompute": train.activation_checkpointing, "offload": train.activation_offload}
+    return select_kernels(train.kernels, model, device, train.precision, deterministic=train.deterministic, **how)
 
 
 def mask_token(config: RunConfig, corpus: Corpus) -> int | None:

@@ -16,6 +16,7 @@ Changes = dict[str, list[Any]]  # "train.steps": [before, after]; None where the
 ROUNDING_KEYS = (
     "train.micro_batch_rows",
     "train.compile",
+    "train.compile_blocks",
     "train.kernels",
     "train.activation_checkpointing",
     "train.pad_vocab",
@@ -30,6 +31,7 @@ FREE_KEYS = {
     "data.mixture",
     "data.tokenizer",
     "optim.offload",
+    "train.activation_offload",
     "train.device",
     "train.on_non_finite",
     "train.on_spike",

@@ -115,6 +115,7 @@ def path_name(config: RunConfig, target: Target) -> str:
     with without_memory():
         empty = make_model(config.model, pad_vocab=train.pad_vocab)
     how = {"deterministic": train.deterministic, "recompute": train.activation_checkpointing}
+    how |= {"offload": train.activation_offload}
     if target.here is not None:
         chosen = select_kernels(train.kernels, empty, target.here, train.precision, **how)
         return "fused" if chosen.name == "fused" else plain

@@ -2,8 +2,8 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, Protocol
 
 import torch
@@ -13,6 +13,7 @@ from regpt.data.batch import Batch
 from regpt.kernels.select import check_compiler, fused_loss
 from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import Mesh
+from regpt.train.activation_offload import OnHost
 from regpt.train.config import PrecisionName
 from regpt.train.objective import NextToken, Objective, Sums
 from regpt.train.precision import autocast
@@ -115,11 +116,20 @@ def make_backend(
     kernels: Literal["plain", "fused"] = "plain",
     deterministic: bool = False,
     grad_dtype: torch.dtype | None = None,
+    offload: bool = False,
 ) -> DataParallel:
-    """The path of `objective` that the arguments name; `deterministic`: compiled without choices by timing."""
+    """The path of `objective` that the arguments name; `deterministic`: compiled without choices by timing; `offload`:
+    on the plain path, what forward keeps for backward is in the host's memory."""
     parameters = list(model.parameters())
     if not compile and kernels == "plain":
-        return DataParallel(objective.loss_sum, parameters, mesh, lambda: autocast(precision, mesh.device), grad_dtype)
+        on_host = OnHost(parameters, mesh.device) if offload else nullcontext()
+
+        @contextmanager
+        def context() -> Iterator[None]:
+            with autocast(precision, mesh.device), on_host:
+                yield
+
+        return DataParallel(objective.loss_sum, parameters, mesh, context, grad_dtype)
     of_path = path_of(model, objective, precision, mesh.device, compile, kernels, deterministic=deterministic)
     return DataParallel(of_path, parameters, mesh, grad_dtype=grad_dtype)
 

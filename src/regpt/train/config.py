@@ -41,12 +41,18 @@ class TrainConfig:
     small addends are lost in sums of many micro-batches."""
     compile: bool = True
     """Compile the training step with torch.compile; of no effect with the fused kernels."""
+    compile_blocks: bool = False
+    """Compile one block, used by all, instead of the step as one graph: starts in seconds, and takes less memory, in
+    deep models. The head is not compiled."""
     kernels: KernelsName = "auto"
     """plain: the model as it is written; fused: the hand-written path for one NVIDIA GPU each; auto: fused where it was
     measured to be faster."""
     activation_checkpointing: bool = False
     """Keep only the input of each block and compute the rest again in the backward: a third more time, much less
     memory."""
+    activation_offload: bool = False
+    """Keep in the host's memory what the forward keeps for the backward; with activation_checkpointing the inputs of
+    blocks alone. Not with a step compiled as one graph; train.compile_blocks goes with it."""
     z_loss: Annotated[float, Range(0, LARGE)] = 0.0
     """Coefficient of log² Z in the training loss, which keeps logits from drifting (PaLM: 1e-4); plain kernels only."""
     balance: Literal["loss", "bias"] = "loss"
@@ -100,6 +106,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_ranges("train", self)
         check_ramp(self.batch_ramp)
+        if self.compile_blocks and not self.compile:
+            raise UsageError("train.compile_blocks is true and train.compile false; set both to true, or both to false")
+        if self.activation_offload and ((self.compile and not self.compile_blocks) or self.kernels == "fused"):
+            raise UsageError(
+                "train.activation_offload moves what separate operations keep, and a step compiled as one graph, or "
+                "fused, keeps all of it at once; set train.compile_blocks to true, or train.compile to false, and "
+                "train.kernels to plain or auto"
+            )
         if self.weight_dtype == "bf16" and self.precision != "bf16":
             raise UsageError(
                 f"train.weight_dtype bf16 computes in bfloat16, train.precision is {self.precision}; set it to bf16, "
