@@ -23,6 +23,7 @@ PARAMETERS = {
     "gpt2-1558m": 1_557_611_200,
     "gpt3-125m": 124_439_808 + 1024 * 768,  # 1024 more positions
     "llama-124m": 123_551_232,
+    "llama3-8b": 8_030_261_248 - 2 * 4096 * (128_256 - 50_257),  # with GPT-2's vocabulary
     "moe-124m": 123_551_232 + 12 * (3 * 768 * (8 * 1024 - 2048) + 8 * 768),  # experts and routers instead of MLPs
 }
 

@@ -25,7 +25,6 @@ from regpt.train.probe import row_choices
 from regpt.train.schedule import make_schedule
 
 GIB = 2**30
-CHECKPOINT_BYTES = 12  # per parameter: float32 weights and two moments
 ROWS_ON_CPU = 8  # of `auto`, which tries there what is fastest
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022: optimal for a given number of FLOPs
 FORWARD_SHARE = 0.36  # of a micro-batch's time: its forward alone, as validation runs it (a third of the products)
@@ -70,7 +69,7 @@ def make_plan(
     rows = room.rows(config.train.micro_batch_rows)
     run = describe_run(config, step, rows, gpus)
     time = step_time(config, target, step, rows, run["accumulation"], gpus, mfu)
-    parameters, tokens = step.shape.parameters, run["tokens"]
+    tokens = run["tokens"]
     plan: dict[str, Any] = {
         "recipe": recipe,
         "machine": describe_target(target, gpus),
@@ -78,7 +77,7 @@ def make_plan(
         "run": run,
         "data": describe_data(corpus, tokens) if corpus else None,
         "memory": room.describe(rows),
-        "disk": disk(config, parameters, target, corpus),
+        "disk": disk(config, checkpoint_bytes(step), target, corpus),
         "time": describe_time(config, target, step, time, rows, gpus, corpus),
         "cost": None,
     }
@@ -103,7 +102,18 @@ def planned_step(config: RunConfig, target: Target) -> PlannedStep:
         checkpointing=train.activation_checkpointing,
         offload=config.optim.offload and target.kind != "cpu",  # where all memory is the host's
         document_mask=config.data.document_mask,
+        weights=train.weight_dtype,
+        gradients=train.grad_dtype,
+        state=config.optim.state_dtype,
+        blocks=train.compile_blocks,
+        activation_offload=train.activation_offload and target.kind != "cpu",
     )
+
+
+def checkpoint_bytes(step: PlannedStep) -> float:
+    """Of weights and moments, without padding, which is little."""
+    shape = step.shape
+    return (step.weight_bytes + step.moment_bytes / shape.padded) * shape.parameters
 
 
 def path_name(config: RunConfig, target: Target) -> str:
@@ -141,7 +151,7 @@ class Room:
     target: Target
     choices: list[int]
     process_bytes: int = 0
-    checkpoint_copy: int = 0
+    checkpoint_copy: float = 0
 
     def memory(self, rows: int) -> StepMemory:
         if self.target.kind == "cpu":
@@ -172,7 +182,7 @@ class Room:
             "of": "the process" if self.target.kind == "cpu" else "tensors",
             "parts_gib": {name: size / GIB for name, size in memory.parts.items()},
             "peak_gib": memory.peak / GIB,
-            "host_gib": 8 * self.step.shape.padded / GIB if self.step.offload else 0.0,
+            "host_gib": self.step.moment_bytes / GIB if self.step.offload else 0.0,
             "needed_gib": memory.needed / GIB,
             "available_gib": free / GIB,
             "fits": memory.needed <= free,
@@ -183,7 +193,7 @@ class Room:
 def make_room(config: RunConfig, step: PlannedStep, target: Target, gpus: int) -> Room:
     batch_rows, rest = divmod(config.train.batch_tokens, config.data.seq_len * gpus)
     choices = [2**n for n in range(11)] if rest or not batch_rows else row_choices(batch_rows)
-    copy = CHECKPOINT_BYTES * step.shape.parameters if config.checkpoint.background else 0
+    copy = checkpoint_bytes(step) if config.checkpoint.background else 0
     resident = psutil.Process().memory_info().rss  # after the imports of a model, before tensors are counted
     return Room(step, target, choices, resident, copy)
 
@@ -231,7 +241,7 @@ def describe_data(corpus: Corpus, tokens: int) -> dict[str, Any]:
     return {"path": path, "train_tokens": train, "val_tokens": val, "epochs": epochs}
 
 
-def disk(config: RunConfig, parameters: int, target: Target, corpus: Corpus | None) -> dict[str, Any]:
+def disk(config: RunConfig, checkpoint: float, target: Target, corpus: Corpus | None) -> dict[str, Any]:
     """Bytes of the data (one epoch, where none is given) and of the checkpoints when most of them are there."""
     word = 2 if config.model.vocab_size <= 2**16 else 4  # bytes of a token
     data = word * config.train.steps * config.train.batch_tokens
@@ -239,7 +249,7 @@ def disk(config: RunConfig, parameters: int, target: Target, corpus: Corpus | No
         manifests = [folder.manifest for folder in corpus.folders]
         shards = [(shard, manifest.numpy_dtype.itemsize) for manifest in manifests for shard in manifest.shards]
         data = sum(shard.tokens * word + 8 * shard.documents for shard, word in shards)
-    one, kept = CHECKPOINT_BYTES * parameters, kept_checkpoints(config.checkpoint, config.train.steps)
+    one, kept = checkpoint, kept_checkpoints(config.checkpoint, config.train.steps)
     return {
         "data_gib": data / GIB,
         "data_is": "given" if corpus else "one epoch",

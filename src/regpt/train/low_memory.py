@@ -69,10 +69,15 @@ def zeros(p: Tensor, name: str, state_dtype: StateDtype) -> dict[str, Tensor]:
     """The moment `name` of `p` before the first update."""
     if state_dtype != "int8":
         return {name: torch.zeros_like(p, dtype=STATE_DTYPES[state_dtype])}
-    if p.numel() < LEAST_QUANTIZED or p.size(-1) % BLOCK:
+    if not may_be_quantized(p):
         return {name: torch.zeros_like(p, dtype=torch.float32)}
     scale = torch.zeros(*p.shape[:-1], p.size(-1) // BLOCK, dtype=torch.float32, device=p.device)
     return {name: torch.zeros_like(p, dtype=torch.uint8), name + SCALE: scale}
+
+
+def may_be_quantized(p: Tensor) -> bool:
+    """Whether moments of `p` may be in 8 bits."""
+    return p.numel() >= LEAST_QUANTIZED and p.size(-1) % BLOCK == 0
 
 
 def tables(device: torch.device) -> dict[str, Tensor]:

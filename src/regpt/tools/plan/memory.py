@@ -26,12 +26,14 @@ from regpt.model.families import make_model
 from regpt.model.grouped import experts_grouped, looped_product
 from regpt.model.head import chunk_rows, in_chunks, padded_logits, summed_losses
 from regpt.model.ops import PLAIN
-from regpt.model.weights import WithoutValues, count_parameters, without_memory
+from regpt.model.weights import WithoutValues, allocate, count_parameters, without_memory
 from regpt.train.backend import make_loss_sum
-from regpt.train.config import PrecisionName
+from regpt.train.config import PrecisionName, StateDtype, WeightDtype
+from regpt.train.low_memory import may_be_quantized
 from regpt.train.peak import flops_per_token
-from regpt.train.precision import HALF_TYPES, parameter_dtype
+from regpt.train.precision import HALF_TYPES, gradient_dtype, parameter_dtype
 from regpt.train.recompute import recompute_blocks
+from regpt.train.rounding import BLOCK
 
 # Share of the eager path's activations that another path keeps: bytes a token, layer and channel of both, counted on
 # the compiler's graph and in kernels/gpt2*.py (tests/tools/test_plan_memory.py repeats the counts). Compiled code keeps
@@ -43,7 +45,8 @@ KEPT = {("compiled", "fp8"): 25 / 31, ("fused", "bf16"): 32 / 36, ("fused", "fp8
 MORE_COPIES = {("compiled", "fp8"): -1, ("fused", "fp8"): 3}
 # From PyTorch's allocator: cuBLAS on Hopper (CUBLAS_WORKSPACE_CONFIG); the fused path's, measured peak less counts.
 WORKSPACE = {"compiled": 32 * 2**20, "eager": 32 * 2**20, "fused": 0.28 * 2**30}
-OFFLOAD_BYTES = 3 * 2 * 4 * 2**23  # on the device with moments in host memory: three pieces of both (train/adamw.py)
+OFFLOADED = 3 * 2 * 2**23  # numbers on the device with moments in host memory: three pieces of both (train/adamw.py)
+WORDS = {"fp32": 4.0, "bf16": 2.0, "int8": 1 + 4 / BLOCK}  # bytes of a number; of int8 with its share of a scale
 CONTEXT_BYTES = 0.7 * 2**30  # of a GPU outside of PyTorch's count: context, loaded kernels; 0.5 to 0.8 GiB seen
 FRAGMENTED_SHARE = 0.03  # of the peak: blocks that the allocator holds and cannot use; assumed
 # Of a process on a CPU: oneDNN's buffers, batches made ahead, the tokenizer (20 MiB for GPT-2's). Two runs are met to
@@ -62,6 +65,7 @@ class Shape:
         padded: what is in memory.
         matrices: weights of a token's matrix products, the padded head included: without experts, those that bfloat16
             copies are made of.
+        quantized: of the padded parameters, those whose moments may be in 8 bits.
         vocab_rows: rows of the head, padded.
         flops_per_token: forward and backward, at the real vocabulary (`train.peak`).
         attention_flops: of them, those of attention's products.
@@ -71,6 +75,7 @@ class Shape:
     active: int
     padded: int
     matrices: int
+    quantized: int
     n_layer: int
     n_embd: int
     vocab_rows: int
@@ -102,6 +107,7 @@ def shape_of(config: ModelConfig, seq_len: int, *, pad_vocab: bool) -> Shape:
         active=count_parameters(model) - model.idle_parameters(),
         padded=sum(p.numel() for p in model.parameters()),
         matrices=model.matmul_parameters(padded=True),
+        quantized=sum(p.numel() for p in model.parameters() if may_be_quantized(p)),
         n_layer=config.n_layer,
         n_embd=config.n_embd,
         vocab_rows=model.head_weight.size(0),
@@ -112,7 +118,8 @@ def shape_of(config: ModelConfig, seq_len: int, *, pad_vocab: bool) -> Shape:
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """A training step as a device will compute it; fields as in the configuration, `path` eager, compiled or fused."""
+    """A training step as a device will compute it; fields as in the configuration, `path` eager, compiled or fused,
+    `blocks`: compiled one by one."""
 
     model: ModelConfig
     seq_len: int
@@ -122,10 +129,31 @@ class PlannedStep:
     checkpointing: bool = False
     offload: bool = False
     document_mask: bool = False
+    weights: WeightDtype = "fp32"
+    gradients: WeightDtype = "fp32"
+    state: StateDtype = "fp32"
+    blocks: bool = False
+    activation_offload: bool = False
 
     @functools.cached_property
     def shape(self) -> Shape:
         return shape_of(self.model, self.seq_len, pad_vocab=self.pad_vocab)
+
+    @property
+    def weight_bytes(self) -> float:
+        """Of one weight."""
+        return 8 if self.precision == "fp64" else WORDS[self.weights]
+
+    @property
+    def gradient_bytes(self) -> float:
+        return 8 if self.precision == "fp64" else WORDS[self.gradients]
+
+    @property
+    def moment_bytes(self) -> float:
+        """Of both moments of all weights."""
+        word = 8 if self.precision == "fp64" else WORDS["fp32" if self.state == "int8" else self.state]
+        small = self.shape.quantized if self.state == "int8" else 0
+        return 2 * (word * (self.shape.padded - small) + WORDS["int8"] * small)
 
 
 @dataclass(frozen=True)
@@ -200,16 +228,21 @@ def trace(step: PlannedStep, rows: int, chunk: int = 0) -> Trace:
     with FakeTensorMode(), WithoutValues():
         experts = functools.partial(experts_grouped, product=looped_product)  # fake tensors have no other
         ops = replace(PLAIN, linear=linear, linear_cross_entropy=loss, experts=experts)
-        model = make_model(step.model, ops, pad_vocab=step.pad_vocab)
+        model = allocate(
+            make_model(step.model, ops, pad_vocab=step.pad_vocab), CPU, parameter_dtype("fp32", step.weights)
+        )
         if step.checkpointing:
             recompute_blocks(model)
+        dtype = gradient_dtype(step.weights, step.gradients)
         for p in model.parameters():
-            p.grad = torch.empty_like(p)
+            p.grad_dtype = dtype or p.dtype
+            p.grad = torch.empty_like(p, dtype=dtype)
         batch = fake_batch(step, rows)
         known = [*model.parameters(), *(p.grad for p in model.parameters()), *batch]
         live = LiveBytes([tensor for tensor in known if tensor is not None])
         with live:
-            loss_sum = make_loss_sum(model, "fp32" if step.precision == "fp64" else step.precision, CPU, False)
+            no_autocast = step.precision == "fp64" or step.weights == "bf16"
+            loss_sum = make_loss_sum(model, "fp32" if no_autocast else step.precision, CPU, False)
             (loss_sum(batch) / 7).backward()
     return Trace(np.array(live.history), np.array(marks))
 
@@ -226,26 +259,28 @@ def fake_batch(step: PlannedStep, rows: int) -> Batch:
 
 def tensors(step: PlannedStep, rows: int) -> dict[str, float]:
     """Tensors at the peak of a step, in bytes by part."""
-    shape, word = step.shape, 8 if step.precision == "fp64" else 4
+    shape = step.shape
     chunk = chunk_of(step, rows)
     two, four = trace(step, 2, chunk), trace(step, 4, chunk)
     per_row, fixed = (four.live - two.live) / 2, 2 * two.live - four.live
     hidden_row, copies = float((four.hidden - two.hidden)[0]) / 2, float((2 * two.hidden - four.hidden)[0])
     kept = KEPT.get((step.path, step.precision), 1.0) * hidden_row * rows
     peak = float((fixed + per_row * rows).max()) + kept - hidden_row * rows
-    if step.path == "compiled":  # whose backward is one graph: all gradients of a micro-batch come out together
-        peak = max(peak, copies + word * shape.padded)
-        if step.document_mask:
-            mask = (2 if step.precision in HALF_TYPES else 4) * rows * step.seq_len**2
-            kept, peak = kept + mask, peak + mask
+    if step.path == "compiled" and not step.blocks:  # one graph: all gradients of a micro-batch come out together
+        peak = max(peak, copies + step.gradient_bytes * shape.padded)
+    if step.path == "compiled" and step.document_mask:
+        mask = (2 if step.precision in HALF_TYPES else 4) * rows * step.seq_len**2
+        kept, peak = kept + mask, peak + mask
     more = MORE_COPIES.get((step.path, step.precision), 0) * shape.block_weights
     copies, peak = copies + more, peak + more
-    wide = word / 4  # traces are of float32
-    parts = {"weights": word * shape.padded, "gradients": word * shape.padded}
-    parts["optimizer"] = 0 if step.offload else 2 * word * shape.padded  # AdamW's moments
+    wide = 2 if step.precision == "fp64" else 1  # traces are of 32 bits and fewer
+    parts = {"weights": step.weight_bytes * shape.padded, "gradients": step.gradient_bytes * shape.padded}
+    parts["optimizer"] = 0 if step.offload else step.moment_bytes  # AdamW's moments
     if step.offload:
-        parts["offload buffers"] = min(OFFLOAD_BYTES, 2 * word * shape.padded)
+        parts["offload buffers"] = min(OFFLOADED * step.moment_bytes / 2 / shape.padded, step.moment_bytes)
     kept = min(kept, peak - copies)
+    if step.activation_offload:
+        kept, peak = 0.0, peak - kept
     momentary = {"low-precision copies": copies, "activations": kept, "logits, new gradients": peak - copies - kept}
     return parts | {name: wide * size for name, size in momentary.items()}
 
@@ -255,7 +290,7 @@ def chunk_of(step: PlannedStep, rows: int) -> int:
     if step.path == "fused":
         return 0
     tokens = rows * step.seq_len
-    dtype = HALF_TYPES.get(step.precision, parameter_dtype(step.precision))
+    dtype = HALF_TYPES.get(step.precision, parameter_dtype(step.precision, step.weights))
     return min(chunk_rows(tokens, step.shape.vocab_rows, dtype), tokens)
 
 

@@ -119,7 +119,7 @@ REACHED = {
 # skipped in blocks. Its FLOPs have no discount. 40 % at T = 1024, 51.5 % at 2048, fused, on an H100.
 ATTENTION_SHARE, ATTENTION_HALF_LENGTH = 0.723, 826
 WEIGHT_TRAFFIC = 20  # bytes per parameter and micro-batch: copies made, gradients cast and added; 16 to 30 in profiles
-OPTIMIZER_TRAFFIC = 44  # per parameter and step: fused AdamW reads 16, writes 12; norm and clipping 12; 90 % of peak
+OPTIMIZER_SHARE = 0.9  # of the bandwidth, by norm, clipping and update: 40 bytes a parameter in float32
 STEP_SECONDS = 0.010  # a step: the host reads the loss and starts the next one; as above
 # Typical or assumed, not measured here:
 LAUNCH_SECONDS = 6e-6  # for PyTorch to launch a kernel: the floor of small models
@@ -165,16 +165,22 @@ def gpu_time(step: PlannedStep, rows: int, micro_batches: int, gpus: int, device
     """A step of `micro_batches` of `rows` on each of `gpus` devices."""
     micro = micro_batch_time(step, rows, device)
     parts = {name: seconds * micro_batches for name, seconds in micro.items()}
-    parts["optimizer"] = OPTIMIZER_TRAFFIC * step.shape.padded / (device.bandwidth * 1e9)
+    parts["optimizer"] = optimizer_bytes(step) / (device.bandwidth * 1e9 * OPTIMIZER_SHARE)
     if step.offload:  # moments come and go at the same time
         newer = (device.capability or 0.0) >= PCIE_5_CAPABILITY
-        parts["moments from and to the host"] = 8 * step.shape.padded / HOST_BYTES_PER_SECOND[newer]
+        parts["moments from and to the host"] = step.moment_bytes / HOST_BYTES_PER_SECOND[newer]
     parts["between steps"] = STEP_SECONDS
     if gpus > 1:  # each sends and receives 2·(n - 1)/n of the gradients' bytes (Patarasuk & Yuan 2009)
-        n_bytes = 2 * (gpus - 1) / gpus * 4 * step.shape.padded
+        n_bytes = 2 * (gpus - 1) / gpus * step.gradient_bytes * step.shape.padded
         parts["sum over GPUs"] = n_bytes / ((device.link or 16) * 1e9 * LINK_SHARE)
     measured = "estimated" if step.path == "eager" or step.precision not in HALF_TYPES else "measured on an H100 SXM"
     return StepTime(parts, sum(micro.values()), f"figures of the {device.name}; shares of them {measured}, {step.path}")
+
+
+def optimizer_bytes(step: PlannedStep) -> float:
+    """Bytes read and written by an update: gradients by the norm, twice by clipping, and by the update, which reads and
+    writes weights and moments."""
+    return (4 * step.gradient_bytes + 2 * step.weight_bytes) * step.shape.padded + 2 * step.moment_bytes
 
 
 def micro_batch_time(step: PlannedStep, rows: int, device: Device) -> dict[str, float]:
@@ -250,11 +256,11 @@ class SmallStep:
         self.device = device
         with without_memory():
             empty = make_model(step.model, ops_of(step.precision, device), pad_vocab=step.pad_vocab)
-        self.model = initialize(allocate(empty, device, parameter_dtype(step.precision)), seed=0)
+        self.model = initialize(allocate(empty, device, parameter_dtype(step.precision, step.weights)), seed=0)
         self.optimizer = make_optimizer(self.model, optim, device)
         if step.checkpointing:
             recompute_blocks(self.model)
-        self.loss_sum = make_loss_sum(self.model, step.precision, device, False)
+        self.loss_sum = make_loss_sum(self.model, "fp32" if step.weights == "bf16" else step.precision, device, False)
         tokens = torch.arange(rows * (seq_len + 1), device=device).view(rows, seq_len + 1) % step.model.vocab_size
         self.batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 
