@@ -23,10 +23,17 @@ TEXTS = [
 ]
 
 
+@pytest.fixture(params=[10**9, 20_000], ids=["one-file", "several-files"])
+def max_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr("regpt.hf.export.MAX_FILE_BYTES", request.param)
+    return request.param
+
+
 @torch.no_grad()
-def test_transformers_opens_an_export_and_gives_the_same_logits(tmp_path, model, tokenizer):
+def test_transformers_opens_an_export_and_gives_the_same_logits(tmp_path, model, tokenizer, max_bytes: int):
     transformers = pytest.importorskip("transformers")
     folder = export_hf(model, tokenizer, tmp_path / "hf")
+    assert (len(list(folder.glob("*.safetensors"))) > 1) == (max_bytes == 20_000)
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
     assert theirs.dtype == torch.float32
@@ -44,6 +51,7 @@ def test_transformers_opens_an_export_and_gives_the_same_logits(tmp_path, model,
         assert opened.decode(opened.encode(text)) == text
 
 
+@pytest.mark.usefixtures("max_bytes")
 def test_an_export_opened_again_is_bitwise_the_model(tmp_path, model, tokenizer):
     opened = open_model(str(export_hf(model, tokenizer, tmp_path / "hf")))
     given, expected = state_tensors(opened.model), state_tensors(model)

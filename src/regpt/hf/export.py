@@ -12,17 +12,18 @@ from torch import Tensor
 from regpt.errors import UserError
 from regpt.files import exists, is_file, is_folder, resolved, whole_folder, write_bytes, write_json, write_text
 from regpt.hf.families import config_to_hf, one_or_list
-from regpt.hf.folder import CONFIG, TOKENIZER, WEIGHTS
+from regpt.hf.folder import CONFIG, TOKENIZER
 from regpt.hf.hub import TEXT_FILES
 from regpt.hf.weights import weights_to_hf
 from regpt.model.transformer import Transformer
 from regpt.model.weights import state_tensors
-from regpt.tensors import write_tensors
+from regpt.tensors import write_divided
 from regpt.text.folder import GENERATION, OPTIONS
 from regpt.text.gpt2 import EOT, VOCAB_PACKAGE, byte_characters, find_vocabulary, ranks_from_files, ranks_from_network
 from regpt.text.rules import Rules
 from regpt.text.tokenizer import ENDOFTEXT, Tokenizer
 
+MAX_FILE_BYTES = 5 * 10**9  # of weights; larger models are divided, as by transformers' save_pretrained
 
 def export_hf(
     model: Transformer,
@@ -76,7 +77,7 @@ def write_model(model: Transformer, tokenizer: Tokenizer, folder: Path, dtype: t
     name = str(dtype).removeprefix("torch.")
     weights = {key: converted(key, tensor, dtype) for key, tensor in state_tensors(model).items()}
     write_json(folder / CONFIG, config_to_hf(model.config, tokenizer.eot, name, ends(tokenizer)))
-    write_tensors(folder / WEIGHTS, weights_to_hf(weights, model.config.family))
+    write_divided(folder, "model", weights_to_hf(weights, model.config.family), MAX_FILE_BYTES)
 
 
 def converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
