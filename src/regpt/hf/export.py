@@ -25,6 +25,7 @@ from regpt.text.tokenizer import ENDOFTEXT, Tokenizer
 
 MAX_FILE_BYTES = 5 * 10**9  # of weights; larger models are divided, as by transformers' save_pretrained
 
+
 def export_hf(
     model: Transformer,
     tokenizer: Tokenizer,
