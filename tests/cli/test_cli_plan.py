@@ -23,6 +23,7 @@ KEYS = {
         "tokens_per_parameter": float,
         "optimal_tokens_per_parameter": int,
         "flops": int,
+        "stages": list,
     },
     "data": None,
     "memory": {

@@ -10,6 +10,7 @@ import pytest
 
 import tiny
 from regpt.checkpoint.load import checkpoint_folder, checkpoints, load_checkpoint
+from regpt.cli.plan import main as plan_command
 from regpt.config import RunConfig
 from regpt.errors import UsageError
 from regpt.runs import build
@@ -152,6 +153,42 @@ def test_rows_longer_than_the_model_are_refused(config):
         tiny.change(config, "train", batch_ramp=((128, 128, 64),))
 
 
-def test_a_plan_asks_for_one_stage_at_a_time(config):
-    with pytest.raises(UsageError, match=r"regpt plan plans one batch and train\.batch_ramp has several"):
-        make_plan(config, recipe="tiny", gpu="cpu")
+def test_a_plan_is_the_sum_of_its_stages_and_needs_the_memory_of_the_largest(config):
+    """Each stage planned alone, with the micro-batch that training gives it."""
+    whole = make_plan(config, recipe="tiny", gpu="h100")
+    run, found = whole["run"], whole["run"]["stages"]
+    assert sum(one["steps"] for one in found) == run["steps"] == config.train.steps
+    alone = []
+    for one in found:
+        keys = ("steps", "batch_tokens", "micro_batch_rows")
+        part = tiny.change(config, "train", batch_ramp=(), **{key: one[key] for key in keys})
+        alone.append(make_plan(tiny.change(part, "data", seq_len=one["seq_len"]), recipe="tiny", gpu="h100"))
+    assert len(found) == len(RAMP) + 1
+    assert {one["batch_tokens"] for one in found} == {config.train.batch_tokens, *(entry[1] for entry in RAMP)}
+    for key in ("tokens", "flops", "tokens_per_parameter"):
+        assert run[key] == pytest.approx(sum(one["run"][key] for one in alone))
+    assert whole["memory"] == max((one["memory"] for one in alone), key=lambda memory: memory["needed_gib"])
+    took = [one["time"]["step_ms"] * one["run"]["steps"] for one in alone]
+    assert whole["time"]["step_ms"] * run["steps"] == pytest.approx(sum(took))
+    assert sum(whole["time"]["parts_ms"].values()) == pytest.approx(whole["time"]["step_ms"])
+    assert whole["time"]["tokens_per_s"] == pytest.approx(run["tokens"] / sum(took) * 1e3)
+    assert sum(one["hours"] for one in found) == pytest.approx(sum(took) / 3.6e6)
+
+
+def test_a_plan_leaves_out_stages_that_the_run_does_not_reach(config):
+    short = tiny.change(config, "train", steps=1)
+    assert make_plan(short, recipe="tiny", gpu="h100")["run"]["stages"] == []
+
+
+def test_a_plan_warns_of_a_stage_that_the_devices_cannot_share(config):
+    warnings = make_plan(config, recipe="tiny", gpu="h100", gpus=64)["warnings"]
+    assert any("will refuse this" in one for one in warnings)
+
+
+def test_the_command_prints_a_line_for_each_stage(config, tmp_path, capsys):
+    path = tmp_path / "ramp.toml"
+    path.write_text(config.to_toml(), encoding="utf-8")
+    assert plan_command([str(path), "--gpu", "h100"]) == 0
+    shown = capsys.readouterr().out
+    assert f"in {len(RAMP) + 1} stages" in shown
+    assert [f"stage {n} " in shown for n in range(1, len(RAMP) + 3)] == [True] * (len(RAMP) + 1) + [False]

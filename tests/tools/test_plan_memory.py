@@ -17,7 +17,7 @@ from regpt.model import head
 from regpt.model.config import ModelConfig
 from regpt.model.families import make_model
 from regpt.model.weights import initialize
-from regpt.runs.plan import Room
+from regpt.runs.plan_stages import Room
 from regpt.tools.plan.memory import PlannedStep, chunk_of, cpu_memory, gpu_memory, shape_of, tensors
 from regpt.tools.plan.speed import Target
 from regpt.train.backend import make_loss_sum

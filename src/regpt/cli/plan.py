@@ -72,6 +72,10 @@ def print_plan(plan: dict[str, Any]) -> None:
         print_line(f"warning: {warning}")
 
 
+def micro_batches(run: dict[str, Any]) -> str:
+    return f"{run['accumulation']} × {counted(run['micro_batch_rows'], 'row')} of {run['seq_len']:,}"
+
+
 def lines(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Name and text of each line; an empty name continues the line before."""
     model, run, data, memory, disk, time = (plan[key] for key in ("model", "run", "data", "memory", "disk", "time"))
@@ -79,10 +83,15 @@ def lines(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
     active = f" ({model['active_parameters']:,} of them compute a token)" if idle else ""
     yield "model", f"{model['parameters']:,} parameters{active}, {si(model['flops_per_token'], 'FLOP')} a token"
     ratio = f"{run['tokens_per_parameter']:.3g} a parameter, {run['optimal_tokens_per_parameter']} are compute-optimal"
-    total = f"{counted(run['steps'], 'step')} × {run['batch_tokens']:,} = {si(run['tokens'])} tokens ({ratio})"
+    times = f" in {len(run['stages'])} stages" if run["stages"] else f" × {run['batch_tokens']:,}"
+    total = f"{counted(run['steps'], 'step')}{times} = {si(run['tokens'])} tokens ({ratio})"
     yield "run", f"{total}, {si(run['flops'], 'FLOP')}"
-    each = f"{run['accumulation']} × {counted(run['micro_batch_rows'], 'row')} of {run['seq_len']:,}"
-    yield "a step", f"{each} on each device, {run['precision']}"
+    if not run["stages"]:
+        yield "a step", f"{micro_batches(run)} on each device, {run['precision']}"
+    for number, one in enumerate(run["stages"], start=1):
+        size = f"{counted(one['steps'], 'step')} × {one['batch_tokens']:,}, {micro_batches(one)}"
+        takes = f"{one['step_ms']:,.1f} ms a step, {duration(3600 * one['hours'])}"
+        yield f"stage {number}", f"{size}, needs {one['needed_gib']:.2f} GiB, {takes}"
     if data:
         yield "data", f"{data['path']}: {si(data['train_tokens'])} training tokens, read {data['epochs']:.3g} times"
     peak = f"{memory['peak_gib']:.2f} GiB of {memory['of']} at the peak ({memory['path']})"

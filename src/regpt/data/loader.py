@@ -10,7 +10,7 @@ from torch import Tensor
 
 from regpt.data.batch import Batch
 from regpt.data.order import splitmix64
-from regpt.data.ramp import Stage, rows_at_once, stage_at, tokens_before
+from regpt.data.ramp import Stage, rows_in_stage, stage_at, tokens_before
 from regpt.data.rows import Rows
 from regpt.errors import UsageError, UserError
 
@@ -138,7 +138,7 @@ class RampLoader:
             loader = Loader(
                 stage_rows,
                 batch_tokens=stage.batch_tokens,
-                micro_batch_rows=rows_at_once(micro_batch_rows, self.seq_len, stage, dp_size),
+                micro_batch_rows=rows_in_stage(micro_batch_rows, self.seq_len, stage, dp_size),
                 first_row=first_row + (ahead - stage.first_step) * (stage.batch_tokens // stage.seq_len),
                 dropout_seed=dropout_seed,
                 rows_before=rows_before,
@@ -154,7 +154,7 @@ class RampLoader:
         """As `Loader.step`; `micro_batch_rows` are of the first stage's length, in others as many tokens."""
         rows = micro_batch_rows or self.micro_batch_rows
         stage = stage_at(self.stages, step + self.ahead)
-        return self.at(step).step(step, rows_at_once(rows, self.seq_len, stage, self.dp_size))
+        return self.at(step).step(step, rows_in_stage(rows, self.seq_len, stage, self.dp_size))
 
     def tokens_before(self, step: int) -> int:
         """Tokens read before `step`."""

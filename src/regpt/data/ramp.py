@@ -74,7 +74,7 @@ def check_ramp(ramp: Sequence[RampEntry]) -> None:
         before = tokens
 
 
-def rows_at_once(rows: int, seq_len: int, stage: Stage, dp_size: int) -> int:
+def rows_in_stage(rows: int, seq_len: int, stage: Stage, dp_size: int) -> int:
     """Micro-batch rows of a stage with about as many tokens as `rows` of `seq_len`: a divisor of a process's rows."""
     most = 1 if rows == 1 else max(1, rows * seq_len // stage.seq_len)
     own = stage.batch_tokens // stage.seq_len // dp_size

@@ -1,31 +1,23 @@
 """The plan of a run, before it runs: configuration and device in, plain values out (docs/plan.md)."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from regpt.checkpoint.config import CheckpointConfig
 from regpt.config import RunConfig
 from regpt.data.loader import check_batch
 from regpt.errors import UsageError
-from regpt.kernels.select import MEASURED_CAPABILITY, model_obstacle, select_kernels
-from regpt.model.families import make_model
-from regpt.model.weights import without_memory
 from regpt.runs.build import Corpus
+from regpt.runs.plan_stages import GIB, PlannedStage, checkpoint_bytes, planned_stages
 from regpt.tools.measure import busy, free_disk_bytes
-from regpt.tools.plan.memory import PlannedStep, StepMemory, cpu_memory, gpu_memory
-from regpt.tools.plan.speed import StepTime, Target, calibrated_time, gpu_time, planned_target, stated_time
+from regpt.tools.plan.memory import PlannedStep
+from regpt.tools.plan.speed import StepTime, Target, planned_target
 from regpt.train.config import TrainConfig
-from regpt.train.memory import available_memory
-from regpt.train.probe import row_choices
 from regpt.train.schedule import make_schedule
 
-GIB = 2**30
-ROWS_ON_CPU = 8  # of `auto`, which tries there what is fastest
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022: optimal for a given number of FLOPs
 FORWARD_SHARE = 0.36  # of a micro-batch's time: its forward alone, as validation runs it (a third of the products)
 START_SECONDS = {True: 45.0, False: 10.0}  # compiled or not: imports, building, the first step
@@ -55,147 +47,31 @@ def make_plan(
     Raises:
         UsageError: a device or a combination that cannot be planned for.
     """
-    if config.train.batch_ramp:
-        raise UsageError(
-            "regpt plan plans one batch and train.batch_ramp has several; plan each stage by itself, with "
-            "--train.batch-ramp without values and its own --train.batch-tokens, --data.seq-len and --train.steps"
-        )
     load = busy()  # before anything is measured
     target = planned_target(gpu, config.train.device, config.train.precision)
     if target.kind != "gpu" and gpus > 1:
         raise UsageError(f"--gpus is {gpus}, but this is planned for {target.name}; add --gpu NAME")
-    step = planned_step(config, target)
-    room = make_room(config, step, target, gpus)
-    rows = room.rows(config.train.micro_batch_rows)
-    run = describe_run(config, step, rows, gpus)
-    time = step_time(config, target, step, rows, run["accumulation"], gpus, mfu)
+    stages = list(planned_stages(config, target, gpus, mfu))
+    largest = max(stages, key=lambda stage: stage.room.memory(stage.rows).needed)
+    run = describe_run(config, stages)
     tokens = run["tokens"]
     plan: dict[str, Any] = {
         "recipe": recipe,
         "machine": describe_target(target, gpus),
-        "model": describe_model(step),
+        "model": describe_model(stages[0].step),
         "run": run,
         "data": describe_data(corpus, tokens) if corpus else None,
-        "memory": room.describe(rows),
-        "disk": disk(config, checkpoint_bytes(step), target, corpus),
-        "time": describe_time(config, target, step, time, rows, gpus, corpus),
+        "memory": largest.room.describe(largest.rows),
+        "disk": disk(config, checkpoint_bytes(largest.step), tokens, target, corpus),
+        "time": describe_time(config, target, stages, gpus, corpus),
         "cost": None,
     }
     if price is not None:
         hours = plan["time"]["hours"] * gpus
         plan["cost"] = {"price_per_gpu_hour": price, "gpu_hours": hours, "total": hours * price}
-    warnings = [*refusals(config, gpus, rows), *unsuitable_device(config.train, target), *doubtful_choices(plan)]
-    return plan | {"warnings": [*warnings, *doubtful_figures(target, time, load)]}
-
-
-# ---- the step, and the rows that have room
-
-
-def planned_step(config: RunConfig, target: Target) -> PlannedStep:
-    train = config.train
-    return PlannedStep(
-        config.model,
-        config.data.seq_len,
-        path_name(config, target),
-        train.precision,
-        pad_vocab=train.pad_vocab,
-        checkpointing=train.activation_checkpointing,
-        offload=config.optim.offload and target.kind != "cpu",  # where all memory is the host's
-        document_mask=config.data.document_mask,
-        weights=train.weight_dtype,
-        gradients=train.grad_dtype,
-        state=config.optim.state_dtype,
-        blocks=train.compile_blocks,
-        activation_offload=train.activation_offload and target.kind != "cpu",
-    )
-
-
-def checkpoint_bytes(step: PlannedStep) -> float:
-    """Of weights and moments, without padding, which is little."""
-    shape = step.shape
-    return (step.weight_bytes + step.moment_bytes / shape.padded) * shape.parameters
-
-
-def path_name(config: RunConfig, target: Target) -> str:
-    """eager, compiled or fused: as `regpt train` would choose on that device."""
-    train = config.train
-    plain = "compiled" if train.compile else "eager"
-    if train.kernels == "plain" or train.weight_dtype == "bf16":
-        return plain
-    with without_memory():
-        empty = make_model(config.model, pad_vocab=train.pad_vocab)
-    how = {"deterministic": train.deterministic, "recompute": train.activation_checkpointing}
-    how |= {"offload": train.activation_offload}
-    if target.here is not None:
-        chosen = select_kernels(train.kernels, empty, target.here, train.precision, **how)
-        return "fused" if chosen.name == "fused" else plain
-    reason = model_obstacle(empty, train.precision, **how)
-    if train.kernels == "fused" and reason is not None:
-        raise UsageError(f"train.kernels is fused, but {reason}; set train.kernels to plain or auto")
-    major, minor = MEASURED_CAPABILITY
-    capability = (target.figures.capability if target.figures else None) or 0.0
-    return "fused" if reason is None and (train.kernels == "fused" or capability >= major + minor / 10) else plain
-
-
-@dataclass(frozen=True)
-class Room:
-    """Memory of a step with any number of rows, and that of the device.
-
-    Attributes:
-        choices: micro-batches that divide the batch; powers of two where nothing does.
-        process_bytes: Python and the libraries in memory.
-        checkpoint_copy: bytes that a checkpoint written in the background holds on a CPU.
-    """
-
-    step: PlannedStep
-    target: Target
-    choices: list[int]
-    process_bytes: int = 0
-    checkpoint_copy: float = 0
-
-    def memory(self, rows: int) -> StepMemory:
-        if self.target.kind == "cpu":
-            return cpu_memory(self.step, rows, self.process_bytes, self.checkpoint_copy)
-        return gpu_memory(self.step, rows)
-
-    def available(self) -> float:
-        """Bytes that the run may take: all of a GPU, what is free of this host."""
-        return available_memory() + self.process_bytes if self.target.kind == "cpu" else self.target.memory
-
-    def largest(self) -> int | None:
-        """The largest micro-batch that fits; None where not even one row does."""
-        return max((n for n in self.choices if self.memory(n).needed <= self.available()), default=None)
-
-    def rows(self, wanted: int | str) -> int:
-        """The configured micro-batch; for `auto` the largest that fits, on a CPU a few rows."""
-        if isinstance(wanted, int):
-            return wanted
-        largest = self.largest() or 1
-        if self.target.kind == "cpu":
-            return max(n for n in self.choices if n <= min(ROWS_ON_CPU, largest))
-        return largest
-
-    def describe(self, rows: int) -> dict[str, Any]:
-        memory, free = self.memory(rows), self.available()
-        return {
-            "path": self.step.path,
-            "of": "the process" if self.target.kind == "cpu" else "tensors",
-            "parts_gib": {name: size / GIB for name, size in memory.parts.items()},
-            "peak_gib": memory.peak / GIB,
-            "host_gib": self.step.moment_bytes / GIB if self.step.offload else 0.0,
-            "needed_gib": memory.needed / GIB,
-            "available_gib": free / GIB,
-            "fits": memory.needed <= free,
-            "largest_micro_batch_rows": self.largest(),
-        }
-
-
-def make_room(config: RunConfig, step: PlannedStep, target: Target, gpus: int) -> Room:
-    batch_rows, rest = divmod(config.train.batch_tokens, config.data.seq_len * gpus)
-    choices = [2**n for n in range(11)] if rest or not batch_rows else row_choices(batch_rows)
-    copy = checkpoint_bytes(step) if config.checkpoint.background else 0
-    resident = psutil.Process().memory_info().rss  # after the imports of a model, before tensors are counted
-    return Room(step, target, choices, resident, copy)
+    choices = doubtful_choices(plan, largest.rows)
+    warnings = [*refusals(config, gpus, stages), *unsuitable_device(config.train, target), *choices]
+    return plan | {"warnings": [*warnings, *doubtful_figures(target, stages[0].time, load)]}
 
 
 # ---- sections of the plan
@@ -218,20 +94,33 @@ def describe_model(step: PlannedStep) -> dict[str, Any]:
     return sizes | {"flops_per_token": shape.flops_per_token}
 
 
-def describe_run(config: RunConfig, step: PlannedStep, rows: int, gpus: int) -> dict[str, Any]:
-    train, seq_len = config.train, config.data.seq_len
-    tokens = train.steps * train.batch_tokens
+def describe_run(config: RunConfig, stages: Sequence[PlannedStage]) -> dict[str, Any]:
+    first, tokens = stages[0], sum(stage.steps * stage.batch_tokens for stage in stages)
     return {
-        "steps": train.steps,
-        "batch_tokens": train.batch_tokens,
-        "seq_len": seq_len,
-        "micro_batch_rows": rows,
-        "accumulation": math.ceil(train.batch_tokens / (seq_len * rows * gpus)),
-        "precision": train.precision,
+        "steps": config.train.steps,
+        "batch_tokens": first.batch_tokens,
+        "seq_len": first.seq_len,
+        "micro_batch_rows": first.rows,
+        "accumulation": first.accumulation,
+        "precision": config.train.precision,
         "tokens": tokens,
-        "tokens_per_parameter": tokens / step.shape.parameters,
+        "tokens_per_parameter": tokens / first.step.shape.parameters,
         "optimal_tokens_per_parameter": TOKENS_PER_PARAMETER,
-        "flops": tokens * step.shape.flops_per_token,
+        "flops": sum(stage.flops for stage in stages),
+        "stages": [describe_stage(stage) for stage in stages] if len(stages) > 1 else [],
+    }
+
+
+def describe_stage(stage: PlannedStage) -> dict[str, Any]:
+    return {
+        "steps": stage.steps,
+        "batch_tokens": stage.batch_tokens,
+        "seq_len": stage.seq_len,
+        "micro_batch_rows": stage.rows,
+        "accumulation": stage.accumulation,
+        "needed_gib": stage.room.memory(stage.rows).needed / GIB,
+        "step_ms": stage.time.seconds * 1e3,
+        "hours": stage.steps * stage.time.seconds / 3600,
     }
 
 
@@ -241,10 +130,10 @@ def describe_data(corpus: Corpus, tokens: int) -> dict[str, Any]:
     return {"path": path, "train_tokens": train, "val_tokens": val, "epochs": epochs}
 
 
-def disk(config: RunConfig, checkpoint: float, target: Target, corpus: Corpus | None) -> dict[str, Any]:
+def disk(config: RunConfig, checkpoint: float, tokens: int, target: Target, corpus: Corpus | None) -> dict[str, Any]:
     """Bytes of the data (one epoch, where none is given) and of the checkpoints when most of them are there."""
     word = 2 if config.model.vocab_size <= 2**16 else 4  # bytes of a token
-    data = word * config.train.steps * config.train.batch_tokens
+    data = word * tokens
     if corpus:
         manifests = [folder.manifest for folder in corpus.folders]
         shards = [(shard, manifest.numpy_dtype.itemsize) for manifest in manifests for shard in manifest.shards]
@@ -268,49 +157,39 @@ def kept_checkpoints(config: CheckpointConfig, steps: int) -> int:
     return min(saved, config.keep_last + 1 + (steps // config.keep_every if config.keep_every else 0))
 
 
-def step_time(
-    config: RunConfig, target: Target, step: PlannedStep, rows: int, micro_batches: int, gpus: int, mfu: float | None
-) -> StepTime:
-    """Stated, from figures, or measured."""
-    if mfu is not None:
-        flops = config.train.batch_tokens * step.shape.flops_per_token / gpus
-        return stated_time(mfu, flops, micro_batches, target.peak)
-    if target.figures is not None and target.kind == "gpu":
-        return gpu_time(step, rows, micro_batches, gpus, target.figures)
-    assert target.here is not None
-    given = {"rows": rows, "micro_batches": micro_batches}
-    return calibrated_time(step, config.optim, **given, device=target.here, peak=target.peak)
-
-
 def describe_time(
-    config: RunConfig, target: Target, step: PlannedStep, time: StepTime, rows: int, gpus: int, corpus: Corpus | None
+    config: RunConfig, target: Target, stages: Sequence[PlannedStage], gpus: int, corpus: Corpus | None
 ) -> dict[str, Any]:
-    """Of a step and of the run with its validations, each a forward over `eval.val_tokens`, and its start."""
-    train, every = config.train, config.eval.every_steps
+    """Of a step, in the mean of all stages, and of the run with its validations, each a forward over `eval.val_tokens`
+    in rows of the first stage, and its starts: each stage compiles anew."""
+    train, every, first = config.train, config.eval.every_steps, stages[0]
     there = corpus.tokens("val") if corpus else config.eval.val_tokens
-    batches = math.ceil(min(config.eval.val_tokens or there, there) / (rows * config.data.seq_len * gpus))
-    validation = (2 + ((train.steps - 1) // every if every else 0)) * batches * FORWARD_SHARE * time.micro_batch
+    batches = math.ceil(min(config.eval.val_tokens or there, there) / (first.rows * first.seq_len * gpus))
+    validation = (2 + ((train.steps - 1) // every if every else 0)) * batches * FORWARD_SHARE * first.time.micro_batch
+    seconds = sum(stage.steps * stage.time.seconds for stage in stages)
+    parts: dict[str, float] = {}
+    for stage in stages:
+        for name, part in stage.time.parts.items():
+            parts[name] = parts.get(name, 0.0) + part * stage.steps / train.steps
     return {
-        "step_ms": time.seconds * 1e3,
-        "parts_ms": {name: part * 1e3 for name, part in time.parts.items()},
-        "tokens_per_s": train.batch_tokens / time.seconds,
-        "mfu": train.batch_tokens * step.shape.flops_per_token / time.seconds / (target.peak * gpus),
+        "step_ms": seconds / train.steps * 1e3,
+        "parts_ms": {name: part * 1e3 for name, part in parts.items()},
+        "tokens_per_s": sum(stage.steps * stage.batch_tokens for stage in stages) / seconds,
+        "mfu": sum(stage.flops for stage in stages) / seconds / (target.peak * gpus),
         "validation_hours": validation / 3600,
-        "hours": (train.steps * time.seconds + validation + START_SECONDS[train.compile]) / 3600,
-        "how": time.how,
+        "hours": (seconds + validation + len(stages) * START_SECONDS[train.compile]) / 3600,
+        "how": first.time.how,
     }
 
 
 # ---- warnings, one sentence each
 
 
-def refusals(config: RunConfig, gpus: int, rows: int) -> Iterator[str]:
+def refusals(config: RunConfig, gpus: int, stages: Sequence[PlannedStage]) -> Iterator[str]:
     """Why `regpt train` would not start, or not do what is meant."""
     train, warmup = config.train, config.optim.warmup_steps
-    for check in (
-        lambda: check_batch(config.data.seq_len, train.batch_tokens, rows, gpus),
-        lambda: make_schedule(config.optim, train.steps),
-    ):
+    batches = [partial(check_batch, one.seq_len, one.batch_tokens, one.rows, gpus) for one in stages]
+    for check in (*batches, lambda: make_schedule(config.optim, train.steps)):
         try:
             check()
         except UsageError as error:
@@ -334,14 +213,14 @@ def unsuitable_device(train: TrainConfig, target: Target) -> Iterator[str]:
         yield f"{needs}, {name} has {device.capability}; set train.compile false"
 
 
-def doubtful_choices(plan: dict[str, Any]) -> Iterator[str]:
-    """Values of the finished plan that deserve a second thought."""
+def doubtful_choices(plan: dict[str, Any], rows: int) -> Iterator[str]:
+    """Values of the finished plan that deserve a second thought; `rows` at once are those of its memory."""
     run, memory, disk, time = (plan[name] for name in ("run", "memory", "disk", "time"))
     if not memory["fits"]:
         largest = memory["largest_micro_batch_rows"]
         way_out = f"set train.micro_batch_rows to {largest}" if largest else "use a smaller model or a larger device"
         needed = f"{memory['needed_gib']:.1f} GiB are needed, {memory['available_gib']:.1f} GiB are there"
-        yield f"{run['micro_batch_rows']} rows at once will not fit: {needed}; {way_out}"
+        yield f"{rows} rows at once will not fit: {needed}; {way_out}"
     epochs, ratio = plan["data"]["epochs"] if plan["data"] else 0, run["tokens_per_parameter"]
     if epochs > GOOD_EPOCHS:
         effect = "almost nothing" if epochs > USELESS_EPOCHS else "less than new data would"
