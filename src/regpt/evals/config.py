@@ -17,7 +17,7 @@ class EvalConfig:
     val_tokens: Annotated[int, Range(0, MANY)] = 655360
     """Validation tokens read each time, from the start of the split (of each source); 0 reads all."""
     tasks: str = ""
-    """Tasks evaluated with each validation, as regpt eval --tasks names them: hellaswag; core:DIR; mc:FILE."""
+    """Tasks evaluated with each validation, as regpt eval --tasks names them: hellaswag; core:DIR; mc:FILE; needle."""
     max_items: Annotated[int, Range(0, MANY)] = 0
     """Items of each task, the first of a fixed order; 0 takes all."""
     max_seconds: Annotated[float, Range(0, LONG)] = 0.0
