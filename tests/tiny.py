@@ -58,6 +58,9 @@ FAMILY_CONFIGS = {
     "mixtral": replace(CONFIG, family="mixtral", n_inner=13, n_expert=4, n_expert_shared=1),
     "olmoe": replace(CONFIG, family="olmoe", n_inner=12, n_expert=5, n_expert_active=3, norm_topk=False),
     "qwen3_moe": replace(CONFIG, family="qwen3_moe", n_kv_head=1, head_size=6, n_inner=12),
+    "gemma3_text": replace(
+        CONFIG, family="gemma3_text", n_inner=40, window=4, full_attention_every=2, query_pre_attn_scalar=5
+    ),
     "gpt_neox": replace(CONFIG, family="gpt_neox", rope_fraction=0.5, tie_embeddings=False),
 }
 N_ROWS, SEQ_LEN = 8, 12

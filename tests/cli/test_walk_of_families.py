@@ -14,6 +14,7 @@ CHANGES = {
     "mistral": ["--model.window", "5"],
     "qwen3": ["--model.head-size", "6"],
     "smollm3": ["--model.no-rope-every", "2", "--model.n-layer", "2"],
+    "gemma3_text": ["--model.window", "5", "--model.full-attention-every", "2", "--model.n-layer", "2"],
     "mixtral": ["--model.n-expert", "3"],
     "olmoe": ["--model.n-expert", "4", "--model.n-expert-active", "3", "--model.norm-topk", "false"],
     "gpt_neox": ["--model.rope-fraction", "0.25", "--model.tie-embeddings", "false"],

@@ -79,6 +79,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "pythia": ("gpt_neox", TINY | {"num_key_value_heads": None, "hidden_size": 48}),
     "pythia, no attention biases": ("gpt_neox", TINY | {"attention_bias": False, "hidden_size": 96}),
 }
+GEMMA = TINY | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 5, "pad_token_id": V - 1}
+MODELS |= {
+    "gemma 3, windows in two of three layers": ("gemma3_text", GEMMA | {"sliding_window_pattern": 3}),
+    "gemma 3, stretched, own scale, own head, biases": (
+        "gemma3_text",
+        GEMMA
+        | {"num_hidden_layers": 5, "layer_types": (["sliding_attention", "full_attention"] * 3)[:5]}
+        | {"query_pre_attn_scalar": 11, "tie_word_embeddings": False, "attention_bias": True}
+        | {"rope_theta": 5e4, "rope_local_base_freq": 300.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    ),
+    "gemma 3, windows only": ("gemma3_text", GEMMA | {"layer_types": ["sliding_attention"] * 3}),
+}
 EXPERTS: dict[str, Any] = {"num_experts": 5, "num_experts_per_tok": 2, "attention_dropout": 0.0}
 MODELS |= {
     "mixtral": ("mixtral", TINY | {"num_local_experts": 4, "num_experts_per_tok": 2}),
@@ -150,7 +162,9 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Path]:
 
 
 def rms_norm_in_float64(self: Any, x: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.rms_norm(x, (x.size(-1),), self.weight, self.variance_epsilon)
+    gemma = hasattr(self, "eps")  # whose weights are offsets
+    weight, eps = (1 + self.weight, self.eps) if gemma else (self.weight, self.variance_epsilon)
+    return torch.nn.functional.rms_norm(x, (x.size(-1),), weight, eps)
 
 
 def router_in_float64(self: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

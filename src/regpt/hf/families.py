@@ -107,6 +107,16 @@ SPELLINGS: dict[str, Spelling] = {  # by model_type, which is our family
         embedding="embed_in.weight",
         head="embed_out.weight",
     ),
+    "gemma3_text": Spelling(
+        "Gemma3ForCausalLM",
+        {"tie_word_embeddings": True, "rms_norm_eps": 1e-6, "hidden_activation": "gelu_pytorch_tanh"}
+        | {"max_position_embeddings": 131072, "num_key_value_heads": 4, "head_dim": 256, "query_pre_attn_scalar": 256}
+        | {"sliding_window": 4096, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6},
+        GROUPED | {"query_pre_attn_scalar": ("query_pre_attn_scalar",)},
+        activation="hidden_activation",
+        biases=("attention_bias", ""),
+        fixed={"final_logit_softcapping": None, "attn_logit_softcapping": None, "use_bidirectional_attention": False},
+    ),
     "mixtral": Spelling(
         "MixtralForCausalLM",
         LLAMA
@@ -171,7 +181,12 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
             "another model"
         )
     shape |= {"activation": ACTIVATIONS[act], "norm_eps": float(values[spelling.eps]), "bias": bias_of(family, values)}
-    shape |= {"tie_embeddings": values["tie_word_embeddings"] is True, "window": window_of(values)}
+    shape |= {"tie_embeddings": values["tie_word_embeddings"] is True}
+    if FAMILIES[family].layered:
+        shape |= layers_of(values, shape["n_layer"])
+        values = {**values, "rope_parameters": (values.get("rope_parameters") or {}).get("full_attention")}
+    else:
+        shape["window"] = window_of(values)
     if shape["window"] > shape["max_seq_len"]:
         shape["window"] = 0  # no row is that long
     if family == "gpt2":
@@ -222,6 +237,32 @@ def window_of(values: Mapping[str, Any]) -> int:
     return int(window)
 
 
+def layers_of(values: Mapping[str, Any], n_layer: int) -> dict[str, Any]:
+    """Our fields of layers with and without a window, and of the rotation of the former."""
+    every = values["sliding_window_pattern"]
+    if values.get("layer_types"):
+        kinds = values["layer_types"]
+        every = kinds.index("full_attention") + 1 if "full_attention" in kinds else 0
+        if kinds != layer_types(every, n_layer):
+            raise UserError(
+                f"config.json has layer_types = {kinds}, regpt implements full attention in every k-th layer; choose "
+                "another model"
+            )
+    rope = (values.get("rope_parameters") or {}).get("sliding_attention") or {}
+    if rope.get("rope_type", "default") != "default":
+        raise UserError(
+            f"config.json stretches the rotation of layers with a window ({rope['rope_type']!r}), which regpt does not "
+            "implement; choose another model"
+        )
+    theta = float(rope.get("rope_theta", values["rope_local_base_freq"]))
+    return {"full_attention_every": every, "window": values["sliding_window"], "rope_local_theta": theta}
+
+
+def layer_types(every: int, n_layer: int) -> list[str]:
+    kinds = ("sliding_attention", "full_attention")
+    return [kinds[every > 0 and (layer + 1) % every == 0] for layer in range(n_layer)]
+
+
 def rope_of(values: Mapping[str, Any]) -> dict[str, Any]:
     """Our fields of rotary positions, of `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
     new, old = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
@@ -268,7 +309,9 @@ def config_to_hf(config: ModelConfig, eot: int, dtype: str = "float32", ends: Se
     """
     spelling, shape = SPELLINGS[config.family], config.resolved()
     check_spelling(shape)
-    act = next(name for name, ours in ACTIVATIONS.items() if ours == shape.activation)
+    usual = spelling.defaults[spelling.activation]  # of two spellings of one function the family's
+    acts = (name for name, ours in ACTIVATIONS.items() if ours == shape.activation)
+    act = usual if ACTIVATIONS[usual] == shape.activation else next(acts)
     contents: dict[str, Any] = {
         "architectures": [spelling.architecture],
         "model_type": config.family,
@@ -341,6 +384,11 @@ def rotary_keys(shape: ModelConfig) -> dict[str, Any]:
     keys["rope_scaling"] = None if shape.rope_type == "default" else scaling
     if shape.family in ("mistral", "qwen2", "qwen3", "smollm3", "mixtral", "qwen3_moe"):
         keys["sliding_window"] = shape.window or None
+    if shape.family == "gemma3_text":
+        keys["sliding_window"] = shape.window or shape.max_seq_len
+        keys["rope_local_base_freq"] = shape.rope_local_theta or shape.rope_theta
+        keys["sliding_window_pattern"] = shape.full_attention_every or shape.n_layer + 1
+        keys["layer_types"] = layer_types(shape.full_attention_every, shape.n_layer)
     if shape.family in ("qwen2", "qwen3", "smollm3"):
         kind = "sliding_attention" if shape.window else "full_attention"
         keys |= {

@@ -12,7 +12,18 @@ LARGEST_DEPTH = LARGEST_EXPERTS = 1 << 12
 GPT2_VOCAB_SIZE = 50257  # Radford et al. 2019, section 2.3
 
 FamilyName = Literal[
-    "gpt2", "llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3", "gpt_neox", "mixtral", "olmoe", "qwen3_moe"
+    "gpt2",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "olmo2",
+    "smollm3",
+    "gpt_neox",
+    "gemma3_text",
+    "mixtral",
+    "olmoe",
+    "qwen3_moe",
 ]
 ActivationName = Literal["gelu_tanh", "gelu", "relu", "silu"]
 BiasName = Literal["all", "attention", "qkv", "mlp", "none"]
@@ -30,6 +41,8 @@ class Family:
         qk_norm: RMSNorm of queries and keys before the rotation: of each head, or of all heads together.
         experts: MLPs of experts and a router (Shazeer et al. 2017).
         norm_after: norms at the output of attention and MLP instead of their input (OLMo et al. 2024, section 3.2).
+        norm_offset: is added to the weights of norms.
+        layered: layers of two kinds, with a window and without.
     """
 
     activation: ActivationName = "silu"
@@ -38,6 +51,8 @@ class Family:
     rotary: bool = True
     qk_norm: Literal["", "head", "all"] = ""
     norm_after: bool = False
+    norm_offset: float = 0.0
+    layered: bool = False
     experts: bool = False
 
 
@@ -50,6 +65,7 @@ FAMILIES: dict[str, Family] = {
     "olmo2": Family(qk_norm="all", norm_after=True),
     "smollm3": Family(),
     "gpt_neox": Family("gelu", "all", gated=False),  # Pythia
+    "gemma3_text": Family("gelu_tanh", qk_norm="head", norm_offset=1.0, layered=True),
     "mixtral": Family(experts=True),
     "olmoe": Family(qk_norm="all", experts=True),
     "qwen3_moe": Family(qk_norm="head", experts=True),
@@ -124,6 +140,13 @@ class ModelConfig:
     """Every so many layers one without rotation (Yang et al. 2025; SmolLM 3: 4); 0: none."""
     window: Annotated[int, Range(0, LARGEST_SIZE)] = 0
     """A query sees so many keys, its own included (Mistral 7B: 4096); 0: all before it."""
+    full_attention_every: Annotated[int, Range(0, LARGEST_DEPTH)] = 0
+    """Gemma 3: every so many layers one without the window (published: 6); 0: none."""
+    rope_local_theta: Annotated[float, Range(0, 1e12)] = 0.0
+    """Gemma 3: rope_theta of the layers with the window, whose wavelengths are never stretched (published: 10,000); 0:
+    rope_theta."""
+    query_pre_attn_scalar: Annotated[int, Range(0, LARGEST_SIZE)] = 0
+    """Gemma 3: the root of this divides the scores of attention (27B: 168); 0: head_size."""
 
     def __post_init__(self) -> None:
         if self.vocab_size < 0:
@@ -142,6 +165,7 @@ class ModelConfig:
                 f"n_kv_head = {divisors_near(self.n_head, self.n_kv_head)} would fit"
             )
         self.check_positions()
+        self.check_layers()
         self.check_experts()
 
     def check_positions(self) -> None:
@@ -172,6 +196,20 @@ class ModelConfig:
                 f"rope_high_freq_factor; they are {self.rope_original_max_seq_len}, {self.rope_low_freq_factor:g} and "
                 f"{self.rope_high_freq_factor:g}"
             )
+
+    def check_layers(self) -> None:
+        """Raise a UsageError for fields of Gemma 3 in another family."""
+        changed = [name for name in LAYERED if getattr(self, name) != getattr(ModelConfig, name)]
+        if changed and not FAMILIES[self.family].layered:
+            raise UsageError(
+                f"model.{changed[0]} is {getattr(self, changed[0])!r}, but the layers of {self.family} are alike; "
+                "leave it out or choose model.family gemma3_text"
+            )
+
+    def full_attention_layers(self) -> list[bool]:
+        """Whether each layer sees all keys, also where the others have a window."""
+        every = self.full_attention_every
+        return [every > 0 and (layer + 1) % every == 0 for layer in range(self.n_layer)]
 
     def check_experts(self) -> None:
         """Raise a UsageError where fields of experts contradict each other or the family."""
@@ -222,16 +260,22 @@ class ModelConfig:
         family = FAMILIES[self.family]
         inner = -(-8 * self.n_embd // 3 // 256) * 256 if family.gated else 4 * self.n_embd
         routed = {"n_expert": 8, "n_expert_active": min(2, self.n_expert or 8)} if family.experts else {}
-        return routed | {
-            "n_kv_head": self.n_head,
-            "head_size": self.n_embd // self.n_head,
-            "n_inner": inner,
-            "activation": family.activation,
-            "bias": family.bias,
-        }
+        scaled = {"query_pre_attn_scalar": self.head_size or self.n_embd // self.n_head} if family.layered else {}
+        return (
+            routed
+            | scaled
+            | {
+                "n_kv_head": self.n_head,
+                "head_size": self.n_embd // self.n_head,
+                "n_inner": inner,
+                "activation": family.activation,
+                "bias": family.bias,
+            }
+        )
 
 
 FIRST_FIELDS = ("family", "n_layer", "n_head", "n_embd", "vocab_size", "max_seq_len", "dropout")
+LAYERED = ("full_attention_every", "rope_local_theta", "query_pre_attn_scalar")
 EXPERTS = ("n_expert", "n_expert_active", "n_expert_shared", "norm_topk", "expert_bias")
 ROTARY = [name for name in ModelConfig.__dataclass_fields__ if name.startswith("rope_")] + ["no_rope_every"]
 

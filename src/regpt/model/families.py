@@ -2,13 +2,15 @@
 
 from regpt.model.config import FAMILIES, ModelConfig
 from regpt.model.experts import LlamaOfExperts
+from regpt.model.gemma import Gemma
 from regpt.model.gpt2 import GPT2
 from regpt.model.llama import Llama
 from regpt.model.neox import NeoX
 from regpt.model.ops import PLAIN, Ops
 from regpt.model.transformer import Transformer
 
-FORWARDS: dict[str, type[Transformer]] = {"gpt2": GPT2, "gpt_neox": NeoX}  # the others: Llama, with or without experts
+FORWARDS: dict[str, type[Transformer]] = {"gpt2": GPT2, "gpt_neox": NeoX, "gemma3_text": Gemma}
+# the others: Llama, with or without experts
 
 
 def forward_of(config: ModelConfig) -> type[Transformer]:

@@ -32,13 +32,14 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float, ops: Ops):
+    def __init__(self, size: int, eps: float, ops: Ops, offset: float = 0.0):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps, self.ops = eps, ops
+        self.weight = nn.Parameter(torch.full((size,), 1 - offset))
+        self.eps, self.offset, self.ops = eps, offset, ops
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.ops.rms_norm(x, self.weight, self.eps)  # (..., size)
+        weight = self.weight + self.offset if self.offset else self.weight
+        return self.ops.rms_norm(x, weight, self.eps)  # (..., size)
 
 
 class Linear(nn.Linear):

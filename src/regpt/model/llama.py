@@ -5,6 +5,7 @@ The relatives differ in a few places (`config.FAMILIES`): biases of q, k and v (
 Shapes: the glossary in `regpt.model`.
 """
 
+import math
 from typing import Any
 
 import torch.nn as nn
@@ -16,6 +17,10 @@ from regpt.model.dropout import OFF, Dropout
 from regpt.model.layers import Head, Linear, RMSNorm, Rotation, activation, attend, padded_rows, rotate, rotation
 from regpt.model.ops import PLAIN, Ops
 from regpt.model.transformer import Routes, Transformer
+
+
+def norm_of(config: ModelConfig, size: int, ops: Ops) -> RMSNorm:
+    return RMSNorm(size, config.norm_eps, ops, FAMILIES[config.family].norm_offset)
 
 
 class LlamaAttention(nn.Module):
@@ -32,7 +37,9 @@ class LlamaAttention(nn.Module):
         self.per_head = family.qk_norm == "head"
         if family.qk_norm:
             sizes = (D, D) if self.per_head else (config.n_head * D, config.n_kv_head * D)
-            self.q_norm, self.k_norm = (RMSNorm(size, config.norm_eps, ops) for size in sizes)
+            self.q_norm, self.k_norm = (norm_of(config, size, ops) for size in sizes)
+        scalar = config.query_pre_attn_scalar or D
+        self.query_scale = 1.0 if scalar == D else math.sqrt(D / scalar)
         self.rotated = not config.no_rope_every or (layer + 1) % config.no_rope_every != 0
         self.qk_norm, self.head_size, self.layer, self.ops = bool(family.qk_norm), D, layer, ops
 
@@ -46,6 +53,8 @@ class LlamaAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotated:
             q, k = rotate(q, by), rotate(k, by)
+        if self.query_scale != 1:
+            q = q * self.query_scale
         return self.o_proj(attend((q, k, v), self.layer, mask, cache, drop, self.ops))
 
 
@@ -112,7 +121,7 @@ class Llama(Transformer):
         block = PostNormBlock if FAMILIES[config.family].norm_after else self.block_class
         self.embed_tokens = nn.Embedding(rows, config.n_embd)
         self.layers = nn.ModuleList(block(shape, ops, layer) for layer in range(config.n_layer))
-        self.norm = RMSNorm(config.n_embd, config.norm_eps, ops)
+        self.norm = norm_of(config, config.n_embd, ops)
         self.lm_head = None if config.tie_embeddings else Head(rows, config.n_embd)
         self.padded_names = frozenset({"embed_tokens.weight"} | ({"lm_head.weight"} if self.lm_head else set()))
 

@@ -1,6 +1,7 @@
 """What every family of models answers for itself. The forwards: `gpt2`, `llama`, `neox`, one a file."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -70,6 +71,11 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """The family's forward: from token ids (B, T) and their positions to hidden states (B, T, C)."""
         raise NotImplementedError
+
+    def masks(self, mask: AttentionMask, translate: Callable[[AttentionMask], Any]) -> Any:
+        """What `stack` takes as its mask: `mask` and the model's own window, for the implementation of attention."""
+        window = self.config.window
+        return translate(replace(mask, window=window) if window and mask.window is None else mask)
 
     @property
     def head_weight(self) -> Tensor:
@@ -142,7 +148,6 @@ class Transformer(nn.Module):
         B, T = idx.shape
         start = 0 if cache is None else cache.length
         mask = mask if cu_seqlens is None else replace(mask, documents=cu_seqlens)
-        mask = replace(mask, window=self.config.window) if self.config.window and mask.window is None else mask
         if mask.tree is None and start + T > self.config.max_seq_len:
             raise ValueError(f"{start + T} tokens given, the model has {self.config.max_seq_len} positions")
         if mask.packed and (positions is None or cache is not None):
@@ -151,7 +156,7 @@ class Transformer(nn.Module):
             positions = torch.arange(start, start + T, device=idx.device)  # (T,)
         drop = Dropout(self.config.dropout, dropout_keys if self.config.dropout else None)
         translate = self.ops.translate_mask if drop.keys is None else sdpa_mask  # as `attention_with_dropout` takes it
-        seen = translate(mask, B, T, start + T, idx.device)
+        seen = self.masks(mask, lambda one: translate(one, B, T, start + T, idx.device))
         x = self.stack(idx, positions, seen, cache, drop, routes)  # (B, T, C)
         if cache is not None:
             cache.length += T

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from regpt.errors import UserError
+from regpt.model.config import FAMILIES
 from regpt.model.transformer import Transformer
 
 INIT_THREADS = min(16, os.cpu_count() or 1)
@@ -76,7 +77,8 @@ class InitialWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         empty = torch.empty(self.shapes[name], dtype=torch.float32, device="cpu")
         if empty.dim() < 2:
-            return empty.fill_(0.0 if name.endswith(".bias") else 1.0)  # weights of norms
+            norm = 1.0 - FAMILIES[self.model.config.family].norm_offset
+            return empty.fill_(0.0 if name.endswith(".bias") else norm)
         return empty.normal_(0.0, self.model.init_std(name), generator=named_generator(self.seed, name))
 
     def __iter__(self) -> Iterator[str]:
