@@ -259,6 +259,11 @@ def test_rope_is_read_in_the_spelling_of_transformers_4(scaling: dict[str, Any])
         ({"hidden_act": "tanh"}, "hidden_act = 'tanh'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"num_key_value_heads": 4}, "n_head = 6 is not divisible by model.n_kv_head = 4"),
+        (
+            {"model_type": "gemma3_text", "layer_types": ["full_attention", "full_attention", "sliding_attention"]},
+            "regpt implements every k-th layer",
+        ),
+        ({"model_type": "gemma3_text", "final_logit_softcapping": 30.0}, "softcapping = 30.0, regpt implements None"),
         ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4}, "with and without a sliding window"),
         ({"model_type": "smollm3", "no_rope_layers": [0, 1, 1]}, "no_rope_layers"),
         ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, "decoder_sparse_step = 2, regpt implements 1 only"),

@@ -34,6 +34,7 @@ GPT2_SIZES = {
     "max_seq_len": ("n_positions", "max_position_embeddings"),
     "n_inner": ("n_inner",),
 }
+LAYER_KINDS, ROTATED = ("sliding_attention", "full_attention"), (1, 0)  # of most layers, and of every k-th
 DERIVED = ("n_inner", "n_kv_head", "head_size")  # null or missing: what `ModelConfig.resolved` derives
 
 
@@ -194,7 +195,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     if FAMILIES[family].rotary:
         shape |= rope_of(values)
     if family == "smollm3":
-        shape["no_rope_every"] = no_rope_every(values, shape["n_layer"])
+        shape["no_rope_every"] = every_kth(
+            values, "no_rope_layers", shape["n_layer"], ROTATED, values["no_rope_layer_interval"]
+        )
     if "norm_topk_prob" in spelling.defaults:
         shape["norm_topk"] = values["norm_topk_prob"] is True
     return ModelConfig(family=family, **shape).normalized()  # pyright: ignore[reportArgumentType]
@@ -239,15 +242,6 @@ def window_of(values: Mapping[str, Any]) -> int:
 
 def layers_of(values: Mapping[str, Any], n_layer: int) -> dict[str, Any]:
     """Our fields of layers with and without a window, and of the rotation of the former."""
-    every = values["sliding_window_pattern"]
-    if values.get("layer_types"):
-        kinds = values["layer_types"]
-        every = kinds.index("full_attention") + 1 if "full_attention" in kinds else 0
-        if kinds != layer_types(every, n_layer):
-            raise UserError(
-                f"config.json has layer_types = {kinds}, regpt implements full attention in every k-th layer; choose "
-                "another model"
-            )
     rope = (values.get("rope_parameters") or {}).get("sliding_attention") or {}
     if rope.get("rope_type", "default") != "default":
         raise UserError(
@@ -255,11 +249,22 @@ def layers_of(values: Mapping[str, Any], n_layer: int) -> dict[str, Any]:
             "implement; choose another model"
         )
     theta = float(rope.get("rope_theta", values["rope_local_base_freq"]))
+    every = every_kth(values, "layer_types", n_layer, LAYER_KINDS, values["sliding_window_pattern"])
     return {"full_attention_every": every, "window": values["sliding_window"], "rope_local_theta": theta}
 
 
-def layer_types(every: int, n_layer: int) -> list[str]:
-    kinds = ("sliding_attention", "full_attention")
+def every_kth(values: Mapping[str, Any], key: str, n_layer: int, kinds: tuple[Any, Any], default: int) -> int:
+    """k where the list under `key` has the second of `kinds` for every k-th layer, 0 where for none."""
+    found = values.get(key)
+    if not found:
+        return default
+    every = found.index(kinds[1]) + 1 if kinds[1] in found else 0
+    if found != each_layer(every, n_layer, kinds):
+        raise UserError(f"config.json has {key} = {found}, regpt implements every k-th layer; choose another model")
+    return every
+
+
+def each_layer(every: int, n_layer: int, kinds: tuple[Any, Any]) -> list[Any]:
     return [kinds[every > 0 and (layer + 1) % every == 0] for layer in range(n_layer)]
 
 
@@ -286,18 +291,6 @@ def rope_of(values: Mapping[str, Any]) -> dict[str, Any]:
         rope["rope_original_max_seq_len"] = longest
         rope |= {f"rope_{key}": float(given.get(key, 0)) for key in ("low_freq_factor", "high_freq_factor")}
     return rope
-
-
-def no_rope_every(values: Mapping[str, Any], n_layer: int) -> int:
-    rotated = values.get("no_rope_layers")
-    if rotated is None:
-        return int(values["no_rope_layer_interval"])
-    every = rotated.index(0) + 1 if 0 in rotated else 0
-    if rotated != [int(not every or (layer + 1) % every != 0) for layer in range(n_layer)]:
-        raise UserError(
-            f"config.json has no_rope_layers = {rotated}, regpt implements every k-th layer; choose another model"
-        )
-    return every
 
 
 def config_to_hf(config: ModelConfig, eot: int, dtype: str = "float32", ends: Sequence[int] = ()) -> dict[str, Any]:
@@ -388,7 +381,7 @@ def rotary_keys(shape: ModelConfig) -> dict[str, Any]:
         keys["sliding_window"] = shape.window or shape.max_seq_len
         keys["rope_local_base_freq"] = shape.rope_local_theta or shape.rope_theta
         keys["sliding_window_pattern"] = shape.full_attention_every or shape.n_layer + 1
-        keys["layer_types"] = layer_types(shape.full_attention_every, shape.n_layer)
+        keys["layer_types"] = each_layer(shape.full_attention_every, shape.n_layer, LAYER_KINDS)
     if shape.family in ("qwen2", "qwen3", "smollm3"):
         kind = "sliding_attention" if shape.window else "full_attention"
         keys |= {
@@ -400,6 +393,6 @@ def rotary_keys(shape: ModelConfig) -> dict[str, Any]:
         keys |= {"use_sliding_window": bool(shape.window), "intermediate_size": shape.n_inner}
     if shape.family == "smollm3":
         every = shape.no_rope_every
-        keys["no_rope_layers"] = [int(not every or (layer + 1) % every != 0) for layer in range(shape.n_layer)]
+        keys["no_rope_layers"] = each_layer(every, shape.n_layer, ROTATED)
         keys["no_rope_layer_interval"] = every or shape.n_layer + 1
     return keys
