@@ -316,7 +316,7 @@ def test_a_gpu_that_failed_is_told_in_one_line_and_nothing_is_freed_afterwards()
         "main.command_of = failing\n"
         "sys.argv = ['regpt', 'train', 'gpt2-tiny']\n"
         "try: sys.exit(main.main())\n"
-        "finally: print('noted')  # as regpt.parallel.worker notes the exit code\n"
+        "finally: print('noted')\n"
     )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert (found.returncode, found.stdout) == (1, "noted\n")

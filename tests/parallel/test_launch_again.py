@@ -10,15 +10,13 @@ from pathlib import Path
 
 import pytest
 from test_launch import DEVICES, PATIENCE, finished, module_process, regpt, rows  # type: ignore[import-not-found]
-from torch.distributed.elastic.multiprocessing.api import SignalException
 
 import tiny
 from regpt.checkpoint.load import checkpoint_folder, checkpoints
 from regpt.parallel import launch as module
-from regpt.parallel.launch import kill_stragglers, launch, should_restart, verdict
+from regpt.parallel.launch import launch, should_restart, verdict
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
-LINUX = pytest.mark.skipif(sys.platform != "linux", reason="macOS does not tell it")
 KILLED = -signal.SIGTERM
 
 
@@ -27,9 +25,9 @@ KILLED = -signal.SIGTERM
     [
         ({0: 0, 1: 0}, False, 0),
         ({0: 75, 1: 75}, False, 75),
-        ({0: 75, 1: 0}, False, 75),  # torchrun ended process 1, which had nothing left to do
+        ({0: 75, 1: 0}, False, 75),  # the launcher ended process 1, which had nothing left to do
         ({0: 75, 1: KILLED}, False, 75),  # nor this one
-        ({0: 75, 1: -9}, True, 1),  # torchrun ended process 0, before its first step, as the other one had died
+        ({0: 75, 1: -9}, True, 1),  # the launcher ended process 0, before its first step, as the other one had died
         ({0: KILLED, 1: KILLED}, False, 1),
         ({0: 70, 1: KILLED}, True, 1),
         ({0: 70, 1: 2}, False, 2),
@@ -84,39 +82,42 @@ def test_progress_begins_the_count_anew(monkeypatch):
     assert (code, len(started)) == (0, 6)
 
 
-@pytest.mark.parametrize(("signals", "code"), [(1, 70), (2, 130)])
-def test_the_exit_code_says_whether_the_processes_were_late_or_interrupted_twice(monkeypatch, signals: int, code: int):
-    """Both times they end at once and write nothing down."""
-
-    def interrupted(config, entrypoint):
-        def run(*args):
-            try:
-                raise SignalException("the first", signal.SIGINT)
-            except SignalException:
-                if signals == 2:
-                    raise SignalException("while they are ended", signal.SIGINT)  # noqa: B904 (as torch does)
-                raise
-
-        return run
-
-    monkeypatch.setattr(module, "elastic_launch", interrupted)
-    assert launch(2, ["train"]) == code
+DEAF = "import signal, time; [signal.signal(kind, signal.SIG_IGN) for kind in (2, 15)]; time.sleep(60)"
+LAUNCH_DEAF = f"""
+import signal, sys, threading
+from regpt.parallel import launch as module, signals
+module.COMMAND, module.GRACE_SECONDS, signals.SAME_PRESS_SECONDS = (sys.executable, "-c", {DEAF!r}), 0.2, 0.2
+for k in range(int(sys.argv[1])):
+    threading.Timer(1 + k, signal.raise_signal, [signal.SIGINT]).start()
+sys.exit(module.launch(2, [], stop_seconds=int(sys.argv[2])))
+"""
 
 
 @POSIX
-@pytest.mark.parametrize("said_so", [False, pytest.param(True, marks=LINUX)])
-def test_a_process_that_does_not_end_when_the_others_have_is_killed(tmp_path: Path, monkeypatch, said_so: bool):
+@pytest.mark.parametrize(("often", "stop_seconds", "code"), [(1, 0, 70), (2, 60, 130)])
+def test_the_exit_code_says_whether_the_processes_were_late_or_interrupted_twice(often, stop_seconds, code):
+    """Processes that end by no signal of ours are killed."""
+    command = [sys.executable, "-c", LAUNCH_DEAF, str(often), str(stop_seconds)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run(command, env=env, timeout=PATIENCE, check=False).returncode == code
+
+
+@POSIX
+def test_a_process_that_does_not_end_when_the_others_have_is_killed(monkeypatch):
     """Suspended after the last step, or hanging in a library's clean-up: nobody waits for it any more."""
-    monkeypatch.setattr(module, "LOOK_SECONDS", 0.01)
+    hang = "import os, time; time.sleep(60 if os.environ['RANK'] == '1' else 0)"
+    monkeypatch.setattr(module, "COMMAND", (sys.executable, "-c", hang))
     said: list[str] = []
-    command = [sys.executable, "-c", "input()", str(tmp_path), "1"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE) as hanging:
-        (tmp_path / "0.exit").write_text("0")
-        if said_so:  # it hangs in the interpreter's own end
-            (tmp_path / "1.exit").write_text("0")
-        with kill_stragglers(tmp_path, 0.05, said.append):
-            assert hanging.wait(PATIENCE) == -signal.SIGKILL
+    assert launch(2, [], hang_seconds=0.05, say=said.append) == 0
     assert said == ["process 1 has not ended 0.05 seconds after the others, and is killed"]
+
+
+@POSIX
+def test_the_death_of_a_process_ends_the_others(monkeypatch):
+    """They are asked to, and save what they can."""
+    dying = "import os, signal, time; os.environ['RANK'] == '1' and os.kill(os.getpid(), 9); time.sleep(60)"
+    monkeypatch.setattr(module, "COMMAND", (sys.executable, "-c", dying))
+    assert module.run_once(2, [], 300, 600, print) == ({0: -signal.SIGTERM, 1: -signal.SIGKILL}, False)
 
 
 @POSIX

@@ -1,39 +1,34 @@
-"""Start one command as several processes of this machine, through torchrun's own machinery; again when one dies.
+"""Start one command as several processes of this machine, each with what torchrun's environment says; again when one
+dies.
 
-Whether a group is started again depends on how its processes ended (`regpt.parallel.worker` writes it down): a process
-that was killed, or met something unexpected, may do better next time; one that refused its input would not.
+Whether a group is started again depends on how its processes ended: a process that was killed, or met something
+unexpected, may do better next time; one that refused its input would not.
 """
 
 import contextlib
 import math
 import signal
+import subprocess
 import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
-from pathlib import Path
-from typing import Any
 
-import psutil
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.utils.api import macros
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from regpt.errors import UsageError
-from regpt.parallel.mesh import HANG_SECONDS
+from regpt.parallel.mesh import HANG_SECONDS, launcher_environment
 from regpt.parallel.signals import EXIT_SAVED as SAVED
 from regpt.parallel.signals import HANGUP, INTERRUPTED, stop_signals, told_of_signals
 
 UNEXPECTED = 70
 DELIBERATE = (1, 2, INTERRUPTED)  # a process that ends with one of these says that another try is of no use
-# And with these, that it was asked to: by the user, or by torchrun as another one died.
+# And with these, that it was asked to: by the user, or by the launcher as another one died.
 TOLD = (SAVED, -signal.SIGTERM, *(-kind for kind in HANGUP))
 STOP_SECONDS = 300  # after a signal, for the processes to end by themselves
-LOOK_SECONDS = 0.5
 GRACE_SECONDS = 5  # more, before they are killed: one that is suspended cannot end itself
+DEATH_SECONDS = 30  # after the death of one, for the others, which now wait for it in vain
+LOOK_SECONDS = 0.05
+COMMAND = (sys.executable, "-m", "regpt")
 
 
 def launch(
@@ -80,97 +75,83 @@ def run_once(
     processes: int, args: Sequence[str], stop_seconds: int, hang_seconds: float, say: Callable[[str], None]
 ) -> tuple[dict[int, int], bool]:
     """The exit code of every process (negative: the signal that ended it), and whether the launcher got a signal."""
-    # Older torch waits for 30 seconds; it ends a run at SIGHUP, also one that nohup has started.
-    wanted: dict[str, Any] = {
-        "shutdown_timeout": stop_seconds + GRACE_SECONDS,
-        "signals_to_handle": ",".join(kind.name for kind in stop_signals()),
-    }
-    known = {field.name for field in fields(LaunchConfig)}
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        run_id="regpt",
-        max_restarts=0,
-        **{name: value for name, value in wanted.items() if name in known},
-    )
-    with tempfile.TemporaryDirectory(prefix="regpt-launch-") as folder:
-        seen: dict[int, int] = {}
-        interrupted, unknown = False, 0
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environments = [launcher_environment(rank, processes, store.port) for rank in range(processes)]
+    signals: list[int] = []
+    with forwarded_signals(signals, group := list[subprocess.Popen[bytes]]()):
         try:
-            with (
-                restored_handlers(),
-                told_of_signals(first=lambda kind: None, second=lambda: kill_workers(Path(folder), GRACE_SECONDS)),
-                kill_stragglers(Path(folder), hang_seconds, say),
-            ):
-                elastic_launch(config, sys.executable)("-m", "regpt.parallel.worker", folder, macros.local_rank, *args)
-        except ChildFailedError as failed:
-            seen = {rank: failure.exitcode for rank, failure in failed.failures.items()}
-        except SignalException as error:
-            # A process that wrote nothing down was late, or was killed.
-            is_second = isinstance(error.__context__, SignalException)  # it came while torchrun ended the processes
-            interrupted, unknown = True, INTERRUPTED if is_second else UNEXPECTED
-            kill_workers(Path(folder))  # all have ended, unless this was a second signal
-        found = {int(path.stem): int(path.read_text()) for path in Path(folder).glob("*.exit")}
-        return {rank: found.get(rank, seen.get(rank, unknown)) for rank in range(processes)}, interrupted
+            group += [subprocess.Popen([*COMMAND, *args], env=environment) for environment in environments]
+            killed = wait(group, signals, stop_seconds, hang_seconds, say)
+        finally:
+            for process in group:
+                process.kill()
+                process.wait()
+    codes = {rank: process.returncode for rank, process in enumerate(group)}
+    if signals:
+        codes |= dict.fromkeys(killed, INTERRUPTED if len(signals) > 1 else UNEXPECTED)
+    elif codes[0] in (0, SAVED):  # the main process has ended well, so nothing was left to do
+        codes |= dict.fromkeys(killed, 0)
+    return codes, bool(signals)
 
 
 @contextlib.contextmanager
-def restored_handlers() -> Iterator[None]:
-    """torchrun puts its own in their place and leaves them there."""
-    before = {kind: signal.getsignal(kind) for kind in stop_signals()}
+def forwarded_signals(seen: list[int], group: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Send the first signal that asks this process to stop, and a second one, to the processes of `group`; `seen` gets
+    them."""
+
+    def forward(kind: int = signal.SIGINT) -> None:
+        seen.append(kind)
+        for process in group:
+            process.send_signal(kind)
+
+    before = {kind: signal.signal(kind, lambda signum, frame: None) for kind in stop_signals()}
     try:
-        yield
+        with told_of_signals(first=forward, second=forward):
+            yield
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
 
 
-@contextlib.contextmanager
-def kill_stragglers(folder: Path, seconds: float, say: Callable[[str], None]) -> Iterator[None]:
-    """Kill the processes that have not ended `seconds` after the first: all meet at the end of a run, and then no rank
-    waits for another, whose heartbeats (`parallel.pulse`) would report one that hangs."""
-    done = threading.Event()
+def wait(
+    group: Sequence[subprocess.Popen[bytes]],
+    signals: Sequence[int],
+    stop_seconds: float,
+    hang_seconds: float,
+    say: Callable[[str], None],
+) -> list[int]:
+    """Return when all have ended; the ranks of those that had to be killed.
 
-    def look() -> None:
-        first = math.inf
-        while not done.wait(LOOK_SECONDS):
-            if any(folder.glob("*.exit")):
-                first = min(first, time.monotonic())
-            if time.monotonic() - first > seconds and (here := workers(folder)):
-                ranks = ", ".join(map(str, sorted(here)))
+    A signal allows `stop_seconds` and some more; the end of one that ended well allows `hang_seconds`: all meet at the
+    end of a run, and then no rank waits for another, whose heartbeats would report one that hangs.
+    """
+    state, since = "", time.monotonic()
+    while running := [rank for rank, process in enumerate(group) if process.poll() is None]:
+        ends = [process.returncode for process in group if process.returncode is not None]
+        before = state
+        if len(signals) > 1:
+            state, seconds = "interrupted twice", float(GRACE_SECONDS)
+        elif signals:
+            state, seconds = "asked to stop", stop_seconds + GRACE_SECONDS
+        elif any(code not in (0, SAVED) for code in ends):
+            state, seconds = "one failed", DEATH_SECONDS
+        else:
+            state, seconds = ("one ended", hang_seconds) if ends else ("", math.inf)
+        if state != before:
+            since = time.monotonic()
+        if state == "one failed" != before:
+            for rank in running:
+                group[rank].terminate()
+        if time.monotonic() - since > seconds:
+            if state == "one ended":
+                ranks = ", ".join(map(str, running))
                 say(f"process {ranks} has not ended {seconds:g} seconds after the others, and is killed")
-                kill_workers(folder)
-                return
-
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
-def kill_workers(folder: Path, after: float = 0) -> None:
-    """Kill the processes that still run `after` so many seconds."""
-    time.sleep(after)
-    for process in workers(folder).values():
-        with contextlib.suppress(psutil.Error):  # it has just ended
-            process.kill()
-
-
-def workers(folder: Path) -> dict[int, psutil.Process]:
-    """Rank → process, of those that have not ended."""
-    found = {}
-    for process in psutil.Process().children():
-        with contextlib.suppress(psutil.Error):  # it has just ended
-            words = process.cmdline()
-            if str(folder) in words:
-                found[int(words[words.index(str(folder)) + 1])] = process
-    return found
+            for rank in running:
+                group[rank].kill()
+                group[rank].wait()
+            return running
+        time.sleep(LOOK_SECONDS)
+    return []
 
 
 def should_restart(codes: dict[int, int]) -> bool:

@@ -104,6 +104,14 @@ def launcher_world_size() -> int:
     return launcher_number("WORLD_SIZE", 1) if under_launcher() else 1
 
 
+def launcher_environment(rank: int, processes: int, port: int) -> dict[str, str]:
+    """The environment of one of `processes` processes on this machine, whose launcher has a store at `port`."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    ours = {name: str(value) for name, value in (numbers | place).items()}
+    return {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"} | os.environ | ours  # the first as torchrun does
+
+
 def launcher_restarts() -> int:
     """How often torchrun (`--max-restarts`) has started this group of processes again."""
     return launcher_number("TORCHELASTIC_RESTART_COUNT", 0, default=0)

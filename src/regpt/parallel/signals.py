@@ -23,12 +23,12 @@ def stop_signals() -> list[signal.Signals]:
     return [kind for kind in KINDS if kind not in HANGUP or signal.getsignal(kind) is not signal.SIG_IGN]
 
 
-def leave_when_terminated(note: Callable[[int], object] = lambda code: None) -> None:
+def leave_when_terminated() -> None:
     """From now on SIGTERM and SIGHUP end this process with `EXIT_SAVED`, where nothing is to be saved: before the first
     step of a run, which handles signals itself (`runs.stop`), and after the last.
 
     A main thread that runs no Python code, as it waits for another process, is left after `GRACE_SECONDS`, also after
-    Ctrl-C; `note` is told the exit code then.
+    Ctrl-C.
     """
     if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         return  # it is done
@@ -42,9 +42,7 @@ def leave_when_terminated(note: Callable[[int], object] = lambda code: None) -> 
 
     def leave_main_thread(kind: int) -> None:
         time.sleep(GRACE_SECONDS)
-        code = INTERRUPTED if kind == signal.SIGINT else EXIT_SAVED
-        note(code)
-        os._exit(code)
+        os._exit(INTERRUPTED if kind == signal.SIGINT else EXIT_SAVED)
 
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
