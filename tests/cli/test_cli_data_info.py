@@ -53,12 +53,6 @@ def test_the_order_bos_says_what_it_leaves_out(shards, capsys):
     assert "rows of 16 an epoch, which leave out" in capsys.readouterr().out
 
 
-def test_a_picture_is_written_on_request(shards, capsys):
-    pytest.importorskip("matplotlib")
-    assert info("--out", "lengths.svg") == 0
-    assert "</svg>" in (shards.parent / "lengths.svg").read_text(encoding="utf-8")
-
-
 def test_numbers_are_shown_where_the_text_cannot_be_decoded(shards, capsys):
     (shards / "tokenizer.json").unlink()
     assert info("--seq-len", "32") == 0
@@ -69,7 +63,6 @@ def test_numbers_are_shown_where_the_text_cannot_be_decoded(shards, capsys):
     ("args", "error", "said"),
     [
         (["--seq-len", "0"], UsageError, "--seq-len is 0, must be at least 1"),
-        (["--out", "a.pdf"], UsageError, r"--out 'a\.pdf' has no known kind of picture; end it in \.png or \.svg"),
         (["--order", "boss"], UsageError, "boss"),
         (["--order", "bos", "--seq-len", "100000"], UserError, "fill no row of data.seq_len 100000"),
     ],

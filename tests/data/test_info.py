@@ -22,9 +22,8 @@ from regpt.data.info import (
     tokenizer_of,
 )
 from regpt.data.manifest import read_manifest
-from regpt.data.picture import bin_edges, draw_lengths
 from regpt.data.rows import open_rows
-from regpt.errors import UsageError, UserError
+from regpt.errors import UserError
 from regpt.files import file_sha256
 from regpt.prepare.prepare import prepare
 from regpt.text.bpe import train_bpe
@@ -99,39 +98,6 @@ def test_shards_of_another_tokenizer_are_not_decoded(folder):
     (folder / "tokenizer.json").write_bytes(other.to_json().encode())
     with pytest.raises(UserError, match=r"were made with bpe-270-.* the tokenizer found is bpe-260-"):
         tokenizer_of(folder, read_manifest(folder))
-
-
-@pytest.mark.parametrize(("name", "magic"), [("a.png", b"\x89PNG"), ("a.SVG", b"<?xml")])
-def test_a_picture_is_drawn_of_every_split(tmp_path, name, magic):
-    pytest.importorskip("matplotlib")
-    draw_lengths([split_of([1, 5, 80, 3000]), split_of([7])], tmp_path / name, 1024)
-    assert (tmp_path / name).read_bytes().startswith(magic)
-    assert [path.name for path in tmp_path.iterdir()] == [name]
-
-
-@pytest.mark.parametrize(("shortest", "longest"), [(1, 1), (1, 2), (2, 3), (5, 5), (3, 1000), (1024, 4096)])
-def test_every_length_falls_into_a_bar(shortest, longest):
-    edges = bin_edges(shortest, longest)
-    assert (np.diff(edges) > 0).all()
-    assert edges[0] <= shortest
-    assert edges[-1] > longest
-
-
-def test_a_picture_of_another_kind_is_refused(tmp_path):
-    with pytest.raises(UsageError, match=r"--out '.*a.pdf' has no known kind of picture; end it in .png or .svg"):
-        draw_lengths([split_of([1])], tmp_path / "a.pdf", 1)
-
-
-def test_a_picture_that_cannot_be_written_is_one_sentence(tmp_path):
-    pytest.importorskip("matplotlib")
-    with pytest.raises(UserError, match=r"cannot write '.*none.a.png' \(No such file or directory\); choose another"):
-        draw_lengths([split_of([1, 2])], tmp_path / "none" / "a.png", 1)
-
-
-def test_a_missing_matplotlib_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    with pytest.raises(UserError, match=r"pip install 'regpt\[report\]'"):
-        draw_lengths([split_of([1])], tmp_path / "a.png", 1)
 
 
 def test_a_folder_of_before_is_known_by_the_hash_of_its_file(folder):

@@ -1,4 +1,4 @@
-"""`regpt data info`: what a folder of token shards holds, in numbers, pictures and text."""
+"""`regpt data info`: what a folder of token shards holds, in numbers and text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from regpt.cli.parse import parse
-from regpt.console.lines import print_json, print_line, print_note
+from regpt.console.lines import print_json, print_line
 from regpt.console.text import counted
 from regpt.data.config import ShuffleRows
 from regpt.errors import UserError
@@ -31,8 +31,6 @@ class InfoArgs:
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """Folder of token shards."""
-    out: Annotated[str | None, tyro.conf.arg(metavar="FILE.png|.svg")] = None
-    """Also draw the lengths of the documents into this file."""
     order: Literal["shuffle", "sequential", "bos"] = "shuffle"
     """Show rows in this order; bos also says how many tokens its rows leave out."""
     shuffle_rows: Annotated[ShuffleRows, Range(2, MANY)] = "epoch"
@@ -70,10 +68,7 @@ def main(args: list[str]) -> int:
     given = parse(InfoArgs, args, prog="regpt data info")
     from regpt.data.info import describe_shards
     from regpt.data.manifest import read_manifest
-    from regpt.data.picture import check_picture, draw_lengths
 
-    if given.out:
-        check_picture(Path(given.out))
     folder = Path(given.folder)
     manifest = read_manifest(folder)
     splits = describe_shards(folder, manifest)
@@ -84,9 +79,6 @@ def main(args: list[str]) -> int:
         print_json(info_dict(manifest, splits, content))
     else:
         print_info(given, manifest, splits, content)
-    if given.out:
-        draw_lengths(splits, Path(given.out), given.seq_len)
-        print_note(f"drawn: {given.out}")
     return 0
 
 

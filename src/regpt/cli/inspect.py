@@ -46,7 +46,7 @@ class InspectArgs:
 def main(args: list[str]) -> int:
     given = parse(InspectArgs, args, prog="regpt inspect")
     if given.out is not None:
-        from regpt.data.picture import check_picture
+        from regpt.report.picture import check_picture
 
         check_picture(given.out)
     elif given.matrix is not None:

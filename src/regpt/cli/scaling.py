@@ -86,7 +86,7 @@ def check_arguments(given: ScalingArgs) -> None:
     if (given.parameters is None) != (given.tokens is None) and given.predict is None:
         raise UsageError("a prediction needs --parameters and --tokens, or --predict RECIPE")
     if given.out is not None:
-        from regpt.data.picture import check_picture
+        from regpt.report.picture import check_picture
 
         check_picture(given.out)
 

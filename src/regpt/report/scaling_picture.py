@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from regpt.console.text import si
-from regpt.data.picture import OTHER_OUT, save_figure
 from regpt.errors import UserError
 from regpt.files import write_errors
+from regpt.report.picture import OTHER_OUT, save_figure
 from regpt.report.scaling import ScalingFit
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regpt.data.picture import save_figure
 from regpt.errors import UserError, nearest
+from regpt.report.picture import save_figure
 from regpt.text.tokenizer import Tokenizer, quoted, with_bytes
 
 if TYPE_CHECKING:
