@@ -9,7 +9,7 @@ from regpt.tools.doctor.doctor import Trial
 
 FOUND = (
     Trial("cpu", "training step", "ok", "loss 5.6, then 5.1"),
-    Trial("cpu", "rate fp32", "ok", "0.1 TFLOP/s", 0.1, "TFLOP/s"),
+    Trial("cpu", "step fp32", "ok", "relative error 1e-7"),
     Trial("extras", "data", "no", "pyarrow missing; pip install 'regpt[data]'"),
     Trial("versions", "torch", "note", "2.13"),
 )
@@ -30,7 +30,7 @@ def test_one_line_a_trial(regpt, found):
     assert out.splitlines() == [
         "cpu",
         "  ✓ training step  loss 5.6, then 5.1",
-        "  ✓ rate fp32      0.1 TFLOP/s",
+        "  ✓ step fp32      relative error 1e-7",
         "extras",
         "  ✗ data  pyarrow missing; pip install 'regpt[data]'",
         "versions",
@@ -48,11 +48,9 @@ def test_the_json_has_the_trials(regpt, found):
     assert values["can_train"]
     assert values["trials"][1] == {
         "group": "cpu",
-        "name": "rate fp32",
+        "name": "step fp32",
         "status": "ok",
-        "detail": "0.1 TFLOP/s",
-        "value": 0.1,
-        "unit": "TFLOP/s",
+        "detail": "relative error 1e-7",
     }
 
 

@@ -17,7 +17,6 @@ OK = Trial("cpu", "training step", "ok", "")
 
 def test_what_a_trial_returns_is_its_result():
     assert attempt("g", "n", lambda: "fine") == Trial("g", "n", "ok", "fine")
-    assert attempt("g", "n", lambda: ("fast", 2.0, "GB/s")) == Trial("g", "n", "ok", "fast", 2.0, "GB/s")
 
 
 def test_whatever_a_trial_raises_is_its_result():
@@ -90,19 +89,12 @@ def test_a_compiled_step_is_compared_too(monkeypatch: pytest.MonkeyPatch):
 # ---- host -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_host_is_described(tmp_path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(host_module, "disk_write_bytes", lambda folder: 2.5e9)
+def test_the_host_is_described(tmp_path):
     found = {trial.name: trial for trial in host_trials(tmp_path)}
     assert found["torch"].detail == str(torch.__version__)
-    assert found["disk"].value == 2500
-    assert "2,500 MB/s" in found["disk"].detail
-    assert found["memory"].value > 0.5
+    assert found["disk"].detail.endswith(" GiB free")
+    assert found["memory"].detail.endswith(" GiB free")
     assert "cores" in found["CPU"].detail
-
-
-def test_a_folder_that_cannot_be_written_is_a_no(tmp_path):
-    found = {trial.name: trial for trial in host_trials(tmp_path / "none")}
-    assert found["disk"].status == "no"
 
 
 def test_packages_of_extras_are_read_from_the_metadata():
@@ -182,6 +174,5 @@ def test_one_device_that_trains_is_enough():
 def test_the_real_thing_on_this_machine(tmp_path):
     found = {(trial.group, trial.name): trial for trial in examine_machine(tmp_path)}
     assert found["cpu", "training step"].status == "ok"
-    assert found["cpu", "rate fp32"].value > 0
     assert found["cpu", "gloo"].status == "ok"
     assert found["cpu", "compiled step"].status == "ok"

@@ -21,8 +21,8 @@ SIGNS = {"ok": ("✓", "green"), "no": ("✗", "yellow"), "note": ("·", "dim")}
 
 @dataclass(frozen=True)
 class DoctorArgs:
-    """Try a training step on every device, in every number format, compiled and fused, and a collective; measure
-    products, memory and disk; name missing extras. Less than a minute; exit code 1 only where nothing can train."""
+    """Try a training step on every device, in every number format, compiled and fused, and a collective; name
+    missing extras. Less than a minute; exit code 1 only where nothing can train."""
 
     trial_seconds: Annotated[float | None, tyro.conf.arg(metavar="SECONDS"), Range(0, LONG, above=True)] = None
     """Longest time of each group of trials; default: 20 to 120 seconds, five times what is usual."""

@@ -1,4 +1,4 @@
-"""Training steps, rates and a collective, tried on one device."""
+"""Training steps and a collective, tried on one device."""
 
 from collections.abc import Iterator
 
@@ -6,18 +6,17 @@ import torch
 from torch import Tensor
 
 from regpt.data.batch import Batch
-from regpt.kernels import fp8
 from regpt.kernels.select import ops_of, select_kernels
 from regpt.model.config import ModelConfig
 from regpt.model.families import make_model
 from regpt.model.weights import initialize
 from regpt.parallel.backends import sum_alone
 from regpt.tools.doctor.doctor import TRAINING, Attempt, Trial, attempt
-from regpt.tools.measure import bandwidth_bytes, memory_bytes
+from regpt.tools.measure import memory_bytes
 from regpt.train.backend import make_loss_sum
 from regpt.train.config import OptimConfig, PrecisionName
 from regpt.train.optim import make_optimizer
-from regpt.train.peak import device_figures, driver_name, matmul_flops
+from regpt.train.peak import device_figures, driver_name
 from regpt.train.precision import matmul_precision, parameter_dtype
 
 PRECISIONS: dict[str, tuple[PrecisionName, ...]] = {
@@ -25,9 +24,6 @@ PRECISIONS: dict[str, tuple[PrecisionName, ...]] = {
     "mps": ("fp32", "bf16", "fp16"),
     "cpu": ("fp32", "bf16", "fp16", "fp8"),
 }
-SIZES = {"cuda": 8192, "mps": 2048, "cpu": 1024}  # of the products whose rate is measured
-SLOW_SIZE = 256  # of float16 on CPUs, most of which emulate it
-RATE_SECONDS = 0.3
 # Relative, of the gradients of the tiny model: ten times the rounding of the format; e5m2 makes some 5 % alone.
 TOLERANCE = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 5e-2, "fp16": 1e-2, "fp8": 0.25}
 TINY = ModelConfig(n_layer=2, n_head=2, n_embd=64, vocab_size=256, max_seq_len=64)
@@ -44,16 +40,12 @@ def name_of(device: torch.device) -> str:
 
 
 def training_trials(device: torch.device) -> Iterator[Trial]:
-    """The device, whether it trains, a sum over one process, and how fast it multiplies and copies."""
+    """The device, whether it trains, and a sum over one process."""
     group, backend = name_of(device), "nccl" if device.type == "cuda" else "gloo"
     yield attempt(group, "device", lambda: describe(device))
     yield attempt(group, TRAINING, lambda: training_step(device))
     if device.type != "mps":
         yield attempt(group, backend, lambda: f"sum of one process: {sum_alone(backend, device):g}")
-    for precision in PRECISIONS[device.type]:
-        if precision != "fp8" or (device.type == "cuda" and fp8.obstacle(device) is None):
-            yield attempt(group, f"rate {precision}", product_rate(device, precision))
-    yield attempt(group, "memory bandwidth", lambda: bandwidth(device))
 
 
 def step_trials(device: torch.device) -> Iterator[Trial]:
@@ -138,18 +130,3 @@ def close(found: Tensor, expected: Tensor, tolerance: float) -> str:
     if not error <= tolerance:  # "not <=": NaN fails too
         raise ArithmeticError(f"relative error {error:.1e}, {tolerance:.0e} at most is expected")
     return f"relative error {error:.1e}"
-
-
-def product_rate(device: torch.device, precision: str) -> Attempt:
-    n = SLOW_SIZE if (device.type, precision) == ("cpu", "fp16") else SIZES[device.type]
-
-    def run() -> tuple[str, float, str]:
-        rate = matmul_flops(device, precision, n, seconds=RATE_SECONDS) / 1e12
-        return f"{rate:,.4g} TFLOP/s, the best product of {n} × {n} matrices", rate, "TFLOP/s"
-
-    return run
-
-
-def bandwidth(device: torch.device) -> tuple[str, float, str]:
-    rate = bandwidth_bytes(device) / 1e9
-    return f"{rate:,.0f} GB/s read and written by a copy", rate, "GB/s"

@@ -19,7 +19,7 @@ MARK = "regpt-trial "  # before each line of a child: libraries print too
 SECONDS = {"training": 120.0, "steps": 30.0, "compile": 60.0}
 LONGEST = 160  # characters of an error that are shown
 Status = Literal["ok", "no", "note"]
-Attempt = Callable[[], str | tuple[str, float, str]]
+Attempt = Callable[[], str]
 
 
 @dataclass(frozen=True)
@@ -31,26 +31,21 @@ class Trial:
         name: of the trial.
         status: ok: works; no: does not, `detail` has the reason; note: a fact that cannot fail.
         detail: one line.
-        value, unit: a measured rate.
     """
 
     group: str
     name: str
     status: Status
     detail: str
-    value: float | None = None
-    unit: str | None = None
 
 
 def attempt(group: str, name: str, function: Attempt) -> Trial:
-    """`function()` as a trial: it returns a line, or a line, a value and its unit; whatever it raises is a no."""
+    """`function()`, a line, as a trial; whatever it raises is a no."""
     try:
-        found = function()
+        return Trial(group, name, "ok", function())
     except Exception as error:  # the doctor's task: any failure of a trial is its result
         line = f"{type(error).__name__}: {first_line(error)}"
         return Trial(group, name, "no", line if len(line) <= LONGEST else line[: LONGEST - 1] + "…")
-    line, value, unit = (found, None, None) if isinstance(found, str) else found
-    return Trial(group, name, "ok", line, value, unit)
 
 
 def can_train(trials: Sequence[Trial]) -> bool:
@@ -61,14 +56,14 @@ def can_train(trials: Sequence[Trial]) -> bool:
 def examine_machine(
     folder: Path, done: Callable[[str], None] = lambda group: None, trial_seconds: float | None = None
 ) -> list[Trial]:
-    """Try everything; `folder` is where the disk is measured, `done` hears each group examined, `trial_seconds` is the
+    """Try everything; `folder` is on the disk that counts, `done` hears each group examined, `trial_seconds` is the
     longest time of each group, instead of `SECONDS`."""
     from regpt.tools.doctor.host import host_trials
 
     load = busy()  # before our own trials
     found = list(host_trials(folder))
     if load:
-        found.append(Trial("host", "load", "no", f"{load}: other work makes the rates below too low"))
+        found.append(Trial("host", "load", "no", f"{load}: other work may make the trials below too late"))
     done("the host")
     for group, seconds in SECONDS.items():
         found += run_group(group, trial_seconds or seconds, load)

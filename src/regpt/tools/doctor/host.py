@@ -11,8 +11,8 @@ import torch
 
 import regpt
 from regpt.console.text import counted
-from regpt.tools.doctor.doctor import Trial, attempt
-from regpt.tools.measure import disk_write_bytes, free_disk_bytes, memory_bytes
+from regpt.tools.doctor.doctor import Trial
+from regpt.tools.measure import free_disk_bytes, memory_bytes
 from regpt.train.memory import available_memory
 
 GIB = 2**30
@@ -23,8 +23,9 @@ PACKAGES = ("torch", "numpy", "triton", "safetensors", "tokenizers", "tiktoken")
 def host_trials(folder: Path) -> Iterator[Trial]:
     yield from versions()
     yield Trial("host", "CPU", "note", cpu())
-    yield attempt("host", "memory", memory)
-    yield attempt("host", "disk", lambda: disk(folder))
+    total, free = memory_bytes(torch.device("cpu")) / GIB, available_memory() / GIB
+    yield Trial("host", "memory", "note", f"{total:.1f} GiB, {free:.1f} GiB free")
+    yield Trial("host", "disk", "note", f"{free_disk_bytes(folder) / GIB:,.0f} GiB free")
     yield from extras()
 
 
@@ -50,16 +51,6 @@ def cpu() -> str:
     return (
         f"{platform.processor() or platform.machine()}, {cores}, {threads}, {torch.backends.cpu.get_cpu_capability()}"
     )
-
-
-def memory() -> tuple[str, float, str]:
-    total, free = memory_bytes(torch.device("cpu")) / GIB, available_memory() / GIB
-    return f"{total:.1f} GiB, {free:.1f} GiB free", total, "GiB"
-
-
-def disk(folder: Path) -> tuple[str, float, str]:
-    rate = disk_write_bytes(folder) / 1e6
-    return f"{rate:,.0f} MB/s written and synced, {free_disk_bytes(folder) / GIB:,.0f} GiB free", rate, "MB/s"
 
 
 def extras() -> Iterator[Trial]:
