@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from regpt.text import fast, gpt2
 from regpt.text.bpe import train_bpe
-from regpt.text.fast import FastEncoder, accelerate, encoder_name, find_model, is_disputed, save_model
+from regpt.text.fast import FastEncoder, WrongTokens, accelerate, encoder_name, find_model, is_disputed, save_model
 from regpt.text.tokenizer import Encoder, Tokenizer
 
 pytestmark = pytest.mark.skipif(not fast.available(), reason="the package gigatoken is not installed")
@@ -240,6 +240,16 @@ def test_the_exact_tokenizer_is_opened_when_it_is_needed(tmp_path):
     assert opened == [1]
     assert find_model(tmp_path) == tmp_path / "model.json"
     assert find_model(tmp_path / "nothing") is None
+
+
+def test_one_text_in_so_many_is_compared_with_the_tokenizer(monkeypatch, tmp_path):
+    monkeypatch.setattr(fast, "EVERY", 3)
+    other = train_bpe(["zz zz yy yy xx xx ww ww" * 9], 260)
+    right, wrong = (FastEncoder(save_model(one, tmp_path), lambda: TRAINED) for one in (TRAINED, other))
+    assert len(right.encode_batch(["the cat"] * 7)) == 7
+    assert len(wrong.encode_batch(["the cat"] * 2)) == 2
+    with pytest.raises(WrongTokens, match=r"gigatoken encodes 'the cat'… differently from the tokenizer"):
+        wrong.encode_batch(["the cat"])
 
 
 def test_a_version_that_was_not_vetted_is_not_taken(monkeypatch):

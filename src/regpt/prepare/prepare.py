@@ -33,13 +33,13 @@ from regpt.prepare.partition import (
 from regpt.prepare.readers import check_text
 from regpt.prepare.records import Records, check_finished
 from regpt.prepare.settings import TEXT_OPTIONS, Filters, Settings, TextOptions
-from regpt.prepare.shards import Assembly, EncoderCheck, finish_folder
+from regpt.prepare.shards import Assembly, finish_folder
 from regpt.prepare.sources import localized
 from regpt.prepare.split import Unusable, check_splits, check_texts, default_fraction, split_rule
 from regpt.prepare.work import begin, check_out, clear, is_finished, naming_full_disk, work_folder
 from regpt.prepare.workers import MAX_WORKERS, Pool, available_cores, encode_here, start_pool
 from regpt.remote.download import DownloadProgress
-from regpt.text.fast import accelerate, can_accelerate, encoder_name, find_model, save_model
+from regpt.text.fast import WrongTokens, accelerate, can_accelerate, encoder_name, find_model, save_model
 from regpt.text.tokenizer import Tokenizer
 
 SHARD_TOKENS = 100_000_000  # the size of FineWeb-Edu's shards in build-nanogpt
@@ -161,15 +161,14 @@ class Job:
         splits: Sequence[Split] = ("train",) * len(listing.train) + ("val",) * len(listing.val)
         files = zip(localized(listing.files, self.download), splits)
         plan = partitions(files, target_bytes(self._total), self.settings.key(), self.settings.text)
-        check = EncoderCheck(self.work, self.tokenizer, self.settings.dtype) if self._fast else None
         try:
-            with Assembly(self.out, self.settings, self.shard_tokens, check, self.evaluations) as assembly:
+            with Assembly(self.out, self.settings, self.shard_tokens, self.evaluations) as assembly:
                 self._encode(plan, assembly)
                 records = assembly.records
                 check_texts(records.sources, skip=self.settings.text.on_error == "skip")
                 check_splits(self.settings.rule, self.settings.val_fraction, records.documents, records.lowest)
                 shards = assembly.finish()
-        except Unusable:  # another attempt would fail the same way: nothing to continue
+        except (Unusable, WrongTokens):  # another attempt would fail the same way: nothing to continue
             clear(self.work, self.out)
             raise
         return self._finish(shards, assembly.records, listing.left_out)

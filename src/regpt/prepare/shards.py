@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -20,14 +20,10 @@ from regpt.prepare.dedup import Dedup
 from regpt.prepare.partition import DOCUMENT, Partition, Split, load_summary
 from regpt.prepare.records import Records
 from regpt.prepare.settings import Settings
-from regpt.prepare.split import Unusable
-from regpt.text.fast import PACKAGE
 from regpt.text.open import NAMED
 from regpt.text.tokenizer import Tokenizer
 
 BLOCK_TOKENS = 4 << 20  # copied at a time
-EVERY = 1024  # documents, of which one is compared: a hundredth of one core's time at the speed of sixteen
-MOST_TOKENS = 1 << 16  # of a compared document: a book would take seconds
 OURS = re.compile(r"(((train|val)-\d{5,}\.(bin|idx))|tokenizer\.json|removed\.jsonl|manifest\.json)(\.partial)?")
 
 
@@ -39,10 +35,9 @@ class Assembly:
         out: Path,
         settings: Settings,
         shard_tokens: int,
-        check: "EncoderCheck | None",
         evaluations: Evaluations | None,
     ) -> None:
-        self._work, self._check = out / WORK, check
+        self._work = out / WORK
         self._dtype = np.dtype(settings.dtype).newbyteorder("<")
         remove_leftovers(out)
         self._writers = {split: ShardWriter(out, split, settings.dtype, shard_tokens) for split in SPLITS}
@@ -59,18 +54,12 @@ class Assembly:
         self.records.close()
 
     def add(self, partition: Partition) -> None:
-        """Append `partition`, the next one.
-
-        Raises:
-            Unusable: its tokens are not the tokenizer's.
-        """
+        """Append `partition`, the next one."""
         found = load_summary(self._work, partition.name)
         tables = {
             split: np.fromfile(self._work / f"{partition.name}.{split}.docs", dtype=DOCUMENT)
             for split in found["splits"]
         }
-        if self._check:
-            self._check.compare(partition.name, tables)
         kept, repeats = self._dedup.choose(partition.name, self.records.rows, tables)
         self.records.add(partition, found, tables, kept, repeats)
         for split, table in tables.items():
@@ -180,43 +169,6 @@ class ShardWriter:
         write_bytes(self._folder / shard.idx_file, index)
         self.shards.append(shard)
         self._begin()
-
-
-class EncoderCheck:
-    """Compares a fast encoder's tokens with the tokenizer's, on one document in `EVERY`, whoever encoded it; takes the
-    partitions in `work` in their order."""
-
-    def __init__(self, work: Path, tokenizer: Tokenizer, dtype: str) -> None:
-        self._work, self._tokenizer, self._dtype = work, tokenizer, np.dtype(dtype)
-        self._seen = 0
-
-    def compare(self, name: str, tables: Mapping[str, np.ndarray]) -> None:
-        """Compare some documents of the partition `name`, of which `tables` are those of the splits.
-
-        Raises:
-            Unusable: other tokens, or not those of the text that was read.
-        """
-        for split, table in tables.items():
-            first = -self._seen % EVERY
-            self._seen += len(table)
-            path = self._work / f"{name}.{split}.bin"
-            starts = np.cumsum(table["tokens"]) - table["tokens"]
-            for i in range(first, len(table), EVERY):
-                if table["tokens"][i] <= MOST_TOKENS:
-                    self._compare(path, int(starts[i]), table[i])
-
-    def _compare(self, path: Path, start: int, row: np.void) -> None:
-        offset = (start + 1) * self._dtype.itemsize  # without the <|endoftext|>
-        ids = np.fromfile(path, dtype=self._dtype, count=int(row["tokens"]) - 1, offset=offset)
-        text = self._tokenizer.decode(ids.tolist())
-        same_text = (
-            hashlib.sha256(text.encode()).digest()[:16].rstrip(b"\0") == row["key"]
-        )  # NumPy drops zeros at the end
-        if not same_text or not np.array_equal(self._tokenizer.encode_batch([text])[0], ids):
-            raise Unusable(
-                f"the package {PACKAGE} encodes {text[:40]!r}… differently from the tokenizer {self._tokenizer.name}; "
-                "do without it: --encoder exact"
-            )
 
 
 def finish_folder(
