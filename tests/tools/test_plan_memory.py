@@ -176,12 +176,46 @@ def test_the_compiled_path_keeps_what_the_partitioner_keeps(precision: str, mask
     assert predicted(2) == pytest.approx(kept[2], rel=0.025)  # around the blocks it keeps other tensors
 
 
+@tiny.IMPORTS_COMPILER
+@pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize(("precision", "weights"), [("bf16", "fp32"), ("bf16", "bf16"), ("fp32", "fp32")])
+def test_of_gated_blocks_the_partitioner_keeps_less(family: str, precision: str, weights: str):
+    """A layer's bytes; without autocast's copies of its weights, which the counts of the compiler hold."""
+    config = replace(SMALL, family=family, n_embd=128, n_inner=512, n_kv_head=2)
+    one, two = (kept_by_the_compiler(replace(config, n_layer=n), 8, precision, False, weights) for n in (1, 2))
+    copies = 2 * (3 * 128**2 + 3 * 128 * 512) if (precision, weights) == ("bf16", "fp32") else 0
+
+    def predicted(layers: int) -> float:
+        step = step_of(replace(config, n_layer=layers), "compiled", precision, weights=weights)
+        return tensors(step, 8)["activations"]
+
+    assert predicted(2) - predicted(1) == pytest.approx(two - one - copies, rel=0.02)
+
+
+def test_bytes_of_weights_gradients_and_moments_follow_their_types():
+    """A parameter's; of moments in 8 bits 1/64 for scales, and float32 for the 2 % in small tensors or odd rows."""
+    config = replace(GPT2, n_layer=2)
+    for options, (weight, gradient, moments) in {
+        (): (4, 4, 8),
+        (("weights", "bf16"),): (2, 4, 8),
+        (("weights", "bf16"), ("state", "bf16")): (2, 4, 4),
+        (("weights", "bf16"), ("gradients", "bf16"), ("state", "bf16")): (2, 2, 4),
+        (("weights", "bf16"), ("state", "int8")): (2, 4, 2 + 2 / 64),
+    }.items():
+        step = step_of(config, "compiled", "bf16", **dict(options))
+        parts, n = gpu_memory(step, 1).parts, step.shape.padded
+        assert (parts["weights"], parts["gradients"]) == (weight * n, gradient * n)
+        assert parts["optimizer"] == pytest.approx(moments * n, rel=2e-3)
+
+
 def made_where_backward_begins(width: int) -> int:
     """Gradients of the hidden states and of the head, which are not kept."""
     return width * 64 * (8 * 64 + 1024)
 
 
-def kept_by_the_compiler(config: ModelConfig, rows: int, precision: str, masked: bool) -> int:
+def kept_by_the_compiler(config: ModelConfig, rows: int, precision: str, masked: bool, weights: str = "fp32") -> int:
     """Bytes that torch.compile's partition of the graph keeps for backward, each memory once, weights left out."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -204,6 +238,8 @@ def kept_by_the_compiler(config: ModelConfig, rows: int, precision: str, masked:
         decompositions=select_decomp_table(),
     )
     model = initialize(make_model(config, ops_of(precision, tiny.CPU)), 0)
+    if weights == "bf16":
+        model, precision = model.to(torch.bfloat16), "fp32"  # no autocast
     loss = torch.compile(make_loss_sum(model, precision, tiny.CPU, False), backend=backend, dynamic=False)  # type: ignore[arg-type]
     loss(batch_of(config, rows, masked=masked)).backward()
     return sum(kept.values())

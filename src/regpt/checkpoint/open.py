@@ -113,7 +113,10 @@ def open_checkpoint(folder: Path, device: torch.device | str, *, ema: bool, veri
     # What does not learn has no average.
     chosen = ChainMap(cast(Any, average), cast(Any, weights)) if ema else weights
     model = build(checkpoint.config, chosen, device, str(folder))
-    return OpenModel(model, checkpoint.tokenizer(), checkpoint.step, f"{folder}, average" if ema else str(folder))
+    source = f"{folder}, average" if ema else str(folder)
+    narrow = not ema and "BF16" in weights.dtype_of.values()
+    dtype = torch.bfloat16 if narrow else torch.float32  # float64 runs are tests
+    return OpenModel(model, checkpoint.tokenizer(), checkpoint.step, source, dtype)
 
 
 def open_hf(folder: Path, source: str, device: torch.device | str) -> OpenModel:

@@ -1,5 +1,6 @@
 """AdamW with weights in bfloat16, and moments in float32, bfloat16 or 8 bits (`train.rounding`)."""
 
+import logging
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -88,7 +89,11 @@ def tables(device: torch.device) -> dict[str, Tensor]:
     """
     if not find_spec("torchao"):
         raise UserError(MISSING)
-    from torchao.optim.quant_utils import create_dynamic_map  # pyright: ignore[reportMissingImports]
-
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # of kernels of torchao that are not for this machine, and are not used
+    try:
+        from torchao.optim.quant_utils import create_dynamic_map  # pyright: ignore[reportMissingImports]
+    finally:
+        logging.disable(before)
     signed = dict(zip(MOMENTS, (True, False)))
     return {name: torch.tensor(create_dynamic_map(signed=sign), device=device) for name, sign in signed.items()}

@@ -9,6 +9,7 @@ their difference is the cost of a layer, the rest that of the embedding and the 
 long, fewer rows are timed, and time is taken to grow with them. A few seconds, whatever the size of the run.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,11 +21,12 @@ from regpt.console.text import counted
 from regpt.data.batch import Batch
 from regpt.errors import UsageError
 from regpt.kernels.select import ops_of
+from regpt.model.config import FAMILIES
 from regpt.model.families import make_model
 from regpt.model.weights import allocate, initialize, without_memory
 from regpt.parallel.mesh import choose_device
 from regpt.tools.measure import memory_bytes
-from regpt.tools.plan.memory import PlannedStep
+from regpt.tools.plan.memory import PlannedStep, chunk_of
 from regpt.train.backend import make_loss_sum
 from regpt.train.config import OptimConfig, PrecisionName
 from regpt.train.devices import Device, device_by_name
@@ -115,6 +117,10 @@ REACHED = {
     "compiled": Reached(products=0.698, traffic=180, logits=11.1, fp8_products=0.598, fp8_casts=137, launches=40),
     "eager": Reached(products=0.698, traffic=260, logits=40, fp8_products=0.698, fp8_casts=112, launches=110),
 }
+# Traffic of the blocks of families with gates and RMSNorm, compiled: bytes per token and layer, per channel and per
+# inner channel, where float32 weights are cast and the residual stream is float32; fitted to llama-124m and llama3-1b
+# (rows of 4,096) on an H200. With bfloat16 weights a share of them; fitted to llama3-8b there.
+GATED_TRAFFIC, GATED_INNER_TRAFFIC, NARROW_SHARE = 264, 84, 0.39
 # Attention reaches this share of the same peak in long rows, T/(T + 826) of it in rows of T: what causality masks is
 # skipped in blocks. Its FLOPs have no discount. 40 % at T = 1024, 51.5 % at 2048, fused, on an H100.
 ATTENTION_SHARE, ATTENTION_HALF_LENGTH = 0.723, 826
@@ -190,17 +196,19 @@ def micro_batch_time(step: PlannedStep, rows: int, device: Device) -> dict[str, 
     rate = product_rate(device, "bf16" if step.precision == "fp8" else step.precision)
     wide = 1 if step.precision in HALF_TYPES else 2
     N = rows * step.seq_len
+    chunk = chunk_of(step, rows)  # whose product is added to the gradient of the head's weight, in float32
+    head_sums = math.ceil(N / chunk) * 8 * shape.vocab_rows * shape.n_embd if chunk else 0
     head = N * (shape.product_flops - shape.block_flops) / (rate * reached.products)
     blocks_rate = product_rate(device, "fp8") * reached.fp8_products if fp8 else rate * reached.products
     attention_rate = rate * ATTENTION_SHARE * step.seq_len / (step.seq_len + ATTENTION_HALF_LENGTH)
     blocks = {
         "products": N * shape.block_flops / blocks_rate,
         "attention": N * shape.attention_flops / attention_rate,
-        "norms, residuals, GELU": wide * reached.traffic * N * shape.n_layer * shape.n_embd / bandwidth,
+        "norms, residuals, GELU": wide * block_traffic(step, reached) * N * shape.n_layer / bandwidth,
     }
     micro = blocks | {
         "products": blocks["products"] + head,
-        "logits": wide * reached.logits * N * shape.vocab_rows / bandwidth,
+        "logits": (wide * reached.logits * N * shape.vocab_rows + head_sums) / bandwidth,
         "weights": WEIGHT_TRAFFIC * shape.padded / bandwidth,
     }
     if fp8:
@@ -209,6 +217,16 @@ def micro_batch_time(step: PlannedStep, rows: int, device: Device) -> dict[str, 
         micro["blocks again"] = RECOMPUTED_SHARE * sum(blocks.values())
     micro["waiting for launches"] = max(0.0, reached.launches * shape.n_layer * LAUNCH_SECONDS - sum(micro.values()))
     return micro
+
+
+def block_traffic(step: PlannedStep, reached: Reached) -> float:
+    """Bytes that a layer moves for a token, outside of its products and attention."""
+    model = step.model.resolved()
+    if step.path != "compiled" or not FAMILIES[model.family].gated:
+        return reached.traffic * model.n_embd
+    inner = model.n_inner * ((model.n_expert_active + model.n_expert_shared) or 1)
+    whole = GATED_TRAFFIC * model.n_embd + GATED_INNER_TRAFFIC * inner
+    return NARROW_SHARE * whole if step.weights == "bf16" else whole
 
 
 def stated_time(mfu: float, flops: float, micro_batches: int, peak: float) -> StepTime:
