@@ -1,5 +1,6 @@
 """Masks as data as a GPU computes them, against booleans in float64 and against documents that are alone."""
 
+import warnings
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -19,14 +20,22 @@ from regpt.model.weights import initialize, load_weights, state_tensors
 from regpt.train.backend import make_loss_sum
 from regpt.train.recompute import recompute_blocks
 
-# The first product of a thread, such as autograd's, warns that it makes the device's context current.
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning")]
+pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
 B, T = 2, 640
 LENGTHS = torch.tensor([5, 123, 257, 255, 1, 639])
 HOPPER = pytest.mark.skipif(not find_spec("cudnn"), reason="nvidia-cudnn-frontend is not installed")
 KERNELS = [pytest.param(cudnn, id="cudnn", marks=HOPPER), pytest.param(flash, id="flash")]
 MASKS = {"documents": (True, None), "window": (False, 100), "both": (True, 100), "one": (True, 1)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _context_of_autograd():
+    """The first product of autograd's thread warns that it makes the device's context current."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        x = torch.ones(8, 8, device=DEVICE, requires_grad=True)
+        (x @ x).sum().backward()
 
 
 def documents() -> torch.Tensor:
