@@ -117,10 +117,10 @@ REACHED = {
     "compiled": Reached(products=0.698, traffic=180, logits=11.1, fp8_products=0.598, fp8_casts=137, launches=40),
     "eager": Reached(products=0.698, traffic=260, logits=40, fp8_products=0.698, fp8_casts=112, launches=110),
 }
-# Traffic of the blocks of families with gates and RMSNorm, compiled: bytes per token and layer, per channel and per
-# inner channel, where float32 weights are cast and the residual stream is float32; fitted to llama-124m and llama3-1b
-# (rows of 4,096) on an H200. With bfloat16 weights a share of them; fitted to llama3-8b there.
-GATED_TRAFFIC, GATED_INNER_TRAFFIC, NARROW_SHARE = 264, 84, 0.39
+# Traffic of families with gates and RMSNorm, compiled, where float32 weights are cast and the residual stream is
+# float32: fitted to llama-124m and llama3-1b in rows of 4,096 on an H200. With bfloat16 weights a share of it: fitted
+# to llama3-8b there.
+GATED_TRAFFIC, NARROW_SHARE = 460, 0.47
 # Attention reaches this share of the same peak in long rows, T/(T + 826) of it in rows of T: what causality masks is
 # skipped in blocks. Its FLOPs have no discount. 40 % at T = 1024, 51.5 % at 2048, fused, on an H100.
 ATTENTION_SHARE, ATTENTION_HALF_LENGTH = 0.723, 826
@@ -204,7 +204,7 @@ def micro_batch_time(step: PlannedStep, rows: int, device: Device) -> dict[str, 
     blocks = {
         "products": N * shape.block_flops / blocks_rate,
         "attention": N * shape.attention_flops / attention_rate,
-        "norms, residuals, GELU": wide * block_traffic(step, reached) * N * shape.n_layer / bandwidth,
+        "norms, residuals, GELU": wide * traffic_of(step) * N * shape.n_layer * shape.n_embd / bandwidth,
     }
     micro = blocks | {
         "products": blocks["products"] + head,
@@ -219,14 +219,11 @@ def micro_batch_time(step: PlannedStep, rows: int, device: Device) -> dict[str, 
     return micro
 
 
-def block_traffic(step: PlannedStep, reached: Reached) -> float:
-    """Bytes that a layer moves for a token, outside of its products and attention."""
-    model = step.model.resolved()
-    if step.path != "compiled" or not FAMILIES[model.family].gated:
-        return reached.traffic * model.n_embd
-    inner = model.n_inner * ((model.n_expert_active + model.n_expert_shared) or 1)
-    whole = GATED_TRAFFIC * model.n_embd + GATED_INNER_TRAFFIC * inner
-    return NARROW_SHARE * whole if step.weights == "bf16" else whole
+def traffic_of(step: PlannedStep) -> float:
+    """`Reached.traffic` of the model's family."""
+    if step.path != "compiled" or not FAMILIES[step.model.family].gated:
+        return REACHED[step.path].traffic
+    return NARROW_SHARE * GATED_TRAFFIC if step.weights == "bf16" else GATED_TRAFFIC
 
 
 def stated_time(mfu: float, flops: float, micro_batches: int, peak: float) -> StepTime:
