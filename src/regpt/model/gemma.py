@@ -20,7 +20,7 @@ from regpt.model.dropout import OFF, Dropout
 from regpt.model.layers import Rotation, rotation
 from regpt.model.llama import Llama, LlamaAttention, LlamaMLP, norm_of
 from regpt.model.masks import AttentionMask
-from regpt.model.ops import Ops
+from regpt.model.ops import PLAIN, Ops
 from regpt.model.transformer import Routes
 
 
@@ -46,6 +46,12 @@ class GemmaBlock(nn.Module):
 class Gemma(Llama):
     block_class = GemmaBlock
 
+    def __init__(self, config: ModelConfig, ops: Ops = PLAIN, *, pad_vocab: bool = True):
+        super().__init__(config, ops, pad_vocab=pad_vocab)
+        theta = self.shape.rope_local_theta or self.shape.rope_theta
+        self.near = replace(self.shape, rope_theta=theta, rope_type="default")  # the shape of layers with a window
+        self.sees_all = self.shape.full_attention_layers()
+
     def masks(self, mask: AttentionMask, translate: Callable[[AttentionMask], Any]) -> Any:
         """Of the layers with a window, and of those that see all."""
         return super().masks(mask, translate), translate(mask)
@@ -63,14 +69,12 @@ class Gemma(Llama):
         # As in Google's code and transformers the factor is rounded to the weights' format.
         factor = torch.full((), math.sqrt(self.shape.n_embd), dtype=torch.float32, device=idx.device).to(self.dtype)
         x = drop(self.embed_tokens(idx) * factor, site=0)  # (B, T, C)
-        local = replace(self.shape, rope_theta=self.shape.rope_local_theta or self.shape.rope_theta)
-        near = rotation(replace(local, rope_type="default"), positions), mask[0]
-        far = rotation(self.shape, positions), mask[1]
-        for block, sees_all in zip(self.layers, self.shape.full_attention_layers()):
+        near, far = (rotation(self.near, positions), mask[0]), (rotation(self.shape, positions), mask[1])
+        for block, sees_all in zip(self.layers, self.sees_all):
             x = block(x, *(far if sees_all else near), cache, drop)
         return self.norm(x)
 
     def attention_flops(self, seq_len: int) -> int:
-        n_far = sum(self.shape.full_attention_layers())
+        n_far = sum(self.sees_all)
         near, far = super().attention_flops(seq_len), 12 * self.shape.n_head * self.shape.head_size * seq_len
         return near // self.shape.n_layer * (self.shape.n_layer - n_far) + far * n_far

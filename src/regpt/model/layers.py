@@ -13,6 +13,7 @@ from torch import Tensor
 from regpt.model.cache import KVCache
 from regpt.model.config import ModelConfig
 from regpt.model.dropout import Dropout
+from regpt.model.head import LIBRARY
 from regpt.model.ops import Ops, attention_with_dropout
 
 VOCAB_MULTIPLE = 128  # a vocabulary padded to whole tensor-core tiles is faster; the lecture pads 50257 to 50304
@@ -89,11 +90,24 @@ def rotation(config: ModelConfig, positions: Tensor) -> Rotation:
 
     Angles are float32 in every precision, as in transformers: its float64 models then agree to the last digits.
     """
-    frequencies = rope_frequencies(config, positions.device)  # (R/2,)
-    angles = positions[..., None].float() * frequencies  # (T, R/2) or (B, T, R/2)
-    if angles.dim() == 3:
-        angles = angles[:, None]
+    cos_and_sin = torch.ops.regpt.cos_and_sin if torch.compiler.is_compiling() else of_angles
+    cos, sin = cos_and_sin(positions, rope_frequencies(config, positions.device))
+    return (cos, sin) if positions.dim() == 1 else (cos[:, None], sin[:, None])
+
+
+def of_angles(positions: Tensor, frequencies: Tensor) -> Rotation:
+    """Cosine and sine (…, R/2) of positions (…) times frequencies (R/2,).
+
+    One operation to the compiler, which would otherwise compute powers, cosines and sines anew in the kernel of each
+    layer, forward and backward, for every element of q and k.
+    """
+    angles = positions[..., None].float() * frequencies
     return angles.cos(), angles.sin()
+
+
+LIBRARY.define("cos_and_sin(Tensor positions, Tensor frequencies) -> (Tensor, Tensor)")
+LIBRARY.impl("cos_and_sin", of_angles, "CompositeExplicitAutograd")
+torch.library.register_fake("regpt::cos_and_sin", of_angles, lib=LIBRARY)
 
 
 def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
