@@ -12,9 +12,10 @@ from regpt.data.manifest import read_manifest
 from regpt.errors import UserError
 from regpt.prepare.importer import import_tokens
 from regpt.prepare.listing import counted_kinds, printable, without_hidden
-from regpt.prepare.named import NamedOptions, list_sources
+from regpt.prepare.named import list_sources
 from regpt.prepare.prepare import prepare
 from regpt.prepare.sources import find_files
+from regpt.remote.download import RemoteOptions
 from regpt.text.bpe import train_bpe
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "4d" * 32 + "\nsize 301966000\n"
@@ -163,7 +164,7 @@ def test_an_address_without_a_bucket_is_one_sentence(tmp_path):
     pytest.importorskip("fsspec")
     for address in ("s3://", "s3:///a.txt", "gs://"):
         with pytest.raises(UserError, match=rf"names no bucket; an address looks like {address[:2]}://BUCKET/PATH"):
-            list_sources([address], options=NamedOptions(cache=tmp_path))
+            list_sources([address], options=RemoteOptions(cache=tmp_path))
 
 
 def test_files_below_a_hidden_name_elsewhere_are_hidden():

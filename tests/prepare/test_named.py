@@ -8,7 +8,8 @@ import pytest
 from regpt.errors import UserError
 from regpt.files import file_sha256
 from regpt.prepare import named
-from regpt.prepare.named import NamedOptions, open_sources
+from regpt.prepare.named import open_sources
+from regpt.remote.download import RemoteOptions
 from regpt.remote.retry import Patience
 
 TEXT = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 3
@@ -23,9 +24,10 @@ def pinned(monkeypatch):
     monkeypatch.setattr(named, "SHAKESPEARE_BYTES", len(TEXT))
 
 
-def test_the_download_is_kept_and_a_damaged_copy_replaced(web, pinned, tmp_path):
+def test_the_download_is_kept_and_a_damaged_copy_replaced(web, pinned, tmp_path, monkeypatch):
     web.files["/input.txt"] = TEXT
-    options = NamedOptions(cache=tmp_path / "cache", url=web.url + "/input.txt")
+    monkeypatch.setattr(named, "SHAKESPEARE_URL", web.url + "/input.txt")
+    options = RemoteOptions(cache=tmp_path / "cache")
     (source,) = open_sources(["tinyshakespeare"], options)
     assert not web.asked, "nothing is downloaded before it is read"
     kept = source.localize().path
@@ -38,17 +40,19 @@ def test_the_download_is_kept_and_a_damaged_copy_replaced(web, pinned, tmp_path)
     assert str(tmp_path) not in str(source.record())
 
 
-def test_a_download_of_another_file_is_refused_and_not_kept(web, tmp_path):
+def test_a_download_of_another_file_is_refused_and_not_kept(web, tmp_path, monkeypatch):
     web.files["/input.txt"] = bytes(named.SHAKESPEARE_BYTES)
-    (source,) = open_sources(["tinyshakespeare"], NamedOptions(cache=tmp_path, url=web.url + "/input.txt"))
+    monkeypatch.setattr(named, "SHAKESPEARE_URL", web.url + "/input.txt")
+    (source,) = open_sources(["tinyshakespeare"], RemoteOptions(cache=tmp_path))
     with pytest.raises(UserError, match="twice with another sha256 hash than the published one, so it was not kept"):
         source.localize()
     assert not [path for path in tmp_path.rglob("*input.txt*") if path.suffix != ".lock"]
 
 
-def test_no_network_is_one_sentence_that_names_the_way_out(web, tmp_path):
+def test_no_network_is_one_sentence_that_names_the_way_out(web, tmp_path, monkeypatch):
     for url in (web.url + "/missing", "http://127.0.0.1:9/"):
-        (source,) = open_sources(["tinyshakespeare"], NamedOptions(cache=tmp_path, url=url, patience=ONCE))
+        monkeypatch.setattr(named, "SHAKESPEARE_URL", url)
+        (source,) = open_sources(["tinyshakespeare"], RemoteOptions(cache=tmp_path, patience=ONCE))
         with pytest.raises(
             UserError, match=r"(could not be read|no connection to 127.0.0.1): .*; or give a local copy as SOURCE"
         ):
@@ -72,7 +76,7 @@ def test_fineweb_is_the_parquet_files_of_its_sample(hub, tmp_path, name, repo):
     hub.add(
         repo, {"sample/10BT/001_00000.parquet": b"B", "sample/10BT/000_00000.parquet": b"A", "data/x.parquet": b"C"}
     )
-    found = open_sources([name], NamedOptions(cache=tmp_path, endpoint=hub.url))
+    found = open_sources([name], RemoteOptions(cache=tmp_path, endpoint=hub.url))
     assert [(file.source, file.file) for file in found] == [
         (name, "sample/10BT/000_00000.parquet"),
         (name, "sample/10BT/001_00000.parquet"),

@@ -18,10 +18,11 @@ from regpt.errors import UsageError, UserError
 from regpt.prepare import json_rows
 from regpt.prepare.decontaminate import read_items
 from regpt.prepare.json_rows import records
-from regpt.prepare.named import NamedOptions, list_sources
+from regpt.prepare.named import list_sources
 from regpt.prepare.readers import check_text, parts_of, read_documents, split_at
 from regpt.prepare.settings import TextOptions
 from regpt.prepare.sources import find_files, text_files
+from regpt.remote.download import RemoteOptions
 
 TEXTS = ["one", 'two, "quoted"\nand a line', "  日本語 🙂 ", "x" * 5000]
 
@@ -339,7 +340,7 @@ class Pipe:
 
 
 def test_stdin_is_a_source_with_a_format(tmp_path, monkeypatch):
-    options, text = NamedOptions(cache=tmp_path), TextOptions(format="jsonl")
+    options, text = RemoteOptions(cache=tmp_path), TextOptions(format="jsonl")
     monkeypatch.setattr(sys, "stdin", Pipe(b'{"text": "one"}\n'))
     with pytest.raises(UsageError, match=r"has no name that says what it is; add --format"):
         list_sources(["-"], options=options)

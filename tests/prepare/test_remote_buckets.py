@@ -11,7 +11,7 @@ import pytest
 from remote_servers import S3, Bucket, GoogleStorage, serve
 
 from regpt.errors import UserError
-from regpt.prepare.named import NamedOptions, open_sources
+from regpt.prepare.named import open_sources
 from regpt.remote.buckets import bucket_file
 from regpt.remote.download import RemoteOptions
 from regpt.remote.retry import Patience, problem_of
@@ -20,8 +20,8 @@ TEXT = "".join(f"line {i}\n" for i in range(4000)).encode()
 
 
 @pytest.fixture
-def options(tmp_path) -> NamedOptions:
-    return NamedOptions(cache=tmp_path / "cache", patience=Patience(tries=3, sleep=lambda seconds: None))
+def options(tmp_path) -> RemoteOptions:
+    return RemoteOptions(cache=tmp_path / "cache", patience=Patience(tries=3, sleep=lambda seconds: None))
 
 
 def jsonl(texts: list[str]) -> bytes:

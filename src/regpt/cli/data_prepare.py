@@ -77,9 +77,9 @@ class PrepareArgs(TextArgs):
 def main(args: list[str]) -> int:
     given = parse(PrepareArgs, args, prog="regpt data prepare")
     from regpt.data.manifest import WORK
-    from regpt.prepare.named import NamedOptions
     from regpt.prepare.prepare import is_finished, prepare
     from regpt.prepare.settings import Filters
+    from regpt.remote.download import RemoteOptions
     from regpt.text.open import open_tokenizer
 
     tokenizer = open_tokenizer(given.tokenizer)
@@ -98,7 +98,7 @@ def main(args: list[str]) -> int:
                 workers=given.workers,
                 encoder=given.encoder,
                 restart=given.restart,
-                named=NamedOptions(cache=download_folder()),
+                remote=RemoteOptions(download_folder()),
                 progress=line.show,
                 download=line.show_download,
             )

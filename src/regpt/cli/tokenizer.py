@@ -54,19 +54,19 @@ def main(args: list[str]) -> int:
 def train_main(args: list[str]) -> int:
     given = parse(TrainArgs, args, prog="regpt tokenizer train")
     file = Path(given.out) / "tokenizer.json"
-    from regpt.prepare.named import NamedOptions, list_sources
+    from regpt.prepare.named import list_sources
     from regpt.prepare.readers import check_text
     from regpt.prepare.work import try_place, writing_to
+    from regpt.remote.download import RemoteOptions
     from regpt.text.bpe import MAX_WORD, LongWords, train_bpe
 
     if not given.sources:
         raise UsageError("no SOURCE given; give files, folders, globs or a named set")
     if not file.exists():
         try_place(file.parent)
-    named = NamedOptions(cache=download_folder())
     text = given.text_options()
     check_text(text)
-    listing = list_sources(given.sources, options=named, text=text)
+    listing = list_sources(given.sources, options=RemoteOptions(download_folder()), text=text)
     sources = listing.train
     if file.exists():
         if stored(file) != made_of(file, given, sources):

@@ -154,7 +154,7 @@ def download(
         url=url,
         address=url,
         open_at=open_http,
-        options=RemoteOptions(cache or Path.home() / ".cache" / "regpt", None, patience),
+        options=RemoteOptions(cache, patience=patience),
         sha256=sha256,
         version=sha256,
         advice="; or give a local copy with --tasks hellaswag:FILE",

@@ -25,8 +25,7 @@ from regpt.prepare.sources import (
     text_files,
 )
 from regpt.remote import is_address
-from regpt.remote.download import RemoteFile, RemoteOptions
-from regpt.remote.retry import PATIENCE, Patience
+from regpt.remote.download import REMOTE_OPTIONS, RemoteFile, RemoteOptions
 from regpt.remote.web import open_http
 
 # The lecture's debugging text: 40,000 lines of Shakespeare in one file (karpathy/char-rnn).
@@ -40,28 +39,6 @@ HUB_SETS = {
 }
 
 
-@dataclass(frozen=True)
-class NamedOptions:
-    """How named sets and remote files are found.
-
-    Attributes:
-        cache: folder that keeps downloads; None is `.cache/regpt` in the home folder.
-        url: where tinyshakespeare is downloaded from.
-        endpoint: address of the Hugging Face hub; None is huggingface_hub's own, which HF_ENDPOINT sets.
-        patience: how long downloads are tried.
-    """
-
-    cache: Path | None = None
-    url: str = SHAKESPEARE_URL
-    endpoint: str | None = None
-    patience: Patience = PATIENCE
-
-    @property
-    def remote(self) -> RemoteOptions:
-        return RemoteOptions(self.cache or Path.home() / ".cache" / "regpt", self.endpoint, self.patience)
-
-
-NAMED_OPTIONS = NamedOptions()
 STDIN = "-"
 
 
@@ -92,7 +69,7 @@ class Listing:
 def list_sources(
     given: Sequence[str],
     val: Sequence[str] = (),
-    options: NamedOptions = NAMED_OPTIONS,
+    options: RemoteOptions = REMOTE_OPTIONS,
     text: TextOptions = TEXT_OPTIONS,
 ) -> Listing:
     """Everything that the SOURCE arguments name, in the order given; remote files are not downloaded yet.
@@ -114,24 +91,24 @@ def list_sources(
     return Listing(train, held_out, left_out)
 
 
-def open_sources(given: Sequence[str], options: NamedOptions = NAMED_OPTIONS) -> list[Source]:
+def open_sources(given: Sequence[str], options: RemoteOptions = REMOTE_OPTIONS) -> list[Source]:
     """The files of each SOURCE, each once; see `list_sources`."""
     return list_sources(given, options=options).train
 
 
 def open_source(
-    source: str, options: NamedOptions, left_out: Counter[str], text: TextOptions, wanted: Wanted
+    source: str, options: RemoteOptions, left_out: Counter[str], text: TextOptions, wanted: Wanted
 ) -> Sequence[Source]:
     if source == STDIN:
-        return [standard_input(options.remote.cache / "stdin", text.format)]
+        return [standard_input(options.folder / "stdin", text.format)]
     if source == "pydocs":
         return [python_docs()]
     if source == "tinyshakespeare":
         return [shakespeare(options)]
     if source in HUB_SETS:
-        return find_remote(HUB_SETS[source], options.remote, left_out, source)
+        return find_remote(HUB_SETS[source], options, left_out, source)
     if is_address(source):
-        return find_remote(source, options.remote, left_out, wanted=wanted)
+        return find_remote(source, options, left_out, wanted=wanted)
     return find_files(source, left_out, wanted)
 
 
@@ -167,14 +144,14 @@ def python_docs() -> TextSet:
     return TextSet("pydocs", tuple(pydocs()), {"python": platform.python_version()})
 
 
-def shakespeare(options: NamedOptions) -> RemoteSource:
+def shakespeare(options: RemoteOptions) -> RemoteSource:
     file = RemoteFile(
         name="input.txt",
         bytes=SHAKESPEARE_BYTES,
-        url=options.url,
-        address=options.url,
+        url=SHAKESPEARE_URL,
+        address=SHAKESPEARE_URL,
         open_at=open_http,
-        options=options.remote,
+        options=options,
         sha256=SHAKESPEARE_SHA256,
         advice="; or give a local copy as SOURCE",
     )

@@ -19,7 +19,7 @@ from regpt.data.manifest import WORK, Manifest, Shard
 from regpt.errors import UsageError
 from regpt.files import finish_file
 from regpt.prepare.decontaminate import Evaluations, read_evaluations
-from regpt.prepare.named import NAMED_OPTIONS, Listing, NamedOptions, list_sources
+from regpt.prepare.named import Listing, list_sources
 from regpt.prepare.partition import (
     Counts,
     Partition,
@@ -38,7 +38,7 @@ from regpt.prepare.sources import localized
 from regpt.prepare.split import Unusable, check_splits, check_texts, default_fraction, split_rule
 from regpt.prepare.work import begin, check_out, clear, is_finished, naming_full_disk, work_folder
 from regpt.prepare.workers import MAX_WORKERS, Pool, available_cores, encode_here, start_pool
-from regpt.remote.download import DownloadProgress
+from regpt.remote.download import REMOTE_OPTIONS, DownloadProgress, RemoteOptions
 from regpt.text.fast import WrongTokens, accelerate, can_accelerate, encoder_name, find_model, save_model
 from regpt.text.tokenizer import Tokenizer
 
@@ -74,7 +74,7 @@ def prepare(
     workers: int | None = None,
     encoder: Literal["auto", "exact"] = "auto",
     restart: bool = False,
-    named: NamedOptions = NAMED_OPTIONS,
+    remote: RemoteOptions = REMOTE_OPTIONS,
     progress: Callable[[Progress], None] | None = None,
     download: DownloadProgress | None = None,
 ) -> Manifest:
@@ -94,7 +94,7 @@ def prepare(
     check_options(sources, val_fraction, shard_tokens, filters.min_chars, workers)
     check_text(text)
     check_out(out)
-    listing = list_sources(sources, val_sources, named, text)
+    listing = list_sources(sources, val_sources, remote, text)
     count = 1 if is_finished(out) else workers or min(available_cores(), MAX_WORKERS)
     with naming_full_disk(out), start_pool(count, listing.files, tokenizer) or nullcontext() as pool:
         evaluations = read_evaluations(filters.decontaminate) if filters.decontaminate else None

@@ -6,7 +6,6 @@ another attempt, also one of a later process, continues there.
 
 import hashlib
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -24,17 +23,12 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Download:
-    """News of one download; `total` and `bytes_per_s` are 0 while unknown, `note` is the reason of a wait."""
+    """News of one download; `total` is 0 while unknown, `note` is the reason of a wait."""
 
     file: str
     bytes: int
     total: int
-    bytes_per_s: float = 0.0
     note: str = ""
-
-    @property
-    def seconds_left(self) -> float | None:
-        return (self.total - self.bytes) / self.bytes_per_s if self.total and self.bytes_per_s else None
 
 
 DownloadProgress = Callable[[Download], None]
@@ -42,11 +36,19 @@ DownloadProgress = Callable[[Download], None]
 
 @dataclass(frozen=True)
 class RemoteOptions:
-    """Where downloads are kept and how patiently they are made; `endpoint` None is huggingface_hub's own."""
+    """Where downloads are kept, `.cache/regpt` in the home folder by default; the address of the Hugging Face hub,
+    huggingface_hub's own by default (HF_ENDPOINT sets it); how long downloads are tried."""
 
-    cache: Path
+    cache: Path | None = None
     endpoint: str | None = None
     patience: Patience = PATIENCE
+
+    @property
+    def folder(self) -> Path:
+        return self.cache or Path.home() / ".cache" / "regpt"
+
+
+REMOTE_OPTIONS = RemoteOptions()
 
 
 class Fetched(NamedTuple):
@@ -86,7 +88,7 @@ class RemoteFile:
     def path(self) -> Path:
         """Where the download is kept: another folder for another version."""
         key = hashlib.sha256("\n".join((self.address, self.version, str(self.bytes))).encode()).hexdigest()[:16]
-        return self.options.cache / "downloads" / key / PurePosixPath(self.name).name
+        return self.options.folder / "downloads" / key / PurePosixPath(self.name).name
 
     @property
     def partial(self) -> Path:
@@ -131,7 +133,7 @@ class RemoteFile:
 
     def append(self, progress: DownloadProgress) -> None:
         """Download the rest of `partial`, to the disk."""
-        have, total, began = size_of(self.partial), self.bytes, time.monotonic()
+        have, total = size_of(self.partial), self.bytes
         if total and have == total:
             return
         have = have if have <= total else 0  # also when the total is unknown: the part may belong to another version
@@ -142,7 +144,7 @@ class RemoteFile:
             while chunk := stream.read(CHUNK):
                 out.write(chunk)
                 done += len(chunk)
-                progress(Download(self.url, done, total, (done - start) / max(1e-3, time.monotonic() - began)))
+                progress(Download(self.url, done, total))
             out.flush()
             os.fsync(out.fileno())
         if total and done != total:
