@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from regpt.cli.parse import parse
-from regpt.cli.text_args import TextArgs
+from regpt.cli.text_args import TextFlags, as_meant
 from regpt.console.lines import print_line, print_note
 from regpt.console.text import counted
 from regpt.files import exists
+from regpt.prepare.settings import TEXT_OPTIONS
 from regpt.ranges import MANY, PROCESSES, Range
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ MARKS = {  # counts of the sources in the manifest
 
 
 @dataclass(frozen=True)
-class PrepareArgs(TextArgs):
+class PrepareArgs:
     """Make token shards from text. A SOURCE is a file, folder or glob of .txt, .md, .jsonl, .json, .csv, .tsv or
     .parquet, here or behind hf://, https://, s3://, gs://; a named set: pydocs, tinyshakespeare, fineweb-edu-10B,
     fineweb-10B; or - for stdin. Stopped at any moment, the same command goes on."""
@@ -72,6 +73,7 @@ class PrepareArgs(TextArgs):
     """auto: gigatoken where it is installed (pip install 'regpt[fast]'), the same tokens sooner; exact: without it."""
     restart: bool = False
     """Give up what an earlier attempt with other options has done."""
+    text: TextFlags = TEXT_OPTIONS
 
 
 def main(args: list[str]) -> int:
@@ -92,7 +94,7 @@ def main(args: list[str]) -> int:
                 tokenizer,
                 val_sources=given.val,
                 val_fraction=given.val_fraction,
-                text=given.text_options(),
+                text=as_meant(given.text),
                 shard_tokens=given.shard_tokens,
                 filters=Filters(given.min_chars, given.dedup, given.decontaminate),
                 workers=given.workers,

@@ -13,10 +13,11 @@ import tyro
 
 from regpt.cli.data_prepare import download_folder, print_left_out
 from regpt.cli.parse import parse, run_subcommand
-from regpt.cli.text_args import TextArgs
+from regpt.cli.text_args import TextFlags, as_meant
 from regpt.console.lines import print_line, print_note
 from regpt.errors import UsageError, UserError
 from regpt.files import file_sha256, write_json, write_text
+from regpt.prepare.settings import TEXT_OPTIONS
 
 if TYPE_CHECKING:
     from regpt.prepare.named import Source
@@ -28,7 +29,7 @@ MEASURED_CHARS = 10_000_000  # of the training text, encoded to print the bytes 
 
 
 @dataclass(frozen=True)
-class TrainArgs(TextArgs):
+class TrainArgs:
     """Learn a byte-level BPE from text. A SOURCE is a file, folder or glob of .txt, .md, .jsonl, .json, .csv, .tsv or
     .parquet, a named set (pydocs, tinyshakespeare), or - for stdin."""
 
@@ -38,6 +39,7 @@ class TrainArgs(TextArgs):
     """Tokens, the 256 bytes and <|endoftext|> included."""
     out: Annotated[str, tyro.conf.arg(metavar="DIR")]
     """Folder to write tokenizer.json into; where these sources made the one in it, nothing is to do."""
+    text: TextFlags = TEXT_OPTIONS
 
 
 def main(args: list[str]) -> int:
@@ -64,7 +66,7 @@ def train_main(args: list[str]) -> int:
         raise UsageError("no SOURCE given; give files, folders, globs or a named set")
     if not file.exists():
         try_place(file.parent)
-    text = given.text_options()
+    text = as_meant(given.text)
     check_text(text)
     listing = list_sources(given.sources, options=RemoteOptions(download_folder()), text=text)
     sources = listing.train
@@ -98,7 +100,7 @@ def made_of(file: Path, given: TrainArgs, sources: list[Source]) -> dict[str, An
     return {
         "sha256": file_sha256(file),
         "vocab_size": given.vocab_size,
-        "text": json.loads(json.dumps(asdict(given.text_options()))),
+        "text": json.loads(json.dumps(asdict(as_meant(given.text)))),
         "sources": [source.known() for source in sources],
     }
 

@@ -8,25 +8,22 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class TextOptions:
-    """How files become documents.
-
-    Attributes:
-        text_column: key or column that holds the text; `doc.text` is the key `text` of the object `doc`.
-        template: text made of several columns instead, `{question} {answer}`.
-        format: the ending as which every file is read, such as `jsonl.gz`, whatever its name.
-        include: patterns (`*.py`) of the names that are read in folders; endings that are not known are plain text.
-        encoding: of text without a byte-order mark.
-        separator: what stands between two documents in a text.
-        on_error: what to do with documents that cannot be read: `stop`, or `skip` and count them.
-    """
+    """How files become documents."""
 
     text_column: str = "text"
+    """Key or column that holds the text; doc.text is the key text inside doc."""
     template: str | None = None
-    format: str | None = None
+    r"""Make the text of several columns, such as '{question}\n{answer}'."""
     include: tuple[str, ...] = ()
+    """Read these files of folders, such as '*.py'; what has an unknown ending is read as plain text."""
+    format: str | None = None
+    """Read every file like one with this ending, such as jsonl.gz, whatever its name; needed for stdin."""
     encoding: str = "utf-8"
+    """Encoding of the text, such as latin-1; byte-order marks of UTF-8, UTF-16 and UTF-32 are recognized."""
     separator: str | None = None
+    """Cut texts into documents here, such as '<|endoftext|>'."""
     on_error: Literal["stop", "skip"] = "stop"
+    """Stop at a document that cannot be read, or leave it out and count it."""
 
     def changed(self) -> dict[str, Any]:
         """Those that are not the default."""
