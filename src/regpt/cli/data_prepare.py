@@ -15,7 +15,7 @@ from regpt.cli.text_args import TextFlags, as_meant
 from regpt.console.lines import print_line, print_note
 from regpt.console.text import counted
 from regpt.files import exists
-from regpt.prepare.settings import TEXT_OPTIONS
+from regpt.prepare.settings import NO_FILTERS, TEXT_OPTIONS, Filters
 from regpt.ranges import MANY, PROCESSES, Range
 
 if TYPE_CHECKING:
@@ -61,12 +61,7 @@ class PrepareArgs:
     """Part of the documents held out, 0 for none; default: 0.1 below 10 MB of sources, 0.005 above."""
     shard_tokens: Annotated[int, Range(1, MANY)] = 100_000_000
     """Tokens in each shard but the last."""
-    min_chars: Annotated[int, Range(0, MANY)] = 0
-    """Leave out documents with fewer characters."""
-    dedup: Literal["none", "exact", "near"] = "none"
-    """Leave out documents that occurred before: the same text, or also nearly the same."""
-    decontaminate: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE")] = ()
-    """Leave out documents that share 13 words in a row with an item of these evaluation files."""
+    filters: Annotated[Filters, tyro.conf.arg(name="")] = NO_FILTERS
     workers: Annotated[int | None, tyro.conf.arg(metavar="INT"), Range(1, PROCESSES)] = None
     """Processes that encode; default: one a core, 16 at most. The files do not depend on it."""
     encoder: Literal["auto", "exact"] = "auto"
@@ -80,7 +75,6 @@ def main(args: list[str]) -> int:
     given = parse(PrepareArgs, args, prog="regpt data prepare")
     from regpt.data.manifest import WORK
     from regpt.prepare.prepare import is_finished, prepare
-    from regpt.prepare.settings import Filters
     from regpt.remote.download import RemoteOptions
     from regpt.text.open import open_tokenizer
 
@@ -96,7 +90,7 @@ def main(args: list[str]) -> int:
                 val_fraction=given.val_fraction,
                 text=as_meant(given.text),
                 shard_tokens=given.shard_tokens,
-                filters=Filters(given.min_chars, given.dedup, given.decontaminate),
+                filters=given.filters,
                 workers=given.workers,
                 encoder=given.encoder,
                 restart=given.restart,

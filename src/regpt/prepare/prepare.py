@@ -32,7 +32,7 @@ from regpt.prepare.partition import (
 )
 from regpt.prepare.readers import check_text
 from regpt.prepare.records import Records, check_finished
-from regpt.prepare.settings import TEXT_OPTIONS, Filters, Settings, TextOptions
+from regpt.prepare.settings import NO_FILTERS, TEXT_OPTIONS, Filters, Settings, TextOptions
 from regpt.prepare.shards import Assembly, finish_folder
 from regpt.prepare.sources import localized
 from regpt.prepare.split import Unusable, check_splits, check_texts, default_fraction, split_rule
@@ -43,7 +43,6 @@ from regpt.text.fast import WrongTokens, accelerate, can_accelerate, encoder_nam
 from regpt.text.tokenizer import Tokenizer
 
 SHARD_TOKENS = 100_000_000  # the size of FineWeb-Edu's shards in build-nanogpt
-NO_FILTERS = Filters()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 import json
 from dataclasses import asdict, dataclass
 from hashlib import sha256
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from regpt.ranges import MANY, Range
 
 
 @dataclass(frozen=True)
@@ -35,18 +37,18 @@ TEXT_OPTIONS = TextOptions()
 
 @dataclass(frozen=True)
 class Filters:
-    """What is left out.
+    """What is left out."""
 
-    Attributes:
-        min_chars: documents with fewer characters.
-        dedup: `exact`: texts that occurred before; `near`: also those with about 80 % of their five-word runs in common
-            with an earlier one.
-        decontaminate: documents that share 13 words in a row with an item of these evaluation files.
-    """
-
-    min_chars: int = 0
+    min_chars: Annotated[int, Range(0, MANY)] = 0
+    """Leave out documents with fewer characters."""
     dedup: Literal["none", "exact", "near"] = "none"
+    """Leave out documents that occurred before: the same text, or also with about 80 % of their five-word runs in
+    common."""
     decontaminate: tuple[str, ...] = ()
+    """Leave out documents that share 13 words in a row with an item of these evaluation files."""
+
+
+NO_FILTERS = Filters()
 
 
 @dataclass(frozen=True)
