@@ -20,6 +20,7 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 from rich.table import Table
+from tables import columns, figure_of
 from torch import Tensor
 
 from regpt.config import RunConfig, read_config
@@ -36,7 +37,6 @@ from regpt.runs.bench import INVENTED, Report, Window, opened_data, shortened, s
 from regpt.runs.build import Corpus, build_loader, build_model, build_trainer, with_chosen_rows
 from regpt.runs.folder import device_name, source_commit
 from regpt.tools.bench.steps import library_versions, percentiles, time_steps
-from regpt.tools.bench.tables import columns, figure_of
 from regpt.train.memory import peak_memory_gib
 from regpt.train.optim import make_optimizer
 from regpt.train.trainer import Trainer

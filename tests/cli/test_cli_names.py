@@ -39,7 +39,6 @@ train gpt2-tiny TINY --out NAME
 train gpt2-tiny TINY --init-from NAME --out r
 train named.toml --out r
 verify-resume gpt2-tiny TINY --out NAME
-bench sample NAME
 bench train gpt2-tiny TINY --json NAME
 plan NAME
 data info NAME

@@ -6,13 +6,12 @@ from typing import Annotated, Any
 import pytest
 import tyro
 
-from regpt.cli.bench import BenchSampleArgs
 from regpt.cli.flags import flags_of
 from regpt.cli.parse import parse
 from regpt.cli.train import Train, named_recipe
 from regpt.config import RunConfig, read_config, with_home
 from regpt.errors import UsageError
-from regpt.ranges import ranges_of
+from regpt.ranges import Range, ranges_of
 
 NUMBERS = {name: flag for name, flag in flags_of(Train).items() if {int, float} & set(flag.kinds) and not flag.many}
 
@@ -113,11 +112,18 @@ def test_a_wrong_value_is_one_sentence_without_the_parsers_words(given: list[str
     assert str(found.value).startswith(sentence)
 
 
+@dataclass(frozen=True)
+class Several:
+    """A command with a flag of several numbers."""
+
+    batch: Annotated[tuple[int, ...], Range(1, 1 << 20)] = (1, 64)
+
+
 @pytest.mark.parametrize("batch", [["0"], ["1", "0"], ["1", "-3"], ["8", "1000000000"]])
 def test_every_value_of_a_flag_of_several_is_checked(batch: list[str]):
     with pytest.raises(UsageError, match=rf"^--batch is {batch[-1]}, must be"):
-        parse(BenchSampleArgs, ["gpt2", "--batch", *batch], "regpt bench sample")
-    assert parse(BenchSampleArgs, ["gpt2", "--batch", "1", "8"], "regpt bench sample").batch == (1, 8)
+        parse(Several, ["--batch", *batch], "regpt several")
+    assert parse(Several, ["--batch", "1", "8"], "regpt several").batch == (1, 8)
 
 
 def test_what_is_missing_is_named():

@@ -57,12 +57,14 @@ def bench(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, s
 
 def benchmark_script(name: str) -> ModuleType:
     """A script of `benchmarks/` as a module."""
+    sys.path.insert(0, str(SCRIPTS))  # as where a script is started
     spec = importlib.util.spec_from_file_location(f"{name}_script", SCRIPTS / f"{name}.py")
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where its dataclasses look up their annotations
     spec.loader.exec_module(module)
+    sys.path.remove(str(SCRIPTS))
     return module
 
 
@@ -74,3 +76,8 @@ def loader_script() -> ModuleType:
 @pytest.fixture(scope="session")
 def ladder() -> ModuleType:
     return benchmark_script("ladder")
+
+
+@pytest.fixture(scope="session")
+def sampling() -> ModuleType:
+    return benchmark_script("sampling")

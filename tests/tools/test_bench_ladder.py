@@ -14,7 +14,6 @@ from regpt.config import read_config
 from regpt.model.ops import PLAIN, attention
 from regpt.runs.bench import Window
 from regpt.tools.bench.steps import StepTimes
-from regpt.tools.bench.tables import figure_of
 from regpt.train.optim import make_optimizer
 
 
@@ -271,5 +270,6 @@ def test_the_lecture_is_compared_with_the_same_work_only(ladder):
     assert "7.2" in printed(ladder, alone)
 
 
-def test_figures_have_three_digits():
-    assert [figure_of(value) for value in (0.1234, 9.876, 12.34, 1234.5, None)] == ["0.12", "9.88", "12.3", "1,234", ""]
+def test_figures_have_three_digits(ladder):
+    found = [ladder.figure_of(value) for value in (0.1234, 9.876, 12.34, 1234.5, None)]
+    assert found == ["0.12", "9.88", "12.3", "1,234", ""]

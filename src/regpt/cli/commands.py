@@ -20,7 +20,7 @@ COMMANDS = {
     "diff": "two runs against each other: what differs, and whether it matters",
     "scaling": "a power law through the losses of runs, and what it predicts",
     "inspect": "a model's parameters, pictures of its weights, tokens nearest to a token",
-    "bench": "how fast training and sampling are on this machine",
+    "bench": "how fast training is on this machine",
     "completion": "a script with which the shell completes commands, flags and recipes",
 }
 ARGUMENTS = {  # what is typed: module in `regpt.cli`, dataclass
@@ -47,7 +47,6 @@ ARGUMENTS = {  # what is typed: module in `regpt.cli`, dataclass
     "scaling": ("scaling", "ScalingArgs"),
     "inspect": ("inspect", "InspectArgs"),
     "bench train": ("bench", "BenchTrainArgs"),
-    "bench sample": ("bench", "BenchSampleArgs"),
     "completion": ("completion", "CompletionArgs"),
 }
 

@@ -1,1 +1,1 @@
-"""How fast training and sampling are on this machine."""
+"""How fast training is on this machine."""

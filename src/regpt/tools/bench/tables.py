@@ -1,6 +1,6 @@
 """The reports of `regpt bench` as tables for a terminal."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from rich.table import Table
@@ -16,17 +16,6 @@ def pairs(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     table.add_column()
     for name, value in rows:
         table.add_row(Text(name), Text(value))
-    return table
-
-
-def columns(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None) -> Table:
-    """Columns of figures aligned to the right; without a heading, of notes."""
-    table = Table(title=Text(title), title_justify="left", box=None, padding=(0, 2, 0, 0), caption=caption)
-    table.caption_justify = "left"
-    for heading in headings:
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=bool(heading))
-    for cells in rows:
-        table.add_row(*map(Text, cells))
     return table
 
 
@@ -61,28 +50,3 @@ def train_table(report: dict[str, Any]) -> Table:
     return pairs(
         f"{report['recipe']}: {report['parameters']:,} parameters on {world} × {report['device']}", rows.items()
     )
-
-
-def figure_of(value: float | None) -> str:
-    """Three digits of a number below a hundred, all before the point above; nothing for None."""
-    if value is None:
-        return ""
-    places = 0 if value >= 100 else 1 if value >= 10 else 2
-    return f"{value:,.{places}f}"
-
-
-def sample_table(report: dict[str, Any]) -> Table:
-    """The report of `regpt bench sample`."""
-    model = f"{report['source']} ({report['parameters']:,} parameters) on {report['device']}, {report['precision']}"
-    title = f"{model}; prompts of {report['prompt_tokens']} tokens, {report['new_tokens']} new ones"
-    rows = [
-        (
-            str(row["batch"]),
-            f"{row['tokens_per_s']:,.0f}",
-            figure_of(row["seconds"] / report["new_tokens"] * 1e3),
-            figure_of(row["first_token_s"] * 1e3),
-            f"{row['spread']:.1%}",
-        )
-        for row in report["batches"]
-    ]
-    return columns(title, ("texts at once", "tokens/s", "ms a token", "first token, ms", "spread"), rows)
