@@ -206,6 +206,14 @@ def tiktoken_file(tokens: list[bytes]) -> bytes:
     return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens))
 
 
+def sentencepiece_pieces() -> list[tuple[str, float, int]]:
+    """(piece, score, type) of Llama 2's kind."""
+    model = json.loads(file_of("llama2"))["model"]
+    joined, single = ["".join(pair) for pair in model["merges"]], [token for token in model["vocab"] if len(token) == 1]
+    made = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), *((f"<0x{byte:02X}>", 0.0, 6) for byte in range(256))]
+    return made + [(piece, -float(i), 1) for i, piece in enumerate(dict.fromkeys([*joined, *single]))]
+
+
 def sentencepiece_file(listed: list[tuple[str, float, int]], **spec: int) -> bytes:
     """A SentencePiece model of (piece, score, type); `spec` sets `model_type` 2, `add_dummy_prefix` 1, `charsmap` 0."""
 

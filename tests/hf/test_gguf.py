@@ -20,7 +20,8 @@ from regpt.hf.gguf import TYPES, GGUFFile, write_gguf
 from regpt.hf.gguf_models import STRETCH, arch_of, export_gguf
 from regpt.model.config import ModelConfig
 from regpt.model.weights import state_tensors
-from regpt.text.open import from_json
+from regpt.text.open import from_json, open_content
+from regpt.text.sentencepiece import sentencepiece_content
 from regpt.text.tokenizer import Tokenizer
 
 gguf = pytest.importorskip("gguf")
@@ -33,6 +34,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {  # family and its variant → 
     "llama": ("llama3", {"n_kv_head": 2, "tie_embeddings": False, **LLAMA3}),
     "llama, biases": ("qwen", {"bias": "all", "head_size": 32, "rope_theta": 1e6}),
     "llama, linear": ("pythia", {"rope_type": "linear", "rope_factor": 2.5}),
+    "llama, sentencepiece": ("sentencepiece", {"tie_embeddings": False}),
     "mistral": ("llama3", {"n_kv_head": 1, "window": 64}),
     "qwen2": ("qwen", {"n_kv_head": 2}),
     "qwen3": ("qwen", {"n_kv_head": 2, "head_size": 24}),
@@ -43,6 +45,11 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {  # family and its variant → 
 
 @functools.cache
 def tokenizer_of(name: str) -> Tokenizer:
+    if name == "sentencepiece":
+        return open_content(
+            lambda: sentencepiece_content(tokenizer_files.sentencepiece_file(tokenizer_files.sentencepiece_pieces())),
+            name,
+        )
     return from_json(tokenizer_files.file_of(name))
 
 
@@ -374,10 +381,18 @@ def test_a_model_that_llama_cpp_lacks_is_refused_in_one_sentence(fields: dict[st
         arch_of(config)
 
 
-def test_a_tokenizer_that_llama_cpp_lacks_is_refused(tmp_path: Path):
-    tokenizer = tokenizer_of("tekken")
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("tekken", r"splits text.*gpt-2, olmo, smollm, llama-bpe"),
+        ("llama2", "two pieces for which it lacks a merge"),  # trained, one merge a piece
+        ("mistral", "two pieces for which it lacks a merge"),
+    ],
+)
+def test_a_tokenizer_that_llama_cpp_lacks_is_refused(name: str, reason: str, tmp_path: Path):
+    tokenizer = tokenizer_of(name)
     model = make("gpt2", vocab_size=tokenizer.n_vocab)[0]
-    with pytest.raises(UserError, match=r"splits text.*gpt-2, olmo, smollm, llama-bpe.*--format hf"):
+    with pytest.raises(UserError, match=f"{reason}.*--format hf"):
         export_gguf(model, tokenizer, tmp_path / "m.gguf", "f32")
     assert not [*tmp_path.iterdir()]
 

@@ -1,7 +1,6 @@
 """`tokenizer.model`: Llama 3's is tiktoken's format, Llama 2's and Mistral's a protobuf of SentencePiece."""
 
 import itertools
-import json
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from regpt.text import gpt2
 from regpt.text.gpt2 import find_vocabulary, ranks_from_files
 from regpt.text.llama3 import NAMED_3_0, NAMED_3_1, PATTERN, name_special_tokens
 from regpt.text.open import from_json, open_tokenizer
-from tokenizer_files import LLAMA3, file_of, sentencepiece_file, texts, tiktoken_file
+from tokenizer_files import LLAMA3, sentencepiece_file, sentencepiece_pieces, texts, tiktoken_file
 
 VOCABULARY = find_vocabulary(gpt2.VOCAB_PACKAGE)
 needs_gpt2 = pytest.mark.skipif(VOCABULARY is None, reason="extra offline is not installed")
@@ -112,11 +111,7 @@ def test_a_file_that_cannot_be_used_is_one_sentence(tmp_path, content, said):
 
 # ---- SentencePiece
 
-MODEL = json.loads(file_of("llama2"))["model"]
-MERGED = ["".join(pair) for pair in MODEL["merges"]]
-SINGLE = [token for token in MODEL["vocab"] if len(token) == 1]
-PIECES = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), *((f"<0x{byte:02X}>", 0.0, 6) for byte in range(256))]
-PIECES += [(piece, -float(i), 1) for i, piece in enumerate(dict.fromkeys([*MERGED, *SINGLE]))]
+PIECES = sentencepiece_pieces()
 
 
 def sentencepiece_ids(text: str, prefix: str) -> list[int]:
@@ -145,7 +140,7 @@ def test_sentencepieces_file_gives_the_ids_of_its_algorithm(sentencepiece):
     tokenizer, prefix = sentencepiece
     for text in texts(500, seed=5):
         assert tokenizer.encode(text) == sentencepiece_ids(text, prefix)
-    assert len(MERGED) > 50
+    assert sum(len(piece) > 1 for piece, _, kind in PIECES if kind == 1) > 50
 
 
 @given(st.text(max_size=30))

@@ -79,7 +79,7 @@ def test_the_check_prints_what_a_type_costs(kind: str, tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("llama_cpp_installed")
-@pytest.mark.parametrize("name", ["gpt2", "gpt2, own head", "llama", "llama, linear", "qwen2"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt2, own head", "llama", "llama, linear", "llama, sentencepiece", "qwen2"])
 def test_ten_thousand_strings_and_two_thousand_tokens(name: str, tmp_path: Path):
     found = checked(name, "f32", tmp_path / "m.gguf", 10_000, 100)
     refuse_difference(found, "f32", 1e-4 if "gpt2" in name else 1e-5, 5e-3 if "gpt2" in name else 0.0)

@@ -2,25 +2,29 @@
 
 llama.cpp has the pattern that splits text in its code, under the names of `PRE`; a tokenizer of another pattern cannot
 be written. Its tokenizers do not normalize text: where ours do, text that is not in NFC becomes other tokens there.
+SentencePiece's BPEs are a kind of their own, `llama`: the join of the best score first, whatever its two parts.
 """
 
+import itertools
 import json
 from typing import Any
 
 from regpt.errors import UserError
 from regpt.hf.export import tokenizer_json
 from regpt.hf.gguf import GGUFFile
-from regpt.text.library import LibraryTokenizer
+from regpt.text.library import GEMMA_SPLIT, LibraryTokenizer
 from regpt.text.llama3 import PATTERN
 from regpt.text.open import open_content
 from regpt.text.rules import BYTE_LEVEL, ENDS_TEXT, STARTS_DOCUMENTS
-from regpt.text.spec import FLAGS, Json, before_every_text
+from regpt.text.sentencepiece import content_of, pairs_of
+from regpt.text.spec import FALLBACK, FLAGS, SPACE, BPESpec, Json, before_every_text
 from regpt.text.tokenizer import ENDOFTEXT, Tokenizer
 
-NORMAL, UNKNOWN, CONTROL, USER, UNUSED = 1, 2, 3, 4, 5  # token types (llama.h, enum llama_token_type)
+NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)  # token types (llama.h, enum llama_token_type)
 ROLES = ("eos", "eot", "eom")  # keys that name a token which ends a text
 NFC: Json = {"type": "NFC"}
 BYTES: Json = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+ESCAPE: Json = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 WORDS: Json = BYTES | {"use_regex": True}
 
 
@@ -53,19 +57,47 @@ def tokenizer_to_gguf(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
         UNUSED if i not in names else NORMAL if i not in added else CONTROL if added[i].get("special", True) else USER
         for i in range(rows)
     ]
-    pre = pre_of(tokenizer, content)
+    if isinstance(tokenizer, LibraryTokenizer) and not tokenizer.spec.byte_level:
+        unknown = content["model"]["unk_token"]
+        types = [kind if FALLBACK.fullmatch(names.get(i, "")) is None else BYTE for i, kind in enumerate(types)]
+        types = [UNKNOWN if names.get(i) == unknown else kind for i, kind in enumerate(types)]
+        kind = sentencepiece_keys(tokenizer.spec, {t: i for i, t in names.items() if types[i] == NORMAL}, rows)
+    else:
+        merges = [" ".join(merge) for merge in content["model"]["merges"]]
+        kind = {"model": "gpt2", "pre": pre_of(tokenizer, content), "merges": merges}
     start, ends = tokenizer.eot, [i for i in tokenizer.stop_ids if i != tokenizer.eot] or [tokenizer.eot]
     before = isinstance(tokenizer, LibraryTokenizer) and (tokenizer.spec.template or names[start] != ENDOFTEXT)
     return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre,
+        **{f"tokenizer.ggml.{key}": value for key, value in kind.items()},
         "tokenizer.ggml.tokens": [names.get(i, f"[PAD{i}]") for i in range(rows)],
         "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.merges": [" ".join(merge) for merge in content["model"]["merges"]],
         "tokenizer.ggml.bos_token_id": start,
         **{f"tokenizer.ggml.{role}_token_id": i for role, i in zip(ROLES, ends)},
         "tokenizer.ggml.add_bos_token": before,
     }
+
+
+def sentencepiece_keys(spec: BPESpec, pieces: dict[str, int], rows: int) -> Json:
+    """Keys of a SentencePiece BPE whose `pieces` have ids; the ranks of its merges are scores there."""
+    joined = [piece for piece, _ in itertools.groupby("".join(pair) for pair in spec.merges)]
+    others = [piece for piece in pieces if piece not in {*joined}]  # single characters, which are no join
+    scores = {piece: -float(rank) for rank, piece in enumerate((*joined, *others))}
+    steps = [step for step in spec.normalizer if step != {"type": "Prepend", "prepend": SPACE}] + spec.pre_tokenizer
+    differing = {
+        "two pieces for which it lacks a merge": {*spec.merges} != {*pairs_of(scores, pieces)},
+        "merges of one piece in several places": len({*joined}) != len(joined),
+        "other steps than Llama 2's": steps not in ([ESCAPE], [ESCAPE, GEMMA_SPLIT]),
+        "no tokens for bytes": not spec.options.get("byte_fallback"),
+        "further tokens in ordinary text": any(not token["special"] for token in spec.added),
+    }
+    for reason, differs in differing.items():
+        if differs:
+            raise UserError(
+                f"llama.cpp has no tokenizer that does what this model's does, with {reason}; choose --format hf"
+            )
+    by_id = {pieces[piece]: score for piece, score in scores.items()}
+    listed = [by_id.get(i, 0.0) for i in range(rows)]
+    return {"model": "llama", "pre": "default", "scores": listed, "add_space_prefix": spec.prefix}
 
 
 def pre_of(tokenizer: Tokenizer, content: Json) -> str:
@@ -104,13 +136,27 @@ def tokenizer_from_gguf(file: GGUFFile, rows: int) -> Tokenizer:
         UserError: it holds none, one that regpt does not read, or another number of tokens.
     """
     kind = file.metadata.get("tokenizer.ggml.model")
-    if kind != "gpt2":
+    if kind not in ("gpt2", "llama"):
         raise file.error(
-            f"has a tokenizer of the kind {kind!r}, regpt reads gpt2 (byte-level BPE)", "choose another model"
+            f"has a tokenizer of the kind {kind!r}, regpt reads gpt2 (byte-level BPE) and llama (SentencePiece's BPE)",
+            "choose another model",
         )
     if len(tokens := lists(file, "tokens")) != rows:
         raise file.error(f"contradicts itself: it has {len(tokens)} tokens, its embedding has {rows} rows")
-    return open_content(lambda: byte_level_content(file), f"the tokenizer of {str(file.path)!r}")
+    content = byte_level_content if kind == "gpt2" else sentencepiece_content
+    return open_content(lambda: content(file), f"the tokenizer of {str(file.path)!r}")
+
+
+def sentencepiece_content(file: GGUFFile) -> Json:
+    """Contents of a `tokenizer.json`; unused ids are padding of the vocabulary, at its end."""
+    names, types, scores = (lists(file, key) for key in ("tokens", "token_type", "scores"))
+    used = len(names) - len([*itertools.takewhile(lambda kind: kind == UNUSED, reversed(types))])
+    if not len(types) == len(scores) == len(names) or UNUSED in types[:used] or len({*names[:used]}) < used:
+        raise file.error("contradicts itself: tokens, types and scores differ in number, or a token is there twice")
+    bos, eos = (file.metadata.get(f"tokenizer.ggml.{role}_token_id", i) for role, i in (("bos", 1), ("eos", 2)))
+    flags = {"prefix": "add_space_prefix", "template": "add_bos_token"}
+    options = {name: file.metadata.get(f"tokenizer.ggml.{key}", True) is True for name, key in flags.items()}
+    return content_of(names[:used], scores[:used], types[:used], bos=bos, eos=eos, **options)
 
 
 def byte_level_content(file: GGUFFile) -> Json:

@@ -42,6 +42,24 @@ def sentencepiece_content(data: bytes) -> Json:
             "a SentencePiece model with a character map, removed spaces or unused pieces, which regpt lacks",
             "give the tokenizer.json that transformers' save_pretrained writes for it",
         )
+    special = {"bos": trainer.get(BOS_ID, 1), "eos": trainer.get(EOS_ID, 2)}
+    fallback, prefix = bool(trainer.get(BYTE_FALLBACK)), bool(normalizer.get(ADD_PREFIX, 1))
+    return content_of(names, scores, kinds, **special, byte_fallback=fallback, prefix=prefix)
+
+
+def content_of(
+    names: list[str],
+    scores: list[float],
+    kinds: list[int],
+    *,
+    bos: int,
+    eos: int,
+    byte_fallback: bool = True,
+    prefix: bool = True,
+    template: bool = True,
+) -> Json:
+    """Contents of a `tokenizer.json` with these pieces; `prefix`: a space is put before a text, `template`: and the
+    token `bos`."""
     ids = {name: i for i, name in enumerate(names)}
     added = [
         {"id": i, "content": names[i], **dict.fromkeys(FLAGS, False), "special": kind != USER_DEFINED}
@@ -49,22 +67,20 @@ def sentencepiece_content(data: bytes) -> Json:
         if kind in (UNKNOWN, CONTROL, USER_DEFINED)
     ]
     for token in added:
-        token[ENDS_TEXT] = token["id"] == trainer.get(EOS_ID, 2)
+        token[ENDS_TEXT] = token["id"] == eos
     space: Json = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    prefix = bool(normalizer.get(ADD_PREFIX, 1))
     joining = [{**space, "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
     joining += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * prefix
-    bos = trainer.get(BOS_ID, 1)
     return {
         "added_tokens": added,
         "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}] * prefix + [space]},
-        "post_processor": before_every_text(names[bos], bos) if 0 <= bos < len(names) else None,
+        "post_processor": before_every_text(names[bos], bos) if template and 0 <= bos < len(names) else None,
         "decoder": {"type": "Sequence", "decoders": joining},
         "model": {
             "type": "BPE",
             "unk_token": next((name for name, kind in zip(names, kinds) if kind == UNKNOWN), None),
             "fuse_unk": True,
-            "byte_fallback": bool(trainer.get(BYTE_FALLBACK)),
+            "byte_fallback": byte_fallback,
             "vocab": ids,
             "merges": list(pairs_of({name: scores[i] for name, i in ids.items() if kinds[i] == NORMAL}, ids)),
         },
