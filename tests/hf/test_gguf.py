@@ -296,6 +296,17 @@ ONE = (torch.zeros(32), "f32")
         ({"llama.attention.layer_norm_rms_epsilon": "x"}, {}, "must be a number"),
         ({"general.alignment": 24}, {}, "general.alignment is 24"),
         ({"tokenizer.ggml.model": "bert"}, {}, "tokenizer of the kind 'bert'"),
+        ({"tokenizer.ggml.model": "llama"}, {}, "has no list tokenizer.ggml.scores"),
+        ({"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [0.5]}, {}, "differ in number"),
+        (
+            {
+                "tokenizer.ggml.model": "llama",
+                "tokenizer.ggml.scores": [0.5] * 403,
+                "tokenizer.ggml.bos_token_id": 9999,
+            },
+            {},
+            "its bos and eos tokens are 9999",
+        ),
         ({"tokenizer.ggml.pre": "tekken"}, {}, "splits text as 'tekken', regpt reads gpt-2"),
         ({"tokenizer.ggml.tokens": ["a"]}, {}, "contradicts itself: it has 1 tokens, its embedding has 403 rows"),
         ({"tokenizer.ggml.token_type": [1]}, {}, "contradicts itself: it has 403 tokens and types of 1"),

@@ -16,7 +16,7 @@ from regpt.text.library import GEMMA_SPLIT, LibraryTokenizer
 from regpt.text.llama3 import PATTERN
 from regpt.text.open import open_content
 from regpt.text.rules import BYTE_LEVEL, ENDS_TEXT, STARTS_DOCUMENTS
-from regpt.text.sentencepiece import content_of, pairs_of
+from regpt.text.sentencepiece import content_of, joining_pairs
 from regpt.text.spec import FALLBACK, FLAGS, SPACE, BPESpec, Json, before_every_text
 from regpt.text.tokenizer import ENDOFTEXT, Tokenizer
 
@@ -84,7 +84,7 @@ def sentencepiece_keys(spec: BPESpec, pieces: dict[str, int], rows: int) -> Json
     scores = {piece: -float(rank) for rank, piece in enumerate((*joined, *others))}
     steps = [step for step in spec.normalizer if step != {"type": "Prepend", "prepend": SPACE}] + spec.pre_tokenizer
     differing = {
-        "two pieces for which it lacks a merge": {*spec.merges} != {*pairs_of(scores, pieces)},
+        "two pieces for which it lacks a merge": {*spec.merges} != {*joining_pairs(scores, pieces)},
         "merges of one piece in several places": len({*joined}) != len(joined),
         "other steps than Llama 2's": steps not in ([ESCAPE], [ESCAPE, GEMMA_SPLIT]),
         "no tokens for bytes": not spec.options.get("byte_fallback"),
@@ -154,6 +154,8 @@ def sentencepiece_content(file: GGUFFile) -> Json:
     if not len(types) == len(scores) == len(names) or UNUSED in types[:used] or len({*names[:used]}) < used:
         raise file.error("contradicts itself: tokens, types and scores differ in number, or a token is there twice")
     bos, eos = (file.metadata.get(f"tokenizer.ggml.{role}_token_id", i) for role, i in (("bos", 1), ("eos", 2)))
+    if not all(type(i) is int and 0 <= i < used for i in (bos, eos)) or not all(isinstance(t, str) for t in names[:1]):
+        raise file.error(f"contradicts itself: its bos and eos tokens are {bos!r} and {eos!r}, of {used} names")
     flags = {"prefix": "add_space_prefix", "template": "add_bos_token"}
     options = {name: file.metadata.get(f"tokenizer.ggml.{key}", True) is True for name, key in flags.items()}
     return content_of(names[:used], scores[:used], types[:used], bos=bos, eos=eos, **options)

@@ -82,12 +82,12 @@ def content_of(
             "fuse_unk": True,
             "byte_fallback": byte_fallback,
             "vocab": ids,
-            "merges": list(pairs_of({name: scores[i] for name, i in ids.items() if kinds[i] == NORMAL}, ids)),
+            "merges": list(joining_pairs({name: scores[i] for name, i in ids.items() if kinds[i] == NORMAL}, ids)),
         },
     }
 
 
-def pairs_of(scores: dict[str, float], ids: dict[str, int]) -> Iterator[tuple[str, str]]:
+def joining_pairs(scores: dict[str, float], ids: dict[str, int]) -> Iterator[tuple[str, str]]:
     """Every pair of pieces whose join is a piece, the best score of the join first."""
     for piece in sorted(scores, key=lambda piece: (-scores[piece], ids[piece])):
         halves = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
