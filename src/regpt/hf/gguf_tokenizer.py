@@ -16,7 +16,7 @@ from regpt.text.library import GEMMA_SPLIT, LibraryTokenizer
 from regpt.text.llama3 import PATTERN
 from regpt.text.open import open_content
 from regpt.text.rules import BYTE_LEVEL, ENDS_TEXT, STARTS_DOCUMENTS
-from regpt.text.sentencepiece import content_of, joining_pairs
+from regpt.text.sentencepiece import content_of_pieces, joining_pairs
 from regpt.text.spec import FALLBACK, FLAGS, SPACE, BPESpec, Json, before_every_text
 from regpt.text.tokenizer import ENDOFTEXT, Tokenizer
 
@@ -158,7 +158,7 @@ def sentencepiece_content(file: GGUFFile) -> Json:
         raise file.error(f"contradicts itself: its bos and eos tokens are {bos!r} and {eos!r}, of {used} names")
     flags = {"prefix": "add_space_prefix", "template": "add_bos_token"}
     options = {name: file.metadata.get(f"tokenizer.ggml.{key}", True) is True for name, key in flags.items()}
-    return content_of(names[:used], scores[:used], types[:used], bos=bos, eos=eos, **options)
+    return content_of_pieces(names[:used], scores[:used], types[:used], bos=bos, eos=eos, **options)
 
 
 def byte_level_content(file: GGUFFile) -> Json:

@@ -44,10 +44,10 @@ def sentencepiece_content(data: bytes) -> Json:
         )
     special = {"bos": trainer.get(BOS_ID, 1), "eos": trainer.get(EOS_ID, 2)}
     fallback, prefix = bool(trainer.get(BYTE_FALLBACK)), bool(normalizer.get(ADD_PREFIX, 1))
-    return content_of(names, scores, kinds, **special, byte_fallback=fallback, prefix=prefix)
+    return content_of_pieces(names, scores, kinds, **special, byte_fallback=fallback, prefix=prefix)
 
 
-def content_of(
+def content_of_pieces(
     names: list[str],
     scores: list[float],
     kinds: list[int],
