@@ -253,7 +253,7 @@ def test_ranks_agree_bitwise():
 def test_moments_of_another_kind_are_refused_in_one_sentence():
     stored = everything(trainer_with({"state_dtype": "bf16"}))
     eight = trainer_with({"state_dtype": "int8"})
-    with pytest.raises(UserError, match=r"set optim\.state_dtype as it was|lacks"):
+    with pytest.raises(UserError, match=r"set optim\.state_dtype as it was"):
         load_optimizer(eight.model, eight.optimizer, stored, step=2)
 
 

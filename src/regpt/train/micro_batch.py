@@ -9,8 +9,8 @@ from regpt.train.memory import free_memory, is_out_of_memory
 
 Result = TypeVar("Result")
 LAST_RESORTS = (
-    "try --train.activation-checkpointing true and --optim.offload true, a smaller model, a shorter data.seq_len or a "
-    "device with more memory"
+    "try --train.activation-checkpointing true, --optim.offload true, or --train.weight-dtype bf16 with "
+    "--optim.state-dtype bf16, a smaller model, a shorter data.seq_len or a device with more memory"
 )
 
 
