@@ -1,6 +1,7 @@
 """Errors that a user can mend; everything else is a defect of ours and keeps its traceback."""
 
 import difflib
+import shlex
 from collections.abc import Iterable
 
 
@@ -20,6 +21,11 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
     """` (did you mean X?)` for the allowed name closest to `given`, or nothing when none is close."""
     close = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def word(place: object) -> str:
+    """`place` as one word of a command that is to be typed: in quotes where a shell would take it apart."""
+    return shlex.quote(str(place))
 
 
 def first_line(error: BaseException) -> str:

@@ -77,6 +77,16 @@ def test_list_sample_eval_and_export_take_it_by_name(run: Path, tmp_path: Path, 
     assert "step-00000003" in capsys.readouterr().out
 
 
+def test_a_fork_and_a_verification_take_it_by_name(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    best = run / "checkpoints" / "best"
+    assert main(["train", "--fork-from", str(best), "--out", str(tmp_path / "fork"), "--optim.lr", "1e-4"]) == 0
+    parent = json.loads((tmp_path / "fork" / "env.json").read_text())["parent"]
+    assert parent["checkpoint"] == str((run / "checkpoints" / "step-00000003").resolve())
+    capsys.readouterr()
+    assert main(["checkpoint", "verify", str(best)]) == 0
+    assert capsys.readouterr().out == "step-00000003  intact\n"
+
+
 def test_a_damaged_best_gives_way_to_the_next(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     broken = tmp_path / "broken"
     shutil.copytree(run, broken)

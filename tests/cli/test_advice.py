@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 import regpt
 from regpt.cli.commands import ARGUMENTS, COMMANDS, arguments
 from regpt.cli.flags import Flag, flags_of, normalized
-from regpt.errors import UsageError
+from regpt.errors import UsageError, UserError
+from regpt.runs.folder import refuse_used_folder
 
 SOURCE = Path(regpt.__file__).parent
 GAP = "\ue000"  # what an f-string fills in
@@ -143,3 +145,42 @@ def test_every_key_that_a_message_names_exists(where: str, text: str):
     keys = {name.removeprefix("--").replace("-", "_") for name in KNOWN["train"] if "." in name}
     for section, key in re.findall(r"(?<![\w./-])(train|optim|eval|sample|log)\.([a-z_]+)(?![\w./(])", text):
         assert f"{section}.{key}" in keys or key in ("jsonl", "bin", "txt", "toml"), f"{where}: {section}.{key}"
+
+
+COMMAND = re.compile(rf"regpt (?:{'|'.join(sorted(KNOWN, key=len, reverse=True))}) [^;:,()]*")
+PLAIN = {"word", "self.url", "self.store.url", "store.url", "4 * seconds"}  # quoted already; addresses, numbers
+
+
+def filled_in(path: Path) -> Iterator[tuple[int, str]]:
+    """The expressions that stand inside commands of a module's f-strings."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.JoinedStr):
+            parts = [part.value if isinstance(part, ast.Constant) else part for part in node.values]
+            said = "".join(part if isinstance(part, str) else GAP for part in parts)
+            inside = [range(*found.span()) for found in COMMAND.finditer(said)]
+            at = 0
+            for part in parts:
+                if not isinstance(part, str) and any(at in span for span in inside):
+                    value = part.value
+                    yield node.lineno, ast.unparse(value.func if isinstance(value, ast.Call) else value)
+                at += len(part) if isinstance(part, str) else 1
+
+
+def test_folders_inside_commands_are_quoted_for_the_shell():
+    unquoted = [
+        f"{path.relative_to(SOURCE)}:{line}: {{{value}}}"
+        for path in sorted(SOURCE.rglob("*.py"))
+        for line, value in filled_in(path)
+        if value not in PLAIN
+    ]
+    assert unquoted == []
+
+
+def test_a_command_of_a_message_is_the_same_words_in_a_shell(tmp_path):
+    run = tmp_path / "my [first] run"
+    run.mkdir()
+    (run / "config.toml").touch()
+    with pytest.raises(UserError) as found:
+        refuse_used_folder(run)
+    command = str(found.value).partition("go on with: ")[2].partition(", or choose")[0]
+    assert shlex.split(command) == ["regpt", "train", "--resume", str(run)]

@@ -71,3 +71,15 @@ def test_bad_input_is_one_sentence(shards, args, error, said):
     with pytest.raises(error, match=said) as raised:
         info(*args)
     assert "\n" not in str(raised.value)
+
+
+def test_rows_longer_than_the_text_are_called_by_their_length(shards, capsys):
+    assert data.main(["info", str(shards), "--seq-len", "2000000"]) == 0
+    said = capsys.readouterr().out
+    assert "(there are no more, 2,000,000 were asked for) in the order shuffle begin with" in said
+    assert "rows of 2,000,000" not in said
+
+
+def test_a_file_in_the_place_of_a_folder_is_called_one(shards):
+    with pytest.raises(UserError, match=r"manifest.json' is a file; give the folder of the shards"):
+        data.main(["info", str(shards / "manifest.json")])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from regpt.errors import UserError
+from regpt.errors import UsageError, UserError
 from regpt.text.bpe import BPETokenizer, train_bpe
 from regpt.text.open import from_json, open_tokenizer
 from regpt.text.tokenizer import ENDOFTEXT
@@ -144,3 +144,8 @@ def test_bytes_is_a_token_a_byte_the_same_for_every_text():
         assert tokenizer.decode(ids) == text
     assert tokenizer.byte_lengths().tolist() == [1] * 256 + [0]
     assert from_json(tokenizer.to_json()).sha256 == tokenizer.sha256
+
+
+def test_a_vocabulary_beyond_any_is_refused_before_memory_is_taken_for_it():
+    with pytest.raises(UsageError, match="999999999 is too large: it must be at most 16,777,216"):
+        train_bpe(["some text"], 999_999_999)

@@ -55,6 +55,12 @@ def best_last(run: Path) -> list[Path]:
     return [run / CHECKPOINTS / name for name in reversed(names)]
 
 
+def named_checkpoint(name: str) -> Path:
+    """The checkpoint folder that `name` means: RUN/checkpoints/best is that of the run's lowest validation loss."""
+    path = Path(name)
+    return best_last(path.parents[1])[-1] if (path.parent.name, path.name) == (CHECKPOINTS, BEST) else path
+
+
 def at_step(model: str, step: str) -> str:
     """The MODEL that is the run `model` at `step`: a number, `best`, or "" for what `model` means without one.
 

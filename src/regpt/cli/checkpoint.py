@@ -12,7 +12,7 @@ import tyro
 from regpt.cli.parse import local_folder, parse, run_subcommand
 from regpt.cli.table import print_rows
 from regpt.console.lines import print_json, print_line, status
-from regpt.errors import UsageError, UserError
+from regpt.errors import UsageError, UserError, word
 from regpt.files import exists, is_file, is_folder
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def print_list(run: str, listed: list[Listed]) -> None:
         print_line(f"{run} has no checkpoint yet")
         return
     print_rows(["checkpoint", "step", "written", "size", "state"], rows, left=(0, 4))
-    print_line(f"regpt checkpoint verify {run} reads them too")
+    print_line(f"regpt checkpoint verify {word(run)} reads them too")
 
 
 def state_of(one: Listed) -> str:
@@ -114,9 +114,11 @@ def verify_main(args: list[str]) -> int:
 
 def chosen(path: Path) -> list[Path]:
     """The checkpoints of the run `path`, or the one that it is."""
+    from regpt.checkpoint.best import named_checkpoint
     from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, checkpoints
     from regpt.checkpoint.manifest import MANIFEST, MODEL
 
+    path = named_checkpoint(str(path))
     if is_folder(path / CHECKPOINTS):
         if folders := checkpoints(path):
             return folders

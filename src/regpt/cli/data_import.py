@@ -11,6 +11,7 @@ import tyro
 from regpt.cli.data_prepare import print_left_out, print_split
 from regpt.cli.parse import parse
 from regpt.console.lines import print_line
+from regpt.errors import word
 from regpt.files import exists
 from regpt.ranges import MANY, Range
 
@@ -87,4 +88,4 @@ def print_imported(out: str, manifest: Manifest) -> None:
             print_split(split, documents, tokens, len(manifest.split(split)))
         elif split == "val":
             print_line('val: nothing is held out; no file has "val" in its name and --val names none')
-    print_line(f"wrote {out} with the tokenizer {manifest.tokenizer}; look inside with: regpt data info {out}")
+    print_line(f"wrote {out} with the tokenizer {manifest.tokenizer}; look inside with: regpt data info {word(out)}")

@@ -51,6 +51,7 @@ class Content:
         split: its name.
         counted: tokens that were counted: all, or an evenly spread sample.
         frequent: the most frequent tokens: id, bytes, share of the tokens counted.
+        seq_len: tokens of a row: those asked for, or as many as there are.
         rows: beginnings of the first rows, decoded.
         problem: why there is no text, instead of texts.
         bos: of the order bos, rows of the first epoch and the share of the tokens that they leave out.
@@ -59,6 +60,7 @@ class Content:
     split: str
     counted: int
     frequent: Sequence[tuple[int, bytes | None, float]]
+    seq_len: int
     rows: Sequence[str]
     problem: str | None
     bos: dict[str, Any]
@@ -105,7 +107,7 @@ def read_content(given: InfoArgs, manifest: Manifest, split: str) -> Content:
         (i, tokenizer.token_bytes(i) if tokenizer else None, share)
         for i, share in most_frequent(counts, FREQUENT_TOKENS)
     ]
-    return Content(split, int(counts.sum()), frequent, texts, problem, bos)
+    return Content(split, int(counts.sum()), frequent, seq_len, texts, problem, bos)
 
 
 def info_dict(manifest: Manifest, splits: list[SplitInfo], content: Content) -> dict[str, Any]:
@@ -177,6 +179,9 @@ def print_content(given: InfoArgs, content: Content, whole: bool) -> None:
     if content.problem:
         print_line(f"\nno text shown: {content.problem}")
         return
-    print_line(f"\n{content.split}: the first rows of {given.seq_len:,} tokens in the order {given.order} begin with")
+    short = "" if content.seq_len == given.seq_len else f" (there are no more, {given.seq_len:,} were asked for)"
+    print_line(
+        f"\n{content.split}: the first rows of {content.seq_len:,} tokens{short} in the order {given.order} begin with"
+    )
     for text in content.rows:
         print_line(f"  {text!r}")

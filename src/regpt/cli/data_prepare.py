@@ -14,6 +14,7 @@ from regpt.cli.parse import parse
 from regpt.cli.text_args import TextFlags, as_meant
 from regpt.console.lines import print_line, print_note
 from regpt.console.text import counted
+from regpt.errors import word
 from regpt.files import exists
 from regpt.prepare.settings import NO_FILTERS, TEXT_OPTIONS, Filters
 from regpt.ranges import MANY, PROCESSES, Range
@@ -202,4 +203,4 @@ def print_prepared(out: str, manifest: Manifest) -> None:
     print_marks(manifest)
     print_separated(manifest)
     with_what = f"the tokenizer {manifest.tokenizer} ({manifest.made_with['encoder']})"
-    print_line(f"wrote {out} with {with_what}; look inside with: regpt data info {out}")
+    print_line(f"wrote {out} with {with_what}; look inside with: regpt data info {word(out)}")

@@ -15,7 +15,7 @@ from regpt.cli.data_prepare import download_folder, print_left_out
 from regpt.cli.parse import parse, run_subcommand
 from regpt.cli.text_args import TextFlags, as_meant
 from regpt.console.lines import print_line, print_note
-from regpt.errors import UsageError, UserError
+from regpt.errors import UsageError, UserError, word
 from regpt.files import file_sha256, write_json, write_text
 from regpt.prepare.settings import TEXT_OPTIONS
 
@@ -91,7 +91,7 @@ def train_main(args: list[str]) -> int:
     measured = bytes_per_token(tokenizer, sources, text)
     listing.discard()
     print_line(f"wrote {file}: {tokenizer.n_vocab:,} tokens, {measured:.3f} bytes a token on its training text")
-    print_line(f"use it with: regpt data prepare SOURCE --tokenizer {given.out} --out DIR")
+    print_line(f"use it with: regpt data prepare SOURCE --tokenizer {word(given.out)} --out DIR")
     return 0
 
 

@@ -8,14 +8,14 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
-from regpt.errors import UserError
-from regpt.files import address_of, is_file, is_folder, is_plain_name, refuse_lfs_pointer
+from regpt.errors import UserError, word
+from regpt.files import address_of, exists, is_file, is_folder, is_plain_name, refuse_lfs_pointer
 from regpt.structured import read_small, refuse_many
+from regpt.text.tokenizer import MAX_VOCAB
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
 WORK = ".work"  # in a folder that is not finished
-MAX_VOCAB = 1 << 24  # the largest vocabularies in use have a million tokens
 MAX_MANIFEST_BYTES = 256 << 20  # about a million files of text
 Count = Annotated[int, Field(ge=0, le=1 << 53)]
 
@@ -109,7 +109,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     manifest = load_manifest(folder)
     if wrong := list(wrong_sizes(folder, manifest).values()):
-        more = f" ({len(wrong)} files are wrong; regpt data verify {folder} names all)" if len(wrong) > 1 else ""
+        more = f" ({len(wrong)} files are wrong; regpt data verify {word(folder)} names all)" if len(wrong) > 1 else ""
         raise UserError(f"{wrong[0]}{more}; prepare the folder again or restore the file{'s' if more else ''}")
     return manifest
 
@@ -140,13 +140,15 @@ def load_manifest(folder: Path) -> Manifest:
 def without_manifest(folder: Path) -> str:
     """What is wrong with a folder without manifest.json, and what to do."""
     moved = "if it was moved, give its new place (train, eval and replay: --data DIR)"
-    make = f"make it with: regpt data prepare SOURCE --out {folder}"
+    make = f"make it with: regpt data prepare SOURCE --out {word(folder)}"
+    if exists(folder) and not is_folder(folder):
+        return "is a file; give the folder of the shards that holds manifest.json"
     if not is_folder(folder):
         return f"does not exist; {moved}, or {make}"
     names = [path.name for path in folder.iterdir()]
     if names and WORK not in names and not any(name.endswith((".bin", ".idx")) for name in names):
         out = f"{folder}-shards" if folder.name not in ("", "..") else "NEW_DIR"
-        prepare = f"regpt data prepare {folder} --out {out}"
+        prepare = f"regpt data prepare {word(folder)} --out {word(out)}"
         return f"holds no token shards (no manifest.json); if it holds texts, make shards of them with: {prepare}"
     return f"has no manifest.json, so it was never finished; {moved}, or {make}"
 

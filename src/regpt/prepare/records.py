@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from regpt.data.manifest import SPLITS, Manifest, read_manifest
-from regpt.errors import UserError
+from regpt.errors import UserError, word
 from regpt.prepare.decontaminate import Evaluations
 from regpt.prepare.dedup import Repeat
 from regpt.prepare.partition import Partition
@@ -138,8 +138,8 @@ def check_finished(
     options = {**options, **{name: manifest.options.get(name) for name in derived}}
     if difference := next(differences(manifest, tokenizer, options, records), None):
         raise UserError(
-            f"{out} already holds a data set, made {difference} (see: regpt data info {out}); choose another --out or "
-            "delete it"
+            f"{out} already holds a data set, made {difference} (see: regpt data info {word(out)}); choose another "
+            "--out or delete it"
         )
     return manifest
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from regpt.errors import UserError, nearest
+from regpt.errors import UserError, nearest, word
 from regpt.files import identity, is_file
 from regpt.prepare.listing import Wanted, find_local, printable, split_once
 from regpt.prepare.sources import sha256_of
@@ -81,7 +81,7 @@ def find_token_files(
     for source in (*given, *val):
         if is_file(Path(source) / "manifest.json"):
             raise UserError(
-                f"{source} holds token shards of regpt already; use it as it is: regpt train … --data {source}"
+                f"{source} holds token shards of regpt already; use it as it is: regpt train … --data {word(source)}"
             )
     found = [
         [(source, file.path, file.name) for source in names for file in find_local(source, TOKEN_FILES, left_out)]

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from regpt.checkpoint.best import named_checkpoint
 from regpt.checkpoint.fetch import fetch_model, split_address
 from regpt.checkpoint.load import (
     CHECKPOINTS,
@@ -266,9 +267,9 @@ def go_back(run: Path, trainer: Trainer, average: Average | None) -> None:
 
 
 def checkpoint_at(name: str) -> Path:
-    """The folder of the checkpoint `name`: `name` itself, or a copy on this machine of what lies at that address."""
+    """The folder of the checkpoint `name`; of one at an address, a copy on this machine."""
     if not is_address(name):
-        return Path(name)
+        return named_checkpoint(name)
     if not split_address(name)[1]:
         raise UserError(f"--fork-from {name!r} is not a checkpoint; give RUN/{CHECKPOINTS}/step-…")
     return fetch_model(name, optimizer=True)

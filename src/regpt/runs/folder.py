@@ -15,7 +15,7 @@ import regpt
 from regpt.checkpoint.load import checkpoints
 from regpt.config import RunConfig, read_config
 from regpt.console.text import counted, without_user
-from regpt.errors import UserError
+from regpt.errors import UserError, word
 from regpt.files import PARTIAL, exists, is_file, is_folder, locked, sync, write_errors, write_json, write_text
 from regpt.parallel.mesh import Mesh
 
@@ -69,7 +69,7 @@ def refuse_used_folder(run: Path, beside: Sequence[str] = ()) -> None:
     """Raise a UserError unless `run` can become the folder of a new run."""
     if exists(run / CONFIG):
         raise UserError(
-            f"{str(run)!r} already holds a run; go on with: regpt train --resume {run}, or choose another --out"
+            f"{str(run)!r} already holds a run; go on with: regpt train --resume {word(run)}, or choose another --out"
         )
     if exists(run) and not is_folder(run):
         raise UserError(f"--out {str(run)!r} is a file; choose a folder that does not exist yet")
@@ -87,16 +87,18 @@ def read_run_config(run: Path) -> RunConfig:
     if not is_file(path):
         if is_run(run.parent.parent):
             raise UserError(
-                f"{str(run)!r} is no run but lies in one; go on with: regpt train --resume {run.parent.parent}, or "
-                f"start a new run from a checkpoint with: regpt train --fork-from {run} --out RUN2"
+                f"{str(run)!r} is no run but lies in one; go on with: regpt train --resume {word(run.parent.parent)}, "
+                f"or start a new run from a checkpoint with: regpt train --fork-from {word(run)} --out RUN2"
             )
         if folders := checkpoints(run):
             raise UserError(
                 f"run folder {str(run)!r} has lost its {CONFIG}; restore it, or start a new run from its newest "
-                f"checkpoint with: regpt train --fork-from {folders[-1]} --out RUN2"
+                f"checkpoint with: regpt train --fork-from {word(folders[-1])} --out RUN2"
             )
         what = f"holds no run (no {CONFIG})" if is_folder(run) else "does not exist"
-        raise UserError(f"run folder {str(run)!r} {what}; start one with: regpt train RECIPE --data DIR --out {run}")
+        raise UserError(
+            f"run folder {str(run)!r} {what}; start one with: regpt train RECIPE --data DIR --out {word(run)}"
+        )
     return read_config(str(path))
 
 
@@ -116,7 +118,7 @@ def whole_lines(path: Path) -> int:
 
 def free_space(run: Path) -> str:
     """The remedy where a file of the run cannot be written."""
-    return f"free some space or make the place writable, then go on with: regpt train --resume {run}"
+    return f"free some space or make the place writable, then go on with: regpt train --resume {word(run)}"
 
 
 class JsonLines:

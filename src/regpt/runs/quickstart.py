@@ -9,6 +9,7 @@ import numpy as np
 
 from regpt.config import RunConfig, read_config
 from regpt.console.lines import print_line
+from regpt.errors import word
 from regpt.evals.perplexity import token_counts, unigram_loss
 from regpt.prepare.named import python_docs
 from regpt.prepare.prepare import prepare
@@ -79,9 +80,9 @@ def print_outcome(run: Path, unigram: float, seconds: float) -> None:
     print_line(
         f"\nvalidation loss {val:.3f}, {verdict} the {unigram:.3f} of word frequencies alone, "
         f"after {seconds:.0f} s\n\ntry next:\n"
-        f'  regpt sample {run} --prompt "The method" -n 3\n'
-        f"  regpt eval {run} --tasks val\n"
-        f"  regpt train --resume {run}          (after Ctrl-C)\n"
+        f'  regpt sample {word(run)} --prompt "The method" -n 3\n'
+        f"  regpt eval {word(run)} --tasks val\n"
+        f"  regpt train --resume {word(run)}          (after Ctrl-C)\n"
         f"  open {run / 'report.html'} in a browser\n"
         "  regpt data prepare YOUR.txt --out data/mine && regpt train gpt2-tiny --data data/mine --out runs/mine",
     )

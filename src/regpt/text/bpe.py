@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, pre_tokenizers, trainers
 from regpt.errors import UsageError, UserError
 from regpt.text.library import encode_text, encode_texts
 from regpt.text.rules import BYTES, byte_level_bpe, parse_content, read_rules
-from regpt.text.tokenizer import ENDOFTEXT, SEAM
+from regpt.text.tokenizer import ENDOFTEXT, MAX_VOCAB, SEAM
 
 MIN_VOCAB = 257  # 256 bytes and <|endoftext|>
 # A merge seen once is a memory of one place, not of the language (the library's own default for this BPE).
@@ -96,11 +96,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int, long_words: LongWords | Non
     `long_words` counts; the same texts give the same file.
 
     Raises:
-        UsageError: `vocab_size` below 257.
+        UsageError: `vocab_size` below 257, or beyond 2^24.
         UserError: it is more than the texts have to teach.
     """
     if vocab_size < MIN_VOCAB:
         raise UsageError(f"vocabulary size {vocab_size} is too small: a byte-level BPE has at least {MIN_VOCAB} tokens")
+    if vocab_size > MAX_VOCAB:  # the library takes memory for all of them first, and aborts the process
+        raise UsageError(f"vocabulary size {vocab_size} is too large: it must be at most {MAX_VOCAB:,}")
     tokenizer = byte_level_bpe({char: i for i, char in enumerate(BYTES)}, [])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1, min_frequency=MIN_FREQUENCY, initial_alphabet=BYTES, show_progress=False

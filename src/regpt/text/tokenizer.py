@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+MAX_VOCAB = 1 << 24  # the largest vocabularies in use have a million tokens
 ENDOFTEXT = "<|endoftext|>"  # starts every document of GPT-2 and of many later models
 # The patterns of GPT-2, GPT-4, Llama 3, Qwen and DeepSeek have no piece in which a space follows another character, or
 # a line end a letter or digit (it may follow punctuation), so text may be cut there. Python's \S has fewer characters
