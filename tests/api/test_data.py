@@ -147,3 +147,13 @@ def test_evaluate_gives_the_numbers_of_the_command(straight: Path, tmp_path: Pat
 def test_an_evaluation_that_cannot_be_meant_is_refused(straight: Path, options: dict, said: str):
     with pytest.raises(regpt.UsageError, match=said):
         regpt.evaluate(straight, **options)
+
+
+def test_an_empty_path_is_not_the_present_folder(text: Path, monkeypatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    before = [*tmp_path.iterdir()]
+    with pytest.raises(regpt.UsageError, match="out is empty, must be text or a path"):
+        regpt.prepare(text, "", tokenizer="bytes")
+    with pytest.raises(regpt.UsageError, match="out is empty"):
+        regpt.train_tokenizer(text, 260, "")
+    assert [*tmp_path.iterdir()] == before

@@ -89,7 +89,7 @@ def test_a_run_starts_from_the_weights_of_another(regpt, finished_run: Path, tin
         (["--train.precision", "fp8", "--model.n-embd", "24"], 2, ["model.n_embd is 24", "set it to 16"]),
         (["--train.steps", "0"], 2, ["train.steps is 0", "must be at least 1"]),
         (["--data", "/no/such/folder"], 1, ["/no/such/folder", "does not exist", "regpt data prepare"]),
-        (["--data", ""], 1, ["no data was given", "--data DIR"]),
+        (["--data", ""], 2, ["--data is empty", "leave the flag out"]),
         (["--data.tokenizer", "gpt2"], 1, ["made with the tokenizer 'bpe-300", "asks for 'gpt2'"]),
         (["--model.vocab-size", "301"], 1, ["vocabulary of 300", "--model.vocab-size 300"]),
         (["--data.seq-len", "32"], 2, ["data.seq_len 32 is longer than model.max_seq_len 16"]),
@@ -110,6 +110,7 @@ def test_a_run_starts_from_the_weights_of_another(regpt, finished_run: Path, tin
 def test_a_mistake_is_one_sentence_and_leaves_nothing(regpt, tiny_flags, tmp_path: Path, flags, code, parts):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
+    tiny_flags = tiny_flags[2:] if "--data" in flags else tiny_flags
     got, _, err = regpt("train", TINY, "--out", tmp_path / "run", *tiny_flags, *flags)
     assert got == code, err
     assert one_sentence(err), err
@@ -221,7 +222,7 @@ def test_a_truncated_shard_is_named(regpt, corpus: Path, tiny_flags, tmp_path: P
     shutil.copytree(corpus, broken)
     shard = broken / "train-00000.bin"
     shard.write_bytes(shard.read_bytes()[:-10])
-    code, _, err = regpt("train", TINY, "--out", tmp_path / "run", *tiny_flags, "--data", broken)
+    code, _, err = regpt("train", TINY, "--out", tmp_path / "run", *tiny_flags[2:], "--data", broken)
     assert code == 1
     assert "train-00000.bin" in err
     assert one_sentence(err)

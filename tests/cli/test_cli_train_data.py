@@ -19,8 +19,23 @@ def test_folders_with_weights_are_a_mixture():
     assert chosen == DataConfig(mixture={"web": 0.7, "a=b": 3.0})
 
 
-def test_the_last_of_several_folders_without_weights_counts():
-    assert chosen_data(RECIPE, ("web", "code")).path == "code"
+def test_the_last_of_several_folders_without_weights_counts_and_that_is_said(capsys):
+    assert chosen_data(RECIPE, ("web", "my code")).path == "my code"
+    said = "--data my code alone is read, it replaces web; a mixture has weights: --data web=1 --data 'my code=1'"
+    assert said in capsys.readouterr().err
+    chosen_data(RECIPE, ("web",))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("rank", "nproc", "said"), [(None, 2, 1), ("0", 2, 0), ("1", 2, 0), (None, None, 1), ("0", None, 1), ("1", None, 0)]
+)
+def test_one_process_of_all_says_that_a_folder_is_replaced(monkeypatch, capsys, rank, nproc, said):
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    chosen_data(RECIPE, ("web", "code"), nproc)
+    assert capsys.readouterr().err.count("code alone is read") == said
 
 
 def test_a_folder_may_have_an_equals_sign_in_its_name(tmp_path):

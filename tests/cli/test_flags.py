@@ -1,12 +1,15 @@
 """Flags as people write them: true and false, mistyped names, numbers beyond every bound."""
 
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
 import tyro
 
-from regpt.cli.flags import flags_of
+from regpt.cli.commands import ARGUMENTS, arguments
+from regpt.cli.data_prepare import PrepareArgs
+from regpt.cli.flags import TEXT, flags_of, normalized
 from regpt.cli.parse import parse
 from regpt.cli.train import Train, named_recipe
 from regpt.config import RunConfig, read_config, with_home
@@ -165,3 +168,65 @@ def test_every_number_of_a_file_has_bounds(section: str, tmp_path):
             (tmp_path / "a.toml").write_text(f"[{section}]\n{name} = {value}\n", encoding="utf-8")
             with pytest.raises(UsageError, match=rf"{section}\.{name} "):
                 read_config(str(tmp_path / "a.toml"))
+
+
+@pytest.mark.parametrize("flag", ["--out", "--resume", "--init-from", "--data", "--log.wandb-project"])
+@pytest.mark.parametrize("spelled", [lambda flag: [flag, ""], lambda flag: [f"{flag}="]])
+def test_an_empty_value_as_of_an_unset_variable_is_refused(flag: str, spelled):
+    with pytest.raises(UsageError, match=rf"^{flag} is empty \(an unset variable\?\)"):
+        parse(Train, ["gpt2-tiny", *spelled(flag)], "regpt train")
+
+
+@pytest.mark.parametrize("command", sorted(ARGUMENTS))
+def test_no_flag_of_a_path_or_name_takes_an_empty_value(command: str):
+    for flag in flags_of(arguments(command)).values():
+        if {str, Path} & {*flag.kinds} and not flag.positional and "." not in flag.name and flag.name not in TEXT:
+            with pytest.raises(UsageError, match=f"^{flag.name} is empty"):
+                normalized({flag.name: flag}, [f"{flag.name}="], f"regpt {command}")
+
+
+def test_keys_that_are_empty_by_default_may_be_set_so():
+    config = parse(Train, ["gpt2-tiny", "--eval.tasks=", "--data.tokenizer", ""], "regpt train").config
+    assert (config.eval.tasks, config.data.tokenizer) == ("", "")
+
+
+def test_a_flag_of_several_values_counts_each_time_that_it_is_given():
+    args = ["texts", "--val", "a", "b", "--out", "shards", "--val=c", "--decontaminate", "x"]
+    given = parse(PrepareArgs, args, "regpt data prepare")
+    assert (given.val, given.decontaminate, given.sources) == (("a", "b", "c"), ("x",), ("texts",))
+    prompts = ["--sample.more-prompts", "A", "--sample.more-prompts", "B"]
+    assert parse(Train, ["gpt2-tiny", *prompts], "regpt train").config.sample.more_prompts == ("A", "B")
+
+
+def test_a_flag_of_several_values_needs_one_and_a_key_of_a_section_may_list_nothing():
+    with pytest.raises(UsageError, match=r"^--val needs a value"):
+        parse(PrepareArgs, ["texts", "--out", "shards", "--val"], "regpt data prepare")
+    assert parse(Train, ["gpt2-tiny", "--sample.more-prompts"], "regpt train").config.sample.more_prompts == ()
+
+
+def test_none_is_a_value_of_what_may_be_left_open_alone():
+    with pytest.raises(UsageError, match=r"^--train.steps is 'None', must be a whole number$"):
+        parse(Train, ["gpt2-tiny", "--train.steps", "None"], "regpt train")
+    assert parse(Train, ["gpt2-tiny", "--optim.decay-steps", "None"], "regpt train").config.optim.decay_steps is None
+
+
+def test_a_value_may_be_called_as_the_help_calls_a_positional_argument():
+    given = parse(PrepareArgs, ["texts", "--val", "SOURCE", "--out", "shards"], "regpt data prepare")
+    assert given.val == ("SOURCE",)
+
+
+def test_an_empty_argument_is_refused_as_an_empty_flag_is():
+    for args in (["", "--out", "shards"], ["texts", "", "--out", "shards"], ["texts", "--out", "shards", "--", ""]):
+        with pytest.raises(UsageError, match=r"^an argument is empty \(an unset variable\?\)"):
+            parse(PrepareArgs, args, "regpt data prepare")
+
+
+def test_a_list_of_lists_is_written_as_its_numbers_and_a_mistake_says_so():
+    ramp = "--train.batch-ramp"
+    config = parse(Train, ["gpt2-tiny", ramp, "10", "128", "16", "20", "256", "32"], "regpt train").config
+    assert config.train.batch_ramp == ((10, 128, 16), (20, 256, 32))
+    allowed = "must be 3 whole numbers for each entry, all one after another and without brackets"
+    for values, got in ((["[[10, 128, 16]]"], "is '[[10, 128, 16]]'"), (["10", "128", "16", "20"], "got 4 values")):
+        with pytest.raises(UsageError) as found:
+            parse(Train, ["gpt2-tiny", ramp, *values], "regpt train")
+        assert str(found.value) == f"{ramp} {got}, {allowed}"

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import regpt
 import tiny
 from regpt.cli.eval import bar, main
 from regpt.config import RunConfig
@@ -296,3 +297,23 @@ def test_items_of_earlier_steps_give_way(run, questions, tmp_path):
     args = ["--tasks", f"hellaswag:{questions}", "--device", "cpu", "--items", str(tmp_path)]
     assert main([str(run), *args]) == 0
     assert sorted(path.name[15:23] for path in tmp_path.iterdir()) == ["00000003", "00000005"]
+
+
+@pytest.mark.parametrize(
+    "flag", [("--val-tokens", "64"), ("--seq-len", "8"), ("--batch-rows", "4"), ("--data", "shards")]
+)
+def test_flags_of_val_are_refused_where_it_is_not_evaluated(run, questions, flag):
+    said = f"{flag[0]} would change nothing without the task val"
+    refused(UsageError, said, run, "--tasks", f"mc:{questions}", *flag)
+    name = flag[0].removeprefix("--").replace("-", "_")
+    value = flag[1] if name == "data" else int(flag[1])
+    with pytest.raises(UsageError, match=said):
+        regpt.evaluate(str(run), f"mc:{questions}", **{name: value})
+    with pytest.raises(UsageError, match="--max-items would change nothing with --tasks val"):
+        regpt.evaluate(str(run), "val", max_items=3)
+
+
+def test_what_is_no_model_is_said_to_be_none_before_its_data_are_asked_for(tmp_path):
+    (tmp_path / "file.toml").touch()
+    for place in (tmp_path, tmp_path / "file.toml"):
+        refused(UsageError, "holds no model; a model is", place)

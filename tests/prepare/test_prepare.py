@@ -369,3 +369,32 @@ def test_what_is_skipped_or_may_be_a_mistake_is_counted(tmp_path):
     assert "line 6: not JSON" in skipped[1]["error"]
     prepare(names, tmp_path / "out2", TOKENIZER, workers=2, **options)
     assert contents(tmp_path / "out2") == contents(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "said"),
+    [
+        (["a.txt"], {"text": TextOptions(text_column="body")}, "--text-column is about columns, and no source has any"),
+        (["a.txt", "b.md.gz"], {"text": TextOptions(template="{a}")}, "--template is about columns, and no source has"),
+        (["a.jsonl"], {"text": TextOptions(separator="---")}, "--separator cuts plain text into documents, and no"),
+        (
+            ["a.txt"],
+            {"val_sources": ["b.txt"], "val_fraction": 0.1},
+            "--val-fraction a part of the documents; give one",
+        ),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(tmp_path, names, options, said):
+    for name in {*names, "b.txt"}:
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    options |= {key: [str(tmp_path / name) for name in options[key]] for key in ("val_sources",) if key in options}
+    with pytest.raises(UsageError, match=said):
+        prepare([str(tmp_path / name) for name in names], tmp_path / "out", TOKENIZER, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_option_of_some_of_the_sources_is_taken(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n--\ntwo")
+    (tmp_path / "b.jsonl").write_text('{"body": "three"}\n')
+    text = TextOptions(text_column="body", separator="--")
+    assert prepare([str(tmp_path)], tmp_path / "out", TOKENIZER, val_fraction=0, text=text).documents("train") == 3

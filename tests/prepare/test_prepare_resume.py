@@ -263,7 +263,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, corpus):
         ),
         ({"filters": Filters(dedup="exact")}, r"another --dedup \(none, now exact\)"),
         ({"filters": Filters(min_chars=3)}, r"another --min-chars \(0, now 3\)"),
-        ({"text": TextOptions(separator="c")}, r"another --separator \(none, now c\)"),
+        ({"text": TextOptions(template="{text}.")}, r"another --template \(none, now {text}.\)"),
         ({"text": TextOptions(on_error="skip", template="{text}")}, r"another --template \(none, now \{text\}\)"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import random
+from importlib import import_module
 
 import pytest
 from run_files import CONFIG, ENV, train_row, val_row, write_rows
@@ -307,3 +308,21 @@ def test_a_run_cannot_be_compared_with_itself(make_run):
     run = str(make_run())
     with pytest.raises(UsageError, match="given twice"):
         main([run, run])
+
+
+def test_a_run_of_the_same_seeds_is_no_other_seed(make_run):
+    a, b = seeded(make_run, "a", 1, 3.3), seeded(make_run, "b", 2, 3.2)
+    with pytest.raises(UserError, match=r"'twin' of --seeds has the seeds of 'a', so it says nothing of the noise"):
+        measures(a, b, seeds=[seeded(make_run, "twin", 1, 3.3)])
+    second = seeded(make_run, "second", 3, 3.3)
+    with pytest.raises(UserError, match=r"'third' of --seeds has the seeds of 'second'"):
+        measures(a, b, seeds=[second, seeded(make_run, "third", 3, 3.31)])
+
+
+@pytest.mark.parametrize("command", ["report", "diff"])
+def test_no_file_of_another_kind_is_replaced_by_a_page(make_run, tmp_path, command):
+    a, b = make_run(name="a"), make_run(name="b")
+    before = (a / "config.toml").read_bytes()
+    with pytest.raises(UsageError, match=r"config.toml' is no name of an HTML file; end it in .html$"):
+        import_module(f"regpt.cli.{command}").main([str(a), str(b), "--out", str(a / "config.toml")])
+    assert (a / "config.toml").read_bytes() == before

@@ -83,7 +83,11 @@ def check_argument(name: str, value: Any, hint: Any) -> Any:
         literal = typing.get_origin(hint) is Literal and isinstance(value, str)
         close = nearest(value, typing.get_args(hint)) if literal else ""
         raise UsageError(f"{name} is {shown}{close}, must be {words(hint)}")
-    return at_home(value) if isinstance(value, str) and takes_path(hint) else value
+    if isinstance(value, str) and takes_path(hint):
+        if not value:
+            raise UsageError(f"{name} is empty, must be {words(hint)}")
+        return at_home(value)
+    return value
 
 
 def takes_path(hint: Any) -> bool:

@@ -90,10 +90,11 @@ def train_tokenizer(
         raise UserError(f"{file} exists already; choose another folder or delete it")
     if file is not None:
         try_place(file.parent)
-    found = open_sources(names(sources))
+    text = TextOptions(text_column)
+    found = open_sources(names(sources), text=text)
     if not found:
         raise UsageError("no source was given; give files, folders, globs or a named set")
-    texts = (document.text for source in found for document in source.documents(TextOptions(text_column)))
+    texts = (document.text for source in found for document in source.documents(text))
     tokenizer = train_bpe(texts, vocab_size)
     if file is not None:
         with writing_to(file.parent):

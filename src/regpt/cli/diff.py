@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from regpt.cli.parse import parse
-from regpt.cli.report import refuse_twice
+from regpt.cli.report import refuse_other_than_html, refuse_twice
 from regpt.cli.table import print_rows
 from regpt.console.lines import print_json, print_line
 
@@ -41,6 +41,7 @@ def main(args: list[str]) -> int:
     given = parse(DiffArgs, args, prog="regpt diff")
     names = (given.a, given.b, *given.seeds)
     refuse_twice(names)
+    refuse_other_than_html(given.out)
     from regpt.checkpoint.fetch import local_run
     from regpt.report.compare import compare
     from regpt.report.read import read_run, with_own_names

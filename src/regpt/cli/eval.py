@@ -111,13 +111,11 @@ def main(args: list[str]) -> int:
 
 
 def refuse_useless(given: EvalArgs, kinds: set[str]) -> None:
-    """Raise a UsageError for flags of tasks that are not evaluated."""
-    values = {"--items": given.items, "--max-items": given.max_items, "--max-seconds": given.max_seconds}
-    useless = [flag for flag, value in values.items() if value]
-    if kinds == {"val"} and useless:
+    """Raise a UsageError for --items of tasks that have none; `EvalRequest` refuses the rest."""
+    if kinds == {"val"} and given.items:
         raise UsageError(
-            f"{' and '.join(useless)} would change nothing with --tasks val, which has no items; name another task too "
-            "(--tasks val,hellaswag), or leave it out"
+            "--items would change nothing with --tasks val, which has no items; name another task too (--tasks "
+            "val,hellaswag), or leave it out"
         )
 
 

@@ -4,10 +4,12 @@ import difflib
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
+from regpt.console.text import counted
 from regpt.errors import UsageError, nearest
 from regpt.files import at_home
 from regpt.ranges import SEED, Range
@@ -30,9 +32,12 @@ class Flag:
         choices: words that it takes, next to values of `kinds`.
         allowed: range of its numbers; None leaves them to the command.
         many: it takes several values, one after another, or with `append` one each time that it is given.
+        entry: values that belong together, of a list of lists; else 1.
         switch: it takes no value; `--no-…` turns it off.
         positional: it has no name on the command line.
         required: it has no default.
+        optional: `None` is a value of it.
+        blank: a key of a section that is empty by default, and may be set so.
     """
 
     name: str
@@ -40,10 +45,13 @@ class Flag:
     choices: tuple[str, ...] = ()
     allowed: Range | None = None
     many: bool = False
+    entry: int = 1
     append: bool = False
     switch: bool = False
     positional: bool = False
     required: bool = False
+    optional: bool = False
+    blank: bool = False
 
     @property
     def boolean(self) -> bool:
@@ -73,10 +81,13 @@ def walk(command: type, prefix: str, switches: bool) -> Iterator[tuple[str, Flag
             choices=choices,
             allowed=next((note for note in notes if isinstance(note, Range)), NATURAL if int in kinds else None),
             many=get_origin(kind) in (tuple, dict),
+            entry=entry_of(kind),
             append=tyro.conf.UseAppendAction in notes,
             switch=switches and kind is bool,
             positional=positional,
             required=field.default is MISSING and field.default_factory is MISSING,
+            optional=types.NoneType in get_args(kind),
+            blank=field.default == "" and bool(prefix),
         )
         yield flag.name, flag
         for alias in (alias for note in notes for alias in getattr(note, "aliases", None) or ()):
@@ -107,6 +118,12 @@ def values_of(kind: Any) -> tuple[tuple[Any, ...], tuple[str, ...]]:
     return (kind,), ()
 
 
+def entry_of(kind: Any) -> int:
+    """Values of one entry of a list: 3 of `tuple[tuple[int, int, int], ...]`."""
+    inner = get_args(kind)[:1] if get_origin(kind) is tuple else ()
+    return len(get_args(inner[0])) if inner and get_origin(inner[0]) is tuple else 1
+
+
 def normalized(known: Mapping[str, Flag], args: Sequence[str], prog: str) -> list[str]:
     """`args` as tyro wants them: True and False for either spelling and for a bare flag, values that begin with a
     hyphen after an equals sign. Words and numbers are checked.
@@ -115,10 +132,12 @@ def normalized(known: Mapping[str, Flag], args: Sequence[str], prog: str) -> lis
         UsageError: a flag that does not exist, with the nearest names; a value that it does not take.
     """
     found, rest = list[str](), list(args)
+    several = dict[str, list[str]]()  # values of the flags that take several, however often these are given
     while rest:
         arg = rest.pop(0)
+        refuse_empty(arg if arg != "--" else min(rest, default=arg), prog)
         if arg == "--":
-            return [*found, arg, *rest]
+            return [*found, *spelled(several), arg, *rest]
         name, equals, value = arg.partition("=")
         name = name.replace("_", "-") if name.startswith("--") else name
         flag = known.get(name)
@@ -134,22 +153,38 @@ def normalized(known: Mapping[str, Flag], args: Sequence[str], prog: str) -> lis
             values = [value if equals else rest.pop(0)]
             while flag.many and not flag.append and rest and is_value(rest[0], known):
                 values.append(rest.pop(0))
-            first, *others = values if name in TEXT else map(at_home, values)
-            for one in (first, *others):
+            values = values if name in TEXT else [*map(at_home, values)]
+            for one in values:
                 check_value(name, flag, one)
-            found += [f"{name}={first}"] if equals or first.startswith("-") else [name, first]
-            found += others
-        elif flag.many:
-            found.append(name)  # of no values
+            if len(values) % flag.entry:
+                raise UsageError(f"{name} got {counted(len(values), 'value')}, must be {wanted(flag)}")
+            if flag.many and not flag.append:
+                several.setdefault(flag.name, []).extend(values)
+            else:
+                found += spelled({name: values})
+        elif flag.many and "." in name:
+            several.setdefault(flag.name, [])  # of no values: what the recipe lists is left out
         else:
             hyphens = rest and rest[0].partition("=")[0] not in known
             also = f" (one that begins with hyphens after an equals sign: {name}={rest[0]})" if hyphens else ""
             raise UsageError(f"{name} needs a value{also}; {prog} --help shows which")
-    return found
+    return [*found, *spelled(several)]
+
+
+def refuse_empty(arg: str, prog: str) -> None:
+    if not arg:
+        raise UsageError(f"an argument is empty (an unset variable?); {prog} --help shows what it takes")
+
+
+def spelled(given: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Flags and their values as tyro reads them; one that begins with a hyphen after an equals sign."""
+    for name, values in given.items():
+        hyphen = bool(values) and values[0].startswith("-")
+        yield from [f"{name}={values[0]}", *values[1:]] if hyphen else [name, *values]
 
 
 def is_value(arg: str, known: Mapping[str, Flag]) -> bool:
-    return not arg.startswith("--") and arg not in known
+    return not arg.startswith("--") and (arg not in known or known[arg].positional)
 
 
 def truth(name: str, flag: Flag, value: str) -> list[str]:
@@ -164,8 +199,10 @@ def truth(name: str, flag: Flag, value: str) -> list[str]:
 
 def check_value(name: str, flag: Flag, value: str) -> None:
     """Raise a UsageError for a word or a number that the flag does not take."""
-    if value in flag.choices or (value == "None" and not flag.required):
+    if value in flag.choices or (value == "None" and flag.optional):
         return
+    if not value and {str, Path} & {*flag.kinds} and not flag.blank and name not in TEXT:
+        raise UsageError(f"{name} is empty (an unset variable?); give a value, or leave the flag out")
     for kind in flag.kinds if not flag.many else flag.kinds[:1]:
         try:
             number = kind(value) if kind in WANTED else None
@@ -174,9 +211,15 @@ def check_value(name: str, flag: Flag, value: str) -> None:
         if number is not None and flag.allowed and (problem := flag.allowed.problem(number)):
             raise UsageError(f"{name.removeprefix('--') if '.' in name else name} is {value}, {problem}")
         return
-    wanted = [*flag.choices, *(WANTED.get(kind, kind.__name__) for kind in flag.kinds)]
-    allowed = wanted[0] if len(wanted) == 1 else f"{', '.join(wanted[:-1])} or {wanted[-1]}"
-    raise UsageError(f"{name} is {value!r}{nearest(value, flag.choices)}, must be {allowed}")
+    raise UsageError(f"{name} is {value!r}{nearest(value, flag.choices)}, must be {wanted(flag)}")
+
+
+def wanted(flag: Flag) -> str:
+    """What the flag takes, in words."""
+    if flag.entry > 1:
+        return f"{flag.entry} whole numbers for each entry, all one after another and without brackets"
+    words = [*flag.choices, *(WANTED.get(kind, kind.__name__) for kind in flag.kinds)]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def unknown(name: str, known: Mapping[str, Flag], prog: str) -> str:

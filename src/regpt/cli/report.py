@@ -29,6 +29,7 @@ def main(args: list[str]) -> int:
     given = parse(ReportArgs, args, prog="regpt report")
     if not given.runs:
         raise UsageError("no run was given; regpt report RUN, the folder that regpt train --out made")
+    refuse_other_than_html(given.out)
     from regpt.checkpoint.fetch import local_run
     from regpt.report.page import write_overlay, write_report
 
@@ -42,6 +43,12 @@ def main(args: list[str]) -> int:
     refuse_twice(given.runs)
     print_line(write_overlay([local_run(run) for run in given.runs], given.out))
     return 0
+
+
+def refuse_other_than_html(out: Path | None) -> None:
+    """Raise a UsageError for the name of another kind of file, such as RUN/config.toml, which would be replaced."""
+    if out is not None and out.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"--out {str(out)!r} is no name of an HTML file; end it in .html")
 
 
 def refuse_twice(runs: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from regpt.cli.parse import parse
 from regpt.config import RunConfig, read_config, recipe_names
 from regpt.console.lines import print_note
 from regpt.data.config import DataConfig
-from regpt.errors import UsageError, UserError
+from regpt.errors import UsageError, UserError, word
 from regpt.files import is_folder
 from regpt.ranges import MANY, PROCESSES, Range
 from regpt.remote import is_address
@@ -59,7 +60,8 @@ def main(args: list[str]) -> int:
     given = parse(Train, args, prog="regpt train", default=over, stores=["out"])
     refuse_contradictions(given)
     if given.data:
-        given = replace(given, config=replace(given.config, data=chosen_data(given.config.data, given.data)))
+        data = chosen_data(given.config.data, given.data, given.nproc)
+        given = replace(given, config=replace(given.config, data=data))
     work = prepared(given, args)
     with restart_on_error():
         return work()
@@ -132,13 +134,20 @@ def parse_over_recipe(command: type[Any], args: list[str], prog: str) -> Any:
         raise UsageError(f"no recipe was given; {prog} RECIPE, with one of {', '.join(recipe_names())}")
     if not given.data:
         return given
-    return replace(given, config=replace(given.config, data=chosen_data(given.config.data, given.data)))
+    data = chosen_data(given.config.data, given.data, getattr(given, "nproc", None))
+    return replace(given, config=replace(given.config, data=data))
 
 
-def chosen_data(data: DataConfig, given: tuple[str, ...]) -> DataConfig:
-    """`data` with what --data names: one folder, or several with their weights."""
+def chosen_data(data: DataConfig, given: tuple[str, ...], nproc: int | None = None) -> DataConfig:
+    """`data` with what --data names: one folder, or several with their weights; `nproc` processes are started."""
     if all("=" not in part or is_folder(part) for part in given):
-        return replace(data, path=given[-1], mixture={})  # the last one counts, as with every flag
+        *replaced, last = given  # the last one counts, as with every flag
+        if replaced and os.environ.get("RANK") in ((None,) if nproc else (None, "0")):  # one process of all prints it
+            weighed = " ".join(f"--data {word(f'{part}=1')}" for part in given)
+            print_note(
+                f"--data {last} alone is read, it replaces {', '.join(replaced)}; a mixture has weights: {weighed}"
+            )
+        return replace(data, path=last, mixture={})
     mixture: dict[str, float] = {}
     for part in given:
         path, _, weight = part.rpartition("=")
@@ -154,6 +163,7 @@ def chosen_data(data: DataConfig, given: tuple[str, ...]) -> DataConfig:
 def prepared(given: Train, args: list[str]) -> Callable[[], int]:
     """Check the arguments; return a function that starts, forks or resumes the run."""
     from regpt.parallel.mesh import launcher_rank, launcher_restarts, launcher_world_size, under_launcher
+    from regpt.runs.begin import checkpoint_at
     from regpt.runs.folder import is_run
     from regpt.runs.pretrain import check, fork, pretrain, resume
 
@@ -174,7 +184,8 @@ def prepared(given: Train, args: list[str]) -> Callable[[], int]:
         return partial(resume, run, given.config, force=given.force, **options)
     options["argv"] = ["regpt", "train", *args]
     if given.fork_from:
-        return partial(fork, given.config, given.fork_from, run, **options)
+        source = given.fork_from if is_address(given.fork_from) else checkpoint_at(given.fork_from)
+        return partial(fork, given.config, source, run, **options)
     return partial(pretrain, given.config, run, init_from=given.init_from or None, **options)
 
 

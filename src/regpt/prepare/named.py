@@ -14,6 +14,7 @@ from typing import Any
 from regpt.errors import UsageError, UserError
 from regpt.prepare.listing import Wanted, split_once
 from regpt.prepare.pydocs import pydocs
+from regpt.prepare.readers import ending_of, is_text
 from regpt.prepare.settings import TEXT_OPTIONS, TextOptions
 from regpt.prepare.sources import (
     RemoteSource,
@@ -85,15 +86,30 @@ def list_sources(
         [found for source in names for found in open_source(source, options, left_out, text, wanted)]
         for names in (given, val)
     ]
+    refuse_unused([*opened[0], *opened[1]], text)
     train, held_out = split_once(opened[0], opened[1], lambda source: source.identity, left_out)
     if given and not train:
         raise UserError("every source is held out by --val, so nothing is left to train on; give other files too")
     return Listing(train, held_out, left_out)
 
 
-def open_sources(given: Sequence[str], options: RemoteOptions = REMOTE_OPTIONS) -> list[Source]:
+def refuse_unused(sources: Sequence[Source], text: TextOptions) -> None:
+    """Raise a UsageError for an option about columns, or about marks in text, where no source is of such a kind."""
+    kinds = {not isinstance(one, TextSet) and is_text(ending_of(Path(one.file), text)) for one in sources}
+    kinds -= {False} if all(isinstance(one, TextSet) for one in sources) else set()
+    column = text.template is not None or text.text_column != TEXT_OPTIONS.text_column
+    if column and False not in kinds:
+        name = "--text-column" if text.template is None else "--template"
+        raise UsageError(f"{name} is about columns, and no source has any: all are plain text; leave it out")
+    if text.separator is not None and True not in kinds:
+        raise UsageError("--separator cuts plain text into documents, and no source is plain text; leave it out")
+
+
+def open_sources(
+    given: Sequence[str], options: RemoteOptions = REMOTE_OPTIONS, text: TextOptions = TEXT_OPTIONS
+) -> list[Source]:
     """The files of each SOURCE, each once; see `list_sources`."""
-    return list_sources(given, options=options).train
+    return list_sources(given, options=options, text=text).train
 
 
 def open_source(

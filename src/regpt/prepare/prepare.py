@@ -91,6 +91,8 @@ def prepare(
             that already holds a data set, is in use, or was begun with other options, or a full disk.
     """
     check_options(sources, val_fraction, shard_tokens, filters.min_chars, workers)
+    if val_sources and val_fraction is not None:
+        raise UsageError("--val holds out whole sources and --val-fraction a part of the documents; give one of them")
     check_text(text)
     check_out(out)
     listing = list_sources(sources, val_sources, remote, text)

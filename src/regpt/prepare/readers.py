@@ -169,6 +169,11 @@ def ending_of(path: Path, options: TextOptions) -> str:
     return f".{options.format}" if options.format else suffix_of(path) or ".txt" + packing_of(path.name)
 
 
+def is_text(ending: str) -> bool:
+    """Whether a file read as one with this ending is plain text, in which a separator may stand."""
+    return ending.startswith((".txt", ".md"))
+
+
 def parts_of(path: Path, target_bytes: int, options: TextOptions = TEXT_OPTIONS) -> list[FilePart]:
     """The parts of `path`, each of at least `target_bytes` but the last, or as near as its format allows.
 

@@ -7,8 +7,8 @@ from math import isclose
 
 from regpt.console.text import counted
 from regpt.errors import UserError
-from regpt.report.read import Differences, Items, Row, RunData, differences, kept_items, number
-from regpt.report.series import need_bits, positions
+from regpt.report.read import Differences, Items, Row, RunData, differences, kept_items, number, section
+from regpt.report.series import begin_of, need_bits, positions
 from regpt.report.statistics import PairTest, SeedNoise, against_seeds, paired_test, unpaired_z
 from regpt.report.summary import RunSummary, summarize
 
@@ -40,7 +40,7 @@ class Measured:
 def measurements(run: RunData) -> Iterator[tuple[str, Measured]]:
     """All measured numbers by their names in comparisons, ascending by step."""
     rows = [*run.val, *run.val_sources, *run.evals]
-    tokens = positions(run.train, [row["step"] for row in rows]).get("tokens") or [None] * len(rows)
+    tokens = positions(run.train, [row["step"] for row in rows], begin_of(run)).get("tokens") or [None] * len(rows)
     for row, read in zip(rows, tokens):
         names = [(LOSS, "loss", "stderr"), (BITS, "bpb", "bpb_stderr")]
         names += [(AVERAGED + LOSS, "loss_ema", ""), (AVERAGED + BITS, "bpb_ema", "")]
@@ -178,8 +178,18 @@ def sort_seeds(a: RunData, b: RunData, seeds: Sequence[RunData]) -> tuple[list[R
                 f"the run {run.name!r} of --seeds has read {theirs:,.0f} tokens, {repeated.name!r} {ours:,.0f}; finish "
                 "the shorter one, or leave it out"
             )
+        for other in (repeated, *groups[bool(from_a)]):
+            if seeds_of(run) == seeds_of(other):
+                raise UserError(
+                    f"the run {run.name!r} of --seeds has the seeds of {other.name!r}, so it says nothing of the noise "
+                    "between seeds; leave it out, or give runs of other seeds"
+                )
         groups[bool(from_a)].append(run)
     return groups
+
+
+def seeds_of(run: RunData) -> list[object]:
+    return [section(run.config, key.partition(".")[0]).get(key.partition(".")[2]) for key in SEEDS]
 
 
 def beyond_seeds(a: RunData, b: RunData) -> list[str]:

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from regpt.evals.score import Progress, Scorer
 from regpt.evals.specs import Spec
 from regpt.evals.suite import Row, ShowProgress, open_suites, suite_rows
 from regpt.evals.task import refuse_if_nothing_fits
-from regpt.files import is_file, resolved
+from regpt.files import exists, is_file, resolved
 from regpt.parallel.mesh import Mesh
 from regpt.runs.remote import on_this_machine
 from regpt.runs.validation import Validated, ValidationPart, folder_parts, own_sums, part_batches, result
@@ -58,6 +58,21 @@ class EvalRequest:
         for name, value in (("max-items", self.max_items), ("max-seconds", self.max_seconds)):
             if not 0 <= value < math.inf:
                 raise UsageError(f"{name} is {value}, must be 0 (no limit) or more")
+        kinds = {spec.kind for spec in self.specs}
+        if kinds == {"val"} and (useless := self.given("max_items", "max_seconds")):
+            raise UsageError(
+                f"{useless} would change nothing with --tasks val, which has no items; name another task too (--tasks "
+                "val,hellaswag), or leave it out"
+            )
+        if "val" not in kinds and (useless := self.given("data", "val_tokens", "seq_len", "batch_rows")):
+            raise UsageError(
+                f"{useless} would change nothing without the task val; name it too (--tasks val,…), or leave it out"
+            )
+
+    def given(self, *names: str) -> str:
+        """Those of the options that are not as by default, as flags."""
+        defaults = {field.name: field.default for field in fields(self)}
+        return " and ".join(f"--{n.replace('_', '-')}" for n in names if getattr(self, n) != defaults[n])
 
 
 @dataclass(frozen=True)
@@ -145,8 +160,8 @@ def data_folder(asked: EvalRequest, run: RunConfig | None) -> Path:
             f"{', '.join(run.data.mixture)}"
         )
     if run is None or not run.data.path:
-        if not may_be_model(asked.model):
-            open_model(asked.model)  # raises the right error
+        if exists(asked.model) or not may_be_model(asked.model):
+            open_model(asked.model)  # raises the right error where it is none
         raise UsageError(
             f"{asked.model!r} names no run that knows its data; give the folder of token shards with --data DIR"
         )
