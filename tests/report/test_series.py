@@ -110,3 +110,16 @@ def test_loads_of_experts_are_the_largest_and_the_mean_of_the_layers(make_run):
     _, columns = build_table(read_run(run))
     assert columns["expert_load:the least even layer"] == [2.5, 3.0, None]
     assert columns["expert_load:mean of layers"] == [2.0, 2.0, None]
+
+
+def test_a_fork_begins_where_its_checkpoint_stands_on_every_axis():
+    rows = [train_row(21, tokens=2624, flops=2.6e9, dt_ms=100.0), train_row(22, tokens=2688, flops=2.7e9, dt_ms=100.0)]
+    begin = {"step": 20, "tokens": 2560, "flops": 2.5e9}
+    axes = positions(rows, [20, 21, 22], begin)
+    assert axes["tokens"] == [2560, 2624, 2688]
+    assert axes["flops"] == [2.5e9, 2.6e9, 2.7e9]
+    assert axes["seconds"] == pytest.approx([0, 0.1, 0.2])  # its own: not twenty-one steps as slow as the first
+
+
+def test_a_fork_of_before_its_tokens_were_recorded_has_read_in_proportion():
+    assert positions([train_row(21, tokens=2100)], [20, 21], {"step": 20})["tokens"] == [2000, 2100]

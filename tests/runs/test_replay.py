@@ -13,7 +13,7 @@ import tiny
 from regpt.__main__ import main
 from regpt.checkpoint.load import checkpoint_folder
 from regpt.checkpoint.manifest import write_manifest
-from regpt.errors import UsageError
+from regpt.errors import UsageError, UserError
 from regpt.model.gpt2 import CausalSelfAttention
 from regpt.runs.pretrain import pretrain
 from regpt.runs.replay import replay
@@ -157,3 +157,44 @@ def test_a_run_whose_data_moved_is_replayed_from_their_new_place(run: Path, shar
     (moved / "manifest.json").write_text((moved / "manifest.json").read_text("utf-8") + "\n", encoding="utf-8")
     assert main([*command, "--data", str(moved)]) == 1
     assert "are not those that" in capsys.readouterr().err
+
+
+@pytest.fixture
+def changed(run: Path, tmp_path: Path) -> Path:
+    """The run, gone on from step 4 with twice the batch."""
+    copy = shutil.copytree(run, tmp_path / "changed")
+    for later in (6, 8):
+        shutil.rmtree(checkpoint_folder(copy, later), ignore_errors=True)
+    assert main(["train", "--resume", str(copy), "--force", "--train.batch-tokens", "128", "--optim.lr", "0.02"]) == 0
+    return copy
+
+
+@pytest.mark.parametrize(("step", "gone", "origin"), [(3, (), 2), (4, (4, 6), 2), (5, (), 4), (7, (), 6)])
+def test_a_step_is_made_with_the_settings_of_its_time(changed: Path, step: int, gone: tuple[int, ...], origin: int):
+    for one in gone:
+        shutil.rmtree(checkpoint_folder(changed, one))
+    found = replay(changed, step)
+    assert found["from_step"] == origin
+    assert {key: found[key] for key in ("loss", "grad_norm", "lr")} == found["recorded"]
+    first, last = found["rows"]
+    assert last - first + 1 == (4 if step <= 4 else 8)
+
+
+def test_a_step_that_follows_from_two_settings_is_refused(changed: Path):
+    for one in (4, 6):
+        shutil.rmtree(checkpoint_folder(changed, one))
+    with pytest.raises(
+        UserError, match=r"resumed after step 4 with others \(.*train.batch_tokens 64 → 128.*\); replay a"
+    ):
+        replay(changed, 7)
+
+
+def test_a_step_is_split_into_the_micro_batches_of_its_time(run: Path, tmp_path: Path):
+    copy = shutil.copytree(run, tmp_path / "split")
+    shutil.rmtree(checkpoint_folder(copy, 8))
+    rows = str(4 // tiny.run_config(run).train.first_rows)
+    assert main(["train", "--resume", str(copy), "--train.micro-batch-rows", rows]) == 0
+    found = replay(copy, 8)
+    assert {key: found[key] for key in ("loss", "grad_norm")} == {
+        key: found["recorded"][key] for key in ("loss", "grad_norm")
+    }

@@ -1,6 +1,7 @@
 """Going on with other settings: more steps and what changes nothing are free, the rest is listed, forced or forked."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -256,3 +257,41 @@ def without(text: str, line: str) -> str:
 
 def without_key(sections: dict) -> dict:
     return sections | {"data": {key: value for key, value in sections["data"].items() if key != "shuffle_rows"}}
+
+
+def test_tokens_and_flops_are_those_read_whatever_the_batch_was(cut, straight, tmp_path):
+    (before,) = (row for row in tiny.rows_of(cut, "train") if row["step"] == 4)
+    each, flops = before["tokens"] // 4, before["flops"] // before["tokens"]
+    longer = ["--train.batch-tokens", str(2 * each), "--train.steps", "10"]
+    assert main(["--resume", str(cut), "--force", *longer]) == 0
+    assert main(["--fork-from", str(checkpoint_folder(straight, 4)), "--out", str(tmp_path / "fork"), *longer]) == 0
+    assert resume(cut) == 0
+    for run in (cut, tmp_path / "fork"):
+        rows = {row["step"]: (row["tokens"], row["flops"]) for row in tiny.rows_of(run, "train")}
+        read = {step: 4 * each + (step - 4) * 2 * each for step in range(5, 11)}
+        assert {step: rows[step] for step in read} == {step: (n, n * flops) for step, n in read.items()}
+    begin = event(tmp_path / "fork", "fork")
+    assert (begin["tokens"], begin["flops"]) == (4 * each, 4 * each * flops)
+    assert event(cut, "resume")["tokens"] == 4 * each + 6 * 2 * each
+
+
+def test_a_rate_that_differs_in_a_late_digit_is_shown_with_it(cut, capsys):
+    assert main(["--resume", str(cut), "--force", "--optim.lr", "0.0100001"]) == 0
+    rates = re.search(r"the learning rate of step 5 is (\S+) instead of (\S+)", capsys.readouterr().out)
+    assert rates
+    assert rates[1] != rates[2]
+
+
+def test_a_run_that_cannot_validate_says_so(shards, tmp_path, capsys):
+    only = tmp_path / "only"
+    shutil.copytree(shards, only)
+    manifest = json.loads((only / "manifest.json").read_text())
+    manifest["shards"] = [one for one in manifest["shards"] if one["split"] == "train"]
+    (only / "manifest.json").write_text(json.dumps(manifest))
+    config = tiny.change(tiny.run_config(only), "checkpoint", keep_best=True)
+    assert pretrain(config, tmp_path / "run") == 0
+    said = "no validation: the data hold out nothing, so that checkpoint.keep_best has nothing to choose by; prepare"
+    assert said in capsys.readouterr().out
+    config = tiny.change(tiny.change(tiny.run_config(shards), "checkpoint", keep_best=True), "eval", every_steps=0)
+    assert pretrain(config, tmp_path / "never") == 0
+    assert "validation at the end alone, so that checkpoint.keep_best has nothing" in capsys.readouterr().out

@@ -141,7 +141,7 @@ def test_a_run_never_goes_over_another(config, straight):
 @pytest.mark.parametrize(
     ("section", "values", "sentence"),
     [
-        ("sample", {"max_new_tokens": 40}, r"exceed the model's length of 16; max-new-tokens \d+ is the most"),
+        ("sample", {"max_new_tokens": 40}, r"exceed the model's length of 16; sample.max_new_tokens \d+ is the most"),
         ("sample", {"prompt": "ba do mi " * 9}, r"the prompt has \d+ tokens and the model reads 16; shorten"),
         ("train", {"batch_tokens": 100}, r"batch_tokens 100 is not a multiple of 16 .*to 96 or 112"),
         (

@@ -12,6 +12,7 @@ from regpt.report.series import (
     LEAST_EVEN,
     MAX_POINTS,
     Column,
+    begin_of,
     build_table,
     bytes_per_token,
     need_bits,
@@ -277,7 +278,7 @@ def events(run: RunData) -> list[Row]:
     """The newest events worth a mark, with their place on every axis."""
     last = run.train[-1]["step"]  # those beyond belong to what the run went back from
     kept = [row for row in run.events if row.get("name") not in UNMARKED and row["step"] <= last][-MAX_EVENTS:]
-    axes = positions(run.train, [row["step"] for row in kept])
+    axes = positions(run.train, [row["step"] for row in kept], begin_of(run))
     return [
         {"name": printable(mark_of(row)), **{axis: at[i] for axis, at in axes.items()}} for i, row in enumerate(kept)
     ]
@@ -297,7 +298,7 @@ def samples(run: RunData) -> list[Row]:
         texts = texts if isinstance(texts, list) else []
         shown = [printable(one if len(one) <= MAX_TEXT else one[:MAX_TEXT] + " …") for one in map(str, texts)]
         found.append({"step": row["step"], "prompt": printable(row.get("prompt") or ""), "texts": shown})
-    axes = positions(run.train, [row["step"] for row in found])
+    axes = positions(run.train, [row["step"] for row in found], begin_of(run))
     return [row | {axis: at[i] for axis, at in axes.items()} for i, row in enumerate(found)]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from regpt.errors import UserError
 from regpt.report.read import Row, RunData, number, section
-from regpt.report.series import need_bits, positions
+from regpt.report.series import begin_of, need_bits, positions
 from regpt.report.summary import summarize
 
 HUBER = 1e-3  # Hoffmann et al. 2022, appendix D.3, of log losses
@@ -98,7 +98,7 @@ def points_of_run(run: RunData, key: str, which: Which, count: Count) -> list[Po
         when = f"its warmup of {warmup:,.0f} steps" if warmup else "its first step"
         raise UserError(f"run {run.name!r} has no validation {unit} after {when}; leave it out")
     rows = rows if which == "all" else rows[-1:]
-    places = positions(run.train, [row["step"] for row in rows])
+    places = positions(run.train, [row["step"] for row in rows], begin_of(run))
     if "tokens" not in places:
         raise UserError(f"run {run.name!r} does not say how many tokens it read; leave it out")
     found = []

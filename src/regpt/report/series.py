@@ -65,8 +65,9 @@ def thin(columns: Sequence[Sequence[float | None]], limit: int) -> list[int]:
     return sorted(kept)
 
 
-def training_seconds(train: Sequence[Row]) -> np.ndarray | None:
-    """Time spent in training steps up to each row, (rows,); None when no row has `dt_ms`.
+def training_seconds(train: Sequence[Row], begin: int = 0) -> np.ndarray | None:
+    """Time spent in training steps up to each row, (rows,), of a run that begins after step `begin`; None when no row
+    has `dt_ms`.
 
     Not the wall clock: pauses between a stop and a resume, evaluation and saving do not count.
     """
@@ -75,20 +76,30 @@ def training_seconds(train: Sequence[Row]) -> np.ndarray | None:
     if not known:
         return None
     filled = np.array([np.median(known) if value is None else value for value in dt_ms])
-    steps = np.diff([0, *(row["step"] for row in train)])  # a row stands for the steps before it
+    steps = np.diff([begin, *(row["step"] for row in train)])  # a row stands for the steps before it
     return np.cumsum(filled * steps) / 1000
 
 
-def positions(train: Sequence[Row], steps: Sequence[int]) -> dict[str, Column]:
-    """Positions of `steps` on the x axes the rows allow, `step`, `tokens`, `flops`, `seconds`; linear between rows."""
-    known = np.array([0, *(row["step"] for row in train)], dtype=float)
+def begin_of(run: RunData) -> Row:
+    """Steps, tokens and FLOPs before the first update: those of the checkpoint that a fork begins with."""
+    return next((row for row in run.events if row.get("name") == "fork"), {"step": 0})
+
+
+def positions(train: Sequence[Row], steps: Sequence[int], begin: Row | None = None) -> dict[str, Column]:
+    """Positions of `steps` on the x axes the rows allow, `step`, `tokens`, `flops`, `seconds`; linear between rows, of
+    a run that begins at `begin`."""
+    begin = begin or {"step": 0}
+    known = np.array([begin["step"], *(row["step"] for row in train)], dtype=float)
     axes: dict[str, Column] = {"step": list(steps)}
     for axis in ("tokens", "flops"):
         counted = [value for value in column(train, axis) if value is not None]
         if len(counted) == len(train):
-            placed = np.interp(steps, known, np.maximum.accumulate(np.array([0, *counted], dtype=float)))
+            before = number(begin.get(axis))
+            if before is None:  # a fork by a version that did not record them
+                before = counted[0] * begin["step"] / train[0]["step"] if train else 0
+            placed = np.interp(steps, known, np.maximum.accumulate(np.array([before, *counted], dtype=float)))
             axes[axis] = [round(x) for x in placed] if axis == "tokens" else [short(float(x)) for x in placed]
-    seconds = training_seconds(train)
+    seconds = training_seconds(train, begin["step"])
     if seconds is not None:
         axes["seconds"] = [short(x) for x in np.interp(steps, known, np.concatenate([[0], seconds]))]
     return axes
@@ -110,7 +121,7 @@ def build_table(run: RunData, limit: int = MAX_POINTS) -> tuple[dict[str, Column
         series[key] = {steps[i]: measured[steps[i]] for i in thin([list(measured.values())], limit // 2)}
     steps = sorted(set().union(*series.values()))
     table = {key: [short(values.get(step)) for step in steps] for key, values in series.items()}
-    return positions(run.train, steps), {
+    return positions(run.train, steps, begin_of(run)), {
         key: values for key, values in table.items() if any(x is not None for x in values)
     }
 

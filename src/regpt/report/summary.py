@@ -9,7 +9,7 @@ from typing import Any
 
 from regpt.console.text import counted, duration, figure, si, split_si
 from regpt.report.read import RunData, number, section
-from regpt.report.series import column, smooth, smoothing_span, training_seconds
+from regpt.report.series import begin_of, column, smooth, smoothing_span, training_seconds
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class RunSummary:
 def summarize(run: RunData) -> RunSummary:
     """The figures of `run`, from every row, not from the thinned ones."""
     val = [(row["step"], loss) for row in run.val if (loss := number(row.get("loss"))) is not None]
-    seconds = training_seconds(run.train)
+    seconds = training_seconds(run.train, begin_of(run)["step"])
     smoothed = [loss for loss in smooth(column(run.train, "loss"), smoothing_span(len(run.train))) if loss is not None]
     return RunSummary(
         steps=run.train[-1]["step"],

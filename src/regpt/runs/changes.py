@@ -96,7 +96,8 @@ def describe(found: Changes, state: RunState, config: RunConfig) -> str:
     step = state.step + 1
     before = validate_config(state.config, "the checkpoint")  # its configuration was valid when it was stored
     old, new = (c.optim.lr * make_schedule(c.optim, c.train.steps)(step) for c in (before, config))
-    rate = f"; the learning rate of step {step:,} is {new:.2e} instead of {old:.2e}" if new != old else ""
+    digits = next((n for n in (2, 5, 16) if f"{new:.{n}e}" != f"{old:.{n}e}"), None)
+    rate = f"; the learning rate of step {step:,} is {new:.{digits}e} instead of {old:.{digits}e}" if digits else ""
     return f"changed: {listed(found)}{rate}"
 
 

@@ -15,6 +15,7 @@ from regpt.checkpoint.saver import Saver
 from regpt.config import RunConfig
 from regpt.console.lines import print_note
 from regpt.console.tables import PlainConsole
+from regpt.errors import word
 from regpt.files import exists, file_sha256, resolved
 from regpt.model.weights import count_parameters
 from regpt.parallel.mesh import Mesh
@@ -63,7 +64,7 @@ def check(config: RunConfig, run: Path | None, processes: int = 1) -> None:
         refuse_used_folder(run)
     corpus = open_corpus(config)
     for folder in corpus.verify_small():
-        said = f"{folder}: too large to be compared with its SHA-256 here; that does: regpt data verify {folder}"
+        said = f"{folder}: too large to be compared with its SHA-256 here; that does: regpt data verify {word(folder)}"
         print_note(said)
     make_schedule(config.optim, config.train.steps)
     build_loader(config, corpus, Mesh(0, processes, torch.device("cpu")))
@@ -72,7 +73,8 @@ def check(config: RunConfig, run: Path | None, processes: int = 1) -> None:
     check_trackers(config.log)
     for prompt in config.sample.prompts:
         tokens = encode_prompt(corpus.tokenizer, prompt)
-        check_length(len(tokens), config.sample.max_new_tokens, config.model.max_seq_len)
+        length, longest = config.sample.max_new_tokens, config.model.max_seq_len
+        check_length(len(tokens), length, longest, "sample.max_new_tokens")
 
 
 def pretrain(
@@ -240,7 +242,7 @@ def train(
             saver.prune()  # what had to stay while it was copied
     if not finished:
         mesh.wait()  # a launcher ends the others when the first has ended: not while they write
-        terminal.say(f"stopped after step {trainer.step:,} and saved; go on with: regpt train --resume {name}")
+        terminal.say(f"stopped after step {trainer.step:,} and saved; go on with: regpt train --resume {word(name)}")
     return 0 if finished else EXIT_SAVED
 
 
@@ -264,6 +266,16 @@ def open_sinks(run: Run, folder: Path, terminal: Terminal, stack: ExitStack) -> 
     return [Tee(file, *trackers) for file in files]
 
 
+def no_validation(run: Run) -> str | None:
+    """Why the run has no validation losses, and what asks for them in vain; None where it has some."""
+    kept = ", so that checkpoint.keep_best has nothing to choose by" * run.config.checkpoint.keep_best
+    if not run.corpus.tokens("val"):
+        return f"no validation: the data hold out nothing{kept}; prepare them with --val or --val-fraction"
+    if kept and not run.config.eval.every_steps:
+        return f"validation at the end alone{kept}; set eval.every_steps"
+    return None
+
+
 def announce(do: RunActions, start: Start) -> None:
     """Print what is trained and how, and record where it begins."""
     config, terminal, step = do.config, do.terminal, do.trainer.step
@@ -273,7 +285,10 @@ def announce(do: RunActions, start: Start) -> None:
     if start.changed:
         terminal.say(start.changed)
     say_what_is_left_out(do, do.run.loader.rows)
+    if problem := no_validation(do.run):
+        terminal.say(problem)
     if start.event is not None:
-        do.write_row({"kind": "event", "step": step, **start.event, "peak": asdict(peak), "time": time.time()})
+        read = {"tokens": do.trainer.tokens, "flops": do.trainer.flops}  # before
+        do.write_row({"kind": "event", "step": step, **start.event, **read, "peak": asdict(peak), "time": time.time()})
     if step == config.train.steps:
-        terminal.say(f"the run is complete: all {step:,} updates are made; regpt report {do.folder} shows it")
+        terminal.say(f"the run is complete: all {step:,} updates are made; regpt report {word(do.folder)} shows it")

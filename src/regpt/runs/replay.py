@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from regpt.checkpoint.load import Checkpoint, checkpoints, load_checkpoint, print_warning, step_of
-from regpt.checkpoint.manifest import STATE
-from regpt.checkpoint.state import read_state
-from regpt.config import RunConfig, validate_config
+from regpt.config import RunConfig, drop_none, validate_config
 from regpt.errors import UsageError, UserError
 from regpt.files import unless_gone
 from regpt.report.read import current, read_rows
 from regpt.runs.begin import Run, refuse_changed_data, run_mesh, start_again, start_at
+from regpt.runs.changes import Changes, changes, is_free, listed
 from regpt.runs.examine import document_losses, first_spoiled_weight, worst_first
 from regpt.runs.folder import read_run_config
 from regpt.structured import read_object
@@ -26,6 +25,8 @@ from regpt.tensors import REMEDY
 from regpt.train.objective import NextToken
 from regpt.train.precision import autocast
 from regpt.train.trainer import json_number
+
+PLACES = ("data.path", "data.mixture", "data.tokenizer", "train.device")
 
 
 def replay(folder: Path, step: int, config: RunConfig | None = None, *, op_level: bool = False) -> dict[str, Any]:
@@ -55,7 +56,8 @@ def replay(folder: Path, step: int, config: RunConfig | None = None, *, op_level
             start = start_again(run, folder, env, {})
         else:
             refuse_changed_data(before.state.data.manifest_sha256, before.folder, run.corpus)
-            start = start_at(run, before, {})
+            start = start_at(run, before, {}, changes(before.state.config, run.config.sections()))
+        refuse_mixed(folder, start.step, step)
         run.begin(start, stack)
         if run.trainer.step >= step:
             raise UsageError(f"run {str(folder)!r} began at step {run.trainer.step}; give a later --step")
@@ -69,14 +71,40 @@ def replay(folder: Path, step: int, config: RunConfig | None = None, *, op_level
 
 
 def config_of(run: Path, step: int) -> RunConfig:
-    """The configuration that update `step` was made with: the next checkpoint's, or config.toml."""
-    for folder in checkpoints(run):
-        values = {}
-        with suppress(UserError):  # a damaged one, or one that a live run has just deleted
-            values = read_state(folder / STATE).config if step_of(folder) >= step else {}
-        if values:
-            return validate_config(values, str(folder / STATE))
-    return read_run_config(run)
+    """The configuration that update `step` was made with: config.toml without what later resumes changed; where the
+    data and the device are stays as it is."""
+    sections = read_run_config(run).sections()
+    for resumed, found in reversed(changes_on_resume(run)):
+        for key, (before, _) in found.items():
+            section, _, name = key.partition(".")
+            if resumed >= step and key not in PLACES and section in sections:
+                sections[section] |= {name: before}
+    return validate_config(drop_none(sections), str(run))
+
+
+def changes_on_resume(run: Path) -> list[tuple[int, Changes]]:
+    """What each resume on the run's own timeline changed, and after how many updates that counts."""
+    found: list[tuple[int, Changes]] = []
+    rows, _ = read_rows(run / "metrics.jsonl")
+    for row in rows:
+        if row.get("name") == "rewind":  # the same settings again, for earlier updates
+            found = [(min(step, row["step"]), changed) for step, changed in found]
+        if row.get("name") == "resume":  # what an attempt changed that made no checkpoint of its own, is gone
+            found = [(step, changed) for step, changed in found if step < row["step"]]
+            found.append((row["step"], row.get("changed") or {}))
+    return found
+
+
+def refuse_mixed(run: Path, begin: int, step: int) -> None:
+    """Raise a UserError unless all updates from `begin` to `step` were made with the same settings."""
+    for resumed, found in changes_on_resume(run):
+        serious = {key: pair for key, pair in found.items() if not is_free(key)}
+        if begin < resumed < step and serious:
+            raise UserError(
+                f"update {step} follows from the checkpoint of step {begin} with two settings, as the run was resumed "
+                f"after step {resumed} with others ({listed(serious)}); replay a step up to {resumed}, or one after a "
+                "checkpoint that is left"
+            )
 
 
 def checkpoint_before(run: Path, step: int) -> Checkpoint | None:

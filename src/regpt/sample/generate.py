@@ -200,15 +200,15 @@ def attention_dtype(model: Transformer) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
 
 
-def check_length(prompt_tokens: int, max_new_tokens: int, max_seq_len: int) -> None:
-    """Prompt and new tokens together must fit into the model's `max_seq_len`.
+def check_length(prompt_tokens: int, max_new_tokens: int, max_seq_len: int, name: str = "max-new-tokens") -> None:
+    """Prompt and new tokens together must fit into the model's `max_seq_len`; `name` is what the user calls the latter.
 
     Raises:
         UsageError: fewer than one new token is asked for.
         UserError: they do not fit; the sentence names the largest number that does.
     """
     if max_new_tokens < 1:
-        raise UsageError(f"max-new-tokens is {max_new_tokens}, must be at least 1")
+        raise UsageError(f"{name} is {max_new_tokens}, must be at least 1")
     room = max_seq_len - prompt_tokens
     if room < 1:
         raise UserError(
@@ -217,8 +217,8 @@ def check_length(prompt_tokens: int, max_new_tokens: int, max_seq_len: int) -> N
         )
     if max_new_tokens > room:
         raise UserError(
-            f"a prompt of {prompt_tokens} tokens and max-new-tokens {max_new_tokens} exceed the model's length of "
-            f"{max_seq_len}; max-new-tokens {room} is the most that fits"
+            f"a prompt of {prompt_tokens} tokens and {name} {max_new_tokens} exceed the model's length of "
+            f"{max_seq_len}; {name} {room} is the most that fits"
         )
 
 
