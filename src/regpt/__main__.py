@@ -14,6 +14,7 @@ from types import TracebackType
 
 import regpt
 from regpt.cli.commands import COMMANDS
+from regpt.cli.threads import spin_briefly
 from regpt.console.lines import print_error, print_line, print_note
 from regpt.console.streams import harden, lost_text
 from regpt.errors import UsageError, UserError, first_line, nearest
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     if argv is None:
         harden()
+        spin_briefly()
         sys.excepthook = print_traceback
         if args[:1] == ["train"]:
             leave_when_terminated()  # before what takes seconds to import

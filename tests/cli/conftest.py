@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from short_runs import RUN, SHAPE, SHORT
 
 from regpt.__main__ import main
 from regpt.prepare.prepare import prepare
@@ -11,18 +12,6 @@ from regpt.text.bpe import train_bpe
 
 TEXT = "the cat sat on the mat and the dog ran to the tree while birds sang of rain in spring"
 WORDS = TEXT.split()
-SHAPE = ["--model.n-layer", "1", "--model.n-head", "2", "--model.n-embd", "16", "--model.max-seq-len", "16"]
-RUN = ["--data.seq-len", "16", "--train.batch-tokens", "64", "--train.micro-batch-rows", "2"]
-SHORT = [
-    "--train.steps",
-    "3",
-    "--optim.warmup-steps",
-    "1",
-    "--sample.prompt",
-    "the cat",
-    "--sample.max-new-tokens",
-    "4",
-]
 
 
 @pytest.fixture(scope="session")

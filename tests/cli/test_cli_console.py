@@ -51,3 +51,14 @@ def test_results_are_in_their_file_before_they_are_printed(tmp_path: Path):
 
     with pytest.raises(KeyboardInterrupt):
         output.show({"name": "[/py]"}, str(tmp_path / "r.json"), broken)
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")]
+)
+def test_waiting_threads_give_their_core_away_unless_the_user_says_otherwise(given: dict[str, str], spins: str):
+    look = "import os, sys; sys.argv[1:] = ['--version']; from regpt.__main__ import main; main()"
+    look += "; print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))"  # torch reads it when it is imported
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP_", "OMP_"))}
+    found = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, env=clean | given, check=True)
+    assert found.stdout.splitlines()[-1] == f"False {spins}"

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from short_runs import RUN, SHAPE, SHORT
 
-from conftest import RUN, SHAPE, SHORT
 from regpt.model.config import FAMILIES
 
 CHANGES = {
