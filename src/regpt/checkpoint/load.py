@@ -11,6 +11,7 @@ from typing import TypeVar
 from regpt.checkpoint.manifest import (
     AVERAGE,
     FORMAT_VERSION,
+    IMPORTED,
     MANIFEST,
     MODEL,
     OPTIMIZER,
@@ -35,6 +36,7 @@ from regpt.model.families import make_model
 from regpt.model.weights import InitialWeights, without_memory
 from regpt.structured import read_object
 from regpt.tensors import REMEDY, TensorFiles
+from regpt.text.companions import COMPANIONS
 from regpt.text.open import open_tokenizer
 from regpt.text.tokenizer import Tokenizer
 
@@ -83,6 +85,16 @@ class Checkpoint:
 
     def tokenizer(self) -> Tokenizer:
         return open_tokenizer(self.folder / TOKENIZER)
+
+    def companions(self) -> dict[str, str]:
+        """Chat template and options of generation of the model that the run began with, by file name."""
+        if IMPORTED not in self.manifest.names():
+            return {}
+        return {
+            name: text
+            for name, text in read_object(self.folder / IMPORTED, REMEDY).items()
+            if name in COMPANIONS and isinstance(text, str)  # nothing else becomes a file of an export
+        }
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:

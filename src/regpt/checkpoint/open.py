@@ -2,7 +2,7 @@
 
 from collections import ChainMap
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +28,8 @@ from regpt.model.ops import PLAIN
 from regpt.model.transformer import Transformer
 from regpt.model.weights import allocate, load_weights, without_memory
 from regpt.remote import is_address
+from regpt.text.companions import read_companions
+from regpt.text.folder import CHAT
 from regpt.text.tokenizer import Tokenizer
 
 ALLOWED = (
@@ -47,6 +49,7 @@ class OpenModel:
         source: the folder or hub name it was read from; and whether its weights are the average.
         dtype: type in which the weights are stored.
         folder: of a Hugging Face model, with its other files.
+        companions: chat template and options of generation, by file name (`text.companions`).
     """
 
     model: Transformer
@@ -55,6 +58,7 @@ class OpenModel:
     source: str
     dtype: torch.dtype = torch.float32
     folder: Path | None = None
+    companions: Mapping[str, str] = field(default_factory=dict)
 
 
 def open_model(name: str, device: torch.device | str = "cpu", *, ema: bool = False) -> OpenModel:
@@ -116,7 +120,7 @@ def open_checkpoint(folder: Path, device: torch.device | str, *, ema: bool, veri
     source = f"{folder}, average" if ema else str(folder)
     narrow = not ema and "BF16" in weights.dtype_of.values()
     dtype = torch.bfloat16 if narrow else torch.float32  # float64 runs are tests
-    return OpenModel(model, checkpoint.tokenizer(), checkpoint.step, source, dtype)
+    return OpenModel(model, checkpoint.tokenizer(), checkpoint.step, source, dtype, companions=checkpoint.companions())
 
 
 def open_hf(folder: Path, source: str, device: torch.device | str) -> OpenModel:
@@ -124,7 +128,8 @@ def open_hf(folder: Path, source: str, device: torch.device | str) -> OpenModel:
     tokenizer = hf_tokenizer(folder, config.vocab_size)
     weights = hf_weights(folder, config, tokenizer.n_vocab)
     config = replace(config, vocab_size=tokenizer.n_vocab)  # its real size: rows of padding are left out
-    return OpenModel(build(config, weights, device, source), tokenizer, None, source, stored_dtype(folder), folder)
+    model, dtype = build(config, weights, device, source), stored_dtype(folder)
+    return OpenModel(model, tokenizer, None, source, dtype, folder, read_companions(folder))
 
 
 def open_gguf(path: Path, source: str, device: torch.device | str) -> OpenModel:
@@ -136,7 +141,9 @@ def open_gguf(path: Path, source: str, device: torch.device | str) -> OpenModel:
     tokenizer = tokenizer_from_gguf(file, config.vocab_size)
     weights = GGUFWeights(file, config, tokenizer.n_vocab)
     config = replace(config, vocab_size=tokenizer.n_vocab)  # rows of padding are left out
-    return OpenModel(build(config, weights, device, source), tokenizer, None, source)
+    template = file.metadata.get("tokenizer.chat_template")
+    companions = {CHAT: template} if isinstance(template, str) else {}
+    return OpenModel(build(config, weights, device, source), tokenizer, None, source, companions=companions)
 
 
 def build(config: ModelConfig, weights: Mapping[str, Tensor], device: torch.device | str, source: str) -> Transformer:

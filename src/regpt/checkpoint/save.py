@@ -1,7 +1,7 @@
 """Write a checkpoint, whole or not at all."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -10,6 +10,7 @@ from regpt.checkpoint.load import verify_checkpoint
 from regpt.checkpoint.manifest import (
     AVERAGE,
     FORMAT_VERSION,
+    IMPORTED,
     MODEL,
     OPTIMIZER,
     STATE,
@@ -38,6 +39,7 @@ class Contents:
         optimizer: tensors named `exp_avg/<parameter>`, `exp_avg_sq/<parameter>`, without padding rows.
         average: exponential moving average of the weights, named and shaped like them; empty when none is kept.
         state: the rest.
+        companions: chat template and options of generation of the model that the run began with, by file name.
     """
 
     config: ModelConfig
@@ -46,6 +48,7 @@ class Contents:
     optimizer: Mapping[str, Tensor]
     state: RunState
     average: Mapping[str, Tensor] | None = None
+    companions: Mapping[str, str] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Mapping[str, Tensor]]:
         """The mappings of tensors by the names of their fields."""
@@ -75,6 +78,8 @@ def save_checkpoint(folder: Path, contents: Contents, max_file_bytes: int = MAX_
         write_divided(temporary, OPTIMIZER, contents.optimizer, max_file_bytes)
         if contents.average is not None:
             write_divided(temporary, AVERAGE, contents.average, max_file_bytes)
+        if contents.companions:
+            write_json(temporary / IMPORTED, dict(contents.companions))
         write_state(temporary / STATE, contents.state)
         write_manifest(temporary)
         if folder.exists() and not is_intact(folder):

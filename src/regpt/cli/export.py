@@ -27,8 +27,8 @@ class Export:
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
     """hf: type of the weights; stored: that in which they are kept, float32 for a run."""
     format: Literal["hf", "gguf"] = "hf"
-    """hf: config.json, model.safetensors, generation_config.json, the tokenizer; of an imported folder its own files
-    and chat template. gguf: one file for llama.cpp and what is built on it."""
+    """hf: config.json, model.safetensors, generation_config.json, the tokenizer; of an imported model its own options
+    of generation and chat template. gguf: one file for llama.cpp and what is built on it."""
     type: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] = "f16"
     """gguf: how matrices are stored; 8.5 and 4.5 bits a weight with q8_0 and q4_0."""
     check: bool = False
@@ -67,7 +67,8 @@ def main(args: list[str]) -> int:
     from regpt.hf.export import export_hf
 
     dtype = opened.dtype if command.dtype == "stored" else getattr(torch, command.dtype)
-    folder = export_hf(opened.model, opened.tokenizer, command.out, dtype=dtype, source=opened.folder)
+    others = {"source": opened.folder, "companions": opened.companions}
+    folder = export_hf(opened.model, opened.tokenizer, command.out, dtype=dtype, **others)
     print_line(f"wrote {opened.source} ({size}) to {folder}")
     print_line(f"open it with: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})")
     return 0

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def export_hf(
     *,
     dtype: torch.dtype = torch.float32,
     source: Path | None = None,
+    companions: Mapping[str, str] | None = None,
 ) -> Path:
     """Configuration, weights and tokenizer of `model` in `folder`, whole or not at all; returns it.
 
@@ -40,6 +42,7 @@ def export_hf(
         dtype: of the stored weights.
         source: the Hugging Face folder that `tokenizer` is from, whose other files are kept: options and roles of its
             tokens, chat template, options of generation.
+        companions: of a model without such a folder: chat template and options of generation, by file name.
 
     Raises:
         UserError: `folder` exists and is not empty, the disk is full, or the place cannot be written to, or a
@@ -56,6 +59,8 @@ def export_hf(
             temporary / GENERATION, {"bos_token_id": tokenizer.eot, "eos_token_id": one_or_list(ends(tokenizer))}
         )
         write_json(temporary / OPTIONS, tokenizer_config(model.config.max_seq_len, tokenizer))
+        for name, text in (companions or {}).items() if source is None else ():
+            write_text(temporary / name, text)
         for file in kept_files(source):
             write_bytes(temporary / file.name, file.read_bytes())
         if not is_file(temporary / TOKENIZER):

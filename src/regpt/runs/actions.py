@@ -194,6 +194,7 @@ class RunActions:
                 optimizer=optimizer_tensors(run.model, run.optimizer),
                 average=None if average is None else average.tensors(),
                 state=run_state(run, step, [json.loads(state) for state in states]),
+                companions=run.companions,
             )
             self.saver.save(contents, self.mesh.device)
 

@@ -38,6 +38,7 @@ from regpt.runs.build import Corpus, build_loader, build_model, build_trainer, o
 from regpt.runs.changes import ROUNDING_KEYS, Changes, describe, first_row, listed, ramp_steps
 from regpt.runs.folder import made_with
 from regpt.runs.remote import on_this_machine
+from regpt.text.tokenizer import Tokenizer
 from regpt.train.average import Average
 from regpt.train.optim import load_optimizer, make_optimizer
 from regpt.train.trainer import Row, Trainer
@@ -57,6 +58,7 @@ class Run:
     """A training run: its corpus, model, optimizer and trainer, built from the configuration.
 
     Attributes:
+        companions: see `keep_companions`.
         loader, trainer, average, chosen: set by `begin`; `chosen` holds settings tuned for this device, for env.json.
     """
 
@@ -74,6 +76,13 @@ class Run:
         self.config, self.mesh = replace(config, data=data, eval=with_whole_paths(config.eval)), mesh
         self.model = build_model(self.config, mesh.device)
         self.optimizer = make_optimizer(self.model, config.optim, mesh.device, config.train.seed)
+        self.companions: Mapping[str, str] = {}
+
+    def keep_companions(self, tokenizer: Tokenizer, companions: Mapping[str, str]) -> None:
+        """Hand on the chat template and the options of generation of the model that the run begins with; they name
+        tokens of its tokenizer."""
+        if tokenizer.sha256 == self.corpus.tokenizer.sha256:
+            self.companions = companions
 
     def begin(self, start: "Start", stack: ExitStack) -> None:
         """Build the loader and the trainer at `start`; batches are prefetched in a thread until `stack` is closed."""
@@ -141,10 +150,11 @@ def start_new(run: Run, init_from: str | None) -> Start:
     if init_from is None:
         initialize(model, config.train.seed)
         return Start()
-    source = open_model(on_this_machine(init_from, run.mesh)).model
-    differing = other_fields(source.config, config.model)
+    source = open_model(on_this_machine(init_from, run.mesh))
+    differing = other_fields(source.model.config, config.model)
     refuse_other_weights(init_from, differing, config.model)
-    load_weights(model, state_tensors(source))
+    load_weights(model, state_tensors(source.model))
+    run.keep_companions(source.tokenizer, source.companions)
     said = ", ".join(f"model.{key} {here} instead of {there}" for key, (there, here) in differing.items())
     return Start(changed=f"--init-from {init_from}: the same weights in another model: {said}" if said else "")
 
@@ -176,6 +186,7 @@ def start_at(run: Run, checkpoint: Checkpoint, event: Row, found: Changes | None
     with mesh.pulse.working("loading a checkpoint"):
         load_weights(run.model, checkpoint.weights())
         load_optimizer(run.model, run.optimizer, checkpoint.optimizer(), state.step)
+    run.keep_companions(checkpoint.tokenizer(), checkpoint.companions())
     changed = describe(found, state, run.config) if found else ""
     inexact = not_bitwise(run, state, found or {})
     average = checkpoint.average()

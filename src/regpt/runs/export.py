@@ -5,10 +5,10 @@ from pathlib import Path
 
 from regpt.checkpoint.open import OpenModel, open_model
 from regpt.errors import UserError
-from regpt.files import exists, is_file, is_folder
-from regpt.hf.gguf import GGUFFile, is_gguf
+from regpt.files import exists, is_folder
+from regpt.hf.gguf import GGUFFile
 from regpt.hf.gguf_models import export_gguf
-from regpt.structured import read_json
+from regpt.text.folder import CHAT
 from regpt.text.sentences import SENTENCES
 from regpt.tools.llama_cpp import (
     LARGEST_KL,
@@ -33,18 +33,7 @@ def export_model_gguf(opened: OpenModel, out: Path, kind: str) -> list[str]:
         raise UserError(f"{str(out)!r} exists, an export needs a new file; choose another --out or delete it")
     if not is_folder(out.parent):
         raise UserError(f"there is no folder {str(out.parent)!r} for the file; make it or choose another --out")
-    return export_gguf(opened.model, opened.tokenizer, out, kind, chat_template(Path(opened.source)))
-
-
-def chat_template(source: Path) -> str:
-    """The template that a Hugging Face folder or a GGUF file holds; empty where there is none."""
-    if is_gguf(source):
-        return str(GGUFFile(source).metadata.get("tokenizer.chat_template", ""))
-    if is_file(source / "chat_template.jinja"):
-        return (source / "chat_template.jinja").read_text(encoding="utf-8")
-    options = source / "tokenizer_config.json"
-    found = read_json(options, "restore the file").get("chat_template") if is_file(options) else None
-    return found if isinstance(found, str) else ""
+    return export_gguf(opened.model, opened.tokenizer, out, kind, opened.companions.get(CHAT, ""))
 
 
 def check_export(opened: OpenModel, file: Path, kind: str, data: str, strings: int = STRINGS) -> str:
