@@ -3,10 +3,14 @@
 import errno
 import json
 from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from regpt.errors import UserError
+import regpt.errors
+import regpt.files
+from regpt.errors import UserError, word
 from regpt.files import (
     exists,
     is_file,
@@ -14,6 +18,7 @@ from regpt.files import (
     is_lfs_pointer,
     matching,
     refuse_lfs_pointer,
+    rename,
     replacing,
     resolved,
     write_json,
@@ -103,3 +108,29 @@ def test_json_of_a_file_keeps_names_that_are_not_utf8(tmp_path):
     write_json(tmp_path / "a.json", content)
     assert json.loads((tmp_path / "a.json").read_bytes()) == content
     assert "日本" in (tmp_path / "a.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("busy", [0, 3, 99])
+def test_windows_is_asked_again_while_another_process_has_a_file_open(tmp_path, monkeypatch, busy):
+    (tmp_path / "new").write_text("new")
+    monkeypatch.setattr(regpt.files, "os", SimpleNamespace(name="nt"))
+    rename_now, tried, waited = Path.replace, [], []
+
+    def refused(path, name):
+        tried.append(name)
+        if len(tried) <= busy:
+            raise PermissionError(errno.EACCES, "in use")
+        return rename_now(path, name)
+
+    monkeypatch.setattr(Path, "replace", refused)
+    with suppress(PermissionError):
+        rename(tmp_path / "new", tmp_path / "old", wait=waited.append)
+    assert (tmp_path / "old").exists() == (busy < 99)
+    assert len(waited) == min(busy, 6)
+    assert sum(waited) < 3
+
+
+def test_windows_shells_know_double_quotes_alone(monkeypatch):
+    assert [word(name) for name in ("runs/a", "my run")] == ["runs/a", "'my run'"]
+    monkeypatch.setattr(regpt.errors, "os", SimpleNamespace(name="nt"))
+    assert [word(name) for name in (r"runs\a", r"my runs\a")] == [r"runs\a", r'"my runs\a"']

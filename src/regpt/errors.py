@@ -1,6 +1,7 @@
 """Errors that a user can mend; everything else is a defect of ours and keeps its traceback."""
 
 import difflib
+import os
 import shlex
 from collections.abc import Iterable
 
@@ -25,7 +26,8 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
 
 def word(place: object) -> str:
     """`place` as one word of a command that is to be typed: in quotes where a shell would take it apart."""
-    return shlex.quote(str(place))
+    text = str(place)
+    return shlex.quote(text) if os.name == "posix" else f'"{text}"' if " " in text else text  # cmd knows no '
 
 
 def first_line(error: BaseException) -> str:

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ LFS_POINTER = re.compile(
     rb"([a-z0-9.-]+ [^\r\n]+\r?\n)*oid \w+:[0-9a-f]+\r?\nsize \d+\s*"
 )
 LFS_POINTER_BYTES = 1024
+BUSY_PAUSES_S = (0.01, 0.03, 0.1, 0.3, 0.6, 1.0)
 ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+(.*)", re.IGNORECASE | re.DOTALL)  # two letters at least: C:/ is none
 # Nothing can have this name, or nothing has it (on Windows EINVAL is a character that no name holds).
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.EBADF)
@@ -104,7 +106,7 @@ def is_folder(path: str | Path) -> bool:
 
 def at_home(path: str) -> str:
     """`path` with the home folder for its `~`, which shells leave as it is in `--flag=~/x`, in quotes and in files."""
-    return os.path.expanduser(path) if path == "~" or path.startswith("~/") else path
+    return os.path.expanduser(path) if path == "~" or path.startswith(("~/", f"~{os.sep}")) else path
 
 
 def resolved(path: str | Path) -> Path:
@@ -202,8 +204,20 @@ def finish_file(file: IO[bytes], path: Path) -> None:
     file.flush()
     os.fsync(file.fileno())
     file.close()
-    os.replace(file.name, path)
+    rename(Path(file.name), path)
     sync(path.parent)
+
+
+def rename(path: Path, name: Path, wait: Callable[[float], object] = time.sleep) -> None:
+    """Rename `path` to `name`, replacing a file of that name. Windows refuses it while another process, such as a
+    reader or a virus scanner, has one of them open: it is tried again for two seconds."""
+    for pause_s in BUSY_PAUSES_S if os.name != "posix" else ():
+        try:
+            path.replace(name)
+            return
+        except PermissionError:
+            wait(pause_s)
+    path.replace(name)
 
 
 def write_bytes(path: Path, data: bytes, remedy: str | None = None) -> None:
@@ -273,11 +287,11 @@ def put_in_place(temporary: Path, folder: Path) -> None:
     if folder.exists():
         waiting = folder.with_name(folder.name + SUCCESSOR)
         discard(waiting)
-        temporary.replace(waiting)
+        rename(temporary, waiting)
         sync(folder.parent)
         promote(waiting)
     else:
-        temporary.replace(folder)
+        rename(temporary, folder)
         sync(folder.parent)
 
 
@@ -285,7 +299,7 @@ def promote(waiting: Path) -> None:
     """Rename a waiting successor to its final name; the older folder of that name is deleted."""
     folder = waiting.with_name(waiting.name.removesuffix(SUCCESSOR))
     discard(folder)
-    waiting.replace(folder)
+    rename(waiting, folder)
     sync(folder.parent)
 
 
@@ -293,7 +307,7 @@ def discard(folder: Path) -> None:
     """Delete `folder` if it exists; it is renamed first, so that a crash leaves no half of it under that name."""
     if folder.is_dir():
         temporary = temporary_name(folder)
-        folder.replace(temporary)
+        rename(folder, temporary)
         shutil.rmtree(temporary)
 
 

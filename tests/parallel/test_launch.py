@@ -121,3 +121,18 @@ def test_bad_input_is_one_sentence_before_a_process_is_started(shards, tmp_path:
     assert err.startswith("regpt: train.batch_tokens 64 is not a multiple of 48 = data.seq_len 16 × ")
     assert err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no other store")
+def test_processes_find_each_other_in_a_store_without_libuv(tmp_path: Path):
+    """As on Windows, whose wheels of torch have none."""
+    sum_of_ranks = (
+        "import torch, torch.distributed as dist; from regpt.parallel import mesh; mesh.USE_LIBUV = False\n"
+        "with mesh.open_mesh('cpu') as m: x = torch.tensor(m.rank + 1.0); dist.all_reduce(x); print(x.item())"
+    )
+    start = (
+        "from regpt.parallel import launch; import sys; launch.USE_LIBUV = False\n"
+        "launch.COMMAND = (sys.executable, '-c'); sys.exit(launch.launch(2, [sys.argv[1]]))"
+    )
+    found = subprocess.run([sys.executable, "-c", start, sum_of_ranks], capture_output=True, text=True, timeout=300)
+    assert (found.returncode, found.stdout) == (0, "3.0\n3.0\n"), found.stderr

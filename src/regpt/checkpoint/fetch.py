@@ -16,7 +16,7 @@ from regpt.checkpoint.load import (
 )
 from regpt.checkpoint.manifest import MANIFEST, STATE, check_sizes, read_checkpoint_manifest
 from regpt.errors import UserError
-from regpt.files import discard, temporary_name
+from regpt.files import discard, rename, temporary_name
 from regpt.remote import is_address
 from regpt.remote.download import download_lock
 from regpt.remote.lease import FOLDER as LEASE
@@ -162,7 +162,7 @@ def get_checkpoint(store: Store, name: str, run: Path, *, optimizer: bool) -> Pa
         verify_checkpoint(temporary, optimizer=optimizer)
         refuse_other_step(temporary / STATE, name)
         discard(folder)
-        temporary.replace(folder)
+        rename(temporary, folder)
     except NotTransferred:
         raise
     except UserError as error:

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from regpt.errors import UsageError
-from regpt.parallel.mesh import HANG_SECONDS, launcher_environment
+from regpt.errors import UsageError, word
+from regpt.parallel.mesh import HANG_SECONDS, USE_LIBUV, launcher_environment
 from regpt.parallel.signals import EXIT_SAVED as SAVED
 from regpt.parallel.signals import HANGUP, INTERRUPTED, stop_signals, told_of_signals
 
@@ -68,14 +68,14 @@ def launch(
         restarts += 1
         args = again() if again is not None else args
         died = ", ".join(f"process {rank} ended with {described(code)}" for rank, code in sorted(codes.items()) if code)
-        say(f"{died}; starting all of them again ({restarts} of {max_restarts}): regpt {' '.join(args)}")
+        say(f"{died}; starting all of them again ({restarts} of {max_restarts}): regpt {' '.join(map(word, args))}")
 
 
 def run_once(
     processes: int, args: Sequence[str], stop_seconds: int, hang_seconds: float, say: Callable[[str], None]
 ) -> tuple[dict[int, int], bool]:
     """The exit code of every process (negative: the signal that ended it), and whether the launcher got a signal."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, use_libuv=USE_LIBUV)
     environments = [launcher_environment(rank, processes, store.port) for rank in range(processes)]
     signals: list[int] = []
     with forwarded_signals(signals, group := list[subprocess.Popen[bytes]]()):
@@ -102,7 +102,8 @@ def forwarded_signals(seen: list[int], group: list[subprocess.Popen[bytes]]) -> 
     def forward(kind: int = signal.SIGINT) -> None:
         seen.append(kind)
         for process in group:
-            process.send_signal(kind)
+            with contextlib.suppress(ValueError):  # Windows sends no SIGINT; its Ctrl-C reaches all of a console
+                process.send_signal(kind)
 
     before = {kind: signal.signal(kind, lambda signum, frame: None) for kind in stop_signals()}
     try:

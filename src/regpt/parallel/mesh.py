@@ -25,6 +25,7 @@ from regpt.parallel.repeatable import ENVIRONMENT, repeatable
 HANG_SECONDS = 600.0  # a process that waits longer for the others waits in vain
 MOST_PROCESSES, LAST_PORT = 1 << 20, 65535
 STORE_TIMEOUT = timedelta(seconds=30)  # to say how a process is, and to hear of others
+USE_LIBUV = os.name == "posix"  # PyTorch's wheels for Windows are built without it, and then TCPStore raises
 BACKEND_TIMEOUT = timedelta(days=7)  # of NCCL and gloo, which take a slow disk for a hang; `parallel.pulse` does not
 
 
@@ -199,7 +200,8 @@ def joined(device_name: str, hang_seconds: float) -> Iterator[Mesh]:
 def meeting_point(name: str = "", timeout: timedelta = STORE_TIMEOUT) -> TCPStore | PrefixStore:
     """A connection of its own to the launcher's store, or to the corner of it that is this group's alone."""
     address, port = launcher_address()
-    store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
+    how = {"is_master": False, "wait_for_workers": False, "use_libuv": USE_LIBUV}
+    store = TCPStore(address, port, timeout=timeout, **how)
     return PrefixStore(name, store) if name else store
 
 

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from regpt.data.manifest import SPLITS
+from regpt.files import rename
 from regpt.prepare.decontaminate import load_evaluations
 from regpt.prepare.dedup import SIGNATURE, MinHash
 from regpt.prepare.documents import Document
@@ -245,7 +246,7 @@ class CheckedFile:
 
     def finish(self) -> list[int]:
         self._file.close()
-        os.replace(self._partial, self._path)
+        rename(self._partial, self._path)
         return [self._size, self._crc]
 
     def __enter__(self) -> "CheckedFile":

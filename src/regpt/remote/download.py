@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 from filelock import FileLock, Timeout
 
 from regpt.errors import UserError
-from regpt.files import file_sha256
+from regpt.files import file_sha256, rename
 from regpt.remote.retry import PATIENCE, Patience, persistently
 
 CHUNK = 1 << 20
@@ -119,7 +119,7 @@ class RemoteFile:
                 except UserError as error:
                     raise UserError(f"{error}{self.advice}") from None
                 if self.sha256 in ("", found := self.hash_of(self.partial)):
-                    os.replace(self.partial, self.path)
+                    rename(self.partial, self.path)
                     return Fetched(self.path, found)
                 self.partial.unlink()
         raise UserError(

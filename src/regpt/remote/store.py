@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from regpt.errors import UsageError
-from regpt.files import is_plain_path
+from regpt.files import is_plain_path, rename
 from regpt.remote.buckets import connect
 from regpt.remote.retry import PATIENCE, Patience, persistently, status_of, transport_errors
 
@@ -74,7 +74,7 @@ class Store:
             return
         parent, _, last = place.rpartition("/")
         write(f"{parent}/.{last}.partial")
-        os.replace(f"{parent}/.{last}.partial", place)
+        rename(Path(f"{parent}/.{last}.partial"), Path(place))
 
     def create(self, name: str, data: bytes) -> bool:
         """Write a file that does not exist yet; False when there is one. Of several that try this at once one succeeds,
@@ -101,7 +101,7 @@ class Store:
             self.fs.get_file(self.place(name), str(partial))
         except FileNotFoundError:
             return False
-        os.replace(partial, path)
+        rename(partial, path)
         return True
 
     def remove(self, name: str) -> None:

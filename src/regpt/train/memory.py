@@ -77,7 +77,7 @@ def peak_resident_bytes() -> int | None:
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
-    return None
+    return getattr(psutil.Process().memory_info(), "peak_wset", None)  # Windows
 
 
 def available_memory() -> int:

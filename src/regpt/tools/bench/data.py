@@ -1,6 +1,7 @@
 """Folders of invented tokens, for a speed that does not depend on the text of a folder."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,10 @@ def invent_shards(folder: Path, lengths: np.ndarray, vocab_size: int, *, one_tex
         local = starts[np.searchsorted(starts, begin) : np.searchsorted(starts[:-1], end)] - begin
         shard = Shard(f"train-{number:05d}.bin", "train", end - begin, len(local), "", "", continues=end not in starts)
         if one_text and number > 0 and shard.tokens == SHARD_TOKENS:
-            os.link(folder / shards[0].file, folder / shard.file)
+            try:
+                os.link(folder / shards[0].file, folder / shard.file)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(folder / shards[0].file, folder / shard.file)
         else:
             tokens = zipf(rng, shard.tokens, eot).astype(dtype)
             tokens[local] = eot
