@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from regpt import compression
 from regpt.errors import UsageError, UserError
-from regpt.prepare import json_rows
+from regpt.prepare import json_rows, parquet
 from regpt.prepare.decontaminate import read_items
 from regpt.prepare.json_rows import records
 from regpt.prepare.named import list_sources
@@ -357,3 +357,18 @@ def test_stdin_is_a_source_with_a_format(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", Pipe(b"", terminal=True))
     with pytest.raises(UsageError, match="is a terminal"):
         list_sources(["-"], options=options, text=text)
+
+
+@pytest.mark.parametrize("dictionary", [False, True])
+@pytest.mark.parametrize("rows", [["c" * 1001], ["a" * 900, "b", None, "c" * 1001]])
+def test_a_row_of_a_parquet_file_that_is_longer_than_is_read_is_named(tmp_path, monkeypatch, dictionary, rows):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(parquet, "MAX_ROW_BYTES", 1000)
+    content, how = pa.table({"text": rows, "id": range(len(rows))}), {"write_statistics": False}
+    pq.write_table(content, tmp_path / "a.parquet", use_dictionary=dictionary, **how)
+    where = "row group 0" if len(rows) == 1 else f"row {len(rows) - 1}"  # by the footer, or when it is unpacked
+    for options in ({}, {"template": "{id} {text}"}):
+        with pytest.raises(UserError, match=rf"a\.parquet, {where}: more than .* in one row, the most that is read"):
+            texts_of(tmp_path / "a.parquet", **options)
+    pq.write_table(content.slice(0, len(rows) - 1), tmp_path / "b.parquet", **how)
+    assert texts_of(tmp_path / "b.parquet") == [row or "" for row in rows[:-1]]

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from regpt.compression import MAX_ROW_BYTES, too_long
 from regpt.errors import UserError
 from regpt.prepare.documents import HOW, Columns, FilePart, Row, Unreadable, missing, names_in, pick
 
@@ -45,6 +46,8 @@ def read_parquet(path: Path, columns: Columns | None, part: FilePart | None = No
         rows = [file.metadata.row_group(i).num_rows for i in range(groups.stop)]
         share = (part.bytes if part else path.stat().st_size) / max(1, sum(rows[groups.start :]))
         row = sum(rows[: groups.start])
+        for group in groups:
+            refuse_long_rows(file.metadata, group, names, path)
         for group in groups:  # one by one: pyarrow fetches all the groups that it is given at once
             few = packed & PREFIXES or (packed & DICTIONARY and not whole)
             size = SHARED_ROWS if few else batch_rows(file.metadata, group, names)
@@ -62,6 +65,15 @@ def chunks_of(metadata: Any, names: Sequence[str] | None, groups: Iterable[int] 
         for chunk in map(group.column, range(group.num_columns)):
             if asked is None or (chunk.path_in_schema + ".").startswith(asked):
                 yield chunk
+
+
+def refuse_long_rows(metadata: Any, group: int, names: Sequence[str] | None, path: Path) -> None:
+    """Raise a UserError for a row group of which some row is longer than is read, as they are on average: before one
+    page of up to 2 GiB, which pyarrow unpacks whole, takes memory. Text in a dictionary may be longer than its chunk.
+    """
+    size = sum(chunk.total_uncompressed_size for chunk in chunks_of(metadata, names, [group]))
+    if size > max(1, metadata.row_group(group).num_rows) * MAX_ROW_BYTES:
+        raise too_long(f"{path}, row group {group}")
 
 
 def batch_rows(metadata: Any, group: int, names: Sequence[str] | None) -> int:
@@ -132,13 +144,28 @@ def is_text(kind: Any, types: Any) -> bool:
 
 
 def values_of(values: Any, path: Path, first_row: int) -> Iterator[Any]:
-    """Python's values, made one after another, as rows may share a text; where it is not UTF-8, an `Unreadable`."""
+    """Python's values, made one after another, as rows may share a text; where it is not UTF-8, an `Unreadable`.
+
+    Raises:
+        UserError: a row of more than `MAX_ROW_BYTES`.
+    """
+    some_long = values.nbytes > MAX_ROW_BYTES
     for row, value in enumerate(values, start=first_row):
+        if some_long and bytes_of(values, row - first_row) > MAX_ROW_BYTES:
+            raise too_long(f"{path}, row {row}")
         try:
             found = value.as_py()
             yield "" if found is None else found
         except UnicodeDecodeError:
             yield Unreadable(f"{path}, row {row}: the text is not valid UTF-8; convert the file", "not_utf8")
+
+
+def bytes_of(values: Any, number: int) -> int:
+    """Bytes of one of the values, without a copy of it."""
+    if hasattr(values, "dictionary"):
+        place = values.indices[number].as_py()
+        return 0 if place is None else values.dictionary.slice(place, 1).nbytes
+    return values.slice(number, 1).nbytes
 
 
 def import_pyarrow(path: Path) -> tuple[Any, Any]:
