@@ -41,11 +41,18 @@ def test_learned_positions_are_refused_with_the_reason(config, straight, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+def assert_no_weights(model, other):
+    changed = replace(model, **other)
+    assert other_fields(model, changed).keys() == other.keys()
+    shapes = [[(n, p.shape) for n, p in tiny.make_model(c).named_parameters()] for c in (model, changed)]
+    assert shapes[0] == shapes[1]
+
+
 def test_fields_without_weights_leave_the_shapes_of_all_weights(short):
     other = {"max_seq_len": 64, "window": 8, "dropout": 0.1, "norm_eps": 1e-6, "no_rope_every": 2, "rope_theta": 2.0}
     other |= {"rope_type": "llama3", "rope_factor": 4.0, "rope_original_max_seq_len": 16, "rope_fraction": 0.5}
     other |= {"rope_low_freq_factor": 2.0, "rope_high_freq_factor": 8.0}
-    changed = replace(short.model, **other)
-    assert other_fields(short.model, changed).keys() == other.keys() == WEIGHTLESS
-    shapes = [[(n, p.shape) for n, p in tiny.make_model(c).named_parameters()] for c in (short.model, changed)]
-    assert shapes[0] == shapes[1]
+    layered = {"full_attention_every": 1, "rope_local_theta": 5.0, "query_pre_attn_scalar": 7}  # Gemma 3's
+    assert {*other, *layered} == WEIGHTLESS
+    assert_no_weights(short.model, other)
+    assert_no_weights(tiny.FAMILY_CONFIGS["gemma3_text"], layered)

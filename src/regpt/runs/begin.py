@@ -30,7 +30,7 @@ from regpt.evals.config import EvalConfig
 from regpt.evals.specs import Spec
 from regpt.files import exists, file_sha256, is_file
 from regpt.files import resolved as whole_path
-from regpt.model.config import FAMILIES, ROTARY, ModelConfig
+from regpt.model.config import FAMILIES, LAYERED, ROTARY, ModelConfig
 from regpt.model.weights import initialize, load_weights, state_tensors
 from regpt.parallel.mesh import Mesh, open_mesh
 from regpt.remote import is_address
@@ -44,7 +44,7 @@ from regpt.train.optim import load_optimizer, make_optimizer
 from regpt.train.trainer import Row, Trainer
 
 # Fields of a model that hold no weights: another value computes something else with the same tensors.
-WEIGHTLESS = {*ROTARY, "max_seq_len", "window", "dropout", "norm_eps"}
+WEIGHTLESS = {*ROTARY, *LAYERED, "max_seq_len", "window", "dropout", "norm_eps"}
 BITWISE_KEYS = ("torch", "device", "world_size")  # a change reorders sums, even with train.deterministic
 
 
