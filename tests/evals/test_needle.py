@@ -107,6 +107,13 @@ def test_a_model_that_sees_a_window_has_0_beyond_it(task):
     assert ranks[512, 0] == 0.0
 
 
+def test_a_model_that_prefers_no_number_has_rank_0(task):
+    indifferent = Copying(0)
+    indifferent.score = lambda prompt: [-9.0] * len(prompt.endings)
+    result = evaluate_task(task, indifferent)  # pyright: ignore[reportArgumentType]
+    assert {*result.outcomes["rank"].tolist()} == {0.0}
+
+
 def test_a_part_of_the_items_leaves_cells_empty(task):
     result = evaluate_task(task, Copying(512), max_items=4)  # pyright: ignore[reportArgumentType]
     values = [value for row in task.by_cell(result, "exact")["cells"]["values"] for value in row]
