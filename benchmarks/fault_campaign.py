@@ -20,7 +20,7 @@ from regpt.prepare.prepare import prepare
 from regpt.report.read import rows_by_step
 from regpt.runs.pretrain import pretrain, resume
 from regpt.runs.verify_resume import compare_runs
-from regpt.sample.config import SampleConfig
+from regpt.engine.config import SampleConfig
 from regpt.text.bpe import train_bpe
 from regpt.train.config import OptimConfig, TrainConfig
 

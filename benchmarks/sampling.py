@@ -28,8 +28,8 @@ from regpt.model.families import make_model
 from regpt.model.transformer import Transformer
 from regpt.model.weights import count_parameters, initialize
 from regpt.parallel.mesh import choose_device
-from regpt.sample.generate import generate
-from regpt.sample.sampling import SamplingOptions
+from regpt.engine.generate import generate
+from regpt.engine.processing import SamplingOptions
 from regpt.tools.bench.steps import library_versions, percentiles
 from regpt.train.config import InferencePrecision
 from regpt.train.peak import driver_name, synchronize
@@ -134,7 +134,7 @@ def time_generation(
     for _ in range(repeats + 1):
         synchronize(device)
         started = time.perf_counter()
-        generate(model, prompts, new_tokens, options=OPTIONS, generator=generator)
+        generate(model, prompts, new_tokens, options=OPTIONS)
         synchronize(device)
         seconds.append(time.perf_counter() - started)
     return percentiles(seconds[1:])

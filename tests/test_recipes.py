@@ -8,9 +8,10 @@ import torch
 
 from regpt.config import read_config, recipe_names
 from regpt.data.loader import check_batch
+from regpt.engine.generate import encode_prompt
+from regpt.engine.request import check_length
 from regpt.model.families import make_model
 from regpt.model.weights import count_parameters
-from regpt.sample.generate import check_length, encode_prompt
 from regpt.text.open import open_tokenizer
 from regpt.train.optim import make_optimizer
 from regpt.train.schedule import make_schedule

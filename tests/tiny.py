@@ -25,13 +25,13 @@ from regpt.config import RunConfig
 from regpt.data.batch import IGNORE_INDEX, Batch
 from regpt.data.config import DataConfig
 from regpt.data.loader import dropout_keys
+from regpt.engine.config import SampleConfig
 from regpt.evals.config import EvalConfig
 from regpt.model.config import ModelConfig
 from regpt.model.families import make_model
 from regpt.model.transformer import Transformer
 from regpt.model.weights import InitialWeights, load_weights, state_tensors, unpadded
 from regpt.parallel.mesh import Mesh
-from regpt.sample.config import SampleConfig
 from regpt.text.tokenizer import Tokenizer
 from regpt.train.backend import DataParallel, make_backend
 from regpt.train.balance import make_balance

@@ -9,7 +9,7 @@ hf/          other formats     Hugging Face folders of GPT-2, read and written
 remote/      other machines      downloads, the Hugging Face hub, runs in buckets
 checkpoint/  state → disk        save, load, verify; `open_model` finds a model by path or name
 evals/       model → numbers     validation loss, bits per byte
-sample/      model → text        sampling, generation with a key/value cache
+engine/      model → text        logits processing and draws, paged cache, continuous batching
 report/      run → pictures      one self-contained page a run
 tools/       around a run        the plan of a run, the doctor, the benchmarks
 runs/        all of it           composition roots: configuration → objects → Trainer.fit()

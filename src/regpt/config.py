@@ -16,12 +16,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from regpt.checkpoint.config import CheckpointConfig
 from regpt.data.config import DataConfig
+from regpt.engine.config import SampleConfig
 from regpt.errors import UsageError, UserError, nearest
 from regpt.evals.config import EvalConfig
 from regpt.files import at_home, is_file
 from regpt.kernels.config import FP8_MULTIPLE
 from regpt.model.config import GPT2_VOCAB_SIZE, ModelConfig
-from regpt.sample.config import SampleConfig
 from regpt.structured import MAX_TOML_BYTES, parse_toml, read_small
 from regpt.train.config import LogConfig, OptimConfig, TrainConfig
 

@@ -122,7 +122,7 @@ def test_threads_may_share_a_model(lm):
         (lambda lm: lm.loss([5]), "a loss needs two"),
         (lambda lm: lm.generate(3), "must be text"),
         (lambda lm: lm.generate([b"ba"]), "must be text"),
-        (lambda lm: lm.generate("ba", temperature=0), "temperature"),
+        (lambda lm: lm.generate("ba", temperature=-1), "temperature"),
         (lambda lm: lm.generate(["ba"], stream=True), "stream takes one prompt"),
         (lambda lm: lm.generate("ba", past_context="slid"), "did you mean 'slide'"),
         (lambda lm: lm.generate("ba", temperature="1"), "temperature is '1', must be a number"),

@@ -23,12 +23,12 @@ from regpt.checkpoint.load import Checkpoint, checkpoint_folder, load_checkpoint
 from regpt.checkpoint.save import Contents, save_checkpoint
 from regpt.config import RunConfig
 from regpt.data.config import DataConfig
+from regpt.engine.config import SampleConfig
 from regpt.evals.config import EvalConfig
 from regpt.model.config import ModelConfig
 from regpt.prepare.prepare import prepare
 from regpt.report.read import rows_by_step
 from regpt.runs.pretrain import pretrain
-from regpt.sample.config import SampleConfig
 from regpt.text.bpe import train_bpe
 from regpt.train.config import OptimConfig, TrainConfig
 

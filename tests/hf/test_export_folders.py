@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from regpt.checkpoint.open import open_model
 from regpt.cli.export import main
-from regpt.sample.generate import encode_prompt
+from regpt.engine.generate import encode_prompt
 from regpt.text.open import open_tokenizer
 from tokenizer_files import write_family
 

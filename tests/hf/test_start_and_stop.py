@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 import regpt
 from regpt.checkpoint.open import OpenModel, open_model
+from regpt.engine.generate import encode_prompt, stream_sample, write_samples
+from regpt.engine.processing import SamplingOptions
 from regpt.evals.choices import Choices, Question
 from regpt.evals.core import CoreSettings, CoreTask, Example
 from regpt.evals.score import Scorer
 from regpt.parallel.mesh import Mesh
-from regpt.sample.generate import encode_prompt, stream_sample, write_samples
-from regpt.sample.sampling import SamplingOptions
 from regpt.text.open import open_tokenizer
 from tokenizer_files import write_family
 
@@ -124,7 +124,7 @@ def test_lm_eval_sees_the_starting_token_once_and_stops_at_every_ending(opened: 
     for text in (PROMPT, "<|begin_of_text|>" + PROMPT):
         assert model.tok_encode(text) == theirs[1](PROMPT).input_ids
     assert model.tok_encode(PROMPT, add_special_tokens=False) == theirs[1](PROMPT).input_ids[1:]
-    assert model.continuation(PROMPT, {"max_gen_toks": 20}) == "y"
+    assert model.continuations([model.continuation(PROMPT, {"max_gen_toks": 20})]) == ["y"]
 
 
 def test_add_bos_token_without_a_post_processor_puts_it_before_texts(tmp_path: Path):

@@ -34,7 +34,7 @@ def test_a_recipe_is_timed_with_random_weights(sampling):
 def test_every_text_is_written_to_its_end_and_the_first_time_does_not_count(sampling, monkeypatch):
     calls, now = [], [0.0]
 
-    def generate(model, prompts, new_tokens, *, options, generator):
+    def generate(model, prompts, new_tokens, *, options):
         calls.append((tuple(prompts.shape), new_tokens, options.top_k))
         now[0] += 100 if len(calls) in (1, 3) else new_tokens  # the first of each kind is slow
         return prompts

@@ -16,13 +16,13 @@ from torch import Tensor
 from regpt.api.arguments import checked
 from regpt.checkpoint.open import OpenModel, open_model
 from regpt.data.batch import Batch
+from regpt.engine.generate import stream_sample, write_samples
+from regpt.engine.processing import SamplingOptions
 from regpt.errors import UsageError, UserError
 from regpt.hf.export import write_model
 from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import choose_device
-from regpt.sample.generate import stream_sample, write_samples
-from regpt.sample.sampling import SamplingOptions
 from regpt.text.tokenizer import Tokenizer
 from regpt.train.backend import make_loss_sum
 from regpt.train.config import InferencePrecision

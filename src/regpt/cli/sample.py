@@ -57,9 +57,9 @@ def main(args: list[str]) -> int:
     prompt = read_prompt(given.prompt)
     from regpt.checkpoint.best import at_step
     from regpt.checkpoint.open import open_model
+    from regpt.engine.generate import encode_prompt, stream_sample, write_samples
+    from regpt.engine.processing import SamplingOptions
     from regpt.parallel.mesh import choose_device
-    from regpt.sample.generate import encode_prompt, stream_sample, write_samples
-    from regpt.sample.sampling import SamplingOptions
     from regpt.train.precision import autocast, parameter_dtype, set_matmul_precision
 
     options = SamplingOptions(given.temperature, given.top_k, given.top_p)  # refused before a model is read

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
 from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
 from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
@@ -21,14 +20,17 @@ from lm_eval.models.utils import normalize_gen_kwargs  # pyright: ignore[reportM
 from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 
+from regpt.engine.generate import encode_prompt, engine_for
+from regpt.engine.noise import choice_seed
+from regpt.engine.processing import SamplingOptions
+from regpt.engine.request import Request as Continuation
+from regpt.engine.request import bad_logits
 from regpt.errors import UsageError, UserError, first_line, nearest
 from regpt.evals.packing import Prompt
 from regpt.evals.score import Progress, Scorer
 from regpt.evals.suite import ShowProgress, Suite
 from regpt.evals.task import Estimate, Result, Tolerate
 from regpt.files import is_file, resolved
-from regpt.sample.generate import encode_prompt, generate_tokens, text_pieces
-from regpt.sample.sampling import SamplingOptions
 from regpt.text.tokenizer import Tokenizer
 
 Request = tuple[Any, list[int], list[int]]  # the texts, tokens of the context, tokens of the continuation
@@ -112,26 +114,19 @@ class HarnessModel(TemplateLM):
         found = self._loglikelihood_tokens(windows)
         return np.bincount(owners, weights=[x for x, _ in found], minlength=len(requests)).tolist()
 
-    @torch.no_grad()
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Greedy or drawn text, until a stop text, the end of the text, or the limit. All draws of a call come from one
-        generator, so repeated requests get different texts, and a second call the same ones."""
-        device = self.scorer.mesh.device
-        generator = torch.Generator(device).manual_seed(SEED)
-        texts = []
-        for request in requests:
+        """Greedy or drawn text, until a stop text, the end of the text, or the limit. Each request of a call has a seed
+        of its own, so repeated ones get different texts, and a second call the same ones."""
+        asked = []
+        for i, request in enumerate(requests):
             context, options = request.args  # pyright: ignore[reportAssignmentType]
-            texts.append(self.continuation(context, options, generator, request))
-        return texts
+            asked.append(self.continuation(context, options, choice_seed(SEED, i), request))
+        return self.continuations(asked)
 
     def continuation(
-        self,
-        context: str,
-        options: dict[str, Any],
-        generator: torch.Generator | None = None,
-        request: Instance | None = None,
-    ) -> str:
-        """Text after `context`.
+        self, context: str, options: dict[str, Any], seed: int = SEED, request: Instance | None = None
+    ) -> Continuation:
+        """What is asked of the engine for the text after `context`.
 
         Prompts are cut as by the harness's own backend: their end stays, and leaves room for the new tokens. A limit
         that leaves no room (`max_gen_toks` of the model's length or more, which that backend refuses) is lowered: the
@@ -144,24 +139,24 @@ class HarnessModel(TemplateLM):
         prompt = encode_prompt(self.text, context)
         tokens, limit = self.fitted(prompt, asked.limit)
         self.note(request, len(tokens) < len(prompt) or limit < asked.limit)
-        device = self.scorer.mesh.device
-        text = ""
+        until = [stop for stop in asked.until if stop]
+        return Continuation(tokens, limit, asked.sampling, seed, stop_ids=self.text.stop_ids, stop=until)
+
+    def continuations(self, asked: Sequence[Continuation]) -> list[str]:
+        """The texts, as the tokenizer decodes new tokens alone."""
+        if not asked:
+            return []
+        texts, tokens = [""] * len(asked), [list[int]() for _ in asked]
         with self.scorer.autocast():
-            ids = generate_tokens(
-                self.scorer.model,
-                torch.tensor([tokens], device=device),
-                limit,
-                options=asked.sampling,
-                generator=generator or torch.Generator(device).manual_seed(SEED),
-                stop=self.text.stop_ids,
-            )
-            for piece in text_pieces(self.text, [], (int(token) for token in ids)):
-                text += piece
-                if any(stop in text for stop in asked.until if stop):
-                    break
-        for stop in asked.until:
-            text = text.split(stop)[0] if stop else text
-        return text
+            engine = engine_for(self.scorer.model, asked, self.text)
+            numbers = {engine.submit(one): i for i, one in enumerate(asked)}
+            while engine.busy:
+                for event in engine.step():
+                    if event.finish_reason == "error":
+                        raise bad_logits()
+                    texts[numbers[event.request]] += event.text
+                    tokens[numbers[event.request]] += [] if event.token is None else [event.token]
+        return [text[1:] if spaced(text, self.text.decode(new)) else text for text, new in zip(texts, tokens)]
 
     def fitted(self, prompt: list[int], limit: int) -> tuple[list[int], int]:
         """The tokens of the prompt that stay, and the new ones that fit after them; see `continuation`."""
@@ -175,6 +170,11 @@ class HarnessModel(TemplateLM):
         """Count the item of a request that is longer than the model."""
         if truncated and request is not None:
             self.truncated.setdefault(str(request.task_name), set()).add(str(request.doc_id))
+
+
+def spaced(text: str, decoded: str) -> bool:
+    """Whether a text begins with the space that Llama 2's tokenizer puts before every text and takes away again."""
+    return text.startswith(" ") and not decoded.startswith(" ")
 
 
 class Generation(NamedTuple):

@@ -1,9 +1,34 @@
 """Keys and values of the tokens read so far, so that a new token costs one position, not all of them."""
 
+from collections.abc import Callable
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor
 
 from regpt.model.config import ModelConfig
+
+
+class Cache(Protocol):
+    """What the layers of every family ask of a cache. `engine.cache` has another one, of pages.
+
+    Attributes:
+        length: positions before the tokens that the model is given, in every row.
+        ragged: the tokens of several texts are one row (1, N), each text with positions of its own; the cache then
+            takes `AttentionMask` itself as the mask.
+    """
+
+    length: int
+    ragged: bool
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Any, attention: Callable[..., Tensor]
+    ) -> Tensor:
+        """Store `k` and `v` (B, G, T, D) of `layer` and return what the queries (B, H, T, D) find in it, alike.
+
+        `attention` and `mask` are as in `ops.attention`, which caches may replace by something equal.
+        """
+        ...
 
 
 class KVCache:
@@ -12,6 +37,8 @@ class KVCache:
     `length` is the number of positions that hold tokens; the model advances it after each call, and setting it back
     drops the later ones.
     """
+
+    ragged = False
 
     def __init__(self, config: ModelConfig, batch: int, capacity: int, *, device: torch.device, dtype: torch.dtype):
         config = config.resolved()
@@ -23,6 +50,11 @@ class KVCache:
     @property
     def capacity(self) -> int:
         return self.k.size(-2)
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Any, attention: Callable[..., Tensor]
+    ) -> Tensor:
+        return attention(q, *self.append(layer, k, v), mask)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store `k` and `v` (B, G, T, D) after the tokens of `layer`; return all of them, (B, G, S, D) views.

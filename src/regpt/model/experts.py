@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from regpt.model.cache import KVCache
+from regpt.model.cache import Cache
 from regpt.model.config import ModelConfig
 from regpt.model.dropout import OFF, Dropout
 from regpt.model.grouped import Routing
@@ -103,7 +103,7 @@ class ExpertsBlock(nn.Module):
         self.layer = layer
 
     def forward(
-        self, x: Tensor, by: Rotation, mask: Any, cache: KVCache | None, drop: Dropout = OFF
+        self, x: Tensor, by: Rotation, mask: Any, cache: Cache | None, drop: Dropout = OFF
     ) -> tuple[Tensor, Routing]:
         x = x + drop(self.self_attn(self.input_layernorm(x), by, mask, cache, drop), site=3 * self.layer + 2)
         y, routing = self.mlp(self.post_attention_layernorm(x))
@@ -120,7 +120,7 @@ class LlamaOfExperts(Llama):
         idx: Tensor,
         positions: Tensor,
         mask: Any,
-        cache: KVCache | None,
+        cache: Cache | None,
         drop: Dropout,
         /,
         routes: Routes = None,

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from regpt.model.cache import KVCache
+from regpt.model.cache import Cache
 from regpt.model.config import ModelConfig
 from regpt.model.dropout import OFF, Dropout
 from regpt.model.layers import Rotation, rotation
@@ -36,7 +36,7 @@ class GemmaBlock(nn.Module):
         self.post_feedforward_layernorm = norm_of(config, config.n_embd, ops)
         self.layer = layer
 
-    def forward(self, x: Tensor, by: Rotation, mask: Any, cache: KVCache | None, drop: Dropout = OFF) -> Tensor:
+    def forward(self, x: Tensor, by: Rotation, mask: Any, cache: Cache | None, drop: Dropout = OFF) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x), by, mask, cache, drop)
         x = x + drop(self.post_attention_layernorm(attended), site=3 * self.layer + 2)
         computed = self.mlp(self.pre_feedforward_layernorm(x))
@@ -61,7 +61,7 @@ class Gemma(Llama):
         idx: Tensor,
         positions: Tensor,
         mask: Any,
-        cache: KVCache | None,
+        cache: Cache | None,
         drop: Dropout,
         /,
         routes: Routes = None,

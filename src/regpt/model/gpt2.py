@@ -5,7 +5,7 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 
-from regpt.model.cache import KVCache
+from regpt.model.cache import Cache
 from regpt.model.config import ModelConfig
 from regpt.model.dropout import OFF, Dropout
 from regpt.model.layers import Head, LayerNorm, Linear, activation, attend, padded_rows
@@ -24,7 +24,7 @@ class CausalSelfAttention(nn.Module):
         self.layer = layer
         self.ops = ops
 
-    def forward(self, x: Tensor, mask: Any, cache: KVCache | None, drop: Dropout = OFF) -> Tensor:
+    def forward(self, x: Tensor, mask: Any, cache: Cache | None, drop: Dropout = OFF) -> Tensor:
         """`x` (B, T, C) and the result alike; `mask` as `ops.translate_mask` gave it."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # each (B, T, C)
@@ -57,7 +57,7 @@ class Block(nn.Module):
         self.mlp = MLP(config, ops)
         self.layer = layer
 
-    def forward(self, x: Tensor, mask: Any, cache: KVCache | None, drop: Dropout = OFF) -> Tensor:
+    def forward(self, x: Tensor, mask: Any, cache: Cache | None, drop: Dropout = OFF) -> Tensor:
         x = x + drop(self.attn(self.ln_1(x), mask, cache, drop), site=3 * self.layer + 2)
         return x + drop(self.mlp(self.ln_2(x)), site=3 * self.layer + 3)
 
@@ -85,7 +85,7 @@ class GPT2(Transformer):
         idx: Tensor,
         positions: Tensor,
         mask: Any,
-        cache: KVCache | None,
+        cache: Cache | None,
         drop: Dropout,
         /,
         routes: Routes = None,

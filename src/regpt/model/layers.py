@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from regpt.model.cache import KVCache
+from regpt.model.cache import Cache
 from regpt.model.config import ModelConfig
 from regpt.model.dropout import Dropout
 from regpt.model.head import LIBRARY
@@ -71,13 +71,13 @@ def activation(config: ModelConfig, ops: Ops) -> Callable[[Tensor], Tensor]:
 
 
 def attend(
-    qkv: tuple[Tensor, Tensor, Tensor], layer: int, mask: Any, cache: KVCache | None, drop: Dropout, ops: Ops
+    qkv: tuple[Tensor, Tensor, Tensor], layer: int, mask: Any, cache: Cache | None, drop: Dropout, ops: Ops
 ) -> Tensor:
     """Attention of `layer` and its place in the cache: q (B, H, T, D), k and v (B, G, T, D) to (B, T, H·D)."""
     q, k, v = qkv
     if cache is not None:
-        k, v = cache.append(layer, k, v)  # (B, G, S, D)
-    if drop.keys is None:
+        y = cache.attend(layer, q, k, v, mask, ops.attention)  # (B, H, T, D)
+    elif drop.keys is None:
         y = ops.attention(q, k, v, mask)  # (B, H, T, D)
     else:
         y = attention_with_dropout(q, k, v, mask, partial(drop, site=3 * layer + 1))

@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 
-from regpt.model.cache import KVCache
+from regpt.model.cache import Cache
 from regpt.model.config import FAMILIES, ModelConfig
 from regpt.model.dropout import OFF, Dropout
 from regpt.model.layers import Head, Linear, RMSNorm, Rotation, activation, attend, padded_rows, rotate, rotation
@@ -43,7 +43,7 @@ class LlamaAttention(nn.Module):
         self.rotated = not config.no_rope_every or (layer + 1) % config.no_rope_every != 0
         self.qk_norm, self.head_size, self.layer, self.ops = bool(family.qk_norm), D, layer, ops
 
-    def forward(self, x: Tensor, by: Rotation, mask: Any, cache: KVCache | None, drop: Dropout = OFF) -> Tensor:
+    def forward(self, x: Tensor, by: Rotation, mask: Any, cache: Cache | None, drop: Dropout = OFF) -> Tensor:
         """`x` (B, T, C) and the result alike; `mask` as `ops.translate_mask` gave it."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # (B, T, H·D), (B, T, G·D) twice
         if self.qk_norm and not self.per_head:
@@ -84,7 +84,7 @@ class LlamaBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps, ops)
         self.layer = layer
 
-    def forward(self, x: Tensor, by: Rotation, mask: Any, cache: KVCache | None, drop: Dropout = OFF) -> Tensor:
+    def forward(self, x: Tensor, by: Rotation, mask: Any, cache: Cache | None, drop: Dropout = OFF) -> Tensor:
         x = x + drop(self.self_attn(self.input_layernorm(x), by, mask, cache, drop), site=3 * self.layer + 2)
         return x + drop(self.mlp(self.post_attention_layernorm(x)), site=3 * self.layer + 3)
 
@@ -100,7 +100,7 @@ class PostNormBlock(nn.Module):
         self.post_feedforward_layernorm = RMSNorm(config.n_embd, config.norm_eps, ops)
         self.layer = layer
 
-    def forward(self, x: Tensor, by: Rotation, mask: Any, cache: KVCache | None, drop: Dropout = OFF) -> Tensor:
+    def forward(self, x: Tensor, by: Rotation, mask: Any, cache: Cache | None, drop: Dropout = OFF) -> Tensor:
         attended = self.post_attention_layernorm(self.self_attn(x, by, mask, cache, drop))
         x = x + drop(attended, site=3 * self.layer + 2)
         return x + drop(self.post_feedforward_layernorm(self.mlp(x)), site=3 * self.layer + 3)
@@ -130,7 +130,7 @@ class Llama(Transformer):
         idx: Tensor,
         positions: Tensor,
         mask: Any,
-        cache: KVCache | None,
+        cache: Cache | None,
         drop: Dropout,
         /,
         routes: Routes = None,

@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 
-from regpt.model.cache import KVCache
+from regpt.model.cache import Cache
 from regpt.model.config import ModelConfig
 from regpt.model.dropout import OFF, Dropout
 from regpt.model.layers import Head, LayerNorm, Linear, Rotation, activation, attend, padded_rows, rotate, rotation
@@ -25,7 +25,7 @@ class NeoXAttention(nn.Module):
         self.dense = Linear(width, config.n_embd, ops, bias=bias)
         self.head_size, self.layer, self.ops = config.head_size, layer, ops
 
-    def forward(self, x: Tensor, by: Rotation, mask: Any, cache: KVCache | None, drop: Dropout = OFF) -> Tensor:
+    def forward(self, x: Tensor, by: Rotation, mask: Any, cache: Cache | None, drop: Dropout = OFF) -> Tensor:
         """`x` (B, T, C) and the result alike; `mask` as `ops.translate_mask` gave it."""
         qkv = self.query_key_value(x).unflatten(2, (-1, 3 * self.head_size)).transpose(1, 2)  # (B, H, T, 3·D)
         q, k, v = qkv.chunk(3, dim=-1)
@@ -55,7 +55,7 @@ class NeoXBlock(nn.Module):
         self.mlp = NeoXMLP(config, ops)
         self.layer = layer
 
-    def forward(self, x: Tensor, by: Rotation, mask: Any, cache: KVCache | None, drop: Dropout = OFF) -> Tensor:
+    def forward(self, x: Tensor, by: Rotation, mask: Any, cache: Cache | None, drop: Dropout = OFF) -> Tensor:
         attended = drop(self.attention(self.input_layernorm(x), by, mask, cache, drop), site=3 * self.layer + 2)
         return drop(self.mlp(self.post_attention_layernorm(x)), site=3 * self.layer + 3) + attended + x
 
@@ -82,7 +82,7 @@ class NeoX(Transformer):
         idx: Tensor,
         positions: Tensor,
         mask: Any,
-        cache: KVCache | None,
+        cache: Cache | None,
         drop: Dropout,
         /,
         routes: Routes = None,

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from regpt.model.cache import KVCache
+from regpt.model.cache import Cache
 from regpt.model.config import ModelConfig
 from regpt.model.dropout import Dropout
 from regpt.model.grouped import Routing
@@ -64,7 +64,7 @@ class Transformer(nn.Module):
         idx: Tensor,
         positions: Tensor,
         mask: Any,
-        cache: KVCache | None,
+        cache: Cache | None,
         drop: Dropout,
         /,
         routes: Routes = None,
@@ -129,7 +129,7 @@ class Transformer(nn.Module):
         *,
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         mask: AttentionMask = CAUSAL,
         dropout_keys: Tensor | None = None,
         routes: Routes = None,
@@ -146,9 +146,9 @@ class Transformer(nn.Module):
             ValueError: more positions than the model has; documents or a tree without positions or with a cache.
         """
         B, T = idx.shape
-        start = 0 if cache is None else cache.length
+        start, ragged = (0, False) if cache is None else (cache.length, cache.ragged)
         mask = mask if cu_seqlens is None else replace(mask, documents=cu_seqlens)
-        if mask.tree is None and start + T > self.config.max_seq_len:
+        if mask.tree is None and not ragged and start + T > self.config.max_seq_len:
             raise ValueError(f"{start + T} tokens given, the model has {self.config.max_seq_len} positions")
         if mask.packed and (positions is None or cache is not None):
             raise ValueError("documents or a tree were given; give positions that restart in each, and no cache")
@@ -156,7 +156,7 @@ class Transformer(nn.Module):
             positions = torch.arange(start, start + T, device=idx.device)  # (T,)
         drop = Dropout(self.config.dropout, dropout_keys if self.config.dropout else None)
         translate = self.ops.translate_mask if drop.keys is None else sdpa_mask  # as `attention_with_dropout` takes it
-        seen = self.masks(mask, lambda one: translate(one, B, T, start + T, idx.device))
+        seen = self.masks(mask, lambda one: one if ragged else translate(one, B, T, start + T, idx.device))
         x = self.stack(idx, positions, seen, cache, drop, routes)  # (B, T, C)
         if cache is not None:
             cache.length += T
@@ -168,7 +168,7 @@ class Transformer(nn.Module):
         *,
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Logits (B, T, vocab_size) for the token after each of `idx`; arguments as in `hidden`."""
         return self.logits(self.hidden(idx, positions=positions, cu_seqlens=cu_seqlens, cache=cache))

@@ -19,6 +19,8 @@ from regpt.data.bos import PackedRows
 from regpt.data.loader import RampLoader
 from regpt.data.mixture import MixedRows
 from regpt.data.rows import Rows
+from regpt.engine.generate import write_samples
+from regpt.engine.processing import SamplingOptions
 from regpt.errors import UserError
 from regpt.model.weights import count_parameters, state_tensors
 from regpt.runs.begin import Run, go_back
@@ -30,8 +32,6 @@ from regpt.runs.items import keep_items
 from regpt.runs.terminal import Terminal
 from regpt.runs.trackers import Sink
 from regpt.runs.validation import Validated, ValidationPart, batch_items, own_sums, part_batches, result
-from regpt.sample.generate import write_samples
-from regpt.sample.sampling import SamplingOptions
 from regpt.train.memory import memory_advice
 from regpt.train.optim import optimizer_tensors
 from regpt.train.precision import autocast

@@ -15,6 +15,8 @@ from regpt.checkpoint.saver import Saver
 from regpt.config import RunConfig
 from regpt.console.lines import print_note
 from regpt.console.tables import PlainConsole
+from regpt.engine.generate import encode_prompt
+from regpt.engine.request import check_length
 from regpt.errors import word
 from regpt.files import exists, file_sha256, resolved
 from regpt.model.weights import count_parameters
@@ -51,7 +53,6 @@ from regpt.runs.remote import NOTE, RemoteRun, bring_up_to_date, by_main, on_thi
 from regpt.runs.stop import StopRequest, stop_request
 from regpt.runs.terminal import Terminal
 from regpt.runs.trackers import Sink, Tee, check_trackers, open_trackers
-from regpt.sample.generate import check_length, encode_prompt
 from regpt.structured import read_object
 from regpt.tensors import REMEDY
 from regpt.train.peak import device_peak

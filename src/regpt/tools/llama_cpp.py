@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regpt.engine.generate import generate
+from regpt.engine.processing import SamplingOptions
 from regpt.errors import UserError
 from regpt.hf.gguf_models import ARCHS
 from regpt.model.ops import linear_cross_entropy
 from regpt.model.transformer import Transformer
-from regpt.sample.generate import generate, make_generator
-from regpt.sample.sampling import SamplingOptions
 from regpt.text.library import LibraryTokenizer
 from regpt.text.sentences import SENTENCES
 from regpt.text.tokenizer import Tokenizer
@@ -146,7 +146,7 @@ def check_prompts(tokenizer: Tokenizer, at_most: int) -> Iterator[list[int]]:
 
 def greedy(model: Transformer, prompt: list[int], n: int) -> list[int]:
     options, rows = SamplingOptions(top_k=1), torch.tensor([prompt], device=model.device)
-    made = generate(model, rows, n, options=options, generator=make_generator(model.device, 0))
+    made = generate(model, rows, n, options=options)
     return made[0, len(prompt) :].tolist()
 
 

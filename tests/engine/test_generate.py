@@ -5,13 +5,16 @@ import numpy as np
 import pytest
 import torch
 
+from regpt.engine.generate import generate, stream_sample, write_samples
+from regpt.engine.processing import SamplingOptions
+from regpt.engine.reference import generate_uncached
+from regpt.engine.request import check_length
+from regpt.engine.text import text_pieces
 from regpt.errors import UsageError, UserError
 from regpt.model.config import ModelConfig
 from regpt.model.families import make_model
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
-from regpt.sample.generate import check_length, generate, stream_sample, text_pieces, write_samples
-from regpt.sample.sampling import SamplingOptions, sample
 from regpt.text.open import open_tokenizer
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=27, max_seq_len=24)
@@ -34,6 +37,9 @@ class Letters:
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join("<|endoftext|>" if i == EOT else chr(ord("a") + i) for i in ids)
+
+    def token_bytes(self, token: int) -> bytes:
+        return self.decode([token]).encode()
 
     def byte_lengths(self) -> np.ndarray:
         return np.array([1] * 26 + [0])
@@ -58,24 +64,15 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def prompts(rows: int, length: int) -> torch.Tensor:
-    return torch.randint(0, CONFIG.vocab_size, (rows, length), generator=generator(7))
-
-
-@torch.no_grad()
-def reference(model: Transformer, ids: torch.Tensor, new: int, options: SamplingOptions, seed: int) -> torch.Tensor:
-    """The lecture's loop: the whole text through the model for every token."""
-    source = generator(seed)
-    for _ in range(new):
-        ids = torch.cat((ids, sample(model(ids)[:, -1], options, source)[:, None]), dim=1)
-    return ids
+    return torch.randint(0, CONFIG.vocab_size, (rows, length), generator=torch.Generator().manual_seed(7))
 
 
 @pytest.mark.parametrize("options", [GREEDY, SamplingOptions(1.3, 0), SamplingOptions(0.8, 9, 0.9)])
 @pytest.mark.parametrize("length", [1, 5, 23])
 def test_the_cache_changes_no_token(model, options, length):
     prompt, new = prompts(3, length), CONFIG.max_seq_len - length
-    expected = reference(model, prompt, new, options, seed=3)
-    assert torch.equal(generate(model, prompt, new, options=options, generator=generator(3)), expected)
+    expected = generate_uncached(model, prompt, new, options, seed=3)
+    assert torch.equal(generate(model, prompt, new, options=options, seed=3), expected)
 
 
 def test_greedy_text_depends_on_more_than_the_last_token(model):
@@ -83,20 +80,20 @@ def test_greedy_text_depends_on_more_than_the_last_token(model):
     prompt = prompts(1, 6)
     changed = prompt.clone()
     changed[0, 0] = (changed[0, 0] + 1) % CONFIG.vocab_size
-    texts = [generate(model, x, 18, options=GREEDY, generator=generator()) for x in (prompt, changed)]
+    texts = [generate(model, x, 18, options=GREEDY, seed=0) for x in (prompt, changed)]
     assert not torch.equal(texts[0][:, 6:], texts[1][:, 6:])
 
 
 def test_a_prompt_is_continued_alike_alone_and_in_a_batch(model):
     prompt = prompts(3, 4)
-    together = generate(model, prompt, 10, options=GREEDY, generator=generator())
-    alone = [generate(model, row[None], 10, options=GREEDY, generator=generator()) for row in prompt]
+    together = generate(model, prompt, 10, options=GREEDY, seed=0)
+    alone = [generate(model, row[None], 10, options=GREEDY, seed=0) for row in prompt]
     assert torch.equal(together, torch.cat(alone))
 
 
 def test_rows_of_one_prompt_differ_and_the_seed_decides(model):
     prompt, options = prompts(1, 4).expand(5, -1), SamplingOptions(2.0, 0)
-    first, again, other = (generate(model, prompt, 12, options=options, generator=generator(s)) for s in (1, 1, 2))
+    first, again, other = (generate(model, prompt, 12, options=options, seed=s) for s in (1, 1, 2))
     assert len(set(map(tuple, first.tolist()))) == 5
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -104,9 +101,9 @@ def test_rows_of_one_prompt_differ_and_the_seed_decides(model):
 
 def test_the_stop_token_fills_its_row_and_ends_all(model):
     prompt = prompts(4, 3)
-    free = generate(model, prompt, 20, options=GREEDY, generator=generator())
+    free = generate(model, prompt, 20, options=GREEDY, seed=0)
     stop = int(free[0, 5])
-    text = generate(model, prompt, 20, options=GREEDY, generator=generator(), stop=[stop])
+    text = generate(model, prompt, 20, options=GREEDY, seed=0, stop=[stop])
     for row, wanted in zip(text[:, 3:].tolist(), free[:, 3:].tolist()):
         end = wanted.index(stop) if stop in wanted else len(wanted)
         assert row[:end] == wanted[:end][: len(row)]
@@ -117,9 +114,9 @@ def test_the_stop_token_fills_its_row_and_ends_all(model):
 
 def test_a_stop_token_in_the_prompt_stops_nothing(model):
     prompt = torch.full((1, 3), EOT)
-    assert generate(model, prompt, 5, options=GREEDY, generator=generator(), stop=()).size(1) == 8
-    first_new = int(generate(model, prompt, 1, options=GREEDY, generator=generator())[0, -1])
-    stopped = generate(model, prompt, 5, options=GREEDY, generator=generator(), stop=[EOT])
+    assert generate(model, prompt, 5, options=GREEDY, seed=0, stop=()).size(1) == 8
+    first_new = int(generate(model, prompt, 1, options=GREEDY, seed=0)[0, -1])
+    stopped = generate(model, prompt, 5, options=GREEDY, seed=0, stop=[EOT])
     assert first_new == EOT or stopped.size(1) > 4
 
 
@@ -127,7 +124,7 @@ def test_a_stop_token_in_the_prompt_stops_nothing(model):
 def test_mode_gradients_and_random_state_stay(model, training):
     model.train(training)
     state = torch.get_rng_state()
-    text = generate(model, prompts(2, 3), 4, options=SamplingOptions(), generator=generator())
+    text = generate(model, prompts(2, 3), 4, options=SamplingOptions(), seed=0)
     assert model.training is training
     assert not text.requires_grad
     assert all(p.grad is None for p in model.parameters())
@@ -138,7 +135,7 @@ def test_mode_is_restored_after_an_error(model):
     model.train()
     model.wpe.weight.data[0] = math.nan
     with pytest.raises(UserError, match="not finite"):
-        generate(model, prompts(1, 3), 4, options=GREEDY, generator=generator())
+        generate(model, prompts(1, 3), 4, options=GREEDY, seed=0)
     assert model.training
 
 
@@ -148,14 +145,14 @@ def test_mode_is_restored_after_an_error(model):
 def test_logits_that_become_infinite_on_the_way_are_one_sentence(model, options, value, stop):
     model.wpe.weight.data[5:] = value
     with pytest.raises(UserError, match="logits are not finite"):
-        generate(model, prompts(2, 3), 8, options=options, generator=generator(), stop=stop)
+        generate(model, prompts(2, 3), 8, options=options, seed=0, stop=stop)
 
 
 def test_it_runs_under_autocast(model):
     """The cache then holds bfloat16, as attention does."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        text = generate(model.float(), prompts(2, 3), 6, options=GREEDY, generator=generator())
-        expected = reference(model, prompts(2, 3), 1, GREEDY, seed=0)
+        text = generate(model.float(), prompts(2, 3), 6, options=GREEDY, seed=0)
+        expected = generate_uncached(model, prompts(2, 3), 1, GREEDY, seed=0)
     assert text.shape == (2, 9)
     assert torch.equal(text[:, :4], expected)
 
@@ -163,7 +160,7 @@ def test_it_runs_under_autocast(model):
 def test_padded_rows_of_the_vocabulary_are_never_drawn():
     """101 padded rows of logit 0 beside 27 real ones: nearly every draw would be one of them."""
     model = initialize(make_model(CONFIG, pad_vocab=True), seed=1)
-    text = generate(model, prompts(8, 2), 20, options=SamplingOptions(top_k=0), generator=generator())
+    text = generate(model, prompts(8, 2), 20, options=SamplingOptions(top_k=0), seed=0)
     assert text.max() < CONFIG.vocab_size
 
 
@@ -223,15 +220,13 @@ def test_a_seed_that_no_generator_takes_is_a_usage_error(model, seed):
 @pytest.mark.parametrize("options", [GREEDY, SamplingOptions(top_k=5)])
 @pytest.mark.parametrize("length", [3, 24, 30])
 def test_past_the_context_each_token_follows_from_the_last_that_the_model_reads(model, options, length):
-    ids, draws = prompts(2, length), generator(3)
-    found = generate(model, ids, 26, options=options, generator=generator(3), slide=True)
-    for _ in range(26):
-        ids = torch.cat((ids, sample(model(ids[:, -24:])[:, -1], options, draws)[:, None]), dim=1)
-    assert torch.equal(found, ids)
+    ids = prompts(2, length)
+    found = generate(model, ids, 26, options=options, seed=3, slide=True)
+    assert torch.equal(found, generate_uncached(model, ids, 26, options, seed=3))
 
 
 def test_within_the_context_sliding_changes_nothing(model):
-    text = [generate(model, prompts(2, 3), 21, options=GREEDY, generator=generator(), slide=s) for s in (False, True)]
+    text = [generate(model, prompts(2, 3), 21, options=GREEDY, seed=0, slide=s) for s in (False, True)]
     assert torch.equal(*text)
 
 
@@ -242,7 +237,7 @@ def test_a_streamed_text_is_the_sample_in_whole_characters():
     text = "é🎭\ufffd中"
     stream_of = [*tokenizer.encode(text), *tokenizer.encode("中")[:2]]  # ends in two of three bytes
     pieces = list(text_pieces(tokenizer, stream_of[:1], stream_of[1:]))
-    assert pieces == ["é", "🎭", "\ufffd中", "\ufffd"]
+    assert pieces == ["é", "🎭", "\ufffd", "中", "\ufffd"]
     assert "".join(pieces) == tokenizer.decode(stream_of)
     assert list(text_pieces(tokenizer, [tokenizer.eot], [97, tokenizer.eot, 98])) == [tokenizer.decode([97])]
     for seed in range(5):

@@ -8,13 +8,13 @@ import torch
 
 import tiny
 from regpt.cli.sample import main
+from regpt.engine.generate import write_samples
+from regpt.engine.processing import SamplingOptions
 from regpt.errors import UsageError, UserError
 from regpt.model.config import ModelConfig
 from regpt.model.families import make_model
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
-from regpt.sample.generate import write_samples
-from regpt.sample.sampling import SamplingOptions
 from regpt.text.bpe import BPETokenizer, train_bpe
 
 PROMPT = "Hello, I"
@@ -102,10 +102,10 @@ def test_standard_input_that_is_no_text_is_a_user_error(checkpoint, monkeypatch)
     [
         (["--prompt", "a", "-n", "0"], "-n is 0, must be at least 1"),
         (["--prompt", "a", "--max-new-tokens", "0"], "max-new-tokens is 0, must be at least 1"),
-        (["--prompt", "a", "--temperature", "0"], "temperature is 0.0, must be above 0 and finite; top-k 1"),
-        (["--prompt", "a", "--temperature", "nan"], "temperature is nan, must be above 0 and finite; top-k 1"),
-        (["--prompt", "a", "--temperature", "-1"], "temperature is -1.0, must be above 0"),
-        (["--prompt", "a", "--temperature", "inf"], "temperature is inf, must be above 0 and finite"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature is -1.0, must be 0 .greedy. or more"),
+        (["--prompt", "a", "--temperature", "nan"], "temperature is nan, must be 0 .greedy. or more, and finite"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature is -1.0, must be 0"),
+        (["--prompt", "a", "--temperature", "inf"], "temperature is inf, must be 0"),
         (["--prompt", "a", "--top-p", "nan"], "top-p is nan, must be above 0 and at most 1"),
         (["--prompt", "a", "--top-k", "-1"], "top-k is -1"),
         (["--prompt", "a", "--top-p", "2"], "top-p is 2.0"),

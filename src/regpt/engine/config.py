@@ -26,7 +26,7 @@ class SampleConfig:
     temperature: Annotated[float, Range(0, LARGE, above=True)] = 1.0
     """Logits are divided by it before the softmax."""
     seed: Annotated[int, Range(0, SEED)] = 1337
-    """Seed of the sampling generator; training's random state is never touched."""
+    """Seed of the draws; training's random state is never touched."""
 
     @property
     def prompts(self) -> tuple[str, ...]:

@@ -1,0 +1,254 @@
+"""Keys and values in pages: any text takes any pages, texts with a common beginning share them.
+
+A page holds `page_size` positions of all layers. `Pages` owns them: it hands them out, counts who uses them, and keeps
+those of finished texts for prompts that begin alike, as long as no one else needs them. `PrefillView` and `DecodeView`
+are what a model's layers see of them (`model.cache.Cache`). Shapes: the glossary in `regpt.model`, and N tokens of a
+ragged batch (1, N).
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regpt.model.config import ModelConfig
+from regpt.model.masks import AttentionMask, sdpa_mask
+
+ROOT = 0  # serial number of the empty beginning
+
+Key = tuple[int, tuple[int, ...]]  # the serial number of the page before, and the page's tokens
+
+
+class Pages:
+    """The pool of pages. Page 0 belongs to no one: rows that pad a batch write there.
+
+    Attributes:
+        k, v: (L, G, pages · page_size, D); the positions of a page are next to each other.
+        page_size: positions a page.
+    """
+
+    def __init__(self, config: ModelConfig, n_pages: int, page_size: int, device: torch.device, dtype: torch.dtype):
+        config = config.resolved()
+        shape = (config.n_layer, config.n_kv_head, (n_pages + 1) * page_size, config.head_size)
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))  # NaN · 0 would be NaN
+        self.page_size, self.n_pages = page_size, n_pages
+        self.free = bytearray(b"\0" + b"\1" * n_pages)  # 1 where a page is free and holds nothing of use
+        self.users = [0] * (n_pages + 1)
+        self.cached: dict[Key, tuple[int, int]] = {}  # to the page and its serial number
+        self.keys: dict[int, Key] = {}  # of pages in `cached`
+        self.idle: OrderedDict[int, None] = OrderedDict()  # pages in `cached` that no one uses, the oldest first
+        self.serial = ROOT
+
+    @property
+    def n_free(self) -> int:
+        """Pages that can be had: empty ones, and kept ones that no text uses."""
+        return self.free.count(1) + len(self.idle)
+
+    def needed(self, tokens: int) -> int:
+        return -(-tokens // self.page_size)
+
+    def take(self, n: int) -> list[int]:
+        """`n` of the `n_free` pages, in a row where there is one: on a CPU attention then reads without a copy."""
+        start = self.free.find(b"\1" * n) if n else -1
+        if start >= 0:
+            found = list(range(start, start + n))
+        else:
+            found = [page for page, empty in enumerate(self.free) if empty][:n]
+            while len(found) < n:
+                page, _ = self.idle.popitem(last=False)
+                del self.cached[self.keys.pop(page)]
+                found.append(page)
+        for page in found:
+            self.free[page], self.users[page] = 0, 1
+        return found
+
+    def release(self, pages: Sequence[int]) -> None:
+        """One user less of each; the later ones are given up first."""
+        for page in reversed(pages):
+            self.users[page] -= 1
+            if self.users[page] == 0:
+                if page in self.keys:
+                    self.idle[page] = None
+                else:
+                    self.free[page] = 1
+
+    def match(self, tokens: Sequence[int]) -> list[int]:
+        """Pages that hold the beginning of `tokens`, whole pages of equal tokens; they have one user more."""
+        size, serial, found = self.page_size, ROOT, list[int]()
+        for start in range(0, len(tokens) - size + 1, size):
+            entry = self.cached.get((serial, tuple(tokens[start : start + size])))
+            if entry is None:
+                break
+            page, serial = entry
+            self.idle.pop(page, None)
+            self.users[page] += 1
+            found.append(page)
+        return found
+
+    def keep(self, tokens: Sequence[int], pages: Sequence[int]) -> None:
+        """Let later texts find the whole pages of `tokens`, which lie in `pages`."""
+        size, serial = self.page_size, ROOT
+        for start, page in zip(range(0, len(tokens) - size + 1, size), pages):
+            key = serial, tuple(tokens[start : start + size])
+            if key not in self.cached and page not in self.keys:
+                self.serial += 1  # never used twice: a page whose predecessor was given up is never found again
+                self.cached[key], self.keys[page] = (page, self.serial), key
+            if key not in self.cached:
+                return
+            serial = self.cached[key][1]
+
+    def base(self, pages: Sequence[int]) -> int | None:
+        """The slot of a text's first position where its pages are in a row."""
+        in_a_row = all(b - a == 1 for a, b in pairwise(pages))
+        return pages[0] * self.page_size if pages and in_a_row else None
+
+    def slots(self, pages: Sequence[int], start: int, end: int) -> slice | Tensor:
+        """Where positions `start` to `end` of a text in `pages` lie."""
+        first = start // self.page_size
+        base = self.base(pages[first : self.needed(end)])
+        if base is not None:
+            return slice(base + start - first * self.page_size, base + end - first * self.page_size)
+        at = torch.arange(start, end)
+        return torch.tensor(pages)[at // self.page_size] * self.page_size + at % self.page_size
+
+
+@dataclass(frozen=True)
+class PromptSpan:
+    """Tokens of one text in a ragged batch.
+
+    Attributes:
+        first, n: the tokens' place in the batch and their number.
+        start: position of the first in the text; earlier ones are in the cache.
+        pages: of the text, for `start` + `n` positions at least.
+    """
+
+    first: int
+    n: int
+    start: int
+    pages: Sequence[int]
+
+
+class View:
+    """Base of the two: no positions are counted, each token has its own."""
+
+    ragged = True
+
+    def __init__(self, pages: Pages):
+        self.pages, self.length = pages, 0
+        self.masks: dict[Any, Any] = {}
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made in the first layer and kept for the others."""
+        if key not in self.masks:
+            self.masks[key] = make()
+        return self.masks[key]
+
+
+class PrefillView(View):
+    """Several tokens each of several texts."""
+
+    def __init__(self, pages: Pages, spans: Sequence[PromptSpan]):
+        super().__init__(pages)
+        device, self.spans = pages.k.device, spans
+        whole = [pages.slots(span.pages, 0, span.start + span.n) for span in spans]
+        self.slots = [slots if isinstance(slots, slice) else slots.to(device) for slots in whole]
+        new = [pages.slots(span.pages, span.start, span.start + span.n) for span in spans]
+        tensors = [torch.arange(s.start, s.stop) if isinstance(s, slice) else s for s in new]
+        self.new = torch.cat(tensors).to(device)  # (N,)
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, attention: Callable[..., Tensor]
+    ) -> Tensor:
+        keys, values = self.pages.k[layer], self.pages.v[layer]  # (G, slots, D)
+        keys[:, self.new], values[:, self.new] = k[0].to(keys.dtype), v[0].to(values.dtype)
+        q, found = q.to(keys.dtype), torch.empty_like(q, dtype=keys.dtype)
+        for span, slots in zip(self.spans, self.slots):
+            part = slice(span.first, span.first + span.n)
+            total = span.start + span.n
+            seen = self.once((mask.window, span.n, total), lambda: sdpa_mask(mask, 1, span.n, total, q.device))  # noqa: B023
+            found[:, :, part] = attention(q[:, :, part], keys[None, :, slots], values[None, :, slots], seen)
+        return found
+
+
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int | None], Tensor]
+
+
+class DecodeView(View):
+    """The next token of B texts.
+
+    Args:
+        tables: (B, most pages of a text) int64.
+        positions: (B,) int64, of the tokens.
+        attention: a kernel in the place of `attend_pages`, with its arguments.
+        alone: for one text whose pages are in a row, the slots of its positions.
+        longest: the largest number of positions, the new one included, where known.
+    """
+
+    def __init__(
+        self,
+        pages: Pages,
+        tables: Tensor,
+        positions: Tensor,
+        *,
+        attention: Attention | None = None,
+        alone: slice | None = None,
+        longest: int = 0,
+    ):
+        super().__init__(pages)
+        self.tables, self.positions, self.attention, self.alone = tables, positions, attention, alone
+        self.longest = longest or tables.size(1) * pages.page_size
+
+    def new_slots(self) -> Tensor:
+        size = self.pages.page_size
+        page = self.tables.gather(1, (self.positions // size)[:, None])[:, 0]
+        return page * size + self.positions % size  # (B,)
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, attention: Callable[..., Tensor]
+    ) -> Tensor:
+        size = self.pages.page_size
+        keys, values = self.pages.k[layer], self.pages.v[layer]  # (G, slots, D)
+        q = q.to(keys.dtype)
+        if self.alone is not None:
+            end = self.alone.stop
+            keys[:, end - 1], values[:, end - 1] = k[0, :, 0].to(keys.dtype), v[0, :, 0].to(values.dtype)
+            seen = slice(max(self.alone.start, end - mask.window) if mask.window else self.alone.start, end)
+            return attention(q, keys[None, :, seen], values[None, :, seen], None)
+        slots = self.once("new", self.new_slots)
+        keys[:, slots], values[:, slots] = k[0].to(keys.dtype), v[0].to(values.dtype)
+        rows = q[0].transpose(0, 1)  # (B, H, D)
+        if self.attention is not None:
+            y = self.attention(rows, keys, values, self.tables, self.positions, size, mask.window)
+        else:
+            y = self.attend_pages(rows, keys, values, mask)
+        return y.transpose(0, 1)[None]  # (1, H, B, D)
+
+    def attend_pages(self, q: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask) -> Tensor:
+        """Plain attention of rows q (B, H, D) to the positions up to their own: (B, H, D)."""
+        slots = self.once("all", lambda: table_slots(self.tables, self.longest, self.pages.page_size))  # (B, S)
+        seen = self.once(mask.window, lambda: seen_by(self.positions, slots.size(1), mask.window))  # (B, 1, 1, S)
+        k, v = (y[:, slots].transpose(0, 1) for y in (keys, values))  # (B, G, S, D)
+        grouped = q.size(1) != k.size(1)
+        return torch.nn.functional.scaled_dot_product_attention(
+            q[:, :, None], k, v, attn_mask=seen, enable_gqa=grouped
+        )[:, :, 0]
+
+
+def table_slots(tables: Tensor, longest: int, page_size: int) -> Tensor:
+    """(B, S) int64: the slots of the first S = `longest` positions."""
+    pages = tables[:, : -(-longest // page_size)]
+    within = torch.arange(page_size, device=tables.device)
+    return (pages[:, :, None] * page_size + within).flatten(1)[:, :longest]
+
+
+def seen_by(positions: Tensor, S: int, window: int | None) -> Tensor:
+    """(B, 1, 1, S) bool: which of S positions the tokens at `positions` (B,) see."""
+    at = torch.arange(S, device=positions.device)
+    seen = at <= positions[:, None]
+    if window is not None:
+        seen &= positions[:, None] - at < window
+    return seen[:, None, None]

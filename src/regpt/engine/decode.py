@@ -1,0 +1,283 @@
+"""One decode step of a batch as one function: model, logits processing, draw, cache write, without a host in between.
+
+The rows' state (token, position, seed, options, page table) is one tensor that stays where it is: the step reads it,
+and writes the new token and position into it. So on a CUDA device the whole step is captured into a graph, one for each
+bucket of rows; on a CPU the same function runs as it is.
+"""
+
+import warnings
+from collections.abc import Sequence as Items
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from regpt.engine.cache import Attention, DecodeView, Pages
+from regpt.engine.noise import MASK
+from regpt.engine.processing import (
+    NUMBERS,
+    Drawn,
+    RowOptions,
+    SamplingOptions,
+    count_text,
+    draw,
+    largest,
+    row_numbers,
+)
+from regpt.engine.sequence import Sequence
+from regpt.model.transformer import Transformer
+
+TOKEN, POSITION, SEEDS, OPTIONS = 0, 1, 2, 4
+TABLE = OPTIONS + len(NUMBERS)  # columns of the state
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+RESULTS = 4  # token, log-probability, finite, certain
+
+
+class Needs(NamedTuple):
+    """What a step computes beyond the usual: a graph is captured for each that occurs.
+
+    Attributes:
+        candidates: as in `processing.draw`.
+        top: the number of likeliest tokens that are reported.
+        extras: whether rows have penalties, biases and masks.
+    """
+
+    candidates: int
+    top: int = 0
+    penalties: bool = False
+    bias: bool = False
+    allowed: bool = False
+
+    @classmethod
+    def of(cls, options: Items[SamplingOptions], n_vocab: int, top: int = 0, allowed: bool = False) -> "Needs":
+        each = [one.candidates(n_vocab) for one in options]
+        # Beside a row that needs an order, one that draws from all tokens needs the order of all.
+        ordered = max(each) if min(each) > 0 else n_vocab if max(each) > 0 else 0
+        if any(one.top_p == 1 and not one.greedy and not 0 < one.top_k < n_vocab for one in options) and ordered:
+            ordered = n_vocab
+        penalties, bias = any(one.penalized for one in options), any(one.logit_bias for one in options)
+        return cls(ordered, top, penalties, bias, allowed)
+
+
+class RowState:
+    """State of up to `n` rows on a device.
+
+    Attributes:
+        state: (n, TABLE + pages) int64; the options' columns hold float64 bits.
+        counts, seen, bias, allowed: as in `RowOptions`, made when first needed.
+    """
+
+    def __init__(self, n: int, table_pages: int, n_vocab: int, device: torch.device):
+        self.n, self.table_pages, self.n_vocab = n, table_pages, n_vocab
+        self.state = torch.zeros(n, TABLE + table_pages, dtype=torch.int64, device=device)
+        self.counts = self.seen = self.bias = self.allowed = None
+
+    def prepare(self, needs: Needs) -> None:
+        """Make the large tensors that `needs` asks for."""
+        shape, device = (self.n, self.n_vocab), self.state.device
+        if needs.penalties and self.counts is None:
+            self.counts = torch.zeros(shape, dtype=torch.int32, device=device)
+            self.seen = torch.zeros(shape, dtype=torch.bool, device=device)
+        if needs.bias and self.bias is None:
+            self.bias = torch.zeros(shape, device=device)
+        if needs.allowed and self.allowed is None:
+            self.allowed = torch.ones(shape, dtype=torch.bool, device=device)
+
+    def options(self, n: int, needs: Needs) -> RowOptions:
+        numbers = self.state[:n, OPTIONS:TABLE].view(torch.float64)
+        penalized, biased = needs.penalties and self.counts is not None, needs.bias and self.bias is not None
+        return RowOptions(
+            numbers,
+            self.state[:n, SEEDS:OPTIONS],
+            self.counts[:n] if penalized and self.counts is not None else None,
+            self.seen[:n] if penalized and self.seen is not None else None,
+            self.bias[:n] if biased and self.bias is not None else None,
+            self.allowed[:n] if needs.allowed and self.allowed is not None else None,
+        )
+
+    def fill(self, at: range, sequences: Items[Sequence], tokens: Tensor) -> None:
+        """Set the rows `at` to texts whose newest tokens (len(at),) the host may not know yet."""
+        part, width = slice(at.start, at.stop), self.state.size(1)
+        states = [row_state(one.cached, one.seed, one.request.options, one.pages, width) for one in sequences]
+        self.state[part] = torch.stack(states).to(self.state.device)
+        self.state[part, TOKEN] = tokens
+        for row, one in zip(at, sequences):
+            if self.bias is not None:
+                self.bias[row] = 0
+                for token, bias in one.request.options.logit_bias:
+                    self.bias[row, token] = bias
+            if self.allowed is not None:
+                self.allowed[row] = True
+            self.count(row, one)
+        if self.counts is not None and self.seen is not None:
+            note_tokens(self.counts[part], self.seen[part], tokens)
+
+    def count(self, row: int, sequence: Sequence) -> None:
+        """Tell the penalties the tokens of a row that the host knows."""
+        if self.counts is not None and self.seen is not None:
+            counts, seen = count_text([(sequence.request.prompt, sequence.new)], self.n_vocab)
+            self.counts[row], self.seen[row] = counts[0].to(self.counts.device), seen[0].to(self.seen.device)
+
+    def replace_token(self, row: int, sequence: Sequence, token: int) -> None:
+        """Another token follows those that the host knows."""
+        self.state[row, TOKEN] = token
+        self.count(row, sequence)
+        if self.counts is not None and self.seen is not None:
+            part = slice(row, row + 1)
+            note_tokens(self.counts[part], self.seen[part], self.state[part, TOKEN])
+
+    def move(self, source: int, target: int) -> None:
+        for held in (self.state, self.counts, self.seen, self.bias, self.allowed):
+            if held is not None:
+                held[target] = held[source]
+
+    def clear(self, row: int) -> None:
+        """A row that pads a bucket: it writes to page 0, at position 0."""
+        self.state[row] = 0
+
+
+def row_state(position: int, seed: int, options: SamplingOptions, pages: Items[int], width: int) -> Tensor:
+    """A row of `RowState.state` without its token."""
+    state = torch.zeros(width, dtype=torch.int64)
+    state[POSITION], state[SEEDS], state[SEEDS + 1] = position, seed & MASK, seed >> 32
+    state[OPTIONS:TABLE] = torch.tensor(row_numbers(options), dtype=torch.float64).view(torch.int64)
+    state[TABLE : TABLE + len(pages)] = torch.tensor(pages)
+    return state
+
+
+class Step:
+    """The decode step of `model`.
+
+    Args:
+        tolerance: as in `processing.draw`.
+        attention: as in `DecodeView`.
+        graphs: capture the step on a CUDA device.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        pages: Pages,
+        rows: RowState,
+        *,
+        tolerance: float | None,
+        attention: Attention | None,
+        graphs: bool,
+    ):
+        self.model, self.pages, self.rows = model, pages, rows
+        self.tolerance, self.attention, self.graphs = tolerance, attention, graphs
+        self.captured: dict[tuple[int, Needs], tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]] = {}
+        self.pool = None
+
+    def __call__(self, n: int, needs: Needs, alone: slice | None = None, longest: int = 0) -> tuple[Tensor, ...]:
+        """Results of the first `n` rows: (n, RESULTS) float64, and with `needs.top` (n, top, 2) float64 of the
+        likeliest tokens and their log-probabilities. RowState are the next power of two where graphs are used."""
+        if not self.graphs:
+            return self.compute(n, needs, alone, longest)
+        bucket = next(size for size in (*BUCKETS, self.rows.n) if size >= n)
+        bucket = min(bucket, self.rows.n)
+        if (bucket, needs) not in self.captured:
+            try:
+                self.captured[bucket, needs] = self.capture(bucket, needs)
+            except RuntimeError as error:
+                self.graphs = False
+                reason = str(error).splitlines()[0][:200]
+                warnings.warn(f"decode steps run without CUDA graphs ({reason})", RuntimeWarning, stacklevel=2)
+                return self.compute(n, needs, alone, longest)
+        graph, results = self.captured[bucket, needs]
+        graph.replay()
+        return tuple(result[:n] for result in results)
+
+    def capture(self, bucket: int, needs: Needs) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
+        """A graph of the step for `bucket` rows, and where its results lie. State and cache stay as they are, but for
+        what a first run for warmth writes: the state is put back, and the cache entries are those of the step."""
+        rows, device = self.rows, self.rows.state.device
+        written = [held for held in (rows.state, rows.counts, rows.seen) if held is not None]
+        before = [held.clone() for held in written]
+
+        def put_back() -> None:
+            for held, kept in zip(written, before):
+                held.copy_(kept)
+
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # kernels are compiled and tuned, workspaces allocated
+                self.compute(bucket, needs)
+                put_back()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            results = self.compute(bucket, needs)
+        self.pool = self.pool or graph.pool()
+        return graph, results
+
+    @torch.no_grad()
+    def compute(self, n: int, needs: Needs, alone: slice | None = None, longest: int = 0) -> tuple[Tensor, ...]:
+        state = self.rows.state[:n]
+        positions = state[:, POSITION]
+        view = DecodeView(
+            self.pages, state[:, TABLE:], positions, attention=self.attention, alone=alone, longest=longest
+        )
+        hidden = self.model.hidden(state[None, :, TOKEN], positions=positions[None], cache=view)[0]  # (B, C)
+        found, top = draw_rows(self.model, hidden, self.rows.options(n, needs), positions + 1, needs, self.tolerance)
+        state[:, TOKEN] = found.tokens
+        state[:, POSITION] += 1
+        if needs.penalties and self.rows.counts is not None and self.rows.seen is not None:
+            note_tokens(self.rows.counts[:n], self.rows.seen[:n], found.tokens)
+        return results_of(found, top)
+
+
+def note_tokens(counts: Tensor, seen: Tensor, tokens: Tensor) -> None:
+    counts.scatter_add_(1, tokens[:, None], torch.ones_like(tokens, dtype=counts.dtype)[:, None])
+    seen.scatter_(1, tokens[:, None], True)
+
+
+def draw_rows(
+    model: Transformer,
+    hidden: Tensor,
+    options: RowOptions,
+    positions: Tensor,
+    needs: Needs,
+    tolerance: float | None,
+) -> tuple[Drawn, Tensor | None]:
+    """Draw the tokens at `positions` (B,) from the hidden states (B, C) before them; and the likeliest ones."""
+    logits = model.logits(hidden)  # (B, V)
+    found = draw(logits, options, positions, needs.candidates, tolerance)
+    if not needs.top:
+        return found, None
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    values, ids = largest(logits, min(needs.top, logits.size(-1)))
+    return found, torch.stack((ids.double(), (values - logits.logsumexp(-1, keepdim=True)).double()), dim=-1)
+
+
+def results_of(found: Drawn, top: Tensor | None) -> tuple[Tensor, ...]:
+    """One tensor, so that one copy brings it to the host; float64 holds every token id."""
+    packed = torch.stack([part.double() for part in found], dim=-1)  # (B, RESULTS)
+    return (packed,) if top is None else (packed, top)
+
+
+class Launched(NamedTuple):
+    """A step whose results the host has not read."""
+
+    sequences: list[Sequence]
+    results: tuple[Tensor, ...]
+    ready: torch.cuda.Event | None
+
+    def read(self) -> tuple[list[list[float]], list[list[list[float]]]]:
+        """Results of each row, and its likeliest tokens; waits for the device."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        numbers = self.results[0].tolist()
+        return numbers, self.results[1].tolist() if len(self.results) > 1 else [[]] * len(numbers)
+
+
+def to_host(results: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], torch.cuda.Event | None]:
+    """Results on their way to the host, and when they are there."""
+    if results[0].device.type != "cuda":
+        return results, None
+    places = [torch.empty(result.shape, dtype=result.dtype, pin_memory=True) for result in results]
+    copies = tuple(place.copy_(result, non_blocking=True) for place, result in zip(places, results))
+    ready = torch.cuda.Event()
+    ready.record()
+    return copies, ready

@@ -1,0 +1,399 @@
+"""REQUESTS → EVENTS: continuous batching over paged keys and values.
+
+`submit` requests, then call `step` until the engine is no longer `busy`: each step reads a chunk of prompts and draws
+one token for every text that is being written. Not for several threads at once.
+
+In float32 and float64 a text is the one that the uncached loop writes (`engine.reference`), whatever else is in the
+batch. Products of other shapes round differently, so bits of the logits depend on the batch; which token is drawn does
+only where two scores are nearer to each other than such rounding. `processing.draw` reports these tokens, and they are
+drawn again from an uncached forward of the text alone. See docs/engine.md for what that costs.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
+from contextlib import AbstractContextManager, ExitStack
+
+import torch
+from torch import Tensor
+
+from regpt.engine.cache import Attention, Pages, PrefillView, PromptSpan
+from regpt.engine.decode import Launched, Needs, RowState, Step, draw_rows, results_of, to_host
+from regpt.engine.noise import choice_seed
+from regpt.engine.processing import TOLERANCES, is_exact, rows_of
+from regpt.engine.request import Event, FinishReason, Request, Stats, bad_logits, check_request
+from regpt.engine.sequence import FairQueue, Sequence
+from regpt.engine.text import TextStream
+from regpt.errors import UsageError
+from regpt.model.transformer import Transformer
+from regpt.text.tokenizer import Tokenizer
+
+PAGE_SIZE = 16
+CHUNK_TOKENS = {"cpu": 512, "cuda": 8192}
+
+
+class Engine:
+    """Writes texts of many requests with one model.
+
+    Args:
+        model: in eval mode or not; it stays so.
+        tokenizer: for `Event.text` and stop strings.
+        max_rows: texts that are written at once.
+        cache_tokens: positions that the cache holds; what does not fit waits.
+        page_size: positions a page.
+        chunk_tokens: tokens of prompts that a step reads, so that long prompts do not hold up the others.
+        prefix_cache: keep pages of finished texts for prompts that begin alike.
+        exact: tokens that rounding could change are drawn again from an uncached forward. Default: in float32 and
+            float64, except where TensorFloat-32 is allowed.
+        graphs: capture the decode step as CUDA graphs. Default: on CUDA.
+        attention: a kernel for `DecodeView`.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer | None = None,
+        *,
+        max_rows: int = 64,
+        cache_tokens: int = 0,
+        page_size: int = PAGE_SIZE,
+        chunk_tokens: int = 0,
+        prefix_cache: bool = True,
+        exact: bool | None = None,
+        graphs: bool | None = None,
+        attention: Attention | None = None,
+    ):
+        self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
+        self.device, self.longest, self.n_vocab = model.device, model.config.max_seq_len, model.config.vocab_size
+        kind = self.device.type
+        self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        dtype = self.autocast or model.dtype  # of keys and values
+        self.exact = is_exact(model.device, dtype) if exact is None else exact
+        if self.exact and dtype not in TOLERANCES:
+            raise UsageError(f"exact texts need float32 or float64, the model computes in {dtype}")
+        self.tolerance = TOLERANCES[dtype] if self.exact else None
+        self.chunk_tokens = chunk_tokens or CHUNK_TOKENS.get(kind, 512)
+        self.prefix_cache = prefix_cache
+        n_pages = -(-(cache_tokens or max_rows * self.longest) // page_size)
+        self.pages = Pages(model.config, n_pages, page_size, self.device, dtype)
+        self.rows = RowState(max_rows, self.pages.needed(self.longest), self.n_vocab, self.device)
+        graphs = kind == "cuda" if graphs is None else graphs
+        self.decode_step = Step(
+            model, self.pages, self.rows, tolerance=self.tolerance, attention=attention, graphs=graphs
+        )
+        self.queue, self.followers = FairQueue(), dict[int, list[Sequence]]()
+        self.prefilling, self.active, self.sliding = list[Sequence](), list[Sequence](), list[Sequence]()
+        self.pending, self.outbox = deque[Launched](), list[Event]()
+        self.needs: Needs | None = None  # of the active rows; None: to be found out
+        self.next_id = self.prompt_tokens = self.cached_tokens = self.new_tokens = self.recomputed = self.steps = 0
+
+    # ---- requests ----------------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> int:
+        """Queue a request; its number is in its events.
+
+        Raises:
+            UserError: prompt and new tokens are longer than the model or the cache.
+            UsageError: a token that the model does not have, or stop strings without a tokenizer.
+        """
+        room = self.pages.n_pages * self.pages.page_size
+        check_request(request, self.longest, self.n_vocab, room, texts=self.tokenizer is not None)
+        self.next_id += 1
+        first, *others = (self.sequence(request, choice) for choice in range(request.n))
+        self.queue.append(first)
+        if others:
+            self.followers[self.next_id] = others
+        return self.next_id
+
+    def sequence(self, request: Request, choice: int) -> Sequence:
+        stream = None if self.tokenizer is None else TextStream(self.tokenizer, request.prompt, request.stop)
+        structure = request.structure() if request.structure else None
+        tokens, seed = [int(token) for token in request.prompt], choice_seed(request.seed, choice)
+        return Sequence(self.next_id, choice, request, seed, tokens, stream, structure)
+
+    def cancel(self, request_id: int) -> None:
+        """End a request's texts now: their pages are free when this returns. The next step has their last events."""
+        waiting = [one for one in self.queue if one.request_id == request_id]
+        for sequence in waiting:
+            self.queue.remove(sequence)
+        waiting += self.followers.pop(request_id, [])
+        running = [*self.prefilling, *self.active, *self.sliding, *(s for one in self.pending for s in one.sequences)]
+        for sequence in [*waiting, *dict.fromkeys(one for one in running if one.request_id == request_id)]:
+            if not sequence.finished:
+                self.end(sequence, "cancelled")
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has something to do."""
+        return bool(self.queue or self.prefilling or self.active or self.sliding or self.pending or self.outbox)
+
+    def stats(self) -> Stats:
+        running = {id(s) for s in [*self.prefilling, *self.active, *self.sliding]}
+        running |= {id(s) for one in self.pending for s in one.sequences if not s.finished}
+        waiting = len(self.queue) + sum(map(len, self.followers.values()))
+        counted = self.prompt_tokens, self.cached_tokens, self.new_tokens, self.recomputed, self.steps
+        return Stats(waiting, len(running), self.pages.n_free, self.pages.n_pages, *counted)
+
+    def run(self, requests: Iterable[Request]) -> list[list[list[int]]]:
+        """The new tokens of each text of each request.
+
+        Raises:
+            UserError: logits that are not finite.
+        """
+        given = list(requests)
+        numbers = {self.submit(request): i for i, request in enumerate(given)}
+        found: list[list[list[int]]] = [[[] for _ in range(request.n)] for request in given]
+        while self.busy:
+            for event in self.step():
+                if event.finish_reason == "error":
+                    raise bad_logits()
+                if event.token is not None:
+                    found[numbers[event.request]][event.choice].append(event.token)
+        return found
+
+    # ---- one step ----------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[Event]:
+        """Read a chunk of prompts, draw a token for each active text, and return what the host has read: on CUDA of
+        the step before, so that the device never waits for the host."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with self.computing():
+                self.admit()
+                if self.prefilling:
+                    self.prefill()
+                if self.active:
+                    self.decode()
+                for sequence in list(self.sliding):
+                    if not sequence.unread:
+                        self.slide(sequence)
+                lag = 1 if self.may_lag() else 0
+                while len(self.pending) > lag or (self.pending and not self.active and not self.prefilling):
+                    self.collect(self.pending.popleft())
+        finally:
+            self.model.train(was_training)
+        self.steps += 1
+        events, self.outbox = self.outbox, []
+        return events
+
+    def computing(self) -> AbstractContextManager[object]:
+        stack = ExitStack()
+        stack.enter_context(torch.no_grad())
+        if self.autocast is not None:
+            stack.enter_context(torch.autocast(self.device.type, dtype=self.autocast))
+        return stack
+
+    def may_lag(self) -> bool:
+        """Whether a step may begin before the host knows the tokens of the one before."""
+        return self.device.type == "cuda" and not self.exact and not any(s.structure for s in self.active)
+
+    def admit(self) -> None:
+        """Give waiting texts pages and rows, in turn, as long as there are some."""
+        while (sequence := self.queue.first()) and len(self.prefilling) + len(self.active) < self.max_rows:
+            prompt, most = sequence.tokens, self.longest
+            if len(prompt) > most:
+                self.sliding.append(self.queue.pop())
+                self.release_followers(sequence)
+                continue
+            needed = self.pages.needed(min(len(prompt) + sequence.request.max_new_tokens - 1, most))
+            shared = self.pages.match(prompt[:-1]) if self.prefix_cache else []  # the last token has to be read
+            if needed - len(shared) > self.pages.n_free:
+                self.pages.release(shared)
+                return
+            sequence.pages = shared + self.pages.take(needed - len(shared))
+            sequence.base = self.pages.base(sequence.pages)
+            sequence.cached = len(shared) * self.pages.page_size
+            self.prompt_tokens += len(prompt)
+            self.cached_tokens += sequence.cached
+            self.prefilling.append(self.queue.pop())
+
+    def prefill(self) -> None:
+        """Read up to `chunk_tokens` of the prompts, and draw the first token after those that are read."""
+        spans, idx, positions, room = list[PromptSpan](), list[int](), list[int](), self.chunk_tokens
+        read = list[Sequence]()
+        for sequence in self.prefilling:
+            n, start = min(room, sequence.prompt_tokens - sequence.cached), sequence.cached
+            if n:
+                spans.append(PromptSpan(len(idx), n, start, sequence.pages))
+                idx += sequence.tokens[start : start + n]
+                positions += range(start, start + n)
+                sequence.cached, room = start + n, room - n
+                read.append(sequence)
+        view = PrefillView(self.pages, spans)
+        given = torch.tensor([idx, positions]).to(self.device)
+        hidden = self.model.hidden(given[:1], positions=given[1:], cache=view)[0]  # (N, C)
+        ends = [span.first + span.n - 1 for span, one in zip(spans, read) if one.cached == one.prompt_tokens]
+        done = [one for one in read if one.cached == one.prompt_tokens]
+        if not done:
+            return
+        self.prefilling = [one for one in self.prefilling if one not in done]
+        for sequence in done:
+            if self.prefix_cache:
+                self.pages.keep(sequence.tokens, sequence.pages)
+            self.release_followers(sequence)
+        results = self.first_tokens(done, hidden[torch.tensor(ends, device=self.device)])
+        self.launch(done, results)
+        self.activate([i for i, one in enumerate(done) if self.goes_on(one)], done, results[0][:, 0].long())
+
+    def first_tokens(self, done: Items[Sequence], hidden: Tensor) -> tuple[Tensor, ...]:
+        """Draw the first new tokens of texts from the hidden states (B, C) of their prompts' ends."""
+        options = [one.request.options for one in done]
+        texts = [(one.tokens, one.new) for one in done]
+        rows = rows_of(options, [one.seed for one in done], self.n_vocab, texts, self.device)
+        if any(one.structure for one in done):
+            rows = rows._replace(allowed=torch.stack([self.allowed(one) for one in done]))
+        positions = torch.tensor([len(one.tokens) for one in done], device=self.device)
+        needs = Needs.of(options, self.n_vocab, max(one.request.top_logprobs for one in done))
+        return results_of(*draw_rows(self.model, hidden, rows, positions, needs, self.tolerance))
+
+    def allowed(self, sequence: Sequence) -> Tensor:
+        if sequence.structure is None:
+            return torch.ones(self.n_vocab, dtype=torch.bool, device=self.device)
+        return sequence.structure.allowed().to(self.device)
+
+    def release_followers(self, sequence: Sequence) -> None:
+        """The other texts of a request start when their prompt is in the cache."""
+        for follower in reversed(self.followers.pop(sequence.request_id, [])):
+            self.queue.prepend(follower)
+
+    def activate(self, which: Items[int], done: Items[Sequence], tokens: Tensor) -> None:
+        """Give the texts `done[i]` a row each, with the first tokens (len(done),)."""
+        if not which:
+            return
+        at = range(len(self.active), len(self.active) + len(which))
+        given = [done[i] for i in which]
+        self.active += given
+        self.needs = None
+        self.rows.prepare(self.current_needs())
+        self.rows.fill(at, given, tokens[torch.tensor(which, device=self.device)])
+
+    def current_needs(self) -> Needs:
+        if self.needs is None:
+            options = [one.request.options for one in self.active]
+            top = max(one.request.top_logprobs for one in self.active)
+            self.needs = Needs.of(options, self.n_vocab, top, any(one.structure for one in self.active))
+        return self.needs
+
+    def decode(self) -> None:
+        """Draw the next token of every active text."""
+        needs, sequences = self.current_needs(), list(self.active)
+        self.rows.prepare(needs)
+        if needs.allowed and self.rows.allowed is not None:
+            for row, one in enumerate(sequences):
+                self.rows.allowed[row] = self.allowed(one)
+        alone, (first, *others) = None, sequences
+        if not others and first.base is not None and not self.decode_step.graphs and self.device.type != "cuda":
+            alone = slice(first.base, first.base + first.cached + 1)
+        longest = max(one.cached for one in sequences) + 1
+        results = self.decode_step(len(sequences), needs, alone, 0 if self.device.type == "cuda" else longest)
+        for one in sequences:
+            one.cached += 1
+        self.launch(sequences, results)
+        for one in sequences:
+            if not self.goes_on(one):
+                self.deactivate(one)
+
+    def goes_on(self, sequence: Sequence) -> bool:
+        """Whether another token can be drawn from the cache; past the model's length the text slides."""
+        if sequence.launched >= sequence.request.max_new_tokens:
+            return False
+        if sequence.cached < self.longest:
+            return True
+        self.sliding.append(sequence)
+        return False
+
+    def deactivate(self, sequence: Sequence) -> None:
+        """Take a row away; the last one moves to its place, so that active rows are the first ones."""
+        row, last = self.active.index(sequence), len(self.active) - 1
+        if row != last:
+            self.rows.move(last, row)
+            self.active[row] = self.active[last]
+        self.active.pop()
+        self.rows.clear(last)
+        self.needs = None
+
+    def launch(self, sequences: list[Sequence], results: tuple[Tensor, ...]) -> None:
+        """Note that results are on their way to the host."""
+        for one in sequences:
+            one.launched += 1
+        self.pending.append(Launched(sequences, *to_host(results)))
+
+    def collect(self, launched: Launched) -> None:
+        """Read results; what was drawn after a text's end is dropped."""
+        for sequence, (token, logprob, finite, certain), others in zip(launched.sequences, *launched.read()):
+            if not sequence.finished:
+                drawn = int(token), logprob, bool(finite)
+                if not certain and finite:
+                    self.recomputed += 1
+                    drawn = self.draw_again(sequence, int(token))
+                self.accept(sequence, *drawn, [(int(i), p) for i, p in others[: sequence.request.top_logprobs]])
+
+    def draw_again(self, sequence: Sequence, token: int) -> tuple[int, float, bool]:
+        """Token, log-probability and whether logits are finite, from an uncached forward of the text alone."""
+        found, logprob, finite, _ = self.uncached(sequence)[0][0].tolist()
+        if found != token and sequence in self.active:
+            row = self.active.index(sequence)
+            self.rows.replace_token(row, sequence, int(found))
+        return int(found), logprob, bool(finite)
+
+    def uncached(self, sequence: Sequence) -> tuple[Tensor, ...]:
+        """Results of the next token from an uncached forward of the text's last tokens."""
+        idx = torch.tensor([sequence.tokens[-self.longest :]], device=self.device)
+        return self.first_tokens([sequence], self.model.hidden(idx)[:, -1])
+
+    def slide(self, sequence: Sequence) -> None:
+        sequence.launched += 1
+        token, logprob, finite, _ = (results := self.uncached(sequence))[0][0].tolist()
+        top = [(int(i), p) for i, p in results[1][0].tolist()] if len(results) > 1 else []
+        self.accept(sequence, int(token), logprob, bool(finite), top)
+
+    # ---- ends --------------------------------------------------------------------------------------------------------
+
+    def accept(
+        self, sequence: Sequence, token: int, logprob: float, finite: bool, top: list[tuple[int, float]]
+    ) -> None:
+        """A token is known: its event, and the text's end where it is one."""
+        if not finite:
+            self.end(sequence, "error")
+            return
+        sequence.tokens.append(token)
+        self.new_tokens += 1
+        if sequence.structure is not None:
+            sequence.structure.accept(token)
+        request, stream, text = sequence.request, sequence.stream, ""
+        reason: FinishReason | None = None
+        if token in request.stop_ids:
+            reason = "stop"
+        elif stream is not None:
+            text = stream.push(token)
+            reason = "stop" if stream.stopped else None
+        if reason is None and len(sequence.tokens) - sequence.prompt_tokens >= request.max_new_tokens:
+            reason = "length"
+        if reason is not None and stream is not None:
+            text += stream.finish()
+        event = Event(sequence.request_id, sequence.choice, token, logprob, tuple(top), text, reason)
+        self.outbox.append(event)
+        if reason is not None:
+            self.retire(sequence, keep=True)
+
+    def end(self, sequence: Sequence, reason: FinishReason) -> None:
+        """End a text without a token."""
+        text = "" if sequence.stream is None else sequence.stream.finish()
+        self.outbox.append(Event(sequence.request_id, sequence.choice, text=text, finish_reason=reason))
+        self.retire(sequence, keep=False)
+
+    def retire(self, sequence: Sequence, *, keep: bool) -> None:
+        """Free a text's row and pages. What a running step still writes to them it writes before anything that is
+        launched later."""
+        sequence.finished = True
+        if sequence in self.active:
+            self.deactivate(sequence)
+        for held in (self.prefilling, self.sliding):
+            if sequence in held:
+                held.remove(sequence)
+        self.release_followers(sequence)
+        if keep and self.prefix_cache:
+            self.pages.keep(sequence.tokens[: min(sequence.cached, len(sequence.tokens))], sequence.pages)
+        self.pages.release(sequence.pages)
+        sequence.pages = []
