@@ -13,6 +13,7 @@ from regpt.checkpoint.config import CheckpointConfig
 from regpt.checkpoint.load import checkpoint_folder, checkpoints, newest_checkpoint, step_of, verify_checkpoint
 from regpt.config import RunConfig
 from regpt.data.config import DataConfig
+from regpt.engine.config import SampleConfig
 from regpt.errors import UserError
 from regpt.evals.config import EvalConfig
 from regpt.model.config import ModelConfig
@@ -20,7 +21,6 @@ from regpt.prepare.prepare import prepare
 from regpt.report.read import rows_by_step
 from regpt.runs.pretrain import pretrain, resume
 from regpt.runs.verify_resume import compare_runs
-from regpt.engine.config import SampleConfig
 from regpt.text.bpe import train_bpe
 from regpt.train.config import OptimConfig, TrainConfig
 

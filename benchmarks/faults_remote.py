@@ -29,10 +29,9 @@ import tyro
 from fault_campaign import tiny_config, write_data
 
 import regpt
-from regpt.checkpoint.fetch import restore
+from regpt.checkpoint.fetch import restore, stored_checkpoints
 from regpt.errors import UserError
 from regpt.remote.lease import Lease
-from regpt.remote.mirror import complete_checkpoints
 from regpt.remote.store import Store
 from regpt.runs.folder import source_commit
 from regpt.runs.verify_resume import compare_runs
@@ -96,7 +95,7 @@ class Campaign:
         return any(f"{folder}/manifest.json" not in files for folder in folders)
 
     def newest(self) -> int:
-        names = complete_checkpoints(self.store)
+        names = [name for name, is_complete in stored_checkpoints(self.store).items() if is_complete]
         return int(names[0][5:13]) if names else -1
 
     def is_valid(self) -> bool:

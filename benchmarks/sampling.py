@@ -24,12 +24,12 @@ from regpt.config import read_config, recipe_names
 from regpt.console.lines import status
 from regpt.console.tables import print_table
 from regpt.console.text import counted
+from regpt.engine.generate import generate
+from regpt.engine.processing import SamplingOptions
 from regpt.model.families import make_model
 from regpt.model.transformer import Transformer
 from regpt.model.weights import count_parameters, initialize
 from regpt.parallel.mesh import choose_device
-from regpt.engine.generate import generate
-from regpt.engine.processing import SamplingOptions
 from regpt.tools.bench.steps import library_versions, percentiles
 from regpt.train.config import InferencePrecision
 from regpt.train.peak import driver_name, synchronize

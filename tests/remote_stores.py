@@ -9,7 +9,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,10 @@ class Hand:
 
     meanwhile: Callable[[], object] = lambda: None
     slept: list[float] = field(default_factory=list)
+
+    @property
+    def patience(self) -> Patience:
+        return replace(PATIENT, sleep=self.sleep)
 
     def sleep(self, seconds: float) -> None:
         self.slept.append(seconds)

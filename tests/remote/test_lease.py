@@ -13,7 +13,9 @@ pytest.importorskip("fsspec")
 
 
 def lease(url: str, hand: Hand | None = None, host: str = "here", store: Store | None = None) -> Lease:
-    made = Lease(store or FaultyStore(url), 60, (hand or Hand()).sleep)
+    store = store or FaultyStore(url)
+    store.patience = (hand or Hand()).patience
+    made = Lease(store, 60)
     made.claim = made.claim._replace(host=host, pid=7)
     return made
 
@@ -66,7 +68,7 @@ def test_a_lease_without_renewals_is_taken_over_after_its_time_and_the_old_holde
     said = acquire(second)
     assert said == [f"regpt: process 7 on there holds {url}; taken over unless renewed within 60 seconds"]
     assert sum(hand.slept) >= 60
-    assert sorted(second.store.files("lease")) == ["lease/00000002.json"]
+    assert sorted(second.store.files("lease")) == ["lease/00000001.json", "lease/00000002.json"]
     stored = second.store.content(), second.store.read("lease/00000002.json")
     for action in (first.check, first.renew, lambda: first.renew(released=True)):
         with pytest.raises(LeaseLost, match="was taken over by process 7 on here"):
@@ -99,14 +101,6 @@ def test_a_released_lease_is_free_at_once(url, acquire):
         first.renew()
 
 
-def test_a_renewal_that_comes_after_the_release_changes_nothing(url, acquire):
-    first = lease(url)
-    acquire(first)
-    first.renew(released=True)
-    first.renew()
-    assert json.loads(first.store.read("lease/00000001.json") or b"")["released"] is True
-
-
 def test_the_claim_of_a_process_that_is_known_to_be_dead_is_taken_over_at_once(url, acquire):
     first = lease(url)
     acquire(first)
@@ -121,7 +115,7 @@ def test_of_two_that_create_the_same_claim_one_gets_it(url, monkeypatch, acquire
     first, second = lease(url, host="there"), lease(url)
     hand = Hand()
     hand.meanwhile = lambda: first.renew()
-    second.sleep = hand.sleep
+    second.store.patience = hand.patience
     create = Store.create
 
     def late(self, name: str, data: bytes) -> bool:
@@ -135,13 +129,13 @@ def test_of_two_that_create_the_same_claim_one_gets_it(url, monkeypatch, acquire
     first.check()
 
 
-def test_a_claim_whose_number_was_used_and_deleted_is_void(url, monkeypatch, acquire):
+def test_a_claim_whose_number_was_taken_meanwhile_is_void(url, monkeypatch, acquire):
     first, third, late = lease(url, host="one"), lease(url, host="three"), lease(url, host="late")
     acquire(first)
     first.renew(released=True)
     hand = Hand()
     hand.meanwhile = lambda: third.renew()
-    late.sleep = hand.sleep
+    late.store.patience = hand.patience
     create = Store.create
 
     def slow(self, name: str, data: bytes) -> bool:
@@ -149,7 +143,7 @@ def test_a_claim_whose_number_was_used_and_deleted_is_void(url, monkeypatch, acq
             between = lease(url, host="two")
             acquire(between)
             between.renew(released=True)
-            acquire(third)  # deletes the files of numbers 1 and 2
+            acquire(third)
             assert name == "lease/00000002.json"
         return create(self, name, data)
 
@@ -231,13 +225,31 @@ def test_a_network_that_fails_for_a_while_does_not_end_the_renewals(url, acquire
     assert set(ticks.waited) == {15.0}
 
 
-def test_the_thread_renews_until_it_is_stopped(url):
+def test_the_thread_renews_until_the_lease_is_released(url):
     first = Lease(FaultyStore(url), 0.004)
     first.acquire()
-    with first.kept():
-        while first.claim.renewals < 3:
-            pass
-    first.renew(released=True)
+
+    def train() -> None:
+        with first.kept():
+            while first.claim.renewals < 3:
+                pass
+            raise UserError("of the run")
+
+    with pytest.raises(UserError, match="of the run"):
+        train()
+    newest = first.newest()
+    assert newest is not None
+    assert newest.released
+
+
+def test_after_ctrl_c_the_lease_is_not_released(url):
+    first = Lease(FaultyStore(url))
+    first.acquire()
+    with pytest.raises(KeyboardInterrupt), first.kept():
+        raise KeyboardInterrupt
+    newest = first.newest()
+    assert newest is not None
+    assert not newest.released
 
 
 def test_claims_are_in_the_order_of_their_numbers():

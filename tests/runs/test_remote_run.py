@@ -16,6 +16,8 @@ import torch
 
 import tiny
 from regpt.checkpoint.load import checkpoint_folder, checkpoints
+from regpt.checkpoint.mirror import Mirror
+from regpt.checkpoint.saver import Saver
 from regpt.config import RunConfig
 from regpt.errors import UserError
 from regpt.remote.lease import Lease
@@ -55,7 +57,7 @@ def start(url: str, config: RunConfig, **options: Any) -> int:
 
 def go_on(url: str, machine: Path, hand: Hand | None = None, **train: Any) -> int:
     config = tiny.change(on(machine, stored_config(url, str(machine))), "train", **train)
-    remote = RemoteRun(url, config.checkpoint, PATIENT, (hand or Hand()).sleep)
+    remote = RemoteRun(url, config.checkpoint, (hand or Hand()).patience)
     return resume(remote.folder, config, remote=remote)
 
 
@@ -221,7 +223,7 @@ def test_a_run_that_cannot_be_copied_ends_in_one_sentence_and_is_kept(
         with pytest.raises(UserError, match=r"could not be brought up to date: no route to host; everything is in"):
             start(url, on(tmp_path, config))
     said = capsys.readouterr().out
-    assert said.count("could not be written (no route to host); tried again while the run goes on") == 1
+    assert said.count("could not be written (no route to host); training continues, it is retried") == 1
     assert complete(url) == []
     staging = RemoteRun(url, on(tmp_path, config).checkpoint).folder
     assert [folder.name for folder in checkpoints(staging)] == ["step-00000006", "step-00000008"]
@@ -263,11 +265,11 @@ def test_a_run_that_is_taken_over_stops_and_overwrites_nothing(config, url, tmp_
 
     def take_over(step: int, mirror: Any) -> None:
         if step == 4:
-            other = Lease(FaultyStore(url), sleep=Hand().sleep)
+            other = Lease(FaultyStore(url))
             other.acquire()
             others.append(other)
             others[0].store.write("theirs", b"")
-            mirror.notify()
+            mirror.wake.set()
             mirror.thread.join()  # the save of step 6 waits for this one, so training does not get further
 
     saved.append(take_over)
@@ -288,16 +290,20 @@ def test_a_run_that_is_taken_over_stops_and_overwrites_nothing(config, url, tmp_
 
 def tiny_saver(monkeypatch) -> list[Callable[[int, Any], None]]:
     """Functions that are called with the step after each local save, and the mirror before it is told of it."""
-    from regpt.checkpoint.saver import Saver
-
     called: list[Callable[[int, Any], None]] = []
-    prune = Saver.prune
+    mirrors: list[Mirror] = []
+    start, prune = Mirror.start, Saver.prune
 
-    def pruned(self: Any) -> None:
+    def started(self: Mirror) -> None:
+        mirrors.append(self)
+        start(self)
+
+    def pruned(self: Saver) -> None:
         prune(self)
         for function in called:
-            function(int(checkpoints(self.run)[-1].name[5:]), self.saved.__self__)
+            function(int(checkpoints(self.run)[-1].name[5:]), mirrors[-1])
 
+    monkeypatch.setattr(Mirror, "start", started)
     monkeypatch.setattr(Saver, "prune", pruned)
     return called
 

@@ -1,6 +1,7 @@
 """Runs and checkpoints of a store, copied to this machine: the files that are needed, checked before they count."""
 
 import hashlib
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from regpt.checkpoint.load import (
     none_intact,
     print_warning,
     refuse_other_step,
+    step_of,
     verify_checkpoint,
 )
 from regpt.checkpoint.manifest import MANIFEST, STATE, check_sizes, read_checkpoint_manifest
@@ -20,10 +22,11 @@ from regpt.files import discard, rename, temporary_name
 from regpt.remote import is_address
 from regpt.remote.download import download_lock
 from regpt.remote.lease import FOLDER as LEASE
-from regpt.remote.mirror import CONFIG, complete_checkpoints
 from regpt.remote.retry import NotTransferred
 from regpt.remote.store import Store
 
+CONFIG = "config.toml"  # the last file to be copied next to checkpoints: it makes a run of a folder
+STORED_STEP = re.compile(r"step-\d{8,}")
 Warn = Callable[[str], None]
 
 
@@ -120,11 +123,19 @@ def chosen_checkpoints(store: Store, name: str, run: Path) -> list[str]:
     loss of the metrics, which are downloaded into `run`."""
     if name and name != BEST:
         return [name]
-    names = store.tries(lambda: complete_checkpoints(store))
+    names = [name for name, is_complete in store.tries(lambda: stored_checkpoints(store)).items() if is_complete]
     if name == BEST:
         get(store, METRICS, run / METRICS)
         return by_loss(names, validation_losses(run / METRICS))
     return names
+
+
+def stored_checkpoints(store: Store) -> dict[str, bool]:
+    """Checkpoint folders of the run in `store`, the newest first, and whether they have a manifest."""
+    files = store.files(CHECKPOINTS)
+    folders = filter(STORED_STEP.fullmatch, {name.split("/")[1] for name in files})
+    names = sorted(folders, key=lambda name: step_of(Path(name)), reverse=True)
+    return {name: f"{CHECKPOINTS}/{name}/{MANIFEST}" in files for name in names}
 
 
 def first_intact(

@@ -18,10 +18,9 @@ from regpt.model.config import ModelConfig
 from regpt.model.dropout import OFF, Dropout
 from regpt.model.grouped import Routing
 from regpt.model.head import under_autocast
-from regpt.model.layers import RMSNorm, Rotation, activation, rotation
-from regpt.model.llama import Llama, LlamaAttention, LlamaMLP
+from regpt.model.layers import Rotation, activation
+from regpt.model.llama import Llama, LlamaBlock, LlamaMLP
 from regpt.model.ops import Ops
-from regpt.model.transformer import Routes
 
 
 class Router(nn.Module):
@@ -91,16 +90,10 @@ class ExpertsMLP(nn.Module):
         return each * (self.n_expert - self.active)
 
 
-class ExpertsBlock(nn.Module):
+class ExpertsBlock(LlamaBlock):
     """Llama's block with experts; returns their routing too, so that a recomputed block counts nothing twice."""
 
-    def __init__(self, config: ModelConfig, ops: Ops, layer: int):
-        super().__init__()
-        self.self_attn = LlamaAttention(config, ops, layer)
-        self.mlp = ExpertsMLP(config, ops)
-        self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps, ops)
-        self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps, ops)
-        self.layer = layer
+    mlp_class = ExpertsMLP
 
     def forward(
         self, x: Tensor, by: Rotation, mask: Any, cache: Cache | None, drop: Dropout = OFF
@@ -114,24 +107,6 @@ class LlamaOfExperts(Llama):
     """Llama with experts in every block."""
 
     block_class = ExpertsBlock
-
-    def stack(
-        self,
-        idx: Tensor,
-        positions: Tensor,
-        mask: Any,
-        cache: Cache | None,
-        drop: Dropout,
-        /,
-        routes: Routes = None,
-    ) -> Tensor:
-        x = drop(self.embed_tokens(idx), site=0)  # (B, T, C)
-        by = rotation(self.shape, positions)
-        for block in self.layers:
-            x, routing = block(x, by, mask, cache, drop)
-            if routes is not None:
-                routes.append(routing)
-        return self.norm(x)
 
     @property
     def routers(self) -> list[Router]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from regpt.model.cache import Cache
 from regpt.model.config import FAMILIES, ModelConfig
 from regpt.model.dropout import OFF, Dropout
+from regpt.model.grouped import Routing
 from regpt.model.layers import Head, Linear, RMSNorm, Rotation, activation, attend, padded_rows, rotate, rotation
 from regpt.model.ops import PLAIN, Ops
 from regpt.model.transformer import Routes, Transformer
@@ -76,15 +77,19 @@ class LlamaMLP(nn.Module):
 class LlamaBlock(nn.Module):
     """Attention and MLP, each with an RMSNorm (Zhang & Sennrich 2019) before it. Sites of dropout as in GPT-2's."""
 
+    mlp_class: type[nn.Module] = LlamaMLP
+
     def __init__(self, config: ModelConfig, ops: Ops, layer: int):
         super().__init__()
         self.self_attn = LlamaAttention(config, ops, layer)
-        self.mlp = LlamaMLP(config, ops)
+        self.mlp = self.mlp_class(config, ops)
         self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps, ops)
         self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps, ops)
         self.layer = layer
 
-    def forward(self, x: Tensor, by: Rotation, mask: Any, cache: Cache | None, drop: Dropout = OFF) -> Tensor:
+    def forward(
+        self, x: Tensor, by: Rotation, mask: Any, cache: Cache | None, drop: Dropout = OFF
+    ) -> Tensor | tuple[Tensor, Routing]:
         x = x + drop(self.self_attn(self.input_layernorm(x), by, mask, cache, drop), site=3 * self.layer + 2)
         return x + drop(self.mlp(self.post_attention_layernorm(x)), site=3 * self.layer + 3)
 
@@ -139,6 +144,10 @@ class Llama(Transformer):
         by = rotation(self.shape, positions)
         for block in self.layers:
             x = block(x, by, mask, cache, drop)
+            if isinstance(x, tuple):  # from a block of experts
+                x, routing = x
+                if routes is not None:
+                    routes.append(routing)
         return self.norm(x)
 
     @property

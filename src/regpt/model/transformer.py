@@ -22,7 +22,7 @@ INIT_STD = 0.02  # GPT-2: Radford et al. 2018, section 4.1
 
 
 class Transformer(nn.Module):
-    """Token ids to logits: the base of all families. Set the weights with
+    """Token ids to logits: the base of all families, built by `families.make_model`. Set the weights with
     `weights.initialize` or `weights.load_weights`; build under `weights.without_memory`, which skips torch's own
     initialisation.
 
@@ -44,15 +44,6 @@ class Transformer(nn.Module):
     padded_names: frozenset[str]
     undecayed: tuple[str, ...]
     residual: tuple[str, ...]
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> "Transformer":
-        """`Transformer(config)` is a model of the configuration's family."""
-        made: type[Transformer] = cls
-        if cls is Transformer:
-            from regpt.model.families import forward_of  # which imports this file
-
-            made = forward_of(kwargs.get("config") or args[0])
-        return nn.Module.__new__(made)
 
     def __init__(self, config: ModelConfig, ops: Ops = PLAIN, *, pad_vocab: bool = True):
         super().__init__()

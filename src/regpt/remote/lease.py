@@ -1,9 +1,9 @@
 """One process at a time may write a remote run: a lease, as files in `RUN/lease` (docs/remote.md has its guarantees).
 
-`00000003.json` is the third claim on the run; the one with the highest number holds it. A claim is created where no
-file may be, so of several processes that want the next number one gets it. The holder renews its claim every quarter of
-`seconds`; a process that wants the lease watches for as long whether that happens, so clocks are never compared. Before
-each file that it writes or deletes the holder looks for its own token in the newest claim.
+`00000003.json` is the third claim on the run; the claim with the highest number holds it. Creating a claim fails where
+the file exists, so of several processes that want the next number one gets it. The holder renews its claim every
+quarter of `seconds`; a process that wants the lease watches that long for a renewal, so clocks are never compared.
+Before each file that it writes or deletes the holder looks for its own token in the newest claim.
 """
 
 import json
@@ -12,8 +12,8 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
@@ -25,20 +25,20 @@ from regpt.remote.store import Store
 
 FOLDER = "lease"
 SECONDS = 60.0
-POLLS = 12  # looks at a claim, in the seconds that it may stay without a change
+POLLS = 12  # looks at the claim of another process, in its `seconds`
 RENEWALS = 4  # of the holder, in the same time
-LONGEST_SECONDS = 3600.0  # that a claim of others may ask for
+LONGEST_SECONDS = 3600.0  # accepted from the claim of another process
 
 
 class Claim(NamedTuple):
-    """A file of the lease; one that cannot be read has a number only."""
+    """A file of the lease; an unreadable one has only a number."""
 
     number: int
-    token: str = ""  # random; kept as long as the same staging folder claims the run again
+    token: str = ""  # random; the same while one staging folder claims the run again and again
     host: str = "an unknown host"
     pid: int = 0
     claimed: float = 0.0  # Unix seconds by the clock of `host`, for people
-    seconds: float = SECONDS  # without a renewal, after which others may take over
+    seconds: float = SECONDS  # without a renewal, until others may take over
     renewals: int = 0
     released: bool = False  # the holder has ended
 
@@ -59,10 +59,10 @@ class LeaseLost(UserError):
 
 
 class Lease:
-    """The right to write to `store`, from `acquire` to `renew(released=True)`."""
+    """The right to write to `store`: `acquire` it, then work while it is `kept`."""
 
-    def __init__(self, store: Store, seconds: float = SECONDS, sleep: Callable[[float], None] = time.sleep) -> None:
-        self.store, self.sleep, self.lock = store, sleep, threading.Lock()
+    def __init__(self, store: Store, seconds: float = SECONDS) -> None:
+        self.store = store
         self.claim = Claim(0, uuid.uuid4().hex, platform.node(), os.getpid(), time.time(), seconds)
 
     def newest(self) -> Claim | None:
@@ -82,7 +82,7 @@ class Lease:
         """Take the lease; returns the claim before this one.
 
         Args:
-            known: the token of a claim whose process has ended; this one's too, where nobody else has claimed since.
+            known: token of a process that has ended; this one takes it, unless others have claimed the run since.
 
         Raises:
             UserError: another process holds the lease, or the store cannot be read or written.
@@ -96,20 +96,17 @@ class Lease:
         after = self.store.tries(self.newest)  # ours, also when the answer to our own creation was lost
         if after is None or after[:2] != mine[:2]:
             raise self.held(after or mine)
-        for name in self.store.tries(lambda: self.store.files(FOLDER)):
-            if name < mine.name:
-                self.store.tries(lambda: self.store.remove(name), "written", name)  # noqa: B023
         return before
 
     def watch(self, first: Claim) -> Claim:
-        """Return the newest claim when it was released, or has not changed for as long as it may.
+        """Return the newest claim once it is released, or was not renewed in its `seconds`.
 
         Raises:
             UserError: it was renewed.
         """
         print_note(f"{first.holder} holds {self.store.url}; taken over unless renewed within {first.seconds:g} seconds")
         for _ in range(POLLS):
-            self.sleep(first.seconds / POLLS)
+            self.store.patience.sleep(first.seconds / POLLS)
             seen = self.store.tries(self.newest)
             if seen is None or seen.released:
                 return seen or first
@@ -124,11 +121,7 @@ class Lease:
         )
 
     def check(self) -> None:
-        """Return when the lease is still this process's, or the folder was emptied.
-
-        Raises:
-            LeaseLost: it is not; nothing may be written any more.
-        """
+        """Raise LeaseLost if another process has claimed the run: nothing may be written any more."""
         newest = self.newest()
         if newest is not None and newest[:2] != self.claim[:2]:
             raise LeaseLost(
@@ -137,22 +130,29 @@ class Lease:
             )
 
     def renew(self, released: bool = False) -> None:
-        """Write that this process is alive, or that others may have the run; errors as in `check`."""
+        """Write that this process is alive, or that it has ended; raises LeaseLost as `check`."""
         self.check()
-        with self.lock:
-            if not self.claim.released:
-                self.claim = self.claim._replace(renewals=self.claim.renewals + (not released), released=released)
-                self.store.write(self.claim.name, self.claim.data())
+        self.claim = self.claim._replace(renewals=self.claim.renewals + (not released), released=released)
+        self.store.write(self.claim.name, self.claim.data())
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """While this lasts, a thread renews the lease; it ends when the lease is lost."""
-        stop = threading.Event()
-        threading.Thread(target=self.keep, args=(stop,), daemon=True).start()
+        """Renew the lease in a thread while this lasts, then release it: not after Ctrl-C, when a file may be on its
+        way."""
+        stop, may_release = threading.Event(), True
+        thread = threading.Thread(target=self.keep, args=(stop,), daemon=True)
+        thread.start()
         try:
             yield
+        except BaseException as error:
+            may_release = isinstance(error, Exception)
+            raise
         finally:
             stop.set()
+            if may_release:
+                thread.join()
+                with suppress(LeaseLost, *transport_errors()):
+                    self.renew(released=True)
 
     def keep(self, stop: threading.Event) -> None:
         while not stop.wait(self.claim.seconds / RENEWALS):

@@ -23,7 +23,7 @@ class Store:
     """The folder at `url`. Methods raise what fsspec raises; `tries` repeats them and raises a UserError."""
 
     def __init__(self, url: str, patience: Patience = PATIENCE) -> None:
-        """Raise a UserError for an address of an unknown kind, a missing package, and a server that is not reached."""
+        """Raise a UserError for an address of an unknown kind, a missing package or an unreachable server."""
         self.url, self.patience = url.rstrip("/"), patience
         scheme = url.split("://")[0].lower()
         if scheme in ("http", "https", "hf"):
@@ -67,7 +67,7 @@ class Store:
         self.whole(name, lambda place: self.fs.put_file(str(path), place))
 
     def whole(self, name: str, write: Callable[[str], object]) -> None:
-        """`write(place)`, so that nobody sees half a file: buckets name it at the end, folders need a rename."""
+        """Call `write(place)` so that nobody sees half a file: buckets are atomic, local folders need a rename."""
         place = self.place(name)
         if not self.is_local:
             write(place)
@@ -77,8 +77,8 @@ class Store:
         rename(Path(f"{parent}/.{last}.partial"), Path(place))
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write a file that does not exist yet; False when there is one. Of several that try this at once one succeeds,
-        on S3, Google's storage and local disks; elsewhere it is a look and a write."""
+        """Write a file unless it exists; return whether it was written. Atomic on S3, Google's storage and local disks;
+        elsewhere a check, then a write."""
         try:
             if self.is_local:
                 with self.fs.open(self.place(name), "xb") as file:
@@ -94,7 +94,7 @@ class Store:
         return True
 
     def get(self, name: str, path: Path) -> bool:
-        """Download a file; `path` bears its name only when it is whole. False when there is no such file."""
+        """Download a file, which appears as `path` when it is complete; False if there is no such file."""
         partial = path.with_name(f".{path.name}.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -105,7 +105,7 @@ class Store:
         return True
 
     def remove(self, name: str) -> None:
-        """Delete a file; one that is gone already does not matter."""
+        """Delete a file, if it exists."""
         with contextlib.suppress(FileNotFoundError):
             self.fs.rm_file(self.place(name))
         if self.is_local and "/" in name:

@@ -23,7 +23,6 @@ from regpt.model.weights import count_parameters
 from regpt.parallel.mesh import Mesh
 from regpt.parallel.signals import EXIT_SAVED
 from regpt.remote import is_address
-from regpt.remote.mirror import Mirror
 from regpt.runs.actions import RunActions, say_what_is_left_out, summary, write_epochs
 from regpt.runs.begin import (
     Run,
@@ -49,7 +48,7 @@ from regpt.runs.folder import (
     write_run_config,
 )
 from regpt.runs.profile import profiled
-from regpt.runs.remote import NOTE, RemoteRun, bring_up_to_date, by_main, on_this_machine
+from regpt.runs.remote import NOTE, RemoteRun, by_main, deliver, mirrored, on_this_machine
 from regpt.runs.stop import StopRequest, stop_request
 from regpt.runs.terminal import Terminal
 from regpt.runs.trackers import Sink, Tee, check_trackers, open_trackers
@@ -105,8 +104,8 @@ def pretrain(
         run = Run(config, mesh)
         start = start_new(run, init_from)
         run.begin(start, stack)
-        mirror = create(stack, run, folder, argv, {"init_from": init_from} | (facts or {}), beside, remote)
-        return train(run, folder, start, profile_steps, mirror, quiet=quiet, stop=stop)
+        create(stack, run, folder, argv, {"init_from": init_from} | (facts or {}), beside, remote)
+        return train(run, folder, start, profile_steps, remote, quiet=quiet, stop=stop)
 
 
 def fork(
@@ -130,8 +129,8 @@ def fork(
         parent = {"checkpoint": place, "step": checkpoint.step, "manifest_sha256": digest, "changed": found}
         start = replace(start_at(run, checkpoint, {"name": "fork", "parent": parent}, found), save=True)
         run.begin(start, stack)
-        mirror = create(stack, run, folder, argv, {"parent": parent}, remote=remote)
-        return train(run, folder, start, profile_steps, mirror)
+        create(stack, run, folder, argv, {"parent": parent}, remote=remote)
+        return train(run, folder, start, profile_steps, remote)
 
 
 def resume(
@@ -156,7 +155,8 @@ def resume(
         if mesh.is_main:
             stack.enter_context(owned(folder))
         mesh.wait()  # nobody reads before it is certain that nobody else writes
-        mirror = by_main(mesh, lambda: remote.go_on(stack)) if remote else None
+        if remote:
+            by_main(mesh, lambda: remote.go_on(stack))
         event: dict[str, object] = {"name": "resume", **made_with(mesh)}
         if checkpoints(folder):
             checkpoint, skipped = choose_checkpoint(folder, mesh)
@@ -172,7 +172,7 @@ def resume(
         run.begin(start, stack)
         if mesh.is_main:
             write_run_config(folder, run.config)
-        return train(run, folder, start, profile_steps, mirror, quiet=quiet, stop=stop)
+        return train(run, folder, start, profile_steps, remote, quiet=quiet, stop=stop)
 
 
 def create(
@@ -183,25 +183,22 @@ def create(
     facts: dict[str, Any],
     beside: Sequence[str] = (),
     remote: RemoteRun | None = None,
-) -> Mirror | None:
-    """Make the folder of a new run, which is this process's own until `stack` ends; all processes return then.
-
-    Returns what copies the folder to `remote`, in the main process.
-    """
+) -> None:
+    """Make the folder of a new run, owned by this process until `stack` ends; all processes return when it exists."""
     config, mesh = run.config, run.mesh
 
-    def make() -> Mirror | None:
+    def make() -> None:
         env = describe_environment(mesh, run.corpus.facts(), count_parameters(run.model), argv)
         env |= {"peak": asdict(device_peak(mesh.device, config.train.precision))} | run.chosen
         env |= {"kernels": asdict(choose_kernels(config, run.model, mesh.device))}
         if remote is None:
             refuse_used_folder(folder, beside)
         stack.enter_context(owned(folder))
-        mirror = remote.begin(stack) if remote else None
+        if remote:
+            remote.begin(stack)
         create_run(folder, config, env | facts, (*beside, NOTE))
-        return mirror
 
-    return by_main(mesh, make)
+    by_main(mesh, make)
 
 
 def train(
@@ -209,21 +206,22 @@ def train(
     folder: Path,
     start: Start,
     profile_steps: int = 0,
-    mirror: Mirror | None = None,
+    remote: RemoteRun | None = None,
     *,
     quiet: bool = False,
     stop: StopRequest = stop_request,
 ) -> int:
     """Train from `start` to the end of the run; 0, or 75 when a stop was requested and the run saved.
 
-    `mirror` copies the folder elsewhere meanwhile; this returns when it has copied everything.
+    The folder is copied to `remote` meanwhile; this returns when everything has arrived.
     """
     config, mesh, trainer = run.config, run.mesh, run.trainer
-    name = mirror.store.url if mirror else str(folder)
+    name = remote.url if remote else str(folder)
     terminal = Terminal(name, config.train.steps, PlainConsole(), enabled=mesh.is_main and not quiet)
-    saver = make_saver(folder, config, mirror, terminal)
+    saver = Saver(folder, config.checkpoint)
     every = {"validate_every": config.eval.every_steps, "sample_every": config.sample.every_steps}
-    with stop(config.train.stop_seconds) as asked, ExitStack() as stack:
+    mirroring = mirrored(remote, saver, mesh, terminal.say)
+    with stop(config.train.stop_seconds) as asked, mirroring as mirror, ExitStack() as stack:
         metrics, samples = open_sinks(run, folder, terminal, stack)
         over = lambda: asked() or (mirror is not None and mirror.failure is not None)  # noqa: E731
         do = RunActions(run, folder, terminal, saver, metrics, samples, over)
@@ -238,23 +236,12 @@ def train(
         do.write_saved_rows()
         write_epochs(do, trainer.step, run.loader.epochs(trainer.data_step))
         stack.close()  # the files are whole before they are copied
-        bring_up_to_date(mirror, mesh, terminal.say)
-        if mirror is not None:
-            saver.prune()  # what had to stay while it was copied
+        if remote:
+            deliver(mirror, mesh)
     if not finished:
         mesh.wait()  # a launcher ends the others when the first has ended: not while they write
         terminal.say(f"stopped after step {trainer.step:,} and saved; go on with: regpt train --resume {word(name)}")
     return 0 if finished else EXIT_SAVED
-
-
-def make_saver(folder: Path, config: RunConfig, mirror: Mirror | None, terminal: Terminal) -> Saver:
-    """The writer of checkpoints, connected with `mirror`."""
-    saver = Saver(folder, config.checkpoint)
-    if mirror is not None:
-        saver.in_use, saver.saved = (lambda folder: folder == mirror.uploading), mirror.notify
-        mirror.intact, mirror.kept, mirror.say = saver.is_intact, saver.kept, terminal.say
-        mirror.start()
-    return saver
 
 
 def open_sinks(run: Run, folder: Path, terminal: Terminal, stack: ExitStack) -> list[Sink | None]:

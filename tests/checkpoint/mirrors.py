@@ -1,4 +1,4 @@
-"""Run folders and what copies them to a store, for the tests of `remote.mirror`."""
+"""Run folders and what copies them to a store, for the tests of `checkpoint.mirror`."""
 
 import contextlib
 import itertools
@@ -6,11 +6,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from regpt.checkpoint.config import CheckpointConfig
 from regpt.checkpoint.fetch import restore
 from regpt.checkpoint.load import checkpoint_folder, load_checkpoint, newest_checkpoint
-from regpt.checkpoint.save import is_intact, kept_steps
+from regpt.checkpoint.mirror import Mirror
+from regpt.checkpoint.saver import Saver
 from regpt.remote.lease import Lease
-from regpt.remote.mirror import Mirror
 from remote_stores import FaultyStore, Killed
 
 FILES = {"model.json", "model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json", "manifest.json"}
@@ -26,8 +27,7 @@ def mirror(run: Path, url: str, keep_last: int = 2, keep_every: int = 0, **optio
     lease = Lease(FaultyStore(url, **options))
     lease.acquire(DEAD[-1] if DEAD else "")
     DEAD.append(lease.claim.token)
-    made = Mirror(run, lease, is_intact)
-    made.kept = lambda steps: kept_steps(steps, keep_last, keep_every, lambda steps: None)
+    made = Mirror(Saver(run, CheckpointConfig(keep_last=keep_last, keep_every=keep_every)), lease)
     made.said = []  # type: ignore[attr-defined]
     made.say = made.said.append  # type: ignore[attr-defined]
     return made
