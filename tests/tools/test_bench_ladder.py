@@ -128,7 +128,7 @@ def seen(ladder, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
             }
         )
         ms = 64.0 / 2 ** len(trainers) * trainer.config.batch_tokens / 64
-        return StepTimes(1.0, (ms, ms, ms), None, None, ({"loss": 5.0},))
+        return StepTimes(1.0, (ms, ms, ms), 1.0, ({"loss": 5.0},))
 
     monkeypatch.setattr(ladder, "time_steps", look)
     monkeypatch.setattr(ladder, "lacks_tf32", lambda device: False)

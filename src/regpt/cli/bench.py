@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated
 
 import tyro
 
-from regpt import STARTED
 from regpt.cli.output import check_json, show
 from regpt.cli.parse import run_subcommand
 from regpt.cli.train import parse_over_recipe
@@ -16,10 +14,6 @@ from regpt.config import RunConfig
 from regpt.console.lines import status
 from regpt.ranges import MANY, PROCESSES, Range
 
-if TYPE_CHECKING:
-    pass
-
-DeviceName = Literal["auto", "cuda", "mps", "cpu"]
 JsonFile = Annotated[str | None, tyro.conf.arg(metavar="FILE")]
 
 
@@ -62,9 +56,8 @@ def train_main(args: list[str]) -> int:
         check_bench(given.config, window, given.nproc or launcher_world_size())
     if given.nproc and not under_launcher():
         return launch(given.nproc, ["bench", "train", *args])
-    imported_s = time.perf_counter() - STARTED
     with status(quiet=launcher_rank() > 0) as say:
-        report = bench_train(given.config, window, recipe=given.recipe, imported_s=imported_s, progress=say)
+        report = bench_train(given.config, window, recipe=given.recipe, progress=say)
     if report is not None:
         show(report, given.json, train_table)
     return 0

@@ -3,7 +3,6 @@
 import contextlib
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from regpt import STARTED
 from regpt.config import RunConfig
 from regpt.data.loader import check_batch
 from regpt.data.prefetch import Prefetcher
@@ -39,7 +39,7 @@ from regpt.tools.bench.steps import (
 from regpt.train.config import PrecisionName
 from regpt.train.memory import free_memory, peak_memory_gib
 from regpt.train.optim import make_optimizer
-from regpt.train.peak import PRODUCT_SIZE, device_figures, matmul_flops, synchronize
+from regpt.train.peak import PRODUCT_SIZE, device_figures, matmul_flops
 from regpt.train.trainer import Trainer
 
 Progress = Callable[[str], None]
@@ -99,43 +99,33 @@ def opened_trainer(config: RunConfig, mesh: Mesh, corpus: Corpus) -> Iterator[Tr
         yield trainer
 
 
-def bench_train(
-    config: RunConfig, window: Window, *, recipe: str, imported_s: float, progress: Progress
-) -> Report | None:
-    """Time the training of `config`; the report, None in all processes but the main one.
-
-    Args:
-        recipe: its name as typed.
-        imported_s: seconds from the start of the process to this call.
-    """
+def bench_train(config: RunConfig, window: Window, *, recipe: str, progress: Progress) -> Report | None:
+    """Time the training of `config`, called `recipe`; return the report, None in all processes but the main one."""
     source = config.data.path or " + ".join(config.data.mixture) or INVENTED
-    began = time.perf_counter()
-    with open_mesh(config.train.device, deterministic=config.train.deterministic) as mesh:
-        opened_s = time.perf_counter() - began
-        with opened_data(shortened(config, window)) as (config, corpus):
-            progress("building")
-            started = time.perf_counter()
-            with opened_trainer(config, mesh, corpus) as trainer:
-                synchronize(mesh.device)
-                built_s = opened_s + time.perf_counter() - started
-                times = time_steps(trainer, window.warmup, progress)
-                report = {
-                    "kind": "bench train",
-                    "recipe": recipe,
-                    "data": source,
-                    **describe(trainer, config, mesh),
-                    "steps": window.steps,
-                    "warmup": window.warmup,
-                    **speed_of(times, config.train.batch_tokens, trainer.flops_per_token, mesh.world_size),
-                    "peak_memory_gib": greatest(mesh, peak_memory_gib(mesh.device)),
-                    "peak_memory_of": "gpu" if mesh.device.type == "cuda" else "process",
-                    "first_step": times.first_step(imported_s, built_s),
-                    "loss": [row["loss"] for row in (times.rows[0], times.rows[-1])],
-                }
-            del trainer  # its memory is needed for the product
-            start_afresh(mesh.device)
-            progress("a large matrix product")
-            report |= utilisation(report["flops_per_s"], mesh, config.train.precision)
+    with (
+        open_mesh(config.train.device, deterministic=config.train.deterministic) as mesh,
+        opened_data(shortened(config, window)) as (config, corpus),
+    ):
+        progress("building")
+        with opened_trainer(config, mesh, corpus) as trainer:
+            times = time_steps(trainer, window.warmup, progress)
+            report = {
+                "kind": "bench train",
+                "recipe": recipe,
+                "data": source,
+                **describe(trainer, config, mesh),
+                "steps": window.steps,
+                "warmup": window.warmup,
+                **speed_of(times, config.train.batch_tokens, trainer.flops_per_token, mesh.world_size),
+                "peak_memory_gib": greatest(mesh, peak_memory_gib(mesh.device)),
+                "peak_memory_of": "gpu" if mesh.device.type == "cuda" else "process",
+                "first_step_s": times.first_end - STARTED,
+                "loss": [row["loss"] for row in (times.rows[0], times.rows[-1])],
+            }
+        del trainer  # its memory is needed for the product
+        start_afresh(mesh.device)
+        progress("a large matrix product")
+        report |= utilisation(report["flops_per_s"], mesh, config.train.precision)
     return report if mesh.is_main else None
 
 

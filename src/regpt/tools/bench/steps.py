@@ -1,7 +1,6 @@
 """Times of a trainer's steps, and what was active meanwhile: attention backend, number format, versions."""
 
 import platform
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,28 +25,14 @@ class StepTimes:
     Attributes:
         first_s: seconds of the first update, compilation included.
         steady_ms: milliseconds of each update after the warm-up, from the end of the one before.
-        compile_s: the part of the first update that torch.compile counts as its own; None without a compilation.
-        compile_cache: `cold`, `warm` or `partly warm`: whether compiled code came from the disk; None without one.
+        first_end: when it was finished, by `time.perf_counter`.
         rows: the trainer's own row of metrics of every update.
     """
 
     first_s: float
     steady_ms: tuple[float, ...]
-    compile_s: float | None
-    compile_cache: str | None
+    first_end: float
     rows: tuple[Row, ...]
-
-    def first_step(self, imported_s: float, built_s: float) -> dict[str, Any]:
-        """Seconds from the command's start to the end of the first update, part by part."""
-        compile_s = self.compile_s or 0.0
-        return {
-            "imports_s": imported_s,
-            "building_s": built_s,
-            "compile_s": compile_s,
-            "compile_cache": self.compile_cache,
-            "update_s": self.first_s - compile_s,
-            "total_s": imported_s + built_s + self.first_s,
-        }
 
 
 def time_steps(trainer: Trainer, warmup: int, progress: Callable[[str], None] = lambda text: None) -> StepTimes:
@@ -69,12 +54,10 @@ def time_steps(trainer: Trainer, warmup: int, progress: Callable[[str], None] = 
             reset_peak(trainer.mesh.device)
         progress(f"step {len(rows)} of {trainer.config.steps}")
 
-    before = compile_counts()
     progress("first step")
     trainer.fit(Timed(log))
-    compile_s, cache = compile_costs(before, compile_counts())
     steady = [(end - begin) * 1e3 for begin, end in zip(clock[warmup:], clock[warmup + 1 :])]
-    return StepTimes(clock[1] - clock[0], tuple(steady), compile_s, cache, tuple(rows))
+    return StepTimes(clock[1] - clock[0], tuple(steady), clock[1], tuple(rows))
 
 
 def reset_peak(device: torch.device) -> None:
@@ -105,33 +88,6 @@ class Timed:
 
     def rewind(self) -> None:
         raise UserError("an update cannot be rewound, there is no run folder; set train.on_non_finite skip")
-
-
-# What torch counts of its compiler, by the name of a phase: the graph of the forward pass with everything inside it,
-# and the backward pass where it is compiled later.
-PHASES = ("_compile.compile_inner", "backward._backward_impl")
-
-
-def compile_counts() -> dict[str, float]:
-    """Seconds of compilation, and hits and misses of the compiler's cache on disk, in this process so far."""
-    dynamo = sys.modules.get("torch._dynamo.utils")  # seconds to import, and there as soon as something is compiled
-    if dynamo is None:
-        return {"seconds": 0, "hits": 0, "misses": 0}
-    seconds = {name: sum(dynamo.compilation_time_metrics.get(name, [])) for name in PHASES}
-    inductor = dynamo.counters["inductor"]
-    return {
-        "seconds": sum(seconds.values()),
-        "hits": inductor["fxgraph_cache_hit"],
-        "misses": inductor["fxgraph_cache_miss"] + inductor["fxgraph_cache_bypass"],
-    }
-
-
-def compile_costs(before: dict[str, float], after: dict[str, float]) -> tuple[float | None, str | None]:
-    """Seconds of compilation between two counts, and whether the cache was warm; None, None without a compilation."""
-    seconds, hits, misses = (after[name] - before[name] for name in ("seconds", "hits", "misses"))
-    if not seconds:
-        return None, None
-    return seconds, "cold" if not hits else "partly warm" if misses else "warm"
 
 
 def percentiles(times: Sequence[float]) -> dict[str, float]:

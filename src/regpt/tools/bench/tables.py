@@ -21,13 +21,12 @@ def pairs(title: str, rows: Iterable[tuple[str, str]]) -> Table:
 
 def train_table(report: dict[str, Any]) -> Table:
     """The report of `regpt bench train`."""
-    ms, world, first, memory = report["step_ms"], report["world_size"], report["first_step"], report["peak_memory_gib"]
+    ms, world, memory = report["step_ms"], report["world_size"], report["peak_memory_gib"]
     product, listed, found, kernels = report["product"], report["data_sheet"], report["versions"], report["kernels"]
     each = f" ({report['tokens_per_s_per_device']:,.0f} each of {world})" if world > 1 else ""
     sheet = f"{report['mfu']:.1%} of {listed['tflops']:,.4g} TFLOP/s, dense {listed['precision']}" if listed else None
     whose = {"gpu": " on the GPU", "process": " of the process"}[report["peak_memory_of"]]
     whose += ", the largest of all processes" if world > 1 else ""
-    cache = f" ({first['compile_cache']} cache)" if first["compile_cache"] else ""
     attention = f", attention {report['attention']}" if report["attention"] else ""
     names = [f"{name} {found[name]}" for name in ("torch", "cuda", "cudnn", "triton", "python") if found[name]]
     rows = {
@@ -38,9 +37,7 @@ def train_table(report: dict[str, Any]) -> Table:
         "of a product": f"{report['share_of_product']:.1%} of {product['tflops']:,.4g} TFLOP/s that a {product['n']}³ "
         f"{product['precision']} product reached here",
         "peak memory": "not counted on this system" if memory is None else f"{memory:.2f} GiB{whose}",
-        "first step after": f"{first['total_s']:.1f} s: imports {first['imports_s']:.1f}, building "
-        f"{first['building_s']:.1f}, compilation {first['compile_s']:.1f}{cache}, the rest of the update "
-        f"{first['update_s']:.1f}",
+        "first step after": f"{report['first_step_s']:.1f} s, compilation included",
         "batch": f"{report['batch_tokens']:,} tokens: {report['accumulation']} × {world} × "
         f"{counted(report['micro_batch_rows'], 'row')} of {report['seq_len']}; {report['data']}",
         "active": f"{report['precision']}, {kernels['name']} kernels ({kernels['reason']})"
