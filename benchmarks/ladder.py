@@ -19,13 +19,13 @@ from typing import Any, Literal
 import torch
 import tyro
 from matplotlib.figure import Figure
+from rich.console import Console
 from rich.table import Table
 from tables import columns, figure_of
 from torch import Tensor
 
 from regpt.config import RunConfig, read_config
 from regpt.console.lines import status
-from regpt.console.tables import print_table
 from regpt.console.text import counted
 from regpt.data.prefetch import Prefetcher
 from regpt.errors import UserError, first_line
@@ -74,7 +74,7 @@ def main(given: Args) -> None:
     rows = given.rows or (LECTURE_ROWS if on_gpu else CPU_ROWS if own == "auto" else own)
     with status() as say:
         report = bench_ladder(config, Window(given.steps, given.warmup), name=name, rows=rows, progress=say)
-    print_table(ladder_table(report))
+    Console(width=160).print(ladder_table(report))
     if given.json:
         given.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if given.picture:

@@ -16,13 +16,13 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from rich.console import Console
 from rich.table import Table
 from tables import columns, figure_of
 
 from regpt.checkpoint.open import open_model
 from regpt.config import read_config, recipe_names
 from regpt.console.lines import status
-from regpt.console.tables import print_table
 from regpt.console.text import counted
 from regpt.engine.generate import generate
 from regpt.engine.processing import SamplingOptions
@@ -67,7 +67,7 @@ def main(given: Args) -> None:
         model = open_or_make(given.model, device).to(parameter_dtype(given.precision))
         report = bench_sample(model, given.batch, given.prompt_tokens, given.new_tokens, given.repeats, say)
     report = {"kind": "sampling", "source": given.model, "precision": given.precision, **report}
-    print_table(sample_table(report))
+    Console(width=160).print(sample_table(report))
     if given.json:
         given.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

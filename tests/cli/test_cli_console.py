@@ -42,15 +42,19 @@ def test_a_prompt_from_a_closed_stdin_is_refused():
     assert "standard input is closed" in found.stderr
 
 
-def test_results_are_in_their_file_before_they_are_printed(tmp_path: Path):
-    from regpt.cli import output
+def test_results_are_in_their_file_before_they_are_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from regpt.cli import bench
+
+    report = {"recipe": "[/py]", "parameters": 1, "world_size": 1, "device": "cpu"}
 
     def broken(report: dict) -> object:
-        assert json.loads((tmp_path / "r.json").read_text()) == {"name": "[/py]"}
+        assert json.loads((tmp_path / "r.json").read_text()) == report
         raise KeyboardInterrupt
 
+    monkeypatch.setattr("regpt.runs.bench.bench_train", lambda *_, **__: report)
+    monkeypatch.setattr(bench, "figures", broken)
     with pytest.raises(KeyboardInterrupt):
-        output.show({"name": "[/py]"}, str(tmp_path / "r.json"), broken)
+        bench.main(["train", "gpt2-tiny", "--json", str(tmp_path / "r.json")])
 
 
 @pytest.mark.parametrize(

@@ -51,17 +51,6 @@ def test_a_tokenizer_is_never_overwritten(texts):
         tokenizer.main(same)
 
 
-def test_the_same_command_again_on_a_trained_tokenizer_has_nothing_to_do(texts, capsys):
-    same = ["train", "texts", "--vocab-size", "280", "--out", "bpe"]
-    before = (texts / "bpe" / "tokenizer.json").read_bytes()
-    assert tokenizer.main(same) == 0
-    assert "nothing to do: bpe holds the tokenizer of these sources already" in capsys.readouterr().out
-    assert (texts / "bpe" / "tokenizer.json").read_bytes() == before
-    (texts / "bpe" / "made_of.json").write_text("[" * 100_000, encoding="utf-8")  # nobody knows
-    with pytest.raises(UserError, match=r"tokenizer\.json exists already"):
-        tokenizer.main(same)
-
-
 def test_prepare_info_and_verify_follow_each_other(texts, capsys):
     assert prepare("--shard-tokens", "1000", "--workers", "2") == 0
     assert "look inside with: regpt data info shards" in capsys.readouterr().out

@@ -1,50 +1,17 @@
-"""Tables and the panel of a run: whole in files, never a number cut on a terminal."""
+"""Progress bars and the panel of a run: never a number cut on a terminal."""
 
 import io
 import sys
 
 import pytest
-from rich.table import Table
 
-from regpt.console.tables import PlainConsole, field, print_table, progress_bar
+from regpt.console.tables import PlainConsole, field, progress_bar
 from regpt.runs.terminal import Terminal
-
-LONG = "core/bigbench_a_task_with_a_rather_long_name_of_animals[en]"
-NUMBER = "16,384,000,123 B"
 
 
 class Screen(io.StringIO):
     def isatty(self) -> bool:
         return True
-
-
-def table() -> Table:
-    made = Table("task", "text")
-    made.add_column("tokens", justify="right")
-    made.add_row(LONG, "several words that may wrap [/py] :smile: \x1b[31m", NUMBER)
-    return made
-
-
-def test_a_file_gets_every_letter_and_digit_in_one_line(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "20")
-    out = io.StringIO()
-    print_table(table(), PlainConsole(file=out))
-    (line,) = [line for line in out.getvalue().splitlines() if LONG in line]
-    assert NUMBER in line
-    assert "several words that may wrap [/py] :smile: \\x1b[31m" in line
-
-
-@pytest.mark.parametrize("width", ["20", "40", "100"])
-def test_a_narrow_terminal_cuts_no_name_and_no_number(monkeypatch, width: str):
-    monkeypatch.setenv("COLUMNS", width)
-    monkeypatch.setenv("TERM", "xterm")
-    out = Screen()
-    print_table(table(), PlainConsole(file=out))
-    assert LONG in out.getvalue()
-    assert NUMBER in out.getvalue()
-    assert "\x1b[31m" not in out.getvalue()
-    assert "[/py] :smile:" not in out.getvalue()  # text wraps
-    assert "…" not in out.getvalue()
 
 
 def test_a_progress_bar_shows_braces_and_brackets_of_names():

@@ -90,20 +90,6 @@ def test_a_run_that_begins_with_learned_weights_may_fall_little_from_any_loss(ma
     assert "not learning" not in kinds(make_run, rows_of(lambda step: 10.8 - step / 1000), env)
 
 
-@pytest.mark.parametrize(
-    ("loss", "where"),
-    [
-        (lambda step: 10.8 if step < 60 else curve(step - 60), "plateau at the start: after 40 steps"),
-        (lambda step: 6.7 + 4 * exp(-step / 5) if step < 180 else 4 + 2.7 * exp(-(step - 180) / 60), "stood near 6."),
-    ],
-    ids=["nothing learned at first", "stuck at word frequencies"],
-)
-def test_a_plateau_is_named_with_its_steps(make_run, loss, where):
-    found = kinds(make_run, rows_of(loss))
-    assert found["plateau"].level == "note"
-    assert where in found["plateau"].text
-
-
 def test_a_rising_validation_loss_overfits(make_run):
     vals = [val_row(step, 4.5 + abs(step - 200) / 400) for step in range(0, STEPS + 1, 50)]
     found = kinds(make_run, [*rows_of(curve), *vals])

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import tyro
 
-from regpt.cli.output import check_json, show
+from regpt.cli.output import OTHER_JSON, check_json
 from regpt.cli.parse import run_subcommand
 from regpt.cli.train import parse_over_recipe
 from regpt.config import RunConfig
-from regpt.console.lines import status
+from regpt.console.lines import print_json, print_line, print_rows, status
+from regpt.console.text import counted
+from regpt.files import write_json
 from regpt.ranges import MANY, PROCESSES, Range
 
 JsonFile = Annotated[str | None, tyro.conf.arg(metavar="FILE")]
@@ -49,7 +52,6 @@ def train_main(args: list[str]) -> int:
     from regpt.parallel.launch import launch
     from regpt.parallel.mesh import launcher_rank, launcher_world_size, under_launcher
     from regpt.runs.bench import Window, bench_train, check_bench
-    from regpt.tools.bench.tables import train_table
 
     window = Window(given.steps, given.warmup)
     if launcher_rank() == 0:
@@ -58,6 +60,39 @@ def train_main(args: list[str]) -> int:
         return launch(given.nproc, ["bench", "train", *args])
     with status(quiet=launcher_rank() > 0) as say:
         report = bench_train(given.config, window, recipe=given.recipe, progress=say)
-    if report is not None:
-        show(report, given.json, train_table)
+    if report is not None and given.json == "-":
+        print_json(report)
+    elif report is not None:
+        if given.json is not None:
+            write_json(Path(given.json), report, OTHER_JSON)
+        size, device = f"{report['parameters']:,} parameters", f"{report['world_size']} × {report['device']}"
+        print_line(f"{report['recipe']}: {size} on {device}")
+        print_rows((), list(figures(report).items()), left=(0, 1))
     return 0
+
+
+def figures(report: dict[str, Any]) -> dict[str, str]:
+    """Name and text of each line of the report."""
+    ms, world, memory = report["step_ms"], report["world_size"], report["peak_memory_gib"]
+    product, listed, found, kernels = report["product"], report["data_sheet"], report["versions"], report["kernels"]
+    each = f" ({report['tokens_per_s_per_device']:,.0f} each of {world})" if world > 1 else ""
+    sheet = f"{report['mfu']:.1%} of {listed['tflops']:,.4g} TFLOP/s, dense {listed['precision']}" if listed else None
+    whose = {"gpu": " on the GPU", "process": " of the process"}[report["peak_memory_of"]]
+    whose += ", the largest of all processes" if world > 1 else ""
+    attention = f", attention {report['attention']}" if report["attention"] else ""
+    names = [f"{name} {found[name]}" for name in ("torch", "cuda", "cudnn", "triton", "python") if found[name]]
+    return {
+        "tokens/s": f"{report['tokens_per_s']:,.0f}{each}",
+        "a step": f"{ms['median']:,.1f} ms (p10 {ms['p10']:,.1f}, p90 {ms['p90']:,.1f}, spread {ms['spread']:.1%}), "
+        f"{counted(report['steps'], 'step')} after {report['warmup']}",
+        "MFU, data sheet": sheet or "this device has none in the table",
+        "of a product": f"{report['share_of_product']:.1%} of {product['tflops']:,.4g} TFLOP/s that a {product['n']}³ "
+        f"{product['precision']} product reached here",
+        "peak memory": "not counted on this system" if memory is None else f"{memory:.2f} GiB{whose}",
+        "first step after": f"{report['first_step_s']:.1f} s, compilation included",
+        "batch": f"{report['batch_tokens']:,} tokens: {report['accumulation']} × {world} × "
+        f"{counted(report['micro_batch_rows'], 'row')} of {report['seq_len']}; {report['data']}",
+        "active": f"{report['precision']}, {kernels['name']} kernels ({kernels['reason']})"
+        f"{', compiled' if report['compile'] else ''}{attention}, {'fused ' if report['fused_adamw'] else ''}AdamW",
+        "versions": ", ".join(names),
+    }

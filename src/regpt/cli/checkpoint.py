@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from regpt.cli.parse import local_folder, parse, run_subcommand
-from regpt.cli.table import print_rows
-from regpt.console.lines import print_json, print_line, status
+from regpt.console.lines import print_json, print_line, print_rows, status
 from regpt.errors import UsageError, UserError, word
 from regpt.files import exists, is_file, is_folder
 

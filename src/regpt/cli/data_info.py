@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from regpt.cli.parse import parse
-from regpt.console.lines import print_json, print_line
+from regpt.console.lines import print_json, print_line, print_rows
 from regpt.console.text import counted
 from regpt.data.config import ShuffleRows
 from regpt.errors import UserError
@@ -145,18 +145,13 @@ def print_info(given: InfoArgs, manifest: Manifest, splits: list[SplitInfo], con
 
 
 def print_splits(splits: list[SplitInfo]) -> None:
-    from rich.table import Table
-
-    from regpt.console.tables import print_table
-
-    table = Table("split", box=None, padding=(0, 1))
-    for column in ("documents", "tokens", "MB", "bytes/token", "median tokens", "shards"):
-        table.add_column(column, justify="right", no_wrap=True)
+    head = ("split", "documents", "tokens", "MB", "bytes/token", "median tokens", "shards")
+    rows = []
     for split in splits:
         numbers = (f"{split.documents:,}", f"{split.tokens:,}", f"{split.text_bytes / 1e6:,.1f}")
         median = split.to_dict()["document_tokens"]["median"]
-        table.add_row(split.split, *numbers, f"{split.bytes_per_token:.3f}", f"{median:,.0f}", str(split.shards))
-    print_table(table)
+        rows.append((split.split, *numbers, f"{split.bytes_per_token:.3f}", f"{median:,.0f}", str(split.shards)))
+    print_rows(head, rows)
 
 
 def print_histogram(split: SplitInfo) -> None:

@@ -12,8 +12,7 @@ import tyro
 
 from regpt.cli.parse import parse
 from regpt.cli.report import refuse_other_than_html, refuse_twice
-from regpt.cli.table import print_rows
-from regpt.console.lines import print_json, print_line
+from regpt.console.lines import print_json, print_line, print_rows
 
 if TYPE_CHECKING:
     from regpt.report.compare import Measure, RunComparison

@@ -13,7 +13,7 @@ import tyro
 
 from regpt.cli.output import OTHER_JSON
 from regpt.cli.parse import parse
-from regpt.console.lines import print_json, print_line, print_note
+from regpt.console.lines import print_json, print_line, print_note, print_rows
 from regpt.console.text import counted
 from regpt.errors import UsageError, UserError
 from regpt.evals.specs import parse_tasks
@@ -145,39 +145,33 @@ def show(asked: EvalRequest, found: ModelEvaluation) -> None:
 
 
 def show_val(found: ModelEvaluation) -> None:
-    from rich.table import Table
-
-    from regpt.console.tables import print_table
     from regpt.evals.task import with_error
 
     assert found.val
     task, val = found.val
-    table = Table("task", "loss", "bits per byte", "perplexity", "tokens")
+    rows = []
     for name, one in {"val": val.whole, **val.sources}.items():
         loss, bpb = with_error(one.loss, one.stderr), with_error(one.bpb, one.bpb_stderr)
-        table.add_row(name, loss, bpb, f"{one.perplexity:.2f}", f"{one.tokens:,}")
-    print_table(table)
+        rows.append((name, loss, bpb, f"{one.perplexity:.2f}", f"{one.tokens:,}"))
+    print_rows(("task", "loss", "bits per byte", "perplexity", "tokens"), rows)
     split = f"{task.split_tokens:,} tokens of split val of {str(task.folder)!r}"
     print_line(f"{counted(task.n_rows, 'row')} of {counted(task.seq_len, 'token')}, of {split}")
 
 
 def show_tasks(asked: EvalRequest, found: ModelEvaluation) -> None:
-    from rich.table import Table
-
-    from regpt.console.tables import print_table
     from regpt.evals.task import with_error
 
-    table = Table("task", "metric", "value", "items", "seconds")
+    rows = []
     for suite, results in found.suites:
         for one in results:
             seconds = f"{one.seconds + suite.seconds / len(results):.1f}"
             for metric, value in one.estimates().items():
                 items = f"{value.n:,}" if value.n == one.n_items else f"{value.n:,} of {one.n_items:,}"
                 items += f", {one.left_out:,} left out" if one.left_out else ""
-                table.add_row(one.task, metric, with_error(value.value, value.stderr), items, seconds)
+                rows.append((one.task, metric, with_error(value.value, value.stderr), items, seconds))
         for row in suite.summarize(results):
-            table.add_row(row["task"], row["metric"], with_error(row["value"], row["stderr"]))
-    print_table(table)
+            rows.append((row["task"], row["metric"], with_error(row["value"], row["stderr"]), "", ""))
+    print_rows(("task", "metric", "value", "items", "seconds"), rows, left=(0, 1))
     show_cells(found)
     longest = found.opened.model.config.max_seq_len
     for sentence in (one for suite, results in found.suites for one in suite.notices(results, longest)):
@@ -188,17 +182,18 @@ def show_tasks(asked: EvalRequest, found: ModelEvaluation) -> None:
 
 def show_cells(found: ModelEvaluation) -> None:
     """A table of a metric by depth and length, where a task has them."""
-    from rich.table import Table
-
-    from regpt.console.tables import print_table
     from regpt.evals.suite import suite_rows
 
     for row in (row for suite, results in found.suites for row in suite_rows(suite, results) if "cells" in row):
         cells = row["cells"]
-        table = Table(f"{row['task']} {row['metric']}", *(f"{length:,} tokens" for length in cells["lengths"]))
-        for depth, values in zip(cells["depths"], cells["values"]):
-            table.add_row(f"depth {depth} %", *("-" if value is None else f"{value:.2f}" for value in values))
-        print_table(table)
+        head = (f"{row['task']} {row['metric']}", *(f"{length:,} tokens" for length in cells["lengths"]))
+        print_rows(
+            head,
+            [
+                (f"depth {depth} %", *("-" if value is None else f"{value:.2f}" for value in values))
+                for depth, values in zip(cells["depths"], cells["values"])
+            ],
+        )
 
 
 def write_all_items(folder: Path, found: ModelEvaluation) -> None:

@@ -10,7 +10,7 @@ import tyro
 
 from regpt.cli.train import parse_over_recipe
 from regpt.config import RunConfig
-from regpt.console.lines import print_json, print_line
+from regpt.console.lines import print_json, print_line, print_rows
 from regpt.console.text import counted, duration, si
 from regpt.ranges import LARGE, MANY, Range
 
@@ -55,19 +55,10 @@ def main(args: list[str]) -> int:
 
 
 def print_plan(plan: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    from regpt.console.tables import print_table
-
     machine = plan["machine"]
     count = f"{machine['count']} × " if machine["kind"] == "gpu" else ""
     print_line(f"{plan['recipe']} on {count}{machine['name']}")
-    table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, text in lines(plan):
-        table.add_row(name, text)
-    print_table(table)
+    print_rows((), list(lines(plan)), left=(0, 1))
     for warning in plan["warnings"]:
         print_line(f"warning: {warning}")
 

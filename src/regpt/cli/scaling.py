@@ -10,8 +10,7 @@ import tyro
 
 from regpt.cli.output import OTHER_JSON
 from regpt.cli.parse import parse
-from regpt.cli.table import print_rows
-from regpt.console.lines import print_json, print_line
+from regpt.console.lines import print_json, print_line, print_rows
 from regpt.console.text import si
 from regpt.errors import UsageError, UserError
 from regpt.files import write_errors, write_json

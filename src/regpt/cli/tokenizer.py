@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +15,7 @@ from regpt.cli.parse import parse, run_subcommand
 from regpt.cli.text_args import TextFlags, as_meant
 from regpt.console.lines import print_line, print_note
 from regpt.errors import UsageError, UserError, word
-from regpt.files import file_sha256, write_json, write_text
+from regpt.files import write_text
 from regpt.prepare.settings import TEXT_OPTIONS
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from regpt.prepare.settings import TextOptions
     from regpt.text.tokenizer import Tokenizer
 
-MADE_OF = "made_of.json"  # next to tokenizer.json
 MEASURED_CHARS = 10_000_000  # of the training text, encoded to print the bytes a token
 
 
@@ -38,7 +36,7 @@ class TrainArgs:
     vocab_size: int
     """Tokens, the 256 bytes and <|endoftext|> included."""
     out: Annotated[str, tyro.conf.arg(metavar="DIR")]
-    """Folder to write tokenizer.json into; where these sources made the one in it, nothing is to do."""
+    """Folder to write tokenizer.json into."""
     text: TextFlags = TEXT_OPTIONS
 
 
@@ -64,18 +62,13 @@ def train_main(args: list[str]) -> int:
 
     if not given.sources:
         raise UsageError("no SOURCE given; give files, folders, globs or a named set")
-    if not file.exists():
-        try_place(file.parent)
+    if file.exists():
+        raise UserError(f"{file} exists already; choose another --out or delete it")
+    try_place(file.parent)
     text = as_meant(given.text)
     check_text(text)
     listing = list_sources(given.sources, options=RemoteOptions(download_folder()), text=text)
     sources = listing.train
-    if file.exists():
-        if stored(file) != made_of(file, given, sources):
-            raise UserError(f"{file} exists already; choose another --out or delete it")
-        listing.discard()
-        print_line(f"nothing to do: {given.out} holds the tokenizer of these sources already")
-        return 0
     print_left_out(listing.left_out)
     long_words = LongWords()
     tokenizer = train_bpe(shown(sources, text), given.vocab_size, long_words)
@@ -87,32 +80,11 @@ def train_main(args: list[str]) -> int:
     with writing_to(file.parent):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, tokenizer.to_json())
-        write_json(file.with_name(MADE_OF), made_of(file, given, sources))
     measured = bytes_per_token(tokenizer, sources, text)
     listing.discard()
     print_line(f"wrote {file}: {tokenizer.n_vocab:,} tokens, {measured:.3f} bytes a token on its training text")
     print_line(f"use it with: regpt data prepare SOURCE --tokenizer {word(given.out)} --out DIR")
     return 0
-
-
-def made_of(file: Path, given: TrainArgs, sources: list[Source]) -> dict[str, Any]:
-    """What decides the bytes of a tokenizer: they themselves, its size, how text was read, every source."""
-    return {
-        "sha256": file_sha256(file),
-        "vocab_size": given.vocab_size,
-        "text": json.loads(json.dumps(asdict(as_meant(given.text)))),
-        "sources": [source.known() for source in sources],
-    }
-
-
-def stored(file: Path) -> Any:
-    """`made_of` as it was when the tokenizer `file` was written; None where nobody knows."""
-    from regpt.structured import read_json
-
-    try:
-        return read_json(file.with_name(MADE_OF), "delete it")
-    except UserError:
-        return None
 
 
 def shown(sources: list[Source], text: TextOptions) -> Iterator[str]:

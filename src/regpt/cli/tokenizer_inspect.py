@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from regpt.cli.parse import parse
-from regpt.cli.table import print_rows
-from regpt.console.lines import print_json, print_line
+from regpt.console.lines import print_json, print_line, print_rows
 from regpt.console.tables import print_cells
 from regpt.errors import UserError
 from regpt.ranges import MANY, Range

@@ -1,9 +1,9 @@
-"""Lines on stdout, notes on stderr, JSON for scripts."""
+"""Lines and tables on stdout, notes on stderr, JSON for scripts."""
 
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
 from regpt.console.text import UNSAFE, message, visible
@@ -12,6 +12,18 @@ from regpt.console.text import UNSAFE, message, visible
 def print_line(text: object = "") -> None:
     """`text` and a line break on stdout: as it is in a file or pipe, visible on a terminal."""
     write_stream(sys.stdout, f"{text}\n")
+
+
+def print_rows(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> None:
+    """Print `rows` under `head` (if any) as lines that can be piped and searched; the columns in `left` are aligned to
+    the left, the others to the right."""
+    table = [head, *rows] if head else rows
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    for row in table:
+        cells = [
+            cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
+        ]
+        print_line("  ".join(cells).rstrip())
 
 
 def print_note(text: object) -> None:

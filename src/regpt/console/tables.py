@@ -1,21 +1,19 @@
-"""Tables, progress bars and status lines of rich: data is never read as markup, and no number is cut."""
+"""Consoles and progress bars of rich: data is never read as markup."""
 
 from collections.abc import Iterable
 from typing import IO, Any
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.measure import Measurement
 from rich.progress import Progress, ProgressColumn, TextColumn
 from rich.segment import Segment
-from rich.table import Column, Table
+from rich.table import Column
 from rich.text import Text
 
 from regpt.console.lines import is_terminal
 from regpt.console.text import visible
 
 CELLS = ("black on cyan", "black on yellow")  # of neighbours in a line
-NO_LIMIT = 1_000_000  # columns of a file
 
 
 class PlainConsole(Console):
@@ -43,24 +41,6 @@ class PlainConsole(Console):
 def can_redraw(console: Console) -> bool:
     """Whether lines can be overwritten: a terminal that is not dumb."""
     return console.is_terminal and not console.is_dumb_terminal
-
-
-def print_table(table: Table, console: Console | None = None) -> None:
-    """`table` at its full width in a file or pipe. On a terminal text wraps between words; numbers stay whole, and
-    lines that a very narrow terminal cannot hold are left to it."""
-    console = console or PlainConsole()
-    unlimited = console.options.update(max_width=NO_LIMIT)
-    for column in table.columns:
-        cells = [console.render_str(cell) if isinstance(cell, str) else cell for cell in [column.header, *column.cells]]
-        sizes = [Measurement.get(console, unlimited, cell) for cell in cells]
-        column.overflow, column.no_wrap = "fold", column.justify == "right"
-        column.min_width = max(size.maximum if column.no_wrap else size.minimum for size in sizes)
-    needed, before = Measurement.get(console, unlimited, table), console.width
-    console.width = max(before, needed.minimum) if is_terminal(console.file) else needed.maximum
-    try:
-        console.print(table, soft_wrap=True)
-    finally:
-        console.width = before
 
 
 def print_cells(texts: list[str], notes: list[str], separator: str, console: Console | None = None) -> None:

@@ -5,9 +5,7 @@ attempt writes the shards anew, from what is encoded.
 import contextlib
 import hashlib
 import re
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,7 +96,7 @@ class ShardWriter:
     """Writes one split as shards of at most `shard_tokens` tokens; a document may continue in the next shard.
 
     `shards` describes the files that are finished; `finish` ends the last one. Used as a context manager, it closes the
-    open file when something fails. A thread hashes what is written.
+    open file when something fails.
     """
 
     def __init__(self, folder: Path, split: Literal["train", "val"], dtype: str, shard_tokens: int) -> None:
@@ -107,8 +105,6 @@ class ShardWriter:
         self._split: Split = split
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._file = None
-        self._hasher = ThreadPoolExecutor(1)  # hashlib lets other threads run meanwhile
-        self._hashed: deque[Future[None]] = deque()
         self._begin()
 
     def write(self, tokens: np.ndarray, starts: np.ndarray) -> None:
@@ -132,7 +128,6 @@ class ShardWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._hasher.shutdown(cancel_futures=True)
         if self._file is not None:
             with contextlib.suppress(OSError):  # a full disk fails again
                 self._file.close()
@@ -141,9 +136,7 @@ class ShardWriter:
         if self._file is None:
             self._file = (self._folder / (self._name + PARTIAL)).open("wb")
         self._file.write(data)
-        self._hashed.append(self._hasher.submit(self._digest.update, data))
-        if len(self._hashed) > 2:  # bounds what is in memory
-            self._hashed.popleft().result()
+        self._digest.update(data)
 
     def _begin(self) -> None:
         self._name = f"{self._split}-{len(self.shards):05d}.bin"
@@ -153,8 +146,6 @@ class ShardWriter:
         assert self._file is not None
         finish_file(self._file, self._folder / self._name)
         self._file = None
-        while self._hashed:
-            self._hashed.popleft().result()
         starts = np.concatenate(self._starts).astype("<i8")
         index = starts.tobytes()
         shard = Shard(

@@ -16,8 +16,6 @@ BLOCKS = 20  # parts of a run whose means are compared
 RISE = 0.1  # nats of the last part above the lowest one that count as rising, or six standard deviations of a part
 DIVERGED = 0.5  # nats
 SPIKE = 0.3  # nats above the smoothed line, or eight robust standard deviations
-FLAT_BLOCKS, FLAT_FALL, LATER_FALL = 6, 0.1, 0.3  # a plateau: its parts, its fall and the one after it, as shares
-LEAST_FALL = 0.5  # nats: below it no shape is judged
 LEARNS = 0.1  # of the loss at the start: a smaller fall is no learning
 VAL_RISE = 0.01  # nats, or two standard errors of the difference
 GAP = 0.3  # nats between training and validation that is worth a word
@@ -62,7 +60,7 @@ def examine(run: RunData) -> list[Finding]:
     if len(known) < MIN_ROWS:
         return [*found, Finding("note", "short", f"{counted(len(known), 'row')} of training loss are too few to judge")]
     curve = make_curve(known)
-    for rule in (training, spikes, plateau, validation, repetition, gap, gradients, speed):
+    for rule in (training, spikes, validation, repetition, gap, gradients, speed):
         found += rule(run, curve)
     if any(one.kind == "diverging" for one in found):  # explains what the gap would blame on the data
         found = [one for one in found if one.kind != "gap"]
@@ -144,25 +142,6 @@ def spikes(run: RunData, curve: Curve) -> Iterator[Finding]:
         worst, first = max(high, key=above.__getitem__), [i for i in high if i - 1 not in high]
         where = f"the largest {above[worst]:.2f} above the line at step {curve.steps[worst]:,}"
         yield Finding("note", "spikes", f"{counted(len(first), 'loss spike')}, {where}")
-
-
-def plateau(run: RunData, curve: Curve) -> Iterator[Finding]:
-    """Hardly any fall in the first tenth of the run, or in a later stretch, although much of it came afterwards."""
-    means, best = curve.means, min(curve.means)
-    advice = "a higher optim.lr or a shorter warmup may shorten it"
-    whole = curve.raw[0] - best
-    if whole > LEAST_FALL and curve.raw[0] - means[1] < FLAT_FALL * whole:
-        text = f"a plateau at the start: after {counted(curve.block(1)[1], 'step')} the loss was still {means[1]:.2f}"
-        yield Finding("note", "plateau", f"{text}; {advice}")
-        return
-    whole = means[0] - best
-    for i in range(BLOCKS // 2):
-        flat = abs(means[i] - means[i + FLAT_BLOCKS]) < FLAT_FALL * whole
-        if whole > LEAST_FALL and flat and means[i + FLAT_BLOCKS] - best > LATER_FALL * whole:
-            begin, end = curve.block(i)[0], curve.block(i + FLAT_BLOCKS)[1]
-            text = f"a plateau: the loss stood near {means[i]:.2f} from step {begin:,} to {end:,}"
-            yield Finding("note", "plateau", f"{text}; {advice}")
-            return
 
 
 def validation(run: RunData, curve: Curve) -> Iterator[Finding]:
