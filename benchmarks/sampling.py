@@ -3,11 +3,18 @@
     python benchmarks/sampling.py runs/124m --precision bf16
     python benchmarks/sampling.py gpt2-124m --batch 1 8 64        # the recipe's model with random weights
 
-Each text is a prompt of random tokens, continued by the function that `regpt sample` uses. The median of `--repeats`
-counts, after one that is not timed. Prints a table; `--json` keeps it.
+    python benchmarks/sampling.py gpt2-124m --precision bf16 --batch 1 64 256 --hugging-face
+    python benchmarks/sampling.py gpt2-tiny --identity 10000
+
+Each text is a prompt of random tokens, continued by the engine that `regpt sample` uses; under bf16 and fp16 on CUDA
+with weights of that format. The median of `--repeats` counts, after one that is not timed. Prints a table; `--json`
+keeps it. `--hugging-face` times `generate` of transformers on the same model in the same run. `--identity N` writes N
+texts in batches, pages and chunks of several sizes, and counts those that differ from the text written alone.
 """
 
+import contextlib
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,18 +29,20 @@ from tables import columns, figure_of
 
 from regpt.checkpoint.open import open_model
 from regpt.config import read_config, recipe_names
-from regpt.console.lines import status
+from regpt.console.lines import print_json, status
 from regpt.console.text import counted
-from regpt.engine.generate import generate
+from regpt.engine.decode import half_copy
+from regpt.engine.engine import PAGE_SIZE, Engine
 from regpt.engine.processing import SamplingOptions
+from regpt.engine.request import Request
 from regpt.model.families import make_model
 from regpt.model.transformer import Transformer
 from regpt.model.weights import count_parameters, initialize
 from regpt.parallel.mesh import choose_device
 from regpt.tools.bench.steps import library_versions, percentiles
 from regpt.train.config import InferencePrecision
-from regpt.train.peak import driver_name, synchronize
-from regpt.train.precision import autocast, parameter_dtype, set_matmul_precision
+from regpt.train.peak import driver_name
+from regpt.train.precision import HALF_TYPES, autocast, parameter_dtype, set_matmul_precision
 
 OPTIONS = SamplingOptions(top_k=50)
 
@@ -55,6 +64,10 @@ class Args:
     """auto: CUDA, then MPS, then CPU."""
     precision: InferencePrecision = "fp32"
     """Number format of the computation."""
+    hugging_face: bool = False
+    """Time transformers' generate, too: GPT-2 only, with a static cache and compiled on CUDA, else with its cache."""
+    identity: int = 0
+    """Instead: write so many texts in four ways, and count the differences."""
     json: Path | None = None
     """Also write the report to this file."""
 
@@ -62,12 +75,24 @@ class Args:
 def main(given: Args) -> None:
     device = choose_device(given.device)
     set_matmul_precision(given.precision)
-    with status() as say, autocast(given.precision, device):
+    with status() as say:
         say("opening the model")
         model = open_or_make(given.model, device).to(parameter_dtype(given.precision))
+        if given.precision in HALF_TYPES and device.type == "cuda":
+            model = half_copy(model, HALF_TYPES[given.precision])
+        context = autocast(given.precision, device) if device.type != "cuda" else contextlib.nullcontext()
+    with status() as say, context:
+        if given.identity:
+            print_json(count_differences(model, given.identity, say))
+            return
         report = bench_sample(model, given.batch, given.prompt_tokens, given.new_tokens, given.repeats, say)
     report = {"kind": "sampling", "source": given.model, "precision": given.precision, **report}
     Console(width=160).print(sample_table(report))
+    if given.hugging_face:
+        peer = theirs(model, given.batch, given.prompt_tokens, given.new_tokens, given.repeats, device)
+        report["hugging_face"] = peer
+        for row, other in zip(report["batches"], peer):
+            print_json({**other, "ours": row["tokens_per_s"], "ratio": row["tokens_per_s"] / other["tokens_per_s"]})
     if given.json:
         given.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
@@ -126,18 +151,102 @@ def time_generation(
     model: Transformer, batch: int, prompt_tokens: int, new_tokens: int, repeats: int
 ) -> dict[str, float]:
     """`percentiles` of the seconds of `repeats` generations after one that is not timed."""
-    device = model.device
-    generator = torch.Generator(device).manual_seed(0)
-    shape = (batch, prompt_tokens)
-    prompts = torch.randint(model.config.vocab_size, shape, generator=generator, device=device)  # (B, P)
+    engine = make_engine(model, batch, prompt_tokens + new_tokens)
+    return timed(lambda: write_texts(engine, random_prompts(model, batch, prompt_tokens), new_tokens), repeats)
+
+
+def timed(write: Callable[[], object], repeats: int) -> dict[str, float]:
     seconds = list[float]()
     for _ in range(repeats + 1):
-        synchronize(device)
+        synchronize_all()
         started = time.perf_counter()
-        generate(model, prompts, new_tokens, options=OPTIONS)
-        synchronize(device)
+        write()
+        synchronize_all()
         seconds.append(time.perf_counter() - started)
     return percentiles(seconds[1:])
+
+
+def synchronize_all() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def random_prompts(model: Transformer, batch: int, prompt_tokens: int) -> list[list[int]]:
+    source = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.vocab_size, (batch, prompt_tokens), generator=source).tolist()
+
+
+def make_engine(model: Transformer, batch: int, tokens: int, **options: Any) -> Engine:
+    """An engine for so many texts at once; the prompts of two repeats are alike, so none is kept."""
+    cache_tokens = batch * -(-tokens // PAGE_SIZE) * PAGE_SIZE
+    return Engine(model, max_rows=batch, cache_tokens=cache_tokens, prefix_cache=False, **options)
+
+
+def write_texts(engine: Engine, prompts: Sequence[list[int]], new_tokens: int) -> list[list[list[int]]]:
+    return engine.run([Request(prompt, new_tokens, OPTIONS, seed) for seed, prompt in enumerate(prompts)])
+
+
+def theirs(
+    model: Transformer, batches: Sequence[int], prompt_tokens: int, new_tokens: int, repeats: int, device: torch.device
+) -> list[dict[str, float]]:
+    """Tokens/s of transformers' GPT-2 with the weights' shapes and format."""
+    own = Path(__file__).parent
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() != own]  # transformers imports a package `kernels`
+    import transformers
+
+    shape = model.config.resolved()
+    config = transformers.GPT2Config(
+        vocab_size=shape.vocab_size, n_positions=shape.max_seq_len, n_embd=shape.n_embd, n_layer=shape.n_layer,
+        n_head=shape.n_head, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    peer: Any = transformers.GPT2LMHeadModel(config).to(device, model.dtype).eval()
+    cache = {"cache_implementation": "static"} if device.type == "cuda" else {}
+    found = []
+    for batch in batches:
+        idx = torch.tensor(random_prompts(model, batch, prompt_tokens), device=device)
+        given = {"attention_mask": torch.ones_like(idx), "do_sample": True, "top_k": OPTIONS.top_k, **cache}
+
+        def write(idx: torch.Tensor = idx, given: dict[str, Any] = given) -> object:
+            return peer.generate(idx, max_new_tokens=new_tokens, min_new_tokens=new_tokens, pad_token_id=0, **given)
+
+        for _ in range(2):  # compiled, then captured
+            write()
+        found.append({"batch": batch, "tokens_per_s": batch * new_tokens / timed(write, repeats)["median"]})
+    return found
+
+
+WAYS = (
+    {"max_rows": 1, "page_size": 16},
+    {"max_rows": 3, "page_size": 16, "chunk_tokens": 7},
+    {"max_rows": 16, "page_size": 5, "prefix_cache": True},
+    {"max_rows": 64, "page_size": 32, "chunk_tokens": 100, "prefix_cache": True},
+)
+
+
+def count_differences(model: Transformer, n: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Texts of `n` prompts of 1 to 32 tokens, up to 16 new ones, drawn in several manners, written in four `WAYS`."""
+    source = torch.Generator().manual_seed(1)
+    sizes = torch.randint(1, 33, (n,), generator=source).tolist()
+    rows = torch.randint(model.config.vocab_size, (n, 32), generator=source)
+    rows[::4, :20] = rows[0, :20]  # a quarter begins alike
+    manners = (
+        SamplingOptions(),
+        SamplingOptions(0),
+        SamplingOptions(0.8, 200, 0.9),
+        SamplingOptions(1.2, 0, min_p=0.01),
+    )
+    requests = [
+        Request(row[:size], 1 + i % 16, manners[i % 4], i) for i, (row, size) in enumerate(zip(rows.tolist(), sizes))
+    ]
+    texts, again = [], []
+    for way in WAYS:
+        say(f"{way}")
+        engine = Engine(model, cache_tokens=64 * way["max_rows"], **{"prefix_cache": False, **way})
+        texts.append(engine.run(requests))
+        again.append(engine.stats().recomputed)
+    differing = [sum(a != b for a, b in zip(texts[0], other)) for other in texts[1:]]
+    tokens = sum(len(text) for (text,) in texts[0])
+    return {"texts": n, "tokens": tokens, "differing": differing, "drawn_again": again}
 
 
 def sample_table(report: dict[str, Any]) -> Table:

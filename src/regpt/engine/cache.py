@@ -151,8 +151,9 @@ class View:
 class PrefillView(View):
     """Several tokens each of several texts."""
 
-    def __init__(self, pages: Pages, spans: Sequence[PromptSpan]):
+    def __init__(self, pages: Pages, spans: Sequence[PromptSpan], kernel: Callable[..., Tensor] | None = None):
         super().__init__(pages)
+        self.kernel = kernel
         device, self.spans = pages.k.device, spans
         whole = [pages.slots(span.pages, 0, span.start + span.n) for span in spans]
         self.slots = [slots if isinstance(slots, slice) else slots.to(device) for slots in whole]
@@ -165,13 +166,44 @@ class PrefillView(View):
     ) -> Tensor:
         keys, values = self.pages.k[layer], self.pages.v[layer]  # (G, slots, D)
         keys[:, self.new], values[:, self.new] = k[0].to(keys.dtype), v[0].to(values.dtype)
-        q, found = q.to(keys.dtype), torch.empty_like(q, dtype=keys.dtype)
+        q = q.to(keys.dtype)
+        if self.kernel is not None:
+            return self.attend_by_kernel(self.kernel, q, (k, v), (keys, values), mask)
+        found = torch.empty_like(q)
         for span, slots in zip(self.spans, self.slots):
             part = slice(span.first, span.first + span.n)
             total = span.start + span.n
             seen = self.once((mask.window, span.n, total), lambda: sdpa_mask(mask, 1, span.n, total, q.device))  # noqa: B023
             found[:, :, part] = attention(q[:, :, part], keys[None, :, slots], values[None, :, slots], seen)
         return found
+
+    def attend_by_kernel(
+        self,
+        kernel: Callable[..., Tensor],
+        q: Tensor,
+        new: tuple[Tensor, Tensor],
+        held: tuple[Tensor, Tensor],
+        mask: AttentionMask,
+    ) -> Tensor:
+        """The same for all texts at once; `new` keys and values (1, G, N, D), `held` (G, slots, D) with them."""
+        lengths, longest, slots = self.once("lengths", self.lengths)
+        if slots is None:
+            k, v = (y.to(q.dtype) for y in new)
+        else:
+            k, v = (y[None, :, slots] for y in held)
+        return kernel(q, k, v, lengths, longest, mask.window)
+
+    def lengths(self) -> tuple[tuple[Tensor, Tensor], tuple[int, int], Tensor | None]:
+        """Cumulative lengths of queries and keys, the longest of each, and the slots of all keys; None where no text
+        has earlier ones."""
+        device, spans = self.pages.k.device, self.spans
+        new, total = [span.n for span in spans], [span.start + span.n for span in spans]
+        starts = torch.tensor([[0, *new], [0, *total]]).cumsum(1).to(device, torch.int32)
+        slots = None
+        if new != total:
+            parts = [torch.arange(s.start, s.stop, device=device) if isinstance(s, slice) else s for s in self.slots]
+            slots = torch.cat(parts)
+        return (starts[0], starts[1]), (max(new), max(total)), slots
 
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int | None], Tensor]

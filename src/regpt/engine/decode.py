@@ -5,9 +5,11 @@ and writes the new token and position into it. So on a CUDA device the whole ste
 bucket of rows; on a CPU the same function runs as it is.
 """
 
+import copy
 import warnings
 from collections.abc import Sequence as Items
-from typing import NamedTuple
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -281,3 +283,17 @@ def to_host(results: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], torch.cuda
     ready = torch.cuda.Event()
     ready.record()
     return copies, ready
+
+
+def load_kernels(model: Transformer, dtype: torch.dtype) -> Any:
+    """`kernels.paged.PagedKernels` for the model's device; None where there are none."""
+    if model.device.type != "cuda" or find_spec("triton") is None:
+        return None
+    from regpt.kernels.paged import paged_kernels  # imports Triton
+
+    return paged_kernels(model.device, dtype, model.config.resolved().head_size)
+
+
+def half_copy(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """A copy of `model` with weights in `dtype`: what a step reads is halved, and no weight is rounded in each."""
+    return copy.deepcopy(model).to(dtype).eval()

@@ -17,8 +17,8 @@ from contextlib import AbstractContextManager, ExitStack
 import torch
 from torch import Tensor
 
-from regpt.engine.cache import Attention, Pages, PrefillView, PromptSpan
-from regpt.engine.decode import Launched, Needs, RowState, Step, draw_rows, results_of, to_host
+from regpt.engine.cache import Pages, PrefillView, PromptSpan
+from regpt.engine.decode import Launched, Needs, RowState, Step, draw_rows, load_kernels, results_of, to_host
 from regpt.engine.noise import choice_seed
 from regpt.engine.processing import TOLERANCES, is_exact, rows_of
 from regpt.engine.request import Event, FinishReason, Request, Stats, bad_logits, check_request
@@ -46,7 +46,7 @@ class Engine:
         exact: tokens that rounding could change are drawn again from an uncached forward. Default: in float32 and
             float64, except where TensorFloat-32 is allowed.
         graphs: capture the decode step as CUDA graphs. Default: on CUDA.
-        attention: a kernel for `DecodeView`.
+        kernels: attention by `kernels.paged` where there is one for the device.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Engine:
         prefix_cache: bool = True,
         exact: bool | None = None,
         graphs: bool | None = None,
-        attention: Attention | None = None,
+        kernels: bool = True,
     ):
         self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
         self.device, self.longest, self.n_vocab = model.device, model.config.max_seq_len, model.config.vocab_size
@@ -78,9 +78,9 @@ class Engine:
         self.pages = Pages(model.config, n_pages, page_size, self.device, dtype)
         self.rows = RowState(max_rows, self.pages.needed(self.longest), self.n_vocab, self.device)
         graphs = kind == "cuda" if graphs is None else graphs
-        self.decode_step = Step(
-            model, self.pages, self.rows, tolerance=self.tolerance, attention=attention, graphs=graphs
-        )
+        found = load_kernels(model, dtype) if kernels else None
+        decode, self.prefill_kernel = (None, None) if found is None else (found.decode, found.prefill)
+        self.decode_step = Step(model, self.pages, self.rows, tolerance=self.tolerance, attention=decode, graphs=graphs)
         self.queue, self.followers = FairQueue(), dict[int, list[Sequence]]()
         self.prefilling, self.active, self.sliding = list[Sequence](), list[Sequence](), list[Sequence]()
         self.pending, self.outbox = deque[Launched](), list[Event]()
@@ -220,7 +220,7 @@ class Engine:
                 positions += range(start, start + n)
                 sequence.cached, room = start + n, room - n
                 read.append(sequence)
-        view = PrefillView(self.pages, spans)
+        view = PrefillView(self.pages, spans, self.prefill_kernel)
         given = torch.tensor([idx, positions]).to(self.device)
         hidden = self.model.hidden(given[:1], positions=given[1:], cache=view)[0]  # (N, C)
         ends = [span.first + span.n - 1 for span, one in zip(spans, read) if one.cached == one.prompt_tokens]

@@ -1,0 +1,103 @@
+"""Attention to keys and values in pages (`engine.cache`): one new token a text by Triton, prompts by FlashAttention-2.
+
+The arithmetic is that of `DecodeView.attend_pages` and of `ops.attention`, which are the references in the tests.
+"""
+# pyright: reportIndexIssue=false
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+from torch import Tensor
+
+from regpt.kernels.masked import FLASH_CAPABILITY, FLASH_HEAD, HALF, HEAD_MULTIPLE
+
+BLOCK, WARPS = 64, 4  # positions that a program reads at once
+
+
+class PagedKernels(NamedTuple):
+    """What `Engine` takes instead of the plain attention."""
+
+    decode: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int | None], Tensor]
+    prefill: Callable[..., Tensor] | None
+
+
+def paged_kernels(device: torch.device, dtype: torch.dtype, head_size: int) -> PagedKernels | None:
+    """The kernels for `device`; None where there is none."""
+    if device.type != "cuda" or not torch.version.cuda:
+        return None
+    fits = dtype in HALF and head_size % HEAD_MULTIPLE == 0 and head_size <= FLASH_HEAD
+    flash = fits and torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY
+    return PagedKernels(decode_attention, prefill_attention if flash else None)
+
+
+@triton.jit
+def decode_attention_kernel(
+    q_ptr, k_ptr, v_ptr, table_ptr, position_ptr, out_ptr, q_row, q_head, kv_head, table_row, position_row, scale,
+    window, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    last = tl.load(position_ptr + row * position_row).to(tl.int32)
+    feature, within = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK)
+    real = feature < D
+    q = tl.load(q_ptr + row * q_row + head * q_head + feature, mask=real, other=0.0).to(tl.float32) * scale
+    of_head = (head // (H // G)).to(tl.int64) * kv_head
+    first = 0
+    if WINDOW:
+        first = tl.maximum(last - window + 1, 0)
+    top = tl.full((), float("-inf"), tl.float32)
+    total = tl.zeros((), tl.float32)
+    y = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(first // BLOCK * BLOCK, last + 1, BLOCK):
+        at = start + within
+        seen = (at >= first) & (at <= last)
+        page = tl.load(table_ptr + row * table_row + at // PAGE, mask=seen, other=0)
+        place = of_head + (page * PAGE + at % PAGE)[:, None] * D + feature[None, :]
+        inside = seen[:, None] & real[None, :]
+        k = tl.load(k_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(v_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        scores = tl.where(seen, tl.sum(k * q[None, :], 1), float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 0))
+        weights, shrink = tl.exp(scores - higher), tl.exp(top - higher)
+        total = total * shrink + tl.sum(weights, 0)
+        y = y * shrink + tl.sum(v * weights[:, None], 0)
+        top = higher
+    tl.store(out_ptr + (row * H + head) * D + feature, (y / total).to(out_ptr.dtype.element_ty), mask=real)
+
+
+def decode_attention(
+    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, positions: Tensor, page_size: int, window: int | None
+) -> Tensor:
+    """Attention of the rows q (B, H, D) to the positions up to their own in the pages of `tables`: (B, H, D).
+
+    `keys`, `values` (G, slots, D) contiguous; `tables` (B, pages) and `positions` (B,) int64. No host synchronisation.
+    """
+    B, H, D = q.shape
+    q = q if q.stride(2) == 1 else q.contiguous()
+    out = q.new_empty(B, H, D)
+    decode_attention_kernel[(B, H)](
+        q, keys, values, tables, positions, out, q.stride(0), q.stride(1), keys.stride(0), tables.stride(0),
+        positions.stride(0), D**-0.5, window or 0, H=H, G=keys.size(0), D=D, BLOCK_D=triton.next_power_of_2(D),
+        PAGE=page_size, BLOCK=BLOCK, WINDOW=window is not None, num_warps=WARPS,
+    )  # fmt: skip
+    return out
+
+
+def prefill_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[Tensor, Tensor], longest: tuple[int, int], window: int | None
+) -> Tensor:
+    """Causal attention of several texts' tokens, the last of each: q (1, H, N, D) to k and v (1, G, S, D), alike out.
+
+    Args:
+        lengths: (texts + 1,) int32 each, cumulative, of the queries and of the keys.
+        longest: of one text, queries and keys.
+    """
+    rows: tuple[Any, ...] = tuple(y[0].transpose(0, 1) for y in (q, k, v))  # (N or S, H or G, D)
+    ends = (None, None) if window is None else (window - 1, 0)
+    y = torch.ops.aten._flash_attention_forward(
+        *rows, *lengths, *longest, 0.0, True, False, window_size_left=ends[0], window_size_right=ends[1]
+    )[0]
+    return y.transpose(0, 1)[None]
