@@ -27,6 +27,7 @@ from regpt.train.config import LogConfig, OptimConfig, TrainConfig
 
 # Every key of [data] before shuffle_rows was added: a section with all of them was written by that version.
 DATA_BEFORE_SHUFFLE_ROWS = {"path", "mixture", "tokenizer", "seq_len", "order", "document_mask", "seed"}
+RETIRED = {"max_seconds"}  # keys of [eval] in the config.toml of older runs
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,9 @@ def completed(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def with_old_meanings(values: dict[str, Any]) -> dict[str, Any]:
-    """`values`, where an older version wrote them, with the row order that it had."""
+    """`values`, where an older version wrote them, with the row order that it had and without keys that are gone."""
+    if isinstance(values.get("eval"), dict):
+        values = values | {"eval": {key: value for key, value in values["eval"].items() if key not in RETIRED}}
     data = values.get("data")
     if isinstance(data, dict) and "shuffle_rows" not in data and data.keys() >= DATA_BEFORE_SHUFFLE_ROWS:
         return values | {"data": data | {"shuffle_rows": "none"}}

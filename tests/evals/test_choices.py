@@ -9,10 +9,9 @@ from naive import naive_scores
 from regpt.data.order import permutation
 from regpt.errors import UserError
 from regpt.evals.choices import Choices, Question, largest, open_choices
-from regpt.evals.score import Scorer, Scores
+from regpt.evals.score import Scorer
 from regpt.evals.suite import Suite, suite_rows
 from regpt.evals.task import (
-    PILOT_ITEMS,
     SUBSET_SEED,
     Estimate,
     Result,
@@ -169,40 +168,6 @@ def test_a_task_of_which_nothing_fits_has_no_value_and_refuses_no_other(tokenize
         refuse_if_nothing_fits([long], 32)
     row, _ = suite_rows(Suite("mine", (long,)), [found])
     assert (row["value"], row["n"], row["left_out"]) == (None, 0, 3)
-
-
-class Clock:
-    """Every prompt takes a second."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.mark.parametrize(("seconds", "evaluated"), [(1, 256), (256.5, 256), (400, 256), (1000, 744), (5000, 2000)])
-def test_a_time_budget_chooses_a_part_after_a_pilot(tokenizer, monkeypatch, seconds, evaluated):
-    clock = Clock()
-    monkeypatch.setattr("regpt.evals.task.time.perf_counter", clock)
-    asked = []
-
-    class Slow(Scorer):
-        def __init__(self) -> None:
-            self.cost, self.mesh = type("", (), {"compile_seconds": 0.0}), tiny.ALONE
-            self.max_seq_len = 64
-
-        def __call__(self, prompts, progress=None) -> Scores:
-            asked.append(len(prompts))
-            clock.now += len(prompts)
-            n = sum(len(prompt.endings) for prompt in prompts)
-            return Scores(np.zeros(n), np.ones(n, dtype=np.int64), np.zeros(n, dtype=bool))
-
-    task = task_of(questions(20) * 100, tokenizer)
-    found = evaluate_task(task, Slow(), seconds=seconds)
-    assert asked == [PILOT_ITEMS, evaluated]
-    assert len(found.chosen) == evaluated
-    assert evaluated in (256, 2000) or found.seconds <= seconds
 
 
 def test_standard_errors_are_lm_evals():

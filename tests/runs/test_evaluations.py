@@ -5,9 +5,7 @@ import random
 import shutil
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,8 +15,6 @@ from regpt.checkpoint.load import checkpoint_folder
 from regpt.cli.eval import main
 from regpt.config import RunConfig
 from regpt.errors import UsageError, UserError
-from regpt.evals.suite import Suite
-from regpt.evals.task import Result
 from regpt.report.page import render
 from regpt.report.read import read_run
 from regpt.runs import evaluations
@@ -151,44 +147,6 @@ def test_several_processes_evaluate_together(shards, questions, tmp_path):
     assert len(one) == len(two)
 
 
-def test_the_first_evaluation_chooses_the_part_and_a_resumed_run_keeps_it(shards, questions, tmp_path, monkeypatch):
-    asked = []
-    original = evaluations.evaluate_task
-
-    def watched(task, scorer, *, max_items=0, seconds=0.0):
-        asked.append((max_items, seconds))
-        return original(task, scorer, max_items=max_items or 270, seconds=0.0)
-
-    monkeypatch.setattr(evaluations, "evaluate_task", watched)
-    run = tmp_path / "run"
-    assert pretrain(with_tasks(shards, questions, max_seconds=5.0), run) == 0
-    assert asked == [(0, 5.0), (270, 0.0), (270, 0.0), (270, 0.0)]
-    for step in (6, 8):
-        shutil.rmtree(checkpoint_folder(run, step))
-    asked.clear()
-    assert resume(run) == 0
-    assert set(asked) == {(270, 0.0)}
-    assert {row["n"] for row in tiny.rows_of(run, "eval")} == {270}
-
-
-def test_every_name_has_the_same_share_of_the_time_however_many_tasks_are_behind_it(shards, tmp_path, monkeypatch):
-    asked = {}
-
-    def watched(task, scorer, *, max_items=0, seconds=0.0):
-        asked[task.name] = seconds
-        outcomes = {"acc": np.ones(2)}
-        return Result(task.name, outcomes, np.arange(2), 2, task.items_sha256, 0.0, 1.0 if task.name == "a" else 0.5)
-
-    monkeypatch.setattr(evaluations, "evaluate_task", watched)
-    tasks = {name: SimpleNamespace(name=name, items_sha256=name) for name in "abcde"}
-    suites = [Suite(name, tuple(tasks[letter] for letter in name)) for name in ("a", "bcd", "e")]
-    config = tiny.change(tiny.run_config(shards), "eval", max_seconds=9.0)
-    found = evaluations.RunEvaluations(config, tmp_path, suites, tiny.build_model(), tiny.ALONE, lambda text: None)
-    list(found.rows(0))
-    # 9 / 3 = 3; it leaves 8, half of which are for three tasks that take 0.5 each; 6.5 are left for the last
-    assert asked == pytest.approx({"a": 3.0, "b": 4 / 3, "c": 3.5 / 2, "d": 3.0, "e": 6.5})
-
-
 def test_a_run_finds_the_files_of_its_tasks_from_another_folder(shards, questions, tmp_path, monkeypatch):
     run = tmp_path / "run"
     monkeypatch.chdir(questions.parent)
@@ -212,7 +170,6 @@ def test_a_limit_of_items_takes_a_part(shards, questions, tmp_path):
         ({"tasks": "val"}, "eval.tasks names val, which is evaluated anyway"),
         ({"tasks": "lm-eval:piqa"}, "eval.tasks names lm-eval, whose tasks are for a finished model"),
         ({"max_items": -1}, "eval.max_items is -1, must be 0 or more"),
-        ({"max_seconds": float("nan")}, "eval.max_seconds is nan, must be 0 or more"),
     ],
 )
 def test_a_wrong_configuration_is_refused(shards, values, said):

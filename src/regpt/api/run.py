@@ -103,7 +103,7 @@ def evaluate(
         data: `val`: folder of token shards; None is the run's own.
         device: as for `load`.
         options: the rest of `regpt.runs.evaluate.EvalRequest`: `val_tokens`, `seq_len`, `batch_rows`, `precision`,
-            `compile`, `max_items`, `max_seconds`, `ema`.
+            `compile`, `max_items`, `ema`.
 
     Raises:
         UsageError: an unknown task, option, model or device.

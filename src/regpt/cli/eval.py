@@ -18,7 +18,7 @@ from regpt.console.text import counted
 from regpt.errors import UsageError, UserError
 from regpt.evals.specs import parse_tasks
 from regpt.files import write_json
-from regpt.ranges import LONG, MANY, PROCESSES, Range
+from regpt.ranges import MANY, PROCESSES, Range
 from regpt.train.config import InferencePrecision
 
 if TYPE_CHECKING:
@@ -46,8 +46,6 @@ class EvalArgs:
     """val: rows per batch; it does not change the loss, but the standard error is computed over batches."""
     max_items: Annotated[int, Range(0, MANY)] = 0
     """Items per task other than val, the first of a fixed order; 0 for all."""
-    max_seconds: Annotated[float, Range(0, LONG)] = 0.0
-    """Time limit per task other than val, in seconds, estimated from its first items; 0 for no limit."""
     step: Annotated[str, tyro.conf.arg(metavar="N|best")] = ""
     """Checkpoint of a run: this step, or best for the lowest validation loss; default: the newest."""
     ema: bool = False
@@ -91,7 +89,6 @@ def main(args: list[str]) -> int:
             precision=given.precision,
             compile=mesh.device.type == "cuda" if given.compile == "auto" else given.compile == "on",
             max_items=given.max_items,
-            max_seconds=given.max_seconds,
             ema=given.ema,
         )
         found = evaluate_model(asked, mesh, bar if mesh.is_main else silent)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from regpt.errors import UsageError
 from regpt.evals.specs import Spec, parse_tasks
-from regpt.ranges import LONG, MANY, Range, check_ranges
+from regpt.ranges import MANY, Range, check_ranges
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,6 @@ class EvalConfig:
     """Tasks evaluated with each validation, as regpt eval --tasks names them: hellaswag; core:DIR; mc:FILE; needle."""
     max_items: Annotated[int, Range(0, MANY)] = 0
     """Items of each task, the first of a fixed order; 0 takes all."""
-    max_seconds: Annotated[float, Range(0, LONG)] = 0.0
-    """Seconds for all tasks of one evaluation; the first one finds out how many items that allows. 0 sets no limit."""
     ema: bool = False
     """Tasks also with the average of the weights (train.ema_decay), as acc_ema, …; that takes twice the time."""
 

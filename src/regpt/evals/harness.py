@@ -243,8 +243,8 @@ class HarnessSuite(Suite):
                 close = nearest(name, self.manager.all_tasks)
                 raise UsageError(f"lm-eval knows no task {name!r}{close}; lm-eval ls tasks lists them")
 
-    def evaluate(self, scorer: Scorer, show: ShowProgress, max_items: int, seconds: float) -> list[Result]:
-        """Run every task on `max_items` items (0: all); the harness has no limit of seconds."""
+    def evaluate(self, scorer: Scorer, show: ShowProgress, max_items: int) -> list[Result]:
+        """Run every task on `max_items` items (0: all)."""
         results: list[Result] = []
         with show(self.name) as progress:
             model = HarnessModel(scorer, self.tokenizer, progress)

@@ -174,13 +174,6 @@ class Scorer:
         hidden = self.hidden(*rows)  # (B, T, C)
         return hidden.flatten(0, 1)[chosen[0]], chosen[1], batch.owners
 
-    def slowest(self, seconds: float) -> float:
-        """Return the maximum of `seconds` over all ranks. Collective."""
-        mesh = self.mesh
-        given = torch.zeros(mesh.world_size, dtype=torch.float64)
-        given[mesh.rank] = seconds
-        return float(mesh.total(given).max())
-
     def synchronize(self) -> None:
         if self.mesh.device.type == "cuda":
             torch.cuda.synchronize(self.mesh.device)

@@ -41,12 +41,12 @@ class Suite:
     seconds: float = 0.0
     more: Callable[[Result, str], Row] = lambda result, metric: {}
 
-    def evaluate(self, scorer: Scorer, show: ShowProgress, max_items: int, seconds: float) -> list[Result]:
-        """The result of every task, each within the limits (see `regpt.evals.task.evaluate`)."""
+    def evaluate(self, scorer: Scorer, show: ShowProgress, max_items: int) -> list[Result]:
+        """The result of every task, on `max_items` items (0: all)."""
         results = []
         for task in self.tasks:
             with show(task.name) as progress:
-                results.append(evaluate_task(task, scorer, max_items=max_items, seconds=seconds, progress=progress))
+                results.append(evaluate_task(task, scorer, max_items=max_items, progress=progress))
         return results
 
     def notices(self, results: Sequence[Result], max_seq_len: int) -> list[str]:

@@ -14,7 +14,6 @@ from regpt.evals.packing import Prompt, is_cut
 from regpt.evals.score import Progress, Scorer, Scores
 
 SUBSET_SEED = 0  # of the order in which items are taken when not all of them are: the same for every run
-PILOT_ITEMS = 256  # timed to find out how many items a time budget allows
 Tolerate = Callable[[str, UserError], None]  # receives a task's name and why it cannot be evaluated; its neighbours are
 
 
@@ -159,24 +158,18 @@ def with_error(value: float | None, stderr: float | None, absent: str = "-") -> 
     return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"
 
 
-def evaluate_task(
-    task: Task, scorer: Scorer, *, max_items: int = 0, seconds: float = 0.0, progress: Progress | None = None
-) -> Result:
-    """Evaluate `task` on all items, or on a part.
+def evaluate_task(task: Task, scorer: Scorer, *, max_items: int = 0, progress: Progress | None = None) -> Result:
+    """Evaluate `task` on all items, or on the first `max_items` of one fixed order: larger parts contain smaller ones.
 
-    A part is the first items of one fixed order, so larger parts contain smaller ones: `max_items` of them, and not
-    more than `seconds` are expected to suffice for, after a pilot. 0 sets no limit. Items with an ending longer than
-    the model are passed over, and counted.
+    Items with an ending longer than the model are passed over, and counted.
     """
-    if max_items < 0 or seconds < 0:
-        raise UsageError("a limit of items or seconds is below 0; 0 sets no limit")
+    if max_items < 0:
+        raise UsageError("a limit of items is below 0; 0 sets no limit")
     before, started = scorer.cost.compile_seconds, time.perf_counter()
     order = permutation(SUBSET_SEED, 0, task.n_items).astype(np.int64)
     fits = fitting(task, scorer.max_seq_len)[order]
     passed, order = np.flatnonzero(~fits), order[fits]  # places of the items passed over; items that are left
     n = min(max_items or len(order), len(order))
-    if seconds and n > PILOT_ITEMS:
-        n = min(n, affordable(task, scorer, order, seconds))
     chosen = np.sort(order[:n])
     end = len(fits) if n == len(order) else np.flatnonzero(fits)[n - 1] + 1  # of the places asked for
     prompts = task.prompts(chosen.tolist())
@@ -186,12 +179,3 @@ def evaluate_task(
     spent = time.perf_counter() - started - (scorer.cost.compile_seconds - before)
     facts = (task.n_items, task.items_sha256, task.baseline, spent, cut, int((passed < end).sum()))
     return Result(task.name, outcomes, chosen, *facts)
-
-
-def affordable(task: Task, scorer: Scorer, order: np.ndarray, seconds: float) -> int:
-    """Number of items that can be evaluated in `seconds` with the pilot, at least the pilot's. All processes agree."""
-    before, started = scorer.cost.compile_seconds, time.perf_counter()
-    scorer(task.prompts(np.sort(order[:PILOT_ITEMS]).tolist()))
-    spent = time.perf_counter() - started - (scorer.cost.compile_seconds - before)
-    spent = scorer.slowest(spent)
-    return max(PILOT_ITEMS, int((seconds / spent - 1) * PILOT_ITEMS))

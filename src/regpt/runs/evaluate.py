@@ -38,7 +38,7 @@ class EvalRequest:
         val_tokens, seq_len, batch_rows: rows that `val` reads, and how many at once.
         precision: number format of the computation.
         compile: compile the scoring of tasks.
-        max_items, max_seconds: limits of each task, 0 for none.
+        max_items: of each task, 0 for all.
         ema: with the moving average of the weights.
     """
 
@@ -51,15 +51,13 @@ class EvalRequest:
     precision: InferencePrecision = "fp32"
     compile: bool = False
     max_items: int = 0
-    max_seconds: float = 0.0
     ema: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in (("max-items", self.max_items), ("max-seconds", self.max_seconds)):
-            if not 0 <= value < math.inf:
-                raise UsageError(f"{name} is {value}, must be 0 (no limit) or more")
+        if self.max_items < 0:
+            raise UsageError(f"max-items is {self.max_items}, must be 0 (no limit) or more")
         kinds = {spec.kind for spec in self.specs}
-        if kinds == {"val"} and (useless := self.given("max_items", "max_seconds")):
+        if kinds == {"val"} and (useless := self.given("max_items")):
             raise UsageError(
                 f"{useless} would change nothing with --tasks val, which has no items; name another task too (--tasks "
                 "val,hellaswag), or leave it out"
@@ -135,7 +133,7 @@ def evaluate_model(asked: EvalRequest, mesh: Mesh, show: ShowProgress) -> ModelE
         refuse_if_nothing_fits([one for suite in suites for one in suite.tasks], opened.model.config.max_seq_len)
     val = (task, validate(asked, task, opened, mesh, show)) if task else None
     scorer = Scorer(opened.model, mesh, autocast=lambda: autocast(asked.precision, mesh.device), compile=asked.compile)
-    found = [(suite, suite.evaluate(scorer, show, asked.max_items, asked.max_seconds)) for suite in suites]
+    found = [(suite, suite.evaluate(scorer, show, asked.max_items)) for suite in suites]
     if failures and not val and not any(results for _, results in found):
         raise failures[0][1]
     sentences = [f"{name} was not evaluated: {error}" for name, error in failures]

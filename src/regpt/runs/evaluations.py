@@ -9,11 +9,9 @@ from regpt.config import RunConfig
 from regpt.evals.score import BATCH_TOKENS, Scorer
 from regpt.evals.suite import Row, Suite, open_suites, suite_rows
 from regpt.evals.task import Result, Task, evaluate_task, refuse_if_nothing_fits, truncation_notice, with_error
-from regpt.files import is_file
 from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import Mesh
 from regpt.runs.items import keep_items
-from regpt.structured import json_lines
 from regpt.text.tokenizer import Tokenizer
 from regpt.train.average import Average
 from regpt.train.precision import autocast
@@ -23,9 +21,6 @@ OF_AVERAGE = "_ema"  # after the name of a metric
 
 class RunEvaluations:
     """The tasks of a run; `rows(step)` evaluates them once.
-
-    Under a budget of seconds the first evaluation finds out how many items it allows; later ones, and those after a
-    resume, take the same items.
 
     Args:
         config, run: of the run. Items are written into RUN/evals by the main process.
@@ -61,25 +56,18 @@ class RunEvaluations:
             # No more memory than training takes: its micro-batches are of this size, and keep their activations.
             batch_tokens=min(BATCH_TOKENS[kind], max(1024, rows * config.data.seq_len)),
         )
-        self.counts = counts_before(run / "metrics.jsonl")
         self.noticed: set[str] = set()
 
     def rows(self, step: int) -> Iterator[Row]:
         """The rows of metrics of every task, one suite after another; all processes together."""
-        passes = 2 if self.average else 1
-        left = self.config.eval.max_seconds / passes
         compiled = self.scorer.cost.compile_seconds
-        for i, suite in enumerate(self.suites):
-            # Every name in eval.tasks has the same share, however many tasks it has; time left over goes to the others.
-            end = left - left / (len(self.suites) - i)
+        for suite in self.suites:
             results = []
-            for k, task in enumerate(suite.tasks):
+            for task in suite.tasks:
                 if self.mesh.any(self.stop_requested()):
                     self.say(f"asked to stop: the evaluation after step {step:,} ends before {task.name}")
                     return
-                share = max(0.01, (left - end) / (len(suite.tasks) - k)) if self.config.eval.max_seconds else 0.0
-                results.append(self.evaluate(task, share))
-                left -= self.scorer.slowest(results[-1].seconds)
+                results.append(self.evaluate(task))
             averaged = self.averaged(suite)
             self.keep_items(results, averaged, step)
             of_average = suite_rows(suite, averaged) if averaged else []
@@ -106,7 +94,7 @@ class RunEvaluations:
             for task in suite.tasks:
                 if self.mesh.any(self.stop_requested()):
                     return []
-                results.append(evaluate_task(task, self.scorer, max_items=self.counts[task.name]))
+                results.append(self.evaluate(task))
         return results
 
     def keep_items(self, results: Sequence[Result], averaged: Sequence[Result], step: int) -> None:
@@ -118,13 +106,8 @@ class RunEvaluations:
             both = one.outcomes | {f"{metric}{OF_AVERAGE}": values for metric, values in also.items()}
             keep_items(self.run / "evals", one.task, replace(one, outcomes=both).item_lines(), step, self.say)
 
-    def evaluate(self, task: Task, seconds: float) -> Result:
-        """The result of `task`; under a budget of seconds on the items of its first evaluation."""
-        known = self.counts.get(task.name) if seconds else None
-        limit, seconds = (self.config.eval.max_items, seconds) if known is None else (known, 0.0)
-        found = evaluate_task(task, self.scorer, max_items=limit, seconds=seconds)
-        self.counts[task.name] = len(found.chosen)
-        return found
+    def evaluate(self, task: Task) -> Result:
+        return evaluate_task(task, self.scorer, max_items=self.config.eval.max_items)
 
 
 def open_run_suites(config: RunConfig, tokenizer: Tokenizer) -> list[Suite]:
@@ -136,15 +119,6 @@ def open_run_suites(config: RunConfig, tokenizer: Tokenizer) -> list[Suite]:
     suites = open_suites(config.eval.specs(), tokenizer, max_seq_len=config.model.max_seq_len)
     refuse_if_nothing_fits([task for suite in suites for task in suite.tasks], config.model.max_seq_len)
     return suites
-
-
-def counts_before(metrics: Path) -> dict[str, int]:
-    """Task → items of its last evaluation in a run that continues."""
-    counts: dict[str, int] = {}
-    for _, row, _ in json_lines(metrics, holding=b'"eval"') if is_file(metrics) else ():
-        if row and row.get("kind") == "eval" and isinstance(row.get("task"), str) and isinstance(row.get("n"), int):
-            counts[row["task"]] = row["n"]
-    return counts
 
 
 def headline(suite: Suite, results: Sequence[Result], step: int) -> str:
