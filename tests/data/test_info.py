@@ -14,15 +14,14 @@ from regpt.data.info import (
     SplitInfo,
     count_tokens,
     describe_shards,
-    document_lengths,
-    first_rows,
+    first_texts,
     histogram,
     most_frequent,
     tokenizer_identity,
     tokenizer_of,
 )
 from regpt.data.manifest import read_manifest
-from regpt.data.rows import open_rows
+from regpt.data.stream import document_starts, open_stream
 from regpt.errors import UserError
 from regpt.files import file_sha256
 from regpt.prepare.prepare import prepare
@@ -54,7 +53,7 @@ def test_the_description_counts_what_was_prepared(folder):
     assert lengths == sorted(len(TOKENIZER.encode(text)) + 1 for text in TEXTS)
     expected = sum(map(len, TEXTS)) / sum(len(TOKENIZER.encode(text)) for text in TEXTS)
     assert train.bytes_per_token == pytest.approx(expected, rel=0.05)
-    assert document_lengths(folder, manifest, "train").sum() == manifest.tokens("train")
+    assert int(document_starts(folder, manifest, "train")[-1]) == manifest.tokens("train")
     json.dumps(train.to_dict())
 
 
@@ -83,14 +82,14 @@ def test_of_a_long_split_blocks_spread_over_it_are_counted(write_shards, monkeyp
     assert counted == [*range(1, 11), *range(41, 51), *range(91, 96)]  # token i of the corpus is i + 1
 
 
-@pytest.mark.parametrize("order", ["sequential", "bos"])
-def test_the_first_rows_are_decoded_as_the_model_reads_them(folder, order):
+def test_the_first_documents_are_decoded(folder):
     manifest = read_manifest(folder)
-    rows = open_rows(folder, manifest, "train", order, 0, 8)
-    texts = first_rows(rows, TOKENIZER, 2, 5)
-    assert texts == [TOKENIZER.decode(row[:5].tolist()) for row in rows.read(0, 2)]
+    starts = document_starts(folder, manifest, "train")
+    tokens = open_stream(folder, manifest, "train", "sequential", 0).tokens(0, int(starts[2])).tolist()
+    texts = first_texts(folder, manifest, "train", TOKENIZER, 2, 5)
+    assert texts == [TOKENIZER.decode(tokens[int(start) :][:5]) for start in starts[:2]]
     assert texts[0].startswith("<|endoftext|>the cat")
-    assert first_rows(rows, TOKENIZER, 1, 100) == [TOKENIZER.decode(rows.read(0, 1)[0, :8].tolist())]
+    assert first_texts(folder, manifest, "train", TOKENIZER, 1, 10**6) == [TOKENIZER.decode(tokens[: int(starts[1])])]
 
 
 def test_shards_of_another_tokenizer_are_not_decoded(folder):
@@ -117,14 +116,14 @@ def test_parts_of_characters_are_shown_as_bytes(tmp_path, capsys):
     """No token of this tokenizer is a whole character of this text."""
     (tmp_path / "a.txt").write_text("日本語", encoding="utf-8")
     prepare([str(tmp_path / "a.txt")], tmp_path / "out", TOKENIZER, val_fraction=0)
-    assert data_info.main([str(tmp_path / "out"), "--seq-len", "4"]) == 0
+    assert data_info.main([str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert "\ufffd" not in out
     assert "b'\\xe6'" in out
-    assert data_info.main([str(tmp_path / "out"), "--seq-len", "4", "--json"]) == 0
+    assert data_info.main([str(tmp_path / "out"), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert {"\\xe6", "<|endoftext|>"} < {token["text"] for token in shown["frequent_tokens"]}
-    assert shown["rows"][0].endswith("日") or "\\x" in shown["rows"][0]
+    assert shown["texts"][0].endswith("日") or "\\x" in shown["texts"][0]
 
 
 @pytest.mark.parametrize("text", ["the cat 日本 \x00\xad\xff🙂", "".join(map(chr, range(0x250)))])

@@ -36,21 +36,20 @@ def cache_folder() -> Path:
 
 
 def folder_name(url: str) -> str:
-    """A name for the copy of `url`: its end, and a hash of all of it."""
+    """Name of the copy of `url`: its last two parts, and a hash of all of it."""
     parts = [part for part in url.rstrip("/").partition("://")[2].split("/") if part]
-    return f"{plain('-'.join(parts[-2:])) or 'run'}-{hashlib.sha256(url.rstrip('/').encode()).hexdigest()[:8]}"
+    return f"{plain('-'.join(parts[-2:]))}-{hashlib.sha256(url.rstrip('/').encode()).hexdigest()[:8]}"
 
 
 def plain(name: str) -> str:
-    """`name` with letters, digits and a few signs only, for the name of a folder."""
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).lstrip(".")
+    """`name` with letters, digits and a few signs only, for a folder."""
+    return re.sub(r"[^\w.-]", "-", name).lstrip(".") or "run"
 
 
 def fetch_model(url: str, *, optimizer: bool = False, warn: Warn = print_warning) -> Path:
-    """The checkpoint that `url` means, a run's newest intact one or a checkpoint, in a folder of this machine.
+    """Download the checkpoint that `url` means, a run's newest intact one or a checkpoint; return its local folder.
 
-    The copy of its run (`checkpoints/step-…` next to `config.toml`) holds it: a checkpoint that is there with the same
-    manifest is not downloaded again.
+    It is kept in the copy of its run, and downloaded again only if its manifest has changed.
 
     Args:
         optimizer: also its optimizer's tensors, two thirds of the bytes.
@@ -72,8 +71,8 @@ def fetch_model(url: str, *, optimizer: bool = False, warn: Warn = print_warning
 
 
 def local_run(name: str) -> Path:
-    """The folder of the run `name`; where that is an address, a copy without checkpoints: configuration, metrics,
-    samples, evaluations.
+    """Folder of the run `name`; of an address, a local copy without checkpoints: configuration, metrics, samples,
+    evaluations.
 
     Raises:
         UserError: there is no run at the address, or it cannot be read.
@@ -90,14 +89,14 @@ def local_run(name: str) -> Path:
 
 
 def copy_of(url: str) -> Path:
-    """The folder, with the run's own name, that its copy is kept in; made if need be."""
-    folder = cache_folder() / "fetched" / folder_name(url) / (plain(url.rstrip("/").rsplit("/", 1)[-1]) or "run")
+    """Folder of the copy of the run at `url`, with the run's own name; made if need be."""
+    folder = cache_folder() / "fetched" / folder_name(url) / plain(url.rstrip("/").rsplit("/", 1)[-1])
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def restore(store: Store, run: Path, warn: Warn = print_warning) -> list[str]:
-    """Download the whole run, of its checkpoints the newest intact one, into `run`; the names of the damaged ones.
+    """Download the run, with its newest intact checkpoint, into `run`; return the names of the damaged ones.
 
     Raises:
         UserError: there is no run, none of its checkpoints is intact, or it cannot be read.

@@ -1,14 +1,14 @@
 """What a data folder holds, in numbers and in a few lines of its text."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from regpt.data.manifest import SPLITS, Manifest
-from regpt.data.rows import Rows
-from regpt.data.stream import open_stream
+from regpt.data.stream import document_starts, open_stream
 from regpt.errors import UserError
 from regpt.files import file_sha256, is_file
 from regpt.text.folder import TOKENIZER
@@ -60,20 +60,11 @@ def describe_shards(folder: Path, manifest: Manifest) -> list[SplitInfo]:
             tokens=manifest.tokens(split),
             text_bytes=manifest.text_bytes.get(split, 0),
             shards=len(manifest.split(split)),
-            lengths=document_lengths(folder, manifest, split),
+            lengths=np.diff(document_starts(folder, manifest, split)),
         )
         for split in SPLITS
         if manifest.split(split)
     ]
-
-
-def document_lengths(folder: Path, manifest: Manifest, split: str) -> np.ndarray:
-    """(documents,) int64 tokens of each document, over the borders of shards."""
-    starts, offset = [], 0
-    for shard in manifest.split(split):
-        starts.append(np.fromfile(folder / shard.idx_file, dtype="<i8") + offset)
-        offset += shard.tokens
-    return np.diff(np.concatenate([*starts, [offset]]))
 
 
 def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
@@ -101,10 +92,12 @@ def most_frequent(counts: np.ndarray, n: int) -> list[tuple[int, float]]:
     return [(i, float(counts[i] / counts.sum())) for i in ids if counts[i]]
 
 
-def first_rows(rows: Rows, tokenizer: Tokenizer, n_rows: int, tokens: int) -> list[str]:
-    """The beginnings of the first rows, decoded: `tokens` tokens of each, as the model is given them."""
-    read = [row[: min(tokens, rows.seq_len)].tolist() for row in rows.read(0, n_rows)]
-    return [with_bytes(b"".join(map(tokenizer.token_bytes, row))) for row in read]
+def first_texts(folder: Path, manifest: Manifest, split: str, tokenizer: Tokenizer, n: int, tokens: int) -> list[str]:
+    """The beginnings of the first `n` documents of a split, decoded: `tokens` tokens of each at most."""
+    starts = document_starts(folder, manifest, split)[: n + 1].tolist()
+    stream = open_stream(folder, manifest, split, "sequential", 0)
+    read = [stream.tokens(start, min(tokens, end - start)).tolist() for start, end in pairwise(starts)]
+    return [with_bytes(b"".join(map(tokenizer.token_bytes, ids))) for ids in read]
 
 
 def tokenizer_of(folder: Path, manifest: Manifest) -> Tokenizer:
