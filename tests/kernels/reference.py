@@ -81,22 +81,62 @@ def add_column_sums(x: Tensor, out: Tensor, add: bool) -> None:
     out.copy_(out + x.sum(0) if add else x.sum(0))
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, n_vocab: int, ignore_index: int, *, gradient: bool) -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor, n_vocab: int, *, gradient: bool) -> Tensor:
     with torch.enable_grad():
         given = logits[:, :n_vocab].detach().clone().requires_grad_()
-        losses = F.cross_entropy(given, targets, ignore_index=ignore_index, reduction="none")
+        losses = F.cross_entropy(given, targets, reduction="none")
         if gradient:
             logits.zero_()
             logits[:, :n_vocab] = torch.autograd.grad(losses.sum(), given)[0]
     return losses.detach()
 
 
-def embed(idx: Tensor, positions: Tensor | None, wte: Tensor, wpe: Tensor, dtype: torch.dtype) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    rstd = torch.rsqrt(x.square().mean(1) + eps)
+    return x * rstd[:, None] * weight, rstd
+
+
+def rms_norm_backward(
+    dh: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dresidual: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        given, scale = x.detach().requires_grad_(), weight.detach().requires_grad_()
+        eps = (rstd**-2 - x.square().mean(1))[:, None]
+        h = given * torch.rsqrt(given.square().mean(1, keepdim=True) + eps) * scale
+        dx, dweight = torch.autograd.grad(h, (given, scale), dh)
+    return dx if dresidual is None else dx + dresidual, dweight[None, None]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, head_size: int, heads: int, *, back: bool = False) -> None:
+    """As complex numbers: pair (i, i + D/2) times e^iφ."""
+    cos, sin = (y.reshape(-1, head_size // 2).repeat(len(x) * head_size // 2 // y.numel(), 1) for y in (cos, sin))
+    by = torch.complex(cos, -sin if back else sin).to(torch.complex128)[:, None]  # (N, 1, D/2)
+    part = x[:, : heads * head_size].view(len(x), heads, 2, head_size // 2)
+    turned = torch.complex(part[:, :, 0].double(), part[:, :, 1].double()) * by
+    part[:, :, 0], part[:, :, 1] = turned.real, turned.imag
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=1)
+    return F.silu(gate) * up
+
+
+def swiglu_backward(dout: Tensor, gate_up: Tensor) -> Tensor:
+    with torch.enable_grad():
+        given = gate_up.detach().requires_grad_()
+        return torch.autograd.grad(swiglu(given), given, dout)[0]
+
+
+def embed(idx: Tensor, positions: Tensor | None, wte: Tensor, wpe: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if wpe is None:
+        return wte[idx].flatten(0, 1).detach().to(dtype)
     at = torch.arange(idx.size(1)).expand(idx.shape) if positions is None else positions
     return (wte[idx] + wpe[at]).flatten(0, 1).detach().to(dtype)
 
 
-def embed_backward(dx: Tensor, idx: Tensor, positions: Tensor | None, dwte: Tensor, dwpe: Tensor) -> None:
-    at = torch.arange(idx.size(1)).expand(idx.shape) if positions is None else positions
+def embed_backward(dx: Tensor, idx: Tensor, positions: Tensor | None, dwte: Tensor, dwpe: Tensor | None) -> None:
     dwte.index_add_(0, idx.flatten(), dx.to(dwte.dtype))
+    if dwpe is None:
+        return
+    at = torch.arange(idx.size(1)).expand(idx.shape) if positions is None else positions
     dwpe.index_add_(0, at.flatten(), dx.to(dwpe.dtype))

@@ -1,6 +1,7 @@
 """The fused path as a GPU runs it, against float32 and against the plain path in bfloat16."""
 
 import weakref
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from kernels import reference
 from kernels.kept import Kept
 from regpt.data.batch import Batch
+from regpt.kernels import fused as fused_head
 from regpt.kernels.select import fused_loss, select_kernels
 from regpt.model.config import ModelConfig
 from regpt.model.families import make_model
@@ -23,11 +25,12 @@ from regpt.train.optim import make_optimizer
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
 CONFIG = ModelConfig(n_layer=3, n_head=4, n_embd=256, vocab_size=1000, max_seq_len=256)
+LLAMA = replace(CONFIG, family="llama", n_kv_head=2, n_inner=688)
 B, T = 6, 256
 
 
-def build() -> Transformer:
-    model = make_model(CONFIG).to(DEVICE)
+def build(config: ModelConfig = CONFIG) -> Transformer:
+    model = make_model(config).to(DEVICE)
     initialize(model, 0)
     return model
 
@@ -62,8 +65,13 @@ def error(given, expected) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["rows", "documents"])
-def test_the_fused_path_is_as_exact_as_the_plain_one_in_bfloat16(masked):
-    model, given = build(), documents() if masked else {}
+@pytest.mark.parametrize("name", ["gpt2", "llama", "untied", "chunks"])
+def test_the_fused_path_is_as_exact_as_the_plain_one_in_bfloat16(name, masked, monkeypatch):
+    config = CONFIG if name == "gpt2" else replace(LLAMA, tie_embeddings=name != "untied")
+    if name == "chunks":
+        monkeypatch.setattr(fused_head, "SMALL_VOCAB", 0)
+        monkeypatch.setattr(fused_head, "CHUNK_BYTES", 2 * 1024 * 300)
+    model, given = build(config), documents() if masked else {}
     assert select_kernels("auto", model, DEVICE, "bf16").name == "fused"
     exact = gradients(model, make_loss_sum(model, "fp32", DEVICE, compile=False), **given)
     plain = error(gradients(model, make_loss_sum(model, "bf16", DEVICE, compile=False), **given), exact)
@@ -125,22 +133,24 @@ def test_two_streams_change_nothing():
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["rows", "documents"])
-def test_graphs_compute_what_they_were_captured_from(masked):
+@pytest.mark.parametrize("config", [CONFIG, LLAMA], ids=["gpt2", "llama"])
+def test_graphs_compute_what_they_were_captured_from(config, masked):
     """Micro-batches, updates and validation, three times over; the embedding's additions have no fixed order."""
     from regpt.kernels import triton_ops
     from regpt.kernels.attention import CudnnAttention
     from regpt.kernels.cublaslt import Products
     from regpt.kernels.gpt2 import FusedGPT2
     from regpt.kernels.graphs import GraphedLoss
+    from regpt.kernels.llama import FusedLlama
 
     given = documents() if masked else {}
     products, attention = Products(DEVICE, tune=False), CudnnAttention(DEVICE, deterministic=True)
     found = []
     for graphs in (True, False):
-        model = build()
+        model = build(config)
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
-        fused = FusedGPT2(model, products, attention, triton_ops)
+        fused = (FusedLlama if config is LLAMA else FusedGPT2)(model, products, attention, triton_ops)
         path = GraphedLoss(fused) if graphs else fused
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # its update is linear: no difference grows
         losses = []

@@ -37,8 +37,8 @@ class AttentionShape:
     H: int
     D: int
     dtype: torch.dtype
-    documents: int = 0
-    G: int = 0
+    documents: int
+    G: int
     window: int | None = None
     packed: bool = True
 
@@ -51,11 +51,12 @@ class AttentionShape:
         return self.documents or self.B
 
     def heads(self, name: str) -> int:
-        return self.G if name in ("k", "v", "dk", "dv") and not self.packed else self.H
+        return self.G if name in ("k", "v", "dk", "dv") else self.H
 
     def token_stride(self, name: str) -> int:
         """Elements from a token to the next."""
-        return 3 * self.C if self.packed and name not in ("o", "do") else self.heads(name) * self.D
+        joined = self.packed and name not in ("o", "do")
+        return (self.H + 2 * self.G if joined else self.heads(name)) * self.D
 
     @property
     def ragged_stats(self) -> bool:
@@ -73,7 +74,8 @@ class CudnnGraph:
 
 
 class CudnnAttention:
-    """Attention on one device. `qkv` is (B, T, 3·C), the heads of the queries first, then keys, then values.
+    """Attention on one device. `qkv` is (B, T, (H + 2·G)·D), the heads of the queries first, then keys, then values;
+    `heads` is (H, G).
 
     Raises:
         ImportError: `nvidia-cudnn-frontend` is not installed.
@@ -88,19 +90,19 @@ class CudnnAttention:
         self.handle = cudnn.create_handle()
         self.graphs: dict[tuple[AttentionShape, bool], CudnnGraph] = {}
 
-    def forward(self, qkv: Tensor, n_head: int, mask: AttentionMask) -> tuple[Tensor, Tensor]:
+    def forward(self, qkv: Tensor, heads: tuple[int, int], mask: AttentionMask) -> tuple[Tensor, Tensor]:
         """The heads' outputs (B, T, C), and the log of each softmax's sum, float32, for the backward."""
         documents = cudnn_documents(mask)
-        return self.attend(shape_of(qkv, n_head, documents), qkv.chunk(3, dim=-1), documents)
+        return self.attend(shape_of(qkv, heads, documents), split_heads(qkv, heads), documents)
 
     def backward(
-        self, dout: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, n_head: int, mask: AttentionMask
+        self, dout: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, heads: tuple[int, int], mask: AttentionMask
     ) -> Tensor:
-        """Gradient of `qkv`, (B, T, 3·C), packed alike."""
+        """Gradient of `qkv`, packed alike."""
         documents = cudnn_documents(mask)
-        shape = shape_of(qkv, n_head, documents)
+        shape = shape_of(qkv, heads, documents)
         dqkv = torch.empty_like(qkv)
-        self.differentiate(shape, qkv.chunk(3, dim=-1), (dout, out, stats), dqkv.chunk(3, dim=-1), documents)
+        self.differentiate(shape, split_heads(qkv, heads), (dout, out, stats), split_heads(dqkv, heads), documents)
         return dqkv
 
     def attend(self, shape: AttentionShape, qkv: tuple[Tensor, ...], documents: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -262,9 +264,17 @@ def stats_stride(shape: AttentionShape) -> list[int]:
     return [H * T, 1, H, 1] if shape.ragged_stats else [H * T, T, 1, 1]
 
 
-def shape_of(qkv: Tensor, n_head: int, cu_seqlens: Tensor | None) -> AttentionShape:
-    B, T, C3 = qkv.shape
-    return AttentionShape(B, T, n_head, C3 // 3 // n_head, qkv.dtype, documents_in(cu_seqlens))
+def shape_of(qkv: Tensor, heads: tuple[int, int], cu_seqlens: Tensor | None) -> AttentionShape:
+    B, T, columns = qkv.shape
+    H, G = heads
+    return AttentionShape(B, T, H, columns // (H + 2 * G), qkv.dtype, documents_in(cu_seqlens), G)
+
+
+def split_heads(qkv: Tensor, heads: tuple[int, int]) -> tuple[Tensor, ...]:
+    """The queries, keys and values of a packed product."""
+    H, G = heads
+    D = qkv.size(-1) // (H + 2 * G)
+    return qkv.split([H * D, G * D, G * D], dim=-1)
 
 
 def documents_in(cu_seqlens: Tensor | None) -> int:
@@ -285,19 +295,20 @@ class TorchAttention:
 
     name = "torch"
 
-    def forward(self, qkv: Tensor, n_head: int, mask: AttentionMask) -> tuple[Tensor, Tensor]:
+    def forward(self, qkv: Tensor, heads: tuple[int, int], mask: AttentionMask) -> tuple[Tensor, Tensor]:
         """Output (B, T, C); the second result is empty: the backward recomputes the forward."""
         with torch.no_grad():
-            return self.attend(qkv, n_head, mask), qkv.new_empty(0)
+            return self.attend(qkv, heads, mask), qkv.new_empty(0)
 
-    def attend(self, qkv: Tensor, n_head: int, mask: AttentionMask) -> Tensor:
-        B, T, C3 = qkv.shape
-        q, k, v = (y.view(B, T, n_head, -1).transpose(1, 2) for y in qkv.chunk(3, dim=-1))  # (B, H, T, D)
-        return attention(q, k, v, sdpa_mask(mask, B, T, T, qkv.device)).transpose(1, 2).reshape(B, T, C3 // 3)
+    def attend(self, qkv: Tensor, heads: tuple[int, int], mask: AttentionMask) -> Tensor:
+        B, T, _ = qkv.shape
+        given = zip(split_heads(qkv, heads), (heads[0], heads[1], heads[1]))
+        q, k, v = (y.unflatten(2, (n, -1)).transpose(1, 2) for y, n in given)  # (B, H or G, T, D)
+        return attention(q, k, v, sdpa_mask(mask, B, T, T, qkv.device)).transpose(1, 2).flatten(2)
 
     def backward(
-        self, dout: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, n_head: int, mask: AttentionMask
+        self, dout: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, heads: tuple[int, int], mask: AttentionMask
     ) -> Tensor:
         with torch.enable_grad():
             again = qkv.detach().requires_grad_()
-            return torch.autograd.grad(self.attend(again, n_head, mask), again, dout)[0]
+            return torch.autograd.grad(self.attend(again, heads, mask), again, dout)[0]

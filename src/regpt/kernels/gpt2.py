@@ -1,38 +1,31 @@
 """GPT-2's loss and its gradients as one hand-written function: the fast version of `Transformer.hidden` and
 `linear_cross_entropy`.
 
-- Matrix products (GEMMs) run in bfloat16 with float32 accumulation, on bfloat16 copies of the weights, renewed once an
-  update.
+Products, head and gradients of weights: `kernels.fused`.
+
 - The residual stream is bfloat16; each residual is added in the epilogue of the product that computes the other
   summand, before rounding. (Under autocast the plain path keeps the stream in float32.)
 - GELU and its derivative are epilogues of products; LayerNorm's backward also adds the residual's gradient and sums the
   bias gradient of the product before it.
-- The logits are written by one product, overwritten in place by their gradient during the forward, and that gradient is
-  read by two products of the backward.
-- Weight gradients are added in float32 to `parameter.grad` by the products themselves. So they exist only in
-  `.grad`: `torch.autograd.grad` returns nothing, and hooks on parameters do not run.
 
 One block, row by row (N = B·T rows; shapes: the glossary in `regpt.model`):
 
     h₁ = LN₁(x)   qkv = h₁·Wₐᵀ + bₐ   y = attention(qkv)   m = x + y·Wₚᵀ + bₚ
     h₂ = LN₂(m)   u = h₂·W_fᵀ + b_f   g = GELU(u)          x' = m + g·Wₒᵀ + bₒ
 
-With dz for ∂loss/∂z, a product z = a·Wᵀ + b has da = dz·W, dW = dzᵀ·a and db = Σₙ dz. The
-backward's critical path is the chain of da's; no other kernel needs a dW or a db, so they run on a side stream.
+With dz for ∂loss/∂z, a product z = a·Wᵀ + b has da = dz·W, dW = dzᵀ·a and db = Σₙ dz. No other kernel needs a db: it
+runs on the side stream, as dW does.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from regpt.kernels.fused import FusedLoss
 from regpt.model.gpt2 import GPT2, Block, CausalSelfAttention
 from regpt.model.masks import AttentionMask
-from regpt.model.ops import IGNORE_INDEX
 
 NORM_EPS = 1e-5  # the value in OpenAI's code
 
@@ -65,70 +58,17 @@ class ForwardState:
     x: Tensor  # input of the last norm; then its output, mean and 1/standard deviation
     h: Tensor | None
     norm: tuple[Tensor, Tensor]
-    dlogits: Tensor | None  # (N, V): softmax - onehot, unscaled
+    head: tuple[Tensor, ...]  # of `head_forward`
 
 
-class FusedGPT2:
-    """The loss of `model`, a GPT-2 on one CUDA device with float32 weights.
+class FusedGPT2(FusedLoss):
+    """The loss of `model`, a GPT-2 on one CUDA device with float32 weights; arguments as in `FusedLoss`."""
 
-    Args:
-        model: its parameters are read, and their `.grad` written.
-        products: matrix multiplication, a `cublaslt.Products` of the same device or a callable with its signature.
-        attention: a `CudnnAttention` or `TorchAttention`.
-        between: kernels between the products, the module `triton_ops` or an object with its functions.
-        dtype: of products and activations.
-        overlap: compute the gradients of weights on a side stream: memory-bound kernels of one stream then overlap with
-            compute-bound products of the other.
-    """
+    model: GPT2
 
-    def __init__(
-        self,
-        model: GPT2,
-        products: Any,
-        attention: Any,
-        between: Any,
-        dtype: torch.dtype = torch.bfloat16,
-        *,
-        overlap: bool = True,
-    ):
-        self.model, self.products, self.attention, self.between, self.dtype = model, products, attention, between, dtype
-        self.blocks: list[Any] = list(model.h)
-        layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        matmul_params = [model.wte.weight, *(p for layer in layers for p in layer.parameters())]
-        self.copies: dict[Tensor, Tensor] = {p: torch.empty_like(p, dtype=dtype) for p in matmul_params}
-        self.copied: list[tuple[int, int]] = []  # address and version of each parameter at its last copy
-        self.side = SideStream(model.device, overlap)
-        self.warm: set[tuple[torch.Size, int | None]] = set()  # shapes ready for CUDA graph capture: idx, cu_seqlens
-
-    def loss_sum(
-        self, idx: Tensor, targets: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None
-    ) -> Tensor:
-        """Cross-entropy in nats summed over the valid targets (B, T), a float32 scalar; arguments as in `Batch`."""
-        self.copy_weights()
-        self.side.join()  # an OOM may have interrupted the last backward
-        inputs = idx, targets, positions, cu_seqlens
-
-        def compute() -> tuple[Tensor, Callable[[Tensor], None]]:
-            loss, state = self.forward(*inputs, gradient=True)
-            return loss, partial(self.backward, state=state)
-
-        if torch.is_grad_enabled():
-            return HandWritten.apply(self.model.wte.weight, compute)  # type: ignore[return-value]
-        return self.forward(*inputs, gradient=False)[0]
-
-    @torch.no_grad()
-    def copy_weights(self) -> None:
-        """Renew the copies if a parameter has changed: every in-place write increments the tensor's `_version`."""
-        now = [(p.data_ptr(), p._version) for p in self.model.parameters()]
-        if now != self.copied:
-            self.renew_copies()
-            self.copied = now  # last, so that an OOM above leaves the copies marked as stale
-
-    def renew_copies(self) -> None:
-        """Recompute everything that is derived from the weights."""
-        torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
-            list(self.copies.values()), list(self.copies)
-        )
+    def matmul_weights(self) -> list[list[Tensor]]:
+        layers = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
+        return [[self.model.wte.weight], *([p] for layer in layers for p in layer.parameters())]
 
     def forward(
         self, idx: Tensor, targets: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None, *, gradient: bool
@@ -141,12 +81,8 @@ class FusedGPT2:
             x, state = self.block_forward(block, x, idx.shape, mask, gradient=gradient)
             states += [state] if gradient else []
         h, norm = self.between.layer_norm(x, model.ln_f.weight, model.ln_f.bias, NORM_EPS)
-        head = self.copies[model.wte.weight]
-        logits = self.products(h, head, h.new_empty(len(h), len(head)), transpose_b=True)  # (N, V)
-        losses = self.between.cross_entropy(
-            logits, targets.flatten(), model.config.vocab_size, IGNORE_INDEX, gradient=gradient
-        )
-        return losses.sum(), ForwardState(idx, positions, mask, states, x, h, norm, logits)
+        loss, head = self.head_forward(h, targets, gradient=gradient)
+        return loss, ForwardState(idx, positions, mask, states, x, h, norm, head)
 
     def block_forward(
         self, block: Block, x: Tensor, shape: torch.Size, mask: AttentionMask, *, gradient: bool
@@ -155,7 +91,7 @@ class FusedGPT2:
         attn, mlp = block.attn, block.mlp
         h_1, norm_1 = self.between.layer_norm(x, block.ln_1.weight, block.ln_1.bias, NORM_EPS)
         qkv = self.linear(h_1, attn.c_attn)  # (N, 3·C)
-        attended, stats = self.attention.forward(qkv.view(*shape, -1), attn.n_head, mask)
+        attended, stats = self.attention.forward(qkv.view(*shape, -1), (attn.n_head, attn.n_head), mask)
         attended = attended.view(x.shape)
         x_mid = self.linear(attended, attn.c_proj, residual=x)
         h_2, norm_2 = self.between.layer_norm(x_mid, block.ln_2.weight, block.ln_2.bias, NORM_EPS)
@@ -177,8 +113,11 @@ class FusedGPT2:
     def backward(self, scale: Tensor, state: ForwardState) -> None:
         """Add `scale` times the gradient of the summed loss to every parameter's `.grad`; consumes `state`."""
         model = self.model
-        adding = all(p.grad is not None for p in model.parameters())
-        dh = self.head_backward(scale, state)
+        adding = self.adding()
+        h, head, state.h, state.head = state.h, state.head, None, ()
+        assert h is not None
+        dh = self.head_backward(scale, h, head)
+        del h, head  # the side stream holds them until it has used them
         dx, sums = self.norm_backward(dh, state.x, model.ln_f, state.norm, None)
         self.side.join()  # frees dlogits, the largest tensor, before the blocks allocate
         above: Any = model.ln_f  # the norm that read the output of the block at hand
@@ -197,24 +136,8 @@ class FusedGPT2:
                 dwpe.zero_()  # `embed_backward` only adds
             self.between.embed_backward(dx, state.idx, state.positions, self.gradient(model.wte.weight)[0], dwpe)
         self.side.join()
-        if adding:  # kernels that accumulate are now tuned and compiled for this shape: it may be captured
-            documents = state.mask.documents
-            self.warm.add((state.idx.shape, None if documents is None else documents.numel()))
-
-    def head_backward(self, scale: Tensor, state: ForwardState) -> Tensor:
-        """Return the gradient (N, C) of the last norm's output h; add the head's to the embedding, to which it is tied.
-
-        logits = h·Wᵀ, and the forward has overwritten them with dlogits = softmax - onehot. `scale`, the gradient of
-        the summed loss (1 / valid targets), is a factor of both products; all other gradients get it through dh.
-        """
-        weight, h, dlogits = self.model.wte.weight, state.h, state.dlogits
-        assert h is not None
-        assert dlogits is not None
-        state.h = state.dlogits = None  # the side stream holds them until it has used them
-        with self.side(dlogits, h, scale):
-            grad, add = self.gradient(weight)
-            self.products(dlogits, h, grad, transpose_a=True, scale=scale, add=grad if add else None)
-        return self.products(dlogits, self.copies[weight], torch.empty_like(h), scale=scale)
+        if adding:
+            self.note_warm(state.idx, state.mask)
 
     def block_backward(
         self, block: Block, dx: Tensor, state: BlockState, shape: torch.Size, mask: AttentionMask
@@ -241,7 +164,7 @@ class FusedGPT2:
         dattended = self.products(dx, self.copies[attn.c_proj.weight], torch.empty_like(dx))
         self.weight_gradient(dx, state.attended, attn.c_proj.weight)
         operands = (t.view(*shape, -1) for t in (dattended, state.qkv, state.attended))  # (B, T, …)
-        dqkv = self.attention.backward(*operands, state.stats, attn.n_head, mask).view(state.qkv.shape)
+        dqkv = self.attention.backward(*operands, state.stats, (attn.n_head, attn.n_head), mask).view(state.qkv.shape)
         self.attention_bias_gradient(dqkv, sums, attn)
         self.weight_gradient(dqkv, state.h_1, attn.c_attn.weight)
         dh = self.products(dqkv, self.copies[attn.c_attn.weight], torch.empty_like(dx))
@@ -271,12 +194,6 @@ class FusedGPT2:
             self.between.add_column_sums(dqkv[:, :C], grad[:C], add=True)
             grad[2 * C :].addmv_(attn.c_proj.weight.T, sums[:, 2].sum(0))
 
-    def weight_gradient(self, dy: Tensor, x: Tensor, weight: Tensor) -> None:
-        """Add dW = dyᵀ·x to `weight.grad`, in float32."""
-        with self.side(dy, x):
-            grad, add = self.gradient(weight)
-            self.products(dy, x, grad, transpose_a=True, add=grad if add else None)
-
     def finish_sums(self, sums: Tensor, norm: Any, bias_before: Tensor | None) -> Tensor:
         """Reduce partial sums of `norm_backward` to the gradients of the norm's weight and bias and of `bias_before`,
         the bias of the product that computed the norm's input; return fewer partial sums, for another reduction.
@@ -284,80 +201,3 @@ class FusedGPT2:
         outs = [norm.weight, norm.bias] + ([] if bias_before is None else [bias_before])
         with self.side(sums):
             return self.between.add_partial_sums(sums, [self.gradient(p) for p in outs])
-
-    def gradient(self, p: Tensor) -> tuple[Tensor, bool]:
-        """Return the parameter's gradient, and whether to add to it; a new one is uninitialised: overwrite it."""
-        if p.grad is not None:
-            return p.grad, True
-        p.grad = torch.empty_like(p)  # not zeroed: the first kernel overwrites it
-        return p.grad, False
-
-
-class SideStream:
-    """A second CUDA stream; without `overlap` or without a GPU, its work runs in order on the current stream."""
-
-    def __init__(self, device: torch.device, overlap: bool):
-        self.stream = torch.cuda.Stream(device) if overlap and device.type == "cuda" else None
-        # The caching allocator tracks only the stream that allocated a tensor: one freed while the side stream still
-        # reads it would be overwritten. So tensors are held until the main stream has waited for the side stream.
-        self.held: list[tuple[Tensor, ...]] = []
-        self.previous: tuple[Any, list[tuple[Tensor, ...]]] | None = None  # an event; tensors to release after it
-
-    @contextmanager
-    def __call__(self, *used: Tensor) -> Iterator[None]:
-        """Launch kernels on the side stream, after all work launched so far; hold the tensors that they use."""
-        if self.stream is None:
-            yield
-            return
-        self.held.append(used)
-        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
-        with torch.cuda.stream(self.stream):
-            yield
-
-    def join_previous(self) -> None:
-        """Make the main stream wait for the work before the previous call only.
-
-        The side stream may lag by one block, and the tensors of at most two blocks are held.
-        """
-        if self.stream is None:
-            return
-        event = self.stream.record_event()
-        if self.previous is not None:
-            previous, tensors = self.previous
-            torch.cuda.current_stream(self.stream.device).wait_event(previous)
-            tensors.clear()
-        self.previous = event, self.held
-        self.held = []
-
-    def join(self) -> None:
-        """Make the main stream wait for all work of the side stream; release the held tensors."""
-        if self.stream is not None:
-            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
-        self.reset()
-
-    def reset(self) -> None:
-        """Release the held tensors without waiting: a failed CUDA graph capture has launched nothing."""
-        self.held = []
-        self.previous = None
-
-
-class HandWritten(torch.autograd.Function):
-    """Connects a loss with a hand-written backward to autograd, through one parameter (`anchor`).
-
-    `compute()` returns the loss and a function that adds its gradients, times a scale, to the `.grad` of all
-    parameters; autograd itself receives no gradient.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, compute: Callable[[], tuple[Tensor, Callable[[Tensor], None]]]) -> Tensor:
-        loss, ctx.add_gradients = compute()
-        return loss
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if ctx.add_gradients is None:
-            raise RuntimeError("the fused path allows one backward through a loss: its logits were overwritten")
-        add_gradients, ctx.add_gradients = ctx.add_gradients, None
-        add_gradients(scale)
-        return None, None

@@ -104,7 +104,7 @@ class FusedGPT2FP8(FusedGPT2):
         attn, mlp, bounds, rounding = block.attn, block.mlp, self.bounds[block], self.rounding
         rows, h_1, norm_1 = rounding.layer_norm(x, block.ln_1.weight, block.ln_1.bias, NORM_EPS, E4M3, bounds.h_1)
         qkv = self.linear_8(rows, attn.c_attn)  # (N, 3·C)
-        attended, stats = self.attention.forward(qkv.view(*shape, -1), attn.n_head, mask)
+        attended, stats = self.attention.forward(qkv.view(*shape, -1), (attn.n_head, attn.n_head), mask)
         attended = attended.view(x.shape)
         rows, attended_8, _ = rounding.round_both_ways(attended, E4M3, rounding.largest(attended))
         x_mid = self.linear_8(rows, attn.c_proj, residual=x)
@@ -153,7 +153,7 @@ class FusedGPT2FP8(FusedGPT2):
         dattended = self.multiply(dy, self.weights[attn.c_proj.weight].columns)
         self.weight_gradient_8(columns, state.attended_8, attn.c_proj.weight)
         given = (t.view(*shape, -1) for t in (dattended, state.qkv, state.attended))
-        dqkv = self.attention.backward(*given, state.stats, attn.n_head, mask).view(state.qkv.shape)
+        dqkv = self.attention.backward(*given, state.stats, (attn.n_head, attn.n_head), mask).view(state.qkv.shape)
         dy, columns, sums = rounding.round_both_ways(dqkv, E5M2, rounding.largest(dqkv), sums=True)
         self.add_bias_gradient(sums, attn.c_attn.bias)
         self.weight_gradient_8(columns, state.h_1, attn.c_attn.weight)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regpt.kernels.gpt2 import FusedGPT2, HandWritten
+from regpt.kernels.fused import FusedLoss, HandWritten
 
 MOST_CAPTURES = 16  # in a process: shapes that keep changing are not worth capturing
 Key = tuple[torch.Size, bool, int | None, bool]  # idx, whether positions, length of cu_seqlens, with gradient
@@ -31,7 +31,7 @@ class CapturedStep:
         pool: of the graphs' memory.
     """
 
-    def __init__(self, fused: FusedGPT2, inputs: tuple[Tensor | None, ...], gradient: bool, pool: Any):
+    def __init__(self, fused: FusedLoss, inputs: tuple[Tensor | None, ...], gradient: bool, pool: Any):
         self.inputs = [None if given is None else given.clone() for given in inputs]
         device = fused.model.device
         self.scale = torch.ones((), device=device)
@@ -74,7 +74,7 @@ class GraphedLoss:
 
     def __init__(
         self,
-        fused: FusedGPT2,
+        fused: FusedLoss,
         capture: Callable[..., Any] = CapturedStep,
         pool: Callable[[], Any] = torch.cuda.graph_pool_handle,
     ):
@@ -91,7 +91,7 @@ class GraphedLoss:
     def loss_sum(
         self, idx: Tensor, targets: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> Tensor:
-        """As `FusedGPT2.loss_sum`."""
+        """As `FusedLoss.loss_sum`."""
         gradient = torch.is_grad_enabled()
         key = idx.shape, positions is not None, None if cu_seqlens is None else cu_seqlens.numel(), gradient
         inputs = idx, targets, positions, cu_seqlens

@@ -4,8 +4,9 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from regpt.model.config import ModelConfig
 from regpt.model.gpt2 import GPT2
 from regpt.model.ops import PLAIN, Ops
 from regpt.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from regpt.kernels.fused import FusedLoss
 
 # Measured on Hopper, where `auto` takes it. It should work from Ampere on: there it is taken when asked for.
 MEASURED_CAPABILITY, LEAST_CAPABILITY = (9, 0), (8, 0)
@@ -155,41 +159,69 @@ def gpt2_obstacle(model: Transformer, precision: str) -> str | None:
             return f"the fused path computes model.{name} = {getattr(standard, name)!r}, the model has {value!r}"
     if config.resolved().n_inner != 4 * config.n_embd:
         return f"the fused path computes MLPs of 4 n_embd, model.n_inner is {config.n_inner}"
-    if config.dropout:
-        return f"the fused path computes no dropout, model.dropout is {config.dropout}"
     if precision not in ("bf16", "fp8"):
         return f"the fused path computes in bfloat16 or FP8, train.precision is {precision}"
-    if config.n_embd % 8 or len(model.head_weight) % 8:
-        return "the fused path needs n_embd and the (padded) vocabulary to be multiples of 8; set train.pad_vocab"
     if precision == "fp8" and config.n_embd % FP8_MULTIPLE:
         return f"in FP8 the fused path needs n_embd to be a multiple of {FP8_MULTIPLE}"
-    head_size = config.n_embd // config.n_head
-    if head_size % 8 or head_size > 128:
-        return f"the fused path needs heads of a multiple of 8, up to 128; they are of {head_size}"
+    return size_obstacle(model)
+
+
+def llama_obstacle(model: Transformer, precision: str) -> str | None:
+    shape = model.config.resolved()
+    for name, computed in {"activation": "silu", "bias": "none", "rope_fraction": 1.0, "no_rope_every": 0}.items():
+        if (value := getattr(shape, name)) != computed:
+            return f"the fused path computes model.{name} = {computed!r}, the model has {value!r}"
+    if precision != "bf16":
+        return f"the fused path of this family computes in bfloat16, train.precision is {precision}"
+    if shape.n_inner % 8:
+        return f"the fused path needs n_inner to be a multiple of 8, model.n_inner is {shape.n_inner}"
+    return size_obstacle(model)
+
+
+def size_obstacle(model: Transformer) -> str | None:
+    config = model.config.resolved()
+    if config.dropout:
+        return f"the fused path computes no dropout, model.dropout is {config.dropout}"
+    if config.n_embd % 8 or len(model.head_weight) % 8:
+        return "the fused path needs n_embd and the (padded) vocabulary to be multiples of 8; set train.pad_vocab"
+    if config.head_size % 8 or config.head_size > 128:
+        return f"the fused path needs heads of a multiple of 8, up to 128; they are of {config.head_size}"
     return None
 
 
-def gpt2_loss(model: Transformer, device: torch.device, precision: str) -> LossOfTokens:
-    """See `kernels.gpt2` for what it keeps."""
+def loss_of(make: "Callable[..., FusedLoss]", device: torch.device, *more: Any) -> LossOfTokens:
+    """Of a family's `FusedLoss`; see there for what it keeps."""
     from regpt.kernels import triton_ops
     from regpt.kernels.attention import CudnnAttention, TorchAttention
     from regpt.kernels.cublaslt import Products, tuned_on
-    from regpt.kernels.gpt2 import FusedGPT2
     from regpt.kernels.graphs import GraphedLoss
 
-    assert isinstance(model, GPT2)
-
     attention = CudnnAttention(device) if find_spec("cudnn") else TorchAttention()
-    pieces = Products(device, tuned=tuned_on(device)), attention, triton_ops
+    return GraphedLoss(make(Products(device, tuned=tuned_on(device)), attention, triton_ops, *more)).loss_sum
+
+
+def gpt2_loss(model: Transformer, device: torch.device, precision: str) -> LossOfTokens:
+    from regpt.kernels.gpt2 import FusedGPT2
+
+    assert isinstance(model, GPT2)
     if precision == "fp8":
         from regpt.kernels import triton_fp8
         from regpt.kernels.gpt2_fp8 import FusedGPT2FP8
 
-        return GraphedLoss(FusedGPT2FP8(model, *pieces, triton_fp8)).loss_sum
-    return GraphedLoss(FusedGPT2(model, *pieces)).loss_sum
+        return loss_of(partial(FusedGPT2FP8, model), device, triton_fp8)
+    return loss_of(partial(FusedGPT2, model), device)
 
 
-FAMILIES = {"gpt2": FusedFamily(gpt2_obstacle, gpt2_loss)}  # by `ModelConfig.family`
+def llama_loss(model: Transformer, device: torch.device, precision: str) -> LossOfTokens:
+    from regpt.kernels.llama import FusedLlama
+
+    return loss_of(partial(FusedLlama, model), device)
+
+
+FAMILIES = {  # by `ModelConfig.family`
+    "gpt2": FusedFamily(gpt2_obstacle, gpt2_loss),
+    "llama": FusedFamily(llama_obstacle, llama_loss),
+}
 
 
 def check_compiler(device: torch.device) -> None:

@@ -1,7 +1,6 @@
 """The softmax of a chunk of the head as one Triton kernel: logits are read once and overwritten by their gradient.
 
-`cross_entropy_kernel` of `triton_ops.py` with what `model.head` asks for on top: log Z, the z-loss and a cap of the
-logits. Behind the signatures of `model.head`.
+With log Z, the z-loss and a cap of the logits, behind the signatures of `model.head`.
 """
 # pyright: reportIndexIssue=false
 
@@ -13,9 +12,11 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from regpt.kernels.triton_ops import LOGIT_BLOCK, LOGIT_LANE, LOGIT_WARPS
 from regpt.model import head
 from regpt.model.ops import Ops
+
+LOGIT_BLOCK, LOGIT_WARPS = 8192, 32  # logits a program holds in registers at once
+LOGIT_LANE = 8  # neighbours of one thread: 16 bytes of bfloat16
 
 
 @triton.jit

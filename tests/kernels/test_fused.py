@@ -9,11 +9,16 @@ import tiny
 from kernels import reference
 from kernels.reference_fp8 import Rounding
 from regpt.data.batch import Batch
+from regpt.kernels import fused as kernels_fused
 from regpt.kernels.attention import TorchAttention
+from regpt.kernels.fused import FusedLoss
 from regpt.kernels.gpt2 import FusedGPT2
 from regpt.kernels.gpt2_fp8 import FusedGPT2FP8
+from regpt.kernels.llama import FusedLlama
 from regpt.kernels.select import ops_of
+from regpt.model.config import ModelConfig
 from regpt.model.families import make_model
+from regpt.model.llama import Llama
 from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize
 from regpt.train.backend import make_loss_sum
@@ -23,8 +28,19 @@ from regpt.train.optim import make_optimizer
 DOCUMENTS = {"positions": torch.arange(12).expand(8, 12) % 6, "cu_seqlens": torch.arange(0, 97, 6)}
 
 
-def fused(model, precision: str = "bf16") -> FusedGPT2:
+LLAMA = tiny.FAMILY_CONFIGS["llama"]
+MODELS = {
+    "gpt2": tiny.CONFIG,
+    "llama": LLAMA,
+    "untied": replace(LLAMA, tie_embeddings=False),
+    "llama3": replace(LLAMA, n_kv_head=3, rope_type="llama3", rope_factor=8.0, rope_original_max_seq_len=8),
+}
+
+
+def fused(model, precision: str = "bf16") -> FusedLoss:
     pieces = reference.products, TorchAttention(), reference
+    if isinstance(model, Llama):
+        return FusedLlama(model, *pieces, torch.float64)
     if precision == "fp8":
         return FusedGPT2FP8(model, *pieces, Rounding(torch.float64), dtype=torch.float64)
     return FusedGPT2(model, *pieces, torch.float64)
@@ -34,11 +50,11 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def both_ways(calls: int = 1, precision: str = "bf16", **documents: torch.Tensor):
+def both_ways(calls: int = 1, precision: str = "bf16", config: ModelConfig = tiny.CONFIG, **documents: torch.Tensor):
     """Loss and gradients of `calls` micro-batches added up, fused and plain."""
     found = []
     for way in ("fused", "plain"):
-        model = tiny.build_model()
+        model = tiny.build_model(config=config)
         plain = make_loss_sum(model, "fp64", tiny.CPU, compile=False)
         of_tokens = fused(model, precision).loss_sum if way == "fused" else lambda *batch: plain(Batch(*batch))  # noqa: B023
         for step in range(calls):
@@ -53,6 +69,50 @@ def both_ways(calls: int = 1, precision: str = "bf16", **documents: torch.Tensor
 def test_loss_and_gradients_are_those_of_the_plain_path(documents, precision):
     given, expected = both_ways(precision=precision, **documents)
     assert tiny.largest_error(given, expected) < 1e-13
+
+
+@pytest.mark.parametrize("documents", [{}, DOCUMENTS], ids=["rows", "documents"])
+@pytest.mark.parametrize("name", ["llama", "untied", "llama3"])
+def test_loss_and_gradients_of_a_llama_are_those_of_the_plain_path(name, documents):
+    for calls in (1, 3):  # gradients made, joined, and added to
+        given, expected = both_ways(calls, config=MODELS[name], **documents)
+        assert tiny.largest_error(given, expected) < 1e-13
+
+
+@pytest.mark.parametrize("rows", [1, 7, 40, 1000])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "untied"])
+def test_a_head_of_a_large_vocabulary_is_computed_in_chunks_of_rows(name, rows, monkeypatch):
+    monkeypatch.setattr(kernels_fused, "SMALL_VOCAB", 100)
+    monkeypatch.setattr(kernels_fused, "CHUNK_BYTES", rows * 128 * 8)
+    for calls in (1, 2):
+        given, expected = both_ways(calls, config=MODELS[name])
+        assert tiny.largest_error(given, expected) < 1e-13
+    model = tiny.build_model(config=MODELS[name])
+    with torch.no_grad():
+        assert fused(model).loss_sum(*tiny.Rows().rows(0)).item() == pytest.approx(
+            make_loss_sum(model, "fp64", tiny.CPU, compile=False)(Batch(*tiny.Rows().rows(0))).item(), rel=1e-13
+        )
+
+
+@pytest.mark.parametrize(("n", "most", "rows"), [(16384, 4186, 4096), (16384, 3840, 3328), (96, 40, 32), (5, 0, 1)])
+def test_chunks_are_even(n, most, rows):
+    assert kernels_fused.even_chunks(n, most) == rows
+
+
+def test_gradients_that_were_there_before_are_joined_and_kept():
+    """The trainer allocates them; the optimizer and the clipping then see slices of one matrix."""
+    model = tiny.build_model(config=LLAMA)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    path = fused(model)
+    path.loss_sum(*tiny.Rows().rows(0)).backward()
+    where = [p.grad.data_ptr() for p in model.parameters()]
+    expected = tiny.build_model(config=LLAMA)
+    make_loss_sum(expected, "fp64", tiny.CPU, compile=False)(Batch(*tiny.Rows().rows(0))).backward()
+    for given, plain in zip(model.parameters(), expected.parameters()):
+        assert torch.allclose(given.grad - 1, plain.grad, rtol=0, atol=1e-12)
+    path.loss_sum(*tiny.Rows().rows(0)).backward()
+    assert where == [p.grad.data_ptr() for p in model.parameters()]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
