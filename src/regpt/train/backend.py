@@ -1,7 +1,6 @@
 """Gradients of a step: the loss of its micro-batches on one path (plain, compiled or fused), differentiated, summed."""
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, Protocol
@@ -35,8 +34,12 @@ class Backend(Protocol):
         as they are."""
         ...
 
-    def sum_and_clip(self, max_norm: float, scale: float = 1.0) -> Tensor:
-        """Sum the gradients over ranks, divide by `scale`, clip to `max_norm` (0: not); the norm before clipping."""
+    def sum_gradients(self, scale: float = 1.0) -> Tensor:
+        """Sum the gradients over ranks, divide by `scale`; their norm."""
+        ...
+
+    def clip(self, max_norm: float, norm: Tensor) -> None:
+        """Scale the gradients, whose norm is `norm`, to a norm of at most `max_norm`."""
         ...
 
     def evaluate(self, batch: Batch) -> Tensor:
@@ -86,16 +89,18 @@ class DataParallel:
                 extras[name] = extras[name] + part if name in extras else part
         return total, extras
 
-    def sum_and_clip(self, max_norm: float, scale: float = 1.0) -> Tensor:
+    def sum_gradients(self, scale: float = 1.0) -> Tensor:
         self.mesh.sum_gradients(self.parameters)
+        grads = [p.grad for p in self.parameters if p.grad is not None]
         if scale != 1:  # a power of two: the division is exact
-            torch._foreach_mul_([p.grad for p in self.parameters], 1 / scale)  # pyright: ignore
-        if self.parameters[0].grad.dtype != torch.bfloat16:  # pyright: ignore
-            return torch.nn.utils.clip_grad_norm_(self.parameters, max_norm or math.inf)
-        norms = torch._foreach_norm([p.grad for p in self.parameters], 2, dtype=torch.float32)  # pyright: ignore
-        norm = torch.linalg.vector_norm(torch.stack(norms))
-        torch.nn.utils.clip_grads_with_norm_(self.parameters, max_norm or math.inf, norm)
-        return norm
+            torch._foreach_mul_(grads, 1 / scale)  # pyright: ignore[reportPrivateImportUsage]
+        if grads[0].dtype != torch.bfloat16:
+            return torch.nn.utils.get_total_norm(grads)
+        norms = torch._foreach_norm(grads, 2, dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
+        return torch.linalg.vector_norm(torch.stack(norms))
+
+    def clip(self, max_norm: float, norm: Tensor) -> None:
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, max_norm, norm)
 
     @torch.no_grad()
     def clear_gradients(self) -> None:

@@ -27,6 +27,7 @@ from regpt.train.optim import set_lr
 from regpt.train.peak import device_peak, flops_per_token
 
 Row = dict[str, object]
+UNCLIPPED = 0.9999  # a norm below this share of train.grad_clip is left: torch would multiply by 1
 MOST_THREADS = 4096  # of a CPU, that a checkpoint may ask for
 LARGEST_COUNT = 2**100  # tokens or FLOPs, beyond any run
 
@@ -203,11 +204,13 @@ class Trainer:
             with attempt:
                 batches = self.loader.step(self.data_step, self.micro_batch.rows)
                 loss, extras = self.backend.forward_backward(batches, units / scale)
-        norm = self.backend.sum_and_clip(self.config.grad_clip, scale)
+        length = self.backend.sum_gradients(scale)
         counts = extras.pop(COUNTS, None)
         sums = [self.mesh.sum(value) / scale for value in (loss, *extras.values())]
         with self.mesh.pulse.waiting("the gradients of all processes"):
-            mean, norm, *further = torch.stack([sums[0], norm, *sums[1:]]).tolist()  # synchronises
+            mean, norm, *further = torch.stack([sums[0], length, *sums[1:]]).tolist()  # synchronises
+        if self.config.grad_clip and not norm < UNCLIPPED * self.config.grad_clip - 1e-6:
+            self.backend.clip(self.config.grad_clip, length)
         if self.balance is not None and counts is not None:
             self.balance.take(self.mesh.sum(counts))
         return mean, norm, dict(zip(extras, further))
