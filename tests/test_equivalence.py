@@ -31,11 +31,14 @@ from regpt.data.batch import IGNORE_INDEX, Batch
 from regpt.evals.score import Scorer
 from regpt.hf.weights import WeightsFromHF, weights_to_hf
 from regpt.kernels.attention import TorchAttention
+from regpt.kernels.fused import FusedLoss
 from regpt.kernels.gpt2 import FusedGPT2
 from regpt.kernels.gpt2_fp8 import FusedGPT2FP8
+from regpt.kernels.llama import FusedLlama
 from regpt.kernels.masked import attend_in_band, band, cudnn, flash
 from regpt.kernels.select import ops_of
 from regpt.model.cache import KVCache
+from regpt.model.config import ModelConfig
 from regpt.model.families import make_model
 from regpt.model.layers import rotation
 from regpt.model.ops import PLAIN
@@ -256,15 +259,21 @@ def fused_path() -> list[tuple[Found, Found]]:
     return fused_paths(lambda model, *given: FusedGPT2(model, *given, torch.float64))
 
 
+def fused_path_of_llama() -> list[tuple[Found, Found]]:
+    config = tiny.FAMILY_CONFIGS["llama"]
+    return fused_paths(lambda model, *given: FusedLlama(model, *given, torch.float64), config)
+
+
 def fused_path_of_fp8() -> list[tuple[Found, Found]]:
     return fused_paths(lambda model, *given: FusedGPT2FP8(model, *given, Rounding(torch.float64), dtype=torch.float64))
 
 
-def fused_paths(make: Callable[..., FusedGPT2]) -> list[tuple[Found, Found]]:
-    model = tiny.build_model()
+def fused_paths(make: Callable[..., FusedLoss], config: ModelConfig = tiny.CONFIG) -> list[tuple[Found, Found]]:
+    model = tiny.build_model(config=config)
     path = make(model, pieces.products, TorchAttention(), pieces)
-    trainer = tiny.build_trainer(model, tiny.Rows(micro_batch_rows=2), loss_sum=lambda batch: path.loss_sum(*batch[:4]))
-    return [(tiny.step_gradients(trainer), ours())]
+    rows = tiny.Rows(micro_batch_rows=2, config=config)
+    trainer = tiny.build_trainer(model, rows, loss_sum=lambda batch: path.loss_sum(*batch[:4]))
+    return [(tiny.step_gradients(trainer), ours(config=config))]
 
 
 FP8_CONFIG = tiny.replace(tiny.CONFIG, n_head=2, n_embd=32)  # multiples of 16
@@ -498,6 +507,7 @@ CELLS = [
     Cell("one process, without and with dropout", "2 and 4 processes", "loss, gradients", 1e-14, processes),
     Cell("`torch.compile` on", "off", "loss, gradients", 1e-14, compiled, slow=True),
     Cell("fused path of GPT-2, its pieces in float64", "plain path", "loss, gradients", 1e-13, fused_path),
+    Cell("fused path of Llama, its pieces in float64", "plain path", "loss, gradients", 1e-13, fused_path_of_llama),
     Cell("fused path of FP8, rounding nothing, in float64", "plain path", "loss, gradients", 1e-13, fused_path_of_fp8),
     Cell("linear layers in FP8, the rest in bfloat16", "all in float64", "loss, gradients", 0.2, linear_layers_in_fp8),
     Cell("`fp8` without gradients", "`bf16`", "logits", 0.0, evaluated_in_fp8),

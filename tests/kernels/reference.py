@@ -92,8 +92,9 @@ def cross_entropy(logits: Tensor, targets: Tensor, n_vocab: int, *, gradient: bo
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    rstd = torch.rsqrt(x.square().mean(1) + eps)
-    return x * rstd[:, None] * weight, rstd
+    wide = x.float() if x.dtype.itemsize == 2 else x
+    rstd = torch.rsqrt(wide.square().mean(1) + eps)
+    return (wide * rstd[:, None] * weight).to(x.dtype), rstd
 
 
 def rms_norm_backward(

@@ -98,6 +98,36 @@ def test_a_family_without_an_entry_takes_the_plain_path_and_one_with_an_entry_it
     assert select.fused_loss(model, hopper)(idx, idx, None, None) is model.head_weight
 
 
+LLAMA = tiny.FAMILY_CONFIGS["llama"]
+
+
+@pytest.mark.parametrize(
+    ("config", "precision", "reason"),
+    [
+        (replace(LLAMA, n_head=3, n_kv_head=1), "bf16", None),
+        (LLAMA, "bf16", "heads of a multiple of 8, up to 128; they are of 4"),
+        (
+            replace(LLAMA, n_head=3, n_kv_head=1, bias="qkv"),
+            "bf16",
+            "computes model.bias = 'none', the model has 'qkv'",
+        ),
+        (replace(LLAMA, n_head=3, n_kv_head=1, activation="gelu"), "bf16", "computes model.activation = 'silu'"),
+        (
+            replace(LLAMA, n_head=3, n_kv_head=1, n_inner=44),
+            "bf16",
+            "n_inner to be a multiple of 8, model.n_inner is 44",
+        ),
+        (replace(LLAMA, n_head=3, n_kv_head=1, dropout=0.1), "bf16", "computes no dropout, model.dropout is 0.1"),
+        (replace(LLAMA, n_head=3, n_kv_head=1), "fp8", "computes in bfloat16, train.precision is fp8"),
+        (replace(LLAMA, n_head=3, n_kv_head=1), "fp16", "computes in bfloat16, train.precision is fp16"),
+    ],
+)
+def test_llamas_that_the_fused_path_computes(hopper, config, precision, reason):
+    chosen = select_kernels("auto", make_model(config), hopper, precision)
+    assert chosen.name == ("fused" if reason is None else "plain")
+    assert reason is None or reason in chosen.reason
+
+
 def test_frozen_parameters_take_the_plain_path(hopper):
     model = tiny.build_model(dtype=torch.float32)
     model.wpe.weight.requires_grad_(False)

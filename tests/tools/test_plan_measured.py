@@ -19,25 +19,29 @@ ERRORS = {"checkpointing": (0.09, 0.04), "fp16": (0.07, 0.01)}
 OTHERS = (0.065, 0.031)
 
 
-# Of docs/log.md, 2026-11-30, on one H200: recipe, tokens a row, rows and micro-batches; ms a step and GiB that were
-# measured. The memory of llama3-8b, and the time of llama3-1b in rows of 8,192, were not fitted to.
+# Of docs/log.md, 2026-11-30, on one H200: kernels, recipe, tokens a row, rows and micro-batches; ms a step and GiB that
+# were measured. The memory, and the times of rows of 8,192 of llama3-1b, were not fitted to.
 LOGGED = [
-    ("llama-124m", 1024, 64, 8, 1298.6, 30.1),
-    ("llama3-1b", 4096, 4, 4, 1149.4, 43.98),
-    ("llama3-1b", 8192, 2, 4, 1294.4, 43.98),
-    ("llama3-8b", 8192, 2, 4, 8121.4, 84.25),
+    ("fused", "llama-124m", 1024, 64, 8, 871.6, 26.86),
+    ("fused", "llama3-1b", 4096, 4, 4, 967.7, 42.44),
+    ("fused", "llama3-1b", 8192, 2, 4, 1109.8, 41.62),
+    ("plain", "llama-124m", 1024, 64, 8, 1024.0, 29.99),
+    ("plain", "llama3-1b", 4096, 4, 4, 1065.6, 43.99),
+    ("plain", "llama3-1b", 8192, 2, 4, 1203.4, 43.99),
+    ("auto", "llama3-8b", 8192, 2, 4, 8121.4, 84.25),
 ]
 
 
-@pytest.mark.parametrize(("recipe", "seq_len", "rows", "micro_batches", "ms", "gib"), LOGGED)
-def test_a_logged_step_of_llamas_shapes_is_predicted(recipe, seq_len, rows, micro_batches, ms, gib):
+@pytest.mark.parametrize(("kernels", "recipe", "seq_len", "rows", "micro_batches", "ms", "gib"), LOGGED)
+def test_a_logged_step_of_llamas_shapes_is_predicted(kernels, recipe, seq_len, rows, micro_batches, ms, gib):
     config = read_config(recipe).with_vocab_size(50257 if recipe == "llama-124m" else 128_256)
-    config = replace(config, data=replace(config.data, seq_len=seq_len))
+    train = replace(config.train, kernels=kernels)
+    config = replace(config, data=replace(config.data, seq_len=seq_len), train=train)
     target = planned_target("h200", "auto", "bf16")
     step = planned_step(config, target)
     assert target.figures is not None
     assert gpu_time(step, rows, micro_batches, 1, target.figures).seconds * 1e3 == pytest.approx(ms, rel=0.04)
-    assert gpu_memory(step, rows).peak / 2**30 == pytest.approx(gib, rel=0.01)
+    assert gpu_memory(step, rows).peak / 2**30 == pytest.approx(gib, rel=0.02)
 
 
 def test_there_are_reports():

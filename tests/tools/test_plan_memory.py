@@ -11,14 +11,16 @@ import tiny
 from kernels import reference
 from regpt.data.batch import Batch
 from regpt.kernels.attention import TorchAttention
+from regpt.kernels.fused import FusedLoss
 from regpt.kernels.gpt2 import FusedGPT2
+from regpt.kernels.llama import FusedLlama
 from regpt.kernels.select import ops_of
 from regpt.model import head
 from regpt.model.config import ModelConfig
 from regpt.model.families import make_model
 from regpt.model.weights import initialize
 from regpt.runs.plan_stages import Room
-from regpt.tools.plan.memory import PlannedStep, chunk_of, cpu_memory, gpu_memory, shape_of, tensors
+from regpt.tools.plan.memory import PlannedStep, chunk_of, cpu_memory, fused_gated_bytes, gpu_memory, shape_of, tensors
 from regpt.tools.plan.speed import Target
 from regpt.train.backend import make_loss_sum
 from regpt.train.recompute import recompute_blocks
@@ -258,10 +260,19 @@ def test_the_fused_path_keeps_what_its_states_hold():
     assert predicted(2) == pytest.approx(kept[2], rel=0.015)
 
 
-def kept_by_the_fused_path(config: ModelConfig, rows: int) -> int:
+def test_the_fused_path_of_llama_keeps_what_is_counted():
+    config = replace(tiny.FAMILY_CONFIGS["llama"], n_layer=3, max_seq_len=12)
+    step = step_of(config, "fused", "bf16")
+    of_head = 2 * 8 * 12 * 128 + 2 * 12 * 2 * 8 * 4 + 8 * 12 * 4  # logits; cosines and sines; of the last norm
+    given = kept_by_the_fused_path(config, 8, FusedLlama) - of_head
+    statistics = 3 * 8 * 12 * config.n_head * 4  # of softmax, which TorchAttention keeps none of
+    assert given + statistics == pytest.approx(fused_gated_bytes(step) * 8 * 12, rel=0.01)
+
+
+def kept_by_the_fused_path(config: ModelConfig, rows: int, path_of: type[FusedLoss] = FusedGPT2) -> int:
     """Bytes of the tensors in the state of one micro-batch, each memory once, what it was given left out."""
     model = initialize(make_model(config), 0)
-    path = FusedGPT2(model, reference.products, TorchAttention(), reference, torch.bfloat16)
+    path = path_of(model, reference.products, TorchAttention(), reference, torch.bfloat16)
     path.copy_weights()
     tokens = torch.zeros(rows, config.max_seq_len, dtype=torch.int64)
     _, state = path.forward(tokens, tokens, None, None, gradient=True)

@@ -24,13 +24,14 @@ import torch
 from torch import Tensor
 
 from regpt.kernels.fused import FusedLoss
-from regpt.model.layers import Rotation, rotation
+from regpt.model import layers
+from regpt.model.layers import Rotation
 from regpt.model.llama import Llama, LlamaBlock
 from regpt.model.masks import AttentionMask
 
 
 @dataclass
-class BlockState:
+class LlamaBlockState:
     """Activations of one block saved for its backward: (N, …) in bfloat16, 1/root mean squares (N,) in float32."""
 
     x: Tensor
@@ -47,13 +48,13 @@ class BlockState:
 
 
 @dataclass
-class ForwardState:
+class LlamaState:
     """Activations of one micro-batch; the backward drops each after its last use, to free memory early."""
 
     idx: Tensor
     by: Rotation
     mask: AttentionMask
-    blocks: list[BlockState]
+    blocks: list[LlamaBlockState]
     x: Tensor  # input of the last norm; then its output and 1/root mean square
     h: Tensor | None
     rstd: Tensor
@@ -74,23 +75,23 @@ class FusedLlama(FusedLoss):
 
     def forward(
         self, idx: Tensor, targets: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None, *, gradient: bool
-    ) -> tuple[Tensor, ForwardState]:
+    ) -> tuple[Tensor, LlamaState]:
         """Return the loss and the state for `backward`, which is valid only with `gradient`."""
         model, mask = self.model, AttentionMask(documents=cu_seqlens)
         x = self.between.embed(idx, None, model.embed_tokens.weight, None, self.dtype)  # (N, C)
         at = torch.arange(idx.size(1), device=idx.device) if positions is None else positions
-        by = rotation(model.shape, at)
+        by = layers.rotation(model.shape, at)
         states = []
         for block in self.blocks:
             x, state = self.block_forward(block, x, idx.shape, by, mask)
             states += [state] if gradient else []
         h, rstd = self.between.rms_norm(x, model.norm.weight, model.norm.eps)
         loss, head = self.head_forward(h, targets, gradient=gradient)
-        return loss, ForwardState(idx, by, mask, states, x, h, rstd, head)
+        return loss, LlamaState(idx, by, mask, states, x, h, rstd, head)
 
     def block_forward(
         self, block: LlamaBlock, x: Tensor, shape: torch.Size, by: Rotation, mask: AttentionMask
-    ) -> tuple[Tensor, BlockState]:
+    ) -> tuple[Tensor, LlamaBlockState]:
         """Return the block's output (N, C) and the state for `block_backward`."""
         attn, mlp, between = block.self_attn, block.mlp, self.between
         norm_1, norm_2, heads = block.input_layernorm, block.post_attention_layernorm, self.heads
@@ -104,7 +105,7 @@ class FusedLlama(FusedLoss):
         gate_up = self.multiply(h_2, mlp.gate_proj.weight)  # (N, 2·I)
         gated = between.swiglu(gate_up)
         x_out = self.multiply(gated, mlp.down_proj.weight, add=x_mid)
-        return x_out, BlockState(x, rstd_1, h_1, qkv, attended, stats, x_mid, rstd_2, h_2, gate_up, gated)
+        return x_out, LlamaBlockState(x, rstd_1, h_1, qkv, attended, stats, x_mid, rstd_2, h_2, gate_up, gated)
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -121,7 +122,7 @@ class FusedLlama(FusedLoss):
         joined = self.joined[weight]
         return self.products(dy, joined, dy.new_empty(len(dy), joined.size(1)))
 
-    def backward(self, scale: Tensor, state: ForwardState) -> None:
+    def backward(self, scale: Tensor, state: LlamaState) -> None:
         """Add `scale` times the gradient of the summed loss to every parameter's `.grad`; consumes `state`."""
         model = self.model
         adding = self.adding()
@@ -143,7 +144,7 @@ class FusedLlama(FusedLoss):
         if adding:
             self.note_warm(state.idx, state.mask)
 
-    def block_backward(self, block: LlamaBlock, dx: Tensor, kept: BlockState, state: ForwardState) -> Tensor:
+    def block_backward(self, block: LlamaBlock, dx: Tensor, kept: LlamaBlockState, state: LlamaState) -> Tensor:
         """Return the gradient of the block's input x; `dx` is that of its output x'.
 
         Each weight gradient is launched on the side stream as soon as its operands exist, but after the product on the

@@ -21,10 +21,11 @@ from torch.utils._pytree import tree_leaves
 
 from regpt.data.batch import Batch
 from regpt.kernels import fp8
+from regpt.kernels.fused import CHUNK_BYTES, even_chunks
 from regpt.model.config import FAMILIES, ModelConfig
 from regpt.model.families import make_model
 from regpt.model.grouped import experts_grouped, looped_product
-from regpt.model.head import chunk_rows, in_chunks, padded_logits, summed_losses
+from regpt.model.head import SMALL_VOCAB, chunk_rows, in_chunks, padded_logits, summed_losses
 from regpt.model.ops import PLAIN
 from regpt.model.weights import WithoutValues, allocate, count_parameters, without_memory
 from regpt.train.backend import make_loss_sum
@@ -268,7 +269,7 @@ def tensors(step: PlannedStep, rows: int) -> dict[str, float]:
     two, four = trace(step, 2, chunk), trace(step, 4, chunk)
     per_row, fixed = (four.live - two.live) / 2, 2 * two.live - four.live
     hidden_row, copies = float((four.hidden - two.hidden)[0]) / 2, float((2 * two.hidden - four.hidden)[0])
-    kept = kept_share(step) * hidden_row * rows
+    kept = fused_gated_bytes(step) * rows * step.seq_len or kept_share(step) * hidden_row * rows
     peak = float((fixed + per_row * rows).max()) + kept - hidden_row * rows
     if step.path == "compiled" and not step.blocks:  # one graph: all gradients of a micro-batch come out together
         peak = max(peak, copies + step.gradient_bytes * shape.padded)
@@ -298,11 +299,22 @@ def kept_share(step: PlannedStep) -> float:
     return KEPT_GATED[formats][bool(family.qk_norm)]
 
 
+def fused_gated_bytes(step: PlannedStep) -> int:
+    """Bytes a token that the fused path of a family with gates keeps (the states in kernels/llama.py); 0 on others."""
+    shape = step.model.resolved()
+    if step.path != "fused" or not FAMILIES[shape.family].gated:
+        return 0
+    queries, keys = shape.n_head * shape.head_size, shape.n_kv_head * shape.head_size
+    numbers = 4 * shape.n_embd + 2 * queries + 2 * keys + 3 * shape.n_inner  # bfloat16
+    return shape.n_layer * (2 * numbers + 4 * (shape.n_head + 2)) + 2 * 2 * shape.n_embd
+
+
 def chunk_of(step: PlannedStep, rows: int) -> int:
     """Tokens of a chunk of the head; 0 where the logits of a micro-batch are computed whole."""
-    if step.path == "fused":
-        return 0
     tokens = rows * step.seq_len
+    if step.path == "fused":
+        few = step.shape.vocab_rows <= SMALL_VOCAB
+        return 0 if few else even_chunks(tokens, CHUNK_BYTES // (2 * step.shape.vocab_rows))
     dtype = HALF_TYPES.get(step.precision, parameter_dtype(step.precision, step.weights))
     return min(chunk_rows(tokens, step.shape.vocab_rows, dtype), tokens)
 
