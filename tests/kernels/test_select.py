@@ -99,27 +99,28 @@ def test_a_family_without_an_entry_takes_the_plain_path_and_one_with_an_entry_it
 
 
 LLAMA = tiny.FAMILY_CONFIGS["llama"]
+EIGHT = replace(LLAMA, n_head=3, n_kv_head=1)  # heads of 8
 
 
 @pytest.mark.parametrize(
     ("config", "precision", "reason"),
     [
-        (replace(LLAMA, n_head=3, n_kv_head=1), "bf16", None),
+        (EIGHT, "bf16", None),
         (LLAMA, "bf16", "heads of a multiple of 8, up to 128; they are of 4"),
         (
-            replace(LLAMA, n_head=3, n_kv_head=1, bias="qkv"),
+            replace(EIGHT, bias="qkv"),
             "bf16",
             "computes model.bias = 'none', the model has 'qkv'",
         ),
-        (replace(LLAMA, n_head=3, n_kv_head=1, activation="gelu"), "bf16", "computes model.activation = 'silu'"),
+        (replace(EIGHT, activation="gelu"), "bf16", "computes model.activation = 'silu'"),
         (
-            replace(LLAMA, n_head=3, n_kv_head=1, n_inner=44),
+            replace(EIGHT, n_inner=44),
             "bf16",
             "n_inner to be a multiple of 8, model.n_inner is 44",
         ),
-        (replace(LLAMA, n_head=3, n_kv_head=1, dropout=0.1), "bf16", "computes no dropout, model.dropout is 0.1"),
-        (replace(LLAMA, n_head=3, n_kv_head=1), "fp8", "computes in bfloat16, train.precision is fp8"),
-        (replace(LLAMA, n_head=3, n_kv_head=1), "fp16", "computes in bfloat16, train.precision is fp16"),
+        (replace(EIGHT, dropout=0.1), "bf16", "computes no dropout, model.dropout is 0.1"),
+        (EIGHT, "fp8", "computes in bfloat16, train.precision is fp8"),
+        (EIGHT, "fp16", "computes in bfloat16, train.precision is fp16"),
     ],
 )
 def test_llamas_that_the_fused_path_computes(hopper, config, precision, reason):
