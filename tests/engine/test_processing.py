@@ -195,3 +195,14 @@ def test_penalties_follow_their_papers():
 def test_options_out_of_range_are_usage_errors(values, said):
     with pytest.raises(UsageError, match=said):
         SamplingOptions(**values)
+
+
+def test_a_draw_from_a_whole_large_vocabulary_is_that_of_exact_noise():
+    """Most of the noise is then computed in float32 only."""
+    logits, n = torch.randn(20, 5000, generator=torch.Generator().manual_seed(3)) * 2, 20
+    rows = rows_of([PLAIN, SamplingOptions(0.5, 0), SamplingOptions(3.0, 0, min_p=0.001)] * 7, range(21), 5000)
+    rows = rows._replace(numbers=rows.numbers[:n], seeds=rows.seeds[:n])
+    found = draw(logits, rows, torch.zeros(n, dtype=torch.int64), 0, tolerance=1e-6)
+    every = draw(logits, rows, torch.zeros(n, dtype=torch.int64), -1, tolerance=1e-6)
+    assert torch.equal(found.tokens, every.tokens)
+    assert found.certain.sum() > 15

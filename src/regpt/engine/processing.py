@@ -12,11 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from regpt.engine.noise import gumbel, split_seeds
+from regpt.engine.noise import MASK, gumbel, random_bits, split_seeds
 from regpt.errors import UsageError
 
 # By how much another shape of the products changes a logit, relative to the largest of its row: see docs/engine.md.
 TOLERANCES = {torch.float32: 3e-5, torch.float64: 1e-12}
+LONG = 64  # candidates that are left where all tokens are drawn from
 SPARE = 4  # candidates beyond top-k: to know how near its edge the next ones are
 
 
@@ -181,12 +182,17 @@ def draw(
             logit; `certain` then holds where no such change changes the token.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    finite = logits.isfinite().all(dim=-1)  # (B,)
-    logits = logits.nan_to_num()
-    slack = None if tolerance is None else error_bound(logits, rows.numbers, tolerance)
+    low, high = logits.aminmax(dim=-1)  # (B,); NaN where one is
+    finite = low.isfinite() & high.isfinite()
+    if logits.device.type != "cpu" or not finite.all():  # a pass less; only the CPU may look
+        logits = logits.nan_to_num()
+    largest_logit = torch.maximum(low.abs(), high.abs())
+    slack = None if tolerance is None else error_bound(largest_logit, rows.numbers, tolerance)
     kept = choose_candidates(adjust(logits, rows), rows, candidates, slack)
-    ids = kept.ids.expand_as(kept.scores)
     random = (rows.numbers[:, 0] > 0)[:, None]
+    if candidates == 0 and logits.size(-1) > LONG:
+        kept = shortlist(kept, rows.seeds, positions, random)
+    ids = kept.ids.expand_as(kept.scores)
     noise = gumbel(rows.seeds, positions, kept.ids).to(kept.scores.dtype)
     scores = torch.where(random, kept.scores + noise, kept.scores)
     open_scores = scores.masked_fill(~kept.kept, -math.inf)
@@ -198,16 +204,28 @@ def draw(
     if slack is not None:
         others = scores.masked_fill(~(kept.kept | kept.near), -math.inf).scatter(-1, at, -math.inf)
         certain = (others.amax(dim=-1) < best.squeeze(-1) - slack) & ~kept.near.gather(-1, at).squeeze(-1)
-        if kept.scores.size(-1) < logits.size(-1):  # tokens after the candidates may be as near
+        if candidates and kept.scores.size(-1) < logits.size(-1):  # tokens after the candidates may be as near
             certain &= kept.kept[:, -1] | ~kept.near[:, -1]
     return Drawn(tokens, logprobs, finite & best.squeeze(-1).isfinite(), certain)
 
 
-def error_bound(logits: Tensor, numbers: Tensor, tolerance: float) -> Tensor:
+def shortlist(kept: Candidates, seeds: Tensor, positions: Tensor, random: Tensor) -> Candidates:
+    """The candidates that can win the draw, by noise in float32: exact noise of a whole vocabulary takes longer than
+    the rest. Those left out are far behind, unless more than `LONG` are equal within rounding."""
+    bits = random_bits(seeds, positions, kept.ids)
+    rest = ((MASK - bits).float() + 0.5) * 2.0**-32  # 1 - u, exact near 0, where noise is largest
+    noise = rest.neg_().log1p_().neg_().log_().neg_().to(kept.scores.dtype)
+    about = torch.where(random, kept.scores + noise, kept.scores).masked_fill(~(kept.kept | kept.near), -math.inf)
+    at = about.topk(LONG, dim=-1).indices
+    ids = kept.ids.expand_as(kept.scores).gather(-1, at)
+    return Candidates(ids, *(part.gather(-1, at) for part in (kept.scores, kept.kept, kept.near)))
+
+
+def error_bound(largest_logit: Tensor, numbers: Tensor, tolerance: float) -> Tensor:
     """(B,): by how much the difference of two scores may change where logits change by `tolerance` of the largest."""
     temperature, repetition = numbers[:, 0], numbers[:, 4]
     scale = torch.maximum(repetition, 1 / repetition) / torch.where(temperature > 0, temperature, 1.0)
-    return (2 * tolerance * scale * logits.abs().amax(dim=-1)).to(logits.dtype)
+    return (2 * tolerance * scale * largest_logit).to(largest_logit.dtype)
 
 
 def adjust(logits: Tensor, rows: RowOptions) -> Tensor:
@@ -271,6 +289,12 @@ def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if k == V or logits.dtype == torch.float64:
         values, ids = logits.sort(dim=-1, descending=True, stable=True)
         return values[:, :k], ids[:, :k]
+    if logits.device.type == "cpu" and k < V - 1:
+        values, ids = logits.topk(k + 1, dim=-1)
+        if bool((values[:, k - 1] > values[:, k]).all()):  # no equals at the edge
+            ids = ids[:, :k].sort(dim=-1).values
+            values, order = logits.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+            return values, ids.gather(-1, order)
     bits = (logits + 0.0).view(torch.int32)  # no -0.0
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32  # integers in the order of the floats
     keys = ordered | torch.arange(V - 1, -1, -1, device=logits.device)
