@@ -31,8 +31,8 @@ from regpt.checkpoint.open import open_model
 from regpt.config import read_config, recipe_names
 from regpt.console.lines import print_json, status
 from regpt.console.text import counted
-from regpt.engine.decode import half_copy
 from regpt.engine.engine import PAGE_SIZE, Engine
+from regpt.engine.fast import half_copy
 from regpt.engine.processing import SamplingOptions
 from regpt.engine.request import Request
 from regpt.model.families import make_model

@@ -5,16 +5,15 @@ and writes the new token and position into it. So on a CUDA device the whole ste
 bucket of rows; on a CPU the same function runs as it is.
 """
 
-import copy
 import warnings
 from collections.abc import Sequence as Items
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from regpt.engine.cache import Attention, DecodeView, Pages
+from regpt.engine.cache import DecodeView, Pages
+from regpt.engine.fast import NO_KERNELS, Kernels
 from regpt.engine.noise import MASK
 from regpt.engine.processing import (
     NUMBERS,
@@ -32,6 +31,7 @@ from regpt.model.transformer import Transformer
 TOKEN, POSITION, SEEDS, OPTIONS = 0, 1, 2, 4
 TABLE = OPTIONS + len(NUMBERS)  # columns of the state
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+MOST_BY_KERNEL = 64  # `kernels.sampler.MOST`, whose file imports Triton
 RESULTS = 4  # token, log-probability, finite, certain
 
 
@@ -49,6 +49,11 @@ class Needs(NamedTuple):
     penalties: bool = False
     bias: bool = False
     allowed: bool = False
+
+    @property
+    def drawn_by_kernels(self) -> bool:
+        """Whether `kernels.sampler` computes it."""
+        return 0 < self.candidates <= MOST_BY_KERNEL and not (self.top or self.penalties or self.bias or self.allowed)
 
     @classmethod
     def of(cls, options: Items[SamplingOptions], n_vocab: int, top: int = 0, allowed: bool = False) -> "Needs":
@@ -152,7 +157,7 @@ class Step:
 
     Args:
         tolerance: as in `processing.draw`.
-        attention: as in `DecodeView`.
+        kernels: what is computed by them.
         graphs: capture the step on a CUDA device.
     """
 
@@ -161,13 +166,13 @@ class Step:
         model: Transformer,
         pages: Pages,
         rows: RowState,
-        *,
         tolerance: float | None,
-        attention: Attention | None,
+        kernels: Kernels = NO_KERNELS,
+        *,
         graphs: bool,
     ):
         self.model, self.pages, self.rows = model, pages, rows
-        self.tolerance, self.attention, self.graphs = tolerance, attention, graphs
+        self.tolerance, self.kernels, self.graphs = tolerance, kernels, graphs
         self.captured: dict[tuple[int, Needs], tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]] = {}
         self.pool = None
 
@@ -219,14 +224,35 @@ class Step:
         state = self.rows.state[:n]
         positions = state[:, POSITION]
         view = DecodeView(
-            self.pages, state[:, TABLE:], positions, attention=self.attention, alone=alone, longest=longest
+            self.pages, state[:, TABLE:], positions, attention=self.kernels.attention, alone=alone, longest=longest
         )
+        if self.kernels.model is not None:
+            return self.compute_fused(self.kernels.model, state, needs)
         hidden = self.model.hidden(state[None, :, TOKEN], positions=positions[None], cache=view)[0]  # (B, C)
         found, top = draw_rows(self.model, hidden, self.rows.options(n, needs), positions + 1, needs, self.tolerance)
+        return self.advance(state, found, top, needs)
+
+    def compute_fused(self, fused: Any, state: Tensor, needs: Needs) -> tuple[Tensor, ...]:
+        """The same by the kernels of `kernels.decode_gpt2` and, where the options allow, `kernels.sampler`."""
+        hidden = fused.hidden(state, state[:, TABLE:], self.pages.k, self.pages.v, self.pages.page_size)
+        logits = fused.logits(hidden)
+        if self.kernels.draw is not None and needs.drawn_by_kernels and self.tolerance is None:
+            return (self.kernels.draw(logits, state, self.model.config.vocab_size),)
+        found, top = draw_from(
+            logits[:, : self.model.config.vocab_size],
+            self.rows.options(len(state), needs),
+            state[:, POSITION] + 1,
+            needs,
+            self.tolerance,
+        )
+        return self.advance(state, found, top, needs)
+
+    def advance(self, state: Tensor, found: Drawn, top: Tensor | None, needs: Needs) -> tuple[Tensor, ...]:
+        """Write the drawn tokens into the rows' state."""
         state[:, TOKEN] = found.tokens
         state[:, POSITION] += 1
         if needs.penalties and self.rows.counts is not None and self.rows.seen is not None:
-            note_tokens(self.rows.counts[:n], self.rows.seen[:n], found.tokens)
+            note_tokens(self.rows.counts[: len(state)], self.rows.seen[: len(state)], found.tokens)
         return results_of(found, top)
 
 
@@ -244,7 +270,13 @@ def draw_rows(
     tolerance: float | None,
 ) -> tuple[Drawn, Tensor | None]:
     """Draw the tokens at `positions` (B,) from the hidden states (B, C) before them; and the likeliest ones."""
-    logits = model.logits(hidden)  # (B, V)
+    return draw_from(model.logits(hidden), options, positions, needs, tolerance)
+
+
+def draw_from(
+    logits: Tensor, options: RowOptions, positions: Tensor, needs: Needs, tolerance: float | None
+) -> tuple[Drawn, Tensor | None]:
+    """The same from logits (B, V)."""
     found = draw(logits, options, positions, needs.candidates, tolerance)
     if not needs.top:
         return found, None
@@ -283,17 +315,3 @@ def to_host(results: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], torch.cuda
     ready = torch.cuda.Event()
     ready.record()
     return copies, ready
-
-
-def load_kernels(model: Transformer, dtype: torch.dtype) -> Any:
-    """`kernels.paged.PagedKernels` for the model's device; None where there are none."""
-    if model.device.type != "cuda" or find_spec("triton") is None:
-        return None
-    from regpt.kernels.paged import paged_kernels  # imports Triton
-
-    return paged_kernels(model.device, dtype, model.config.resolved().head_size)
-
-
-def half_copy(model: Transformer, dtype: torch.dtype) -> Transformer:
-    """A copy of `model` with weights in `dtype`: what a step reads is halved, and no weight is rounded in each."""
-    return copy.deepcopy(model).to(dtype).eval()

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from regpt.engine.cache import Pages, PrefillView, PromptSpan
-from regpt.engine.decode import Launched, Needs, RowState, Step, draw_rows, load_kernels, results_of, to_host
+from regpt.engine.decode import Launched, Needs, RowState, Step, draw_rows, results_of, to_host
+from regpt.engine.fast import NO_KERNELS, load_kernels
 from regpt.engine.noise import choice_seed
 from regpt.engine.processing import TOLERANCES, is_exact, rows_of
 from regpt.engine.request import Event, FinishReason, Request, Stats, bad_logits, check_request
@@ -78,9 +79,9 @@ class Engine:
         self.pages = Pages(model.config, n_pages, page_size, self.device, dtype)
         self.rows = RowState(max_rows, self.pages.needed(self.longest), self.n_vocab, self.device)
         graphs = kind == "cuda" if graphs is None else graphs
-        found = load_kernels(model, dtype) if kernels else None
-        decode, self.prefill_kernel = (None, None) if found is None else (found.decode, found.prefill)
-        self.decode_step = Step(model, self.pages, self.rows, tolerance=self.tolerance, attention=decode, graphs=graphs)
+        found = load_kernels(model, dtype) if kernels else NO_KERNELS
+        self.prefill_kernel = found.prefill
+        self.decode_step = Step(model, self.pages, self.rows, self.tolerance, found, graphs=graphs)
         self.queue, self.followers = FairQueue(), dict[int, list[Sequence]]()
         self.prefilling, self.active, self.sliding = list[Sequence](), list[Sequence](), list[Sequence]()
         self.pending, self.outbox = deque[Launched](), list[Event]()
@@ -185,7 +186,7 @@ class Engine:
         return stack
 
     def may_lag(self) -> bool:
-        """Whether a step may begin before the host knows the tokens of the one before."""
+        """Whether a step may begin before the host knows the last one's tokens."""
         return self.device.type == "cuda" and not self.exact and not any(s.structure for s in self.active)
 
     def admit(self) -> None:

@@ -4,8 +4,7 @@ The arithmetic is that of `DecodeView.attend_pages` and of `ops.attention`, whic
 """
 # pyright: reportIndexIssue=false
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton  # pyright: ignore[reportMissingImports]
@@ -17,20 +16,10 @@ from regpt.kernels.masked import FLASH_CAPABILITY, FLASH_HEAD, HALF, HEAD_MULTIP
 BLOCK, WARPS = 64, 4  # positions that a program reads at once
 
 
-class PagedKernels(NamedTuple):
-    """What `Engine` takes instead of the plain attention."""
-
-    decode: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int | None], Tensor]
-    prefill: Callable[..., Tensor] | None
-
-
-def paged_kernels(device: torch.device, dtype: torch.dtype, head_size: int) -> PagedKernels | None:
-    """The kernels for `device`; None where there is none."""
-    if device.type != "cuda" or not torch.version.cuda:
-        return None
+def prefills(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+    """Whether `prefill_attention` computes this."""
     fits = dtype in HALF and head_size % HEAD_MULTIPLE == 0 and head_size <= FLASH_HEAD
-    flash = fits and torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY
-    return PagedKernels(decode_attention, prefill_attention if flash else None)
+    return fits and torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY
 
 
 @triton.jit

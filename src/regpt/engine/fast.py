@@ -1,0 +1,49 @@
+"""Kernels instead of plain operations: chosen here, compared with them in tests, left out by `kernels=False`."""
+
+import copy
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from regpt.model.gpt2 import GPT2
+from regpt.model.transformer import Transformer
+
+
+class Kernels(NamedTuple):
+    """Each None where the plain operation stays.
+
+    Attributes:
+        attention, prefill: of `DecodeView` and `PrefillView` (`kernels.paged`).
+        model: a decode step's forward (`kernels.decode_gpt2`).
+        draw: of rows with common options (`kernels.sampler`).
+    """
+
+    attention: Callable[..., Tensor] | None = None
+    prefill: Callable[..., Tensor] | None = None
+    model: Any = None
+    draw: Callable[[Tensor, Tensor, int], Tensor] | None = None
+
+
+NO_KERNELS = Kernels()
+
+
+def load_kernels(model: Transformer, dtype: torch.dtype) -> Kernels:
+    """What there is for a model that computes in `dtype`: on CUDA with Triton."""
+    if model.device.type != "cuda" or not torch.version.cuda or find_spec("triton") is None:
+        return NO_KERNELS
+    from regpt.kernels.decode_gpt2 import FusedDecode, fits  # these import Triton
+    from regpt.kernels.paged import decode_attention, prefill_attention, prefills
+    from regpt.kernels.sampler import draw_into
+
+    prefill = prefill_attention if prefills(model.device, dtype, model.config.resolved().head_size) else None
+    if not isinstance(model, GPT2) or not fits(model) or dtype != model.dtype:
+        return Kernels(decode_attention, prefill)
+    return Kernels(decode_attention, prefill, FusedDecode(model), draw_into)
+
+
+def half_copy(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """A copy of `model` with weights in `dtype`: what a step reads is halved, and no weight is rounded in each."""
+    return copy.deepcopy(model).to(dtype).eval()

@@ -1,0 +1,153 @@
+"""GPT-2's decode step in few kernels: seven a block instead of fourteen, with float32 in the residual stream.
+
+Matrix products stay cuBLAS's, with biases and GELU in their epilogues; each residual sum and the norm after it are one
+kernel, and so are the cache write and attention. The reference is `model.gpt2` with `engine.cache.DecodeView`.
+Shapes: the glossary in `regpt.model`; B rows, one new token each.
+"""
+# pyright: reportIndexIssue=false
+
+from typing import Any
+
+import torch
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+from torch import Tensor
+
+from regpt.model.gpt2 import GPT2
+
+NORM_WARPS = 4
+BLOCK, ATTENTION_WARPS = 64, 4  # positions that a program reads at once
+LARGEST_HEAD = 128
+
+
+@triton.jit
+def norm_into(x, weight_ptr, bias_ptr, h_ptr, at, column, real, C: tl.constexpr, eps):
+    mean = tl.sum(tl.where(real, x, 0.0), 0) / C
+    centred = tl.where(real, x - mean, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / C + eps)
+    weight = tl.load(weight_ptr + column, mask=real, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + column, mask=real, other=0.0).to(tl.float32)
+    tl.store(h_ptr + at, (centred * rstd * weight + bias).to(h_ptr.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def embed_norm_kernel(
+    token_ptr, position_ptr, stride, wte_ptr, wpe_ptr, weight_ptr, bias_ptr, x_ptr, h_ptr, eps,
+    C: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    token, position = tl.load(token_ptr + row * stride), tl.load(position_ptr + row * stride)
+    column = tl.arange(0, BLOCK_C)
+    real = column < C
+    x = tl.load(wte_ptr + token * C + column, mask=real, other=0.0).to(tl.float32)
+    x += tl.load(wpe_ptr + position * C + column, mask=real, other=0.0).to(tl.float32)
+    at = row * C + column
+    tl.store(x_ptr + at, x, mask=real)
+    norm_into(x, weight_ptr, bias_ptr, h_ptr, at, column, real, C, eps)
+
+
+@triton.jit
+def add_norm_kernel(x_ptr, y_ptr, y_bias_ptr, weight_ptr, bias_ptr, h_ptr, eps, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_C)
+    real = column < C
+    at = row * C + column
+    x = tl.load(x_ptr + at, mask=real, other=0.0)
+    x += tl.load(y_ptr + at, mask=real, other=0.0).to(tl.float32)
+    x += tl.load(y_bias_ptr + column, mask=real, other=0.0).to(tl.float32)
+    tl.store(x_ptr + at, x, mask=real)
+    norm_into(x, weight_ptr, bias_ptr, h_ptr, at, column, real, C, eps)
+
+
+@triton.jit
+def attend_and_write_kernel(
+    qkv_ptr, k_ptr, v_ptr, table_ptr, position_ptr, out_ptr, kv_head, table_row, position_row, scale,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    position = tl.load(position_ptr + row * position_row).to(tl.int32)
+    feature, within = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK)
+    real = feature < D
+    own = qkv_ptr + row * 3 * H * D + head * D + feature
+    q = tl.load(own, mask=real, other=0.0).to(tl.float32) * scale
+    k_own = tl.load(own + H * D, mask=real, other=0.0)
+    v_own = tl.load(own + 2 * H * D, mask=real, other=0.0)
+    of_head = head.to(tl.int64) * kv_head
+    page = tl.load(table_ptr + row * table_row + position // PAGE)
+    slot = of_head + (page * PAGE + position % PAGE) * D + feature
+    tl.store(k_ptr + slot, k_own, mask=real)
+    tl.store(v_ptr + slot, v_own, mask=real)
+    top = tl.sum(q * k_own.to(tl.float32), 0)
+    total = top * 0.0 + 1.0
+    y = v_own.to(tl.float32)
+    for start in range(0, position, BLOCK):
+        at = start + within
+        seen = at < position
+        page = tl.load(table_ptr + row * table_row + at // PAGE, mask=seen, other=0)
+        place = of_head + (page * PAGE + at % PAGE)[:, None] * D + feature[None, :]
+        inside = seen[:, None] & real[None, :]
+        k = tl.load(k_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(v_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        scores = tl.where(seen, tl.sum(k * q[None, :], 1), float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 0))
+        weights, shrink = tl.exp(scores - higher), tl.exp(top - higher)
+        total = total * shrink + tl.sum(weights, 0)
+        y = y * shrink + tl.sum(v * weights[:, None], 0)
+        top = higher
+    tl.store(out_ptr + (row * H + head) * D + feature, (y / total).to(out_ptr.dtype.element_ty), mask=real)
+
+
+def fits(model: GPT2) -> bool:
+    """Whether `FusedDecode` computes this model."""
+    shape = model.config.resolved()
+    plain = shape.activation == "gelu_tanh" and shape.bias == "all" and not shape.attention_scale_by_layer
+    return plain and shape.head_size <= LARGEST_HEAD and model.dtype in (torch.bfloat16, torch.float16)
+
+
+class FusedDecode:
+    """Hidden states of one new token of B texts; `model` is in half precision (`fits`)."""
+
+    def __init__(self, model: GPT2):
+        shape = model.config.resolved()
+        self.model, self.C, self.H, self.D = model, shape.n_embd, shape.n_head, shape.head_size
+        self.eps = shape.norm_eps
+        self.block_c, self.block_d = triton.next_power_of_2(self.C), triton.next_power_of_2(self.D)
+
+    def hidden(self, state: Tensor, tables: Tensor, keys: Tensor, values: Tensor, page_size: int) -> Tensor:
+        """(B, C) after the last norm, of the tokens and positions in the first columns of `state`; keys and values
+        (L, G, slots, D) get the new ones, where `tables` (B, pages) have their pages."""
+        B = len(state)
+        blocks: list[Any] = list(self.model.h)
+        tokens, positions = state[:, 0], state[:, 1]
+        x = torch.empty(B, self.C, device=state.device)
+        h = torch.empty(B, self.C, device=state.device, dtype=self.model.dtype)
+        first = blocks[0]
+        embed_norm_kernel[(B,)](
+            tokens, positions, state.stride(0), self.model.wte.weight, self.model.wpe.weight, first.ln_1.weight,
+            first.ln_1.bias, x, h, self.eps, C=self.C, BLOCK_C=self.block_c, num_warps=NORM_WARPS,
+        )  # fmt: skip
+        after = [*(block.ln_1 for block in blocks[1:]), self.model.ln_f]
+        for layer, block in enumerate(blocks):
+            attn, mlp = block.attn, block.mlp
+            qkv = torch.addmm(attn.c_attn.bias, h, attn.c_attn.weight.t())  # (B, 3·C)
+            y = torch.empty_like(h)
+            attend_and_write_kernel[(B, self.H)](
+                qkv, keys[layer], values[layer], tables, positions, y, keys.stride(1), tables.stride(0),
+                state.stride(0), self.D**-0.5, H=self.H, D=self.D, BLOCK_D=self.block_d, PAGE=page_size,
+                BLOCK=BLOCK, num_warps=ATTENTION_WARPS,
+            )  # fmt: skip
+            self.add_norm(x, y @ attn.c_proj.weight.t(), attn.c_proj.bias, block.ln_2, h)
+            wide = torch.ops.aten._addmm_activation(
+                mlp.c_fc.bias, h, mlp.c_fc.weight.t(), use_gelu=True
+            )  # tanh's, on CUDA
+            self.add_norm(x, wide @ mlp.c_proj.weight.t(), mlp.c_proj.bias, after[layer], h)
+        return h
+
+    def add_norm(self, x: Tensor, y: Tensor, bias: Tensor, norm: Any, h: Tensor) -> None:
+        add_norm_kernel[(len(x),)](
+            x, y, bias, norm.weight, norm.bias, h, self.eps, C=self.C, BLOCK_C=self.block_c, num_warps=NORM_WARPS
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, V or more) float32, not rounded to the weights' format."""
+        return torch.mm(hidden, self.model.head_weight.t(), out_dtype=torch.float32)

@@ -1,0 +1,146 @@
+"""Draws by two Triton kernels instead of some eighty small ones: the likeliest tokens of each piece of the vocabulary,
+then of all, temperature, top-k, top-p, min-p, noise, and the new state of the row.
+
+The reference is `engine.processing.draw`; noise and scores are the same bits, so tokens differ only where top-p's
+running sum rounds differently. For rows without penalties, biases and masks, of at most `MOST` candidates.
+"""
+# pyright: reportIndexIssue=false
+
+import torch
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+from torch import Tensor
+
+MOST = 64  # candidates that are put in order
+CHUNK, CHUNK_WARPS, ROW_WARPS = 2048, 8, 8
+
+
+@triton.jit
+def finalize(x):
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def logarithm(x):
+    bits = x.to(tl.int64, bitcast=True)
+    mantissa = ((bits & 0xFFFFFFFFFFFFF) | 0x3FF0000000000000).to(tl.float64, bitcast=True)
+    large = mantissa > 1.4142135623730951
+    mantissa = tl.where(large, mantissa * 0.5, mantissa)
+    exponent = ((bits >> 52) - 1023 + large.to(tl.int64)).to(tl.float64)
+    s = (mantissa - 1.0) / (mantissa + 1.0)
+    square = s * s
+    series = square * (1 / 13) + (1 / 11)
+    series = series * square + (1 / 9)
+    series = series * square + (1 / 7)
+    series = series * square + (1 / 5)
+    series = series * square + (1 / 3)
+    series = series * square + 1.0
+    return exponent * 0.6931471805599453 + (series * s) * 2.0
+
+
+@triton.jit
+def gumbel_noise(low, high, position, token):
+    """`engine.noise.gumbel` of one text's tokens."""
+    at = finalize((position * 0x9E3779B1 + 0x5851F42D) & 0xFFFFFFFF)
+    first = finalize((finalize(low ^ at) + high) & 0xFFFFFFFF)
+    second = finalize((finalize(high ^ 0xA511E9B3) + (low ^ finalize(at ^ 0x2545F491))) & 0xFFFFFFFF)
+    bits = finalize(((token * 0x9E3779B1) & 0xFFFFFFFF) ^ first)
+    bits = finalize((bits + second) & 0xFFFFFFFF)
+    u = (bits.to(tl.float64) + 0.5) * 2.3283064365386963e-10  # 2⁻³²
+    return (-logarithm(-logarithm(u))).to(tl.float32)
+
+
+@triton.jit
+def likeliest_kernel(logits_ptr, key_ptr, sum_ptr, row_stride, V, CHUNK: tl.constexpr, K: tl.constexpr):
+    row, chunk, chunks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    column = chunk * CHUNK + tl.arange(0, CHUNK)
+    inside = column < V
+    x = tl.load(logits_ptr + row * row_stride + column, mask=inside, other=float("-inf")).to(tl.float32)
+    bad = tl.sum((inside & ((x != x) | (tl.abs(x) == float("inf")))).to(tl.int32), 0)
+    x = tl.where(x != x, 0.0, x)
+    highest = tl.max(x, 0)
+    total = tl.sum(tl.where(inside, tl.exp(x - highest), 0.0), 0)
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)  # integers in the order of the floats
+    key = (ordered << 32) | (V - 1 - column).to(tl.int64)
+    key = tl.where(inside, key, -0x7FFFFFFFFFFFFFFF)
+    to = row * chunks + chunk
+    tl.store(key_ptr + to * K + tl.arange(0, K), tl.topk(key, K))
+    tl.store(sum_ptr + to * 3, highest)
+    tl.store(sum_ptr + to * 3 + 1, total)
+    tl.store(sum_ptr + to * 3 + 2, bad.to(tl.float32))
+
+
+@triton.jit
+def draw_kernel(
+    key_ptr, sum_ptr, state_ptr, out_ptr, chunks, state_stride, V,
+    K: tl.constexpr, KEYS: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    state_ptr += row * state_stride
+    every = tl.arange(0, KEYS)
+    keys = tl.load(key_ptr + row * chunks * K + every, mask=every < chunks * K, other=-0x7FFFFFFFFFFFFFFF)
+    keys = tl.topk(keys, K)
+    ids = V - 1 - (keys & 0xFFFFFFFF)
+    ordered = (keys >> 32).to(tl.int32)
+    values = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+    position = tl.load(state_ptr + 1) + 1
+    temperature = tl.load(state_ptr + 4).to(tl.float64, bitcast=True)
+    top_k = tl.load(state_ptr + 5).to(tl.float64, bitcast=True)
+    top_p = tl.load(state_ptr + 6).to(tl.float64, bitcast=True)
+    min_p = tl.load(state_ptr + 7).to(tl.float64, bitcast=True)
+    by = tl.where(temperature > 0, temperature, 1.0)
+    by = tl.minimum(tl.maximum(by, 1.1754943508222875e-38), 3.4028234663852886e38).to(tl.float32)
+    rank = tl.arange(0, K)
+    real = rank < tl.minimum(V, K)
+    highest = tl.max(tl.where(real, values, float("-inf")), 0)
+    scores = tl.where(real, tl.div_rn(values - highest, by), float("-inf"))
+    floor = tl.where(min_p > 0, tl.log(tl.where(min_p > 0, min_p, 1.0)), float("-inf")).to(tl.float32)
+    ranked = (rank < tl.where(top_k > 0, top_k, V)) & (scores > float("-inf"))
+    shares = tl.where(ranked, tl.exp(scores), 0.0)
+    shares = shares / tl.sum(shares, 0)
+    before = tl.cumsum(shares, 0) - shares
+    p = tl.where(top_p < 1, top_p, 2.0).to(tl.float32)
+    kept = ranked & (scores >= floor) & ((before < p) | (rank == 0))
+    noise = gumbel_noise(tl.load(state_ptr + 2), tl.load(state_ptr + 3), position, ids)
+    scores = tl.where(temperature > 0, scores + noise, scores)
+    scores = tl.where(kept, scores, float("-inf"))
+    best = tl.max(scores, 0)
+    token = tl.min(tl.where(scores == best, ids, V), 0)
+
+    part = tl.arange(0, CHUNKS)
+    some = part < chunks
+    sums = sum_ptr + (row * chunks + part) * 3
+    tops = tl.load(sums, mask=some, other=float("-inf"))
+    totals = tl.load(sums + 1, mask=some, other=0.0)
+    bad = tl.sum(tl.load(sums + 2, mask=some, other=0.0), 0)
+    whole = tl.max(tops, 0)
+    log_sum = whole + tl.log(tl.sum(totals * tl.exp(tops - whole), 0))
+    chosen = tl.max(tl.where(ids == token, values, float("-inf")), 0)
+    tl.store(state_ptr, token)
+    tl.store(state_ptr + 1, position)
+    tl.store(out_ptr + row * 4, token.to(tl.float64))
+    tl.store(out_ptr + row * 4 + 1, (chosen - log_sum).to(tl.float64))
+    tl.store(out_ptr + row * 4 + 2, tl.where(bad == 0, 1.0, 0.0).to(tl.float64))
+    tl.store(out_ptr + row * 4 + 3, tl.full((), 1.0, tl.float64))
+
+
+def draw_into(logits: Tensor, state: Tensor, n_vocab: int) -> Tensor:
+    """Draw the next token of each row of `state` (B, …) from `logits` (B, V or more): the results of
+    `engine.decode.results_of`, and token and position written into `state`."""
+    B, chunks = len(logits), triton.cdiv(n_vocab, CHUNK)
+    keys = torch.empty(B, chunks, MOST, dtype=torch.int64, device=logits.device)
+    sums = torch.empty(B, chunks, 3, device=logits.device)
+    found = torch.empty(B, 4, dtype=torch.float64, device=logits.device)
+    likeliest_kernel[(B, chunks)](
+        logits, keys, sums, logits.stride(0), n_vocab, CHUNK=CHUNK, K=MOST, num_warps=CHUNK_WARPS
+    )
+    draw_kernel[(B,)](
+        keys, sums, state, found, chunks, state.stride(0), n_vocab, K=MOST,
+        KEYS=triton.next_power_of_2(chunks * MOST), CHUNKS=triton.next_power_of_2(chunks), num_warps=ROW_WARPS,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    return found

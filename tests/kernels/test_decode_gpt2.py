@@ -1,0 +1,69 @@
+"""GPT-2's fused decode step against the model itself: on a GPU, or on a CPU in Triton's interpreter
+(`TRITON_INTERPRET=1 pytest -m gpu tests/kernels/test_decode_gpt2.py`, with numpy below 2.4).
+"""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+import tiny
+from regpt.engine.cache import DecodeView, Pages
+from regpt.engine.decode import TABLE, row_state
+from regpt.engine.engine import Engine
+from regpt.engine.fast import half_copy
+from regpt.engine.processing import SamplingOptions
+from regpt.engine.request import Request
+
+triton = pytest.importorskip("triton")
+fused = pytest.importorskip("regpt.kernels.decode_gpt2")
+pytestmark = pytest.mark.gpu
+DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
+DTYPE = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16
+CONFIG = replace(tiny.CONFIG, max_seq_len=200)
+
+
+@torch.no_grad()
+def test_hidden_states_and_cache_are_the_models():
+    model = tiny.build_model(config=CONFIG, dtype=torch.float32).eval().to(DEVICE, DTYPE)
+    whole = half_copy(model, torch.float32)  # of the rounded weights
+    both = [Pages(CONFIG, 30, 16, DEVICE, dtype) for dtype in (DTYPE, torch.float32)]
+    for held, exact in zip((both[0].k, both[0].v), (both[1].k, both[1].v)):
+        held.normal_(generator=torch.Generator(DEVICE).manual_seed(1))
+        exact.copy_(held)
+    pages = [[3, 9, 4, 7, 5, 6], [1], [2, 8]]
+    rows = [row_state(p, 0, SamplingOptions(), used, TABLE + 8) for p, used in zip((90, 0, 17), pages)]
+    state = torch.stack(rows).to(DEVICE)
+    state[:, 0] = torch.tensor([5, 60, 96], device=DEVICE)
+    tables, positions = state[:, TABLE:], state[:, 1]
+    found = fused.FusedDecode(model).hidden(state, tables, both[0].k, both[0].v, 16)
+    view = DecodeView(both[1], tables, positions)
+    expected = whole.hidden(state[None, :, 0], positions=positions[None], cache=view)[0]
+    bound = 2e-3 if torch.float32 == DTYPE else 4e-2  # the CPU's GELU is that of erf
+    assert (found.float() - expected).norm() < bound * expected.norm()
+    assert (both[0].k.float() - both[1].k).norm() < bound * both[1].k.norm()
+    assert (both[0].v.float() - both[1].v).norm() < bound * both[1].v.norm()
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs")
+@pytest.mark.parametrize("graphs", [False, True])
+def test_texts_by_kernels_are_those_without_but_for_rounding(graphs):
+    model = half_copy(tiny.build_model(config=CONFIG, dtype=torch.float32).to(DEVICE), torch.bfloat16)
+    given = [Request([i, 5, i], 20 + i, SamplingOptions(1.0, 0 if i % 4 == 3 else 8), i) for i in range(40)]
+    plain = Engine(model, max_rows=16, graphs=False, kernels=False).run(given)
+    found = Engine(model, max_rows=16, graphs=graphs).run(given)
+    assert Engine(model, max_rows=16, graphs=graphs).run(given) == found
+    firsts = [a[0][0] == b[0][0] for a, b in zip(plain, found)]
+    assert sum(firsts) >= 36
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs")
+def test_float32_texts_are_the_same_with_graphs_and_on_the_cpu():
+    torch.set_float32_matmul_precision("highest")
+    model = tiny.build_model(config=CONFIG, dtype=torch.float32).eval()
+    given = [Request([i, 5], 20 + i, SamplingOptions(1.0, 8 * (i % 3)), i) for i in range(30)]
+    expected = Engine(model, max_rows=8).run(given)
+    model = model.to(DEVICE)
+    assert Engine(model, max_rows=8).run(given) == expected
+    assert Engine(model, max_rows=3, graphs=False, kernels=False, page_size=4).run(given) == expected
