@@ -1,0 +1,284 @@
+"""`regpt chat`: talk with a model, line by line."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from regpt.cli.parse import parse
+from regpt.console.lines import is_terminal, print_line, print_note, write_stream
+from regpt.errors import UsageError, UserError
+from regpt.ranges import MANY, Range
+from regpt.train.config import InferencePrecision
+
+HELP = '''/reset           forget the conversation
+/system TEXT     begin again with this system message; without TEXT show it
+/params          show how answers are drawn; /params temperature 0.7 changes one
+/retry           another answer to the last message
+/save FILE       write the conversation as JSON; /load FILE reads one
+/exit            leave; so does the end of the input
+"""              begins a message of several lines, and ends it'''
+BLOCK = '"""'
+
+
+@dataclass(frozen=True)
+class ChatArgs:
+    """Talk with a model; /help lists the commands. A model without a chat template continues the text instead."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """As in regpt sample."""
+    system: Annotated[str, tyro.conf.arg(metavar="TEXT")] = ""
+    """System message that the conversation begins with."""
+    max_new_tokens: Annotated[int, Range(1, MANY)] = 512
+    """Tokens an answer at most, fewer where the model's length is reached."""
+    top_k: Annotated[int, Range(0, MANY)] = 50
+    """Draw from the k likeliest tokens; 0 from all, 1 is greedy."""
+    top_p: float = 1.0
+    """Draw from the fewest tokens that together have this probability, after top-k; 1 from all."""
+    min_p: float = 0.0
+    """Draw from tokens of at least this share of the likeliest one's probability; 0 from all."""
+    temperature: float = 1.0
+    """Logits are divided by it; 0 takes the likeliest token."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens that are there already become less likely."""
+    seed: int = 1337
+    """The same seed and the same messages give the same answers."""
+    step: Annotated[str, tyro.conf.arg(metavar="N|best")] = ""
+    """Of a run: the checkpoint of this step, or best, that of the lowest validation loss; default: the newest."""
+    ema: bool = False
+    """With the moving average of the weights, which train.ema_decay keeps."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """auto: CUDA, then MPS, then CPU."""
+    precision: InferencePrecision = "fp32"
+    """Number format of the computation."""
+
+
+def main(args: list[str]) -> int:
+    """Open the model, then answer lines of standard input until its end."""
+    given = parse(ChatArgs, args, prog="regpt chat")
+    from regpt.checkpoint.best import at_step
+    from regpt.checkpoint.open import open_model
+    from regpt.parallel.mesh import choose_device
+    from regpt.train.precision import autocast, parameter_dtype, set_matmul_precision
+
+    options = options_of(given)  # refused before a model is read
+    device = choose_device(given.device)
+    opened = open_model(at_step(given.model, given.step), device, ema=given.ema)
+    set_matmul_precision(given.precision)
+    model = opened.model.to(parameter_dtype(given.precision))
+    with autocast(given.precision, device):
+        chat = Chat(model, opened.tokenizer, opened.companions, given, options)
+        print_note(f"{opened.source}; /help lists the commands")
+        for text in messages_of(sys.stdin):
+            try:
+                if not chat.take(text):
+                    break
+            except UserError as error:
+                print_note(error)
+    return 0
+
+
+def options_of(given: Any) -> Any:
+    """The `SamplingOptions` among the fields of `given`."""
+    from regpt.engine.processing import SamplingOptions
+
+    names = {field.name for field in fields(SamplingOptions)} & {field.name for field in fields(given)}
+    return SamplingOptions(**{name: getattr(given, name) for name in names})
+
+
+class Chat:
+    """A conversation with a model.
+
+    Args:
+        companions: of the model, its chat template among them (`text.companions`).
+        given: `max_new_tokens`, `seed` and `system` of them are read.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, companions: Any, given: ChatArgs, options: Any):
+        from regpt.engine.engine import Engine
+        from regpt.text.chat import ChatTemplate
+        from regpt.text.folder import CHAT
+
+        self.tokenizer, self.given, self.options = tokenizer, given, options
+        self.template = ChatTemplate(companions[CHAT], tokenizer) if CHAT in companions else None
+        self.longest = model.config.max_seq_len
+        self.engine = Engine(model, tokenizer, max_rows=1, cache_tokens=self.longest)
+        self.messages: list[dict[str, str]] = []
+        self.reset(given.system)
+        if self.template is None:
+            print_note(
+                "this model has no chat template: it was not trained to answer, and continues what is written instead"
+            )
+
+    def reset(self, system: str) -> None:
+        if system and self.template is None:
+            raise UsageError("a system message needs a chat template, and this model has none; write it as text")
+        self.messages = [{"role": "system", "content": system}] if system else []
+
+    def take(self, text: str) -> bool:
+        """Answer a message, or follow a command; False at the end."""
+        command, _, rest = text.partition(" ") if text.startswith("/") else ("", "", "")
+        commands: dict[str, Callable[[str], object]] = {
+            "/reset": lambda rest: self.reset(self.system),
+            "/system": self.change_system,
+            "/params": self.change_params,
+            "/retry": self.retry,
+            "/save": self.save,
+            "/load": self.load,
+            "/help": lambda rest: print_line(HELP),
+        }
+        if command in ("/exit", "/quit"):
+            return False
+        if command in commands:
+            commands[command](rest.strip())
+        elif command and "/" not in command[1:]:  # not a path, say
+            raise UsageError(f"{command} is no command; /help lists them")
+        elif text:
+            self.answer({"role": "user", "content": text})
+        return True
+
+    def answer(self, *message: dict[str, str]) -> None:
+        """Write an answer to the conversation with `message`; neither stays where it cannot be written."""
+        from regpt.engine.request import Request, bad_logits
+
+        before = list(self.messages)
+        self.messages += message
+        try:
+            prompt, stop_ids = self.prompt()
+            most = max(1, min(self.given.max_new_tokens, self.longest - len(prompt)))
+            number = self.engine.submit(Request(prompt, most, self.options, self.given.seed, stop_ids=stop_ids))
+        except UserError as error:
+            self.messages = before
+            raise UserError(f"{error}; /reset forgets the conversation") from None
+        pieces, reason = [], None
+        try:
+            while self.engine.busy:
+                for event in self.engine.step():
+                    reason = event.finish_reason or reason
+                    if not (event.finish_reason == "stop" and event.token in stop_ids):
+                        pieces.append(event.text)
+                        write_stream(sys.stdout, event.text)
+        except KeyboardInterrupt:  # ends the answer, not the conversation
+            self.engine.cancel(number)
+            list(self.engine.step())
+        print_line()
+        if reason == "error":
+            self.messages = before
+            raise bad_logits()
+        if reason == "length":
+            print_note(f"the answer was cut after {most:,} tokens")
+        self.messages.append({"role": "assistant", "content": "".join(pieces)})
+
+    def prompt(self) -> tuple[list[int], tuple[int, ...]]:
+        """Tokens of the conversation, and those that end an answer."""
+        if self.template is not None:
+            return self.template.encode(self.messages), self.template.stop_ids
+        text = "".join(message["content"] for message in self.messages)
+        return self.tokenizer.encode_prompts([text])[0].tolist() or [self.tokenizer.eot], self.tokenizer.stop_ids
+
+    @property
+    def system(self) -> str:
+        return next((one["content"] for one in self.messages if one["role"] == "system"), "")
+
+    def change_system(self, text: str) -> None:
+        if text:
+            self.reset(text)
+        else:
+            print_line(self.system or "no system message")
+
+    def change_params(self, text: str) -> None:
+        """Show the parameters, or set one: `name value`."""
+        name, _, value = text.partition(" ")
+        name, values = name.replace("-", "_"), self.params()
+        if not name:
+            print_line("\n".join(f"{name.replace('_', '-')} {value}" for name, value in values.items()))
+            return
+        if name not in values or not value:
+            allowed = ", ".join(values).replace("_", "-")
+            raise UsageError(f"/params {text} is not understood; give a name and a value, of {allowed}")
+        try:
+            changed = replace(self.given, **{name: type(values[name])(value)})
+        except ValueError:
+            raise UsageError(f"{name.replace('_', '-')} is {value!r}, must be a number") from None
+        if changed.max_new_tokens < 1:
+            raise UsageError(f"max-new-tokens is {changed.max_new_tokens}, must be at least 1")
+        self.given, self.options = changed, options_of(changed)
+
+    def params(self) -> dict[str, Any]:
+        shown = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "seed")
+        return {name: getattr(self.given, name) for name in shown}
+
+    def retry(self, _: str) -> None:
+        if not self.messages or self.messages[-1]["role"] != "assistant":
+            raise UsageError("there is no answer to write again")
+        self.messages.pop()
+        self.given = replace(self.given, seed=self.given.seed + 1)
+        self.answer()
+
+    def save(self, name: str) -> None:
+        from regpt.files import write_json
+
+        if not name:
+            raise UsageError("/save needs a file name")
+        write_json(Path(name), {"messages": self.messages}, "choose another file")
+        print_note(f"{len(self.messages)} messages in {name}")
+
+    def load(self, name: str) -> None:
+        from regpt.structured import read_object
+
+        if not name or not Path(name).is_file():
+            raise UsageError(f"there is no file {name!r}; /load needs one that /save wrote")
+        messages = read_object(Path(name), "give a file that /save wrote").get("messages")
+        if not isinstance(messages, list) or not all(map(is_message, messages)):
+            raise UserError(f"{name} holds no messages of a role and a content; give a file that /save wrote")
+        self.messages = [{"role": one["role"], "content": one["content"]} for one in messages]
+        for one in self.messages:
+            print_line(f"{one['role']}: {one['content']}")
+
+
+def is_message(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in ("role", "content"))
+
+
+def messages_of(stream: Any) -> Iterator[str]:
+    """Messages of standard input: lines, or what stands between two lines of three quotation marks."""
+    block: list[str] | None = None
+    for line in lines_of(stream):
+        if line.strip() == BLOCK:
+            if block is not None:
+                yield "\n".join(block)
+            block = [] if block is None else None
+        elif block is not None:
+            block.append(line)
+        else:
+            yield line.strip()
+    if block:
+        yield "\n".join(block)
+
+
+def lines_of(stream: Any) -> Iterator[str]:
+    """Lines as typed, after a mark; or of a file, in UTF-8.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    if stream is None or stream.closed:
+        raise UsageError("standard input is closed; regpt chat reads messages from it")
+    if is_terminal(stream):
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (line editing and history, where the platform has it)
+        while True:
+            try:
+                yield input("> ")
+            except (EOFError, KeyboardInterrupt):
+                print_line()
+                return
+    for number, line in enumerate(stream.buffer, 1):
+        try:
+            yield line.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"line {number} of standard input is not UTF-8 ({error.reason}); convert it") from None
