@@ -247,7 +247,7 @@ def is_message(value: object) -> bool:
 def messages_of(stream: Any) -> Iterator[str]:
     """Messages of standard input: lines, or what stands between two lines of three quotation marks."""
     block: list[str] | None = None
-    for line in lines_of(stream):
+    for line in typed_lines(stream):
         if line.strip() == BLOCK:
             if block is not None:
                 yield "\n".join(block)
@@ -260,7 +260,7 @@ def messages_of(stream: Any) -> Iterator[str]:
         yield "\n".join(block)
 
 
-def lines_of(stream: Any) -> Iterator[str]:
+def typed_lines(stream: Any) -> Iterator[str]:
     """Lines as typed, after a mark; or of a file, in UTF-8.
 
     Raises:
