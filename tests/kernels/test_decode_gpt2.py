@@ -25,7 +25,8 @@ CONFIG = replace(tiny.CONFIG, max_seq_len=200)
 
 
 @torch.no_grad()
-def test_hidden_states_and_cache_are_the_models():
+@pytest.mark.parametrize("which", [[0, 1, 2], [0], [1]])
+def test_hidden_states_and_cache_are_the_models(which):
     model = tiny.build_model(config=CONFIG, dtype=torch.float32).eval().to(DEVICE, DTYPE)
     whole = half_copy(model, torch.float32)  # of the rounded weights
     both = [Pages(CONFIG, 30, 16, DEVICE, dtype) for dtype in (DTYPE, torch.float32)]
@@ -34,8 +35,9 @@ def test_hidden_states_and_cache_are_the_models():
         exact.copy_(held)
     pages = [[3, 9, 4, 7, 5, 6], [1], [2, 8]]
     rows = [row_state(p, 0, SamplingOptions(), used, TABLE + 8) for p, used in zip((90, 0, 17), pages)]
-    state = torch.stack(rows).to(DEVICE)
-    state[:, 0] = torch.tensor([5, 60, 96], device=DEVICE)
+    state = torch.stack(rows)
+    state[:, 0] = torch.tensor([5, 60, 96])
+    state = state[which].to(DEVICE)
     tables, positions = state[:, TABLE:], state[:, 1]
     found = fused.FusedDecode(model).hidden(state, tables, both[0].k, both[0].v, 16)
     view = DecodeView(both[1], tables, positions)

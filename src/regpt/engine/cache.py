@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,15 +107,6 @@ class Pages:
         in_a_row = all(b - a == 1 for a, b in pairwise(pages))
         return pages[0] * self.page_size if pages and in_a_row else None
 
-    def slots(self, pages: Sequence[int], start: int, end: int) -> slice | Tensor:
-        """Where positions `start` to `end` of a text in `pages` lie."""
-        first = start // self.page_size
-        base = self.base(pages[first : self.needed(end)])
-        if base is not None:
-            return slice(base + start - first * self.page_size, base + end - first * self.page_size)
-        at = torch.arange(start, end)
-        return torch.tensor(pages)[at // self.page_size] * self.page_size + at % self.page_size
-
 
 @dataclass(frozen=True)
 class PromptSpan:
@@ -124,12 +116,21 @@ class PromptSpan:
         first, n: the tokens' place in the batch and their number.
         start: position of the first in the text; earlier ones are in the cache.
         pages: of the text, for `start` + `n` positions at least.
+        base: the slot of the text's first position where they are in a row.
     """
 
     first: int
     n: int
     start: int
     pages: Sequence[int]
+    base: int | None = None
+
+    def slots(self, start: int, page_size: int) -> np.ndarray:
+        """Slots of the positions from `start` on."""
+        at = np.arange(start, self.start + self.n)
+        if self.base is not None:
+            return at + self.base
+        return np.array(self.pages)[at // page_size] * page_size + at % page_size
 
 
 class View:
@@ -154,12 +155,15 @@ class PrefillView(View):
     def __init__(self, pages: Pages, spans: Sequence[PromptSpan], kernel: Callable[..., Tensor] | None = None):
         super().__init__(pages)
         self.kernel = kernel
-        device, self.spans = pages.k.device, spans
-        whole = [pages.slots(span.pages, 0, span.start + span.n) for span in spans]
-        self.slots = [slots if isinstance(slots, slice) else slots.to(device) for slots in whole]
-        new = [pages.slots(span.pages, span.start, span.start + span.n) for span in spans]
-        tensors = [torch.arange(s.start, s.stop) if isinstance(s, slice) else s for s in new]
-        self.new = torch.cat(tensors).to(device)  # (N,)
+        self.spans, self.size = spans, pages.page_size
+        new = np.concatenate([span.slots(span.start, self.size) for span in spans])
+        self.new = torch.from_numpy(new).to(pages.k.device)  # (N,)
+
+    def all_slots(self, span: PromptSpan) -> slice | Tensor:
+        """Slots of all positions of a text: a slice where they are in a row."""
+        if span.base is not None:
+            return slice(span.base, span.base + span.start + span.n)
+        return torch.from_numpy(span.slots(0, self.size)).to(self.new.device)
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, attention: Callable[..., Tensor]
@@ -170,7 +174,8 @@ class PrefillView(View):
         if self.kernel is not None:
             return self.attend_by_kernel(self.kernel, q, (k, v), (keys, values), mask)
         found = torch.empty_like(q)
-        for span, slots in zip(self.spans, self.slots):
+        for i, span in enumerate(self.spans):
+            slots = self.once(i, lambda: self.all_slots(span))  # noqa: B023
             part = slice(span.first, span.first + span.n)
             total = span.start + span.n
             seen = self.once((mask.window, span.n, total), lambda: sdpa_mask(mask, 1, span.n, total, q.device))  # noqa: B023
@@ -201,8 +206,7 @@ class PrefillView(View):
         starts = torch.tensor([[0, *new], [0, *total]]).cumsum(1).to(device, torch.int32)
         slots = None
         if new != total:
-            parts = [torch.arange(s.start, s.stop, device=device) if isinstance(s, slice) else s for s in self.slots]
-            slots = torch.cat(parts)
+            slots = torch.from_numpy(np.concatenate([span.slots(0, self.size) for span in spans])).to(device)
         return (starts[0], starts[1]), (max(new), max(total)), slots
 
 

@@ -9,11 +9,12 @@ import warnings
 from collections.abc import Sequence as Items
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from regpt.engine.cache import DecodeView, Pages
-from regpt.engine.fast import NO_KERNELS, Kernels
+from regpt.engine.fast import NO_KERNELS, FastPaths
 from regpt.engine.noise import MASK
 from regpt.engine.processing import (
     NUMBERS,
@@ -104,9 +105,11 @@ class RowState:
 
     def fill(self, at: range, sequences: Items[Sequence], tokens: Tensor) -> None:
         """Set the rows `at` to texts whose newest tokens (len(at),) the host may not know yet."""
-        part, width = slice(at.start, at.stop), self.state.size(1)
-        states = [row_state(one.cached, one.seed, one.request.options, one.pages, width) for one in sequences]
-        self.state[part] = torch.stack(states).to(self.state.device)
+        part = slice(at.start, at.stop)
+        states = np.zeros((len(sequences), self.state.size(1)), dtype=np.int64)
+        for state, one in zip(states, sequences):
+            fill_state(state, one.cached, one.seed, one.request.options, one.pages)
+        self.state[part] = torch.from_numpy(states).to(self.state.device)
         self.state[part, TOKEN] = tokens
         for row, one in zip(at, sequences):
             if self.bias is not None:
@@ -143,13 +146,17 @@ class RowState:
         self.state[row] = 0
 
 
-def row_state(position: int, seed: int, options: SamplingOptions, pages: Items[int], width: int) -> Tensor:
-    """A row of `RowState.state` without its token."""
-    state = torch.zeros(width, dtype=torch.int64)
+def fill_state(state: np.ndarray, position: int, seed: int, options: SamplingOptions, pages: Items[int]) -> None:
+    """Write a row of `RowState.state`, but for its token."""
     state[POSITION], state[SEEDS], state[SEEDS + 1] = position, seed & MASK, seed >> 32
-    state[OPTIONS:TABLE] = torch.tensor(row_numbers(options), dtype=torch.float64).view(torch.int64)
-    state[TABLE : TABLE + len(pages)] = torch.tensor(pages)
-    return state
+    state[OPTIONS:TABLE].view(np.float64)[:] = row_numbers(options)
+    state[TABLE : TABLE + len(pages)] = pages
+
+
+def row_state(position: int, seed: int, options: SamplingOptions, pages: Items[int], width: int) -> Tensor:
+    state = np.zeros(width, dtype=np.int64)
+    fill_state(state, position, seed, options, pages)
+    return torch.from_numpy(state)
 
 
 class Step:
@@ -167,7 +174,7 @@ class Step:
         pages: Pages,
         rows: RowState,
         tolerance: float | None,
-        kernels: Kernels = NO_KERNELS,
+        kernels: FastPaths = NO_KERNELS,
         *,
         graphs: bool,
     ):

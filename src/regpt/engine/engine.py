@@ -6,13 +6,13 @@ one token for every text that is being written. Not for several threads at once.
 In float32 and float64 a text is the one that the uncached loop writes (`engine.reference`), whatever else is in the
 batch. Products of other shapes round differently, so bits of the logits depend on the batch; which token is drawn does
 only where two scores are nearer to each other than such rounding. `processing.draw` reports these tokens, and they are
-drawn again from an uncached forward of the text alone. See docs/engine.md for what that costs.
+drawn again from an uncached forward of the text alone.
 """
 
 from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -86,9 +86,8 @@ class Engine:
         self.prefilling, self.active, self.sliding = list[Sequence](), list[Sequence](), list[Sequence]()
         self.pending, self.outbox = deque[Launched](), list[Event]()
         self.needs: Needs | None = None  # of the active rows; None: to be found out
+        self.steps_left = 0  # see `count_steps`
         self.next_id = self.prompt_tokens = self.cached_tokens = self.new_tokens = self.recomputed = self.steps = 0
-
-    # ---- requests ----------------------------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> int:
         """Queue a request; its number is in its events.
@@ -109,7 +108,7 @@ class Engine:
     def sequence(self, request: Request, choice: int) -> Sequence:
         stream = None if self.tokenizer is None else TextStream(self.tokenizer, request.prompt, request.stop)
         structure = request.structure() if request.structure else None
-        tokens, seed = [int(token) for token in request.prompt], choice_seed(request.seed, choice)
+        tokens, seed = list(map(int, request.prompt)), choice_seed(request.seed, choice)
         return Sequence(self.next_id, choice, request, seed, tokens, stream, structure)
 
     def cancel(self, request_id: int) -> None:
@@ -152,8 +151,7 @@ class Engine:
                     found[numbers[event.request]][event.choice].append(event.token)
         return found
 
-    # ---- one step ----------------------------------------------------------------------------------------------------
-
+    @torch.no_grad()
     def step(self) -> list[Event]:
         """Read a chunk of prompts, draw a token for each active text, and return what the host has read: on CUDA of
         the step before, so that the device never waits for the host."""
@@ -179,15 +177,11 @@ class Engine:
         return events
 
     def computing(self) -> AbstractContextManager[object]:
-        stack = ExitStack()
-        stack.enter_context(torch.no_grad())
-        if self.autocast is not None:
-            stack.enter_context(torch.autocast(self.device.type, dtype=self.autocast))
-        return stack
+        return torch.autocast(self.device.type, dtype=self.autocast) if self.autocast else nullcontext()
 
     def may_lag(self) -> bool:
         """Whether a step may begin before the host knows the last one's tokens."""
-        return self.device.type == "cuda" and not self.exact and not any(s.structure for s in self.active)
+        return self.device.type == "cuda" and not self.exact and not (self.needs and self.needs.allowed)
 
     def admit(self) -> None:
         """Give waiting texts pages and rows, in turn, as long as there are some."""
@@ -216,7 +210,7 @@ class Engine:
         for sequence in self.prefilling:
             n, start = min(room, sequence.prompt_tokens - sequence.cached), sequence.cached
             if n:
-                spans.append(PromptSpan(len(idx), n, start, sequence.pages))
+                spans.append(PromptSpan(len(idx), n, start, sequence.pages, sequence.base))
                 idx += sequence.tokens[start : start + n]
                 positions += range(start, start + n)
                 sequence.cached, room = start + n, room - n
@@ -235,7 +229,8 @@ class Engine:
             self.release_followers(sequence)
         results = self.first_tokens(done, hidden[torch.tensor(ends, device=self.device)])
         self.launch(done, results)
-        self.activate([i for i, one in enumerate(done) if self.goes_on(one)], done, results[0][:, 0].long())
+        if which := [i for i, one in enumerate(done) if self.goes_on(one)]:
+            self.activate(which, done, results[0][:, 0].long())
 
     def first_tokens(self, done: Items[Sequence], hidden: Tensor) -> tuple[Tensor, ...]:
         """Draw the first new tokens of texts from the hidden states (B, C) of their prompts' ends."""
@@ -260,14 +255,13 @@ class Engine:
 
     def activate(self, which: Items[int], done: Items[Sequence], tokens: Tensor) -> None:
         """Give the texts `done[i]` a row each, with the first tokens (len(done),)."""
-        if not which:
-            return
         at = range(len(self.active), len(self.active) + len(which))
         given = [done[i] for i in which]
         self.active += given
         self.needs = None
         self.rows.prepare(self.current_needs())
         self.rows.fill(at, given, tokens[torch.tensor(which, device=self.device)])
+        self.count_steps()
 
     def current_needs(self) -> Needs:
         if self.needs is None:
@@ -286,14 +280,21 @@ class Engine:
         alone, (first, *others) = None, sequences
         if not others and first.base is not None and not self.decode_step.graphs and self.device.type != "cuda":
             alone = slice(first.base, first.base + first.cached + 1)
-        longest = max(one.cached for one in sequences) + 1
-        results = self.decode_step(len(sequences), needs, alone, 0 if self.device.type == "cuda" else longest)
+        longest = 0 if self.device.type == "cuda" else max(one.cached for one in sequences) + 1
+        results = self.decode_step(len(sequences), needs, alone, longest)
         for one in sequences:
             one.cached += 1
         self.launch(sequences, results)
-        for one in sequences:
-            if not self.goes_on(one):
-                self.deactivate(one)
+        self.steps_left -= 1
+        if self.steps_left <= 0:
+            for one in sequences:
+                if not self.goes_on(one):
+                    self.deactivate(one)
+            self.count_steps()
+
+    def count_steps(self) -> None:
+        """How many steps no active text ends by its length or the model's."""
+        self.steps_left = min((one.steps_left(self.longest) for one in self.active), default=0)
 
     def goes_on(self, sequence: Sequence) -> bool:
         """Whether another token can be drawn from the cache; past the model's length the text slides."""
@@ -328,7 +329,8 @@ class Engine:
                 if not certain and finite:
                     self.recomputed += 1
                     drawn = self.draw_again(sequence, int(token))
-                self.accept(sequence, *drawn, [(int(i), p) for i, p in others[: sequence.request.top_logprobs]])
+                top = [(int(i), p) for i, p in others[: sequence.request.top_logprobs]] if others else []
+                self.accept(sequence, *drawn, top)
 
     def draw_again(self, sequence: Sequence, token: int) -> tuple[int, float, bool]:
         """Token, log-probability and whether logits are finite, from an uncached forward of the text alone."""
@@ -349,8 +351,6 @@ class Engine:
         top = [(int(i), p) for i, p in results[1][0].tolist()] if len(results) > 1 else []
         self.accept(sequence, int(token), logprob, bool(finite), top)
 
-    # ---- ends --------------------------------------------------------------------------------------------------------
-
     def accept(
         self, sequence: Sequence, token: int, logprob: float, finite: bool, top: list[tuple[int, float]]
     ) -> None:
@@ -364,7 +364,7 @@ class Engine:
             sequence.structure.accept(token)
         request, stream, text = sequence.request, sequence.stream, ""
         reason: FinishReason | None = None
-        if token in request.stop_ids:
+        if token in sequence.ends:
             reason = "stop"
         elif stream is not None:
             text = stream.push(token)

@@ -1,4 +1,4 @@
-"""Kernels instead of plain operations: chosen here, compared with them in tests, left out by `kernels=False`."""
+"""FastPaths instead of plain operations: chosen here, compared with them in tests, left out by `kernels=False`."""
 
 import copy
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from regpt.model.gpt2 import GPT2
 from regpt.model.transformer import Transformer
 
 
-class Kernels(NamedTuple):
+class FastPaths(NamedTuple):
     """Each None where the plain operation stays.
 
     Attributes:
@@ -27,10 +27,10 @@ class Kernels(NamedTuple):
     draw: Callable[[Tensor, Tensor, int], Tensor] | None = None
 
 
-NO_KERNELS = Kernels()
+NO_KERNELS = FastPaths()
 
 
-def load_kernels(model: Transformer, dtype: torch.dtype) -> Kernels:
+def load_kernels(model: Transformer, dtype: torch.dtype) -> FastPaths:
     """What there is for a model that computes in `dtype`: on CUDA with Triton."""
     if model.device.type != "cuda" or not torch.version.cuda or find_spec("triton") is None:
         return NO_KERNELS
@@ -40,8 +40,8 @@ def load_kernels(model: Transformer, dtype: torch.dtype) -> Kernels:
 
     prefill = prefill_attention if prefills(model.device, dtype, model.config.resolved().head_size) else None
     if not isinstance(model, GPT2) or not fits(model) or dtype != model.dtype:
-        return Kernels(decode_attention, prefill)
-    return Kernels(decode_attention, prefill, FusedDecode(model), draw_into)
+        return FastPaths(decode_attention, prefill)
+    return FastPaths(decode_attention, prefill, FusedDecode(model), draw_into)
 
 
 def half_copy(model: Transformer, dtype: torch.dtype) -> Transformer:

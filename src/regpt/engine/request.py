@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -69,8 +69,7 @@ class Request:
         check_seed(self.seed)
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """One token of one text, or its end.
 
     Attributes:
@@ -153,10 +152,10 @@ def check_request(request: Request, longest: int, n_vocab: int, cache_tokens: in
     """
     total = len(request.prompt) + request.max_new_tokens
     check_length(len(request.prompt), request.max_new_tokens, total if request.slide else longest)
-    biased = [token for token, _ in request.options.logit_bias]
-    wrong = [token for token in [*request.prompt, *biased] if not 0 <= token < n_vocab]
-    if wrong:
-        raise UsageError(f"token {wrong[0]} is not in the model's vocabulary of {n_vocab}")
+    tokens = [*request.prompt, *(token for token, _ in request.options.logit_bias)]
+    for wrong in (min(tokens), max(tokens)):
+        if not 0 <= wrong < n_vocab:
+            raise UsageError(f"token {wrong} is not in the model's vocabulary of {n_vocab}")
     if request.stop and not texts:
         raise UsageError("stop strings need a tokenizer; give the engine one, or name stop_ids")
     if min(total - 1, longest) > cache_tokens:

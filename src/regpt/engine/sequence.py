@@ -8,7 +8,7 @@ from regpt.engine.request import Request, Structure
 from regpt.engine.text import TextStream
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sequence:
     """One of a request's texts.
 
@@ -32,14 +32,19 @@ class Sequence:
     launched: int = 0
     base: int | None = None
     finished: bool = False
+    prompt_tokens: int = 0
+    ends: frozenset[int] = frozenset()
 
-    @property
-    def prompt_tokens(self) -> int:
-        return len(self.request.prompt)
+    def __post_init__(self) -> None:
+        self.prompt_tokens, self.ends = len(self.tokens), frozenset(self.request.stop_ids)
 
     @property
     def new(self) -> list[int]:
         return self.tokens[self.prompt_tokens :]
+
+    def steps_left(self, longest: int) -> int:
+        """Tokens that can yet be drawn from the cache."""
+        return min(self.request.max_new_tokens - self.launched, longest - self.cached)
 
     @property
     def unread(self) -> int:

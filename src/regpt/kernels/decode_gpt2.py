@@ -1,4 +1,4 @@
-"""GPT-2's decode step in few kernels: seven a block instead of fourteen, with float32 in the residual stream.
+"""GPT-2's decode step in few kernels: seven a block instead of fourteen, for one text five; float32 residuals.
 
 Matrix products stay cuBLAS's, with biases and GELU in their epilogues; each residual sum and the norm after it are one
 kernel, and so are the cache write and attention. The reference is `model.gpt2` with `engine.cache.DecodeView`.
@@ -18,6 +18,8 @@ from regpt.model.gpt2 import GPT2
 NORM_WARPS = 4
 BLOCK, ATTENTION_WARPS = 64, 4  # positions that a program reads at once
 LARGEST_HEAD = 128
+FEW_PROGRAMS = 528  # four for each of an H200's multiprocessors
+LARGEST_VECTOR, VECTOR_WARPS = 1024, 4
 
 
 @triton.jit
@@ -97,6 +99,44 @@ def attend_and_write_kernel(
     tl.store(out_ptr + (row * H + head) * D + feature, (y / total).to(out_ptr.dtype.element_ty), mask=real)
 
 
+@triton.jit
+def vector_kernel(
+    x_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, added_ptr, out_ptr, N, eps,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+    NORM: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """out (N,) = weight (N, K) · x (K,) + bias, of the normed x, through GELU, or added to another vector."""
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK_K)
+    inside = n < N
+    mean, rstd = 0.0, 1.0
+    if NORM:  # K ≤ BLOCK_K
+        x = tl.load(x_ptr + column, mask=column < K, other=0.0).to(tl.float32)
+        mean = tl.sum(x, 0) / K
+        centred = tl.where(column < K, x - mean, 0.0)
+        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / K + eps)
+    total = tl.zeros((ROWS, BLOCK_K), tl.float32)
+    for start in tl.static_range(0, K, BLOCK_K):
+        k = start + column
+        real = k < K
+        at = n[:, None].to(tl.int64) * K + k[None, :]
+        weight = tl.load(weight_ptr + at, mask=inside[:, None] & real[None, :], other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + k, mask=real, other=0.0).to(tl.float32)
+        if NORM:
+            scale = tl.load(norm_weight_ptr + k, mask=real, other=0.0).to(tl.float32)
+            shift = tl.load(norm_bias_ptr + k, mask=real, other=0.0).to(tl.float32)
+            x = (x - mean) * rstd * scale + shift
+            x = x.to(weight_ptr.dtype.element_ty).to(tl.float32)  # as the product of a whole batch rounds it
+        total += weight * x[None, :]
+    y = tl.sum(total, 1) + tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
+    if GELU:
+        inner = 0.7978845608028654 * (y + 0.044715 * y * y * y)
+        y = y / (1.0 + tl.exp(-2.0 * inner))  # y/2 · (1 + tanh(inner))
+    if ADD:
+        y += tl.load(added_ptr + n, mask=inside, other=0.0)
+    tl.store(out_ptr + n, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
 def fits(model: GPT2) -> bool:
     """Whether `FusedDecode` computes this model."""
     shape = model.config.resolved()
@@ -110,13 +150,15 @@ class FusedDecode:
     def __init__(self, model: GPT2):
         shape = model.config.resolved()
         self.model, self.C, self.H, self.D = model, shape.n_embd, shape.n_head, shape.head_size
-        self.eps = shape.norm_eps
+        self.eps, self.inner = shape.norm_eps, shape.n_inner
         self.block_c, self.block_d = triton.next_power_of_2(self.C), triton.next_power_of_2(self.D)
 
     def hidden(self, state: Tensor, tables: Tensor, keys: Tensor, values: Tensor, page_size: int) -> Tensor:
-        """(B, C) after the last norm, of the tokens and positions in the first columns of `state`; keys and values
+        """(B, C) after the last norm of the tokens and positions in the first columns of `state`; keys and values
         (L, G, slots, D) get the new ones, where `tables` (B, pages) have their pages."""
         B = len(state)
+        if B == 1 and self.block_c <= LARGEST_VECTOR:
+            return self.hidden_of_one(state, tables, keys, values, page_size)
         blocks: list[Any] = list(self.model.h)
         tokens, positions = state[:, 0], state[:, 1]
         x = torch.empty(B, self.C, device=state.device)
@@ -131,17 +173,64 @@ class FusedDecode:
             attn, mlp = block.attn, block.mlp
             qkv = torch.addmm(attn.c_attn.bias, h, attn.c_attn.weight.t())  # (B, 3·C)
             y = torch.empty_like(h)
-            attend_and_write_kernel[(B, self.H)](
-                qkv, keys[layer], values[layer], tables, positions, y, keys.stride(1), tables.stride(0),
-                state.stride(0), self.D**-0.5, H=self.H, D=self.D, BLOCK_D=self.block_d, PAGE=page_size,
-                BLOCK=BLOCK, num_warps=ATTENTION_WARPS,
-            )  # fmt: skip
+            self.attend(qkv, y, state, tables, keys[layer], values[layer], page_size)
             self.add_norm(x, y @ attn.c_proj.weight.t(), attn.c_proj.bias, block.ln_2, h)
             wide = torch.ops.aten._addmm_activation(
                 mlp.c_fc.bias, h, mlp.c_fc.weight.t(), use_gelu=True
             )  # tanh's, on CUDA
             self.add_norm(x, wide @ mlp.c_proj.weight.t(), mlp.c_proj.bias, after[layer], h)
         return h
+
+    def hidden_of_one(self, state: Tensor, tables: Tensor, keys: Tensor, values: Tensor, page_size: int) -> Tensor:
+        """The same for one text: five kernels a block, the products among them, which read each weight once."""
+        device, dtype, C = state.device, self.model.dtype, self.C
+        blocks: list[Any] = list(self.model.h)
+        x = torch.empty(1, C, device=device)
+        h, y = (torch.empty(1, C, device=device, dtype=dtype) for _ in range(2))
+        qkv, wide = (torch.empty(1, n, device=device, dtype=dtype) for n in (3 * C, self.inner))
+        ln_f: Any = self.model.ln_f
+        embed_norm_kernel[(1,)](
+            state, state[:, 1:], state.stride(0), self.model.wte.weight, self.model.wpe.weight, ln_f.weight,
+            ln_f.bias, x, h, self.eps, C=C, BLOCK_C=self.block_c, num_warps=NORM_WARPS,
+        )  # fmt: skip
+        for layer, block in enumerate(blocks):
+            attn, mlp = block.attn, block.mlp
+            self.product(x, attn.c_attn, qkv, norm=block.ln_1)
+            self.attend(qkv, y, state, tables, keys[layer], values[layer], page_size)
+            middle = torch.empty_like(x)
+            self.product(y, attn.c_proj, middle, added=x)
+            self.product(middle, mlp.c_fc, wide, norm=block.ln_2, gelu=True)
+            x = torch.empty_like(x)
+            self.product(wide, mlp.c_proj, x, added=middle)
+        add_norm_kernel[(1,)](
+            x, torch.zeros_like(h), torch.zeros_like(ln_f.bias), ln_f.weight, ln_f.bias, h, self.eps, C=C,
+            BLOCK_C=self.block_c, num_warps=NORM_WARPS,
+        )  # fmt: skip
+        return h
+
+    def product(
+        self, x: Tensor, layer: Any, out: Tensor, norm: Any = None, added: Tensor | None = None, gelu: bool = False
+    ) -> None:
+        """`layer` of one vector, of its norm where given; `added` to another one."""
+        N, K = layer.weight.shape
+        rows = 4 if N < 132 * 8 else 8 if N < 132 * 16 else 16  # so that all multiprocessors have some
+        vector_kernel[(triton.cdiv(N, rows),)](
+            x, layer.weight, layer.bias, layer.bias if norm is None else norm.weight,
+            layer.bias if norm is None else norm.bias, x if added is None else added, out, N, self.eps, K=K,
+            BLOCK_K=self.block_c if norm is not None else min(LARGEST_VECTOR, triton.next_power_of_2(K)), ROWS=rows,
+            NORM=norm is not None, GELU=gelu, ADD=added is not None, num_warps=VECTOR_WARPS,
+        )  # fmt: skip
+
+    def attend(
+        self, qkv: Tensor, y: Tensor, state: Tensor, tables: Tensor, keys: Tensor, values: Tensor, page_size: int
+    ) -> None:
+        B = len(state)
+        few = B * self.H < FEW_PROGRAMS  # then each reads more at once
+        attend_and_write_kernel[(B, self.H)](
+            qkv, keys, values, tables, state[:, 1:], y, keys.stride(0), tables.stride(0), state.stride(0),
+            self.D**-0.5, H=self.H, D=self.D, BLOCK_D=self.block_d, PAGE=page_size,
+            BLOCK=4 * BLOCK if few else BLOCK, num_warps=2 * ATTENTION_WARPS if few else ATTENTION_WARPS,
+        )  # fmt: skip
 
     def add_norm(self, x: Tensor, y: Tensor, bias: Tensor, norm: Any, h: Tensor) -> None:
         add_norm_kernel[(len(x),)](
