@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from regpt.cli.output import OTHER_JSON, check_json
-from regpt.cli.parse import run_subcommand
+from regpt.cli.parse import OTHER_JSON, check_json, run_subcommand
 from regpt.cli.train import parse_over_recipe
 from regpt.config import RunConfig
 from regpt.console.lines import print_json, print_line, print_rows, status

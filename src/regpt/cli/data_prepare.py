@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from regpt.cli.parse import parse
-from regpt.cli.text_args import TextFlags, as_meant
 from regpt.console.lines import print_line, print_note
 from regpt.console.text import counted
 from regpt.errors import word
 from regpt.files import exists
-from regpt.prepare.settings import NO_FILTERS, TEXT_OPTIONS, Filters
+from regpt.prepare.settings import NO_FILTERS, TEXT_OPTIONS, Filters, TextOptions
 from regpt.ranges import MANY, PROCESSES, Range
 
 if TYPE_CHECKING:
     from regpt.data.manifest import Manifest
 
+# Flags of every command that reads text: how files become documents.
+TextFlags = Annotated[TextOptions, tyro.conf.arg(name="")]
+ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 REASONS = {  # for the manifest's names: one of them, and why
     "short": ("document", "below --min-chars"),
     "contaminated": ("document", "with evaluation text (which: removed.jsonl)"),
@@ -47,8 +50,8 @@ MARKS = {  # counts of the sources in the manifest
 @dataclass(frozen=True)
 class PrepareArgs:
     """Make token shards from text. A SOURCE is a file, folder or glob of .txt, .md, .jsonl, .json, .csv, .tsv or
-    .parquet, here or behind hf://, https://, s3://, gs://; a named set: pydocs, tinyshakespeare, fineweb-edu-10B,
-    fineweb-10B; or - for stdin. Stopped at any moment, the same command goes on."""
+    .parquet, here or at hf://, https://, s3://, gs://; or a named set: pydocs, tinyshakespeare, fineweb-edu-10B,
+    fineweb-10B. Stopped at any moment, the same command continues."""
 
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """What to read, in this order."""
@@ -108,6 +111,18 @@ def main(args: list[str]) -> int:
     else:
         print_prepared(given.out, manifest)
     return 0
+
+
+def as_meant(given: TextOptions) -> TextOptions:
+    """The options as they were typed, with line ends and tabs for their escapes, and endings without a dot."""
+    ending = given.format.removeprefix(".").lower() if given.format else None
+    texts = {"template": unescaped(given.template), "separator": unescaped(given.separator)}
+    return replace(given, format=ending, **texts)
+
+
+def unescaped(text: str | None) -> str | None:
+    r"""`text` with a line end for `\n`, a tab for `\t`: shells pass the two characters on."""
+    return None if text is None else re.sub(r"\\([nt\\])", lambda found: ESCAPES[found[1]], text)
 
 
 def download_folder() -> Path | None:

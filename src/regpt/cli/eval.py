@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from regpt.cli.output import OTHER_JSON
-from regpt.cli.parse import parse
+from regpt.cli.parse import OTHER_JSON, parse
 from regpt.console.lines import print_json, print_line, print_note, print_rows
 from regpt.console.text import counted
 from regpt.errors import UsageError, UserError

@@ -11,11 +11,12 @@ import tyro
 
 from regpt.cli.flags import Flag, flags_of, normalized
 from regpt.console.lines import print_line
-from regpt.errors import UsageError, nearest
-from regpt.files import address_of
+from regpt.errors import UsageError, UserError, nearest
+from regpt.files import address_of, is_folder
 from regpt.remote import is_address
 
 Args = TypeVar("Args")
+OTHER_JSON = "choose another file for --json"
 WRITTEN = ("out", "json", "items")  # flags that name a file or folder to write
 USAGE = 2  # with which tyro ends
 RULE = re.compile(r"^[╭╰│\s]*[─-]{3,}[╮╯│\s]*$")  # hyphens, and no frame, where output is not UTF-8
@@ -87,6 +88,12 @@ def one_sentence(box: str, known: Mapping[str, Flag], prog: str) -> str:
     if extra := re.match(r"Unrecognized options: ([^;]*)", said):
         return f"{extra[1]} is too much for {prog}; {prog} --help shows what it takes"
     return f"{said}; {prog} --help shows what is allowed"
+
+
+def check_json(target: str | None) -> None:
+    """Raise a UserError for a file in a folder that does not exist, before minutes are spent on its content."""
+    if target not in (None, "-") and not is_folder(Path(target).absolute().parent):
+        raise UserError(f"--json {target}: the folder does not exist; make it first")
 
 
 def local_folder(name: str, command: str) -> Path:

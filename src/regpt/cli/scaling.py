@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from regpt.cli.output import OTHER_JSON
-from regpt.cli.parse import parse
+from regpt.cli.parse import OTHER_JSON, parse
 from regpt.console.lines import print_json, print_line, print_rows
 from regpt.console.text import si
 from regpt.errors import UsageError, UserError

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from regpt.cli.data_prepare import download_folder, print_left_out
+from regpt.cli.data_prepare import TextFlags, as_meant, download_folder, print_left_out
 from regpt.cli.parse import parse, run_subcommand
-from regpt.cli.text_args import TextFlags, as_meant
 from regpt.console.lines import print_line, print_note
 from regpt.errors import UsageError, UserError, word
 from regpt.files import write_text
@@ -29,7 +28,7 @@ MEASURED_CHARS = 10_000_000  # of the training text, encoded to print the bytes 
 @dataclass(frozen=True)
 class TrainArgs:
     """Learn a byte-level BPE from text. A SOURCE is a file, folder or glob of .txt, .md, .jsonl, .json, .csv, .tsv or
-    .parquet, a named set (pydocs, tinyshakespeare), or - for stdin."""
+    .parquet, or a named set (pydocs, tinyshakespeare)."""
 
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """What to read."""
@@ -81,7 +80,6 @@ def train_main(args: list[str]) -> int:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, tokenizer.to_json())
     measured = bytes_per_token(tokenizer, sources, text)
-    listing.discard()
     print_line(f"wrote {file}: {tokenizer.n_vocab:,} tokens, {measured:.3f} bytes a token on its training text")
     print_line(f"use it with: regpt data prepare SOURCE --tokenizer {word(given.out)} --out DIR")
     return 0

@@ -1,17 +1,27 @@
-"""Training steps and a collective, tried on one device."""
+"""Training steps and a collective, tried on one device.
 
+`python -m regpt.tools.doctor.device GROUP` tries a group in a process of its own: a trial may crash, hang, or leave a
+GPU in a state in which nothing works. Each trial is printed as soon as it is finished, one JSON object a line, so those
+before a crash are known.
+"""
+
+import json
+import sys
+import warnings
 from collections.abc import Iterator
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
+from regpt.console.lines import print_line
 from regpt.data.batch import Batch
 from regpt.kernels.select import ops_of, select_kernels
 from regpt.model.config import ModelConfig
 from regpt.model.families import make_model
 from regpt.model.weights import initialize
 from regpt.parallel.backends import sum_alone
-from regpt.tools.doctor.doctor import TRAINING, Attempt, Trial, attempt
+from regpt.tools.doctor.doctor import MARK, TRAINING, Attempt, Trial, attempt
 from regpt.tools.measure import memory_bytes
 from regpt.train.backend import make_loss_sum
 from regpt.train.config import OptimConfig, PrecisionName
@@ -130,3 +140,10 @@ def close(found: Tensor, expected: Tensor, tolerance: float) -> str:
     if not error <= tolerance:  # "not <=": NaN fails too
         raise ArithmeticError(f"relative error {error:.1e}, {tolerance:.0e} at most is expected")
     return f"relative error {error:.1e}"
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    for one in devices():
+        for trial in GROUPS[sys.argv[1]](one):
+            print_line(MARK + json.dumps(asdict(trial)))

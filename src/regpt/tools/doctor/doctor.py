@@ -12,7 +12,7 @@ from regpt.errors import first_line
 from regpt.tools.measure import busy
 
 TRAINING = "training step"
-CHILD = ("-m", "regpt.tools.doctor.child")
+CHILD = ("-m", "regpt.tools.doctor.device")
 MARK = "regpt-trial "  # before each line of a child: libraries print too
 # Groups of trials and their longest times; a fifth is usual. The first compilation builds C++ or starts Triton. A
 # machine that is merely busy must not be found unable to train.
