@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regpt.console.text import LONGEST_MESSAGE, UNSAFE, counted, duration, figure, message, shortened, si, visible
+from regpt.console.text import LONGEST_MESSAGE, UNSAFE, counted, duration, elided, figure, message, si, visible
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_a_sentence_of_many_names_is_shortened_in_its_middle():
 
 @pytest.mark.parametrize(("n", "shown"), [(7, "abcdefg"), (8, "abcdefgh"), (9, "abcde…hi")])
 def test_what_is_longer_is_shortened_to_the_length(n: int, shown: str):
-    assert shortened("abcdefghi"[:n], 8) == shown
+    assert elided("abcdefghi"[:n], 8) == shown
 
 
 def test_apostrophes_enclose_no_quotation():

@@ -42,7 +42,7 @@ def main(args: list[str]) -> int:
     given = parse(ImportArgs, args, prog="regpt data import")
     from rich.progress import BarColumn, TimeRemainingColumn
 
-    from regpt.console.tables import field, progress_bar
+    from regpt.console.drawing import field, progress_bar
     from regpt.prepare.importer import ImportProgress, import_tokens
     from regpt.text.open import open_tokenizer
 

@@ -137,7 +137,7 @@ class ProgressLine:
     def __init__(self) -> None:
         from rich.progress import BarColumn, TaskProgressColumn, TimeRemainingColumn
 
-        from regpt.console.tables import field, progress_bar
+        from regpt.console.drawing import field, progress_bar
 
         self._progress = progress_bar(BarColumn(), TaskProgressColumn(), field("done"), TimeRemainingColumn())
         self._task = self._progress.add_task("", total=1.0, done="reading")

@@ -48,7 +48,7 @@ def show(trials: Sequence[Trial]) -> None:
     """One line a trial, under the headings of its group in the order in which these first occur."""
     from rich.text import Text
 
-    from regpt.console.tables import PlainConsole
+    from regpt.console.drawing import PlainConsole
     from regpt.tools.doctor.doctor import can_train
 
     console = PlainConsole()

@@ -120,7 +120,7 @@ def bar(name: str) -> Iterator[Progress]:
     """A progress bar with the time left, on the terminal's error stream; nothing elsewhere."""
     from rich.progress import BarColumn, TimeRemainingColumn
 
-    from regpt.console.tables import field, progress_bar
+    from regpt.console.drawing import field, progress_bar
 
     columns = (field("description"), BarColumn(), field("counted"), TimeRemainingColumn())
     with progress_bar(*columns, transient=True) as progress:

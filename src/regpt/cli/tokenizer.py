@@ -89,7 +89,7 @@ def shown(sources: list[Source], text: TextOptions) -> Iterator[str]:
     """The texts of `sources`, with a progress bar while they are read and a line while merges are learned."""
     from rich.progress import BarColumn, TaskProgressColumn, TimeRemainingColumn
 
-    from regpt.console.tables import field, progress_bar
+    from regpt.console.drawing import field, progress_bar
 
     columns = (field("description"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with progress_bar(*columns) as progress:

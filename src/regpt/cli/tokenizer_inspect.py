@@ -10,7 +10,7 @@ import tyro
 
 from regpt.cli.parse import parse
 from regpt.console.lines import print_json, print_line, print_rows
-from regpt.console.tables import print_cells
+from regpt.console.text import elided
 from regpt.errors import UserError
 from regpt.ranges import MANY, Range
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from regpt.text.anatomy import Anatomy, SpecialToken, TextCost
     from regpt.text.tokenizer import Tokenizer
 
-SEPARATOR = "│"  # between the tokens of a text in a file or pipe
+SEPARATOR = "│"  # between the tokens of a text
 LONGEST_CELL = 60  # characters of a token in a table
 MAX_FILE_BYTES = 64 << 20
 
@@ -126,7 +126,8 @@ def print_split(tokenizer: Tokenizer, ids: list[int]) -> None:
     from regpt.text.anatomy import shown_tokens
 
     print_line(f"\nthe text is {len(ids):,} tokens")
-    print_cells(shown_tokens(tokenizer, ids), list(map(str, ids)), SEPARATOR)
+    print_line(SEPARATOR.join(shown_tokens(tokenizer, ids)))
+    print_line(" ".join(map(str, ids)))
 
 
 def print_costs(costs: list[TextCost]) -> None:
@@ -148,11 +149,5 @@ def print_tokens(tokenizer: Tokenizer, title: str, ids: list[int]) -> None:
     print_line(f"\n{title}")
     if ids:
         sizes = [f"{len(tokenizer.token_bytes(i)):,}" for i in ids]
-        texts = [clipped(repr(text)[1:-1]) for text in shown_tokens(tokenizer, ids)]
+        texts = [elided(repr(text)[1:-1], LONGEST_CELL) for text in shown_tokens(tokenizer, ids)]
         print_rows(["token", "id", "bytes"], [[f"'{text}'", str(i), size] for text, i, size in zip(texts, ids, sizes)])
-
-
-def clipped(text: str) -> str:
-    """`text`, or its beginning and its end with "…" between them."""
-    half = LONGEST_CELL // 2
-    return text if len(text) <= LONGEST_CELL else f"{text[: half - 1]}…{text[-half:]}"

@@ -71,7 +71,7 @@ def status(quiet: bool = False) -> Iterator[Callable[[str], None]]:
     """`say(text)` shows the current activity on the terminal's error stream; nothing without a terminal."""
     from rich.text import Text
 
-    from regpt.console.tables import PlainConsole, can_redraw
+    from regpt.console.drawing import PlainConsole, can_redraw
 
     console = PlainConsole(stderr=True)
     if quiet or not can_redraw(console):

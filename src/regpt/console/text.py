@@ -22,8 +22,8 @@ def message(text: object) -> str:
     """A sentence for a user: visible, without the passwords of addresses; long quotations, and a long sentence itself,
     are shortened in the middle."""
     shown = without_user(visible(str(text)))
-    quoted = QUOTED.sub(lambda found: shortened(found[0], LONGEST_QUOTE), shown)
-    return shortened(quoted, LONGEST_MESSAGE)
+    quoted = QUOTED.sub(lambda found: elided(found[0], LONGEST_QUOTE), shown)
+    return elided(quoted, LONGEST_MESSAGE)
 
 
 def without_user(text: str) -> str:
@@ -31,7 +31,7 @@ def without_user(text: str) -> str:
     return USER.sub("", text)
 
 
-def shortened(text: str, length: int) -> str:
+def elided(text: str, length: int) -> str:
     """`text`, or its beginning and its end with "…" between them, `length` characters in all."""
     if len(text) <= length:
         return text

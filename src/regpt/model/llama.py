@@ -77,7 +77,7 @@ class LlamaMLP(nn.Module):
 class LlamaBlock(nn.Module):
     """Attention and MLP, each with an RMSNorm (Zhang & Sennrich 2019) before it. Sites of dropout as in GPT-2's."""
 
-    mlp_class: type[nn.Module] = LlamaMLP
+    mlp_class: type[Any] = LlamaMLP
 
     def __init__(self, config: ModelConfig, ops: Ops, layer: int):
         super().__init__()

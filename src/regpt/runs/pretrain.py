@@ -13,8 +13,8 @@ from regpt.checkpoint.load import checkpoints, load_checkpoint
 from regpt.checkpoint.manifest import MANIFEST
 from regpt.checkpoint.saver import Saver
 from regpt.config import RunConfig
+from regpt.console.drawing import PlainConsole
 from regpt.console.lines import print_note
-from regpt.console.tables import PlainConsole
 from regpt.engine.generate import encode_prompt
 from regpt.engine.request import check_length
 from regpt.errors import word

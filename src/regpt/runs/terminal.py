@@ -10,8 +10,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from regpt.console.drawing import can_redraw
 from regpt.console.lines import write_stream
-from regpt.console.tables import can_redraw
 from regpt.console.text import duration, si, visible
 
 BAR_WIDTH = 60  # in characters

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from regpt.console.tables import PlainConsole, field, progress_bar
+from regpt.console.drawing import PlainConsole, field, progress_bar
 from regpt.runs.terminal import Terminal
 
 
