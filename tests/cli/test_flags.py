@@ -150,6 +150,13 @@ def test_the_recipe_is_found_after_switches_and_bare_flags():
     assert named_recipe(Train, given, "regpt train") == "gpt2-tiny"
 
 
+@pytest.mark.parametrize("recipe", ["", "gpt2-tiny"])
+def test_values_of_a_flag_of_several_are_no_recipe(recipe: str):
+    rest = ["--train.batch-ramp", "10", "128", "16", "--sample.more-prompts", "-a", "b", "--data.mixture=x", "1"]
+    for given in ([recipe, *rest], [*rest, "--", recipe], [*rest, "--force", recipe])[: 3 if recipe else 1]:
+        assert named_recipe(Train, [arg for arg in given if arg], "regpt train") == recipe
+
+
 @pytest.mark.parametrize("flag", NUMBERS)
 def test_every_number_of_a_run_has_bounds(flag: str):
     for value in ("1" + "0" * 38, "-1" + "0" * 38, "1e400", "nan"):

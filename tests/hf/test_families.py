@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from regpt.errors import UserError
+from regpt.errors import UsageError, UserError
+from regpt.hf.export import refuse_other_model
 from regpt.hf.families import config_from_hf, config_to_hf
 from regpt.hf.folder import hf_config, hf_weights
 from regpt.hf.weights import weights_to_hf
 from regpt.model.cache import KVCache
+from regpt.model.config import FAMILIES, ModelConfig
 from regpt.model.families import make_model
 from regpt.model.ops import linear_cross_entropy
 from regpt.model.transformer import Transformer
 from regpt.model.weights import load_weights, state_tensors
+from tiny import build_model
 
 V, T = 61, 23
 TINY: dict[str, Any] = {
@@ -238,6 +242,45 @@ def test_export_of_an_import_has_the_same_bytes_and_opens_in_transformers(saved:
     rebuilt = AutoModelForCausalLM.from_pretrained(again, attn_implementation="sdpa", **implementation(theirs.config))
     rows = tokens(theirs.config.vocab_size)
     assert torch.equal(rebuilt(rows).logits, theirs(rows).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_computes_what_is_exported_and_what_it_cannot_is_refused(family: Any, tmp_path: Path):
+    plain = ModelConfig(family, n_layer=3, n_head=4, n_embd=32, vocab_size=V, max_seq_len=16, n_inner=24)
+    changes: list[dict[str, Any]] = [
+        {},
+        *({"bias": bias} for bias in ("all", "attention", "qkv", "mlp", "none")),
+        {"window": 5},
+        {"no_rope_every": 2},
+        {"rope_fraction": 0.5},
+        {"head_size": 6},
+        {"n_expert_shared": 1},
+        {"norm_topk": False},
+        {"expert_bias": True},
+        {"attention_scale_by_layer": True},
+    ]
+    exported, refused = 0, list[tuple[str, str]]()
+    for number, change in enumerate(changes):
+        try:
+            config = replace(plain, **change)
+        except UsageError:
+            continue  # not a model of ours
+        ours, folder = build_model(config=config, dtype=torch.float32).eval(), tmp_path / str(number)
+        folder.mkdir()
+        contents = config_to_hf(config, 1)
+        try:
+            refuse_other_model(config.resolved(), contents)
+        except UserError as error:
+            refused.append((str(error), f"model.{next(iter(change))} is "))
+            continue
+        (folder / "config.json").write_text(json.dumps(contents))
+        save_file(weights_to_hf(state_tensors(ours), family), folder / "model.safetensors", {"format": "pt"})
+        theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+        rows = tokens(V)[:, :15]
+        torch.testing.assert_close(theirs(rows).logits, ours(rows), rtol=1e-4, atol=1e-4, msg=str(change))
+        exported += 1
+    assert exported > 1
+    assert all(named in sentence for sentence, named in refused)
 
 
 @pytest.mark.parametrize("scaling", [{"type": "linear", "factor": 4.0}, LLAMA3 | {"type": "llama3"}])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from regpt.cli.flags import flags_of, normalized
+from regpt.cli.flags import flags_of, is_value, normalized
 from regpt.cli.parse import parse
 from regpt.config import RunConfig, read_config, recipe_names
 from regpt.console.lines import print_note
@@ -116,12 +116,17 @@ def flag_value(args: list[str], flag: str) -> str:
 def named_recipe(command: type, args: list[str], prog: str) -> str:
     """Find the recipe: the first argument that is neither a flag nor a flag's value. It sets the flags' defaults."""
     known = flags_of(command)
-    rest = iter(normalized(known, args, prog))
-    for arg in rest:
+    rest = normalized(known, args, prog)
+    while rest:
+        name, equals, _ = (arg := rest.pop(0)).partition("=")
         if not arg.startswith("-"):
             return arg
-        if arg in known and not known[arg].switch:
-            next(rest, None)  # its value
+        flag = known.get(name)
+        several = flag is not None and flag.many and not flag.append
+        takes = 0 if flag is None or flag.switch else len(rest) if several else int(not equals)
+        while takes and rest and is_value(rest[0], known):
+            rest.pop(0)
+            takes -= 1
     return ""
 
 

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from regpt.errors import UserError
 from regpt.files import exists, is_file, is_folder, resolved, whole_folder, write_bytes, write_json, write_text
-from regpt.hf.families import config_to_hf, one_or_list
+from regpt.hf.families import SPELLINGS, config_from_hf, config_to_hf, one_or_list
 from regpt.hf.folder import CONFIG, TOKENIZER
 from regpt.hf.hub import TEXT_FILES
 from regpt.hf.weights import weights_to_hf
+from regpt.model.config import ModelConfig
 from regpt.model.transformer import Transformer
 from regpt.model.weights import state_tensors
 from regpt.tensors import write_divided
@@ -79,11 +80,38 @@ def ends(tokenizer: Tokenizer) -> list[int]:
 
 
 def write_model(model: Transformer, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Configuration and weights of `model` in `folder`."""
+    """Configuration and weights of `model` in `folder`.
+
+    Raises:
+        UserError: transformers has no such model, or a weight does not fit into `dtype`.
+    """
     name = str(dtype).removeprefix("torch.")
     weights = {key: converted(key, tensor, dtype) for key, tensor in state_tensors(model).items()}
-    write_json(folder / CONFIG, config_to_hf(model.config, tokenizer.eot, name, ends(tokenizer)))
+    contents = config_to_hf(model.config, tokenizer.eot, name, ends(tokenizer))
+    refuse_other_model(model.config.resolved(), contents)
+    write_json(folder / CONFIG, contents)
     write_divided(folder, "model", weights_to_hf(weights, model.config.family), MAX_FILE_BYTES)
+
+
+def refuse_other_model(shape: ModelConfig, contents: Mapping[str, Any]) -> None:
+    """Raise a UserError where `contents` describe another model than `shape`, which transformers then does not have."""
+    ours, theirs = computed(shape), computed(config_from_hf(contents).resolved())
+    for name, value in ours.items():
+        if value != theirs[name]:
+            raise UserError(
+                f"model.{name} is {value}, which {SPELLINGS[shape.family].architecture} of transformers cannot compute "
+                "(it has no place in a Hugging Face folder); use the run as it is, or train another model"
+            )
+
+
+def computed(shape: ModelConfig) -> dict[str, Any]:
+    """Fields that logits depend on, one value for each way to compute; GPT-2 has its biases from `weights_to_hf`."""
+    values = {name: getattr(shape, name) for name in ModelConfig.__dataclass_fields__ if name != "dropout"}
+    values |= {"window": shape.window % shape.max_seq_len, "bias": shape.family == "gpt2" or shape.bias}
+    values["rope_local_theta"] = shape.rope_local_theta or shape.rope_theta
+    for name in ("no_rope_every", "full_attention_every"):
+        values[name] *= values[name] <= shape.n_layer
+    return values
 
 
 def converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -295,13 +295,9 @@ def rope_of(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def config_to_hf(config: ModelConfig, eot: int, dtype: str = "float32", ends: Sequence[int] = ()) -> dict[str, Any]:
     """Contents of the `config.json` from which transformers 4 and 5 build this model; `eot` is the id of the token
-    that starts a document, which also ends a text unless `ends` are given.
-
-    Raises:
-        UserError: transformers has no such model.
+    that starts a document, which also ends a text unless `ends` are given. `export` refuses what it cannot describe.
     """
     spelling, shape = SPELLINGS[config.family], config.resolved()
-    check_spelling(shape)
     usual = spelling.defaults[spelling.activation]  # of two spellings of one function the family's
     acts = (name for name, ours in ACTIVATIONS.items() if ours == shape.activation)
     act = usual if ACTIVATIONS[usual] == shape.activation else next(acts)
@@ -328,22 +324,6 @@ def config_to_hf(config: ModelConfig, eot: int, dtype: str = "float32", ends: Se
     if "norm_topk_prob" in spelling.defaults:
         contents["norm_topk_prob"] = shape.norm_topk
     return contents | (gpt2_keys(shape) if config.family == "gpt2" else rotary_keys(shape))
-
-
-def check_spelling(shape: ModelConfig) -> None:
-    """Raise a UserError where transformers' classes of the family cannot compute what `shape` describes."""
-    changed = {
-        "expert_bias": shape.expert_bias,
-        "n_expert_shared": shape.n_expert_shared,
-        "norm_topk": shape.family == "mixtral" and not shape.norm_topk,
-        "head_size": shape.family == "olmoe" and shape.head_size * shape.n_head != shape.n_embd,
-    }
-    for name, given in changed.items():
-        if given:
-            raise UserError(
-                f"model.{name} is {getattr(shape, name)}, which {SPELLINGS[shape.family].architecture} of transformers "
-                "cannot compute; it has no place in a Hugging Face folder"
-            )
 
 
 def one_or_list(ids: Sequence[int]) -> int | list[int]:

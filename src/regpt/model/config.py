@@ -1,5 +1,6 @@
 """The shape of a model: everything that is needed to build it, nothing about how it is trained."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -164,25 +165,37 @@ class ModelConfig:
                 f"model.n_head = {self.n_head} is not divisible by model.n_kv_head = {self.n_kv_head}; "
                 f"n_kv_head = {divisors_near(self.n_head, self.n_kv_head)} would fit"
             )
+        self.check_family()
         self.check_positions()
-        self.check_layers()
         self.check_experts()
 
-    def check_positions(self) -> None:
-        """Raise a UsageError where fields of positions contradict each other or the family."""
-        family, whole = FAMILIES[self.family], self.resolved()
-        if not family.rotary:
-            changed = [name for name in ROTARY if getattr(self, name) != getattr(ModelConfig, name)]
-            if changed:
+    def check_family(self) -> None:
+        """Raise a UsageError for a field that the family does not read."""
+        derived = self.derived()
+        for names, has, why in OWN:
+            changed = [x for x in names if getattr(self, x) not in (getattr(ModelConfig, x), derived.get(x))]
+            if changed and not has(FAMILIES[self.family]):
+                families = ", ".join(name for name, family in FAMILIES.items() if has(family))
                 raise UsageError(
-                    f"model.{changed[0]} is {getattr(self, changed[0])!r}, but {self.family} has learned positions; "
-                    f"leave it out or choose another model.family"
+                    f"model.{changed[0]} is {getattr(self, changed[0])!r}, but {why.format(self.family)}; leave it "
+                    f"out or choose a model.family that reads it: {families}"
                 )
-        elif self.rotated_size % 2 or not self.rotated_size:
+
+    def check_positions(self) -> None:
+        """Raise a UsageError where fields of positions contradict each other."""
+        whole = self.resolved()
+        if FAMILIES[self.family].rotary and (self.rotated_size % 2 or not self.rotated_size):
             raise UsageError(
                 f"rotary positions turn pairs, but {self.rope_fraction:g} of heads of {whole.head_size} is "
                 f"{self.rotated_size}; choose an even head size"
             )
+        for name in STRETCH[STRETCH_READ[self.rope_type] :]:
+            if getattr(self, name) != getattr(ModelConfig, name):
+                kinds = " or ".join(kind for kind, read in STRETCH_READ.items() if name in STRETCH[:read])
+                raise UsageError(
+                    f"model.{name} is {getattr(self, name)!r}, which model.rope_type {self.rope_type} does not read; "
+                    f"leave it out or set model.rope_type to {kinds}"
+                )
         if self.window > self.max_seq_len:
             raise UsageError(
                 f"model.window is {self.window} and model.max_seq_len {self.max_seq_len}: no row is longer than the "
@@ -197,14 +210,9 @@ class ModelConfig:
                 f"{self.rope_high_freq_factor:g}"
             )
 
-    def check_layers(self) -> None:
-        """Raise a UsageError for fields of Gemma 3 in another family."""
-        changed = [name for name in LAYERED if getattr(self, name) != getattr(ModelConfig, name)]
-        if changed and not FAMILIES[self.family].layered:
-            raise UsageError(
-                f"model.{changed[0]} is {getattr(self, changed[0])!r}, but the layers of {self.family} are alike; "
-                "leave it out or choose model.family gemma3_text"
-            )
+    def unstretched(self) -> "ModelConfig":
+        """The same shape with the wavelengths of `rope_theta` alone."""
+        return replace(self, rope_type="default", **{name: getattr(ModelConfig, name) for name in STRETCH})
 
     def full_attention_layers(self) -> list[bool]:
         """Whether each layer sees all keys, also where the others have a window."""
@@ -212,15 +220,8 @@ class ModelConfig:
         return [every > 0 and (layer + 1) % every == 0 for layer in range(self.n_layer)]
 
     def check_experts(self) -> None:
-        """Raise a UsageError where fields of experts contradict each other or the family."""
+        """Raise a UsageError where fields of experts contradict each other."""
         if not FAMILIES[self.family].experts:
-            changed = [name for name in EXPERTS if getattr(self, name) != getattr(ModelConfig, name)]
-            if changed:
-                families = ", ".join(name for name, family in FAMILIES.items() if family.experts)
-                raise UsageError(
-                    f"model.{changed[0]} is {getattr(self, changed[0])!r}, but {self.family} has no experts; leave it "
-                    f"out or choose a model.family that has some: {families}"
-                )
             return
         whole = self.resolved()
         if whole.n_expert_active > whole.n_expert:
@@ -278,6 +279,18 @@ FIRST_FIELDS = ("family", "n_layer", "n_head", "n_embd", "vocab_size", "max_seq_
 LAYERED = ("full_attention_every", "rope_local_theta", "query_pre_attn_scalar")
 EXPERTS = ("n_expert", "n_expert_active", "n_expert_shared", "norm_topk", "expert_bias")
 ROTARY = [name for name in ModelConfig.__dataclass_fields__ if name.startswith("rope_")] + ["no_rope_every"]
+# Fields that some families read, which those are, and why the others do not.
+OWN: tuple[tuple[Sequence[str], Callable[[Family], bool], str], ...] = (
+    (ROTARY, lambda family: family.rotary, "{} has learned positions"),
+    (("attention_scale_by_layer",), lambda family: not family.rotary, "{} does not scale attention by layer"),
+    (("n_kv_head",), lambda family: family.gated, "{} has a key for each query"),
+    (("no_rope_every",), lambda family: family.gated, "{} rotates in all layers"),
+    (("head_size",), lambda family: family.rotary, "heads of {} are n_embd / n_head wide"),
+    (LAYERED, lambda family: family.layered, "the layers of {} are alike"),
+    (EXPERTS, lambda family: family.experts, "{} has no experts"),
+)
+STRETCH = ("rope_factor", "rope_original_max_seq_len", "rope_low_freq_factor", "rope_high_freq_factor")
+STRETCH_READ: dict[RopeType, int] = {"default": 0, "linear": 1, "llama3": 4}  # how many of them
 
 
 def divisors_near(n: int, wanted: int) -> str:

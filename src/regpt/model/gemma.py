@@ -49,7 +49,7 @@ class Gemma(Llama):
     def __init__(self, config: ModelConfig, ops: Ops = PLAIN, *, pad_vocab: bool = True):
         super().__init__(config, ops, pad_vocab=pad_vocab)
         theta = self.shape.rope_local_theta or self.shape.rope_theta
-        self.near = replace(self.shape, rope_theta=theta, rope_type="default")  # the shape of layers with a window
+        self.near = replace(self.shape, rope_theta=theta).unstretched()  # the shape of layers with a window
         self.sees_all = self.shape.full_attention_layers()
 
     def masks(self, mask: AttentionMask, translate: Callable[[AttentionMask], Any]) -> Any:

@@ -17,7 +17,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: ModelConfig, ops: Ops, layer: int):
         super().__init__()
         bias = config.bias in ("all", "attention")
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, ops, bias=bias)  # q, k and v of all heads in one product
+        # q, k and v of all heads in one product
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, ops, bias=bias or config.bias == "qkv")
         self.c_proj = Linear(config.n_embd, config.n_embd, ops, bias=bias)
         self.n_head = config.n_head
         self.scale_by = layer + 1 if config.attention_scale_by_layer else 1

@@ -21,7 +21,7 @@ class NeoXAttention(nn.Module):
     def __init__(self, config: ModelConfig, ops: Ops, layer: int):
         super().__init__()
         bias, width = config.bias in ("all", "attention"), config.n_head * config.head_size
-        self.query_key_value = Linear(config.n_embd, 3 * width, ops, bias=bias)
+        self.query_key_value = Linear(config.n_embd, 3 * width, ops, bias=bias or config.bias == "qkv")
         self.dense = Linear(width, config.n_embd, ops, bias=bias)
         self.head_size, self.layer, self.ops = config.head_size, layer, ops
 
