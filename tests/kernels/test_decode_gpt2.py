@@ -4,20 +4,23 @@
 
 import os
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 
 import tiny
-from regpt.engine.cache import DecodeView, Pages
+from regpt.engine.cache import DecodeView, Pages, PrefillView, PromptSpan
 from regpt.engine.decode import TABLE, row_state
 from regpt.engine.engine import Engine
 from regpt.engine.fast import half_copy
 from regpt.engine.processing import SamplingOptions
 from regpt.engine.request import Request
+from regpt.model.ops import attention
 
 triton = pytest.importorskip("triton")
 fused = pytest.importorskip("regpt.kernels.decode_gpt2")
+prefill_attention = pytest.importorskip("regpt.kernels.paged").prefill_attention
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 DTYPE = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16
@@ -43,6 +46,35 @@ def test_hidden_states_and_cache_are_the_models(which):
     view = DecodeView(both[1], tables, positions)
     expected = whole.hidden(state[None, :, 0], positions=positions[None], cache=view)[0]
     bound = 2e-3 if torch.float32 == DTYPE else 4e-2  # the CPU's GELU is that of erf
+    assert (found.float() - expected).norm() < bound * expected.norm()
+    assert (both[0].k.float() - both[1].k).norm() < bound * both[1].k.norm()
+    assert (both[0].v.float() - both[1].v).norm() < bound * both[1].v.norm()
+
+
+def by_torch(q, k, v, lengths, longest, window):
+    """In the place of FlashAttention, which a CPU does not have."""
+    found = torch.empty_like(q)
+    for (a, b), (c, d) in zip(pairwise(lengths[0].tolist()), pairwise(lengths[1].tolist())):
+        found[:, :, a:b] = attention(q[:, :, a:b], k[:, :, c:d], v[:, :, c:d])
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("starts", [(0, 0), (0, 20)])
+def test_prompts_are_read_as_by_the_model(starts):
+    model = tiny.build_model(config=CONFIG, dtype=torch.float32).eval().to(DEVICE, DTYPE)
+    whole = half_copy(model, torch.float32)
+    both = [Pages(CONFIG, 30, 16, DEVICE, dtype) for dtype in (DTYPE, torch.float32)]
+    for held, exact in zip((both[0].k, both[0].v), (both[1].k, both[1].v)):
+        held.normal_(generator=torch.Generator(DEVICE).manual_seed(1))
+        exact.copy_(held)
+    spans = [PromptSpan(0, 18, starts[0], [3, 9, 4]), PromptSpan(18, 5, starts[1], [7, 8], 7 * 16)]
+    positions = [*range(starts[0], starts[0] + 18), *range(starts[1], starts[1] + 5)]
+    given = torch.tensor([[i * 7 % 97 for i in range(23)], positions], device=DEVICE)
+    kernel = by_torch if DEVICE.type == "cpu" else prefill_attention
+    found = fused.FusedDecode(model).prefill(given, PrefillView(both[0], spans, kernel))
+    expected = whole.hidden(given[:1], positions=given[1:], cache=PrefillView(both[1], spans))[0]
+    bound = 2e-3 if torch.float32 == DTYPE else 4e-2
     assert (found.float() - expected).norm() < bound * expected.norm()
     assert (both[0].k.float() - both[1].k).norm() < bound * both[1].k.norm()
     assert (both[0].v.float() - both[1].v).norm() < bound * both[1].v.norm()

@@ -7,13 +7,13 @@ bucket of rows; on a CPU the same function runs as it is.
 
 import warnings
 from collections.abc import Sequence as Items
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from regpt.engine.cache import DecodeView, Pages
+from regpt.engine.cache import DecodeView, Pages, PrefillView
 from regpt.engine.fast import NO_KERNELS, FastPaths
 from regpt.engine.noise import MASK
 from regpt.engine.processing import (
@@ -25,6 +25,7 @@ from regpt.engine.processing import (
     draw,
     largest,
     row_numbers,
+    rows_of,
 )
 from regpt.engine.sequence import Sequence
 from regpt.model.transformer import Transformer
@@ -234,25 +235,42 @@ class Step:
             self.pages, state[:, TABLE:], positions, attention=self.kernels.attention, alone=alone, longest=longest
         )
         if self.kernels.model is not None:
-            return self.compute_fused(self.kernels.model, state, needs)
-        hidden = self.model.hidden(state[None, :, TOKEN], positions=positions[None], cache=view)[0]  # (B, C)
-        found, top = draw_rows(self.model, hidden, self.rows.options(n, needs), positions + 1, needs, self.tolerance)
+            tables, pages = state[:, TABLE:], self.pages
+            hidden = self.kernels.model.hidden(state, tables, pages.k, pages.v, pages.page_size)
+        else:
+            hidden = self.model.hidden(state[None, :, TOKEN], positions=positions[None], cache=view)[0]  # (B, C)
+        logits = self.logits(hidden)
+        if self.draws_by_kernels(needs) and self.kernels.draw is not None:
+            return (self.kernels.draw(logits, state, self.model.config.vocab_size),)
+        found, top = draw_from(logits, self.rows.options(n, needs), positions + 1, needs, self.tolerance)
         return self.advance(state, found, top, needs)
 
-    def compute_fused(self, fused: Any, state: Tensor, needs: Needs) -> tuple[Tensor, ...]:
-        """The same by the kernels of `kernels.decode_gpt2` and, where the options allow, `kernels.sampler`."""
-        hidden = fused.hidden(state, state[:, TABLE:], self.pages.k, self.pages.v, self.pages.page_size)
-        logits = fused.logits(hidden)
-        if self.kernels.draw is not None and needs.drawn_by_kernels and self.tolerance is None:
-            return (self.kernels.draw(logits, state, self.model.config.vocab_size),)
-        found, top = draw_from(
-            logits[:, : self.model.config.vocab_size],
-            self.rows.options(len(state), needs),
-            state[:, POSITION] + 1,
-            needs,
-            self.tolerance,
-        )
-        return self.advance(state, found, top, needs)
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, V) of hidden states (B, C)."""
+        if self.kernels.model is None:
+            return self.model.logits(hidden)
+        return self.kernels.model.logits(hidden)[:, : self.model.config.vocab_size]
+
+    def draws_by_kernels(self, needs: Needs) -> bool:
+        return self.kernels.draw is not None and self.tolerance is None and needs.drawn_by_kernels
+
+    def read(self, given: Tensor, view: PrefillView) -> Tensor:
+        """Hidden states (N, C) of the tokens and positions `given` (2, N), which `view` puts into the cache."""
+        if self.kernels.model is not None and view.kernel is not None:
+            return self.kernels.model.prefill(given, view)
+        return self.model.hidden(given[:1], positions=given[1:], cache=view)[0]
+
+    def draw(self, texts: Items[Sequence], hidden: Tensor, allowed: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Results of the next tokens of texts whose last tokens have the hidden states (B, C)."""
+        options, device = [one.request.options for one in texts], hidden.device
+        V, logits = self.model.config.vocab_size, self.logits(hidden)
+        needs = Needs.of(options, V, max(one.request.top_logprobs for one in texts), allowed is not None)
+        if self.draws_by_kernels(needs) and self.kernels.draw is not None:
+            states = [row_state(len(one.tokens) - 1, one.seed, one.request.options, (), TABLE) for one in texts]
+            return (self.kernels.draw(logits, torch.stack(states).to(device), V),)
+        rows = rows_of(options, [one.seed for one in texts], V, [(one.tokens, one.new) for one in texts], device)
+        positions = torch.tensor([len(one.tokens) for one in texts], device=device)
+        return results_of(*draw_from(logits, rows._replace(allowed=allowed), positions, needs, self.tolerance))
 
     def advance(self, state: Tensor, found: Drawn, top: Tensor | None, needs: Needs) -> tuple[Tensor, ...]:
         """Write the drawn tokens into the rows' state."""
@@ -268,22 +286,10 @@ def note_tokens(counts: Tensor, seen: Tensor, tokens: Tensor) -> None:
     seen.scatter_(1, tokens[:, None], True)
 
 
-def draw_rows(
-    model: Transformer,
-    hidden: Tensor,
-    options: RowOptions,
-    positions: Tensor,
-    needs: Needs,
-    tolerance: float | None,
-) -> tuple[Drawn, Tensor | None]:
-    """Draw the tokens at `positions` (B,) from the hidden states (B, C) before them; and the likeliest ones."""
-    return draw_from(model.logits(hidden), options, positions, needs, tolerance)
-
-
 def draw_from(
     logits: Tensor, options: RowOptions, positions: Tensor, needs: Needs, tolerance: float | None
 ) -> tuple[Drawn, Tensor | None]:
-    """The same from logits (B, V)."""
+    """Draw the tokens at `positions` (B,) from logits (B, V); and the likeliest ones."""
     found = draw(logits, options, positions, needs.candidates, tolerance)
     if not needs.top:
         return found, None

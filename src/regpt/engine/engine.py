@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from regpt.engine.cache import Pages, PrefillView, PromptSpan
-from regpt.engine.decode import Launched, Needs, RowState, Step, draw_rows, results_of, to_host
+from regpt.engine.decode import Launched, Needs, RowState, Step, to_host
 from regpt.engine.fast import NO_KERNELS, load_kernels
 from regpt.engine.noise import choice_seed
-from regpt.engine.processing import TOLERANCES, is_exact, rows_of
+from regpt.engine.processing import TOLERANCES, is_exact
 from regpt.engine.request import Event, FinishReason, Request, Stats, bad_logits, check_request
 from regpt.engine.sequence import FairQueue, Sequence
 from regpt.engine.text import TextStream
@@ -215,9 +215,8 @@ class Engine:
                 positions += range(start, start + n)
                 sequence.cached, room = start + n, room - n
                 read.append(sequence)
-        view = PrefillView(self.pages, spans, self.prefill_kernel)
         given = torch.tensor([idx, positions]).to(self.device)
-        hidden = self.model.hidden(given[:1], positions=given[1:], cache=view)[0]  # (N, C)
+        hidden = self.decode_step.read(given, PrefillView(self.pages, spans, self.prefill_kernel))  # (N, C)
         ends = [span.first + span.n - 1 for span, one in zip(spans, read) if one.cached == one.prompt_tokens]
         done = [one for one in read if one.cached == one.prompt_tokens]
         if not done:
@@ -233,15 +232,9 @@ class Engine:
             self.activate(which, done, results[0][:, 0].long())
 
     def first_tokens(self, done: Items[Sequence], hidden: Tensor) -> tuple[Tensor, ...]:
-        """Draw the first new tokens of texts from the hidden states (B, C) of their prompts' ends."""
-        options = [one.request.options for one in done]
-        texts = [(one.tokens, one.new) for one in done]
-        rows = rows_of(options, [one.seed for one in done], self.n_vocab, texts, self.device)
-        if any(one.structure for one in done):
-            rows = rows._replace(allowed=torch.stack([self.allowed(one) for one in done]))
-        positions = torch.tensor([len(one.tokens) for one in done], device=self.device)
-        needs = Needs.of(options, self.n_vocab, max(one.request.top_logprobs for one in done))
-        return results_of(*draw_rows(self.model, hidden, rows, positions, needs, self.tolerance))
+        """Draw the next tokens of texts from hidden states (B, C)."""
+        masks = [self.allowed(one) for one in done] if any(one.structure for one in done) else None
+        return self.decode_step.draw(done, hidden, None if masks is None else torch.stack(masks))
 
     def allowed(self, sequence: Sequence) -> Tensor:
         if sequence.structure is None:

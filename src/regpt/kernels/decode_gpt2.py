@@ -100,6 +100,18 @@ def attend_and_write_kernel(
 
 
 @triton.jit
+def write_kernel(qkv_ptr, k_ptr, v_ptr, slot_ptr, kv_head, H: tl.constexpr, D: tl.constexpr, BLOCK_C: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slot_ptr + row)
+    column = tl.arange(0, BLOCK_C)
+    real = column < H * D
+    own = qkv_ptr + row * 3 * H * D + column
+    to = (column // D).to(tl.int64) * kv_head + slot * D + column % D
+    tl.store(k_ptr + to, tl.load(own + H * D, mask=real, other=0.0), mask=real)
+    tl.store(v_ptr + to, tl.load(own + 2 * H * D, mask=real, other=0.0), mask=real)
+
+
+@triton.jit
 def vector_kernel(
     x_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, added_ptr, out_ptr, N, eps,
     K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
@@ -170,16 +182,46 @@ class FusedDecode:
         )  # fmt: skip
         after = [*(block.ln_1 for block in blocks[1:]), self.model.ln_f]
         for layer, block in enumerate(blocks):
-            attn, mlp = block.attn, block.mlp
+            attn = block.attn
             qkv = torch.addmm(attn.c_attn.bias, h, attn.c_attn.weight.t())  # (B, 3·C)
             y = torch.empty_like(h)
             self.attend(qkv, y, state, tables, keys[layer], values[layer], page_size)
-            self.add_norm(x, y @ attn.c_proj.weight.t(), attn.c_proj.bias, block.ln_2, h)
-            wide = torch.ops.aten._addmm_activation(
-                mlp.c_fc.bias, h, mlp.c_fc.weight.t(), use_gelu=True
-            )  # tanh's, on CUDA
-            self.add_norm(x, wide @ mlp.c_proj.weight.t(), mlp.c_proj.bias, after[layer], h)
+            self.finish(x, y, block, after[layer], h)
         return h
+
+    def prefill(self, given: Tensor, view: Any) -> Tensor:
+        """(N, C) after the last norm of the tokens and positions `given` (2, N) of an `engine.cache.PrefillView`."""
+        blocks: list[Any] = list(self.model.h)
+        N, held = given.size(1), view.pages
+        lengths, longest, slots = view.lengths()
+        x = torch.empty(N, self.C, device=given.device)
+        h = torch.empty(N, self.C, device=given.device, dtype=self.model.dtype)
+        first = blocks[0].ln_1
+        embed_norm_kernel[(N,)](
+            given, given[1], 1, self.model.wte.weight, self.model.wpe.weight, first.weight, first.bias, x, h, self.eps,
+            C=self.C, BLOCK_C=self.block_c, num_warps=NORM_WARPS,
+        )  # fmt: skip
+        after = [*(block.ln_1 for block in blocks[1:]), self.model.ln_f]
+        for layer, block in enumerate(blocks):
+            attn, keys, values = block.attn, held.k[layer], held.v[layer]
+            qkv = torch.addmm(attn.c_attn.bias, h, attn.c_attn.weight.t())  # (N, 3·C)
+            write_kernel[(N,)](
+                qkv, keys, values, view.new, keys.stride(0), H=self.H, D=self.D, BLOCK_C=self.block_c,
+                num_warps=NORM_WARPS,
+            )  # fmt: skip
+            q, k, v = (y.view(N, self.H, self.D).transpose(0, 1)[None] for y in qkv.chunk(3, dim=1))
+            if slots is not None:
+                k, v = keys[None, :, slots], values[None, :, slots]
+            y = view.kernel(q, k, v, lengths, longest, None).transpose(1, 2).reshape(N, self.C)
+            self.finish(x, y, block, after[layer], h)
+        return h
+
+    def finish(self, x: Tensor, y: Tensor, block: Any, after: Any, h: Tensor) -> None:
+        """What follows attention's outputs `y` (N, C) in a block, up to the next norm."""
+        attn, mlp = block.attn, block.mlp
+        self.add_norm(x, y @ attn.c_proj.weight.t(), attn.c_proj.bias, block.ln_2, h)
+        wide = torch.ops.aten._addmm_activation(mlp.c_fc.bias, h, mlp.c_fc.weight.t(), use_gelu=True)  # tanh's on CUDA
+        self.add_norm(x, wide @ mlp.c_proj.weight.t(), mlp.c_proj.bias, after, h)
 
     def hidden_of_one(self, state: Tensor, tables: Tensor, keys: Tensor, values: Tensor, page_size: int) -> Tensor:
         """The same for one text: five kernels a block, the products among them, which read each weight once."""
