@@ -30,10 +30,10 @@ from triton.testing import do_bench  # pyright: ignore[reportMissingImports]
 from regpt.config import read_config
 from regpt.data.batch import Batch
 from regpt.kernels import triton_head, triton_ops
-from regpt.kernels.attention import CudnnAttention, TorchAttention
+from regpt.kernels.attention import CudnnAttention
 from regpt.kernels.cublaslt import Products
 from regpt.kernels.gpt2 import FusedGPT2
-from regpt.kernels.masked import attend_in_band, band, cudnn, flash
+from regpt.kernels.masked import TorchAttention, attend_in_band, band, cudnn, flash
 from regpt.model.families import make_model
 from regpt.model.head import in_chunks, padded_logits, rows_at_once, summed_losses
 from regpt.model.masks import CAUSAL, AttentionMask, sdpa_mask

@@ -30,12 +30,11 @@ from regpt.config import RunConfig
 from regpt.data.batch import IGNORE_INDEX, Batch
 from regpt.evals.score import Scorer
 from regpt.hf.weights import WeightsFromHF, weights_to_hf
-from regpt.kernels.attention import TorchAttention
 from regpt.kernels.fused import FusedLoss
 from regpt.kernels.gpt2 import FusedGPT2
 from regpt.kernels.gpt2_fp8 import FusedGPT2FP8
 from regpt.kernels.llama import FusedLlama
-from regpt.kernels.masked import attend_in_band, band, cudnn, flash
+from regpt.kernels.masked import TorchAttention, attend_in_band, band, cudnn, flash
 from regpt.kernels.select import ops_of
 from regpt.model.cache import KVCache
 from regpt.model.config import ModelConfig

@@ -10,10 +10,10 @@ from kernels import reference
 from kernels.reference_fp8 import Rounding
 from kernels.test_graphs import Computed
 from regpt.data.batch import Batch
-from regpt.kernels.attention import TorchAttention
 from regpt.kernels.gpt2 import FusedGPT2
 from regpt.kernels.gpt2_fp8 import FusedGPT2FP8
 from regpt.kernels.graphs import GraphedLoss
+from regpt.kernels.masked import TorchAttention
 from regpt.model.transformer import Transformer
 from regpt.train.backend import LossSum, make_loss_sum
 

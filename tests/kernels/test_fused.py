@@ -10,11 +10,11 @@ from kernels import reference
 from kernels.reference_fp8 import Rounding
 from regpt.data.batch import Batch
 from regpt.kernels import fused as kernels_fused
-from regpt.kernels.attention import TorchAttention
 from regpt.kernels.fused import FusedLoss
 from regpt.kernels.gpt2 import FusedGPT2
 from regpt.kernels.gpt2_fp8 import FusedGPT2FP8
 from regpt.kernels.llama import FusedLlama
+from regpt.kernels.masked import TorchAttention
 from regpt.kernels.select import ops_of
 from regpt.model.config import ModelConfig
 from regpt.model.families import make_model

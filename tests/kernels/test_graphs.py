@@ -5,9 +5,9 @@ import torch
 
 import tiny
 from kernels import reference
-from regpt.kernels.attention import TorchAttention
 from regpt.kernels.gpt2 import FusedGPT2
 from regpt.kernels.graphs import MOST_CAPTURES, GraphedLoss
+from regpt.kernels.masked import TorchAttention
 
 
 class Computed:

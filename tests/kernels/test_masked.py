@@ -183,7 +183,7 @@ def test_a_gpu_gets_the_kernel_that_it_has(gpu, capability, packages, expected):
     assert ops.attention.keywords == {"attend": expected}  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def test_other_devices_and_precisions_keep_booleans(gpu, monkeypatch):
+def test_other_devices_and_precisions_keep_the_plain_operation(gpu, monkeypatch):
     assert ops_of("bf16", gpu((7, 5), "cudnn")) is PLAIN
     assert ops_of("fp32", gpu((9, 0), "cudnn")) is PLAIN
     assert ops_of("bf16", tiny.CPU) is PLAIN
@@ -194,7 +194,7 @@ def test_other_devices_and_precisions_keep_booleans(gpu, monkeypatch):
 
 
 @pytest.mark.parametrize(("head_size", "dtype"), [(12, torch.float64), (8, torch.float16)])
-def test_what_the_kernels_cannot_have_is_computed_with_booleans(monkeypatch, head_size: int, dtype: torch.dtype):
+def test_what_the_kernels_cannot_have_is_left_to_the_plain_operation(monkeypatch, head_size: int, dtype: torch.dtype):
     monkeypatch.setattr(masked, "HALF", (torch.float64,))
     monkeypatch.setattr(masked, "HEAD_MULTIPLE", 8)
 

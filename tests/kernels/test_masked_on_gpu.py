@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from regpt.data.batch import Batch
-from regpt.kernels.masked import attend_in_band, band, cudnn, flash
+from regpt.kernels.masked import TorchAttention, attend_in_band, band, cudnn, flash
 from regpt.kernels.select import ops_of
+from regpt.model import chunked
+from regpt.model.chunked import Bounds
 from regpt.model.config import ModelConfig
 from regpt.model.families import make_model
 from regpt.model.masks import AttentionMask, sdpa_mask
@@ -160,3 +162,73 @@ def test_memory_grows_with_the_length_and_not_with_its_square():
         peaks[name] = torch.cuda.max_memory_allocated() - before
         del model
     assert peaks["data"] < 0.4 * 2**30 < 2 * 16384**2 < peaks["booleans"]
+
+
+# ---- the plain operation in chunks: what the kernels do not have
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 2e-5)], ids=str)
+@pytest.mark.parametrize("heads", [(4, 4, 64), (8, 2, 64)], ids=str)
+@pytest.mark.parametrize("name", [*MASKS, "tree"])
+def test_float32_and_float64_are_computed_in_chunks_with_the_results_of_booleans(
+    monkeypatch, dtype: torch.dtype, bound: float, heads, name: str
+):
+    monkeypatch.setattr(chunked, "BOOLEANS", 0)
+    packed, window = MASKS.get(name, (False, None))
+    tree = torch.where(torch.arange(T) < T - 90, T, torch.arange(T) // 9 * 9 + 9).expand(B, T).to(DEVICE)
+    mask = AttentionMask(
+        window=window, documents=documents() if packed else None, tree=tree.contiguous() if name == "tree" else None
+    )
+    torch.manual_seed(0)
+    H, G, D = heads
+    *inputs, dout = (torch.randn(B, n, T, D, device=DEVICE, dtype=dtype) for n in (H, G, G, H))
+    bounds = band(mask, B, T, T, DEVICE)
+    if name == "tree":
+        assert isinstance(bounds, Bounds)
+    exact = results(attention, sdpa_mask(mask, B, T, T, DEVICE), [y.double() for y in inputs], dout.double())
+    given = results(partial(attend_in_band, attend=flash), bounds, inputs, dout)
+    errors = [error(ours, true) for ours, true in zip(given, exact)]
+    assert max(errors) < bound, ", ".join(f"{one:.1e}" for one in errors)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recomputed"])
+@pytest.mark.parametrize("compile", [False, True], ids=["", "compiled"])
+def test_a_step_in_float32_is_that_with_booleans(monkeypatch, compile: bool, recompute: bool):
+    torch.compiler.reset()
+    plain = initialize(make_model(CONFIG).to(DEVICE), 0)
+    model = load_weights(make_model(CONFIG, ops_of("fp32", DEVICE)).to(DEVICE), state_tensors(plain))
+    exact = step(plain, batch(), "fp32", False)
+    monkeypatch.setattr(chunked, "BOOLEANS", 0)
+    given = step(recompute_blocks(model) if recompute else model, batch(), "fp32", compile)
+    for name, true in exact.items():
+        assert error(given[name], true) < 1e-5, name
+
+
+def test_memory_in_float32_grows_with_the_length_and_not_with_its_square():
+    """Forward and backward in rows of 16,384 tokens: B·T² booleans would be 0.5 GiB, scores of them 2 GiB a head."""
+    long = replace(CONFIG, n_layer=1, max_seq_len=16384, window=4096)
+    model = initialize(make_model(long, ops_of("fp32", DEVICE)).to(DEVICE), 0)
+    idx = torch.zeros(2, 16384, dtype=torch.long, device=DEVICE)
+    positions = torch.arange(16384, device=DEVICE).remainder(1024).expand(2, -1)
+    cuts = torch.arange(0, 2 * 16384 + 1, 1024, device=DEVICE)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model.hidden(idx, positions=positions, cu_seqlens=cuts).sum().backward()
+    extra = (torch.cuda.max_memory_allocated() - before) / 2**30
+    assert extra < 2.5, f"{extra:.2f} GiB"
+
+
+@pytest.mark.parametrize("name", ["documents", "window", "both"])
+def test_the_packed_product_takes_masks_as_data_through_torch(name: str):
+    packed, window = MASKS[name]
+    mask = AttentionMask(window=window, documents=documents() if packed else None)
+    torch.manual_seed(0)
+    qkv, dout = (torch.randn(B, T, n * 4 * 64, device=DEVICE).bfloat16() for n in (3, 1))
+    ours = TorchAttention()
+    out, stats = ours.forward(qkv, (4, 4), mask)
+    exact = qkv.double().requires_grad_()
+    q, k, v = (y.view(B, T, 4, 64).transpose(1, 2) for y in exact.chunk(3, dim=-1))
+    true = attention(q, k, v, sdpa_mask(mask, B, T, T, DEVICE)).transpose(1, 2).flatten(2)
+    assert error(out, true) < 6e-3
+    true_gradient = torch.autograd.grad(true, exact, dout.double())[0]
+    assert error(ours.backward(dout, qkv, out, stats, (4, 4), mask), true_gradient) < 6e-3

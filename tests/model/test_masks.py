@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 import tiny
 from regpt.errors import UserError
-from regpt.kernels.attention import TorchAttention, cudnn_documents
+from regpt.kernels.attention import cudnn_documents
+from regpt.kernels.masked import TorchAttention
 from regpt.model.cache import KVCache
 from regpt.model.masks import CAUSAL, AttentionMask, sdpa_mask
 

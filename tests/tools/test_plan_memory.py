@@ -10,10 +10,10 @@ from torch.profiler import ProfilerActivity, profile
 import tiny
 from kernels import reference
 from regpt.data.batch import Batch
-from regpt.kernels.attention import TorchAttention
 from regpt.kernels.fused import FusedLoss
 from regpt.kernels.gpt2 import FusedGPT2
 from regpt.kernels.llama import FusedLlama
+from regpt.kernels.masked import TorchAttention
 from regpt.kernels.select import ops_of
 from regpt.model import head
 from regpt.model.config import ModelConfig

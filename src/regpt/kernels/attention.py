@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from regpt.errors import UserError
-from regpt.model.masks import AttentionMask, sdpa_mask
-from regpt.model.ops import attention
+from regpt.model.masks import AttentionMask
 
 CUDNN_TYPES = {torch.bfloat16: "BFLOAT16", torch.float16: "HALF", torch.float32: "FLOAT", torch.int32: "INT32"}
 
@@ -288,27 +287,3 @@ def lengths(shape: AttentionShape, cu_seqlens: Tensor | None) -> dict[str, Tenso
     cu = cu_seqlens.to(torch.int32)
     n = cu.diff()
     return {"lengths_q": n, "lengths_kv": n} | {name: cu * stride for name, stride in offsets(shape).items()}
-
-
-class TorchAttention:
-    """The same through `scaled_dot_product_attention`, for machines without `nvidia-cudnn-frontend`."""
-
-    name = "torch"
-
-    def forward(self, qkv: Tensor, heads: tuple[int, int], mask: AttentionMask) -> tuple[Tensor, Tensor]:
-        """Output (B, T, C); the second result is empty: the backward recomputes the forward."""
-        with torch.no_grad():
-            return self.attend(qkv, heads, mask), qkv.new_empty(0)
-
-    def attend(self, qkv: Tensor, heads: tuple[int, int], mask: AttentionMask) -> Tensor:
-        B, T, _ = qkv.shape
-        given = zip(split_heads(qkv, heads), (heads[0], heads[1], heads[1]))
-        q, k, v = (y.unflatten(2, (n, -1)).transpose(1, 2) for y, n in given)  # (B, H or G, T, D)
-        return attention(q, k, v, sdpa_mask(mask, B, T, T, qkv.device)).transpose(1, 2).flatten(2)
-
-    def backward(
-        self, dout: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, heads: tuple[int, int], mask: AttentionMask
-    ) -> Tensor:
-        with torch.enable_grad():
-            again = qkv.detach().requires_grad_()
-            return torch.autograd.grad(self.attend(again, heads, mask), again, dout)[0]

@@ -2,7 +2,7 @@
 
 On NVIDIA GPUs, in bfloat16 and float16: cuDNN where `nvidia-cudnn-frontend` is installed (Hopper and later), torch's
 FlashAttention-2 (Dao 2023) elsewhere and for deterministic algorithms. Both skip the blocks of which nothing is seen.
-`sdpa_mask` remains for trees, for caches, for float32 and for sizes of heads that they do not have.
+The plain operation, in chunks, remains for trees, for caches, for float32 and for sizes of heads that they do not have.
 """
 
 import atexit
@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from regpt.kernels.attention import AttentionShape, CudnnAttention, documents_in
-from regpt.model.masks import AttentionMask, sdpa_mask
+from regpt.kernels.attention import AttentionShape, CudnnAttention, documents_in, split_heads
+from regpt.model.chunked import plain_mask
+from regpt.model.masks import AttentionMask
 from regpt.model.ops import Ops, attention
 
 HALF = (torch.bfloat16, torch.float16)
@@ -58,15 +59,15 @@ def kernel_of(device: torch.device) -> Attend | None:
 
 
 def mask_kernel(ops: Ops) -> str | None:
-    """Name of the kernel that computes masks in `ops`; None where they are booleans."""
+    """Name of the kernel that computes masks in `ops`; None where the plain operation does."""
     return ops.attention.keywords["attend"].__name__ if isinstance(ops.attention, partial) else None
 
 
 def band(mask: AttentionMask, B: int, T: int, S: int, device: torch.device) -> Any:
-    """`mask` for `attend_in_band`: a `Band` for documents and windows, else what `sdpa_mask` gives."""
+    """`mask` for `attend_in_band`: a `Band` for documents and windows, else what `plain_mask` gives."""
     window = mask.window if mask.window is not None and mask.window < T else None
     if T != S or not mask.causal or mask.tree is not None or (window is None and mask.documents is None):
-        return sdpa_mask(mask, B, T, S, device)
+        return plain_mask(mask, B, T, S, device)
     if mask.documents is None:
         return Band(None, window)
     rows = torch.arange(T, B * T, T, device=device, dtype=mask.documents.dtype)  # kernels know no rows: cut there
@@ -79,7 +80,7 @@ def attend_in_band(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *, attend:
         return attention(q, k, v, mask)
     B, _, T, D = q.shape
     if v.dtype not in HALF or D % HEAD_MULTIPLE or D > FLASH_HEAD:
-        seen = sdpa_mask(AttentionMask(window=mask.window, documents=mask.documents), B, T, T, q.device)
+        seen = plain_mask(AttentionMask(window=mask.window, documents=mask.documents), B, T, T, q.device)
         return attention(q, k, v, seen)
     # Norms of q and k give float32 under autocast, which rounds for torch's own attention but not for these kernels.
     q, k, v = (y.to(v.dtype).transpose(1, 2).contiguous() for y in (q, k, v))  # (B, T, H or G, D)
@@ -102,6 +103,35 @@ def cudnn(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, window: int
     if torch.are_deterministic_algorithms_enabled() or q.size(-1) > CUDNN_HEAD or too_large:
         return flash(q, k, v, documents, window)
     return torch.ops.regpt.attention(q, k, v, documents, window)[0].view_as(q)
+
+
+class TorchAttention:
+    """What `CudnnAttention` does on the packed product, by torch's kernels: for machines without
+    `nvidia-cudnn-frontend`."""
+
+    name = "torch"
+
+    def forward(self, qkv: Tensor, heads: tuple[int, int], mask: AttentionMask) -> tuple[Tensor, Tensor]:
+        """Output (B, T, C); the second result is empty: the backward recomputes the forward."""
+        with torch.no_grad():
+            return self.attend(qkv, heads, mask), qkv.new_empty(0)
+
+    def attend(self, qkv: Tensor, heads: tuple[int, int], mask: AttentionMask) -> Tensor:
+        B, T, _ = qkv.shape
+        given = zip(split_heads(qkv, heads), (heads[0], heads[1], heads[1]))
+        q, k, v = (y.unflatten(2, (n, -1)).transpose(1, 2) for y, n in given)  # (B, H or G, T, D)
+        if kernel_of(qkv.device):
+            out = attend_in_band(q, k, v, band(mask, B, T, T, qkv.device), attend=flash)
+        else:
+            out = attention(q, k, v, plain_mask(mask, B, T, T, qkv.device))
+        return out.transpose(1, 2).flatten(2)
+
+    def backward(
+        self, dout: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, heads: tuple[int, int], mask: AttentionMask
+    ) -> Tensor:
+        with torch.enable_grad():
+            again = qkv.detach().requires_grad_()
+            return torch.autograd.grad(self.attend(again, heads, mask), again, dout)[0]
 
 
 # ---- cuDNN as an operation that torch.compile keeps whole ------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor
 from regpt.errors import UsageError, UserError
 from regpt.kernels import fp8
 from regpt.kernels.config import FP8_MULTIPLE, KernelsName
-from regpt.kernels.masked import with_masks_as_data
+from regpt.kernels.masked import TorchAttention, with_masks_as_data
 from regpt.model.config import ModelConfig
 from regpt.model.gpt2 import GPT2
 from regpt.model.ops import PLAIN, Ops
@@ -194,7 +194,7 @@ def size_obstacle(model: Transformer) -> str | None:
 def loss_of(make: "Callable[..., FusedLoss]", device: torch.device, *more: Any) -> LossOfTokens:
     """Of a family's `FusedLoss`; see there for what it keeps."""
     from regpt.kernels import triton_ops
-    from regpt.kernels.attention import CudnnAttention, TorchAttention
+    from regpt.kernels.attention import CudnnAttention
     from regpt.kernels.cublaslt import Products, tuned_on
     from regpt.kernels.graphs import GraphedLoss
 

@@ -1,7 +1,7 @@
 """Attention masks as data, and their translation for `scaled_dot_product_attention`.
 
 Every attention implementation translates an `AttentionMask` for itself, once a forward, or refuses it in one sentence:
-`sdpa_mask` here, `cudnn_documents` in `kernels.attention`, `band` in `kernels.masked`.
+`sdpa_mask` here, `plain_mask` in `chunked`, `cudnn_documents` in `kernels.attention`, `band` in `kernels.masked`.
 """
 
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ def sdpa_mask(mask: AttentionMask, B: int, T: int, S: int, device: torch.device)
     the last T of S positions. None where it is causal and no more, which `ops.attention` computes without a mask.
 
     Known limit: a mask keeps `scaled_dot_product_attention` off its flash path; documents and trees take B·T² booleans.
-    In training on NVIDIA GPUs `kernels.masked` takes its place for documents and windows.
+    So `chunked.plain_mask` gives small masks alone to it, and `kernels.masked` none on NVIDIA GPUs.
     """
     window = mask.window if mask.window is not None and mask.window < S else None
     if mask.causal and window is None and not mask.packed:

@@ -9,24 +9,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from regpt.model.chunked import Bounds, attention_in_chunks, plain_mask
 from regpt.model.grouped import Matrices, experts_grouped
 from regpt.model.head import IGNORE_INDEX as IGNORE_INDEX
 from regpt.model.head import cross_entropy_with_z_loss, linear_cross_entropy
-from regpt.model.masks import AttentionMask, causal_mask, sdpa_mask
+from regpt.model.masks import AttentionMask, causal_mask
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Bounds | None = None) -> Tensor:
     """Scaled dot-product attention (Vaswani et al. 2017, eq. 1), causal without a mask.
 
     Args:
         q: (B, H, T, D).
         k, v: (B, G, S, D), S ≥ T, each for H / G queries; without a mask the last T of the S positions are those of
             the queries.
-        mask: bool, broadcastable to (B, H, T, S), True where a query sees a key (`sdpa_mask`). None means causal.
+        mask: bool, broadcastable to (B, H, T, S), True where a query sees a key (`sdpa_mask`); or the bounds of what
+            it sees. None means causal.
 
     Returns:
         (B, H, T, D), the dtype of q.
     """
+    if isinstance(mask, Bounds):
+        return attention_in_chunks(q, k, v, mask)
     T, S = q.size(-2), k.size(-2)
     if mask is None and T not in (S, 1):  # several queries after a cache: query i sees S - T + i + 1 keys
         mask = causal_mask(T, S, q.device)
@@ -81,7 +85,7 @@ class Ops:
     """
 
     attention: Callable[[Tensor, Tensor, Tensor, Any], Tensor] = attention
-    translate_mask: Callable[[AttentionMask, int, int, int, torch.device], Any] = sdpa_mask
+    translate_mask: Callable[[AttentionMask, int, int, int, torch.device], Any] = plain_mask
     layer_norm: Callable[[Tensor, Tensor, Tensor | None, float], Tensor] = layer_norm
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
     gelu: Callable[[Tensor], Tensor] = gelu
