@@ -13,7 +13,7 @@ from regpt.data.batch import Batch
 from regpt.kernels.masked import TorchAttention, attend_in_band, band, cudnn, flash
 from regpt.kernels.select import ops_of
 from regpt.model import chunked
-from regpt.model.chunked import Bounds
+from regpt.model.chunked import SeenKeys
 from regpt.model.config import ModelConfig
 from regpt.model.families import make_model
 from regpt.model.masks import AttentionMask, sdpa_mask
@@ -184,7 +184,7 @@ def test_float32_and_float64_are_computed_in_chunks_with_the_results_of_booleans
     *inputs, dout = (torch.randn(B, n, T, D, device=DEVICE, dtype=dtype) for n in (H, G, G, H))
     bounds = band(mask, B, T, T, DEVICE)
     if name == "tree":
-        assert isinstance(bounds, Bounds)
+        assert isinstance(bounds, SeenKeys)
     exact = results(attention, sdpa_mask(mask, B, T, T, DEVICE), [y.double() for y in inputs], dout.double())
     given = results(partial(attend_in_band, attend=flash), bounds, inputs, dout)
     errors = [error(ours, true) for ours, true in zip(given, exact)]

@@ -14,7 +14,7 @@ from regpt.evals.packing import Prompt
 from regpt.evals.score import Scorer
 from regpt.model import chunked
 from regpt.model.cache import KVCache
-from regpt.model.chunked import Bounds, attention_in_chunks, plain_mask
+from regpt.model.chunked import SeenKeys, attention_in_chunks, plain_mask
 from regpt.model.masks import AttentionMask, sdpa_mask
 from regpt.model.ops import attention
 from regpt.train.objective import NextToken
@@ -61,7 +61,7 @@ def test_outputs_and_gradients_are_those_of_the_boolean_mask(on_device, on_cpu, 
     sizes = (H, T), (G, S), (G, S), (H, T)
     *inputs, dout = (torch.randn(B, n, length, 8, generator=draw, dtype=torch.float64) for n, length in sizes)
     bounds = plain_mask(mask, B, T, S, tiny.CPU)
-    assert isinstance(bounds, Bounds) == (packing != "" or (window or S) < S or T not in (1, S))
+    assert isinstance(bounds, SeenKeys) == (packing != "" or (window or S) < S or T not in (1, S))
     expected = results(sdpa_mask(mask, B, T, S, tiny.CPU), inputs, dout)
     for ours, exact in zip(results(bounds, inputs, dout), expected, strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-12)
@@ -71,7 +71,7 @@ def test_few_booleans_stay_one_tensor(monkeypatch):
     monkeypatch.setattr(chunked, "BOOLEANS", 2 * 8 * 8)
     documents = AttentionMask(documents=torch.tensor([0, 5, 16]))
     assert torch.equal(plain_mask(documents, 2, 8, 8, tiny.CPU), sdpa_mask(documents, 2, 8, 8, tiny.CPU))
-    assert isinstance(plain_mask(AttentionMask(documents=torch.tensor([0, 5, 18])), 2, 9, 9, tiny.CPU), Bounds)
+    assert isinstance(plain_mask(AttentionMask(documents=torch.tensor([0, 5, 18])), 2, 9, 9, tiny.CPU), SeenKeys)
     assert isinstance(plain_mask(AttentionMask(window=3), 2, 9, 9, tiny.CPU), torch.Tensor)  # T² of them
 
 
@@ -197,7 +197,7 @@ def test_no_operation_makes_a_tensor_of_rows_times_length_squared(monkeypatch, o
     q = torch.zeros(B, 1, T, D)
     with Largest() as largest:
         bounds = plain_mask(kinds[kind], B, T, T, tiny.CPU)
-        assert isinstance(bounds, Bounds)
+        assert isinstance(bounds, SeenKeys)
         out, stats = chunked.forward(q, q, q, *bounds)
         chunked.backward(out, q, q, q, out, stats, *bounds)
     assert largest.elements <= 32 * B * T
@@ -210,7 +210,7 @@ def test_a_chunk_reads_the_keys_that_its_queries_see_and_no_others():
     documents = AttentionMask(documents=torch.arange(0, 33, 8))
     for mask, most in ((documents, 8), (AttentionMask(window=3), 7)):
         bounds = plain_mask(mask, 1, 32, 32, tiny.CPU)
-        assert isinstance(bounds, Bounds)
+        assert isinstance(bounds, SeenKeys)
         read = [keys.stop - keys.start for _, keys, _ in chunked.chunks(bounds, 32, 32, 4)]
         assert max(read) <= most
         assert len(read) == 8

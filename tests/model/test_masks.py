@@ -113,6 +113,6 @@ def test_cudnn_takes_whole_rows_and_documents():
 def test_attention_on_the_packed_product_translates_masks_too():
     draw = torch.Generator().manual_seed(0)
     qkv = torch.randn(2, T, 3 * 24, generator=draw, dtype=torch.float64)
-    whole = TorchAttention().forward(qkv, 2, AttentionMask(window=4))[0]
-    late = TorchAttention().forward(qkv[:, 9:], 2, AttentionMask(window=4))[0]
+    whole = TorchAttention().forward(qkv, (2, 2), AttentionMask(window=4))[0]
+    late = TorchAttention().forward(qkv[:, 9:], (2, 2), AttentionMask(window=4))[0]
     torch.testing.assert_close(whole[:, 12:], late[:, 3:], rtol=1e-12, atol=1e-12)

@@ -25,7 +25,7 @@ KEY_MULTIPLE = 64  # of a chunk's first key: masks are read in whole vectors
 aten = torch.ops.aten
 
 
-class Bounds(NamedTuple):
+class SeenKeys(NamedTuple):
     """A causal mask: query i, the (S - T + i)-th of S positions, sees key j where first[i] ≤ j ≤ S - T + i, and
     S - T + i < until[j]. A tuple, which activation checkpointing and the compiler take apart.
 
@@ -40,8 +40,8 @@ class Bounds(NamedTuple):
     lowest: Tensor
 
 
-def plain_mask(mask: AttentionMask, B: int, T: int, S: int, device: torch.device) -> Tensor | Bounds | None:
-    """`mask` for `ops.attention`: what `sdpa_mask` gives, and `Bounds` of more booleans than `BOOLEANS`."""
+def plain_mask(mask: AttentionMask, B: int, T: int, S: int, device: torch.device) -> Tensor | SeenKeys | None:
+    """`mask` for `ops.attention`: what `sdpa_mask` gives, and `SeenKeys` of more booleans than `BOOLEANS`."""
     narrow = mask.window is not None and mask.window < S
     masked = narrow or mask.packed or T not in (S, 1)
     if not mask.causal or not masked or (B if mask.packed else 1) * T * S <= BOOLEANS:
@@ -58,16 +58,16 @@ def plain_mask(mask: AttentionMask, B: int, T: int, S: int, device: torch.device
     if mask.tree is not None:
         lasts = (mask.tree[:, None] > query[::CHUNK, None]).any(0)  # (chunks, S)
         lowest = torch.maximum(lowest, lasts.int().argmax(1)).minimum(query[::CHUNK])
-    return Bounds(first, mask.tree, lowest)
+    return SeenKeys(first, mask.tree, lowest)
 
 
-def attention_in_chunks(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Tensor:
+def attention_in_chunks(q: Tensor, k: Tensor, v: Tensor, bounds: SeenKeys) -> Tensor:
     """`ops.attention` under `bounds`."""
     q, k, v = (y.to(product_dtype(v)) for y in (q, k, v))
     return torch.ops.regpt.attention_in_chunks(q, k, v, *bounds)[0]
 
 
-def chunks(bounds: Bounds, T: int, S: int, rows: int) -> Iterator[tuple[slice, slice, Tensor]]:
+def chunks(bounds: SeenKeys, T: int, S: int, rows: int) -> Iterator[tuple[slice, slice, Tensor]]:
     """Queries, at most `rows`, their keys, and which are seen: (B or 1, 1, queries, keys) bool."""
     first, until, lowest = bounds
     key = torch.arange(S, device=first.device)
@@ -88,7 +88,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *bounds: Any) -> tuple[Tensor, Tens
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     stats = q.new_empty((B, H, T) if on_cpu else 0, dtype=wide(q.dtype))
     k, v = (y.repeat_interleave(H // y.size(1), dim=1) if y.size(1) != H else y for y in (k, v))
-    for queries, keys, seen in chunks(Bounds(*bounds), T, S, CHUNK):
+    for queries, keys, seen in chunks(SeenKeys(*bounds), T, S, CHUNK):
         parts = q[:, :, queries], k[:, :, keys], v[:, :, keys]
         if on_cpu:
             found = aten._scaled_dot_product_flash_attention_for_cpu(*parts, attn_mask=bias(seen, q.dtype))
@@ -117,7 +117,7 @@ def backward(
     k, v = (y.repeat_interleave(H // G, dim=1) if G != H else y for y in (k, v))
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk, dv = (torch.zeros_like(y, dtype=wide(y.dtype), memory_format=torch.contiguous_format) for y in (k, v))
-    for queries, keys, seen in chunks(Bounds(*bounds), T, S, rows):
+    for queries, keys, seen in chunks(SeenKeys(*bounds), T, S, rows):
         given = dout[:, :, queries], q[:, :, queries], k[:, :, keys], v[:, :, keys]
         if on_cpu:
             kept = out[:, :, queries], stats[:, :, queries]

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regpt.model.chunked import Bounds, attention_in_chunks, plain_mask
+from regpt.model.chunked import SeenKeys, attention_in_chunks, plain_mask
 from regpt.model.grouped import Matrices, experts_grouped
 from regpt.model.head import IGNORE_INDEX as IGNORE_INDEX
 from regpt.model.head import cross_entropy_with_z_loss, linear_cross_entropy
 from regpt.model.masks import AttentionMask, causal_mask
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Bounds | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | SeenKeys | None = None) -> Tensor:
     """Scaled dot-product attention (Vaswani et al. 2017, eq. 1), causal without a mask.
 
     Args:
@@ -29,7 +29,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Bounds | None = No
     Returns:
         (B, H, T, D), the dtype of q.
     """
-    if isinstance(mask, Bounds):
+    if isinstance(mask, SeenKeys):
         return attention_in_chunks(q, k, v, mask)
     T, S = q.size(-2), k.size(-2)
     if mask is None and T not in (S, 1):  # several queries after a cache: query i sees S - T + i + 1 keys
