@@ -131,10 +131,13 @@ def test_every_value_of_a_flag_of_several_is_checked(batch: list[str]):
 
 
 def test_what_is_missing_is_named():
-    from regpt.cli.sample import SampleArgs
+    @dataclass(frozen=True)
+    class Required:
+        model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+        prompt: str
 
-    with pytest.raises(UsageError, match=r"^MODEL and --prompt are missing; regpt sample --help"):
-        parse(SampleArgs, [], "regpt sample")
+    with pytest.raises(UsageError, match=r"^MODEL and --prompt are missing; regpt x --help"):
+        parse(Required, [], "regpt x")
 
 
 def test_help_shows_no_empty_default(capsys):

@@ -150,3 +150,55 @@ def test_past_the_context_is_refused_unless_sliding_is_asked_for_which_is_said(c
     assert "what comes after them follows from the last 64 alone" in capsys.readouterr().err
     assert main([*options[:-1], "4", "--past-context", "slide", "--device", "cpu"]) == 0
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl"])
+def test_each_prompt_of_a_file_gives_what_it_gives_alone(capsys, checkpoint, tmp_path, name):
+    prompts = ["hello", "Hello, I", "o", "llo he"]
+    lines = prompts if name.endswith("txt") else [json.dumps({"prompt": one, "id": 7}) for one in prompts]
+    (tmp_path / name).write_text("\n".join(lines) + "\n", encoding="utf-8-sig")
+    options = ("-n", "2", "--max-new-tokens", "9", "--json")
+    given = run(capsys, checkpoint, "--prompts", str(tmp_path / name), *options).splitlines()
+    assert given == [run(capsys, checkpoint, "--prompt", one, *options).rstrip("\n") for one in prompts]
+
+
+def test_a_text_ends_before_a_stop_string(capsys, checkpoint):
+    options = (checkpoint, "--prompt", PROMPT, "-n", "1", "--top-k", "0", "--max-new-tokens", "40")
+    whole = run(capsys, *options).removeprefix("> ").removesuffix("\n")
+    new = whole[len(PROMPT) :]
+    pairs = (new[i : i + 2] for i in range(8, len(new) - 1))
+    stop = next(pair for pair in pairs if "\ufffd" not in pair and new.find(pair) >= 8)
+    assert run(capsys, *options, "--stop", stop) == f"> {whole[: len(PROMPT) + new.find(stop)]}\n"
+
+
+def test_several_texts_are_drawn_side_by_side_on_a_terminal_and_stay_as_lines(capsys, checkpoint, monkeypatch):
+    options = [checkpoint, "--prompt", PROMPT, "-n", "3", "--max-new-tokens", "20"]
+    lines = run(capsys, *options)
+    drawn = []
+    monkeypatch.setattr("regpt.cli.sample.is_terminal", lambda stream: True)
+    monkeypatch.setattr("rich.live.Live.update", lambda self, panels: drawn.append(len(panels.renderables)))
+    assert run(capsys, *options).endswith(lines)
+    assert set(drawn) == {3}
+    assert len(drawn) >= 10
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n', 'line 1 of .* is no object with a text "prompt"'),
+        ("a.jsonl", b"no json\n", "line 1 of .* is no object"),
+        ("a.txt", b"", "has no prompts; write one on each line"),
+        ("a.txt", b"\xff", "is not UTF-8 .* at byte 0"),
+    ],
+)
+def test_a_file_without_prompts_is_refused(checkpoint, tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        main([checkpoint, "--prompts", str(tmp_path / name)])
+
+
+def test_a_prompt_and_a_file_of_them_exclude_each_other(checkpoint, tmp_path):
+    with pytest.raises(UsageError, match="--prompt TEXT, or a file of them, --prompts FILE"):
+        main([checkpoint, "--prompt", "a", "--prompts", "b"])
+    with pytest.raises(UsageError, match="there is no file 'b'"):
+        main([checkpoint, "--prompts", "b"])

@@ -1,29 +1,43 @@
 """`regpt sample`: continue a prompt."""
 
 import sys
-from dataclasses import dataclass
-from itertools import chain
-from typing import Annotated, Any, Literal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from regpt.cli.chat import options_of
 from regpt.cli.parse import parse
 from regpt.console.lines import is_terminal, print_json, print_line, print_note, write_stream
 from regpt.console.streams import read_stdin
 from regpt.errors import UsageError, UserError
 from regpt.ranges import MANY, Range
+from regpt.structured import parse_row
 from regpt.train.config import InferencePrecision
+
+if TYPE_CHECKING:
+    from regpt.engine.generate import Sample
+    from regpt.engine.request import Request
+
+MOST_PANELS = 12  # side by side
 
 
 @dataclass(frozen=True)
 class SampleArgs:
-    """Continue a prompt several times; every sample is printed after "> "."""
+    """Continue a prompt several times, or each prompt of a file; every sample is printed after "> "."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run or checkpoint folder, the address of one (s3://…), a Hugging Face folder, a GGUF file, or a hub name such
     as gpt2."""
-    prompt: Annotated[str, tyro.conf.arg(metavar="TEXT")]
+    prompt: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
     """Text to continue; - reads it from standard input, less one line break at its end; '' starts a new document."""
+    prompts: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """Instead: a file with a prompt on each line, or .jsonl with objects that have a prompt; --json writes one line for
+    each, in their order, as they are done."""
     n: Annotated[int, tyro.conf.arg(aliases=["-n"]), Range(1, 1 << 20)] = 5
     """Samples."""
     max_new_tokens: Annotated[int, Range(1, MANY)] = 30
@@ -35,8 +49,18 @@ class SampleArgs:
     """Draw from the k likeliest tokens; 0 from all, 1 is greedy."""
     top_p: float = 1.0
     """Draw from the fewest tokens that together have this probability, after top-k; 1 from all."""
+    min_p: float = 0.0
+    """Draw from tokens of at least this share of the likeliest one's probability; 0 from all."""
     temperature: float = 1.0
     """Logits are divided by it: below 1 safer, above 1 more surprising text."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens of prompt and text become less likely (Keskar et al. 2019); 1: off."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that the new text has; 0: off."""
+    frequency_penalty: float = 0.0
+    """The same, once for every time; 0: off."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a text; they are no part of it."""
     seed: int = 1337
     """The same seed gives the same samples on the same machine."""
     step: Annotated[str, tyro.conf.arg(metavar="N|best")] = ""
@@ -54,52 +78,172 @@ class SampleArgs:
 def main(args: list[str]) -> int:
     """Parse, open the model, write the samples, print them."""
     given = parse(SampleArgs, args, prog="regpt sample")
-    prompt = read_prompt(given.prompt)
+    if (given.prompt is None) == (not given.prompts):
+        raise UsageError("give a prompt to continue, --prompt TEXT, or a file of them, --prompts FILE")
+    prompts = [read_prompt(given.prompt)] if given.prompt is not None else read_prompts(Path(given.prompts))
     from regpt.checkpoint.best import at_step
     from regpt.checkpoint.open import open_model
-    from regpt.engine.generate import encode_prompt, stream_sample, write_samples
-    from regpt.engine.processing import SamplingOptions
+    from regpt.engine.generate import encode_prompt
+    from regpt.engine.request import Request
     from regpt.parallel.mesh import choose_device
     from regpt.train.precision import autocast, parameter_dtype, set_matmul_precision
 
-    options = SamplingOptions(given.temperature, given.top_k, given.top_p)  # refused before a model is read
+    options = options_of(given)  # refused before a model is read
     device = choose_device(given.device)
     opened = open_model(at_step(given.model, given.step), device, ema=given.ema)
     set_matmul_precision(given.precision)
     model = opened.model.to(parameter_dtype(given.precision))
-    longest = model.config.max_seq_len
+    tokenizer, longest = opened.tokenizer, model.config.max_seq_len
     slide = given.past_context == "slide"
-    if slide and len(encode_prompt(opened.tokenizer, prompt)) + given.max_new_tokens > longest:
+    drawn = {"options": options, "seed": given.seed, "slide": slide, "stop": given.stop, "stop_ids": tokenizer.stop_ids}
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    if slide and max(map(len, ids)) + given.max_new_tokens > longest:
         print_note(f"the model reads {longest:,} tokens: what comes after them follows from the last {longest:,} alone")
-    drawn: dict[str, Any] = {
-        "max_new_tokens": given.max_new_tokens,
-        "options": options,
-        "seed": given.seed,
-        "slide": slide,
-    }
+    requests = [Request(one, given.max_new_tokens, n=given.n, **drawn) for one in ids]
+    names = [one.name for one in fields(options) if one.name != "logit_bias"]
+    settings = {name: getattr(given, name) for name in (*names, "stop", "seed", "precision")}
+    about = {"model": given.model, "source": opened.source, "step": opened.step}
     with autocast(given.precision, device):
-        if given.n == 1 and not given.json and is_terminal(sys.stdout):
-            for piece in chain(["> "], stream_sample(model, opened.tokenizer, prompt, **drawn)):
-                write_stream(sys.stdout, piece)
-            print_line()
-            return 0
-        samples = write_samples(model, opened.tokenizer, prompt, n=given.n, **drawn)
-    if not given.json:
-        print_line("\n".join(f"> {sample.text}" for sample in samples))
-        return 0
-    settings = {name: getattr(given, name) for name in ("temperature", "top_k", "top_p", "seed", "precision")}
-    print_json(
-        {
-            "model": given.model,
-            "source": opened.source,
-            "step": opened.step,
-            "prompt": prompt,
-            "prompt_ids": opened.tokenizer.encode_prompts([prompt])[0].tolist(),
-            **settings,
-            "samples": [sample._asdict() for sample in samples],
-        }
-    )
+        watched = is_terminal(sys.stdout) and not given.json and not given.prompts
+        for number, samples in write_all(model, tokenizer, requests, watched=watched):
+            if given.json:
+                prompt_ids = tokenizer.encode_prompts([prompts[number]])[0].tolist()
+                texts = [sample._asdict() for sample in samples]
+                print_json(
+                    about | {"prompt": prompts[number], "prompt_ids": prompt_ids} | settings | {"samples": texts}
+                )
+            elif not (watched and given.n == 1):
+                print_line("\n".join(f"> {sample.text}" for sample in samples))
     return 0
+
+
+def write_all(
+    model: Any, tokenizer: Any, requests: "list[Request]", *, watched: bool
+) -> "Iterator[tuple[int, list[Sample]]]":
+    """The texts of each request, in order, as soon as those before it are done. `watched`: of a single request, on a
+    terminal, as they are drawn."""
+    from regpt.engine.generate import engine_for
+    from regpt.engine.request import bad_logits
+
+    engine = engine_for(model, requests, tokenizer)
+    first = engine.submit(requests[0])
+    for one in requests[1:]:
+        engine.submit(one)
+    texts = [[Text(one, tokenizer) for _ in range(one.n)] for one in requests]
+    at, written = 0, 0
+    with show_texts(texts[0]) if watched else show_progress(requests) as show:
+        while engine.busy:
+            for event in engine.step():
+                if event.finish_reason == "error":
+                    raise bad_logits()
+                texts[event.request - first][event.choice].take(event)
+                written += event.token is not None
+            show(written, sum(text.done for each in texts for text in each))
+            while at < len(texts) and all(text.done for text in texts[at]):
+                yield at, [text.sample() for text in texts[at]]
+                at += 1
+
+
+class Text:
+    """A text that is being written: its tokens, and the pieces of its text, the prompt's first."""
+
+    def __init__(self, request: "Request", tokenizer: Any):
+        self.request, self.tokenizer = request, tokenizer
+        self.ids, self.done = list(request.prompt), False
+        self.text = tokenizer.decode(self.ids[1:] if self.ids[:1] == [tokenizer.eot] else self.ids)
+
+    def take(self, event: Any) -> None:
+        if event.token is not None:
+            self.ids.append(event.token)
+        self.text += event.text
+        self.done = event.finish_reason is not None
+
+    def sample(self) -> "Sample":
+        from regpt.engine.generate import Sample, make_sample
+
+        # Decoded as a whole, a character that begins in the prompt is one; a stop string is known to the pieces alone.
+        whole = make_sample(self.ids, len(self.request.prompt), self.tokenizer)
+        return Sample(self.ids, self.text) if self.request.stop else whole
+
+
+@contextmanager
+def show_progress(requests: "list[Request]") -> "Iterator[Callable[[int, int], None]]":
+    """A bar with rate and time left, of a file of prompts."""
+    from rich.progress import BarColumn, TimeRemainingColumn
+
+    from regpt.console.tables import field, progress_bar
+
+    if len(requests) == 1:
+        yield lambda tokens, done: None
+        return
+    began = time.perf_counter()
+    with progress_bar(BarColumn(), field("description"), TimeRemainingColumn(), transient=True) as bar:
+        total = sum(one.n for one in requests)
+        task = bar.add_task("reading prompts", total=total)
+
+        def show(tokens: int, done: int) -> None:
+            rate = tokens / (time.perf_counter() - began)
+            bar.update(task, completed=done, description=f"{done:,} of {total:,} texts  {rate:,.0f} tokens/s")
+
+        yield show
+
+
+@contextmanager
+def show_texts(texts: list[Text]) -> "Iterator[Callable[[int, int], None]]":
+    """One text piece by piece; several side by side while they are drawn, gone afterwards."""
+    if len(texts) == 1:
+        write_stream(sys.stdout, "> ")
+        shown = 0
+
+        def stream(tokens: int, done: int) -> None:
+            nonlocal shown
+            write_stream(sys.stdout, texts[0].text[shown:])
+            shown = len(texts[0].text)
+
+        yield stream
+        print_line()
+        return
+    from rich.columns import Columns
+    from rich.live import Live
+    from rich.panel import Panel
+    from rich.text import Text as Plain
+
+    from regpt.console.tables import PlainConsole
+
+    console = PlainConsole()
+    width = max(30, console.width // min(len(texts), 4) - 1)
+
+    def panels() -> Columns:
+        return Columns([Panel(Plain(text.text), width=width) for text in texts[:MOST_PANELS]])
+
+    with Live(panels(), console=console, transient=True, refresh_per_second=12) as live:
+        yield lambda tokens, done: live.update(panels())
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file: its lines, or the field `prompt` of JSON lines.
+
+    Raises:
+        UsageError: it is not there.
+        UserError: it is not UTF-8, has no prompts, or a line is not an object with one.
+    """
+    if not path.is_file():
+        raise UsageError(f"there is no file {str(path)!r}; give one with a prompt on each line, or .jsonl")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
+    if path.suffix != ".jsonl":
+        prompts = lines
+    else:
+        rows = [parse_row(line.encode()) for line in lines if line.strip()]
+        prompts = [row.get("prompt") if row else None for row in rows]
+        for number, prompt in enumerate(prompts, 1):
+            if not isinstance(prompt, str):
+                raise UserError(f'line {number} of {path} is no object with a text "prompt"; every line must be one')
+    if not prompts:
+        raise UserError(f"{path} has no prompts; write one on each line")
+    return [str(prompt) for prompt in prompts]
 
 
 def read_prompt(prompt: str) -> str:
