@@ -10,6 +10,7 @@ remote/      other machines      downloads, the Hugging Face hub, runs in bucket
 checkpoint/  state → disk        save, load, verify; `open_model` finds a model by path or name
 evals/       model → numbers     validation loss, bits per byte
 engine/      model → text        logits processing and draws, paged cache, continuous batching
+serve/       model → HTTP        OpenAI's paths over engines
 report/      run → pictures      one self-contained page a run
 tools/       around a run        the plan of a run, the doctor, the benchmarks
 runs/        all of it           composition roots: configuration → objects → Trainer.fit()

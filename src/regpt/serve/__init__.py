@@ -1,0 +1,1 @@
+"""MODEL → HTTP: an engine behind OpenAI's interface. See docs/serve.md."""

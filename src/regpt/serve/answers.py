@@ -1,0 +1,236 @@
+"""Events → OpenAI's objects: a shape for each path, whole or in chunks."""
+
+import codecs
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from regpt.engine.request import Event
+from regpt.serve.worker import PromptScores, Scored, TextJob
+from regpt.text.tokenizer import Tokenizer, with_bytes
+
+Json = dict[str, Any]
+LOWEST = -9999.0  # what OpenAI reports for a probability of zero; JSON has no infinity
+
+
+@dataclass
+class Text:
+    """One text so far."""
+
+    index: int
+    text: str = ""
+    entries: list[Scored] = field(default_factory=list)
+    tokens: int = 0
+    reason: str | None = None
+
+
+class AnswerShape(Protocol):
+    """How a path writes its answer."""
+
+    kind: str
+    prefix: str
+    ending: tuple[str, ...]
+
+    def opening(self, answer: "Answer") -> Iterator[Json]:
+        """Chunks before any token."""
+        ...
+
+    def chunk(self, answer: "Answer", piece: Text) -> Iterator[Json]:
+        """Chunks for what a text has gained."""
+        ...
+
+    def closing(self, answer: "Answer") -> Iterator[Json]:
+        """Chunks after the last token, before `[DONE]`."""
+        ...
+
+    def whole(self, answer: "Answer") -> Json: ...
+
+
+class Answer:
+    """The answer to one request while it is written.
+
+    Args:
+        logprobs: alternatives reported for each token; None reports nothing.
+        echoes: text and tokens of the prompts that the answer repeats; empty where it does not.
+    """
+
+    def __init__(
+        self,
+        job: TextJob,
+        tokenizer: Tokenizer,
+        shape: AnswerShape,
+        model: str,
+        logprobs: int | None = None,
+        echoes: Sequence[str] = (),
+        usage: bool = False,
+    ):
+        self.job, self.tokenizer, self.shape, self.model = job, tokenizer, shape, model
+        self.logprobs, self.echoes, self.usage = logprobs, list(echoes), usage
+        self.id, self.created = f"{shape.prefix}-{secrets.token_hex(12)}", int(time.time())
+        self.texts = [Text(i, self.echoes[i // job.n] if echoes else "") for i in range(job.texts)]
+        self.seed = job.requests[0].seed
+
+    def add(self, batch: Sequence[tuple[int, Any]]) -> list[Text]:
+        """Take in a batch; what each text has gained, texts in order."""
+        gained: dict[int, Text] = {}
+        for index, item in batch:
+            if isinstance(item, PromptScores):
+                for i in range(index, index + self.job.n):
+                    gained.setdefault(i, Text(i)).entries += item.entries
+                continue
+            assert isinstance(item, Event)
+            piece = gained.setdefault(index, Text(index))
+            piece.text += item.text
+            piece.reason = item.finish_reason
+            if item.token is not None:
+                piece.tokens += 1
+                if self.logprobs is not None and item.logprob is not None:
+                    piece.entries.append(Scored(item.token, item.logprob, item.top))
+        for i, piece in gained.items():
+            text = self.texts[i]
+            text.text += piece.text
+            text.entries += piece.entries
+            text.tokens += piece.tokens
+            text.reason = piece.reason or text.reason
+        return [gained[i] for i in sorted(gained)]
+
+    def counts(self) -> tuple[int, int]:
+        """Tokens of the prompts, and new ones."""
+        return sum(len(one.prompt) for one in self.job.requests), sum(text.tokens for text in self.texts)
+
+    def usage_object(self) -> Json:
+        prompt, new = self.counts()
+        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+
+    def frame(self, kind: str, choices: list[Json], **rest: Any) -> Json:
+        head = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return head | {"choices": choices, **rest}
+
+    def chunk_frame(self, choices: list[Json]) -> Json:
+        """With `usage: null` where the last chunk will have it, as OpenAI does."""
+        return self.frame(self.shape.kind, choices, **({"usage": None} if self.usage else {}))
+
+    def usage_chunk(self) -> Iterator[Json]:
+        if self.usage:
+            yield self.frame(self.shape.kind, [], usage=self.usage_object())
+
+    # ---- log-probabilities -------------------------------------------------------------------------------------------
+
+    def name(self, token: int) -> str:
+        """A token as text; the bytes of a part of a character as `\\xe3`."""
+        return with_bytes(self.tokenizer.token_bytes(token))
+
+    def entry(self, token: int, logprob: float | None) -> Json:
+        data = list(self.tokenizer.token_bytes(token))
+        return {"token": self.name(token), "token_id": token, "logprob": bounded(logprob), "bytes": data}
+
+    def chat_logprobs(self, entries: Sequence[Scored]) -> Json | None:
+        if self.logprobs is None:
+            return None
+        content = [
+            self.entry(one.token, one.logprob) | {"top_logprobs": [self.entry(*other) for other in one.top]}
+            for one in entries
+        ]
+        return {"content": content, "refusal": None}
+
+    def completion_logprobs(self, entries: Sequence[Scored], offset: int) -> Json | None:
+        """The legacy arrays, and two more: ids and bytes of the tokens."""
+        if self.logprobs is None:
+            return None
+        decoder, offsets = codecs.getincrementaldecoder("utf-8")("replace"), list[int]()
+        for one in entries:
+            offsets.append(offset)
+            offset += len(decoder.decode(self.tokenizer.token_bytes(one.token)))
+        return {
+            "tokens": [self.name(one.token) for one in entries],
+            "token_logprobs": [bounded(one.logprob) for one in entries],
+            "top_logprobs": [self.alternatives(one) for one in entries],
+            "text_offset": offsets,
+            "token_ids": [one.token for one in entries],
+            "bytes": [list(self.tokenizer.token_bytes(one.token)) for one in entries],
+        }
+
+    def alternatives(self, entry: Scored) -> dict[str, float | None] | None:
+        """Name → log-probability, the token itself included, as OpenAI does; of equal names the likeliest."""
+        if entry.logprob is None:
+            return None
+        found: dict[str, float | None] = {}
+        for token, logprob in [*entry.top, (entry.token, entry.logprob)]:
+            found.setdefault(self.name(token), bounded(logprob))
+        return found
+
+
+def bounded(logprob: float | None) -> float | None:
+    return None if logprob is None else max(logprob, LOWEST)
+
+
+class CompletionShape:
+    """`/v1/completions`."""
+
+    kind, prefix = "text_completion", "cmpl"
+    ending: tuple[str, ...] = ("[DONE]",)
+
+    def choice(self, answer: Answer, text: Text, offset: int = 0) -> Json:
+        logprobs = answer.completion_logprobs(text.entries, offset)
+        return {"text": text.text, "index": text.index, "logprobs": logprobs, "finish_reason": text.reason}
+
+    def opening(self, answer: Answer) -> Iterator[Json]:
+        if answer.echoes and answer.job.top is None:
+            for text in answer.texts:
+                yield answer.chunk_frame([self.choice(answer, Text(text.index, text.text))])
+
+    def chunk(self, answer: Answer, piece: Text) -> Iterator[Json]:
+        if (
+            answer.echoes
+            and answer.job.top is not None
+            and len(answer.texts[piece.index].entries) == len(piece.entries)
+        ):
+            piece.text = answer.echoes[piece.index // answer.job.n] + piece.text  # with its log-probabilities
+        if piece.text or piece.reason or (answer.logprobs is not None and piece.entries):
+            offset = len(answer.texts[piece.index].text) - len(piece.text)
+            yield answer.chunk_frame([self.choice(answer, piece, offset)])
+
+    def closing(self, answer: Answer) -> Iterator[Json]:
+        return answer.usage_chunk()
+
+    def whole(self, answer: Answer) -> Json:
+        choices = [self.choice(answer, text) for text in answer.texts]
+        return answer.frame(self.kind, choices, usage=answer.usage_object(), regpt={"seed": answer.seed})
+
+
+class ChatShape:
+    """`/v1/chat/completions`."""
+
+    kind, prefix = "chat.completion.chunk", "chatcmpl"
+    ending: tuple[str, ...] = ("[DONE]",)
+
+    def part(self, answer: Answer, index: int, delta: Json, entries: Sequence[Scored] = (), reason: str | None = None):
+        logprobs = answer.chat_logprobs(entries) if entries else None
+        return answer.chunk_frame([{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}])
+
+    def opening(self, answer: Answer) -> Iterator[Json]:
+        for text in answer.texts:
+            yield self.part(answer, text.index, {"role": "assistant", "content": ""})
+
+    def chunk(self, answer: Answer, piece: Text) -> Iterator[Json]:
+        if piece.text or (answer.logprobs is not None and piece.entries):
+            yield self.part(answer, piece.index, {"content": piece.text}, piece.entries)
+        if piece.reason:
+            yield self.part(answer, piece.index, {}, reason=piece.reason)
+
+    def closing(self, answer: Answer) -> Iterator[Json]:
+        return answer.usage_chunk()
+
+    def whole(self, answer: Answer) -> Json:
+        choices = [
+            {
+                "index": text.index,
+                "message": {"role": "assistant", "content": text.text, "refusal": None},
+                "logprobs": answer.chat_logprobs(text.entries),
+                "finish_reason": text.reason,
+            }
+            for text in answer.texts
+        ]
+        return answer.frame("chat.completion", choices, usage=answer.usage_object(), regpt={"seed": answer.seed})

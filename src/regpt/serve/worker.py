@@ -1,0 +1,235 @@
+"""One thread an engine; jobs of asyncio go in, batches of its events come out."""
+
+import asyncio
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from regpt.engine.engine import Engine
+from regpt.engine.request import Event, Request, Stats, check_request
+from regpt.errors import UserError, first_line
+from regpt.serve.fields import ApiError
+
+Result = TypeVar("Result")
+NOT_FINITE = "the model's logits are not finite: its weights are damaged, or the precision has too small a range"
+ROWS = 128  # positions whose logits are in memory at once
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a client may ask for."""
+
+    body_bytes: int = 4 << 20
+    texts: int = 64  # of one request: prompts × n
+    queue: int = 256  # texts that wait, of all requests
+    seconds: float = 600.0  # until a request is ended
+
+
+class Scored(NamedTuple):
+    """Log-probability of a token of a prompt, None for the first, and the likeliest alternatives."""
+
+    token: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class PromptScores(NamedTuple):
+    prompt: int
+    entries: list[Scored]
+
+
+Item = Event | PromptScores | ApiError
+
+
+class TextJob:
+    """The texts of one HTTP request: those of prompt i have the indices i·n to i·n + n - 1.
+
+    Args:
+        top: report log-probabilities of the prompts, with so many alternatives.
+        generate: else only the prompts are read.
+    """
+
+    def __init__(self, requests: Sequence[Request], top: int | None = None, generate: bool = True):
+        self.requests, self.top, self.generate = list(requests), top, generate
+        self.n = requests[0].n
+        self.open = self.texts = len(requests) * self.n
+        self.numbers: dict[int, int] = {}  # of the engine → prompt
+        self.queue: asyncio.Queue[list[tuple[int, Item]]] = asyncio.Queue()
+        self.cancelled = False
+        self.began = time.perf_counter()
+        self.first_token_s: float | None = None
+
+    async def batches(self, seconds: float) -> AsyncIterator[list[tuple[int, Item]]]:
+        """What the engine wrote since the last batch, until every text has ended.
+
+        Raises:
+            ApiError: the engine failed, the logits are not finite, or `seconds` have passed.
+        """
+        deadline = asyncio.get_running_loop().time() + seconds
+        while self.open:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    batch = await self.queue.get()
+            except TimeoutError:
+                message = f"the request took longer than {seconds:g} s, the most that is allowed; ask for fewer tokens"
+                headers = {"x-should-retry": "false"}
+                raise ApiError(message, status=504, code="timeout", headers=headers) from None
+            while not self.queue.empty():
+                batch += self.queue.get_nowait()
+            for _, item in batch:
+                if isinstance(item, ApiError):
+                    raise item
+                if isinstance(item, Event):
+                    self.open -= item.finish_reason is not None
+                    if item.finish_reason == "error":
+                        raise ApiError(NOT_FINITE, status=500)
+            yield batch
+
+
+class Worker:
+    """Runs an engine in a thread of its own. Methods are for the thread of the event loop."""
+
+    def __init__(self, engine: Engine, limits: Limits):
+        self.engine, self.limits = engine, limits
+        self.inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self.jobs: dict[int, tuple[TextJob, int]] = {}  # of the thread: number of the engine → job, prompt
+        self.open_texts = self.cancelled_texts = 0
+        self.failure: str | None = None
+        self.closed = False
+        self.loop = asyncio.get_running_loop()
+        self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
+        self.thread.start()
+
+    # ---- from the event loop -----------------------------------------------------------------------------------------
+
+    def submit(self, job: TextJob) -> None:
+        """Queue a job; its first batch may be there at once.
+
+        Raises:
+            ApiError: 400 for what this model cannot write, 429 where the queue is full, 503 where the engine failed.
+        """
+        if self.failure:
+            raise ApiError(self.failure, status=503, code="engine_failed")
+        room = self.engine.pages.n_pages * self.engine.pages.page_size
+        for request in job.requests if job.generate else []:
+            try:
+                check_request(request, self.engine.longest, self.engine.n_vocab, room, texts=True)
+            except UserError as error:
+                raise ApiError(str(error), code="invalid_value") from None
+        most = self.engine.max_rows + self.limits.queue
+        if self.open_texts + job.texts > most:
+            message = f"{self.open_texts} texts are written or wait, {job.texts} more would exceed {most}; try again"
+            raise ApiError(message, status=429, code="queue_full", headers={"Retry-After": "1"})
+        self.open_texts += job.texts
+        self.inbox.put(lambda: self.start(job))
+
+    def release(self, job: TextJob) -> None:
+        """The job's client has its answer or is gone: what is still written is cancelled before the next step."""
+        self.open_texts -= job.texts
+        if job.open:
+            self.cancelled_texts += job.open
+            job.cancelled = True
+            self.inbox.put(lambda: self.cancel(job))
+
+    async def stats(self) -> Stats:
+        return await self.call(self.engine.stats)
+
+    async def call(self, function: Callable[[], Result]) -> Result:
+        """The result of `function`, called in the engine's thread."""
+        found: asyncio.Future[Any] = self.loop.create_future()
+
+        def answer() -> None:
+            result = function()
+            self.tell(lambda: None if found.done() else found.set_result(result))
+
+        self.inbox.put(answer)
+        return await found
+
+    def close(self) -> None:
+        self.closed = True
+        self.inbox.put(lambda: None)
+
+    # ---- the engine's thread -----------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        while not self.closed:
+            try:
+                self.act()
+                if self.engine.busy:
+                    self.deliver(self.engine.step())
+            except Exception as error:  # of CUDA, of memory: every client is told, and no request is taken any more
+                self.fail(f"the engine failed ({type(error).__name__}: {first_line(error)}); start the server again")
+
+    def act(self) -> None:
+        """Do what the event loop asked for; wait for it where there is nothing else to do."""
+        with contextlib.suppress(queue.Empty):
+            self.inbox.get(block=not self.engine.busy)()
+            while not self.closed:
+                self.inbox.get_nowait()()
+
+    def start(self, job: TextJob) -> None:
+        if job.cancelled:
+            return
+        if job.top is not None:
+            scored = [score_prompt(self.engine, request.prompt, job.top) for request in job.requests]
+            if any(entry.logprob != entry.logprob for entries in scored for entry in entries):
+                self.post(job, [(0, ApiError(NOT_FINITE, status=500))])
+                return
+            self.post(job, [(i * job.n, PromptScores(i, entries)) for i, entries in enumerate(scored)])
+        if not job.generate:
+            self.post(job, [(i, Event(0, i, finish_reason="length")) for i in range(job.texts)])
+            return
+        for i, request in enumerate(job.requests):
+            number = self.engine.submit(request)
+            self.jobs[number] = job, i
+            job.numbers[number] = job.n
+
+    def cancel(self, job: TextJob) -> None:
+        for number in job.numbers:
+            self.engine.cancel(number)
+
+    def deliver(self, events: list[Event]) -> None:
+        batches: dict[TextJob, list[tuple[int, Item]]] = {}
+        for event in events:
+            job, prompt = self.jobs[event.request]
+            batches.setdefault(job, []).append((prompt * job.n + event.choice, event))
+            if event.finish_reason is not None:
+                job.numbers[event.request] -= 1
+                if not job.numbers[event.request]:
+                    del job.numbers[event.request], self.jobs[event.request]
+        if batches:
+            self.tell(lambda: [job.queue.put_nowait(batch) for job, batch in batches.items()])
+
+    def post(self, job: TextJob, items: list[tuple[int, Item]]) -> None:
+        self.tell(lambda: job.queue.put_nowait(items))
+
+    def tell(self, action: Callable[[], object]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self.loop.call_soon_threadsafe(action)
+
+    def fail(self, sentence: str) -> None:
+        self.failure = sentence
+        for job in dict.fromkeys(job for job, _ in self.jobs.values()):
+            self.post(job, [(0, ApiError(sentence, status=500, code="engine_failed"))])
+        self.closed = True
+
+
+def score_prompt(engine: Engine, prompt: Sequence[int], top: int) -> list[Scored]:
+    """Log-probabilities of a prompt's tokens after those before them, by an uncached forward of the prompt alone: they
+    do not depend on what else is written."""
+    ids = torch.tensor([list(prompt)], device=engine.device)
+    entries = [Scored(int(prompt[0]), None)]
+    with engine.computing():
+        hidden = engine.model.hidden(ids)[0, :-1]  # (T - 1, C)
+        for rows, targets in zip(hidden.split(ROWS), ids[0, 1:].split(ROWS)):
+            logprobs = engine.model.logits(rows).float().log_softmax(dim=-1)  # (rows, V)
+            found = logprobs.gather(-1, targets[:, None])[:, 0].tolist()
+            values, tokens = (part.tolist() for part in logprobs.topk(min(top, engine.n_vocab), dim=-1))
+            entries += map(Scored, targets.tolist(), found, (tuple(zip(*pair)) for pair in zip(tokens, values)))
+    return entries
