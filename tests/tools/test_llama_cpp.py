@@ -14,7 +14,17 @@ from regpt.hf.gguf_models import export_gguf
 from regpt.runs.export import check_export, refuse_difference
 from regpt.text.open import from_json
 from regpt.tools import llama_cpp
-from regpt.tools.llama_cpp import LlamaCheck, check_prompts, check_with_llama_cpp, equal_part, loss_on
+from regpt.tools.chat_template import CONVERSATIONS, rendered
+from regpt.tools.llama_cpp import (
+    ChatCheck,
+    Comparison,
+    LlamaCheck,
+    check_prompts,
+    check_with_llama_cpp,
+    compared,
+    equal_part,
+    loss_on,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "hf"))
 from test_gguf import SHAPES, make
@@ -145,3 +155,83 @@ def test_the_loss_of_a_text_counts_each_token_once():
         for row in (ids[:17], ids[16:33], ids[32:])
     ]
     assert loss_on(model, ids.tolist()) == pytest.approx(float(sum(losses)) / 40, rel=1e-5)
+
+
+# ---- chat templates
+
+CHATML = """{% for message in messages %}
+{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+LLAMA3_CHAT = """{{- bos_token }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+    {{- message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
+LLAMA2_CHAT = (
+    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set system_message = "
+    "messages[0]['content'] %}{% else %}{% set loop_messages = messages %}{% set system_message = false %}{% endif %}"
+    "{% for message in loop_messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if loop.index0 == 0 and system_message != false %}{% set content = '<<SYS>>\\n' + system_message + "
+    "'\\n<</SYS>>\\n\\n' + message['content'] %}{% else %}{% set content = message['content'] %}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+CHATS = {"chatml": CHATML, "llama 3": LLAMA3_CHAT, "llama 2": LLAMA2_CHAT, "no system": NO_SYSTEM}
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_our_rendering_is_that_of_transformers(name: str):
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    for conversation in CONVERSATIONS:
+        ours = rendered(CHATS[name], conversation, "<s>", "</s>")
+        given = {"add_generation_prompt": True, "bos_token": "<s>", "eos_token": "</s>"}
+        try:
+            theirs = render_jinja_template([conversation], chat_template=CHATS[name], **given)[0][0]
+        except Exception:  # jinja's, of the template
+            theirs = None
+        assert ours == theirs
+        assert (ours is None) == (name == "no system" and conversation[0]["role"] == "system")
+
+
+@pytest.mark.usefixtures("llama_cpp_installed")
+@pytest.mark.parametrize(("name", "model"), [*((name, "llama") for name in CHATS), ("llama 2", "llama, sentencepiece")])
+def test_llama_cpp_renders_the_chat_template_of_a_file_as_transformers_does(name: str, model: str, tmp_path: Path):
+    made, tokenizer = make(model, max_seq_len=48)
+    export_gguf(made, tokenizer, tmp_path / "m.gguf", "f32", CHATS[name])
+    opened = open_model(str(tmp_path / "m.gguf"))
+    found = check_with_llama_cpp(tmp_path / "m.gguf", opened.model, tokenizer, 1, 1)
+    assert found.chat == (ChatCheck(5, 2) if name == "no system" else ChatCheck(7, 0))
+    printed = check_export(opened, tmp_path / "m.gguf", "f32", "", 1)
+    assert f"the chat template renders {found.chat.equal} conversations as here" in printed
+    assert ("(the template refuses 2 others)" in printed) == (name == "no system")
+
+
+@pytest.mark.usefixtures("llama_cpp_installed")
+def test_a_chat_template_that_is_rendered_otherwise_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made, tokenizer = make("llama", max_seq_len=48)
+    export_gguf(made, tokenizer, tmp_path / "m.gguf", "f32", CHATML)
+    monkeypatch.setattr(llama_cpp, "rendered", lambda *given: rendered(*given) + " ")
+    with pytest.raises(UserError, match=r"renders the chat template of \[.*Hello.* as '<\|im_start\|>user"):
+        check_export(open_model(str(tmp_path / "m.gguf")), tmp_path / "m.gguf", "q8_0", "", 1)
+
+
+def test_after_a_tie_both_continue_from_llama_cpps_token(monkeypatch: pytest.MonkeyPatch):
+    """Ours counts up by one, theirs by two where the last token is 3: one tie, no different tokens after it."""
+    ours = lambda model, ids, n: [*range(ids[-1] + 1, ids[-1] + 1 + n)]  # noqa: E731
+    monkeypatch.setattr(llama_cpp, "greedy", ours)
+
+    class Server:
+        def greedy(self, ids: list[int], n: int) -> list[int]:
+            return [t if t <= 3 or ids[-1] > 3 else t + 1 for t in ours(None, ids, n)]
+
+    for gap, expected in ((1e-3, Comparison(10, [([1, 2, 3], 1e-3)])), (1.0, Comparison(3, [([1, 2, 3], 1.0)]))):
+        monkeypatch.setattr(llama_cpp, "tie_gap", lambda *_, gap=gap: gap)
+        assert compared(None, Server(), [1], 10, set(), 5e-3) == expected  # pyright: ignore[reportArgumentType]

@@ -15,6 +15,7 @@ from regpt.tools.llama_cpp import (
     LARGEST_TIE,
     LOSS_TOKENS,
     STRINGS,
+    ChatCheck,
     LlamaCheck,
     check_with_llama_cpp,
     loss_on,
@@ -45,11 +46,13 @@ def check_export(opened: OpenModel, file: Path, kind: str, data: str, strings: i
     again = open_model(str(file))
     found = check_with_llama_cpp(file, again.model, again.tokenizer, strings)
     arch = GGUFFile(file).metadata["general.architecture"]
-    tie = f" (the others from a token on that was as likely as ours within {found.gap:.0e})" if found.gap else ""
+    ties = found.tokens - found.equal_tokens
+    tie = f" (at the other {ties} our two likeliest are within {found.gap:.1e})" if ties else ""
     lines = [
         f"llama.cpp: {found.equal_tokens:,} of {found.tokens:,} greedy tokens as ours{tie}, KL divergence "
-        f"{found.mean_kl:.1e} on average and at most {found.kl:.1e} nats ({found.positions} positions), "
-        f"{found.strings:,} strings become the same tokens"
+        f"{found.mean_kl:.1e} on average and at most {found.kl:.1e} nats, "
+        f"log-probabilities of the two likeliest tokens within {found.shift:.1e} ({found.positions} positions), "
+        f"{found.strings:,} strings become the same tokens, {of_chat(found.chat)}"
     ]
     if kind != "f32":
         ids = [opened.tokenizer.eot, *opened.tokenizer.encode(text_of(data))]
@@ -63,13 +66,28 @@ def check_export(opened: OpenModel, file: Path, kind: str, data: str, strings: i
     return "\n".join(lines)
 
 
+def of_chat(chat: ChatCheck) -> str:
+    """What of the chat template was compared."""
+    if not chat.equal + chat.refused:
+        return "no chat template"
+    refused = f" (the template refuses {chat.refused} others)" if chat.refused else ""
+    return f"the chat template renders {chat.equal} conversations as here{refused}"
+
+
 def refuse_difference(found: LlamaCheck, kind: str, largest_kl: float, largest_tie: float) -> None:
     if found.different is not None:
         raise UserError(f"llama.cpp makes other tokens of {found.different!r} than this model's tokenizer; report it")
+    if found.chat.different is not None:
+        conversation, ours, theirs = found.chat.different
+        raise UserError(
+            f"llama.cpp renders the chat template of {conversation!r} as {theirs!r}, transformers as {ours!r}; "
+            "the file is whole, but give llama.cpp another template"
+        )
     if kind == "f32" and not (found.gap <= largest_tie and found.kl <= largest_kl):
         raise UserError(
             f"llama.cpp computes another model than ours: {found.equal_tokens:,} of {found.tokens:,} greedy tokens are "
-            f"equal, the KL divergence is {found.kl:.1e} nats, at most {largest_kl:.0e} is expected; report it"
+            f"equal, our two likeliest are up to {found.gap:.1e} apart where they differ (at most {largest_tie:.0e} is "
+            f"expected), the KL divergence is {found.kl:.1e} nats, at most {largest_kl:.0e} is expected; report it"
         )
 
 

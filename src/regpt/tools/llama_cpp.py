@@ -1,12 +1,14 @@
-"""A GGUF file against llama.cpp itself, from the pip package xllamacpp: tokens, greedy continuations, probabilities."""
+"""A GGUF file against llama.cpp itself, from the pip package xllamacpp: tokens, greedy continuations, probabilities,
+chat template."""
 
 import importlib
 import json
 import random
 import unicodedata
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +18,23 @@ from torch import Tensor
 from regpt.engine.generate import generate
 from regpt.engine.processing import SamplingOptions
 from regpt.errors import UserError
+from regpt.hf.gguf import GGUFFile
 from regpt.hf.gguf_models import ARCHS
 from regpt.model.ops import linear_cross_entropy
 from regpt.model.transformer import Transformer
 from regpt.text.library import LibraryTokenizer
 from regpt.text.sentences import SENTENCES
 from regpt.text.tokenizer import Tokenizer
+from regpt.tools.chat_template import CONVERSATIONS, Conversation, rendered
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS, STRINGS = 20, 24, 100, 10_000
 PROBABILITIES = 4 << 20  # numbers that llama.cpp sends as text, at most, with one position of each prompt at least
-# Largest KL divergence in float32, and the largest difference of two log-probabilities between which llama.cpp's
-# rounding decides. It looks GELU up in a table of half precision: log-probabilities of tiny GPT-2s of random weights
-# differ from ours by up to 2e-3.
+# Largest KL divergence in float32, and the largest gap between our two likeliest tokens that llama.cpp may order the
+# other way. It looks GELU up in a table of half precision: log-probabilities of likely tokens of tiny GPT-2s of random
+# weights differ from ours by up to 2.0e-3 (measured: docs/log.md), so that two of them may cross within twice that.
 LARGEST_KL = {arch: 1e-4 if arch == "gpt2" else 1e-5 for arch in ARCHS}
 LARGEST_TIE = {arch: 5e-3 if arch == "gpt2" else 1e-5 for arch in ARCHS}
+TIES = 20  # of one prompt, after which its tokens are not compared any further
 LOSS_TOKENS = 1 << 15
 FORCED = 1e4  # added to a logit that then wins
 
@@ -80,6 +85,13 @@ class LlamaServer:
             found[entry["id"]] = entry["logprob"]
         return found
 
+    def render(self, conversation: Conversation) -> str | None:
+        """The prompt for the assistant's next turn by the file's chat template; None where that refuses."""
+        try:
+            return self.ask("/apply-template", messages=conversation)["prompt"]
+        except urllib.error.HTTPError:
+            return None
+
     def tokenize(self, text: str) -> list[int]:
         return self.ask("/tokenize", content=text, add_special=False, parse_special=False)["tokens"]
 
@@ -89,11 +101,14 @@ class LlamaCheck:
     """llama.cpp's answers against ours.
 
     Attributes:
-        tokens, equal_tokens: greedy tokens of all prompts; those up to the first different one of each.
-        gap: largest difference of our log-probabilities of the two at the first different one, 0 without any.
+        tokens, equal_tokens: greedy tokens that were compared; those that are equal. After a different one both
+            continue from llama.cpp's.
+        gap: largest difference of our log-probabilities of two different ones, 0 without any.
         kl, mean_kl: largest and mean KL divergence (nats) of llama.cpp's next token from ours, over `positions`: ends
             of prompts, and before each different token.
         strings, different: texts that were tokenized, and the first that became other tokens.
+        shift: largest difference of a log-probability of our two likeliest tokens at the positions.
+        chat: what of the chat template was compared.
     """
 
     tokens: int
@@ -104,6 +119,36 @@ class LlamaCheck:
     positions: int
     strings: int
     different: str | None
+    shift: float = 0.0
+    chat: "ChatCheck" = field(default_factory=lambda: ChatCheck())
+
+
+@dataclass(frozen=True)
+class ChatCheck:
+    """Renderings of the file's chat template; none without one.
+
+    Attributes:
+        equal: conversations that both render alike.
+        refused: those that the template refuses here; llama.cpp may render them in another form.
+        different: the first that differs, with our and llama.cpp's rendering.
+    """
+
+    equal: int = 0
+    refused: int = 0
+    different: tuple[Conversation, str, str | None] | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Greedy tokens after one prompt.
+
+    Attributes:
+        tokens: compared ones.
+        differing: the tokens before each different one, and the gap there.
+    """
+
+    tokens: int
+    differing: list[tuple[list[int], float]]
 
 
 @torch.no_grad()
@@ -115,26 +160,62 @@ def check_with_llama_cpp(
     server = LlamaServer(path, longest)
     prompts = [*check_prompts(tokenizer, min(PROMPT_TOKENS, longest // 2))]
     n = min(new_tokens, longest - max(map(len, prompts)))
-    pairs = [(greedy(model, prompt, n), server.greedy(prompt, n)) for prompt in prompts]
     specials = {i for i, size in enumerate(tokenizer.byte_lengths()) if not size}
-    equal = [equal_part(ours, theirs, specials) for ours, theirs in pairs]
+    bound = LARGEST_TIE[GGUFFile(path).metadata["general.architecture"]]
+    greedy_tokens = [compared(model, server, prompt, n, specials, bound) for prompt in prompts]
+    differing = [one for found in greedy_tokens for one in found.differing]
     each = max(1, min(8, PROBABILITIES // PROMPTS // model.config.vocab_size))
     texts = [ids[: len(ids) - k] for ids in prompts for k in range(min(each, len(ids)))]
-    differing = [(ids, *pair, part) for ids, pair, part in zip(prompts, pairs, equal) if part < len(pair[1])]
-    texts += [ids + ours[:part] for ids, ours, _, part in differing]
+    texts += [ids for ids, _ in differing[: len(texts)]]
     whole = tokenizer.encode("a")[0]
-    kl = torch.tensor(
-        [divergence(model, server.log_probabilities(ids, tokenizer.n_vocab, whole), ids) for ids in texts]
-    )
+    found = [divergence(model, server.log_probabilities(ids, tokenizer.n_vocab, whole), ids) for ids in texts]
+    kl, shift = (torch.tensor(values) for values in zip(*found))
     given = check_strings(
         strings, normalized=isinstance(tokenizer, LibraryTokenizer) and bool(tokenizer.spec.normalizer)
     )
     different = next((text for text in given if server.tokenize(text) != tokenizer.encode(text)), None)
-    gaps = [tie_gap(model, *one) for one in differing]
-    tokens = sum(len(theirs) for _, theirs in pairs)
-    return LlamaCheck(
-        tokens, sum(equal), max(gaps, default=0.0), float(kl.max()), float(kl.mean()), len(kl), strings, different
-    )
+    tokens = sum(found.tokens for found in greedy_tokens)
+    gap = max((gap for _, gap in differing), default=0.0)
+    equal, divergences = tokens - len(differing), (float(kl.max()), float(kl.mean()), len(kl))
+    chat = check_chat(server, GGUFFile(path).metadata)
+    return LlamaCheck(tokens, equal, gap, *divergences, strings, different, float(shift.max()), chat)
+
+
+def compared(
+    model: Transformer, server: LlamaServer, prompt: list[int], n: int, specials: set[int], bound: float
+) -> Comparison:
+    """Up to `n` tokens after `prompt`; after a different one both continue from llama.cpp's, unless the gap is above
+    `bound`."""
+    ids, end, differing = prompt, len(prompt) + n, []
+    while len(ids) < end and len(differing) < TIES:
+        ours, theirs = greedy(model, ids, end - len(ids)), server.greedy(ids, end - len(ids))
+        part = equal_part(ours, theirs, specials)
+        if part >= len(theirs):
+            return Comparison(len(ids) - len(prompt) + len(theirs), differing)
+        differing.append((ids + ours[:part], tie_gap(model, ids, ours, theirs, part)))
+        ids = ids + theirs[: part + 1]
+        if not differing[-1][1] <= bound:
+            break
+    return Comparison(len(ids) - len(prompt), differing)
+
+
+def check_chat(server: LlamaServer, metadata: dict[str, Any]) -> ChatCheck:
+    template, names = metadata.get("tokenizer.chat_template", ""), metadata["tokenizer.ggml.tokens"]
+    if not template:
+        return ChatCheck()
+    bos, eos = (names[metadata[f"tokenizer.ggml.{role}_token_id"]] for role in ("bos", "eos"))
+    alone = metadata.get("tokenizer.ggml.add_bos_token", False)  # then llama.cpp leaves it to its tokenizer
+    equal = refused = 0
+    for conversation in CONVERSATIONS:
+        ours = rendered(template, conversation, bos, eos)
+        if ours is None:
+            refused += 1
+            continue
+        theirs = server.render(conversation)
+        if theirs != (ours.removeprefix(bos) if alone else ours):
+            return ChatCheck(equal, refused, (conversation, ours, theirs))
+        equal += 1
+    return ChatCheck(equal, refused)
 
 
 def check_prompts(tokenizer: Tokenizer, at_most: int) -> Iterator[list[int]]:
@@ -163,11 +244,12 @@ def tie_gap(model: Transformer, prompt: list[int], ours: list[int], theirs: list
     return abs(float(logits[ours[equal]] - logits[theirs[equal]]))
 
 
-def divergence(model: Transformer, theirs: Tensor, ids: list[int]) -> float:
-    """KL(ours ‖ theirs) in nats."""
+def divergence(model: Transformer, theirs: Tensor, ids: list[int]) -> tuple[float, float]:
+    """KL(ours ‖ theirs) in nats, and the largest difference between the log-probabilities of our two likeliest."""
     logits = model(torch.tensor([ids], device=model.device))[0, -1, : len(theirs)]
     ours = logits.double().cpu().log_softmax(-1)
-    return float((ours.exp() * (ours - theirs)).sum())
+    likeliest = ours.topk(min(2, len(ours))).indices
+    return float((ours.exp() * (ours - theirs)).sum()), float((ours - theirs)[likeliest].abs().max())
 
 
 def check_strings(n: int, *, normalized: bool) -> Iterator[str]:
