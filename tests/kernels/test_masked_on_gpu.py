@@ -193,6 +193,7 @@ def test_float32_and_float64_are_computed_in_chunks_with_the_results_of_booleans
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "recomputed"])
 @pytest.mark.parametrize("compile", [False, True], ids=["", "compiled"])
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 def test_a_step_in_float32_is_that_with_booleans(monkeypatch, compile: bool, recompute: bool):
     torch.compiler.reset()
     plain = initialize(make_model(CONFIG).to(DEVICE), 0)

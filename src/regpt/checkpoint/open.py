@@ -61,42 +61,43 @@ class OpenModel:
     companions: Mapping[str, str] = field(default_factory=dict)
 
 
-def open_model(name: str, device: torch.device | str = "cpu", *, ema: bool = False) -> OpenModel:
+def open_model(name: str, device: torch.device | str = "cpu", *, ema: bool = False, narrow: bool = False) -> OpenModel:
     """The model that `name` means: a run's newest intact checkpoint, a checkpoint (RUN/checkpoints/best is that of the
     lowest validation loss), one of them at an address (s3://…; copied to this machine), a Hugging Face folder, a GGUF
     file, a hub name.
 
     Args:
         ema: with the moving average of the weights instead of the last ones.
+        narrow: hold weights in bfloat16 where all of them are stored in it; in float32 otherwise.
 
     Raises:
         UsageError: `name` is none of these.
         UserError: it is one, but damaged, of a kind that we do not implement, or not to be had.
     """
     if is_address(name):
-        opened = open_checkpoint(fetch_model(name), device, ema=ema)
+        opened = open_checkpoint(fetch_model(name), device, ema=ema, narrow=narrow)
         return replace(opened, source=f"{name}, step {opened.step}" + ", average" * ema)
     path = Path(name)
     best = (path.parent.name, path.name) == (CHECKPOINTS, BEST)
     if best or is_folder(path / CHECKPOINTS):
         run, listed = (path.parents[1], best_last) if best else (path, checkpoints)
-        read = partial(open_checkpoint, device=device, ema=ema, verified=True)
+        read = partial(open_checkpoint, device=device, ema=ema, narrow=narrow, verified=True)
         return of_newest(run, read, optimizer=False, listed=listed)
     if is_file(path / MODEL) or (is_folder(path) and STEP_FOLDER.fullmatch(path.name)):
-        if opened := unless_gone(path, lambda: open_checkpoint(path, device, ema=ema)):
+        if opened := unless_gone(path, lambda: open_checkpoint(path, device, ema=ema, narrow=narrow)):
             return opened
         raise UserError(f"checkpoint {name!r} was deleted while it was read; use another checkpoint of the run")
     if ema:
         raise UsageError(f"model {name!r} is no run and no checkpoint, which alone have an average; leave out --ema")
     if is_file(path / CONFIG):
-        return open_hf(path, name, device)
+        return open_hf(path, name, device, narrow=narrow)
     if is_gguf(path):
         return open_gguf(path, name, device)
     repo = repository(name)
     if exists(path) or repo is None or not may_be_model(name):
         what = "holds no model" if exists(path) else "does not exist"
         raise UsageError(f"model {name!r} {what}{nearest(name, SHORT_NAMES)}; a model is {ALLOWED}")
-    return open_hf(download_model(repo), repo, device)
+    return open_hf(download_model(repo), repo, device, narrow=narrow)
 
 
 def may_be_model(name: str) -> bool:
@@ -106,7 +107,9 @@ def may_be_model(name: str) -> bool:
     return exists(path) or (repository(name) is not None and not inside_folder)
 
 
-def open_checkpoint(folder: Path, device: torch.device | str, *, ema: bool, verified: bool = False) -> OpenModel:
+def open_checkpoint(
+    folder: Path, device: torch.device | str, *, ema: bool, narrow: bool = False, verified: bool = False
+) -> OpenModel:
     checkpoint = load_checkpoint(folder, optimizer=False, verified=verified)
     weights, average = checkpoint.weights(), checkpoint.average()
     if ema and average is None:
@@ -116,19 +119,22 @@ def open_checkpoint(folder: Path, device: torch.device | str, *, ema: bool, veri
         )
     # What does not learn has no average.
     chosen = ChainMap(cast(Any, average), cast(Any, weights)) if ema else weights
-    model = build(checkpoint.config, chosen, device, str(folder))
+    stored = set() if ema else {*weights.dtype_of.values()}
+    held = torch.bfloat16 if narrow and stored == {"BF16"} else torch.float32
+    model = build(checkpoint.config, chosen, device, str(folder), held)
     source = f"{folder}, average" if ema else str(folder)
-    narrow = not ema and "BF16" in weights.dtype_of.values()
-    dtype = torch.bfloat16 if narrow else torch.float32  # float64 runs are tests
+    dtype = torch.bfloat16 if "BF16" in stored else torch.float32  # float64 runs are tests
     return OpenModel(model, checkpoint.tokenizer(), checkpoint.step, source, dtype, companions=checkpoint.companions())
 
 
-def open_hf(folder: Path, source: str, device: torch.device | str) -> OpenModel:
+def open_hf(folder: Path, source: str, device: torch.device | str, *, narrow: bool = False) -> OpenModel:
     config = hf_config(folder)
     tokenizer = hf_tokenizer(folder, config.vocab_size)
     weights = hf_weights(folder, config, tokenizer.n_vocab)
     config = replace(config, vocab_size=tokenizer.n_vocab)  # its real size: rows of padding are left out
-    model, dtype = build(config, weights, device, source), stored_dtype(folder)
+    dtype = stored_dtype(folder)
+    held = dtype if narrow and dtype == torch.bfloat16 else torch.float32
+    model = build(config, weights, device, source, held)
     return OpenModel(model, tokenizer, None, source, dtype, folder, read_companions(folder))
 
 
@@ -146,11 +152,17 @@ def open_gguf(path: Path, source: str, device: torch.device | str) -> OpenModel:
     return OpenModel(build(config, weights, device, source), tokenizer, None, source, companions=companions)
 
 
-def build(config: ModelConfig, weights: Mapping[str, Tensor], device: torch.device | str, source: str) -> Transformer:
+def build(
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    device: torch.device | str,
+    source: str,
+    dtype: torch.dtype = torch.float32,
+) -> Transformer:
     """A model of shape `config` on `device`, filled tensor by tensor, so that the weights are in memory once."""
     with without_memory():
         model = make_model(config, with_masks_as_data(PLAIN, torch.device(device)))
     try:
-        return load_weights(allocate(model, device), weights).eval()
+        return load_weights(allocate(model, device, dtype), weights).eval()
     except UserError as error:
         raise UserError(f"model {source!r} cannot be read: {error}") from None

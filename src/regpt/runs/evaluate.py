@@ -24,7 +24,7 @@ from regpt.runs.remote import on_this_machine
 from regpt.runs.validation import Validated, ValidationPart, folder_parts, own_sums, part_batches, result
 from regpt.train.backend import make_loss_sum
 from regpt.train.config import InferencePrecision
-from regpt.train.precision import autocast, parameter_dtype, set_matmul_precision
+from regpt.train.precision import autocast, inference_dtype, set_matmul_precision
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,9 @@ def evaluate_model(asked: EvalRequest, mesh: Mesh, show: ShowProgress) -> ModelE
     run = run_config(model)
     folder = data_folder(asked, run) if any(spec.kind == "val" for spec in asked.specs) else None
     with mesh.pulse.working("opening the model"):
-        opened = open_model(model, mesh.device, ema=asked.ema)
+        opened = open_model(model, mesh.device, ema=asked.ema, narrow=asked.precision == "bf16")
     set_matmul_precision(asked.precision)
-    opened.model.to(parameter_dtype(asked.precision)).eval()
+    opened.model.to(inference_dtype(asked.precision, opened.model.dtype)).eval()
     task = open_val(asked, run, folder, opened) if folder else None
     failures: list[tuple[str, UserError]] = []
 

@@ -25,6 +25,11 @@ def parameter_dtype(precision: PrecisionName, weights: WeightDtype = "fp32") -> 
     return torch.float64 if precision == "fp64" else torch.float32
 
 
+def inference_dtype(precision: PrecisionName, held: torch.dtype) -> torch.dtype:
+    """In which weights are kept that were opened as `held`: bfloat16 stays where products are in it, too."""
+    return held if (precision, held) == ("bf16", torch.bfloat16) else parameter_dtype(precision)
+
+
 def gradient_dtype(weights: WeightDtype, gradients: WeightDtype) -> torch.dtype | None:
     """In which gradients are summed; None where it is that of the weights."""
     return torch.float32 if (weights, gradients) == ("bf16", "fp32") else None
