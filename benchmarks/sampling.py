@@ -66,6 +66,10 @@ class Args:
     """Number format of the computation."""
     hugging_face: bool = False
     """Time transformers' generate, too: GPT-2 only, with a static cache and compiled on CUDA, else with its cache."""
+    fused: bool = False
+    """GPT-2 in half precision on CUDA: the whole step by the fused kernels."""
+    profile: bool = False
+    """Also print the kernels of the step of the last batch by time; CUDA only."""
     identity: int = 0
     """Instead: write so many texts in four ways, and count the differences."""
     json: Path | None = None
@@ -85,7 +89,10 @@ def main(given: Args) -> None:
         if given.identity:
             print_json(count_differences(model, given.identity, say))
             return
-        report = bench_sample(model, given.batch, given.prompt_tokens, given.new_tokens, given.repeats, say)
+        sizes = given.prompt_tokens, given.new_tokens, given.repeats
+        report = bench_sample(model, given.batch, *sizes, say, fused=given.fused)
+        if given.profile:
+            print_json(profile_step(model, given.batch[-1], given.prompt_tokens, fused=given.fused))
     report = {"kind": "sampling", "source": given.model, "precision": given.precision, **report}
     Console(width=160).print(sample_table(report))
     if given.hugging_face:
@@ -112,11 +119,12 @@ def bench_sample(
     new_tokens: int,
     repeats: int,
     progress: Callable[[str], None] = lambda text: None,
+    **options: Any,
 ) -> dict[str, Any]:
     """The report: every text is a prompt of random tokens and `new_tokens` more.
 
     For each number of texts in `batches`, `seconds` from the prompts to the last token and `first_token_s` to the first
-    are medians of `repeats`. No text ends early.
+    are medians of `repeats`. No text ends early. `options` are the engine's.
 
     Raises:
         SystemExit: more tokens than the model reads.
@@ -130,8 +138,8 @@ def bench_sample(
     rows = []
     for batch in batches:
         progress(f"{batch} at once")
-        whole = time_generation(model, batch, prompt_tokens, new_tokens, repeats)
-        first = time_generation(model, batch, prompt_tokens, 1, repeats)
+        whole = time_generation(model, batch, prompt_tokens, new_tokens, repeats, **options)
+        first = time_generation(model, batch, prompt_tokens, 1, repeats, **options)
         row = {"batch": batch, "seconds": whole["median"], "first_token_s": first["median"], "spread": whole["spread"]}
         rows.append(row | {"tokens_per_s": batch * new_tokens / whole["median"]})
     threads = f" with {counted(torch.get_num_threads(), 'thread')}" if model.device.type == "cpu" else ""
@@ -148,11 +156,23 @@ def bench_sample(
 
 
 def time_generation(
-    model: Transformer, batch: int, prompt_tokens: int, new_tokens: int, repeats: int
+    model: Transformer, batch: int, prompt_tokens: int, new_tokens: int, repeats: int, **options: Any
 ) -> dict[str, float]:
     """`percentiles` of the seconds of `repeats` generations after one that is not timed."""
-    engine = make_engine(model, batch, prompt_tokens + new_tokens)
+    engine = make_engine(model, batch, prompt_tokens + new_tokens, **options)
     return timed(lambda: write_texts(engine, random_prompts(model, batch, prompt_tokens), new_tokens), repeats)
+
+
+def profile_step(model: Transformer, batch: int, prompt_tokens: int, **options: Any) -> list[dict[str, Any]]:
+    """The kernels of one captured step: name, calls and microseconds, the longest first."""
+    engine = make_engine(model, batch, prompt_tokens + 16, **options)
+    write_texts(engine, random_prompts(model, batch, prompt_tokens), 8)
+    _, (graph, _) = max(engine.decode_step.captured.items(), key=lambda one: one[0][0])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        graph.replay()
+        torch.cuda.synchronize()
+    found = sorted(profile.key_averages(), key=lambda one: -one.device_time_total)
+    return [{"kernel": one.key[:80], "calls": one.count, "us": one.device_time_total} for one in found[:20]]
 
 
 def timed(write: Callable[[], object], repeats: int) -> dict[str, float]:

@@ -48,6 +48,7 @@ class Engine:
             float64, except where TensorFloat-32 is allowed.
         graphs: capture the decode step as CUDA graphs. Default: on CUDA.
         kernels: attention by `kernels.paged` where there is one for the device.
+        fused: GPT-2 in half precision on CUDA by `kernels.decode_gpt2` and `kernels.sampler`, which are not yet timed.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Engine:
         exact: bool | None = None,
         graphs: bool | None = None,
         kernels: bool = True,
+        fused: bool = False,
     ):
         self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
         self.device, self.longest, self.n_vocab = model.device, model.config.max_seq_len, model.config.vocab_size
@@ -79,7 +81,7 @@ class Engine:
         self.pages = Pages(model.config, n_pages, page_size, self.device, dtype)
         self.rows = RowState(max_rows, self.pages.needed(self.longest), self.n_vocab, self.device)
         graphs = kind == "cuda" if graphs is None else graphs
-        found = load_kernels(model, dtype) if kernels else NO_KERNELS
+        found = load_kernels(model, dtype, fused=fused) if kernels else NO_KERNELS
         self.prefill_kernel = found.prefill
         self.decode_step = Step(model, self.pages, self.rows, self.tolerance, found, graphs=graphs)
         self.queue, self.followers = FairQueue(), dict[int, list[Sequence]]()

@@ -30,16 +30,19 @@ class FastPaths(NamedTuple):
 NO_KERNELS = FastPaths()
 
 
-def load_kernels(model: Transformer, dtype: torch.dtype) -> FastPaths:
-    """What there is for a model that computes in `dtype`: on CUDA with Triton."""
+def load_kernels(model: Transformer, dtype: torch.dtype, *, fused: bool = False) -> FastPaths:
+    """What there is for a model that computes in `dtype`: on CUDA with Triton. `fused`: the whole step of GPT-2 too."""
     if model.device.type != "cuda" or not torch.version.cuda or find_spec("triton") is None:
         return NO_KERNELS
-    from regpt.kernels.decode_gpt2 import FusedDecode, fits  # these import Triton
-    from regpt.kernels.paged import decode_attention, prefill_attention, prefills
-    from regpt.kernels.sampler import draw_into
+    from regpt.kernels.paged import decode_attention, prefill_attention, prefills  # imports Triton
 
     prefill = prefill_attention if prefills(model.device, dtype, model.config.resolved().head_size) else None
-    if not isinstance(model, GPT2) or not fits(model) or dtype != model.dtype:
+    if not fused or not isinstance(model, GPT2) or dtype != model.dtype:
+        return FastPaths(decode_attention, prefill)
+    from regpt.kernels.decode_gpt2 import FusedDecode, fits
+    from regpt.kernels.sampler import draw_into
+
+    if not fits(model):
         return FastPaths(decode_attention, prefill)
     return FastPaths(decode_attention, prefill, FusedDecode(model), draw_into)
 

@@ -75,8 +75,8 @@ def attend_and_write_kernel(
     k_own = tl.load(own + H * D, mask=real, other=0.0)
     v_own = tl.load(own + 2 * H * D, mask=real, other=0.0)
     of_head = head.to(tl.int64) * kv_head
-    page = tl.load(table_ptr + row * table_row + position // PAGE)
-    slot = of_head + (page * PAGE + position % PAGE) * D + feature
+    own_page = tl.load(table_ptr + row * table_row + position // PAGE)
+    slot = of_head + (own_page * PAGE + position % PAGE) * D + feature
     tl.store(k_ptr + slot, k_own, mask=real)
     tl.store(v_ptr + slot, v_own, mask=real)
     top = tl.sum(q * k_own.to(tl.float32), 0)

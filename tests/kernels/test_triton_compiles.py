@@ -1,0 +1,96 @@
+"""The engine's Triton kernels compile for an H200, with the constants they are used with; needs Triton, no GPU. The
+interpreter, in which the other tests run them on a CPU, accepts more than the compiler.
+"""
+
+import os
+
+import pytest
+
+triton = pytest.importorskip("triton")
+decode_gpt2 = pytest.importorskip("regpt.kernels.decode_gpt2")
+paged = pytest.importorskip("regpt.kernels.paged")
+sampler = pytest.importorskip("regpt.kernels.sampler")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile"),
+]
+BF16, F32, I64, I32 = "*bf16", "*fp32", "*i64", "i32"
+SHAPES = [(12, 64), (25, 64), (4, 32), (3, 8)]  # heads and their sizes
+
+
+def compiles(kernel, arguments: dict[str, str], constants: dict[str, object], warps: int = 4) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    signature = {name: arguments.get(name, "constexpr") for name in names}
+    source = ASTSource(
+        fn=kernel, signature=signature, constexprs={(names.index(name),): value for name, value in constants.items()}
+    )
+    triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "enable_fp_fusion": False})
+
+
+@pytest.mark.parametrize(("H", "D"), SHAPES)
+@pytest.mark.parametrize("kind", [BF16, F32])
+@pytest.mark.parametrize("window", [False, True])
+def test_decode_attention(H, D, kind, window):
+    arguments = {"q_ptr": kind, "k_ptr": kind, "v_ptr": kind, "table_ptr": I64, "position_ptr": I64, "out_ptr": kind}
+    arguments |= dict.fromkeys(("q_row", "q_head", "kv_head", "table_row", "position_row", "window"), I32)
+    arguments["scale"] = "fp32"
+    constants = {"H": H, "G": H, "D": D, "BLOCK_D": triton.next_power_of_2(D), "PAGE": 16, "BLOCK": paged.BLOCK}
+    compiles(paged.decode_attention_kernel, arguments, constants | {"WINDOW": window}, paged.WARPS)
+
+
+@pytest.mark.parametrize(("H", "D"), SHAPES)
+@pytest.mark.parametrize("few", [False, True])
+def test_attend_and_write(H, D, few):
+    arguments = {"qkv_ptr": BF16, "k_ptr": BF16, "v_ptr": BF16, "table_ptr": I64, "position_ptr": I64, "out_ptr": BF16}
+    arguments |= dict.fromkeys(("kv_head", "table_row", "position_row"), I32) | {"scale": "fp32"}
+    constants = {"H": H, "D": D, "BLOCK_D": triton.next_power_of_2(D), "PAGE": 16}
+    block = decode_gpt2.BLOCK * (4 if few else 1)
+    warps = decode_gpt2.ATTENTION_WARPS * (2 if few else 1)
+    compiles(decode_gpt2.attend_and_write_kernel, arguments, constants | {"BLOCK": block}, warps)
+
+
+@pytest.mark.parametrize("C", [128, 768, 1600])
+def test_norms_and_writes(C):
+    whole = {"C": C, "BLOCK_C": triton.next_power_of_2(C)}
+    common = {"weight_ptr": BF16, "bias_ptr": BF16, "x_ptr": F32, "h_ptr": BF16, "eps": "fp32"}
+    inputs = {"token_ptr": I64, "position_ptr": I64, "stride": I32, "wte_ptr": BF16, "wpe_ptr": BF16}
+    compiles(decode_gpt2.embed_norm_kernel, inputs | common, whole)
+    compiles(decode_gpt2.add_norm_kernel, {"y_ptr": BF16, "y_bias_ptr": BF16} | common, whole)
+    arguments = {"qkv_ptr": BF16, "k_ptr": BF16, "v_ptr": BF16, "slot_ptr": I64, "kv_head": I32}
+    constants = {"H": C // 32, "D": 32, "BLOCK_C": whole["BLOCK_C"]}
+    compiles(decode_gpt2.write_kernel, arguments, constants)
+
+
+@pytest.mark.parametrize(
+    ("K", "N", "norm", "gelu", "add"),
+    [
+        (768, 2304, True, False, False),
+        (768, 768, False, False, True),
+        (768, 3072, True, True, False),
+        (3072, 768, False, False, True),
+        (128, 512, True, True, False),
+    ],
+)
+def test_products_of_one_vector(K, N, norm, gelu, add):
+    x = F32 if norm else BF16
+    arguments = {"x_ptr": x, "weight_ptr": BF16, "bias_ptr": BF16, "norm_weight_ptr": BF16, "norm_bias_ptr": BF16}
+    arguments |= {"added_ptr": F32 if add else x, "out_ptr": F32 if add else BF16, "N": I32, "eps": "fp32"}
+    block = min(decode_gpt2.LARGEST_VECTOR, triton.next_power_of_2(K))
+    for rows in (4, 8, 16):
+        constants = {"K": K, "BLOCK_K": block, "ROWS": rows, "NORM": norm, "GELU": gelu, "ADD": add}
+        compiles(decode_gpt2.vector_kernel, arguments, constants, decode_gpt2.VECTOR_WARPS)
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 25])
+def test_draws(chunks):
+    likeliest = {"logits_ptr": F32, "key_ptr": I64, "sum_ptr": F32, "row_stride": I32, "V": I32}
+    sizes = {"CHUNK": sampler.CHUNK, "K": sampler.MOST}
+    compiles(sampler.likeliest_kernel, likeliest, sizes, sampler.CHUNK_WARPS)
+    arguments = {"key_ptr": I64, "sum_ptr": F32, "state_ptr": I64, "out_ptr": "*fp64"}
+    arguments |= dict.fromkeys(("chunks", "state_stride", "V"), I32)
+    power = triton.next_power_of_2
+    constants = {"K": sampler.MOST, "KEYS": power(chunks * sampler.MOST), "CHUNKS": power(chunks)}
+    compiles(sampler.draw_kernel, arguments, constants, sampler.ROW_WARPS)
