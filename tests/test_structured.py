@@ -68,6 +68,11 @@ def test_toml_beyond_the_limits_is_a_short_value_error(bomb):
     assert "sys." not in str(caught.value)
 
 
+def test_a_byte_order_mark_in_front_is_no_part_of_the_text():
+    assert parse_json("\ufeff[1]") == parse_json("\ufeff[1]".encode()) == [1]
+    assert parse_toml("\ufeffa = 1\r\n") == parse_toml("\ufeffa = 1\r\n".encode()) == {"a": 1}
+
+
 @given(VALUES)
 def test_json_within_the_limits_is_what_python_reads(value):
     text = json.dumps(value)

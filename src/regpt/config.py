@@ -173,7 +173,7 @@ def read_text(name: str) -> str:
     try:
         return read_small(path, "make it a readable file, or give another .toml file", MAX_TOML_BYTES).decode()
     except UnicodeDecodeError:
-        raise UsageError(f"{name} is not UTF-8 text; give a .toml file") from None
+        raise UsageError(f"{name} is not UTF-8 text; save it as UTF-8, or give another .toml file") from None
 
 
 def known_recipes() -> str:

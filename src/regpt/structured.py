@@ -21,18 +21,19 @@ MAX_DEPTH = 100  # lists and tables inside each other; our own files have six
 MAX_CONTAINERS = 2_000_000  # lists and tables; a tokenizer of a million merges has as many
 MAX_INTEGER = 10**40  # 128 bits; any larger one may be infinite as a float
 MAX_DOTS = 100  # in a key of TOML: the parser is quadratic in them
+MARK = "\ufeff"  # of byte order: some editors of Windows write it in front of UTF-8
 STRING = re.compile(r'"(?:[^"\\]|\\.?)*(?:"|$)' + r"|'[^']*(?:'|$)")  # in one line; one without an end, to the line's
 
 
 def parse_json(data: bytes | str) -> Any:
-    """The value that JSON in UTF-8 describes.
+    """The value that JSON in UTF-8 describes, with or without a byte-order mark.
 
     Raises:
         ValueError: something else, or something beyond the limits of this module.
     """
     text = data if isinstance(data, str) else data.decode()
     refuse_many(text)
-    return parsed(json.loads, text)
+    return parsed(json.loads, text.removeprefix(MARK))
 
 
 def refuse_many(data: bytes | str) -> None:
@@ -43,14 +44,14 @@ def refuse_many(data: bytes | str) -> None:
 
 
 def parse_toml(data: bytes | str) -> dict[str, Any]:
-    """The table that TOML in UTF-8 describes.
+    """The table that TOML in UTF-8 describes, with or without a byte-order mark.
 
     Raises:
         ValueError: something else, or something beyond the limits of this module.
     """
     if len(data) > MAX_TOML_BYTES:
         raise ValueError(f"more than {MAX_TOML_BYTES >> 20} MiB")
-    text = data if isinstance(data, str) else data.decode()
+    text = (data if isinstance(data, str) else data.decode()).removeprefix(MARK)
     for number, line in enumerate(text.split("\n"), start=1):
         if line.count(".") > MAX_DOTS and STRING.sub("", line).partition("#")[0].count(".") > MAX_DOTS:
             raise ValueError(f"a key of more than {MAX_DOTS} parts in line {number}")

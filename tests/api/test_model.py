@@ -81,9 +81,15 @@ def test_the_loss_is_the_mean_over_rows_that_start_afresh(lm):
     assert lm.loss([ids[:9], ids[:9]]) == pytest.approx(lm.loss(ids[:9]), rel=1e-6)
 
 
-def test_transformers_gets_a_model_of_the_same_logits(lm):
-    ids = torch.tensor([lm.tokenizer.encode("ba do mi ta")])
-    assert torch.allclose(lm.to_hf()(ids).logits, lm.logits(ids), atol=1e-6)
+def test_transformers_gets_a_model_of_the_same_logits_and_prints_nothing(lm, capfd):
+    from transformers.utils import logging
+
+    shown, ids = logging.is_progress_bar_enabled(), torch.tensor([lm.tokenizer.encode("ba do mi ta")])
+    capfd.readouterr()
+    theirs = lm.to_hf()
+    assert "Loading" not in "".join(capfd.readouterr())
+    assert logging.is_progress_bar_enabled() is shown
+    assert torch.allclose(theirs(ids).logits, lm.logits(ids), atol=1e-6)
 
 
 def test_other_number_formats_stay_their_own_matter(straight: Path):

@@ -79,6 +79,13 @@ def test_a_typo_below_a_folder_that_exists_is_not_looked_up_on_the_hub(tmp_path,
         open_model("runs/typo")
 
 
+@pytest.mark.parametrize("name", ["typo/model.gguf", "typo/model.safetensors", "typo/config.json"])
+def test_a_missing_file_is_not_looked_up_on_the_hub(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=f"'{name}' does not exist"):
+        open_model(name)
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(UsageError, match="holds no model"):
         open_model(str(tmp_path))

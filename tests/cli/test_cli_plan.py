@@ -234,6 +234,18 @@ def test_what_deserves_a_second_thought_is_a_warning(plan, flags: list[str], par
     assert any(all(part in warning for part in parts) for warning in warnings), warnings
 
 
+def test_a_vocabulary_that_the_data_will_decide_is_said_where_it_is_assumed(plan, corpus: Path):
+    said = "the vocabulary is the data's: GPT-2's 50,257 tokens are assumed here; add --data DIR, or"
+    for recipe, flags, assumed in (
+        ("llama-124m", [], True),
+        ("llama-124m", ["--model.vocab-size", "128256"], False),
+        ("llama-124m", ["--data", str(corpus)], False),
+        ("gpt2-124m", [], False),
+    ):
+        warnings = plan(recipe, "--gpu", "h100", *flags)["warnings"]
+        assert any(warning.startswith(said) for warning in warnings) is assumed, (recipe, flags)
+
+
 def test_a_disk_that_is_too_small_is_a_warning(plan, tiny_flags, monkeypatch):
     monkeypatch.setattr(plan_module, "free_disk_bytes", lambda folder: 1000)
     warnings = plan("gpt2-tiny", *tiny_flags, "--gpu", "cpu", "--mfu", "0.5")["warnings"]

@@ -118,3 +118,12 @@ def test_a_run_without_background_saves_the_same(config, straight, tmp_path):
     assert pretrain(tiny.change(config, "checkpoint", background=False), tmp_path / "run") == 0
     assert tiny.final_files(tmp_path / "run") == tiny.final_files(straight)
     assert steps(tmp_path / "run") == [2, 4, 6, 8]
+
+
+def test_a_run_without_a_checkpoint_begins_again_and_says_so(straight: Path, tmp_path: Path, capfd):
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    shutil.rmtree(run / "checkpoints")
+    assert resume(run) == 0
+    assert f"{run} has no checkpoint to continue from: the run begins again, with step 1" in "".join(capfd.readouterr())
+    assert steps(run)[-1] == steps(straight)[-1]

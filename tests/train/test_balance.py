@@ -180,6 +180,8 @@ def test_a_run_logs_loads_and_resumes_bitwise(balance: str, config: RunConfig, t
     [
         (tiny.CONFIG, BIAS, "train.balance is for experts, but gpt2 has none"),
         (tiny.CONFIG, LOSSES, "train.router_z_loss is for experts, but gpt2 has none"),
+        (tiny.CONFIG, TrainConfig(balance_loss=0.1), "train.balance_loss is for experts, but gpt2 has none"),
+        (tiny.CONFIG, TrainConfig(balance_rate=0.1), "train.balance_rate is for experts, but gpt2 has none"),
         (CONFIG, BIAS, "train.balance is bias and model.expert_bias false"),
         (BIASED, LOSSES, "train.balance is loss and model.expert_bias true"),
     ],

@@ -197,9 +197,13 @@ class LanguageModel:
         """
         try:
             from transformers import AutoModelForCausalLM
+            from transformers.utils import logging as console
         except ImportError:
             raise UserError("transformers is not installed; install it with: pip install transformers") from None
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+            if console.is_progress_bar_enabled():
+                console.disable_progress_bar()
+                stack.callback(console.enable_progress_bar)
             write_model(self.module, self.tokenizer, Path(folder))
             return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 

@@ -32,6 +32,7 @@ from regpt.text.companions import read_companions
 from regpt.text.folder import CHAT
 from regpt.text.tokenizer import Tokenizer
 
+FILES = (".gguf", ".safetensors", ".bin", ".pt", ".json", ".toml")
 ALLOWED = (
     "a run folder, a checkpoint folder, the address of one (s3://…), a Hugging Face folder, a GGUF file, or a hub name "
     f"({', '.join(SHORT_NAMES)}, or OWNER/NAME)"
@@ -101,10 +102,12 @@ def open_model(name: str, device: torch.device | str = "cpu", *, ema: bool = Fal
 
 
 def may_be_model(name: str) -> bool:
-    """Whether `name` exists or may be a hub name; `runs/typo` is no OWNER/NAME where there is a folder `runs`."""
+    """Whether `name` exists or may be a hub name; `runs/typo` is no OWNER/NAME where there is a folder `runs`, nor is
+    `typo/model.gguf`."""
     path = Path(name)
     inside_folder = len(path.parts) > 1 and is_folder(path.parts[0])
-    return exists(path) or (repository(name) is not None and not inside_folder)
+    of_file = path.suffix.lower() in FILES  # the hub's names of models have no such end
+    return exists(path) or (repository(name) is not None and not inside_folder and not of_file)
 
 
 def open_checkpoint(

@@ -17,7 +17,7 @@ COMMANDS = {
     "sample": "write text with a model",
     "chat": "talk with a model",
     "serve": "answer OpenAI's clients with models, to this machine",
-    "export": "write a model as a Hugging Face folder",
+    "export": "write a model as a Hugging Face folder or a GGUF file",
     "report": "a run, or several over each other, as one self-contained page",
     "diff": "two runs against each other: what differs, and whether it matters",
     "scaling": "a power law through the losses of runs, and what it predicts",

@@ -44,7 +44,6 @@ def main(args: list[str]) -> int:
 
     config = given.config
     corpus = open_shards(config) if config.data.path or config.data.mixture else None
-    config = config.with_vocab_size(corpus.vocab_size) if corpus else config.with_vocab_size()
     flags = {"gpu": given.gpu, "gpus": given.gpus, "price": given.price, "mfu": given.mfu}
     plan = make_plan(config, given.recipe, **flags, corpus=corpus)
     if given.json:

@@ -167,7 +167,7 @@ def own_sentences() -> list[str]:
 
 def sentences(path: Path) -> list[str]:
     try:
-        found = [one for one in SENTENCE_END.split(path.read_text(encoding="utf-8").strip()) if one]
+        found = [one for one in SENTENCE_END.split(path.read_text(encoding="utf-8-sig").strip()) if one]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"needle: {str(path)!r} cannot be read ({error}); name a text file in UTF-8") from None
     if not found:

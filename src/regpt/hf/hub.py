@@ -64,7 +64,8 @@ def download_model(repo: str) -> Path:
     kept = try_to_load_from_cache(repo, CONFIG)
     if not isinstance(kept, str):
         raise UserError(
-            f"model {repo!r} is not in the hub's cache and the hub cannot be reached ({trouble}); {WAYS_OUT}, {LOCAL}"
+            f"model {repo!r} is not a file or folder here and not in the hub's cache, and the hub cannot be reached "
+            f"({trouble}); {WAYS_OUT}, {LOCAL}"
         )
     hf_config(Path(kept).parent)
     return with_weights(Path(kept).parent, repo)

@@ -10,6 +10,7 @@ from regpt.checkpoint.config import CheckpointConfig
 from regpt.config import RunConfig
 from regpt.data.loader import check_batch
 from regpt.errors import UsageError
+from regpt.model.config import GPT2_VOCAB_SIZE
 from regpt.runs.build import Corpus
 from regpt.runs.plan_stages import GIB, PlannedStage, checkpoint_bytes, planned_stages
 from regpt.tools.measure import busy, free_disk_bytes
@@ -24,6 +25,7 @@ START_SECONDS = {True: 45.0, False: 10.0}  # compiled or not: imports, building,
 GOOD_EPOCHS = 4  # Muennighoff et al. 2023: up to four epochs are nearly as good as new data
 USELESS_EPOCHS = 16  # the same: after about sixteen, repeating brings almost nothing
 FEW_TOKENS_PER_PARAMETER = 0.5  # a fortieth of what is optimal
+ASSUMED = "assumed here; add --data DIR, or --model.vocab-size N (Llama 3 has 128,256)"
 SMALL_SHARE = 0.25  # of a micro-batch: smaller products reach less of the peak
 
 
@@ -47,6 +49,8 @@ def make_plan(
     Raises:
         UsageError: a device or a combination that cannot be planned for.
     """
+    assumed = not (corpus or config.model.vocab_size or config.model.family == "gpt2")
+    config = config.with_vocab_size(corpus.vocab_size if corpus else GPT2_VOCAB_SIZE)
     load = busy()  # before anything is measured
     target = planned_target(gpu, config.train.device, config.train.precision)
     if target.kind != "gpu" and gpus > 1:
@@ -71,6 +75,8 @@ def make_plan(
         plan["cost"] = {"price_per_gpu_hour": price, "gpu_hours": hours, "total": hours * price}
     choices = doubtful_choices(plan, largest.rows)
     warnings = [*refusals(config, gpus, stages), *unsuitable_device(config.train, target), *choices]
+    if assumed:
+        warnings.insert(0, f"the vocabulary is the data's: GPT-2's {GPT2_VOCAB_SIZE:,} tokens are {ASSUMED}")
     return plan | {"warnings": [*warnings, *doubtful_figures(target, stages[0].time, load)]}
 
 

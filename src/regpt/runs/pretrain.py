@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from regpt.checkpoint.load import checkpoints, load_checkpoint
+from regpt.checkpoint.load import checkpoints, load_checkpoint, print_warning
 from regpt.checkpoint.manifest import MANIFEST
 from regpt.checkpoint.saver import Saver
 from regpt.config import RunConfig
@@ -168,6 +168,8 @@ def resume(
             start = start_at(run, checkpoint, event | {"changed": found, "skipped": skipped}, found)
         else:
             run = Run(config, mesh)
+            if mesh.is_main:
+                print_warning(f"{folder} has no checkpoint to continue from: the run begins again, with step 1")
             start = start_again(run, folder, read_object(folder / "env.json", REMEDY), event)
         run.begin(start, stack)
         if mesh.is_main:

@@ -116,18 +116,21 @@ class Balance:
         self.shares.copy_(self.shares_of(self.applied))
 
 
+KEYS = ("balance", "router_z_loss", "balance_loss", "balance_rate")
+
+
 def make_balance(model: Transformer, config: TrainConfig) -> Balance | None:
     """None for a model without experts.
 
     Raises:
         UsageError: the configuration asks for what the model has not.
     """
+    changed = [key for key in KEYS if getattr(config, key) not in (getattr(TrainConfig, key), 0)]
     if not isinstance(model, LlamaOfExperts):
-        if config.balance == "bias" or config.router_z_loss:
-            key = "balance" if config.balance == "bias" else "router_z_loss"
+        if changed:
             raise UsageError(
-                f"train.{key} is for experts, but {model.config.family} has none; leave it out or choose another "
-                "model.family"
+                f"train.{changed[0]} is for experts, but {model.config.family} has none; leave it out or choose "
+                "another model.family"
             )
         return None
     if (config.balance == "bias") != model.config.expert_bias:
