@@ -129,7 +129,7 @@ def write_all(
     first = engine.submit(requests[0])
     for one in requests[1:]:
         engine.submit(one)
-    texts = [[Text(one, tokenizer) for _ in range(one.n)] for one in requests]
+    texts = [[DrawnText(one, tokenizer) for _ in range(one.n)] for one in requests]
     at, written = 0, 0
     with show_texts(texts[0]) if watched else show_progress(requests) as show:
         while engine.busy:
@@ -144,7 +144,7 @@ def write_all(
                 at += 1
 
 
-class Text:
+class DrawnText:
     """A text that is being written: its tokens, and the pieces of its text, the prompt's first."""
 
     def __init__(self, request: "Request", tokenizer: Any):
@@ -171,7 +171,7 @@ def show_progress(requests: "list[Request]") -> "Iterator[Callable[[int, int], N
     """A bar with rate and time left, of a file of prompts."""
     from rich.progress import BarColumn, TimeRemainingColumn
 
-    from regpt.console.tables import field, progress_bar
+    from regpt.console.drawing import field, progress_bar
 
     if len(requests) == 1:
         yield lambda tokens, done: None
@@ -189,7 +189,7 @@ def show_progress(requests: "list[Request]") -> "Iterator[Callable[[int, int], N
 
 
 @contextmanager
-def show_texts(texts: list[Text]) -> "Iterator[Callable[[int, int], None]]":
+def show_texts(texts: list[DrawnText]) -> "Iterator[Callable[[int, int], None]]":
     """One text piece by piece; several side by side while they are drawn, gone afterwards."""
     if len(texts) == 1:
         write_stream(sys.stdout, "> ")
@@ -206,15 +206,15 @@ def show_texts(texts: list[Text]) -> "Iterator[Callable[[int, int], None]]":
     from rich.columns import Columns
     from rich.live import Live
     from rich.panel import Panel
-    from rich.text import Text as Plain
+    from rich.text import Text
 
-    from regpt.console.tables import PlainConsole
+    from regpt.console.drawing import PlainConsole
 
     console = PlainConsole()
     width = max(30, console.width // min(len(texts), 4) - 1)
 
     def panels() -> Columns:
-        return Columns([Panel(Plain(text.text), width=width) for text in texts[:MOST_PANELS]])
+        return Columns([Panel(Text(text.text), width=width) for text in texts[:MOST_PANELS]])
 
     with Live(panels(), console=console, transient=True, refresh_per_second=12) as live:
         yield lambda tokens, done: live.update(panels())
