@@ -78,10 +78,10 @@ class Serving:
         assert self.metric("pages_free") == self.metric("pages{")
 
 
-def loaded(name: str = "tiny", template: str = TEMPLATE, rows: int = 16, pages: int = 0) -> Loaded:
-    opened = OpenModel(MODEL, TOKENIZER, None, name, companions={CHAT: template} if template else {})
-    engine = Engine(MODEL, TOKENIZER, max_rows=rows, cache_tokens=pages * 16)
-    return Loaded(name, opened, engine, ChatTemplate(template, TOKENIZER) if template else None)
+def loaded(name: str = "tiny", template: str = TEMPLATE, rows: int = 16, opened: OpenModel | None = None) -> Loaded:
+    opened = opened or OpenModel(MODEL, TOKENIZER, None, name, companions={CHAT: template} if template else {})
+    engine = Engine(opened.model, opened.tokenizer, max_rows=rows)
+    return Loaded(name, opened, engine, ChatTemplate(template, opened.tokenizer) if template else None)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import openai
 import pytest
 from serving import MODEL, TOKENIZER, Serving, loaded, serving, text_of, written
 from test_complaints import Held, until
@@ -223,3 +224,32 @@ def test_a_broken_engine_is_said_to_everyone_and_by_health():
         assert "out of memory" in first.json()["error"]["message"]
         assert running.http.get("/health").status_code == 503
         until(lambda: not running.server.config.app.workers[0].thread.is_alive())
+
+
+def test_responses_are_stateless_text_whole_and_streamed(served):
+    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0)
+    asked = {"model": "tiny", "input": "Hi", "instructions": "be brief", "max_output_tokens": 12, "store": False}
+    asked |= {"extra_body": {"seed": 3, "logit_bias": {"256": -100}}}
+    whole = client.responses.create(**asked)
+    chat = served.post(
+        "chat/completions",
+        messages=[{"role": "system", "content": "be brief"}, {"role": "user", "content": "Hi"}],
+        max_tokens=12,
+        seed=3,
+        logit_bias={"256": -100},
+    ).json()
+    assert whole.output_text == chat["choices"][0]["message"]["content"]
+    assert (whole.status, whole.incomplete_details.reason, whole.usage.output_tokens) == (
+        "incomplete",
+        "max_output_tokens",
+        12,
+    )
+    found = list(client.responses.create(stream=True, **asked))
+    assert [one.sequence_number for one in found] == list(range(len(found)))
+    assert "".join(one.delta for one in found if one.type == "response.output_text.delta") == whole.output_text
+    assert (found[0].type, found[-1].type) == ("response.created", "response.incomplete")
+    assert found[-1].response.output_text == whole.output_text
+    for field, value in (("store", True), ("previous_response_id", "resp_1"), ("tools", [{"type": "web_search"}])):
+        error = served.refused("responses", input="Hi", **{field: value})
+        assert (error["param"], error["code"]) == (field, "unsupported_parameter")
+    client.close()

@@ -16,7 +16,7 @@ LOWEST = -9999.0  # what OpenAI reports for a probability of zero; JSON has no i
 
 
 @dataclass
-class Text:
+class TextSoFar:
     """One text so far."""
 
     index: int
@@ -37,7 +37,7 @@ class AnswerShape(Protocol):
         """Chunks before any token."""
         ...
 
-    def chunk(self, answer: "Answer", piece: Text) -> Iterator[Json]:
+    def chunk(self, answer: "Answer", piece: TextSoFar) -> Iterator[Json]:
         """Chunks for what a text has gained."""
         ...
 
@@ -69,19 +69,19 @@ class Answer:
         self.job, self.tokenizer, self.shape, self.model = job, tokenizer, shape, model
         self.logprobs, self.echoes, self.usage = logprobs, list(echoes), usage
         self.id, self.created = f"{shape.prefix}-{secrets.token_hex(12)}", int(time.time())
-        self.texts = [Text(i, self.echoes[i // job.n] if echoes else "") for i in range(job.texts)]
+        self.texts = [TextSoFar(i, self.echoes[i // job.n] if echoes else "") for i in range(job.texts)]
         self.seed = job.requests[0].seed
 
-    def add(self, batch: Sequence[tuple[int, Any]]) -> list[Text]:
+    def add(self, batch: Sequence[tuple[int, Any]]) -> list[TextSoFar]:
         """Take in a batch; what each text has gained, texts in order."""
-        gained: dict[int, Text] = {}
+        gained: dict[int, TextSoFar] = {}
         for index, item in batch:
             if isinstance(item, PromptScores):
                 for i in range(index, index + self.job.n):
-                    gained.setdefault(i, Text(i)).entries += item.entries
+                    gained.setdefault(i, TextSoFar(i)).entries += item.entries
                 continue
             assert isinstance(item, Event)
-            piece = gained.setdefault(index, Text(index))
+            piece = gained.setdefault(index, TextSoFar(index))
             piece.text += item.text
             piece.reason = item.finish_reason
             if item.token is not None:
@@ -172,16 +172,16 @@ class CompletionShape:
     kind, prefix = "text_completion", "cmpl"
     ending: tuple[str, ...] = ("[DONE]",)
 
-    def choice(self, answer: Answer, text: Text, offset: int = 0) -> Json:
+    def choice(self, answer: Answer, text: TextSoFar, offset: int = 0) -> Json:
         logprobs = answer.completion_logprobs(text.entries, offset)
         return {"text": text.text, "index": text.index, "logprobs": logprobs, "finish_reason": text.reason}
 
     def opening(self, answer: Answer) -> Iterator[Json]:
         if answer.echoes and answer.job.top is None:
             for text in answer.texts:
-                yield answer.chunk_frame([self.choice(answer, Text(text.index, text.text))])
+                yield answer.chunk_frame([self.choice(answer, TextSoFar(text.index, text.text))])
 
-    def chunk(self, answer: Answer, piece: Text) -> Iterator[Json]:
+    def chunk(self, answer: Answer, piece: TextSoFar) -> Iterator[Json]:
         if (
             answer.echoes
             and answer.job.top is not None
@@ -214,7 +214,7 @@ class ChatShape:
         for text in answer.texts:
             yield self.part(answer, text.index, {"role": "assistant", "content": ""})
 
-    def chunk(self, answer: Answer, piece: Text) -> Iterator[Json]:
+    def chunk(self, answer: Answer, piece: TextSoFar) -> Iterator[Json]:
         if piece.text or (answer.logprobs is not None and piece.entries):
             yield self.part(answer, piece.index, {"content": piece.text}, piece.entries)
         if piece.reason:

@@ -12,10 +12,10 @@ from starlette.types import Receive, Scope, Send
 
 from regpt.errors import nearest
 from regpt.serve.answers import Answer
-from regpt.serve.fields import CHAT, COMPLETIONS, ApiError, Field, read_json_object, shown
+from regpt.serve.fields import CHAT, COMPLETIONS, RESPONSES, ApiError, Field, read_json_object, shown
 from regpt.serve.gate import Gate
 from regpt.serve.metrics import Timings, metrics_text
-from regpt.serve.paths import ServedModel, chat, completion
+from regpt.serve.paths import ServedModel, chat, completion, response
 from regpt.serve.worker import Limits
 
 BODY_SECONDS = 30.0  # for a body to arrive
@@ -162,6 +162,10 @@ def make_app(models: Sequence[ServedModel], limits: Limits, token: str = "") -> 
     @app.post("/v1/chat/completions", openapi_extra=described(CHAT, ["model", "messages"]))
     async def chat_completions(request: Request) -> Response:
         return await service.answer(request, chat)
+
+    @app.post("/v1/responses", openapi_extra=described(RESPONSES, ["model", "input"]))
+    async def responses(request: Request) -> Response:
+        return await service.answer(request, response)
 
     @app.get("/v1/models")
     async def models_list() -> dict[str, Any]:

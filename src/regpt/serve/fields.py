@@ -99,6 +99,15 @@ CHAT = {
     "logprobs": SWITCH,
     "top_logprobs": whole(0, 20),
 }
+RESPONSES = {
+    "model": TEXT,
+    **SAMPLING,
+    "input": Field((str, list)),
+    "instructions": TEXT,
+    "max_output_tokens": whole(1, MANY),
+    "stream": SWITCH,
+    "user": TEXT,
+}
 # Fields that OpenAI has and this server does not implement, with the values that ask for nothing.
 SHARED_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "metadata": ({},),
@@ -119,6 +128,21 @@ CHAT_NEUTRAL = SHARED_NEUTRAL | {
     "tools": ([],),
     "verbosity": (),
     "web_search_options": (),
+}
+RESPONSES_NEUTRAL = SHARED_NEUTRAL | {
+    "background": (False,),
+    "conversation": (),
+    "include": ([],),
+    "max_tool_calls": (),
+    "parallel_tool_calls": (True, False),
+    "previous_response_id": (),
+    "prompt": (),
+    "reasoning": ({},),
+    "text": ({"format": {"type": "text"}}, {}),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "truncation": ("disabled",),
 }
 
 

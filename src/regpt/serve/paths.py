@@ -17,6 +17,8 @@ from regpt.serve.fields import (
     CHAT_NEUTRAL,
     COMPLETIONS,
     COMPLETIONS_NEUTRAL,
+    RESPONSES,
+    RESPONSES_NEUTRAL,
     ApiError,
     read_bias,
     read_fields,
@@ -24,6 +26,7 @@ from regpt.serve.fields import (
     shown,
     wants_usage,
 )
+from regpt.serve.responses import ResponseShape
 from regpt.serve.worker import Limits, TextJob, Worker
 from regpt.text.chat import ChatTemplate
 from regpt.text.tokenizer import Tokenizer
@@ -186,6 +189,22 @@ async def chat(model: ServedModel, body: Mapping[str, Any], limits: Limits) -> t
     shape = ChatShape()
     answer = Answer(job, model.tokenizer, shape, model.id, top if fields["logprobs"] else None, usage=usage)
     return answer, fields["stream"]
+
+
+async def response(model: ServedModel, body: Mapping[str, Any], limits: Limits) -> tuple[Answer, bool]:
+    """The answer to come of `/v1/responses`, and whether it is a stream. Nothing is stored."""
+    fields = read_fields(body, RESPONSES, RESPONSES_NEUTRAL)
+    given = fields["input"]
+    if given is None:
+        raise ApiError("input is missing", param="input", code="missing_required_parameter")
+    messages = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    if fields["instructions"] is not None:
+        messages = [{"role": "system", "content": fields["instructions"]}, *messages]
+    prompt = await conversation(model, read_messages(messages, "input"), "input")
+    new = new_tokens(model, prompt, fields, ("max_output_tokens",), "input")
+    stop_ids = model.chat.stop_ids if model.chat else ()
+    job = TextJob(make_requests(model, fields | {"n": 1, "stop": None}, [prompt], new, 0, limits, stop_ids))
+    return Answer(job, model.tokenizer, ResponseShape(fields), model.id), fields["stream"]
 
 
 async def conversation(model: ServedModel, messages: list[dict[str, str]], param: str) -> list[int]:

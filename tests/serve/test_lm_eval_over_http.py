@@ -1,0 +1,83 @@
+"""lm-eval's `local-completions` over the server gives the scores of the adapter in a process."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from serving import loaded, serving
+
+import tiny
+from regpt.checkpoint.open import open_model
+from regpt.hf.export import export_hf
+from regpt.text.bpe import train_bpe
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not all(map(find_spec, ("lm_eval", "transformers"))), reason="lm-eval is not installed"),
+]
+TEXT = "the cat sat on a mat and dogs ran home in the rain while birds sang of spring"
+WORDS = TEXT.split()
+TASK = """
+task: choices
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{ctx}}}}"
+doc_to_choice: "{{{{endings}}}}"
+doc_to_target: label
+metric_list:
+  - {{metric: acc}}
+  - {{metric: acc_norm}}
+"""
+CODE = """
+import json, sys
+import torch
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.models.openai_completions import LocalCompletionsAPI
+from lm_eval.tasks import TaskManager
+from regpt.checkpoint.open import open_model
+from regpt.evals.harness import HarnessModel
+from regpt.evals.score import Scorer
+from regpt.parallel.mesh import Mesh
+folder, url = sys.argv[1:]
+opened = open_model(folder + "/model")
+here = HarnessModel(Scorer(opened.model, Mesh(0, 1, torch.device("cpu"))), opened.tokenizer)
+there = LocalCompletionsAPI(base_url=url + "/v1/completions", model="tiny", tokenizer=folder + "/model",
+    tokenizer_backend="huggingface", max_length=48, batch_size=4)
+found = []
+for model in (here, there):
+    manager = TaskManager(include_path=folder)
+    one = simple_evaluate(model=model, tasks=["choices"], bootstrap_iters=10, task_manager=manager)
+    samples = sorted(one["samples"]["choices"], key=lambda sample: sample["doc_id"])
+    found.append([one["results"]["choices"], [sample["filtered_resps"] for sample in samples]])
+json.dump(found, open(folder + "/found.json", "w"), default=str)
+"""
+
+
+def test_local_completions_gives_the_scores_of_the_adapter_in_a_process(tmp_path: Path):
+    draw = np.random.default_rng(0)
+    text = lambda most: " ".join(draw.choice(WORDS, size=int(draw.integers(1, most))))  # noqa: E731
+    rows = [{"ctx": text(9), "endings": [text(4) for _ in range(4)], "label": int(draw.integers(4))} for _ in range(16)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "choices.yaml").write_text(TASK.format(data=data), encoding="utf-8")
+    config = tiny.replace(tiny.CONFIG, vocab_size=290, max_seq_len=48)
+    tokenizer = train_bpe([" ".join(WORDS * 3)], 290)
+    export_hf(tiny.build_model(config=config, dtype=tiny.torch.float32), tokenizer, tmp_path / "model")
+    env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "DISABLE_MULTIPROC": "1", "OMP_NUM_THREADS": "1"}
+    with serving([loaded(opened=open_model(str(tmp_path / "model")))]) as running:
+        command = [sys.executable, "-c", CODE, str(tmp_path), running.url]
+        done = subprocess.run(command, env=os.environ | env, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert not done.returncode, done.stderr[-3000:]
+    here, there = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    for metric in ("acc,none", "acc_norm,none"):
+        assert round(here[0][metric], 4) == round(there[0][metric], 4)
+    answers = [np.array(one[1], dtype=object)[..., 0].astype(float) for one in (here, there)]
+    assert np.abs(answers[0] - answers[1]).max() < 1e-4
+    assert [[pair[1] for pair in item] for item in here[1]] == [[pair[1] for pair in item] for item in there[1]]
