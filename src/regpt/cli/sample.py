@@ -61,6 +61,10 @@ class SampleArgs:
     """The same, once for every time; 0: off."""
     stop: tuple[str, ...] = ()
     """Strings that end a text; they are no part of it."""
+    json_schema: Annotated[str, tyro.conf.arg(metavar="FILE|JSON")] = ""
+    """Write JSON that this schema describes (extra structured)."""
+    regex: Annotated[str, tyro.conf.arg(metavar="PATTERN")] = ""
+    """Write text that this regular expression matches as a whole (extra structured)."""
     seed: int = 1337
     """The same seed gives the same samples on the same machine."""
     step: Annotated[str, tyro.conf.arg(metavar="N|best")] = ""
@@ -99,7 +103,8 @@ def main(args: list[str]) -> int:
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     if slide and max(map(len, ids)) + given.max_new_tokens > longest:
         print_note(f"the model reads {longest:,} tokens: what comes after them follows from the last {longest:,} alone")
-    requests = [Request(one, given.max_new_tokens, n=given.n, **drawn) for one in ids]
+    structure = structure_of(given, tokenizer, model.config.vocab_size)
+    requests = [Request(one, given.max_new_tokens, n=given.n, structure=structure, **drawn) for one in ids]
     names = [one.name for one in fields(options) if one.name != "logit_bias"]
     settings = {name: getattr(given, name) for name in (*names, "stop", "seed", "precision")}
     about = {"model": given.model, "source": opened.source, "step": opened.step}
@@ -115,6 +120,25 @@ def main(args: list[str]) -> int:
             elif not (watched and given.n == 1):
                 print_line("\n".join(f"> {sample.text}" for sample in samples))
     return 0
+
+
+def structure_of(given: SampleArgs, tokenizer: Any, n_vocab: int) -> Any:
+    """What makes the structures of the texts; None where they are free."""
+    if not (given.json_schema or given.regex):
+        return None
+    from regpt.engine.structured import Structures
+
+    if given.json_schema and given.regex:
+        raise UsageError("give --json-schema or --regex, not both")
+    structures = Structures(tokenizer, n_vocab)
+    if given.regex:
+        return structures.of_regex(given.regex)
+    schema = given.json_schema
+    if not schema.lstrip().startswith("{"):
+        if not Path(schema).is_file():
+            raise UsageError(f"--json-schema {schema!r} is neither a file nor an object; give one of them")
+        schema = Path(schema).read_text(encoding="utf-8", errors="replace")
+    return structures.of_schema(schema)
 
 
 def write_all(

@@ -164,6 +164,8 @@ class Engine:
                 self.admit()
                 if self.prefilling:
                     self.prefill()
+                while self.pending and any(one.structure for one in self.active):  # which must know the last token
+                    self.collect(self.pending.popleft())
                 if self.active:
                     self.decode()
                 for sequence in list(self.sliding):
