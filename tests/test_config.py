@@ -64,6 +64,10 @@ def test_a_recipe_may_build_on_another():
             '[train]\nprecision = "fp4"',
             "train.precision is 'fp4', must be 'fp64', 'fp32', 'tf32', 'bf16', 'fp16' or 'fp8'",
         ),
+        (
+            "[train]\nbatch_ramp = [10, 128, 16]",
+            "train.batch_ramp has the entry 10, must be lists inside a list, as [[…]",
+        ),
         ("[train]\nbatch_ramp = [[10, 128]]", "train.batch_ramp has the entry [10, 128], which lacks value 3"),
         ("[train]\nsteps = 0", "train.steps is 0, must be at least 1"),
         ("[optim]\nlr = nan", "optim.lr is nan, must be 0 or more"),

@@ -79,7 +79,7 @@ def command_of(args: list[str]) -> Callable[[], int]:
     """What `args` ask for; it returns the exit code."""
     if not args or args[0] in ("-h", "--help"):
         return partial(printed, usage())
-    if args[0] == "--version":
+    if args[0] in ("--version", "version"):
         return partial(printed, regpt.__version__)
     name, *rest = args
     if name not in COMMANDS:

@@ -212,6 +212,8 @@ def explain(error: ValidationError) -> str:
         return str(cause)  # a section's own sentence
     if first["type"] == "missing" and where[-1].isdecimal():  # of a list whose length is fixed
         return f"{key} has the entry {list(first['input'])}, which lacks value {int(where[-1]) + 1}"
+    if first["type"] == "tuple_type" and where[-1].isdecimal():  # of a list of lists
+        return f"{key} has the entry {first['input']!r}, must be lists inside a list, as [[…], […]]"
     either = where[-1].startswith("literal[")  # one of several types; then each has an error of its own
     errors = [e for e in error.errors() if e["loc"][:-1] == first["loc"][:-1]] if either else [first]
     wanted = " or ".join(e["msg"].removeprefix("Input should be ") for e in errors)

@@ -10,7 +10,7 @@ import tyro
 
 from regpt.cli.commands import ARGUMENTS, arguments
 from regpt.cli.data_prepare import PrepareArgs
-from regpt.cli.flags import TEXT, flags_of, normalized
+from regpt.cli.flags import ELSEWHERE, TEXT, flags_of, normalized
 from regpt.cli.parse import parse
 from regpt.cli.train import Train, named_recipe
 from regpt.config import RunConfig, read_config, with_home
@@ -138,6 +138,12 @@ def test_what_is_missing_is_named():
 
     with pytest.raises(UsageError, match=r"^MODEL and --prompt are missing; regpt x --help"):
         parse(Required, [], "regpt x")
+
+
+@pytest.mark.parametrize("theirs", ELSEWHERE)
+def test_a_flag_of_another_trainer_is_answered_with_ours(theirs: str):
+    with pytest.raises(UsageError, match=rf"\(did you mean {ELSEWHERE[theirs]}\?\)"):
+        parse(Train, [f"--{theirs.replace('-', '_')}=1"], "regpt train")
 
 
 def test_help_shows_no_empty_default(capsys):

@@ -26,6 +26,7 @@ def test_lists_of_tasks(typed, meant):
     [
         ("vla", "task 'vla' is unknown .did you mean 'val'.*; choose from val "),
         ("", "task '' is unknown"),
+        ("needle:lengths=32,64", "'64' is not a task; needle's numbers have / between them"),
         ("core", "task 'core' needs to know which; give core:DIR"),
         ("mc:", "task 'mc' needs to know which; give mc:FILE"),
         ("lm-eval:", "task 'lm-eval' needs to know which"),

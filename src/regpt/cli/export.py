@@ -50,6 +50,10 @@ def main(args: list[str]) -> int:
     from regpt.checkpoint.open import open_model
     from regpt.model.weights import count_parameters
 
+    if command.data:
+        from regpt.runs.export import text_of
+
+        text_of(command.data)  # refused before the work
     opened = open_model(at_step(command.model, command.step), ema=command.ema)
     size = f"{count_parameters(opened.model):,} parameters"
     if command.format == "gguf":

@@ -19,6 +19,24 @@ NEAR = 3  # names that are offered for one that does not exist
 HELP = ("-h", "--help")
 NATURAL = Range(0, SEED)  # of a whole number that has no range of its own
 TEXT = ("--prompt", "--sample.prompt", "--sample.more-prompts", "--separator", "--template", "--text-column", "--token")
+ELSEWHERE = {  # flags of nanoGPT and Hugging Face's Trainer
+    "learning-rate": "--optim.lr",
+    "min-lr": "--optim.min-lr-ratio",
+    "warmup-iters": "--optim.warmup-steps",
+    "lr-decay-iters": "--optim.decay-steps",
+    "max-iters": "--train.steps",
+    "max-steps": "--train.steps",
+    "batch-size": "--train.batch-tokens",
+    "per-device-train-batch-size": "--train.micro-batch-rows",
+    "gradient-accumulation-steps": "--train.batch-tokens",
+    "block-size": "--data.seq-len",
+    "dtype": "--train.precision",
+    "eval-interval": "--eval.every-steps",
+    "eval-iters": "--eval.val-tokens",
+    "log-interval": "--log.every-steps",
+    "out-dir": "--out",
+    "output-dir": "--out",
+}
 WANTED = {int: "a whole number", float: "a number"}
 
 
@@ -232,6 +250,8 @@ def unknown(name: str, known: Mapping[str, Flag], prog: str) -> str:
 def nearest_flags(name: str, known: Sequence[str]) -> list[str]:
     """The same last part in another section; names that hold it; similar ones."""
     last = last_part(name)
+    if ELSEWHERE.get(last) in known:
+        return [ELSEWHERE[last]]
     same = [flag for flag in known if last_part(flag) == last]
     longer = [f for f in known if last_part(f).endswith(f"-{last}") or last_part(f).startswith(f"{last}-")]
     close = difflib.get_close_matches(name, known, n=NEAR, cutoff=0.7)

@@ -58,6 +58,8 @@ def check_specs(names: Iterable[str]) -> list[Spec]:
             specs[-1] = Spec("core", f"{specs[-1].argument},{name}")
             continue
         if kind not in KINDS:
+            if name.isdecimal() and specs and specs[-1].kind == "needle":
+                raise UsageError(f"{name!r} is not a task; needle's numbers have / between them, as depths=0/50/100")
             known = "; ".join(f"{kind} ({what})" for kind, what in KINDS.items())
             raise UsageError(f"task {name!r} is unknown{nearest(kind, KINDS)}; choose from {known}")
         if kind in NEED and not argument:
