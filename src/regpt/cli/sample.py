@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -52,7 +52,7 @@ class SampleArgs:
     min_p: float = 0.0
     """Draw from tokens of at least this share of the likeliest one's probability; 0 from all."""
     temperature: float = 1.0
-    """Logits are divided by it: below 1 safer, above 1 more surprising text."""
+    """Logits are divided by it: below 1 safer, above 1 more surprising text; 0 is greedy."""
     repetition_penalty: float = 1.0
     """Above 1: tokens of prompt and text become less likely (Keskar et al. 2019); 1: off."""
     presence_penalty: float = 0.0
@@ -66,7 +66,7 @@ class SampleArgs:
     regex: Annotated[str, tyro.conf.arg(metavar="PATTERN")] = ""
     """Write text that this regular expression matches as a whole (extra structured)."""
     seed: int = 1337
-    """The same seed gives the same samples on the same machine."""
+    """The same seed gives the same samples; -n 3 is the first three of -n 5."""
     step: Annotated[str, tyro.conf.arg(metavar="N|best")] = ""
     """Of a run: the checkpoint of this step, or best, that of the lowest validation loss; default: the newest."""
     ema: bool = False
@@ -90,13 +90,16 @@ def main(args: list[str]) -> int:
     from regpt.engine.generate import encode_prompt
     from regpt.engine.request import Request
     from regpt.parallel.mesh import choose_device
-    from regpt.train.precision import autocast, parameter_dtype, set_matmul_precision
+    from regpt.train.precision import HALF_TYPES, autocast, parameter_dtype, set_matmul_precision
 
     options = options_of(given)  # refused before a model is read
     device = choose_device(given.device)
     opened = open_model(at_step(given.model, given.step), device, ema=given.ema)
     set_matmul_precision(given.precision)
     model = opened.model.to(parameter_dtype(given.precision))
+    halved = given.precision in HALF_TYPES and device.type == "cuda"
+    if halved:
+        model = model.to(HALF_TYPES[given.precision])
     tokenizer, longest = opened.tokenizer, model.config.max_seq_len
     slide = given.past_context == "slide"
     drawn = {"options": options, "seed": given.seed, "slide": slide, "stop": given.stop, "stop_ids": tokenizer.stop_ids}
@@ -108,7 +111,7 @@ def main(args: list[str]) -> int:
     names = [one.name for one in fields(options) if one.name != "logit_bias"]
     settings = {name: getattr(given, name) for name in (*names, "stop", "seed", "precision")}
     about = {"model": given.model, "source": opened.source, "step": opened.step}
-    with autocast(given.precision, device):
+    with nullcontext() if halved else autocast(given.precision, device):
         watched = is_terminal(sys.stdout) and not given.json and not given.prompts
         for number, samples in write_all(model, tokenizer, requests, watched=watched):
             if given.json:

@@ -231,26 +231,28 @@ class Step:
     @torch.no_grad()
     def compute(self, n: int, needs: Needs, alone: slice | None = None, longest: int = 0) -> tuple[Tensor, ...]:
         state = self.rows.state[:n]
-        positions = state[:, POSITION]
+        given = state.to(self.model.device)  # itself, but for MPS
+        positions = given[:, POSITION]
         view = DecodeView(
-            self.pages, state[:, TABLE:], positions, attention=self.kernels.attention, alone=alone, longest=longest
+            self.pages, given[:, TABLE:], positions, attention=self.kernels.attention, alone=alone, longest=longest
         )
         if self.kernels.model is not None:
             tables, pages = state[:, TABLE:], self.pages
             hidden = self.kernels.model.hidden(state, tables, pages.k, pages.v, pages.page_size)
         else:
-            hidden = self.model.hidden(state[None, :, TOKEN], positions=positions[None], cache=view)[0]  # (B, C)
+            hidden = self.model.hidden(given[None, :, TOKEN], positions=positions[None], cache=view)[0]  # (B, C)
         logits = self.logits(hidden)
         if self.draws_by_kernels(needs) and self.kernels.draw is not None:
             return (self.kernels.draw(logits, state, self.model.config.vocab_size),)
-        found, top = draw_from(logits, self.rows.options(n, needs), positions + 1, needs, self.tolerance)
+        found, top = draw_from(logits, self.rows.options(n, needs), state[:, POSITION] + 1, needs, self.tolerance)
         return self.advance(state, found, top, needs)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(B, V) of hidden states (B, C)."""
+        """(B, V) of hidden states (B, C), where the rows are."""
         if self.kernels.model is None:
             one = len(hidden) == 1 and hidden.device.type == "cpu"
-            return logits_of_one(self.model, hidden) if one else self.model.logits(hidden)
+            logits = logits_of_one(self.model, hidden) if one else self.model.logits(hidden)
+            return logits.to(self.rows.state.device)
         return self.kernels.model.logits(hidden)[:, : self.model.config.vocab_size]
 
     def draws_by_kernels(self, needs: Needs) -> bool:
@@ -264,7 +266,7 @@ class Step:
 
     def draw(self, texts: Items[Sequence], hidden: Tensor, allowed: Tensor | None = None) -> tuple[Tensor, ...]:
         """Results of the next tokens of texts whose last tokens have the hidden states (B, C)."""
-        options, device = [one.request.options for one in texts], hidden.device
+        options, device = [one.request.options for one in texts], self.rows.state.device
         V, logits = self.model.config.vocab_size, self.logits(hidden)
         needs = Needs.of(options, V, max(one.request.top_logprobs for one in texts), allowed is not None)
         if self.draws_by_kernels(needs) and self.kernels.draw is not None:

@@ -46,7 +46,7 @@ class Engine:
         prefix_cache: keep pages of finished texts for prompts that begin alike.
         exact: tokens that rounding could change are drawn again from an uncached forward. Default: in float32 and
             float64, except where TensorFloat-32 is allowed.
-        graphs: capture the decode step as CUDA graphs. Default: on CUDA.
+        graphs: capture the decode step as CUDA graphs. Default: on CUDA; never under autocast.
         kernels: attention by `kernels.paged` where there is one for the device.
         fused: GPT-2 in half precision on CUDA by `kernels.decode_gpt2` and `kernels.sampler`, which are not yet timed.
     """
@@ -79,8 +79,9 @@ class Engine:
         self.prefix_cache = prefix_cache
         n_pages = -(-(cache_tokens or max_rows * self.longest) // page_size)
         self.pages = Pages(model.config, n_pages, page_size, self.device, dtype)
-        self.rows = RowState(max_rows, self.pages.needed(self.longest), self.n_vocab, self.device)
-        graphs = kind == "cuda" if graphs is None else graphs
+        self.host = torch.device("cpu") if kind == "mps" else self.device  # draws need float64
+        self.rows = RowState(max_rows, self.pages.needed(self.longest), self.n_vocab, self.host)
+        graphs = (kind == "cuda" if graphs is None else graphs) and self.autocast is None  # which frees its casts
         found = load_kernels(model, dtype, fused=fused) if kernels else NO_KERNELS
         self.prefill_kernel = found.prefill
         self.decode_step = Step(model, self.pages, self.rows, self.tolerance, found, graphs=graphs)
@@ -242,8 +243,8 @@ class Engine:
 
     def allowed(self, sequence: Sequence) -> Tensor:
         if sequence.structure is None:
-            return torch.ones(self.n_vocab, dtype=torch.bool, device=self.device)
-        return sequence.structure.allowed().to(self.device)
+            return torch.ones(self.n_vocab, dtype=torch.bool, device=self.host)
+        return sequence.structure.allowed().to(self.host)
 
     def release_followers(self, sequence: Sequence) -> None:
         """The other texts of a request start when their prompt is in the cache."""
@@ -257,7 +258,7 @@ class Engine:
         self.active += given
         self.needs = None
         self.rows.prepare(self.current_needs())
-        self.rows.fill(at, given, tokens[torch.tensor(which, device=self.device)])
+        self.rows.fill(at, given, tokens[torch.tensor(which, device=self.host)])
         self.count_steps()
 
     def current_needs(self) -> Needs:

@@ -15,6 +15,7 @@ from regpt.model.transformer import Transformer
 from regpt.text.tokenizer import Tokenizer
 
 MOST_ROWS = 256
+CAPTURED_TOKENS = 200  # of a text, from which a graph's capture (1 to 2 s on an H200) is worth its time
 
 
 class Sample(NamedTuple):
@@ -82,7 +83,8 @@ def engine_for(model: Transformer, requests: Sequence[Request], tokenizer: Token
         for _ in range(one.n)
     ]
     sizes = sorted(sizes)[-MOST_ROWS:]
-    return Engine(model, tokenizer, max_rows=len(sizes), cache_tokens=sum(sizes))
+    graphs = None if max(one.max_new_tokens for one in requests) >= CAPTURED_TOKENS else False
+    return Engine(model, tokenizer, max_rows=len(sizes), cache_tokens=sum(sizes), graphs=graphs)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
