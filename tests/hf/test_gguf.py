@@ -39,6 +39,28 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {  # family and its variant → 
     "qwen2": ("qwen", {"n_kv_head": 2}),
     "qwen3": ("qwen", {"n_kv_head": 2, "head_size": 24}),
     "olmo2": ("olmo2", {"tie_embeddings": False}),
+    "gemma3_text": (
+        "sentencepiece",
+        {
+            "n_layer": 7,
+            "window": 9,
+            "full_attention_every": 6,
+            "rope_local_theta": 1e4,
+            "rope_theta": 1e6,
+            "head_size": 24,
+        },
+    ),
+    "gemma3_text, pattern": (
+        "sentencepiece",
+        {
+            "n_layer": 3,
+            "window": 9,
+            "full_attention_every": 2,
+            "rope_local_theta": 5e3,
+            "rope_type": "linear",
+            "rope_factor": 8.0,
+        },
+    ),
     "smollm3": ("llama3", {"n_layer": 5, "n_kv_head": 2, "no_rope_every": 4}),
 }
 
@@ -68,7 +90,11 @@ def test_an_export_in_f32_opened_again_is_bitwise_the_model_and_has_its_tokenize
     opened = open_model(str(tmp_path / "m.gguf"))
     given, expected = state_tensors(opened.model), state_tensors(model)
     assert given.keys() == expected.keys()
-    assert all(given[key].equal(tensor) for key, tensor in expected.items())
+    if name.startswith("gemma"):  # norms' weights are stored plus 1, which rounds
+        for key, tensor in expected.items():
+            torch.testing.assert_close(given[key], tensor, rtol=0, atol=2**-23 if key.endswith("norm.weight") else 0)
+        model = opened.model
+    assert all(state_tensors(opened.model)[key].equal(tensor) for key, tensor in state_tensors(model).items())
     idx = torch.arange(40)[None] * 7 % tokenizer.n_vocab
     assert opened.model(idx).equal(model(idx))
     if name != "mistral":  # llama.cpp's name for it is llama
@@ -79,6 +105,16 @@ def test_an_export_in_f32_opened_again_is_bitwise_the_model_and_has_its_tokenize
     ]
     if name != "llama, linear":  # Pythia's spaces have a flag that the format lacks
         assert opened.tokenizer.sha256 == tokenizer.sha256
+
+
+def test_gemma_of_62_layers_scales_queries_by_its_width(tmp_path: Path):
+    """llama.cpp knows the 27B by its layers; files without keys of windows have llama.cpp's defaults."""
+    fields = {"n_layer": 62, "n_embd": 16, "head_size": 8, "query_pre_attn_scalar": 4}
+    model, tokenizer = make("gemma3_text", **fields)
+    export_gguf(model, tokenizer, tmp_path / "m.gguf", "f32")
+    assert open_model(str(tmp_path / "m.gguf")).model.config == model.config.normalized()
+    with pytest.raises(UserError, match="query_pre_attn_scalar 8"):
+        arch_of(model.config.__class__(**{**vars(model.config), "query_pre_attn_scalar": 8}))
 
 
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
@@ -384,6 +420,12 @@ def test_a_damaged_head_is_one_sentence(head: bytes, sentence: str, tmp_path: Pa
         ({"family": "qwen2", "bias": "none"}, "model.bias none"),
         ({"family": "qwen2", "head_size": 32}, "heads that are not n_embd wide"),
         ({"family": "llama", "no_rope_every": 4}, "no_rope_every 4"),
+        ({"family": "gemma3_text", "window": 8}, "model.full_attention_every 0"),
+        ({"family": "gemma3_text", "full_attention_every": 6}, "model.window 0"),
+        (
+            {"family": "gemma3_text", "window": 8, "full_attention_every": 6, "query_pre_attn_scalar": 5},
+            "model.query_pre_attn_scalar 5",
+        ),
     ],
 )
 def test_a_model_that_llama_cpp_lacks_is_refused_in_one_sentence(fields: dict[str, Any], reason: str):

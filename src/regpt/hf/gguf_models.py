@@ -1,5 +1,5 @@
-"""Our families as llama.cpp's architectures: keys and names of tensors, either way (llama.cpp's convert_hf_to_gguf.py
-and llama-model.cpp are the only definition)."""
+"""Our models as files of llama.cpp's architectures: keys and tensors, either way (llama.cpp's convert_hf_to_gguf.py and
+llama-model.cpp are the only definition)."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from regpt.errors import UserError
 from regpt.hf.gguf import TYPES, GGUFFile, write_gguf
+from regpt.hf.gguf_archs import ARCH_OF, ARCHS, Arch
 from regpt.hf.gguf_tokenizer import tokenizer_to_gguf
 from regpt.hf.weights import GPT2_BIASED
 from regpt.model.config import ModelConfig
@@ -22,71 +23,9 @@ from regpt.text.tokenizer import Tokenizer
 
 BLOCK = re.compile(r"(?:h|layers)\.(\d+)\.(.+)\.(weight|bias)")
 THEIR_BLOCK = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
-GPT2_NAMES = {
-    "wte": "token_embd",
-    "wpe": "position_embd",
-    "ln_f": "output_norm",
-    "lm_head": "output",
-    "ln_1": "attn_norm",
-    "attn.c_attn": "attn_qkv",
-    "attn.c_proj": "attn_output",
-    "ln_2": "ffn_norm",
-    "mlp.c_fc": "ffn_up",
-    "mlp.c_proj": "ffn_down",
-}
-LLAMA_NAMES = {
-    "embed_tokens": "token_embd",
-    "norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    **{f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"},
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    **{f"mlp.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")},
-}
-QK_NORM = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
-OLMO_NAMES = LLAMA_NAMES | {
-    "post_attention_layernorm": "post_attention_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
 FREQUENCIES = "rope_freqs.weight"  # divisors of the rotation's frequencies: how llama.cpp has Llama 3's stretching
 # Its parameters, from which the divisors follow; files of others hold the divisors alone.
 STRETCH = ("rope_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_seq_len")
-
-
-@dataclass(frozen=True)
-class Arch:
-    """An architecture of llama.cpp.
-
-    Attributes:
-        family: ours, of a file.
-        names: our modules → theirs.
-        interleaved: rotated pairs are (2i, 2i + 1) of a head, so that rows of q and k have another order than ours.
-        biases: values of `ModelConfig.bias` that it implements.
-        square: n_head · head_size must be n_embd.
-        own_head: a head must be stored, also where it is the embedding.
-        no_rope_every: fixed in their code.
-    """
-
-    family: str
-    names: Mapping[str, str]
-    interleaved: bool = False
-    biases: tuple[str, ...] = ("none",)
-    square: bool = False
-    own_head: bool = False
-    no_rope_every: int = 0
-
-
-LLAMA = Arch("llama", LLAMA_NAMES, interleaved=True, biases=("none", "all", "attention", "mlp", "qkv"))
-ARCHS: dict[str, Arch] = {
-    "gpt2": Arch("gpt2", GPT2_NAMES, biases=("all", "attention", "qkv", "mlp", "none"), square=True),
-    "llama": LLAMA,
-    "qwen2": Arch("qwen2", LLAMA_NAMES, biases=("qkv",), square=True),
-    "qwen3": Arch("qwen3", LLAMA_NAMES | QK_NORM),
-    "olmo2": Arch("olmo2", OLMO_NAMES | QK_NORM, square=True, own_head=True),
-    "smollm3": Arch("smollm3", LLAMA_NAMES, interleaved=True, square=True, no_rope_every=4),
-}
-ARCH_OF = {arch.family: name for name, arch in ARCHS.items()} | {"mistral": "llama"}  # family → architecture
 
 
 def export_gguf(model: Transformer, tokenizer: Tokenizer, path: Path, kind: str, chat_template: str = "") -> list[str]:
@@ -112,14 +51,21 @@ def arch_of(config: ModelConfig) -> str:
     """
     shape, name = config.resolved(), ARCH_OF.get(config.family)
     arch = ARCHS.get(name or "")
-    wanted = "gelu_tanh" if config.family == "gpt2" else "silu"
     checks = {
         f"model.family {config.family}": arch is None,
-        f"model.activation {shape.activation}": shape.activation != wanted,
+        f"model.activation {shape.activation}": arch is not None and shape.activation != arch.activation,
         "model.attention_scale_by_layer": shape.attention_scale_by_layer,
         f"model.rope_fraction {shape.rope_fraction:g}": shape.rope_fraction != 1,
-        f"model.window {shape.window}, below model.max_seq_len": 0 < shape.window < shape.max_seq_len,
     }
+    if arch and arch.windows:
+        checks |= {
+            "model.window 0": shape.window == 0,
+            "model.full_attention_every 0": shape.full_attention_every == 0,
+            f"model.query_pre_attn_scalar {shape.query_pre_attn_scalar}": shape.query_pre_attn_scalar
+            != gemma_scalar(shape.n_layer, shape.n_embd, shape.n_head, shape.head_size),
+        }
+    elif 0 < shape.window < shape.max_seq_len:
+        checks |= {f"model.window {shape.window}, below model.max_seq_len": True}
     if arch:
         checks |= {
             f"model.bias {shape.bias}": shape.bias not in arch.biases,
@@ -134,6 +80,11 @@ def arch_of(config: ModelConfig) -> str:
             )
     assert name is not None
     return name
+
+
+def gemma_scalar(n_layer: int, n_embd: int, n_head: int, head_size: int) -> int:
+    """`query_pre_attn_scalar` in llama.cpp, which knows Gemma 3's 27B by its layers."""
+    return n_embd // n_head if n_layer == 62 else head_size
 
 
 def config_to_gguf(config: ModelConfig) -> dict[str, Any]:
@@ -155,6 +106,10 @@ def config_to_gguf(config: ModelConfig) -> dict[str, Any]:
             ("attention.key_length", "attention.value_length", "rope.dimension_count"), shape.head_size
         )
         keys["rope.freq_base"] = float(shape.rope_theta)
+    if ARCHS[name].windows:
+        keys["attention.sliding_window"] = shape.window
+        keys["attention.sliding_window_pattern"] = shape.full_attention_every
+        keys["rope.freq_base_swa"] = float(shape.rope_local_theta or shape.rope_theta)
     if shape.rope_type == "linear":
         keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(shape.rope_factor)}
     described = {"general.architecture": name} | {f"{name}.{key}": value for key, value in keys.items()}
@@ -173,12 +128,17 @@ def weights_to_gguf(weights: Mapping[str, Tensor], config: ModelConfig, kind: st
         weights = {n: w.new_zeros(len(w)) for n, w in biased.items()} | {**weights}
     for ours, tensor in weights.items():
         theirs = their_name(ours, ARCHS[name])
-        made[theirs] = permuted(theirs, tensor, shape, back=False) if ARCHS[name].interleaved else tensor
+        tensor = permuted(theirs, tensor, shape, back=False) if ARCHS[name].interleaved else tensor
+        made[theirs] = tensor.float() + ARCHS[name].offset if is_offset(theirs, ARCHS[name]) else tensor
     if ARCHS[name].own_head:
         made.setdefault("output.weight", made["token_embd.weight"])
     if config.rope_type == "llama3":
         made[FREQUENCIES] = divisors(config)
     return {n: (t, type_for(n, t, kind)) for n, t in made.items()}
+
+
+def is_offset(theirs: str, arch: Arch) -> bool:
+    return bool(arch.offset) and theirs.endswith("norm.weight")
 
 
 def type_for(name: str, tensor: Tensor, kind: str) -> str:
@@ -238,7 +198,8 @@ class GGUFWeights(Mapping[str, Tensor]):
         tensor = self.file[theirs]
         if theirs in ("token_embd.weight", "output.weight"):
             return tensor[: self.n_vocab]
-        return permuted(theirs, tensor, self.shape, back=True) if self.arch.interleaved else tensor
+        tensor = permuted(theirs, tensor, self.shape, back=True) if self.arch.interleaved else tensor
+        return tensor - self.arch.offset if is_offset(theirs, self.arch) else tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.theirs)
@@ -278,7 +239,19 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
         if keys.size(key, size) != size:
             what = f"has {name}.{key} = {keys.size(key)} and heads of {size}, regpt implements one size only"
             raise file.error(what, "choose another model")
+    values |= windows_of(keys, values) if arch.windows else {}
     return ModelConfig(**values, **scaling_of(file, keys, values)).normalized()
+
+
+def windows_of(keys: "Keys", values: Mapping[str, Any]) -> dict[str, Any]:
+    """Our fields of Gemma 3's layers; the defaults are llama.cpp's."""
+    sizes = (values[name] for name in ("n_layer", "n_embd", "n_head", "head_size"))
+    return {
+        "window": keys.size("attention.sliding_window", 0),
+        "full_attention_every": keys.size("attention.sliding_window_pattern", 6),
+        "rope_local_theta": keys.number("rope.freq_base_swa", 10_000.0),
+        "query_pre_attn_scalar": gemma_scalar(*sizes),
+    }
 
 
 SIZES = {
