@@ -1,5 +1,6 @@
 """Makes `tiny` importable from every folder of tests, and their environment the same everywhere."""
 
+import gc
 import shutil
 
 import pytest
@@ -19,6 +20,15 @@ def one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_heap():
+    """What lives on after a module, above all the objects of large libraries, is not looked at by later garbage
+    collections: `memory.free_memory` and the compiler collect again and again, and each took seconds."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
