@@ -39,13 +39,13 @@ class Unreadable(UserError):
 
 
 def packing_of(name: str) -> str:
-    """The ending that says how a file of this name is compressed; empty if it is not."""
+    """Compression suffix of a file name; empty if it has none."""
     return next((packing for packing in PACKINGS if name.lower().endswith(packing)), "")
 
 
 @contextmanager
 def decompressed(raw: BinaryIO, path: Path, packing: str | None = None) -> Iterator[BufferedStream]:
-    """The content of `raw`, decompressed as the name of `path` says, or `packing`; damage is an `Unreadable`."""
+    """Open the content of `raw`, decompressed by the suffix of `path` or by `packing`; damage raises `Unreadable`."""
     packing = packing or packing_of(path.name)
     reader = open_zstd(raw, path) if packing == ".zst" else OPENERS[packing](raw)
     try:
@@ -54,13 +54,13 @@ def decompressed(raw: BinaryIO, path: Path, packing: str | None = None) -> Itera
                 raise EOFError("it is empty")
             yield reader
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of the disk; the libraries' own have no number
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk; errors of the libraries have no errno
             raise
         raise Unreadable(f"{path} is damaged: it does not decompress ({error})", "damaged") from None
 
 
 def open_zstd(raw: BinaryIO, path: Path) -> BufferedStream:
-    """The content of Zstandard frames; a truncated file is an OSError."""
+    """Open Zstandard frames as a stream; a truncated file raises an OSError."""
     try:
         import pyarrow
     except ImportError:

@@ -1,4 +1,4 @@
-"""Rows of T + 1 tokens, numbered from 0 without end: what a batch is made of, in every order."""
+"""Endless sequences of rows of T + 1 tokens, from which batches are cut, in every order."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -43,7 +43,7 @@ class Rows(Protocol):
         ...
 
     def cut(self, count: int, seq_len: int) -> "tuple[Rows, Rows]":
-        """These rows, of which `count` are read, and the rows of `seq_len` that are read after them."""
+        """Split at row `count`, after which rows have another length: these rows, and those of `seq_len` after them."""
         ...
 
 
@@ -101,13 +101,13 @@ class StreamRows:
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows of one length that lie one after another on the ring of an epoch, and are permuted among themselves.
+    """Consecutive rows of one length on the ring of an epoch, which are permuted among themselves.
 
     Attributes:
-        token: of the ring, at which the first row begins.
-        left: tokens of the ring from there on that have not been read.
+        token: position on the ring of the first row's first token.
+        left: unread tokens of the ring from there on.
         block: number in the epoch of its first block of rows.
-        n_rows: rows that are read of it.
+        n_rows: rows of it that are read.
     """
 
     epoch: int
@@ -150,7 +150,7 @@ class ShuffledRows:
         return self.stream.corpus.read(begins, ends).reshape(count, self.seq_len + 1)
 
     def stored(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The stored ranges, begins and ends, that are rows [first, first + count)."""
+        """Return begins and ends of the stored ranges that make up rows [first, first + count)."""
         parts = [self.ranges(segment, begin, end) for segment, begin, end in self.by_segment(first, count)]
         begins, ends = (np.concatenate(bounds) for bounds in zip(*parts))
         return begins, ends
@@ -163,7 +163,7 @@ class ShuffledRows:
             first, count = first + end - begin, count - (end - begin)
 
     def locate(self, row: int) -> tuple[Segment, int]:
-        """The segment that holds `row`, and the row's place in it."""
+        """Return the segment that holds `row`, and the row's index in it."""
         if row < self.first.n_rows:
             return self.first, row
         epochs, place = divmod(row - self.first.n_rows, self.n_rows)
@@ -173,18 +173,18 @@ class ShuffledRows:
         return Segment(epoch, row_offset(self.seed, epoch, self.seq_len), self.epoch_tokens, n_rows=rest), place
 
     def ranges(self, segment: Segment, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """The stored ranges that are rows [begin, end) of `segment`, in the order in which they are read."""
+        """Return the stored ranges that make up rows [begin, end) of `segment`, in reading order."""
         N = self.epoch_tokens
         begins = (self.ring_rows(segment, begin, end) * self.seq_len + segment.token) % N
         ends = begins + self.seq_len + 1
-        over = np.flatnonzero(ends > N)  # the row over the end of the stream, if it is here
+        over = np.flatnonzero(ends > N)  # the row that wraps around the end of the stream
         begins = np.insert(begins, over + 1, 0)
         ends = np.insert(np.minimum(ends, N), over + 1, ends[over] - N)
         return self.stream.order.segments(segment.epoch, begins, ends)
 
     def ring_rows(self, segment: Segment, begin: int, end: int) -> np.ndarray:
-        """(end - begin,) int64: the rows of `segment`, as they lie on the ring, that are read as its rows
-        [begin, end)."""
+        """Permutation within blocks: (end - begin,) int64, the rows on the ring that are read as rows [begin, end) of
+        `segment`."""
         pieces = []
         for block in range(begin // self.window, -(-end // self.window)):
             first = block * self.window
@@ -207,7 +207,7 @@ class ShuffledRows:
     def cut(self, count: int, seq_len: int) -> "tuple[Self, Self]":
         given = self.stream, self.seed
         ended = type(self)(*given, self.seq_len, self.given_window, self.first, count)
-        if not count:  # of a mixture whose other parts were read
+        if not count:  # a part of a mixture of which nothing was read
             return ended, type(self)(*given, seq_len, self.given_window, self.first)
         segment, place = ended.locate(count - 1)
         begin = Segment(

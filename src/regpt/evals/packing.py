@@ -1,8 +1,7 @@
-"""Prompts that end in several ways → rows of tokens in which each beginning stands once. No torch here.
+"""Prompts with several endings → rows of tokens that hold each context once. Uses no torch.
 
-A *tree* is a context followed by all its endings in one row. Every token has the place in the row up to which it is
-seen, so that endings attend to the context and themselves but not to each other, nor to neighbouring trees: token i
-attends to token j where j ≤ i < ends[j].
+A *tree* is a context followed by all its endings in one row. Endings attend to the context and to themselves, but not
+to each other, nor to neighbouring trees: token i attends to token j where j ≤ i < ends[j].
 """
 
 from bisect import bisect_left, insort
@@ -24,9 +23,9 @@ class Prompt(NamedTuple):
     """A context and the endings that may follow it.
 
     Attributes:
-        context: (n,) token ids; empty where the endings have no beginning in common, whose own tokens are context then.
+        context: (n,) token ids; empty if the endings share no beginning: then the first tokens of each are its context.
         endings: token ids of each ending, at least one token each.
-        scored: for each ending, how many of its last tokens count; the others belong to the context in truth.
+        scored: for each ending, how many of its last tokens count; the others are context.
     """
 
     context: np.ndarray
@@ -78,9 +77,8 @@ class BatchPlan(NamedTuple):
 def plant(prompts: Iterable[Prompt], max_seq_len: int) -> list[Tree]:
     """The trees of `prompts`; endings are numbered through all of them.
 
-    Where context and ending are longer than the model, their last `max_seq_len + 1` tokens are kept (the last one is
-    only predicted), as lm-eval does. Such endings share their context where they are equally long, since the same of it
-    is left.
+    Where context and ending together are longer than the model, their last `max_seq_len + 1` tokens are kept (the last
+    one is only predicted), as lm-eval does. Endings of one length share the truncated context.
 
     Raises:
         UserError: more scored tokens than the model has positions.
@@ -104,12 +102,12 @@ def plant(prompts: Iterable[Prompt], max_seq_len: int) -> list[Tree]:
 
 
 def is_cut(prompt: Prompt, max_seq_len: int) -> bool:
-    """Whether `plant` leaves out the beginning of its context for one of its endings."""
+    """Whether `plant` truncates the context for one of its endings."""
     return len(prompt.context) + max(map(len, prompt.endings)) > max_seq_len + 1
 
 
 def group_by_length(endings: Sequence[np.ndarray], room: int) -> dict[int, list[int]]:
-    """Numbers of the endings that fit into `room` under 0, of the others under their length."""
+    """Group the numbers of endings: those that fit into `room` under 0, the others under their length."""
     groups: dict[int, list[int]] = {}
     for k, ending in enumerate(endings):
         groups.setdefault(0 if len(ending) <= room else len(ending), []).append(k)
@@ -117,7 +115,7 @@ def group_by_length(endings: Sequence[np.ndarray], room: int) -> dict[int, list[
 
 
 def apart(ending: np.ndarray, scored: int, owner: int, max_seq_len: int, number: int) -> Tree:
-    """A tree of an ending whose own first tokens are all its context."""
+    """Return a tree of one ending whose context is its own first tokens."""
     if scored > max_seq_len:
         raise UserError(
             f"item {number} has an ending of {scored:,} tokens, the model reads at most {max_seq_len:,}; shorten it or "
@@ -128,8 +126,10 @@ def apart(ending: np.ndarray, scored: int, owner: int, max_seq_len: int, number:
 
 
 def bucketed(sizes: np.ndarray, batch_tokens: int) -> list[BatchPlan]:
-    """Rows of one tree each, the longest first, so that those of a batch are about equally long. Little is padded and
-    attention is short, but almost every batch has a shape of its own: for computing without compilation."""
+    """Plan rows of one tree each, the longest first, so that rows of a batch are about equally long.
+
+    Little padding and short attention, but almost every batch has a shape of its own: for computing uncompiled.
+    """
     order, plans = np.argsort(-sizes, kind="stable"), []
     while len(order):
         row_tokens = int(sizes[order[0]])
@@ -140,7 +140,7 @@ def bucketed(sizes: np.ndarray, batch_tokens: int) -> list[BatchPlan]:
 
 
 def packed(sizes: np.ndarray, batch_tokens: int) -> list[BatchPlan]:
-    """Rows filled with many trees, all batches of one shape: for compiled functions."""
+    """Plan rows filled with many trees, all batches of one shape: for compiled functions."""
     if not len(sizes):
         return []
     longest = int(sizes.max())
@@ -152,8 +152,8 @@ def packed(sizes: np.ndarray, batch_tokens: int) -> list[BatchPlan]:
 
 
 def best_fit(sizes: np.ndarray, row_tokens: int) -> list[list[int]]:
-    """Trees of `sizes` (trees,), each at most `row_tokens`, into few rows: the largest first, each into the row that it
-    fills best (best-fit decreasing: at most 11/9 of the fewest rows, Johnson 1974)."""
+    """Pack trees of `sizes` (trees,), each at most `row_tokens`, into few rows: best-fit decreasing, at most 11/9 of
+    the fewest rows (Johnson 1974)."""
     rows: list[list[int]] = []
     spaces: list[tuple[int, int]] = []  # (tokens left, row), in order
     smallest = int(sizes.min())
@@ -172,7 +172,7 @@ def best_fit(sizes: np.ndarray, row_tokens: int) -> list[list[int]]:
 
 
 def fill(plan: BatchPlan, trees: Sequence[Tree]) -> PackedBatch:
-    """The tokens of a planned batch. Padding is token 0 at position 0 that sees itself only."""
+    """Fill a planned batch with tokens. Padding is token 0 at position 0, which attends only to itself."""
     B, T = plan.n_rows, plan.row_tokens
     pieces, targets = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     segments = []  # start in the flattened rows, tokens, position of the first, end of what sees them

@@ -1,7 +1,7 @@
 """Hashes of the word n-grams of a text, by which near duplicates and evaluation items are recognized.
 
-Words are runs of letters and digits in lower case, so that spacing, punctuation and capitals do not matter (GPT-3,
-appendix C, compares texts so).
+Words are runs of letters and digits in lower case: spacing, punctuation and capitals do not matter (as in GPT-3's
+appendix C).
 """
 
 import functools
@@ -14,8 +14,8 @@ import numpy as np
 from regpt.text.tokenizer import SEAM
 
 WORD = re.compile(r"[^\W_]+")
-BLOCK_CHARS = 1 << 20  # of a long document that are a list of words at a time
-KNOWN_WORDS = 1 << 17  # hashes kept, about 30 MB
+BLOCK_CHARS = 1 << 20  # of a long document that are split into words at a time
+KNOWN_WORDS = 1 << 17  # word hashes in the cache, about 30 MB
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no word of a run is lost; 2^64 divided by the golden ratio
 
 
@@ -36,8 +36,8 @@ def word_hash(word: str) -> int:
 
 
 def cut(text: str, limit: int, seam: re.Pattern[str] | None = SEAM) -> Iterator[str]:
-    """Parts of `text` of about `limit` characters, cut at an encoder's `seam`: their tokens, one after another, are the
-    tokens of `text`. The whole of it where there is no seam."""
+    """Yield parts of `text` of about `limit` characters, cut at an encoder's `seam`, so that their tokens concatenated
+    are the tokens of `text`; without a seam, all of it."""
     start = 0
     while seam and len(text) - start > limit and (place := seam.search(text, start + limit)):
         yield text[start : place.end()]

@@ -1,4 +1,4 @@
-"""The named set `pydocs`: the reference and the docstrings of the Python that runs, as training text. No download.
+"""The named set `pydocs`: reference and docstrings of the running Python as training text, without a download.
 
 The standard library's sources are parsed with `ast` and never imported. One document is a topic of the language
 reference or a module: its name, then the docstring of everything in it that has one, under its signature, in the order
@@ -23,7 +23,7 @@ def pydocs(library: Path | None = None) -> Iterator[str]:
     """The documents; `library` is the folder of the standard library's sources, by default the running Python's.
 
     Raises:
-        UserError: this Python comes without its sources.
+        UserError: this Python has no sources of its standard library.
     """
     library = library or Path(sysconfig.get_path("stdlib"))
     found = False

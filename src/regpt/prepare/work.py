@@ -1,4 +1,4 @@
-"""The folder `OUT/.work`: one process at a time, settings that a later attempt must share, nothing left at the end."""
+"""The folder `OUT/.work`: locked by one process; holds the settings that a later attempt must repeat."""
 
 import contextlib
 import errno
@@ -18,9 +18,9 @@ from regpt.prepare.settings import Settings, TextOptions
 from regpt.prepare.shards import remove_leftovers
 from regpt.structured import read_json
 
-# No space, no quota, no larger file: the user can mend all three.
+# No space, quota exceeded, file too large: the user can mend all three.
 FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
-FLAGS = {  # of the settings that an attempt must share with the one that it continues
+FLAGS = {  # of the settings that must be those of the attempt that is continued
     "tokenizer_sha256": "--tokenizer",
     "val_fraction": "--val-fraction",
     "min_chars": "--min-chars",
@@ -43,7 +43,7 @@ def is_finished(out: Path) -> bool:
 
 @contextlib.contextmanager
 def work_folder(out: Path) -> Iterator[Path]:
-    """Hold the work folder of `out`; afterwards it is gone if everything is finished, or nothing is."""
+    """Lock the work folder of `out`; afterwards delete it if the data set is finished or nothing was encoded."""
     work = out / WORK
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def work_folder(out: Path) -> Iterator[Path]:
 
 
 def begin(work: Path, out: Path, settings: Settings, evaluations: Evaluations | None, restart: bool) -> None:
-    """Store the settings, or compare them with those of the attempt to continue, unless it is given up."""
+    """Store the settings, or compare them with those of the unfinished attempt, which `restart` deletes."""
     if restart:
         clear(work, out)
     file, now = work / "settings.json", json.loads(json.dumps(asdict(settings)))
@@ -108,13 +108,13 @@ def clear(work: Path, out: Path | None = None) -> None:
 
 
 def shown(value: Any) -> str:
-    """A setting in a message; hashes shortened."""
+    """Format a setting for a message; hashes are shortened."""
     values = value if isinstance(value, list) else [] if value is None else [value]
     return ", ".join(item[:12] if isinstance(item, str) else str(item) for item in values) or "none"
 
 
 def try_place(folder: Path) -> None:
-    """Make `folder`, and see that files can be written there, before work is spent on what they would hold.
+    """Check that files can be written into `folder`, before work is spent on their content.
 
     Raises:
         UserError: it cannot be made or written to.

@@ -216,7 +216,7 @@ def block(x: Array, w: Params, n_head: int) -> tuple[Array, Saved]:
 
 
 def block_backward(dy: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
-    """z = x + f(x) gives dx = dz + (what f's backward makes of dz): the residual road adds the gradient unchanged."""
+    """z = x + f(x) gives dx = dz + (what f's backward makes of dz): the residual path adds the gradient unchanged."""
     saved_ln_1, saved_attn, saved_ln_2, saved_mlp = saved
     grads: dict[str, Array] = {}
     branch, mlp_grads = mlp_backward(dy, saved_mlp)
@@ -299,7 +299,7 @@ def loss_and_gradients(
     return loss, int((targets != IGNORE_INDEX).sum()), grads
 
 
-# ---- what the model is made of ---------------------------------------------------------------------------------------
+# ---- parameters and checks -------------------------------------------------------------------------------------------
 
 
 def count_layers(params: Params) -> int:
@@ -359,7 +359,7 @@ def check_tokens(what: str, tokens: Array, vocab_size: int) -> None:
 
 
 def check_parameters(params: Params) -> None:
-    """Raise a UserError for the first parameter that is missing, unknown, no array, or of another shape."""
+    """Raise a UserError for the first parameter that is missing, unknown, not an array, or of another shape."""
     for name in ("wte.weight", "wpe.weight"):
         if np.ndim(params.get(name, 0)) != 2:
             raise UserError(f"parameter {name!r} is missing or not a matrix; see parameter_shapes for all names")

@@ -31,7 +31,7 @@ COUNTS = "expert_counts"  # of the objective's sums: (n_layer, n_expert) integer
 
 
 class Balance:
-    """Loads of a model's experts and what evens them out.
+    """Counts the loads of a model's experts, and evens them out by a loss or a bias.
 
     Attributes:
         shares: (n_layer, n_expert), of the assignments of the last update.
@@ -46,7 +46,10 @@ class Balance:
         dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
         self.shares = torch.full((len(self.routers), E), 1 / E, device=device, dtype=dtype)
         self.counts = torch.zeros(len(self.routers), E, device=device, dtype=torch.int64)
-        self.applied, self.loads = self.counts.clone(), self.counts.cpu()  # of the last update; counts on the host
+        self.applied, self.loads = (
+            self.counts.clone(),
+            self.counts.cpu(),
+        )  # counts of the last update; `counts` on the host
 
     def sums(self, routes: list[Routing], valid: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The losses' sum over the `valid` (N,) of a micro-batch's tokens, and what is logged."""
@@ -67,7 +70,7 @@ class Balance:
 
     @torch.no_grad()
     def note_update(self) -> None:
-        """After an update with `counts`: the shares of the next one, and the biases."""
+        """Set the shares for the next update from `counts`, and move the biases."""
         self.applied = self.counts
         total = self.counts.sum(1, keepdim=True)  # (L, 1)
         self.shares.copy_(self.shares_of(self.counts))
@@ -78,7 +81,7 @@ class Balance:
                 router.bias.add_(torch.sign(n - len(count) * count).to(router.bias), alpha=self.rate)
 
     def take(self, counts: Tensor) -> None:
-        """Note the `counts` of a step over all ranks; waits for the device."""
+        """Record the `counts` of a step over all ranks; waits for the device."""
         self.counts, self.loads = counts, counts.cpu()
 
     def row(self) -> dict[str, object]:
@@ -94,7 +97,7 @@ class Balance:
         }
 
     def shares_of(self, counts: Tensor) -> Tensor:
-        """Even ones where nothing was counted."""
+        """Shares of the assignments (n_layer, n_expert); even where nothing was counted."""
         total = counts.sum(1, keepdim=True)
         return torch.where(total > 0, counts.to(self.shares) / total, 1 / counts.size(1))
 
@@ -102,10 +105,10 @@ class Balance:
         return {"counts": self.applied.tolist()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state` returned; an empty one is that before the first update.
+        """Restore what `state` returned; an empty mapping is the state before the first update.
 
         Raises:
-            ValueError: it is not what `state` gives.
+            ValueError: loads of another shape, or negative ones.
         """
         L, E = self.shares.shape
         counts = state.get("counts", [[0] * E] * L)
@@ -123,7 +126,7 @@ def make_balance(model: Transformer, config: TrainConfig) -> Balance | None:
     """None for a model without experts.
 
     Raises:
-        UsageError: the configuration asks for what the model has not.
+        UsageError: the configuration asks for a balance that the model does not have.
     """
     changed = [key for key in KEYS if getattr(config, key) not in (getattr(TrainConfig, key), 0)]
     if not isinstance(model, LlamaOfExperts):
