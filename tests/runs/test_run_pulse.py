@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import tiny
+from regpt.checkpoint.load import checkpoint_folder
 from regpt.checkpoint.saver import Saver
 from regpt.config import RunConfig
+from regpt.parallel.mesh import Mesh
 from regpt.parallel.pulse import Pulse
 from regpt.runs import actions, begin
 from regpt.runs.folder import JsonLines
@@ -59,3 +61,19 @@ def test_whatever_a_disk_can_make_slow_says_what_it_is(config: RunConfig, tmp_pa
         "write_samples": {"sampling"},
         "write": {"writing its metrics", "evaluating", "sampling", "finishing what it writes"},
     }
+
+
+def test_processes_of_a_finished_run_part_after_its_last_checkpoint_is_written(
+    config: RunConfig, tmp_path: Path, monkeypatch
+):
+    """A launcher kills the process that writes some time after the others have ended."""
+    written: list[bool] = []
+    real = Mesh.wait
+
+    def wait(mesh: Mesh) -> None:
+        written.append((checkpoint_folder(tmp_path / "run", config.train.steps) / "manifest.json").exists())
+        real(mesh)
+
+    monkeypatch.setattr(Mesh, "wait", wait)
+    assert pretrain(config, tmp_path / "run", quiet=True) == 0
+    assert written[-1]

@@ -240,8 +240,8 @@ def train(
         stack.close()  # the files are whole before they are copied
         if remote:
             deliver(mirror, mesh)
+    mesh.wait()  # a launcher ends the others when the first has ended: not while they write
     if not finished:
-        mesh.wait()  # a launcher ends the others when the first has ended: not while they write
         terminal.say(f"stopped after step {trainer.step:,} and saved; go on with: regpt train --resume {word(name)}")
     return 0 if finished else EXIT_SAVED
 
