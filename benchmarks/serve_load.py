@@ -178,7 +178,7 @@ def main() -> None:
     spin_briefly()  # before torch is imported, as the command does
     with tempfile.TemporaryDirectory() as folder:
         model = args.model or str(small_model(Path(folder) / "small"))
-        expected, alone = engine_alone(model, args.rows, args.tokens, args.rows)
+        expected, alone = engine_alone(model, args.rows, args.tokens, 2 * args.rows)
         command = [sys.executable, "-m", "regpt", "serve", f"load={model}", "--port", "0", "--rows", str(args.rows)]
         with subprocess.Popen(
             [*command, "--queue", "1000", "--device", "cpu"], stdout=subprocess.PIPE, text=True
