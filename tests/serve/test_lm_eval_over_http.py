@@ -18,7 +18,9 @@ from regpt.text.bpe import train_bpe
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not all(map(find_spec, ("lm_eval", "transformers", "tenacity"))), reason="lm-eval is not installed"),
+    pytest.mark.skipif(
+        not all(map(find_spec, ("lm_eval", "transformers", "tenacity"))), reason="lm-eval is not installed"
+    ),
 ]
 TEXT = "the cat sat on a mat and dogs ran home in the rain while birds sang of spring"
 WORDS = TEXT.split()
