@@ -1,5 +1,6 @@
 """`regpt data` and `regpt tokenizer`, as they are typed."""
 
+import io
 import json
 
 import pytest
@@ -139,3 +140,13 @@ def test_a_separator_is_said_to_cut_or_not(texts, capsys, mark, said, fraction):
     command = ["prepare", "a.md", "--tokenizer", "bpe", "--val-fraction", fraction, "--out", f"md{fraction}"]
     assert data.main([*command, f"--separator={mark}"]) == 0
     assert said in capsys.readouterr().out
+
+
+def test_text_from_stdin_is_prepared(texts, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(texts / "cache"))
+    for said in ("wrote out", "nothing to do"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"the cat<|endoftext|>the mat")))
+        flags = ["--format", "txt", "--separator", "<|endoftext|>", "--val-fraction", "0", "--tokenizer", "bpe"]
+        assert data.main(["prepare", "-", *flags, "--out", "out"]) == 0
+        assert said in capsys.readouterr().out
+    assert not list((texts / "cache" / "regpt" / "stdin").iterdir())

@@ -1,9 +1,12 @@
 """`regpt tokenizer inspect`, as it is typed."""
 
+import io
 import json
+import re
 
 import pytest
 
+from regpt.console.drawing import PlainConsole, print_cells
 from tokenizer_files import write_family
 
 
@@ -59,3 +62,22 @@ def test_what_is_wrong_is_one_sentence(regpt, tmp_path, args, content, code, sai
     assert (found, out) == (code, "")
     assert said in err
     assert len(err.splitlines()) == 1
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_neighbours_have_two_colours_and_ids_stand_below():
+    shown = Terminal()
+    console = PlainConsole(file=shown)
+    console.width = 12
+    print_cells(["Hello", " wor", "ld\x1b", "日本"], ["15496", "1", "22", "333"], "│", console)
+    styles = re.compile(r"\x1b\[([\d;]+)m([^\x1b]*)")
+    lines = [styles.findall(line) for line in shown.getvalue().splitlines()]
+    texts = [[(style, text) for style, text in line if style != "0"] for line in lines]
+    assert texts[0] == [("30;46", "Hello"), ("30;43", " wor")]
+    assert texts[1] == [("2", "15496 "), ("2", "1    ")]  # as wide as what stands above
+    assert texts[2] == [("30;46", "ld\\x1b"), ("30;43", "日本")]  # four columns
+    assert texts[3] == [("2", "22     "), ("2", "333  ")]

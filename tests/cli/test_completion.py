@@ -46,6 +46,15 @@ def test_bash_completes(tmp_path: Path, capsys):
         assert sorted(found.stdout.split()) == wanted, typed
 
 
+@pytest.mark.skipif(not shutil.which("fish"), reason="no fish")
+def test_fish_completes(tmp_path: Path, capsys):
+    path = script("fish", tmp_path, capsys)
+    for typed, wanted in TYPED.items():
+        ask = f"source '{path}'; complete -C '{typed}' | string split -f1 \\t"
+        found = subprocess.run(["fish", "--no-config", "-c", ask], capture_output=True, text=True, check=False)
+        assert sorted(found.stdout.split()) == wanted, typed
+
+
 @pytest.mark.skipif(not shutil.which("zsh"), reason="no zsh")
 def test_zsh_takes_the_script(tmp_path: Path, capsys):
     path = script("zsh", tmp_path, capsys)

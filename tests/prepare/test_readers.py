@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,11 @@ from regpt.errors import UsageError, UserError
 from regpt.prepare import json_rows, parquet
 from regpt.prepare.decontaminate import read_items
 from regpt.prepare.json_rows import records
+from regpt.prepare.named import list_sources
 from regpt.prepare.readers import check_text, parts_of, read_documents, split_at
 from regpt.prepare.settings import TextOptions
 from regpt.prepare.sources import find_files, text_files
+from regpt.remote.download import RemoteOptions
 
 TEXTS = ["one", 'two, "quoted"\nand a line', "  日本語 🙂 ", "x" * 5000]
 
@@ -329,6 +332,31 @@ def test_evaluation_items_of_every_kind_are_read(tmp_path):
     (tmp_path / "a.json").write_text('[{"q": "one", "a": ["two"]}]', encoding="utf-8")
     for name in ("a.csv", "a.json"):
         assert list(read_items(tmp_path / name)) == [["one", "two"]]
+
+
+class Pipe:
+    def __init__(self, content: bytes, terminal: bool = False) -> None:
+        self.buffer, self.isatty = io.BytesIO(content), lambda: terminal
+
+
+def test_stdin_is_a_source_with_a_format(tmp_path, monkeypatch):
+    options, text = RemoteOptions(cache=tmp_path), TextOptions(format="jsonl")
+    monkeypatch.setattr(sys, "stdin", Pipe(b'{"text": "one"}\n'))
+    with pytest.raises(UsageError, match=r"has no name that says what it is; add --format"):
+        list_sources(["-"], options=options)
+    kept = []
+    for _ in range(2):
+        monkeypatch.setattr(sys, "stdin", Pipe(b'{"text": "one"}\n'))
+        kept.append(list_sources(["-"], options=options, text=text))
+        assert [document.text for document in kept[-1].train[0].documents(text)] == ["one"]
+    assert len(list((tmp_path / "stdin").iterdir())) == 1
+    kept[-1].discard()
+    assert not list((tmp_path / "stdin").iterdir())
+    with pytest.raises(UsageError, match="is given twice"):
+        list_sources(["-"], ["-"], options=options, text=text)
+    monkeypatch.setattr(sys, "stdin", Pipe(b"", terminal=True))
+    with pytest.raises(UsageError, match="is a terminal"):
+        list_sources(["-"], options=options, text=text)
 
 
 @pytest.mark.parametrize("dictionary", [False, True])

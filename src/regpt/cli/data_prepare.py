@@ -50,8 +50,8 @@ MARKS = {  # counts of the sources in the manifest
 @dataclass(frozen=True)
 class PrepareArgs:
     """Make token shards from text. A SOURCE is a file, folder or glob of .txt, .md, .jsonl, .json, .csv, .tsv or
-    .parquet, here or at hf://, https://, s3://, gs://; or a named set: pydocs, tinyshakespeare, fineweb-edu-10B,
-    fineweb-10B. Stopped at any moment, the same command continues."""
+    .parquet, here or at hf://, https://, s3://, gs://; a named set: pydocs, tinyshakespeare, fineweb-edu-10B,
+    fineweb-10B; or - for stdin. Stopped at any moment, the same command continues."""
 
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """What to read, in this order."""

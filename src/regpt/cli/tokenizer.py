@@ -28,7 +28,7 @@ MEASURED_CHARS = 10_000_000  # of the training text, encoded to print the bytes 
 @dataclass(frozen=True)
 class TrainArgs:
     """Learn a byte-level BPE from text. A SOURCE is a file, folder or glob of .txt, .md, .jsonl, .json, .csv, .tsv or
-    .parquet, or a named set (pydocs, tinyshakespeare)."""
+    .parquet, a named set (pydocs, tinyshakespeare), or - for stdin."""
 
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """What to read."""
@@ -80,6 +80,7 @@ def train_main(args: list[str]) -> int:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, tokenizer.to_json())
     measured = bytes_per_token(tokenizer, sources, text)
+    listing.discard()
     print_line(f"wrote {file}: {tokenizer.n_vocab:,} tokens, {measured:.3f} bytes a token on its training text")
     print_line(f"use it with: regpt data prepare SOURCE --tokenizer {word(given.out)} --out DIR")
     return 0

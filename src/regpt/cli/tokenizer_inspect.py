@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from regpt.cli.parse import parse
+from regpt.console.drawing import print_cells
 from regpt.console.lines import print_json, print_line, print_rows
 from regpt.console.text import elided
 from regpt.errors import UserError
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from regpt.text.anatomy import Anatomy, SpecialToken, TextCost
     from regpt.text.tokenizer import Tokenizer
 
-SEPARATOR = "│"  # between the tokens of a text
+SEPARATOR = "│"  # between the tokens of a text in a file or pipe
 LONGEST_CELL = 60  # characters of a token in a table
 MAX_FILE_BYTES = 64 << 20
 
@@ -126,8 +127,7 @@ def print_split(tokenizer: Tokenizer, ids: list[int]) -> None:
     from regpt.text.anatomy import shown_tokens
 
     print_line(f"\nthe text is {len(ids):,} tokens")
-    print_line(SEPARATOR.join(shown_tokens(tokenizer, ids)))
-    print_line(" ".join(map(str, ids)))
+    print_cells(shown_tokens(tokenizer, ids), list(map(str, ids)), SEPARATOR)
 
 
 def print_costs(costs: list[TextCost]) -> None:

@@ -1,15 +1,19 @@
-"""Consoles and progress bars, drawn by rich: data is never read as markup."""
+"""Consoles, progress bars and coloured cells, drawn by rich: data is never read as markup."""
 
 from collections.abc import Iterable
 from typing import IO, Any
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import Progress, ProgressColumn, TextColumn
 from rich.segment import Segment
 from rich.table import Column
 from rich.text import Text
 
+from regpt.console.lines import is_terminal
 from regpt.console.text import visible
+
+CELLS = ("black on cyan", "black on yellow")  # of neighbours in a line
 
 
 class PlainConsole(Console):
@@ -37,6 +41,24 @@ class PlainConsole(Console):
 def can_redraw(console: Console) -> bool:
     """Whether lines can be overwritten: a terminal that is not dumb."""
     return console.is_terminal and not console.is_dumb_terminal
+
+
+def print_cells(texts: list[str], notes: list[str], separator: str, console: Console | None = None) -> None:
+    """`texts` next to each other, each note below its text: on a terminal in two alternating colours, wrapped between
+    texts; in a file or pipe on two lines with `separator` between texts."""
+    console = console or PlainConsole()
+    if not is_terminal(console.file):
+        console.print(separator.join(texts), " ".join(notes), sep="\n", soft_wrap=True)
+        return
+    upper, lower = Text(), Text()
+    for k, (text, note) in enumerate(zip(map(visible, texts), notes)):
+        width = max(cell_len(text), cell_len(note)) + 1
+        if upper.cell_len and upper.cell_len + width > console.width:
+            console.print(upper, lower, sep="\n", soft_wrap=True)
+            upper, lower = Text(), Text()
+        upper.append(text, CELLS[k % 2]).append(" " * (width - cell_len(text)))
+        lower.append(note.ljust(width), "dim")
+    console.print(upper, lower, sep="\n", soft_wrap=True)
 
 
 def progress_bar(*columns: ProgressColumn, transient: bool = False) -> Progress:

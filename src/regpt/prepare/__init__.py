@@ -2,7 +2,7 @@
 
 settings.py                options that shape the tokens
 listing.py  sources.py     names, folders, globs and addresses → files; what is left out is counted
-named.py  pydocs.py        sets with a name, and the list of everything that a command reads
+named.py  pydocs.py        sets with a name, stdin, and the list of everything that a command reads
 readers.py  parquet.py  json_rows.py  documents.py      a file by its suffix → rows → documents
 partition.py  encode.py    sources → partitions → files of tokens and tables of documents
 workers.py                 partitions encoded here or in a pool of processes

@@ -1,7 +1,10 @@
 """Sets of text that have a name: `pydocs` (always there), `tinyshakespeare`, `fineweb-edu-10B`, `fineweb-10B`."""
 
 import functools
+import hashlib
 import platform
+import sys
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ from regpt.prepare.settings import TEXT_OPTIONS, TextOptions
 from regpt.prepare.sources import (
     RemoteSource,
     Source,
+    SourceFile,
     TextSet,
     find_files,
     find_remote,
@@ -36,6 +40,9 @@ HUB_SETS = {
 }
 
 
+STDIN = "-"
+
+
 @dataclass(frozen=True)
 class Listing:
     """What a command reads: every file once, in the split it belongs to; `left_out` counts the others by kind."""
@@ -53,6 +60,12 @@ class Listing:
         splits = ["train"] * len(self.train) + ["val"] * len(self.val)
         return [{**source.known(), "split": split} for source, split in zip(self.files, splits)]
 
+    def discard(self) -> None:
+        """Delete what was kept of stdin."""
+        for source in self.files:
+            if isinstance(source, SourceFile) and source.source == STDIN:
+                source.path.unlink(missing_ok=True)
+
 
 def list_sources(
     given: Sequence[str],
@@ -66,6 +79,8 @@ def list_sources(
         UserError: nothing readable under one of them, a place that cannot be reached, or all of it is held out.
     """
     left_out: Counter[str] = Counter()
+    if [*given, *val].count(STDIN) > 1:
+        raise UsageError(f"stdin ({STDIN}) is given twice, but can be read once; leave one out")
     wanted = text_files(text)
     opened = [
         [found for source in names for found in open_source(source, options, left_out, text, wanted)]
@@ -100,6 +115,8 @@ def open_sources(
 def open_source(
     source: str, options: RemoteOptions, left_out: Counter[str], text: TextOptions, wanted: Wanted
 ) -> Sequence[Source]:
+    if source == STDIN:
+        return [standard_input(options.folder / "stdin", text.format)]
     if source == "pydocs":
         return [python_docs()]
     if source == "tinyshakespeare":
@@ -109,6 +126,32 @@ def open_source(
     if is_address(source):
         return find_remote(source, options, left_out, wanted=wanted)
     return find_files(source, left_out, wanted)
+
+
+def standard_input(folder: Path, ending: str | None) -> SourceFile:
+    """What arrives on stdin, kept in `folder` under its hash: it is read more than once, and again after a stop.
+
+    Raises:
+        UsageError: no format is given, or it is a terminal.
+    """
+    if not ending:
+        raise UsageError(f"stdin ({STDIN}) has no name that says what it is; add --format, such as --format jsonl")
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError(f"stdin ({STDIN}) is a terminal; pipe text into the command")
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+        partial = Path(file.name)
+        try:
+            while block := sys.stdin.buffer.read(1 << 20):
+                digest.update(block)
+                file.write(block)
+        except BaseException:
+            partial.unlink()
+            raise
+    path = folder / f"{digest.hexdigest()[:16]}.{ending}"
+    partial.unlink() if path.exists() else partial.replace(path)
+    return SourceFile(STDIN, "stdin", path, sha256=digest.hexdigest())
 
 
 @functools.cache

@@ -150,6 +150,7 @@ class Job:
             with work_folder(self.out):
                 begin(self.work, self.out, self.settings, self.evaluations, restart)
                 manifest = self._run(listing)
+        listing.discard()
         return manifest
 
     def _run(self, listing: Listing) -> Manifest:

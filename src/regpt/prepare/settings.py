@@ -19,7 +19,7 @@ class TextOptions:
     include: tuple[str, ...] = ()
     """Read these files of folders, such as '*.py'; what has an unknown ending is read as plain text."""
     format: str | None = None
-    """Read every file like one with this ending, such as jsonl.gz, whatever its name."""
+    """Read every file like one with this ending, such as jsonl.gz, whatever its name; needed for stdin."""
     encoding: str = "utf-8"
     """Encoding of the text, such as latin-1; byte-order marks of UTF-8, UTF-16 and UTF-32 are recognized."""
     separator: str | None = None
