@@ -51,6 +51,14 @@ def draw_rows(logits: torch.Tensor, options: list[SamplingOptions], texts=(), po
     return draw(logits, rows_of(options, range(len(options)), V, texts), positions, **given)
 
 
+@pytest.mark.parametrize(("p", "kept"), [(0.25, 1), (0.5, 2), (0.75, 3), (0.76, 4)])
+def test_a_nucleus_ends_where_its_probability_is_exactly_reached(p, kept):
+    """Equal logits: probabilities and their sums are exact in binary."""
+    rows = 256
+    found = draw_rows(torch.zeros(rows, 4), [SamplingOptions(top_k=0, top_p=p)] * rows)
+    assert set(found.tokens.tolist()) == set(range(kept))
+
+
 OPTIONS = st.builds(
     SamplingOptions,
     temperature=st.sampled_from([0.0, 1e-3, 0.7, 1.0, 3.0]),

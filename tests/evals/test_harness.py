@@ -177,7 +177,7 @@ assert model.fitted(ids[:45], 48) == (ids[:45], 3)
 assert model.fitted(ids[:48], 300) == (ids[24:48], 24)
 drawn = {"until": [], "max_gen_toks": 12, "temperature": 2.0}
 def texts_of(options, *seeds):
-    return model.continuations([model.continuation("the cat", options, seed) for seed in seeds])
+    return model.continuations([model.asked_of("the cat", options, seed) for seed in seeds])
 texts = texts_of(drawn, 1, 2)
 assert texts[0] != texts[1]
 assert texts_of(drawn, 1) == texts[:1]

@@ -124,7 +124,7 @@ def test_lm_eval_sees_the_starting_token_once_and_stops_at_every_ending(opened: 
     for text in (PROMPT, "<|begin_of_text|>" + PROMPT):
         assert model.tok_encode(text) == theirs[1](PROMPT).input_ids
     assert model.tok_encode(PROMPT, add_special_tokens=False) == theirs[1](PROMPT).input_ids[1:]
-    assert model.continuations([model.continuation(PROMPT, {"max_gen_toks": 20})]) == ["y"]
+    assert model.continuations([model.asked_of(PROMPT, {"max_gen_toks": 20})]) == ["y"]
 
 
 def test_add_bos_token_without_a_post_processor_puts_it_before_texts(tmp_path: Path):

@@ -120,10 +120,14 @@ class HarnessModel(TemplateLM):
         asked = []
         for i, request in enumerate(requests):
             context, options = request.args  # pyright: ignore[reportAssignmentType]
-            asked.append(self.continuation(context, options, choice_seed(SEED, i), request))
+            asked.append(self.asked_of(context, options, choice_seed(SEED, i), request))
         return self.continuations(asked)
 
-    def continuation(
+    def continuation(self, context: str, options: dict[str, Any]) -> str:
+        """The text after `context`; see `asked_of`."""
+        return self.continuations([self.asked_of(context, options)])[0]
+
+    def asked_of(
         self, context: str, options: dict[str, Any], seed: int = SEED, request: Instance | None = None
     ) -> Continuation:
         """What is asked of the engine for the text after `context`.
@@ -159,7 +163,7 @@ class HarnessModel(TemplateLM):
         return [text[1:] if spaced(text, self.text.decode(new)) else text for text, new in zip(texts, tokens)]
 
     def fitted(self, prompt: list[int], limit: int) -> tuple[list[int], int]:
-        """The tokens of the prompt that stay, and the new ones that fit after them; see `continuation`."""
+        """The tokens of the prompt that stay, and the new ones that fit after them; see `asked_of`."""
         longest = self.max_length
         if limit < longest:
             return prompt[-(longest - limit) :], limit

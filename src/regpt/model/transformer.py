@@ -45,6 +45,15 @@ class Transformer(nn.Module):
     undecayed: tuple[str, ...]
     residual: tuple[str, ...]
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Transformer":
+        """`Transformer(config)` is a model of the configuration's family."""
+        made: type[Transformer] = cls
+        if cls is Transformer:
+            from regpt.model.families import forward_of  # which imports this file
+
+            made = forward_of(kwargs.get("config") or args[0])
+        return nn.Module.__new__(made)
+
     def __init__(self, config: ModelConfig, ops: Ops = PLAIN, *, pad_vocab: bool = True):
         super().__init__()
         self.config = config
