@@ -7,7 +7,7 @@ import os
 import pytest
 
 triton = pytest.importorskip("triton")
-decode_gpt2 = pytest.importorskip("regpt.kernels.decode_gpt2")
+gpt2_decode = pytest.importorskip("regpt.kernels.gpt2_decode")
 paged = pytest.importorskip("regpt.kernels.paged")
 sampler = pytest.importorskip("regpt.kernels.sampler")
 pytestmark = [
@@ -47,9 +47,9 @@ def test_attend_and_write(H, D, few):
     arguments = {"qkv_ptr": BF16, "k_ptr": BF16, "v_ptr": BF16, "table_ptr": I64, "position_ptr": I64, "out_ptr": BF16}
     arguments |= dict.fromkeys(("kv_head", "table_row", "position_row"), I32) | {"scale": "fp32"}
     constants = {"H": H, "D": D, "BLOCK_D": triton.next_power_of_2(D), "PAGE": 16}
-    block = decode_gpt2.BLOCK * (4 if few else 1)
-    warps = decode_gpt2.ATTENTION_WARPS * (2 if few else 1)
-    compiles(decode_gpt2.attend_and_write_kernel, arguments, constants | {"BLOCK": block}, warps)
+    block = gpt2_decode.BLOCK * (4 if few else 1)
+    warps = gpt2_decode.ATTENTION_WARPS * (2 if few else 1)
+    compiles(gpt2_decode.attend_and_write_kernel, arguments, constants | {"BLOCK": block}, warps)
 
 
 @pytest.mark.parametrize("C", [128, 768, 1600])
@@ -57,11 +57,11 @@ def test_norms_and_writes(C):
     whole = {"C": C, "BLOCK_C": triton.next_power_of_2(C)}
     common = {"weight_ptr": BF16, "bias_ptr": BF16, "x_ptr": F32, "h_ptr": BF16, "eps": "fp32"}
     inputs = {"token_ptr": I64, "position_ptr": I64, "stride": I32, "wte_ptr": BF16, "wpe_ptr": BF16}
-    compiles(decode_gpt2.embed_norm_kernel, inputs | common, whole)
-    compiles(decode_gpt2.add_norm_kernel, {"y_ptr": BF16, "y_bias_ptr": BF16} | common, whole)
+    compiles(gpt2_decode.embed_norm_kernel, inputs | common, whole)
+    compiles(gpt2_decode.add_norm_kernel, {"y_ptr": BF16, "y_bias_ptr": BF16} | common, whole)
     arguments = {"qkv_ptr": BF16, "k_ptr": BF16, "v_ptr": BF16, "slot_ptr": I64, "kv_head": I32}
     constants = {"H": C // 32, "D": 32, "BLOCK_C": whole["BLOCK_C"]}
-    compiles(decode_gpt2.write_kernel, arguments, constants)
+    compiles(gpt2_decode.write_kernel, arguments, constants)
 
 
 @pytest.mark.parametrize(
@@ -78,10 +78,10 @@ def test_products_of_one_vector(K, N, norm, gelu, add):
     x = F32 if norm else BF16
     arguments = {"x_ptr": x, "weight_ptr": BF16, "bias_ptr": BF16, "norm_weight_ptr": BF16, "norm_bias_ptr": BF16}
     arguments |= {"added_ptr": F32 if add else x, "out_ptr": F32 if add else BF16, "N": I32, "eps": "fp32"}
-    block = min(decode_gpt2.LARGEST_VECTOR, triton.next_power_of_2(K))
+    block = min(gpt2_decode.LARGEST_VECTOR, triton.next_power_of_2(K))
     for rows in (4, 8, 16):
         constants = {"K": K, "BLOCK_K": block, "ROWS": rows, "NORM": norm, "GELU": gelu, "ADD": add}
-        compiles(decode_gpt2.vector_kernel, arguments, constants, decode_gpt2.VECTOR_WARPS)
+        compiles(gpt2_decode.vector_kernel, arguments, constants, gpt2_decode.VECTOR_WARPS)
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 25])

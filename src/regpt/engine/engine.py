@@ -48,7 +48,7 @@ class Engine:
             float64, except where TensorFloat-32 is allowed.
         graphs: capture the decode step as CUDA graphs. Default: on CUDA; never under autocast.
         kernels: attention by `kernels.paged` where there is one for the device.
-        fused: GPT-2 in half precision on CUDA by `kernels.decode_gpt2` and `kernels.sampler`, which are not yet timed.
+        fused: GPT-2 in half precision on CUDA by `kernels.gpt2_decode` and `kernels.sampler`, which are not yet timed.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ class FastPaths(NamedTuple):
 
     Attributes:
         attention, prefill: of `DecodeView` and `PrefillView` (`kernels.paged`).
-        model: a decode step's forward (`kernels.decode_gpt2`).
+        model: a decode step's forward (`kernels.gpt2_decode`).
         draw: of rows with common options (`kernels.sampler`).
     """
 
@@ -39,7 +39,7 @@ def load_kernels(model: Transformer, dtype: torch.dtype, *, fused: bool = False)
     prefill = prefill_attention if prefills(model.device, dtype, model.config.resolved().head_size) else None
     if not fused or not isinstance(model, GPT2) or dtype != model.dtype:
         return FastPaths(decode_attention, prefill)
-    from regpt.kernels.decode_gpt2 import FusedDecode, fits
+    from regpt.kernels.gpt2_decode import FusedDecode, fits
     from regpt.kernels.sampler import draw_into
 
     if not fits(model):

@@ -1,5 +1,5 @@
 """GPT-2's fused decode step against the model itself: on a GPU, or on a CPU in Triton's interpreter
-(`TRITON_INTERPRET=1 pytest -m gpu tests/kernels/test_decode_gpt2.py`, with numpy below 2.4).
+(`TRITON_INTERPRET=1 pytest -m gpu tests/kernels/test_gpt2_decode.py`, with numpy below 2.4).
 """
 
 import os
@@ -19,7 +19,7 @@ from regpt.engine.request import Request
 from regpt.model.ops import attention
 
 triton = pytest.importorskip("triton")
-fused = pytest.importorskip("regpt.kernels.decode_gpt2")
+fused = pytest.importorskip("regpt.kernels.gpt2_decode")
 prefill_attention = pytest.importorskip("regpt.kernels.paged").prefill_attention
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
