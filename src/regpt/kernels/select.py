@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 # Measured on Hopper, where `auto` takes it. It should work from Ampere on: there it is taken when asked for.
 MEASURED_CAPABILITY, LEAST_CAPABILITY = (9, 0), (8, 0)
-# From this width on each product fills the GPU, and two at a time are slower (768 gains 0.6 to 2.2 %, 2,048 loses 0.9 %: docs/log.md).
+# From this width on each product fills the GPU, and two at a time are slower. Measured: 768 wide 0.6 to 2.2 % faster,
+# 2,048 wide 0.9 % slower (docs/log.md).
 WIDE = 2048
 LossOfTokens = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
