@@ -134,12 +134,14 @@ class FusedLoss:
                 self.products(logits, h[part], dweight, transpose_a=True, add=dweight if first else None)
         return torch.cat(losses).sum(), (dh, dweight)
 
-    def head_backward(self, scale: Tensor, h: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
-        """Return the gradient (N, C) of the last norm's output h; add the head's to its weight's.
+    def head_backward(self, scale: Tensor, state: Any) -> Tensor:
+        """Return the gradient (N, C) of the last norm's output h; add the head's to its weight's. Both `state.h` and
+        `state.head` are taken: the side stream holds them until it has used them.
 
         `scale`, the gradient of the summed loss (1 / valid targets), is a factor of both; all other gradients get it
         through dh.
         """
+        h, kept, state.h, state.head = state.h, state.head, None, ()
         weight = self.model.head_weight
         if len(kept) == 1:
             (dlogits,) = kept

@@ -114,10 +114,7 @@ class FusedGPT2(FusedLoss):
         """Add `scale` times the gradient of the summed loss to every parameter's `.grad`; consumes `state`."""
         model = self.model
         adding = self.adding()
-        h, head, state.h, state.head = state.h, state.head, None, ()
-        assert h is not None
-        dh = self.head_backward(scale, h, head)
-        del h, head  # the side stream holds them until it has used them
+        dh = self.head_backward(scale, state)
         dx, sums = self.norm_backward(dh, state.x, model.ln_f, state.norm, None)
         self.side.join()  # frees dlogits, the largest tensor, before the blocks allocate
         above: Any = model.ln_f  # the norm that read the output of the block at hand

@@ -126,10 +126,7 @@ class FusedLlama(FusedLoss):
         """Add `scale` times the gradient of the summed loss to every parameter's `.grad`; consumes `state`."""
         model = self.model
         adding = self.adding()
-        h, head, state.h, state.head = state.h, state.head, None, ()
-        assert h is not None
-        dh = self.head_backward(scale, h, head)
-        del h, head  # the side stream holds them until it has used them
+        dh = self.head_backward(scale, state)
         dx = self.norm_backward(dh, state.x, model.norm, state.rstd, None)
         self.side.join()  # frees the largest tensor, before the blocks allocate
         for block in reversed(self.blocks):
