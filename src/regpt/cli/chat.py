@@ -3,9 +3,9 @@
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -14,6 +14,10 @@ from regpt.console.lines import is_terminal, print_line, print_note, write_strea
 from regpt.errors import UsageError, UserError
 from regpt.ranges import MANY, Range
 from regpt.train.config import InferencePrecision
+
+if TYPE_CHECKING:
+    from regpt.checkpoint.open import OpenModel
+    from regpt.engine.processing import SamplingOptions
 
 HELP = '''/reset           forget the conversation
 /system TEXT     begin again with this system message; without TEXT show it
@@ -26,15 +30,9 @@ BLOCK = '"""'
 
 
 @dataclass(frozen=True)
-class ChatArgs:
-    """Talk with a model; /help lists the commands. A model without a chat template continues the text instead."""
+class DrawFlags:
+    """Flags of every command that writes text: which weights, where, and how tokens are drawn."""
 
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """As in regpt sample."""
-    system: Annotated[str, tyro.conf.arg(metavar="TEXT")] = ""
-    """System message that the conversation begins with."""
-    max_new_tokens: Annotated[int, Range(1, MANY)] = 512
-    """Tokens an answer at most, fewer where the model's length is reached."""
     top_k: Annotated[int, Range(0, MANY)] = 50
     """Draw from the k likeliest tokens; 0 from all, 1 is greedy."""
     top_p: float = 1.0
@@ -42,11 +40,15 @@ class ChatArgs:
     min_p: float = 0.0
     """Draw from tokens of at least this share of the likeliest one's probability; 0 from all."""
     temperature: float = 1.0
-    """Logits are divided by it; 0 takes the likeliest token."""
+    """Logits are divided by it: below 1 safer, above 1 more surprising text; 0 takes the likeliest token."""
     repetition_penalty: float = 1.0
-    """Above 1: tokens that are there already become less likely."""
+    """Above 1: tokens of prompt and text become less likely (Keskar et al. 2019); 1: off."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that the new text has; 0: off."""
+    frequency_penalty: float = 0.0
+    """The same, once for every time; 0: off."""
     seed: int = 1337
-    """The same seed and the same messages give the same answers."""
+    """The same seed and the same text before give the same text."""
     step: Annotated[str, tyro.conf.arg(metavar="N|best")] = ""
     """Of a run: the checkpoint of this step, or best, that of the lowest validation loss; default: the newest."""
     ema: bool = False
@@ -56,22 +58,53 @@ class ChatArgs:
     precision: InferencePrecision = "fp32"
     """Number format of the computation."""
 
+    def options(self) -> "SamplingOptions":
+        """How tokens are drawn; refused here, before a model is read."""
+        from regpt.engine.processing import SamplingOptions
+
+        names = {field.name for field in fields(SamplingOptions)} & {field.name for field in fields(self)}
+        return SamplingOptions(**{name: getattr(self, name) for name in names})
+
+    @contextlib.contextmanager
+    def opened(self, model: str) -> "Iterator[OpenModel]":
+        """The model that `model` means, in `precision` on `device`: within its autocast, on CUDA with 16-bit weights
+        instead, of which a step reads half."""
+        from regpt.checkpoint.best import at_step
+        from regpt.checkpoint.open import open_model
+        from regpt.parallel.mesh import choose_device
+        from regpt.train.precision import HALF_TYPES, autocast, parameter_dtype, set_matmul_precision
+
+        device = choose_device(self.device)
+        opened = open_model(at_step(model, self.step), device, ema=self.ema)
+        set_matmul_precision(self.precision)
+        halved = self.precision in HALF_TYPES and device.type == "cuda"
+        opened.model.to(HALF_TYPES[self.precision] if halved else parameter_dtype(self.precision))
+        with contextlib.nullcontext() if halved else autocast(self.precision, device):
+            yield opened
+
+
+Drawing = Annotated[DrawFlags, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True)
+class ChatArgs:
+    """Talk with a model; /help lists the commands. A model without a chat template continues the text instead."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """As in regpt sample."""
+    system: Annotated[str, tyro.conf.arg(metavar="TEXT")] = ""
+    """System message that the conversation begins with."""
+    max_new_tokens: Annotated[int, Range(1, MANY)] = 512
+    """Tokens an answer at most, fewer where the model's length is reached."""
+    draw: Drawing = field(default_factory=DrawFlags)
+
 
 def main(args: list[str]) -> int:
     """Open the model, then answer lines of standard input until its end."""
     given = parse(ChatArgs, args, prog="regpt chat")
-    from regpt.checkpoint.best import at_step
-    from regpt.checkpoint.open import open_model
-    from regpt.parallel.mesh import choose_device
-    from regpt.train.precision import autocast, parameter_dtype, set_matmul_precision
-
-    options = options_of(given)  # refused before a model is read
-    device = choose_device(given.device)
-    opened = open_model(at_step(given.model, given.step), device, ema=given.ema)
-    set_matmul_precision(given.precision)
-    model = opened.model.to(parameter_dtype(given.precision))
-    with autocast(given.precision, device):
-        chat = Chat(model, opened.tokenizer, opened.companions, given, options)
+    given.draw.options()  # refused before a model is read
+    with given.draw.opened(given.model) as opened:
+        chat = Chat(opened, given)
         print_note(f"{opened.source}; /help lists the commands")
         for text in messages_of(sys.stdin):
             try:
@@ -82,31 +115,24 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def options_of(given: Any) -> Any:
-    """The `SamplingOptions` among the fields of `given`."""
-    from regpt.engine.processing import SamplingOptions
-
-    names = {field.name for field in fields(SamplingOptions)} & {field.name for field in fields(given)}
-    return SamplingOptions(**{name: getattr(given, name) for name in names})
-
-
 class Chat:
     """A conversation with a model.
 
     Args:
-        companions: of the model, its chat template among them (`text.companions`).
-        given: `max_new_tokens`, `seed` and `system` of them are read.
+        opened: the model, with its chat template where it has one.
+        given: how answers are drawn, and the system message.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, companions: Any, given: ChatArgs, options: Any):
+    def __init__(self, opened: "OpenModel", given: ChatArgs):
         from regpt.engine.engine import Engine
         from regpt.text.chat import ChatTemplate
         from regpt.text.folder import CHAT
 
-        self.tokenizer, self.given, self.options = tokenizer, given, options
-        self.template = ChatTemplate(companions[CHAT], tokenizer) if CHAT in companions else None
-        self.longest = model.config.max_seq_len
-        self.engine = Engine(model, tokenizer, max_rows=1, cache_tokens=self.longest)
+        self.tokenizer, self.given = opened.tokenizer, given
+        template = opened.companions.get(CHAT)
+        self.template = None if template is None else ChatTemplate(template, self.tokenizer)
+        self.longest = opened.model.config.max_seq_len
+        self.engine = Engine(opened.model, self.tokenizer, max_rows=1, cache_tokens=self.longest)
         self.messages: list[dict[str, str]] = []
         self.reset(given.system)
         if self.template is None:
@@ -150,7 +176,8 @@ class Chat:
         try:
             prompt, stop_ids = self.prompt()
             most = max(1, min(self.given.max_new_tokens, self.longest - len(prompt)))
-            number = self.engine.submit(Request(prompt, most, self.options, self.given.seed, stop_ids=stop_ids))
+            draw = self.given.draw
+            number = self.engine.submit(Request(prompt, most, draw.options(), draw.seed, stop_ids=stop_ids))
         except UserError as error:
             self.messages = before
             raise UserError(f"{error}; /reset forgets the conversation") from None
@@ -201,22 +228,29 @@ class Chat:
             allowed = ", ".join(values).replace("_", "-")
             raise UsageError(f"/params {text} is not understood; give a name and a value, of {allowed}")
         try:
-            changed = replace(self.given, **{name: type(values[name])(value)})
+            changed = self.changed(name, type(values[name])(value))
         except ValueError:
             raise UsageError(f"{name.replace('_', '-')} is {value!r}, must be a number") from None
         if changed.max_new_tokens < 1:
             raise UsageError(f"max-new-tokens is {changed.max_new_tokens}, must be at least 1")
-        self.given, self.options = changed, options_of(changed)
+        changed.draw.options()
+        self.given = changed
+
+    def changed(self, name: str, value: Any) -> ChatArgs:
+        if name == "max_new_tokens":
+            return replace(self.given, max_new_tokens=value)
+        return replace(self.given, draw=replace(self.given.draw, **{name: value}))
 
     def params(self) -> dict[str, Any]:
-        shown = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "seed")
-        return {name: getattr(self.given, name) for name in shown}
+        shown = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+        drawn = {name: getattr(self.given.draw, name) for name in shown}
+        return drawn | {"max_new_tokens": self.given.max_new_tokens}
 
     def retry(self, _: str) -> None:
         if not self.messages or self.messages[-1]["role"] != "assistant":
             raise UsageError("there is no answer to write again")
         self.messages.pop()
-        self.given = replace(self.given, seed=self.given.seed + 1)
+        self.given = self.changed("seed", self.given.draw.seed + 1)
         self.answer()
 
     def save(self, name: str) -> None:

@@ -3,21 +3,20 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from regpt.cli.chat import options_of
+from regpt.cli.chat import DrawFlags, Drawing
 from regpt.cli.parse import parse
 from regpt.console.lines import is_terminal, print_json, print_line, print_note, write_stream
 from regpt.console.streams import read_stdin
 from regpt.errors import UsageError, UserError
 from regpt.ranges import MANY, Range
 from regpt.structured import parse_row
-from regpt.train.config import InferencePrecision
 
 if TYPE_CHECKING:
     from regpt.engine.generate import Sample
@@ -45,38 +44,15 @@ class SampleArgs:
     --past-context."""
     past_context: Literal["refuse", "slide"] = "refuse"
     """What happens beyond the model's length: slide, each token follows from the last ones that the model can read."""
-    top_k: Annotated[int, Range(0, MANY)] = 50
-    """Draw from the k likeliest tokens; 0 from all, 1 is greedy."""
-    top_p: float = 1.0
-    """Draw from the fewest tokens that together have this probability, after top-k; 1 from all."""
-    min_p: float = 0.0
-    """Draw from tokens of at least this share of the likeliest one's probability; 0 from all."""
-    temperature: float = 1.0
-    """Logits are divided by it: below 1 safer, above 1 more surprising text; 0 is greedy."""
-    repetition_penalty: float = 1.0
-    """Above 1: tokens of prompt and text become less likely (Keskar et al. 2019); 1: off."""
-    presence_penalty: float = 0.0
-    """Subtracted from the logits of tokens that the new text has; 0: off."""
-    frequency_penalty: float = 0.0
-    """The same, once for every time; 0: off."""
     stop: tuple[str, ...] = ()
     """Strings that end a text; they are no part of it."""
     json_schema: Annotated[str, tyro.conf.arg(metavar="FILE|JSON")] = ""
     """Write JSON that this schema describes (extra structured)."""
     regex: Annotated[str, tyro.conf.arg(metavar="PATTERN")] = ""
     """Write text that this regular expression matches as a whole (extra structured)."""
-    seed: int = 1337
-    """The same seed gives the same samples; -n 3 is the first three of -n 5."""
-    step: Annotated[str, tyro.conf.arg(metavar="N|best")] = ""
-    """Of a run: the checkpoint of this step, or best, that of the lowest validation loss; default: the newest."""
-    ema: bool = False
-    """With the moving average of the weights, which train.ema_decay keeps."""
     json: bool = False
     """Print one JSON object with token ids and texts instead."""
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    """auto: CUDA, then MPS, then CPU."""
-    precision: InferencePrecision = "fp32"
-    """Number format of the computation."""
+    draw: Drawing = field(default_factory=DrawFlags)
 
 
 def main(args: list[str]) -> int:
@@ -85,41 +61,30 @@ def main(args: list[str]) -> int:
     if (given.prompt is None) == (not given.prompts):
         raise UsageError("give a prompt to continue, --prompt TEXT, or a file of them, --prompts FILE")
     prompts = [read_prompt(given.prompt)] if given.prompt is not None else read_prompts(Path(given.prompts))
-    from regpt.checkpoint.best import at_step
-    from regpt.checkpoint.open import open_model
     from regpt.engine.generate import encode_prompt
     from regpt.engine.request import Request
-    from regpt.parallel.mesh import choose_device
-    from regpt.train.precision import HALF_TYPES, autocast, parameter_dtype, set_matmul_precision
 
-    options = options_of(given)  # refused before a model is read
-    device = choose_device(given.device)
-    opened = open_model(at_step(given.model, given.step), device, ema=given.ema)
-    set_matmul_precision(given.precision)
-    model = opened.model.to(parameter_dtype(given.precision))
-    halved = given.precision in HALF_TYPES and device.type == "cuda"
-    if halved:
-        model = model.to(HALF_TYPES[given.precision])
-    tokenizer, longest = opened.tokenizer, model.config.max_seq_len
-    slide = given.past_context == "slide"
-    drawn = {"options": options, "seed": given.seed, "slide": slide, "stop": given.stop, "stop_ids": tokenizer.stop_ids}
-    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    if slide and max(map(len, ids)) + given.max_new_tokens > longest:
-        print_note(f"the model reads {longest:,} tokens: what comes after them follows from the last {longest:,} alone")
-    structure = structure_of(given, tokenizer, model.config.vocab_size)
-    requests = [Request(one, given.max_new_tokens, n=given.n, structure=structure, **drawn) for one in ids]
-    names = [one.name for one in fields(options) if one.name != "logit_bias"]
-    settings = {name: getattr(given, name) for name in (*names, "stop", "seed", "precision")}
-    about = {"model": given.model, "source": opened.source, "step": opened.step}
-    with nullcontext() if halved else autocast(given.precision, device):
+    draw, options = given.draw, given.draw.options()
+    with draw.opened(given.model) as opened:
+        model, tokenizer, longest = opened.model, opened.tokenizer, opened.model.config.max_seq_len
+        slide = given.past_context == "slide"
+        ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+        if slide and max(map(len, ids)) + given.max_new_tokens > longest:
+            print_note(
+                f"the model reads {longest:,} tokens: what comes after them follows from the last {longest:,} alone"
+            )
+        how = {"options": options, "seed": draw.seed, "slide": slide, "stop": given.stop, "n": given.n}
+        how |= {"stop_ids": tokenizer.stop_ids, "structure": structure_of(given, tokenizer, model.config.vocab_size)}
+        requests = [Request(one, given.max_new_tokens, **how) for one in ids]
+        names = [one.name for one in fields(options) if one.name != "logit_bias"]
+        settings = {name: getattr(draw, name) for name in (*names, "seed", "precision")} | {"stop": given.stop}
+        about = {"model": given.model, "source": opened.source, "step": opened.step}
         watched = is_terminal(sys.stdout) and not given.json and not given.prompts
         for number, samples in write_all(model, tokenizer, requests, watched=watched):
             if given.json:
                 prompt_ids = tokenizer.encode_prompts([prompts[number]])[0].tolist()
-                texts = [sample._asdict() for sample in samples]
-                print_json(
-                    about | {"prompt": prompts[number], "prompt_ids": prompt_ids} | settings | {"samples": texts}
-                )
+                prompt = {"prompt": prompts[number], "prompt_ids": prompt_ids}
+                print_json(about | prompt | settings | {"samples": [sample._asdict() for sample in samples]})
             elif not (watched and given.n == 1):
                 print_line("\n".join(f"> {sample.text}" for sample in samples))
     return 0
