@@ -6,7 +6,7 @@ import torch
 import tiny
 from regpt.model.weights import state_tensors
 from regpt.train.config import TrainConfig
-from regpt.train.precision import autocast, parameter_dtype, set_matmul_precision
+from regpt.train.precision import autocast, parameter_dtype, set_matmul_precision, writing
 
 
 @pytest.fixture
@@ -54,3 +54,21 @@ def test_bfloat16_rounds_products_and_nothing_that_is_kept():
     tiny.update(trainer)
     assert {w.dtype for w in state_tensors(trainer.model).values()} == {torch.float32}
     assert {state["exp_avg"].dtype for state in trainer.optimizer.state.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "held", "under_autocast"),
+    [
+        ("cpu", "fp32", torch.float32, False),
+        ("cpu", "fp64", torch.float64, False),
+        ("cpu", "bf16", torch.float32, True),
+        ("cuda", "bf16", torch.bfloat16, False),
+        ("cuda", "fp16", torch.float16, False),
+        ("cuda", "tf32", torch.float32, False),
+    ],
+)
+def test_weights_that_write_texts_have_sixteen_bits_on_cuda(device, precision, held, under_autocast):
+    model = torch.nn.Linear(2, 2)
+    with writing(model, precision, torch.device(device)):
+        assert torch.is_autocast_enabled("cpu") == under_autocast
+    assert model.weight.dtype == held

@@ -67,19 +67,16 @@ class DrawFlags:
 
     @contextlib.contextmanager
     def opened(self, model: str) -> "Iterator[OpenModel]":
-        """The model that `model` means, in `precision` on `device`: within its autocast, on CUDA with 16-bit weights
-        instead, of which a step reads half."""
+        """The model that `model` means, in `precision` on `device`, within the context in which it writes."""
         from regpt.checkpoint.best import at_step
         from regpt.checkpoint.open import open_model
         from regpt.parallel.mesh import choose_device
-        from regpt.train.precision import HALF_TYPES, autocast, parameter_dtype, set_matmul_precision
+        from regpt.train.precision import set_matmul_precision, writing
 
         device = choose_device(self.device)
         opened = open_model(at_step(model, self.step), device, ema=self.ema)
         set_matmul_precision(self.precision)
-        halved = self.precision in HALF_TYPES and device.type == "cuda"
-        opened.model.to(HALF_TYPES[self.precision] if halved else parameter_dtype(self.precision))
-        with contextlib.nullcontext() if halved else autocast(self.precision, device):
+        with writing(opened.model, self.precision, device):
             yield opened
 
 

@@ -24,7 +24,7 @@ from regpt.serve.worker import Limits, Worker
 from regpt.text.chat import ChatTemplate
 from regpt.text.folder import CHAT
 from regpt.train.config import InferencePrecision
-from regpt.train.precision import autocast, parameter_dtype
+from regpt.train.precision import writing
 
 CACHE_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}  # unless cache_tokens says otherwise
 NAMED = re.compile(r"([\w.:-]+)=(.+)")
@@ -78,10 +78,10 @@ def load_model(
 ) -> Loaded:
     """Open a model and give it an engine."""
     opened = open_model(model, device)
-    opened.model.to(parameter_dtype(precision)).eval()
+    opened.model.eval()
     source = template or opened.companions.get(CHAT, "")
     chat = ChatTemplate(source, opened.tokenizer) if source else None
-    with autocast(precision, device):
+    with writing(opened.model, precision, device):
         tokens = cache_tokens or default_cache(opened, rows, device)
         engine = Engine(opened.model, opened.tokenizer, max_rows=rows, cache_tokens=tokens)
     return Loaded(name, opened, engine, chat)

@@ -30,6 +30,14 @@ def inference_dtype(precision: PrecisionName, held: torch.dtype) -> torch.dtype:
     return held if (precision, held) == ("bf16", torch.bfloat16) else parameter_dtype(precision)
 
 
+def writing(model: torch.nn.Module, precision: PrecisionName, device: torch.device) -> AbstractContextManager[object]:
+    """The context in which `model` writes texts, its weights in the format for that: on CUDA in the 16 bits of the
+    products, of which a step reads half and rounds none; elsewhere that of autocast."""
+    halved = precision in HALF_TYPES and device.type == "cuda"
+    model.to(HALF_TYPES[precision] if halved else parameter_dtype(precision))
+    return contextlib.nullcontext() if halved else autocast(precision, device)
+
+
 def gradient_dtype(weights: WeightDtype, gradients: WeightDtype) -> torch.dtype | None:
     """In which gradients are summed; None where it is that of the weights."""
     return torch.float32 if (weights, gradients) == ("bf16", "fp32") else None
