@@ -13,6 +13,7 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
+from regpt.kernels.paged import attend_pages
 from regpt.model.gpt2 import GPT2
 
 NORM_WARPS = 4
@@ -68,7 +69,7 @@ def attend_and_write_kernel(
 ):  # fmt: skip
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     position = tl.load(position_ptr + row * position_row).to(tl.int32)
-    feature, within = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK)
+    feature = tl.arange(0, BLOCK_D)
     real = feature < D
     own = qkv_ptr + row * 3 * H * D + head * D + feature
     q = tl.load(own, mask=real, other=0.0).to(tl.float32) * scale
@@ -82,20 +83,10 @@ def attend_and_write_kernel(
     top = tl.sum(q * k_own.to(tl.float32), 0)
     total = top * 0.0 + 1.0
     y = v_own.to(tl.float32)
-    for start in range(0, position, BLOCK):
-        at = start + within
-        seen = at < position
-        page = tl.load(table_ptr + row * table_row + at // PAGE, mask=seen, other=0)
-        place = of_head + (page * PAGE + at % PAGE)[:, None] * D + feature[None, :]
-        inside = seen[:, None] & real[None, :]
-        k = tl.load(k_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        v = tl.load(v_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        scores = tl.where(seen, tl.sum(k * q[None, :], 1), float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 0))
-        weights, shrink = tl.exp(scores - higher), tl.exp(top - higher)
-        total = total * shrink + tl.sum(weights, 0)
-        y = y * shrink + tl.sum(v * weights[:, None], 0)
-        top = higher
+    top, total, y = attend_pages(
+        q, k_ptr + of_head, v_ptr + of_head, table_ptr + row * table_row, 0, position, top, total, y,
+        D, BLOCK_D, PAGE, BLOCK,
+    )  # fmt: skip
     tl.store(out_ptr + (row * H + head) * D + feature, (y / total).to(out_ptr.dtype.element_ty), mask=real)
 
 

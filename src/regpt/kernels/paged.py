@@ -23,28 +23,19 @@ def prefills(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
 
 
 @triton.jit
-def decode_attention_kernel(
-    q_ptr, k_ptr, v_ptr, table_ptr, position_ptr, out_ptr, q_row, q_head, kv_head, table_row, position_row, scale,
-    window, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK: tl.constexpr, WINDOW: tl.constexpr,
+def attend_pages(
+    q, k_ptr, v_ptr, page_ptr, first, end, top, total, y,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    last = tl.load(position_ptr + row * position_row).to(tl.int32)
+    """Attention of q (BLOCK_D,) to positions first … end - 1 of one head: the largest score so far, the sum of weights
+    relative to it, and the weighted sum of values (Milakov & Gimelshein 2018)."""
     feature, within = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK)
     real = feature < D
-    q = tl.load(q_ptr + row * q_row + head * q_head + feature, mask=real, other=0.0).to(tl.float32) * scale
-    of_head = (head // (H // G)).to(tl.int64) * kv_head
-    first = 0
-    if WINDOW:
-        first = tl.maximum(last - window + 1, 0)
-    top = tl.full((), float("-inf"), tl.float32)
-    total = tl.zeros((), tl.float32)
-    y = tl.zeros((BLOCK_D,), tl.float32)
-    for start in range(first // BLOCK * BLOCK, last + 1, BLOCK):
+    for start in range(first // BLOCK * BLOCK, end, BLOCK):
         at = start + within
-        seen = (at >= first) & (at <= last)
-        page = tl.load(table_ptr + row * table_row + at // PAGE, mask=seen, other=0)
-        place = of_head + (page * PAGE + at % PAGE)[:, None] * D + feature[None, :]
+        seen = (at >= first) & (at < end)
+        page = tl.load(page_ptr + at // PAGE, mask=seen, other=0)
+        place = (page * PAGE + at % PAGE)[:, None] * D + feature[None, :]
         inside = seen[:, None] & real[None, :]
         k = tl.load(k_ptr + place, mask=inside, other=0.0).to(tl.float32)
         v = tl.load(v_ptr + place, mask=inside, other=0.0).to(tl.float32)
@@ -54,6 +45,31 @@ def decode_attention_kernel(
         total = total * shrink + tl.sum(weights, 0)
         y = y * shrink + tl.sum(v * weights[:, None], 0)
         top = higher
+    return top, total, y
+
+
+@triton.jit
+def decode_attention_kernel(
+    q_ptr, k_ptr, v_ptr, table_ptr, position_ptr, out_ptr, q_row, q_head, kv_head, table_row, position_row, scale,
+    window, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    last = tl.load(position_ptr + row * position_row).to(tl.int32)
+    feature = tl.arange(0, BLOCK_D)
+    real = feature < D
+    q = tl.load(q_ptr + row * q_row + head * q_head + feature, mask=real, other=0.0).to(tl.float32) * scale
+    of_head = (head // (H // G)).to(tl.int64) * kv_head
+    first = 0
+    if WINDOW:
+        first = tl.maximum(last - window + 1, 0)
+    top = tl.full((), float("-inf"), tl.float32)
+    total = tl.zeros((), tl.float32)
+    y = tl.zeros((BLOCK_D,), tl.float32)
+    pages = table_ptr + row * table_row
+    top, total, y = attend_pages(
+        q, k_ptr + of_head, v_ptr + of_head, pages, first, last + 1, top, total, y, D, BLOCK_D, PAGE, BLOCK
+    )
     tl.store(out_ptr + (row * H + head) * D + feature, (y / total).to(out_ptr.dtype.element_ty), mask=real)
 
 
