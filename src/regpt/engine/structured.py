@@ -33,17 +33,18 @@ class Structures:
 
     Args:
         n_vocab: of the model, the tokenizer's or more.
+        ends: the tokens that may end a text where it is whole; default: the tokenizer's `stop_ids`.
 
     Raises:
         UserError: llguidance is not installed.
     """
 
-    def __init__(self, tokenizer: Tokenizer, n_vocab: int):
+    def __init__(self, tokenizer: Tokenizer, n_vocab: int, ends: Sequence[int] = ()):
         try:
             import llguidance  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise UserError(INSTALL) from None
-        self.library, self.n_vocab, self.ends = llguidance, n_vocab, tokenizer.stop_ids
+        self.library, self.n_vocab, self.ends = llguidance, n_vocab, ends or tokenizer.stop_ids
         self.tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(Vocabulary(tokenizer)))
 
     def of_schema(self, schema: Mapping[str, Any] | str) -> Callable[[], Structure]:

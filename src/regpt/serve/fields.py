@@ -98,6 +98,7 @@ CHAT = {
     "max_completion_tokens": whole(1, MANY),
     "logprobs": SWITCH,
     "top_logprobs": whole(0, 20),
+    "response_format": Field((dict,)),
 }
 RESPONSES = {
     "model": TEXT,
@@ -123,7 +124,6 @@ CHAT_NEUTRAL = SHARED_NEUTRAL | {
     "parallel_tool_calls": (True, False),
     "prediction": (),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "verbosity": (),

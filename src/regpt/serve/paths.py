@@ -4,11 +4,13 @@ import asyncio
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from regpt.engine.generate import encode_prompt
 from regpt.engine.processing import SamplingOptions
-from regpt.engine.request import Request
+from regpt.engine.request import Request, Structure
+from regpt.engine.structured import Structures
 from regpt.errors import UserError
 from regpt.serve.answers import Answer, ChatShape, CompletionShape
 from regpt.serve.chat import read_messages
@@ -51,6 +53,12 @@ class ServedModel:
     created: int
     longest_token: int
 
+    @cached_property
+    def structures(self) -> Structures:
+        """Reads the vocabulary at the first request for structured output."""
+        ends = self.chat.stop_ids if self.chat else self.tokenizer.stop_ids
+        return Structures(self.tokenizer, self.worker.engine.n_vocab, ends)
+
     def description(self) -> dict[str, Any]:
         return {
             "id": self.id,
@@ -81,6 +89,24 @@ def check_characters(model: ServedModel, text: str, param: str) -> None:
     least = -(-len(text) // model.longest_token)
     if least > model.longest:
         raise exceeding(least, 0, model.longest, param, "at least ")
+
+
+async def read_structure(model: ServedModel, form: Mapping[str, Any] | None) -> Callable[[], Structure] | None:
+    """What `response_format` asks for: None for text, any object, or what a JSON schema describes."""
+    if form is None or form == {"type": "text"}:
+        return None
+    described = form.get("json_schema")
+    schema: Any = described.get("schema") if isinstance(described, dict) else None
+    if form == {"type": "json_object"}:
+        schema = {"type": "object"}
+    elif form.get("type") != "json_schema" or len(form) > 2 or not isinstance(schema, dict):
+        types = '"text", "json_object", or "json_schema" with {"schema": {…}} as its "json_schema"'
+        message = f"response_format is {shown(form)}, its type must be {types}"
+        raise ApiError(message, param="response_format", code="invalid_value")
+    try:
+        return await asyncio.to_thread(lambda: model.structures.of_schema(schema))
+    except UserError as error:
+        raise ApiError(str(error), param="response_format", code="invalid_value") from None
 
 
 async def in_thread_if_long(length: int, function: Callable[[], Any]) -> Any:
@@ -126,6 +152,7 @@ def make_requests(
     top: int,
     limits: Limits,
     stop_ids: Sequence[int],
+    structure: Callable[[], Structure] | None = None,
 ) -> list[Request]:
     """One request a prompt, all with the same seed: a text depends on its prompt, options and seed alone."""
     n, seed = fields["n"], fields["seed"]
@@ -149,6 +176,7 @@ def make_requests(
                 stop=stop,
                 top_logprobs=top,
                 user=user,
+                structure=structure,
             )
             for prompt in prompts
         ]
@@ -185,7 +213,8 @@ async def chat(model: ServedModel, body: Mapping[str, Any], limits: Limits) -> t
     new = new_tokens(model, prompt, fields, ("max_completion_tokens", "max_tokens"), "messages")
     top = fields["top_logprobs"] or 0
     stop_ids = model.chat.stop_ids if model.chat else ()
-    job = TextJob(make_requests(model, fields, [prompt], new, top, limits, stop_ids))
+    structure = await read_structure(model, fields["response_format"])
+    job = TextJob(make_requests(model, fields, [prompt], new, top, limits, stop_ids, structure))
     shape = ChatShape()
     answer = Answer(job, model.tokenizer, shape, model.id, top if fields["logprobs"] else None, usage=usage)
     return answer, fields["stream"]
