@@ -10,7 +10,7 @@ from regpt.__main__ import main
 from regpt.cli.commands import ARGUMENTS, COMMANDS
 
 TYPED = {
-    "regpt ver": ["verify-resume"],
+    "regpt ver": ["verify-receipt", "verify-resume"],
     "regpt data ": ["import", "info", "prepare", "verify"],
     "regpt data prepare --ded": ["--dedup"],
     "regpt train gpt2-t": ["gpt2-tiny"],

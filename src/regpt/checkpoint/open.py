@@ -3,7 +3,8 @@
 from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,10 +14,10 @@ from torch import Tensor
 from regpt.checkpoint.best import BEST, best_last
 from regpt.checkpoint.fetch import fetch_model
 from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, checkpoints, load_checkpoint, of_newest
-from regpt.checkpoint.manifest import MODEL
+from regpt.checkpoint.manifest import AVERAGE, MODEL, WEIGHTS
 from regpt.errors import UsageError, UserError, nearest
-from regpt.files import exists, is_file, is_folder, unless_gone
-from regpt.hf.folder import CONFIG, hf_config, hf_tokenizer, hf_weights, stored_dtype
+from regpt.files import exists, file_sha256, identity, is_file, is_folder, unless_gone
+from regpt.hf.folder import CONFIG, hf_config, hf_tokenizer, hf_weights, stored_dtype, weight_files
 from regpt.hf.gguf import GGUFFile, is_gguf
 from regpt.hf.gguf_models import GGUFWeights, config_from_gguf
 from regpt.hf.gguf_tokenizer import tokenizer_from_gguf
@@ -40,6 +41,30 @@ ALLOWED = (
 
 
 @dataclass(frozen=True)
+class WeightFile:
+    """A file that weights were read from.
+
+    Attributes:
+        sha256: as a manifest has it; "" where none does.
+        found: the file when it was read (`files.identity`).
+    """
+
+    path: Path
+    sha256: str = ""
+    found: tuple[int, int, int] | None = None
+
+    def hash(self) -> str:
+        """SHA-256 of its bytes; reads them where no manifest has it.
+
+        Raises:
+            UserError: the file was changed since the weights were read.
+        """
+        if not self.sha256 and identity(self.path) != self.found:
+            raise UserError(f"{str(self.path)!r} was changed after its weights were read; open the model again")
+        return self.sha256 or file_sha256(self.path)
+
+
+@dataclass(frozen=True)
 class OpenModel:
     """A model that is ready to read and write text.
 
@@ -51,6 +76,7 @@ class OpenModel:
         dtype: type in which the weights are stored.
         folder: of a Hugging Face model, with its other files.
         companions: chat template and options of generation, by file name (`text.companions`).
+        files: of the weights.
     """
 
     model: Transformer
@@ -60,6 +86,21 @@ class OpenModel:
     dtype: torch.dtype = torch.float32
     folder: Path | None = None
     companions: Mapping[str, str] = field(default_factory=dict)
+    files: tuple[WeightFile, ...] = ()
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """SHA-256 of the file of the weights; of several files that of the lines that `sha256sum` prints of them.
+
+        Raises:
+            UserError: the weights were not read from files, or these were changed since.
+        """
+        if not self.files:
+            raise UserError(f"the weights of {self.source!r} were not read from files, so no hash is known of them")
+        if len(self.files) == 1:
+            return self.files[0].hash()
+        files = sorted(self.files, key=lambda one: one.path.name)
+        return sha256("".join(f"{one.hash()}  {one.path.name}\n" for one in files).encode()).hexdigest()
 
 
 def open_model(name: str, device: torch.device | str = "cpu", *, ema: bool = False, narrow: bool = False) -> OpenModel:
@@ -127,21 +168,26 @@ def open_checkpoint(
     model = build(checkpoint.config, chosen, device, str(folder), held)
     source = f"{folder}, average" if ema else str(folder)
     dtype = torch.bfloat16 if "BF16" in stored else torch.float32  # float64 runs are tests
-    return OpenModel(model, checkpoint.tokenizer(), checkpoint.step, source, dtype, companions=checkpoint.companions())
+    names = checkpoint.manifest.tensor_files(AVERAGE if ema else WEIGHTS)
+    files = tuple(WeightFile(folder / one.file, one.sha256) for one in checkpoint.manifest.files if one.file in names)
+    tokenizer, companions = checkpoint.tokenizer(), checkpoint.companions()
+    return OpenModel(model, tokenizer, checkpoint.step, source, dtype, companions=companions, files=files)
 
 
 def open_hf(folder: Path, source: str, device: torch.device | str, *, narrow: bool = False) -> OpenModel:
     config = hf_config(folder)
     tokenizer = hf_tokenizer(folder, config.vocab_size)
+    files = tuple(WeightFile(path, found=identity(path)) for path in weight_files(folder))
     weights = hf_weights(folder, config, tokenizer.n_vocab)
     config = replace(config, vocab_size=tokenizer.n_vocab)  # its real size: rows of padding are left out
     dtype = stored_dtype(folder)
     held = dtype if narrow and dtype == torch.bfloat16 else torch.float32
     model = build(config, weights, device, source, held)
-    return OpenModel(model, tokenizer, None, source, dtype, folder, read_companions(folder))
+    return OpenModel(model, tokenizer, None, source, dtype, folder, read_companions(folder), files)
 
 
 def open_gguf(path: Path, source: str, device: torch.device | str) -> OpenModel:
+    files = (WeightFile(path, found=identity(path)),)
     file = GGUFFile(path)
     try:
         config = config_from_gguf(file)
@@ -152,7 +198,8 @@ def open_gguf(path: Path, source: str, device: torch.device | str) -> OpenModel:
     config = replace(config, vocab_size=tokenizer.n_vocab)  # rows of padding are left out
     template = file.metadata.get("tokenizer.chat_template")
     companions = {CHAT: template} if isinstance(template, str) else {}
-    return OpenModel(build(config, weights, device, source), tokenizer, None, source, companions=companions)
+    model = build(config, weights, device, source)
+    return OpenModel(model, tokenizer, None, source, companions=companions, files=files)
 
 
 def build(

@@ -19,7 +19,9 @@ from regpt.ranges import MANY, Range
 from regpt.structured import parse_row
 
 if TYPE_CHECKING:
+    from regpt.checkpoint.open import OpenModel
     from regpt.engine.generate import Sample
+    from regpt.engine.receipt import Origin
     from regpt.engine.request import Request
 
 MOST_PANELS = 12  # side by side
@@ -52,6 +54,8 @@ class SampleArgs:
     """Write text that this regular expression matches as a whole (extra structured)."""
     json: bool = False
     """Print one JSON object with token ids and texts instead."""
+    receipt: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """Write a receipt of the texts to this file, with which regpt verify-receipt writes them again."""
     draw: Drawing = field(default_factory=DrawFlags)
 
 
@@ -60,6 +64,8 @@ def main(args: list[str]) -> int:
     given = parse(SampleArgs, args, prog="regpt sample")
     if (given.prompt is None) == (not given.prompts):
         raise UsageError("give a prompt to continue, --prompt TEXT, or a file of them, --prompts FILE")
+    if given.receipt and given.past_context == "slide":
+        raise UsageError("--receipt is of texts within the model's length; leave out --past-context slide")
     prompts = [read_prompt(given.prompt)] if given.prompt is not None else read_prompts(Path(given.prompts))
     from regpt.engine.generate import encode_prompt
     from regpt.engine.request import Request
@@ -74,39 +80,74 @@ def main(args: list[str]) -> int:
                 f"the model reads {longest:,} tokens: what comes after them follows from the last {longest:,} alone"
             )
         how = {"options": options, "seed": draw.seed, "slide": slide, "stop": given.stop, "n": given.n}
-        how |= {"stop_ids": tokenizer.stop_ids, "structure": structure_of(given, tokenizer, model.config.vocab_size)}
+        described = schema_of(given)
+        how["structure"] = structure_of(described, tokenizer, model.config.vocab_size)
+        how["stop_ids"] = tokenizer.stop_ids
         requests = [Request(one, given.max_new_tokens, **how) for one in ids]
         names = [one.name for one in fields(options) if one.name != "logit_bias"]
         settings = {name: getattr(draw, name) for name in (*names, "seed", "precision")} | {"stop": given.stop}
         about = {"model": given.model, "source": opened.source, "step": opened.step}
         watched = is_terminal(sys.stdout) and not given.json and not given.prompts
+        origin, written = origin_of(given, opened) if given.receipt else None, list[list["Sample"]]()
         for number, samples in write_all(model, tokenizer, requests, watched=watched):
+            written.append(samples)
             if given.json:
                 prompt_ids = tokenizer.encode_prompts([prompts[number]])[0].tolist()
                 prompt = {"prompt": prompts[number], "prompt_ids": prompt_ids}
                 print_json(about | prompt | settings | {"samples": [sample._asdict() for sample in samples]})
             elif not (watched and given.n == 1):
                 print_line("\n".join(f"> {sample.text}" for sample in samples))
+        if origin:
+            write_receipt(Path(given.receipt), origin, requests, written, described)
     return 0
 
 
-def structure_of(given: SampleArgs, tokenizer: Any, n_vocab: int) -> Any:
+def origin_of(given: SampleArgs, opened: "OpenModel") -> "Origin":
+    """Hashes of the model, for a receipt; a checkpoint under its own name, not its run's."""
+    from regpt.engine.receipt import Origin
+
+    hashes = opened.weights_sha256, opened.tokenizer.sha256, None
+    name = given.model if opened.step is None else str(opened.files[0].path.parent)
+    return Origin(name, *hashes, given.draw.precision, opened.model.device.type)
+
+
+def write_receipt(
+    path: Path, origin: "Origin", requests: "list[Request]", written: "list[list[Sample]]", schema: dict[str, str]
+) -> None:
+    from regpt.engine.noise import choice_seed
+    from regpt.engine.receipt import Receipt, WrittenText
+    from regpt.files import write_json
+
+    texts = [
+        WrittenText(tuple(request.prompt), choice_seed(request.seed, i), tuple(sample.ids[len(request.prompt) :]))
+        for request, samples in zip(requests, written)
+        for i, sample in enumerate(samples)
+    ]
+    write_json(path, Receipt.of(origin, requests[0], texts, schema).to_json())
+
+
+def structure_of(schema: dict[str, str], tokenizer: Any, n_vocab: int) -> Any:
     """What makes the structures of the texts; None where they are free."""
-    if not (given.json_schema or given.regex):
+    if not schema:
         return None
     from regpt.engine.structured import Structures
 
+    structures = Structures(tokenizer, n_vocab)
+    return structures.of_regex(schema["regex"]) if "regex" in schema else structures.of_schema(schema["json_schema"])
+
+
+def schema_of(given: SampleArgs) -> dict[str, str]:
+    """The `regex` or the `json_schema` of the texts; nothing where they are free."""
     if given.json_schema and given.regex:
         raise UsageError("give --json-schema or --regex, not both")
-    structures = Structures(tokenizer, n_vocab)
-    if given.regex:
-        return structures.of_regex(given.regex)
+    if given.regex or not given.json_schema:
+        return {"regex": given.regex} if given.regex else {}
     schema = given.json_schema
     if not schema.lstrip().startswith("{"):
         if not Path(schema).is_file():
             raise UsageError(f"--json-schema {schema!r} is neither a file nor an object; give one of them")
         schema = Path(schema).read_text(encoding="utf-8", errors="replace")
-    return structures.of_schema(schema)
+    return {"json_schema": schema}
 
 
 def write_all(

@@ -26,6 +26,8 @@ SPARE = 4  # candidates beyond top-k: to know how near its edge the next ones ar
 class SamplingOptions:
     """How a token is drawn; the defaults are the lecture's (and Hugging Face's pipeline's)."""
 
+    __pydantic_config__ = {"extra": "forbid"}
+
     temperature: float = 1.0
     """Logits are divided by it: below 1 sharper, above 1 flatter; 0 takes the likeliest token."""
     top_k: int = 50

@@ -3,10 +3,12 @@
 import codecs
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from regpt.engine.noise import choice_seed
+from regpt.engine.receipt import Origin, Receipt, WrittenText
 from regpt.engine.request import Event
 from regpt.serve.worker import PromptScores, Scored, TextJob
 from regpt.text.tokenizer import Tokenizer, with_bytes
@@ -22,7 +24,7 @@ class TextSoFar:
     index: int
     text: str = ""
     entries: list[Scored] = field(default_factory=list)
-    tokens: int = 0
+    tokens: list[int] = field(default_factory=list)
     reason: str | None = None
 
 
@@ -53,7 +55,9 @@ class Answer:
 
     Args:
         logprobs: alternatives reported for each token; None reports nothing.
-        echoes: text and tokens of the prompts that the answer repeats; empty where it does not.
+        echoes: texts of the prompts that the answer repeats; empty where it does not.
+        origin: for a receipt, where one is asked for.
+        structure: as in `Receipt.of`.
     """
 
     def __init__(
@@ -65,9 +69,12 @@ class Answer:
         logprobs: int | None = None,
         echoes: Sequence[str] = (),
         usage: bool = False,
+        origin: Origin | None = None,
+        structure: Mapping[str, str] | None = None,
     ):
         self.job, self.tokenizer, self.shape, self.model = job, tokenizer, shape, model
         self.logprobs, self.echoes, self.usage = logprobs, list(echoes), usage
+        self.origin, self.structure = origin, structure
         self.id, self.created = f"{shape.prefix}-{secrets.token_hex(12)}", int(time.time())
         self.texts = [TextSoFar(i, self.echoes[i // job.n] if echoes else "") for i in range(job.texts)]
         self.seed = job.requests[0].seed
@@ -85,7 +92,7 @@ class Answer:
             piece.text += item.text
             piece.reason = item.finish_reason
             if item.token is not None:
-                piece.tokens += 1
+                piece.tokens.append(item.token)
                 if self.logprobs is not None and item.logprob is not None:
                     piece.entries.append(Scored(item.token, item.logprob, item.top))
         for i, piece in gained.items():
@@ -98,7 +105,7 @@ class Answer:
 
     def counts(self) -> tuple[int, int]:
         """Tokens of the prompts, and new ones."""
-        return sum(len(one.prompt) for one in self.job.requests), sum(text.tokens for text in self.texts)
+        return sum(len(one.prompt) for one in self.job.requests), sum(len(text.tokens) for text in self.texts)
 
     def usage_object(self) -> Json:
         prompt, new = self.counts()
@@ -112,9 +119,23 @@ class Answer:
         """With `usage: null` where the last chunk will have it, as OpenAI does."""
         return self.frame(self.shape.kind, choices, **({"usage": None} if self.usage else {}))
 
-    def usage_chunk(self) -> Iterator[Json]:
-        if self.usage:
-            yield self.frame(self.shape.kind, [], usage=self.usage_object())
+    def last_chunk(self) -> Iterator[Json]:
+        """Usage and receipt, where they are asked for."""
+        if self.usage or self.origin:
+            usage = {"usage": self.usage_object()} if self.usage else {}
+            yield self.frame(self.shape.kind, [], **usage, **({"regpt": self.extras()} if self.origin else {}))
+
+    def extras(self) -> Json:
+        """What no interface of OpenAI has: the seed, and a receipt where one is asked for."""
+        if self.origin is None:
+            return {"seed": self.seed}
+        requests, n = self.job.requests, self.job.n
+        texts = [
+            WrittenText(tuple(one.prompt), choice_seed(one.seed, choice), tuple(self.texts[i * n + choice].tokens))
+            for i, one in enumerate(requests)
+            for choice in range(n)
+        ]
+        return {"seed": self.seed, "receipt": Receipt.of(self.origin, requests[0], texts, self.structure).to_json()}
 
     # ---- log-probabilities -------------------------------------------------------------------------------------------
 
@@ -193,11 +214,11 @@ class CompletionShape:
             yield answer.chunk_frame([self.choice(answer, piece, offset)])
 
     def closing(self, answer: Answer) -> Iterator[Json]:
-        return answer.usage_chunk()
+        return answer.last_chunk()
 
     def whole(self, answer: Answer) -> Json:
         choices = [self.choice(answer, text) for text in answer.texts]
-        return answer.frame(self.kind, choices, usage=answer.usage_object(), regpt={"seed": answer.seed})
+        return answer.frame(self.kind, choices, usage=answer.usage_object(), regpt=answer.extras())
 
 
 class ChatShape:
@@ -221,7 +242,7 @@ class ChatShape:
             yield self.part(answer, piece.index, {}, reason=piece.reason)
 
     def closing(self, answer: Answer) -> Iterator[Json]:
-        return answer.usage_chunk()
+        return answer.last_chunk()
 
     def whole(self, answer: Answer) -> Json:
         choices = [
@@ -233,4 +254,4 @@ class ChatShape:
             }
             for text in answer.texts
         ]
-        return answer.frame("chat.completion", choices, usage=answer.usage_object(), regpt={"seed": answer.seed})
+        return answer.frame("chat.completion", choices, usage=answer.usage_object(), regpt=answer.extras())

@@ -83,6 +83,7 @@ COMMON = {
     "stream": SWITCH,
     "stream_options": Field((dict,)),
     "user": TEXT,
+    "receipt": SWITCH,
 }
 COMPLETIONS = {
     **COMMON,
@@ -108,6 +109,7 @@ RESPONSES = {
     "max_output_tokens": whole(1, MANY),
     "stream": SWITCH,
     "user": TEXT,
+    "receipt": SWITCH,
 }
 # Fields that OpenAI has and this server does not implement, with the values that ask for nothing.
 SHARED_NEUTRAL: dict[str, tuple[Any, ...]] = {

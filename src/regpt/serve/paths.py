@@ -1,14 +1,18 @@
 """Fields of a path → requests of the engine."""
 
 import asyncio
+import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from hashlib import sha256
 from typing import Any
 
+from regpt.checkpoint.open import OpenModel
 from regpt.engine.generate import encode_prompt
 from regpt.engine.processing import SamplingOptions
+from regpt.engine.receipt import Origin
 from regpt.engine.request import Request, Structure
 from regpt.engine.structured import Structures
 from regpt.errors import UserError
@@ -47,11 +51,24 @@ class ServedModel:
 
     id: str
     worker: Worker
-    tokenizer: Tokenizer
+    opened: OpenModel
+    precision: str
     longest: int
     chat: ChatTemplate | None
     created: int
     longest_token: int
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.opened.tokenizer
+
+    @cached_property
+    def origin(self) -> Origin:
+        """Reads the files of the weights at the first receipt, where no manifest has their hashes."""
+        template = sha256(self.chat.source.encode()).hexdigest() if self.chat else None
+        device = self.worker.engine.device.type
+        hashes = self.opened.weights_sha256, self.tokenizer.sha256, template
+        return Origin(self.id, *hashes, self.precision, device)
 
     @cached_property
     def structures(self) -> Structures:
@@ -91,10 +108,20 @@ def check_characters(model: ServedModel, text: str, param: str) -> None:
         raise exceeding(least, 0, model.longest, param, "at least ")
 
 
-async def read_structure(model: ServedModel, form: Mapping[str, Any] | None) -> Callable[[], Structure] | None:
-    """What `response_format` asks for: None for text, any object, or what a JSON schema describes."""
+async def read_origin(model: ServedModel, wanted: bool) -> Origin | None:
+    """For a receipt, where one is wanted."""
+    try:
+        return await asyncio.to_thread(lambda: model.origin) if wanted else None
+    except UserError as error:
+        raise ApiError(str(error), param="receipt", code="invalid_value") from None
+
+
+async def read_structure(
+    model: ServedModel, form: Mapping[str, Any] | None
+) -> tuple[Callable[[], Structure] | None, dict[str, str]]:
+    """What `response_format` asks for, none for text: any object, or what a JSON schema describes; and the schema."""
     if form is None or form == {"type": "text"}:
-        return None
+        return None, {}
     described = form.get("json_schema")
     schema: Any = described.get("schema") if isinstance(described, dict) else None
     if form == {"type": "json_object"}:
@@ -103,8 +130,9 @@ async def read_structure(model: ServedModel, form: Mapping[str, Any] | None) -> 
         types = '"text", "json_object", or "json_schema" with {"schema": {…}} as its "json_schema"'
         message = f"response_format is {shown(form)}, its type must be {types}"
         raise ApiError(message, param="response_format", code="invalid_value")
+    text = json.dumps(schema)
     try:
-        return await asyncio.to_thread(lambda: model.structures.of_schema(schema))
+        return await asyncio.to_thread(lambda: model.structures.of_schema(text)), {"json_schema": text}
     except UserError as error:
         raise ApiError(str(error), param="response_format", code="invalid_value") from None
 
@@ -193,10 +221,15 @@ async def completion(model: ServedModel, body: Mapping[str, Any], limits: Limits
     if new == 0 and not echo:
         message = "max_tokens is 0, must be at least 1 unless echo is true"
         raise ApiError(message, param="max_tokens", code="invalid_value")
+    if new == 0 and fields["receipt"]:
+        message = "receipt is true and max_tokens is 0: nothing is written that a receipt could be of"
+        raise ApiError(message, param="receipt", code="invalid_value")
     check_fits(model, prompts, new, "prompt")
+    origin = await read_origin(model, fields["receipt"])
+    origin = origin and replace(origin, template_sha256=None)  # the prompt is the client's
     requests = make_requests(model, fields, prompts, new, top or 0, limits, model.tokenizer.stop_ids)
     job = TextJob(requests, top if echo else None, generate=new > 0)
-    answer = Answer(job, model.tokenizer, CompletionShape(), model.id, top, texts if echo else (), usage)
+    answer = Answer(job, model.tokenizer, CompletionShape(), model.id, top, texts if echo else (), usage, origin)
     return answer, fields["stream"]
 
 
@@ -213,10 +246,11 @@ async def chat(model: ServedModel, body: Mapping[str, Any], limits: Limits) -> t
     new = new_tokens(model, prompt, fields, ("max_completion_tokens", "max_tokens"), "messages")
     top = fields["top_logprobs"] or 0
     stop_ids = model.chat.stop_ids if model.chat else ()
-    structure = await read_structure(model, fields["response_format"])
+    structure, schema = await read_structure(model, fields["response_format"])
+    origin = await read_origin(model, fields["receipt"])
     job = TextJob(make_requests(model, fields, [prompt], new, top, limits, stop_ids, structure))
-    shape = ChatShape()
-    answer = Answer(job, model.tokenizer, shape, model.id, top if fields["logprobs"] else None, usage=usage)
+    alternatives = top if fields["logprobs"] else None
+    answer = Answer(job, model.tokenizer, ChatShape(), model.id, alternatives, (), usage, origin, schema)
     return answer, fields["stream"]
 
 
@@ -233,7 +267,8 @@ async def response(model: ServedModel, body: Mapping[str, Any], limits: Limits) 
     new = new_tokens(model, prompt, fields, ("max_output_tokens",), "input")
     stop_ids = model.chat.stop_ids if model.chat else ()
     job = TextJob(make_requests(model, fields | {"n": 1, "stop": None}, [prompt], new, 0, limits, stop_ids))
-    return Answer(job, model.tokenizer, ResponseShape(fields), model.id), fields["stream"]
+    origin = await read_origin(model, fields["receipt"])
+    return Answer(job, model.tokenizer, ResponseShape(fields), model.id, origin=origin), fields["stream"]
 
 
 async def conversation(model: ServedModel, messages: list[dict[str, str]], param: str) -> list[int]:

@@ -58,7 +58,7 @@ class ResponseShape:
             "tool_choice": "none",
             "tools": [],
             "store": False,
-            "regpt": {"seed": answer.seed},
+            "regpt": answer.extras() if output else {"seed": answer.seed},
             **self.echoed,
         }
 

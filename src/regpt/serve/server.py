@@ -40,6 +40,7 @@ class Loaded:
     opened: OpenModel
     engine: Engine
     chat: ChatTemplate | None
+    precision: str = "fp32"
 
 
 def short_id(name: str) -> str:
@@ -84,7 +85,7 @@ def load_model(
     with writing(opened.model, precision, device):
         tokens = cache_tokens or default_cache(opened, rows, device)
         engine = Engine(opened.model, opened.tokenizer, max_rows=rows, cache_tokens=tokens)
-    return Loaded(name, opened, engine, chat)
+    return Loaded(name, opened, engine, chat, precision)
 
 
 def default_cache(opened: OpenModel, rows: int, device: torch.device) -> int:
@@ -209,4 +210,5 @@ class Application:
         self.workers.append(worker)
         tokenizer = one.opened.tokenizer
         longest = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.n_vocab))
-        return ServedModel(one.id, worker, tokenizer, one.engine.longest, one.chat, int(time.time()), max(longest, 1))
+        sizes = one.engine.longest, one.chat, int(time.time()), max(longest, 1)
+        return ServedModel(one.id, worker, one.opened, one.precision, *sizes)

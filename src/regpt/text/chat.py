@@ -30,7 +30,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
+        self.source, self.tokenizer = source, tokenizer
         ids = np.flatnonzero(tokenizer.byte_lengths() == 0).tolist()
         self.special = {tokenizer.token_bytes(token).decode("utf-8", "replace"): token for token in ids}
         self.special.pop("", None)
