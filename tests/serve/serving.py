@@ -40,13 +40,13 @@ class Serving:
         engine: of the model `tiny`.
     """
 
-    def __init__(self, models: list[Loaded], limits: Limits, token: str):
+    def __init__(self, models: list[Loaded], limits: Limits, token: str, checkpoints: int):
         self.bound: socket.socket = open_socket("127.0.0.1", 0)
         self.bound.listen(512)
         self.url, self.engine = url_of(self.bound), models[0].engine
         self.http = httpx.Client(base_url=self.url, timeout=60)
         started = threading.Event()
-        self.server = make_server(models, limits, token, started.set)
+        self.server = make_server(models, limits, token, started.set, checkpoints)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.bound]}, daemon=True)
         self.thread.start()
         assert started.wait(30)
@@ -85,8 +85,10 @@ def loaded(name: str = "tiny", template: str = TEMPLATE, rows: int = 16, opened:
 
 
 @contextlib.contextmanager
-def serving(models: list[Loaded], limits: Limits | None = None, token: str = "") -> Iterator[Serving]:
-    running = Serving(models, limits or Limits(), token)
+def serving(
+    models: list[Loaded], limits: Limits | None = None, token: str = "", checkpoints: int = 4
+) -> Iterator[Serving]:
+    running = Serving(models, limits or Limits(), token, checkpoints)
     try:
         yield running
     finally:

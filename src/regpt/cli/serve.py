@@ -39,6 +39,8 @@ class ServeArgs:
     """Positions that the cache of a model holds; 0: what the rows may need, up to 1 GiB (CUDA: 8 GiB)."""
     queue: Annotated[int, Range(0, 1 << 20)] = 256
     """Texts that may wait; more are answered with 429."""
+    checkpoints: Annotated[int, Range(0, 4096)] = 4
+    """Checkpoints of runs that are held in memory at most, opened when a client asks for ID:STEP; 0: none."""
     max_texts: Annotated[int, Range(1, 1 << 16)] = 64
     """Texts of one request: prompts × n."""
     max_body_mib: Annotated[float, Range(0, 4096, above=True)] = 4.0
@@ -87,5 +89,6 @@ def main(args: list[str]) -> int:
             key = "$REGPT_TOKEN" if token else "none"
             print_line(f"serving {', '.join(names)} on {device}, {given.precision}; Ctrl-C ends after what is written")
             print_line(f"export OPENAI_BASE_URL={url_of(bound)}/v1 OPENAI_API_KEY={key}")
+            print_line(f"page: {url_of(bound)}/")
 
-        return serve(models, bound, limits, token, ready)
+        return serve(models, bound, limits, token, ready, given.checkpoints)

@@ -12,9 +12,12 @@ from starlette.types import Receive, Scope, Send
 
 from regpt.errors import nearest
 from regpt.serve.answers import Answer
+from regpt.serve.checkpoints import Checkpoints
+from regpt.serve.explain import EXPLAIN, explanation
 from regpt.serve.fields import CHAT, COMPLETIONS, RESPONSES, ApiError, Field, read_json_object, shown
 from regpt.serve.gate import Gate
 from regpt.serve.metrics import Timings, metrics_text
+from regpt.serve.page import POLICY, page_files
 from regpt.serve.paths import ServedModel, chat, completion, response
 from regpt.serve.worker import Limits
 
@@ -24,15 +27,22 @@ Make = Callable[[ServedModel, Mapping[str, Any], Limits], Awaitable[tuple[Answer
 
 
 class Service:
-    """Models by id, limits, and timings."""
+    """Models by id, the checkpoints of their runs, limits, and timings."""
 
-    def __init__(self, models: Sequence[ServedModel], limits: Limits):
+    def __init__(self, models: Sequence[ServedModel], limits: Limits, checkpoints: Checkpoints | None):
         self.models, self.limits, self.timings = {one.id: one for one in models}, limits, Timings()
+        self.checkpoints = checkpoints
 
-    def find(self, name: Any) -> ServedModel:
+    def describe(self, model: ServedModel) -> dict[str, Any]:
+        steps = sorted(self.checkpoints.folders(model.id)) if self.checkpoints else []
+        return model.description() | ({"checkpoints": steps} if steps else {})
+
+    async def find(self, name: Any) -> ServedModel:
         if name is None:
             raise ApiError("model is missing", param="model", code="missing_required_parameter")
         found = self.models.get(name) if isinstance(name, str) else None
+        if found is None and self.checkpoints and isinstance(name, str):
+            found = await self.checkpoints.find(name)
         if found is None:
             names = ", ".join(self.models)
             message = f"there is no model {shown(name)}{nearest(str(name), self.models)}; this server has {names}"
@@ -42,7 +52,7 @@ class Service:
     async def answer(self, request: Request, make: Make) -> Response:
         """Read the body, hand the job to the model's worker, answer whole or as a stream."""
         body = read_json_object(await self.body(request))
-        model = self.find(body.get("model"))
+        model = await self.find(body.get("model"))
         answer, stream = await make(model, body, self.limits)
         model.worker.submit(answer.job)
         if stream:
@@ -149,9 +159,11 @@ def described(fields: Mapping[str, Field], required: Sequence[str]) -> dict[str,
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-def make_app(models: Sequence[ServedModel], limits: Limits, token: str = "") -> Gate:
+def make_app(
+    models: Sequence[ServedModel], limits: Limits, token: str = "", checkpoints: Checkpoints | None = None
+) -> Gate:
     """The application: models, behind the gate."""
-    service = Service(models, limits)
+    service = Service(models, limits, checkpoints)
     app = FastAPI(title="regpt serve", docs_url=None, redoc_url=None)
     gate = Gate(app, token)
 
@@ -167,13 +179,18 @@ def make_app(models: Sequence[ServedModel], limits: Limits, token: str = "") -> 
     async def responses(request: Request) -> Response:
         return await service.answer(request, response)
 
+    @app.post("/v1/explain", openapi_extra=described(EXPLAIN, ["model", "seed"]))
+    async def explained(request: Request) -> Response:
+        body = read_json_object(await service.body(request))
+        return JSONResponse(await explanation(await service.find(body.get("model")), body, limits))
+
     @app.get("/v1/models")
     async def models_list() -> dict[str, Any]:
-        return {"object": "list", "data": [one.description() for one in service.models.values()]}
+        return {"object": "list", "data": [service.describe(one) for one in service.models.values()]}
 
     @app.get("/v1/models/{id:path}")
     async def model(request: Request) -> dict[str, Any]:
-        return service.find(request.path_params["id"]).description()
+        return service.describe(await service.find(request.path_params["id"]))
 
     @app.get("/health")
     async def health() -> Response:
@@ -185,8 +202,16 @@ def make_app(models: Sequence[ServedModel], limits: Limits, token: str = "") -> 
     async def metrics() -> Response:
         return PlainTextResponse(await metrics_text(service.models.values(), gate, service.timings))
 
+    add_page(app)
     add_handlers(app)
     return gate
+
+
+def add_page(app: FastAPI) -> None:
+    """The page's files, as they are at the start."""
+    for path, (kind, content) in page_files().items():
+        response = Response(content, media_type=kind, headers={"Content-Security-Policy": POLICY})
+        app.get(path, include_in_schema=False)(lambda response=response: response)
 
 
 def add_handlers(app: FastAPI) -> None:

@@ -15,7 +15,8 @@ Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-OPEN = ("/health",)  # needs no token: for those who watch the process
+# Need no token: for those who watch the process; the page, which then asks for one.
+OPEN = ("/health", "/", "/page.js", "/page.css")
 SECURITY = [
     (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
     (b"x-content-type-options", b"nosniff"),
@@ -43,7 +44,8 @@ class Gate:
 
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *SECURITY]
+                given = {name for name, _ in message["headers"]}
+                message["headers"] = [*message["headers"], *(pair for pair in SECURITY if pair[0] not in given)]
                 route = scope.get("route")
                 self.answered[getattr(route, "path", "other"), message["status"]] += 1
             await send(message)

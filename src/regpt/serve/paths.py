@@ -84,6 +84,7 @@ class ServedModel:
             "owned_by": "regpt",
             "max_model_len": self.longest,
             "chat_template": self.chat is not None,
+            "tokenizer_sha256": self.tokenizer.sha256,
         }
 
 

@@ -12,12 +12,14 @@ from pathlib import Path
 import torch
 import uvicorn
 
+from regpt.checkpoint.load import CHECKPOINTS
 from regpt.checkpoint.open import OpenModel, open_model
 from regpt.engine.engine import Engine
 from regpt.errors import UsageError, UserError
-from regpt.files import exists, is_file
+from regpt.files import exists, is_file, is_folder
 from regpt.serve.app import make_app
 from regpt.serve.chat import PLAIN
+from regpt.serve.checkpoints import Checkpoints
 from regpt.serve.gate import is_local
 from regpt.serve.paths import ServedModel
 from regpt.serve.worker import Limits, Worker
@@ -26,6 +28,7 @@ from regpt.text.folder import CHAT
 from regpt.train.config import InferencePrecision
 from regpt.train.precision import writing
 
+CHECKPOINT_ROWS = 4  # texts of a checkpoint that are written at once: the page's columns
 CACHE_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}  # unless cache_tokens says otherwise
 NAMED = re.compile(r"([\w.:-]+)=(.+)")
 STEP = re.compile(r"step-0*(\d+)")
@@ -34,13 +37,20 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Loaded:
-    """An opened model under its id, with an engine."""
+    """An opened model under its id, with an engine.
+
+    Attributes:
+        run: the folder whose newest checkpoint it is.
+        read_checkpoint: id and folder → another one of the run.
+    """
 
     id: str
     opened: OpenModel
     engine: Engine
     chat: ChatTemplate | None
     precision: str = "fp32"
+    run: Path | None = None
+    read_checkpoint: Callable[[str, Path], "Loaded"] | None = None
 
 
 def short_id(name: str) -> str:
@@ -85,7 +95,13 @@ def load_model(
     with writing(opened.model, precision, device):
         tokens = cache_tokens or default_cache(opened, rows, device)
         engine = Engine(opened.model, opened.tokenizer, max_rows=rows, cache_tokens=tokens)
-    return Loaded(name, opened, engine, chat, precision)
+    run = Path(model) if is_folder(Path(model) / CHECKPOINTS) else None
+
+    def read_checkpoint(name: str, folder: Path) -> Loaded:
+        few = min(rows, CHECKPOINT_ROWS)
+        return load_model(name, str(folder), device, precision, few, 0, template)
+
+    return Loaded(name, opened, engine, chat, precision, run, read_checkpoint)
 
 
 def default_cache(opened: OpenModel, rows: int, device: torch.device) -> int:
@@ -158,7 +174,12 @@ class Server(uvicorn.Server):
 
 
 def serve(
-    models: Sequence[Loaded], bound: socket.socket, limits: Limits, token: str, ready: Callable[[], object]
+    models: Sequence[Loaded],
+    bound: socket.socket,
+    limits: Limits,
+    token: str,
+    ready: Callable[[], object],
+    checkpoints: int,
 ) -> int:
     """Answer requests until a signal comes; the exit code."""
     host, port = bound.getsockname()[:2]
@@ -166,17 +187,21 @@ def serve(
         bound.listen(2048)
     except OSError as error:
         raise taken(host, port, error) from None
-    server = make_server(models, limits, token, ready)
+    server = make_server(models, limits, token, ready, checkpoints)
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[bound])
     return INTERRUPTED if server.force_exit else 0
 
 
 def make_server(
-    models: Sequence[Loaded], limits: Limits, token: str, ready: Callable[[], object] = lambda: None
+    models: Sequence[Loaded],
+    limits: Limits,
+    token: str,
+    ready: Callable[[], object] = lambda: None,
+    checkpoints: int = 4,
 ) -> Server:
-    """A server whose workers live as long as its event loop."""
-    app = Application(models, limits, token, ready)
+    """A server whose workers live as long as its event loop, with so many `checkpoints` in memory at most."""
+    app = Application(models, limits, token, ready, checkpoints)
     config = uvicorn.Config(
         app, lifespan="on", log_config=None, access_log=False, server_header=False, date_header=False, ws="none"
     )
@@ -186,10 +211,14 @@ def make_server(
 class Application:
     """Builds the application inside the event loop, where the workers need it; ASGI's lifespan."""
 
-    def __init__(self, models: Sequence[Loaded], limits: Limits, token: str, ready: Callable[[], object]):
+    def __init__(
+        self, models: Sequence[Loaded], limits: Limits, token: str, ready: Callable[[], object], checkpoints: int
+    ):
         self.models, self.limits, self.token, self.ready = models, limits, token, ready
         self.gate = None
         self.workers = list[Worker]()
+        runs = {one.id: one.run for one in models if one.run}
+        self.checkpoints = Checkpoints(runs, self.read_checkpoint, checkpoints)
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "lifespan":
@@ -197,18 +226,25 @@ class Application:
             await self.gate(scope, receive, send)
             return
         await receive()
-        self.gate = make_app([self.served(one) for one in self.models], self.limits, self.token)
+        served = [self.served(one) for one in self.models]
+        self.workers = [one.worker for one in served]
+        self.gate = make_app(served, self.limits, self.token, self.checkpoints)
         await send({"type": "lifespan.startup.complete"})
         self.ready()
         await receive()
-        for worker in self.workers:
+        for worker in [*self.workers, *(one.worker for one in self.checkpoints.held.values())]:
             worker.close()
         await send({"type": "lifespan.shutdown.complete"})
 
     def served(self, one: Loaded) -> ServedModel:
         worker = Worker(one.engine, self.limits)
-        self.workers.append(worker)
         tokenizer = one.opened.tokenizer
         longest = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.n_vocab))
         sizes = one.engine.longest, one.chat, int(time.time()), max(longest, 1)
         return ServedModel(one.id, worker, one.opened, one.precision, *sizes)
+
+    def read_checkpoint(self, id: str, name: str, folder: Path) -> Callable[[], ServedModel]:
+        parent = next(one for one in self.models if one.id == id)
+        assert parent.read_checkpoint is not None
+        loaded = parent.read_checkpoint(name, folder)
+        return lambda: self.served(loaded)

@@ -114,20 +114,45 @@ class Worker:
         Raises:
             ApiError: 400 for what this model cannot write, 429 where the queue is full, 503 where the engine failed.
         """
-        if self.failure:
-            raise ApiError(self.failure, status=503, code="engine_failed")
+        self.check_runs()
         room = self.engine.pages.n_pages * self.engine.pages.page_size
         for request in job.requests if job.generate else []:
             try:
                 check_request(request, self.engine.longest, self.engine.n_vocab, room, texts=True)
             except UserError as error:
                 raise ApiError(str(error), code="invalid_value") from None
-        most = self.engine.max_rows + self.limits.queue
-        if self.open_texts + job.texts > most:
-            message = f"{self.open_texts} texts are written or wait, {job.texts} more would exceed {most}; try again"
-            raise ApiError(message, status=429, code="queue_full", headers={"Retry-After": "1"})
-        self.open_texts += job.texts
+        self.reserve(job.texts)
         self.inbox.put(lambda: self.start(job))
+
+    def check_runs(self) -> None:
+        if self.failure:
+            raise ApiError(self.failure, status=503, code="engine_failed")
+        if self.closed:  # a checkpoint, between finding and asking it
+            message = "the model has just made room for another one; try again"
+            raise ApiError(message, status=503, code="model_closed", headers={"Retry-After": "1"})
+
+    def reserve(self, texts: int) -> None:
+        most = self.engine.max_rows + self.limits.queue
+        if self.open_texts + texts > most:
+            message = f"{self.open_texts} texts are written or wait, {texts} more would exceed {most}; try again"
+            raise ApiError(message, status=429, code="queue_full", headers={"Retry-After": "1"})
+        self.open_texts += texts
+
+    async def ask(self, function: Callable[[Engine], Result]) -> Result:
+        """What `function` finds, called between two steps; it counts as a text.
+
+        Raises:
+            ApiError: as in `submit`, or 504 after the time that a request may take.
+        """
+        self.check_runs()
+        self.reserve(1)
+        try:
+            async with asyncio.timeout(self.limits.seconds):
+                return await self.call(lambda: function(self.engine))
+        except TimeoutError:
+            raise ApiError(f"no answer within {self.limits.seconds:g} s", status=504, code="timeout") from None
+        finally:
+            self.open_texts -= 1
 
     def release(self, job: TextJob) -> None:
         """The job's client has its answer or is gone: what is still written is cancelled before the next step."""
