@@ -7,6 +7,7 @@ bucket of rows; on a CPU the same function runs as it is.
 
 import warnings
 from collections.abc import Sequence as Items
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -28,12 +29,12 @@ from regpt.engine.processing import (
     rows_of,
 )
 from regpt.engine.sequence import Sequence
+from regpt.kernels.few_rows import MOST, one_thread, with_few_rows
 from regpt.model.transformer import Transformer
 
 TOKEN, POSITION, SEEDS, OPTIONS = 0, 1, 2, 4
 TABLE = OPTIONS + len(NUMBERS)  # columns of the state
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-HEAD_ROWS = 4096
 MOST_BY_KERNEL = 64  # `kernels.sampler.MOST`, whose file imports Triton
 RESULTS = 4  # token, log-probability, finite, certain
 
@@ -180,7 +181,8 @@ class Step:
         *,
         graphs: bool,
     ):
-        self.model, self.pages, self.rows = model, pages, rows
+        self.model = model if kernels.few_rows is None else with_few_rows(model, kernels.few_rows)
+        self.pages, self.rows = pages, rows
         self.tolerance, self.kernels, self.graphs = tolerance, kernels, graphs
         self.captured: dict[tuple[int, Needs], tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]] = {}
         self.pool = None
@@ -189,7 +191,9 @@ class Step:
         """Results of the first `n` rows: (n, RESULTS) float64, and with `needs.top` (n, top, 2) float64 of the
         likeliest tokens and their log-probabilities. RowState are the next power of two where graphs are used."""
         if not self.graphs:
-            return self.compute(n, needs, alone, longest)
+            few = self.model.device.type == "cpu" and n <= MOST
+            with one_thread(self.kernels.few_rows) if few else nullcontext():
+                return self.compute(n, needs, alone, longest)
         bucket = next(size for size in (*BUCKETS, self.rows.n) if size >= n)
         bucket = min(bucket, self.rows.n)
         if (bucket, needs) not in self.captured:
@@ -250,9 +254,7 @@ class Step:
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, V) of hidden states (B, C), where the rows are."""
         if self.kernels.model is None:
-            one = len(hidden) == 1 and hidden.device.type == "cpu"
-            logits = logits_of_one(self.model, hidden) if one else self.model.logits(hidden)
-            return logits.to(self.rows.state.device)
+            return self.model.logits(hidden).to(self.rows.state.device)
         return self.kernels.model.logits(hidden)[:, : self.model.config.vocab_size]
 
     def draws_by_kernels(self, needs: Needs) -> bool:
@@ -300,12 +302,6 @@ def draw_from(
     logits = logits if logits.dtype == torch.float64 else logits.float()
     values, ids = largest(logits, min(needs.top, logits.size(-1)))
     return found, torch.stack((ids.double(), (values - logits.logsumexp(-1, keepdim=True)).double()), dim=-1)
-
-
-def logits_of_one(model: Transformer, hidden: Tensor) -> Tensor:
-    """(1, V) on a CPU, in parts: MKL reads a matrix of a whole vocabulary at half the speed of smaller ones."""
-    parts = [torch.nn.functional.linear(hidden, part) for part in model.head_weight.split(HEAD_ROWS)]
-    return torch.cat(parts, dim=-1)[:, : model.config.vocab_size]
 
 
 def results_of(found: Drawn, top: Tensor | None) -> tuple[Tensor, ...]:

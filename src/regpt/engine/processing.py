@@ -18,7 +18,6 @@ from regpt.errors import UsageError
 # By how much another shape of the products changes a logit, relative to the largest of its row: see docs/engine.md.
 TOLERANCES = {torch.float32: 3e-5, torch.float64: 1e-12}
 LONG = 64  # candidates that are left where all tokens are drawn from
-SERIAL = 16384  # below the number of elements from which PyTorch uses several threads
 SPARE = 4  # candidates beyond top-k: to know how near its edge the next ones are
 
 
@@ -185,7 +184,7 @@ def draw(
             logit; `certain` then holds where no such change changes the token.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    low, high, log_sum = survey(logits)  # (B,); NaN where one is
+    low, high = logits.aminmax(dim=-1)  # (B,); NaN where one is
     finite = low.isfinite() & high.isfinite()
     if logits.device.type != "cpu" or not finite.all():  # a pass less; only the CPU may look
         logits = logits.nan_to_num()
@@ -202,7 +201,7 @@ def draw(
     best = open_scores.amax(dim=-1, keepdim=True)
     at = torch.where(open_scores == best, ids, logits.size(-1)).argmin(dim=-1, keepdim=True)  # of equals the lowest id
     tokens = ids.gather(-1, at).squeeze(-1)
-    logprobs = logits.gather(-1, tokens[:, None]).squeeze(-1) - log_sum
+    logprobs = logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(dim=-1)
     certain = torch.ones_like(finite)
     if slack is not None:
         others = scores.masked_fill(~(kept.kept | kept.near), -math.inf).scatter(-1, at, -math.inf)
@@ -210,20 +209,6 @@ def draw(
         if candidates and kept.scores.size(-1) < logits.size(-1):  # tokens after the candidates may be as near
             certain &= kept.kept[:, -1] | ~kept.near[:, -1]
     return Drawn(tokens, logprobs, finite & best.squeeze(-1).isfinite(), certain)
-
-
-def survey(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(B,) each: the smallest and the largest logit, and the logarithm of the sum of all exponentials.
-
-    One row on a CPU is taken in parts: PyTorch divides longer rows among threads, and to wait for a thread takes much
-    longer than the work where other processes have the cores.
-    """
-    if len(logits) > 1 or logits.device.type != "cpu":
-        low, high = logits.aminmax(dim=-1)
-        return low, high, logits.logsumexp(dim=-1)
-    parts = [(*part.aminmax(dim=-1), part.logsumexp(dim=-1)) for part in logits.split(SERIAL, dim=-1)]
-    low, high, sums = (torch.stack(each) for each in zip(*parts))
-    return low.amin(dim=0), high.amax(dim=0), sums.logsumexp(dim=0)
 
 
 def shortlist(kept: Candidates, seeds: Tensor, positions: Tensor, random: Tensor) -> Candidates:

@@ -82,6 +82,7 @@ class Ops:
 
     Attributes:
         translate_mask: (mask, B, T, S, device) → what `attention` takes as its mask; called once a forward.
+        head: the product of `Transformer.logits`, without a bias; losses have their own.
     """
 
     attention: Callable[[Tensor, Tensor, Tensor, Any], Tensor] = attention
@@ -90,6 +91,7 @@ class Ops:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
     gelu: Callable[[Tensor], Tensor] = gelu
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = linear
+    head: Callable[[Tensor, Tensor, Tensor | None], Tensor] = linear
     experts: Callable[[Tensor, tuple[Tensor, Tensor], Matrices, Callable[[Tensor], Tensor]], Tensor] = experts_grouped
     linear_cross_entropy: Callable[[Tensor, Tensor, Tensor, int], Tensor] = linear_cross_entropy
     cross_entropy_with_z_loss: Callable[[Tensor, Tensor, Tensor, int, float], tuple[Tensor, Tensor]] = (

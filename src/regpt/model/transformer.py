@@ -175,4 +175,4 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., vocab_size) of hidden states (..., C), for callers who need only some positions."""
-        return nn.functional.linear(hidden, self.head_weight)[..., : self.config.vocab_size]
+        return self.ops.head(hidden, self.head_weight, None)[..., : self.config.vocab_size]

@@ -1,0 +1,194 @@
+// y = x · Wᵀ + b for up to MOST rows of x, W in float32 or in Q8_0: on a CPU such a product is as slow as reading W, and
+// libraries for large matrices read at half the memory's speed. Compiled by `few_rows.py` when first needed.
+//
+// The sum of an output has one order, whatever the number of rows and threads: a row's bits depend on the row alone.
+//
+// Threads claim chunks of W one by one, so none waits for a thread that the system has not scheduled: the caller
+// computes what nobody has claimed. It waits only for chunks in work, and yields while it does.
+
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <string.h>
+#include <time.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define MOST 8
+#define GROUP 32             // weights that share a scale in Q8_0
+#define CHUNK_BYTES (1 << 16)
+#define SPINS 2000           // then a waiting thread yields
+#define AWAKE_NS 3000000     // then a worker sleeps; a step's products are closer to each other
+
+typedef float v16 __attribute__((vector_size(64)));
+typedef float v16_at __attribute__((vector_size(64), aligned(4), may_alias));
+typedef struct {
+    const float *x, *bias;
+    const void *weight;
+    const _Float16 *scales;  // NULL: float32 weights
+    float *y;
+    long rows, n_in, n_out, chunk, chunks, workers;
+} Job;
+
+static inline v16 load(const float *at) { return *(const v16_at *)at; }
+static inline v16 load_int8(const int8_t *at) {  // GCC 12 takes __builtin_convertvector apart
+#if defined(__AVX512F__)
+    return (v16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)at)));
+#elif defined(__AVX2__)
+    __m128i b = _mm_loadu_si128((const __m128i *)at);
+    __m256 halves[2] = {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(b)),
+                        _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(b, 8)))};
+    v16 found;
+    memcpy(&found, halves, sizeof found);
+    return found;
+#else
+    v16 found;
+    for (int i = 0; i < 16; i++) found[i] = at[i];
+    return found;
+#endif
+}
+
+static inline float sum(v16 a) {
+    float s[16];
+    memcpy(s, &a, sizeof a);
+    for (int width = 8; width; width /= 2)
+        for (int i = 0; i < width; i++) s[i] += s[i + width];
+    return s[0];
+}
+
+static inline __attribute__((always_inline)) void outputs(const Job *job, const int rows, long o) {
+    const long n = job->n_in, whole = n - n % 32;
+    v16 a[MOST] = {0}, b[MOST] = {0};
+    float tail[MOST] = {0};
+    if (job->scales) {
+        const int8_t *w = (const int8_t *)job->weight + o * n;
+        const _Float16 *scales = job->scales + o * (n / GROUP);
+        for (long i = 0; i < n; i += GROUP) {
+            v16 w0 = load_int8(w + i), w1 = load_int8(w + i + 16);
+            float scale = (float)scales[i / GROUP];
+            for (int r = 0; r < rows; r++) {
+                const float *x = job->x + r * n + i;
+                v16 part = w0 * load(x) + w1 * load(x + 16);
+                if (i / GROUP % 2) b[r] += part * scale;
+                else a[r] += part * scale;
+            }
+        }
+    } else {
+        const float *w = (const float *)job->weight + o * n;
+        for (long i = 0; i < whole; i += 32) {
+            v16 w0 = load(w + i), w1 = load(w + i + 16);
+            for (int r = 0; r < rows; r++) {
+                const float *x = job->x + r * n + i;
+                a[r] += w0 * load(x);
+                b[r] += w1 * load(x + 16);
+            }
+        }
+        for (long i = whole; i < n; i++)
+            for (int r = 0; r < rows; r++) tail[r] += w[i] * job->x[r * n + i];
+    }
+    for (int r = 0; r < rows; r++)
+        job->y[r * job->n_out + o] = sum(a[r] + b[r]) + tail[r] + (job->bias ? job->bias[o] : 0);
+}
+
+static void compute(const Job *job, long chunk) {
+    long end = (chunk + 1) * job->chunk;
+    if (end > job->n_out) end = job->n_out;
+#define CASE(R) \
+    case R: \
+        for (long o = chunk * job->chunk; o < end; o++) outputs(job, R, o); \
+        break;
+    switch (job->rows) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) }
+}
+
+static Job job;                       // of the threads together
+static _Atomic uint64_t turn;         // a job's number << 32 | its next chunk
+static _Atomic long done, sleeping;
+static long started;                  // workers
+static pthread_mutex_t caller = PTHREAD_MUTEX_INITIALIZER, mutex = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
+#define CLOSED 0xFFFFFFFFu
+
+static inline void pause_cpu(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
+// Claim a chunk and compute it; 0 where there is none. A claim succeeds only while the job read is the current one.
+static int take(long worker) {
+    uint64_t seen = atomic_load(&turn);
+    Job mine = job;
+    long next = (long)(seen & CLOSED);
+    if (next == CLOSED || next >= mine.chunks || worker >= mine.workers) return 0;
+    if (!atomic_compare_exchange_strong(&turn, &seen, seen + 1)) return 1;
+    compute(&mine, next);
+    atomic_fetch_add(&done, 1);
+    return 1;
+}
+
+static long nanoseconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000L + now.tv_nsec;
+}
+
+static void *work(void *number) {
+    long worker = (long)number, last = nanoseconds(), spins = 0;
+    uint64_t seen;
+    for (;;) {
+        if (take(worker)) {
+            spins = last = 0;
+        } else if (++spins % SPINS) {
+            pause_cpu();
+        } else {
+            sched_yield();
+            if (!last) last = nanoseconds();
+            if (nanoseconds() - last < AWAKE_NS) continue;
+            pthread_mutex_lock(&mutex);
+            atomic_fetch_add(&sleeping, 1);
+            seen = atomic_load(&turn) >> 32;
+            while (atomic_load(&turn) >> 32 == seen) pthread_cond_wait(&wake, &mutex);
+            atomic_fetch_sub(&sleeping, 1);
+            pthread_mutex_unlock(&mutex);
+            last = 0;
+        }
+    }
+    return 0;
+}
+
+static void start_workers(long n) {
+    for (pthread_t thread; started < n; started++) {
+        if (pthread_create(&thread, 0, work, (void *)started)) return;
+        pthread_detach(thread);
+    }
+}
+
+// y (rows, n_out) of x (rows, n_in), rows ≤ MOST, by `threads` at most. Weights are (n_out, n_in) float32, or with
+// `scales` (n_out, n_in / GROUP) int8, n_in a multiple of GROUP.
+void few_rows(const float *x, const void *weight, const void *scales, const float *bias, float *y, long rows, long n_in,
+              long n_out, long threads) {
+    long bytes = n_in * (scales ? 1 : 4), chunk = (CHUNK_BYTES + bytes - 1) / bytes;
+    Job mine = {x, bias, weight, scales, y, rows, n_in, n_out, chunk, (n_out + chunk - 1) / chunk, threads - 1};
+    if (mine.chunks < 2 || threads < 2 || pthread_mutex_trylock(&caller)) {
+        for (long i = 0; i < mine.chunks; i++) compute(&mine, i);
+        return;
+    }
+    start_workers(mine.workers);
+    uint64_t number = (atomic_load(&turn) >> 32) + 1;
+    atomic_store(&turn, number << 32 | CLOSED);
+    job = mine;
+    atomic_store(&done, 0);
+    atomic_store(&turn, number << 32);
+    if (atomic_load(&sleeping)) {
+        pthread_mutex_lock(&mutex);
+        pthread_cond_broadcast(&wake);
+        pthread_mutex_unlock(&mutex);
+    }
+    while (take(-1)) {}
+    for (long spins = 1; atomic_load(&done) < mine.chunks; spins++)
+        if (spins % SPINS) pause_cpu();
+        else sched_yield();
+    pthread_mutex_unlock(&caller);
+}
