@@ -1,10 +1,12 @@
 """Events → OpenAI's objects: a shape for each path, whole or in chunks."""
 
 import codecs
+import json
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from json.encoder import encode_basestring
 from typing import Any, Protocol
 
 from regpt.engine.noise import choice_seed
@@ -14,6 +16,7 @@ from regpt.serve.worker import PromptScores, Scored, TextJob
 from regpt.text.tokenizer import Tokenizer, with_bytes
 
 Json = dict[str, Any]
+HERE = "\ue000 a piece of text"
 LOWEST = -9999.0  # what OpenAI reports for a probability of zero; JSON has no infinity
 
 
@@ -28,9 +31,22 @@ class TextSoFar:
     reason: str | None = None
 
 
-class AnswerShape(Protocol):
-    """How a path writes its answer."""
+def event_text(chunk: Json | str) -> str:
+    """One server-sent event; those of `/v1/responses` have a name."""
+    if isinstance(chunk, str):
+        return f"data: {chunk}\n\n"
+    name = f"event: {chunk['type']}\n" if "sequence_number" in chunk else ""
+    return f"{name}data: {json.dumps(chunk, ensure_ascii=False, allow_nan=False)}\n\n"
 
+
+class AnswerShape(Protocol):
+    """How a path writes its answer.
+
+    Attributes:
+        repeats: whether chunks of text alone differ in the text alone.
+    """
+
+    repeats: bool
     kind: str
     prefix: str
     ending: tuple[str, ...]
@@ -78,6 +94,7 @@ class Answer:
         self.id, self.created = f"{shape.prefix}-{secrets.token_hex(12)}", int(time.time())
         self.texts = [TextSoFar(i, self.echoes[i // job.n] if echoes else "") for i in range(job.texts)]
         self.seed = job.requests[0].seed
+        self.around: dict[int, list[str]] = {}  # text → what stands before and after its pieces in an event
 
     def add(self, batch: Sequence[tuple[int, Any]]) -> list[TextSoFar]:
         """Take in a batch; what each text has gained, texts in order."""
@@ -102,6 +119,16 @@ class Answer:
             text.tokens += piece.tokens
             text.reason = piece.reason or text.reason
         return [gained[i] for i in sorted(gained)]
+
+    def events(self, piece: TextSoFar) -> str:
+        """Server-sent events for what a text has gained. One of text alone, which most are, is filled in."""
+        if piece.reason or piece.entries or not piece.text or not self.shape.repeats or self.echoes:
+            return "".join(map(event_text, self.shape.chunk(self, piece)))
+        if piece.index not in self.around:
+            (chunk,) = self.shape.chunk(self, TextSoFar(piece.index, HERE))
+            self.around[piece.index] = event_text(chunk).split(encode_basestring(HERE))
+        before, after = self.around[piece.index]
+        return f"{before}{encode_basestring(piece.text)}{after}"
 
     def counts(self) -> tuple[int, int]:
         """Tokens of the prompts, and new ones."""
@@ -190,7 +217,7 @@ def bounded(logprob: float | None) -> float | None:
 class CompletionShape:
     """`/v1/completions`."""
 
-    kind, prefix = "text_completion", "cmpl"
+    repeats, kind, prefix = True, "text_completion", "cmpl"
     ending: tuple[str, ...] = ("[DONE]",)
 
     def choice(self, answer: Answer, text: TextSoFar, offset: int = 0) -> Json:
@@ -224,7 +251,7 @@ class CompletionShape:
 class ChatShape:
     """`/v1/chat/completions`."""
 
-    kind, prefix = "chat.completion.chunk", "chatcmpl"
+    repeats, kind, prefix = True, "chat.completion.chunk", "chatcmpl"
     ending: tuple[str, ...] = ("[DONE]",)
 
     def part(self, answer: Answer, index: int, delta: Json, entries: Sequence[Scored] = (), reason: str | None = None):

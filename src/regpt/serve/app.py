@@ -1,8 +1,7 @@
 """The paths: FastAPI routes over workers."""
 
 import asyncio
-import json
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,11 +10,11 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from regpt.errors import nearest
-from regpt.serve.answers import Answer
+from regpt.serve.answers import Answer, event_text
 from regpt.serve.checkpoints import Checkpoints
 from regpt.serve.explain import EXPLAIN, explanation
 from regpt.serve.fields import CHAT, COMPLETIONS, RESPONSES, ApiError, Field, read_json_object, shown
-from regpt.serve.gate import Gate
+from regpt.serve.gate import SEND, Gate
 from regpt.serve.metrics import Timings, metrics_text
 from regpt.serve.page import POLICY, page_files
 from regpt.serve.paths import ServedModel, chat, completion, response
@@ -100,7 +99,7 @@ class EventStream(Response):
         self.service, self.model, self.answer = service, model, answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        writing = asyncio.ensure_future(self.write(send))
+        writing = asyncio.ensure_future(self.write(send, scope[SEND]))
         try:
             await finish_first(writing, receive, self.service.limits.seconds)
         finally:
@@ -108,31 +107,22 @@ class EventStream(Response):
         if not writing.cancelled():
             writing.result()
 
-    async def write(self, send: Send) -> None:
+    async def write(self, send: Send, send_body: Send) -> None:
         answer, shape = self.answer, self.answer.shape
 
-        async def emit(chunks: Iterable[Any], last: bool = False) -> None:
-            data = "".join(map(event_text, chunks))
-            if data or last:
-                await send({"type": "http.response.body", "body": data.encode(), "more_body": not last})
+        async def emit(text: str, last: bool = False) -> None:
+            if text or last:
+                await send_body({"type": "http.response.body", "body": text.encode(), "more_body": not last})
 
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
-            await emit(shape.opening(answer))
+            await emit("".join(map(event_text, shape.opening(answer))))
             async for batch in answer.job.batches(self.service.limits.seconds):
                 self.service.timings.note(answer.job, batch)
-                await emit(chunk for piece in answer.add(batch) for chunk in shape.chunk(answer, piece))
-            await emit([*shape.closing(answer), *shape.ending], last=True)
+                await emit("".join(map(answer.events, answer.add(batch))))
+            await emit("".join(map(event_text, [*shape.closing(answer), *shape.ending])), last=True)
         except ApiError as error:  # the status is sent: the error is an event, and no [DONE] follows
-            await emit([error.body], last=True)
-
-
-def event_text(chunk: Any) -> str:
-    """One event; those of `/v1/responses` have a name."""
-    if isinstance(chunk, str):
-        return f"data: {chunk}\n\n"
-    name = f"event: {chunk['type']}\n" if "sequence_number" in chunk else ""
-    return f"{name}data: {json.dumps(chunk, ensure_ascii=False, allow_nan=False)}\n\n"
+            await emit(event_text(error.body), last=True)
 
 
 async def until_gone(receive: Receive) -> None:

@@ -15,6 +15,7 @@ Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+SEND = "regpt.send"  # key of the server's own `send` in a scope: what follows an answer's start may go there at once
 # Need no token: for those who watch the process; the page, which then asks for one.
 OPEN = ("/health", "/", "/page.js", "/page.css")
 SECURITY = [
@@ -55,6 +56,7 @@ class Gate:
         except ApiError as error:
             await send_error(error, sending)
             return
+        scope[SEND] = send
         await self.app(scope, receive, sending)
 
     def check(self, path: str, headers: dict[bytes, bytes], method: str) -> None:

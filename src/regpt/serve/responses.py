@@ -15,7 +15,7 @@ class ResponseShape:
         fields: of the request; some are repeated in the answer.
     """
 
-    kind, prefix = "response", "resp"
+    repeats, kind, prefix = False, "response", "resp"
     ending: tuple[str, ...] = ()
 
     def __init__(self, fields: Mapping[str, Any]):

@@ -60,10 +60,17 @@ class TextJob:
         self.n = requests[0].n
         self.open = self.texts = len(requests) * self.n
         self.numbers: dict[int, int] = {}  # of the engine → prompt
-        self.queue: asyncio.Queue[list[tuple[int, Item]]] = asyncio.Queue()
+        self.items = list[tuple[int, Item]]()  # that the event loop has and nobody has taken
+        self.more: asyncio.Future[None] | None = None  # somebody waits for them
         self.cancelled = False
         self.began = time.perf_counter()
         self.first_token_s: float | None = None
+
+    def put(self, items: Sequence[tuple[int, Item]]) -> None:
+        """From the event loop's thread."""
+        self.items += items
+        if self.more is not None and not self.more.done():
+            self.more.set_result(None)
 
     async def batches(self, seconds: float) -> AsyncIterator[list[tuple[int, Item]]]:
         """What the engine wrote since the last batch, until every text has ended.
@@ -71,25 +78,29 @@ class TextJob:
         Raises:
             ApiError: the engine failed, the logits are not finite, or `seconds` have passed.
         """
-        deadline = asyncio.get_running_loop().time() + seconds
-        while self.open:
-            try:
-                async with asyncio.timeout_at(deadline):
-                    batch = await self.queue.get()
-            except TimeoutError:
-                message = f"the request took longer than {seconds:g} s, the most that is allowed; ask for fewer tokens"
-                headers = {"x-should-retry": "false"}
-                raise ApiError(message, status=504, code="timeout", headers=headers) from None
-            while not self.queue.empty():
-                batch += self.queue.get_nowait()
-            for _, item in batch:
-                if isinstance(item, ApiError):
-                    raise item
-                if isinstance(item, Event):
-                    self.open -= item.finish_reason is not None
-                    if item.finish_reason == "error":
-                        raise ApiError(NOT_FINITE, status=500)
-            yield batch
+        loop = asyncio.get_running_loop()
+        end = loop.call_later(seconds, lambda: self.put([(0, too_slow(seconds))]))
+        try:
+            while self.open:
+                if not self.items:
+                    self.more = loop.create_future()
+                    await self.more
+                batch, self.items = self.items, []
+                for _, item in batch:
+                    if isinstance(item, ApiError):
+                        raise item
+                    if isinstance(item, Event) and item.finish_reason is not None:
+                        self.open -= 1
+                        if item.finish_reason == "error":
+                            raise ApiError(NOT_FINITE, status=500)
+                yield batch
+        finally:
+            end.cancel()
+
+
+def too_slow(seconds: float) -> ApiError:
+    message = f"the request took longer than {seconds:g} s, the most that is allowed; ask for fewer tokens"
+    return ApiError(message, status=504, code="timeout", headers={"x-should-retry": "false"})
 
 
 class Worker:
@@ -229,10 +240,10 @@ class Worker:
                 if not job.numbers[event.request]:
                     del job.numbers[event.request], self.jobs[event.request]
         if batches:
-            self.tell(lambda: [job.queue.put_nowait(batch) for job, batch in batches.items()])
+            self.tell(lambda: [job.put(batch) for job, batch in batches.items()])
 
     def post(self, job: TextJob, items: list[tuple[int, Item]]) -> None:
-        self.tell(lambda: job.queue.put_nowait(items))
+        self.tell(lambda: job.put(items))
 
     def tell(self, action: Callable[[], object]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended
