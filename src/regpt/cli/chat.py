@@ -13,7 +13,7 @@ from regpt.cli.parse import parse
 from regpt.console.lines import is_terminal, print_line, print_note, write_stream
 from regpt.errors import UsageError, UserError
 from regpt.ranges import MANY, Range
-from regpt.train.config import InferencePrecision
+from regpt.train.config import WritingPrecision
 
 if TYPE_CHECKING:
     from regpt.checkpoint.open import OpenModel
@@ -55,8 +55,8 @@ class DrawFlags:
     """With the moving average of the weights, which train.ema_decay keeps."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto: CUDA, then MPS, then CPU."""
-    precision: InferencePrecision = "fp32"
-    """Number format of the computation."""
+    precision: WritingPrecision = "fp32"
+    """Number format of the computation; int8: fp32 with weights in 8.5 bits, on a CPU."""
 
     def options(self) -> "SamplingOptions":
         """How tokens are drawn; refused here, before a model is read."""
@@ -71,9 +71,10 @@ class DrawFlags:
         from regpt.checkpoint.best import at_step
         from regpt.checkpoint.open import open_model
         from regpt.parallel.mesh import choose_device
-        from regpt.train.precision import set_matmul_precision, writing
+        from regpt.train.precision import check_precision, set_matmul_precision, writing
 
         device = choose_device(self.device)
+        check_precision(self.precision, device)
         opened = open_model(at_step(model, self.step), device, ema=self.ema)
         set_matmul_precision(self.precision)
         with writing(opened.model, self.precision, device):

@@ -18,7 +18,7 @@ from regpt.errors import UsageError, UserError
 from regpt.evals.specs import parse_tasks
 from regpt.files import write_json
 from regpt.ranges import MANY, PROCESSES, Range
-from regpt.train.config import InferencePrecision
+from regpt.train.config import WritingPrecision
 
 if TYPE_CHECKING:
     from regpt.evals.score import Progress
@@ -55,8 +55,8 @@ class EvalArgs:
     """Also write the result of every item, TASK-step-N.jsonl, into this folder; regpt diff reads RUN/evals."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto: CUDA, then MPS, then CPU."""
-    precision: InferencePrecision = "fp32"
-    """Number format of the computation; bf16 is fastest on GPUs."""
+    precision: WritingPrecision = "fp32"
+    """Number format of the computation; bf16 is fastest on GPUs. int8: fp32 with weights in 8.5 bits, on a CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the scoring of tasks with torch.compile; auto: on CUDA devices."""
     nproc: Annotated[int | None, tyro.conf.arg(metavar="INT"), Range(1, PROCESSES)] = None

@@ -10,7 +10,7 @@ from regpt.cli.parse import parse
 from regpt.console.lines import print_line
 from regpt.errors import UsageError, UserError
 from regpt.ranges import LONG, MANY, Range
-from regpt.train.config import InferencePrecision
+from regpt.train.config import WritingPrecision
 
 PACKAGES = ("fastapi", "uvicorn")
 
@@ -49,8 +49,8 @@ class ServeArgs:
     """After which a request is ended with an error."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto: CUDA, then MPS, then CPU."""
-    precision: InferencePrecision = "fp32"
-    """Number format of the computation."""
+    precision: WritingPrecision = "fp32"
+    """Number format of the computation; int8: fp32 with weights in 8.5 bits, on a CPU."""
 
 
 def main(args: list[str]) -> int:
@@ -74,12 +74,13 @@ def main(args: list[str]) -> int:
             raise
         raise UserError(f"{error.name} is not installed; install it with: pip install 'regpt[serve]'") from None
     from regpt.parallel.mesh import choose_device
-    from regpt.train.precision import set_matmul_precision
+    from regpt.train.precision import check_precision, set_matmul_precision
 
     check_address(given.host, token)
     names, template = named_models(given.models), read_template(given.chat_template)
     with open_socket(given.host, given.port) as bound:
         device = choose_device(given.device)
+        check_precision(given.precision, device)
         set_matmul_precision(given.precision)
         sizes = given.rows, given.cache_tokens
         models = [load_model(one, name, device, given.precision, *sizes, template) for one, name in names.items()]

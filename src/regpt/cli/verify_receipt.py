@@ -10,7 +10,7 @@ from regpt.cli.parse import parse
 from regpt.console.lines import print_line, print_note
 from regpt.errors import UserError
 from regpt.files import exists
-from regpt.train.config import InferencePrecision
+from regpt.train.config import WritingPrecision
 
 if TYPE_CHECKING:
     from regpt.engine.receipt import Origin, Receipt, Verified
@@ -30,7 +30,7 @@ class VerifyReceiptArgs:
     """With the moving average of the weights."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto: CUDA, then MPS, then CPU."""
-    precision: Literal["", InferencePrecision] = ""
+    precision: Literal["", WritingPrecision] = ""
     """Number format of the computation; default: the receipt's."""
 
 
@@ -39,16 +39,17 @@ def main(args: list[str]) -> int:
     from regpt.checkpoint.open import open_model
     from regpt.engine.receipt import Origin, read_receipt, reproduce
     from regpt.parallel.mesh import choose_device
-    from regpt.train.precision import set_matmul_precision, writing
+    from regpt.train.precision import check_precision, set_matmul_precision, writing
 
     receipt = read_receipt(Path(given.file))
     precision: Any = given.precision or receipt.model.precision
-    if precision not in get_args(InferencePrecision):
-        allowed = ", ".join(get_args(InferencePrecision))
+    if precision not in get_args(WritingPrecision):
+        allowed = ", ".join(get_args(WritingPrecision))
         raise UserError(
             f"the receipt has the number format {precision!r}, this regpt has {allowed}; choose --precision"
         )
     device = choose_device(given.device)
+    check_precision(precision, device)
     opened = open_model(given.model or local_name(receipt.model.name), device, ema=given.ema)
     set_matmul_precision(precision)
     with writing(opened.model, precision, device):

@@ -23,8 +23,8 @@ from regpt.parallel.mesh import Mesh
 from regpt.runs.remote import on_this_machine
 from regpt.runs.validation import Validated, ValidationPart, folder_parts, own_sums, part_batches, result
 from regpt.train.backend import make_loss_sum
-from regpt.train.config import InferencePrecision
-from regpt.train.precision import autocast, inference_dtype, set_matmul_precision
+from regpt.train.config import WritingPrecision
+from regpt.train.precision import autocast, check_precision, hold, inference_dtype, set_matmul_precision
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class EvalRequest:
     val_tokens: int = 0
     seq_len: int | None = None
     batch_rows: int = 8
-    precision: InferencePrecision = "fp32"
+    precision: WritingPrecision = "fp32"
     compile: bool = False
     max_items: int = 0
     ema: bool = False
@@ -111,13 +111,14 @@ def evaluate_model(asked: EvalRequest, mesh: Mesh, show: ShowProgress) -> ModelE
         UsageError: a model, folder, length or name of a task that does not fit.
         UserError: data of another tokenizer, damaged weights, too little memory, or no task that can be evaluated.
     """
+    check_precision(asked.precision, mesh.device)
     model = on_this_machine(asked.model, mesh)
     run = run_config(model)
     folder = data_folder(asked, run) if any(spec.kind == "val" for spec in asked.specs) else None
     with mesh.pulse.working("opening the model"):
         opened = open_model(model, mesh.device, ema=asked.ema, narrow=asked.precision == "bf16")
     set_matmul_precision(asked.precision)
-    opened.model.to(inference_dtype(asked.precision, opened.model.dtype)).eval()
+    hold(opened.model.eval(), asked.precision, inference_dtype(asked.precision, opened.model.dtype))
     task = open_val(asked, run, folder, opened) if folder else None
     failures: list[tuple[str, UserError]] = []
 

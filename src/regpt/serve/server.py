@@ -25,7 +25,7 @@ from regpt.serve.paths import ServedModel
 from regpt.serve.worker import Limits, Worker
 from regpt.text.chat import ChatTemplate
 from regpt.text.folder import CHAT
-from regpt.train.config import InferencePrecision
+from regpt.train.config import WritingPrecision
 from regpt.train.precision import writing
 
 CHECKPOINT_ROWS = 4  # texts of a checkpoint that are written at once: the page's columns
@@ -82,7 +82,7 @@ def load_model(
     name: str,
     model: str,
     device: torch.device,
-    precision: InferencePrecision,
+    precision: WritingPrecision,
     rows: int,
     cache_tokens: int,
     template: str,

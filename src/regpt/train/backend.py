@@ -13,7 +13,7 @@ from regpt.kernels.select import check_compiler, fused_loss
 from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import Mesh
 from regpt.train.activation_offload import OnHost
-from regpt.train.config import PrecisionName
+from regpt.train.config import PrecisionName, WritingPrecision
 from regpt.train.objective import NextToken, Objective, Sums
 from regpt.train.precision import autocast
 
@@ -141,7 +141,7 @@ def make_backend(
 
 def make_loss_sum(
     model: Transformer,
-    precision: PrecisionName,
+    precision: PrecisionName | WritingPrecision,
     device: torch.device,
     compile: bool,
     kernels: Literal["plain", "fused"] = "plain",
@@ -154,7 +154,7 @@ def make_loss_sum(
 def path_of(
     model: Transformer,
     objective: Objective,
-    precision: PrecisionName,
+    precision: PrecisionName | WritingPrecision,
     device: torch.device,
     compile: bool,
     kernels: Literal["plain", "fused"],
