@@ -9,7 +9,7 @@ from run_files import train_row
 
 from regpt.cli.report import main
 from regpt.errors import UsageError, UserError
-from regpt.report.markup import embed, printable
+from regpt.report.markup import embed_json, printable
 from regpt.report.page import SCRIPTS, asset, write_report
 
 VOID = {"meta", "link", "br", "input", "img", "hr"}
@@ -103,8 +103,8 @@ def test_nothing_a_run_says_becomes_markup(make_run):
 
 def test_embedded_json_cannot_end_its_script_and_reads_back():
     data = {"text": HOSTILE.replace("\ud800", ""), "values": [1, 0.5, None]}
-    assert not set("<>&\u2028\u2029") & set(embed(data))
-    assert json.loads(embed(data)) == data
+    assert not set("<>&\u2028\u2029") & set(embed_json(data))
+    assert json.loads(embed_json(data)) == data
 
 
 def test_a_value_that_json_has_no_word_for_is_a_gap(make_run):

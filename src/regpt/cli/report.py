@@ -11,6 +11,7 @@ from regpt.cli.parse import parse
 from regpt.console.lines import print_line
 from regpt.errors import UsageError
 from regpt.files import resolved
+from regpt.ranges import MANY, Range
 from regpt.remote import is_address
 
 
@@ -22,7 +23,14 @@ class ReportArgs:
     runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
     """Run folders, made by `regpt train`, or addresses of some (s3://…)."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.html")] = None
-    """HTML file to write; default RUN/report.html for one run."""
+    """HTML file to write; default RUN/report.html for one run, RUN/timelapse.html with --timelapse."""
+    timelapse: bool = False
+    """Write a page of another kind: the same prompts with the same noise by each checkpoint that the run keeps, under a
+    slider."""
+    prompts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT")] = ()
+    """With --timelapse: what the texts begin with; default: the prompts of the run's configuration."""
+    new_tokens: Annotated[int, Range(0, MANY)] = 0
+    """With --timelapse: tokens of each text; 0: 100, or what fits."""
 
 
 def main(args: list[str]) -> int:
@@ -30,6 +38,16 @@ def main(args: list[str]) -> int:
     if not given.runs:
         raise UsageError("no run was given; regpt report RUN, the folder that regpt train --out made")
     refuse_other_than_html(given.out)
+    if given.timelapse:
+        run, *others = given.runs
+        if others or is_address(run):
+            raise UsageError("--timelapse takes one run folder of this machine, whose checkpoints it reads")
+        from regpt.runs.timelapse import write_timelapse
+
+        print_line(write_timelapse(Path(run), given.out, given.prompts, given.new_tokens))
+        return 0
+    if given.prompts or given.new_tokens:
+        raise UsageError("--prompts and --new-tokens are of a time lapse; add --timelapse, or leave them out")
     from regpt.checkpoint.fetch import local_run
     from regpt.report.page import write_overlay, write_report
 

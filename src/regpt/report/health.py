@@ -123,13 +123,13 @@ def training(run: RunData, curve: Curve) -> Iterator[Finding]:
         yield Finding("good", "falling", f"the training loss fell from {first:.2f} to {end:.3f}{still}")
 
 
-def validation_losses(run: RunData) -> list[tuple[Row, float]]:
+def finite_losses(run: RunData) -> list[tuple[Row, float]]:
     return [(row, loss) for row in run.val if (loss := number(row.get("loss"))) is not None]
 
 
 def validation_fell(run: RunData, since: int) -> bool:
     """Whether the validation loss has fallen since that step: then a training loss that rose read harder text."""
-    losses = validation_losses(run)
+    losses = finite_losses(run)
     before = [loss for row, loss in losses if row["step"] <= since]
     return bool(before) and len(losses) > len(before) and losses[-1][1] < before[-1]
 
@@ -145,7 +145,7 @@ def spikes(run: RunData, curve: Curve) -> Iterator[Finding]:
 
 
 def validation(run: RunData, curve: Curve) -> Iterator[Finding]:
-    measured = validation_losses(run)
+    measured = finite_losses(run)
     if len(measured) < 2:
         return
     (best_row, best), (last_row, last) = min(measured, key=lambda one: one[1]), measured[-1]
@@ -184,7 +184,7 @@ def repetition(run: RunData, curve: Curve) -> Iterator[Finding]:
 
 
 def gap(run: RunData, curve: Curve) -> Iterator[Finding]:
-    losses = validation_losses(run)
+    losses = finite_losses(run)
     above = losses[-1][1] - curve.smoothed[-1] if losses else 0.0
     if above > GAP:
         text = f"validation lies {above:.2f} above training at the end"

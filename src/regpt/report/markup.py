@@ -73,7 +73,7 @@ def command_html(argv: Any) -> str:
     return f'<pre class="card command"><code>{escape(shlex.join(words))}</code></pre>' if words else ""
 
 
-def embed(data: Any) -> str:
+def embed_json(data: Any) -> str:
     """JSON that cannot end the script element it stands in: ASCII only, `<`, `>` and `&` escaped.
 
     ASCII covers U+2028 and U+2029, which end a line in JavaScript.

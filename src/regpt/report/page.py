@@ -14,7 +14,7 @@ from regpt.files import write_errors, write_text
 from regpt.report.charts import MAX_EVENTS, charts, task_references, with_difference
 from regpt.report.compare import HEAD, SEEDS_HEAD, RunComparison, headline_of_runs, measure_cells, seeds_rows
 from regpt.report.health import examine, verdict
-from regpt.report.markup import command_html, date, embed, grid, grouped, section_html, sheet, text, value_html
+from regpt.report.markup import command_html, date, embed_json, grid, grouped, section_html, sheet, text, value_html
 from regpt.report.needle import needle_section
 from regpt.report.read import Row, RunData, differences, flatten, number, read_run, section, with_own_names
 from regpt.report.summary import RunSummary, Tile, loss, sentence, summarize, tiles
@@ -85,7 +85,7 @@ def document(title: str, head: str, above: str, below: str, data: Row) -> str:
         above=above,
         below=below,
         version=regpt.__version__,
-        data=embed(data),
+        data=embed_json(data),
         licence=asset("vendor/LICENSE-uPlot").rstrip(),
         uplot=asset("vendor/uPlot.iife.min.js").rstrip(),
         script="".join(map(asset, SCRIPTS)).rstrip(),

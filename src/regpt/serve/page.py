@@ -10,18 +10,18 @@ POLICY = (
 )
 
 
-def asset(name: str) -> str:
+def page_asset(name: str) -> str:
     return files("regpt.serve").joinpath(name).read_text(encoding="utf-8").strip() + "\n"
 
 
 def script(names: tuple[str, ...] = SCRIPTS) -> str:
-    return '(() => {\n"use strict";\n' + "".join(map(asset, names)) + "})();\n"
+    return '(() => {\n"use strict";\n' + "".join(map(page_asset, names)) + "})();\n"
 
 
 def page_files() -> dict[str, tuple[str, str]]:
     """Path → media type, content."""
     return {
-        "/": ("text/html", asset("page.html")),
-        "/page.css": ("text/css", "".join(map(asset, STYLES))),
+        "/": ("text/html", page_asset("page.html")),
+        "/page.css": ("text/css", "".join(map(page_asset, STYLES))),
         "/page.js": ("text/javascript", script()),
     }

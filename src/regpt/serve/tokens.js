@@ -27,11 +27,8 @@ const printable = (text) => text.replace(/[\0-\x08\x0b-\x1f\x7f]/g, (one) => Str
 const quoted = (text) => `“${printable(text).replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/ /g, "␣")}”`;
 
 function percent(p) {
-  const value = 100 * p;
-  if (value >= 99.95) return "100 %";
-  if (value >= 9.95) return `${value.toFixed(0)} %`;
-  if (value >= 0.995) return `${value.toFixed(1)} %`;
-  return value >= 0.00995 ? `${value.toFixed(2)} %` : "< 0.01 %";
+  const value = 100 * p, digits = value >= 9.95 ? 0 : value >= 0.995 ? 1 : 2;
+  return value < 0.00995 ? "< 0.01\u00a0%" : `${value.toFixed(digits)}\u00a0%`;
 }
 
 const signed = (value, digits = 2) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(digits);
