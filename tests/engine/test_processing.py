@@ -194,6 +194,7 @@ def test_penalties_follow_their_papers():
         ({"top_p": math.nan}, "top-p is nan"),
         ({"min_p": 1.1}, "min-p is 1.1"),
         ({"repetition_penalty": 0}, "repetition-penalty is 0"),
+        ({"repetition_penalty": 5e-324}, "must be from 0.001 to 1000"),
         ({"presence_penalty": math.nan}, "presence-penalty is nan"),
         ({"frequency_penalty": math.inf}, "frequency-penalty is inf"),
         ({"logit_bias": ((-1, 0.0),)}, "logit-bias gives token -1"),

@@ -1,6 +1,8 @@
 """Streaming: pieces are whole characters, together they are the text, and no stop string is ever shown."""
 
-from hypothesis import given
+from codecs import getincrementaldecoder
+
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regpt.engine.text import TextStream, text_pieces
@@ -27,18 +29,47 @@ def test_a_piece_is_whole_characters_as_soon_as_they_are_complete(text):
     assert stream.finish() == ""
 
 
-@given(TEXTS, st.lists(st.text(alphabet="ab 中", min_size=1, max_size=4), max_size=3))
-def test_the_text_ends_before_the_first_stop_string(text, stop):
-    stream = TextStream(BYTES, [97], stop)
-    pieces = []
-    for token in BYTES.encode(text):
-        pieces.append(stream.push(token))
-        if stream.stopped:
-            break
-    pieces.append(stream.finish())
-    ends = [text.index(one) for one in stop if one in text]
-    assert "".join(pieces) == text[: min(ends, default=len(text))]
-    assert stream.stopped == bool(ends)
+class Pieces:
+    """A tokenizer whose tokens are these bytes."""
+
+    eot, stop_ids = -1, ()
+
+    def __init__(self, tokens: list[bytes]):
+        self.tokens = tokens
+
+    def token_bytes(self, token: int) -> bytes:
+        return self.tokens[token]
+
+
+STOPS = st.lists(st.text(alphabet="ab\ufffd中🎭", min_size=1, max_size=4), max_size=4)
+ANY_BYTES = st.binary(max_size=5) | st.text(alphabet="ab\ufffd中🎭", max_size=4).map(str.encode)
+CUT_BYTES = st.sampled_from(["中".encode()[:1], "中".encode()[1:], "🎭".encode()[:2], "🎭".encode()[2:], b"a", b"b"])
+
+
+def cut(text: str, stop: list[str]) -> str:
+    """`text` up to the stop string that is the first to be complete."""
+    ends = [(text.index(one) + len(one), text.index(one)) for one in stop if one in text]
+    return text[: min(ends)[1]] if ends else text
+
+
+@settings(max_examples=400)
+@given(st.lists(CUT_BYTES | ANY_BYTES, max_size=12), STOPS)
+def test_streamed_text_is_the_whole_text_cut_at_its_first_stop_string(tokens, stop):
+    """Whatever the tokens are: parts of characters, several characters, invalid bytes, stop strings across them; and
+    what waits is what may become a stop string, nothing more."""
+    stream, shown, read = TextStream(Pieces(tokens), stop=stop), "", b""
+    whole = cut(b"".join(tokens).decode("utf-8", "replace"), stop)
+    for number, token in enumerate(tokens):
+        shown, read = shown + stream.push(number), read + token
+        known = getincrementaldecoder("utf-8")("replace").decode(read)  # without a part of a character at the end
+        assert whole.startswith(shown)
+        assert stream.stopped == any(one in known for one in stop)
+        if not stream.stopped:
+            possible = [
+                n for n in range(len(known) + 1) if any(one.startswith(known[len(known) - n :]) for one in stop)
+            ]
+            assert shown == known[: len(known) - max(possible, default=0)]
+    assert shown + stream.finish() == whole
 
 
 def test_only_what_may_become_a_stop_string_waits():

@@ -182,6 +182,7 @@ def test_a_body_that_is_no_object_or_too_large_is_refused(served):
         ("n", 65),
         ("temperature", -0.1),
         ("temperature", 1e400),
+        ("repetition_penalty", 5e-324),
         ("top_p", 0),
         ("top_p", 1.1),
         ("stop", ""),

@@ -53,8 +53,8 @@ class SamplingOptions:
             raise UsageError(f"top-p is {self.top_p}, must be above 0 and at most 1 (all tokens)")
         if not 0 <= self.min_p <= 1:
             raise UsageError(f"min-p is {self.min_p}, must be between 0 (all tokens) and 1")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise UsageError(f"repetition-penalty is {self.repetition_penalty}, must be above 0 (1: none) and finite")
+        if not 0.001 <= self.repetition_penalty <= 1000:  # further off, logits would leave float32's range
+            raise UsageError(f"repetition-penalty is {self.repetition_penalty}, must be from 0.001 to 1000 (1: none)")
         for name in ("presence_penalty", "frequency_penalty"):
             if not math.isfinite(getattr(self, name)):
                 raise UsageError(f"{name.replace('_', '-')} is {getattr(self, name)}, must be finite (0: none)")

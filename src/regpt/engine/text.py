@@ -15,7 +15,7 @@ class TextStream:
 
     Args:
         prompt: its tokens; only the last ones matter.
-        stop: strings that end the text; none is empty. They and what follows them are left out.
+        stop: strings that end the text; none is empty. The first to be complete and what follows it are left out.
 
     Attributes:
         stopped: whether one was found.
@@ -48,9 +48,9 @@ class TextStream:
         if self.stopped:
             return ""
         self.held += text
-        found = [at for at in map(self.held.find, self.stop) if at >= 0]
-        if found:
-            self.stopped, end = True, min(found)
+        found = [(at + len(stop), at) for stop in self.stop if (at := self.held.find(stop)) >= 0]
+        if found:  # the first to be complete, whether or not a token holds more
+            self.stopped, end = True, min(found)[1]
         else:
             end = len(self.held) - (0 if last else self.waiting())
         piece, self.held = self.held[:end], "" if self.stopped else self.held[end:]

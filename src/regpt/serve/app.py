@@ -13,7 +13,18 @@ from regpt.errors import nearest
 from regpt.serve.answers import Answer, event_text
 from regpt.serve.checkpoints import Checkpoints
 from regpt.serve.explain import EXPLAIN, explanation
-from regpt.serve.fields import CHAT, COMPLETIONS, RESPONSES, ApiError, Field, read_json_object, shown
+from regpt.serve.fields import (
+    CHAT,
+    CHAT_NEUTRAL,
+    COMPLETIONS,
+    COMPLETIONS_NEUTRAL,
+    RESPONSES,
+    RESPONSES_NEUTRAL,
+    ApiError,
+    described,
+    read_json_object,
+    shown,
+)
 from regpt.serve.gate import SEND, Gate
 from regpt.serve.metrics import Timings, metrics_text
 from regpt.serve.page import POLICY, page_files
@@ -142,13 +153,6 @@ async def finish_first(work: asyncio.Future[Any], receive: Receive, seconds: flo
         await asyncio.wait({work, gone})
 
 
-def described(fields: Mapping[str, Field], required: Sequence[str]) -> dict[str, Any]:
-    """OpenAPI's description of a body."""
-    properties = {name: field.schema() for name, field in fields.items()}
-    schema = {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
 def make_app(
     models: Sequence[ServedModel], limits: Limits, token: str = "", checkpoints: Checkpoints | None = None
 ) -> Gate:
@@ -157,15 +161,15 @@ def make_app(
     app = FastAPI(title="regpt serve", docs_url=None, redoc_url=None)
     gate = Gate(app, token)
 
-    @app.post("/v1/completions", openapi_extra=described(COMPLETIONS, ["model", "prompt"]))
+    @app.post("/v1/completions", openapi_extra=described(COMPLETIONS, ["model", "prompt"], COMPLETIONS_NEUTRAL))
     async def completions(request: Request) -> Response:
         return await service.answer(request, completion)
 
-    @app.post("/v1/chat/completions", openapi_extra=described(CHAT, ["model", "messages"]))
+    @app.post("/v1/chat/completions", openapi_extra=described(CHAT, ["model", "messages"], CHAT_NEUTRAL))
     async def chat_completions(request: Request) -> Response:
         return await service.answer(request, chat)
 
-    @app.post("/v1/responses", openapi_extra=described(RESPONSES, ["model", "input"]))
+    @app.post("/v1/responses", openapi_extra=described(RESPONSES, ["model", "input"], RESPONSES_NEUTRAL))
     async def responses(request: Request) -> Response:
         return await service.answer(request, response)
 

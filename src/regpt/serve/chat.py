@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from regpt.serve.fields import ApiError, Field, read_fields, shown
+from regpt.serve.fields import PART_KINDS, ROLES, ApiError, Field, read_fields, shown
 from regpt.text.chat import APART
 
-ROLES = ("system", "developer", "user", "assistant")
 MESSAGE = {"role": Field((str,)), "content": Field((str, list)), "name": Field((str,))}
 MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "refusal": (),
@@ -17,7 +16,6 @@ MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "type": ("message",),
 }
 PART = {"type": Field((str,)), "text": Field((str,))}
-PART_KINDS = ("text", "input_text", "output_text")
 PLAIN = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
 
 

@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from regpt.errors import nearest
@@ -34,11 +34,13 @@ class ApiError(Exception):
 
 @dataclass(frozen=True)
 class Field:
-    """Kinds of JSON that a field takes, the range of its numbers, and its value where it is missing or null."""
+    """Kinds of JSON that a field takes, the range of its numbers, its value where it is missing or null, and for the
+    description what lists and objects hold."""
 
     kinds: tuple[type, ...]
     default: Any = None
     allowed: Range | None = None
+    inner: Mapping[type, Any] = field(default_factory=dict)
 
     def checked(self, name: str, value: Any) -> Any:
         fits = any(type(value) is kind or (kind is float and type(value) is int) for kind in self.kinds)
@@ -51,8 +53,11 @@ class Field:
 
     def schema(self) -> dict[str, Any]:
         """For the OpenAPI description."""
-        found: dict[str, Any] = {"anyOf": [{"type": TYPES[kind]} for kind in self.kinds] + [{"type": "null"}]}
-        return found
+        kinds = [{"type": TYPES[kind]} | self.inner.get(kind, {}) for kind in self.kinds]
+        if self.allowed is not None:
+            low = "exclusiveMinimum" if self.allowed.above else "minimum"
+            kinds = [one | {low: self.allowed.low, "maximum": self.allowed.high} for one in kinds]
+        return {"anyOf": [*kinds, {"type": "null"}]} | ({} if self.default is None else {"default": self.default})
 
 
 def real(low: float, high: float, default: float | None, above: bool = False) -> Field:
@@ -63,48 +68,68 @@ def whole(low: int, high: int, default: int | None = None) -> Field:
     return Field((int,), default, Range(low, high))
 
 
+TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+PROMPTS = {"items": {"anyOf": [{"type": "string"}, {"type": "integer", "minimum": 0}, TOKEN_IDS]}, "minItems": 1}
+BIAS = {"additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}}
+ROLES = ("system", "developer", "user", "assistant")
+PART_KINDS = ("text", "input_text", "output_text")
+
+
+def closed(properties: Mapping[str, Any], *required: str) -> dict[str, Any]:
+    """An object of these properties and no other, for the description."""
+    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
+
+
+PART = closed({"type": {"enum": PART_KINDS}, "text": {"type": "string"}}, "type", "text")
+CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": PART}]}
+MESSAGE = closed({"role": {"enum": ROLES}, "content": CONTENT, "name": {"type": "string"}}, "role", "content")
+MESSAGES = {"items": MESSAGE, "minItems": 1}
+SCHEMA = closed({"name": {}, "description": {}, "strict": {}, "schema": {"type": "object"}}, "schema")
+FORMAT = closed({"type": {"enum": ["text", "json_object", "json_schema"]}, "json_schema": SCHEMA}, "type")
+USAGE = closed({"include_usage": {"type": ["boolean", "null"]}})
+STOPS = {"items": {"type": "string", "minLength": 1}, "maxItems": 16}
 TEXT, SWITCH = Field((str,)), Field((bool,), False)
 SAMPLING = {
     "temperature": real(0, 100, 1.0),
     "top_p": real(0, 1, 1.0, above=True),
     "top_k": whole(0, MANY, 0),
     "min_p": real(0, 1, 0.0),
-    "repetition_penalty": real(0, 100, 1.0, above=True),
+    "repetition_penalty": real(0.001, 1000, 1.0),
     "presence_penalty": real(-2, 2, 0.0),
     "frequency_penalty": real(-2, 2, 0.0),
-    "logit_bias": Field((dict,)),
+    "logit_bias": Field((dict,), inner={dict: BIAS}),
     "seed": whole(0, SEED),
 }
 COMMON = {
     "model": TEXT,
     **SAMPLING,
     "n": whole(1, MANY, 1),
-    "stop": Field((str, list)),
+    "stop": Field((str, list), inner={str: {"minLength": 1}, list: STOPS}),
     "stream": SWITCH,
-    "stream_options": Field((dict,)),
+    "stream_options": Field((dict,), inner={dict: USAGE}),
     "user": TEXT,
     "receipt": SWITCH,
 }
 COMPLETIONS = {
     **COMMON,
-    "prompt": Field((str, list)),
+    "prompt": Field((str, list), inner={list: PROMPTS}),
     "max_tokens": whole(0, MANY, 16),
     "logprobs": whole(0, 20),
     "echo": SWITCH,
 }
 CHAT = {
     **COMMON,
-    "messages": Field((list,)),
+    "messages": Field((list,), inner={list: MESSAGES}),
     "max_tokens": whole(1, MANY),
     "max_completion_tokens": whole(1, MANY),
     "logprobs": SWITCH,
     "top_logprobs": whole(0, 20),
-    "response_format": Field((dict,)),
+    "response_format": Field((dict,), inner={dict: FORMAT}),
 }
 RESPONSES = {
     "model": TEXT,
     **SAMPLING,
-    "input": Field((str, list)),
+    "input": Field((str, list), inner={list: MESSAGES}),
     "instructions": TEXT,
     "max_output_tokens": whole(1, MANY),
     "stream": SWITCH,
@@ -146,6 +171,31 @@ RESPONSES_NEUTRAL = SHARED_NEUTRAL | {
     "top_logprobs": (0,),
     "truncation": ("disabled",),
 }
+
+
+ERROR = {"message": {"type": "string"}, "type": {"type": "string"}, "param": {}, "code": {}}
+SAID = closed({"error": closed(ERROR, *ERROR)}, "error")
+
+
+def described(
+    fields: Mapping[str, Field], required: Sequence[str], neutral: Mapping[str, tuple[Any, ...]] | None = None
+) -> dict[str, Any]:
+    """OpenAPI's description of a path: its body, and what answers are."""
+    properties = {name: field.schema() for name, field in fields.items()}
+    properties |= {name: {"enum": [None, *values]} for name, values in (neutral or {}).items()}
+    for name in required:  # null is as if it were missing
+        properties[name]["anyOf"].pop()
+    whole_answer = {"application/json": {"schema": {"type": "object"}}}
+    if "stream" in fields:
+        whole_answer["text/event-stream"] = {"schema": {"type": "string"}}
+    refused = {"description": "refused", "content": {"application/json": {"schema": SAID}}}
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": closed(properties, *required)}},
+        },
+        "responses": {"200": {"description": "the answer", "content": whole_answer}, "4XX": refused, "5XX": refused},
+    }
 
 
 def shown(value: Any) -> str:
