@@ -148,7 +148,7 @@ def test_a_conversation_is_explained_after_its_template(served):
         ({"seed": 1, "prompt": "a", "tokens": [257]}, "tokens"),
         ({"seed": 1, "prompt": "a", "tokens": [True]}, "tokens"),
         ({"seed": 1, "prompt": "a", "tokens": [-1]}, "tokens"),
-        ({"seed": 1, "prompt": "a", "tokens": [0] * 96}, "tokens"),
+        ({"seed": 1, "prompt": "a", "tokens": [0] * 95}, "tokens"),
         ({"seed": 1, "prompt": ["a", "b"]}, "prompt"),
         ({"seed": 1, "prompt": "a", "top": 51}, "top"),
         ({"seed": 1, "prompt": "a", "temperature": -1}, "temperature"),
@@ -171,6 +171,17 @@ def test_logits_that_are_not_finite_are_said(served, monkeypatch):
     answer = served.post("explain", prompt="a", seed=1)
     assert answer.status_code == 500
     assert "not finite" in answer.json()["error"]["message"]
+
+
+def test_a_question_that_fails_is_answered_and_the_engine_goes_on(served, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("regpt.serve.explain.explain_draw", broken)
+        answer = served.post("explain", prompt="a", seed=1)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (500, "RuntimeError: out of memory")
+    assert explained(served, prompt="a")["position"] == 1
 
 
 def test_explanations_count_as_texts_of_the_queue():

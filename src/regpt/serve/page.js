@@ -236,7 +236,11 @@ function verdict(panel, i, found, own, drawn) {
 function path(options, found, own) {
   const list = make("ol", "path"), add = (name, text, off) => list.append(make("li", off ? "off" : "", make("b", "", name), ` ${text}`));
   add("logit", `${own.logit.toFixed(2)}, probability ${percent(Math.exp(own.logprob))}, ${own.rank === 1 ? "the likeliest" : `${ordinal(own.rank)} likeliest`}`);
-  if (options.temperature) add("temperature", `÷ ${options.temperature}: ${own.score === 0 ? "the highest score, 0" : `${Math.abs(own.score).toFixed(2)} below the likeliest`}`);
+  if (!found.temperature) {
+    add("temperature", "0: the likeliest token is taken, nothing is drawn");
+    return list;
+  }
+  add("temperature", `÷ ${options.temperature}: ${own.score === 0 ? "the highest score, 0" : `${Math.abs(own.score).toFixed(2)} below the likeliest`}`);
   let dropped = false;
   for (const [key, name] of Object.entries(FILTERS)) {
     const off = { top_k: !options.top_k, top_p: options.top_p === 1, min_p: !options.min_p }[key];
@@ -244,7 +248,7 @@ function path(options, found, own) {
     add(name, off ? "off" : `${options[key]}: ${here ? "dropped here" : dropped ? "–" : "stays"}`, off || dropped);
     dropped ||= here;
   }
-  if (!found.temperature || dropped) return list;
+  if (dropped) return list;
   add("left", `${found.kept.toLocaleString("en")} ${found.kept === 1 ? "token" : "tokens"}; among them it is drawn with ${percent(own.probability)}`);
   add("noise", `${signed(own.score)} ${signed(own.noise)} = ${signed(own.score + own.noise)}${own.token === found.drawn ? ", the largest sum: drawn" : ""}`);
   return list;
@@ -274,7 +278,7 @@ function picture(panel, i, found) {
       cell.append(make("span", "track", bar, tip));
       cell.title = random ? `${signed(one.score)} ${signed(one.noise)} = ${signed(total)}` : signed(one.score);
     }
-    const row = make("tr", one.token === found.drawn ? "won" : one.dropped_by ? "out" : "", make("td", "", choose), make("td", "", percent(Math.exp(one.logprob))), make("td", "", percent(one.probability)), cell);
+    const row = make("tr", one.token === found.drawn ? "won" : one.dropped_by ? "out" : "", make("td", "", choose), make("td", "", percent(Math.exp(one.logprob))), make("td", "", one.probability ? percent(one.probability) : "–"), cell);
     body.append(row);
   }
   table.append(body);

@@ -157,9 +157,19 @@ class Worker:
         """
         self.check_runs()
         self.reserve(1)
+
+        def guarded() -> Result | ApiError:
+            try:
+                return function(self.engine)
+            except Exception as error:  # of memory: this question alone is lost
+                return ApiError(f"{type(error).__name__}: {first_line(error)}", status=500)
+
         try:
             async with asyncio.timeout(self.limits.seconds):
-                return await self.call(lambda: function(self.engine))
+                found = await self.call(guarded)
+            if isinstance(found, ApiError):
+                raise found
+            return found
         except TimeoutError:
             raise ApiError(f"no answer within {self.limits.seconds:g} s", status=504, code="timeout") from None
         finally:
