@@ -1,6 +1,7 @@
 """`regpt chat`: talk with a model, line by line."""
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -18,6 +19,7 @@ from regpt.train.config import WritingPrecision
 if TYPE_CHECKING:
     from regpt.checkpoint.open import OpenModel
     from regpt.engine.processing import SamplingOptions
+    from regpt.engine.request import Stats
 
 HELP = '''/reset           forget the conversation
 /system TEXT     begin again with this system message; without TEXT show it
@@ -27,6 +29,7 @@ HELP = '''/reset           forget the conversation
 /exit            leave; so does the end of the input
 """              begins a message of several lines, and ends it'''
 BLOCK = '"""'
+STEPPED = re.compile(r"(.+)@(\d+|best)")  # a run's checkpoint
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,11 @@ class DrawFlags:
     """Of a run: the checkpoint of this step, or best, that of the lowest validation loss; default: the newest."""
     ema: bool = False
     """With the moving average of the weights, which train.ema_decay keeps."""
+    draft: Annotated[str, tyro.conf.arg(metavar="MODEL|ngram")] = ""
+    """Draw several tokens a step, the same ones: what proposes them, a smaller model of the same tokenizer, an earlier
+    checkpoint of the run (RUN@STEP), or ngram, earlier places of the text."""
+    draft_tokens: Annotated[int, Range(1, 64)] = 4
+    """Tokens proposed a step at most."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto: CUDA, then MPS, then CPU."""
     precision: WritingPrecision = "fp32"
@@ -79,6 +87,37 @@ class DrawFlags:
         set_matmul_precision(self.precision)
         with writing(opened.model, self.precision, device):
             yield opened
+
+    def drafting(self, opened: "OpenModel") -> dict[str, Any]:
+        """Options of the engine of `opened`.
+
+        Raises:
+            UsageError: the draft is no model, or one of another tokenizer.
+        """
+        from regpt.checkpoint.best import at_step
+        from regpt.checkpoint.open import open_model
+        from regpt.engine.speculate import NGrams
+        from regpt.train.precision import writing
+
+        if not self.draft:
+            return {}
+        if self.draft == "ngram":
+            return {"draft": NGrams(), "draft_tokens": self.draft_tokens}
+        named = None if Path(self.draft).exists() else STEPPED.fullmatch(self.draft)
+        draft = open_model(at_step(named[1], named[2]) if named else self.draft, opened.model.device)
+        if draft.tokenizer.sha256 != opened.tokenizer.sha256:
+            raise UsageError(
+                f"the draft {self.draft!r} has the tokenizer {draft.tokenizer.name}, the model "
+                f"{opened.tokenizer.name}; give a draft of the same tokenizer, or ngram"
+            )
+        writing(draft.model, self.precision, draft.model.device)  # its weights; the context is the model's
+        return {"draft": draft.model, "draft_tokens": self.draft_tokens}
+
+
+def acceptance(stats: "Stats") -> str:
+    """How many of a draft's tokens were drawn."""
+    share = f" ({stats.accepted / stats.proposed:.0%})" if stats.proposed else ""
+    return f"{stats.accepted:,} of {stats.proposed:,} tokens that the draft proposed were drawn{share}"
 
 
 Drawing = Annotated[DrawFlags, tyro.conf.arg(name="")]
@@ -130,7 +169,8 @@ class Chat:
         template = opened.companions.get(CHAT)
         self.template = None if template is None else ChatTemplate(template, self.tokenizer)
         self.longest = opened.model.config.max_seq_len
-        self.engine = Engine(opened.model, self.tokenizer, max_rows=1, cache_tokens=self.longest)
+        drafting = given.draw.drafting(opened)
+        self.engine = Engine(opened.model, self.tokenizer, max_rows=1, cache_tokens=self.longest, **drafting)
         self.messages: list[dict[str, str]] = []
         self.reset(given.system)
         if self.template is None:
@@ -196,6 +236,8 @@ class Chat:
             raise bad_logits()
         if reason == "length":
             print_note(f"the answer was cut after {most:,} tokens")
+        if self.engine.draft is not None:
+            print_note(acceptance(self.engine.stats()))
         self.messages.append({"role": "assistant", "content": "".join(pieces)})
 
     def prompt(self) -> tuple[list[int], tuple[int, ...]]:

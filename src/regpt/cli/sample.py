@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from regpt.cli.chat import DrawFlags, Drawing
+from regpt.cli.chat import DrawFlags, Drawing, acceptance
 from regpt.cli.parse import parse
 from regpt.console.lines import is_terminal, print_json, print_line, print_note, write_stream
 from regpt.console.streams import read_stdin
@@ -20,6 +20,7 @@ from regpt.structured import parse_row
 
 if TYPE_CHECKING:
     from regpt.checkpoint.open import OpenModel
+    from regpt.engine.engine import Engine
     from regpt.engine.generate import Sample
     from regpt.engine.receipt import Origin
     from regpt.engine.request import Request
@@ -67,7 +68,7 @@ def main(args: list[str]) -> int:
     if given.receipt and given.past_context == "slide":
         raise UsageError("--receipt is of texts within the model's length; leave out --past-context slide")
     prompts = [read_prompt(given.prompt)] if given.prompt is not None else read_prompts(Path(given.prompts))
-    from regpt.engine.generate import encode_prompt
+    from regpt.engine.generate import encode_prompt, engine_for
     from regpt.engine.request import Request
 
     draw, options = given.draw, given.draw.options()
@@ -89,9 +90,13 @@ def main(args: list[str]) -> int:
         about = {"model": given.model, "source": opened.source, "step": opened.step}
         watched = is_terminal(sys.stdout) and not given.json and not given.prompts
         origin, written = origin_of(given, opened) if given.receipt else None, list[list["Sample"]]()
-        for number, samples in write_all(model, tokenizer, requests, watched=watched):
+        engine = engine_for(model, requests, tokenizer, **draw.drafting(opened))
+        for number, samples in write_all(engine, tokenizer, requests, watched=watched):
             written.append(samples)
             if given.json:
+                if draw.draft:
+                    stats = engine.stats()
+                    about["draft"] = {"model": draw.draft, "proposed": stats.proposed, "accepted": stats.accepted}
                 prompt_ids = tokenizer.encode_prompts([prompts[number]])[0].tolist()
                 prompt = {"prompt": prompts[number], "prompt_ids": prompt_ids}
                 print_json(about | prompt | settings | {"samples": [sample._asdict() for sample in samples]})
@@ -99,6 +104,8 @@ def main(args: list[str]) -> int:
                 print_line("\n".join(f"> {sample.text}" for sample in samples))
         if origin:
             write_receipt(Path(given.receipt), origin, requests, written, described)
+        if draw.draft and not given.json:
+            print_note(acceptance(engine.stats()))
     return 0
 
 
@@ -151,14 +158,12 @@ def schema_of(given: SampleArgs) -> dict[str, str]:
 
 
 def write_all(
-    model: Any, tokenizer: Any, requests: "list[Request]", *, watched: bool
+    engine: "Engine", tokenizer: Any, requests: "list[Request]", *, watched: bool
 ) -> "Iterator[tuple[int, list[Sample]]]":
     """The texts of each request, in order, as soon as those before it are done. `watched`: of a single request, on a
     terminal, as they are drawn."""
-    from regpt.engine.generate import engine_for
     from regpt.engine.request import bad_logits
 
-    engine = engine_for(model, requests, tokenizer)
     first = engine.submit(requests[0])
     for one in requests[1:]:
         engine.submit(one)

@@ -90,6 +90,15 @@ class Pages:
             found.append(page)
         return found
 
+    def reserve(self, beginning: Sequence[int], total: int) -> tuple[list[int], int] | None:
+        """Pages for `total` positions, and how many of them hold the `beginning` already; None where there are not
+        enough."""
+        shared, needed = self.match(beginning), self.needed(total)
+        if needed - len(shared) > self.n_free:
+            self.release(shared)
+            return None
+        return shared + self.take(needed - len(shared)), len(shared) * self.page_size
+
     def keep(self, tokens: Sequence[int], pages: Sequence[int]) -> None:
         """Let later texts find the whole pages of `tokens`, which lie in `pages`."""
         size, serial = self.page_size, ROOT
@@ -131,6 +140,19 @@ class PromptSpan:
         if self.base is not None:
             return at + self.base
         return np.array(self.pages)[at // page_size] * page_size + at % page_size
+
+
+def ragged(
+    parts: Sequence[tuple[Sequence[int], int, Sequence[int], int | None]], device: torch.device
+) -> tuple[Tensor, list[PromptSpan]]:
+    """Tokens and positions (2, N) of several texts' tokens, and their spans; of each its tokens, the position of the
+    first, the text's pages and its base."""
+    spans, idx, positions = list[PromptSpan](), list[int](), list[int]()
+    for tokens, start, pages, base in parts:
+        spans.append(PromptSpan(len(idx), len(tokens), start, pages, base))
+        idx += tokens
+        positions += range(start, start + len(tokens))
+    return torch.tensor([idx, positions]).to(device), spans
 
 
 class View:

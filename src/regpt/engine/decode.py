@@ -7,7 +7,7 @@ bucket of rows; on a CPU the same function runs as it is.
 
 import warnings
 from collections.abc import Sequence as Items
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -126,9 +126,10 @@ class RowState:
             note_tokens(self.counts[part], self.seen[part], tokens)
 
     def count(self, row: int, sequence: Sequence) -> None:
-        """Tell the penalties the tokens of a row that the host knows."""
+        """Tell the penalties the tokens of a row before its newest one, which is not in the cache."""
         if self.counts is not None and self.seen is not None:
-            counts, seen = count_text([(sequence.request.prompt, sequence.new)], self.n_vocab)
+            new = sequence.tokens[sequence.prompt_tokens : sequence.cached]
+            counts, seen = count_text([(sequence.request.prompt, new)], self.n_vocab)
             self.counts[row], self.seen[row] = counts[0].to(self.counts.device), seen[0].to(self.seen.device)
 
     def replace_token(self, row: int, sequence: Sequence, token: int) -> None:
@@ -191,8 +192,7 @@ class Step:
         """Results of the first `n` rows: (n, RESULTS) float64, and with `needs.top` (n, top, 2) float64 of the
         likeliest tokens and their log-probabilities. RowState are the next power of two where graphs are used."""
         if not self.graphs:
-            few = self.model.device.type == "cpu" and n <= MOST
-            with one_thread(self.kernels.few_rows) if few else nullcontext():
+            with self.few(n):
                 return self.compute(n, needs, alone, longest)
         bucket = next(size for size in (*BUCKETS, self.rows.n) if size >= n)
         bucket = min(bucket, self.rows.n)
@@ -207,6 +207,20 @@ class Step:
         graph, results = self.captured[bucket, needs]
         graph.replay()
         return tuple(result[:n] for result in results)
+
+    def few(self, n: int) -> AbstractContextManager[None]:
+        """The context in which `n` rows are computed."""
+        few = self.model.device.type == "cpu" and n <= MOST
+        return one_thread(self.kernels.few_rows) if few else nullcontext()
+
+    def attended(self, texts: Items[Sequence], ahead: int = 0) -> tuple[slice | None, int]:
+        """`alone` and `longest` of a step of these texts, `ahead` tokens after those in the cache."""
+        if self.model.device.type == "cuda":
+            return None, 0
+        longest, (first, *others) = max(one.cached for one in texts) + ahead + 1, texts
+        if others or first.base is None or self.graphs:
+            return None, longest
+        return slice(first.base, first.base + longest), longest
 
     def capture(self, bucket: int, needs: Needs) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
         """A graph of the step for `bucket` rows, and where its results lie. State and cache stay as they are, but for
@@ -266,17 +280,31 @@ class Step:
             return self.kernels.model.prefill(given, view)
         return self.model.hidden(given[:1], positions=given[1:], cache=view)[0]
 
-    def draw(self, texts: Items[Sequence], hidden: Tensor, allowed: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Results of the next tokens of texts whose last tokens have the hidden states (B, C)."""
+    def draw(
+        self,
+        texts: Items[Sequence],
+        hidden: Tensor,
+        proposed: Items[Items[int]] | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Results of the next tokens of texts whose last tokens have the hidden states (B, C); `proposed`: tokens of
+        each after those that it has."""
+        after = proposed or [()] * len(texts)
         options, device = [one.request.options for one in texts], self.rows.state.device
         V, logits = self.model.config.vocab_size, self.logits(hidden)
-        needs = Needs.of(options, V, max(one.request.top_logprobs for one in texts), allowed is not None)
+        structured = any(one.structure for one in texts)
+        needs = Needs.of(options, V, max(one.request.top_logprobs for one in texts), structured)
         if self.draws_by_kernels(needs) and self.kernels.draw is not None:
-            states = [row_state(len(one.tokens) - 1, one.seed, one.request.options, (), TABLE) for one in texts]
+            states = [
+                row_state(len(one.tokens) + len(more) - 1, one.seed, one.request.options, (), TABLE)
+                for one, more in zip(texts, after)
+            ]
             return (self.kernels.draw(logits, torch.stack(states).to(device), V),)
-        rows = rows_of(options, [one.seed for one in texts], V, [(one.tokens, one.new) for one in texts], device)
-        positions = torch.tensor([len(one.tokens) for one in texts], device=device)
-        return results_of(*draw_from(logits, rows._replace(allowed=allowed), positions, needs, self.tolerance))
+        told = [(one.tokens, [*one.new, *more]) for one, more in zip(texts, after)] if needs.penalties else ()
+        rows = rows_of(options, [one.seed for one in texts], V, told, device)
+        if structured:
+            rows = rows._replace(allowed=torch.stack([allowed_tokens(one, V) for one in texts]).to(device))
+        positions = torch.tensor([len(one.tokens) + len(more) for one, more in zip(texts, after)], device=device)
+        return results_of(*draw_from(logits, rows, positions, needs, self.tolerance))
 
     def advance(self, state: Tensor, found: Drawn, top: Tensor | None, needs: Needs) -> tuple[Tensor, ...]:
         """Write the drawn tokens into the rows' state."""
@@ -285,6 +313,11 @@ class Step:
         if needs.penalties and self.rows.counts is not None and self.rows.seen is not None:
             note_tokens(self.rows.counts[: len(state)], self.rows.seen[: len(state)], found.tokens)
         return results_of(found, top)
+
+
+def allowed_tokens(text: Sequence, n_vocab: int) -> Tensor:
+    """(V,) bool: the tokens that may be next, all of them without a structure."""
+    return text.structure.allowed() if text.structure else torch.ones(n_vocab, dtype=torch.bool)
 
 
 def note_tokens(counts: Tensor, seen: Tensor, tokens: Tensor) -> None:

@@ -17,13 +17,14 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from regpt.engine.cache import Pages, PrefillView, PromptSpan
-from regpt.engine.decode import Launched, Needs, RowState, Step, to_host
+from regpt.engine.cache import Pages, PrefillView, ragged
+from regpt.engine.decode import Launched, Needs, RowState, Step, allowed_tokens, to_host
 from regpt.engine.fast import NO_KERNELS, load_kernels
 from regpt.engine.noise import choice_seed
 from regpt.engine.processing import TOLERANCES, is_exact
 from regpt.engine.request import Event, FinishReason, Request, Stats, bad_logits, check_request
 from regpt.engine.sequence import FairQueue, Sequence
+from regpt.engine.speculate import DRAFT_TOKENS, Draft, DraftModel, speculate
 from regpt.engine.text import TextStream
 from regpt.errors import UsageError
 from regpt.model.transformer import Transformer
@@ -49,6 +50,7 @@ class Engine:
         graphs: capture the decode step as CUDA graphs. Default: on CUDA; never under autocast.
         kernels: attention by `kernels.paged` where there is one for the device.
         fused: GPT-2 in half precision on CUDA by `kernels.gpt2_decode` and `kernels.sampler`, which are not yet timed.
+        draft: what proposes up to `draft_tokens` tokens a step of each text (`engine.speculate`).
     """
 
     def __init__(
@@ -65,6 +67,8 @@ class Engine:
         graphs: bool | None = None,
         kernels: bool = True,
         fused: bool = False,
+        draft: Transformer | Draft | None = None,
+        draft_tokens: int = DRAFT_TOKENS,
     ):
         self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
         self.device, self.longest, self.n_vocab = model.device, model.config.max_seq_len, model.config.vocab_size
@@ -83,14 +87,19 @@ class Engine:
         self.rows = RowState(max_rows, self.pages.needed(self.longest), self.n_vocab, self.host)
         graphs = (kind == "cuda" if graphs is None else graphs) and self.autocast is None  # which frees its casts
         found = load_kernels(model, dtype, fused=fused) if kernels else NO_KERNELS
-        self.prefill_kernel = found.prefill
+        self.prefill_kernel, self.draft_tokens = found.prefill, draft_tokens
         self.decode_step = Step(model, self.pages, self.rows, self.tolerance, found, graphs=graphs)
+        if isinstance(draft, Transformer):
+            held = self.autocast or draft.dtype
+            draft = DraftModel(draft, model, self.pages, max_rows, held, kernels=kernels, graphs=graphs)
+        self.draft: Draft | None = draft
         self.queue, self.followers = FairQueue(), dict[int, list[Sequence]]()
         self.prefilling, self.active, self.sliding = list[Sequence](), list[Sequence](), list[Sequence]()
         self.pending, self.outbox = deque[Launched](), list[Event]()
         self.needs: Needs | None = None  # of the active rows; None: to be found out
         self.steps_left = 0  # see `count_steps`
         self.next_id = self.prompt_tokens = self.cached_tokens = self.new_tokens = self.recomputed = self.steps = 0
+        self.proposed = self.accepted = 0
 
     def submit(self, request: Request) -> int:
         """Queue a request; its number is in its events.
@@ -120,22 +129,24 @@ class Engine:
         for sequence in waiting:
             self.queue.remove(sequence)
         waiting += self.followers.pop(request_id, [])
-        running = [*self.prefilling, *self.active, *self.sliding, *(s for one in self.pending for s in one.sequences)]
-        for sequence in [*waiting, *dict.fromkeys(one for one in running if one.request_id == request_id)]:
-            if not sequence.finished:
-                self.end(sequence, "cancelled")
+        for sequence in [*waiting, *(one for one in self.running() if one.request_id == request_id)]:
+            self.end(sequence, "cancelled")
 
     @property
     def busy(self) -> bool:
         """Whether `step` has something to do."""
         return bool(self.queue or self.prefilling or self.active or self.sliding or self.pending or self.outbox)
 
+    def running(self) -> list[Sequence]:
+        """Texts that are read or written."""
+        held = [*self.prefilling, *self.active, *self.sliding, *(s for one in self.pending for s in one.sequences)]
+        return [one for one in dict.fromkeys(held) if not one.finished]
+
     def stats(self) -> Stats:
-        running = {id(s) for s in [*self.prefilling, *self.active, *self.sliding]}
-        running |= {id(s) for one in self.pending for s in one.sequences if not s.finished}
         waiting = len(self.queue) + sum(map(len, self.followers.values()))
         counted = self.prompt_tokens, self.cached_tokens, self.new_tokens, self.recomputed, self.steps
-        return Stats(waiting, len(running), self.pages.n_free, self.pages.n_pages, *counted)
+        pages, drafted = (self.pages.n_free, self.pages.n_pages), (self.proposed, self.accepted)
+        return Stats(waiting, len(self.running()), *pages, *counted, *drafted)
 
     def run(self, requests: Iterable[Request]) -> list[list[list[int]]]:
         """The new tokens of each text of each request.
@@ -165,10 +176,11 @@ class Engine:
                 self.admit()
                 if self.prefilling:
                     self.prefill()
-                while self.pending and any(one.structure for one in self.active):  # which must know the last token
+                known = self.draft is not None or any(one.structure for one in self.active)  # must be, the last token
+                while self.pending and known:
                     self.collect(self.pending.popleft())
                 if self.active:
-                    self.decode()
+                    self.decode() if self.draft is None else speculate(self, self.draft)
                 for sequence in list(self.sliding):
                     if not sequence.unread:
                         self.slide(sequence)
@@ -186,7 +198,8 @@ class Engine:
 
     def may_lag(self) -> bool:
         """Whether a step may begin before the host knows the last one's tokens."""
-        return self.device.type == "cuda" and not self.exact and not (self.needs and self.needs.allowed)
+        known = self.exact or self.draft is not None or (self.needs and self.needs.allowed)
+        return self.device.type == "cuda" and not known
 
     def admit(self) -> None:
         """Give waiting texts pages and rows, in turn, as long as there are some."""
@@ -196,32 +209,29 @@ class Engine:
                 self.sliding.append(self.queue.pop())
                 self.release_followers(sequence)
                 continue
-            needed = self.pages.needed(min(len(prompt) + sequence.request.max_new_tokens - 1, most))
-            shared = self.pages.match(prompt[:-1]) if self.prefix_cache else []  # the last token has to be read
-            if needed - len(shared) > self.pages.n_free:
-                self.pages.release(shared)
+            total = min(len(prompt) + sequence.request.max_new_tokens - 1, most)
+            found = self.pages.reserve(prompt[:-1] if self.prefix_cache else [], total)  # the last has to be read
+            if found is None:
                 return
-            sequence.pages = shared + self.pages.take(needed - len(shared))
+            sequence.pages, sequence.cached = found
             sequence.base = self.pages.base(sequence.pages)
-            sequence.cached = len(shared) * self.pages.page_size
             self.prompt_tokens += len(prompt)
             self.cached_tokens += sequence.cached
             self.prefilling.append(self.queue.pop())
 
     def prefill(self) -> None:
         """Read up to `chunk_tokens` of the prompts, and draw the first token after those that are read."""
-        spans, idx, positions, room = list[PromptSpan](), list[int](), list[int](), self.chunk_tokens
-        read = list[Sequence]()
+        parts, read, room = [], list[Sequence](), self.chunk_tokens
         for sequence in self.prefilling:
             n, start = min(room, sequence.prompt_tokens - sequence.cached), sequence.cached
             if n:
-                spans.append(PromptSpan(len(idx), n, start, sequence.pages, sequence.base))
-                idx += sequence.tokens[start : start + n]
-                positions += range(start, start + n)
+                parts.append((sequence.tokens[start : start + n], start, sequence.pages, sequence.base))
                 sequence.cached, room = start + n, room - n
                 read.append(sequence)
-        given = torch.tensor([idx, positions]).to(self.device)
+        given, spans = ragged(parts, self.device)
         hidden = self.decode_step.read(given, PrefillView(self.pages, spans, self.prefill_kernel))  # (N, C)
+        if self.draft is not None:
+            self.draft.read(given, spans)
         ends = [span.first + span.n - 1 for span, one in zip(spans, read) if one.cached == one.prompt_tokens]
         done = [one for one in read if one.cached == one.prompt_tokens]
         if not done:
@@ -231,20 +241,10 @@ class Engine:
             if self.prefix_cache:
                 self.pages.keep(sequence.tokens, sequence.pages)
             self.release_followers(sequence)
-        results = self.first_tokens(done, hidden[torch.tensor(ends, device=self.device)])
+        results = self.decode_step.draw(done, hidden[torch.tensor(ends, device=self.device)])
         self.launch(done, results)
         if which := [i for i, one in enumerate(done) if self.goes_on(one)]:
             self.activate(which, done, results[0][:, 0].long())
-
-    def first_tokens(self, done: Items[Sequence], hidden: Tensor) -> tuple[Tensor, ...]:
-        """Draw the next tokens of texts from hidden states (B, C)."""
-        masks = [self.allowed(one) for one in done] if any(one.structure for one in done) else None
-        return self.decode_step.draw(done, hidden, None if masks is None else torch.stack(masks))
-
-    def allowed(self, sequence: Sequence) -> Tensor:
-        if sequence.structure is None:
-            return torch.ones(self.n_vocab, dtype=torch.bool, device=self.host)
-        return sequence.structure.allowed().to(self.host)
 
     def release_followers(self, sequence: Sequence) -> None:
         """The other texts of a request start when their prompt is in the cache."""
@@ -274,12 +274,8 @@ class Engine:
         self.rows.prepare(needs)
         if needs.allowed and self.rows.allowed is not None:
             for row, one in enumerate(sequences):
-                self.rows.allowed[row] = self.allowed(one)
-        alone, (first, *others) = None, sequences
-        if not others and first.base is not None and not self.decode_step.graphs and self.device.type != "cuda":
-            alone = slice(first.base, first.base + first.cached + 1)
-        longest = 0 if self.device.type == "cuda" else max(one.cached for one in sequences) + 1
-        results = self.decode_step(len(sequences), needs, alone, longest)
+                self.rows.allowed[row] = allowed_tokens(one, self.n_vocab).to(self.host)
+        results = self.decode_step(len(sequences), needs, *self.decode_step.attended(sequences))
         for one in sequences:
             one.cached += 1
         self.launch(sequences, results)
@@ -321,14 +317,19 @@ class Engine:
 
     def collect(self, launched: Launched) -> None:
         """Read results; what was drawn after a text's end is dropped."""
-        for sequence, (token, logprob, finite, certain), others in zip(launched.sequences, *launched.read()):
+        for sequence, numbers, others in zip(launched.sequences, *launched.read()):
             if not sequence.finished:
-                drawn = int(token), logprob, bool(finite)
-                if not certain and finite:
-                    self.recomputed += 1
-                    drawn = self.draw_again(sequence, int(token))
-                top = [(int(i), p) for i, p in others[: sequence.request.top_logprobs]] if others else []
-                self.accept(sequence, *drawn, top)
+                self.take(sequence, numbers, others)
+
+    def take(self, sequence: Sequence, numbers: Items[float], others: Items[Items[float]]) -> None:
+        """The results of a text's next token, and the likeliest tokens."""
+        token, logprob, finite, certain = numbers
+        drawn = int(token), logprob, bool(finite)
+        if not certain and finite:
+            self.recomputed += 1
+            drawn = self.draw_again(sequence, int(token))
+        top = [(int(i), p) for i, p in others[: sequence.request.top_logprobs]] if others else []
+        self.accept(sequence, *drawn, top)
 
     def draw_again(self, sequence: Sequence, token: int) -> tuple[int, float, bool]:
         """Token, log-probability and whether logits are finite, from an uncached forward of the text alone."""
@@ -341,13 +342,12 @@ class Engine:
     def uncached(self, sequence: Sequence) -> tuple[Tensor, ...]:
         """Results of the next token from an uncached forward of the text's last tokens."""
         idx = torch.tensor([sequence.tokens[-self.longest :]], device=self.device)
-        return self.first_tokens([sequence], self.model.hidden(idx)[:, -1])
+        return self.decode_step.draw([sequence], self.model.hidden(idx)[:, -1])
 
     def slide(self, sequence: Sequence) -> None:
         sequence.launched += 1
-        token, logprob, finite, _ = (results := self.uncached(sequence))[0][0].tolist()
-        top = [(int(i), p) for i, p in results[1][0].tolist()] if len(results) > 1 else []
-        self.accept(sequence, int(token), logprob, bool(finite), top)
+        numbers, others = Launched([sequence], *to_host(self.uncached(sequence))).read()
+        self.take(sequence, [*numbers[0][:-1], True], others[0])
 
     def accept(
         self, sequence: Sequence, token: int, logprob: float, finite: bool, top: list[tuple[int, float]]

@@ -74,8 +74,10 @@ def stream_tokens(engine: Engine) -> Iterator[int]:
                 yield event.token
 
 
-def engine_for(model: Transformer, requests: Sequence[Request], tokenizer: Tokenizer | None = None) -> Engine:
-    """An engine with room for these requests at once, or for `MOST_ROWS` of their texts."""
+def engine_for(
+    model: Transformer, requests: Sequence[Request], tokenizer: Tokenizer | None = None, **options: Any
+) -> Engine:
+    """An engine with room for these requests at once, or for `MOST_ROWS` of their texts; `options` are the engine's."""
     longest = model.config.max_seq_len
     sizes = [
         -(-min(len(one.prompt) + one.max_new_tokens, longest) // PAGE_SIZE) * PAGE_SIZE
@@ -84,7 +86,7 @@ def engine_for(model: Transformer, requests: Sequence[Request], tokenizer: Token
     ]
     sizes = sorted(sizes)[-MOST_ROWS:]
     graphs = None if max(one.max_new_tokens for one in requests) >= CAPTURED_TOKENS else False
-    return Engine(model, tokenizer, max_rows=len(sizes), cache_tokens=sum(sizes), graphs=graphs)
+    return Engine(model, tokenizer, max_rows=len(sizes), cache_tokens=sum(sizes), graphs=graphs, **options)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:

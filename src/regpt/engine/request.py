@@ -101,6 +101,7 @@ class Stats:
         prompt_tokens, cached_tokens, new_tokens: since the start; `cached_tokens` of prompts were not computed.
         recomputed: tokens drawn again from an uncached forward (`Engine`).
         steps: since the start.
+        proposed, accepted: tokens of the draft, and those of them that were drawn.
     """
 
     waiting: int
@@ -112,6 +113,8 @@ class Stats:
     new_tokens: int
     recomputed: int
     steps: int
+    proposed: int = 0
+    accepted: int = 0
 
 
 def check_length(prompt_tokens: int, max_new_tokens: int, max_seq_len: int, name: str = "max-new-tokens") -> None:
