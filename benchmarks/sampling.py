@@ -5,6 +5,7 @@
 
     python benchmarks/sampling.py gpt2-124m --precision bf16 --batch 1 64 256 --hugging-face
     python benchmarks/sampling.py gpt2-tiny --identity 10000
+    python benchmarks/sampling.py gpt2-124m --identity 1000 --precision bf16      # how often a batch changes a text
 
 Each text is a prompt of random tokens, continued by the engine that `regpt sample` uses; under bf16 and fp16 on CUDA
 with weights of that format. The median of `--repeats` counts, after one that is not timed. Prints a table; `--json`
@@ -264,9 +265,17 @@ def count_differences(model: Transformer, n: int, say: Callable[[str], None]) ->
         engine = Engine(model, cache_tokens=64 * way["max_rows"], **{"prefix_cache": False, **way})
         texts.append(engine.run(requests))
         again.append(engine.stats().recomputed)
-    differing = [sum(a != b for a, b in zip(texts[0], other)) for other in texts[1:]]
-    tokens = sum(len(text) for (text,) in texts[0])
-    return {"texts": n, "tokens": tokens, "differing": differing, "drawn_again": again}
+    alone = [text for (text,) in texts[0]]
+    parted = [[first_difference(a, b) for a, (b,) in zip(alone, other)] for other in texts[1:]]
+    differing = [sum(at < len(text) for at, text in zip(each, alone)) for each in parted]
+    compared = [sum(min(at + 1, len(text)) for at, text in zip(each, alone)) for each in parted]
+    report = {"texts": n, "tokens": sum(map(len, alone)), "differing": differing, "drawn_again": again}
+    return report | {"differing_per_token": [count / of for count, of in zip(differing, compared)]}
+
+
+def first_difference(text: Sequence[int], other: Sequence[int]) -> int:
+    """Where two texts part; after it they have different beginnings and cannot be compared."""
+    return next((at for at, (a, b) in enumerate(zip(text, other)) if a != b), len(text))
 
 
 def sample_table(report: dict[str, Any]) -> Table:

@@ -202,3 +202,31 @@ def test_a_prompt_and_a_file_of_them_exclude_each_other(checkpoint, tmp_path):
         main([checkpoint, "--prompt", "a", "--prompts", "b"])
     with pytest.raises(UsageError, match="there is no file 'b'"):
         main([checkpoint, "--prompts", "b"])
+
+
+def test_a_draft_changes_no_text_and_its_tokens_are_counted(capsys, checkpoint):
+    args = (checkpoint, "--prompt", PROMPT, "--max-new-tokens", "12")
+    plain, plain_json = run(capsys, *args), json.loads(run(capsys, *args, "--json"))
+    for draft in ("ngram", checkpoint, f"{Path(checkpoint).parents[1]}@3"):
+        assert main([*args, "--draft", draft, "--draft-tokens", "2", "--device", "cpu"]) == 0
+        out, said = capsys.readouterr()
+        assert out == plain
+        assert "tokens that the draft proposed were drawn" in said
+        report = json.loads(run(capsys, *args, "--draft", draft, "--json"))
+        counts = report.pop("draft")
+        assert report == plain_json
+        assert counts["model"] == draft
+        assert 0 <= counts["accepted"] <= counts["proposed"]
+        assert (counts["accepted"] == counts["proposed"] > 0) == (draft != "ngram")
+
+
+def test_a_draft_of_another_tokenizer_is_refused(capsys, checkpoint, tmp_path):
+    other = train_bpe(["hello hello"], 258)
+    shape = ModelConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=other.n_vocab, max_seq_len=64)
+    draft = tiny.save_model(tmp_path / "step-00000003", initialize(make_model(shape), seed=1), other)
+    with pytest.raises(
+        UsageError, match=r"has the tokenizer bpe-258-\w+, the model bpe-257-\w+; give a draft of the same"
+    ):
+        run(capsys, checkpoint, "--prompt", PROMPT, "--draft", str(draft))
+    with pytest.raises(UsageError, match="has no checkpoint of step 4; choose from 3"):
+        run(capsys, checkpoint, "--prompt", PROMPT, "--draft", f"{Path(checkpoint).parents[1]}@4")
