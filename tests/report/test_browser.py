@@ -2,20 +2,17 @@
 
 import json
 import re
-import shutil
 import subprocess
 
 import pytest
 from run_files import CONFIG, train_row, val_row
 
+from chromium import CHROMIUM, FLAGS
 from regpt.report.compare import compare
 from regpt.report.markup import printable
 from regpt.report.page import write_diff, write_overlay, write_report
 from regpt.report.read import read_run
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-FLAGS += ["--disable-background-networking", "--disable-component-update", "--enable-logging=stderr"]
 HOSTILE = "Hello</script><script>window.pwned=1</script><img src=x onerror='window.pwned=1'>\x00"
 # Presses every control, then tells the page around it what it sees.
 PROBE = """<script>
@@ -72,7 +69,13 @@ def look(page, tmp_path, widths):
     )
     around = tmp_path / "around.html"
     around.write_text(AROUND + frames, encoding="utf-8")
-    command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1600,1000"]
+    command = [
+        str(CHROMIUM),
+        *FLAGS,
+        "--enable-logging=stderr",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--window-size=1600,1000",
+    ]
     command += ["--virtual-time-budget=5000", "--dump-dom", around.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     title = re.search(r"<title>(.*?)</title>", done.stdout, re.S)

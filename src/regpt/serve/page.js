@@ -419,7 +419,7 @@ function fillModels(select, all) {
     select.append(group);
   }
   select.value = before;
-  if (!select.value) select.selectedIndex = 0;
+  if (!select.value) select.value = (modelOf(before) ?? state.models[0]).id; // of a checkpoint its run
 }
 
 function slider([name, label, least, most, step, start, help]) {
