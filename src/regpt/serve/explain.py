@@ -10,16 +10,16 @@ from regpt.engine.engine import Engine
 from regpt.engine.explain import Explanation, explain_draw
 from regpt.engine.request import Request
 from regpt.serve.chat import read_messages
-from regpt.serve.fields import SAMPLING, TEXT, ApiError, Field, read_fields, shown, whole
+from regpt.serve.fields import CHAT, COMPLETIONS, SAMPLING, TEXT, ApiError, Field, read_fields, shown, whole
 from regpt.serve.paths import ServedModel, check_fits, conversation, make_requests, read_prompts
 from regpt.serve.worker import NOT_FINITE, Limits
 from regpt.text.tokenizer import with_bytes
 
 EXPLAIN = {
     "model": TEXT,
-    "prompt": Field((str, list)),
-    "messages": Field((list,)),
-    "tokens": Field((list,)),
+    "prompt": COMPLETIONS["prompt"],
+    "messages": CHAT["messages"],
+    "tokens": Field((list,), inner={list: {"items": {"type": "integer", "minimum": 0}}}),
     "top": whole(1, 50, 12),
     **SAMPLING,
 }

@@ -186,7 +186,9 @@ async function why(panel, i) {
     if (mine === wanted) showWhy(panel, i, found);
   } catch (error) {
     one.why = null;
-    if (mine === wanted) $("why").replaceChildren(make("p", "bad", error.message));
+    if (mine !== wanted) return;
+    $("why").replaceChildren(button("×", "Close", unpin), make("p", "bad", error.message));
+    $("why").classList.add("open");
   }
 }
 
