@@ -164,16 +164,28 @@ def time_generation(
     return timed(lambda: write_texts(engine, random_prompts(model, batch, prompt_tokens), new_tokens), repeats)
 
 
-def profile_step(model: Transformer, batch: int, prompt_tokens: int, **options: Any) -> list[dict[str, Any]]:
-    """The kernels of one captured step: name, calls and microseconds, the longest first."""
-    engine = make_engine(model, batch, prompt_tokens + 16, **options)
-    write_texts(engine, random_prompts(model, batch, prompt_tokens), 8)
+def profile_step(model: Transformer, batch: int, prompt_tokens: int, **options: Any) -> dict[str, Any]:
+    """A captured step in the middle of a text: microseconds by itself, one after another, and of its kernels."""
+    engine = make_engine(model, batch, prompt_tokens + 200, **options)
+    for seed, prompt in enumerate(random_prompts(model, batch, prompt_tokens + 64)):
+        engine.submit(Request(prompt, 128, OPTIONS, seed))
+    while len(engine.active) < batch or engine.prefilling:
+        engine.step()
+    engine.step()
     _, (graph, _) = max(engine.decode_step.captured.items(), key=lambda one: one[0][0])
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    before.record()
+    for _ in range(20):
+        graph.replay()
+    after.record()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         graph.replay()
         torch.cuda.synchronize()
     found = sorted(profile.key_averages(), key=lambda one: -one.device_time_total)
-    return [{"kernel": one.key[:80], "calls": one.count, "us": one.device_time_total} for one in found[:20]]
+    kernels = {f"{one.count} x {one.key[:48]}": round(one.device_time_total, 1) for one in found[:16]}
+    return {"step": before.elapsed_time(after) / 20 * 1e3, "sum": sum(kernels.values()), "kernels": kernels}
 
 
 def timed(write: Callable[[], object], repeats: int) -> dict[str, float]:

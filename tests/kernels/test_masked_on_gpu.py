@@ -147,10 +147,11 @@ def test_deterministic_algorithms_repeat_bitwise():
 
 
 def test_memory_grows_with_the_length_and_not_with_its_square():
-    """A model with rows of 16,384 tokens: B·T² booleans would be 0.5 GiB, twice over in bfloat16."""
+    """A model with rows of 16,384 tokens, with kernels and without: B·T² booleans would be 0.5 GiB, twice over
+    in bfloat16."""
     long = replace(CONFIG, max_seq_len=16384, window=4096)
     peaks = {}
-    for name, ops in (("data", ops_of("bf16", DEVICE)), ("booleans", PLAIN)):
+    for name, ops in (("data", ops_of("bf16", DEVICE)), ("plain", PLAIN)):
         model = initialize(make_model(long, ops).to(DEVICE), 0)
         idx = torch.zeros(2, 16384, dtype=torch.long, device=DEVICE)
         positions = torch.arange(16384, device=DEVICE).remainder(1024).expand(2, -1)
@@ -161,7 +162,7 @@ def test_memory_grows_with_the_length_and_not_with_its_square():
             model.hidden(idx, positions=positions, cu_seqlens=cuts)
         peaks[name] = torch.cuda.max_memory_allocated() - before
         del model
-    assert peaks["data"] < 0.4 * 2**30 < 2 * 16384**2 < peaks["booleans"]
+    assert max(peaks.values()) < 0.4 * 2**30 < 2 * 16384**2
 
 
 # ---- the plain operation in chunks: what the kernels do not have

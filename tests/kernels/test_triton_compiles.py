@@ -46,7 +46,7 @@ def test_decode_attention(H, D, kind, window):
 def test_attend_and_write(H, D, few):
     arguments = {"qkv_ptr": BF16, "k_ptr": BF16, "v_ptr": BF16, "table_ptr": I64, "position_ptr": I64, "out_ptr": BF16}
     arguments |= dict.fromkeys(("kv_head", "table_row", "position_row"), I32) | {"scale": "fp32"}
-    constants = {"H": H, "D": D, "BLOCK_D": triton.next_power_of_2(D), "PAGE": 16}
+    constants = {"H": H, "D": D, "BLOCK_D": triton.next_power_of_2(D), "PAGE": 16, "PDL": True}
     block = gpt2_decode.BLOCK * (4 if few else 1)
     warps = gpt2_decode.ATTENTION_WARPS * (2 if few else 1)
     compiles(gpt2_decode.attend_and_write_kernel, arguments, constants | {"BLOCK": block}, warps)
@@ -57,8 +57,8 @@ def test_norms_and_writes(C):
     whole = {"C": C, "BLOCK_C": triton.next_power_of_2(C)}
     common = {"weight_ptr": BF16, "bias_ptr": BF16, "x_ptr": F32, "h_ptr": BF16, "eps": "fp32"}
     inputs = {"token_ptr": I64, "position_ptr": I64, "stride": I32, "wte_ptr": BF16, "wpe_ptr": BF16}
-    compiles(gpt2_decode.embed_norm_kernel, inputs | common, whole)
-    compiles(gpt2_decode.add_norm_kernel, {"y_ptr": BF16, "y_bias_ptr": BF16} | common, whole)
+    compiles(gpt2_decode.embed_norm_kernel, inputs | common, whole | {"PDL": True})
+    compiles(gpt2_decode.add_norm_kernel, {"y_ptr": BF16, "y_bias_ptr": BF16} | common, whole | {"PDL": True})
     arguments = {"qkv_ptr": BF16, "k_ptr": BF16, "v_ptr": BF16, "slot_ptr": I64, "kv_head": I32}
     constants = {"H": C // 32, "D": 32, "BLOCK_C": whole["BLOCK_C"]}
     compiles(gpt2_decode.write_kernel, arguments, constants)
@@ -78,19 +78,20 @@ def test_products_of_one_vector(K, N, norm, gelu, add):
     x = F32 if norm else BF16
     arguments = {"x_ptr": x, "weight_ptr": BF16, "bias_ptr": BF16, "norm_weight_ptr": BF16, "norm_bias_ptr": BF16}
     arguments |= {"added_ptr": F32 if add else x, "out_ptr": F32 if add else BF16, "N": I32, "eps": "fp32"}
-    block = min(gpt2_decode.LARGEST_VECTOR, triton.next_power_of_2(K))
-    for rows in (4, 8, 16):
-        constants = {"K": K, "BLOCK_K": block, "ROWS": rows, "NORM": norm, "GELU": gelu, "ADD": add}
+    for rows in (2, 4):
+        constants = {"K": K, "BLOCK_K": triton.next_power_of_2(K), "ROWS": rows, "NORM": norm, "GELU": gelu, "ADD": add}
+        constants["PDL"] = True
         compiles(gpt2_decode.vector_kernel, arguments, constants, gpt2_decode.VECTOR_WARPS)
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 25])
 def test_draws(chunks):
-    likeliest = {"logits_ptr": F32, "key_ptr": I64, "sum_ptr": F32, "row_stride": I32, "V": I32}
-    sizes = {"CHUNK": sampler.CHUNK, "K": sampler.MOST}
-    compiles(sampler.likeliest_kernel, likeliest, sizes, sampler.CHUNK_WARPS)
-    arguments = {"key_ptr": I64, "sum_ptr": F32, "state_ptr": I64, "out_ptr": "*fp64"}
-    arguments |= dict.fromkeys(("chunks", "state_stride", "V"), I32)
+    groups = {"logits_ptr": F32, "key_ptr": I64, "sum_ptr": F32, "row_stride": I32, "V": I32}
+    sizes = {"CHUNK": sampler.CHUNK, "GROUP": sampler.GROUP, "PDL": True}
+    compiles(sampler.groups_kernel, groups, sizes, sampler.CHUNK_WARPS)
+    arguments = {"logits_ptr": F32, "key_ptr": I64, "sum_ptr": F32, "room_ptr": I64, "state_ptr": I64}
+    arguments |= dict.fromkeys(("chunks", "groups", "row_stride", "state_stride", "V"), I32) | {"out_ptr": "*fp64"}
     power = triton.next_power_of_2
-    constants = {"K": sampler.MOST, "KEYS": power(chunks * sampler.MOST), "CHUNKS": power(chunks)}
+    keys = power(chunks * sampler.CHUNK // sampler.GROUP)
+    constants = {"K": sampler.MOST, "GROUP": sampler.GROUP, "KEYS": keys, "CHUNKS": power(chunks), "PDL": True}
     compiles(sampler.draw_kernel, arguments, constants, sampler.ROW_WARPS)

@@ -169,8 +169,8 @@ class Engine:
     def step(self) -> list[Event]:
         """Read a chunk of prompts, draw a token for each active text, and return what the host has read: on CUDA of
         the step before, so that the device never waits for the host."""
-        was_training = self.model.training
-        self.model.eval()
+        if was_training := self.model.training:  # each call walks all modules: 0.3 ms for GPT-2
+            self.model.eval()
         try:
             with self.computing():
                 self.admit()
@@ -188,7 +188,8 @@ class Engine:
                 while len(self.pending) > lag or (self.pending and not self.active and not self.prefilling):
                     self.collect(self.pending.popleft())
         finally:
-            self.model.train(was_training)
+            if was_training:
+                self.model.train()
         self.steps += 1
         events, self.outbox = self.outbox, []
         return events

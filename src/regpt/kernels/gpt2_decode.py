@@ -4,7 +4,7 @@ Matrix products stay cuBLAS's, with biases and GELU in their epilogues; each res
 kernel, and so are the cache write and attention. The reference is `model.gpt2` with `engine.cache.DecodeView`.
 Shapes: the glossary in `regpt.model`; B rows, one new token each.
 """
-# pyright: reportIndexIssue=false
+# pyright: reportIndexIssue=false, reportPossiblyUnboundVariable=false
 
 from typing import Any
 
@@ -12,8 +12,9 @@ import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait  # pyright: ignore[reportMissingImports]
 
-from regpt.kernels.paged import attend_pages
+from regpt.kernels.paged import attend_pages, launches_early
 from regpt.model.gpt2 import GPT2
 
 NORM_WARPS = 4
@@ -36,8 +37,11 @@ def norm_into(x, weight_ptr, bias_ptr, h_ptr, at, column, real, C: tl.constexpr,
 @triton.jit
 def embed_norm_kernel(
     token_ptr, position_ptr, stride, wte_ptr, wpe_ptr, weight_ptr, bias_ptr, x_ptr, h_ptr, eps,
-    C: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     token, position = tl.load(token_ptr + row * stride), tl.load(position_ptr + row * stride)
     column = tl.arange(0, BLOCK_C)
@@ -50,7 +54,21 @@ def embed_norm_kernel(
 
 
 @triton.jit
-def add_norm_kernel(x_ptr, y_ptr, y_bias_ptr, weight_ptr, bias_ptr, h_ptr, eps, C: tl.constexpr, BLOCK_C: tl.constexpr):
+def add_norm_kernel(
+    x_ptr,
+    y_ptr,
+    y_bias_ptr,
+    weight_ptr,
+    bias_ptr,
+    h_ptr,
+    eps,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_C)
     real = column < C
@@ -66,7 +84,11 @@ def add_norm_kernel(x_ptr, y_ptr, y_bias_ptr, weight_ptr, bias_ptr, h_ptr, eps, 
 def attend_and_write_kernel(
     qkv_ptr, k_ptr, v_ptr, table_ptr, position_ptr, out_ptr, kv_head, table_row, position_row, scale,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     position = tl.load(position_ptr + row * position_row).to(tl.int32)
     feature = tl.arange(0, BLOCK_D)
@@ -106,32 +128,31 @@ def write_kernel(qkv_ptr, k_ptr, v_ptr, slot_ptr, kv_head, H: tl.constexpr, D: t
 def vector_kernel(
     x_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, added_ptr, out_ptr, N, eps,
     K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
-    NORM: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr,
+    NORM: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out (N,) = weight (N, K) · x (K,) + bias, of the normed x, through GELU, or added to another vector."""
+    """out (N,) = weight (N, K) · x (K,) + bias, of the normed x, through GELU, or added to another vector. Weights,
+    which no kernel writes, are on their way before the kernel that computes x ends."""
+    if PDL:
+        gdc_launch_dependents()
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK_K)
-    inside = n < N
-    mean, rstd = 0.0, 1.0
-    if NORM:  # K ≤ BLOCK_K
-        x = tl.load(x_ptr + column, mask=column < K, other=0.0).to(tl.float32)
+    k = tl.arange(0, BLOCK_K)
+    inside, real = n < N, k < K
+    at = n[:, None].to(tl.int64) * K + k[None, :]
+    weight = tl.load(weight_ptr + at, mask=inside[:, None] & real[None, :], other=0.0)
+    bias = tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        scale = tl.load(norm_weight_ptr + k, mask=real, other=0.0)
+        shift = tl.load(norm_bias_ptr + k, mask=real, other=0.0)
+    if PDL:
+        gdc_wait()
+    x = tl.load(x_ptr + k, mask=real, other=0.0).to(tl.float32)
+    if NORM:
         mean = tl.sum(x, 0) / K
-        centred = tl.where(column < K, x - mean, 0.0)
-        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / K + eps)
-    total = tl.zeros((ROWS, BLOCK_K), tl.float32)
-    for start in tl.static_range(0, K, BLOCK_K):
-        k = start + column
-        real = k < K
-        at = n[:, None].to(tl.int64) * K + k[None, :]
-        weight = tl.load(weight_ptr + at, mask=inside[:, None] & real[None, :], other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + k, mask=real, other=0.0).to(tl.float32)
-        if NORM:
-            scale = tl.load(norm_weight_ptr + k, mask=real, other=0.0).to(tl.float32)
-            shift = tl.load(norm_bias_ptr + k, mask=real, other=0.0).to(tl.float32)
-            x = (x - mean) * rstd * scale + shift
-            x = x.to(weight_ptr.dtype.element_ty).to(tl.float32)  # as the product of a whole batch rounds it
-        total += weight * x[None, :]
-    y = tl.sum(total, 1) + tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
+        x = tl.where(real, x - mean, 0.0)
+        rstd = 1.0 / tl.sqrt(tl.sum(x * x, 0) / K + eps)
+        x = x * rstd * scale.to(tl.float32) + shift.to(tl.float32)
+        x = x.to(weight_ptr.dtype.element_ty).to(tl.float32)  # as the product of a whole batch rounds it
+    y = tl.sum(weight.to(tl.float32) * x[None, :], 1) + bias
     if GELU:
         inner = 0.7978845608028654 * (y + 0.044715 * y * y * y)
         y = y / (1.0 + tl.exp(-2.0 * inner))  # y/2 · (1 + tanh(inner))
@@ -155,6 +176,8 @@ class FusedDecode:
         self.model, self.C, self.H, self.D = model, shape.n_embd, shape.n_head, shape.head_size
         self.eps, self.inner = shape.norm_eps, shape.n_inner
         self.block_c, self.block_d = triton.next_power_of_2(self.C), triton.next_power_of_2(self.D)
+        pdl = launches_early(model.device)
+        self.early: dict[str, Any] = {"PDL": pdl, "launch_pdl": pdl}
 
     def hidden(self, state: Tensor, tables: Tensor, keys: Tensor, values: Tensor, page_size: int) -> Tensor:
         """(B, C) after the last norm of the tokens and positions in the first columns of `state`; keys and values
@@ -169,7 +192,7 @@ class FusedDecode:
         first = blocks[0]
         embed_norm_kernel[(B,)](
             tokens, positions, state.stride(0), self.model.wte.weight, self.model.wpe.weight, first.ln_1.weight,
-            first.ln_1.bias, x, h, self.eps, C=self.C, BLOCK_C=self.block_c, num_warps=NORM_WARPS,
+            first.ln_1.bias, x, h, self.eps, C=self.C, BLOCK_C=self.block_c, num_warps=NORM_WARPS, **self.early,
         )  # fmt: skip
         after = [*(block.ln_1 for block in blocks[1:]), self.model.ln_f]
         for layer, block in enumerate(blocks):
@@ -190,7 +213,7 @@ class FusedDecode:
         first = blocks[0].ln_1
         embed_norm_kernel[(N,)](
             given, given[1], 1, self.model.wte.weight, self.model.wpe.weight, first.weight, first.bias, x, h, self.eps,
-            C=self.C, BLOCK_C=self.block_c, num_warps=NORM_WARPS,
+            C=self.C, BLOCK_C=self.block_c, num_warps=NORM_WARPS, **self.early,
         )  # fmt: skip
         after = [*(block.ln_1 for block in blocks[1:]), self.model.ln_f]
         for layer, block in enumerate(blocks):
@@ -224,7 +247,7 @@ class FusedDecode:
         ln_f: Any = self.model.ln_f
         embed_norm_kernel[(1,)](
             state, state[:, 1:], state.stride(0), self.model.wte.weight, self.model.wpe.weight, ln_f.weight,
-            ln_f.bias, x, h, self.eps, C=C, BLOCK_C=self.block_c, num_warps=NORM_WARPS,
+            ln_f.bias, x, h, self.eps, C=C, BLOCK_C=self.block_c, num_warps=NORM_WARPS, **self.early,
         )  # fmt: skip
         for layer, block in enumerate(blocks):
             attn, mlp = block.attn, block.mlp
@@ -237,7 +260,7 @@ class FusedDecode:
             self.product(wide, mlp.c_proj, x, added=middle)
         add_norm_kernel[(1,)](
             x, torch.zeros_like(h), torch.zeros_like(ln_f.bias), ln_f.weight, ln_f.bias, h, self.eps, C=C,
-            BLOCK_C=self.block_c, num_warps=NORM_WARPS,
+            BLOCK_C=self.block_c, num_warps=NORM_WARPS, **self.early,
         )  # fmt: skip
         return h
 
@@ -246,12 +269,15 @@ class FusedDecode:
     ) -> None:
         """`layer` of one vector, of its norm where given; `added` to another one."""
         N, K = layer.weight.shape
-        rows = 4 if N < 132 * 8 else 8 if N < 132 * 16 else 16  # so that all multiprocessors have some
+        block, rows = (
+            triton.next_power_of_2(K),
+            4 if N > FEW_PROGRAMS * 3 else 2,
+        )  # so that all multiprocessors have some
         vector_kernel[(triton.cdiv(N, rows),)](
             x, layer.weight, layer.bias, layer.bias if norm is None else norm.weight,
             layer.bias if norm is None else norm.bias, x if added is None else added, out, N, self.eps, K=K,
-            BLOCK_K=self.block_c if norm is not None else min(LARGEST_VECTOR, triton.next_power_of_2(K)), ROWS=rows,
-            NORM=norm is not None, GELU=gelu, ADD=added is not None, num_warps=VECTOR_WARPS,
+            BLOCK_K=block, ROWS=rows, NORM=norm is not None, GELU=gelu, ADD=added is not None,
+            num_warps=VECTOR_WARPS * (2 if block > LARGEST_VECTOR else 1), **self.early,
         )  # fmt: skip
 
     def attend(
@@ -262,13 +288,14 @@ class FusedDecode:
         attend_and_write_kernel[(B, self.H)](
             qkv, keys, values, tables, state[:, 1:], y, keys.stride(0), tables.stride(0), state.stride(0),
             self.D**-0.5, H=self.H, D=self.D, BLOCK_D=self.block_d, PAGE=page_size,
-            BLOCK=4 * BLOCK if few else BLOCK, num_warps=2 * ATTENTION_WARPS if few else ATTENTION_WARPS,
+            BLOCK=4 * BLOCK if few else BLOCK, num_warps=2 * ATTENTION_WARPS if few else ATTENTION_WARPS, **self.early,
         )  # fmt: skip
 
     def add_norm(self, x: Tensor, y: Tensor, bias: Tensor, norm: Any, h: Tensor) -> None:
         add_norm_kernel[(len(x),)](
-            x, y, bias, norm.weight, norm.bias, h, self.eps, C=self.C, BLOCK_C=self.block_c, num_warps=NORM_WARPS
-        )
+            x, y, bias, norm.weight, norm.bias, h, self.eps, C=self.C, BLOCK_C=self.block_c, num_warps=NORM_WARPS,
+            **self.early,
+        )  # fmt: skip
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, V or more) float32, not rounded to the weights' format."""

@@ -22,6 +22,12 @@ def prefills(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
     return fits and torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY
 
 
+def launches_early(device: torch.device) -> bool:
+    """Whether kernels start while the one before them runs, up to where they need its results (programmatic dependent
+    launch, from Hopper on)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 @triton.jit
 def attend_pages(
     q, k_ptr, v_ptr, page_ptr, first, end, top, total, y,

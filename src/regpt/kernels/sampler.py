@@ -1,5 +1,6 @@
-"""Draws by two Triton kernels instead of some eighty small ones: the likeliest tokens of each piece of the vocabulary,
-then of all, temperature, top-k, top-p, min-p, noise, and the new state of the row.
+"""Draws by two Triton kernels instead of some eighty small ones: one pass over the logits for the maxima of groups of
+neighbours, then from the groups with the largest maxima the likeliest tokens, temperature, top-k, top-p, min-p, noise,
+and the new state of the row.
 
 The reference is `engine.processing.draw`; noise and scores are the same bits, so tokens differ only where top-p's
 running sum rounds differently. For rows without penalties, biases and masks, of at most `MOST` candidates.
@@ -10,9 +11,13 @@ import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait  # pyright: ignore[reportMissingImports]
+
+from regpt.kernels.paged import launches_early
 
 MOST = 64  # candidates that are put in order
-CHUNK, CHUNK_WARPS, ROW_WARPS = 2048, 8, 8
+CHUNK, GROUP, CHUNK_WARPS, ROW_WARPS = 2048, 16, 4, 8
+PAD = tl.constexpr(-0x7FFFFFFFFFFFFFFF)  # below every key
 
 
 @triton.jit
@@ -53,36 +58,93 @@ def gumbel_noise(low, high, position, token):
 
 
 @triton.jit
-def likeliest_kernel(logits_ptr, key_ptr, sum_ptr, row_stride, V, CHUNK: tl.constexpr, K: tl.constexpr):
+def keys_of(x, column, V):
+    """Distinct integers in the order of the logits, of equal ones the first token first; PAD outside the vocabulary."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+    return tl.where(column < V, (ordered << 32) | (V - 1 - column).to(tl.int64), PAD)
+
+
+@triton.jit
+def groups_kernel(
+    logits_ptr, key_ptr, sum_ptr, row_stride, V, CHUNK: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr
+):
+    """The largest key of each GROUP of neighbours; the largest logit, the sum of exponentials and the number of bad
+    values of each CHUNK."""
+    if PDL:
+        gdc_launch_dependents()
     row, chunk, chunks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     column = chunk * CHUNK + tl.arange(0, CHUNK)
     inside = column < V
+    if PDL:
+        gdc_wait()
     x = tl.load(logits_ptr + row * row_stride + column, mask=inside, other=float("-inf")).to(tl.float32)
     bad = tl.sum((inside & ((x != x) | (tl.abs(x) == float("inf")))).to(tl.int32), 0)
     x = tl.where(x != x, 0.0, x)
     highest = tl.max(x, 0)
     total = tl.sum(tl.where(inside, tl.exp(x - highest), 0.0), 0)
-    bits = (x + 0.0).to(tl.int32, bitcast=True)
-    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)  # integers in the order of the floats
-    key = (ordered << 32) | (V - 1 - column).to(tl.int64)
-    key = tl.where(inside, key, -0x7FFFFFFFFFFFFFFF)
+    keys = tl.max(tl.reshape(keys_of(x, column, V), (CHUNK // GROUP, GROUP)), 1)
     to = row * chunks + chunk
-    tl.store(key_ptr + to * K + tl.arange(0, K), tl.topk(key, K))
+    tl.store(key_ptr + to * (CHUNK // GROUP) + tl.arange(0, CHUNK // GROUP), keys)
     tl.store(sum_ptr + to * 3, highest)
     tl.store(sum_ptr + to * 3 + 1, total)
     tl.store(sum_ptr + to * 3 + 2, bad.to(tl.float32))
 
 
 @triton.jit
+def threshold(keys, K: tl.constexpr):
+    """The number that K of the distinct keys reach: by bisection, which stops as soon as it is found. PAD + 1 where
+    there are no more than K."""
+    real = keys > PAD
+    low, high = tl.min(tl.where(real, keys, 0x7FFFFFFFFFFFFFFF), 0), tl.max(keys, 0) + 1
+    found = tl.sum(real.to(tl.int32), 0)
+    if found <= K:
+        low = tl.full((), PAD + 1, tl.int64)
+    while found > K:
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)  # no overflow
+        reached = tl.sum((keys >= middle).to(tl.int32), 0)
+        enough = reached >= K
+        low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
+        found = tl.where(enough, reached, found)
+    return low
+
+
+@triton.jit
+def put(values, chosen, to):
+    """Write the chosen values to `to` without gaps, for all threads to read; how many there are."""
+    chosen = chosen.to(tl.int32)
+    tl.store(to + tl.cumsum(chosen, 0) - 1, values, mask=chosen > 0)
+    tl.debug_barrier()
+    return tl.sum(chosen, 0)
+
+
+@triton.jit
 def draw_kernel(
-    key_ptr, sum_ptr, state_ptr, out_ptr, chunks, state_stride, V,
-    K: tl.constexpr, KEYS: tl.constexpr, CHUNKS: tl.constexpr,
+    logits_ptr, key_ptr, sum_ptr, room_ptr, state_ptr, out_ptr, chunks, groups, row_stride, state_stride, V,
+    K: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, CHUNKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     state_ptr += row * state_stride
-    every = tl.arange(0, KEYS)
-    keys = tl.load(key_ptr + row * chunks * K + every, mask=every < chunks * K, other=-0x7FFFFFFFFFFFFFFF)
-    keys = tl.topk(keys, K)
+    room_ptr += row * 2 * K
+    # The K largest are in the K groups with the largest maxima.
+    every, rank = tl.arange(0, KEYS), tl.arange(0, K)
+    keys = tl.load(key_ptr + row * groups + every, mask=every < groups, other=PAD)
+    n = put(every.to(tl.int64), keys >= threshold(keys, K), room_ptr)
+    group = tl.load(room_ptr + rank, mask=rank < n, other=0)
+    columns = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    given = (rank < n)[:, None] & (columns < V)
+    x = tl.load(logits_ptr + row * row_stride + columns, mask=given, other=0.0).to(tl.float32)
+    x = tl.where(x != x, 0.0, x)
+    keys = tl.reshape(tl.where(given, keys_of(x, columns, V), PAD), (K * GROUP,))
+    n = put(keys, keys >= threshold(keys, K), room_ptr + K)
+    keys = tl.load(room_ptr + K + rank, mask=rank < n, other=PAD)
+    # In order: as many are before each as are larger.
+    before = (keys[None, :] > keys[:, None]) | ((keys[None, :] == keys[:, None]) & (rank[None, :] < rank[:, None]))
+    place = tl.sum(before.to(tl.int32), 1)
+    keys = tl.sum(tl.where(place[:, None] == rank[None, :], keys[:, None], 0), 0)
     ids = V - 1 - (keys & 0xFFFFFFFF)
     ordered = (keys >> 32).to(tl.int32)
     values = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
@@ -131,16 +193,19 @@ def draw_kernel(
 def draw_into(logits: Tensor, state: Tensor, n_vocab: int) -> Tensor:
     """Draw the next token of each row of `state` (B, …) from `logits` (B, V or more): the results of
     `engine.decode.results_of`, and token and position written into `state`."""
-    B, chunks = len(logits), triton.cdiv(n_vocab, CHUNK)
-    keys = torch.empty(B, chunks, MOST, dtype=torch.int64, device=logits.device)
-    sums = torch.empty(B, chunks, 3, device=logits.device)
-    found = torch.empty(B, 4, dtype=torch.float64, device=logits.device)
-    likeliest_kernel[(B, chunks)](
-        logits, keys, sums, logits.stride(0), n_vocab, CHUNK=CHUNK, K=MOST, num_warps=CHUNK_WARPS
-    )
+    B, chunks, device = len(logits), triton.cdiv(n_vocab, CHUNK), logits.device
+    groups, pdl = chunks * (CHUNK // GROUP), launches_early(device)
+    keys = torch.empty(B, groups, dtype=torch.int64, device=device)
+    sums = torch.empty(B, chunks, 3, device=device)
+    room = torch.empty(B, 2 * MOST, dtype=torch.int64, device=device)
+    found = torch.empty(B, 4, dtype=torch.float64, device=device)
+    groups_kernel[(B, chunks)](
+        logits, keys, sums, logits.stride(0), n_vocab, CHUNK=CHUNK, GROUP=GROUP, PDL=pdl, num_warps=CHUNK_WARPS,
+        launch_pdl=pdl,
+    )  # fmt: skip
     draw_kernel[(B,)](
-        keys, sums, state, found, chunks, state.stride(0), n_vocab, K=MOST,
-        KEYS=triton.next_power_of_2(chunks * MOST), CHUNKS=triton.next_power_of_2(chunks), num_warps=ROW_WARPS,
-        enable_fp_fusion=False,
+        logits, keys, sums, room, state, found, chunks, groups, logits.stride(0), state.stride(0), n_vocab, K=MOST,
+        GROUP=GROUP, KEYS=triton.next_power_of_2(groups), CHUNKS=triton.next_power_of_2(chunks), PDL=pdl,
+        num_warps=ROW_WARPS, enable_fp_fusion=False, launch_pdl=pdl,
     )  # fmt: skip
     return found
