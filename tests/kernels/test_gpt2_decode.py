@@ -4,7 +4,7 @@
 
 import os
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ import tiny
 from regpt.engine.cache import DecodeView, Pages, PrefillView, PromptSpan
 from regpt.engine.decode import TABLE, row_state
 from regpt.engine.engine import Engine
-from regpt.engine.fast import half_copy
+from regpt.engine.fast import FusedPrefill, half_copy
 from regpt.engine.processing import SamplingOptions
 from regpt.engine.request import Request
 from regpt.model.ops import attention
@@ -72,12 +72,34 @@ def test_prompts_are_read_as_by_the_model(starts):
     positions = [*range(starts[0], starts[0] + 18), *range(starts[1], starts[1] + 5)]
     given = torch.tensor([[i * 7 % 97 for i in range(23)], positions], device=DEVICE)
     kernel = by_torch if DEVICE.type == "cpu" else prefill_attention
-    found = fused.FusedDecode(model).prefill(given, PrefillView(both[0], spans, kernel))
+    found = FusedPrefill(fused.FusedDecode(model), both[0], graphs=False)(given, PrefillView(both[0], spans, kernel))
     expected = whole.hidden(given[:1], positions=given[1:], cache=PrefillView(both[1], spans))[0]
     bound = 2e-3 if torch.float32 == DTYPE else 4e-2
     assert (found.float() - expected).norm() < bound * expected.norm()
     assert (both[0].k.float() - both[1].k).norm() < bound * both[1].k.norm()
     assert (both[0].v.float() - both[1].v).norm() < bound * both[1].v.norm()
+
+
+@torch.no_grad()
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs")
+@pytest.mark.parametrize("lengths", [[1], [23], [16], [40, 3, 3], [33, 64, 1, 1], [17] * 5])
+def test_prompts_read_by_a_graph_are_those_without(lengths):
+    model = tiny.build_model(config=CONFIG, dtype=torch.float32).eval().to(DEVICE, DTYPE)
+    both = [Pages(CONFIG, 60, 16, DEVICE, DTYPE) for _ in range(2)]
+    paths = [FusedPrefill(fused.FusedDecode(model), pages, graphs=graphs) for pages, graphs in zip(both, (True, False))]
+    ends = [0, *accumulate(lengths)]
+    for seed in range(3):  # the first without a graph, the last with it for the second time
+        idx = torch.randint(97, (ends[-1],), generator=torch.Generator().manual_seed(seed))
+        given = torch.stack((idx, torch.cat([torch.arange(n) for n in lengths]))).to(DEVICE)
+        spans = [
+            PromptSpan(a, n, 0, [1 + 9 * i + (j + seed) % 9 for j in range(9)])
+            for i, (a, n) in enumerate(zip(ends, lengths))
+        ]
+        found, expected = (path(given, PrefillView(path.pages, spans, prefill_attention)) for path in paths)
+        assert torch.equal(found, expected) or (found - expected).float().norm() < 4e-3 * expected.float().norm()
+        assert len(paths[0].captured) == min(seed, 1)
+        held, plain = (torch.stack((pages.k, pages.v))[..., 16:, :].float() for pages in both)
+        assert (held - plain).norm() < 4e-3 * plain.norm()
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs")

@@ -47,8 +47,7 @@ def test_attend_and_write(H, D, few):
     arguments = {"qkv_ptr": BF16, "k_ptr": BF16, "v_ptr": BF16, "table_ptr": I64, "position_ptr": I64, "out_ptr": BF16}
     arguments |= dict.fromkeys(("kv_head", "table_row", "position_row"), I32) | {"scale": "fp32"}
     constants = {"H": H, "D": D, "BLOCK_D": triton.next_power_of_2(D), "PAGE": 16, "PDL": True}
-    block = gpt2_decode.BLOCK * (4 if few else 1)
-    warps = gpt2_decode.ATTENTION_WARPS * (2 if few else 1)
+    block, warps = gpt2_decode.ATTENTION_FEW if few else gpt2_decode.ATTENTION_MANY
     compiles(gpt2_decode.attend_and_write_kernel, arguments, constants | {"BLOCK": block}, warps)
 
 
@@ -78,10 +77,10 @@ def test_products_of_one_vector(K, N, norm, gelu, add):
     x = F32 if norm else BF16
     arguments = {"x_ptr": x, "weight_ptr": BF16, "bias_ptr": BF16, "norm_weight_ptr": BF16, "norm_bias_ptr": BF16}
     arguments |= {"added_ptr": F32 if add else x, "out_ptr": F32 if add else BF16, "N": I32, "eps": "fp32"}
-    for rows in (2, 4):
-        constants = {"K": K, "BLOCK_K": triton.next_power_of_2(K), "ROWS": rows, "NORM": norm, "GELU": gelu, "ADD": add}
-        constants["PDL"] = True
-        compiles(gpt2_decode.vector_kernel, arguments, constants, gpt2_decode.VECTOR_WARPS)
+    block = triton.next_power_of_2(K)
+    rows, warps = gpt2_decode.VECTOR_LONG if block > gpt2_decode.LARGEST_VECTOR else gpt2_decode.VECTOR_SHORT
+    constants = {"K": K, "BLOCK_K": block, "ROWS": rows, "NORM": norm, "GELU": gelu, "ADD": add, "PDL": True}
+    compiles(gpt2_decode.vector_kernel, arguments, constants, warps)
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 25])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from regpt.engine.cache import DecodeView, Pages, PrefillView
-from regpt.engine.fast import NO_KERNELS, FastPaths
+from regpt.engine.fast import NO_KERNELS, FastPaths, FusedPrefill, capture
 from regpt.engine.noise import MASK
 from regpt.engine.processing import (
     NUMBERS,
@@ -187,6 +187,7 @@ class Step:
         self.tolerance, self.kernels, self.graphs = tolerance, kernels, graphs
         self.captured: dict[tuple[int, Needs], tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]] = {}
         self.pool = None
+        self.prefill = kernels.model and FusedPrefill(kernels.model, pages, graphs=graphs)
 
     def __call__(self, n: int, needs: Needs, alone: slice | None = None, longest: int = 0) -> tuple[Tensor, ...]:
         """Results of the first `n` rows: (n, RESULTS) float64, and with `needs.top` (n, top, 2) float64 of the
@@ -225,7 +226,7 @@ class Step:
     def capture(self, bucket: int, needs: Needs) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
         """A graph of the step for `bucket` rows, and where its results lie. State and cache stay as they are, but for
         what a first run for warmth writes: the state is put back, and the cache entries are those of the step."""
-        rows, device = self.rows, self.rows.state.device
+        rows = self.rows
         written = [held for held in (rows.state, rows.counts, rows.seen) if held is not None]
         before = [held.clone() for held in written]
 
@@ -233,16 +234,7 @@ class Step:
             for held, kept in zip(written, before):
                 held.copy_(kept)
 
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # kernels are compiled and tuned, workspaces allocated
-                self.compute(bucket, needs)
-                put_back()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            results = self.compute(bucket, needs)
+        graph, results = capture(lambda: self.compute(bucket, needs), put_back, self.pool)
         self.pool = self.pool or graph.pool()
         return graph, results
 
@@ -276,8 +268,8 @@ class Step:
 
     def read(self, given: Tensor, view: PrefillView) -> Tensor:
         """Hidden states (N, C) of the tokens and positions `given` (2, N), which `view` puts into the cache."""
-        if self.kernels.model is not None and view.kernel is not None:
-            return self.kernels.model.prefill(given, view)
+        if self.prefill is not None and view.kernel is not None:
+            return self.prefill(given, view)
         return self.model.hidden(given[:1], positions=given[1:], cache=view)[0]
 
     def draw(

@@ -3,11 +3,13 @@
 import copy
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from regpt.engine.cache import Pages, PrefillView
 from regpt.kernels.few_rows import FewRows, load_few_rows
 from regpt.model.gpt2 import GPT2
 from regpt.model.transformer import Transformer
@@ -31,6 +33,8 @@ class FastPaths(NamedTuple):
 
 
 NO_KERNELS = FastPaths()
+SHORTEST, LONGEST = 16, 2048  # sizes of prompts for graphs: powers of two between them, from there on multiples
+T = TypeVar("T")
 
 
 def load_kernels(model: Transformer, dtype: torch.dtype, *, fused: bool = False) -> FastPaths:
@@ -51,6 +55,72 @@ def load_kernels(model: Transformer, dtype: torch.dtype, *, fused: bool = False)
     if not fits(model):
         return FastPaths(decode_attention, prefill)
     return FastPaths(decode_attention, prefill, FusedDecode(model), draw_into)
+
+
+def capture(
+    compute: Callable[[], T], put_back: Callable[[], None] = lambda: None, pool: Any = None
+) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A CUDA graph of `compute`, and where its results are; `put_back` undoes what `compute` changed. `compute` runs
+    twice before: kernels are compiled and tuned, workspaces allocated."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            compute()
+            put_back()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        results = compute()
+    return graph, results
+
+
+class FusedPrefill:
+    """Reads prompts by `kernels.gpt2_decode`; sizes that come back as CUDA graphs: the host needs milliseconds for the
+    hundred kernels of a short prompt."""
+
+    def __init__(self, fused: Any, pages: Pages, *, graphs: bool):
+        self.fused, self.pages, self.graphs, self.pool = fused, pages, graphs, None
+        self.captured: dict[tuple[int, int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
+        self.met = set[tuple[int, int, int]]()
+
+    def __call__(self, given: Tensor, view: PrefillView) -> Tensor:
+        """Hidden states (N, C) of the tokens and positions `given` (2, N)."""
+        lengths, longest, slots = view.lengths()
+        N, most = given.size(1), power_of_two(max(longest[0], SHORTEST))
+        size = power_of_two(max(N, SHORTEST)) if N <= LONGEST else -(-N // LONGEST) * LONGEST
+        ends = [0, *accumulate(span.n for span in view.spans)]
+        ends += [*range(N + most, size, most), size] if size > N else []  # texts that no one reads
+        key = size, power_of_two(len(ends) - 1), most
+        if slots is not None or not self.graphs or key not in self.met:
+            self.met.add(key)
+            return self.fused.prefill(given, view.new, lengths, longest, self.pages, view.kernel, slots)
+        if key not in self.captured:
+            self.captured[key] = self.capture(*key, view.kernel)
+        graph, tokens, cuts, hidden = self.captured[key]
+        tokens[:, N:] = 0  # slots of the page that is no one's
+        tokens[:2, :N], tokens[2, :N] = given, view.new
+        cuts.copy_(torch.tensor(ends + [size] * (len(cuts) - len(ends)), dtype=torch.int32))
+        graph.replay()
+        return hidden[:N]
+
+    def capture(
+        self, size: int, texts: int, most: int, kernel: Any
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]:
+        """The graph for `size` tokens of `texts` texts of up to `most`; tokens, positions and slots (3, size),
+        cumulative lengths (texts + 1,) and the hidden states that it computes."""
+        device = self.pages.k.device
+        tokens = torch.zeros(3, size, dtype=torch.int64, device=device)
+        cuts = (torch.arange(texts + 1, device=device, dtype=torch.int32) * most).clamp(max=size)
+        given = tokens[:2], tokens[2], (cuts, cuts), (most, most), self.pages, kernel
+        graph, hidden = capture(lambda: self.fused.prefill(*given), pool=self.pool)
+        self.pool = self.pool or graph.pool()
+        return graph, tokens, cuts, hidden
+
+
+def power_of_two(n: int) -> int:
+    """The smallest that is at least n."""
+    return 1 << (n - 1).bit_length()
 
 
 def half_copy(model: Transformer, dtype: torch.dtype) -> Transformer:

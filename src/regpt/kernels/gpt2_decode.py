@@ -6,6 +6,7 @@ Shapes: the glossary in `regpt.model`; B rows, one new token each.
 """
 # pyright: reportIndexIssue=false, reportPossiblyUnboundVariable=false
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,14 +15,14 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait  # pyright: ignore[reportMissingImports]
 
-from regpt.kernels.paged import attend_pages, launches_early
+from regpt.kernels.paged import LOWEST, attend_block, attend_pages, launches_early, load_positions
 from regpt.model.gpt2 import GPT2
 
 NORM_WARPS = 4
-BLOCK, ATTENTION_WARPS = 64, 4  # positions that a program reads at once
+ATTENTION_FEW, ATTENTION_MANY = (256, 8), (64, 4)  # positions that a program reads at once, and its warps
 LARGEST_HEAD = 128
 FEW_PROGRAMS = 528  # four for each of an H200's multiprocessors
-LARGEST_VECTOR, VECTOR_WARPS = 1024, 4
+LARGEST_VECTOR, VECTOR_SHORT, VECTOR_LONG = 1024, (4, 4), (2, 8)  # a program's rows and warps up to it, and above
 
 
 @triton.jit
@@ -39,9 +40,9 @@ def embed_norm_kernel(
     token_ptr, position_ptr, stride, wte_ptr, wpe_ptr, weight_ptr, bias_ptr, x_ptr, h_ptr, eps,
     C: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Never early itself: what the kernels after it read before they wait is as the last step left it."""
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     token, position = tl.load(token_ptr + row * stride), tl.load(position_ptr + row * stride)
     column = tl.arange(0, BLOCK_C)
@@ -88,27 +89,33 @@ def attend_and_write_kernel(
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    table_ptr += row * table_row
     position = tl.load(position_ptr + row * position_row).to(tl.int32)
-    feature = tl.arange(0, BLOCK_D)
+    own_page = tl.load(table_ptr + position // PAGE)
+    feature, within = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK)
     real = feature < D
+    k_ptr += head.to(tl.int64) * kv_head
+    v_ptr += head.to(tl.int64) * kv_head
+    seen = within < position
+    k, v = load_positions(k_ptr, v_ptr, table_ptr, within, seen, D, BLOCK_D, PAGE)  # none of them written in this step
+    if PDL:
+        gdc_wait()
     own = qkv_ptr + row * 3 * H * D + head * D + feature
     q = tl.load(own, mask=real, other=0.0).to(tl.float32) * scale
     k_own = tl.load(own + H * D, mask=real, other=0.0)
     v_own = tl.load(own + 2 * H * D, mask=real, other=0.0)
-    of_head = head.to(tl.int64) * kv_head
-    own_page = tl.load(table_ptr + row * table_row + position // PAGE)
-    slot = of_head + (own_page * PAGE + position % PAGE) * D + feature
+    slot = (own_page * PAGE + position % PAGE) * D + feature
     tl.store(k_ptr + slot, k_own, mask=real)
     tl.store(v_ptr + slot, v_own, mask=real)
-    top = tl.sum(q * k_own.to(tl.float32), 0)
-    total = top * 0.0 + 1.0
-    y = v_own.to(tl.float32)
-    top, total, y = attend_pages(
-        q, k_ptr + of_head, v_ptr + of_head, table_ptr + row * table_row, 0, position, top, total, y,
-        D, BLOCK_D, PAGE, BLOCK,
-    )  # fmt: skip
+    top, total = tl.full((BLOCK,), LOWEST, tl.float32), tl.zeros((BLOCK,), tl.float32)
+    top, total, y = attend_block(q, k, v, seen, top, total, tl.zeros((BLOCK, BLOCK_D), tl.float32))
+    top, total, y = attend_pages(q, k_ptr, v_ptr, table_ptr, BLOCK, position, top, total, y, D, BLOCK_D, PAGE, BLOCK)
+    score = tl.sum(q * k_own.to(tl.float32), 0)
+    highest = tl.maximum(tl.max(top, 0), score)
+    shares, weight = tl.exp(top - highest), tl.exp(score - highest)
+    total = tl.sum(total * shares, 0) + weight
+    y = tl.sum(y * shares[:, None], 0) + v_own.to(tl.float32) * weight
     tl.store(out_ptr + (row * H + head) * D + feature, (y / total).to(out_ptr.dtype.element_ty), mask=real)
 
 
@@ -146,18 +153,19 @@ def vector_kernel(
     if PDL:
         gdc_wait()
     x = tl.load(x_ptr + k, mask=real, other=0.0).to(tl.float32)
+    if ADD:
+        added = tl.load(added_ptr + n, mask=inside, other=0.0)
     if NORM:
-        mean = tl.sum(x, 0) / K
-        x = tl.where(real, x - mean, 0.0)
-        rstd = 1.0 / tl.sqrt(tl.sum(x * x, 0) / K + eps)
-        x = x * rstd * scale.to(tl.float32) + shift.to(tl.float32)
+        mean, square = tl.sum(x, 0) / K, tl.sum(x * x, 0) / K  # at once: float32 has digits enough
+        rstd = 1.0 / tl.sqrt(square - mean * mean + eps)
+        x = (x - mean) * rstd * scale.to(tl.float32) + shift.to(tl.float32)
         x = x.to(weight_ptr.dtype.element_ty).to(tl.float32)  # as the product of a whole batch rounds it
     y = tl.sum(weight.to(tl.float32) * x[None, :], 1) + bias
     if GELU:
         inner = 0.7978845608028654 * (y + 0.044715 * y * y * y)
         y = y / (1.0 + tl.exp(-2.0 * inner))  # y/2 · (1 + tanh(inner))
     if ADD:
-        y += tl.load(added_ptr + n, mask=inside, other=0.0)
+        y += added
     tl.store(out_ptr + n, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -192,7 +200,8 @@ class FusedDecode:
         first = blocks[0]
         embed_norm_kernel[(B,)](
             tokens, positions, state.stride(0), self.model.wte.weight, self.model.wpe.weight, first.ln_1.weight,
-            first.ln_1.bias, x, h, self.eps, C=self.C, BLOCK_C=self.block_c, num_warps=NORM_WARPS, **self.early,
+            first.ln_1.bias, x, h, self.eps, C=self.C, BLOCK_C=self.block_c, PDL=self.early["PDL"],
+            num_warps=NORM_WARPS,
         )  # fmt: skip
         after = [*(block.ln_1 for block in blocks[1:]), self.model.ln_f]
         for layer, block in enumerate(blocks):
@@ -203,30 +212,40 @@ class FusedDecode:
             self.finish(x, y, block, after[layer], h)
         return h
 
-    def prefill(self, given: Tensor, view: Any) -> Tensor:
-        """(N, C) after the last norm of the tokens and positions `given` (2, N) of an `engine.cache.PrefillView`."""
+    def prefill(
+        self,
+        given: Tensor,
+        new: Tensor,
+        lengths: tuple[Tensor, Tensor],
+        longest: tuple[int, int],
+        held: Any,
+        kernel: Callable[..., Tensor],
+        slots: Tensor | None = None,
+    ) -> Tensor:
+        """(N, C) after the last norm of the tokens and positions `given` (2, N), with keys and values in the slots
+        `new` (N,) of `held`; the other arguments are those of `kernels.paged.prefill_attention`, which reads the keys
+        and values in `slots` where given."""
         blocks: list[Any] = list(self.model.h)
-        N, held = given.size(1), view.pages
-        lengths, longest, slots = view.lengths()
+        N = given.size(1)
         x = torch.empty(N, self.C, device=given.device)
         h = torch.empty(N, self.C, device=given.device, dtype=self.model.dtype)
         first = blocks[0].ln_1
         embed_norm_kernel[(N,)](
             given, given[1], 1, self.model.wte.weight, self.model.wpe.weight, first.weight, first.bias, x, h, self.eps,
-            C=self.C, BLOCK_C=self.block_c, num_warps=NORM_WARPS, **self.early,
+            C=self.C, BLOCK_C=self.block_c, PDL=self.early["PDL"], num_warps=NORM_WARPS,
         )  # fmt: skip
         after = [*(block.ln_1 for block in blocks[1:]), self.model.ln_f]
         for layer, block in enumerate(blocks):
             attn, keys, values = block.attn, held.k[layer], held.v[layer]
             qkv = torch.addmm(attn.c_attn.bias, h, attn.c_attn.weight.t())  # (N, 3·C)
             write_kernel[(N,)](
-                qkv, keys, values, view.new, keys.stride(0), H=self.H, D=self.D, BLOCK_C=self.block_c,
+                qkv, keys, values, new, keys.stride(0), H=self.H, D=self.D, BLOCK_C=self.block_c,
                 num_warps=NORM_WARPS,
             )  # fmt: skip
             q, k, v = (y.view(N, self.H, self.D).transpose(0, 1)[None] for y in qkv.chunk(3, dim=1))
             if slots is not None:
                 k, v = keys[None, :, slots], values[None, :, slots]
-            y = view.kernel(q, k, v, lengths, longest, None).transpose(1, 2).reshape(N, self.C)
+            y = kernel(q, k, v, lengths, longest, None).transpose(1, 2).reshape(N, self.C)
             self.finish(x, y, block, after[layer], h)
         return h
 
@@ -247,7 +266,7 @@ class FusedDecode:
         ln_f: Any = self.model.ln_f
         embed_norm_kernel[(1,)](
             state, state[:, 1:], state.stride(0), self.model.wte.weight, self.model.wpe.weight, ln_f.weight,
-            ln_f.bias, x, h, self.eps, C=C, BLOCK_C=self.block_c, num_warps=NORM_WARPS, **self.early,
+            ln_f.bias, x, h, self.eps, C=C, BLOCK_C=self.block_c, PDL=self.early["PDL"], num_warps=NORM_WARPS,
         )  # fmt: skip
         for layer, block in enumerate(blocks):
             attn, mlp = block.attn, block.mlp
@@ -269,26 +288,24 @@ class FusedDecode:
     ) -> None:
         """`layer` of one vector, of its norm where given; `added` to another one."""
         N, K = layer.weight.shape
-        block, rows = (
-            triton.next_power_of_2(K),
-            4 if N > FEW_PROGRAMS * 3 else 2,
-        )  # so that all multiprocessors have some
+        block = triton.next_power_of_2(K)
+        rows, warps = VECTOR_LONG if block > LARGEST_VECTOR else VECTOR_SHORT
         vector_kernel[(triton.cdiv(N, rows),)](
             x, layer.weight, layer.bias, layer.bias if norm is None else norm.weight,
             layer.bias if norm is None else norm.bias, x if added is None else added, out, N, self.eps, K=K,
             BLOCK_K=block, ROWS=rows, NORM=norm is not None, GELU=gelu, ADD=added is not None,
-            num_warps=VECTOR_WARPS * (2 if block > LARGEST_VECTOR else 1), **self.early,
+            num_warps=warps, **self.early,
         )  # fmt: skip
 
     def attend(
         self, qkv: Tensor, y: Tensor, state: Tensor, tables: Tensor, keys: Tensor, values: Tensor, page_size: int
     ) -> None:
         B = len(state)
-        few = B * self.H < FEW_PROGRAMS  # then each reads more at once
+        block, warps = ATTENTION_FEW if B * self.H < FEW_PROGRAMS else ATTENTION_MANY
         attend_and_write_kernel[(B, self.H)](
             qkv, keys, values, tables, state[:, 1:], y, keys.stride(0), tables.stride(0), state.stride(0),
             self.D**-0.5, H=self.H, D=self.D, BLOCK_D=self.block_d, PAGE=page_size,
-            BLOCK=4 * BLOCK if few else BLOCK, num_warps=2 * ATTENTION_WARPS if few else ATTENTION_WARPS, **self.early,
+            BLOCK=block, num_warps=warps, **self.early,
         )  # fmt: skip
 
     def add_norm(self, x: Tensor, y: Tensor, bias: Tensor, norm: Any, h: Tensor) -> None:

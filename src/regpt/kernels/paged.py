@@ -14,6 +14,7 @@ from torch import Tensor
 from regpt.kernels.masked import FLASH_CAPABILITY, FLASH_HEAD, HALF, HEAD_MULTIPLE
 
 BLOCK, WARPS = 64, 4  # positions that a program reads at once
+LOWEST = tl.constexpr(-1e30)  # a score below all others, of which differences are finite
 
 
 def prefills(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
@@ -29,28 +30,38 @@ def launches_early(device: torch.device) -> bool:
 
 
 @triton.jit
+def load_positions(
+    k_ptr, v_ptr, page_ptr, at, seen, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr
+):  # fmt: skip
+    """Keys and values (BLOCK, BLOCK_D) of one head at positions."""
+    feature = tl.arange(0, BLOCK_D)
+    page = tl.load(page_ptr + at // PAGE, mask=seen, other=0)
+    place = (page * PAGE + at % PAGE)[:, None] * D + feature[None, :]
+    inside = seen[:, None] & (feature < D)[None, :]
+    return tl.load(k_ptr + place, mask=inside, other=0.0), tl.load(v_ptr + place, mask=inside, other=0.0)
+
+
+@triton.jit
+def attend_block(q, k, v, seen, top, total, y):
+    """One more position for each of BLOCK partial results: the largest score so far (BLOCK,), the sum of weights
+    relative to it, and the weighted sum of values (BLOCK, BLOCK_D) (Milakov & Gimelshein 2018)."""
+    scores = tl.where(seen, tl.sum(k.to(tl.float32) * q[None, :], 1), float("-inf"))
+    higher = tl.maximum(top, scores)
+    weights, shrink = tl.exp(scores - higher), tl.exp(top - higher)
+    return higher, total * shrink + weights, y * shrink[:, None] + v.to(tl.float32) * weights[:, None]
+
+
+@triton.jit
 def attend_pages(
     q, k_ptr, v_ptr, page_ptr, first, end, top, total, y,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Attention of q (BLOCK_D,) to positions first … end - 1 of one head: the largest score so far, the sum of weights
-    relative to it, and the weighted sum of values (Milakov & Gimelshein 2018)."""
-    feature, within = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK)
-    real = feature < D
+    """`attend_block` for positions first … end - 1."""
     for start in range(first // BLOCK * BLOCK, end, BLOCK):
-        at = start + within
+        at = start + tl.arange(0, BLOCK)
         seen = (at >= first) & (at < end)
-        page = tl.load(page_ptr + at // PAGE, mask=seen, other=0)
-        place = (page * PAGE + at % PAGE)[:, None] * D + feature[None, :]
-        inside = seen[:, None] & real[None, :]
-        k = tl.load(k_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        v = tl.load(v_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        scores = tl.where(seen, tl.sum(k * q[None, :], 1), float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 0))
-        weights, shrink = tl.exp(scores - higher), tl.exp(top - higher)
-        total = total * shrink + tl.sum(weights, 0)
-        y = y * shrink + tl.sum(v * weights[:, None], 0)
-        top = higher
+        k, v = load_positions(k_ptr, v_ptr, page_ptr, at, seen, D, BLOCK_D, PAGE)
+        top, total, y = attend_block(q, k, v, seen, top, total, y)
     return top, total, y
 
 
@@ -69,13 +80,15 @@ def decode_attention_kernel(
     first = 0
     if WINDOW:
         first = tl.maximum(last - window + 1, 0)
-    top = tl.full((), float("-inf"), tl.float32)
-    total = tl.zeros((), tl.float32)
-    y = tl.zeros((BLOCK_D,), tl.float32)
+    top = tl.full((BLOCK,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    y = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     pages = table_ptr + row * table_row
     top, total, y = attend_pages(
         q, k_ptr + of_head, v_ptr + of_head, pages, first, last + 1, top, total, y, D, BLOCK_D, PAGE, BLOCK
     )
+    shares = tl.exp(top - tl.max(top, 0))
+    total, y = tl.sum(total * shares, 0), tl.sum(y * shares[:, None], 0)
     tl.store(out_ptr + (row * H + head) * D + feature, (y / total).to(out_ptr.dtype.element_ty), mask=real)
 
 

@@ -97,15 +97,20 @@ def threshold(keys, K: tl.constexpr):
     there are no more than K."""
     real = keys > PAD
     low, high = tl.min(tl.where(real, keys, 0x7FFFFFFFFFFFFFFF), 0), tl.max(keys, 0) + 1
-    found = tl.sum(real.to(tl.int32), 0)
+    found = tl.sum(real.to(tl.int64), 0)
     if found <= K:
         low = tl.full((), PAD + 1, tl.int64)
     while found > K:
-        middle = (low >> 1) + (high >> 1) + (low & high & 1)  # no overflow
-        reached = tl.sum((keys >= middle).to(tl.int32), 0)
-        enough = reached >= K
-        low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
-        found = tl.where(enough, reached, found)
+        half = (low >> 1) + (high >> 1) + (low & high & 1)  # no overflow
+        first = (low >> 1) + (half >> 1) + (low & half & 1)
+        third = (half >> 1) + (high >> 1) + (half & high & 1)
+        # Three counts in one sum: a quarter is left, not a half.
+        counts = (keys >= first).to(tl.int64) + ((keys >= half).to(tl.int64) << 20)
+        counts = tl.sum(counts + ((keys >= third).to(tl.int64) << 40), 0)
+        a, b, c = counts & 0xFFFFF, (counts >> 20) & 0xFFFFF, counts >> 40
+        high = tl.where(c >= K, high, tl.where(b >= K, third, tl.where(a >= K, half, first)))
+        low = tl.where(c >= K, third, tl.where(b >= K, half, tl.where(a >= K, first, low)))
+        found = tl.where(c >= K, c, tl.where(b >= K, b, tl.where(a >= K, a, found)))
     return low
 
 
