@@ -67,8 +67,6 @@ class Args:
     """Number format of the computation."""
     hugging_face: bool = False
     """Time transformers' generate, too: GPT-2 only, with a static cache and compiled on CUDA, else with its cache."""
-    fused: bool = False
-    """GPT-2 in half precision on CUDA: the whole step by the fused kernels."""
     profile: bool = False
     """Also print the kernels of the step of the last batch by time; CUDA only."""
     identity: int = 0
@@ -91,9 +89,9 @@ def main(given: Args) -> None:
             print_json(count_differences(model, given.identity, say))
             return
         sizes = given.prompt_tokens, given.new_tokens, given.repeats
-        report = bench_sample(model, given.batch, *sizes, say, fused=given.fused)
+        report = bench_sample(model, given.batch, *sizes, say)
         if given.profile:
-            print_json(profile_step(model, given.batch[-1], given.prompt_tokens, fused=given.fused))
+            print_json(profile_step(model, given.batch[-1], given.prompt_tokens))
     report = {"kind": "sampling", "source": given.model, "precision": given.precision, **report}
     Console(width=160).print(sample_table(report))
     if given.hugging_face:

@@ -42,12 +42,11 @@ def test_decode_attention(H, D, kind, window):
 
 
 @pytest.mark.parametrize(("H", "D"), SHAPES)
-@pytest.mark.parametrize("few", [False, True])
-def test_attend_and_write(H, D, few):
+@pytest.mark.parametrize(("block", "warps"), [sizes for _, sizes in gpt2_decode.ATTENTION])
+def test_attend_and_write(H, D, block, warps):
     arguments = {"qkv_ptr": BF16, "k_ptr": BF16, "v_ptr": BF16, "table_ptr": I64, "position_ptr": I64, "out_ptr": BF16}
     arguments |= dict.fromkeys(("kv_head", "table_row", "position_row"), I32) | {"scale": "fp32"}
     constants = {"H": H, "D": D, "BLOCK_D": triton.next_power_of_2(D), "PAGE": 16, "PDL": True}
-    block, warps = gpt2_decode.ATTENTION_FEW if few else gpt2_decode.ATTENTION_MANY
     compiles(gpt2_decode.attend_and_write_kernel, arguments, constants | {"BLOCK": block}, warps)
 
 

@@ -24,6 +24,12 @@ ROOT = 0  # serial number of the empty beginning
 Key = tuple[int, tuple[int, ...]]  # the serial number of the page before, and the page's tokens
 
 
+def upload(values: Any, device: torch.device) -> Tensor:
+    """Numbers of the host (an array or lists) on a device; on CUDA the host does not wait for the device."""
+    host = torch.from_numpy(np.asarray(values))
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
 class Pages:
     """The pool of pages. Page 0 belongs to no one: rows that pad a batch write there.
 
@@ -152,7 +158,7 @@ def ragged(
         spans.append(PromptSpan(len(idx), len(tokens), start, pages, base))
         idx += tokens
         positions += range(start, start + len(tokens))
-    return torch.tensor([idx, positions]).to(device), spans
+    return upload([idx, positions], device), spans
 
 
 class View:
@@ -179,13 +185,13 @@ class PrefillView(View):
         self.kernel = kernel
         self.spans, self.size = spans, pages.page_size
         new = np.concatenate([span.slots(span.start, self.size) for span in spans])
-        self.new = torch.from_numpy(new).to(pages.k.device)  # (N,)
+        self.new = upload(new, pages.k.device)  # (N,)
 
     def all_slots(self, span: PromptSpan) -> slice | Tensor:
         """Slots of all positions of a text: a slice where they are in a row."""
         if span.base is not None:
             return slice(span.base, span.base + span.start + span.n)
-        return torch.from_numpy(span.slots(0, self.size)).to(self.new.device)
+        return upload(span.slots(0, self.size), self.new.device)
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, attention: Callable[..., Tensor]
@@ -225,10 +231,10 @@ class PrefillView(View):
         has earlier ones."""
         device, spans = self.pages.k.device, self.spans
         new, total = [span.n for span in spans], [span.start + span.n for span in spans]
-        starts = torch.tensor([[0, *new], [0, *total]]).cumsum(1).to(device, torch.int32)
+        starts = upload(np.cumsum([[0, *new], [0, *total]], axis=1, dtype=np.int32), device)
         slots = None
         if new != total:
-            slots = torch.from_numpy(np.concatenate([span.slots(0, self.size) for span in spans])).to(device)
+            slots = upload(np.concatenate([span.slots(0, self.size) for span in spans]), device)
         return (starts[0], starts[1]), (max(new), max(total)), slots
 
 

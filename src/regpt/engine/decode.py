@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regpt.engine.cache import DecodeView, Pages, PrefillView
+from regpt.engine.cache import DecodeView, Pages, PrefillView, upload
 from regpt.engine.fast import NO_KERNELS, FastPaths, FusedPrefill, capture
 from regpt.engine.noise import MASK
 from regpt.engine.processing import (
@@ -112,7 +112,7 @@ class RowState:
         states = np.zeros((len(sequences), self.state.size(1)), dtype=np.int64)
         for state, one in zip(states, sequences):
             fill_state(state, one.cached, one.seed, one.request.options, one.pages)
-        self.state[part] = torch.from_numpy(states).to(self.state.device)
+        self.state[part] = upload(states, self.state.device)
         self.state[part, TOKEN] = tokens
         for row, one in zip(at, sequences):
             if self.bias is not None:
@@ -286,16 +286,15 @@ class Step:
         structured = any(one.structure for one in texts)
         needs = Needs.of(options, V, max(one.request.top_logprobs for one in texts), structured)
         if self.draws_by_kernels(needs) and self.kernels.draw is not None:
-            states = [
-                row_state(len(one.tokens) + len(more) - 1, one.seed, one.request.options, (), TABLE)
-                for one, more in zip(texts, after)
-            ]
-            return (self.kernels.draw(logits, torch.stack(states).to(device), V),)
+            states = np.zeros((len(texts), TABLE), dtype=np.int64)
+            for state, one, more in zip(states, texts, after):
+                fill_state(state, len(one.tokens) + len(more) - 1, one.seed, one.request.options, ())
+            return (self.kernels.draw(logits, upload(states, device), V),)
         told = [(one.tokens, [*one.new, *more]) for one, more in zip(texts, after)] if needs.penalties else ()
         rows = rows_of(options, [one.seed for one in texts], V, told, device)
         if structured:
             rows = rows._replace(allowed=torch.stack([allowed_tokens(one, V) for one in texts]).to(device))
-        positions = torch.tensor([len(one.tokens) + len(more) for one, more in zip(texts, after)], device=device)
+        positions = upload([len(one.tokens) + len(more) for one, more in zip(texts, after)], device)
         return results_of(*draw_from(logits, rows, positions, needs, self.tolerance))
 
     def advance(self, state: Tensor, found: Drawn, top: Tensor | None, needs: Needs) -> tuple[Tensor, ...]:

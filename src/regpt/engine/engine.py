@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from regpt.engine.cache import Pages, PrefillView, ragged
+from regpt.engine.cache import Pages, PrefillView, ragged, upload
 from regpt.engine.decode import Launched, Needs, RowState, Step, allowed_tokens, to_host
 from regpt.engine.fast import NO_KERNELS, load_kernels
 from regpt.engine.noise import choice_seed
@@ -48,8 +48,7 @@ class Engine:
         exact: tokens that rounding could change are drawn again from an uncached forward. Default: in float32 and
             float64, except where TensorFloat-32 is allowed.
         graphs: capture the decode step as CUDA graphs. Default: on CUDA; never under autocast.
-        kernels: attention by `kernels.paged` where there is one for the device.
-        fused: GPT-2 in half precision on CUDA by `kernels.gpt2_decode` and `kernels.sampler`, which are not yet timed.
+        kernels: what there is for the device and the model (`engine.fast`).
         draft: what proposes up to `draft_tokens` tokens a step of each text (`engine.speculate`).
     """
 
@@ -66,7 +65,6 @@ class Engine:
         exact: bool | None = None,
         graphs: bool | None = None,
         kernels: bool = True,
-        fused: bool = False,
         draft: Transformer | Draft | None = None,
         draft_tokens: int = DRAFT_TOKENS,
     ):
@@ -86,7 +84,7 @@ class Engine:
         self.host = torch.device("cpu") if kind == "mps" else self.device  # draws need float64
         self.rows = RowState(max_rows, self.pages.needed(self.longest), self.n_vocab, self.host)
         graphs = (kind == "cuda" if graphs is None else graphs) and self.autocast is None  # which frees its casts
-        found = load_kernels(model, dtype, fused=fused) if kernels else NO_KERNELS
+        found = load_kernels(model, dtype) if kernels else NO_KERNELS
         self.prefill_kernel, self.draft_tokens = found.prefill, draft_tokens
         self.decode_step = Step(model, self.pages, self.rows, self.tolerance, found, graphs=graphs)
         if isinstance(draft, Transformer):
@@ -242,7 +240,7 @@ class Engine:
             if self.prefix_cache:
                 self.pages.keep(sequence.tokens, sequence.pages)
             self.release_followers(sequence)
-        results = self.decode_step.draw(done, hidden[torch.tensor(ends, device=self.device)])
+        results = self.decode_step.draw(done, hidden[upload(ends, self.device)])
         self.launch(done, results)
         if which := [i for i, one in enumerate(done) if self.goes_on(one)]:
             self.activate(which, done, results[0][:, 0].long())
@@ -259,7 +257,7 @@ class Engine:
         self.active += given
         self.needs = None
         self.rows.prepare(self.current_needs())
-        self.rows.fill(at, given, tokens[torch.tensor(which, device=self.host)])
+        self.rows.fill(at, given, tokens[upload(which, self.host)])
         self.count_steps()
 
     def current_needs(self) -> Needs:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from regpt.engine.cache import Pages, PrefillView
+from regpt.engine.cache import Pages, PrefillView, upload
 from regpt.kernels.few_rows import FewRows, load_few_rows
 from regpt.model.gpt2 import GPT2
 from regpt.model.transformer import Transformer
@@ -37,9 +37,9 @@ SHORTEST, LONGEST = 16, 2048  # sizes of prompts for graphs: powers of two betwe
 T = TypeVar("T")
 
 
-def load_kernels(model: Transformer, dtype: torch.dtype, *, fused: bool = False) -> FastPaths:
-    """What there is for a model that computes in `dtype`: on CUDA with Triton, on a CPU in float32 with a C compiler.
-    `fused`: the whole step of GPT-2 too."""
+def load_kernels(model: Transformer, dtype: torch.dtype) -> FastPaths:
+    """What there is for a model that computes in `dtype`: on CUDA with Triton, the whole step for GPT-2 in half
+    precision; on a CPU in float32 with a C compiler."""
     if model.device.type == "cpu" and dtype == torch.float32:
         return FastPaths(few_rows=load_few_rows())
     if model.device.type != "cuda" or not torch.version.cuda or find_spec("triton") is None:
@@ -47,7 +47,7 @@ def load_kernels(model: Transformer, dtype: torch.dtype, *, fused: bool = False)
     from regpt.kernels.paged import decode_attention, prefill_attention, prefills  # imports Triton
 
     prefill = prefill_attention if prefills(model.device, dtype, model.config.resolved().head_size) else None
-    if not fused or not isinstance(model, GPT2) or dtype != model.dtype:
+    if not isinstance(model, GPT2) or dtype != model.dtype:
         return FastPaths(decode_attention, prefill)
     from regpt.kernels.gpt2_decode import FusedDecode, fits
     from regpt.kernels.sampler import draw_into
@@ -100,7 +100,7 @@ class FusedPrefill:
         graph, tokens, cuts, hidden = self.captured[key]
         tokens[:, N:] = 0  # slots of the page that is no one's
         tokens[:2, :N], tokens[2, :N] = given, view.new
-        cuts.copy_(torch.tensor(ends + [size] * (len(cuts) - len(ends)), dtype=torch.int32))
+        cuts.copy_(upload(ends + [size] * (len(cuts) - len(ends)), cuts.device))
         graph.replay()
         return hidden[:N]
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from regpt.engine.cache import Pages, PrefillView, PromptSpan, ragged
+from regpt.engine.cache import Pages, PrefillView, PromptSpan, ragged, upload
 from regpt.engine.decode import Launched, Needs, RowState, Step, to_host
 from regpt.engine.fast import NO_KERNELS, load_kernels
 from regpt.engine.sequence import Sequence
@@ -140,7 +140,7 @@ def check_draft(model: ModelConfig, draft: ModelConfig) -> None:
 
 
 def newest_tokens(texts: Items[Sequence], device: torch.device) -> Tensor:
-    return torch.tensor([one.tokens[-1] for one in texts], device=device)
+    return upload([one.tokens[-1] for one in texts], device)
 
 
 def speculate(engine: "Engine", draft: Draft) -> None:

@@ -6,6 +6,7 @@ Shapes: the glossary in `regpt.model`; B rows, one new token each.
 """
 # pyright: reportIndexIssue=false, reportPossiblyUnboundVariable=false
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +20,9 @@ from regpt.kernels.paged import LOWEST, attend_block, attend_pages, launches_ear
 from regpt.model.gpt2 import GPT2
 
 NORM_WARPS = 4
-ATTENTION_FEW, ATTENTION_MANY = (256, 8), (64, 4)  # positions that a program reads at once, and its warps
+# Up to so many programs: positions that each reads at once, and its warps.
+ATTENTION = (528, (256, 8)), (1584, (64, 2)), (math.inf, (32, 1))
 LARGEST_HEAD = 128
-FEW_PROGRAMS = 528  # four for each of an H200's multiprocessors
 LARGEST_VECTOR, VECTOR_SHORT, VECTOR_LONG = 1024, (4, 4), (2, 8)  # a program's rows and warps up to it, and above
 
 
@@ -301,7 +302,7 @@ class FusedDecode:
         self, qkv: Tensor, y: Tensor, state: Tensor, tables: Tensor, keys: Tensor, values: Tensor, page_size: int
     ) -> None:
         B = len(state)
-        block, warps = ATTENTION_FEW if B * self.H < FEW_PROGRAMS else ATTENTION_MANY
+        block, warps = next(sizes for most, sizes in ATTENTION if most >= B * self.H)
         attend_and_write_kernel[(B, self.H)](
             qkv, keys, values, tables, state[:, 1:], y, keys.stride(0), tables.stride(0), state.stride(0),
             self.D**-0.5, H=self.H, D=self.D, BLOCK_D=self.block_d, PAGE=page_size,

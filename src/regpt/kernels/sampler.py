@@ -124,6 +124,29 @@ def put(values, chosen, to):
 
 
 @triton.jit
+def likeliest(
+    logits_ptr, key_ptr, room_ptr, groups, V, K: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr
+):  # fmt: skip
+    """The K largest keys of a row, in order."""
+    # The K largest are in the K groups with the largest maxima.
+    every, rank = tl.arange(0, KEYS), tl.arange(0, K)
+    keys = tl.load(key_ptr + every, mask=every < groups, other=PAD)
+    n = put(every.to(tl.int64), keys >= threshold(keys, K), room_ptr)
+    group = tl.load(room_ptr + rank, mask=rank < n, other=0)
+    columns = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    given = (rank < n)[:, None] & (columns < V)
+    x = tl.load(logits_ptr + columns, mask=given, other=0.0).to(tl.float32)
+    x = tl.where(x != x, 0.0, x)
+    keys = tl.reshape(tl.where(given, keys_of(x, columns, V), PAD), (K * GROUP,))
+    n = put(keys, keys >= threshold(keys, K), room_ptr + K)
+    keys = tl.load(room_ptr + K + rank, mask=rank < n, other=PAD)
+    # In order: as many are before each as are larger.
+    before = (keys[None, :] > keys[:, None]) | ((keys[None, :] == keys[:, None]) & (rank[None, :] < rank[:, None]))
+    place = tl.sum(before.to(tl.int32), 1)
+    return tl.sum(tl.where(place[:, None] == rank[None, :], keys[:, None], 0), 0)
+
+
+@triton.jit
 def draw_kernel(
     logits_ptr, key_ptr, sum_ptr, room_ptr, state_ptr, out_ptr, chunks, groups, row_stride, state_stride, V,
     K: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, CHUNKS: tl.constexpr, PDL: tl.constexpr,
@@ -133,23 +156,9 @@ def draw_kernel(
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     state_ptr += row * state_stride
-    room_ptr += row * 2 * K
-    # The K largest are in the K groups with the largest maxima.
-    every, rank = tl.arange(0, KEYS), tl.arange(0, K)
-    keys = tl.load(key_ptr + row * groups + every, mask=every < groups, other=PAD)
-    n = put(every.to(tl.int64), keys >= threshold(keys, K), room_ptr)
-    group = tl.load(room_ptr + rank, mask=rank < n, other=0)
-    columns = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    given = (rank < n)[:, None] & (columns < V)
-    x = tl.load(logits_ptr + row * row_stride + columns, mask=given, other=0.0).to(tl.float32)
-    x = tl.where(x != x, 0.0, x)
-    keys = tl.reshape(tl.where(given, keys_of(x, columns, V), PAD), (K * GROUP,))
-    n = put(keys, keys >= threshold(keys, K), room_ptr + K)
-    keys = tl.load(room_ptr + K + rank, mask=rank < n, other=PAD)
-    # In order: as many are before each as are larger.
-    before = (keys[None, :] > keys[:, None]) | ((keys[None, :] == keys[:, None]) & (rank[None, :] < rank[:, None]))
-    place = tl.sum(before.to(tl.int32), 1)
-    keys = tl.sum(tl.where(place[:, None] == rank[None, :], keys[:, None], 0), 0)
+    keys = likeliest(
+        logits_ptr + row * row_stride, key_ptr + row * groups, room_ptr + row * 2 * K, groups, V, K, GROUP, KEYS
+    )
     ids = V - 1 - (keys & 0xFFFFFFFF)
     ordered = (keys >> 32).to(tl.int32)
     values = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
