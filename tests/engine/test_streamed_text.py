@@ -40,6 +40,9 @@ class Pieces:
     def token_bytes(self, token: int) -> bytes:
         return self.tokens[token]
 
+    def decode(self, tokens: list[int]) -> str:
+        return b"".join(map(self.token_bytes, tokens)).decode(errors="replace")
+
 
 STOPS = st.lists(st.text(alphabet="ab\ufffd中🎭", min_size=1, max_size=4), max_size=4)
 ANY_BYTES = st.binary(max_size=5) | st.text(alphabet="ab\ufffd中🎭", max_size=4).map(str.encode)
