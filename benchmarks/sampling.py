@@ -8,7 +8,7 @@
     python benchmarks/sampling.py gpt2-124m --identity 1000 --precision bf16      # how often a batch changes a text
 
 Each text is a prompt of random tokens, continued by the engine that `regpt sample` uses; under bf16 and fp16 on CUDA
-with weights of that format. The median of `--repeats` counts, after one that is not timed. Prints a table; `--json`
+with weights of that format. The median of `--repeats` counts, after two that are not timed. Prints a table; `--json`
 keeps it. `--hugging-face` times `generate` of transformers on the same model in the same run. `--identity N` writes N
 texts in batches, pages and chunks of several sizes, and counts those that differ from the text written alone.
 """
@@ -157,7 +157,7 @@ def bench_sample(
 def time_generation(
     model: Transformer, batch: int, prompt_tokens: int, new_tokens: int, repeats: int, **options: Any
 ) -> dict[str, float]:
-    """`percentiles` of the seconds of `repeats` generations after one that is not timed."""
+    """`percentiles` of the seconds of `repeats` generations after two that are not timed: compiled, captured."""
     engine = make_engine(model, batch, prompt_tokens + new_tokens, **options)
     return timed(lambda: write_texts(engine, random_prompts(model, batch, prompt_tokens), new_tokens), repeats)
 
@@ -188,13 +188,13 @@ def profile_step(model: Transformer, batch: int, prompt_tokens: int, **options: 
 
 def timed(write: Callable[[], object], repeats: int) -> dict[str, float]:
     seconds = list[float]()
-    for _ in range(repeats + 1):
+    for _ in range(repeats + 2):
         synchronize_all()
         started = time.perf_counter()
         write()
         synchronize_all()
         seconds.append(time.perf_counter() - started)
-    return percentiles(seconds[1:])
+    return percentiles(seconds[2:])
 
 
 def synchronize_all() -> None:

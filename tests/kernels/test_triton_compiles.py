@@ -9,6 +9,7 @@ import pytest
 triton = pytest.importorskip("triton")
 gpt2_decode = pytest.importorskip("regpt.kernels.gpt2_decode")
 paged = pytest.importorskip("regpt.kernels.paged")
+llama_decode = pytest.importorskip("regpt.kernels.llama_decode")
 sampler = pytest.importorskip("regpt.kernels.sampler")
 pytestmark = [
     pytest.mark.gpu,
@@ -80,6 +81,36 @@ def test_products_of_one_vector(K, N, norm, gelu, add):
     rows, warps = gpt2_decode.VECTOR_LONG if block > gpt2_decode.LARGEST_VECTOR else gpt2_decode.VECTOR_SHORT
     constants = {"K": K, "BLOCK_K": block, "ROWS": rows, "NORM": norm, "GELU": gelu, "ADD": add, "PDL": True}
     compiles(gpt2_decode.vector_kernel, arguments, constants, warps)
+
+
+@pytest.mark.parametrize(
+    ("K", "norm", "bias", "gated"), [(2048, 1, 0, 0), (2048, 1, 0, 1), (8192, 0, 0, 0), (896, 1, 1, 0)]
+)
+def test_products_of_llama(K, norm, bias, gated):
+    pointers = (
+        "norm_ptr",
+        "first_ptr",
+        "second_ptr",
+        "third_ptr",
+        "first_bias_ptr",
+        "second_bias_ptr",
+        "third_bias_ptr",
+    )
+    arguments = dict.fromkeys(pointers, BF16) | {"x_ptr": F32 if norm else BF16, "added_ptr": F32, "eps": "fp32"}
+    arguments |= {"out_ptr": BF16 if norm else F32, "first_rows": I32, "second_rows": I32}
+    rows, warps = next(sizes for most, sizes in llama_decode.ROWS_AND_WARPS if most >= K)
+    constants = {"K": K, "BLOCK_K": triton.next_power_of_2(K), "ROWS": rows, "NORM": bool(norm), "BIAS": bool(bias)}
+    compiles(
+        llama_decode.products_kernel, arguments, constants | {"GATED": bool(gated), "ADD": not norm, "PDL": True}, warps
+    )
+
+
+@pytest.mark.parametrize(("H", "G", "D"), [(32, 8, 64), (32, 8, 128), (6, 2, 16)])
+def test_rotate_and_attend(H, G, D):
+    arguments = dict.fromkeys(("qkv_ptr", "k_ptr", "v_ptr", "out_ptr"), BF16) | {"cos_ptr": F32, "sin_ptr": F32}
+    arguments |= {"page_ptr": I64, "position_ptr": I64, "kv_head": I32, "scale": "fp32"}
+    constants = {"H": H, "G": G, "D": D, "PAGE": 16, "BLOCK": llama_decode.ATTENTION_BLOCK, "PDL": True}
+    compiles(llama_decode.rotate_and_attend_kernel, arguments, constants, llama_decode.ATTENTION_WARPS)
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 25])

@@ -187,7 +187,8 @@ class Step:
         self.tolerance, self.kernels, self.graphs = tolerance, kernels, graphs
         self.captured: dict[tuple[int, Needs], tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]] = {}
         self.pool = None
-        self.prefill = kernels.model and FusedPrefill(kernels.model, pages, graphs=graphs)
+        reads = kernels.model is not None and kernels.model.reads_prompts
+        self.prefill = FusedPrefill(kernels.model, pages, graphs=graphs) if reads else None
 
     def __call__(self, n: int, needs: Needs, alone: slice | None = None, longest: int = 0) -> tuple[Tensor, ...]:
         """Results of the first `n` rows: (n, RESULTS) float64, and with `needs.top` (n, top, 2) float64 of the
@@ -246,7 +247,7 @@ class Step:
         view = DecodeView(
             self.pages, given[:, TABLE:], positions, attention=self.kernels.attention, alone=alone, longest=longest
         )
-        if self.kernels.model is not None:
+        if self.kernels.model is not None and n <= self.kernels.model.most_rows:
             tables, pages = state[:, TABLE:], self.pages
             hidden = self.kernels.model.hidden(state, tables, pages.k, pages.v, pages.page_size)
         else:
@@ -259,9 +260,10 @@ class Step:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, V) of hidden states (B, C), where the rows are."""
-        if self.kernels.model is None:
+        if self.kernels.draw is None:
             return self.model.logits(hidden).to(self.rows.state.device)
-        return self.kernels.model.logits(hidden)[:, : self.model.config.vocab_size]
+        logits = torch.mm(hidden, self.model.head_weight.t(), out_dtype=torch.float32)  # not rounded to half
+        return logits[:, : self.model.config.vocab_size]
 
     def draws_by_kernels(self, needs: Needs) -> bool:
         return self.kernels.draw is not None and self.tolerance is None and needs.drawn_by_kernels

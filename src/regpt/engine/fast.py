@@ -12,6 +12,7 @@ from torch import Tensor
 from regpt.engine.cache import Pages, PrefillView, upload
 from regpt.kernels.few_rows import FewRows, load_few_rows
 from regpt.model.gpt2 import GPT2
+from regpt.model.llama import Llama
 from regpt.model.transformer import Transformer
 
 
@@ -20,8 +21,8 @@ class FastPaths(NamedTuple):
 
     Attributes:
         attention, prefill: of `DecodeView` and `PrefillView` (`kernels.paged`).
-        model: a decode step's forward (`kernels.gpt2_decode`).
-        draw: of rows with common options (`kernels.sampler`).
+        model: a decode step's forward of up to `model.most_rows` texts (`kernels.gpt2_decode`, `kernels.llama_decode`).
+        draw: of rows with common options (`kernels.sampler`), from logits in float32.
         few_rows: products on a CPU (`kernels.few_rows`).
     """
 
@@ -38,8 +39,8 @@ T = TypeVar("T")
 
 
 def load_kernels(model: Transformer, dtype: torch.dtype) -> FastPaths:
-    """What there is for a model that computes in `dtype`: on CUDA with Triton, the whole step for GPT-2 in half
-    precision; on a CPU in float32 with a C compiler."""
+    """What there is for a model that computes in `dtype`: on CUDA with Triton, in half precision the draw, and the
+    whole step of GPT-2 and for one text of Llama; on a CPU in float32 with a C compiler."""
     if model.device.type == "cpu" and dtype == torch.float32:
         return FastPaths(few_rows=load_few_rows())
     if model.device.type != "cuda" or not torch.version.cuda or find_spec("triton") is None:
@@ -47,14 +48,17 @@ def load_kernels(model: Transformer, dtype: torch.dtype) -> FastPaths:
     from regpt.kernels.paged import decode_attention, prefill_attention, prefills  # imports Triton
 
     prefill = prefill_attention if prefills(model.device, dtype, model.config.resolved().head_size) else None
-    if not isinstance(model, GPT2) or dtype != model.dtype:
+    if dtype != model.dtype or dtype not in (torch.bfloat16, torch.float16):
         return FastPaths(decode_attention, prefill)
-    from regpt.kernels.gpt2_decode import FusedDecode, fits
+    from regpt.kernels import gpt2_decode, llama_decode
     from regpt.kernels.sampler import draw_into
 
-    if not fits(model):
-        return FastPaths(decode_attention, prefill)
-    return FastPaths(decode_attention, prefill, FusedDecode(model), draw_into)
+    step: Any = None
+    if isinstance(model, GPT2) and gpt2_decode.fits(model):
+        step = gpt2_decode.FusedDecode(model)
+    elif isinstance(model, Llama) and llama_decode.fits(model):
+        step = llama_decode.LlamaDecode(model)
+    return FastPaths(decode_attention, prefill, step, draw_into)
 
 
 def capture(

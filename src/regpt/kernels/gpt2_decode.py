@@ -180,6 +180,8 @@ def fits(model: GPT2) -> bool:
 class FusedDecode:
     """Hidden states of one new token of B texts; `model` is in half precision (`fits`)."""
 
+    most_rows, reads_prompts = math.inf, True
+
     def __init__(self, model: GPT2):
         shape = model.config.resolved()
         self.model, self.C, self.H, self.D = model, shape.n_embd, shape.n_head, shape.head_size
@@ -314,7 +316,3 @@ class FusedDecode:
             x, y, bias, norm.weight, norm.bias, h, self.eps, C=self.C, BLOCK_C=self.block_c, num_warps=NORM_WARPS,
             **self.early,
         )  # fmt: skip
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(B, V or more) float32, not rounded to the weights' format."""
-        return torch.mm(hidden, self.model.head_weight.t(), out_dtype=torch.float32)

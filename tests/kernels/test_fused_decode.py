@@ -1,5 +1,5 @@
-"""GPT-2's fused decode step against the model itself: on a GPU, or on a CPU in Triton's interpreter
-(`TRITON_INTERPRET=1 pytest -m gpu tests/kernels/test_gpt2_decode.py`, with numpy below 2.4).
+"""GPT-2's and Llama's fused decode steps against the models themselves: on a GPU, or on a CPU in Triton's interpreter
+(`TRITON_INTERPRET=1 pytest -m gpu tests/kernels/test_fused_decode.py`, with numpy below 2.4).
 """
 
 import os
@@ -20,11 +20,40 @@ from regpt.model.ops import attention
 
 triton = pytest.importorskip("triton")
 fused = pytest.importorskip("regpt.kernels.gpt2_decode")
+llama = pytest.importorskip("regpt.kernels.llama_decode")
 prefill_attention = pytest.importorskip("regpt.kernels.paged").prefill_attention
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 DTYPE = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16
 CONFIG = replace(tiny.CONFIG, max_seq_len=200)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("position", [0, 17, 300])
+def test_a_text_of_llama_is_the_models(family, position):
+    """Three query heads a group; sizes that are no powers of two; positions in several blocks of the kernel."""
+    sizes = {"n_head": 6, "n_kv_head": 2, "n_embd": 96, "head_size": 16, "n_inner": 80, "max_seq_len": 320}
+    config = replace(tiny.FAMILY_CONFIGS[family], **sizes)
+    model = tiny.build_model(config=config, dtype=torch.float32).eval().to(DEVICE, DTYPE)
+    whole = half_copy(model, torch.float32)
+    both = [Pages(config, 30, 16, DEVICE, dtype) for dtype in (DTYPE, torch.float32)]
+    for held, exact in zip((both[0].k, both[0].v), (both[1].k, both[1].v)):
+        held.normal_(generator=torch.Generator(DEVICE).manual_seed(1))
+        exact.copy_(held)
+    state = row_state(position, 0, SamplingOptions(), torch.randperm(30)[:20].add(1).tolist(), TABLE + 20)[None].to(
+        DEVICE
+    )
+    state[:, 0] = 5
+    tables, positions = state[:, TABLE:], state[:, 1]
+    found = llama.LlamaDecode(model).hidden(state, tables, both[0].k, both[0].v, 16)
+    expected = whole.hidden(state[None, :, 0], positions=positions[None], cache=DecodeView(both[1], tables, positions))[
+        0
+    ]
+    bound = 1e-5 if torch.float32 == DTYPE else 4e-2
+    assert (found.float() - expected).norm() < bound * expected.norm()
+    assert (both[0].k.float() - both[1].k).norm() < bound * both[1].k.norm()
+    assert (both[0].v.float() - both[1].v).norm() < bound * both[1].v.norm()
 
 
 @torch.no_grad()
