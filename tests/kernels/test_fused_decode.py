@@ -13,7 +13,7 @@ import tiny
 from regpt.engine.cache import DecodeView, Pages, PrefillView, PromptSpan
 from regpt.engine.decode import TABLE, row_state
 from regpt.engine.engine import Engine
-from regpt.engine.fast import FusedPrefill, half_copy
+from regpt.engine.fast import Prefill, half_copy
 from regpt.engine.processing import SamplingOptions
 from regpt.engine.request import Request
 from regpt.model.ops import attention
@@ -101,7 +101,7 @@ def test_prompts_are_read_as_by_the_model(starts):
     positions = [*range(starts[0], starts[0] + 18), *range(starts[1], starts[1] + 5)]
     given = torch.tensor([[i * 7 % 97 for i in range(23)], positions], device=DEVICE)
     kernel = by_torch if DEVICE.type == "cpu" else prefill_attention
-    found = FusedPrefill(fused.FusedDecode(model), both[0], graphs=False)(given, PrefillView(both[0], spans, kernel))
+    found = Prefill(model, fused.FusedDecode(model), both[0], graphs=False)(given, PrefillView(both[0], spans, kernel))
     expected = whole.hidden(given[:1], positions=given[1:], cache=PrefillView(both[1], spans))[0]
     bound = 2e-3 if torch.float32 == DTYPE else 4e-2
     assert (found.float() - expected).norm() < bound * expected.norm()
@@ -112,10 +112,13 @@ def test_prompts_are_read_as_by_the_model(starts):
 @torch.no_grad()
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs")
 @pytest.mark.parametrize("lengths", [[1], [23], [16], [40, 3, 3], [33, 64, 1, 1], [17] * 5])
-def test_prompts_read_by_a_graph_are_those_without(lengths):
-    model = tiny.build_model(config=CONFIG, dtype=torch.float32).eval().to(DEVICE, DTYPE)
-    both = [Pages(CONFIG, 60, 16, DEVICE, DTYPE) for _ in range(2)]
-    paths = [FusedPrefill(fused.FusedDecode(model), pages, graphs=graphs) for pages, graphs in zip(both, (True, False))]
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_prompts_read_by_a_graph_are_those_without(family, lengths):
+    config = CONFIG if family == "gpt2" else replace(tiny.FAMILY_CONFIGS[family], head_size=8, max_seq_len=200)
+    model = tiny.build_model(config=config, dtype=torch.float32).eval().to(DEVICE, DTYPE)
+    step = fused.FusedDecode(model) if family == "gpt2" else None
+    both = [Pages(config, 60, 16, DEVICE, DTYPE) for _ in range(2)]
+    paths = [Prefill(model, step, pages, graphs=graphs) for pages, graphs in zip(both, (True, False))]
     ends = [0, *accumulate(lengths)]
     for seed in range(3):  # the first without a graph, the last with it for the second time
         idx = torch.randint(97, (ends[-1],), generator=torch.Generator().manual_seed(seed))

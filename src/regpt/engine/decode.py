@@ -5,7 +5,6 @@ and writes the new token and position into it. So on a CUDA device the whole ste
 bucket of rows; on a CPU the same function runs as it is.
 """
 
-import warnings
 from collections.abc import Sequence as Items
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from regpt.engine.cache import DecodeView, Pages, PrefillView, upload
-from regpt.engine.fast import NO_KERNELS, FastPaths, FusedPrefill, capture
+from regpt.engine.fast import NO_KERNELS, FastPaths, Prefill, capture, warn_without_graphs
 from regpt.engine.noise import MASK
 from regpt.engine.processing import (
     NUMBERS,
@@ -187,8 +186,7 @@ class Step:
         self.tolerance, self.kernels, self.graphs = tolerance, kernels, graphs
         self.captured: dict[tuple[int, Needs], tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]] = {}
         self.pool = None
-        reads = kernels.model is not None and kernels.model.reads_prompts
-        self.prefill = FusedPrefill(kernels.model, pages, graphs=graphs) if reads else None
+        self.prefill = Prefill(model, kernels.model, pages, graphs=graphs)
 
     def __call__(self, n: int, needs: Needs, alone: slice | None = None, longest: int = 0) -> tuple[Tensor, ...]:
         """Results of the first `n` rows: (n, RESULTS) float64, and with `needs.top` (n, top, 2) float64 of the
@@ -203,8 +201,7 @@ class Step:
                 self.captured[bucket, needs] = self.capture(bucket, needs)
             except RuntimeError as error:
                 self.graphs = False
-                reason = str(error).splitlines()[0][:200]
-                warnings.warn(f"decode steps run without CUDA graphs ({reason})", RuntimeWarning, stacklevel=2)
+                warn_without_graphs("decode steps run", error)
                 return self.compute(n, needs, alone, longest)
         graph, results = self.captured[bucket, needs]
         graph.replay()
@@ -270,7 +267,7 @@ class Step:
 
     def read(self, given: Tensor, view: PrefillView) -> Tensor:
         """Hidden states (N, C) of the tokens and positions `given` (2, N), which `view` puts into the cache."""
-        if self.prefill is not None and view.kernel is not None:
+        if view.kernel is not None:
             return self.prefill(given, view)
         return self.model.hidden(given[:1], positions=given[1:], cache=view)[0]
 

@@ -172,6 +172,7 @@ class Engine:
         try:
             with self.computing():
                 self.admit()
+                before = len(self.pending)
                 if self.prefilling:
                     self.prefill()
                 known = self.draft is not None or any(one.structure for one in self.active)  # must be, the last token
@@ -182,8 +183,8 @@ class Engine:
                 for sequence in list(self.sliding):
                     if not sequence.unread:
                         self.slide(sequence)
-                lag = 1 if self.may_lag() else 0
-                while len(self.pending) > lag or (self.pending and not self.active and not self.prefilling):
+                lag = len(self.pending) - before if self.may_lag() and (self.active or self.prefilling) else 0
+                while len(self.pending) > lag:
                     self.collect(self.pending.popleft())
         finally:
             if was_training:

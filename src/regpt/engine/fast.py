@@ -1,6 +1,7 @@
 """FastPaths instead of plain operations: chosen here, compared with them in tests, left out by `kernels=False`."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from itertools import accumulate
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from regpt.engine.cache import Pages, PrefillView, upload
+from regpt.engine.cache import Pages, PrefillView, View, upload
 from regpt.kernels.few_rows import FewRows, load_few_rows
 from regpt.model.gpt2 import GPT2
 from regpt.model.llama import Llama
@@ -79,18 +80,32 @@ def capture(
     return graph, results
 
 
-class FusedPrefill:
-    """Reads prompts by `kernels.gpt2_decode`; sizes that come back as CUDA graphs: the host needs milliseconds for the
-    hundred kernels of a short prompt."""
+class GivenView(PrefillView):
+    """A `PrefillView` of slots (N,) and of what its `lengths` would give, all on the device."""
 
-    def __init__(self, fused: Any, pages: Pages, *, graphs: bool):
-        self.fused, self.pages, self.graphs, self.pool = fused, pages, graphs, None
+    def __init__(self, pages: Pages, new: Tensor, kernel: Any, lengths: Any):
+        View.__init__(self, pages)
+        self.new, self.kernel, self.masks["lengths"] = new, kernel, lengths
+
+
+class Prefill:
+    """Reads prompts, by `kernels.gpt2_decode` or the model itself; sizes that come back as CUDA graphs: the host needs
+    milliseconds for the hundreds of kernels of a short prompt."""
+
+    def __init__(self, model: Transformer, fused: Any, pages: Pages, *, graphs: bool):
+        self.model, self.fused, self.pages, self.graphs, self.pool = model, fused, pages, graphs, None
         self.captured: dict[tuple[int, int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
         self.met = set[tuple[int, int, int]]()
 
+    def read(self, given: Tensor, new: Tensor, kernel: Any, lengths: Any) -> Tensor:
+        if self.fused is not None and self.fused.reads_prompts:
+            return self.fused.prefill(given, new, *lengths[:2], self.pages, kernel, lengths[2])
+        view = GivenView(self.pages, new, kernel, lengths)
+        return self.model.hidden(given[:1], positions=given[1:], cache=view)[0]
+
     def __call__(self, given: Tensor, view: PrefillView) -> Tensor:
         """Hidden states (N, C) of the tokens and positions `given` (2, N)."""
-        lengths, longest, slots = view.lengths()
+        _, longest, slots = found = view.lengths()
         N, most = given.size(1), power_of_two(max(longest[0], SHORTEST))
         size = power_of_two(max(N, SHORTEST)) if N <= LONGEST else -(-N // LONGEST) * LONGEST
         ends = [0, *accumulate(span.n for span in view.spans)]
@@ -98,9 +113,14 @@ class FusedPrefill:
         key = size, power_of_two(len(ends) - 1), most
         if slots is not None or not self.graphs or key not in self.met:
             self.met.add(key)
-            return self.fused.prefill(given, view.new, lengths, longest, self.pages, view.kernel, slots)
+            return self.read(given, view.new, view.kernel, found)
         if key not in self.captured:
-            self.captured[key] = self.capture(*key, view.kernel)
+            try:
+                self.captured[key] = self.capture(*key, view.kernel)
+            except RuntimeError as error:
+                self.graphs = False
+                warn_without_graphs("prompts are read", error)
+                return self.read(given, view.new, view.kernel, found)
         graph, tokens, cuts, hidden = self.captured[key]
         tokens[:, N:] = 0  # slots of the page that is no one's
         tokens[:2, :N], tokens[2, :N] = given, view.new
@@ -116,10 +136,15 @@ class FusedPrefill:
         device = self.pages.k.device
         tokens = torch.zeros(3, size, dtype=torch.int64, device=device)
         cuts = (torch.arange(texts + 1, device=device, dtype=torch.int32) * most).clamp(max=size)
-        given = tokens[:2], tokens[2], (cuts, cuts), (most, most), self.pages, kernel
-        graph, hidden = capture(lambda: self.fused.prefill(*given), pool=self.pool)
+        given = tokens[:2], tokens[2], kernel, ((cuts, cuts), (most, most), None)
+        graph, hidden = capture(lambda: self.read(*given), pool=self.pool)
         self.pool = self.pool or graph.pool()
         return graph, tokens, cuts, hidden
+
+
+def warn_without_graphs(what: str, error: RuntimeError) -> None:
+    reason = str(error).splitlines()[0][:200]
+    warnings.warn(f"{what} without CUDA graphs ({reason})", RuntimeWarning, stacklevel=3)
 
 
 def power_of_two(n: int) -> int:

@@ -14,8 +14,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait  # pyright: ignore[reportMissingImports]
 
 from regpt.kernels.paged import LOWEST, attend_block, attend_pages, launches_early, load_positions
+from regpt.model import layers
 from regpt.model.config import FAMILIES
-from regpt.model.layers import rotation
 from regpt.model.llama import Llama
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
@@ -140,7 +140,7 @@ class LlamaDecode:
         shape, model, dtype = self.shape, self.model, self.model.dtype
         C, H, G, D = shape.n_embd, shape.n_head, shape.n_kv_head, shape.head_size
         x = model.embed_tokens.weight[state[:, 0]].float()  # (1, C)
-        cos, sin = rotation(shape, state[0, 1:2])
+        cos, sin = layers.rotation(shape, state[0, 1:2])
         new = x.new_empty
         qkv, y, gated = (new(n, dtype=dtype) for n in ((H + 2 * G) * D, H * D, shape.n_inner))
         blocks: list[Any] = list(model.layers)
@@ -162,15 +162,15 @@ class LlamaDecode:
     def products(
         self,
         x: Tensor,
-        layers: tuple[Any, ...],
+        linears: tuple[Any, ...],
         out: Tensor,
         norm: Any = None,
         added: Tensor | None = None,
         gated: bool = False,
     ) -> None:
-        weights = [layer.weight for layer in layers] + [layers[-1].weight] * (3 - len(layers))
-        bias = layers[0].bias is not None
-        biases = [layer.bias for layer in layers] + [layers[-1].bias] * (3 - len(layers)) if bias else weights
+        weights = [layer.weight for layer in linears] + [linears[-1].weight] * (3 - len(linears))
+        bias = linears[0].bias is not None
+        biases = [layer.bias for layer in linears] + [linears[-1].bias] * (3 - len(linears)) if bias else weights
         K, first, second = weights[0].size(1), len(weights[0]), len(weights[1])
         rows, warps = next(sizes for most, sizes in ROWS_AND_WARPS if most >= K)
         products_kernel[(out.numel() // rows,)](
