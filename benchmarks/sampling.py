@@ -11,14 +11,25 @@ Each text is a prompt of random tokens, continued by the engine that `regpt samp
 with weights of that format. The median of `--repeats` counts, after two that are not timed. Prints a table; `--json`
 keeps it. `--hugging-face` times `generate` of transformers on the same model in the same run. `--identity N` writes N
 texts in batches, pages and chunks of several sizes, and counts those that differ from the text written alone.
+
+    python benchmarks/sampling.py gpt2-124m --device cpu --peers --prompt-tokens 16 --new-tokens 240
+
+`--peers` times one greedy text of GPT-2 on a CPU by the engine in float32 and int8, transformers, llama.cpp in F32 and
+Q8_0, and the lecture's loop, in turns, so that other load on the machine meets each: tokens/s of each one's best round,
+and medians over the rounds of the engine's tokens/s divided by theirs.
 """
 
 import contextlib
+import copy
 import json
+import os
+import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,13 +45,19 @@ from regpt.console.lines import print_json, status
 from regpt.console.text import counted
 from regpt.engine.engine import PAGE_SIZE, Engine
 from regpt.engine.fast import half_copy
+from regpt.engine.int8 import quantize
 from regpt.engine.processing import SamplingOptions
+from regpt.engine.reference import generate_uncached
 from regpt.engine.request import Request
+from regpt.errors import UserError
+from regpt.hf.gguf_models import export_gguf
 from regpt.model.families import make_model
 from regpt.model.transformer import Transformer
 from regpt.model.weights import count_parameters, initialize
 from regpt.parallel.mesh import choose_device
+from regpt.text.open import open_tokenizer
 from regpt.tools.bench.steps import library_versions, percentiles
+from regpt.tools.llama_cpp import LlamaServer
 from regpt.train.config import InferencePrecision
 from regpt.train.peak import driver_name
 from regpt.train.precision import HALF_TYPES, autocast, parameter_dtype, set_matmul_precision
@@ -69,6 +86,8 @@ class Args:
     """Time transformers' generate, too: GPT-2 only, with a static cache and compiled on CUDA, else with its cache."""
     profile: bool = False
     """Also print the kernels of the step of the last batch by time; CUDA only."""
+    peers: bool = False
+    """Instead: one text on a CPU by everybody, in turns."""
     identity: int = 0
     """Instead: write so many texts in four ways, and count the differences."""
     json: Path | None = None
@@ -89,6 +108,9 @@ def main(given: Args) -> None:
             print_json(count_differences(model, given.identity, say))
             return
         sizes = given.prompt_tokens, given.new_tokens, given.repeats
+        if given.peers:
+            print_json(in_turns(model, *sizes, say))
+            return
         report = bench_sample(model, given.batch, *sizes, say)
         if given.profile:
             print_json(profile_step(model, given.batch[-1], given.prompt_tokens))
@@ -221,16 +243,7 @@ def theirs(
     model: Transformer, batches: Sequence[int], prompt_tokens: int, new_tokens: int, repeats: int, device: torch.device
 ) -> list[dict[str, float]]:
     """Tokens/s of transformers' GPT-2 with the weights' shapes and format."""
-    own = Path(__file__).parent
-    sys.path[:] = [path for path in sys.path if Path(path).resolve() != own]  # transformers imports a package `kernels`
-    import transformers
-
-    shape = model.config.resolved()
-    config = transformers.GPT2Config(
-        vocab_size=shape.vocab_size, n_positions=shape.max_seq_len, n_embd=shape.n_embd, n_layer=shape.n_layer,
-        n_head=shape.n_head, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    peer: Any = transformers.GPT2LMHeadModel(config).to(device, model.dtype).eval()
+    peer = their_model(model)
     cache = {"cache_implementation": "static"} if device.type == "cuda" else {}
     found = []
     for batch in batches:
@@ -244,6 +257,68 @@ def theirs(
             write()
         found.append({"batch": batch, "tokens_per_s": batch * new_tokens / timed(write, repeats)["median"]})
     return found
+
+
+def their_model(model: Transformer) -> Any:
+    """transformers' GPT-2 of this shape, format and device, with weights of its own."""
+    own = Path(__file__).parent
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() != own]  # transformers imports a package `kernels`
+    import transformers
+
+    shape = model.config.resolved()
+    config = transformers.GPT2Config(
+        vocab_size=shape.vocab_size, n_positions=shape.max_seq_len, n_embd=shape.n_embd, n_layer=shape.n_layer,
+        n_head=shape.n_head, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(config).to(model.device, model.dtype).eval()
+
+
+def in_turns(
+    model: Transformer, prompt_tokens: int, new_tokens: int, rounds: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Tokens/s of everybody, `rounds` turns each after one without the clock; the lecture's loop has one turn."""
+    greedy, (prompt,) = SamplingOptions(temperature=0), random_prompts(model, 1, prompt_tokens)
+    idx, peer, tokens = torch.tensor([prompt]), their_model(model), prompt_tokens + new_tokens
+    engines = {"engine": make_engine(model, 1, tokens)}
+    with contextlib.suppress(UserError):  # no compiler
+        engines["engine int8"] = make_engine(quantize(copy.deepcopy(model)), 1, tokens)
+    ways: dict[str, Callable[[], object]] = {
+        name: partial(engine.run, [Request(prompt, new_tokens, greedy)]) for name, engine in engines.items()
+    }
+    given = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+    ways["transformers"] = partial(peer.generate, idx, attention_mask=torch.ones_like(idx), **given)
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("f32", "q8_0"):
+            export_gguf(model, open_tokenizer("gpt2"), path := Path(folder) / f"{kind}.gguf", kind)
+            server = LlamaServer(path, tokens)
+            ways[f"llama.cpp {kind}"] = partial(
+                server.complete, prompt, new_tokens, cache_prompt=False, ignore_eos=True
+            )
+        seconds = {name: list[float]() for name in ways}
+        for turn in range(rounds + 1):
+            for name, write in ways.items():
+                say(f"{name}, round {turn} of {rounds}")
+                seconds[name].append(seconds_of(write))
+    seconds = {name: each[1:] for name, each in seconds.items()}
+    say("the lecture's loop")
+    loop = seconds_of(partial(generate_uncached, model, idx, new_tokens, greedy, 0))
+    return {
+        "tokens_per_s": {name: new_tokens / min(each) for name, each in seconds.items()} | {"loop": new_tokens / loop},
+        "ratios": {
+            f"{own} / {name}": statistics.median(b / a for a, b in zip(seconds[own], each))
+            for own in engines
+            for name, each in (seconds | {"loop": [loop] * rounds}).items()
+            if name not in engines
+        },
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+    }
+
+
+def seconds_of(write: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    write()
+    return time.perf_counter() - started
 
 
 WAYS = (

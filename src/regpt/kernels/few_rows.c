@@ -4,7 +4,8 @@
 // The sum of an output has one order, whatever the number of rows and threads: a row's bits depend on the row alone.
 //
 // Threads claim chunks of W one by one, so none waits for a thread that the system has not scheduled: the caller
-// computes what nobody has claimed. It waits only for chunks in work, and yields while it does.
+// computes what nobody has claimed. It waits only for chunks in work. Where that takes long, other processes have the
+// cores, and for a while the caller computes alone: threads in lockstep run only when all of them are scheduled.
 
 #include <pthread.h>
 #include <sched.h>
@@ -19,8 +20,10 @@
 #define MOST 8
 #define GROUP 32             // weights that share a scale in Q8_0
 #define CHUNK_BYTES (1 << 16)
-#define SPINS 2000           // then a waiting thread yields
-#define AWAKE_NS 3000000     // then a worker sleeps; a step's products are closer to each other
+#define SPINS 200            // between looks at the clock
+#define AWAKE_NS 300000      // then a worker sleeps; a step's products are closer to each other
+#define LONG_NS 1000000      // a wait: a chunk takes a hundredth of it
+#define ALONE_NS 30000000    // after it: about a token of GPT-2
 
 typedef float v16 __attribute__((vector_size(64)));
 typedef float v16_at __attribute__((vector_size(64), aligned(4), may_alias));
@@ -106,6 +109,7 @@ static Job job;                       // of the threads together
 static _Atomic uint64_t turn;         // a job's number << 32 | its next chunk
 static _Atomic long done, sleeping;
 static long started;                  // workers
+static _Atomic long alone_until;      // nanoseconds
 static pthread_mutex_t caller = PTHREAD_MUTEX_INITIALIZER, mutex = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
 #define CLOSED 0xFFFFFFFFu
@@ -114,6 +118,12 @@ static inline void pause_cpu(void) {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #endif
+}
+
+static long nanoseconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000L + now.tv_nsec;
 }
 
 // Claim a chunk and compute it; 0 where there is none. A claim succeeds only while the job read is the current one.
@@ -128,12 +138,6 @@ static int take(long worker) {
     return 1;
 }
 
-static long nanoseconds(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * 1000000000L + now.tv_nsec;
-}
-
 static void *work(void *number) {
     long worker = (long)number, last = nanoseconds(), spins = 0;
     uint64_t seen;
@@ -142,8 +146,7 @@ static void *work(void *number) {
             spins = last = 0;
         } else if (++spins % SPINS) {
             pause_cpu();
-        } else {
-            sched_yield();
+        } else {  // without sched_yield, after which Linux takes long to come back
             if (!last) last = nanoseconds();
             if (nanoseconds() - last < AWAKE_NS) continue;
             pthread_mutex_lock(&mutex);
@@ -171,7 +174,8 @@ void few_rows(const float *x, const void *weight, const void *scales, const floa
               long n_out, long threads) {
     long bytes = n_in * (scales ? 1 : 4), chunk = (CHUNK_BYTES + bytes - 1) / bytes;
     Job mine = {x, bias, weight, scales, y, rows, n_in, n_out, chunk, (n_out + chunk - 1) / chunk, threads - 1};
-    if (mine.chunks < 2 || threads < 2 || pthread_mutex_trylock(&caller)) {
+    if (mine.chunks < 2 || threads < 2 || nanoseconds() < atomic_load(&alone_until) ||
+        pthread_mutex_trylock(&caller)) {
         for (long i = 0; i < mine.chunks; i++) compute(&mine, i);
         return;
     }
@@ -187,8 +191,14 @@ void few_rows(const float *x, const void *weight, const void *scales, const floa
         pthread_mutex_unlock(&mutex);
     }
     while (take(-1)) {}
-    for (long spins = 1; atomic_load(&done) < mine.chunks; spins++)
-        if (spins % SPINS) pause_cpu();
-        else sched_yield();
+    long since = 0, waited = 0;
+    for (long spins = 1; atomic_load(&done) < mine.chunks; spins++) {
+        pause_cpu();
+        if (spins % SPINS) continue;
+        if (!since) since = nanoseconds();
+        waited = nanoseconds() - since;
+        if (waited > LONG_NS) sched_yield();
+    }
+    if (waited > LONG_NS) atomic_store(&alone_until, nanoseconds() + ALONE_NS);
     pthread_mutex_unlock(&caller);
 }
