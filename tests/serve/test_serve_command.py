@@ -1,14 +1,17 @@
 """`regpt serve`: start, refusals, signals, many streams at once."""
 
 import asyncio
+import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -18,8 +21,11 @@ from test_complaints import Held, until
 
 import tiny
 from regpt.__main__ import main
+from regpt.engine.request import Event, Request
+from regpt.serve import server as server_module
 from regpt.serve.chat import PLAIN
 from regpt.serve.server import named_models, open_socket
+from regpt.serve.worker import Limits, TextJob, Worker
 from regpt.text.chat import ChatTemplate
 
 
@@ -130,6 +136,66 @@ def test_the_second_signal_ends_a_server_at_once():
             held.free()
             with pytest.raises(httpx.HTTPError):
                 list(lines)
+
+
+def test_the_engine_has_ended_when_a_killed_server_returns(monkeypatch):
+    """A step of C++ that Python's end interrupts would abort the process."""
+    made, entered, codes = [], threading.Event(), []
+    real = server_module.make_server
+    monkeypatch.setattr(server_module, "make_server", lambda *given: made.append(real(*given)) or made[0])
+    model, ready = loaded(), threading.Event()
+
+    def slow_step() -> list:
+        entered.set()
+        threading.Event().wait(0.3)
+        return []
+
+    model.engine.step = slow_step
+    with open_socket("127.0.0.1", 0) as bound:
+        run = threading.Thread(
+            target=lambda: codes.append(server_module.serve([model], bound, Limits(), "", ready.set, 0))
+        )
+        run.start()
+        assert ready.wait(20)
+        asking = threading.Thread(target=post_and_ignore, args=[f"{server_module.url_of(bound)}/v1/completions"])
+        asking.start()
+        assert entered.wait(20)
+        made[0].handle_exit(signal.SIGTERM, None)
+        made[0].handle_exit(signal.SIGTERM, None)
+        run.join(20)
+        asking.join(20)
+    assert codes == [130]
+    assert not [one for one in made[0].app.all_workers() if one.thread.is_alive()]
+
+
+def post_and_ignore(url: str) -> None:
+    with contextlib.suppress(httpx.HTTPError):
+        httpx.post(url, json={"model": "tiny", "prompt": "a"}, timeout=20)
+
+
+@pytest.mark.parametrize(("streams", "jobs"), [(True, 2), (True, 20), (False, 20)])
+def test_tokens_of_many_streams_go_out_together_and_their_first_and_last_at_once(monkeypatch, streams, jobs):
+    """Of few streams each one at once; of many after a pause of a millisecond each; unread ones at the end."""
+    clock = [0.0]
+    monkeypatch.setattr("regpt.serve.worker.time.perf_counter", lambda: clock[0])
+    worker = Worker.__new__(Worker)
+    worker.unsent, worker.tell, worker.taken = {}, lambda action: action(), threading.Event()
+    worker.loop = SimpleNamespace(call_soon=lambda action, *given: action(*given))
+    given = [TextJob([Request([1], 9)]) for _ in range(jobs)]
+    worker.jobs = {number: (job, 0) for number, job in enumerate(given)}
+    seen = []
+    for step in range(6):
+        for number, job in enumerate(given):
+            job.streams, job.numbers[number] = streams, 1
+        last = "length" if step == 5 else None
+        worker.deliver([Event(number, 0, step, finish_reason=last) for number in range(jobs)])
+        seen.append({len(job.items) for job in given})
+        clock[0] += 0.009
+    assert seen == [
+        {n} for n in ([1, 2, 3, 4, 5, 6] if jobs == 2 else [1, 1, 1, 4, 4, 6] if streams else [1] * 5 + [6])
+    ]
+    assert [item.token for _, item in given[0].items] == list(range(6))
+    assert not worker.unsent
 
 
 def test_64_streams_at_once_are_each_what_generation_in_this_process_gives(served):

@@ -64,6 +64,7 @@ class Service:
         body = read_json_object(await self.body(request))
         model = await self.find(body.get("model"))
         answer, stream = await make(model, body, self.limits)
+        answer.job.streams = stream
         model.worker.submit(answer.job)
         if stream:
             return EventStream(self, model, answer)

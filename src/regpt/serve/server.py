@@ -33,6 +33,7 @@ CACHE_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}  # unless cache_tokens says othe
 NAMED = re.compile(r"([\w.:-]+)=(.+)")
 STEP = re.compile(r"step-0*(\d+)")
 INTERRUPTED = 130
+END_SECONDS = 10.0  # for a step to end
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,8 @@ def url_of(bound: socket.socket) -> str:
 class Server(uvicorn.Server):
     """The first signal lets streams finish, the second ends at once."""
 
+    app: "Application"
+
     def handle_exit(self, sig: int, frame: object) -> None:
         self.force_exit = self.should_exit
         self.should_exit = True
@@ -190,6 +193,9 @@ def serve(
     server = make_server(models, limits, token, ready, checkpoints)
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[bound])
+    for worker in server.app.all_workers():  # Python must not end in the middle of a step: C++ would abort
+        worker.close()
+        worker.thread.join(END_SECONDS)
     return INTERRUPTED if server.force_exit else 0
 
 
@@ -205,7 +211,9 @@ def make_server(
     config = uvicorn.Config(
         app, lifespan="on", log_config=None, access_log=False, server_header=False, date_header=False, ws="none"
     )
-    return Server(config)
+    server = Server(config)
+    server.app = app
+    return server
 
 
 class Application:
@@ -232,9 +240,12 @@ class Application:
         await send({"type": "lifespan.startup.complete"})
         self.ready()
         await receive()
-        for worker in [*self.workers, *(one.worker for one in self.checkpoints.held.values())]:
+        for worker in self.all_workers():
             worker.close()
         await send({"type": "lifespan.shutdown.complete"})
+
+    def all_workers(self) -> list[Worker]:
+        return [*self.workers, *(one.worker for one in self.checkpoints.held.values())]
 
     def served(self, one: Loaded) -> ServedModel:
         worker = Worker(one.engine, self.limits)

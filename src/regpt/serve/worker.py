@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -18,6 +19,10 @@ from regpt.serve.fields import ApiError
 
 Result = TypeVar("Result")
 NOT_FINITE = "the model's logits are not finite: its weights are damaged, or the precision has too small a range"
+SEND_SECONDS = 0.001  # twenty times what an event of a stream costs the event loop: a system call, and Python around it
+MOST_SECONDS = 0.1  # ten events a second are still read as writing
+TURN_SECONDS = 0.01  # that a step waits for the event loop at most; it needs 2 ms for 64 streams
+FEW = 8  # jobs, up to which each token is sent as it is drawn
 ROWS = 128  # positions whose logits are in memory at once
 
 
@@ -60,6 +65,8 @@ class TextJob:
         self.n = requests[0].n
         self.open = self.texts = len(requests) * self.n
         self.numbers: dict[int, int] = {}  # of the engine → prompt
+        self.streams = False  # else nobody reads before the end
+        self.unsent, self.due = list[tuple[int, Item]](), 0.0  # of the engine's thread: events, and when they are sent
         self.items = list[tuple[int, Item]]()  # that the event loop has and nobody has taken
         self.more: asyncio.Future[None] | None = None  # somebody waits for them
         self.cancelled = False
@@ -110,6 +117,8 @@ class Worker:
         self.engine, self.limits = engine, limits
         self.inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self.jobs: dict[int, tuple[TextJob, int]] = {}  # of the thread: number of the engine → job, prompt
+        self.taken = threading.Event()  # set when the event loop has written what it was handed
+        self.unsent: dict[TextJob, None] = {}  # of the thread: jobs with events that wait
         self.open_texts = self.cancelled_texts = 0
         self.failure: str | None = None
         self.closed = False
@@ -241,16 +250,35 @@ class Worker:
             self.engine.cancel(number)
 
     def deliver(self, events: list[Event]) -> None:
-        batches: dict[TextJob, list[tuple[int, Item]]] = {}
+        """Hand events over: the first of a job and the last of a text at once, the others of a stream after a pause of
+        `SEND_SECONDS` a job, so that the event loop needs a twentieth of a core for them however fast the engine is."""
+        now = time.perf_counter()
         for event in events:
             job, prompt = self.jobs[event.request]
-            batches.setdefault(job, []).append((prompt * job.n + event.choice, event))
+            job.unsent.append((prompt * job.n + event.choice, event))
+            self.unsent[job] = None
             if event.finish_reason is not None:
+                job.due = 0.0
                 job.numbers[event.request] -= 1
                 if not job.numbers[event.request]:
                     del job.numbers[event.request], self.jobs[event.request]
-        if batches:
-            self.tell(lambda: [job.put(batch) for job, batch in batches.items()])
+        pause = min(SEND_SECONDS * len(self.jobs), MOST_SECONDS) if len(self.jobs) > FEW else 0.0
+        batches = [(job, job.unsent) for job in self.unsent if now >= job.due]
+        for job, _ in batches:
+            job.unsent, job.due = [], now + pause if job.streams else math.inf
+            del self.unsent[job]
+        if not batches:
+            return
+        self.taken.clear()
+        self.tell(lambda: self.put_all(batches))
+        if len(batches) > FEW:  # both threads at once would wait for Python's lock more often than they work
+            self.taken.wait(TURN_SECONDS)
+
+    def put_all(self, batches: list[tuple[TextJob, list[tuple[int, Item]]]]) -> None:
+        """From the event loop's thread: wake those who read; after them, the engine's thread."""
+        for job, batch in batches:
+            job.put(batch)
+        self.loop.call_soon(self.loop.call_soon, self.taken.set)
 
     def post(self, job: TextJob, items: list[tuple[int, Item]]) -> None:
         self.tell(lambda: job.put(items))
