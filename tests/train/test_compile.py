@@ -113,6 +113,7 @@ def test_gradients_of_bfloat16_weights_are_summed_in_float32(blocks: bool):
     theirs, ours = (tiny.step_gradients(trainer) for trainer in found)
     assert all(p.grad.dtype == torch.float32 for p in found[1].backend.parameters)
     assert tiny.largest_error(ours, theirs) < 0.1  # where both round is not the same
+    assert (graphs(), dict(counters["graph_break"])) == (2 if blocks else 1, {})
 
 
 def test_training_validation_and_sampling_share_a_process():

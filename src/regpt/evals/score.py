@@ -19,7 +19,7 @@ from torch import Tensor
 
 from regpt.errors import UserError
 from regpt.evals.packing import BatchPlan, PackedBatch, Prompt, Tree, bucketed, fill, packed, plant
-from regpt.kernels.select import check_compiler
+from regpt.kernels.select import check_compiler, compile_for
 from regpt.model.masks import AttentionMask
 from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import Mesh
@@ -93,8 +93,8 @@ class Scorer:
 
         if compile:
             check_compiler(mesh.device)
-        self.hidden = torch.compile(hidden, dynamic=False) if compile else hidden
-        self.head = torch.compile(head, dynamic=False) if compile else head
+        self.hidden = compile_for(model, hidden, dynamic=False) if compile else hidden
+        self.head = compile_for(model, head, dynamic=False) if compile else head
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], progress: Progress | None = None) -> Scores:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regpt.data.batch import Batch
-from regpt.kernels.select import check_compiler, fused_loss
+from regpt.kernels.select import check_compiler, compile_for, fused_loss
 from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import Mesh
 from regpt.train.activation_offload import OnHost
@@ -176,14 +176,14 @@ def path_of(
 
     if compile:
         check_compiler(device)
-    return compiled(loss_sum, deterministic) if compile else loss_sum
+    return compiled(loss_sum, model, deterministic) if compile else loss_sum
 
 
-def compiled(loss_sum: LossSum, deterministic: bool = False) -> LossSum:
+def compiled(loss_sum: LossSum, model: Transformer, deterministic: bool = False) -> LossSum:
     """`loss_sum`, compiled once for a shape of idx, however many documents a batch holds."""
     # Inductor's option leaves out every choice that is made by timing kernels and changes results.
     options: dict[str, str | int | bool | Callable[..., object]] = {"deterministic": True}
-    static = torch.compile(loss_sum, dynamic=False, options=options if deterministic else None)
+    static = compile_for(model, loss_sum, dynamic=False, options=options if deterministic else None)
 
     @functools.wraps(loss_sum)
     def call(batch: Batch) -> Sums:

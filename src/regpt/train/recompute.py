@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from regpt.kernels.select import compile_for
 from regpt.model.transformer import Transformer
 
 
@@ -35,7 +36,7 @@ def compile_blocks(model: Transformer, *, deterministic: bool = False) -> Transf
     torch._dynamo.config.allow_unspec_int_on_nn_module = True  # else each block's number is a constant of its graph
     options: dict[str, Any] | None = {"deterministic": True} if deterministic else None
     for block in model.blocks:
-        block.forward = partial(with_gradients, block.forward, torch.compile(block.forward, options=options))
+        block.forward = partial(with_gradients, block.forward, compile_for(block, block.forward, options=options))
     return model
 
 
