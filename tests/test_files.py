@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -134,3 +136,25 @@ def test_windows_shells_know_double_quotes_alone(monkeypatch):
     assert [word(name) for name in ("runs/a", "my run")] == ["runs/a", "'my run'"]
     monkeypatch.setattr(regpt.errors, "os", SimpleNamespace(name="nt"))
     assert [word(name) for name in (r"runs\a", r"my runs\a")] == [r"runs\a", r'"my runs\a"']
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no pipes in the file system")
+def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_text(tmp_path / "pipe", "all of it")
+    assert os.read(reader, 100) == b"all of it"
+    os.close(reader)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_stdout_by_its_name_is_written_to_where_it_stands(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(
+        regpt.files, "STREAMS", {str(tmp_path / "stdout"): 1}
+    )  # /dev/stdout of the machine, should this fail
+    os.write(1, b"before ")
+    write_text(tmp_path / "stdout", "in between")
+    os.write(1, b" after")
+    assert capfd.readouterr().out == "before in between after"
+    assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Files and folders on disk: what exists, atomic writing, locks, SHA-256."""
+"""Files on disk: what exists, atomic writing (temporary name, fsync, rename, fsync of the folder), locks, SHA-256."""
 
 import errno
 import glob
@@ -17,6 +17,7 @@ from typing import IO, Any, TypeVar
 from regpt.errors import UserError
 
 T = TypeVar("T")
+STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}  # no file even where a shell redirects them to one
 PARTIAL = ".partial"  # after the name of a file that is being written
 SUCCESSOR = ".new"  # after the name of a folder that is about to be replaced
 # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md: keys in order, below 1,024 bytes; `hawser` was the name of
@@ -46,9 +47,8 @@ def stat_or_none(path: str | Path) -> os.stat_result | None:
     except OSError as error:
         if error.errno in ABSENT:
             return None
-        raise UserError(
-            f"cannot look at {str(path)!r} ({error.strerror}); check its permissions and its disk"
-        ) from None
+        what = f"cannot look at {str(path)!r} ({error.strerror})"
+        raise UserError(f"{what}; check its permissions and its disk") from None
 
 
 def identity(path: str | Path) -> tuple[int, int, int] | None:
@@ -166,16 +166,17 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# Atomic writing: temporary name, fsync, rename, fsync of the folder.
-
-
 @contextmanager
 def replacing(path: Path, remedy: str | None = None) -> Iterator[IO[bytes]]:
-    """An open file that replaces `path` atomically when the body ends; when the body raises, `path` is as before.
+    """An open file that replaces `path` atomically when the body ends without an error; a pipe or device is written to.
 
     Raises:
         UserError: the file cannot be written, where a `remedy` is given; otherwise it is an OSError.
     """
+    found, stream = stat_or_none(path), STREAMS.get(str(path))
+    if stream or (found and stat.S_IFMT(found.st_mode) not in (stat.S_IFREG, stat.S_IFDIR)):
+        with write_errors(path, remedy), open(os.dup(stream) if stream else path, "wb") as file:
+            return (yield file)
     partial = path.with_name(path.name + PARTIAL)
     with write_errors(path, remedy):
         try:

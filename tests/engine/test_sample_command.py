@@ -230,3 +230,19 @@ def test_a_draft_of_another_tokenizer_is_refused(capsys, checkpoint, tmp_path):
         run(capsys, checkpoint, "--prompt", PROMPT, "--draft", str(draft))
     with pytest.raises(UsageError, match="has no checkpoint of step 4; choose from 3"):
         run(capsys, checkpoint, "--prompt", PROMPT, "--draft", f"{Path(checkpoint).parents[1]}@4")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--draft", "ngrams"], r"^--draft: model 'ngrams' does not exist; .*; or give --draft ngram, which needs no"),
+        (["--draft-tokens", "5"], "^--draft-tokens changes nothing without a draft; add --draft MODEL|ngram, or leave"),
+        (["--prompts", "file"], r"--prompts FILE \(both were given\)$"),
+        (["--receipt", "no/r.json"], "^--receipt no/r.json: the folder does not exist; make it first$"),
+        (["--receipt", "/"], "^--receipt / is a folder; give the name of a file$"),
+    ],
+)
+def test_flags_that_cannot_be_followed_are_one_sentence_before_a_text_is_written(capsys, checkpoint, flags, said):
+    with pytest.raises(UserError, match=said):
+        run(capsys, checkpoint, "--prompt", PROMPT, *flags)
+    assert capsys.readouterr().out == ""

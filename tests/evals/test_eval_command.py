@@ -183,7 +183,7 @@ def test_what_cannot_be_evaluated_is_one_sentence(run, tmp_path, tokenizer, toke
     refused(UsageError, "batch-rows is 0", run, "--batch-rows", 0)
     refused(UsageError, "val-tokens is 7, must be at least one row of 8", run, "--val-tokens", 7)
     refused(UsageError, "val-tokens is -1", run, "--val-tokens", -1)
-    refused(UserError, "cannot write", run, "--json", tmp_path / "no" / "folder.json")
+    refused(UserError, "the folder does not exist; make it first", run, "--json", tmp_path / "no" / "folder.json")
 
 
 @pytest.mark.parametrize(
@@ -317,3 +317,10 @@ def test_what_is_no_model_is_said_to_be_none_before_its_data_are_asked_for(tmp_p
     (tmp_path / "file.toml").touch()
     for place in (tmp_path, tmp_path / "file.toml"):
         refused(UsageError, "holds no model; a model is", place)
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="there is no full device")
+def test_numbers_are_printed_where_their_file_cannot_be_written(capsys, run):
+    with pytest.raises(UserError, match=r"No space left on device.*another file for --json"):
+        main([str(run), "--device", "cpu", "--json", "/dev/full"])
+    assert capsys.readouterr().out.startswith("task")

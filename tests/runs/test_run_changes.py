@@ -222,9 +222,7 @@ def test_nothing_is_a_change_where_nothing_is_known():
 
 def test_a_checkpoint_in_the_place_of_a_run_says_both_ways_on(cut):
     folder = checkpoint_folder(cut, 4)
-    with pytest.raises(
-        UserError, match=rf"lies in one; go on with: regpt train --resume {cut}, .*--fork-from {folder} "
-    ):
+    with pytest.raises(UserError, match=rf"lies in one; give the run itself, {cut}, .*--fork-from {folder} "):
         read_run_config(folder)
 
 

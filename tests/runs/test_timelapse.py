@@ -103,7 +103,7 @@ def test_a_damaged_checkpoint_is_left_out_and_one_alone_is_refused(cut, capsys):
         (["s3://bucket/run", "--timelapse"], 2, "one run folder"),
         (["RUN/none", "--timelapse"], 1, "does not exist"),
         (["RUN", "--timelapse", "--out", "a.txt"], 2, "no name of an HTML file"),
-        (["RUN", "--timelapse", "--new-tokens", "100"], 1, "exceed the model's length of 16"),
+        (["RUN", "--timelapse", "--new-tokens", "100"], 1, "and new-tokens 100 exceed the model's length of 16"),
         (["RUN", "--timelapse", "--prompts", "ba " * 40], 1, "shorten the prompt"),
     ],
 )

@@ -74,7 +74,7 @@ def test_an_answer_of_the_server_is_written_again_from_its_receipt(served, run, 
     assert "receipt" not in whole["regpt"]
     code, out, _ = run(file)
     assert code == 0
-    assert f"{len(texts)} texts, " in out.splitlines()[-1]
+    assert f"{len(texts)} text{'s' if len(texts) > 1 else ''}, " in out.splitlines()[-1]
     if path == "completions":
         written = [choice["text"] for choice in whole["choices"]]
         assert out == "".join(f"> {prompt}{text}\n" for prompt, text in zip(["Zürich"] * 2 + ["abc"] * 2, written)) + (

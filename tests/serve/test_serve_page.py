@@ -233,6 +233,9 @@ def test_checkpoints_are_listed_opened_when_asked_for_and_the_least_recently_use
 def test_a_name_that_was_not_listed_is_a_404(served, name):
     answer = served.post("completions", model=name, prompt="a")
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+    if name.rpartition(":")[0] == "small":
+        listed = ", ".join(f"small:{step}" for step in STEPS)
+        assert answer.json()["error"]["message"].endswith(f", and of small the checkpoints {listed}")
 
 
 def test_a_damaged_checkpoint_is_said_without_its_path_and_a_new_one_is_found(served, run, capsys):

@@ -81,6 +81,8 @@ class DrawFlags:
         from regpt.parallel.mesh import choose_device
         from regpt.train.precision import check_precision, set_matmul_precision, writing
 
+        if not self.draft and self.draft_tokens != 4:
+            raise UsageError("--draft-tokens changes nothing without a draft; add --draft MODEL|ngram, or leave it out")
         device = choose_device(self.device)
         check_precision(self.precision, device)
         opened = open_model(at_step(model, self.step), device, ema=self.ema)
@@ -104,7 +106,10 @@ class DrawFlags:
         if self.draft == "ngram":
             return {"draft": NGrams(), "draft_tokens": self.draft_tokens}
         named = None if Path(self.draft).exists() else STEPPED.fullmatch(self.draft)
-        draft = open_model(at_step(named[1], named[2]) if named else self.draft, opened.model.device)
+        try:
+            draft = open_model(at_step(named[1], named[2]) if named else self.draft, opened.model.device)
+        except UserError as error:
+            raise type(error)(f"--draft: {error}; or give --draft ngram, which needs no model") from None
         if draft.tokenizer.sha256 != opened.tokenizer.sha256:
             raise UsageError(
                 f"the draft {self.draft!r} has the tokenizer {draft.tokenizer.name}, the model "

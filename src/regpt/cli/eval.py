@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from regpt.cli.parse import OTHER_JSON, parse
+from regpt.cli.parse import OTHER_JSON, check_json, parse
 from regpt.console.lines import print_json, print_line, print_note, print_rows
 from regpt.console.text import counted
 from regpt.errors import UsageError, UserError
@@ -68,6 +68,7 @@ def main(args: list[str]) -> int:
     given = parse(EvalArgs, args, prog="regpt eval")
     specs = parse_tasks(given.tasks)
     refuse_useless(given, {spec.kind for spec in specs})
+    check_json(given.json)
     from regpt.checkpoint.best import at_step
     from regpt.parallel.launch import launch
     from regpt.parallel.mesh import open_mesh, under_launcher
@@ -98,9 +99,11 @@ def main(args: list[str]) -> int:
     if given.json == "-":
         print_json(report(asked, found))
     else:
-        if given.json is not None:
-            write_json(Path(given.json), report(asked, found), OTHER_JSON)
-        show(asked, found)
+        try:
+            if given.json is not None:
+                write_json(Path(given.json), report(asked, found), OTHER_JSON)
+        finally:  # a disk that is full by now loses the file, not the numbers
+            show(asked, found)
     for sentence in found.failures:
         print_note(sentence)
     return 1 if found.failures else 0

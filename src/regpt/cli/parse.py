@@ -90,10 +90,14 @@ def one_sentence(box: str, known: Mapping[str, Flag], prog: str) -> str:
     return f"{said}; {prog} --help shows what is allowed"
 
 
-def check_json(target: str | None) -> None:
-    """Raise a UserError for a file in a folder that does not exist, before minutes are spent on its content."""
-    if target not in (None, "-") and not is_folder(Path(target).absolute().parent):
-        raise UserError(f"--json {target}: the folder does not exist; make it first")
+def check_json(target: str | None, flag: str = "--json") -> None:
+    """Raise a UserError for a folder, or a file in one that does not exist, before minutes are spent on its content."""
+    if target in (None, "-"):
+        return
+    if not is_folder(Path(target).absolute().parent):
+        raise UserError(f"{flag} {target}: the folder does not exist; make it first")
+    if is_folder(target):
+        raise UserError(f"{flag} {target} is a folder; give the name of a file")
 
 
 def local_folder(name: str, command: str) -> Path:

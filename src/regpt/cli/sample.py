@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from regpt.cli.chat import DrawFlags, Drawing, acceptance
-from regpt.cli.parse import parse
+from regpt.cli.parse import check_json, parse
 from regpt.console.lines import is_terminal, print_json, print_line, print_note, write_stream
 from regpt.console.streams import read_stdin
 from regpt.errors import UsageError, UserError
@@ -64,7 +64,9 @@ def main(args: list[str]) -> int:
     """Parse, open the model, write the samples, print them."""
     given = parse(SampleArgs, args, prog="regpt sample")
     if (given.prompt is None) == (not given.prompts):
-        raise UsageError("give a prompt to continue, --prompt TEXT, or a file of them, --prompts FILE")
+        both = " (both were given)" if given.prompts else ""
+        raise UsageError(f"give a prompt to continue, --prompt TEXT, or a file of them, --prompts FILE{both}")
+    check_json(given.receipt or None, "--receipt")
     if given.receipt and given.past_context == "slide":
         raise UsageError("--receipt is of texts within the model's length; leave out --past-context slide")
     prompts = [read_prompt(given.prompt)] if given.prompt is not None else read_prompts(Path(given.prompts))
@@ -130,7 +132,7 @@ def write_receipt(
         for request, samples in zip(requests, written)
         for i, sample in enumerate(samples)
     ]
-    write_json(path, Receipt.of(origin, requests[0], texts, schema).to_json())
+    write_json(path, Receipt.of(origin, requests[0], texts, schema).to_json(), "choose another file for --receipt")
 
 
 def structure_of(schema: dict[str, str], tokenizer: Any, n_vocab: int) -> Any:

@@ -65,11 +65,10 @@ def main(args: list[str]) -> int:
     doubtful = sum(len(one.doubtful) for one in texts)
     tokens = sum(len(one.tokens) for one in receipt.texts)
     said = "all as in the receipt" if not doubtful else f"as in the receipt but for {doubtful} that rounding decides"
-    print_line(
-        f"{len(texts)} texts, {tokens} tokens, {said}: weights {here.weights_sha256[:12]}…, {precision}, {device}"
-    )
+    count = f"{len(texts)} text{'s' if len(texts) > 1 else ''}, {tokens} token{'s' if tokens > 1 else ''}"
+    print_line(f"{count}, {said}: weights {here.weights_sha256[:12]}…, {precision}, {device}")
     for reason in reasons:
-        print_note(f"the same tokens, though here are {reason}")
+        print_note(f"the same tokens, in spite of {reason}")
     return 0
 
 

@@ -87,8 +87,8 @@ def read_run_config(run: Path) -> RunConfig:
     if not is_file(path):
         if is_run(run.parent.parent):
             raise UserError(
-                f"{str(run)!r} is no run but lies in one; go on with: regpt train --resume {word(run.parent.parent)}, "
-                f"or start a new run from a checkpoint with: regpt train --fork-from {word(run)} --out RUN2"
+                f"{str(run)!r} is no run but lies in one; give the run itself, {word(run.parent.parent)}, or start a "
+                f"new run from a checkpoint with: regpt train --fork-from {word(run)} --out RUN2"
             )
         if folders := checkpoints(run):
             raise UserError(

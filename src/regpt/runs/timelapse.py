@@ -14,7 +14,7 @@ from regpt.checkpoint.open import open_model
 from regpt.console.lines import print_note
 from regpt.engine.generate import encode_prompt, engine_for
 from regpt.engine.processing import SamplingOptions
-from regpt.engine.request import Request, bad_logits
+from regpt.engine.request import Request, bad_logits, check_length
 from regpt.errors import UserError
 from regpt.files import resolved
 from regpt.model.transformer import Transformer
@@ -86,6 +86,7 @@ def continue_prompt(
     """The tokens that follow a prompt; 0 `new_tokens`: `NEW_TOKENS`, or what fits."""
     ids = encode_prompt(tokenizer, prompt)
     most = new_tokens or max(1, min(NEW_TOKENS, model.config.max_seq_len - len(ids)))
+    check_length(len(ids), most, model.config.max_seq_len, "new-tokens")
     request = Request(ids, most, options, seed, stop_ids=tokenizer.stop_ids, top_logprobs=TOP)
     engine, found = engine_for(model, [request]), list[Token]()
     engine.submit(request)

@@ -56,6 +56,9 @@ class Service:
         if found is None:
             names = ", ".join(self.models)
             message = f"there is no model {shown(name)}{nearest(str(name), self.models)}; this server has {names}"
+            id = str(name).rpartition(":")[0]
+            if steps := self.checkpoints and id in self.models and sorted(self.checkpoints.folders(id)):
+                message += f", and of {id} the checkpoints {', '.join(f'{id}:{step}' for step in steps[-8:])}"
             raise ApiError(message, param="model", code="model_not_found", status=404)
         return found
 
