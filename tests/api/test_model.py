@@ -49,9 +49,9 @@ def test_between_the_pieces_of_a_text_torch_is_as_it_was(straight: Path):
 def test_past_the_context_is_refused_unless_sliding_is_asked_for(
     lm, straight: Path, capsys: pytest.CaptureFixture[str]
 ):
-    with pytest.raises(regpt.UserError, match="exceed the model's length of 16"):
+    with pytest.raises(regpt.UserError, match="and max_new_tokens 40 exceed the model's length of 16"):
         lm.generate("ba do", max_new_tokens=40)
-    with pytest.raises(regpt.UserError, match="exceed the model's length of 16"):
+    with pytest.raises(regpt.UserError, match="and max_new_tokens 40 exceed the model's length of 16"):
         lm.generate("ba do", max_new_tokens=40, stream=True)  # with the call, not with the first piece
     options = ["-n", "2", "--max-new-tokens", "40", "--past-context", "slide", "--device", "cpu", "--json"]
     assert main(["sample", str(straight), "--prompt", "ba do", *options]) == 0
@@ -134,6 +134,7 @@ def test_threads_may_share_a_model(lm):
         (lambda lm: lm.generate("ba", temperature="1"), "temperature is '1', must be a number"),
         (lambda lm: lm.generate("ba", top_k=2.5), "top_k is 2.5, must be a whole number"),
         (lambda lm: lm.generate("ba", max_new_tokens=True), "max_new_tokens is True, must be a whole number"),
+        (lambda lm: lm.generate("ba", max_new_tokens=0), "max_new_tokens is 0, must be at least 1"),
         (lambda lm: lm.generate("ba", seed=None), "seed is None, must be a whole number"),
         (lambda lm: lm.generate("ba", temprature=1.0), "'temprature'; it takes prompt, max_new_tokens, temperature"),
         (lambda lm: regpt.load(None), "model is None, must be text or a path"),

@@ -67,6 +67,15 @@ def test_a_name_that_means_nothing_says_what_is_allowed(name):
         open_model(name)
 
 
+@pytest.mark.parametrize(("way", "folder"), [("@10", "step-00000010"), (":9", "step-00000009"), ("@best", "best")])
+def test_a_step_after_the_name_of_a_run_is_answered_with_the_folder_of_the_checkpoint(tmp_path, save, way, folder):
+    save(tmp_path, 10)
+    with pytest.raises(
+        UsageError, match=f"does not exist; give the checkpoint's folder, {tmp_path}/checkpoints/{folder}"
+    ):
+        open_model(f"{tmp_path}{way}")
+
+
 def test_a_misspelled_short_name_is_recognised():
     with pytest.raises(UsageError, match="did you mean 'gpt2-medium'"):
         open_model("gpt2-medum")

@@ -16,8 +16,9 @@ from torch import Tensor
 from regpt.api.arguments import checked
 from regpt.checkpoint.open import OpenModel, open_model
 from regpt.data.batch import Batch
-from regpt.engine.generate import stream_sample, write_samples
+from regpt.engine.generate import encode_prompt, stream_sample, write_samples
 from regpt.engine.processing import SamplingOptions
+from regpt.engine.request import check_length
 from regpt.errors import UsageError, UserError
 from regpt.hf.export import write_model
 from regpt.model.config import ModelConfig
@@ -126,10 +127,13 @@ class LanguageModel:
             "slide": past_context == "slide",
         }
         prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+        if stream and not isinstance(prompt, str):
+            raise UsageError("stream takes one prompt, a list was given; call generate once for each")
+        for one in prompts if past_context == "refuse" else ():
+            tokens = len(encode_prompt(self.tokenizer, one))
+            check_length(tokens, max_new_tokens, self.config.max_seq_len, "max_new_tokens")
         if stream:
-            if not isinstance(prompt, str):
-                raise UsageError("stream takes one prompt, a list was given; call generate once for each")
-            return self.in_pieces(prompt, options)
+            return self.in_pieces(prompts[0], options)
         texts: dict[str, Iterator[str]] = {}
         for one in dict.fromkeys(prompts):
             with self.computing():

@@ -1,5 +1,6 @@
 """`open_model`: what every command means by MODEL."""
 
+import re
 from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from regpt.checkpoint.best import BEST, best_last
 from regpt.checkpoint.fetch import fetch_model
-from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, checkpoints, load_checkpoint, of_newest
+from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, checkpoint_folder, checkpoints, load_checkpoint, of_newest
 from regpt.checkpoint.manifest import AVERAGE, MODEL, WEIGHTS
 from regpt.errors import UsageError, UserError, nearest
 from regpt.files import exists, file_sha256, identity, is_file, is_folder, unless_gone
@@ -138,6 +139,12 @@ def open_model(name: str, device: torch.device | str = "cpu", *, ema: bool = Fal
     repo = repository(name)
     if exists(path) or repo is None or not may_be_model(name):
         what = "holds no model" if exists(path) else "does not exist"
+        stepped = re.fullmatch(rf"(.+)[@:](\d{{1,15}}|{BEST})", name)  # as --draft and regpt serve write it
+        if stepped and checkpoints(Path(stepped[1])):
+            folder = BEST if stepped[2] == BEST else checkpoint_folder(Path(), int(stepped[2])).name
+            raise UsageError(
+                f"model {name!r} {what}; give the checkpoint's folder, {stepped[1]}/{CHECKPOINTS}/{folder}"
+            )
         raise UsageError(f"model {name!r} {what}{nearest(name, SHORT_NAMES)}; a model is {ALLOWED}")
     return open_hf(download_model(repo), repo, device, narrow=narrow)
 
