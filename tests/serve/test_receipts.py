@@ -66,7 +66,7 @@ def test_an_answer_of_the_server_is_written_again_from_its_receipt(served, run, 
     answer = served.post(path, stream=stream, **asked)
     found = last_event(answer) if stream else answer.json()
     file = tmp_path / "answer.json"
-    file.write_text(json.dumps(found))
+    file.write_text(answer.text if stream else json.dumps(found))  # what curl wrote
     texts = read_receipt(file).texts
     whole = served.post(path, **asked | {"receipt": False}).json()
     usage = whole["usage"]

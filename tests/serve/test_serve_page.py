@@ -60,6 +60,7 @@ def test_the_page_is_three_files_of_at_most_60_kb_and_a_strict_policy(served):
     assert sum(len(answer.content) for answer in found.values()) <= 60_000
     assert "unsafe" not in POLICY
     assert POLICY.startswith("default-src 'none'; script-src 'self'; ")
+    assert {served.http.head(path).status_code for path in (*found, "/health")} == {200}
     other = served.http.get("/health").headers["content-security-policy"]
     assert other == "default-src 'none'; frame-ancestors 'none'"
 

@@ -121,8 +121,10 @@ class DrawFlags:
 
 def acceptance(stats: "Stats") -> str:
     """How many of a draft's tokens were drawn."""
-    share = f" ({stats.accepted / stats.proposed:.0%})" if stats.proposed else ""
-    return f"{stats.accepted:,} of {stats.proposed:,} tokens that the draft proposed were drawn{share}"
+    if not stats.proposed:
+        return "the draft proposed no token: it never does for structured texts, and ngram not where nothing repeats"
+    share = f"{stats.accepted / stats.proposed:.0%}"
+    return f"{stats.accepted:,} of {stats.proposed:,} tokens that the draft proposed were drawn ({share})"
 
 
 Drawing = Annotated[DrawFlags, tyro.conf.arg(name="")]

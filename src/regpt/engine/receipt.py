@@ -103,14 +103,15 @@ class Receipt:
 
 
 def read_receipt(path: Path) -> Receipt:
-    """The receipt in a file, alone or in a whole answer of the server.
+    """The receipt in a file, alone or in a whole answer of the server, streamed or not.
 
     Raises:
         UserError: no such file, or none in it, or of a newer format.
     """
     data = read_small(path, REMEDY, MAX_BYTES)
     try:
-        content = parse_json(data)
+        streamed = [line[5:] for line in data.splitlines() if line.startswith(b"data:") and b'"receipt"' in line]
+        content = parse_json(streamed[-1] if streamed else data)
     except ValueError as error:
         raise UserError(f"{str(path)!r} is not JSON ({error}); {REMEDY}") from None
     for key in ("response", "regpt", "receipt"):  # the first in the last event of a streamed response

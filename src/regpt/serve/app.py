@@ -190,6 +190,7 @@ def make_app(
     async def model(request: Request) -> dict[str, Any]:
         return service.describe(await service.find(request.path_params["id"]))
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> Response:
         failed = [one.worker.failure for one in service.models.values() if one.worker.failure]
@@ -209,7 +210,7 @@ def add_page(app: FastAPI) -> None:
     """The page's files, as they are at the start."""
     for path, (kind, content) in page_files().items():
         response = Response(content, media_type=kind, headers={"Content-Security-Policy": POLICY})
-        app.get(path, include_in_schema=False)(lambda response=response: response)
+        app.api_route(path, methods=["GET", "HEAD"], include_in_schema=False)(lambda response=response: response)
 
 
 def add_handlers(app: FastAPI) -> None:
