@@ -167,7 +167,7 @@ class Engine:
     def step(self) -> list[Event]:
         """Read a chunk of prompts, draw a token for each active text, and return what the host has read: on CUDA of
         the step before, so that the device never waits for the host."""
-        if was_training := self.model.training:  # each call walks all modules: 0.3 ms for GPT-2
+        if was_training := self.model.training:  # which walks all modules: 0.24 ms for GPT-2
             self.model.eval()
         try:
             with self.computing():

@@ -16,7 +16,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait  # pyright: ignore[reportMissingImports]
 
-from regpt.kernels.paged import LOWEST, attend_block, attend_pages, launches_early, load_positions
+from regpt.kernels.paged import attend_to_own, launches_early, load_positions
 from regpt.model.gpt2 import GPT2
 
 NORM_WARPS = 4
@@ -57,17 +57,9 @@ def embed_norm_kernel(
 
 @triton.jit
 def add_norm_kernel(
-    x_ptr,
-    y_ptr,
-    y_bias_ptr,
-    weight_ptr,
-    bias_ptr,
-    h_ptr,
-    eps,
-    C: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    x_ptr, y_ptr, y_bias_ptr, weight_ptr, bias_ptr, h_ptr, eps,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -109,15 +101,8 @@ def attend_and_write_kernel(
     slot = (own_page * PAGE + position % PAGE) * D + feature
     tl.store(k_ptr + slot, k_own, mask=real)
     tl.store(v_ptr + slot, v_own, mask=real)
-    top, total = tl.full((BLOCK,), LOWEST, tl.float32), tl.zeros((BLOCK,), tl.float32)
-    top, total, y = attend_block(q, k, v, seen, top, total, tl.zeros((BLOCK, BLOCK_D), tl.float32))
-    top, total, y = attend_pages(q, k_ptr, v_ptr, table_ptr, BLOCK, position, top, total, y, D, BLOCK_D, PAGE, BLOCK)
-    score = tl.sum(q * k_own.to(tl.float32), 0)
-    highest = tl.maximum(tl.max(top, 0), score)
-    shares, weight = tl.exp(top - highest), tl.exp(score - highest)
-    total = tl.sum(total * shares, 0) + weight
-    y = tl.sum(y * shares[:, None], 0) + v_own.to(tl.float32) * weight
-    tl.store(out_ptr + (row * H + head) * D + feature, (y / total).to(out_ptr.dtype.element_ty), mask=real)
+    y = attend_to_own(q, k, v, seen, k_own, v_own, k_ptr, v_ptr, table_ptr, position, D, BLOCK_D, PAGE, BLOCK)
+    tl.store(out_ptr + (row * H + head) * D + feature, y.to(out_ptr.dtype.element_ty), mask=real)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait  # pyright: ignore[reportMissingImports]
 
-from regpt.kernels.paged import LOWEST, attend_block, attend_pages, launches_early, load_positions
+from regpt.kernels.paged import attend_to_own, launches_early, load_positions
 from regpt.model import layers
 from regpt.model.config import FAMILIES
 from regpt.model.llama import Llama
@@ -104,15 +104,8 @@ def rotate_and_attend_kernel(
         slot = (own_page * PAGE + position % PAGE) * D + feature
         tl.store(k_ptr + slot, k_own)
         tl.store(v_ptr + slot, v_own)
-    top, total = tl.full((BLOCK,), LOWEST, tl.float32), tl.zeros((BLOCK,), tl.float32)
-    top, total, y = attend_block(q, k, v, seen, top, total, tl.zeros((BLOCK, D), tl.float32))
-    top, total, y = attend_pages(q, k_ptr, v_ptr, page_ptr, BLOCK, position, top, total, y, D, D, PAGE, BLOCK)
-    score = tl.sum(q * k_own.to(tl.float32), 0)
-    highest = tl.maximum(tl.max(top, 0), score)
-    shares, weight = tl.exp(top - highest), tl.exp(score - highest)
-    total = tl.sum(total * shares, 0) + weight
-    y = tl.sum(y * shares[:, None], 0) + v_own.to(tl.float32) * weight
-    tl.store(out_ptr + head * D + feature, (y / total).to(out_ptr.dtype.element_ty))
+    y = attend_to_own(q, k, v, seen, k_own, v_own, k_ptr, v_ptr, page_ptr, position, D, D, PAGE, BLOCK)
+    tl.store(out_ptr + head * D + feature, y.to(out_ptr.dtype.element_ty))
 
 
 def fits(model: Llama) -> bool:

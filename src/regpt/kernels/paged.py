@@ -66,6 +66,24 @@ def attend_pages(
 
 
 @triton.jit
+def attend_to_own(
+    q, k, v, seen, k_own, v_own, k_ptr, v_ptr, page_ptr, position,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Attention (BLOCK_D,) of q to the token's own key and value and to all positions before it, of which the first
+    BLOCK are already loaded (k, v)."""
+    top, total = tl.full((BLOCK,), LOWEST, tl.float32), tl.zeros((BLOCK,), tl.float32)
+    top, total, y = attend_block(q, k, v, seen, top, total, tl.zeros((BLOCK, BLOCK_D), tl.float32))
+    top, total, y = attend_pages(q, k_ptr, v_ptr, page_ptr, BLOCK, position, top, total, y, D, BLOCK_D, PAGE, BLOCK)
+    score = tl.sum(q * k_own.to(tl.float32), 0)
+    highest = tl.maximum(tl.max(top, 0), score)
+    shares, weight = tl.exp(top - highest), tl.exp(score - highest)
+    total = tl.sum(total * shares, 0) + weight
+    y = tl.sum(y * shares[:, None], 0) + v_own.to(tl.float32) * weight
+    return y / total
+
+
+@triton.jit
 def decode_attention_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, position_ptr, out_ptr, q_row, q_head, kv_head, table_row, position_row, scale,
     window, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
