@@ -14,6 +14,7 @@ from regpt.console.lines import is_terminal
 from regpt.console.text import visible
 
 CELLS = ("black on cyan", "black on yellow")  # of neighbours in a line
+PARTS = ("dim", "black on green", "black on yellow")  # of conversations: context, answer, format tokens
 
 
 class PlainConsole(Console):
@@ -59,6 +60,20 @@ def print_cells(texts: list[str], notes: list[str], separator: str, console: Con
         upper.append(text, CELLS[k % 2]).append(" " * (width - cell_len(text)))
         lower.append(note.ljust(width), "dim")
     console.print(upper, lower, sep="\n", soft_wrap=True)
+
+
+def print_parts(texts: Iterable[tuple[str, int]], console: Console | None = None) -> None:
+    """The texts of a conversation: on a terminal what is trained on in colour, in a file or pipe in brackets, [[an
+    answer]] and {{what ends it}}; parts as in `PARTS`."""
+    console = console or PlainConsole()
+    if not is_terminal(console.file):
+        marks = (("", ""), ("[[", "]]"), ("{{", "}}"))
+        console.print("".join(marks[part][0] + text + marks[part][1] for text, part in texts), soft_wrap=True)
+        return
+    line = Text()
+    for text, part in texts:
+        line.append(visible(text), PARTS[part])
+    console.print(line, soft_wrap=True)
 
 
 def progress_bar(*columns: ProgressColumn, transient: bool = False) -> Progress:

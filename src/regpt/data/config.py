@@ -22,9 +22,11 @@ class DataConfig:
     """Name of the tokenizer that the shards must have been made with; empty accepts any."""
     seq_len: Annotated[int, Range(1, MANY)] = 1024
     """Tokens a row."""
-    order: Literal["shuffle", "sequential", "bos"] = "shuffle"
+    order: Literal["shuffle", "sequential", "bos", "packed", "grouped"] = "shuffle"
     """shuffle: every document once an epoch, in a new order each epoch; sequential: as stored (the lecture); bos:
-    shuffled, packed so that every row begins with a document, what does not fit cut off."""
+    shuffled, packed so that every row begins with a document, what does not fit cut off. Of conversations (regpt
+    finetune): packed: several to a row, none cut, each masked from the others; grouped: one a row, like lengths
+    together."""
     shuffle_rows: Annotated[ShuffleRows, Range(2, MANY)] = "epoch"
     """Of the orders shuffle and bos. epoch: rows are permuted over the whole epoch, so that a batch's rows come from
     different documents; a number: within windows of so many rows, for slow storage; none: in the documents' order."""

@@ -6,6 +6,7 @@ import numpy as np
 
 from regpt.data.bos import PackedRows
 from regpt.data.mixture import MixedRows
+from regpt.data.packed import ConversationRows
 from regpt.data.rows import Rows, ShuffledRows, StreamRows
 from regpt.data.stream import ShardStream, StoredTokens, by_epoch
 
@@ -33,6 +34,8 @@ class DocumentSlice:
 
 def row_pieces(rows: Rows, row: int) -> list[DocumentSlice]:
     """The parts that `row`, its last target included, is made of, from left to right."""
+    if isinstance(rows, ConversationRows):
+        return conversation_pieces(rows, row)
     corpus, begins, ends = stored_ranges(rows, row)
     starts = corpus.starts
     pieces: list[DocumentSlice] = []
@@ -48,6 +51,15 @@ def row_pieces(rows: Rows, row: int) -> list[DocumentSlice]:
             place += stop - begin
             begin = stop
     return pieces
+
+
+def conversation_pieces(rows: ConversationRows, row: int) -> list[DocumentSlice]:
+    """The conversations in `row`, whole."""
+    documents, _, places = rows.layout(row, 1)
+    folder, starts = str(rows.corpus.folder), rows.starts
+    tokens = [rows.corpus.read(starts[d : d + 1], starts[d + 1 : d + 2]) for d in documents]
+    found = zip(documents.tolist(), places.tolist(), tokens)
+    return [DocumentSlice(folder, document, 0, row, place, own) for document, place, own in found]
 
 
 def stored_ranges(rows: Rows, row: int) -> tuple[StoredTokens, np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from regpt.data.batch import Batch
 from regpt.data.order import splitmix64
+from regpt.data.packed import ConversationRows
 from regpt.data.ramp import Stage, rows_in_stage, stage_at, tokens_before
 from regpt.data.rows import Rows
 from regpt.errors import UsageError, UserError
@@ -196,12 +197,21 @@ def row_batch(rows: Rows, first: int, count: int, eot: int | None = None, pin_me
 
     `pin_memory` allocates page-locked memory, from which copies to a GPU are asynchronous.
     """
+    if isinstance(rows, ConversationRows):
+        return conversation_batch(rows, first, count, pin_memory)
     tokens = rows.read(first, count)  # (count, T + 1)
     batch = Batch(as_tensor(tokens[:, :-1], pin_memory), as_tensor(tokens[:, 1:], pin_memory))
     if eot is None:
         return batch
     positions, cu_seqlens = document_bounds(tokens[:, :-1] == eot)
     return batch._replace(positions=as_tensor(positions, pin_memory), cu_seqlens=as_tensor(cu_seqlens, pin_memory))
+
+
+def conversation_batch(rows: ConversationRows, first: int, count: int, pin_memory: bool = False) -> Batch:
+    """Rows of conversations, each masked from the others in its row, with the answers as targets."""
+    idx, targets, _, starts = rows.read_batch(first, count)
+    positions, cu_seqlens = document_bounds(starts)
+    return Batch(*(as_tensor(array, pin_memory) for array in (idx, targets, positions, cu_seqlens)))
 
 
 def dropout_keys(seed: int, first: int, count: int) -> np.ndarray:

@@ -32,6 +32,8 @@ class Shard:
         sha256: hash of the token file.
         idx_sha256: hash of the index file.
         continues: the last document goes on in the next shard of the split.
+        parts_sha256: of conversations: hash of the file with one byte a token, 0 for what is only read, else trained
+            on; it is `train-00000.parts`.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -43,10 +45,20 @@ class Shard:
     sha256: str
     idx_sha256: str
     continues: bool = False
+    parts_sha256: str = ""
 
     @property
     def idx_file(self) -> str:
         return self.file.removesuffix(".bin") + ".idx"
+
+    @property
+    def parts_file(self) -> str:
+        return self.file.removesuffix(".bin") + ".parts"
+
+    def files(self, width: int) -> list[tuple[str, int, str]]:
+        """Name, bytes and SHA-256 of each of its files; a token has `width` bytes."""
+        found = [(self.file, self.tokens * width, self.sha256), (self.idx_file, self.documents * 8, self.idx_sha256)]
+        return found + ([(self.parts_file, self.tokens, self.parts_sha256)] if self.parts_sha256 else [])
 
 
 @dataclass(frozen=True)
@@ -97,8 +109,17 @@ class Manifest:
     def numpy_dtype(self) -> np.dtype:
         return np.dtype(self.dtype).newbyteorder("<")
 
+    @property
+    def has_parts(self) -> bool:
+        """Whether the documents are conversations, with a part for every token."""
+        return bool(self.shards) and all(shard.parts_sha256 for shard in self.shards)
+
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        content = asdict(self)
+        for shard in content["shards"]:
+            if not shard["parts_sha256"]:
+                del shard["parts_sha256"]
+        return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -177,7 +198,7 @@ def wrong_sizes(folder: Path, manifest: Manifest) -> dict[str, str]:
     """A phrase for each file of `manifest`, by name, that is missing or has another size."""
     width, wrong = manifest.numpy_dtype.itemsize, dict[str, str]()
     for shard in manifest.shards:
-        for name, expected in ((shard.file, shard.tokens * width), (shard.idx_file, shard.documents * 8)):
+        for name, expected, _ in shard.files(width):
             path = folder / name
             found = path.stat().st_size if is_file(path) else None
             if found is not None and found != expected:

@@ -11,10 +11,12 @@ from regpt.data.bos import PackedRows
 from regpt.data.config import ShuffleRows, check_shuffle_rows
 from regpt.data.manifest import Manifest
 from regpt.data.order import row_key, row_offset, shuffled
+from regpt.data.packed import ConversationRows
 from regpt.data.stream import ShardStream, Span, StoredTokens, document_starts, open_stream
-from regpt.errors import UsageError, nearest
+from regpt.errors import UsageError, UserError, nearest
 
-ORDERS = ("shuffle", "sequential", "bos")
+CONVERSATIONS = ("packed", "grouped")
+ORDERS = ("shuffle", "sequential", "bos", *CONVERSATIONS)
 
 
 class Rows(Protocol):
@@ -55,16 +57,28 @@ def open_rows(
     seed: int,
     seq_len: int,
     shuffle_rows: ShuffleRows = "epoch",
+    batch_rows: int = 0,
 ) -> Rows:
-    """The rows of one split of `folder`; `seed` and `shuffle_rows` matter to `shuffle` and `bos`.
+    """The rows of one split of `folder`; `seed` matters to all orders but `sequential`, `shuffle_rows` to `shuffle` and
+    `bos`, `batch_rows` to `grouped`. Of conversations, `sequential` is packed rows that are not permuted.
 
     Raises:
         UsageError: an unknown order, or a window of fewer than 2 rows.
-        UserError: no tokens in the split, too few for a row of `bos`, or an index that does not fit its shard.
+        UserError: no tokens in the split, too few for a row of `bos`, an index that does not fit its shard, or
+            conversations in an order for text, and text in one for conversations.
     """
     if order not in ORDERS:
         raise UsageError(f"data.order is {order!r}{nearest(order, ORDERS)}; choose from {', '.join(ORDERS)}")
     check_shuffle_rows(shuffle_rows)
+    if manifest.has_parts and order == "sequential":
+        order = "placed"
+    if order in (*CONVERSATIONS, "placed"):
+        return ConversationRows(folder, manifest, split, order, seed, seq_len, batch_rows)
+    if manifest.has_parts:
+        raise UserError(
+            f"{str(folder)!r} holds conversations, of which only the answers are trained on; set data.order to packed "
+            f"or grouped, not {order}"
+        )
     if order == "bos":
         starts = document_starts(folder, manifest, split)
         return PackedRows(StoredTokens(folder, manifest, split), starts, seed, seq_len, shuffle_rows)

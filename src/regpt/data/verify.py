@@ -11,6 +11,7 @@ from regpt.files import file_sha256, is_file
 from regpt.text.open import NAMED, open_tokenizer
 
 SMALL_BYTES = 256 << 20  # half a second of SHA-256 on a core without instructions for it
+LAST_PART = 2  # 0 read only, 1 an answer's text, 2 what the template writes in and after an answer
 CHUNK_TOKENS = 16_000_000  # tokens compared at a time: tens of megabytes
 
 
@@ -18,7 +19,8 @@ def verify(folder: Path, progress: Callable[[str], None] | None = None) -> list[
     """One sentence for each damage found, none for an intact folder; `progress` hears each file's name first.
 
     Files are hashed and compared with the manifest, and their contents with the format: documents start with the
-    end-of-text token and nothing else is one, starts increase, every token is in the vocabulary.
+    end-of-text token and nothing else is one (but for conversations, which have parts), starts increase, every token is
+    in the vocabulary.
 
     Raises:
         UserError: there is no readable manifest.
@@ -31,7 +33,7 @@ def verify(folder: Path, progress: Callable[[str], None] | None = None) -> list[
         for shard in manifest.split(split):
             if progress:
                 progress(shard.file)
-            if not {shard.file, shard.idx_file} & wrong.keys():
+            if not {shard.file, shard.idx_file, shard.parts_file} & wrong.keys():
                 damage += check_shard(folder, shard, manifest, continued)
             continued = shard.continues
         if continued:
@@ -46,9 +48,8 @@ def verify_small(folder: Path, manifest: Manifest, at_most: int = SMALL_BYTES) -
     Raises:
         UserError: the first file that is damaged.
     """
-    names = [
-        (name, sha256) for s in manifest.shards for name, sha256 in ((s.file, s.sha256), (s.idx_file, s.idx_sha256))
-    ]
+    width = manifest.numpy_dtype.itemsize
+    names = [(name, sha256) for shard in manifest.shards for name, _, sha256 in shard.files(width)]
     total = sum((folder / name).stat().st_size for name, _ in names)
     for name, sha256 in names if total <= at_most else ():
         if file_sha256(folder / name) != sha256:
@@ -82,7 +83,7 @@ def check_shard(folder: Path, shard: Shard, manifest: Manifest, continued: bool)
     """What is wrong with one shard; `continued`: it begins inside a document of the shard before."""
     damage = [
         f"{folder / name} is damaged: its SHA-256 is not the manifest's"
-        for name, expected in ((shard.file, shard.sha256), (shard.idx_file, shard.idx_sha256))
+        for name, _, expected in shard.files(manifest.numpy_dtype.itemsize)
         if file_sha256(folder / name) != expected
     ]
     if damage:  # what is in such a file would only repeat it
@@ -91,8 +92,21 @@ def check_shard(folder: Path, shard: Shard, manifest: Manifest, continued: bool)
     if problem := wrong_starts(starts, shard.tokens, continued):
         return [f"{folder / shard.idx_file}: {problem}"]
     tokens = np.memmap(folder / shard.file, dtype=manifest.numpy_dtype, mode="r")
-    problem = wrong_tokens(tokens, starts, manifest)
-    return [f"{folder / shard.file}: {problem}"] if problem else []
+    if problem := wrong_tokens(tokens, starts, manifest, shard.parts_sha256 != ""):
+        return [f"{folder / shard.file}: {problem}"]
+    if shard.parts_sha256 and (problem := wrong_parts(np.fromfile(folder / shard.parts_file, np.uint8), starts)):
+        return [f"{folder / shard.parts_file}: {problem}"]
+    return []
+
+
+def wrong_parts(parts: np.ndarray, starts: np.ndarray) -> str | None:
+    """What is wrong with the parts of conversations, which begin with whatever their template writes."""
+    if int(parts.max(initial=0)) > LAST_PART:
+        return f"part {parts.max()} is not one of 0 to {LAST_PART}"
+    if parts[starts].any():
+        return "the first token of a conversation is trained on, and nothing precedes it"
+    empty = int(np.count_nonzero(np.add.reduceat(parts, starts, dtype=np.int64) == 0)) if len(starts) else 0
+    return f"{empty:,} conversations have nothing to train on" if empty else None
 
 
 def wrong_starts(starts: np.ndarray, tokens: int, continued: bool) -> str | None:
@@ -105,8 +119,10 @@ def wrong_starts(starts: np.ndarray, tokens: int, continued: bool) -> str | None
     return None
 
 
-def wrong_tokens(tokens: np.ndarray, starts: np.ndarray, manifest: Manifest) -> str | None:
-    if (tokens[starts] != manifest.eot).any():
+def wrong_tokens(
+    tokens: np.ndarray, starts: np.ndarray, manifest: Manifest, conversations: bool = False
+) -> str | None:
+    if not conversations and (tokens[starts] != manifest.eot).any():
         return f"a document does not start with token {manifest.eot}"
     ends = 0
     for i in range(0, len(tokens), CHUNK_TOKENS):
@@ -114,6 +130,6 @@ def wrong_tokens(tokens: np.ndarray, starts: np.ndarray, manifest: Manifest) -> 
         if (largest := int(chunk.max())) >= manifest.vocab_size:
             return f"token {largest} is not in the vocabulary of {manifest.vocab_size}"
         ends += int(np.count_nonzero(chunk == manifest.eot))
-    if ends != len(starts):
+    if not conversations and ends != len(starts):
         return f"token {manifest.eot} occurs {ends:,} times, but {len(starts):,} documents start"
     return None

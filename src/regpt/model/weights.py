@@ -110,6 +110,24 @@ def state_tensors(model: Transformer) -> dict[str, Tensor]:
     return {name: unpadded(model, name, p.detach()) for name, p in model.named_parameters()}
 
 
+def grown_weights(model: Transformer, weights: Mapping[str, Tensor], seed: int) -> Mapping[str, Tensor]:
+    """`weights` with rows for the tokens that `model` has more.
+
+    A new row is the mean of the others, so that its token is neither likely nor impossible (Hewitt 2021, "Initializing
+    new word embeddings for pretrained language models"), plus a tenth of their standard deviation in noise, by which
+    new tokens differ from each other from the start.
+    """
+    found = dict(weights)
+    for name in model.padded_names & weights.keys():
+        old = weights[name]
+        new = model.config.vocab_size - len(old)
+        if new > 0:
+            noise = torch.randn(new, *old.shape[1:], generator=named_generator(seed, f"grown/{name}"))
+            rows = old.float().mean(0).cpu() + 0.1 * old.float().std(0).cpu() * noise
+            found[name] = torch.cat([old, rows.to(old)])
+    return found
+
+
 @torch.no_grad()
 def load_weights(model: Transformer, weights: Mapping[str, Tensor]) -> Transformer:
     """Copy `weights`, named as in `state_tensors`, into the model; padding rows become zero.

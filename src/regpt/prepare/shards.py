@@ -22,7 +22,7 @@ from regpt.text.open import NAMED
 from regpt.text.tokenizer import Tokenizer
 
 BLOCK_TOKENS = 4 << 20  # copied at a time
-OURS = re.compile(r"(((train|val)-\d{5,}\.(bin|idx))|tokenizer\.json|removed\.jsonl|manifest\.json)(\.partial)?")
+OURS = re.compile(r"(((train|val)-\d{5,}\.(bin|idx|parts))|tokenizer\.json|removed\.jsonl|manifest\.json)(\.partial)?")
 
 
 class Assembly:

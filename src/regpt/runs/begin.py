@@ -31,13 +31,14 @@ from regpt.evals.specs import Spec
 from regpt.files import exists, file_sha256, is_file
 from regpt.files import resolved as whole_path
 from regpt.model.config import FAMILIES, LAYERED, ROTARY, ModelConfig
-from regpt.model.weights import initialize, load_weights, state_tensors
+from regpt.model.weights import grown_weights, initialize, load_weights, state_tensors
 from regpt.parallel.mesh import Mesh, open_mesh
 from regpt.remote import is_address
 from regpt.runs.build import Corpus, build_loader, build_model, build_trainer, open_corpus, with_chosen_rows
 from regpt.runs.changes import ROUNDING_KEYS, Changes, describe, first_row, listed, ramp_steps
 from regpt.runs.folder import made_with
 from regpt.runs.remote import on_this_machine
+from regpt.text.companions import read_companions
 from regpt.text.tokenizer import Tokenizer
 from regpt.train.average import Average
 from regpt.train.optim import load_optimizer, make_optimizer
@@ -76,13 +77,14 @@ class Run:
         self.config, self.mesh = replace(config, data=data, eval=with_whole_paths(config.eval)), mesh
         self.model = build_model(self.config, mesh.device)
         self.optimizer = make_optimizer(self.model, config.optim, mesh.device, config.train.seed)
-        self.companions: Mapping[str, str] = {}
+        # Conversations bring the template that they were rendered with.
+        self.companions = read_companions(self.corpus.folders[0].path)
 
     def keep_companions(self, tokenizer: Tokenizer, companions: Mapping[str, str]) -> None:
         """Hand on the chat template and the options of generation of the model that the run begins with; they name
         tokens of its tokenizer."""
         if tokenizer.sha256 == self.corpus.tokenizer.sha256:
-            self.companions = companions
+            self.companions = {**companions, **read_companions(self.corpus.folders[0].path)}
 
     def begin(self, start: "Start", stack: ExitStack) -> None:
         """Build the loader and the trainer at `start`; batches are prefetched in a thread until `stack` is closed."""
@@ -152,11 +154,19 @@ def start_new(run: Run, init_from: str | None) -> Start:
         return Start()
     source = open_model(on_this_machine(init_from, run.mesh))
     differing = other_fields(source.model.config, config.model)
+    if extends(run.corpus.tokenizer, source.tokenizer):
+        differing.pop("vocab_size", None)
     refuse_other_weights(init_from, differing, config.model)
-    load_weights(model, state_tensors(source.model))
+    load_weights(model, grown_weights(model, state_tensors(source.model), config.train.seed))
     run.keep_companions(source.tokenizer, source.companions)
     said = ", ".join(f"model.{key} {here} instead of {there}" for key, (there, here) in differing.items())
     return Start(changed=f"--init-from {init_from}: the same weights in another model: {said}" if said else "")
+
+
+def extends(tokenizer: Tokenizer, other: Tokenizer) -> bool:
+    """Whether `tokenizer` has the tokens of `other`, and more after them."""
+    n = other.n_vocab
+    return tokenizer.n_vocab > n and all(tokenizer.token_bytes(i) == other.token_bytes(i) for i in range(n))
 
 
 def other_fields(there: ModelConfig, here: ModelConfig) -> dict[str, tuple[Any, Any]]:

@@ -27,7 +27,7 @@ from regpt.model.ops import PLAIN, Ops
 from regpt.model.transformer import Transformer
 from regpt.model.weights import allocate, without_memory
 from regpt.parallel.mesh import Mesh
-from regpt.runs.validation import ValidationPart, folder_parts, mixture_parts
+from regpt.runs.validation import ValidationPart, conversation_rows, folder_parts, mixture_parts
 from regpt.text.tokenizer import Tokenizer
 from regpt.train.backend import make_backend
 from regpt.train.balance import make_balance
@@ -114,10 +114,14 @@ class Corpus:
     def tokens(self, split: str) -> int:
         return sum(folder.manifest.tokens(split) for folder in self.folders)
 
-    def rows(self, split: str, order: str, seed: int, seq_len: int, shuffle_rows: ShuffleRows = "epoch") -> Rows:
+    def rows(
+        self, split: str, order: str, seed: int, seq_len: int, shuffle_rows: ShuffleRows = "epoch", batch_rows: int = 0
+    ) -> Rows:
         """The rows of a split; for validation, a mixture leaves out the folders that held out nothing."""
+        if len(self.folders) > 1 and any(folder.manifest.has_parts for folder in self.folders):
+            raise UserError("folders of conversations are not mixed; give regpt finetune all their files with --data")
         chosen = [k for k, folder in enumerate(self.folders) if split == "train" or folder.manifest.tokens(split)]
-        settings = (split, order, seed, seq_len, shuffle_rows)
+        settings = (split, order, seed, seq_len, shuffle_rows, batch_rows)
         parts = [open_rows(self.folders[k].path, self.folders[k].manifest, *settings) for k in chosen]
         return parts[0] if len(self.folders) == 1 else MixedRows(parts, [self.shares[k] for k in chosen])
 
@@ -190,7 +194,8 @@ def build_loader(
 ) -> Loader | RampLoader:
     """The batches of a run: from `first_row` on, or with a ramp `ahead` steps later than their numbers."""
     data, train = config.data, config.train
-    rows = corpus.rows("train", data.order, data.seed, data.seq_len, data.shuffle_rows)
+    batch_rows = train.batch_tokens // data.seq_len
+    rows = corpus.rows("train", data.order, data.seed, data.seq_len, data.shuffle_rows, batch_rows)
     settings: dict[str, Any] = {
         "micro_batch_rows": train.first_rows,
         "dp_rank": mesh.rank,
@@ -273,6 +278,8 @@ def count_validation_rows(config: RunConfig, corpus: Corpus) -> int:
     if not any(tokens):
         return 0
     T = config.data.seq_len
+    if corpus.folders[0].manifest.has_parts:
+        return conversation_rows(corpus.rows("val", "sequential", 0, T), config.eval.val_tokens)
     rows = [count_rows(n, T) for n in tokens if n]
     mixed = corpus.rows("val", "sequential", 0, T)
     whole = mixed.rows_within(rows) if isinstance(mixed, MixedRows) else rows[0]

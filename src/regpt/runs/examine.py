@@ -58,7 +58,8 @@ def own_part_is_finite(trainer: Trainer) -> bool:
 def document_losses(trainer: Trainer, loader: Loader, tokenizer: Tokenizer) -> Iterable[dict[str, Any]]:
     """The documents of this process's rows, each with the mean loss of its tokens there (None: none is predicted)."""
     for row, batch in zip(loader.step_rows(trainer.data_step), loader.step(trainer.data_step, 1)):
-        losses = token_losses(trainer, batch).tolist()
+        carried = (batch.targets[0] != IGNORE_INDEX).tolist()
+        losses = [x if valid else None for x, valid in zip(token_losses(trainer, batch).tolist(), carried)]
         for piece in row_pieces(loader.rows, row):
             # Target t is token t + 1 of the row.
             own = [x for x in losses[max(piece.place - 1, 0) : piece.place - 1 + len(piece.tokens)] if x is not None]

@@ -13,10 +13,11 @@ from regpt.data.batch import IGNORE_INDEX, Batch
 from regpt.data.loader import row_batch
 from regpt.data.manifest import Manifest
 from regpt.data.mixture import MixedRows
-from regpt.data.rows import Rows, StreamRows
+from regpt.data.rows import Rows, StreamRows, open_rows
 from regpt.data.stream import Span, document_starts, open_stream
 from regpt.evals.perplexity import Validation, batch_losses, count_rows, loss_sums, validation_of
 from regpt.parallel.mesh import Mesh
+from regpt.ranges import MANY
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ def folder_parts(folder: Path, manifest: Manifest, seq_len: int, limit_tokens: i
         UserError: not one row.
         UsageError: a limit below one row.
     """
+    if manifest.has_parts:
+        rows = open_rows(folder, manifest, "val", "sequential", 0, seq_len)
+        return [ValidationPart("", rows, conversation_rows(rows, limit_tokens))]
     stream = open_stream(folder, manifest, "val", "sequential", seed=0)
     n_rows = count_rows(stream.epoch_tokens, seq_len, limit_tokens)
     spans = source_spans(folder, manifest)
@@ -58,6 +62,11 @@ def folder_parts(folder: Path, manifest: Manifest, seq_len: int, limit_tokens: i
         ValidationPart(name, StreamRows(Span(stream, *spans[name]), seq_len), max(1, int(rows * share)))
         for name, rows in whole.items()
     ]
+
+
+def conversation_rows(rows: Rows, limit_tokens: int = 0) -> int:
+    """Rows of a validation on conversations that hold at most `limit_tokens`, 0 for all of them; one at least."""
+    return rows.epoch_rows(max(1, limit_tokens // rows.seq_len) if limit_tokens else MANY)
 
 
 def source_spans(folder: Path, manifest: Manifest) -> dict[str, tuple[int, int]]:

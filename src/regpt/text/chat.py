@@ -1,10 +1,17 @@
-"""Messages → TOKENS, by a model's chat template (Jinja, as Hugging Face's `chat_template`)."""
+"""Messages → TOKENS, by a model's chat template (Jinja, as Hugging Face's `chat_template`).
 
+A conversation is rendered in pieces: with and without the header of the next answer, message by message. Each token
+knows the piece it is from, so what is trained on is never searched for in the text, and an answer is encoded apart from
+what precedes it, in training as in use.
+"""
+
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import TemplateError
@@ -16,7 +23,30 @@ from regpt.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]  # role and content
 APART = "\ue000"  # within a user's text, cuts what spells a special token; of no script, and taken out again
-ANSWER = "\ue001"  # in place of an answer, to see what follows one
+PROBE = "\ue001"  # in place of an answer, to see what the template writes around one
+CONTEXT, ANSWER, FORMAT = 0, 1, 2  # parts: read only, an answer's text, what the template writes in and after an answer
+
+
+class Piece(NamedTuple):
+    """A part of a rendered conversation that is encoded by itself.
+
+    Attributes:
+        text: with `APART` in what only spells a special token.
+        message: index of the message, of a longer context of its first one.
+        part: CONTEXT, ANSWER or FORMAT.
+    """
+
+    text: str
+    message: int
+    part: int
+
+
+class EncodedConversation(NamedTuple):
+    """Token ids (n,) uint32, and for each its part (n,) uint8 and the index of its message (n,) int32."""
+
+    ids: np.ndarray
+    parts: np.ndarray
+    messages: np.ndarray
 
 
 class ChatTemplate:
@@ -61,19 +91,86 @@ class ChatTemplate:
 
     def encode(self, messages: Sequence[Message], *, answer_next: bool = True) -> list[int]:
         """Token ids of `render`. Special tokens are those that the template writes: what spells one in a message is
-        encoded as ordinary characters."""
-        apart = [{key: self.keep_apart(value) for key, value in message.items()} for message in messages]
-        text = self.render(apart, answer_next=answer_next)
+        encoded as ordinary characters. Answers are encoded apart from what precedes them, as in training, where the
+        template can be divided."""
+        try:
+            pieces = self.pieces(messages, answer_next=answer_next)
+        except UserError:
+            pieces = [Piece(self.render(self.apart(messages), answer_next=answer_next), 0, CONTEXT)]
+        return self.encode_pieces(pieces).ids.tolist()
+
+    def encode_training(self, messages: Sequence[Message]) -> EncodedConversation:
+        """The tokens of a whole conversation with their parts; an answer with `weight` 0 is read only.
+
+        Raises:
+            UserError: the template refuses the messages, cannot be divided, or writes nothing that ends an answer.
+        """
+        if self.end_of_turn is None:
+            raise UserError(
+                "the chat template writes no special token after an answer, so a model cannot learn to end one; give "
+                "another with --template"
+            )
+        return self.encode_pieces(self.pieces(messages))
+
+    def pieces(self, messages: Sequence[Message], *, answer_next: bool = False) -> list[Piece]:
+        """The rendered conversation, cut before and after each answer and after the token that ends it.
+
+        Raises:
+            UserError: the template refuses the messages, or what it writes of an answer depends on what follows.
+        """
+        apart = self.apart(messages)
+        whole = self.render(apart, answer_next=answer_next)
+        pieces: list[Piece] = []
+        at, first = 0, 0
+        for i, message in enumerate(apart):
+            if message.get("role") != "assistant":
+                continue
+            header = self.render(apart[:i])
+            alone = i + 1 == len(apart) and not answer_next
+            until = whole if alone else self.render(apart[: i + 1], answer_next=False)
+            probe = self.render([*apart[:i], {**message, "content": PROBE}], answer_next=False)
+            lead, cut, tail = probe[len(header) :].partition(PROBE)
+            said = until[len(header) + len(lead) : len(until) - len(tail)]
+            if not (at <= len(header) and whole.startswith(until) and probe.startswith(header) and cut) or (
+                until != header + lead + said + tail
+            ):
+                raise UserError(
+                    f"the chat template cannot be divided at message {i}: what it writes up to there changes with what "
+                    "follows, so the tokens of the answer are not known; give another with --template"
+                )
+            ending = self.names.search(tail)
+            end = len(until) - len(tail) + (ending.end() if ending else 0)
+            trained = message.get("weight", 1) != 0
+            pieces.append(Piece(whole[at : len(header)], first, CONTEXT))
+            for text, part in ((lead, FORMAT), (said, ANSWER), (until[len(until) - len(tail) : end], FORMAT)):
+                pieces.append(Piece(text, i, part if trained else CONTEXT))
+            at, first = end, i + 1
+        pieces.append(Piece(whole[at:], first, CONTEXT))
+        return [piece for piece in pieces if piece.text]
+
+    def encode_pieces(self, pieces: Sequence[Piece]) -> EncodedConversation:
+        """Encode each piece by itself, and the names of special tokens in it as these."""
         ids: list[int] = []
-        at = 0
-        for found in [*self.names.finditer(text), None]:
-            part = text[at : None if found is None else found.start()].replace(APART, "")
-            encode = self.tokenizer.encode_continuations if ids else self.tokenizer.encode_batch
-            ids += encode([part])[0].tolist() if part else []
-            if found is not None:
-                ids.append(self.special[found.group()])
-                at = found.end()
-        return ids
+        counts: list[int] = []
+        for piece in pieces:
+            before, at = len(ids), 0
+            for found in [*self.names.finditer(piece.text), None]:
+                part = piece.text[at : None if found is None else found.start()].replace(APART, "")
+                encode = self.tokenizer.encode_continuations if ids else self.tokenizer.encode_batch
+                ids += encode([part])[0].tolist() if part else []
+                if found is not None:
+                    ids.append(self.special[found.group()])
+                    at = found.end()
+            counts.append(len(ids) - before)
+        parts, messages = ([piece.part for piece in pieces], [piece.message for piece in pieces])
+        return EncodedConversation(
+            np.array(ids, dtype=np.uint32),
+            np.repeat(np.array(parts, dtype=np.uint8), counts),
+            np.repeat(np.array(messages, dtype=np.int32), counts),
+        )
+
+    def apart(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        return [{key: self.keep_apart(value) for key, value in message.items()} for message in messages]
 
     def keep_apart(self, value: Any) -> Any:
         """`value` without the names of special tokens in its strings."""
@@ -86,12 +183,16 @@ class ChatTemplate:
 
     def find_end_of_turn(self) -> int | None:
         try:
-            messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER}]
-            _, _, after = self.render(messages, answer_next=False).partition(ANSWER)
+            messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
+            _, _, after = self.render(messages, answer_next=False).partition(PROBE)
         except UserError:
             return None
         found = self.names.match(after.lstrip())
         return None if found is None else self.special[found.group()]
+
+    @cached_property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.source.encode()).hexdigest()
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

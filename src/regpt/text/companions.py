@@ -1,12 +1,12 @@
-"""Texts next to a model of Hugging Face's, on which no number depends: chat template and options of generation."""
+"""Texts next to a model on which no number depends: chat template, its certificate, and options of generation."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 from regpt.files import is_file
-from regpt.text.folder import CHAT, GENERATION, OPTIONS, read_optional, read_text
+from regpt.text.folder import CERTIFICATE, CHAT, GENERATION, OPTIONS, read_optional, read_text
 
-COMPANIONS = (CHAT, GENERATION)
+COMPANIONS = (CHAT, GENERATION, CERTIFICATE)
 
 
 def read_companions(folder: Path) -> dict[str, str]:

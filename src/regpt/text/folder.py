@@ -18,6 +18,7 @@ from regpt.text.tokenizer import ENDOFTEXT
 TOKENIZER, VOCAB, MERGES, MODEL = "tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model"
 OPTIONS, ADDED, NAMES = "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"
 GENERATION, CONFIG, CHAT = "generation_config.json", "config.json", "chat_template.jinja"
+CERTIFICATE = "chat_certificate.json"  # of the template (`text.certificate`)
 STEPS = ("normalizer", "pre_tokenizer")
 GPT2_CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast")  # what transformers makes of a vocab.json and a merges.txt
 Json = dict[str, Any]

@@ -1,0 +1,98 @@
+"""`regpt finetune`: train a model on conversations; look at what it is trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from regpt.cli.parse import local_folder, parse
+from regpt.cli.train import flag_value, named_recipe
+from regpt.config import RunConfig, read_config, recipe_names
+from regpt.errors import UsageError
+from regpt.ranges import LARGE, MANY, Range
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Train a model on conversations: an ordinary run, which `regpt train --resume`, replay, report and chat take. Every
+    value of the configuration is a flag, as in regpt train."""
+
+    recipe: tyro.conf.Positional[str] = ""
+    """A recipe by name, such as sft-124m, or a .toml file; with --look and nothing else, a run."""
+    init_from: str = ""
+    """The model to begin with: a run, a checkpoint, a Hugging Face folder or hub name such as gpt2."""
+    data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """File of conversations (.jsonl, .json, .csv, .parquet, perhaps compressed); repeat it for several."""
+    out: str = ""
+    """New folder for the run; its data are written to RUN/data."""
+    epochs: Annotated[float, Range(0, LARGE, above=True)] = 3.0
+    """How often every conversation is read; --train.steps replaces it."""
+    val_fraction: Annotated[float, Range(0, 1, below=True)] = 0.05
+    """Share of the conversations that is held out for validation, by the hash of what the user asks first."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """A bad row, or a conversation longer than data.seq_len: stop with its number and reason, or leave it out."""
+    template: str = ""
+    """Chat template: plain, chatml, or a Jinja file; default: the model's own, else plain."""
+    add_tokens: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Add ChatML's two special tokens to the vocabulary, and use its template."""
+    look: Annotated[int, Range(0, MANY)] = 0
+    """Print so many rows of the first batch, what is trained on in colour (in a file in brackets), and end."""
+    step: Annotated[int, Range(1, MANY)] = 1
+    """With --look: the batch of this update."""
+    config: Annotated[tyro.conf.FlagConversionOff[RunConfig], tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+
+
+def main(args: list[str]) -> int:
+    recipe = named_recipe(Finetune, args, prog="regpt finetune")
+    if flag_value(args, "--look") and Path(recipe).is_dir():
+        return look_at_run(parse(Finetune, args, prog="regpt finetune"))
+    default = Finetune(recipe=recipe, config=read_config(recipe)) if recipe else None
+    given = parse(Finetune, args, prog="regpt finetune", default=default, stores=["out"])
+    refuse_missing(given)
+    from regpt.runs.finetune import FinetuneRequest, finetune, prepare_run
+
+    asked = FinetuneRequest(
+        given.init_from,
+        given.data,
+        local_folder(given.out, "regpt finetune"),
+        None if flag_value(args, "--train.steps") else given.epochs,
+        given.val_fraction,
+        given.on_error,
+        given.template,
+        given.add_tokens,
+    )
+    if given.look:
+        from regpt.runs.look import look
+
+        look(prepare_run(asked, given.config), given.look, given.step)
+        return 0
+    return finetune(asked, given.config, argv=["regpt", "finetune", *args])
+
+
+def look_at_run(given: Finetune) -> int:
+    from regpt.runs.look import look
+    from regpt.runs.replay import config_of
+
+    run = Path(given.recipe)
+    config = config_of(run, given.step)
+    look(replace(config, train=replace(config.train, device="cpu")), given.look, given.step)
+    return 0
+
+
+def refuse_missing(given: Finetune) -> None:
+    """Raise a UsageError for what is needed and not there."""
+    if not given.recipe:
+        raise UsageError(
+            "no recipe was given; regpt finetune RECIPE --init-from MODEL --data FILE --out RUN, with one of "
+            f"{', '.join(name for name in recipe_names() if name.startswith('sft'))}"
+        )
+    for flag, value, what in (
+        ("--init-from", given.init_from, "the model to begin with, such as gpt2 or a run"),
+        ("--data", given.data, "a file of conversations"),
+        ("--out", given.out, "a folder for the run that does not exist yet"),
+    ):
+        if not value:
+            raise UsageError(f"{flag} is missing; give {what}")

@@ -1,0 +1,169 @@
+"""Conversations → a folder of token shards with parts, their chat template and its certificate."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from regpt.data.manifest import Manifest, Shard, read_manifest
+from regpt.errors import UsageError, UserError
+from regpt.files import exists, file_sha256, is_file, write_bytes, write_json, write_text
+from regpt.prepare.conversations import Conversation, ConversationReader, Messages
+from regpt.prepare.shards import finish_folder, remove_leftovers
+from regpt.prepare.split import fraction
+from regpt.text.certificate import certify
+from regpt.text.chat import CONTEXT, ChatTemplate
+from regpt.text.folder import CERTIFICATE, CHAT
+
+CERTIFIED = 1000  # conversations on which the template is checked; every one is divided, which proves most of it
+
+
+@dataclass(frozen=True)
+class ConversationOptions:
+    """How files of conversations become shards.
+
+    Attributes:
+        seq_len: tokens that a conversation has at most.
+        val_fraction: of the conversations, held out by the hash of what the user asks first.
+        on_error: a bad row, or one that is too long.
+        pairs: of preferences, both answers, chosen then rejected, as two documents; without it the chosen ones.
+    """
+
+    seq_len: int
+    val_fraction: float = 0.05
+    on_error: Literal["stop", "skip"] = "stop"
+    pairs: bool = False
+
+
+class EncodedSplit:
+    """The documents of a split, as they come."""
+
+    def __init__(self) -> None:
+        self.ids: list[np.ndarray] = []
+        self.parts: list[np.ndarray] = []
+
+    def write(self, folder: Path, split: Literal["train", "val"], dtype: str) -> Shard:
+        """Write one shard: tokens, starts, parts."""
+        lengths = [len(ids) for ids in self.ids]
+        starts = (np.cumsum(lengths) - lengths).astype("<i8")
+        tokens = np.concatenate(self.ids).astype(np.dtype(dtype).newbyteorder("<"))
+        data = tokens.tobytes(), starts.tobytes(), np.concatenate(self.parts).tobytes()
+        hashes = [hashlib.sha256(one).hexdigest() for one in data]
+        shard = Shard(f"{split}-00000.bin", split, len(tokens), len(starts), hashes[0], hashes[1], False, hashes[2])
+        for name, content in zip((shard.file, shard.idx_file, shard.parts_file), data):
+            write_bytes(folder / name, content)
+        return shard
+
+
+def prepare_conversations(
+    paths: Sequence[Path], folder: Path, template: ChatTemplate, options: ConversationOptions
+) -> Manifest:
+    """Write the shards of the conversations in `paths` to `folder`, with template and certificate; a finished folder of
+    the same files, template and options is left as it is.
+
+    Raises:
+        UsageError: a fraction outside 0 to 1.
+        UserError: a bad row (with `on_error` stop), no conversation left, a split without any, a template whose claims
+            do not hold, or a folder made of other files.
+    """
+    if not 0 <= options.val_fraction < 1:
+        raise UsageError(f"--val-fraction is {options.val_fraction:g}, must be 0 or more and below 1")
+    for path in paths:
+        if not is_file(path):
+            raise UserError(f"--data {str(path)!r} is not a file; give a file of conversations")
+    sources = [{"source": str(path), "sha256": file_sha256(path)} for path in paths]
+    facts = asdict(options) | {"template_sha256": template.sha256, "tokenizer_sha256": template.tokenizer.sha256}
+    if exists(folder / "manifest.json"):
+        return finished(folder, sources, facts)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    reader = ConversationReader(paths, skip=options.on_error == "skip")
+    splits = {"train": EncodedSplit(), "val": EncodedSplit()}
+    sample: list[Messages] = []
+    for conversation, rows in encoded(reader, template, options):
+        split = splits["val" if is_held_out(conversation, options.val_fraction) else "train"]
+        split.ids += [ids for ids, _ in rows]
+        split.parts += [parts for _, parts in rows]
+        if len(sample) < CERTIFIED:
+            sample.append(conversation.messages)
+    check_counts(reader, splits, options)
+    certificate = certify(template, sample)
+    write_text(folder / CHAT, template.source)
+    write_json(folder / CERTIFICATE, certificate)
+    dtype = "uint16" if template.tokenizer.n_vocab <= 1 << 16 else "uint32"
+    shards = [one.write(folder, name, dtype) for name, one in splits.items() if one.ids]  # type: ignore[arg-type]
+    lengths = template.tokenizer.byte_lengths()
+    return finish_folder(
+        folder,
+        template.tokenizer,
+        dtype,
+        shards,
+        text_bytes={name: sum(int(lengths[ids].sum()) for ids in one.ids) for name, one in splits.items()},
+        sources=[source | {"format": reader.formats[source["source"]]} for source in sources],
+        options=facts,
+        removed={"bad_row": {"documents": reader.skipped}} if reader.skipped else {},
+    )
+
+
+def finished(folder: Path, sources: list[dict[str, Any]], facts: dict[str, Any]) -> Manifest:
+    """The manifest of a finished folder, if it is of these sources and options."""
+    manifest = read_manifest(folder)
+    there = [source.get("sha256") for source in manifest.sources]
+    differing = [key for key in facts if manifest.options.get(key) != facts[key]]
+    differing += ["--data"] if there != [source["sha256"] for source in sources] else []
+    if differing:
+        raise UserError(
+            f"{str(folder)!r} was made of other data or settings ({', '.join(differing)}); delete it, or choose another "
+            "--out"
+        )
+    return manifest
+
+
+def encoded(
+    reader: ConversationReader, template: ChatTemplate, options: ConversationOptions
+) -> Iterator[tuple[Conversation, list[tuple[np.ndarray, np.ndarray]]]]:
+    """Each conversation with the tokens and parts of its documents; what cannot be encoded is refused or skipped."""
+    for conversation in reader:
+        pair = options.pairs and conversation.rejected is not None
+        sides = [conversation.messages, conversation.rejected if pair else None]
+        try:
+            rows = [checked(template, side, options.seq_len) for side in sides if side is not None]
+        except UserError as error:
+            reader.read -= 1
+            reader.refuse(f"{conversation.where}: {error}")
+            continue
+        yield conversation, rows
+
+
+def checked(template: ChatTemplate, messages: Messages, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Raises:
+        UserError: longer than a row, or nothing to train on.
+    """
+    ids, parts, _ = template.encode_training(messages)
+    if len(ids) > seq_len:
+        raise UserError(f"the conversation has {len(ids):,} tokens, more than data.seq_len {seq_len:,}")
+    if not (parts != CONTEXT).any():
+        raise UserError("there is nothing to learn: no token of an answer is left")
+    return ids, parts
+
+
+def is_held_out(conversation: Conversation, val_fraction: float) -> bool:
+    """By what the user says first, so that one question is never in both splits."""
+    asked = next((one["content"] for one in conversation.messages if one["role"] == "user"), "")
+    return fraction(hashlib.sha256(asked.encode()).digest()) < val_fraction
+
+
+def check_counts(reader: ConversationReader, splits: dict[str, EncodedSplit], options: ConversationOptions) -> None:
+    if not any(one.ids for one in splits.values()):
+        first = f", the first: {reader.reasons[0]}" if reader.reasons else ""
+        raise UserError(f"no conversation is left of {reader.skipped:,}{first}; correct the data")
+    for name, one in splits.items():
+        if not one.ids and (name == "train" or options.val_fraction):
+            raise UserError(
+                f"none of the {reader.read:,} conversations fell into the split {name} at --val-fraction "
+                f"{options.val_fraction:g}; give another fraction, or 0 for no validation"
+            )

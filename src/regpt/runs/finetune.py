@@ -1,0 +1,149 @@
+"""Fine-tuning: conversations → shards in the run's folder → an ordinary run over them."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from regpt.checkpoint.open import OpenModel, open_model
+from regpt.config import RunConfig
+from regpt.console.lines import print_line, print_note
+from regpt.data.manifest import Manifest
+from regpt.data.packed import ConversationRows
+from regpt.errors import UsageError, UserError
+from regpt.files import is_file
+from regpt.hf.added_tokens import add_special_tokens
+from regpt.prepare.conversation_shards import ConversationOptions, prepare_conversations
+from regpt.runs.build import open_shards
+from regpt.runs.folder import refuse_used_folder
+from regpt.runs.pretrain import check, pretrain
+from regpt.text.chat import ChatTemplate
+from regpt.text.folder import CHAT
+from regpt.text.templates import CHATML_TOKENS, TEMPLATES
+
+DATA = "data"  # in the run's folder
+
+
+@dataclass(frozen=True)
+class FinetuneRequest:
+    """What is tuned on what.
+
+    Attributes:
+        epochs: how often each conversation is read; None leaves train.steps as it is.
+        template: a name of `TEMPLATES`, a file, or empty: the model's own, else plain.
+        add_tokens: add the special tokens of ChatML and use it.
+    """
+
+    model: str
+    files: tuple[str, ...]
+    run: Path
+    epochs: float | None = 3.0
+    val_fraction: float = 0.05
+    on_error: Literal["stop", "skip"] = "stop"
+    template: str = ""
+    add_tokens: bool = False
+
+
+def prepare_run(asked: FinetuneRequest, config: RunConfig) -> RunConfig:
+    """Write the shards into the run's folder; the configuration of the run over them.
+
+    Raises:
+        UsageError, UserError: a model, template, row or setting that does not fit; what `prepare_conversations` raises.
+    """
+    refuse_used_folder(asked.run, (DATA,))
+    if config.data.order not in ("packed", "grouped"):
+        raise UsageError(f"data.order is {config.data.order}, conversations are read packed or grouped; set one of them")
+    opened = open_model(asked.model)
+    template = choose_template(asked, opened)
+    shape = opened.model.config
+    if config.data.seq_len > shape.max_seq_len:
+        raise UsageError(
+            f"data.seq_len {config.data.seq_len} is longer than the {shape.max_seq_len} positions of {asked.model}; set "
+            f"--data.seq-len {shape.max_seq_len}"
+        )
+    model = replace(shape, vocab_size=template.tokenizer.n_vocab, dropout=config.model.dropout)
+    options = ConversationOptions(config.data.seq_len, asked.val_fraction, asked.on_error)
+    folder = asked.run / DATA
+    manifest = prepare_conversations([Path(file) for file in asked.files], folder, template, options)
+    say_what_was_read(manifest, template, opened)
+    config = replace(config, model=model, data=replace(config.data, path=str(folder), mixture={}))
+    return with_epochs(config, asked.epochs)
+
+
+def finetune(asked: FinetuneRequest, config: RunConfig, argv: Sequence[str] = (), *, quiet: bool = False) -> int:
+    """Prepare and train the run; the exit code."""
+    config = prepare_run(asked, config)
+    check(config, None)
+    return pretrain(config, asked.run, init_from=asked.model, argv=argv, beside=(DATA,), quiet=quiet)
+
+
+def choose_template(asked: FinetuneRequest, opened: OpenModel) -> ChatTemplate:
+    """The template that conversations are rendered with, and the tokenizer with the tokens that it needs.
+
+    Raises:
+        UsageError: a template that is not there.
+        UserError: a template that needs special tokens which the tokenizer lacks.
+    """
+    own = opened.companions.get(CHAT, "")
+    name = asked.template or ("chatml" if asked.add_tokens else "")
+    if asked.add_tokens and name != "chatml":
+        raise UsageError(f"--add-tokens adds the tokens of ChatML, --template is {name!r}; leave out one of them")
+    if not name and own:
+        return ChatTemplate(own, opened.tokenizer)
+    name = name or "plain"
+    if name not in TEMPLATES and not is_file(name):
+        raise UsageError(f"--template {name!r} is not a file; give one, or one of {', '.join(TEMPLATES)}")
+    source = TEMPLATES.get(name) or Path(name).read_text(encoding="utf-8", errors="replace")
+    tokenizer = opened.tokenizer
+    if asked.add_tokens:
+        tokenizer = add_special_tokens(tokenizer, CHATML_TOKENS, CHATML_TOKENS[1:])
+    template = ChatTemplate(source, tokenizer)
+    missing = [token for token in CHATML_TOKENS if name == "chatml" and token not in template.special]
+    if missing:
+        raise UserError(
+            f"the tokenizer of {asked.model} has no special token {missing[0]}, which ChatML needs; add it with "
+            "--add-tokens, or use --template plain"
+        )
+    return template
+
+
+def with_epochs(config: RunConfig, epochs: float | None) -> RunConfig:
+    """`config` with as many steps as read every row `epochs` times, rounded up."""
+    if epochs is None:
+        return config
+    rows = training_rows(config)
+    steps = max(1, math.ceil(epochs * rows.n_rows / (config.train.batch_tokens // config.data.seq_len)))
+    warmup = config.optim.warmup_steps
+    if warmup >= steps:
+        warmup = steps // 10
+        print_note(f"optim.warmup_steps is {warmup}, a tenth of the {steps:,} steps, which are fewer than the recipe's")
+    optim = replace(config.optim, warmup_steps=warmup)
+    return replace(config, train=replace(config.train, steps=steps), optim=optim)
+
+
+def training_rows(config: RunConfig) -> ConversationRows:
+    """The rows of a run over conversations.
+
+    Raises:
+        UserError: its data are not conversations.
+    """
+    data = config.data
+    batch_rows = config.train.batch_tokens // data.seq_len
+    rows = open_shards(config).rows("train", data.order, data.seed, data.seq_len, batch_rows=batch_rows)
+    if not isinstance(rows, ConversationRows):
+        raise UserError(f"the data of this run, {data.path or 'a mixture'}, are not conversations")
+    return rows
+
+
+def say_what_was_read(manifest: Manifest, template: ChatTemplate, opened: OpenModel) -> None:
+    """Formats, what was skipped, the template, and tokens that were added."""
+    for source in manifest.sources:
+        print_line(f"{source['source']}: {source['format']}")
+    if skipped := manifest.removed.get("bad_row"):
+        print_line(f"{skipped['documents']:,} rows were skipped")
+    end = template.tokenizer.token_bytes(template.end_of_turn or 0).decode("utf-8", "replace")
+    print_line(f"template {template.sha256[:12]}…, certified; an answer ends with {end}")
+    added = template.tokenizer.n_vocab - opened.tokenizer.n_vocab
+    if added:
+        print_line(f"{added} special tokens added; their rows begin at the mean of the others, with a tenth of their spread")
