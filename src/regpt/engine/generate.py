@@ -32,18 +32,26 @@ class Sample(NamedTuple):
 
 
 def write_samples(
-    model: Transformer, tokenizer: Tokenizer, prompt: str, *, n: int, max_new_tokens: int, **options: Any
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[int],
+    *,
+    n: int,
+    max_new_tokens: int,
+    stop_ids: tuple[int, ...] | None = None,
+    **options: Any,
 ) -> list[Sample]:
-    """`n` texts that continue `prompt`, each ending at the first of `stop_ids`; `options`, `seed` and `slide` as in
-    `Request`. The first texts are those of a smaller `n`.
+    """`n` texts that continue `prompt` (text, or its tokens), each ending at the first of `stop_ids` (default: the
+    tokenizer's); `options`, `seed` and `slide` as in `Request`. The first texts are those of a smaller `n`.
 
     Raises:
         UserError: see `check_length`, or logits that are not finite.
     """
-    prompt_ids = encode_prompt(tokenizer, prompt)
-    request = Request(prompt_ids, max_new_tokens, n=n, stop_ids=tokenizer.stop_ids, **options)
+    prompt_ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
+    ends = tokenizer.stop_ids if stop_ids is None else stop_ids
+    request = Request(prompt_ids, max_new_tokens, n=n, stop_ids=ends, **options)
     (texts,) = engine_for(model, [request]).run([request])
-    return [make_sample([*prompt_ids, *new], len(prompt_ids), tokenizer) for new in texts]
+    return [make_sample([*prompt_ids, *new], len(prompt_ids), tokenizer, ends) for new in texts]
 
 
 def stream_sample(
@@ -95,10 +103,12 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return tokenizer.encode_prompts([prompt])[0].tolist() or [tokenizer.eot]
 
 
-def make_sample(ids: Sequence[int], n_prompt: int, tokenizer: Tokenizer) -> Sample:
+def make_sample(
+    ids: Sequence[int], n_prompt: int, tokenizer: Tokenizer, stop_ids: tuple[int, ...] | None = None
+) -> Sample:
     """The sample of a prompt and what follows it, cut after the first new token of `stop_ids`."""
-    ids = list(ids)
-    end = next((i for i in range(n_prompt, len(ids)) if ids[i] in tokenizer.stop_ids), len(ids))
+    ids, ends = list(ids), tokenizer.stop_ids if stop_ids is None else stop_ids
+    end = next((i for i in range(n_prompt, len(ids)) if ids[i] in ends), len(ids))
     start = 1 if ids[0] == tokenizer.eot else 0
     return Sample(ids[: end + 1], tokenizer.decode(ids[start:end]))
 

@@ -18,6 +18,7 @@ from regpt.data.batch import Batch
 from regpt.data.bos import PackedRows
 from regpt.data.loader import RampLoader
 from regpt.data.mixture import MixedRows
+from regpt.data.packed import ConversationRows
 from regpt.data.rows import Rows
 from regpt.engine.generate import write_samples
 from regpt.engine.processing import SamplingOptions
@@ -70,6 +71,7 @@ class RunActions:
         kept = {"average": run.average, "stop_requested": stop_requested}
         self.evaluations = RunEvaluations(run.config, folder, suites, run.model, run.mesh, terminal.say, **kept)
         self.val_parts = validation_parts(run.config, run.corpus)
+        self.chat = run.chat()
         self.note_step: Callable[[Row], None] = lambda row: None  # of a profile
 
     def stop_requested(self) -> bool:
@@ -156,7 +158,8 @@ class RunActions:
                 self.save(step)
 
     def sample(self, step: int) -> None:
-        """Continue the prompts with the uncompiled model and a generator of its own, in the main process."""
+        """Continue the prompts, or answer them in a run over conversations, with the uncompiled model and a generator of
+        its own, in the main process."""
         if self.samples is None:
             return
         config, tokenizer = self.config.sample, self.run.corpus.tokenizer
@@ -168,7 +171,11 @@ class RunActions:
                 try:
                     with number_format, memory_advice("while sampling", ADVICE):
                         options_of = {**lengths, "options": options, "seed": config.seed}
-                        found = write_samples(self.run.model, tokenizer, prompt, **options_of)
+                        asked: str | list[int] = prompt
+                        if self.chat is not None:
+                            asked = self.chat.encode([{"role": "user", "content": prompt}])
+                            options_of |= {"stop_ids": self.chat.stop_ids}
+                        found = write_samples(self.run.model, tokenizer, asked, **options_of)
                 except UserError as error:  # the next update judges the weights; a sample never ends a run
                     self.terminal.say(f"no sample after step {step:,}: {error}")
                     return
@@ -248,7 +255,10 @@ def summary(do: RunActions) -> str:
 
 
 def say_what_is_left_out(do: RunActions, rows: Rows) -> None:
-    """One line for each folder in the order `bos`: how much of it no row holds, from its first windows."""
+    """One line for each folder in the order `bos`: how much of it no row holds, from its first windows. Of
+    conversations, what share of the tokens is trained on and how much padding there is."""
+    if isinstance(rows, ConversationRows):
+        do.terminal.say(rows.sentence())
     for part in rows.parts if isinstance(rows, MixedRows) else [rows]:
         if isinstance(part, PackedRows):
             share = part.left_out(SAMPLED_WINDOWS)

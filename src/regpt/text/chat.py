@@ -138,6 +138,11 @@ class ChatTemplate:
                     f"the chat template cannot be divided at message {i}: what it writes up to there changes with what "
                     "follows, so the tokens of the answer are not known; give another with --template"
                 )
+            if self.names.search(lead) or (lead and header == self.render(apart[:i], answer_next=False)):
+                raise UserError(
+                    f"the chat template has no generation prompt: it writes {lead!r} before an answer, and not before "
+                    "one that is to be written; give another with --template"
+                )
             ending = self.names.search(tail)
             end = len(until) - len(tail) + (ending.end() if ending else 0)
             trained = message.get("weight", 1) != 0
