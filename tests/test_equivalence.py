@@ -7,6 +7,7 @@ in float64 agrees to rounding, about 1e-15; the tolerances are some ten times wh
 
 import inspect
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import tiny
+from conversation_files import invented, write_conversations
 from kernels import reference as pieces
 from kernels.emulated import emulated
 from kernels.reference_fp8 import Rounding
@@ -28,6 +30,8 @@ from naive import naive_scores, random_prompts
 from regpt.checkpoint.load import checkpoint_folder
 from regpt.config import RunConfig
 from regpt.data.batch import IGNORE_INDEX, Batch
+from regpt.data.loader import Loader
+from regpt.data.rows import open_rows
 from regpt.evals.score import Scorer
 from regpt.hf.weights import WeightsFromHF, weights_to_hf
 from regpt.kernels.fused import FusedLoss
@@ -337,6 +341,7 @@ def padded_vocabulary() -> list[tuple[Found, Found]]:
     return [(ours(), ours(pad_vocab=False))]
 
 
+CONVERSATIONS = invented([7, 5, 3, 12, 9, 2, 4])
 DOCUMENTS = [[5, 1, 6], [12], [7, 5]]  # lengths, packed into rows of SEQ_LEN
 
 
@@ -368,6 +373,30 @@ def packed_documents(config=tiny.CONFIG) -> list[tuple[Found, Found]]:
         tiny.step_gradients(tiny.build_trainer(tiny.build_model(config=config), rows())) for rows in (Packed, Padded)
     )
     return [(packed, padded)]
+
+
+class Alone(tiny.Rows):
+    """Conversations one at a time, without a mask: answers as targets, whatever their length."""
+
+    def step(self, step: int, micro_batch_rows: int | None = None) -> list[Batch]:
+        documents = [(torch.tensor(ids), torch.tensor(parts)) for ids, parts in CONVERSATIONS]
+        return [
+            Batch(ids[None, :-1], ids[None, 1:].where(parts[None, 1:] > 0, IGNORE_INDEX)) for ids, parts in documents
+        ]
+
+
+def conversations_packed() -> list[tuple[Found, Found]]:
+    """With padding at the ends of rows; those of `regpt finetune`, from files."""
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = write_conversations(Path(folder), CONVERSATIONS)
+        rows = open_rows(Path(folder), replace(manifest, eot=0), "train", "packed", 3, tiny.SEQ_LEN)
+        n_rows = rows.epoch_rows(99)
+        loader = Loader(rows, batch_tokens=n_rows * tiny.SEQ_LEN, micro_batch_rows=n_rows)
+        return [
+            tuple(tiny.step_gradients(tiny.build_trainer(tiny.build_model(config=config), one)) for one in each)
+            for config in tiny.FAMILY_CONFIGS.values()
+            for each in [(loader, Alone())]
+        ]
 
 
 @torch.no_grad()
@@ -522,6 +551,13 @@ CELLS = [
     Cell("vocabulary padded to a multiple of 128", "not padded", "loss, gradients", 1e-14, padded_vocabulary),
     Cell("documents packed into rows, masked", "one a row, padded", "loss, gradients", 1e-14, packed_documents),
     Cell("key-value cache, any split", "whole sequence", "logits", 1e-14, key_value_cache),
+    Cell(
+        "every family, conversations packed, answers as targets",
+        "one at a time",
+        "loss, gradients",
+        1e-14,
+        conversations_packed,
+    ),
     Cell("endings behind one context, packed", "one sequence at a time", "log-likelihoods", 1e-14, packed_endings),
     Cell("straight run", "stopped and resumed at any checkpoint", "weights, moments, in float32", 0.0, resumed),
     Cell("straight run", "forked from any checkpoint", "weights, moments, in float32", 0.0, forked),

@@ -1,13 +1,15 @@
 """Rows of conversations: each once an epoch and whole, answers as targets, the same loss as one at a time."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
-from conversation_files import invented, write_conversations
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tiny
+from conversation_files import invented, write_conversations
 from regpt.data.batch import IGNORE_INDEX, Batch
 from regpt.data.documents import row_pieces
 from regpt.data.loader import Loader, row_batch
@@ -18,7 +20,7 @@ from regpt.errors import UserError
 from regpt.model.weights import InitialWeights, load_weights
 
 LENGTHS = st.lists(st.integers(2, 16), min_size=1, max_size=40)
-HERE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+HERE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
 
 
 def open_packed(folder, documents, order="packed", seq_len=16, group=4) -> ConversationRows:
@@ -43,7 +45,7 @@ def best_fit_by_hand(lengths: list[int], row_tokens: int, order: list[int]) -> l
 def test_packing_places_every_conversation_once_by_best_fit(lengths, seed):
     documents, row_starts = pack_whole(np.array(lengths), 16, seed)
     assert sorted(documents) == list(range(len(lengths)))
-    rows = [documents[i:j] for i, j in zip(row_starts, row_starts[1:])]
+    rows = [documents[i:j] for i, j in itertools.pairwise(row_starts)]
     filled = [sum(lengths[d] for d in row) for row in rows]
     assert all(0 < n <= 16 for n in filled)
     assert sorted(16 - n for n in filled) == best_fit_by_hand(lengths, 16, list(range(len(lengths))))
@@ -85,7 +87,8 @@ def test_targets_are_the_trained_tokens_that_follow_and_padding_has_none(tmp_pat
 def test_each_epoch_has_an_order_of_its_own_and_a_row_is_a_function_of_its_number(tmp_path):
     rows = open_packed(tmp_path, invented([10] * 30))
     first, second = (rows.placed_rows(epoch * rows.n_rows, rows.n_rows).tolist() for epoch in (0, 1))
-    assert first != second and sorted(first) == sorted(second)
+    assert first != second
+    assert sorted(first) == sorted(second)
     whole = rows.read_batch(0, 2 * rows.n_rows)[0]
     assert np.array_equal(whole[25:40], rows.read_batch(25, 15)[0])
 
@@ -94,8 +97,10 @@ def test_grouped_batches_have_rows_of_like_length_and_are_padded_to_a_multiple(t
     lengths = [2 + (k * 37) % 199 for k in range(64)]
     rows = open_packed(tmp_path, invented(lengths), "grouped", seq_len=200, group=8)
     widths = [rows.read_batch(8 * k, 8)[0].shape[1] for k in range(8)]
-    assert all(width % ALIGNMENT == 0 or width == 200 for width in widths) and min(widths) == ALIGNMENT
-    assert widths != sorted(widths) and widths != sorted(widths, reverse=True)
+    assert all(width % ALIGNMENT == 0 or width == 200 for width in widths)
+    assert min(widths) == ALIGNMENT
+    assert widths != sorted(widths)
+    assert widths != sorted(widths, reverse=True)
     spread = [np.ptp(rows.lengths[rows.layout(8 * k, 8)[0]]) for k in range(8)]
     assert max(spread) < 40
 
@@ -104,8 +109,9 @@ def test_grouped_batches_have_rows_of_like_length_and_are_padded_to_a_multiple(t
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-13)])
 def test_packed_is_unpacked(tmp_path, family, dtype, tolerance):
     """Loss and all gradients, each over the largest gradient."""
-    documents = invented([7, 5, 3, 16, 9, 2, 6], seed=4)
+    documents = invented([7, 5, 3, 16, 9, 2, 4], seed=4)
     rows = open_packed(tmp_path, documents)
+    rows.eot = 0  # the models have 97 tokens, the bytes 257
     config = tiny.FAMILY_CONFIGS[family]
     model = tiny.make_model(config).to(dtype)
     load_weights(model, InitialWeights(model, 0))
@@ -141,9 +147,9 @@ def test_conversations_are_not_read_as_text_nor_text_as_conversations(tmp_path, 
     from regpt.data.manifest import read_manifest
 
     manifest = write_conversations(tmp_path, invented([5, 5]))
-    with pytest.raises(UserError, match="holds conversations.*set data.order to packed or grouped, not shuffle"):
+    with pytest.raises(UserError, match=r"holds conversations.*set data.order to packed or grouped, not shuffle"):
         open_rows(tmp_path, manifest, "train", "shuffle", 0, 16)
-    with pytest.raises(UserError, match="data.order packed is for conversations"):
+    with pytest.raises(UserError, match=r"data.order packed is for conversations"):
         open_rows(shards, read_manifest(shards), "train", "packed", 0, 16)
 
 
@@ -158,7 +164,8 @@ def test_steps_take_the_same_rows_however_they_are_divided(tmp_path):
         return torch.cat([batch.idx for k in range(4 // micro_batch_rows // size) for one in loaders
                           for batch in one.step(3)[k : k + 1]])  # fmt: skip
 
-    assert torch.equal(idx(4), idx(1)) and torch.equal(idx(4), idx(1, size=2))
+    assert torch.equal(idx(4), idx(1))
+    assert torch.equal(idx(4), idx(1, size=2))
 
 
 def test_verify_finds_damaged_parts_and_conversations_without_a_target(tmp_path):

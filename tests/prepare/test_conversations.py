@@ -93,7 +93,8 @@ def test_bad_rows_are_skipped_and_counted(tmp_path):
     path = write(tmp_path / "x.jsonl", [good, {"messages": [USER]}, {"other": 1}, good])
     path.write_text(path.read_text() + "\n{broken\n")
     reader = ConversationReader([path], skip=True)
-    assert len(list(reader)) == reader.read == 2 and reader.skipped == 3
+    assert len(list(reader)) == reader.read == 2
+    assert reader.skipped == 3
     assert "line 2: there is nothing to learn" in reader.reasons[0]
 
 

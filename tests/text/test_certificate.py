@@ -6,16 +6,26 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from text.test_chat import OURS, TEMPLATES
 
 from regpt.errors import UserError
 from regpt.text.certificate import broken_claim, certify, refuse_other_template, turns
 from regpt.text.chat import ANSWER, CONTEXT, FORMAT, ChatTemplate
 from regpt.text.templates import PLAIN
+from text.test_chat import OURS, TEMPLATES
 
 EVERY = {name: ChatTemplate(source, OURS) for name, source in (TEMPLATES | {"plain": PLAIN}).items()}
 SAID = turns(["user", "assistant", "user", "assistant"], ["cat?", "Sat down", "the", "THE END"])
-MARKS = ["<|im_start|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>", "\n", "  ", "assistant", "\ue002"]
+MARKS = [
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "\n",
+    "  ",
+    "assistant",
+    "\ue002",
+]
 TEXTS = st.lists(st.one_of(st.sampled_from(MARKS), st.text(max_size=6)), min_size=1, max_size=4).map("".join)
 TEXTS = TEXTS.filter(lambda text: not set(text) & {"\ue000", "\ue001"})
 
@@ -87,7 +97,8 @@ def test_a_template_that_breaks_a_claim_is_refused(name):
 def test_the_certificate_names_template_and_tokenizer_and_what_was_tried():
     found = certify(EVERY["gemma"], [SAID])
     assert (found["template_sha256"], found["tokenizer_sha256"]) == (EVERY["gemma"].sha256, OURS.sha256)
-    assert found["end_of_turn"]["token"] == "<end_of_turn>" and found["conversations"] == 1
+    assert found["end_of_turn"]["token"] == "<end_of_turn>"
+    assert found["conversations"] == 1
     assert found["refused_by_the_template"] == 1  # Gemma has no system message
     companions = {"chat_certificate.json": json.dumps(found)}
     refuse_other_template(EVERY["gemma"].source, companions)

@@ -140,6 +140,8 @@ class ChatArgs:
     """System message that the conversation begins with."""
     max_new_tokens: Annotated[int, Range(1, MANY)] = 512
     """Tokens an answer at most, fewer where the model's length is reached."""
+    other_template: bool = False
+    """Talk with a model whose chat template is not the one that its certificate names."""
     draw: Drawing = field(default_factory=DrawFlags)
 
 
@@ -169,11 +171,13 @@ class Chat:
 
     def __init__(self, opened: "OpenModel", given: ChatArgs):
         from regpt.engine.engine import Engine
+        from regpt.text.certificate import refuse_other_template
         from regpt.text.chat import ChatTemplate
         from regpt.text.folder import CHAT
 
         self.tokenizer, self.given = opened.tokenizer, given
         template = opened.companions.get(CHAT)
+        refuse_other_template(template or "", opened.companions, given.other_template)
         self.template = None if template is None else ChatTemplate(template, self.tokenizer)
         self.longest = opened.model.config.max_seq_len
         drafting = given.draw.drafting(opened)

@@ -34,6 +34,8 @@ class Export:
     check: bool = False
     """gguf: open the file with llama.cpp (pip install 'regpt[gguf]') and compare tokens and probabilities; print what
     the type costs."""
+    other_template: bool = False
+    """Export a chat template that is not the one which the model's certificate names."""
     data: str = ""
     """gguf, --check: a text file, whose loss before and after is printed; default: one text in many languages."""
 
@@ -49,12 +51,16 @@ def main(args: list[str]) -> int:
     from regpt.checkpoint.best import at_step
     from regpt.checkpoint.open import open_model
     from regpt.model.weights import count_parameters
+    from regpt.text.certificate import refuse_other_template
+    from regpt.text.folder import CHAT
 
     if command.data:
         from regpt.runs.export import text_of
 
         text_of(command.data)  # refused before the work
     opened = open_model(at_step(command.model, command.step), ema=command.ema)
+    template = opened.companions.get(CHAT, "")
+    refuse_other_template(template, opened.companions, command.other_template)
     size = f"{count_parameters(opened.model):,} parameters"
     if command.format == "gguf":
         from regpt.runs.export import check_export, export_model_gguf

@@ -17,7 +17,7 @@ from regpt.ranges import LARGE, MANY, Range
 
 @dataclass(frozen=True)
 class Finetune:
-    """Train a model on conversations: an ordinary run, which `regpt train --resume`, replay, report and chat take. Every
+    """Train a model on conversations: an ordinary run, which regpt train --resume, replay, report and chat take. Every
     value of the configuration is a flag, as in regpt train."""
 
     recipe: tyro.conf.Positional[str] = ""
@@ -47,7 +47,7 @@ class Finetune:
 
 def main(args: list[str]) -> int:
     recipe = named_recipe(Finetune, args, prog="regpt finetune")
-    if flag_value(args, "--look") and Path(recipe).is_dir():
+    if recipe and flag_value(args, "--look") and not flag_value(args, "--init-from"):
         return look_at_run(parse(Finetune, args, prog="regpt finetune"))
     default = Finetune(recipe=recipe, config=read_config(recipe)) if recipe else None
     given = parse(Finetune, args, prog="regpt finetune", default=default, stores=["out"])

@@ -33,6 +33,8 @@ class ServeArgs:
     chat_template: Annotated[str, tyro.conf.arg(metavar="FILE|plain")] = ""
     """Jinja template of conversations, instead of the models' own; plain: the messages one after another, which a base
     model continues as text."""
+    other_template: bool = False
+    """Serve a model that was trained on conversations with another template than its certificate names."""
     rows: Annotated[int, Range(1, 4096)] = 64
     """Texts of a model that are written at once."""
     cache_tokens: Annotated[int, Range(0, MANY)] = 0
@@ -82,8 +84,8 @@ def main(args: list[str]) -> int:
         device = choose_device(given.device)
         check_precision(given.precision, device)
         set_matmul_precision(given.precision)
-        sizes = given.rows, given.cache_tokens
-        models = [load_model(one, name, device, given.precision, *sizes, template) for one, name in names.items()]
+        settings = device, given.precision, given.rows, given.cache_tokens, template, given.other_template
+        models = [load_model(one, name, *settings) for one, name in names.items()]
         limits = Limits(int(given.max_body_mib * (1 << 20)), given.max_texts, given.queue, given.max_seconds)
 
         def ready() -> None:

@@ -29,7 +29,9 @@ def pack_whole(lengths: np.ndarray, row_tokens: int, seed: int) -> tuple[np.ndar
         The documents, row after row and from left to right, (documents,) int64; where rows begin in them,
         (rows + 1,) int64. O(documents · (log documents + row_tokens)).
     """
-    assert len(lengths) and lengths.min() >= 1 and lengths.max() <= row_tokens
+    assert len(lengths)
+    assert lengths.min() >= 1
+    assert lengths.max() <= row_tokens
     order = permutation(seed, 0, len(lengths)).astype(np.int64)
     order = order[np.argsort(-lengths[order], kind="stable")]
     rows: list[list[int]] = []

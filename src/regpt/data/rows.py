@@ -16,7 +16,7 @@ from regpt.data.stream import ShardStream, Span, StoredTokens, document_starts, 
 from regpt.errors import UsageError, UserError, nearest
 
 CONVERSATIONS = ("packed", "grouped")
-ORDERS = ("shuffle", "sequential", "bos", *CONVERSATIONS)
+ORDERS = ("shuffle", "sequential", "bos")  # of text
 
 
 class Rows(Protocol):
@@ -67,8 +67,9 @@ def open_rows(
         UserError: no tokens in the split, too few for a row of `bos`, an index that does not fit its shard, or
             conversations in an order for text, and text in one for conversations.
     """
-    if order not in ORDERS:
-        raise UsageError(f"data.order is {order!r}{nearest(order, ORDERS)}; choose from {', '.join(ORDERS)}")
+    known = (*ORDERS, *CONVERSATIONS)
+    if order not in known:
+        raise UsageError(f"data.order is {order!r}{nearest(order, known)}; choose from {', '.join(known)}")
     check_shuffle_rows(shuffle_rows)
     if manifest.has_parts and order == "sequential":
         order = "placed"

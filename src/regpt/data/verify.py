@@ -119,9 +119,7 @@ def wrong_starts(starts: np.ndarray, tokens: int, continued: bool) -> str | None
     return None
 
 
-def wrong_tokens(
-    tokens: np.ndarray, starts: np.ndarray, manifest: Manifest, conversations: bool = False
-) -> str | None:
+def wrong_tokens(tokens: np.ndarray, starts: np.ndarray, manifest: Manifest, conversations: bool = False) -> str | None:
     if not conversations and (tokens[starts] != manifest.eot).any():
         return f"a document does not start with token {manifest.eot}"
     ends = 0

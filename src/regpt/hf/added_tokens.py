@@ -30,5 +30,6 @@ def add_special_tokens(tokenizer: Tokenizer, names: Sequence[str], ends: Collect
     for token in content["added_tokens"]:
         token.update({ENDS_TEXT: True} if token["content"] in ends else {})
     found = from_json(json.dumps(content))
-    assert found.n_vocab == tokenizer.n_vocab + len(new) and found.eot == tokenizer.eot
+    assert found.n_vocab == tokenizer.n_vocab + len(new)
+    assert found.eot == tokenizer.eot
     return found

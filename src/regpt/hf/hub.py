@@ -7,13 +7,13 @@ from regpt.errors import UserError
 from regpt.files import is_file
 from regpt.hf.folder import CONFIG, INDEX, PICKLE, WEIGHTS, hf_config, how_to_convert
 from regpt.remote.network import WAYS_OUT, Unreached, reach
-from regpt.text.folder import ADDED, CHAT, GENERATION, MERGES, MODEL, NAMES, OPTIONS, TOKENIZER, VOCAB
+from regpt.text.folder import ADDED, CERTIFICATE, CHAT, GENERATION, MERGES, MODEL, NAMES, OPTIONS, TOKENIZER, VOCAB
 
 # GPT-2's short names, and where OpenAI's weights lie.
 SHORT_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9]([\w.-]*\w)?", re.ASCII)
 UNNAMED = re.compile(r"--|\.\.|\.git$|.{97}")  # what the hub does not have in a name
-TEXT_FILES = (TOKENIZER, VOCAB, MERGES, MODEL, OPTIONS, ADDED, NAMES, GENERATION, CHAT)
+TEXT_FILES = (TOKENIZER, VOCAB, MERGES, MODEL, OPTIONS, ADDED, NAMES, GENERATION, CHAT, CERTIFICATE)
 FILES = [*TEXT_FILES, "params.json", WEIGHTS, INDEX, "model-*-of-*.safetensors"]
 LOCAL = f"or give a local folder with {CONFIG} and {WEIGHTS}"
 

@@ -116,8 +116,8 @@ def finished(folder: Path, sources: list[dict[str, Any]], facts: dict[str, Any])
     differing += ["--data"] if there != [source["sha256"] for source in sources] else []
     if differing:
         raise UserError(
-            f"{str(folder)!r} was made of other data or settings ({', '.join(differing)}); delete it, or choose another "
-            "--out"
+            f"{str(folder)!r} was made of other data or settings ({', '.join(differing)}); delete it, or choose "
+            "another --out"
         )
     return manifest
 

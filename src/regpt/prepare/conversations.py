@@ -49,7 +49,7 @@ class Wrong(Exception):
     """Why a row is not a conversation; without its place."""
 
 
-def text_of(row: dict[str, Any], name: str, *, needed: bool = True) -> str:
+def column_text(row: dict[str, Any], name: str, *, needed: bool = True) -> str:
     """The text in column `name`; empty, where it may be missing."""
     value = row.get(name)
     if value is None and not needed:
@@ -62,9 +62,9 @@ def text_of(row: dict[str, Any], name: str, *, needed: bool = True) -> str:
 
 def from_instruction(row: dict[str, Any]) -> Messages:
     """Alpaca: `instruction`, `input` (perhaps empty), `output`, perhaps `system`."""
-    asked, given = text_of(row, "instruction"), text_of(row, "input", needed=False)
+    asked, given = column_text(row, "instruction"), column_text(row, "input", needed=False)
     user = f"{asked}\n\n{given}" if given.strip() else asked
-    return with_system(row, [*message("user", user), *message("assistant", text_of(row, "output"))])
+    return with_system(row, [*message("user", user), *message("assistant", column_text(row, "output"))])
 
 
 def from_prompt(row: dict[str, Any]) -> Messages:
@@ -104,7 +104,7 @@ def side(row: dict[str, Any], name: str, role: str) -> Messages:
     value = row.get(name)
     if isinstance(value, list):
         return as_messages(value, name)
-    text = text_of(row, name)
+    text = column_text(row, name)
     turns = TRANSCRIPT.split(f"\n\n{text.lstrip()}")
     if len(turns) < 3 or turns[0].strip():
         return message(role, text)
@@ -135,7 +135,7 @@ def as_message(value: Any, where: str) -> dict[str, Any]:
         raise Wrong(f"{where} has the role {given!r}, must be one of {', '.join(ROLES)}")
     content = value.get("content", value.get("value"))
     if isinstance(content, list):  # OpenAI's parts
-        content = "".join(text_of(part if isinstance(part, dict) else {}, "text") for part in content)
+        content = "".join(column_text(part if isinstance(part, dict) else {}, "text") for part in content)
     if not isinstance(content, str):
         raise Wrong(f"{where} has no text as its content")
     if value.get("tool_calls"):
@@ -174,7 +174,7 @@ def recognise(row: dict[str, Any], where: str) -> ConversationFormat:
     raise UserError(f"{where}: no conversation is in the columns {there}; known are the columns {known}")
 
 
-def check(messages: Messages) -> None:
+def check_messages(messages: Messages) -> None:
     """Raise `Wrong` for roles out of order, or nothing to learn."""
     before = ""
     for i, one in enumerate(messages):
@@ -257,7 +257,7 @@ class ConversationReader:
             found = known.read(row.value)
             sides = [without_ending(one) for one in (found if isinstance(found, tuple) else (found,))]
             for one in sides:
-                check(one)
+                check_messages(one)
         except Wrong as error:
             self.refuse(f"{row.where()}: {error}")
             return None

@@ -15,6 +15,7 @@ from regpt.report.charts import MAX_EVENTS, charts, task_references, with_differ
 from regpt.report.compare import HEAD, SEEDS_HEAD, RunComparison, headline_of_runs, measure_cells, seeds_rows
 from regpt.report.health import examine, verdict
 from regpt.report.markup import command_html, date, embed_json, grid, grouped, section_html, sheet, text, value_html
+from regpt.report.masks import masks_section
 from regpt.report.needle import needle_section
 from regpt.report.read import Row, RunData, differences, flatten, number, read_run, section, with_own_names
 from regpt.report.summary import RunSummary, Tile, loss, sentence, summarize, tiles
@@ -63,7 +64,8 @@ def render(runs: Sequence[RunData], compared: RunComparison | None = None) -> st
     data = charts(runs)
     if len(runs) == 1:
         run = runs[0]
-        below = [evaluations_section(run), needle_section(run), events_section(run.events), config_section(run.config)]
+        below = [evaluations_section(run), needle_section(run), masks_section(run), events_section(run.events)]
+        below.append(config_section(run.config))
         return document(run.name, header(run), "", "".join([*below, provenance_section(run)]), data)
     title = " · ".join(run.name for run in runs)
     if compared is None:

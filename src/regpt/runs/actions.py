@@ -158,8 +158,8 @@ class RunActions:
                 self.save(step)
 
     def sample(self, step: int) -> None:
-        """Continue the prompts, or answer them in a run over conversations, with the uncompiled model and a generator of
-        its own, in the main process."""
+        """Continue the prompts, or answer them in a run over conversations, with the uncompiled model and a generator
+        of its own, in the main process."""
         if self.samples is None:
             return
         config, tokenizer = self.config.sample, self.run.corpus.tokenizer

@@ -53,14 +53,16 @@ def prepare_run(asked: FinetuneRequest, config: RunConfig) -> RunConfig:
     """
     refuse_used_folder(asked.run, (DATA,))
     if config.data.order not in ("packed", "grouped"):
-        raise UsageError(f"data.order is {config.data.order}, conversations are read packed or grouped; set one of them")
+        raise UsageError(
+            f"data.order is {config.data.order}, conversations are read packed or grouped; set one of them"
+        )
     opened = open_model(asked.model)
     template = choose_template(asked, opened)
     shape = opened.model.config
     if config.data.seq_len > shape.max_seq_len:
         raise UsageError(
-            f"data.seq_len {config.data.seq_len} is longer than the {shape.max_seq_len} positions of {asked.model}; set "
-            f"--data.seq-len {shape.max_seq_len}"
+            f"data.seq_len {config.data.seq_len} is longer than the {shape.max_seq_len} positions of {asked.model}; "
+            f"set --data.seq-len {shape.max_seq_len}"
         )
     model = replace(shape, vocab_size=template.tokenizer.n_vocab, dropout=config.model.dropout)
     options = ConversationOptions(config.data.seq_len, asked.val_fraction, asked.on_error)
@@ -146,4 +148,6 @@ def say_what_was_read(manifest: Manifest, template: ChatTemplate, opened: OpenMo
     print_line(f"template {template.sha256[:12]}…, certified; an answer ends with {end}")
     added = template.tokenizer.n_vocab - opened.tokenizer.n_vocab
     if added:
-        print_line(f"{added} special tokens added; their rows begin at the mean of the others, with a tenth of their spread")
+        print_line(
+            f"{added} special tokens added; their rows begin at the mean of the others, with a tenth of their spread"
+        )

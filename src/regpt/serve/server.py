@@ -23,6 +23,7 @@ from regpt.serve.checkpoints import Checkpoints
 from regpt.serve.gate import is_local
 from regpt.serve.paths import ServedModel
 from regpt.serve.worker import Limits, Worker
+from regpt.text.certificate import refuse_other_template
 from regpt.text.chat import ChatTemplate
 from regpt.text.folder import CHAT
 from regpt.train.config import WritingPrecision
@@ -87,11 +88,14 @@ def load_model(
     rows: int,
     cache_tokens: int,
     template: str,
+    other_template: bool = False,
 ) -> Loaded:
-    """Open a model and give it an engine."""
+    """Open a model and give it an engine. A `template` (empty: the model's own) that its certificate does not name is
+    refused, unless `other_template` accepts it."""
     opened = open_model(model, device)
     opened.model.eval()
     source = template or opened.companions.get(CHAT, "")
+    refuse_other_template(source, opened.companions, other_template)
     chat = ChatTemplate(source, opened.tokenizer) if source else None
     with writing(opened.model, precision, device):
         tokens = cache_tokens or default_cache(opened, rows, device)
@@ -100,7 +104,7 @@ def load_model(
 
     def read_checkpoint(name: str, folder: Path) -> Loaded:
         few = min(rows, CHECKPOINT_ROWS)
-        return load_model(name, str(folder), device, precision, few, 0, template)
+        return load_model(name, str(folder), device, precision, few, 0, template, other_template)
 
     return Loaded(name, opened, engine, chat, precision, run, read_checkpoint)
 

@@ -16,7 +16,16 @@ from regpt.text.chat import ANSWER, APART, CONTEXT, FORMAT, ChatTemplate, Encode
 from regpt.text.folder import CERTIFICATE
 
 FORMAT_VERSION = 1
-HOSTILE = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "</s>", "[INST]", "\n\nAssistant:\n", "  two  spaces ", "日本語🙂")
+HOSTILE = (
+    "<|endoftext|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "</s>",
+    "[INST]",
+    "\n\nAssistant:\n",
+    "  two  spaces ",
+    "日本語🙂",
+)
 
 
 def prefixes(template: ChatTemplate, messages: Sequence[Message], row: EncodedConversation) -> bool:

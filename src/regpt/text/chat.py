@@ -27,7 +27,7 @@ PROBE = "\ue001"  # in place of an answer, to see what the template writes aroun
 CONTEXT, ANSWER, FORMAT = 0, 1, 2  # parts: read only, an answer's text, what the template writes in and after an answer
 
 
-class Piece(NamedTuple):
+class RenderedPiece(NamedTuple):
     """A part of a rendered conversation that is encoded by itself.
 
     Attributes:
@@ -96,7 +96,7 @@ class ChatTemplate:
         try:
             pieces = self.pieces(messages, answer_next=answer_next)
         except UserError:
-            pieces = [Piece(self.render(self.apart(messages), answer_next=answer_next), 0, CONTEXT)]
+            pieces = [RenderedPiece(self.render(self.apart(messages), answer_next=answer_next), 0, CONTEXT)]
         return self.encode_pieces(pieces).ids.tolist()
 
     def encode_training(self, messages: Sequence[Message]) -> EncodedConversation:
@@ -112,7 +112,7 @@ class ChatTemplate:
             )
         return self.encode_pieces(self.pieces(messages))
 
-    def pieces(self, messages: Sequence[Message], *, answer_next: bool = False) -> list[Piece]:
+    def pieces(self, messages: Sequence[Message], *, answer_next: bool = False) -> list[RenderedPiece]:
         """The rendered conversation, cut before and after each answer and after the token that ends it.
 
         Raises:
@@ -120,7 +120,7 @@ class ChatTemplate:
         """
         apart = self.apart(messages)
         whole = self.render(apart, answer_next=answer_next)
-        pieces: list[Piece] = []
+        pieces: list[RenderedPiece] = []
         at, first = 0, 0
         for i, message in enumerate(apart):
             if message.get("role") != "assistant":
@@ -146,14 +146,14 @@ class ChatTemplate:
             ending = self.names.search(tail)
             end = len(until) - len(tail) + (ending.end() if ending else 0)
             trained = message.get("weight", 1) != 0
-            pieces.append(Piece(whole[at : len(header)], first, CONTEXT))
+            pieces.append(RenderedPiece(whole[at : len(header)], first, CONTEXT))
             for text, part in ((lead, FORMAT), (said, ANSWER), (until[len(until) - len(tail) : end], FORMAT)):
-                pieces.append(Piece(text, i, part if trained else CONTEXT))
+                pieces.append(RenderedPiece(text, i, part if trained else CONTEXT))
             at, first = end, i + 1
-        pieces.append(Piece(whole[at:], first, CONTEXT))
+        pieces.append(RenderedPiece(whole[at:], first, CONTEXT))
         return [piece for piece in pieces if piece.text]
 
-    def encode_pieces(self, pieces: Sequence[Piece]) -> EncodedConversation:
+    def encode_pieces(self, pieces: Sequence[RenderedPiece]) -> EncodedConversation:
         """Encode each piece by itself, and the names of special tokens in it as these."""
         ids: list[int] = []
         counts: list[int] = []

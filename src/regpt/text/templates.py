@@ -1,7 +1,7 @@
 """Chat templates of our own, for models that come without one."""
 
-# Of a base model: no token that its tokenizer lacks. `<|endoftext|>` begins a conversation, as it begins every document,
-# and ends every answer; roles are words, so a user can write them, and a model can be led by that.
+# Of a base model: no token that its tokenizer lacks. `<|endoftext|>` begins a conversation, as it begins every
+# document, and ends every answer; roles are words, so a user can write them, and a model can be led by that.
 PLAIN = """{{ bos_token }}
 {%- for message in messages %}
 {%- if message.role == 'assistant' %}
