@@ -26,7 +26,7 @@ def masks_section(run: RunData) -> str:
         return ""
     said = (
         f"{rows.sentence()}. Of the first batch, {count:,} rows: {trained:,} of {tokens:,} tokens "
-        f"({trained / tokens:.0%}). Another: regpt finetune --look {ROWS} --step N {run.name}"
+        f"({trained / tokens:.0%}). Another batch: regpt finetune --look 4 --step 100 RUN"
     )
     marks = '<mark class="answer">an answer</mark> · <mark class="format">what ends it</mark>'
     key = f'<p class="note">read only · {marks}</p>'
