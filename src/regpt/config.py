@@ -21,6 +21,7 @@ from regpt.errors import UsageError, UserError, nearest
 from regpt.evals.config import EvalConfig
 from regpt.files import at_home, is_file
 from regpt.kernels.config import FP8_MULTIPLE
+from regpt.model.adapter_config import AdapterConfig
 from regpt.model.config import GPT2_VOCAB_SIZE, ModelConfig
 from regpt.structured import MAX_TOML_BYTES, parse_toml, read_small
 from regpt.train.config import LogConfig, OptimConfig, TrainConfig
@@ -44,6 +45,7 @@ class RunConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
 
     def __post_init__(self) -> None:
         for _, _, seq_len in self.train.batch_ramp:
@@ -71,6 +73,12 @@ class RunConfig:
             raise UsageError(
                 f"optim.state_dtype is {self.optim.state_dtype}, train.precision fp64 keeps moments in float64; set "
                 "one of them to fp32"
+            )
+        if self.adapter.r and self.train.precision == "fp8":
+            raise UsageError("train.precision is fp8, in which no adapters are trained; set it to bf16")
+        if self.adapter.base != "none" and self.train.precision == "fp64":
+            raise UsageError(
+                "adapter.base is for precisions up to fp32, train.precision is fp64; leave one of them out"
             )
         if self.eval.ema and not self.train.ema_decay:
             raise UsageError(

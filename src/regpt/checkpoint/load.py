@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from regpt.checkpoint.base import AdapterRecord, plain_shapes, read_adapter_record
 from regpt.checkpoint.manifest import (
+    ADAPTER,
     AVERAGE,
     FORMAT_VERSION,
     IMPORTED,
@@ -32,8 +34,6 @@ from regpt.console.lines import print_note
 from regpt.errors import UserError
 from regpt.files import SUCCESSOR, identity, is_folder, unless_gone
 from regpt.model.config import ModelConfig
-from regpt.model.families import make_model
-from regpt.model.weights import InitialWeights, without_memory
 from regpt.structured import read_object
 from regpt.tensors import REMEDY, TensorFiles
 from regpt.text.companions import COMPANIONS
@@ -68,8 +68,18 @@ class Checkpoint:
         return self.state.step
 
     def weights(self) -> TensorFiles:
-        """Name → weight at its real shape, for `load_weights`."""
+        """Name → weight at its real shape, for `load_weights`; of a checkpoint of adapters, them alone."""
         return self.tensors(WEIGHTS)
+
+    def adapter(self) -> AdapterRecord | None:
+        """Of a checkpoint that holds adapters alone."""
+        there = ADAPTER in self.manifest.names()
+        return read_adapter_record(self.folder / ADAPTER) if there else None
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name → shape of its weights, as the model's shape has them; nothing is built for it."""
+        record = self.adapter()
+        return plain_shapes(self.config) if record is None else record.shapes(self.config)
 
     def optimizer(self) -> TensorFiles:
         """`exp_avg/<parameter>`, `exp_avg_sq/<parameter>` → tensor, without padding rows."""
@@ -228,7 +238,8 @@ def check_content(folder: Path, file: File) -> None:
     """Raise a UserError unless the file has its SHA-256 and holds the content that its name promises, which may be
     anything for other names."""
     check_sha256(folder, file)
-    name, readers = file.file, {MODEL: read_model_config, STATE: read_state, TOKENIZER: open_tokenizer}
+    readers = {MODEL: read_model_config, STATE: read_state, TOKENIZER: open_tokenizer, ADAPTER: read_adapter_record}
+    name = file.file
     if name in readers:
         readers[name](folder / name)
     elif stem_of(name):
@@ -261,10 +272,9 @@ def refuse_disagreement(checkpoint: Checkpoint) -> None:
     if tokens != vocab_size:
         raise damaged(checkpoint.folder / TOKENIZER, f"has {tokens:,} tokens, {MODEL} has {vocab_size:,}")
     stored, blocks = checkpoint.tensors(WEIGHTS).shape_of, checkpoint.config.n_layer
-    if blocks > len(stored):  # thousands of blocks take seconds to describe
+    if blocks > len(stored) and checkpoint.adapter() is None:  # thousands of blocks take seconds to describe
         raise damaged(checkpoint.folder / MODEL, f"asks for {blocks:,} blocks, there are {len(stored):,} tensors")
-    with without_memory():
-        shapes = InitialWeights(make_model(checkpoint.config), seed=0).shapes
+    shapes = checkpoint.shapes()
     for stem, complete in ((WEIGHTS, True), (AVERAGE, False)):  # what does not learn has no average
         stored = checkpoint.tensors(stem).shape_of
         for name, shape in shapes.items():

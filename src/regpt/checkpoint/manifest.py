@@ -16,6 +16,7 @@ from regpt.tensors import REMEDY, SUFFIX
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MODEL, TOKENIZER, STATE = "model.json", "tokenizer.json", "state.json"
+ADAPTER = "adapter.json"  # settings of adapters, where the weights are theirs alone, and the hash of their base
 IMPORTED = "imported.json"  # chat template and options of generation of the model that a run began with
 # Stems of tensor files: model.safetensors, or model-00001-of-00004.safetensors … with model.safetensors.index.json.
 WEIGHTS, OPTIMIZER, AVERAGE = "model", "optimizer", "ema"
@@ -162,7 +163,7 @@ def check_size(folder: Path, file: File) -> None:
     if found.st_size != file.size:
         refuse_lfs_pointer(path)
         raise damaged(path, f"has {found.st_size:,} bytes instead of {file.size:,}")
-    if file.file in (*FILES, IMPORTED) and file.size > MAX_BYTES:
+    if file.file in (*FILES, IMPORTED, ADAPTER) and file.size > MAX_BYTES:
         raise damaged(path, f"has {file.size:,} bytes, more than {MAX_BYTES:,}, too much for its kind")
 
 

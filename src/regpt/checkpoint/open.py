@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from regpt.checkpoint.base import AdapterParts, open_base, plain_shapes
 from regpt.checkpoint.best import BEST, best_last
 from regpt.checkpoint.fetch import fetch_model
 from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, checkpoint_folder, checkpoints, load_checkpoint, of_newest
@@ -24,6 +25,7 @@ from regpt.hf.gguf_models import GGUFWeights, config_from_gguf
 from regpt.hf.gguf_tokenizer import tokenizer_from_gguf
 from regpt.hf.hub import SHORT_NAMES, download_model, repository
 from regpt.kernels.masked import with_masks_as_data
+from regpt.model.adapters import Merged
 from regpt.model.config import ModelConfig
 from regpt.model.families import make_model
 from regpt.model.ops import PLAIN
@@ -78,6 +80,7 @@ class OpenModel:
         folder: of a Hugging Face model, with its other files.
         companions: chat template and options of generation, by file name (`text.companions`).
         files: of the weights.
+        adapter: where they are those of a base with adapters, merged; the adapters.
     """
 
     model: Transformer
@@ -88,6 +91,7 @@ class OpenModel:
     folder: Path | None = None
     companions: Mapping[str, str] = field(default_factory=dict)
     files: tuple[WeightFile, ...] = ()
+    adapter: AdapterParts | None = None
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -171,6 +175,11 @@ def open_checkpoint(
     # What does not learn has no average.
     chosen = ChainMap(cast(Any, average), cast(Any, weights)) if ema else weights
     stored = set() if ema else {*weights.dtype_of.values()}
+    parts, adapters = None, chosen
+    if (record := checkpoint.adapter()) is not None:
+        base, tensors = open_base(folder, record)
+        parts = AdapterParts(record.adapter, adapters, record.base_sha256, base.source)
+        chosen = Merged(plain_shapes(checkpoint.config), tensors, adapters, record.adapter)
     held = torch.bfloat16 if narrow and stored == {"BF16"} else torch.float32
     model = build(checkpoint.config, chosen, device, str(folder), held)
     source = f"{folder}, average" if ema else str(folder)
@@ -178,7 +187,9 @@ def open_checkpoint(
     names = checkpoint.manifest.tensor_files(AVERAGE if ema else WEIGHTS)
     files = tuple(WeightFile(folder / one.file, one.sha256) for one in checkpoint.manifest.files if one.file in names)
     tokenizer, companions = checkpoint.tokenizer(), checkpoint.companions()
-    return OpenModel(model, tokenizer, checkpoint.step, source, dtype, companions=companions, files=files)
+    return OpenModel(
+        model, tokenizer, checkpoint.step, source, dtype, companions=companions, files=files, adapter=parts
+    )
 
 
 def open_hf(folder: Path, source: str, device: torch.device | str, *, narrow: bool = False) -> OpenModel:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from regpt.checkpoint.base import AdapterRecord
 from regpt.checkpoint.load import verify_checkpoint
 from regpt.checkpoint.manifest import (
+    ADAPTER,
     AVERAGE,
     FORMAT_VERSION,
     IMPORTED,
@@ -35,11 +37,12 @@ class Contents:
     Attributes:
         config: shape of the model.
         tokenizer: stored next to the weights.
-        weights: all of them, learning or not, at the real vocabulary size, the tied head once.
+        weights: all of them, learning or not, at the real vocabulary size, the tied head once; or the adapters alone.
         optimizer: tensors named `exp_avg/<parameter>`, `exp_avg_sq/<parameter>`, without padding rows.
         average: exponential moving average of the weights, named and shaped like them; empty when none is kept.
         state: the rest.
         companions: chat template and options of generation of the model that the run began with, by file name.
+        adapter: of weights that are adapters.
     """
 
     config: ModelConfig
@@ -49,6 +52,7 @@ class Contents:
     state: RunState
     average: Mapping[str, Tensor] | None = None
     companions: Mapping[str, str] = field(default_factory=dict)
+    adapter: AdapterRecord | None = None
 
     def tensors(self) -> dict[str, Mapping[str, Tensor]]:
         """The mappings of tensors by the names of their fields."""
@@ -80,6 +84,8 @@ def save_checkpoint(folder: Path, contents: Contents, max_file_bytes: int = MAX_
             write_divided(temporary, AVERAGE, contents.average, max_file_bytes)
         if contents.companions:
             write_json(temporary / IMPORTED, dict(contents.companions))
+        if contents.adapter is not None:
+            contents.adapter.write(temporary / ADAPTER)
         write_state(temporary / STATE, contents.state)
         write_manifest(temporary)
         if folder.exists() and not is_intact(folder):

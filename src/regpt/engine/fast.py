@@ -49,7 +49,7 @@ def load_kernels(model: Transformer, dtype: torch.dtype) -> FastPaths:
     from regpt.kernels.paged import decode_attention, prefill_attention, prefills  # imports Triton
 
     prefill = prefill_attention if prefills(model.device, dtype, model.config.resolved().head_size) else None
-    if dtype != model.dtype or dtype not in (torch.bfloat16, torch.float16):
+    if model.adapter is not None or dtype != model.dtype or dtype not in (torch.bfloat16, torch.float16):
         return FastPaths(decode_attention, prefill)
     from regpt.kernels import gpt2_decode, llama_decode
     from regpt.kernels.sampler import draw_into

@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from regpt.model.adapter_config import AdapterConfig
 from regpt.model.cache import Cache
 from regpt.model.config import ModelConfig
 from regpt.model.dropout import Dropout
@@ -37,6 +38,7 @@ class Transformer(nn.Module):
             loss, a checkpoint or a parameter count.
         undecayed: patterns of the names of parameters without weight decay.
         residual: endings of the names of matrices that project into the residual stream.
+        adapter, adapter_dropout: set by `adapters.adapt`.
     """
 
     token_embedding: str
@@ -44,6 +46,8 @@ class Transformer(nn.Module):
     padded_names: frozenset[str]
     undecayed: tuple[str, ...]
     residual: tuple[str, ...]
+    adapter: AdapterConfig | None = None
+    adapter_dropout: Any = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Transformer":
         """`Transformer(config)` is a model of the configuration's family."""
@@ -89,7 +93,8 @@ class Transformer(nn.Module):
 
     def default_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups by name: weight decay for products and embeddings, not for biases and norms."""
-        return [{"pattern": p, "weight_decay": 0.0} for p in self.undecayed] + [{"pattern": "*"}]
+        undecayed = (*self.undecayed, "*.lora_magnitude")
+        return [{"pattern": p, "weight_decay": 0.0} for p in undecayed] + [{"pattern": "*"}]
 
     @property
     def device(self) -> torch.device:
@@ -109,7 +114,7 @@ class Transformer(nn.Module):
         """Weights of matrix products: of all linear layers and of the head, whose `padded` rows are left out unless
         asked for. Embeddings are looked up, not multiplied."""
         rows = self.head_weight.size(0) if padded else self.config.vocab_size
-        linear = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
+        linear = sum(m.in_features * m.out_features for m in self.modules() if isinstance(m, nn.Linear))
         return linear + rows * self.head_weight.size(1)
 
     def idle_parameters(self) -> int:
@@ -154,6 +159,8 @@ class Transformer(nn.Module):
             raise ValueError("documents or a tree were given; give positions that restart in each, and no cache")
         if positions is None:
             positions = torch.arange(start, start + T, device=idx.device)  # (T,)
+        if self.adapter_dropout is not None:
+            self.adapter_dropout.keys = dropout_keys
         drop = Dropout(self.config.dropout, dropout_keys if self.config.dropout else None)
         translate = self.ops.translate_mask if drop.keys is None else sdpa_mask  # as `attention_with_dropout` takes it
         seen = self.masks(mask, lambda one: one if ragged else translate(one, B, T, start + T, idx.device))

@@ -14,6 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 from regpt.errors import UserError
 from regpt.model.config import FAMILIES
+from regpt.model.head import wide
+from regpt.model.quantize import QuantizedWeight
 from regpt.model.transformer import Transformer
 
 INIT_THREADS = min(16, os.cpu_count() or 1)
@@ -30,8 +32,11 @@ def allocate(model: Transformer, device: torch.device | str, dtype: torch.dtype 
     """Give the parameters of a model made `without_memory` their memory on `device`; their values are not yet set."""
     for module in model.modules():  # Module.to_empty would import sympy, which takes seconds
         for name, p in module.named_parameters(recurse=False):
-            values = torch.empty(p.shape, device=device, dtype=dtype)
+            kept = wide(dtype) if is_adapter(name) else dtype
+            values = torch.empty(p.shape, device=device, dtype=kept)
             setattr(module, name, nn.Parameter(values, requires_grad=p.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(name, torch.empty_like(buffer, device=device))
     return model
 
 
@@ -58,12 +63,12 @@ def initialize(model: Transformer, seed: int) -> Transformer:
     """
     values = InitialWeights(model, seed)
 
-    def fill(named: tuple[str, Tensor]) -> None:
+    def fill(named: tuple[str, Slot]) -> None:
         name, parameter = named
         set_weight(model, name, parameter, values[name])
 
     with ThreadPoolExecutor(INIT_THREADS) as pool:  # normal_ is one thread's work, without the interpreter's lock
-        list(pool.map(fill, model.named_parameters()))
+        list(pool.map(fill, slots(model).items()))
     return model
 
 
@@ -71,7 +76,7 @@ class InitialWeights(Mapping[str, Tensor]):
     """Name → initial value, float32 on the CPU, drawn when it is asked for."""
 
     def __init__(self, model: Transformer, seed: int):
-        self.shapes = {name: real_shape(model, name, p) for name, p in model.named_parameters()}
+        self.shapes = {name: real_shape(model, name, p) for name, p in slots(model).items()}
         self.model, self.seed = model, seed
 
     def __getitem__(self, name: str) -> Tensor:
@@ -94,7 +99,22 @@ def named_generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def real_shape(model: Transformer, name: str, parameter: Tensor) -> tuple[int, ...]:
+Slot = Tensor | QuantizedWeight
+
+
+def is_adapter(name: str) -> bool:
+    """Whether `name` is of a parameter of an adapter (`model.adapters`), not of the model itself."""
+    return name.rpartition(".")[2].startswith("lora_")
+
+
+def slots(model: Transformer) -> dict[str, Slot]:
+    """The places of the model's weights by name, those of its adapters left out."""
+    own: dict[str, Slot] = {name: p for name, p in model.named_parameters() if not is_adapter(name)}
+    quantized = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedWeight)}
+    return own | {name.rpartition(".")[0] + ".weight": module for name, module in quantized.items()}
+
+
+def real_shape(model: Transformer, name: str, parameter: Slot) -> tuple[int, ...]:
     """Shape without vocabulary padding."""
     padded = name in model.padded_names
     return (model.config.vocab_size, *parameter.shape[1:]) if padded else tuple(parameter.shape)
@@ -135,7 +155,7 @@ def load_weights(model: Transformer, weights: Mapping[str, Tensor]) -> Transform
     Raises:
         UserError: a name is missing or unknown, a shape differs, or a tensor holds no floating-point numbers.
     """
-    own = dict(model.named_parameters())
+    own = slots(model)
     missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     if missing or unknown:
         what = f"lack {missing[0]!r}" if missing else f"have the unknown tensor {unknown[0]!r}"
@@ -152,7 +172,10 @@ def load_weights(model: Transformer, weights: Mapping[str, Tensor]) -> Transform
 
 
 @torch.no_grad()
-def set_weight(model: Transformer, name: str, parameter: Tensor, value: Tensor) -> None:
+def set_weight(model: Transformer, name: str, parameter: Slot, value: Tensor) -> None:
+    if isinstance(parameter, QuantizedWeight):
+        parameter.copy_(value)
+        return
     # Through the parameter, not its `.data`: the kernels renew their copies when its version has changed.
     unpadded(model, name, parameter).copy_(value)
     parameter[len(value) :] = 0  # padding rows
@@ -160,4 +183,5 @@ def set_weight(model: Transformer, name: str, parameter: Tensor, value: Tensor) 
 
 def count_parameters(model: Transformer) -> int:
     """Number of parameters, padding left out, the tied head counted once."""
-    return sum(math.prod(real_shape(model, name, p)) for name, p in model.named_parameters())
+    adapters = sum(p.numel() for name, p in model.named_parameters() if is_adapter(name))
+    return adapters + sum(math.prod(real_shape(model, name, p)) for name, p in slots(model).items())

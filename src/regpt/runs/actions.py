@@ -23,7 +23,8 @@ from regpt.data.rows import Rows
 from regpt.engine.generate import write_samples
 from regpt.engine.processing import SamplingOptions
 from regpt.errors import UserError
-from regpt.model.weights import count_parameters, state_tensors
+from regpt.model.weights import count_parameters
+from regpt.runs.adapters import learned, record_of, said_of
 from regpt.runs.begin import Run, go_back
 from regpt.runs.build import choose_kernels, mask_token, validation_parts
 from regpt.runs.evaluations import RunEvaluations, open_run_suites
@@ -197,11 +198,12 @@ class RunActions:
             contents = Contents(
                 config=self.config.model,
                 tokenizer=run.corpus.tokenizer,
-                weights=state_tensors(run.model),
+                weights=learned(run.model),
                 optimizer=optimizer_tensors(run.model, run.optimizer),
                 average=None if average is None else average.tensors(),
                 state=run_state(run, step, [json.loads(state) for state in states]),
                 companions=run.companions,
+                adapter=record_of(run),
             )
             self.saver.save(contents, self.mesh.device)
 
@@ -245,7 +247,8 @@ def summary(do: RunActions) -> str:
     spared += "" if config.optim.state_dtype == "fp32" else f", {config.optim.state_dtype} moments"
     spared += ", moments in host memory" * config.optim.offload
     return (
-        f"{count_parameters(do.run.model):,} parameters on {mesh.world_size} × {name}, {config.train.precision}"
+        f"{count_parameters(do.run.model):,} parameters{said_of(do.run.model)} on "
+        f"{mesh.world_size} × {name}, {config.train.precision}"
         f"{', compiled' if config.train.compile and kernels.name == 'plain' else ''}, {kernels.name} kernels "
         f"({kernels.reason}){spared}; {counted(config.train.batch_tokens, 'token')} a step "
         f"({config.train.batch_tokens // (B * mesh.world_size * T)} × {mesh.world_size} × {counted(B, 'row')} of {T}); "

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from regpt.checkpoint.base import BaseRecord
 from regpt.checkpoint.best import named_checkpoint
 from regpt.checkpoint.fetch import fetch_model, split_address
 from regpt.checkpoint.load import (
@@ -31,9 +32,10 @@ from regpt.evals.specs import Spec
 from regpt.files import exists, file_sha256, is_file
 from regpt.files import resolved as whole_path
 from regpt.model.config import FAMILIES, LAYERED, ROTARY, ModelConfig
-from regpt.model.weights import grown_weights, initialize, load_weights, state_tensors
+from regpt.model.weights import grown_weights, initialize, state_tensors
 from regpt.parallel.mesh import Mesh, open_mesh
 from regpt.remote import is_address
+from regpt.runs.adapters import begin_base, load_learned, refuse_without_base, restore_weights
 from regpt.runs.build import Corpus, build_loader, build_model, build_trainer, open_corpus, with_chosen_rows
 from regpt.runs.changes import ROUNDING_KEYS, Changes, describe, first_row, listed, ramp_steps
 from regpt.runs.folder import made_with
@@ -62,6 +64,7 @@ class Run:
 
     Attributes:
         companions: see `keep_companions`.
+        base: of a run that trains adapters; set when its weights are.
         loader, trainer, average, chosen: set by `begin`; `chosen` holds settings tuned for this device, for env.json.
     """
 
@@ -81,6 +84,7 @@ class Run:
         self.optimizer = make_optimizer(self.model, config.optim, mesh.device, config.train.seed)
         # Conversations bring the template that they were rendered with.
         self.companions = read_companions(self.corpus.folders[0].path)
+        self.base: BaseRecord | None = None
 
     def keep_companions(self, tokenizer: Tokenizer, companions: Mapping[str, str]) -> None:
         """Hand on the chat template and the options of generation of the model that the run begins with; they name
@@ -156,15 +160,16 @@ class Start:
 def start_new(run: Run, init_from: str | None) -> Start:
     """Initialise from `train.seed`, or load the weights of another model whose weights have the same shapes."""
     model, config = run.model, run.config
+    refuse_without_base(config, init_from)
     if init_from is None:
         initialize(model, config.train.seed)
         return Start()
-    source = open_model(on_this_machine(init_from, run.mesh))
+    source = open_model(on_this_machine(init_from, run.mesh), narrow=config.train.weight_dtype == "bf16")
     differing = other_fields(source.model.config, config.model)
     if extends(run.corpus.tokenizer, source.tokenizer):
         differing.pop("vocab_size", None)
     refuse_other_weights(init_from, differing, config.model)
-    load_weights(model, grown_weights(model, state_tensors(source.model), config.train.seed))
+    begin_base(run, init_from, grown_weights(model, state_tensors(source.model), config.train.seed))
     run.keep_companions(source.tokenizer, source.companions)
     said = ", ".join(f"model.{key} {here} instead of {there}" for key, (there, here) in differing.items())
     return Start(changed=f"--init-from {init_from}: the same weights in another model: {said}" if said else "")
@@ -201,7 +206,7 @@ def start_at(run: Run, checkpoint: Checkpoint, event: Row, found: Changes | None
     """Load weights and moments of `checkpoint` and return its `Start`; `found` holds the settings changed since."""
     state, mesh = checkpoint.state, run.mesh
     with mesh.pulse.working("loading a checkpoint"):
-        load_weights(run.model, checkpoint.weights())
+        restore_weights(run, checkpoint)
         load_optimizer(run.model, run.optimizer, checkpoint.optimizer(), state.step)
     run.keep_companions(checkpoint.tokenizer(), checkpoint.companions())
     changed = describe(found, state, run.config) if found else ""
@@ -280,7 +285,7 @@ def go_back(run: Path, trainer: Trainer, average: Average | None) -> None:
             "checkpoint.every_steps, or train.on_non_finite skip"
         )
     checkpoint, _ = choose_checkpoint(run, mesh)
-    load_weights(trainer.model, checkpoint.weights())
+    load_learned(trainer.model, checkpoint.weights())
     load_optimizer(trainer.model, trainer.optimizer, checkpoint.optimizer(), checkpoint.step)
     if average is not None:
         average.load(checkpoint.average() or checkpoint.weights(), checkpoint.state.average_updates)

@@ -22,6 +22,7 @@ from regpt.errors import UsageError, UserError
 from regpt.evals.perplexity import count_rows
 from regpt.files import file_sha256
 from regpt.kernels.select import Kernels, check_compiler, ops_of, select_kernels
+from regpt.model.adapters import adapt
 from regpt.model.families import make_model
 from regpt.model.ops import PLAIN, Ops
 from regpt.model.transformer import Transformer
@@ -185,7 +186,7 @@ def build_model(config: RunConfig, device: torch.device, ops: Ops = PLAIN) -> Tr
     """
     ops = ops_of(config.train.precision, device, ops)
     with without_memory():
-        model = make_model(config.model, ops, pad_vocab=config.train.pad_vocab)
+        model = adapt(make_model(config.model, ops, pad_vocab=config.train.pad_vocab), config.adapter)
     return allocate(model, device, parameter_dtype(config.train.precision, config.train.weight_dtype))
 
 
@@ -202,7 +203,7 @@ def build_loader(
         "dp_size": mesh.world_size,
         "eot": mask_token(config, corpus),
         "pin_memory": mesh.device.type == "cuda",
-        "dropout_seed": train.seed if config.model.dropout else None,
+        "dropout_seed": train.seed if config.model.dropout or config.adapter.dropout else None,
     }
     if not train.batch_ramp:
         return Loader(rows, batch_tokens=train.batch_tokens, first_row=first_row, **settings)

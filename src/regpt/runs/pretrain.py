@@ -24,6 +24,7 @@ from regpt.parallel.mesh import Mesh
 from regpt.parallel.signals import EXIT_SAVED
 from regpt.remote import is_address
 from regpt.runs.actions import RunActions, say_what_is_left_out, summary, write_epochs
+from regpt.runs.adapters import facts_of, keep_base, refuse_remote
 from regpt.runs.begin import (
     Run,
     Start,
@@ -188,10 +189,12 @@ def create(
 ) -> None:
     """Make the folder of a new run, owned by this process until `stack` ends; all processes return when it exists."""
     config, mesh = run.config, run.mesh
+    refuse_remote(config, remote is not None)
 
     def make() -> None:
         env = describe_environment(mesh, run.corpus.facts(), count_parameters(run.model), argv)
         env |= {"peak": asdict(device_peak(mesh.device, config.train.precision))} | run.chosen
+        env |= facts_of(run)
         env |= {"kernels": asdict(choose_kernels(config, run.model, mesh.device))}
         if remote is None:
             refuse_used_folder(folder, beside)
@@ -218,6 +221,7 @@ def train(
     The folder is copied to `remote` meanwhile; this returns when everything has arrived.
     """
     config, mesh, trainer = run.config, run.mesh, run.trainer
+    keep_base(run, folder)
     name = remote.url if remote else str(folder)
     terminal = Terminal(name, config.train.steps, PlainConsole(), enabled=mesh.is_main and not quiet)
     saver = Saver(folder, config.checkpoint)

@@ -31,7 +31,10 @@ def make_optimizer(
         UserError: `optim.state_dtype` needs a package that is not installed.
     """
     learning: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
-    groups, rounds = parameter_groups(model, config), model.dtype == torch.bfloat16 or config.state_dtype != "fp32"
+    groups, rounds = (
+        parameter_groups(model, config),
+        any(p.dtype == torch.bfloat16 for p in learning) or config.state_dtype != "fp32",
+    )
     fused = device.type in FUSED_DEVICES and not rounds
     options: dict[str, Any] = {
         "lr": config.lr,

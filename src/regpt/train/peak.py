@@ -11,6 +11,7 @@ from torch import Tensor
 from regpt.console.text import counted
 from regpt.kernels import fp8
 from regpt.model.transformer import Transformer
+from regpt.model.weights import is_adapter
 from regpt.train.config import PrecisionName
 from regpt.train.devices import Device, device_by_driver
 
@@ -24,8 +25,11 @@ LEAST_PRODUCTS, MOST_PRODUCTS = 3, 50
 
 def flops_per_token(model: Transformer, seq_len: int) -> int:
     """FLOPs of forward and backward for one token: 6 per weight of a matrix product (head included, vocabulary
-    unpadded) plus attention (Chowdhery et al. 2022, appendix B)."""
-    return 6 * model.matmul_parameters() + model.attention_flops(seq_len)
+    unpadded) plus attention (Chowdhery et al. 2022, appendix B). A frozen base has no gradients of weights: 4 for each
+    of them, 6 for each of the adapters'."""
+    learning = sum(p.numel() for name, p in model.named_parameters() if is_adapter(name))
+    products = 4 * model.matmul_parameters() + 6 * learning if learning else 6 * model.matmul_parameters()
+    return products + model.attention_flops(seq_len)
 
 
 @dataclass(frozen=True)
