@@ -160,7 +160,7 @@ class QuantizedWeight(nn.Module):
             own[name].copy_(piece)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        return dequantize(self.kind, self.pieces(), *self.shape, dtype)
+        return dequantize(self.kind, self.pieces(), self.shape[0], self.shape[1], dtype)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """`F.linear(x, weight, bias)` in the format of autocast, or of `x`."""
@@ -168,7 +168,9 @@ class QuantizedWeight(nn.Module):
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
         bias = None if bias is None else bias.to(x.dtype)
-        return torch.ops.regpt.quantized_linear(x, [*self.pieces().values()], bias, self.kind, self.shape[0], self.shape[1])
+        return torch.ops.regpt.quantized_linear(
+            x, [*self.pieces().values()], bias, self.kind, self.shape[0], self.shape[1]
+        )
 
 
 def weight_of(pieces: Sequence[Tensor], kind: str, n_out: int, n_in: int, dtype: torch.dtype) -> Tensor:
