@@ -43,10 +43,12 @@ from regpt.checkpoint.open import open_model
 from regpt.config import read_config, recipe_names
 from regpt.console.lines import print_json, status
 from regpt.console.text import counted
+from regpt.data.manifest import read_manifest
+from regpt.data.rows import open_rows
+from regpt.engine.cache import PrefillView, ragged, upload
 from regpt.engine.engine import PAGE_SIZE, Engine
-from regpt.engine.fast import half_copy
-from regpt.engine.int8 import quantize
 from regpt.engine.processing import SamplingOptions
+from regpt.engine.products import quantize
 from regpt.engine.reference import generate_uncached
 from regpt.engine.request import Request
 from regpt.errors import UserError
@@ -58,11 +60,12 @@ from regpt.parallel.mesh import choose_device
 from regpt.text.open import open_tokenizer
 from regpt.tools.bench.steps import library_versions, percentiles
 from regpt.tools.llama_cpp import LlamaServer
-from regpt.train.config import InferencePrecision
+from regpt.train.config import WritingPrecision
 from regpt.train.peak import driver_name
-from regpt.train.precision import HALF_TYPES, autocast, parameter_dtype, set_matmul_precision
+from regpt.train.precision import set_matmul_precision, writing
 
 OPTIONS = SamplingOptions(top_k=50)
+LOSS_ROWS = 100
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,10 @@ class Args:
     """Times that each is written, after once without the clock; the median counts."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto: CUDA, then MPS, then CPU."""
-    precision: InferencePrecision = "fp32"
+    precision: WritingPrecision = "fp32"
     """Number format of the computation."""
+    kv_cache: Literal["", "fp8"] = ""
+    """Format of keys and values, default: that of the computation."""
     hugging_face: bool = False
     """Time transformers' generate, too: GPT-2 only, with a static cache and compiled on CUDA, else with its cache."""
     profile: bool = False
@@ -90,6 +95,9 @@ class Args:
     """Instead: one text on a CPU by everybody, in turns."""
     identity: int = 0
     """Instead: write so many texts in four ways, and count the differences."""
+    loss: Path | None = None
+    """Instead: the loss on validation tokens of this folder of shards, read through the cache, with keys and values in
+    the format of the computation and in fp8."""
     json: Path | None = None
     """Also write the report to this file."""
 
@@ -99,21 +107,24 @@ def main(given: Args) -> None:
     set_matmul_precision(given.precision)
     with status() as say:
         say("opening the model")
-        model = open_or_make(given.model, device).to(parameter_dtype(given.precision))
-        if given.precision in HALF_TYPES and device.type == "cuda":
-            model = half_copy(model, HALF_TYPES[given.precision])
-        context = autocast(given.precision, device) if device.type != "cuda" else contextlib.nullcontext()
+        model = open_or_make(given.model, device)
+        context = writing(model, given.precision, device)
+    how = {"narrow_cache": given.kv_cache == "fp8"}
     with status() as say, context:
+        if given.loss:
+            found = {f"kv {name or 'as computed'}": cached_loss(model, given.loss, name) for name in ("", "fp8")}
+            print_json({"precision": given.precision, "tokens": LOSS_ROWS * model.config.max_seq_len, **found})
+            return
         if given.identity:
-            print_json(count_differences(model, given.identity, say))
+            print_json(count_differences(model, given.identity, say, **how))
             return
         sizes = given.prompt_tokens, given.new_tokens, given.repeats
         if given.peers:
             print_json(in_turns(model, *sizes, say))
             return
-        report = bench_sample(model, given.batch, *sizes, say)
+        report = bench_sample(model, given.batch, *sizes, say, **how)
         if given.profile:
-            print_json(profile_step(model, given.batch[-1], given.prompt_tokens))
+            print_json(profile_step(model, given.batch[-1], given.prompt_tokens, **how))
     report = {"kind": "sampling", "source": given.model, "precision": given.precision, **report}
     Console(width=160).print(sample_table(report))
     if given.hugging_face:
@@ -270,7 +281,8 @@ def their_model(model: Transformer) -> Any:
         vocab_size=shape.vocab_size, n_positions=shape.max_seq_len, n_embd=shape.n_embd, n_layer=shape.n_layer,
         n_head=shape.n_head, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    return transformers.GPT2LMHeadModel(config).to(model.device, model.dtype).eval()
+    made: Any = transformers.GPT2LMHeadModel(config)
+    return made.to(model.device, model.dtype).eval()
 
 
 def in_turns(
@@ -329,7 +341,26 @@ WAYS = (
 )
 
 
-def count_differences(model: Transformer, n: int, say: Callable[[str], None]) -> dict[str, Any]:
+@torch.no_grad()
+def cached_loss(model: Transformer, folder: Path, kv_cache: str) -> float:
+    """Mean cross-entropy, in nats, of `LOSS_ROWS` validation rows, each read in two chunks of which the second sees the
+    first in the cache."""
+    T = model.config.max_seq_len
+    rows = open_rows(folder, read_manifest(folder), "val", "sequential", 0, T)
+    engine = Engine(model, max_rows=1, cache_tokens=T, narrow_cache=kv_cache == "fp8", graphs=False)
+    pages, _ = engine.pages.reserve([], T) or ([], 0)
+    total = 0.0
+    for row in rows.read(0, LOSS_ROWS).tolist():
+        for start in (0, T // 2):
+            tokens, targets = row[start : start + T // 2], row[start + 1 : start + T // 2 + 1]
+            idx, spans = ragged([(tokens, start, pages, None)], model.device)
+            hidden = engine.decode_step.read(idx, PrefillView(engine.pages, spans, engine.prefill_kernel))
+            logits = engine.decode_step.logits(hidden).float()
+            total += torch.nn.functional.cross_entropy(logits, upload(targets, model.device), reduction="sum").item()
+    return total / (LOSS_ROWS * T)
+
+
+def count_differences(model: Transformer, n: int, say: Callable[[str], None], **options: Any) -> dict[str, Any]:
     """Texts of `n` prompts of 1 to 32 tokens, up to 16 new ones, drawn in several manners, written in four `WAYS`."""
     source = torch.Generator().manual_seed(1)
     sizes = torch.randint(1, 33, (n,), generator=source).tolist()
@@ -347,7 +378,7 @@ def count_differences(model: Transformer, n: int, say: Callable[[str], None]) ->
     texts, again = [], []
     for way in WAYS:
         say(f"{way}")
-        engine = Engine(model, cache_tokens=64 * way["max_rows"], **{"prefix_cache": False, **way})
+        engine = Engine(model, cache_tokens=64 * way["max_rows"], **{"prefix_cache": False, **way}, **options)
         texts.append(engine.run(requests))
         again.append(engine.stats().recomputed)
     alone = [text for (text,) in texts[0]]

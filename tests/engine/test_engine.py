@@ -136,6 +136,24 @@ def steps(engine: Engine, most: int = 500) -> list[Event]:
     return events
 
 
+def test_keys_and_values_in_eight_bits_are_rounded_once_whatever_the_batch():
+    """Also those of a prompt's own chunk: else a text would depend on where prompts are cut."""
+    given = [Request([*range(i, i + 9)], 20, OPTIONS[i % 4], seed=i) for i in range(8)]
+    narrow = [
+        Engine(MODEL, max_rows=rows, page_size=page, chunk_tokens=chunk, narrow_cache=True)
+        for rows, page, chunk in ((1, 16, 512), (5, 4, 3), (8, 16, 40))
+    ]
+    texts = [engine.run(given) for engine in narrow]
+    assert texts[0] == texts[1] == texts[2] != Engine(MODEL, max_rows=8).run(given)
+    assert not narrow[0].exact
+    pages = narrow[0].pages
+    assert pages.k.dtype == torch.float8_e4m3fn
+    pages.write(0, 3, torch.full((CONFIG.n_head, CONFIG.n_embd // CONFIG.n_head), 1e4), torch.zeros(CONFIG.n_head, 1))
+    k, v = pages.read(0, slice(3, 4))
+    assert k.unique().tolist() == [448.0]  # not the NaN that 1e4 is in fp8
+    assert not v.any()
+
+
 @pytest.mark.parametrize("after", range(7))
 def test_a_cancelled_request_frees_its_pages_at_once_also_while_its_prompt_is_read(after):
     engine = Engine(MODEL, max_rows=4, page_size=2, chunk_tokens=3)

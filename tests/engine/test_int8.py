@@ -8,10 +8,10 @@ import torch
 
 import tiny
 from regpt.checkpoint.open import open_model
-from regpt.engine import int8
+from regpt.engine import products
 from regpt.engine.engine import Engine
-from regpt.engine.int8 import quantize
 from regpt.engine.processing import SamplingOptions
+from regpt.engine.products import quantize
 from regpt.engine.reference import generate_uncached
 from regpt.engine.request import Request
 from regpt.errors import UsageError, UserError
@@ -78,8 +78,10 @@ def test_commands_take_int8_and_a_receipt_remembers_it(tmp_path, capsys):
 
 
 def test_int8_is_refused_on_a_gpu_and_without_a_compiler(monkeypatch):
-    with pytest.raises(UsageError, match="int8 is for CPUs, the device is cuda; choose bf16, or --device cpu"):
-        check_precision("int8", torch.device("cuda"))
-    monkeypatch.setattr(int8, "load_few_rows", lambda: None)
+    with pytest.raises(UsageError, match="int8 is for CPUs and CUDA, the device is mps; choose bf16, or --device cpu"):
+        check_precision("int8", torch.device("mps"))
+    with pytest.raises(UsageError, match="bf16-invariant is for CUDA, the device is cpu; choose fp32"):
+        check_precision("bf16-invariant", torch.device("cpu"))
+    monkeypatch.setattr(products, "load_few_rows", lambda: None)
     with pytest.raises(UserError, match="needs a C compiler"):
         quantize(model_of("gpt2"))

@@ -36,9 +36,7 @@ def filled(H: int, G: int, D: int, page: int, dtype: torch.dtype) -> tuple[Pages
 def test_decode_attention(H, G, D, window, page):
     pages, tables, positions = filled(H, G, D, page, torch.float32)
     q = torch.randn(3, H, D, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    expected = DecodeView(pages, tables, positions).attend_pages(
-        q, pages.k[0], pages.v[0], AttentionMask(window=window)
-    )
+    expected = DecodeView(pages, tables, positions).attend_pages(q, 0, AttentionMask(window=window))
     state = torch.stack((positions, positions), dim=1)  # strided, as in the rows' state
     found = paged.decode_attention(q, pages.k[0], pages.v[0], tables, state[:, 1], page, window)
     assert (found - expected).abs().max() < 2e-6

@@ -11,11 +11,12 @@ gpt2_decode = pytest.importorskip("regpt.kernels.gpt2_decode")
 paged = pytest.importorskip("regpt.kernels.paged")
 llama_decode = pytest.importorskip("regpt.kernels.llama_decode")
 sampler = pytest.importorskip("regpt.kernels.sampler")
+product = pytest.importorskip("regpt.kernels.product")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile"),
 ]
-BF16, F32, I64, I32 = "*bf16", "*fp32", "*i64", "i32"
+BF16, F32, I64, I32, FP8 = "*bf16", "*fp32", "*i64", "i32", "*fp8e4nv"
 SHAPES = [(12, 64), (25, 64), (4, 32), (3, 8)]  # heads and their sizes
 
 
@@ -32,10 +33,10 @@ def compiles(kernel, arguments: dict[str, str], constants: dict[str, object], wa
 
 
 @pytest.mark.parametrize(("H", "D"), SHAPES)
-@pytest.mark.parametrize("kind", [BF16, F32])
+@pytest.mark.parametrize(("kind", "held"), [(BF16, BF16), (F32, F32), (BF16, FP8)])
 @pytest.mark.parametrize("window", [False, True])
-def test_decode_attention(H, D, kind, window):
-    arguments = {"q_ptr": kind, "k_ptr": kind, "v_ptr": kind, "table_ptr": I64, "position_ptr": I64, "out_ptr": kind}
+def test_decode_attention(H, D, kind, held, window):
+    arguments = {"q_ptr": kind, "k_ptr": held, "v_ptr": held, "table_ptr": I64, "position_ptr": I64, "out_ptr": kind}
     arguments |= dict.fromkeys(("q_row", "q_head", "kv_head", "table_row", "position_row", "window"), I32)
     arguments["scale"] = "fp32"
     constants = {"H": H, "G": H, "D": D, "BLOCK_D": triton.next_power_of_2(D), "PAGE": 16, "BLOCK": paged.BLOCK}
@@ -44,8 +45,9 @@ def test_decode_attention(H, D, kind, window):
 
 @pytest.mark.parametrize(("H", "D"), SHAPES)
 @pytest.mark.parametrize(("block", "warps"), [sizes for _, sizes in gpt2_decode.ATTENTION])
-def test_attend_and_write(H, D, block, warps):
-    arguments = {"qkv_ptr": BF16, "k_ptr": BF16, "v_ptr": BF16, "table_ptr": I64, "position_ptr": I64, "out_ptr": BF16}
+@pytest.mark.parametrize("held", [BF16, FP8])
+def test_attend_and_write(H, D, block, warps, held):
+    arguments = {"qkv_ptr": BF16, "k_ptr": held, "v_ptr": held, "table_ptr": I64, "position_ptr": I64, "out_ptr": BF16}
     arguments |= dict.fromkeys(("kv_head", "table_row", "position_row"), I32) | {"scale": "fp32"}
     constants = {"H": H, "D": D, "BLOCK_D": triton.next_power_of_2(D), "PAGE": 16, "PDL": True}
     compiles(gpt2_decode.attend_and_write_kernel, arguments, constants | {"BLOCK": block}, warps)
@@ -58,9 +60,10 @@ def test_norms_and_writes(C):
     inputs = {"token_ptr": I64, "position_ptr": I64, "stride": I32, "wte_ptr": BF16, "wpe_ptr": BF16}
     compiles(gpt2_decode.embed_norm_kernel, inputs | common, whole | {"PDL": True})
     compiles(gpt2_decode.add_norm_kernel, {"y_ptr": BF16, "y_bias_ptr": BF16} | common, whole | {"PDL": True})
-    arguments = {"qkv_ptr": BF16, "k_ptr": BF16, "v_ptr": BF16, "slot_ptr": I64, "kv_head": I32}
     constants = {"H": C // 32, "D": 32, "BLOCK_C": whole["BLOCK_C"]}
-    compiles(gpt2_decode.write_kernel, arguments, constants)
+    for held in (BF16, FP8):
+        arguments = {"qkv_ptr": BF16, "k_ptr": held, "v_ptr": held, "slot_ptr": I64, "kv_head": I32}
+        compiles(gpt2_decode.write_kernel, arguments, constants)
 
 
 @pytest.mark.parametrize(
@@ -106,8 +109,10 @@ def test_products_of_llama(K, norm, bias, gated):
 
 
 @pytest.mark.parametrize(("H", "G", "D"), [(32, 8, 64), (32, 8, 128), (6, 2, 16)])
-def test_rotate_and_attend(H, G, D):
-    arguments = dict.fromkeys(("qkv_ptr", "k_ptr", "v_ptr", "out_ptr"), BF16) | {"cos_ptr": F32, "sin_ptr": F32}
+@pytest.mark.parametrize("held", [BF16, FP8])
+def test_rotate_and_attend(H, G, D, held):
+    arguments = dict.fromkeys(("k_ptr", "v_ptr"), held) | dict.fromkeys(("qkv_ptr", "out_ptr"), BF16)
+    arguments |= {"cos_ptr": F32, "sin_ptr": F32}
     arguments |= {"page_ptr": I64, "position_ptr": I64, "kv_head": I32, "scale": "fp32"}
     constants = {"H": H, "G": G, "D": D, "PAGE": 16, "BLOCK": llama_decode.ATTENTION_BLOCK, "PDL": True}
     compiles(llama_decode.rotate_and_attend_kernel, arguments, constants, llama_decode.ATTENTION_WARPS)
@@ -124,3 +129,15 @@ def test_draws(chunks):
     keys = power(chunks * sampler.CHUNK // sampler.GROUP)
     constants = {"K": sampler.MOST, "GROUP": sampler.GROUP, "KEYS": keys, "CHUNKS": power(chunks), "PDL": True}
     compiles(sampler.draw_kernel, arguments, constants, sampler.ROW_WARPS)
+
+
+@pytest.mark.parametrize("columns", [product.NARROW, product.WIDE])
+@pytest.mark.parametrize("group", [0, product.GROUP])
+@pytest.mark.parametrize(("out", "bias"), [(BF16, True), (F32, False)])
+def test_products_in_a_fixed_order(columns, group, out, bias):
+    arguments = {"x_ptr": BF16, "weight_ptr": "*i8" if group else BF16, "y_ptr": out, "M": I32, "N": I32}
+    arguments |= {"scale_ptr": "*fp16"} if group else {}
+    arguments |= {"bias_ptr": BF16} if bias else {}
+    sizes = {"K": 768, "BLOCK_M": product.BLOCK_M, "BLOCK_N": columns, "BLOCK_K": product.BLOCK_K}
+    nothing = ({} if group else {"scale_ptr": None}) | ({} if bias else {"bias_ptr": None})
+    compiles(product.product_kernel, arguments, nothing | sizes | {"GROUP": group, "BIAS": bias}, product.WARPS)

@@ -265,6 +265,22 @@ def test_a_missing_file_and_a_model_that_is_not_here_are_one_sentence(sampled, r
     assert "name it with --model" in said
 
 
+def test_a_receipt_states_the_format_of_keys_and_values(checkpoint, run, tmp_path):
+    texts = {}
+    for kv_cache in ("", "fp8"):
+        file = tmp_path / f"r{kv_cache}.json"
+        how = ["--prompt", "Once", "-n", "4", "--max-new-tokens", "40", "--receipt", str(file)]
+        assert main(["sample", str(checkpoint), *how, *(["--kv-cache", kv_cache] if kv_cache else [])]) == 0
+        receipt = json.loads(file.read_text())
+        assert receipt["model"]["kv_cache"] == kv_cache
+        texts[kv_cache] = receipt["texts"]
+        assert run(file, "--device", "cpu")[0] == 0
+    assert texts[""] != texts["fp8"]
+    receipt["model"]["kv_cache"] = ""
+    file.write_text(json.dumps(receipt))
+    assert run(file, "--device", "cpu")[0] == 1
+
+
 def test_a_sample_past_the_models_length_has_no_receipt(capsys, checkpoint):
     code = main(["sample", str(checkpoint), "--prompt", "a", "--past-context", "slide", "--receipt", "r.json"])
     assert code == 2

@@ -271,3 +271,25 @@ def test_without_checkpoints_in_memory_a_run_has_only_its_newest(run):
     with serving([one], checkpoints=0) as running:
         assert "checkpoints" not in running.http.get("/v1/models/small").json()
         assert running.post("completions", model="small:0", prompt="a").status_code == 404
+
+
+def test_a_draft_proposes_the_tokens_of_a_served_model_and_changes_none(run):
+    """Of its checkpoints, too; `regpt serve --draft` gives the engines these options."""
+    from regpt.cli.chat import open_draft
+
+    asked = []
+
+    def options(opened):
+        asked.append(opened.step)
+        return {"draft": open_draft("ngram", opened, "fp32"), "draft_tokens": 3, "narrow_cache": False}
+
+    cpu = torch.device("cpu")
+    plain, drafting = (load_model("small", str(run), cpu, "fp32", 4, 0, "", False, *more) for more in ((), (options,)))
+    texts = []
+    for one in (plain, drafting):
+        with serving([one], checkpoints=1) as running:
+            given = {"prompt": "abababab", "max_tokens": 24, "temperature": 0}
+            texts.append([running.post("completions", model=name, **given).json() for name in ("small", "small:0")])
+    assert [[one["choices"] for one in each] for each in texts[:1]] == [[one["choices"] for one in texts[1]]]
+    assert drafting.engine.proposed > 0 == plain.engine.proposed
+    assert len(asked) == 2

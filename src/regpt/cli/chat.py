@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from regpt.checkpoint.open import OpenModel
     from regpt.engine.processing import SamplingOptions
     from regpt.engine.request import Stats
+    from regpt.engine.speculate import Draft
+    from regpt.model.transformer import Transformer
 
 HELP = '''/reset           forget the conversation
 /system TEXT     begin again with this system message; without TEXT show it
@@ -61,10 +63,13 @@ class DrawFlags:
     checkpoint of the run (RUN@STEP), or ngram, earlier places of the text."""
     draft_tokens: Annotated[int, Range(1, 64)] = 4
     """Tokens proposed a step at most."""
+    kv_cache: Literal["", "fp8"] = ""
+    """fp8: keep keys and values in 8 bits; default: in the format of the computation."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto: CUDA, then MPS, then CPU."""
     precision: WritingPrecision = "fp32"
-    """Number format of the computation; int8: fp32 with weights in 8.5 bits, on a CPU."""
+    """Number format of the computation; int8: weights in 8.5 bits, products in fp32 on a CPU and in bf16 on
+    CUDA; bf16-invariant: on CUDA, bf16 in which no text depends on the others of its batch."""
 
     def options(self) -> "SamplingOptions":
         """How tokens are drawn; refused here, before a model is read."""
@@ -81,8 +86,7 @@ class DrawFlags:
         from regpt.parallel.mesh import choose_device
         from regpt.train.precision import check_precision, set_matmul_precision, writing
 
-        if not self.draft and self.draft_tokens != 4:
-            raise UsageError("--draft-tokens changes nothing without a draft; add --draft MODEL|ngram, or leave it out")
+        check_draft_flags(self.draft, self.draft_tokens)
         device = choose_device(self.device)
         check_precision(self.precision, device)
         opened = open_model(at_step(model, self.step), device, ema=self.ema)
@@ -91,32 +95,41 @@ class DrawFlags:
             yield opened
 
     def drafting(self, opened: "OpenModel") -> dict[str, Any]:
-        """Options of the engine of `opened`.
+        """Options of the engine of `opened`; raises what `open_draft` does."""
+        draft = open_draft(self.draft, opened, self.precision)
+        return {"draft": draft, "draft_tokens": self.draft_tokens, "narrow_cache": self.kv_cache == "fp8"}
 
-        Raises:
-            UsageError: the draft is no model, or one of another tokenizer.
-        """
-        from regpt.checkpoint.best import at_step
-        from regpt.checkpoint.open import open_model
-        from regpt.engine.speculate import NGrams
-        from regpt.train.precision import writing
 
-        if not self.draft:
-            return {}
-        if self.draft == "ngram":
-            return {"draft": NGrams(), "draft_tokens": self.draft_tokens}
-        named = None if Path(self.draft).exists() else STEPPED.fullmatch(self.draft)
-        try:
-            draft = open_model(at_step(named[1], named[2]) if named else self.draft, opened.model.device)
-        except UserError as error:
-            raise type(error)(f"--draft: {error}; or give --draft ngram, which needs no model") from None
-        if draft.tokenizer.sha256 != opened.tokenizer.sha256:
-            raise UsageError(
-                f"the draft {self.draft!r} has the tokenizer {draft.tokenizer.name}, the model "
-                f"{opened.tokenizer.name}; give a draft of the same tokenizer, or ngram"
-            )
-        writing(draft.model, self.precision, draft.model.device)  # its weights; the context is the model's
-        return {"draft": draft.model, "draft_tokens": self.draft_tokens}
+def check_draft_flags(draft: str, draft_tokens: int) -> None:
+    if not draft and draft_tokens != 4:
+        raise UsageError("--draft-tokens changes nothing without a draft; add --draft MODEL|ngram, or leave it out")
+
+
+def open_draft(name: str, opened: "OpenModel", precision: WritingPrecision) -> "Transformer | Draft | None":
+    """What `--draft` names, to propose tokens to `opened`; None where it is empty.
+
+    Raises:
+        UsageError: it is no model, or one of another tokenizer.
+    """
+    from regpt.checkpoint.best import at_step
+    from regpt.checkpoint.open import open_model
+    from regpt.engine.speculate import NGrams
+    from regpt.train.precision import writing
+
+    if name in ("", "ngram"):
+        return NGrams() if name else None
+    named = None if Path(name).exists() else STEPPED.fullmatch(name)
+    try:
+        draft = open_model(at_step(named[1], named[2]) if named else name, opened.model.device)
+    except UserError as error:
+        raise type(error)(f"--draft: {error}; or give --draft ngram, which needs no model") from None
+    if draft.tokenizer.sha256 != opened.tokenizer.sha256:
+        raise UsageError(
+            f"the draft {name!r} has the tokenizer {draft.tokenizer.name}, the model "
+            f"{opened.tokenizer.name}; give a draft of the same tokenizer, or ngram"
+        )
+    writing(draft.model, precision, draft.model.device)  # its weights; the context is the model's
+    return draft.model
 
 
 def acceptance(stats: "Stats") -> str:

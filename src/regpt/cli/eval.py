@@ -18,7 +18,7 @@ from regpt.errors import UsageError, UserError
 from regpt.evals.specs import parse_tasks
 from regpt.files import write_json
 from regpt.ranges import MANY, PROCESSES, Range
-from regpt.train.config import WritingPrecision
+from regpt.train.config import EvalPrecision
 
 if TYPE_CHECKING:
     from regpt.evals.score import Progress
@@ -55,8 +55,9 @@ class EvalArgs:
     """Also write the result of every item, TASK-step-N.jsonl, into this folder; regpt diff reads RUN/evals."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto: CUDA, then MPS, then CPU."""
-    precision: WritingPrecision = "fp32"
-    """Number format of the computation; bf16 is fastest on GPUs. int8: fp32 with weights in 8.5 bits, on a CPU."""
+    precision: EvalPrecision = "fp32"
+    """Number format of the computation; bf16 is fastest on GPUs. int8: weights in 8.5 bits, products in fp32 on a
+    CPU and in bf16 on CUDA."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the scoring of tasks with torch.compile; auto: on CUDA devices."""
     nproc: Annotated[int | None, tyro.conf.arg(metavar="INT"), Range(1, PROCESSES)] = None

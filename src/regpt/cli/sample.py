@@ -88,7 +88,9 @@ def main(args: list[str]) -> int:
         how["stop_ids"] = tokenizer.stop_ids
         requests = [Request(one, given.max_new_tokens, **how) for one in ids]
         names = [one.name for one in fields(options) if one.name != "logit_bias"]
-        settings = {name: getattr(draw, name) for name in (*names, "seed", "precision")} | {"stop": given.stop}
+        settings = {name: getattr(draw, name) for name in (*names, "seed", "precision", "kv_cache")} | {
+            "stop": given.stop
+        }
         about = {"model": given.model, "source": opened.source, "step": opened.step}
         watched = is_terminal(sys.stdout) and not given.json and not given.prompts
         origin, written = origin_of(given, opened) if given.receipt else None, list[list["Sample"]]()
@@ -117,7 +119,7 @@ def origin_of(given: SampleArgs, opened: "OpenModel") -> "Origin":
 
     hashes = opened.weights_sha256, opened.tokenizer.sha256, None
     name = given.model if opened.step is None else str(opened.files[0].path.parent)
-    return Origin(name, *hashes, given.draw.precision, opened.model.device.type)
+    return Origin(name, *hashes, given.draw.precision, opened.model.device.type, given.draw.kv_cache)
 
 
 def write_receipt(

@@ -2,15 +2,19 @@
 
 import os
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from regpt.cli.chat import check_draft_flags, open_draft
 from regpt.cli.parse import parse
 from regpt.console.lines import print_line
 from regpt.errors import UsageError, UserError
 from regpt.ranges import LONG, MANY, Range
 from regpt.train.config import WritingPrecision
+
+if TYPE_CHECKING:
+    from regpt.checkpoint.open import OpenModel
 
 PACKAGES = ("fastapi", "uvicorn")
 
@@ -49,10 +53,18 @@ class ServeArgs:
     """The largest body of a request."""
     max_seconds: Annotated[float, Range(0, LONG, above=True)] = 600.0
     """After which a request is ended with an error."""
+    draft: Annotated[str, tyro.conf.arg(metavar="MODEL|ngram")] = ""
+    """What proposes several tokens a step of each text, as in regpt sample: the texts stay the same. For few clients:
+    every proposal is computed, drawn or not."""
+    draft_tokens: Annotated[int, Range(1, 64)] = 4
+    """Tokens proposed a step at most."""
+    kv_cache: Literal["", "fp8"] = ""
+    """fp8: keep keys and values in 8 bits; default: in the format of the computation."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto: CUDA, then MPS, then CPU."""
     precision: WritingPrecision = "fp32"
-    """Number format of the computation; int8: fp32 with weights in 8.5 bits, on a CPU."""
+    """Number format of the computation; int8: weights in 8.5 bits, products in fp32 on a CPU and in bf16 on
+    CUDA; bf16-invariant: on CUDA, bf16 in which no text depends on the others of its batch."""
 
 
 def main(args: list[str]) -> int:
@@ -78,6 +90,7 @@ def main(args: list[str]) -> int:
     from regpt.parallel.mesh import choose_device
     from regpt.train.precision import check_precision, set_matmul_precision
 
+    check_draft_flags(given.draft, given.draft_tokens)
     check_address(given.host, token)
     names, template = named_models(given.models), read_template(given.chat_template)
     with open_socket(given.host, given.port) as bound:
@@ -85,7 +98,12 @@ def main(args: list[str]) -> int:
         check_precision(given.precision, device)
         set_matmul_precision(given.precision)
         settings = device, given.precision, given.rows, given.cache_tokens, template, given.other_template
-        models = [load_model(one, name, *settings) for one, name in names.items()]
+        how = {"draft_tokens": given.draft_tokens, "narrow_cache": given.kv_cache == "fp8"}
+
+        def options(opened: "OpenModel") -> dict[str, Any]:
+            return {"draft": open_draft(given.draft, opened, given.precision), **how}
+
+        models = [load_model(one, name, *settings, options) for one, name in names.items()]
         limits = Limits(int(given.max_body_mib * (1 << 20)), given.max_texts, given.queue, given.max_seconds)
 
         def ready() -> None:

@@ -54,7 +54,8 @@ def main(args: list[str]) -> int:
     set_matmul_precision(precision)
     with writing(opened.model, precision, device):
         texts = reproduce(receipt, opened.model, opened.tokenizer)
-    here = Origin(opened.source, opened.weights_sha256, opened.tokenizer.sha256, None, precision, device.type)
+    about = precision, device.type, receipt.model.kv_cache
+    here = Origin(opened.source, opened.weights_sha256, opened.tokenizer.sha256, None, *about)
     for one in texts:
         print_line(f"> {one.text}")
     reasons = differences(receipt.model, here)
@@ -97,11 +98,12 @@ def differences(there: "Origin", here: "Origin") -> list[str]:
 
 def why_else(receipt: "Receipt") -> list[str]:
     """Why texts of the same model may differ."""
-    if receipt.model.precision in EXACT:
+    if receipt.model.precision in (*EXACT, "bf16-invariant") and not receipt.model.kv_cache:
         return [
             f"weights and format are the receipt's: it was changed, or written by other code ({receipt.regpt_version})"
         ]
-    return [f"in {receipt.model.precision} a token may depend on what else was written at the same time"]
+    format = receipt.model.kv_cache or receipt.model.precision
+    return [f"in {format} a token may depend on what else was written at the same time"]
 
 
 def first_difference(receipt: "Receipt", number: int, one: "Verified", tokenizer: Any) -> str:

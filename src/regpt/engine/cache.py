@@ -19,6 +19,7 @@ from torch import Tensor
 from regpt.model.config import ModelConfig
 from regpt.model.masks import AttentionMask, sdpa_mask
 
+FP8, FP8_TOP = torch.float8_e4m3fn, 448.0
 ROOT = 0  # serial number of the empty beginning
 
 Key = tuple[int, tuple[int, ...]]  # the serial number of the page before, and the page's tokens
@@ -30,18 +31,38 @@ def upload(values: Any, device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
+def as_bytes(x: Tensor) -> Tensor:
+    """What is indexed in the place of `x`: not every device can index fp8."""
+    return x.view(torch.uint8) if x.dtype == FP8 else x
+
+
 class Pages:
     """The pool of pages. Page 0 belongs to no one: rows that pad a batch write there.
+
+    Args:
+        dtype: of keys and values.
+        narrow: keep them in fp8 (e4m3), rounded to nearest, what is above 448 as 448.
 
     Attributes:
         k, v: (L, G, pages · page_size, D); the positions of a page are next to each other.
         page_size: positions a page.
     """
 
-    def __init__(self, config: ModelConfig, n_pages: int, page_size: int, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        config: ModelConfig,
+        n_pages: int,
+        page_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        narrow: bool = False,
+    ):
         config = config.resolved()
         shape = (config.n_layer, config.n_kv_head, (n_pages + 1) * page_size, config.head_size)
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))  # NaN · 0 would be NaN
+        self.dtype, self.narrow = dtype, narrow
+        stored = FP8 if narrow else dtype
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=stored) for _ in range(2))  # NaN · 0 would be NaN
         self.page_size, self.n_pages = page_size, n_pages
         self.free = bytearray(b"\0" + b"\1" * n_pages)  # 1 where a page is free and holds nothing of use
         self.users = [0] * (n_pages + 1)
@@ -49,6 +70,22 @@ class Pages:
         self.keys: dict[int, Key] = {}  # of pages in `cached`
         self.idle: OrderedDict[int, None] = OrderedDict()  # pages in `cached` that no one uses, the oldest first
         self.serial = ROOT
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """Keys or values as they are kept."""
+        return x.clamp(-FP8_TOP, FP8_TOP).to(FP8) if self.narrow else x.to(self.dtype)
+
+    def write(self, layer: int, slots: Tensor | int, k: Tensor, v: Tensor) -> None:
+        """Put keys and values (G, N, D) into N slots."""
+        for held, new in ((self.k[layer], k), (self.v[layer], v)):
+            as_bytes(held)[:, slots] = as_bytes(self.rounded(new))
+
+    def read(self, layer: int, slots: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Keys and values (G, ..., D) of `slots`, in `dtype`."""
+        if not self.narrow:
+            return self.k[layer][:, slots], self.v[layer][:, slots]
+        k, v = (as_bytes(held[layer])[:, slots].view(FP8).to(self.dtype) for held in (self.k, self.v))
+        return k, v
 
     @property
     def n_free(self) -> int:
@@ -196,34 +233,34 @@ class PrefillView(View):
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, attention: Callable[..., Tensor]
     ) -> Tensor:
-        keys, values = self.pages.k[layer], self.pages.v[layer]  # (G, slots, D)
-        keys[:, self.new], values[:, self.new] = k[0].to(keys.dtype), v[0].to(values.dtype)
-        q = q.to(keys.dtype)
+        self.pages.write(layer, self.new, k[0], v[0])
+        q = q.to(self.pages.dtype)
         if self.kernel is not None:
-            return self.attend_by_kernel(self.kernel, q, (k, v), (keys, values), mask)
+            return self.attend_by_kernel(self.kernel, layer, q, (k, v), mask)
         found = torch.empty_like(q)
         for i, span in enumerate(self.spans):
             slots = self.once(i, lambda: self.all_slots(span))  # noqa: B023
             part = slice(span.first, span.first + span.n)
             total = span.start + span.n
             seen = self.once((mask.window, span.n, total), lambda: sdpa_mask(mask, 1, span.n, total, q.device))  # noqa: B023
-            found[:, :, part] = attention(q[:, :, part], keys[None, :, slots], values[None, :, slots], seen)
+            keys, values = self.pages.read(layer, slots)
+            found[:, :, part] = attention(q[:, :, part], keys[None], values[None], seen)
         return found
 
     def attend_by_kernel(
         self,
         kernel: Callable[..., Tensor],
+        layer: int,
         q: Tensor,
         new: tuple[Tensor, Tensor],
-        held: tuple[Tensor, Tensor],
         mask: AttentionMask,
     ) -> Tensor:
-        """The same for all texts at once; `new` keys and values (1, G, N, D), `held` (G, slots, D) with them."""
+        """The same for all texts at once; `new` keys and values (1, G, N, D), which the pages have, too."""
         lengths, longest, slots = self.once("lengths", self.lengths)
         if slots is None:
-            k, v = (y.to(q.dtype) for y in new)
+            k, v = (self.pages.rounded(y).to(q.dtype) for y in new)
         else:
-            k, v = (y[None, :, slots] for y in held)
+            k, v = (y[None] for y in self.pages.read(layer, slots))
         return kernel(q, k, v, lengths, longest, mask.window)
 
     def lengths(self) -> tuple[tuple[Tensor, Tensor], tuple[int, int], Tensor | None]:
@@ -274,28 +311,27 @@ class DecodeView(View):
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, attention: Callable[..., Tensor]
     ) -> Tensor:
-        size = self.pages.page_size
-        keys, values = self.pages.k[layer], self.pages.v[layer]  # (G, slots, D)
-        q = q.to(keys.dtype)
+        pages = self.pages
+        q = q.to(pages.dtype)
         if self.alone is not None:
             end = self.alone.stop
-            keys[:, end - 1], values[:, end - 1] = k[0, :, 0].to(keys.dtype), v[0, :, 0].to(values.dtype)
+            pages.write(layer, end - 1, k[0, :, 0], v[0, :, 0])
             seen = slice(max(self.alone.start, end - mask.window) if mask.window else self.alone.start, end)
-            return attend_alone(q[0], keys[:, seen], values[:, seen])[None]
-        slots = self.once("new", self.new_slots)
-        keys[:, slots], values[:, slots] = k[0].to(keys.dtype), v[0].to(values.dtype)
+            return attend_alone(q[0], *pages.read(layer, seen))[None]
+        pages.write(layer, self.once("new", self.new_slots), k[0], v[0])
         rows = q[0].transpose(0, 1)  # (B, H, D)
         if self.attention is not None:
-            y = self.attention(rows, keys, values, self.tables, self.positions, size, mask.window)
+            held = pages.k[layer], pages.v[layer]  # (G, slots, D)
+            y = self.attention(rows, *held, self.tables, self.positions, pages.page_size, mask.window)
         else:
-            y = self.attend_pages(rows, keys, values, mask)
+            y = self.attend_pages(rows, layer, mask)
         return y.transpose(0, 1)[None]  # (1, H, B, D)
 
-    def attend_pages(self, q: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask) -> Tensor:
+    def attend_pages(self, q: Tensor, layer: int, mask: AttentionMask) -> Tensor:
         """Plain attention of rows q (B, H, D) to the positions up to their own: (B, H, D)."""
         slots = self.once("all", lambda: table_slots(self.tables, self.longest, self.pages.page_size))  # (B, S)
         seen = self.once(mask.window, lambda: seen_by(self.positions, slots.size(1), mask.window))  # (B, 1, 1, S)
-        k, v = (y[:, slots].transpose(0, 1) for y in (keys, values))  # (B, G, S, D)
+        k, v = (y.transpose(0, 1) for y in self.pages.read(layer, slots))  # (B, G, S, D)
         grouped = q.size(1) != k.size(1)
         return torch.nn.functional.scaled_dot_product_attention(
             q[:, :, None], k, v, attn_mask=seen, enable_gqa=grouped

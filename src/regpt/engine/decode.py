@@ -29,6 +29,7 @@ from regpt.engine.processing import (
 )
 from regpt.engine.sequence import Sequence
 from regpt.kernels.few_rows import MOST, one_thread, with_few_rows
+from regpt.model.ops import PLAIN
 from regpt.model.transformer import Transformer
 
 TOKEN, POSITION, SEEDS, OPTIONS = 0, 1, 2, 4
@@ -259,6 +260,8 @@ class Step:
         """(B, V) of hidden states (B, C), where the rows are."""
         if self.kernels.draw is None:
             return self.model.logits(hidden).to(self.rows.state.device)
+        if self.model.ops.head is not PLAIN.head:
+            return self.model.logits(hidden).float()
         logits = torch.mm(hidden, self.model.head_weight.t(), out_dtype=torch.float32)  # not rounded to half
         return logits[:, : self.model.config.vocab_size]
 

@@ -50,6 +50,7 @@ class Engine:
         graphs: capture the decode step as CUDA graphs. Default: on CUDA; never under autocast.
         kernels: what there is for the device and the model (`engine.fast`).
         draft: what proposes up to `draft_tokens` tokens a step of each text (`engine.speculate`).
+        narrow_cache: keep keys and values in fp8 (`Pages`); texts are not `exact` then.
     """
 
     def __init__(
@@ -67,25 +68,26 @@ class Engine:
         kernels: bool = True,
         draft: Transformer | Draft | None = None,
         draft_tokens: int = DRAFT_TOKENS,
+        narrow_cache: bool = False,
     ):
         self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
         self.device, self.longest, self.n_vocab = model.device, model.config.max_seq_len, model.config.vocab_size
         kind = self.device.type
         self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         dtype = self.autocast or model.dtype  # of keys and values
-        self.exact = is_exact(model.device, dtype) if exact is None else exact
+        self.exact = is_exact(model.device, dtype) and not narrow_cache if exact is None else exact
         if self.exact and dtype not in TOLERANCES:
             raise UsageError(f"exact texts need float32 or float64, the model computes in {dtype}")
         self.tolerance = TOLERANCES[dtype] if self.exact else None
         self.chunk_tokens = chunk_tokens or CHUNK_TOKENS.get(kind, 512)
-        self.prefix_cache = prefix_cache
         n_pages = -(-(cache_tokens or max_rows * self.longest) // page_size)
-        self.pages = Pages(model.config, n_pages, page_size, self.device, dtype)
+        self.pages = Pages(model.config, n_pages, page_size, self.device, dtype, narrow=narrow_cache)
         self.host = torch.device("cpu") if kind == "mps" else self.device  # draws need float64
         self.rows = RowState(max_rows, self.pages.needed(self.longest), self.n_vocab, self.host)
         graphs = (kind == "cuda" if graphs is None else graphs) and self.autocast is None  # which frees its casts
         found = load_kernels(model, dtype) if kernels else NO_KERNELS
         self.prefill_kernel, self.draft_tokens = found.prefill, draft_tokens
+        self.prefix_cache, self.keep_texts = prefix_cache, prefix_cache and not found.fixed_order  # decoded bits differ
         self.decode_step = Step(model, self.pages, self.rows, self.tolerance, found, graphs=graphs)
         if isinstance(draft, Transformer):
             held = self.autocast or draft.dtype
@@ -97,7 +99,7 @@ class Engine:
         self.needs: Needs | None = None  # of the active rows; None: to be found out
         self.steps_left = 0  # see `count_steps`
         self.next_id = self.prompt_tokens = self.cached_tokens = self.new_tokens = self.recomputed = self.steps = 0
-        self.proposed = self.accepted = 0
+        self.proposed = self.accepted = 0  # tokens of a draft
 
     def submit(self, request: Request) -> int:
         """Queue a request; its number is in its events.
@@ -392,7 +394,7 @@ class Engine:
             if sequence in held:
                 held.remove(sequence)
         self.release_followers(sequence)
-        if keep and self.prefix_cache:
+        if keep and self.keep_texts:
             self.pages.keep(sequence.tokens[: min(sequence.cached, len(sequence.tokens))], sequence.pages)
         self.pages.release(sequence.pages)
         sequence.pages = []

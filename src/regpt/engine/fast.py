@@ -3,7 +3,6 @@
 import copy
 import warnings
 from collections.abc import Callable
-from importlib.util import find_spec
 from itertools import accumulate
 from typing import Any, NamedTuple, TypeVar
 
@@ -11,9 +10,12 @@ import torch
 from torch import Tensor
 
 from regpt.engine.cache import Pages, PrefillView, View, upload
+from regpt.engine.products import FixedOrder
 from regpt.kernels.few_rows import FewRows, load_few_rows
+from regpt.kernels.select import has_triton
 from regpt.model.gpt2 import GPT2
 from regpt.model.llama import Llama
+from regpt.model.ops import PLAIN
 from regpt.model.transformer import Transformer
 
 
@@ -25,6 +27,7 @@ class FastPaths(NamedTuple):
         model: a decode step's forward of up to `model.most_rows` texts (`kernels.gpt2_decode`, `kernels.llama_decode`).
         draw: of rows with common options (`kernels.sampler`), from logits in float32.
         few_rows: products on a CPU (`kernels.few_rows`).
+        fixed_order: the model's products, and so its texts, do not depend on the batch (`products.fix_order`).
     """
 
     attention: Callable[..., Tensor] | None = None
@@ -32,6 +35,7 @@ class FastPaths(NamedTuple):
     model: Any = None
     draw: Callable[[Tensor, Tensor, int], Tensor] | None = None
     few_rows: FewRows | None = None
+    fixed_order: bool = False
 
 
 NO_KERNELS = FastPaths()
@@ -44,7 +48,7 @@ def load_kernels(model: Transformer, dtype: torch.dtype) -> FastPaths:
     whole step of GPT-2 and for one text of Llama; on a CPU in float32 with a C compiler."""
     if model.device.type == "cpu" and dtype == torch.float32:
         return FastPaths(few_rows=load_few_rows())
-    if model.device.type != "cuda" or not torch.version.cuda or find_spec("triton") is None:
+    if model.device.type != "cuda" or not has_triton():
         return NO_KERNELS
     from regpt.kernels.paged import decode_attention, prefill_attention, prefills  # imports Triton
 
@@ -54,6 +58,9 @@ def load_kernels(model: Transformer, dtype: torch.dtype) -> FastPaths:
     from regpt.kernels import gpt2_decode, llama_decode
     from regpt.kernels.sampler import draw_into
 
+    if model.ops.head is not PLAIN.head:  # or the fused steps, whose products are their own
+        fixed = isinstance(model.ops.head, FixedOrder)
+        return FastPaths(decode_attention, prefill, draw=draw_into, fixed_order=fixed)
     step: Any = None
     if isinstance(model, GPT2) and gpt2_decode.fits(model):
         step = gpt2_decode.FusedDecode(model)

@@ -6,7 +6,7 @@ from collections.abc import Sequence as Items
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -39,6 +39,7 @@ class Origin:
         tokenizer_sha256: of what decides its tokens.
         template_sha256: of the chat template that wrote the prompt; None where none did.
         precision, device: in which number format, and on what.
+        kv_cache: format of keys and values; empty for that of the computation.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -49,6 +50,7 @@ class Origin:
     template_sha256: str | None
     precision: str
     device: str
+    kv_cache: Literal["", "fp8"] = ""
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def reproduce(receipt: Receipt, model: Transformer, tokenizer: Tokenizer) -> lis
         UserError: the model cannot write them: too short, another vocabulary, logits that are not finite.
     """
     requests = receipt.requests(tokenizer, model.config.vocab_size)
-    engine = engine_for(model, requests, tokenizer)
+    engine = engine_for(model, requests, tokenizer, narrow_cache=receipt.model.kv_cache == "fp8")
     found = [Verified(new, prompt_and_text(one, new, tokenizer)) for one, (new,) in zip(requests, engine.run(requests))]
     for text, one, request in zip(receipt.texts, found, requests):
         pairs = enumerate(zip_longest(text.tokens, one.tokens))

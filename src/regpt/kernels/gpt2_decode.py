@@ -96,8 +96,8 @@ def attend_and_write_kernel(
         gdc_wait()
     own = qkv_ptr + row * 3 * H * D + head * D + feature
     q = tl.load(own, mask=real, other=0.0).to(tl.float32) * scale
-    k_own = tl.load(own + H * D, mask=real, other=0.0)
-    v_own = tl.load(own + 2 * H * D, mask=real, other=0.0)
+    k_own = tl.load(own + H * D, mask=real, other=0.0).to(k_ptr.dtype.element_ty)  # which may be fp8
+    v_own = tl.load(own + 2 * H * D, mask=real, other=0.0).to(v_ptr.dtype.element_ty)
     slot = (own_page * PAGE + position % PAGE) * D + feature
     tl.store(k_ptr + slot, k_own, mask=real)
     tl.store(v_ptr + slot, v_own, mask=real)
@@ -232,7 +232,9 @@ class FusedDecode:
             )  # fmt: skip
             q, k, v = (y.view(N, self.H, self.D).transpose(0, 1)[None] for y in qkv.chunk(3, dim=1))
             if slots is not None:
-                k, v = keys[None, :, slots], values[None, :, slots]
+                k, v = (y[None] for y in held.read(layer, slots))
+            elif held.narrow:
+                k, v = (held.rounded(y).to(q.dtype) for y in (k, v))
             y = kernel(q, k, v, lengths, longest, None).transpose(1, 2).reshape(N, self.C)
             self.finish(x, y, block, after[layer], h)
         return h

@@ -98,8 +98,8 @@ def rotate_and_attend_kernel(
     if PDL:
         gdc_wait()
     q = rotated(qkv_ptr + head * D, cos, sin, feature, D).to(tl.float32) * scale
-    k_own = rotated(qkv_ptr + (H + group) * D, cos, sin, feature, D)
-    v_own = tl.load(qkv_ptr + (H + G + group) * D + feature)
+    k_own = rotated(qkv_ptr + (H + group) * D, cos, sin, feature, D).to(k_ptr.dtype.element_ty)  # which may be fp8
+    v_own = tl.load(qkv_ptr + (H + G + group) * D + feature).to(v_ptr.dtype.element_ty)
     if head % (H // G) == 0:
         slot = (own_page * PAGE + position % PAGE) * D + feature
         tl.store(k_ptr + slot, k_own)

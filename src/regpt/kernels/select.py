@@ -42,6 +42,11 @@ class Kernels:
     reason: str
 
 
+def has_triton() -> bool:
+    """Whether kernels in Triton run on this machine's NVIDIA GPUs."""
+    return bool(torch.version.cuda) and find_spec("triton") is not None
+
+
 def ops_of(precision: str, device: torch.device, ops: Ops = PLAIN) -> Ops:
     """`ops` as a model that trains in `precision` on `device` needs them: masks as data where a kernel takes them,
     heads in chunks whose softmax is one kernel where there is Triton, and linear layers of FP8 for fp8.
@@ -51,7 +56,7 @@ def ops_of(precision: str, device: torch.device, ops: Ops = PLAIN) -> Ops:
     """
     if precision in ("bf16", "fp16", "fp8"):
         ops = with_masks_as_data(ops, device)
-    if device.type == "cuda" and torch.version.cuda and find_spec("triton"):
+    if device.type == "cuda" and has_triton():
         from regpt.kernels import triton_head  # Triton is an import that only this needs
 
         ops = triton_head.in_one_kernel(ops)

@@ -23,7 +23,7 @@ from regpt.parallel.mesh import Mesh
 from regpt.runs.remote import on_this_machine
 from regpt.runs.validation import Validated, ValidationPart, folder_parts, own_sums, part_batches, result
 from regpt.train.backend import make_loss_sum
-from regpt.train.config import WritingPrecision
+from regpt.train.config import EvalPrecision
 from regpt.train.precision import autocast, check_precision, hold, inference_dtype, set_matmul_precision
 
 
@@ -48,7 +48,7 @@ class EvalRequest:
     val_tokens: int = 0
     seq_len: int | None = None
     batch_rows: int = 8
-    precision: WritingPrecision = "fp32"
+    precision: EvalPrecision = "fp32"
     compile: bool = False
     max_items: int = 0
     ema: bool = False

@@ -66,9 +66,9 @@ class ServedModel:
     def origin(self) -> Origin:
         """Reads the files of the weights at the first receipt, where no manifest has their hashes."""
         template = sha256(self.chat.source.encode()).hexdigest() if self.chat else None
-        device = self.worker.engine.device.type
+        engine = self.worker.engine
         hashes = self.opened.weights_sha256, self.tokenizer.sha256, template
-        return Origin(self.id, *hashes, self.precision, device)
+        return Origin(self.id, *hashes, self.precision, engine.device.type, "fp8" if engine.pages.narrow else "")
 
     @cached_property
     def structures(self) -> Structures:

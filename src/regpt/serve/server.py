@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import uvicorn
@@ -89,9 +90,10 @@ def load_model(
     cache_tokens: int,
     template: str,
     other_template: bool = False,
+    options: Callable[[OpenModel], dict[str, Any]] = lambda opened: {},
 ) -> Loaded:
-    """Open a model and give it an engine. A `template` (empty: the model's own) that its certificate does not name is
-    refused, unless `other_template` accepts it."""
+    """Open a model and give it an engine; `options`: more of the engine's. A `template` (empty: the model's own) that
+    its certificate does not name is refused, unless `other_template` accepts it."""
     opened = open_model(model, device)
     opened.model.eval()
     source = template or opened.companions.get(CHAT, "")
@@ -99,12 +101,12 @@ def load_model(
     chat = ChatTemplate(source, opened.tokenizer) if source else None
     with writing(opened.model, precision, device):
         tokens = cache_tokens or default_cache(opened, rows, device)
-        engine = Engine(opened.model, opened.tokenizer, max_rows=rows, cache_tokens=tokens)
+        engine = Engine(opened.model, opened.tokenizer, max_rows=rows, cache_tokens=tokens, **options(opened))
     run = Path(model) if is_folder(Path(model) / CHECKPOINTS) else None
 
     def read_checkpoint(name: str, folder: Path) -> Loaded:
         few = min(rows, CHECKPOINT_ROWS)
-        return load_model(name, str(folder), device, precision, few, 0, template, other_template)
+        return load_model(name, str(folder), device, precision, few, 0, template, other_template, options)
 
     return Loaded(name, opened, engine, chat, precision, run, read_checkpoint)
 

@@ -10,7 +10,8 @@ from regpt.ranges import LARGE, LONG, MANY, SEED, Range, check_ranges
 
 LEAST_EPS = 2.0**-126  # the smallest normal float32; a smaller one is 0 in the update
 InferencePrecision = Literal["fp64", "fp32", "tf32", "bf16", "fp16"]
-WritingPrecision = Literal[InferencePrecision, "int8"]  # int8: weights in Q8_0 (`engine.int8`), on a CPU
+EvalPrecision = Literal[InferencePrecision, "int8"]  # int8: weights in Q8_0 (`engine.products`)
+WritingPrecision = Literal[EvalPrecision, "bf16-invariant"]  # on CUDA; bits of a text that do not depend on the batch
 PrecisionName = Literal[InferencePrecision, "fp8"]
 WeightDtype = Literal["fp32", "bf16"]
 StateDtype = Literal["fp32", "bf16", "int8"]

@@ -34,23 +34,33 @@ def inference_dtype(precision: PrecisionName | WritingPrecision, held: torch.dty
 
 def check_precision(precision: WritingPrecision, device: torch.device) -> None:
     """Refuse a format that inference on this device does not have, before a model is read."""
-    if precision == "int8" and device.type != "cpu":
-        raise UsageError(f"precision int8 is for CPUs, the device is {device}; choose bf16, or --device cpu")
+    if precision == "int8" and device.type not in ("cpu", "cuda"):
+        raise UsageError(f"precision int8 is for CPUs and CUDA, the device is {device}; choose bf16, or --device cpu")
+    if precision == "bf16-invariant" and device.type != "cuda":
+        raise UsageError(
+            f"precision bf16-invariant is for CUDA, the device is {device}; choose fp32, in which texts do not "
+            "depend on the batch either"
+        )
 
 
 def hold(model: Transformer, precision: WritingPrecision, dtype: torch.dtype) -> None:
     """Bring the weights of `model` into `dtype`, and where the precision has them in int8 there."""
     model.to(dtype)
     if precision == "int8":
-        from regpt.engine.int8 import quantize
+        from regpt.engine.products import quantize
 
         quantize(model)
 
 
 def writing(model: Transformer, precision: WritingPrecision, device: torch.device) -> AbstractContextManager[object]:
     """The context in which `model` writes texts, its weights in the format for that: on CUDA in the 16 bits of the
-    products, of which a step reads half and rounds none; elsewhere that of autocast, or int8."""
+    products, of which a step reads half and rounds none; elsewhere that of autocast; or int8."""
     check_precision(precision, device)
+    if precision == "bf16-invariant":
+        from regpt.engine.products import fix_order
+
+        fix_order(model.to(torch.bfloat16))
+        return contextlib.nullcontext()
     if precision in HALF_TYPES and device.type == "cuda":
         model.to(HALF_TYPES[precision])
         return contextlib.nullcontext()

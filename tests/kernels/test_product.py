@@ -1,0 +1,114 @@
+"""Products of rows in Triton: on a GPU, or on a CPU in Triton's interpreter
+(`TRITON_INTERPRET=1 pytest -m gpu tests/kernels/test_product.py`, with numpy below 2.4).
+"""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+import tiny
+from regpt.engine.engine import Engine
+from regpt.engine.processing import SamplingOptions
+from regpt.engine.products import FixedOrder, Int8Product, quantize
+from regpt.engine.request import Request
+from regpt.errors import UsageError
+from regpt.train.precision import writing
+
+pytest.importorskip("triton")
+product = pytest.importorskip("regpt.kernels.product")
+pytestmark = pytest.mark.gpu
+DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
+DTYPE = torch.float16 if DEVICE.type == "cpu" else torch.bfloat16
+on_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="tensor cores")
+SHAPES = [(1, 64, 32), (3, 96, 40), (70, 160, 33)]  # rows, K, N
+
+
+def operands(rows: int, K: int, N: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    source = torch.Generator().manual_seed(rows)
+    return tuple(torch.randn(*shape, generator=source).to(DEVICE, DTYPE) for shape in ((rows, K), (N, K), (N,)))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_product_is_torchs(shape, biased):
+    x, weight, bias = operands(*shape)
+    found = product.multiply_rows(x, weight, bias if biased else None, out_dtype=torch.float32)
+    expected = x.float() @ weight.float().t() + (bias.float() if biased else 0)
+    assert found.dtype == torch.float32
+    assert (found - expected).abs().max() < 2e-5 * shape[1]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_product_with_weights_in_eight_bits_is_that_with_the_rounded_weights(shape):
+    x, weight, bias = operands(*shape)
+    rounded = Int8Product(weight, None, torch.float32)
+    found = rounded(x, weight, bias)
+    expected = x.float() @ rounded.weight().to(DTYPE).float().t() + bias.float()
+    assert (found - expected).abs().max() < 2e-5 * shape[1]
+    assert (rounded.weight() - weight.float()).abs().max() > 0
+
+
+@on_gpu
+@pytest.mark.parametrize(("K", "N"), [(768, 2304), (768, 50257), (3072, 768), (2048, 512)])
+def test_the_bits_of_a_row_depend_on_no_other_row(K, N):
+    x, weight, bias = operands(700, K, N)
+    whole = product.multiply_rows(x, weight, bias)
+    normed = product.norm_rows(x, weight[0], 1e-5)
+    for rows in (1, 2, 17, 64, 65, 256):
+        for start in (0, 5, 300):
+            part = slice(start, start + rows)
+            assert torch.equal(product.multiply_rows(x[part], weight, bias), whole[part])
+            assert torch.equal(product.norm_rows(x[part], weight[0], 1e-5), normed[part])
+
+
+def requests() -> list[Request]:
+    source = torch.Generator().manual_seed(1)
+    given = []
+    for i in range(96):
+        prompt = torch.randint(97, (1 + i % 23,), generator=source).tolist()
+        prompt = list(range(20)) + prompt if i % 4 == 0 else prompt  # a quarter begins alike
+        given.append(Request(prompt, 1 + i % 17, SamplingOptions(temperature=0.7 + i % 3, top_k=i % 2 * 20), i))
+    return given
+
+
+@on_gpu
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "gpt_neox"])
+def test_texts_in_bf16_invariant_depend_on_nothing_else_in_the_batch(family):
+    shape = {"n_layer": 3, "n_head": 4, "n_embd": 256, "max_seq_len": 128, "head_size": None}
+    config = replace(tiny.FAMILY_CONFIGS[family], **shape, n_kv_head=4 if family in ("gpt2", "gpt_neox") else 2)
+    model = tiny.build_model(config=config, dtype=torch.float32).eval().to(DEVICE)
+    writing(model, "bf16-invariant", DEVICE)
+    assert isinstance(model.ops.head, FixedOrder)
+    ways = [
+        {"max_rows": 1, "graphs": False, "prefix_cache": False},
+        {"max_rows": 3, "chunk_tokens": 7},
+        {"max_rows": 33, "page_size": 4, "chunk_tokens": 50},
+        {"max_rows": 96, "page_size": 32},
+    ]
+    texts = [Engine(model, cache_tokens=128 * way["max_rows"], **way).run(requests()) for way in ways]
+    texts.append(Engine(model, max_rows=40).run([*requests()[::-1]])[::-1])
+    assert all(found == texts[0] for found in texts)
+
+
+@on_gpu
+def test_the_products_of_experts_depend_on_the_batch_and_are_refused():
+    model = tiny.build_model(config=tiny.FAMILY_CONFIGS["mixtral"], dtype=torch.float32).to(DEVICE)
+    with pytest.raises(UsageError, match="bf16-invariant is not for mixtures of experts; choose bf16 or fp32"):
+        writing(model, "bf16-invariant", DEVICE)
+
+
+@on_gpu
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_model_in_eight_bits_writes_as_with_its_rounded_weights(family):
+    config = replace(tiny.FAMILY_CONFIGS[family], n_embd=128, n_head=4, head_size=None, max_seq_len=128)
+    model = tiny.build_model(config=config, dtype=torch.float32).eval().to(DEVICE)
+    idx = torch.arange(60, device=DEVICE)[None] % 97
+    before = model(idx)
+    quantize(model)
+    assert model.dtype == torch.bfloat16
+    after = model(idx)
+    assert 0 < (after - before).norm() < 0.05 * before.norm()
+    texts = Engine(model, max_rows=4).run([Request([i, 5, 7], 20, SamplingOptions(), i) for i in range(9)])
+    assert all(len(text) == 20 for (text,) in texts)
