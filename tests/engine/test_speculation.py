@@ -13,6 +13,7 @@ from scipy.stats import chisquare
 
 import tiny
 from engine.test_engine import CONFIG, GREEDY, MODEL, OPTIONS, V, alone, steps
+from regpt.engine.decode import Step
 from regpt.engine.engine import Engine
 from regpt.engine.processing import SamplingOptions
 from regpt.engine.request import Event, Request
@@ -248,6 +249,22 @@ def test_what_followed_the_last_tokens_before_is_proposed():
 def test_a_draft_that_cannot_read_the_texts_is_refused(config, said):
     with pytest.raises(UsageError, match=said):
         Engine(MODEL, draft=Transformer(config))
+
+
+@pytest.mark.parametrize("kind", DRAFTS)
+def test_proposals_that_are_read_as_rows_of_a_decode_step_give_the_same_texts(monkeypatch, kind):
+    """As on CUDA, where such a step is a graph: here it is computed as it is."""
+    monkeypatch.setattr(Step, "__call__", lambda step, n, needs, alone=None, longest=0: step.compute(n, needs))
+    used = []
+    for seed in range(4):
+        whole = some_requests(seed)
+        plain = [one for one in whole if not one.options.penalized and not one.options.logit_bias]
+        for given in (whole, plain):
+            engine = Engine(MODEL, max_rows=4, page_size=4, draft=DRAFTS[kind], draft_tokens=3)
+            engine.decode_step.graphs = True
+            assert engine.run(given) == [alone(one) for one in given]
+            used.append(engine.decode_step.several is not None)
+    assert kind == "ngram" or any(used)
 
 
 @pytest.mark.gpu

@@ -188,6 +188,7 @@ class Step:
         self.captured: dict[tuple[int, Needs], tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]] = {}
         self.pool = None
         self.prefill = Prefill(model, kernels.model, pages, graphs=graphs)
+        self.several: Step | None = None
 
     def __call__(self, n: int, needs: Needs, alone: slice | None = None, longest: int = 0) -> tuple[Tensor, ...]:
         """Results of the first `n` rows: (n, RESULTS) float64, and with `needs.top` (n, top, 2) float64 of the
@@ -195,8 +196,7 @@ class Step:
         if not self.graphs:
             with self.few(n):
                 return self.compute(n, needs, alone, longest)
-        bucket = next(size for size in (*BUCKETS, self.rows.n) if size >= n)
-        bucket = min(bucket, self.rows.n)
+        bucket = self.bucket(n)
         if (bucket, needs) not in self.captured:
             try:
                 self.captured[bucket, needs] = self.capture(bucket, needs)
@@ -207,6 +207,19 @@ class Step:
         graph, results = self.captured[bucket, needs]
         graph.replay()
         return tuple(result[:n] for result in results)
+
+    def bucket(self, n: int) -> int:
+        """Rows of the graph for `n` rows."""
+        return min(next(size for size in (*BUCKETS, self.rows.n) if size >= n), self.rows.n)
+
+    def of_several(self, n: int) -> "Step":
+        """The same step for up to `n` rows, several of one text at positions in a row among them: each sees the keys
+        that those before it write, for which a fused step, that writes and reads in one kernel, is not."""
+        if self.several is None or self.several.rows.n < n:
+            rows = RowState(n, self.rows.table_pages, self.rows.n_vocab, self.rows.state.device)
+            kernels = self.kernels._replace(model=None, few_rows=None)  # which self.model has
+            self.several = Step(self.model, self.pages, rows, self.tolerance, kernels, graphs=True)
+        return self.several
 
     def few(self, n: int) -> AbstractContextManager[None]:
         """The context in which `n` rows are computed."""

@@ -11,11 +11,12 @@ the model's token wherever their distributions are near (Gumbel coupling).
 from collections.abc import Sequence as Items
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from regpt.engine.cache import Pages, PrefillView, PromptSpan, ragged, upload
-from regpt.engine.decode import Launched, Needs, RowState, Step, to_host
+from regpt.engine.decode import TOKEN, Launched, Needs, RowState, Step, fill_state, to_host
 from regpt.engine.fast import NO_KERNELS, load_kernels
 from regpt.engine.sequence import Sequence
 from regpt.errors import UsageError
@@ -152,20 +153,45 @@ def speculate(engine: "Engine", draft: Draft) -> None:
         engine.rows.fill(range(len(texts)), texts, newest_tokens(texts, engine.host))
         engine.decode()
         return
-    parts = [([one.tokens[-1], *more], one.cached, one.pages, one.base) for one, more in zip(texts, proposals)]
-    given, spans = ragged(parts, engine.device)
-    places = [(one, more[:i]) for one, more in zip(texts, proposals) for i in range(len(more) + 1)]
-    step = engine.decode_step
-    with step.few(len(places)):
-        hidden = step.read(given, PrefillView(engine.pages, spans, engine.prefill_kernel))
-        results = step.draw([one for one, _ in places], hidden, [before for _, before in places])
-    drawn = zip(*Launched(texts, *to_host(results)).read())
+    results = check_by_graph(engine, texts, proposals)
+    drawn = zip(*Launched(texts, *to_host(results or check(engine, texts, proposals))).read())
     for one, more in zip(texts, proposals):
         accept_proposals(engine, one, more, [next(drawn) for _ in range(len(more) + 1)])
     for one in texts:
         if not one.finished and not engine.goes_on(one):
             engine.deactivate(one)
     engine.count_steps()
+
+
+def check(engine: "Engine", texts: Items[Sequence], proposals: Items[Items[int]]) -> tuple[Tensor, ...]:
+    """Results of the tokens after each text and each of its proposals, as `Step.draw` gives them."""
+    parts = [([one.tokens[-1], *more], one.cached, one.pages, one.base) for one, more in zip(texts, proposals)]
+    given, spans = ragged(parts, engine.device)
+    places = [(one, more[:i]) for one, more in zip(texts, proposals) for i in range(len(more) + 1)]
+    step = engine.decode_step
+    with step.few(len(places)):
+        hidden = step.read(given, PrefillView(engine.pages, spans, engine.prefill_kernel))
+        return step.draw([one for one, _ in places], hidden, [before for _, before in places])
+
+
+def check_by_graph(engine: "Engine", texts: Items[Sequence], proposals: Items[Items[int]]) -> tuple[Tensor, ...] | None:
+    """The same by a decode step of as many rows, which is a CUDA graph; None where there are none, or where a draw
+    depends on the tokens that were proposed before it."""
+    step = engine.decode_step
+    needs = Needs.of([one.request.options for one in texts], engine.n_vocab, max(t.request.top_logprobs for t in texts))
+    if not step.graphs or needs.penalties or needs.bias or any(one.structure for one in texts):
+        return None
+    step = step.of_several(engine.max_rows * (engine.draft_tokens + 1))
+    n = sum(len(more) + 1 for more in proposals)
+    states = np.zeros((step.bucket(n), step.rows.state.size(1)), dtype=np.int64)  # those that pad it use page 0
+    rows = iter(states)
+    for one, more in zip(texts, proposals):
+        for ahead, token in enumerate((one.tokens[-1], *more)):
+            state = next(rows)
+            fill_state(state, one.cached + ahead, one.seed, one.request.options, one.pages)
+            state[TOKEN] = token
+    step.rows.state[: len(states)] = upload(states, engine.host)
+    return step(n, needs)
 
 
 def accept_proposals(

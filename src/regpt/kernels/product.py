@@ -35,8 +35,10 @@ def product_kernel(
         x = tl.load(x_ptr + row + k, mask=real & (k < K), other=0.0)  # (BLOCK_M, BLOCK_K)
         weight = tl.load(weight_ptr + column + k, mask=inside & (k < K), other=0.0)  # (BLOCK_N, BLOCK_K)
         if GROUP:
-            scale = tl.load(scale_ptr + column // GROUP + k // GROUP, mask=inside & (k < K), other=0.0)
-            weight = (weight.to(tl.float32) * scale.to(tl.float32)).to(x.dtype)
+            group = (start // GROUP + tl.arange(0, BLOCK_K // GROUP))[None, :]
+            scale = tl.load(scale_ptr + column // GROUP + group, mask=inside & (group < K // GROUP), other=0.0)
+            parts = weight.reshape(BLOCK_N, BLOCK_K // GROUP, GROUP).to(tl.float32) * scale.to(tl.float32)[:, :, None]
+            weight = parts.reshape(BLOCK_N, BLOCK_K).to(x.dtype)
         total = tl.dot(x, tl.trans(weight), total)
     if BIAS:
         total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
