@@ -10,7 +10,7 @@ import torch
 import tiny
 from regpt.kernels import few_rows
 from regpt.kernels.few_rows import MOST, load_few_rows, with_few_rows
-from regpt.model.ops import linear
+from regpt.model.ops import attention, linear
 
 KERNEL = load_few_rows()
 compiled = pytest.mark.skipif(KERNEL is None, reason="no C compiler")
@@ -50,6 +50,31 @@ def test_the_bits_of_a_row_depend_neither_on_the_other_rows_nor_on_the_threads()
                 assert torch.equal(KERNEL.linear(x[:rows], weight, None), expected[:rows])
     finally:
         KERNEL.threads = threads
+
+
+@compiled
+@torch.no_grad()
+@pytest.mark.parametrize(("H", "G", "D"), [(12, 12, 64), (8, 2, 128), (3, 1, 16), (2, 1, 256), (2, 2, 48)])
+@pytest.mark.parametrize("scale", [1.0, 60.0])
+def test_attention_of_one_query_is_that_of_float64_to_rounding(H, G, D, scale):
+    """Up to where one position has all the weight; keys and values are part of a longer cache."""
+    assert KERNEL is not None
+    q, cache = scale * torch.randn(H, 1, D), torch.randn(2, G, 300, D)
+    for S in (1, 2, 63, 64, 65, 200):
+        k, v = cache[:, :, 7 : 7 + S]
+        repeated = [y.double().repeat_interleave(H // G, 0) for y in (k, v)]
+        expected = attention(q.double()[None], repeated[0][None], repeated[1][None])[0]
+        assert KERNEL.attends(k, v)
+        found = KERNEL.attend_one(q, k, v)
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-6 * scale)
+        threads = KERNEL.threads
+        for KERNEL.threads in (1, 2, 5):
+            assert torch.equal(KERNEL.attend_one(q, k, v), found)
+        KERNEL.threads = threads
+    v[:, 3] = float("nan")  # a value that is not seen is not read
+    assert KERNEL.attend_one(q, k[:, :3], v[:, :3]).isfinite().all()
+    assert not KERNEL.attends(k.double(), v.double())
+    assert not KERNEL.attends(k[:, ::2], v[:, ::2])
 
 
 @compiled

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from regpt.kernels.few_rows import FewRows
 from regpt.model.config import ModelConfig
 from regpt.model.masks import AttentionMask, sdpa_mask
 
@@ -77,6 +78,9 @@ class Pages:
 
     def write(self, layer: int, slots: Tensor | int, k: Tensor, v: Tensor) -> None:
         """Put keys and values (G, N, D) into N slots."""
+        if not self.narrow:
+            self.k[layer][:, slots], self.v[layer][:, slots] = k.to(self.dtype), v.to(self.dtype)
+            return
         for held, new in ((self.k[layer], k), (self.v[layer], v)):
             as_bytes(held)[:, slots] = as_bytes(self.rounded(new))
 
@@ -287,6 +291,7 @@ class DecodeView(View):
         attention: a kernel in the place of `attend_pages`, with its arguments.
         alone: for one text whose pages are in a row, the slots of its positions.
         longest: the largest number of positions, the new one included, where known.
+        few_rows: attention of one text on a CPU.
     """
 
     def __init__(
@@ -298,8 +303,10 @@ class DecodeView(View):
         attention: Attention | None = None,
         alone: slice | None = None,
         longest: int = 0,
+        few_rows: FewRows | None = None,
     ):
         super().__init__(pages)
+        self.few_rows = few_rows
         self.tables, self.positions, self.attention, self.alone = tables, positions, attention, alone
         self.longest = longest or tables.size(1) * pages.page_size
 
@@ -317,7 +324,9 @@ class DecodeView(View):
             end = self.alone.stop
             pages.write(layer, end - 1, k[0, :, 0], v[0, :, 0])
             seen = slice(max(self.alone.start, end - mask.window) if mask.window else self.alone.start, end)
-            return attend_alone(q[0], *pages.read(layer, seen))[None]
+            held = pages.read(layer, seen)
+            fits = self.few_rows is not None and self.few_rows.attends(*held)
+            return (self.few_rows.attend_one if fits and self.few_rows else attend_alone)(q[0], *held)[None]
         pages.write(layer, self.once("new", self.new_slots), k[0], v[0])
         rows = q[0].transpose(0, 1)  # (B, H, D)
         if self.attention is not None:

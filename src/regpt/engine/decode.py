@@ -7,7 +7,7 @@ bucket of rows; on a CPU the same function runs as it is.
 
 from collections.abc import Sequence as Items
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -255,9 +255,8 @@ class Step:
         state = self.rows.state[:n]
         given = state.to(self.model.device)  # itself, but for MPS
         positions = given[:, POSITION]
-        view = DecodeView(
-            self.pages, given[:, TABLE:], positions, attention=self.kernels.attention, alone=alone, longest=longest
-        )
+        by: dict[str, Any] = {"attention": self.kernels.attention, "few_rows": self.kernels.few_rows}
+        view = DecodeView(self.pages, given[:, TABLE:], positions, alone=alone, longest=longest, **by)
         if self.kernels.model is not None and n <= self.kernels.model.most_rows:
             tables, pages = state[:, TABLE:], self.pages
             hidden = self.kernels.model.hidden(state, tables, pages.k, pages.v, pages.page_size)

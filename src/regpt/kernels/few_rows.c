@@ -1,6 +1,8 @@
 // y = x · Wᵀ + b for up to MOST rows of x, W in float32 or in Q8_0: on a CPU such a product is as slow as reading W, and
 // libraries for large matrices read at half the memory's speed. Compiled by `few_rows.py` when first needed.
 //
+// And attention of one query, by the same threads: a head is a chunk.
+//
 // The sum of an output has one order, whatever the number of rows and threads: a row's bits depend on the row alone.
 //
 // Threads claim chunks of W one by one, so none waits for a thread that the system has not scheduled: the caller
@@ -27,12 +29,17 @@
 
 typedef float v16 __attribute__((vector_size(64)));
 typedef float v16_at __attribute__((vector_size(64), aligned(4), may_alias));
+#define WIDEST 16            // v16 of the largest head
+#define BLOCK 64             // positions whose scores are known at once
 typedef struct {
     const float *x, *bias;
     const void *weight;
     const _Float16 *scales;  // NULL: float32 weights
     float *y;
     long rows, n_in, n_out, chunk, chunks, workers;
+    const float *k, *v;      // NULL: a product
+    long stride, sharing;    // between heads of k and v, and query heads of one of them
+    float scale;
 } Job;
 
 static inline v16 load(const float *at) { return *(const v16_at *)at; }
@@ -54,11 +61,13 @@ static inline v16 load_int8(const int8_t *at) {  // GCC 12 takes __builtin_conve
 }
 
 static inline float sum(v16 a) {
-    float s[16];
-    memcpy(s, &a, sizeof a);
-    for (int width = 8; width; width /= 2)
-        for (int i = 0; i < width; i++) s[i] += s[i + width];
-    return s[0];
+#define TURNED(by) __builtin_shufflevector(a, a, by, by + 1, by + 2, by + 3, by + 4, by + 5, by + 6, by + 7, by + 8, \
+    by + 9, by + 10, by + 11, by + 12, by + 13, by + 14, by + 15)
+    a += TURNED(8);
+    a += TURNED(4);
+    a += TURNED(2);
+    a += TURNED(1);
+    return a[0];
 }
 
 static inline __attribute__((always_inline)) void outputs(const Job *job, const int rows, long o) {
@@ -95,7 +104,66 @@ static inline __attribute__((always_inline)) void outputs(const Job *job, const 
         job->y[r * job->n_out + o] = sum(a[r] + b[r]) + tail[r] + (job->bias ? job->bias[o] : 0);
 }
 
+// e^x for x ≤ 0, to the last bit or two: 2^n · p(r), |r| ≤ ln 2 / 2 (Cephes' expf).
+static inline v16 exponential(v16 x) {
+    typedef int32_t i16 __attribute__((vector_size(64)));
+    const v16 lowest = (v16){0} - 87.0f;
+    i16 low = x < lowest;
+    x = (v16)(((i16)x & ~low) | ((i16)lowest & low));
+    v16 n = x * 1.44269504f + 12582912.0f - 12582912.0f;  // to the nearest whole number
+    v16 r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    v16 p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return p * (v16)((__builtin_convertvector(n, i16) + 127) << 23);
+}
+
+// One query of a head to `rows` positions, BLOCK by BLOCK (Milakov & Gimelshein 2018).
+static inline __attribute__((always_inline)) void attend(const Job *job, const long parts, long head) {
+    const long S = job->rows, D = 16 * parts, at = head / job->sharing * job->stride;
+    const float *k = job->k + at, *v = job->v + at;
+    float top = -1e30f, total = 0, scores[BLOCK] __attribute__((aligned(64)));
+    v16 q[WIDEST], y[WIDEST] = {0};
+    for (long p = 0; p < parts; p++) q[p] = load(job->x + head * D + 16 * p) * job->scale;
+    for (long start = 0; start < S; start += BLOCK) {
+        long n = S - start < BLOCK ? S - start : BLOCK;
+        float highest = top;
+        for (long i = 0; i < BLOCK; i++) scores[i] = -1e30f;
+        for (long i = 0; i < n; i++) {
+            const float *of = k + (start + i) * D;
+            v16 a = q[0] * load(of);
+            for (long p = 1; p < parts; p++) a += q[p] * load(of + 16 * p);
+            scores[i] = sum(a);
+            if (scores[i] > highest) highest = scores[i];
+        }
+        float shrink[16] __attribute__((aligned(64))) = {top - highest};
+        *(v16 *)shrink = exponential(*(v16 *)shrink);
+        v16 added = {0};
+        for (long i = 0; i < BLOCK; i += 16) {
+            v16 weights = exponential(load(scores + i) - highest);
+            *(v16 *)(scores + i) = weights;
+            added += weights;
+        }
+        for (long i = n; i < BLOCK; i++) added[i % 16] -= scores[i];  // e^-87 each, or 1 where all is as low
+        for (long p = 0; p < parts; p++) y[p] *= shrink[0];
+        total = total * shrink[0] + sum(added);
+        top = highest;
+        for (long i = 0; i < n; i++)
+            for (long p = 0; p < parts; p++) y[p] += load(v + (start + i) * D + 16 * p) * scores[i];
+    }
+    for (long p = 0; p < parts; p++) *(v16_at *)(job->y + head * D + 16 * p) = y[p] / total;
+}
+
 static void compute(const Job *job, long chunk) {
+    if (job->k) {
+        if (job->n_in == 64) attend(job, 4, chunk);
+        else if (job->n_in == 128) attend(job, 8, chunk);
+        else attend(job, job->n_in / 16, chunk);
+        return;
+    }
     long end = (chunk + 1) * job->chunk;
     if (end > job->n_out) end = job->n_out;
 #define CASE(R) \
@@ -168,12 +236,7 @@ static void start_workers(long n) {
     }
 }
 
-// y (rows, n_out) of x (rows, n_in), rows ≤ MOST, by `threads` at most. Weights are (n_out, n_in) float32, or with
-// `scales` (n_out, n_in / GROUP) int8, n_in a multiple of GROUP.
-void few_rows(const float *x, const void *weight, const void *scales, const float *bias, float *y, long rows, long n_in,
-              long n_out, long threads) {
-    long bytes = n_in * (scales ? 1 : 4), chunk = (CHUNK_BYTES + bytes - 1) / bytes;
-    Job mine = {x, bias, weight, scales, y, rows, n_in, n_out, chunk, (n_out + chunk - 1) / chunk, threads - 1};
+static void run(Job mine, long threads) {
     if (mine.chunks < 2 || threads < 2 || nanoseconds() < atomic_load(&alone_until) ||
         pthread_mutex_trylock(&caller)) {
         for (long i = 0; i < mine.chunks; i++) compute(&mine, i);
@@ -201,4 +264,19 @@ void few_rows(const float *x, const void *weight, const void *scales, const floa
     }
     if (waited > LONG_NS) atomic_store(&alone_until, nanoseconds() + ALONE_NS);
     pthread_mutex_unlock(&caller);
+}
+
+// y (rows, n_out) of x (rows, n_in), rows ≤ MOST, by `threads` at most. Weights are (n_out, n_in) float32, or with
+// `scales` (n_out, n_in / GROUP) int8, n_in a multiple of GROUP.
+void few_rows(const float *x, const void *weight, const void *scales, const float *bias, float *y, long rows, long n_in,
+              long n_out, long threads) {
+    long bytes = n_in * (scales ? 1 : 4), chunk = (CHUNK_BYTES + bytes - 1) / bytes, chunks = (n_out + chunk - 1) / chunk;
+    run((Job){x, bias, weight, scales, y, rows, n_in, n_out, chunk, chunks, threads - 1}, threads);
+}
+
+// y (heads, size) of one query (heads, size), size a multiple of 16 up to 16 · WIDEST, and `seen` positions of k and v,
+// `stride` numbers from one of their heads to the next, each for `sharing` query heads.
+void attend_one(const float *q, const float *k, const float *v, float *y, long heads, long sharing, long size, long seen,
+                long stride, float scale, long threads) {
+    run((Job){q, 0, 0, 0, y, seen, size, heads, 1, heads, threads - 1, k, v, stride, sharing, scale}, threads);
 }

@@ -27,6 +27,7 @@ from regpt.model.transformer import Transformer
 from regpt.remote.download import REMOTE_OPTIONS
 
 MOST = 8  # rows; of few_rows.c
+VECTOR, LARGEST_HEAD = 16, 256  # of heads; of few_rows.c
 GROUP = 32  # weights that share a scale
 SOURCE = Path(__file__).with_name("few_rows.c")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread")
@@ -78,6 +79,23 @@ class FewRows:
             self.threads or torch.get_num_threads(),
         )
         return y
+
+    def attend_one(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of one query q (H, 1, D) to all of k and v (G, S, D), whose heads may be apart: (H, 1, D)."""
+        H, _, D = q.shape
+        G, S, _ = k.shape
+        q = q if q.stride(0) == D else q.contiguous()
+        y = torch.empty(H, 1, D)
+        pointers = q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr()
+        threads = self.threads or torch.get_num_threads()
+        self.library.attend_one(*pointers, H, H // G, D, S, k.stride(0), D**-0.5, threads)
+        return y
+
+    def attends(self, k: Tensor, v: Tensor) -> bool:
+        """Whether `attend_one` computes it."""
+        D = k.size(2)
+        fits = k.dtype == torch.float32 and D % VECTOR == 0 and D <= LARGEST_HEAD
+        return fits and k.stride() == v.stride() == (k.stride(0), D, 1)
 
 
 def with_few_rows(model: Transformer, kernel: FewRows) -> Transformer:
@@ -149,7 +167,11 @@ def processor() -> str:
 def checked(library: ctypes.CDLL) -> FewRows | None:
     pointer, number = ctypes.c_void_p, ctypes.c_long
     library.few_rows.argtypes, library.few_rows.restype = (pointer,) * 5 + (number,) * 4, None
+    library.attend_one.argtypes = (pointer,) * 4 + (number,) * 5 + (ctypes.c_float, number)
+    library.attend_one.restype = None
     kernel = FewRows(library)
     x, weight = torch.arange(80.0).view(2, 40).sin(), torch.arange(120.0).view(3, 40).cos()
     found = kernel.product(x, weight, None, None)
-    return kernel if torch.allclose(found, PLAIN.linear(x, weight, None), atol=1e-5) else None
+    q, k = weight[:, None, :VECTOR], torch.arange(240.0).view(3, 5, VECTOR).sin()
+    right = torch.allclose(found, PLAIN.linear(x, weight, None), atol=1e-5)
+    return kernel if right and torch.allclose(kernel.attend_one(q, k, k), PLAIN.attention(q, k, k), atol=1e-5) else None
