@@ -118,7 +118,7 @@ def test_a_model_in_eight_bits_is_that_with_its_rounded_weights(family):
             theirs.weight.copy_(ours.ops.linear.weight())
     whole.head_weight.copy_(model.ops.head.weight())
     idx = torch.arange(60, device=DEVICE)[None] % 97
-    expected = whole(idx)
-    assert (model(idx) - expected).norm() < 0.02 * expected.norm()
+    expected, halved = whole(idx), copy.deepcopy(whole).to(torch.bfloat16)(idx)
+    assert (model(idx) - expected).norm() < 1.5 * (halved - expected).norm()  # as exact as bfloat16 is
     texts = Engine(model, max_rows=4).run([Request([i, 5, 7], 20, SamplingOptions(), i) for i in range(9)])
     assert all(len(text) == 20 for (text,) in texts)
