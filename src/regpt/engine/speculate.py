@@ -154,7 +154,7 @@ def speculate(engine: "Engine", draft: Draft) -> None:
         engine.decode()
         return
     results = check_by_graph(engine, texts, proposals)
-    drawn = zip(*Launched(texts, *to_host(results or check(engine, texts, proposals))).read())
+    drawn = zip(*Launched(texts, *to_host(results or check_eagerly(engine, texts, proposals))).read())
     for one, more in zip(texts, proposals):
         accept_proposals(engine, one, more, [next(drawn) for _ in range(len(more) + 1)])
     for one in texts:
@@ -163,7 +163,7 @@ def speculate(engine: "Engine", draft: Draft) -> None:
     engine.count_steps()
 
 
-def check(engine: "Engine", texts: Items[Sequence], proposals: Items[Items[int]]) -> tuple[Tensor, ...]:
+def check_eagerly(engine: "Engine", texts: Items[Sequence], proposals: Items[Items[int]]) -> tuple[Tensor, ...]:
     """Results of the tokens after each text and each of its proposals, as `Step.draw` gives them."""
     parts = [([one.tokens[-1], *more], one.cached, one.pages, one.base) for one, more in zip(texts, proposals)]
     given, spans = ragged(parts, engine.device)
