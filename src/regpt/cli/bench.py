@@ -64,10 +64,21 @@ def train_main(args: list[str]) -> int:
     elif report is not None:
         if given.json is not None:
             write_json(Path(given.json), report, OTHER_JSON)
-        size, device = f"{report['parameters']:,} parameters", f"{report['world_size']} × {report['device']}"
+        size, device = (
+            f"{report['parameters']:,} parameters{adapters_of(report)}",
+            f"{report['world_size']} × {report['device']}",
+        )
         print_line(f"{report['recipe']}: {size} on {device}")
         print_rows((), list(figures(report).items()), left=(0, 1))
     return 0
+
+
+def adapters_of(report: dict[str, Any]) -> str:
+    found = report["adapter"]
+    if found is None:
+        return ""
+    base = "" if found["base"] == "none" else f", the base in {found['base']}"
+    return f" ({found['trained']:,} in adapters of rank {found['r']} learn{base})"
 
 
 def figures(report: dict[str, Any]) -> dict[str, str]:

@@ -46,24 +46,25 @@ class AdaptedLinear(Linear):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_magnitude: nn.Parameter | None
+    stored: QuantizedWeight | None
     scale: float
     site: int
     dropout: AdapterDropout
 
     def base(self, x: Tensor) -> Tensor:
-        if (stored := self._modules.get(STORED)) is not None:
-            return cast(QuantizedWeight, stored).product(x, self.bias)
+        if self.stored is not None:
+            return self.stored.product(x, self.bias)
         return self.ops.linear(x, self.weight, self.bias)
 
     def base_weight(self, dtype: torch.dtype) -> Tensor:
-        stored = self._modules.get(STORED)
-        return self.weight.to(dtype) if stored is None else cast(QuantizedWeight, stored).dequantized(dtype)
+        return self.weight.to(dtype) if self.stored is None else self.stored.dequantized(dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         y = self.base(input)  # (..., n_out)
         if not self.scale:
             return y
-        low = F.linear(self.dropout(input, self.site), self.lora_A.to(input.dtype))  # (..., r)
+        x = self.dropout(input, self.site) if self.dropout.rate else input
+        low = F.linear(x, self.lora_A.to(x.dtype))  # (..., r)
         delta = self.scale * F.linear(low, self.lora_B.to(low.dtype))  # (..., n_out)
         if self.lora_magnitude is None:
             return y + delta
@@ -165,10 +166,11 @@ def adapt_linear(module: Linear, config: AdapterConfig, model: Transformer, site
     module.__class__ = AdaptedLinear
     own = cast(AdaptedLinear, module)
     own.scale, own.site, own.lora_magnitude, own.dropout = 0.0, site, None, model.adapter_dropout
+    own.register_module(STORED, None)
     if config.base != "none":
         del own.weight
         own.register_parameter("weight", None)
-        own.add_module(STORED, QuantizedWeight(config.base, n_out, n_in).to(weight.device))
+        own.stored = QuantizedWeight(config.base, n_out, n_in).to(weight.device)
     if adapted:
         options: dict[str, Any] = {"dtype": wide(weight.dtype), "device": weight.device}
         own.scale = config.scale

@@ -46,7 +46,7 @@ def tables(device: torch.device) -> dict[str, Tensor]:
 
 def nearest_codes(values: Tensor, table: Tensor) -> Tensor:
     """Indices into the sorted `table` of the entries nearest to `values`, uint8."""
-    return torch.bucketize(values, (table[1:] + table[:-1]) / 2).to(torch.uint8)
+    return torch.bucketize(values, (table[1:] + table[:-1]) / 2, out_int32=True).to(torch.uint8)
 
 
 def in_blocks(values: Tensor, size: int) -> Tensor:
@@ -160,7 +160,7 @@ class QuantizedWeight(nn.Module):
             own[name].copy_(piece)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        return dequantize(self.kind, self.pieces(), self.shape[0], self.shape[1], dtype)
+        return torch.ops.regpt.dequantized([*self.pieces().values()], self.kind, self.shape[0], self.shape[1], dtype)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """`F.linear(x, weight, bias)` in the format of autocast, or of `x`."""
@@ -204,9 +204,16 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 LAYOUT = "str kind, int n_out, int n_in"
 LIBRARY.define(f"quantized_linear(Tensor x, Tensor[] pieces, Tensor? bias, {LAYOUT}) -> Tensor")
+LIBRARY.define(f"dequantized(Tensor[] pieces, {LAYOUT}, ScalarType dtype) -> Tensor")
 LIBRARY.define(f"quantized_linear_backward(Tensor grad, Tensor[] pieces, {LAYOUT}) -> Tensor")
+LIBRARY.impl("dequantized", weight_of, "CompositeExplicitAutograd")
 LIBRARY.impl("quantized_linear", quantized_linear, "CompositeExplicitAutograd")
 LIBRARY.impl("quantized_linear_backward", quantized_linear_backward, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "regpt::dequantized",
+    lambda pieces, kind, n_out, n_in, dtype: pieces[0].new_empty(n_out, n_in, dtype=dtype),
+    lib=LIBRARY,
+)
 torch.library.register_fake(
     "regpt::quantized_linear", lambda x, pieces, bias, kind, n_out, n_in: x.new_empty(*x.shape[:-1], n_out), lib=LIBRARY
 )

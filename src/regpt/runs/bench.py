@@ -15,7 +15,9 @@ from regpt.config import RunConfig
 from regpt.data.loader import check_batch
 from regpt.data.prefetch import Prefetcher
 from regpt.kernels.masked import mask_kernel
-from regpt.model.weights import count_parameters, initialize
+from regpt.model.adapters import adapter_summary, begin_adapters
+from regpt.model.transformer import Transformer
+from regpt.model.weights import count_parameters, initialize, real_shape, set_weight, slots
 from regpt.parallel.mesh import Mesh, open_mesh
 from regpt.runs.build import (
     Corpus,
@@ -91,12 +93,24 @@ def opened_data(config: RunConfig) -> Iterator[tuple[RunConfig, Corpus]]:
 @contextlib.contextmanager
 def opened_trainer(config: RunConfig, mesh: Mesh, corpus: Corpus) -> Iterator[Trainer]:
     """A trainer as `regpt train` builds it."""
-    model = initialize(build_model(config, mesh.device), config.train.seed)
+    model = random_base(build_model(config, mesh.device), config.train.seed)
     optimizer = make_optimizer(model, config.optim, mesh.device, config.train.seed)
     with Prefetcher(build_loader(config, corpus, mesh), steps=config.train.steps) as batches:
         trainer = build_trainer(config, mesh, model, optimizer, batches)
         with_chosen_rows(config, trainer)
         yield trainer
+
+
+def random_base(model: Transformer, seed: int) -> Transformer:
+    """Random weights; a frozen base, whose values matter to no time, is drawn tensor by tensor on the device: billions take
+    seconds, and a quantized one is never there as a whole."""
+    if model.adapter is None:
+        return initialize(model, seed)
+    for name, slot in slots(model).items():
+        value = torch.ones(real_shape(model, name, slot), device=model.device)
+        set_weight(model, name, slot, value.normal_(0, model.init_std(name)) if value.dim() > 1 else value)
+    begin_adapters(model, seed)
+    return model
 
 
 def bench_train(config: RunConfig, window: Window, *, recipe: str, progress: Progress) -> Report | None:
@@ -143,6 +157,7 @@ def describe(trainer: Trainer, config: RunConfig, mesh: Mesh) -> Report:
         "world_size": mesh.world_size,
         "model": asdict(model.config),
         "parameters": count_parameters(model),
+        "adapter": None if model.adapter is None else {**asdict(model.adapter), **adapter_summary(model)},
         "seq_len": T,
         "batch_tokens": train.batch_tokens,
         "micro_batch_rows": rows,
