@@ -63,12 +63,21 @@ def test_what_a_template_writes_before_an_answer_is_a_target_too():
     )
     ids, parts, _ = ChatTemplate(source, OURS).encode_training(SAID[:2])
     assert OURS.decode(ids[parts == FORMAT]) == "<think></think><|im_end|>"
+    of_the_last = ChatTemplate(source.replace("'assistant' else", "'assistant' and loop.last else"), OURS)
+    ids, parts, messages = of_the_last.encode_training(SAID)
+    assert OURS.decode(ids[parts == ANSWER]) == "Sat downTHE END"
+    assert OURS.decode(ids[(parts == FORMAT) & (messages == 3)]) == "<think></think><|im_end|>"
+    assert broken_claim(of_the_last, SAID) is None
 
 
 BROKEN = {
     "what it writes changes with what follows": (
-        TEMPLATES["chatml"].replace("m['content']", "(m['content'] if loop.last else m['content'] | upper)"),
+        "{{ messages | length }}" + TEMPLATES["chatml"],
         "cannot be divided at message 1",
+    ),
+    "earlier answers are changed": (
+        TEMPLATES["chatml"].replace("m['content']", "(m['content'] if m['role'] == 'user' else m['content'] | upper)"),
+        "writes something else than the answer of message 1",
     ),
     "no end of a turn": (
         "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"

@@ -29,12 +29,11 @@ HOSTILE = (
 
 
 def prefixes(template: ChatTemplate, messages: Sequence[Message], row: EncodedConversation) -> bool:
-    """Each conversation up to an answer is a prefix of the longer one, in tokens, and what is trained on ends with the
-    token that ends an answer."""
-    shorter = [i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"]
-    for end in shorter:
-        ids = template.encode_training(messages[:end]).ids
-        if not np.array_equal(ids, row.ids[: len(ids)]):
+    """The prompt for each answer is a prefix of the whole, in tokens, and what is trained on ends with the token that
+    ends an answer."""
+    for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
+        prompt = template.encode(messages[:i])
+        if prompt != row.ids[: len(prompt)].tolist():
             return False
     trained = np.flatnonzero(row.parts != CONTEXT)
     last = trained[np.diff(trained, append=len(row.ids) + 1) > 1]  # the last token of every trained run
@@ -59,11 +58,11 @@ def text_returns(template: ChatTemplate, messages: Sequence[Message], row: Encod
 
 
 def answers_follow(template: ChatTemplate, messages: Sequence[Message], row: EncodedConversation) -> bool:
-    """The tokens that a prompt for an answer has in use, then those of the answer and its end, are the row's."""
+    """What is trained on of each answer begins where the prompt for it ends, and its text becomes the same tokens when
+    it is encoded by itself."""
     for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
-        prompt = template.encode(messages[:i])
         own = np.flatnonzero((row.messages == i) & (row.parts != CONTEXT))
-        if len(prompt) != own[0] or prompt != row.ids[: own[0]].tolist():
+        if len(template.encode(messages[:i])) != own[0]:
             return False
         said = row.ids[(row.messages == i) & (row.parts == ANSWER)].tolist()
         text = template.tokenizer.decode(said)
@@ -80,7 +79,7 @@ def no_forgery(template: ChatTemplate, messages: Sequence[Message], row: Encoded
 
 
 CLAIMS: dict[str, Callable[[ChatTemplate, Sequence[Message], EncodedConversation], bool]] = {
-    "a conversation up to an answer is a prefix of the whole, and ends with the end of a turn": prefixes,
+    "the prompt for an answer is a prefix of the conversation, and an answer ends with the end of a turn": prefixes,
     "the token that begins texts occurs once, at the start": one_beginning,
     "decoding the tokens gives the text": text_returns,
     "prompt, answer and end in use are the row that is trained on": answers_follow,

@@ -116,7 +116,8 @@ class ChatTemplate:
         """The rendered conversation, cut before and after each answer and after the token that ends it.
 
         Raises:
-            UserError: the template refuses the messages, or what it writes of an answer depends on what follows.
+            UserError: the template refuses the messages, what it writes before an answer depends on what follows, or it
+            changes an answer.
         """
         apart = self.apart(messages)
         whole = self.render(apart, answer_next=answer_next)
@@ -126,32 +127,38 @@ class ChatTemplate:
             if message.get("role") != "assistant":
                 continue
             header = self.render(apart[:i])
-            alone = i + 1 == len(apart) and not answer_next
-            until = whole if alone else self.render(apart[: i + 1], answer_next=False)
-            probe = self.render([*apart[:i], {**message, "content": PROBE}], answer_next=False)
-            lead, cut, tail = probe[len(header) :].partition(PROBE)
-            said = until[len(header) + len(lead) : len(until) - len(tail)]
-            if not (at <= len(header) and whole.startswith(until) and probe.startswith(header) and cut) or (
-                until != header + lead + said + tail
-            ):
+            probed = [*apart[:i], {**message, "content": PROBE}, *apart[i + 1 :]]
+            lead, found, rest = self.render(probed, answer_next=answer_next)[len(header) :].partition(PROBE)
+            said = whole[len(header) + len(lead) : len(whole) - len(rest)]
+            if len(header) < at or whole != header + lead + said + rest or not found:
                 raise UserError(
                     f"the chat template cannot be divided at message {i}: what it writes up to there changes with what "
                     "follows, so the tokens of the answer are not known; give another with --template"
                 )
-            if self.names.search(lead) or (lead and header == self.render(apart[:i], answer_next=False)):
+            if said.strip() != str(message["content"]).strip():
                 raise UserError(
-                    f"the chat template has no generation prompt: it writes {lead!r} before an answer, and not before "
-                    "one that is to be written; give another with --template"
+                    f"the chat template writes something else than the answer of message {i}; take that part out of "
+                    "the answer, or give another template with --template"
                 )
-            ending = self.names.search(tail)
-            end = len(until) - len(tail) + (ending.end() if ending else 0)
+            self.refuse_missing_prompt(lead, header, apart[:i])
+            ending = self.names.search(rest)
+            start = len(whole) - len(rest)
+            end = start + (ending.end() if ending else 0)
             trained = message.get("weight", 1) != 0
             pieces.append(RenderedPiece(whole[at : len(header)], first, CONTEXT))
-            for text, part in ((lead, FORMAT), (said, ANSWER), (until[len(until) - len(tail) : end], FORMAT)):
+            for text, part in ((lead, FORMAT), (said, ANSWER), (whole[start:end], FORMAT)):
                 pieces.append(RenderedPiece(text, i, part if trained else CONTEXT))
             at, first = end, i + 1
         pieces.append(RenderedPiece(whole[at:], first, CONTEXT))
         return [piece for piece in pieces if piece.text]
+
+    def refuse_missing_prompt(self, lead: str, header: str, before: Sequence[Message]) -> None:
+        """Raise a UserError where what opens an answer, `lead`, is not in the prompt `header` for one."""
+        if self.names.search(lead) or (lead and header == self.render(before, answer_next=False)):
+            raise UserError(
+                f"the chat template has no generation prompt: it writes {lead!r} before an answer, and not before one "
+                "that is to be written; give another with --template"
+            )
 
     def encode_pieces(self, pieces: Sequence[RenderedPiece]) -> EncodedConversation:
         """Encode each piece by itself, and the names of special tokens in it as these."""
