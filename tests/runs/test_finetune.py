@@ -17,10 +17,12 @@ from regpt.cli import export, finetune, replay
 from regpt.config import read_config
 from regpt.data.manifest import read_manifest
 from regpt.data.verify import verify
+from regpt.engine.generate import Sample
 from regpt.errors import UsageError, UserError
 from regpt.model.config import ModelConfig
 from regpt.prepare.conversations import ConversationReader
 from regpt.report.page import write_report
+from regpt.runs import actions
 from regpt.runs.pretrain import resume
 from regpt.text.bpe import byte_tokenizer
 from regpt.text.chat import ANSWER, ChatTemplate
@@ -181,7 +183,7 @@ def test_replay_finds_the_loss_and_the_conversations_of_a_step(tuned, capsys):
     assert found["loss"] == found["recorded"]["loss"]
     assert found["grad_norm"] == found["recorded"]["grad_norm"]
     assert all(document["text"].startswith("<|endoftext|>User:\nsay") for document in found["documents"])
-    assert all(document["loss"] > 1 for document in found["documents"])  # targets alone: a mean with zeros is below
+    assert all(document["loss"] > 4 for document in found["documents"])  # targets alone: a mean with zeros is below
 
 
 def test_the_report_shows_a_batch_with_its_mask(tuned, tmp_path):
@@ -191,9 +193,16 @@ def test_the_report_shows_a_batch_with_its_mask(tuned, tmp_path):
     assert "What is trained on" in page
 
 
-def test_added_tokens_begin_near_the_mean_and_are_saved(base, answers, tmp_path):
+def test_added_tokens_begin_near_the_mean_and_are_saved(base, answers, tmp_path, monkeypatch):
     before = open_model(str(base))
     run = tmp_path / "run"
+    asked: list[tuple[list[int], tuple[int, ...]]] = []
+
+    def write_samples(model, tokenizer, prompt, *, stop_ids, **options):
+        asked.append((prompt, stop_ids))
+        return [Sample([], "")]
+
+    monkeypatch.setattr(actions, "write_samples", write_samples)
     assert tune(base, answers, run, "--add-tokens", "--train.steps", "1", "--optim.lr", "0") == 0
     opened = open_model(str(run))
     assert opened.tokenizer.n_vocab == 259
@@ -203,6 +212,8 @@ def test_added_tokens_begin_near_the_mean_and_are_saved(base, answers, tmp_path)
     shift, spread = new[257:259] - old[:257].mean(0), old[:257].std(0)
     assert 0 < shift.abs().max() < (0.5 * spread).max()
     assert not torch.equal(new[257], new[258])
+    template = ChatTemplate(CHATML, opened.tokenizer)
+    assert asked[-1] == (template.encode([{"role": "user", "content": "say 1"}]), template.stop_ids)
     ends = [opened.tokenizer.token_bytes(i).decode() for i in opened.tokenizer.stop_ids]
     assert ends == ["<|endoftext|>", "<|im_end|>"]
 

@@ -84,6 +84,12 @@ BROKEN = {
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
         "writes no special token after an answer",
     ),
+    "users write control tokens": (
+        TEMPLATES["chatml"].replace(
+            "m['content']", "(m['content'] | replace('\ue000', '') if m['role'] == 'user' else m['content'])"
+        ),
+        "no text of a message makes a special token",
+    ),
     "two beginnings": ("{{ bos_token }}" + PLAIN, "the token that begins texts occurs once, at the start"),
     "a beginning before every answer": (
         TEMPLATES["chatml"].replace("'<|im_start|>", "bos_token + '<|im_start|>"),
@@ -100,7 +106,7 @@ BROKEN = {
 def test_a_template_that_breaks_a_claim_is_refused(name):
     source, said = BROKEN[name]
     with pytest.raises(UserError, match=said):
-        certify(ChatTemplate(source, OURS), [SAID])
+        certify(ChatTemplate(source, OURS), [turns(["user", "assistant"], ["<|im_end|>", "b"]), SAID])
 
 
 def test_the_certificate_names_template_and_tokenizer_and_what_was_tried():

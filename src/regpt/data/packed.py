@@ -147,7 +147,6 @@ class ConversationRows:
         targets = np.full(len(tokens), IGNORE_INDEX)
         trained = np.flatnonzero(own[1:])  # a conversation's first token never is
         targets[trained] = tokens[trained + 1]
-        targets[np.cumsum(lengths) - 1] = IGNORE_INDEX
         places = ranges(row * T + offset, lengths)
         idx = np.full(count * T, self.eot)
         all_targets, parts = np.full(count * T, IGNORE_INDEX), np.zeros(count * T, dtype=np.uint8)
