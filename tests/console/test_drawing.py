@@ -1,11 +1,12 @@
 """Progress bars and the panel of a run: never a number cut on a terminal."""
 
 import io
+import re
 import sys
 
 import pytest
 
-from regpt.console.drawing import PlainConsole, field, progress_bar
+from regpt.console.drawing import PlainConsole, field, print_parts, progress_bar
 from regpt.runs.terminal import Terminal
 
 
@@ -49,3 +50,16 @@ def test_the_panel_of_a_run_cuts_no_number(monkeypatch, width: str):
 def test_a_dumb_terminal_gets_lines(monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
     assert Terminal("run", 10, PlainConsole(file=Screen())).live is None
+
+
+def test_what_is_trained_on_is_coloured_on_a_terminal_and_in_brackets_in_a_file(monkeypatch):
+    texts = [("[red]Q[/]\n", 0), ("A\x1b", 1), ("<end>", 2)]
+    plain, screen = io.StringIO(), Screen()
+    print_parts(texts, PlainConsole(file=plain))
+    assert plain.getvalue() == "[red]Q[/]\n[[A\\x1b]]{{<end>}}\n"
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    print_parts(texts, PlainConsole(file=screen))
+    found = re.findall(r"\x1b\[([\d;]+)m(.*?)\x1b\[0m", screen.getvalue(), flags=re.DOTALL)
+    assert [text for _, text in found if text.strip()] == ["[red]Q[/]", "A\\x1b", "<end>"]
+    assert len({code for code, text in found if text.strip()}) == 3

@@ -13,13 +13,16 @@ import tiny
 from conversation_files import write_answers
 from regpt.checkpoint.load import checkpoint_folder, checkpoints
 from regpt.checkpoint.open import open_model
-from regpt.cli import export, finetune, replay
+from regpt.cli import data_info, export, finetune, plan, replay
+from regpt.cli import eval as evaluate
 from regpt.config import read_config
+from regpt.data.info import first_texts
 from regpt.data.manifest import read_manifest
 from regpt.data.verify import verify
 from regpt.engine.generate import Sample
 from regpt.errors import UsageError, UserError
 from regpt.model.config import ModelConfig
+from regpt.prepare.conversation_shards import ConversationOptions, prepare_conversations
 from regpt.prepare.conversations import ConversationReader
 from regpt.report.page import write_report
 from regpt.runs import actions
@@ -216,6 +219,37 @@ def test_added_tokens_begin_near_the_mean_and_are_saved(base, answers, tmp_path,
     assert asked[-1] == (template.encode([{"role": "user", "content": "say 1"}]), template.stop_ids)
     ends = [opened.tokenizer.token_bytes(i).decode() for i in opened.tokenizer.stop_ids]
     assert ends == ["<|endoftext|>", "<|im_end|>"]
+
+
+def test_info_plan_and_eval_know_the_parts(tuned, capsys):
+    import numpy as np
+
+    parts = np.fromfile(tuned / "data" / "train-00000.parts", dtype=np.uint8)
+    share = f"{np.count_nonzero(parts):,} of {len(parts):,} tokens are trained on"
+    data_info.main([str(tuned / "data")])
+    assert f"train: {share} (" in capsys.readouterr().out
+    plan.main(["sft-tiny", "--data", str(tuned / "data"), *FLAGS[:4], "--train.device", "cpu"])
+    assert share in capsys.readouterr().out
+    assert evaluate.main([str(tuned), "--tasks", "val", "--device", "cpu", "--precision", "fp32", "--json", "-"]) == 0
+    found, row = json.loads(capsys.readouterr().out), tiny.rows_of(tuned, "val")[-1]
+    assert f"{row['loss']:.5f}"[:-1] in json.dumps(found)
+
+
+def test_of_preferences_the_chosen_answer_is_learned_or_both_are_kept(base, tmp_path):
+    rows = [{"prompt": f"q{k}", "chosen": "ja", "rejected": "nein"} for k in range(9)]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    template = ChatTemplate(PLAIN, byte_tokenizer())
+    said = {}
+    for pairs in (False, True):
+        folder = tmp_path / str(pairs)
+        options = ConversationOptions(64, val_fraction=0, pairs=pairs)
+        manifest = prepare_conversations([tmp_path / "x.jsonl"], folder, template, options)
+        said[pairs] = first_texts(folder, manifest, "train", template.tokenizer, 99, 99)
+    assert [text.endswith("\nja<|endoftext|>") for text in said[False]] == [True] * 9
+    assert [text[: text.rindex("\n")] for text in said[True][::2]] == [
+        text[: text.rindex("\n")] for text in said[True][1::2]
+    ]
+    assert [text.rpartition("\n")[2] for text in said[True]] == ["ja<|endoftext|>", "nein<|endoftext|>"] * 9
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,9 @@ def print_splits(splits: list[SplitInfo]) -> None:
         median = split.to_dict()["document_tokens"]["median"]
         rows.append((split.split, *numbers, f"{split.bytes_per_token:.3f}", f"{median:,.0f}", str(split.shards)))
     print_rows(head, rows)
+    for split in (split for split in splits if split.trained_tokens is not None):
+        share = f"{split.trained_tokens:,} of {split.tokens:,} tokens are trained on"
+        print_line(f"{split.split}: {share} ({(split.trained_tokens or 0) / split.tokens:.0%})")
 
 
 def print_histogram(split: SplitInfo) -> None:

@@ -84,6 +84,8 @@ def lines(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"stage {number}", f"{size}, needs {one['needed_gib']:.2f} GiB, {takes}"
     if data:
         yield "data", f"{data['path']}: {si(data['train_tokens'])} training tokens, read {data['epochs']:.3g} times"
+        if "conversations" in data:
+            yield "", data["conversations"]
     peak = f"{memory['peak_gib']:.2f} GiB of {memory['of']} at the peak ({memory['path']})"
     host = f", moments of {memory['host_gib']:.2f} GiB in host memory" if memory["host_gib"] else ""
     largest = memory["largest_micro_batch_rows"]

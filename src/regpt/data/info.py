@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from regpt.data.manifest import SPLITS, Manifest
+from regpt.data.packed import read_parts
 from regpt.data.stream import document_starts, open_stream
 from regpt.errors import UserError
 from regpt.files import file_sha256, is_file
@@ -20,7 +21,8 @@ BLOCK, COUNTED_BLOCKS = 1 << 20, 100  # counting a hundred million tokens takes 
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """One split; `lengths` are its documents' tokens, the end-of-text token included."""
+    """One split; `lengths` are its documents' tokens, the end-of-text token included; `trained_tokens` of conversations
+    are those of answers and their ends."""
 
     split: str
     documents: int
@@ -28,6 +30,7 @@ class SplitInfo:
     text_bytes: int
     shards: int
     lengths: np.ndarray
+    trained_tokens: int | None = None
 
     @property
     def bytes_per_token(self) -> float:
@@ -41,6 +44,7 @@ class SplitInfo:
             "text_bytes": self.text_bytes,
             "bytes_per_token": round(self.bytes_per_token, 4),
             "shards": self.shards,
+            **({} if self.trained_tokens is None else {"trained_tokens": self.trained_tokens}),
             "document_tokens": {
                 "min": int(self.lengths.min()),
                 "median": float(np.median(self.lengths)),
@@ -61,10 +65,16 @@ def describe_shards(folder: Path, manifest: Manifest) -> list[SplitInfo]:
             text_bytes=manifest.text_bytes.get(split, 0),
             shards=len(manifest.split(split)),
             lengths=np.diff(document_starts(folder, manifest, split)),
+            trained_tokens=count_trained(folder, manifest, split),
         )
         for split in SPLITS
         if manifest.split(split)
     ]
+
+
+def count_trained(folder: Path, manifest: Manifest, split: str) -> int | None:
+    """Tokens that are trained on; None for plain text."""
+    return int(np.count_nonzero(read_parts(folder, manifest.split(split)))) if manifest.has_parts else None
 
 
 def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:

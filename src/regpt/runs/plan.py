@@ -8,7 +8,10 @@ from typing import Any
 
 from regpt.checkpoint.config import CheckpointConfig
 from regpt.config import RunConfig
+from regpt.data.config import DataConfig
 from regpt.data.loader import check_batch
+from regpt.data.packed import ConversationRows
+from regpt.data.rows import CONVERSATIONS
 from regpt.errors import UsageError
 from regpt.model.config import GPT2_VOCAB_SIZE
 from regpt.runs.build import Corpus
@@ -64,7 +67,7 @@ def make_plan(
         "machine": describe_target(target, gpus),
         "model": describe_model(stages[0].step),
         "run": run,
-        "data": describe_data(corpus, tokens) if corpus else None,
+        "data": describe_data(corpus, tokens, config.data) if corpus else None,
         "memory": largest.room.describe(largest.rows),
         "disk": disk(config, checkpoint_bytes(largest.step), tokens, target, corpus),
         "time": describe_time(config, target, stages, gpus, corpus),
@@ -130,10 +133,15 @@ def describe_stage(stage: PlannedStage) -> dict[str, Any]:
     }
 
 
-def describe_data(corpus: Corpus, tokens: int) -> dict[str, Any]:
+def describe_data(corpus: Corpus, tokens: int, data: DataConfig) -> dict[str, Any]:
     path, train = " + ".join(str(folder.path) for folder in corpus.folders), corpus.tokens("train")
     val, epochs = corpus.tokens("val"), tokens / max(1, train)
-    return {"path": path, "train_tokens": train, "val_tokens": val, "epochs": epochs}
+    found = {"path": path, "train_tokens": train, "val_tokens": val, "epochs": epochs}
+    if data.order not in CONVERSATIONS:
+        return found
+    rows = corpus.rows("train", data.order, data.seed, data.seq_len)
+    assert isinstance(rows, ConversationRows)
+    return found | {"epochs": tokens / data.seq_len / rows.n_rows, "conversations": rows.sentence()}
 
 
 def disk(config: RunConfig, checkpoint: float, tokens: int, target: Target, corpus: Corpus | None) -> dict[str, Any]:
