@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
 
-from regpt.errors import UsageError, nearest
+from regpt.errors import UsageError, UserError, nearest
 from regpt.files import at_home
 
 P = ParamSpec("P")
@@ -28,11 +29,17 @@ WORDS = {
     Callable: "a function",
     Iterable: "a list",
 }
+FLAG = re.compile(  # `--max-items`, or `max-items is …` at the beginning; a command to type stays as it is
+    r"(regpt [a-z]+ [^,;()]*)|(?:--(?!fork-from)|^(?=[a-z-]+ is ))([a-z]+(?:-[a-z]+)*)(?![\w.-])"
+)
 HAS_VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, whose arguments are checked before it is called; what goes into its `**options` it checks itself."""
+    """`function`, whose arguments are checked before it is called; what goes into its `**options` it checks itself.
+
+    Its errors name arguments as Python does: `max_items` for `--max-items`.
+    """
     signature = inspect.signature(function)
     own = [name for name, one in signature.parameters.items() if one.kind not in HAS_VARIABLE and name != "self"]
 
@@ -46,9 +53,18 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         for name in own:
             if name in given.arguments:
                 given.arguments[name] = check_argument(name, given.arguments[name], hints[name])
-        return function(*given.args, **given.kwargs)
+        try:
+            return function(*given.args, **given.kwargs)
+        except UserError as error:
+            error.args = (FLAG.sub(in_python, str(error)), *error.args[1:])
+            raise
 
     return call
+
+
+def in_python(flag: re.Match[str]) -> str:
+    """A match of `FLAG` as Python spells it."""
+    return flag[1] or flag[2].replace("-", "_")
 
 
 def check_options(function: str, given: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:

@@ -77,8 +77,8 @@ def refuse_changes(found: Changes, step: int, force: bool) -> None:
     serious = {key: pair for key, pair in found.items() if not is_free(key)}
     if serious and not force:
         raise UsageError(
-            f"this would be another run: {listed(serious)}; leave these as they are, add --force (Python: force=True) "
-            "to go on all the same, or start a new run from the checkpoint with --fork-from"
+            f"this would be another run: {listed(serious)}; leave these as they are, add --force to go on "
+            "all the same, or start a new run from the checkpoint with --fork-from"
         )
 
 
