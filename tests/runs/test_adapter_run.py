@@ -59,6 +59,7 @@ def test_checkpoints_hold_adapters_alone_and_the_base_is_stored_once(runs, base,
     assert ("h.0.attn.c_attn.weight" in kept) == (KINDS[kind].base == "none")
     assert "lora_A" not in "".join(kept)
     facts = json.loads((run / "env.json").read_text())["adapter"]
+    assert (0.08 < facts["quantization_error"] < 0.1) == (KINDS[kind].base == "nf4")
     assert facts["adapted"] == ["h.0.attn.c_attn", "h.0.attn.c_proj", "h.0.mlp.c_fc", "h.0.mlp.c_proj"]
     assert facts["trained"] == sum(tensor.numel() for tensor in stored.values())
 

@@ -56,6 +56,7 @@ class BaseRecord:
         sha256: of the weights before they were quantized, see `hash_weights`.
         format: in which linear layers of blocks are stored.
         source: the MODEL that they are from, as it was typed.
+        error: of quantization: length of the difference over that of the weights, of all that are quantized.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -63,6 +64,7 @@ class BaseRecord:
     sha256: str
     format: BaseFormat = "none"
     source: str = ""
+    error: float = 0.0
     files: tuple[File, ...] = field(default=())
     format_version: int = 1
 

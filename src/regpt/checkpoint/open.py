@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from regpt.checkpoint.base import AdapterParts, open_base, plain_shapes
+from regpt.checkpoint.base import AdapterParts, AdapterRecord, hash_weights, open_base, plain_shapes
 from regpt.checkpoint.best import BEST, best_last
 from regpt.checkpoint.fetch import fetch_model
 from regpt.checkpoint.load import CHECKPOINTS, STEP_FOLDER, checkpoint_folder, checkpoints, load_checkpoint, of_newest
@@ -24,13 +24,16 @@ from regpt.hf.gguf import GGUFFile, is_gguf
 from regpt.hf.gguf_models import GGUFWeights, config_from_gguf
 from regpt.hf.gguf_tokenizer import tokenizer_from_gguf
 from regpt.hf.hub import SHORT_NAMES, download_model, repository
+from regpt.hf.peft import CONFIG as PEFT
+from regpt.hf.peft import WEIGHTS as PEFT_WEIGHTS
+from regpt.hf.peft import base_of, read_peft
 from regpt.kernels.masked import with_masks_as_data
 from regpt.model.adapters import Merged
 from regpt.model.config import ModelConfig
 from regpt.model.families import make_model
 from regpt.model.ops import PLAIN
 from regpt.model.transformer import Transformer
-from regpt.model.weights import allocate, load_weights, without_memory
+from regpt.model.weights import allocate, load_weights, state_tensors, without_memory
 from regpt.remote import is_address
 from regpt.text.companions import read_companions
 from regpt.text.folder import CHAT
@@ -110,8 +113,8 @@ class OpenModel:
 
 def open_model(name: str, device: torch.device | str = "cpu", *, ema: bool = False, narrow: bool = False) -> OpenModel:
     """The model that `name` means: a run's newest intact checkpoint, a checkpoint (RUN/checkpoints/best is that of the
-    lowest validation loss), one of them at an address (s3://…; copied to this machine), a Hugging Face folder, a GGUF
-    file, a hub name.
+    lowest validation loss), one of them at an address (s3://…; copied to this machine), a Hugging Face folder, one of
+    peft's with its base, a GGUF file, a hub name.
 
     Args:
         ema: with the moving average of the weights instead of the last ones.
@@ -138,6 +141,8 @@ def open_model(name: str, device: torch.device | str = "cpu", *, ema: bool = Fal
         raise UsageError(f"model {name!r} is no run and no checkpoint, which alone have an average; leave out --ema")
     if is_file(path / CONFIG):
         return open_hf(path, name, device, narrow=narrow)
+    if is_file(path / PEFT):
+        return open_peft(path, name, device)
     if is_gguf(path):
         return open_gguf(path, name, device)
     repo = repository(name)
@@ -202,6 +207,33 @@ def open_hf(folder: Path, source: str, device: torch.device | str, *, narrow: bo
     held = dtype if narrow and dtype == torch.bfloat16 else torch.float32
     model = build(config, weights, device, source, held)
     return OpenModel(model, tokenizer, None, source, dtype, folder, read_companions(folder), files)
+
+
+def open_peft(folder: Path, source: str, device: torch.device | str) -> OpenModel:
+    """A folder of peft's with the base that it names, merged.
+
+    Raises:
+        UserError: the base has other weights than the adapters were trained on, where the folder says which, or lacks
+            what they adapt.
+    """
+    base = open_model(base_of(folder), device)
+    found = read_peft(folder, base.model.config.family)
+    weights, config = state_tensors(base.model), base.model.config
+    if found.base_sha256 and (digest := hash_weights(weights)) != found.base_sha256:
+        raise UserError(
+            f"the adapters in {source!r} are for the base {found.base_sha256[:12]}, {found.base!r} has the weights "
+            f"{digest[:12]}; set base_model_name_or_path of {PEFT} to the model that they were trained on"
+        )
+    shapes, own = plain_shapes(config), AdapterRecord(found.config, found.base_sha256).shapes(config)
+    for name, tensor in found.tensors.items():
+        if own.get(name) != tuple(tensor.shape):
+            wanted = own.get(name, "no such layer")
+            raise UserError(f"adapter {name!r} in {source!r} has shape {tuple(tensor.shape)}, its base has {wanted}")
+    load_weights(base.model, Merged(shapes, weights, found.tensors, found.config))  # each weight in its own place
+    parts = AdapterParts(found.config, found.tensors, found.base_sha256, found.base)
+    path = folder / PEFT_WEIGHTS
+    files = (*base.files, WeightFile(path, found=identity(path)))
+    return replace(base, source=f"{source} on {base.source}", dtype=torch.float32, files=files, adapter=parts)
 
 
 def open_gguf(path: Path, source: str, device: torch.device | str) -> OpenModel:

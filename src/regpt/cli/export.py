@@ -26,9 +26,10 @@ class Export:
     """With the moving average of the weights, which train.ema_decay keeps."""
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
     """hf: type of the weights; stored: that in which they are kept, float32 for a run."""
-    format: Literal["hf", "gguf"] = "hf"
+    format: Literal["hf", "gguf", "peft"] = "hf"
     """hf: config.json, model.safetensors, generation_config.json, the tokenizer; of an imported model its own options
-    of generation and chat template. gguf: one file for llama.cpp and what is built on it."""
+    of generation and chat template. gguf: one file for llama.cpp and what is built on it.
+    peft: of a run with adapters, them alone: adapter_config.json and adapter_model.safetensors."""
     type: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] = "f16"
     """gguf: how matrices are stored; 8.5 and 4.5 bits a weight with q8_0 and q4_0."""
     check: bool = False
@@ -46,6 +47,8 @@ def main(args: list[str]) -> int:
         raise UsageError("--check and --data belong to --format gguf; add it, or leave them out")
     if command.format == "gguf" and command.dtype != "stored":
         raise UsageError("--dtype is for --format hf; a GGUF file takes --type")
+    if command.format == "peft" and command.dtype != "stored":
+        raise UsageError("--dtype is for --format hf; adapters are stored in float32")
     import torch
 
     from regpt.checkpoint.best import at_step
@@ -74,11 +77,20 @@ def main(args: list[str]) -> int:
         else:
             print_line(f"open it with: llama-cli -m {command.out}")
         return 0
+    if command.format == "peft":
+        from regpt.runs.export import export_adapters
+
+        print_line(export_adapters(opened, command.out))
+        return 0
     from regpt.hf.export import export_hf
 
     dtype = opened.dtype if command.dtype == "stored" else getattr(torch, command.dtype)
     others = {"source": opened.folder, "companions": opened.companions}
     folder = export_hf(opened.model, opened.tokenizer, command.out, dtype=dtype, **others)
     print_line(f"wrote {opened.source} ({size}) to {folder}")
+    if opened.adapter is not None:
+        from regpt.runs.export import merge_gap
+
+        print_line(merge_gap(opened, folder, dtype))
     print_line(f"open it with: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})")
     return 0

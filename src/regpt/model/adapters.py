@@ -22,7 +22,7 @@ from regpt.model.head import wide
 from regpt.model.layers import Head, Linear
 from regpt.model.quantize import FORMATS, QuantizedWeight, dequantize
 from regpt.model.transformer import Transformer
-from regpt.model.weights import is_adapter, named_generator, unpadded
+from regpt.model.weights import is_adapter, named_generator, slots, unpadded
 
 A, B, MAGNITUDE = "lora_A", "lora_B", "lora_magnitude"
 STORED = "stored"  # name of the module that holds a quantized weight
@@ -250,6 +250,18 @@ def load_base(model: Transformer, tensors: Mapping[str, Tensor]) -> None:
         real.copy_(tensors[name])
         if name in model.padded_names:
             tensor[len(real) :] = 0
+
+
+@torch.no_grad()
+def quantization_error(model: Transformer, weights: Mapping[str, Tensor]) -> float:
+    """Length of the difference between `weights` and what the quantized layers of `model` hold of them, over theirs."""
+    lost, whole = 0.0, 0.0
+    for name, slot in slots(model).items():
+        if isinstance(slot, QuantizedWeight):
+            held = slot.dequantized(torch.float32)
+            lost += (held - weights[name].to(held)).square().sum().item()
+            whole += weights[name].float().square().sum().item()
+    return math.sqrt(lost / whole) if whole else 0.0
 
 
 class Merged(Mapping[str, Tensor]):

@@ -17,6 +17,7 @@ from regpt.model.adapters import (
     begin_adapters,
     load_adapters,
     load_base,
+    quantization_error,
 )
 from regpt.model.transformer import Transformer
 from regpt.model.weights import load_weights, state_tensors
@@ -45,7 +46,8 @@ def begin_base(run: "Run", source: str, weights: Mapping[str, Tensor]) -> None:
     load_weights(run.model, weights)
     if run.config.adapter.r:
         begin_adapters(run.model, run.config.train.seed)
-        run.base = BaseRecord(hash_weights(weights), run.config.adapter.base, source)
+        error = quantization_error(run.model, weights)
+        run.base = BaseRecord(hash_weights(weights), run.config.adapter.base, source, error)
 
 
 def learned(model: Transformer) -> dict[str, Tensor]:
@@ -91,7 +93,8 @@ def facts_of(run: "Run") -> dict[str, Any]:
     """For env.json."""
     if run.base is None:
         return {}
-    return {"adapter": adapter_summary(run.model) | {"base_sha256": run.base.sha256, "base": run.base.source}}
+    base = {"base": run.base.source, "base_sha256": run.base.sha256, "quantization_error": run.base.error}
+    return {"adapter": adapter_summary(run.model) | base}
 
 
 def said_of(model: Transformer) -> str:

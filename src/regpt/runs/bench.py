@@ -102,8 +102,8 @@ def opened_trainer(config: RunConfig, mesh: Mesh, corpus: Corpus) -> Iterator[Tr
 
 
 def random_base(model: Transformer, seed: int) -> Transformer:
-    """Random weights; a frozen base, whose values matter to no time, is drawn tensor by tensor on the device: billions take
-    seconds, and a quantized one is never there as a whole."""
+    """Random weights; a frozen base, whose values matter to no time, is drawn tensor by tensor on the device: billions
+    take seconds, and a quantized one is never there as a whole."""
     if model.adapter is None:
         return initialize(model, seed)
     for name, slot in slots(model).items():

@@ -3,11 +3,14 @@
 import math
 from pathlib import Path
 
+import torch
+
 from regpt.checkpoint.open import OpenModel, open_model
 from regpt.errors import UserError
-from regpt.files import exists, is_folder
+from regpt.files import exists, is_folder, write_json
 from regpt.hf.gguf import GGUFFile
 from regpt.hf.gguf_models import export_gguf
+from regpt.hf.peft import export_peft
 from regpt.text.folder import CHAT
 from regpt.text.sentences import SENTENCES
 from regpt.tools.llama_cpp import (
@@ -21,6 +24,7 @@ from regpt.tools.llama_cpp import (
     loss_on,
 )
 
+GAP_TOKENS = 256
 LARGEST_TEXT = 16 * LOSS_TOKENS  # bytes that are read of --data
 
 
@@ -35,6 +39,44 @@ def export_model_gguf(opened: OpenModel, out: Path, kind: str) -> list[str]:
     if not is_folder(out.parent):
         raise UserError(f"there is no folder {str(out.parent)!r} for the file; make it or choose another --out")
     return export_gguf(opened.model, opened.tokenizer, out, kind, opened.companions.get(CHAT, ""))
+
+
+def export_adapters(opened: OpenModel, out: Path) -> str:
+    """Write the adapters of `opened` as a folder of peft's; the sentence to print.
+
+    Raises:
+        UserError: it has none, or see `export_peft`.
+    """
+    parts = opened.adapter
+    if parts is None:
+        raise UserError(
+            f"model {opened.source!r} has no adapters, which --format peft writes; give a run with adapters, or export "
+            "it with --format hf"
+        )
+    family = opened.model.config.family
+    folder = export_peft(parts.config, parts.tensors, family, parts.base, parts.base_sha256, out)
+    quantized = "" if parts.config.base == "none" else f"; they were trained on the base in {parts.config.base}"
+    return f"wrote the adapters of {opened.source} to {folder}, for the base {parts.base!r}{quantized}"
+
+
+@torch.no_grad()
+def merge_gap(opened: OpenModel, folder: Path, dtype: torch.dtype) -> str:
+    """What merged weights lose in `dtype`: computed on a text, stored as merge.json of `folder`; the sentence to print.
+    The weights of `opened` are rounded afterwards."""
+    model, tokenizer = opened.model, opened.tokenizer
+    ids = [tokenizer.eot, *tokenizer.encode(text_of(""))][: min(GAP_TOKENS, model.config.max_seq_len)]
+    idx = torch.tensor([ids], device=model.device)
+    before = model(idx).double().log_softmax(-1)
+    for p in model.parameters():
+        p.copy_(p.to(dtype))
+    after = model(idx).double().log_softmax(-1)
+    kl = (before.exp() * (before - after)).sum(-1).mean().item()
+    largest, name = (before - after).abs().max().item(), str(dtype).removeprefix("torch.")
+    write_json(folder / "merge.json", {"dtype": name, "kl": kl, "largest_difference": largest, "tokens": len(ids)})
+    return (
+        f"adapters are merged; rounded to {name} log-probabilities differ by at most {largest:.1e} and the KL "
+        f"divergence is {kl:.1e} nats a token ({len(ids)} tokens, merge.json)"
+    )
 
 
 def check_export(opened: OpenModel, file: Path, kind: str, data: str, strings: int = STRINGS) -> str:
