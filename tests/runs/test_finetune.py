@@ -274,6 +274,16 @@ def test_what_does_not_fit_is_refused_in_a_sentence(base, answers, tmp_path, fla
         tune(base, answers, tmp_path / "run", *flags)
 
 
+def test_skipped_rows_are_counted_by_reason(base, tmp_path, capsys):
+    rows = [{"instruction": f"q{k}", "output": "ja" * (1 + 40 * (k % 2))} for k in range(6)] + [{"instruction": 1}]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    flags = ["--on-error", "skip", "--look", "1", "--val-fraction", "0", "--data.seq-len", "64"]
+    assert tune(base, tmp_path / "x.jsonl", tmp_path / "run", *flags) == 0
+    said = capsys.readouterr().out
+    assert "3 rows skipped: longer than data.seq_len 64\n" in said
+    assert "1 row skipped: bad\n" in said
+
+
 def test_prepared_data_are_used_again_if_they_are_the_same(base, answers, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(UsageError):  # after the data were made

@@ -18,6 +18,7 @@ from regpt.text.certificate import certify
 from regpt.text.chat import CONTEXT, ChatTemplate
 from regpt.text.folder import CERTIFICATE, CHAT
 
+TOO_LONG = "too_long"  # a kind of rows that are skipped
 CERTIFIED = 1000  # conversations on which the template is checked; every one is divided, which proves most of it
 
 
@@ -36,6 +37,10 @@ class ConversationOptions:
     val_fraction: float = 0.05
     on_error: Literal["stop", "skip"] = "stop"
     pairs: bool = False
+
+
+class TooLong(UserError):
+    """A conversation that fits into no row."""
 
 
 class EncodedSplit:
@@ -104,7 +109,7 @@ def prepare_conversations(
         text_bytes={name: sum(int(lengths[ids].sum()) for ids in one.ids) for name, one in splits.items()},
         sources=[source | {"format": reader.formats[source["source"]]} for source in sources],
         options=facts,
-        removed={"bad_row": {"documents": reader.skipped}} if reader.skipped else {},
+        removed={kind: {"documents": count} for kind, count in reader.kinds.items()},
     )
 
 
@@ -133,7 +138,7 @@ def encoded(
             rows = [checked(template, side, options.seq_len) for side in sides if side is not None]
         except UserError as error:
             reader.read -= 1
-            reader.refuse(f"{conversation.where}: {error}")
+            reader.refuse(f"{conversation.where}: {error}", TOO_LONG if isinstance(error, TooLong) else "bad_row")
             continue
         yield conversation, rows
 
@@ -145,7 +150,7 @@ def checked(template: ChatTemplate, messages: Messages, seq_len: int) -> tuple[n
     """
     ids, parts, _ = template.encode_training(messages)
     if len(ids) > seq_len:
-        raise UserError(f"the conversation has {len(ids):,} tokens, more than data.seq_len {seq_len:,}")
+        raise TooLong(f"the conversation has {len(ids):,} tokens, more than data.seq_len {seq_len:,}")
     if not (parts != CONTEXT).any():
         raise UserError("there is nothing to learn: no token of an answer is left")
     return ids, parts

@@ -209,13 +209,15 @@ class ConversationReader:
 
     Attributes:
         formats: recognised, by file.
-        read, skipped: rows; `reasons` has the first sentences about the latter.
+        read: conversations.
+        kinds: rows that were skipped, by kind; `reasons` has the first sentences about them.
     """
 
     def __init__(self, paths: Sequence[Path], *, skip: bool = False):
         self.paths, self.skip = paths, skip
         self.formats: dict[str, str] = {}
-        self.read = self.skipped = 0
+        self.read = 0
+        self.kinds: dict[str, int] = {}
         self.reasons: list[str] = []
 
     def __iter__(self) -> Iterator[Conversation]:
@@ -263,10 +265,14 @@ class ConversationReader:
             return None
         return Conversation(sides[0], sides[1] if len(sides) > 1 else None, row.where())
 
-    def refuse(self, sentence: str) -> None:
+    @property
+    def skipped(self) -> int:
+        return sum(self.kinds.values())
+
+    def refuse(self, sentence: str, kind: str = "bad_row") -> None:
         """Count a bad row, or raise a UserError for it."""
         if not self.skip:
             raise UserError(f"{sentence}; correct the row, or leave such rows out with --on-error skip")
-        self.skipped += 1
+        self.kinds[kind] = self.kinds.get(kind, 0) + 1
         if len(self.reasons) < 3:
             self.reasons.append(sentence)

@@ -9,12 +9,13 @@ from typing import Literal
 from regpt.checkpoint.open import OpenModel, open_model
 from regpt.config import RunConfig
 from regpt.console.lines import print_line, print_note
+from regpt.console.text import counted
 from regpt.data.manifest import Manifest
 from regpt.data.packed import ConversationRows
 from regpt.errors import UsageError, UserError
 from regpt.files import is_file
 from regpt.hf.added_tokens import add_special_tokens
-from regpt.prepare.conversation_shards import ConversationOptions, prepare_conversations
+from regpt.prepare.conversation_shards import TOO_LONG, ConversationOptions, prepare_conversations
 from regpt.runs.build import open_shards
 from regpt.runs.folder import refuse_used_folder
 from regpt.runs.pretrain import check, pretrain
@@ -142,8 +143,10 @@ def say_what_was_read(manifest: Manifest, template: ChatTemplate, opened: OpenMo
     """Formats, what was skipped, the template, and tokens that were added."""
     for source in manifest.sources:
         print_line(f"{source['source']}: {source['format']}")
-    if skipped := manifest.removed.get("bad_row"):
-        print_line(f"{skipped['documents']:,} rows were skipped")
+    seq_len = manifest.options["seq_len"]
+    for kind, counts in manifest.removed.items():
+        why = f"longer than data.seq_len {seq_len:,}" if kind == TOO_LONG else "bad"
+        print_line(f"{counted(counts['documents'], 'row')} skipped: {why}")
     end = template.tokenizer.token_bytes(template.end_of_turn or 0).decode("utf-8", "replace")
     print_line(f"template {template.sha256[:12]}…, certified; an answer ends with {end}")
     added = template.tokenizer.n_vocab - opened.tokenizer.n_vocab
