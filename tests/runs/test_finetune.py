@@ -13,7 +13,7 @@ import tiny
 from conversation_files import write_answers
 from regpt.checkpoint.load import checkpoint_folder, checkpoints
 from regpt.checkpoint.open import open_model
-from regpt.cli import data_info, export, finetune, plan, replay
+from regpt.cli import data_info, export, finetune, plan, replay, train
 from regpt.cli import eval as evaluate
 from regpt.config import read_config
 from regpt.data.info import first_texts
@@ -259,6 +259,7 @@ def test_of_preferences_the_chosen_answer_is_learned_or_both_are_kept(base, tmp_
         (["--data.seq-len", "256"], "longer than the 128 positions"),
         (["--template", "chatml"], "has no special token <|im_start|>, which ChatML needs; add it with --add-tokens"),
         (["--template", "plain", "--add-tokens"], "leave out one of them"),
+        (["--add-tokens", "--adapter.r", "4"], "adapters of blocks alone do not train; add embedding to"),
         (["--template", "nowhere.jinja"], "is not a file; give one, or one of plain, chatml"),
         (["--data", "nowhere.jsonl"], "'nowhere.jsonl' is not a file"),
         (
@@ -272,6 +273,19 @@ def test_of_preferences_the_chosen_answer_is_learned_or_both_are_kept(base, tmp_
 def test_what_does_not_fit_is_refused_in_a_sentence(base, answers, tmp_path, flags, said):
     with pytest.raises(UserError, match=said):
         tune(base, answers, tmp_path / "run", *flags)
+
+
+def test_several_processes_train_what_one_does(tuned, base, answers, tmp_path, monkeypatch):
+    """They are started with what one would be; the numbers are those of any run of several processes."""
+    started: list[list[str]] = []
+    monkeypatch.setattr("regpt.parallel.launch.launch", lambda n, args, **options: started.append([str(n), *args]) or 0)
+    run = tmp_path / "run"
+    assert tune(base, answers, run, "--train.steps", "2", "--nproc", "2") == 0
+    (found,) = started
+    assert found[:2] == ["2", "train"]
+    alone = [arg for arg in found[2:] if arg not in ("--nproc", "2")]
+    assert train.main(alone) == 0
+    assert next(row["loss"] for row in tiny.rows_of(run, "train")) == tiny.rows_of(tuned, "train")[0]["loss"]
 
 
 def test_skipped_rows_are_counted_by_reason(base, tmp_path, capsys):

@@ -8,11 +8,12 @@ from typing import Annotated, Literal
 
 import tyro
 
+from regpt.cli import train
 from regpt.cli.parse import local_folder, parse
 from regpt.cli.train import flag_value, named_recipe
 from regpt.config import RunConfig, read_config, recipe_names
 from regpt.errors import UsageError
-from regpt.ranges import LARGE, MANY, Range
+from regpt.ranges import LARGE, MANY, PROCESSES, Range
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Finetune:
     """Add ChatML's two special tokens to the vocabulary, and use its template."""
     look: Annotated[int, Range(0, MANY)] = 0
     """Print so many rows of the first batch, what is trained on in colour (in a file in brackets), and end."""
+    nproc: Annotated[int | None, tyro.conf.arg(metavar="INT"), Range(1, PROCESSES)] = None
+    """Train in this many processes on this machine: one per GPU, or several on the CPU."""
     step: Annotated[int, Range(1, MANY)] = 1
     """With --look: the batch of this update."""
     config: Annotated[tyro.conf.FlagConversionOff[RunConfig], tyro.conf.arg(name="")] = field(default_factory=RunConfig)
@@ -52,7 +55,7 @@ def main(args: list[str]) -> int:
     default = Finetune(recipe=recipe, config=read_config(recipe)) if recipe else None
     given = parse(Finetune, args, prog="regpt finetune", default=default, stores=["out"])
     refuse_missing(given)
-    from regpt.runs.finetune import FinetuneRequest, finetune, prepare_run
+    from regpt.runs.finetune import FinetuneRequest, finetune, prepare_run, write_settings
 
     asked = FinetuneRequest(
         given.init_from,
@@ -69,6 +72,10 @@ def main(args: list[str]) -> int:
 
         look(prepare_run(asked, given.config), given.look, given.step)
         return 0
+    if given.nproc:
+        settings = str(write_settings(asked, given.config))
+        where = ["--init-from", given.init_from, "--out", given.out, "--nproc", str(given.nproc)]
+        return train.main([settings, *where])
     return finetune(asked, given.config, argv=["regpt", "finetune", *args])
 
 

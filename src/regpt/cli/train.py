@@ -179,7 +179,7 @@ def prepared(given: Train, args: list[str]) -> Callable[[], int]:
         if remote and not given.resume:
             remote.refuse_used()
         new = None if remote or given.resume else run
-        check(given.config, new, processes=given.nproc or launcher_world_size())
+        check(given.config, new, processes=given.nproc or launcher_world_size(), beside=own_data(given.config, run))
     if given.nproc and not under_launcher():
         return partial(launched, given, given.nproc, run, name, args)
     if again:
@@ -188,10 +188,17 @@ def prepared(given: Train, args: list[str]) -> Callable[[], int]:
     if given.resume:
         return partial(resume, run, given.config, force=given.force, **options)
     options["argv"] = ["regpt", "train", *args]
+    beside = own_data(given.config, run)
     if given.fork_from:
         source = given.fork_from if is_address(given.fork_from) else checkpoint_at(given.fork_from)
         return partial(fork, given.config, source, run, **options)
-    return partial(pretrain, given.config, run, init_from=given.init_from or None, **options)
+    return partial(pretrain, given.config, run, init_from=given.init_from or None, beside=beside, **options)
+
+
+def own_data(config: RunConfig, run: Path) -> tuple[str, ...]:
+    """Name the data that are in the folder of the new run already, as regpt finetune has them."""
+    path = Path(config.data.path)
+    return (path.name,) if config.data.path and path.absolute().parent == run.absolute() else ()
 
 
 def place(name: str, config: RunConfig) -> tuple[Path, RemoteRun | None]:

@@ -13,8 +13,9 @@ from regpt.console.text import counted
 from regpt.data.manifest import Manifest
 from regpt.data.packed import ConversationRows
 from regpt.errors import UsageError, UserError
-from regpt.files import is_file
+from regpt.files import is_file, write_text
 from regpt.hf.added_tokens import add_special_tokens
+from regpt.model.adapter_config import EMBEDDING, HEAD
 from regpt.prepare.conversation_shards import TOO_LONG, ConversationOptions, prepare_conversations
 from regpt.runs.build import open_shards
 from regpt.runs.folder import refuse_used_folder
@@ -23,7 +24,7 @@ from regpt.text.chat import ChatTemplate
 from regpt.text.folder import CHAT
 from regpt.text.templates import CHATML_TOKENS, TEMPLATES
 
-DATA = "data"  # in the run's folder
+DATA, SETTINGS = "data", "run.toml"  # in the run's folder, in that one
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,12 @@ def prepare_run(asked: FinetuneRequest, config: RunConfig) -> RunConfig:
         raise UsageError(
             f"data.order is {config.data.order}, conversations are read packed or grouped; set one of them"
         )
+    adapted = {EMBEDDING, HEAD} & set(config.adapter.targets)
+    if asked.add_tokens and config.adapter.r and not adapted:
+        raise UsageError(
+            "--add-tokens adds rows to the embedding, which adapters of blocks alone do not train; add embedding to "
+            "adapter.targets (with adapter.tied shared where it is the head, too), or leave out --add-tokens"
+        )
     opened = open_model(asked.model)
     template = choose_template(asked, opened)
     shape = opened.model.config
@@ -79,6 +86,14 @@ def finetune(asked: FinetuneRequest, config: RunConfig, argv: Sequence[str] = ()
     config = prepare_run(asked, config)
     check(config, None)
     return pretrain(config, asked.run, init_from=asked.model, argv=argv, beside=(DATA,), quiet=quiet)
+
+
+def write_settings(asked: FinetuneRequest, config: RunConfig) -> Path:
+    """Prepare the run and write its configuration next to the data, for the processes of --nproc; return the file."""
+    config = prepare_run(asked, config)
+    path = asked.run / DATA / SETTINGS
+    write_text(path, config.to_toml())
+    return path
 
 
 def choose_template(asked: FinetuneRequest, opened: OpenModel) -> ChatTemplate:

@@ -59,10 +59,10 @@ from regpt.train.peak import device_peak
 from regpt.train.schedule import make_schedule
 
 
-def check(config: RunConfig, run: Path | None, processes: int = 1) -> None:
+def check(config: RunConfig, run: Path | None, processes: int = 1, beside: Sequence[str] = ()) -> None:
     """Everything that can be wrong before a process or a device is started; raises what `pretrain` would."""
     if run is not None:
-        refuse_used_folder(run)
+        refuse_used_folder(run, beside)
     corpus = open_corpus(config)
     for folder in corpus.verify_small():
         said = f"{folder}: too large to be compared with its SHA-256 here; that does: regpt data verify {word(folder)}"
