@@ -105,12 +105,13 @@ def test_grouped_batches_have_rows_of_like_length_and_are_padded_to_a_multiple(t
     assert max(spread) < 40
 
 
+@pytest.mark.parametrize("order", ["packed", "grouped"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-13)])
-def test_packed_is_unpacked(tmp_path, family, dtype, tolerance):
+def test_packed_is_unpacked(tmp_path, family, dtype, tolerance, order):
     """Loss and all gradients, each over the largest gradient."""
     documents = invented([7, 5, 3, 16, 9, 2, 4], seed=4)
-    rows = open_packed(tmp_path, documents)
+    rows = open_packed(tmp_path, documents, order)
     rows.eot = 0  # the models have 97 tokens, the bytes 257
     config = tiny.FAMILY_CONFIGS[family]
     model = tiny.make_model(config).to(dtype)
@@ -131,7 +132,7 @@ def test_packed_is_unpacked(tmp_path, family, dtype, tolerance):
         targets = [t if p else IGNORE_INDEX for t, p in zip(ids[1:], parts[1:])]
         alone.append(Batch(torch.tensor([ids[:-1]]), torch.tensor([targets])))
     packed, unpacked = found([row_batch(rows, 0, rows.n_rows)]), found(alone)
-    assert rows.n_rows < len(documents)
+    assert rows.n_rows == (3 if order == "packed" else 7)
     loss = unpacked.pop("loss")
     assert abs(packed.pop("loss") - loss) <= tolerance * abs(loss)
     largest = max(gradient.abs().max() for gradient in unpacked.values())
