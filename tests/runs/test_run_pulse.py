@@ -35,7 +35,7 @@ def test_whatever_a_disk_can_make_slow_says_what_it_is(config: RunConfig, tmp_pa
         (JsonLines, "write"),
         (Saver, "wait"),
         (begin, "newest_checkpoint"),
-        (begin, "load_weights"),
+        (begin, "restore_weights"),
         (begin, "open_corpus"),
     ):
         listen(owner, name)
@@ -55,7 +55,7 @@ def test_whatever_a_disk_can_make_slow_says_what_it_is(config: RunConfig, tmp_pa
     assert seen == {
         "open_corpus": {"opening its data"},
         "newest_checkpoint": {"checking its checkpoints"},
-        "load_weights": {"loading a checkpoint"},
+        "restore_weights": {"loading a checkpoint"},
         "wait": {"writing a checkpoint", "finishing what it writes"},
         "keep_items": {"evaluating"},
         "write_samples": {"sampling"},
