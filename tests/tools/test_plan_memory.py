@@ -16,13 +16,25 @@ from regpt.kernels.llama import FusedLlama
 from regpt.kernels.masked import TorchAttention
 from regpt.kernels.select import ops_of
 from regpt.model import head
+from regpt.model.adapter_config import AdapterConfig
+from regpt.model.adapters import adapt, adapter_parameters, begin_adapters
 from regpt.model.config import ModelConfig
 from regpt.model.families import make_model
 from regpt.model.weights import initialize
 from regpt.runs.plan_stages import Room
-from regpt.tools.plan.memory import PlannedStep, chunk_of, cpu_memory, fused_gated_bytes, gpu_memory, shape_of, tensors
+from regpt.tools.plan.memory import (
+    NO_ADAPTERS,
+    PlannedStep,
+    chunk_of,
+    cpu_memory,
+    fused_gated_bytes,
+    gpu_memory,
+    shape_of,
+    tensors,
+)
 from regpt.tools.plan.speed import Target
 from regpt.train.backend import make_loss_sum
+from regpt.train.optim import make_optimizer
 from regpt.train.recompute import recompute_blocks
 
 SMALL = ModelConfig(n_layer=3, n_head=4, n_embd=64, vocab_size=1000, max_seq_len=64)
@@ -73,10 +85,17 @@ def batch_of(config: ModelConfig, rows: int, *, masked: bool = False) -> Batch:
 
 
 def peak_of_a_micro_batch(
-    config: ModelConfig, rows: int, precision: str, *, checkpointing: bool = False, masked: bool = False
+    config: ModelConfig,
+    rows: int,
+    precision: str,
+    *,
+    checkpointing: bool = False,
+    masked: bool = False,
+    adapter: AdapterConfig = NO_ADAPTERS,
 ) -> int:
     """Most bytes allocated at once by forward and backward, gradients of an earlier micro-batch there already."""
-    model = initialize(make_model(config, ops_of(precision, tiny.CPU)), 0)
+    model = initialize(adapt(make_model(config, ops_of(precision, tiny.CPU)), adapter), 0)
+    begin_adapters(model, 0)
     if checkpointing:
         recompute_blocks(model)
     loss_sum = make_loss_sum(model, precision, tiny.CPU, False)  # type: ignore[arg-type]
@@ -369,3 +388,22 @@ def test_the_peak_on_a_gpu_is_within_ten_per_cent(path: str, rows: int):
         optimizer.step()
     predicted = gpu_memory(step_of(config, path, "bf16"), rows).peak
     assert torch.cuda.max_memory_allocated() - before == pytest.approx(predicted, rel=0.1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["none", "nf4"])
+def test_adapters_are_counted_with_their_base(kind: str, precision: str):
+    """Tensors of weights, gradients and moments as they are; the peak of a micro-batch to a tenth."""
+    adapter = AdapterConfig(r=4, base=kind)  # type: ignore[arg-type]
+    config = replace(SMALL, n_embd=128)
+    model = initialize(adapt(make_model(config, ops_of(precision, tiny.CPU)), adapter), 0)
+    begin_adapters(model, 0)
+    optimizer = make_optimizer(model, tiny.OPTIM, tiny.CPU)
+    learned = list(adapter_parameters(model).values())
+    parts = tensors(step_of(config, "eager", precision, adapter=adapter), 8)
+    assert parts["weights"] == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    assert parts["gradients"] == sum(p.nbytes for p in learned)
+    moments = [optimizer.state[p][name].nbytes for p in learned for name in ("exp_avg", "exp_avg_sq")]
+    assert parts["optimizer"] == sum(moments)
+    measured = peak_of_a_micro_batch(config, 8, precision, adapter=adapter)
+    assert sum(parts[name] for name in MOMENTARY) == pytest.approx(measured, rel=0.1)

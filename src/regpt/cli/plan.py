@@ -71,6 +71,8 @@ def lines(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
     model, run, data, memory, disk, time = (plan[key] for key in ("model", "run", "data", "memory", "disk", "time"))
     idle = model["active_parameters"] != model["parameters"]
     active = f" ({model['active_parameters']:,} of them compute a token)" if idle else ""
+    if "trained_parameters" in model:
+        active += f" ({model['trained_parameters']:,} in adapters are trained)"
     yield "model", f"{model['parameters']:,} parameters{active}, {si(model['flops_per_token'], 'FLOP')} a token"
     ratio = f"{run['tokens_per_parameter']:.3g} a parameter, {run['optimal_tokens_per_parameter']} are compute-optimal"
     times = f" in {len(run['stages'])} stages" if run["stages"] else f" × {run['batch_tokens']:,}"

@@ -100,6 +100,7 @@ def describe_target(target: Target, gpus: int) -> dict[str, Any]:
 def describe_model(step: PlannedStep) -> dict[str, Any]:
     shape = step.shape
     sizes = {"parameters": shape.parameters, "active_parameters": shape.active, "parameters_in_memory": shape.padded}
+    sizes |= {"trained_parameters": shape.learned} if shape.adapted else {}
     return sizes | {"flops_per_token": shape.flops_per_token}
 
 

@@ -39,12 +39,15 @@ def planned_step(config: RunConfig, target: Target) -> PlannedStep:
         state=config.optim.state_dtype,
         blocks=train.compile_blocks,
         activation_offload=train.activation_offload and target.kind != "cpu",
+        adapter=config.adapter,
     )
 
 
 def checkpoint_bytes(step: PlannedStep) -> float:
     """Of weights and moments, without padding, which is little."""
     shape = step.shape
+    if shape.adapted:  # the base is stored once
+        return step.gradient_bytes * shape.learned + step.moment_bytes
     return (step.weight_bytes + step.moment_bytes / shape.padded) * shape.parameters
 
 
@@ -52,7 +55,7 @@ def path_name(config: RunConfig, target: Target) -> str:
     """eager, compiled or fused: as `regpt train` would choose on that device."""
     train = config.train
     plain = "compiled" if train.compile else "eager"
-    if train.kernels == "plain" or train.weight_dtype == "bf16":
+    if train.kernels == "plain" or train.weight_dtype == "bf16" or config.adapter.r:
         return plain
     with without_memory():
         empty = make_model(config.model, pad_vocab=train.pad_vocab)

@@ -22,11 +22,14 @@ from torch.utils._pytree import tree_leaves
 from regpt.data.batch import Batch
 from regpt.kernels import fp8
 from regpt.kernels.fused import CHUNK_BYTES, even_chunks
+from regpt.model.adapter_config import AdapterConfig
+from regpt.model.adapters import adapt
 from regpt.model.config import FAMILIES, ModelConfig
 from regpt.model.families import make_model
 from regpt.model.grouped import experts_grouped, looped_product
 from regpt.model.head import SMALL_VOCAB, chunk_rows, in_chunks, padded_logits, summed_losses
 from regpt.model.ops import PLAIN
+from regpt.model.quantize import QuantizedWeight
 from regpt.model.weights import WithoutValues, allocate, count_parameters, without_memory
 from regpt.train.backend import make_loss_sum
 from regpt.train.config import PrecisionName, StateDtype, WeightDtype
@@ -67,10 +70,13 @@ class Shape:
     Attributes:
         parameters: without vocabulary padding, the tied head once.
         active: of them, those that compute a token: without the experts that it is not routed to.
-        padded: what is in memory.
+        padded: what is in memory, without adapters.
         matrices: weights of a token's matrix products, the padded head included: without experts, those that bfloat16
             copies are made of.
-        quantized: of the padded parameters, those whose moments may be in 8 bits.
+        learned: those with gradients and moments, padded: all, or the adapters.
+        quantized: of them, those whose moments may be in 8 bits.
+        stored: of `padded`, those of a quantized base, and their bytes.
+        largest: of a quantized base's weights, the one with most numbers, which a product dequantizes.
         vocab_rows: rows of the head, padded.
         flops_per_token: forward and backward, at the real vocabulary (`train.peak`).
         attention_flops: of them, those of attention's products.
@@ -80,7 +86,10 @@ class Shape:
     active: int
     padded: int
     matrices: int
+    learned: int
     quantized: int
+    stored: tuple[int, int]
+    largest: int
     n_layer: int
     n_embd: int
     vocab_rows: int
@@ -90,7 +99,16 @@ class Shape:
     @property
     def product_flops(self) -> int:
         """FLOPs of matrix products for one token, forward and backward, as they are computed: padding included."""
-        return 6 * self.matrices
+        return self.passes * self.matrices + 6 * self.learned * self.adapted
+
+    @property
+    def adapted(self) -> bool:
+        return self.learned != self.padded
+
+    @property
+    def passes(self) -> int:
+        """FLOPs of a weight for one token: a frozen one has no gradient."""
+        return 4 if self.adapted else 6
 
     @property
     def block_weights(self) -> int:
@@ -100,19 +118,32 @@ class Shape:
     @property
     def block_flops(self) -> int:
         """FLOPs of those products for one token, forward and backward."""
-        return 6 * self.block_weights
+        return self.passes * self.block_weights + 6 * self.learned * self.adapted
 
 
-def shape_of(config: ModelConfig, seq_len: int, *, pad_vocab: bool) -> Shape:
+NO_ADAPTERS = AdapterConfig()
+
+
+def shape_of(config: ModelConfig, seq_len: int, *, pad_vocab: bool, adapter: AdapterConfig = NO_ADAPTERS) -> Shape:
     """Count a model of this shape."""
     with without_memory():
         model = make_model(config, pad_vocab=pad_vocab)
+        padded, matrices = sum(p.numel() for p in model.parameters()), model.matmul_parameters(padded=True)
+        model = adapt(model, adapter)
+    learned = [p for p in model.parameters() if p.requires_grad]
+    stored = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
     return Shape(
         parameters=count_parameters(model),
         active=count_parameters(model) - model.idle_parameters(),
-        padded=sum(p.numel() for p in model.parameters()),
-        matrices=model.matmul_parameters(padded=True),
-        quantized=sum(p.numel() for p in model.parameters() if may_be_quantized(p)),
+        padded=padded,
+        matrices=matrices,
+        learned=sum(p.numel() for p in learned) if model.adapter else padded,
+        quantized=sum(p.numel() for p in learned if may_be_quantized(p)),
+        stored=(
+            sum(module.shape.numel() for module in stored),
+            sum(piece.nbytes for module in stored for piece in module.pieces().values()),
+        ),
+        largest=max((module.shape.numel() for module in stored), default=0),
         n_layer=config.n_layer,
         n_embd=config.n_embd,
         vocab_rows=model.head_weight.size(0),
@@ -139,10 +170,11 @@ class PlannedStep:
     state: StateDtype = "fp32"
     blocks: bool = False
     activation_offload: bool = False
+    adapter: AdapterConfig = NO_ADAPTERS
 
     @functools.cached_property
     def shape(self) -> Shape:
-        return shape_of(self.model, self.seq_len, pad_vocab=self.pad_vocab)
+        return shape_of(self.model, self.seq_len, pad_vocab=self.pad_vocab, adapter=self.adapter)
 
     @property
     def weight_bytes(self) -> float:
@@ -150,7 +182,16 @@ class PlannedStep:
         return 8 if self.precision == "fp64" else WORDS[self.weights]
 
     @property
+    def all_weight_bytes(self) -> float:
+        """Of all weights: adapters are float32 at least, a quantized base is what its pieces are."""
+        shape, (numbers, pieces) = self.shape, self.shape.stored
+        adapters = (8 if self.precision == "fp64" else 4) * shape.learned * shape.adapted
+        return self.weight_bytes * (shape.padded - numbers) + pieces + adapters
+
+    @property
     def gradient_bytes(self) -> float:
+        if self.shape.adapted:
+            return 8 if self.precision == "fp64" else 4
         return 8 if self.precision == "fp64" else WORDS[self.gradients]
 
     @property
@@ -158,7 +199,7 @@ class PlannedStep:
         """Of both moments of all weights."""
         word = 8 if self.precision == "fp64" else WORDS["fp32" if self.state == "int8" else self.state]
         small = self.shape.quantized if self.state == "int8" else 0
-        return 2 * (word * (self.shape.padded - small) + WORDS["int8"] * small)
+        return 2 * (word * (self.shape.learned - small) + WORDS["int8"] * small)
 
 
 @dataclass(frozen=True)
@@ -234,16 +275,18 @@ def trace(step: PlannedStep, rows: int, chunk: int = 0) -> Trace:
         experts = functools.partial(experts_grouped, product=looped_product)  # fake tensors have no other
         ops = replace(PLAIN, linear=linear, linear_cross_entropy=loss, experts=experts)
         model = allocate(
-            make_model(step.model, ops, pad_vocab=step.pad_vocab), CPU, parameter_dtype("fp32", step.weights)
+            adapt(make_model(step.model, ops, pad_vocab=step.pad_vocab), step.adapter),
+            CPU,
+            parameter_dtype("fp32", step.weights),
         )
         if step.checkpointing:
             recompute_blocks(model)
         dtype = gradient_dtype(step.weights, step.gradients)
-        for p in model.parameters():
+        for p in [p for p in model.parameters() if p.requires_grad]:
             p.grad_dtype = dtype or p.dtype
             p.grad = torch.empty_like(p, dtype=dtype)
         batch = fake_batch(step, rows)
-        known = [*model.parameters(), *(p.grad for p in model.parameters()), *batch]
+        known = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters()), *batch]
         live = LiveBytes([tensor for tensor in known if tensor is not None])
         with live:
             no_autocast = step.precision == "fp64" or step.weights == "bf16"
@@ -272,17 +315,18 @@ def tensors(step: PlannedStep, rows: int) -> dict[str, float]:
     kept = fused_gated_bytes(step) * rows * step.seq_len or kept_share(step) * hidden_row * rows
     peak = float((fixed + per_row * rows).max()) + kept - hidden_row * rows
     if step.path == "compiled" and not step.blocks:  # one graph: all gradients of a micro-batch come out together
-        peak = max(peak, copies + step.gradient_bytes * shape.padded)
+        peak = max(peak, copies + step.gradient_bytes * shape.learned)
     if step.path == "compiled" and step.document_mask:
         mask = (2 if step.precision in HALF_TYPES else 4) * rows * step.seq_len**2
         kept, peak = kept + mask, peak + mask
+    peak += shape.largest * (4 if step.precision not in HALF_TYPES else 2)  # the trace does not see it
     more = MORE_COPIES.get((step.path, step.precision), 0) * shape.block_weights
     copies, peak = copies + more, peak + more
     wide = 2 if step.precision == "fp64" else 1  # traces are of 32 bits and fewer
-    parts = {"weights": step.weight_bytes * shape.padded, "gradients": step.gradient_bytes * shape.padded}
+    parts = {"weights": step.all_weight_bytes, "gradients": step.gradient_bytes * shape.learned}
     parts["optimizer"] = 0 if step.offload else step.moment_bytes  # AdamW's moments
     if step.offload:
-        parts["offload buffers"] = min(OFFLOADED * step.moment_bytes / 2 / shape.padded, step.moment_bytes)
+        parts["offload buffers"] = min(OFFLOADED * step.moment_bytes / 2 / shape.learned, step.moment_bytes)
     kept = min(kept, peak - copies)
     if step.activation_offload:
         kept, peak = 0.0, peak - kept

@@ -21,6 +21,7 @@ from regpt.console.text import counted
 from regpt.data.batch import Batch
 from regpt.errors import UsageError
 from regpt.kernels.select import ops_of
+from regpt.model.adapters import adapt, begin_adapters
 from regpt.model.config import FAMILIES
 from regpt.model.families import make_model
 from regpt.model.weights import allocate, initialize, without_memory
@@ -179,7 +180,7 @@ def gpu_time(step: PlannedStep, rows: int, micro_batches: int, gpus: int, device
         parts["moments from and to the host"] = step.moment_bytes / HOST_BYTES_PER_SECOND[newer]
     parts["between steps"] = STEP_SECONDS
     if gpus > 1:  # each sends and receives 2·(n - 1)/n of the gradients' bytes (Patarasuk & Yuan 2009)
-        n_bytes = 2 * (gpus - 1) / gpus * step.gradient_bytes * step.shape.padded
+        n_bytes = 2 * (gpus - 1) / gpus * step.gradient_bytes * step.shape.learned
         parts["sum over GPUs"] = n_bytes / ((device.link or 16) * 1e9 * LINK_SHARE)
     measured = "estimated" if step.path == "eager" or step.precision not in HALF_TYPES else "measured on an H100 SXM"
     return StepTime(parts, sum(micro.values()), f"figures of the {device.name}; shares of them {measured}, {step.path}")
@@ -188,7 +189,8 @@ def gpu_time(step: PlannedStep, rows: int, micro_batches: int, gpus: int, device
 def optimizer_bytes(step: PlannedStep) -> float:
     """Bytes read and written by an update: gradients by the norm, twice by clipping, and by the update, which reads and
     writes weights and moments."""
-    return (4 * step.gradient_bytes + 2 * step.weight_bytes) * step.shape.padded + 2 * step.moment_bytes
+    weight_bytes = 4 if step.shape.adapted else step.weight_bytes
+    return (4 * step.gradient_bytes + 2 * weight_bytes) * step.shape.learned + 2 * step.moment_bytes
 
 
 def micro_batch_time(step: PlannedStep, rows: int, device: Device) -> dict[str, float]:
@@ -278,7 +280,9 @@ class SmallStep:
         self.device = device
         with without_memory():
             empty = make_model(step.model, ops_of(step.precision, device), pad_vocab=step.pad_vocab)
+            empty = adapt(empty, step.adapter)
         self.model = initialize(allocate(empty, device, parameter_dtype(step.precision, step.weights)), seed=0)
+        begin_adapters(self.model, seed=0)
         self.optimizer = make_optimizer(self.model, optim, device)
         if step.checkpointing:
             recompute_blocks(self.model)
