@@ -1,12 +1,14 @@
 """Ranges of numbers, written next to the value they bound: `steps: Annotated[int, Range(1, MANY)]`.
 
 The sections of the configuration check theirs with `check_ranges`, the command line checks every number of a flag.
+And `evenly`, items out of a range of many.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from regpt.errors import UsageError
 
@@ -15,6 +17,7 @@ SEED = 2**64 - 1  # what torch.Generator and SplitMix64 tell apart
 LONG = 10**9  # seconds: thirty years, within what a clock or a lock takes
 LARGE = 1e36  # rates and scores, within float32
 PROCESSES = 4096  # of one machine
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,12 @@ class Range:
 
 def or_more(low: float) -> str:
     return f"at least {low:,}" if low else "0 or more"
+
+
+def evenly(items: Sequence[T], most: int) -> list[T]:
+    """At most `most` (two or more) of `items`, evenly spaced, the first and the last among them."""
+    steps = range(most) if len(items) > most else ()
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in steps] or list(items)
 
 
 def check_ranges(section: str, config: object) -> None:

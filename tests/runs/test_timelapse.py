@@ -17,7 +17,8 @@ from regpt.checkpoint.load import checkpoint_folder
 from regpt.checkpoint.open import open_model
 from regpt.engine.processing import SamplingOptions
 from regpt.engine.reference import generate_uncached
-from regpt.runs.timelapse import evenly, timelapse_page, write_timelapse
+from regpt.ranges import evenly
+from regpt.runs.timelapse import timelapse_page, write_timelapse
 
 HOSTILE = "ba </script><img src=x onerror='window.pwned=1'>"
 

@@ -40,13 +40,11 @@ class ImportArgs:
 
 def main(args: list[str]) -> int:
     given = parse(ImportArgs, args, prog="regpt data import")
-    from rich.progress import BarColumn, TimeRemainingColumn
-
-    from regpt.console.drawing import field, progress_bar
+    from regpt.console.drawing import progress_bar
     from regpt.prepare.importer import ImportProgress, import_tokens
     from regpt.text.open import open_tokenizer
 
-    bar = progress_bar(BarColumn(), field("description"), TimeRemainingColumn(), transient=True)
+    bar = progress_bar(transient=True)
     task = bar.add_task("")
 
     def show(now: ImportProgress) -> None:

@@ -13,6 +13,7 @@ import tyro
 from regpt.cli.parse import parse
 from regpt.cli.report import refuse_other_than_html, refuse_twice
 from regpt.console.lines import print_json, print_line, print_rows
+from regpt.ranges import evenly
 
 if TYPE_CHECKING:
     from regpt.report.compare import Measure, RunComparison
@@ -69,7 +70,7 @@ def print_comparison(found: RunComparison) -> None:
     print_part("final numbers", HEAD, [measure_cells(one) for one in found.measures], left=(0, 5, 7))
     print_part("against the noise between seeds", SEEDS_HEAD, seeds_rows(found), left=(0, 5))
     unit = "bits per byte" if found.bits else "validation loss"
-    rows = [[f"{tokens:,}", f"{a:.4f}", f"{b:.4f}", f"{b - a:+.4f}"] for tokens, a, b in thinned(found.curve)]
+    rows = [[f"{tokens:,}", f"{a:.4f}", f"{b:.4f}", f"{b - a:+.4f}"] for tokens, a, b in evenly(found.curve, MAX_CURVE)]
     print_part(f"{unit} after as many tokens", ("tokens", "A", "B", "B - A"), rows)
     words = {"config": "configuration", "code": "code and machine", "data": "data"}
     for part, differing in found.differing.items():
@@ -83,12 +84,6 @@ def print_part(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], l
     if rows:
         print_line(f"\n{title}")
         print_rows(head, rows, left)
-
-
-def thinned(curve: Sequence[tuple[int, float, float]]) -> list[tuple[int, float, float]]:
-    if len(curve) <= MAX_CURVE:
-        return list(curve)
-    return [curve[round(i * (len(curve) - 1) / (MAX_CURVE - 1))] for i in range(MAX_CURVE)]
 
 
 def shown(value: Any) -> str:

@@ -122,16 +122,13 @@ def refuse_useless(given: EvalArgs, kinds: set[str]) -> None:
 @contextlib.contextmanager
 def bar(name: str) -> Iterator[Progress]:
     """A progress bar with the time left, on the terminal's error stream; nothing elsewhere."""
-    from rich.progress import BarColumn, TimeRemainingColumn
+    from regpt.console.drawing import progress_bar
 
-    from regpt.console.drawing import field, progress_bar
-
-    columns = (field("description"), BarColumn(), field("counted"), TimeRemainingColumn())
-    with progress_bar(*columns, transient=True) as progress:
-        task = progress.add_task(name, total=None, counted="")  # the total is known after the first batch
+    with progress_bar(transient=True) as progress:
+        task = progress.add_task(name, total=None)  # the total is known after the first batch
 
         def update(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total, counted=f"{done:,} of {total:,}")
+            progress.update(task, completed=done, total=total, description=f"{name} {done:,} of {total:,}")
 
         yield update
 

@@ -5,7 +5,7 @@ from typing import IO, Any
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.progress import Progress, ProgressColumn, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.table import Column
 from rich.text import Text
@@ -77,8 +77,10 @@ def print_parts(texts: Iterable[tuple[str, int]], console: Console | None = None
 
 
 def progress_bar(*columns: ProgressColumn, transient: bool = False) -> Progress:
-    """A progress bar on stderr: nothing where no line can be overwritten, so that logs stay clean."""
+    """A progress bar on stderr, with a text after it and the time left, or with these `columns`: nothing where no line
+    can be overwritten, so that logs stay clean."""
     console = PlainConsole(stderr=True)
+    columns = columns or (BarColumn(), field("description"), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=transient, disable=not can_redraw(console))
 
 

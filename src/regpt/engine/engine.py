@@ -93,6 +93,7 @@ class Engine:
             held = self.autocast or draft.dtype
             draft = DraftModel(draft, model, self.pages, max_rows, held, kernels=kernels, graphs=graphs)
         self.draft: Draft | None = draft
+        # A request's other texts wait, by its number, until its first one has read the prompt, which they then share.
         self.queue, self.followers = FairQueue(), dict[int, list[Sequence]]()
         self.prefilling, self.active, self.sliding = list[Sequence](), list[Sequence](), list[Sequence]()
         self.pending, self.outbox = deque[Launched](), list[Event]()
@@ -349,7 +350,7 @@ class Engine:
     def slide(self, sequence: Sequence) -> None:
         sequence.launched += 1
         numbers, others = Launched([sequence], *to_host(self.uncached(sequence))).read()
-        self.take(sequence, [*numbers[0][:-1], True], others[0])
+        self.take(sequence, [*numbers[0][:-1], True], others[0])  # certain: nothing else was in the batch
 
     def accept(
         self, sequence: Sequence, token: int, logprob: float, finite: bool, top: list[tuple[int, float]]

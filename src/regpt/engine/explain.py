@@ -10,7 +10,8 @@ from torch import Tensor
 from regpt.engine.noise import gumbel
 from regpt.engine.processing import SamplingOptions, adjust, choose_candidates, draw, rows_of
 
-FILTERS = {"top_k": {"top_p": 1.0, "min_p": 0.0}, "top_p": {"min_p": 0.0}, "min_p": {}}  # with the later ones off
+# In the order in which they are applied, each with the options that switch off those after it.
+FILTERS = {"top_k": {"top_p": 1.0, "min_p": 0.0}, "top_p": {"min_p": 0.0}, "min_p": {}}
 
 
 class TokenPath(NamedTuple):

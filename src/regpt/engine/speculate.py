@@ -53,7 +53,8 @@ class NGrams:
 
 
 def look_up(tokens: Items[int], n: int) -> list[int]:
-    """`n` tokens, as if the text went on as after the newest place with its last tokens; the longest match counts."""
+    """`n` tokens, as if the text went on as after the newest place with its last tokens, and again from there where `n`
+    is more than what follows it; the longest match counts."""
     text = "".join(map(chr, tokens)) if n > 0 else ""  # characters stand for tokens: search in C
     for size in NGRAMS:
         at = text.rfind(text[-size:], 0, len(text) - 1) if size < len(text) else -1
@@ -125,11 +126,7 @@ class DraftModel:
 
 
 def check_draft(model: ModelConfig, draft: ModelConfig) -> None:
-    """Refuse a draft with other tokens, or one that cannot read the model's texts.
-
-    Raises:
-        UsageError: so it is.
-    """
+    """Raise a UsageError for a draft with another number of tokens, or one that reads fewer than the model."""
     if draft.vocab_size != model.vocab_size:
         raise UsageError(
             f"the draft has {draft.vocab_size} tokens, the model {model.vocab_size}; give a draft of the same tokenizer"
@@ -197,7 +194,8 @@ def check_by_graph(engine: "Engine", texts: Items[Sequence], proposals: Items[It
 def accept_proposals(
     engine: "Engine", text: Sequence, proposed: list[int], drawn: Items[tuple[list[float], list[list[float]]]]
 ) -> None:
-    """Take what was drawn, up to the first token that was not proposed; that one, too."""
+    """Take what was drawn (of each place what `Engine.take` takes), up to the first token that was not proposed; that
+    one, too."""
     engine.proposed += len(proposed)
     for place, (numbers, others) in enumerate(drawn):
         text.launched += 1

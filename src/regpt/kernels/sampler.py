@@ -22,6 +22,7 @@ PAD = tl.constexpr(-0x7FFFFFFFFFFFFFFF)  # below every key
 
 @triton.jit
 def finalize(x):
+    """`engine.noise.finalize`."""
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
     return x ^ (x >> 16)
@@ -29,6 +30,7 @@ def finalize(x):
 
 @triton.jit
 def logarithm(x):
+    """`engine.noise.logarithm`, by the same operations: a library's would have other last digits."""
     bits = x.to(tl.int64, bitcast=True)
     mantissa = ((bits & 0xFFFFFFFFFFFFF) | 0x3FF0000000000000).to(tl.float64, bitcast=True)
     large = mantissa > 1.4142135623730951
@@ -159,10 +161,11 @@ def draw_kernel(
     keys = likeliest(
         logits_ptr + row * row_stride, key_ptr + row * groups, room_ptr + row * 2 * K, groups, V, K, GROUP, KEYS
     )
-    ids = V - 1 - (keys & 0xFFFFFFFF)
+    ids = V - 1 - (keys & 0xFFFFFFFF)  # `keys_of` undone: ids, then values
     ordered = (keys >> 32).to(tl.int32)
     values = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
+    # Columns of a row of `engine.decode.RowState`: token, position, two halves of the seed, then the options.
     position = tl.load(state_ptr + 1) + 1
     temperature = tl.load(state_ptr + 4).to(tl.float64, bitcast=True)
     top_k = tl.load(state_ptr + 5).to(tl.float64, bitcast=True)

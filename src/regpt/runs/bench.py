@@ -32,7 +32,6 @@ from regpt.runs.folder import device_name, source_commit
 from regpt.tools.bench.data import MEAN_LENGTH, invent_shards, invented_lengths
 from regpt.tools.bench.steps import (
     attention_backend,
-    computing_dtype,
     library_versions,
     reset_peak,
     speed_of,
@@ -42,6 +41,7 @@ from regpt.train.config import PrecisionName
 from regpt.train.memory import free_memory, peak_memory_gib
 from regpt.train.optim import make_optimizer
 from regpt.train.peak import PRODUCT_SIZE, device_figures, matmul_flops
+from regpt.train.precision import HALF_TYPES, parameter_dtype
 from regpt.train.trainer import Trainer
 
 Progress = Callable[[str], None]
@@ -149,7 +149,7 @@ def describe(trainer: Trainer, config: RunConfig, mesh: Mesh) -> Report:
     kernels = choose_kernels(config, model, mesh.device)
     attention = None  # where the fused kernels compute it: their reason names its library
     if kernels.name == "plain":
-        dtype, masked = computing_dtype(train.precision), config.data.document_mask
+        dtype, masked = HALF_TYPES.get(train.precision, parameter_dtype(train.precision)), config.data.document_mask
         masked_by = mask_kernel(model.ops) if masked or model.config.window else None
         attention = masked_by or attention_backend(model.config, T, dtype, mesh.device, masked=masked)
     return {

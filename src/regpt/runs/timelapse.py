@@ -19,6 +19,7 @@ from regpt.errors import UserError
 from regpt.files import resolved
 from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import choose_device
+from regpt.ranges import evenly
 from regpt.report.markup import embed_json, text
 from regpt.report.page import write_page
 from regpt.runs.folder import read_run_config
@@ -71,13 +72,6 @@ def write_timelapse(run: Path, out: Path | None, prompts: Sequence[str] = (), ne
     data = {"prompts": list(prompts), "steps": found, "tokens": vocabulary}
     page = timelapse_page(resolved(run).name, said, data)
     return write_page(page, run / "timelapse.html" if out is None else out)
-
-
-def evenly(folders: Sequence[Path], most: int) -> list[Path]:
-    """At most so many, the first and the last among them."""
-    if len(folders) <= most:
-        return list(folders)
-    return [folders[i * (len(folders) - 1) // (most - 1)] for i in range(most)]
 
 
 def continue_prompt(

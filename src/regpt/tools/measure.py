@@ -1,7 +1,8 @@
-"""Memory, disk and load of this machine."""
+"""Memory, disk, load and packages of this machine."""
 
 import math
 import shutil
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
@@ -28,6 +29,14 @@ def busy() -> str | None:
     shares this machine, and figures taken meanwhile are too low."""
     load, cores = psutil.getloadavg()[0], available_cores()
     return f"load {load:.1f} on {counted(cores, 'core')}" if load > max(1.0, BUSY_SHARE * cores) else None
+
+
+def installed(name: str) -> str | None:
+    """The version of a package, None when it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def free_disk_bytes(folder: Path) -> int:

@@ -4,7 +4,6 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from statistics import fmean
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.nn.attention import SDPBackend
 import regpt
 from regpt.errors import UserError
 from regpt.model.config import ModelConfig
+from regpt.tools.measure import installed
 from regpt.train.trainer import Row, Trainer
 
 
@@ -127,24 +127,14 @@ def attention_backend(
     return SDPBackend(choice).name.lower().removesuffix("_attention")
 
 
-def computing_dtype(precision: str) -> torch.dtype:
-    """What attention computes in under this precision (TF32 products are of float32 numbers; FP8 is for linears)."""
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
-    return {"fp64": torch.float64, **half}.get(precision, torch.float32)
-
-
 def library_versions() -> dict[str, str | int | None]:
     """Of regpt, Python and what computes."""
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = None
     return {
         "regpt": regpt.__version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
-        "triton": triton,
+        "triton": installed("triton"),
         "system": platform.platform(),
     }

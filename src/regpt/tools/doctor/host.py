@@ -3,7 +3,7 @@
 import platform
 import re
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import psutil
@@ -12,7 +12,7 @@ import torch
 import regpt
 from regpt.console.text import counted
 from regpt.tools.doctor.doctor import Trial
-from regpt.tools.measure import free_disk_bytes, memory_bytes
+from regpt.tools.measure import free_disk_bytes, installed, memory_bytes
 from regpt.train.memory import available_memory
 
 GIB = 2**30
@@ -36,14 +36,6 @@ def versions() -> Iterator[Trial]:
         yield Trial("versions", name, "note", installed(name) or "not installed")
     cuda = torch.version.cuda
     yield Trial("versions", "CUDA", "note", f"torch was built for {cuda}" if cuda else "torch was built without CUDA")
-
-
-def installed(name: str) -> str | None:
-    """The version of a package, None when it is not installed."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def cpu() -> str:
