@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from regpt.errors import UserError
+from regpt.errors import UserError, import_extra
 
 PACKINGS = (".gz", ".zst", ".bz2", ".xz")
 JSONL = tuple(ending + packing for ending in (".jsonl", ".ndjson") for packing in ("", *PACKINGS))
@@ -44,9 +44,12 @@ def packing_of(name: str) -> str:
 
 
 @contextmanager
-def decompressed(raw: BinaryIO, path: Path, packing: str | None = None) -> Iterator[BufferedStream]:
-    """Open the content of `raw`, decompressed by the suffix of `path` or by `packing`; damage raises `Unreadable`."""
-    packing = packing or packing_of(path.name)
+def decompressed(raw: io.BufferedReader, path: Path, packing: str) -> Iterator[BufferedStream]:
+    """Open the content of `raw`, the file `path`, decompressed by the suffix `packing`, as it is where that is empty;
+    damage raises `Unreadable`."""
+    if not packing:
+        yield raw
+        return
     reader = open_zstd(raw, path) if packing == ".zst" else OPENERS[packing](raw)
     try:
         with reader:
@@ -61,10 +64,7 @@ def decompressed(raw: BinaryIO, path: Path, packing: str | None = None) -> Itera
 
 def open_zstd(raw: BinaryIO, path: Path) -> BufferedStream:
     """Open Zstandard frames as a stream; a truncated file raises an OSError."""
-    try:
-        import pyarrow
-    except ImportError:
-        raise UserError(f"reading {path} needs pyarrow; install it with: pip install 'regpt[data]'") from None
+    pyarrow = import_extra("pyarrow", f"reading {path} needs pyarrow", "data")
     stream: Any = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
     return io.BufferedReader(stream)
 

@@ -1,9 +1,11 @@
 """Errors that a user can mend; everything else is a defect of ours and keeps its traceback."""
 
 import difflib
+import importlib
 import os
 import shlex
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(ValueError):
@@ -28,6 +30,18 @@ def word(place: object) -> str:
     """`place` as one word of a command that is to be typed: in quotes where a shell would take it apart."""
     text = str(place)
     return shlex.quote(text) if os.name == "posix" else f'"{text}"' if " " in text else text  # cmd knows no '
+
+
+def import_extra(module: str, purpose: str, extra: str) -> Any:
+    """The module `module` of a package of the extra `extra`.
+
+    Raises:
+        UserError: it is not installed; `purpose`, such as "a fit needs SciPy", begins the sentence.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"{purpose}; install it with: pip install 'regpt[{extra}]'") from None
 
 
 def first_line(error: BaseException) -> str:

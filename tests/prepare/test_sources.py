@@ -205,7 +205,7 @@ def test_zstandard_blocks_that_repeat_one_byte_are_unpacked_some_at_a_time(tmp_p
     blocks = [(2 | last | 2**17 << 3).to_bytes(3, "little") + b"\n" for last in [0] * 4000 + [1]]  # RFC 8878, 3.1.1.2
     (tmp_path / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd\x00\x38" + b"".join(blocks))
     tracemalloc.start()
-    with (tmp_path / "a.jsonl.zst").open("rb") as raw, decompressed(raw, tmp_path / "a.jsonl.zst") as stream:
+    with (tmp_path / "a.jsonl.zst").open("rb") as raw, decompressed(raw, tmp_path / "a.jsonl.zst", ".zst") as stream:
         assert all(stream.read(1 << 20) for _ in range(100))
     assert tracemalloc.get_traced_memory()[1] < 2**27  # 16 kB are 500 MB
     tracemalloc.stop()

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from regpt.engine.request import Structure
-from regpt.errors import UserError
+from regpt.errors import UserError, import_extra
 from regpt.text.tokenizer import Tokenizer
-
-INSTALL = "structured output needs llguidance; install it with: pip install 'regpt[structured]'"
 
 
 class Vocabulary:
@@ -40,10 +38,7 @@ class Structures:
     """
 
     def __init__(self, tokenizer: Tokenizer, n_vocab: int, ends: Sequence[int] = ()):
-        try:
-            import llguidance  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise UserError(INSTALL) from None
+        llguidance = import_extra("llguidance", "structured output needs llguidance", "structured")
         self.library, self.n_vocab, self.ends = llguidance, n_vocab, ends or tokenizer.stop_ids
         self.tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(Vocabulary(tokenizer)))
 
@@ -74,7 +69,7 @@ class Structures:
 
 
 class Matched:
-    """The tokens that may follow in one text; a `Structure`."""
+    """The tokens that may follow in one text, by a matcher of llguidance: a `Structure`."""
 
     def __init__(self, matcher: Any, n_vocab: int, ends: Sequence[int]):
         self.matcher, self.n_vocab, self.ends = matcher, n_vocab, ends

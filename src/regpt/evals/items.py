@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -69,13 +68,12 @@ def read_items(path: Path) -> list[Item]:
     Raises:
         UserError: not there, of another kind, damaged, empty, or a line that is no JSON object.
     """
-    packing = packing_of(path.name)
     if not path.name.lower().endswith(JSONL):
         raise UserError(f"{str(path)!r} is of a kind that holds no items; allowed are {', '.join(JSONL)}")
     if not is_file(path):
         raise UserError(f"the file of items {str(path)!r} does not exist; give an existing one")
     try:
-        with path.open("rb") as raw, decompressed(raw, path) if packing else nullcontext(raw) as stream:
+        with path.open("rb") as raw, decompressed(raw, path, packing_of(path.name)) as stream:
             lines = enumerate(lines_of(stream, path), start=1)
             items = [parse(line, path, number) for number, line in lines if line.strip()]
     except OSError as error:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from regpt.errors import UsageError, UserError
+from regpt.errors import UsageError, import_extra
 from regpt.evals.choices import open_choices, open_hellaswag
 from regpt.evals.core import locate, open_core, summarize
 from regpt.evals.needle import Needle, needle_options
@@ -96,11 +96,9 @@ def open_suites(
 
 def open_harness(spec: Spec, tokenizer: Tokenizer, tolerate: Tolerate) -> Suite:
     """Tasks of lm-eval; a UserError where it is not installed."""
-    try:
-        from regpt.evals.harness import HarnessSuite
-    except ImportError:
-        raise UserError("lm-eval is not installed; install it with: pip install 'regpt[lm-eval]'") from None
-    return HarnessSuite([name.strip() for name in spec.argument.split(",") if name.strip()], tokenizer, tolerate)
+    harness = import_extra("regpt.evals.harness", "lm-eval is not installed", "lm-eval")
+    names = [name.strip() for name in spec.argument.split(",") if name.strip()]
+    return harness.HarnessSuite(names, tokenizer, tolerate)
 
 
 def open_suite(spec: Spec, encoder: Encoder, eot: int, progress: DownloadProgress | None, tolerate: Tolerate) -> Suite:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from regpt.errors import UserError
+from regpt.errors import import_extra
 from regpt.prepare.ngrams import MULTIPLIER, ngram_hashes
 
 KEY = "S16"
@@ -101,10 +101,7 @@ class MinHash:
     """(PERMUTATIONS,) uint32 for a text: the more of them two texts share, the more runs of words they share."""
 
     def __init__(self) -> None:
-        try:
-            import datasketch
-        except ImportError:
-            raise UserError("--dedup near needs datasketch; install it with: pip install 'regpt[data]'") from None
+        datasketch = import_extra("datasketch", "--dedup near needs datasketch", "data")
         empty: Any = datasketch.MinHash(PERMUTATIONS, hashfunc=int, scheme="affine32")  # the runs are hashed already
         self._copy = empty.copy
 

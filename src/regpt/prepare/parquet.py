@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from regpt.compression import MAX_ROW_BYTES, too_long
-from regpt.errors import UserError
+from regpt.errors import UserError, import_extra
 from regpt.prepare.documents import HOW, Columns, FilePart, Row, Unreadable, missing, names_in, pick
 
 PARQUET_BUFFER = 1 << 20  # of a column that is read at a time, instead of its whole row group
@@ -169,9 +169,5 @@ def bytes_of(values: Any, number: int) -> int:
 
 
 def import_pyarrow(path: Path) -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"reading {path} needs pyarrow; install it with: pip install 'regpt[data]'") from None
-    return pyarrow, pyarrow.parquet
+    purpose = f"reading {path} needs pyarrow"
+    return import_extra("pyarrow", purpose, "data"), import_extra("pyarrow.parquet", purpose, "data")

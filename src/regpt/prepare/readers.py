@@ -9,7 +9,6 @@ import csv
 import io
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -245,7 +244,7 @@ def read_table_rows(
         elif ending in (".jsonl", ".ndjson") and is_utf8(path, options.encoding):
             yield from read_lines(path, part or FilePart(0, path.stat().st_size, 0))
         else:
-            with path.open("rb") as raw, unpacked(raw, path, packing) as stream:
+            with path.open("rb") as raw, decompressed(raw, path, packing) as stream:
                 before, read = 0, READERS[ending.removesuffix(packing)]
                 text = in_utf8(stream, options.encoding, path)
                 for value, where in read(text, path, columns, options.separator):
@@ -253,10 +252,6 @@ def read_table_rows(
                     yield Row(value, consumed, where)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
-
-
-def unpacked(raw: io.BufferedReader, path: Path, packing: str) -> AbstractContextManager[BufferedStream]:
-    return decompressed(raw, path, packing) if packing else nullcontext(raw)
 
 
 def read_lines(path: Path, part: FilePart) -> Iterator[Row]:
@@ -322,9 +317,8 @@ def is_utf8(path: Path, encoding: str) -> bool:
 
 def has_mark(path: Path) -> bool:
     """Whether the text of `path` begins with a byte-order mark."""
-    packing = packing_of(path.name)
     try:
-        with path.open("rb") as raw, decompressed(raw, path, packing) if packing else nullcontext(raw) as stream:
+        with path.open("rb") as raw, decompressed(raw, path, packing_of(path.name)) as stream:
             return mark_of(stream.read(4)) is not None
     except Unreadable:  # raised again when it is read
         return False

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
-from regpt.errors import UsageError, UserError
+from regpt.errors import UsageError, UserError, import_extra
 from regpt.remote.download import RemoteFile, RemoteOptions
 from regpt.remote.network import reach
 from regpt.remote.retry import persistently
@@ -54,11 +54,9 @@ def connect(address: str, doing: str = "reading", **options: Any) -> tuple[Any, 
         UsageError: an unknown scheme.
         UserError: no bucket in the address, a missing package, or an unreachable server; `doing` begins the sentence.
     """
-    try:
-        import fsspec
-        from fsspec.registry import known_implementations
-    except ImportError:
-        raise UserError(f"{doing} {address} needs fsspec; install it with: pip install 'regpt[data]'") from None
+    fsspec = import_extra("fsspec", f"{doing} {address} needs fsspec", "data")
+    from fsspec.registry import known_implementations
+
     scheme, _, path = address.partition("://")
     scheme = scheme.lower()
     if scheme not in known_implementations or (doing == "reading" and scheme in ("file", "local")):

@@ -9,7 +9,7 @@ import urllib.parse
 from contextlib import AbstractContextManager
 from typing import Any, BinaryIO
 
-from regpt.errors import UserError
+from regpt.errors import UserError, import_extra
 from regpt.remote.download import RemoteFile, RemoteOptions
 from regpt.remote.network import reach
 from regpt.remote.retry import persistently
@@ -27,16 +27,12 @@ def list_dataset(source: str, options: RemoteOptions) -> tuple[list[RemoteFile],
     Raises:
         UserError: not an address, no such data set, revision or file; no access; no network; no huggingface_hub.
     """
-    try:
-        from huggingface_hub import HfApi, constants, hf_hub_url
-        from huggingface_hub.errors import HFValidationError
-    except ImportError:
-        raise UserError(f"reading {source} needs huggingface_hub; install it with: pip install 'regpt[data]'") from None
+    hub = import_extra("huggingface_hub", f"reading {source} needs huggingface_hub", "data")
     match = DATASET.fullmatch(source)
     how = "write hf://datasets/OWNER/NAME/PATH or hf://datasets/OWNER/NAME@REVISION/PATH"
     if not match:
         raise UserError(f"{source} is no address of a data set; {how}")
-    api, repo = HfApi(endpoint=options.endpoint), match["repo"]
+    api, repo = hub.HfApi(endpoint=options.endpoint), match["repo"]
     revision = urllib.parse.unquote(match["revision"]) if match["revision"] else None
 
     def listed() -> tuple[str | None, list[Any], str | None]:
@@ -44,15 +40,15 @@ def list_dataset(source: str, options: RemoteOptions) -> tuple[list[RemoteFile],
         return commit, *tree(api, repo, commit, (match["path"] or "").strip("/"))
 
     try:
-        if not constants.HF_HUB_OFFLINE:
+        if not hub.constants.HF_HUB_OFFLINE:
             reach(api.endpoint)
         commit, entries, root = persistently(listed, source, options.patience)
-    except HFValidationError as error:
+    except hub.errors.HFValidationError as error:
         raise UserError(f"{source} is no address of a data set ({error}); {how}") from None
 
     def file(entry: Any) -> RemoteFile:
         size, sha256 = (entry.lfs.size, entry.lfs.sha256) if entry.lfs else (entry.size, "")
-        address = hf_hub_url(repo, entry.path, repo_type="dataset", revision=commit, endpoint=options.endpoint)
+        address = hub.hf_hub_url(repo, entry.path, repo_type="dataset", revision=commit, endpoint=options.endpoint)
         url = f"hf://datasets/{repo}@{commit}/{entry.path}"
         return RemoteFile(entry.path, size, url, address, open_on_hub, options, sha256)
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regpt.errors import UsageError, UserError
+from regpt.errors import UsageError, import_extra
 from regpt.files import replacing
 
 if TYPE_CHECKING:
@@ -17,10 +17,7 @@ def check_picture(path: Path) -> None:
     """Raise what `save_figure` would for the name of the file, and for a missing package, before any work."""
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"--out {str(path)!r} has no known kind of picture; end it in {' or '.join(SUFFIXES)}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UserError("a picture needs matplotlib; install it with: pip install 'regpt[report]'") from None
+    import_extra("matplotlib", "a picture needs matplotlib", "report")
 
 
 def save_figure(figure: "Figure", path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from regpt.errors import UserError
+from regpt.errors import UserError, import_extra
 from regpt.report.read import Row, RunData, number, section
 from regpt.report.series import begin_of, need_bits, positions
 from regpt.report.summary import summarize
@@ -274,10 +274,7 @@ def minimize(n: np.ndarray, d: np.ndarray, y: np.ndarray, begin: np.ndarray) -> 
     By a trust-region method for least squares, not by L-BFGS as in the paper: the valley is long and flat, and L-BFGS
     stopped in it before the minimum (Besiroglu et al. 2024).
     """
-    try:
-        from scipy.optimize import least_squares
-    except ImportError:
-        raise UserError("a fit needs SciPy; install it with: pip install 'regpt[report]'") from None
+    least_squares = import_extra("scipy.optimize", "a fit needs SciPy", "report").least_squares
     how: dict[str, Any] = {"jac": jacobian, "loss": "huber", "f_scale": HUBER, "x_scale": "jac", "max_nfev": MAX_STEPS}
     low, high = (np.array(side) for side in zip(*BOUNDS))
     inside = np.clip(begin, low + 1e-3, high - 1e-3)

@@ -7,6 +7,7 @@ from math import log
 import numpy as np
 
 from regpt.errors import UserError
+from regpt.ranges import evenly
 from regpt.report.read import Row, RunData, number, section
 
 Column = list[float | None]
@@ -161,10 +162,7 @@ def loads_of(row: Row) -> list[float]:
 
 def thin_samples(samples: Sequence[Row], limit: int = MAX_SAMPLE_STEPS) -> list[Row]:
     """The rows of at most `limit` steps, evenly spaced, the first and the last among them."""
-    steps = sorted({row["step"] for row in samples})
-    if len(steps) > limit:
-        steps = [steps[round(i * (len(steps) - 1) / (limit - 1))] for i in range(limit)]
-    kept = set(steps)
+    kept = set(evenly(sorted({row["step"] for row in samples}), limit))
     return [row for row in samples if row["step"] in kept]
 
 

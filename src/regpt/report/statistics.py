@@ -7,18 +7,14 @@ from types import ModuleType
 
 import numpy as np
 
-from regpt.errors import UserError
+from regpt.errors import import_extra
 
 LEVEL = 0.05  # a p value below it is called significant
 
 
 def scipy_stats() -> ModuleType:
     """Import scipy.stats; raise a UserError where SciPy is missing."""
-    try:
-        from scipy import stats
-    except ImportError:
-        raise UserError("statistics need SciPy; install it with: pip install 'regpt[report]'") from None
-    return stats
+    return import_extra("scipy.stats", "statistics need SciPy", "report")
 
 
 @dataclass(frozen=True)
