@@ -27,6 +27,7 @@ from kernels import reference as pieces
 from kernels.emulated import emulated
 from kernels.reference_fp8 import Rounding
 from naive import naive_scores, random_prompts
+from plain_cache import KVCache
 from regpt.checkpoint.load import checkpoint_folder
 from regpt.config import RunConfig
 from regpt.data.batch import IGNORE_INDEX, Batch
@@ -40,7 +41,6 @@ from regpt.kernels.gpt2_fp8 import FusedGPT2FP8
 from regpt.kernels.llama import FusedLlama
 from regpt.kernels.masked import TorchAttention, attend_in_band, band, cudnn, flash
 from regpt.kernels.select import ops_of
-from regpt.model.cache import KVCache
 from regpt.model.config import ModelConfig
 from regpt.model.families import make_model
 from regpt.model.layers import rotation

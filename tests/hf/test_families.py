@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from plain_cache import KVCache
 from regpt.errors import UsageError, UserError
 from regpt.hf.export import refuse_other_model
 from regpt.hf.families import config_from_hf, config_to_hf
 from regpt.hf.folder import hf_config, hf_weights
 from regpt.hf.weights import weights_to_hf
-from regpt.model.cache import KVCache
 from regpt.model.config import FAMILIES, ModelConfig
 from regpt.model.families import make_model
 from regpt.model.ops import linear_cross_entropy

@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
 from kernels.emulated import emulated
+from plain_cache import KVCache
 from regpt.data.batch import Batch
 from regpt.kernels import masked
 from regpt.kernels.masked import Band, attend_in_band, band, cudnn, flash, with_masks_as_data
 from regpt.kernels.select import ops_of
-from regpt.model.cache import KVCache
 from regpt.model.families import make_model
 from regpt.model.masks import AttentionMask, sdpa_mask
 from regpt.model.ops import PLAIN, Ops, attention

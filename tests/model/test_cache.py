@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from regpt.model.cache import KVCache
+from plain_cache import KVCache
 
 T = tiny.CONFIG.max_seq_len
 MODEL = tiny.build_model()

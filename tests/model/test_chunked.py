@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
+from plain_cache import KVCache
 from regpt.data.batch import Batch
 from regpt.evals.packing import Prompt
 from regpt.evals.score import Scorer
 from regpt.model import chunked
-from regpt.model.cache import KVCache
 from regpt.model.chunked import SeenKeys, attention_in_chunks, plain_mask
 from regpt.model.masks import AttentionMask, sdpa_mask
 from regpt.model.ops import attention

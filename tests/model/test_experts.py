@@ -1,6 +1,7 @@
 """Mixtures of experts: against sums written out token by token, against the loop; routers, sizes, refusals."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from regpt.errors import UsageError
 from regpt.model.config import ModelConfig
 from regpt.model.experts import LlamaOfExperts, Router
 from regpt.model.families import make_model
-from regpt.model.grouped import experts_grouped, experts_in_loop, looped_product
+from regpt.model.grouped import Matrices, experts_grouped, looped_product
 from regpt.model.ops import PLAIN
 from regpt.model.weights import count_parameters, initialize, load_weights, state_tensors
 from regpt.train.recompute import recompute_blocks
@@ -34,6 +35,20 @@ def case(N: int, E: int, k: int, C: int, width: int, dtype: torch.dtype, *, unus
     weights, chosen = scores.topk(k, dim=1)
     matrices = [drawn(E, *shape, seed=seed, dtype=dtype) for seed, shape in enumerate([(width, C)] * 2 + [(C, width)])]
     return [drawn(N, C, dtype=dtype), (chosen, weights.softmax(1).to(dtype)), tuple(matrices)]
+
+
+def experts_in_loop(
+    x: Tensor, routing: tuple[Tensor, Tensor], matrices: Matrices, act: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """What `experts_grouped` promises, one expert after the other."""
+    chosen, weights = routing
+    y = torch.zeros_like(x)
+    for expert, (gate, up, down) in enumerate(zip(*matrices)):
+        token, slot = torch.where(chosen == expert)  # (n,) each
+        h = x[token]  # (n, C)
+        h = F.linear(act(F.linear(h, gate)) * F.linear(h, up), down)
+        y = y.index_add(0, token, (h * weights[token, slot, None]).to(y.dtype))
+    return y
 
 
 def results(experts: Any, x: Tensor, routing: tuple[Tensor, Tensor], matrices: tuple[Tensor, ...]) -> list[Tensor]:

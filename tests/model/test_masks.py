@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
+from plain_cache import KVCache
 from regpt.errors import UserError
 from regpt.kernels.attention import cudnn_documents
 from regpt.kernels.masked import TorchAttention
-from regpt.model.cache import KVCache
 from regpt.model.masks import CAUSAL, AttentionMask, sdpa_mask
 
 T = tiny.CONFIG.max_seq_len

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import tiny
+from plain_cache import KVCache
 from regpt.data.batch import Batch
-from regpt.model.cache import KVCache
 from regpt.model.config import ModelConfig
 from regpt.model.families import make_model
 from regpt.model.masks import AttentionMask

@@ -49,7 +49,7 @@ def test_the_scale_is_that_of_torchs_scaler(overflows: list[bool]):
             theirs.scale(weight.sum() * (math.inf if overflow else 1.0)).backward()
             theirs.step(optimizer)
             theirs.update()
-            again = ours.too_large(1.0, math.inf if overflow else 1.0)
+            again = ours.backs_off(1.0, math.inf if overflow else 1.0)
             assert again == overflow
             if not again:
                 ours.note_update()
@@ -79,7 +79,7 @@ def test_the_constants_are_torchs():
 def test_a_step_is_repeated_only_where_a_smaller_scale_can_help(scale, dynamic, loss, norm, again):
     ours = LossScale(dynamic=dynamic)
     ours.scale = scale
-    assert ours.too_large(loss, norm) is again
+    assert ours.backs_off(loss, norm) is again
     assert ours.scale == (scale / 2 if again else scale)
 
 

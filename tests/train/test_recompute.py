@@ -9,8 +9,8 @@ import torch
 from torch._dynamo.utils import counters
 
 import tiny
+from plain_cache import KVCache
 from regpt.data.batch import Batch
-from regpt.model.cache import KVCache
 from regpt.model.config import ModelConfig
 from regpt.model.gpt2 import GPT2
 from regpt.model.weights import state_tensors

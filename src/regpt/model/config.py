@@ -172,7 +172,7 @@ class ModelConfig:
     def check_family(self) -> None:
         """Raise a UsageError for a field that the family does not read."""
         derived = self.derived()
-        for names, has, why in OWN:
+        for names, has, why in READ_BY_SOME:
             changed = [x for x in names if getattr(self, x) not in (getattr(ModelConfig, x), derived.get(x))]
             if changed and not has(FAMILIES[self.family]):
                 families = ", ".join(name for name, family in FAMILIES.items() if has(family))
@@ -275,12 +275,13 @@ class ModelConfig:
         )
 
 
+# What model.json of a checkpoint had in the first format, which states all of it.
 FIRST_FIELDS = ("family", "n_layer", "n_head", "n_embd", "vocab_size", "max_seq_len", "dropout")
 LAYERED = ("full_attention_every", "rope_local_theta", "query_pre_attn_scalar")
 EXPERTS = ("n_expert", "n_expert_active", "n_expert_shared", "norm_topk", "expert_bias")
 ROTARY = [name for name in ModelConfig.__dataclass_fields__ if name.startswith("rope_")] + ["no_rope_every"]
 # Fields that some families read, which those are, and why the others do not.
-OWN: tuple[tuple[Sequence[str], Callable[[Family], bool], str], ...] = (
+READ_BY_SOME: tuple[tuple[Sequence[str], Callable[[Family], bool], str], ...] = (
     (ROTARY, lambda family: family.rotary, "{} has learned positions"),
     (("attention_scale_by_layer",), lambda family: not family.rotary, "{} does not scale attention by layer"),
     (("n_kv_head",), lambda family: family.gated, "{} has a key for each query"),
@@ -289,8 +290,9 @@ OWN: tuple[tuple[Sequence[str], Callable[[Family], bool], str], ...] = (
     (LAYERED, lambda family: family.layered, "the layers of {} are alike"),
     (EXPERTS, lambda family: family.experts, "{} has no experts"),
 )
+# Fields of a stretch of the wavelengths, and how many of them, from the first on, each type reads.
 STRETCH = ("rope_factor", "rope_original_max_seq_len", "rope_low_freq_factor", "rope_high_freq_factor")
-STRETCH_READ: dict[RopeType, int] = {"default": 0, "linear": 1, "llama3": 4}  # how many of them
+STRETCH_READ: dict[RopeType, int] = {"default": 0, "linear": 1, "llama3": 4}
 
 
 def divisors_near(n: int, wanted: int) -> str:

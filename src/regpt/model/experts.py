@@ -17,7 +17,7 @@ from regpt.model.cache import Cache
 from regpt.model.config import ModelConfig
 from regpt.model.dropout import OFF, Dropout
 from regpt.model.grouped import Routing
-from regpt.model.head import under_autocast
+from regpt.model.head import under_autocast, wide
 from regpt.model.layers import Rotation, activation
 from regpt.model.llama import Llama, LlamaBlock, LlamaMLP
 from regpt.model.ops import Ops
@@ -39,10 +39,9 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """Weights (N, k) and routing of `x` (N, C)."""
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        kind = x.device.type
+        dtype, kind = wide(x.dtype), x.device.type
         with torch.autocast(kind, enabled=False) if under_autocast(kind) else nullcontext():
-            logits = F.linear(x.to(wide), self.weight.to(wide))  # (N, E)
+            logits = F.linear(x.to(dtype), self.weight.to(dtype))  # (N, E)
         shares = logits.softmax(dim=-1)
         chosen = (shares if self.bias is None else shares + self.bias).topk(self.k, dim=-1).indices  # (N, k)
         weights = shares.gather(1, chosen)

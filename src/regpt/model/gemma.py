@@ -21,7 +21,7 @@ from regpt.model.layers import Rotation, rotation
 from regpt.model.llama import Llama, LlamaAttention, LlamaMLP, norm_of
 from regpt.model.masks import AttentionMask
 from regpt.model.ops import PLAIN, Ops
-from regpt.model.transformer import Routes
+from regpt.model.transformer import SharedInputs
 
 
 class GemmaBlock(nn.Module):
@@ -56,16 +56,8 @@ class Gemma(Llama):
         """Of the layers with a window, and of those that see all."""
         return super().masks(mask, translate), translate(mask)
 
-    def stack(
-        self,
-        idx: Tensor,
-        positions: Tensor,
-        mask: Any,
-        cache: Cache | None,
-        drop: Dropout,
-        /,
-        routes: Routes = None,
-    ) -> Tensor:
+    def stack(self, idx: Tensor, positions: Tensor, shared: SharedInputs) -> Tensor:
+        mask, cache, drop, _ = shared
         # As in Google's code and transformers the factor is rounded to the weights' format.
         factor = torch.full((), math.sqrt(self.shape.n_embd), dtype=torch.float32, device=idx.device).to(self.dtype)
         x = drop(self.embed_tokens(idx) * factor, site=0)  # (B, T, C)

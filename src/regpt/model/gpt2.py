@@ -10,7 +10,7 @@ from regpt.model.config import ModelConfig
 from regpt.model.dropout import OFF, Dropout
 from regpt.model.layers import Head, LayerNorm, Linear, activation, attend, padded_rows
 from regpt.model.ops import PLAIN, Ops
-from regpt.model.transformer import Routes, Transformer
+from regpt.model.transformer import SharedInputs, Transformer
 
 
 class CausalSelfAttention(nn.Module):
@@ -66,7 +66,7 @@ class Block(nn.Module):
 class GPT2(Transformer):
     """Embeddings of tokens and positions, blocks, a last norm; the head is the token embedding."""
 
-    token_embedding, position_embedding = "wte.weight", "wpe.weight"
+    token_embedding, position_embedding, block_list = "wte.weight", "wpe.weight", "h"
     undecayed = ("*.bias", "*ln_?.weight")
     residual = ("c_proj.weight",)
 
@@ -79,27 +79,10 @@ class GPT2(Transformer):
         self.h = nn.ModuleList(Block(shape, ops, layer) for layer in range(config.n_layer))
         self.ln_f = LayerNorm(config, ops, bias=shape.bias != "none")
         self.lm_head = None if config.tie_embeddings else Head(rows, config.n_embd)
-        self.padded_names = frozenset({"wte.weight"} | ({"lm_head.weight"} if self.lm_head else set()))
 
-    def stack(
-        self,
-        idx: Tensor,
-        positions: Tensor,
-        mask: Any,
-        cache: Cache | None,
-        drop: Dropout,
-        /,
-        routes: Routes = None,
-    ) -> Tensor:
+    def stack(self, idx: Tensor, positions: Tensor, shared: SharedInputs) -> Tensor:
+        mask, cache, drop, _ = shared
         x = drop(self.wte(idx) + self.wpe(positions), site=0)  # (B, T, C)
         for block in self.h:
             x = block(x, mask, cache, drop)
         return self.ln_f(x)
-
-    @property
-    def head_weight(self) -> Tensor:
-        return self.wte.weight if self.lm_head is None else self.lm_head.weight
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        return self.h

@@ -31,30 +31,6 @@ class Routing(NamedTuple):
     chosen: Tensor
 
 
-def experts_in_loop(
-    x: Tensor, routing: tuple[Tensor, Tensor], matrices: Matrices, act: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """The reference: one expert after the other, SwiGLU (Shazeer 2020, eq. 6) on its own tokens.
-
-    Args:
-        x: (N, C).
-        routing: experts of each token (N, k) int64, different ones; and their weights (N, k).
-        matrices: of all experts.
-        act: activation of the gate.
-
-    Returns:
-        (N, C): Σ over a token's k experts of weight · down(act(gate·x) · up·x) (Shazeer et al. 2017, eq. 1).
-    """
-    chosen, weights = routing
-    y = torch.zeros_like(x)
-    for expert, (gate, up, down) in enumerate(zip(*matrices)):
-        token, slot = torch.where(chosen == expert)  # (n,) each
-        h = x[token]  # (n, C)
-        h = F.linear(act(F.linear(h, gate)) * F.linear(h, up), down)
-        y = y.index_add(0, token, (h * weights[token, slot, None]).to(y.dtype))
-    return y
-
-
 def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Rows `ends[e - 1]` to `ends[e]` of x (n, C), times the transposed weight (E, F, C) of expert e: (n, F).
 
@@ -77,9 +53,20 @@ def experts_grouped(
     *,
     product: GroupedProduct = grouped_product,
 ) -> Tensor:
-    """`experts_in_loop`, with all experts in each of three products: tokens are sorted by expert, and back.
+    """Each token through its own experts: all experts in each of three products, tokens sorted by expert, and back.
 
     Under autocast products are in its format, like those of `F.linear`.
+
+    Args:
+        x: (N, C).
+        routing: experts of each token (N, k) int64, different ones; and their weights (N, k).
+        matrices: of all experts.
+        act: activation of the gate.
+        product: of grouped rows.
+
+    Returns:
+        (N, C): Σ over a token's k experts of weight · expert(x) (Shazeer et al. 2017, eq. 1), each of them a SwiGLU,
+        down(act(gate·x) · up·x) (Shazeer 2020, eq. 6).
     """
     chosen, weights = routing
     dtype, k = product_dtype(x), chosen.size(1)

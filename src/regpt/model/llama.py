@@ -17,7 +17,7 @@ from regpt.model.dropout import OFF, Dropout
 from regpt.model.grouped import Routing
 from regpt.model.layers import Head, Linear, RMSNorm, Rotation, activation, attend, padded_rows, rotate, rotation
 from regpt.model.ops import PLAIN, Ops
-from regpt.model.transformer import Routes, Transformer
+from regpt.model.transformer import SharedInputs, Transformer
 
 
 def norm_of(config: ModelConfig, size: int, ops: Ops) -> RMSNorm:
@@ -128,18 +128,9 @@ class Llama(Transformer):
         self.layers = nn.ModuleList(block(shape, ops, layer) for layer in range(config.n_layer))
         self.norm = norm_of(config, config.n_embd, ops)
         self.lm_head = None if config.tie_embeddings else Head(rows, config.n_embd)
-        self.padded_names = frozenset({"embed_tokens.weight"} | ({"lm_head.weight"} if self.lm_head else set()))
 
-    def stack(
-        self,
-        idx: Tensor,
-        positions: Tensor,
-        mask: Any,
-        cache: Cache | None,
-        drop: Dropout,
-        /,
-        routes: Routes = None,
-    ) -> Tensor:
+    def stack(self, idx: Tensor, positions: Tensor, shared: SharedInputs) -> Tensor:
+        mask, cache, drop, routes = shared
         x = drop(self.embed_tokens(idx), site=0)  # (B, T, C)
         by = rotation(self.shape, positions)
         for block in self.layers:
@@ -149,11 +140,3 @@ class Llama(Transformer):
                 if routes is not None:
                     routes.append(routing)
         return self.norm(x)
-
-    @property
-    def head_weight(self) -> Tensor:
-        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        return self.layers

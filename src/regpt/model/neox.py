@@ -14,7 +14,7 @@ from regpt.model.config import ModelConfig
 from regpt.model.dropout import OFF, Dropout
 from regpt.model.layers import Head, LayerNorm, Linear, Rotation, activation, attend, padded_rows, rotate, rotation
 from regpt.model.ops import PLAIN, Ops
-from regpt.model.transformer import Routes, Transformer
+from regpt.model.transformer import SharedInputs, Transformer
 
 
 class NeoXAttention(nn.Module):
@@ -63,7 +63,7 @@ class NeoXBlock(nn.Module):
 class NeoX(Transformer):
     """A token embedding, parallel blocks, a last norm; the head is its own in all published models."""
 
-    token_embedding = "embed_in.weight"
+    token_embedding, own_head = "embed_in.weight", "embed_out"
     undecayed = ("*.bias", "*norm.weight")
     residual = ("dense.weight", "dense_4h_to_h.weight")
 
@@ -75,28 +75,11 @@ class NeoX(Transformer):
         self.layers = nn.ModuleList(NeoXBlock(shape, ops, layer) for layer in range(config.n_layer))
         self.final_layer_norm = LayerNorm(config, ops)
         self.embed_out = None if config.tie_embeddings else Head(rows, config.n_embd)
-        self.padded_names = frozenset({"embed_in.weight"} | ({"embed_out.weight"} if self.embed_out else set()))
 
-    def stack(
-        self,
-        idx: Tensor,
-        positions: Tensor,
-        mask: Any,
-        cache: Cache | None,
-        drop: Dropout,
-        /,
-        routes: Routes = None,
-    ) -> Tensor:
+    def stack(self, idx: Tensor, positions: Tensor, shared: SharedInputs) -> Tensor:
+        mask, cache, drop, _ = shared
         x = drop(self.embed_in(idx), site=0)  # (B, T, C)
         by = rotation(self.shape, positions)
         for block in self.layers:
             x = block(x, by, mask, cache, drop)
         return self.final_layer_norm(x)
-
-    @property
-    def head_weight(self) -> Tensor:
-        return self.embed_in.weight if self.embed_out is None else self.embed_out.weight
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        return self.layers

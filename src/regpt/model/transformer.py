@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -22,6 +22,15 @@ Routes = list[Routing] | None  # what the layers' routers decided, appended in o
 INIT_STD = 0.02  # GPT-2: Radford et al. 2018, section 4.1
 
 
+class SharedInputs(NamedTuple):
+    """What all blocks of one forward take besides their input; `mask` as `Transformer.masks` returned it."""
+
+    mask: Any
+    cache: Cache | None
+    drop: Dropout
+    routes: Routes
+
+
 class Transformer(nn.Module):
     """Token ids to logits: the base of all families, built by `families.make_model`. Set the weights with
     `weights.initialize` or `weights.load_weights`; build under `weights.without_memory`, which skips torch's own
@@ -34,8 +43,8 @@ class Transformer(nn.Module):
 
     Attributes:
         token_embedding, position_embedding: names of parameters, each (rows, C); None where there is no such.
-        padded_names: parameters whose rows are padded to the padded vocabulary. Padded rows never reach a logit, a
-            loss, a checkpoint or a parameter count.
+        own_head: name of the module of a head of its own, None where the head is the token embedding.
+        block_list: name of the list of blocks.
         undecayed: patterns of the names of parameters without weight decay.
         residual: endings of the names of matrices that project into the residual stream.
         adapter, adapter_dropout: set by `adapters.adapt`.
@@ -43,7 +52,8 @@ class Transformer(nn.Module):
 
     token_embedding: str
     position_embedding: str | None = None
-    padded_names: frozenset[str]
+    own_head: str = "lm_head"
+    block_list: str = "layers"
     undecayed: tuple[str, ...]
     residual: tuple[str, ...]
     adapter: AdapterConfig | None = None
@@ -63,16 +73,7 @@ class Transformer(nn.Module):
         self.config = config
         self.ops = ops
 
-    def stack(
-        self,
-        idx: Tensor,
-        positions: Tensor,
-        mask: Any,
-        cache: Cache | None,
-        drop: Dropout,
-        /,
-        routes: Routes = None,
-    ) -> Tensor:
+    def stack(self, idx: Tensor, positions: Tensor, shared: SharedInputs) -> Tensor:
         """The family's forward: from token ids (B, T) and their positions to hidden states (B, T, C)."""
         raise NotImplementedError
 
@@ -84,12 +85,20 @@ class Transformer(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """(V, C), V padded: the output projection."""
-        raise NotImplementedError
+        head = getattr(self, self.own_head)
+        return (getattr(self, self.token_embedding.removesuffix(".weight")) if head is None else head).weight
+
+    @property
+    def padded_names(self) -> frozenset[str]:
+        """Parameters whose rows are padded to the padded vocabulary. Padded rows never reach a logit, a loss, a
+        checkpoint or a parameter count."""
+        tied = getattr(self, self.own_head) is None
+        return frozenset({self.token_embedding} if tied else {self.token_embedding, f"{self.own_head}.weight"})
 
     @property
     def blocks(self) -> nn.ModuleList:
         """The blocks in order: what is recomputed, sharded or distributed as a whole."""
-        raise NotImplementedError
+        return getattr(self, self.block_list)
 
     def default_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups by name: weight decay for products and embeddings, not for biases and norms."""
@@ -164,7 +173,7 @@ class Transformer(nn.Module):
         drop = Dropout(self.config.dropout, dropout_keys if self.config.dropout else None)
         translate = self.ops.translate_mask if drop.keys is None else sdpa_mask  # as `attention_with_dropout` takes it
         seen = self.masks(mask, lambda one: one if ragged else translate(one, B, T, start + T, idx.device))
-        x = self.stack(idx, positions, seen, cache, drop, routes)  # (B, T, C)
+        x = self.stack(idx, positions, SharedInputs(seen, cache, drop, routes))  # (B, T, C)
         if cache is not None:
             cache.length += T
         return x

@@ -122,7 +122,7 @@ def measured(run: Run) -> dict[str, Any]:
     """Loss, norm and documents of the trainer's next step, whose update is not made."""
     trainer, loader = run.trainer, run.loader.at(run.trainer.data_step)
     loss, norm, _ = trainer.gradients()
-    while trainer.loss_scale.too_large(loss, norm):
+    while trainer.loss_scale.backs_off(loss, norm):
         loss, norm, _ = trainer.gradients()
     gradients = ((name, p.grad) for name, p in trainer.model.named_parameters() if p.grad is not None)
     own = [*document_losses(trainer, loader, run.corpus.tokenizer)]

@@ -27,8 +27,8 @@ class LossScale:
         self.scale = FIRST_SCALE if dynamic else 1.0
         self.good_updates = 0  # since the last change
 
-    def too_large(self, loss: float, norm: float) -> bool:
-        """Whether the step is to be computed again, with the smaller scale that this sets.
+    def backs_off(self, loss: float, norm: float) -> bool:
+        """Halve the scale where it made the gradients overflow: then the step is to be computed again. Whether it did.
 
         A loss that is not finite has nothing to do with the scale, which multiplies it afterwards.
         """

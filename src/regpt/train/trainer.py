@@ -222,7 +222,7 @@ class Trainer:
 
     def judge(self, result: StepResult) -> Verdict | None:
         """Return a verdict on suspicious gradients, or None. Its inputs are global, so all ranks agree."""
-        if self.loss_scale.too_large(result.loss, result.grad_norm):
+        if self.loss_scale.backs_off(result.loss, result.grad_norm):
             return Verdict("overflow", "repeat")
         return self.guard.judge(self.step, result.loss, result.grad_norm)
 
