@@ -14,8 +14,8 @@ from regpt.hf.gguf_models import export_gguf
 from regpt.runs.export import check_export, refuse_difference
 from regpt.text.open import from_json
 from regpt.tools import llama_cpp
-from regpt.tools.chat_template import CONVERSATIONS, rendered
 from regpt.tools.llama_cpp import (
+    CONVERSATIONS,
     ChatCheck,
     Comparison,
     LlamaCheck,
@@ -24,6 +24,7 @@ from regpt.tools.llama_cpp import (
     compared,
     equal_part,
     loss_on,
+    rendered,
 )
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "hf"))
@@ -218,7 +219,7 @@ def test_llama_cpp_renders_the_chat_template_of_a_file_as_transformers_does(name
 def test_a_chat_template_that_is_rendered_otherwise_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     made, tokenizer = make("llama", max_seq_len=48)
     export_gguf(made, tokenizer, tmp_path / "m.gguf", "f32", CHATML)
-    monkeypatch.setattr(llama_cpp, "rendered", lambda *given: rendered(*given) + " ")
+    monkeypatch.setattr(llama_cpp, "rendered", lambda *given: f"{rendered(*given)} ")
     with pytest.raises(UserError, match=r"renders the chat template of \[.*Hello.* as '<\|im_start\|>user"):
         check_export(open_model(str(tmp_path / "m.gguf")), tmp_path / "m.gguf", "q8_0", "", 1)
 

@@ -62,15 +62,12 @@ def export_hf(
         write_json(temporary / OPTIONS, tokenizer_config(model.config.max_seq_len, tokenizer))
         for name, text in (companions or {}).items() if source is None else ():
             write_text(temporary / name, text)
-        for file in kept_files(source):
-            write_bytes(temporary / file.name, file.read_bytes())
+        for file in [source / name for name in TEXT_FILES] if source else ():
+            if is_file(file):
+                write_bytes(temporary / file.name, file.read_bytes())
         if not is_file(temporary / TOKENIZER):
             write_text(temporary / TOKENIZER, tokenizer_json(tokenizer))
     return folder
-
-
-def kept_files(source: Path | None) -> list[Path]:
-    return [source / name for name in TEXT_FILES if is_file(source / name)] if source else []
 
 
 def ends(tokenizer: Tokenizer) -> list[int]:
@@ -149,13 +146,9 @@ def gpt2_json() -> str:
     spelling = byte_characters()
     spell = {token: "".join(spelling[byte] for byte in token) for token in ranks}
     vocab = {spell[token]: rank for token, rank in ranks.items()} | {ENDOFTEXT: EOT}
-    merges = [(spell[left], spell[right]) for left, right in merges_of(ranks)]
+    joined = (token for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1)  # each was one merge
+    merges = [(spell[left], spell[right]) for left, right in (last_merge(token, ranks) for token in joined)]
     return json.dumps(json.loads(Rules(vocab, merges, {ENDOFTEXT: EOT}, False).build().to_str()), ensure_ascii=False)
-
-
-def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pairs that a BPE joins, in order, from its tokens' ranks: each token of two or more bytes was one merge."""
-    return [last_merge(token, ranks) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1]
 
 
 def last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:

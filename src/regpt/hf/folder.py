@@ -23,6 +23,7 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLE = "pytorch_model.bin"
+HOW_TO_CONVERT = "make them with transformers' save_pretrained, or choose another model"
 # Rows of an embedding beyond its tokenizer that padding explains: Megatron-LM's multiple of 128, on each of 8 devices.
 MAX_PADDING = 1024
 
@@ -48,10 +49,13 @@ def hf_weights(folder: Path, config: ModelConfig, n_vocab: int | None = None) ->
     paths = weight_files(folder)
     files = TensorFiles(paths)
     refuse_quantized(files.dtype_of, folder)
+    needed = float("inf")  # of more blocks than there are tensors, which take seconds to describe
     if config.n_layer <= len(files):
         with without_memory():
-            check_shapes(make_model(config), files.shape_of, folder)
-    if config.n_layer > len(files) or parameters_of(config) > sum(path.stat().st_size for path in paths):
+            model = make_model(config)
+        check_shapes(model, files.shape_of, folder)
+        needed = count_parameters(model)
+    if needed > sum(path.stat().st_size for path in paths):
         raise UserError(  # before memory is taken for them
             f"model {str(folder)!r} has fewer weights than its {CONFIG} asks for; restore the folder or choose another "
             "model"
@@ -69,11 +73,6 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return small.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
 
 
-def parameters_of(config: ModelConfig) -> int:
-    with without_memory():
-        return count_parameters(make_model(config))
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that hold the weights.
 
@@ -89,11 +88,7 @@ def weight_files(folder: Path) -> list[Path]:
             )
         return files
     has = f"has only {PICKLE}, a pickle, which can execute code" if is_file(folder / PICKLE) else f"has no {WEIGHTS}"
-    raise UserError(f"model {str(folder)!r} {has}; regpt reads safetensors only: {how_to_convert()}")
-
-
-def how_to_convert() -> str:
-    return "make them with transformers' save_pretrained, or choose another model"
+    raise UserError(f"model {str(folder)!r} {has}; regpt reads safetensors only: {HOW_TO_CONVERT}")
 
 
 def hf_tokenizer(folder: Path, rows: int) -> Tokenizer:

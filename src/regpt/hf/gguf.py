@@ -296,7 +296,8 @@ class GGUFFile(Mapping[str, Tensor]):
                 raise self.truncated("a list ends beyond it")
             if inner == STRING:
                 return [self.string() for _ in range(n)]
-            return [*map(shortest if inner == FLOAT32 else as_is, self.unpack(f"{n}{self.scalar(inner)}"))]
+            values = self.unpack(f"{n}{self.scalar(inner)}")
+            return [*map(shortest, values)] if inner == FLOAT32 else [*values]
         (value,) = self.unpack(self.scalar(kind))
         return shortest(value) if kind == FLOAT32 else value
 
@@ -334,7 +335,3 @@ class GGUFFile(Mapping[str, Tensor]):
 def shortest(value: float) -> float:
     """The number that was meant by a float32: the one with the fewest digits (1e-5, not 9.999999747378752e-06)."""
     return float(str(np.float32(value)))
-
-
-def as_is(value: Any) -> Any:
-    return value

@@ -322,14 +322,10 @@ def stretch_of(given: Tensor, values: Mapping[str, Any]) -> dict[str, Any]:
     longest row of before follows from a wavelength that is stretched in part."""
     plain = ModelConfig(n_head=1, n_embd=values["head_size"], family="llama", rope_theta=values["rope_theta"])
     waves = 2 * torch.pi / rope_frequencies(plain, torch.device("cpu")).double()
-    factor = shortest_factor(float(given.max()))
+    factor = float(f"{max(float(given.max()), 1.0):.5g}")
     between = (given > 1.001) & (given < factor * 0.999) if len(given) == len(waves) else given > torch.inf
     longest = 8192  # Llama 3's
     if between.any():
         kept = (1 / given[between].double() - 1 / factor) / (1 - 1 / factor)
         longest = round(float((waves[between] * (1 + 3 * kept)).median()))
     return dict(zip(STRETCH, (factor, 1.0, 4.0, longest)))
-
-
-def shortest_factor(value: float) -> float:
-    return float(f"{max(value, 1.0):.5g}")

@@ -13,7 +13,7 @@ from regpt.errors import UserError
 from regpt.hf.export import tokenizer_json
 from regpt.hf.gguf import GGUFFile
 from regpt.text.library import GEMMA_SPLIT, LibraryTokenizer
-from regpt.text.llama3 import PATTERN
+from regpt.text.llama3 import BYTES, PATTERN, split
 from regpt.text.open import open_content
 from regpt.text.rules import BYTE_LEVEL, ENDS_TEXT, STARTS_DOCUMENTS
 from regpt.text.sentencepiece import content_of_pieces, joining_pairs
@@ -23,13 +23,8 @@ from regpt.text.tokenizer import ENDOFTEXT, Tokenizer
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)  # token types (llama.h, enum llama_token_type)
 ROLES = ("eos", "eot", "eom")  # keys that name a token which ends a text
 NFC: Json = {"type": "NFC"}
-BYTES: Json = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 ESCAPE: Json = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-WORDS: Json = BYTES | {"use_regex": True}
-
-
-def split(pattern: str) -> Json:
-    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+WORDS: Json = BYTE_LEVEL
 
 
 # Name → normalizers, pre-tokenizers, whether a word that is a token is that token whatever the merges; llama-vocab.cpp.

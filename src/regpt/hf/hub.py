@@ -5,7 +5,7 @@ from pathlib import Path
 
 from regpt.errors import UserError
 from regpt.files import is_file
-from regpt.hf.folder import CONFIG, INDEX, PICKLE, WEIGHTS, hf_config, how_to_convert
+from regpt.hf.folder import CONFIG, HOW_TO_CONVERT, INDEX, PICKLE, WEIGHTS, hf_config
 from regpt.remote.network import WAYS_OUT, Unreached, reach
 from regpt.text.folder import ADDED, CERTIFICATE, CHAT, GENERATION, MERGES, MODEL, NAMES, OPTIONS, TOKENIZER, VOCAB
 
@@ -74,5 +74,5 @@ def download_model(repo: str) -> Path:
 def with_weights(folder: Path, repo: str) -> Path:
     """`folder`; a UserError where it holds no safetensors."""
     if not (is_file(folder / WEIGHTS) or is_file(folder / INDEX)):
-        raise UserError(f"hub repository {repo!r} has no {WEIGHTS}, and regpt never reads {PICKLE}; {how_to_convert()}")
+        raise UserError(f"hub repository {repo!r} has no {WEIGHTS}, and regpt never reads {PICKLE}; {HOW_TO_CONVERT}")
     return folder

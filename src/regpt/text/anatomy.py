@@ -5,11 +5,10 @@ from pathlib import Path
 
 from regpt.files import is_file, is_folder
 from regpt.text.bpe import BPETokenizer
-from regpt.text.folder import NAMES, OPTIONS, name_of, read_optional, read_text
+from regpt.text.folder import CHAT, NAMES, OPTIONS, name_of, read_optional, read_text
 from regpt.text.library import LibraryTokenizer
 from regpt.text.tokenizer import ENDOFTEXT, Tokenizer, with_bytes
 
-TEMPLATE = "chat_template.jinja"
 ROLES = ("bos", "eos", "pad", "unk")
 BATCH = 4096  # tokens encoded at a time
 
@@ -91,8 +90,8 @@ def roles_in(folder: Path) -> dict[str, list[str]]:
 
 def chat_template(folder: Path) -> str:
     """All templates of the folder, one after another; "" where there is none."""
-    if is_file(folder / TEMPLATE):
-        return read_text(folder / TEMPLATE)
+    if is_file(folder / CHAT):
+        return read_text(folder / CHAT)
     template = read_optional(folder / OPTIONS).get("chat_template") or ""
     parts = template if isinstance(template, list) else [template]
     return "\n".join(str(part.get("template", "")) if isinstance(part, dict) else str(part) for part in parts)

@@ -17,7 +17,8 @@ from tokenizers import AddedToken, Tokenizer, pre_tokenizers, trainers
 from regpt.errors import UsageError, UserError
 from regpt.text.library import encode_text, encode_texts
 from regpt.text.rules import BYTES, byte_level_bpe, parse_content, read_rules
-from regpt.text.tokenizer import ENDOFTEXT, MAX_VOCAB, SEAM
+from regpt.text.tokenizer import ENDOFTEXT, MAX_VOCAB
+from regpt.text.tokenizer import Tokenizer as TokenizerProtocol
 
 MIN_VOCAB = 257  # 256 bytes and <|endoftext|>
 # A merge seen once is a memory of one place, not of the language (the library's own default for this BPE).
@@ -30,14 +31,12 @@ BLOCK = MAX_WORD // 2  # a run of MAX_WORD characters contains a whole block, so
 KINDS = (re.compile(r"[^\W_]*"), re.compile(r"[\W_]*"))  # every word is of one of them: letters and digits, or neither
 
 
-class BPETokenizer:
+class BPETokenizer(TokenizerProtocol):
     """A byte-level BPE with `<|endoftext|>`, as the contents of its `tokenizer.json` describe it.
 
     `sha256` is that of its rules in one spelling (`Rules.canonical`), whatever the file looks like; `name` is
     `bpe-<n_vocab>-<first 8 digits of sha256>`.
     """
-
-    seam = SEAM
 
     def __init__(self, tokenizer_json: str | dict[str, Any]) -> None:
         """The contents of a file, or the object in it.
@@ -63,12 +62,6 @@ class BPETokenizer:
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         return encode_texts(self._tokenizer, texts, threads)
-
-    def encode_prompts(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return self.encode_batch(texts)  # nothing stands before a text
-
-    def encode_continuations(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return self.encode_batch(texts)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=False)

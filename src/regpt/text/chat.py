@@ -5,6 +5,7 @@ knows the piece it is from, so what is trained on is never searched for in the t
 what precedes it, in training as in use.
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jinja2 import TemplateError
 from jinja2.exceptions import SecurityError
+from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from regpt.errors import UserError
@@ -66,11 +68,8 @@ class ChatTemplate:
         self.special.pop("", None)
         longest_first = sorted(self.special, key=len, reverse=True)
         self.names = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
-        environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
         try:
-            self.template = environment.from_string(source)
+            self.template = chat_environment().from_string(source)
         except TemplateError as error:
             raise UserError(f"the model's chat template is not valid: {error} (line {line_of(error)})") from None
         self.end_of_turn = self.find_end_of_turn()
@@ -211,6 +210,14 @@ class ChatTemplate:
         """The tokens that end an answer."""
         ends = () if self.end_of_turn is None else (self.end_of_turn,)
         return tuple(dict.fromkeys((*ends, *self.tokenizer.stop_ids)))
+
+
+def chat_environment() -> ImmutableSandboxedEnvironment:
+    """The Jinja of chat templates, with the functions and filters of transformers' (`chat_template_utils`)."""
+    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    jinja.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+    jinja.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    return jinja
 
 
 def refuse(message: object) -> None:

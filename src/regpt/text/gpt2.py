@@ -16,7 +16,7 @@ from tiktoken_ext import openai_public
 
 from regpt.errors import UserError
 from regpt.remote.network import REACH_SECONDS, failure, reach
-from regpt.text.tokenizer import ENDOFTEXT, SEAM
+from regpt.text.tokenizer import ENDOFTEXT, Tokenizer
 
 EOT = 50256
 N_VOCAB = 50257
@@ -35,7 +35,7 @@ RUST_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000" 
 LONG_RUN = re.compile(f"[{RUST_SPACE}]{{{BLOCK},}}")
 
 
-class GPT2Tokenizer:
+class GPT2Tokenizer(Tokenizer):
     """The tokenizer of GPT-2 and GPT-3. `sha256` is that of the ranks in tiktoken's own text format, which makes it the
     published hash of `r50k_base.tiktoken`, however the ranks were obtained."""
 
@@ -43,7 +43,6 @@ class GPT2Tokenizer:
     n_vocab = N_VOCAB
     eot = EOT
     stop_ids: tuple[int, ...] = (EOT,)
-    seam = SEAM
 
     def __init__(self, ranks: dict[bytes, int]) -> None:
         self._tokens = sorted(ranks, key=ranks.__getitem__)
@@ -64,12 +63,6 @@ class GPT2Tokenizer:
             return [self._encode(text) for text in texts]
         with ThreadPoolExecutor(threads) as pool:  # tiktoken releases the GIL
             return list(pool.map(self._encode, texts))
-
-    def encode_prompts(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return self.encode_batch(texts)  # nothing stands before a text
-
-    def encode_continuations(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return self.encode_batch(texts)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._encoding.decode(list(map(int, ids)), errors="replace")
@@ -146,17 +139,15 @@ def ranks_from_merges(text: str) -> dict[bytes, int]:
     """The tokens in their order: the bytes, those that print first, then what each line joins. (tiktoken's own reader
     takes 0.2 s, most of it to compare the two files, which their hashes do here.)"""
     spelling = byte_characters()
-    byte_of = {ord(character): byte for byte, character in enumerate(spelling)}
     tokens = [bytes([byte]) for byte in sorted(range(256), key=spelling.__getitem__)]
     for line in text.splitlines()[1:]:  # the first is the version
-        tokens.append(line.replace(" ", "").translate(byte_of).encode("latin-1"))
+        tokens.append(line.replace(" ", "").translate(BYTE_OF).encode("latin-1"))
     return {token: rank for rank, token in enumerate(tokens)}
 
 
 def ranks_of(vocab: dict[str, int]) -> dict[bytes, int]:
     """The same from GPT-2's vocabulary as `tokenizer.json` spells it."""
-    byte_of = {ord(character): byte for byte, character in enumerate(byte_characters())}
-    return {token.translate(byte_of).encode("latin-1"): i for token, i in vocab.items() if token != ENDOFTEXT}
+    return {token.translate(BYTE_OF).encode("latin-1"): i for token, i in vocab.items() if token != ENDOFTEXT}
 
 
 def byte_characters() -> list[str]:
@@ -165,6 +156,9 @@ def byte_characters() -> list[str]:
     printable = {byte for block in ranges for byte in block}
     spare = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)]
+
+
+BYTE_OF = {ord(character): byte for byte, character in enumerate(byte_characters())}  # for `str.translate`
 
 
 def ranks_from_network() -> dict[bytes, int]:

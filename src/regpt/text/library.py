@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tokenizers import Tokenizer
 
+from regpt.text.gpt2 import without_surrogates
 from regpt.text.spec import SPACE, BPESpec, Json
 from regpt.text.tokenizer import SEAM
 
@@ -109,7 +110,7 @@ def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     try:
         text.encode()
     except UnicodeEncodeError:  # as a terminal passes bytes that are not UTF-8
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = without_surrogates(text)
     return tokenizer.encode_batch_fast([text])[0].ids  # unlike `encode`: no offsets, and without the GIL
 
 

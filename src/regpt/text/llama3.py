@@ -9,7 +9,8 @@ import binascii
 import re
 
 from regpt.text.gpt2 import byte_characters
-from regpt.text.rules import ENDS_TEXT, RESTORE, NotATokenizer
+from regpt.text.rules import BYTE_LEVEL, ENDS_TEXT, RESTORE, NotATokenizer
+from regpt.text.sentencepiece import joining_pairs
 from regpt.text.spec import FLAGS, Json, before_every_text
 
 RANKS, SPECIAL = 128_000, 256
@@ -20,6 +21,13 @@ START, ENDS = "<|begin_of_text|>", ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>
 HEADERS = {6: "<|start_header_id|>", 7: "<|end_header_id|>", 9: "<|eot_id|>"}
 NAMED_3_0 = {0: START, 1: "<|end_of_text|>", **HEADERS}  # place among the special tokens → name; the rest is reserved
 NAMED_3_1 = NAMED_3_0 | {4: "<|finetune_right_pad_id|>", 8: "<|eom_id|>", 10: "<|python_tag|>"}
+
+BYTES: Json = BYTE_LEVEL | {"use_regex": False}  # a word as its bytes, where another step has split the text
+
+
+def split(pattern: str) -> Json:
+    """A pre-tokenizer that splits text at the matches of `pattern`."""
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
 def is_tiktoken(data: bytes) -> bool:
@@ -43,20 +51,19 @@ def llama3_content(data: bytes, named: dict[int, str]) -> Json:
         )
     spelling = byte_characters()
     spell = {token: "".join(map(spelling.__getitem__, token)) for token in ranks}
-    merges = [(spell[left], spell[right]) for left, right in pairs_of(ranks)]
+    scores = {token: -rank for token, rank in ranks.items()}
+    merges = [(spell[left], spell[right]) for left, right in joining_pairs(scores, ranks)]
     names = name_special_tokens(named)
     flags = dict.fromkeys(FLAGS, False) | {"special": True}
     added = [
         {"id": RANKS + i, "content": name, **flags, **({ENDS_TEXT: True} if name in ENDS else {})}
         for i, name in enumerate(names)
     ]
-    split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
-    levels: Json = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     return {
         "added_tokens": added,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, levels]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split(PATTERN), BYTES]},
         "post_processor": before_every_text(names[0], RANKS),
-        "decoder": {**levels, "use_regex": True},
+        "decoder": BYTE_LEVEL,
         "model": {
             "type": "BPE",
             "ignore_merges": True,
@@ -91,13 +98,3 @@ def read_ranks(data: bytes) -> dict[bytes, int]:
     if sorted(ranks.values()) != list(range(len(lines))) or b"" in ranks:
         raise NotATokenizer("not a tiktoken file: its ranks are not 0, 1, 2, … once each", RESTORE)
     return ranks
-
-
-def pairs_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Every pair of tokens whose join is a token, by the ranks of the join, its left and its right part."""
-    pairs: list[tuple[bytes, bytes]] = []
-    for token in sorted(ranks, key=ranks.__getitem__):
-        halves = ((token[:i], token[i:]) for i in range(1, len(token)))
-        found = [(left, right) for left, right in halves if left in ranks and right in ranks]
-        pairs += sorted(found, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-    return pairs

@@ -33,7 +33,7 @@ MEMBERS = {  # where a Sequence keeps its members
 
 RESTORE = "restore the file or give another tokenizer"
 STARTS_DOCUMENTS, ENDS_TEXT = "starts_documents", "ends_text"  # flags of added tokens that regpt writes
-REFUSED = "not a byte-level BPE that regpt can use"
+REFUSED = "not a BPE that regpt can use"
 
 
 class NotATokenizer(UserError):
@@ -214,19 +214,27 @@ def adds_tokens(step: dict[str, Any]) -> bool:
     return step.get("type") != "ByteLevel"
 
 
-def checked_special(tokens: Any) -> dict[str, int]:
-    """Name → id of the special tokens, `<|endoftext|>` among them."""
+def named_tokens(tokens: Any) -> list[dict[str, Any]]:
+    """The added tokens, each with a name of its own and an id."""
     tokens = tokens or []
     sound = isinstance(tokens, list) and all(
         isinstance(token, dict) and isinstance(token.get("content"), str) and type(token.get("id")) is int
         for token in tokens
     )
-    require(sound, "its special tokens have no names and ids")
+    require(sound, "its added tokens have no names and ids")
+    names = {token["content"] for token in tokens}
+    require("" not in names and all(map(has_utf8, names)), "an added token has no name")
+    require(len(names) == len(tokens), "two of its added tokens have one name")
+    return tokens
+
+
+def checked_special(tokens: Any) -> dict[str, int]:
+    """Name → id of the special tokens, `<|endoftext|>` among them."""
+    tokens = named_tokens(tokens)
     special = {token["content"]: token["id"] for token in tokens}
-    require(len(special) == len(tokens), "two of its special tokens have one name")
     require(ENDOFTEXT in special, f"its special tokens are {sorted(special)}, without {ENDOFTEXT!r}")
     for token in tokens:
-        require(token["content"].strip() != "" and has_utf8(token["content"]), "a special token has no name")
+        require(token["content"].strip() != "", "a special token has no name")
         name = f"added token {token['content']!r}"
         require(token.get("special", True) is True, f"its {name} is not special, so text that spells it becomes it")
         eating = [flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)]

@@ -5,8 +5,8 @@ normalized. Models that normalize with a character map are refused.
 """
 
 import struct
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, AnyStr
 
 from regpt.text.rules import ENDS_TEXT, RESTORE, NotATokenizer
 from regpt.text.spec import FLAGS, SPACE, Json, before_every_text
@@ -87,7 +87,7 @@ def content_of_pieces(
     }
 
 
-def joining_pairs(scores: dict[str, float], ids: dict[str, int]) -> Iterator[tuple[str, str]]:
+def joining_pairs(scores: Mapping[AnyStr, float], ids: Mapping[AnyStr, int]) -> Iterator[tuple[AnyStr, AnyStr]]:
     """Every pair of pieces whose join is a piece, the best score of the join first."""
     for piece in sorted(scores, key=lambda piece: (-scores[piece], ids[piece])):
         halves = ((piece[:i], piece[i:]) for i in range(1, len(piece)))

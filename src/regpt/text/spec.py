@@ -16,17 +16,19 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from regpt.text.gpt2 import byte_characters
+from regpt.text.gpt2 import BYTE_OF, byte_characters
 from regpt.text.rules import (
     BYTES,
     ENDS_TEXT,
     MEMBERS,
+    REFUSED,
     SECTIONS,
     STARTS_DOCUMENTS,
     NotATokenizer,
     checked_merges,
-    has_utf8,
     members,
+    named_tokens,
+    require,
 )
 from regpt.text.tokenizer import ENDOFTEXT
 
@@ -107,13 +109,12 @@ class BPESpec:
     def token_bytes(self, n_vocab: int) -> list[bytes]:
         """What each id stands for; of a special token its name, of an id without a token nothing."""
         table = [b""] * n_vocab
-        byte_of = {ord(character): byte for byte, character in enumerate(byte_characters())}
         own = {token["content"]: token["special"] for token in self.added}
         for token, i in self.vocab.items():
             if own.get(token) or (token in own and self.byte_level):
                 table[i] = token.encode()
             elif self.byte_level:
-                table[i] = token.translate(byte_of).encode("latin-1")
+                table[i] = token.translate(BYTE_OF).encode("latin-1")
             else:
                 fallback = FALLBACK.fullmatch(token)
                 table[i] = bytes.fromhex(fallback[1]) if fallback else token.replace(SPACE, " ").encode()
@@ -254,17 +255,7 @@ def is_byte_level(steps: dict[str, list[Json]]) -> bool:
 
 def checked_added(tokens: Any) -> list[Json]:
     """The added tokens by id, their flags filled in as the library does."""
-    tokens = tokens or []
-    sound = isinstance(tokens, list) and all(
-        isinstance(token, dict) and isinstance(token.get("content"), str) and type(token.get("id")) is int
-        for token in tokens
-    )
-    require(sound, "its added tokens have no names and ids")
-    for token in tokens:
-        require(token["content"] != "" and has_utf8(token["content"]), "an added token has no name")
-    names = {token["content"] for token in tokens}
-    require(len(names) == len(tokens), "two of its added tokens have one name")
-    filled = [{**dict.fromkeys(FLAGS, False), "special": True, **token} for token in tokens]
+    filled = [{**dict.fromkeys(FLAGS, False), "special": True, **token} for token in named_tokens(tokens)]
     return sorted(filled, key=lambda token: token["id"])
 
 
@@ -348,11 +339,3 @@ def refuse_text_as_special(spec: BPESpec, small: Tokenizer) -> None:
     for token in spec.special:
         whole = spec.options["ignore_merges"] and (words is None or len(words.pre_tokenize_str(token)) == 1)
         require(token not in made and not whole, f"ordinary text becomes its special token {token!r}")
-
-
-REFUSED = "not a BPE that regpt can use"
-
-
-def require(condition: bool, otherwise: str) -> None:
-    if not condition:
-        raise NotATokenizer(f"{REFUSED}: {otherwise}")

@@ -22,7 +22,8 @@ class Encoder(Protocol):
     """
 
     @property
-    def seam(self) -> re.Pattern[str] | None: ...
+    def seam(self) -> re.Pattern[str] | None:
+        return SEAM
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         """One uint32 array of token ids a text, in the order given, without `eot`."""
@@ -30,12 +31,12 @@ class Encoder(Protocol):
 
     def encode_prompts(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The same for what a model reads first: after the token that transformers puts before every text (Llama 3's
-        `<|begin_of_text|>`), once, though a text may begin with its name."""
-        ...
+        `<|begin_of_text|>`), once, though a text may begin with its name; by default nothing stands there."""
+        return self.encode_batch(texts)
 
     def encode_continuations(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The same for texts that follow other text: without the space that Llama 2's tokenizer puts before a text."""
-        ...
+        return self.encode_batch(texts)
 
 
 @runtime_checkable

@@ -1,7 +1,6 @@
 """A GGUF file against llama.cpp itself, from the pip package xllamacpp: tokens, greedy continuations, probabilities,
 chat template."""
 
-import importlib
 import json
 import random
 import unicodedata
@@ -13,19 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from regpt.engine.generate import generate
 from regpt.engine.processing import SamplingOptions
-from regpt.errors import UserError
+from regpt.errors import UserError, import_extra
 from regpt.hf.gguf import GGUFFile
 from regpt.hf.gguf_archs import ARCHS
 from regpt.model.ops import linear_cross_entropy
 from regpt.model.transformer import Transformer
+from regpt.text.chat import chat_environment
 from regpt.text.library import LibraryTokenizer
 from regpt.text.sentences import SENTENCES
 from regpt.text.tokenizer import Tokenizer
-from regpt.tools.chat_template import CONVERSATIONS, Conversation, rendered
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS, STRINGS = 20, 24, 100, 10_000
 PROBABILITIES = 4 << 20  # numbers that llama.cpp sends as text, at most, with one position of each prompt at least
@@ -39,6 +39,24 @@ LARGEST_TIE = dict.fromkeys(ARCHS, 1e-5) | {"gpt2": 5e-3, "gemma3": 2e-2}
 TIES = 20  # of one prompt, after which its tokens are not compared any further
 LOSS_TOKENS = 1 << 15
 FORCED = 1e4  # added to a logit that then wins
+Conversation = list[dict[str, str]]
+
+
+def turns(*contents: str, system: str = "") -> Conversation:
+    """A conversation whose turns alternate between user and assistant."""
+    first = [{"role": "system", "content": system}] if system else []
+    return first + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+CONVERSATIONS: list[Conversation] = [
+    turns("Hello"),
+    turns("  spaces around, two lines\nand an end  \n"),
+    turns("Wie geht's? 你好 🙂 <b>&amp;</b> {{ braces }} {% raw %}"),
+    turns("What is 2 + 2?", "4", "And 3 + 3?"),
+    turns("one", "two", "three", "four", " five "),
+    turns("Hello", system="You are helpful."),
+    turns("a", "b\n\nc", "d", system="  Answer in one word.\n"),
+]
 
 
 class LlamaServer:
@@ -49,10 +67,7 @@ class LlamaServer:
     """
 
     def __init__(self, path: Path, max_seq_len: int) -> None:
-        try:
-            xllamacpp: Any = importlib.import_module("xllamacpp")
-        except ImportError:
-            raise UserError("the check needs llama.cpp; install it with: pip install 'regpt[gguf]'") from None
+        xllamacpp = import_extra("xllamacpp", "the check needs llama.cpp", "gguf")
         params = xllamacpp.CommonParams()
         params.model.path, params.n_ctx, params.n_parallel = str(path), max_seq_len, 1
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
@@ -218,6 +233,17 @@ def check_chat(server: LlamaServer, metadata: dict[str, Any]) -> ChatCheck:
             return ChatCheck(equal, refused, (conversation, ours, theirs))
         equal += 1
     return ChatCheck(equal, refused)
+
+
+def rendered(template: str, conversation: Conversation, bos: str, eos: str) -> str | None:
+    """The prompt for the assistant's next turn as transformers renders it, without tools and documents; None where the
+    template itself refuses the conversation."""
+    given: dict[str, Any] = {"messages": conversation, "bos_token": bos, "eos_token": eos, "tools": None}
+    try:
+        found = chat_environment().from_string(template)
+        return found.render(**given, documents=None, add_generation_prompt=True)
+    except TemplateError:
+        return None
 
 
 def check_prompts(tokenizer: Tokenizer, at_most: int) -> Iterator[list[int]]:
