@@ -11,6 +11,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -324,11 +325,9 @@ def remove_temporary(parent: Path, name: str) -> None:
 
 
 def unused(path: Path, mark: str) -> Path:
-    """The first of the paths with `mark` and 1, 2, … added to their name that does not exist."""
-    number = 1
-    while (found := path.with_name(f"{path.name}{mark}{number}")).exists():
-        number += 1
-    return found
+    """The first of the paths with `mark` (such as `.old-{}`), filled with 1, 2, …, after their name that does not
+    exist."""
+    return next(found for n in count(1) if not (found := path.with_name(path.name + mark.format(n))).exists())
 
 
 # Locks: a lock ends with the process that holds it, also when that is killed.

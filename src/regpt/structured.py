@@ -9,11 +9,12 @@ import re
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from regpt.errors import UserError
 from regpt.files import is_file, refuse_lfs_pointer
 
+T = TypeVar("T")
 MAX_BYTES = 64 << 20  # tokenizers of 250,000 tokens have 17 MB; a state of 1,024 processes has 14 MB
 MAX_LINE_BYTES = 16 << 20  # of one row of JSON lines: the largest samples and item scores have kilobytes
 MAX_TOML_BYTES = 1 << 20  # recipes have some kilobytes
@@ -149,6 +150,18 @@ def json_lines(path: Path, holding: bytes = b"") -> Iterator[tuple[int, dict[str
                 end = file.readline(MAX_LINE_BYTES + 1)
             if (line.strip() if whole else True) and holding in line:
                 yield number, parse_row(line) if whole else None, end.endswith(b"\n")
+
+
+def parse_as(kind: type[T], data: bytes | str) -> T:
+    """The `kind`, a dataclass, that JSON describes strictly; a ValueError about the first key that does not fit."""
+    from pydantic import TypeAdapter, ValidationError  # only here: it is slow to import
+
+    refuse_many(data)
+    try:
+        return TypeAdapter(kind).validate_json(data, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}") from None
 
 
 def parse_row(line: bytes) -> dict[str, Any] | None:

@@ -95,9 +95,6 @@ def find_damages(
 def find_damage(folder: Path, look: Callable[[str], None] = lambda file: None) -> list[Damage]:
     """Every file of the checkpoint `folder` that is not as it should be; empty for a checkpoint that a run can take;
     `look` as in `damages`."""
-    found = [damage_of(name, error) for name, error in damages(folder, look=look)]
-    return sorted(found, key=lambda damage: damage.file)
-
-
-def damage_of(name: str, error: UserError) -> Damage:
-    return Damage(error.name, error.what) if isinstance(error, DamagedFile) else Damage(name, str(error))
+    found = damages(folder, look=look)
+    named = [(e.name, e.what) if isinstance(e, DamagedFile) else (name, str(e)) for name, e in found]
+    return [Damage(*one) for one in sorted(named)]

@@ -20,7 +20,7 @@ from regpt.checkpoint.manifest import MANIFEST, STATE, check_sizes, read_checkpo
 from regpt.errors import UserError
 from regpt.files import discard, rename, temporary_name
 from regpt.remote import is_address
-from regpt.remote.download import download_lock
+from regpt.remote.download import REMOTE_OPTIONS, download_lock
 from regpt.remote.lease import FOLDER as LEASE
 from regpt.remote.retry import NotTransferred
 from regpt.remote.store import Store
@@ -28,11 +28,6 @@ from regpt.remote.store import Store
 CONFIG = "config.toml"  # the last file to be copied next to checkpoints: it makes a run of a folder
 STORED_STEP = re.compile(r"step-\d{8,}")
 Warn = Callable[[str], None]
-
-
-def cache_folder() -> Path:
-    """Where copies of remote runs are kept."""
-    return Path.home() / ".cache" / "regpt"
 
 
 def folder_name(url: str) -> str:
@@ -90,7 +85,7 @@ def local_run(name: str) -> Path:
 
 def copy_of(url: str) -> Path:
     """Folder of the copy of the run at `url`, with the run's own name; made if need be."""
-    folder = cache_folder() / "fetched" / folder_name(url) / plain(url.rstrip("/").rsplit("/", 1)[-1])
+    folder = REMOTE_OPTIONS.folder / "fetched" / folder_name(url) / plain(url.rstrip("/").rsplit("/", 1)[-1])
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

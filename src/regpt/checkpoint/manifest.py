@@ -6,11 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import TypeAdapter, ValidationError
-
 from regpt.errors import UserError
 from regpt.files import file_sha256, is_file, is_folder, is_plain_name, refuse_lfs_pointer, stat_or_none, write_json
-from regpt.structured import MAX_BYTES, parse_json, read_small
+from regpt.structured import MAX_BYTES, parse_as, parse_json, read_small
 from regpt.tensors import REMEDY, SUFFIX
 
 FORMAT_VERSION = 1
@@ -93,11 +91,9 @@ def read_checkpoint_manifest(folder: Path) -> CheckpointManifest:
 def validated(kind: type[T], content: bytes | str, path: Path, problem: str) -> T:
     """The `kind` that the JSON `content` of the file `path` describes; a UserError with the `problem` otherwise."""
     try:
-        return TypeAdapter(kind).validate_json(content, strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise damaged(path, f"{problem} ({where}: {first['msg']})") from None
+        return parse_as(kind, content)
+    except ValueError as error:
+        raise damaged(path, f"{problem} ({error})") from None
 
 
 def refuse_other_version(content: bytes, path: Path) -> None:

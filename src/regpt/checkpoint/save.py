@@ -108,7 +108,7 @@ def finish_replacements(parent: Path) -> None:
 
 def set_aside(folder: Path) -> Path:
     """Rename a damaged checkpoint so that it is no longer looked at."""
-    return folder.replace(unused(folder, ".damaged-"))
+    return folder.replace(unused(folder, ".damaged-{}"))
 
 
 def is_intact(folder: Path) -> bool:

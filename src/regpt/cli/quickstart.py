@@ -20,8 +20,8 @@ class Quickstart:
 
 def main(args: list[str]) -> int:
     given = parse(Quickstart, args, prog="regpt quickstart")
-    from regpt.runs.folder import numbered_folder
+    from regpt.files import unused
     from regpt.runs.quickstart import quickstart
 
-    run = Path(given.out) if given.out else numbered_folder(Path("runs"), "quickstart")
+    run = Path(given.out) if given.out else unused(Path("runs/quickstart"), "-{:03d}")
     return quickstart(run, steps=given.steps, argv=["regpt", "quickstart", *args])

@@ -125,16 +125,11 @@ def origin_of(given: SampleArgs, opened: "OpenModel") -> "Origin":
 def write_receipt(
     path: Path, origin: "Origin", requests: "list[Request]", written: "list[list[Sample]]", schema: dict[str, str]
 ) -> None:
-    from regpt.engine.noise import choice_seed
-    from regpt.engine.receipt import Receipt, WrittenText
+    from regpt.engine.receipt import Receipt
     from regpt.files import write_json
 
-    texts = [
-        WrittenText(tuple(request.prompt), choice_seed(request.seed, i), tuple(sample.ids[len(request.prompt) :]))
-        for request, samples in zip(requests, written)
-        for i, sample in enumerate(samples)
-    ]
-    write_json(path, Receipt.of(origin, requests[0], texts, schema).to_json(), "choose another file for --receipt")
+    new = [sample.ids[len(one.prompt) :] for one, samples in zip(requests, written) for sample in samples]
+    write_json(path, Receipt.of(origin, requests, new, schema).to_json(), "choose another file for --receipt")
 
 
 def structure_of(schema: dict[str, str], tokenizer: Any, n_vocab: int) -> Any:
@@ -211,15 +206,13 @@ class DrawnText:
 @contextmanager
 def show_progress(requests: "list[Request]") -> "Iterator[Callable[[int, int], None]]":
     """A bar with rate and time left, of a file of prompts."""
-    from rich.progress import BarColumn, TimeRemainingColumn
-
-    from regpt.console.drawing import field, progress_bar
+    from regpt.console.drawing import progress_bar
 
     if len(requests) == 1:
         yield lambda tokens, done: None
         return
     began = time.perf_counter()
-    with progress_bar(BarColumn(), field("description"), TimeRemainingColumn(), transient=True) as bar:
+    with progress_bar(transient=True) as bar:
         total = sum(one.n for one in requests)
         task = bar.add_task("reading prompts", total=total)
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 
 from regpt.errors import UserError, word
 from regpt.files import address_of, exists, is_file, is_folder, is_plain_name, refuse_lfs_pointer
-from regpt.structured import read_small, refuse_many
+from regpt.structured import parse_as, read_small
 from regpt.text.tokenizer import MAX_VOCAB
 
 FORMAT_VERSION = 1
@@ -176,14 +176,9 @@ def without_manifest(folder: Path) -> str:
 
 def parse_manifest(content: bytes, path: Path) -> Manifest:
     try:
-        refuse_many(content)
-        manifest = TypeAdapter(Manifest).validate_json(content, strict=True)
-    except ValueError as error:  # a ValidationError is one
-        what = str(error)
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            what = f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
-        raise UserError(f"{path} is not a manifest of token shards ({what}); prepare it again") from None
+        manifest = parse_as(Manifest, content)
+    except ValueError as error:
+        raise UserError(f"{path} is not a manifest of token shards ({error}); prepare it again") from None
     if manifest.eot >= manifest.vocab_size:
         raise UserError(f"{path} has eot {manifest.eot} and vocab_size {manifest.vocab_size}; prepare it again")
     for name in (shard.file for shard in manifest.shards):

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 
 from regpt import __version__
 from regpt.engine.engine import Engine
 from regpt.engine.generate import engine_for, make_sample
+from regpt.engine.noise import choice_seed
 from regpt.engine.processing import SamplingOptions
 from regpt.engine.request import Request, bad_logits
 from regpt.engine.sequence import Sequence
@@ -21,7 +21,7 @@ from regpt.engine.structured import Structures
 from regpt.engine.text import TextStream
 from regpt.errors import UserError
 from regpt.model.transformer import Transformer
-from regpt.structured import parse_json, read_small
+from regpt.structured import parse_as, parse_json, read_small
 from regpt.text.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
@@ -83,12 +83,19 @@ class Receipt:
 
     @classmethod
     def of(
-        cls, model: Origin, request: Request, texts: Items[WrittenText], structure: Mapping[str, str] | None = None
+        cls,
+        model: Origin,
+        requests: Items[Request],
+        written: Items[Items[int]],
+        structure: Mapping[str, str] | None = None,
     ) -> "Receipt":
-        """Of texts with the options of `request`; `structure` is a `json_schema` or a `regex`."""
-        limits = request.max_new_tokens, request.options, tuple(request.stop), tuple(request.stop_ids)
-        given = structure or {}
-        return cls(model, *limits, tuple(texts), given.get("json_schema"), given.get("regex"))
+        """Of the new tokens `written` for each text of each of `requests`, which have the options of the first alike;
+        `structure` is a `json_schema` or a `regex`."""
+        first, given = requests[0], structure or {}
+        limits = first.max_new_tokens, first.options, tuple(first.stop), tuple(first.stop_ids)
+        starts = [(tuple(one.prompt), choice_seed(one.seed, choice)) for one in requests for choice in range(one.n)]
+        texts = tuple(WrittenText(*start, tuple(new)) for start, new in zip(starts, written, strict=True))
+        return cls(model, *limits, texts, given.get("json_schema"), given.get("regex"))
 
     def to_json(self) -> dict[str, Any]:
         return {"format_version": self.format_version} | asdict(self)
@@ -123,11 +130,9 @@ def read_receipt(path: Path) -> Receipt:
         said = f"{str(path)!r} is a receipt of format {version}, this regpt reads {FORMAT_VERSION}"
         raise UserError(f"{said}; install a newer regpt")
     try:
-        found = TypeAdapter(Receipt).validate_json(json.dumps(content), strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise UserError(f"{str(path)!r} is no receipt ({where}: {first['msg']}); {REMEDY}") from None
+        found = parse_as(Receipt, json.dumps(content))
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is no receipt ({error}); {REMEDY}") from None
     if version != FORMAT_VERSION or not all(one.tokens for one in found.texts) or not found.texts:
         raise UserError(f"{str(path)!r} is no receipt (it has no format_version, or no texts); {REMEDY}")
     return found

@@ -102,14 +102,6 @@ def read_run_config(run: Path) -> RunConfig:
     return read_config(str(path))
 
 
-def numbered_folder(parent: Path, name: str) -> Path:
-    """The first of parent/name-001, -002, … that does not exist."""
-    number = 1
-    while (path := parent / f"{name}-{number:03d}").exists():
-        number += 1
-    return path
-
-
 def whole_lines(path: Path) -> int:
     """Bytes of the lines of a file that have an end."""
     with path.open("rb") as file:

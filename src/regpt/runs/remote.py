@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from regpt.checkpoint.config import CheckpointConfig
-from regpt.checkpoint.fetch import cache_folder, fetch_model, folder_name, restore
+from regpt.checkpoint.fetch import fetch_model, folder_name, restore
 from regpt.checkpoint.load import print_warning
 from regpt.checkpoint.mirror import Mirror
 from regpt.checkpoint.saver import Saver
@@ -26,6 +26,7 @@ from regpt.errors import UserError
 from regpt.files import unused, write_json
 from regpt.parallel.mesh import Mesh
 from regpt.remote import is_address
+from regpt.remote.download import REMOTE_OPTIONS
 from regpt.remote.lease import Claim, Lease
 from regpt.remote.retry import PATIENCE, Patience
 from regpt.remote.store import Store
@@ -146,7 +147,7 @@ def deliver(mirror: Mirror | None, mesh: Mesh) -> None:
 
 def staging_folder(url: str, staging: str) -> Path:
     """Local folder of the run at `url`."""
-    return (Path(staging).expanduser() if staging else cache_folder() / "runs") / folder_name(url)
+    return (Path(staging).expanduser() if staging else REMOTE_OPTIONS.folder / "runs") / folder_name(url)
 
 
 def stored_config(url: str, staging: str) -> RunConfig:
@@ -193,7 +194,7 @@ def set_aside(folder: Path) -> Path:
 
     config.toml goes last: after a crash the rest still counts as a run, and is set aside too.
     """
-    aside = unused(folder, ".old-")
+    aside = unused(folder, ".old-{}")
     aside.mkdir()
     for path in sorted(content_of(folder), key=lambda path: path.name == CONFIG):
         path.replace(aside / path.name)

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from json.encoder import encode_basestring
 from typing import Any, Protocol
 
-from regpt.engine.noise import choice_seed
-from regpt.engine.receipt import Origin, Receipt, WrittenText
+from regpt.engine.receipt import Origin, Receipt
 from regpt.engine.request import Event
 from regpt.serve.worker import PromptScores, Scored, TextJob
 from regpt.text.tokenizer import Tokenizer, with_bytes
@@ -156,13 +155,8 @@ class Answer:
         """What no interface of OpenAI has: the seed, and a receipt where one is asked for."""
         if self.origin is None:
             return {"seed": self.seed}
-        requests, n = self.job.requests, self.job.n
-        texts = [
-            WrittenText(tuple(one.prompt), choice_seed(one.seed, choice), tuple(self.texts[i * n + choice].tokens))
-            for i, one in enumerate(requests)
-            for choice in range(n)
-        ]
-        return {"seed": self.seed, "receipt": Receipt.of(self.origin, requests[0], texts, self.structure).to_json()}
+        receipt = Receipt.of(self.origin, self.job.requests, [text.tokens for text in self.texts], self.structure)
+        return {"seed": self.seed, "receipt": receipt.to_json()}
 
     # ---- log-probabilities -------------------------------------------------------------------------------------------
 
