@@ -93,8 +93,7 @@ class Engine:
             held = self.autocast or draft.dtype
             draft = DraftModel(draft, model, self.pages, max_rows, held, kernels=kernels, graphs=graphs)
         self.draft: Draft | None = draft
-        # A request's other texts wait, by its number, until its first one has read the prompt, which they then share.
-        self.queue, self.followers = FairQueue(), dict[int, list[Sequence]]()
+        self.queue, self.followers = FairQueue(), dict[int, list[Sequence]]()  # other texts of a request
         self.prefilling, self.active, self.sliding = list[Sequence](), list[Sequence](), list[Sequence]()
         self.pending, self.outbox = deque[Launched](), list[Event]()
         self.needs: Needs | None = None  # of the active rows; None: to be found out
