@@ -15,8 +15,8 @@ from regpt.cli.parse import OTHER_JSON, check_json, parse
 from regpt.console.lines import print_json, print_line, print_note, print_rows
 from regpt.console.text import counted
 from regpt.errors import UsageError, UserError
-from regpt.evals.specs import parse_tasks
-from regpt.files import write_json
+from regpt.evals.specs import Spec, parse_tasks
+from regpt.files import write_json, write_text
 from regpt.ranges import MANY, PROCESSES, Range
 from regpt.train.config import EvalPrecision
 
@@ -27,14 +27,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvalArgs:
-    """Evaluate a model: loss and bits per byte on held-out text, HellaSwag, CORE, multiple choice, lm-eval's tasks."""
+    """Evaluate a model: loss and bits per byte on held-out text, HellaSwag, CORE, multiple choice, replies to generated
+    questions, lm-eval's tasks."""
 
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = ""
     """A run or checkpoint folder, the address of one (s3://…), a Hugging Face folder, a GGUF file, or a hub name such
     as gpt2."""
     tasks: str = "val"
     """Comma-separated names: val; hellaswag, or hellaswag:FILE; core:DIR, or core:DIR/TASK,TASK; mc:FILE; needle, or
-    needle:lengths=1024/4096:depths=0/50/100:text=FILE; lm-eval:TASK,TASK…"""
+    needle:lengths=1024/4096:depths=0/50/100:text=FILE; chat:TASK, or chat:TASK:difficulty=2:items=200:seed=0:tokens=64;
+    lm-eval:TASK,TASK…"""
     data: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """val: folder of token shards; default: that of the run's training data."""
     val_tokens: Annotated[int, Range(0, MANY)] = 0
@@ -53,6 +55,9 @@ class EvalArgs:
     """Also write the results to this file; - prints them as JSON instead."""
     items: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Also write the result of every item, TASK-step-N.jsonl, into this folder; regpt diff reads RUN/evals."""
+    write_train: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Evaluate nothing: write training items of the chat tasks, none of which is in the test, as JSON lines for regpt
+    finetune --data; --max-items says how many of each."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto: CUDA, then MPS, then CPU."""
     precision: EvalPrecision = "fp32"
@@ -68,6 +73,10 @@ def main(args: list[str]) -> int:
     """Parse, evaluate, print."""
     given = parse(EvalArgs, args, prog="regpt eval")
     specs = parse_tasks(given.tasks)
+    if given.write_train is not None:
+        return write_training_items(given, specs)
+    if not given.model:
+        raise UsageError("no model was given; regpt eval MODEL --tasks …, with a run, a checkpoint or a name as gpt2")
     refuse_useless(given, {spec.kind for spec in specs})
     check_json(given.json)
     from regpt.checkpoint.best import at_step
@@ -108,6 +117,29 @@ def main(args: list[str]) -> int:
     for sentence in found.failures:
         print_note(sentence)
     return 1 if found.failures else 0
+
+
+def write_training_items(given: EvalArgs, specs: list[Spec]) -> int:
+    """Write items of the split `train`, one task after another."""
+    from regpt.evals.chat.tasks import chat_options, make_items
+
+    assert given.write_train is not None
+    if others := [str(spec) for spec in specs if spec.kind != "chat"]:
+        raise UsageError(f"--write-train writes items of chat tasks, {others[0]} has none; give --tasks chat:TASK")
+    if given.model:
+        raise UsageError(f"--write-train reads no model; leave out {given.model!r}, or --write-train FILE")
+    options = [chat_options(spec.argument) for spec in specs]
+    asked = [one._replace(items=given.max_items or one.items) for one in options]
+    found = [make_items(one, "train") for one in asked]
+    try:
+        write_text(Path(given.write_train), "".join(item.line() for items in found for item in items))
+    except OSError as error:
+        raise UserError(f"cannot write {given.write_train!r} ({error.strerror}); choose another file") from None
+    for spec, one, items in zip(specs, asked, found):
+        fewer = "" if len(items) == one.items else f" of {one.items:,}: there are no more at this difficulty"
+        print_line(f"{spec}: {counted(len(items), 'item')}{fewer}")
+    print_line(given.write_train)
+    return 0
 
 
 def refuse_useless(given: EvalArgs, kinds: set[str]) -> None:

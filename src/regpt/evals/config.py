@@ -28,8 +28,11 @@ class EvalConfig:
         for spec in self.specs():
             if spec.kind == "val":
                 raise UsageError("eval.tasks names val, which is evaluated anyway (eval.val_tokens); leave it out")
-            if spec.kind == "lm-eval":
-                raise UsageError("eval.tasks names lm-eval, whose tasks are for a finished model: regpt eval --tasks")
+            if spec.kind in ("lm-eval", "chat"):
+                raise UsageError(
+                    f"eval.tasks names {spec.kind}, whose tasks are for a finished model; leave it out, and give it to "
+                    "regpt eval --tasks"
+                )
 
     def specs(self) -> list[Spec]:
         """The tasks; raises what `parse_tasks` does."""

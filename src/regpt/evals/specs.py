@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from regpt.errors import UsageError, nearest
+from regpt.evals.chat.tasks import chat_options
 
 KINDS = {
     "val": "the held-out split of the data",
@@ -11,6 +12,7 @@ KINDS = {
     "core": "core:DIR, a folder with core.json, or some of its tasks, core:DIR/arc_easy,piqa",
     "mc": "mc:FILE, multiple-choice questions",
     "needle": "needle in a haystack, or needle:lengths=1024/4096:depths=0/50/100:items=8:text=FILE",
+    "chat": "chat:TASK, replies to generated questions such as chat:addition:difficulty=2:items=200, or chat:ifeval",
     "lm-eval": "lm-eval:TASK,TASK…, the rest of the list",
 }
 # The 22 of CORE's metric; a folder may hold fewer, with a notice.
@@ -20,7 +22,7 @@ CORE_TASKS = (
     *("agi_eval_lsat_ar", "bigbench_cs_algorithms", "bigbench_operators", "bigbench_repeat_copy_logic", "squad"),
     *("coqa", "boolq", "bigbench_language_identification"),
 )
-NEED = {"core": "DIR", "mc": "FILE", "lm-eval": "TASK"}
+NEED = {"core": "DIR", "mc": "FILE", "chat": "TASK", "lm-eval": "TASK"}
 
 
 class Spec(NamedTuple):
@@ -66,11 +68,13 @@ def check_specs(names: Iterable[str]) -> list[Spec]:
             raise UsageError(f"task {kind!r} needs to know which; give {kind}:{NEED[kind]}")
         if kind == "val" and colon:
             raise UsageError(f"task {name!r}: val takes nothing after a colon; choose the folder with --data")
+        if kind == "chat":
+            chat_options(argument)
         specs.append(Spec(kind, argument))
     for i, spec in enumerate(specs):
         if spec in specs[:i]:
             raise UsageError(f"task {str(spec)!r} is given twice; give it once")
-        # Files of one kind but mc's own have results under one name: the second would replace the first.
-        if other := next((one for one in specs[:i] if one.kind == spec.kind != "mc"), None):
+        # Files of most kinds have results under one name: the second would replace the first.
+        if other := next((one for one in specs[:i] if one.kind == spec.kind not in ("mc", "chat")), None):
             raise UsageError(f"tasks {str(other)!r} and {str(spec)!r} have one name in results; give one of them")
     return specs

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from regpt.errors import UsageError, import_extra
+from regpt.errors import UsageError, UserError, import_extra
+from regpt.evals.chat.tasks import chat_options
 from regpt.evals.choices import open_choices, open_hellaswag
 from regpt.evals.core import locate, open_core, summarize
 from regpt.evals.needle import Needle, needle_options
@@ -16,6 +17,7 @@ from regpt.evals.score import Progress, Scorer
 from regpt.evals.specs import Spec
 from regpt.evals.task import Result, Task, Tolerate, evaluate_task, refuse, truncation_notice
 from regpt.remote.download import DownloadProgress
+from regpt.text.chat import ChatTemplate
 from regpt.text.fast import accelerate
 from regpt.text.tokenizer import Encoder, Tokenizer
 
@@ -63,12 +65,14 @@ def open_suites(
     progress: DownloadProgress | None = None,
     tolerate: Tolerate = refuse,
     max_seq_len: int = 1024,
+    template: ChatTemplate | None = None,
 ) -> list[Suite]:
     """The tasks that `specs` name, but `val`: read, checked and encoded, by gigatoken where it is installed.
 
     Args:
         tolerate: receives the name of a task of CORE whose file is damaged, and the error; its neighbours are read.
         max_seq_len: tokens that the model reads, for tasks of its length.
+        template: the model's, for chat tasks.
 
     Raises:
         UserError: a file that cannot be had, or malformed items.
@@ -83,6 +87,9 @@ def open_suites(
             started = time.perf_counter()
             if spec.kind == "lm-eval":
                 suites.append(open_harness(spec, tokenizer, tolerate))
+                continue
+            if spec.kind == "chat":
+                suites.append(open_chat(spec, template))
                 continue
             if spec.kind == "needle":
                 needle = Needle(needle_options(spec.argument), encoder, max_seq_len)
@@ -99,6 +106,18 @@ def open_harness(spec: Spec, tokenizer: Tokenizer, tolerate: Tolerate) -> Suite:
     harness = import_extra("regpt.evals.harness", "lm-eval is not installed", "lm-eval")
     names = [name.strip() for name in spec.argument.split(",") if name.strip()]
     return harness.HarnessSuite(names, tokenizer, tolerate)
+
+
+def open_chat(spec: Spec, template: ChatTemplate | None) -> Suite:
+    """A chat task; a UserError for a model that was not trained to answer."""
+    from regpt.evals.chat.suite import ChatSuite
+
+    if template is None:
+        raise UserError(
+            f"the model has no chat template, so it was not trained to answer, and {spec} asks for replies; train it "
+            "on conversations first (regpt finetune RECIPE --init-from MODEL --data FILE --out RUN)"
+        )
+    return ChatSuite(chat_options(spec.argument), template)
 
 
 def open_suite(spec: Spec, encoder: Encoder, eot: int, progress: DownloadProgress | None, tolerate: Tolerate) -> Suite:

@@ -13,7 +13,7 @@ from regpt.report.statistics import PairTest, SeedNoise, against_seeds, paired_t
 from regpt.report.summary import RunSummary, summarize
 
 SEEDS = ("train.seed", "data.seed", "sample.seed")
-LOWER_IS_BETTER = ("loss", "bpb", "bits_per_byte", "perplexity")
+LOWER_IS_BETTER = ("loss", "bpb", "bits_per_byte", "perplexity", "role_leak", "repetition", "reply_tokens")
 LOSS, BITS, AVERAGED = "validation loss", "bits per byte", "averaged weights: "
 SAME_TOKENS = 1.01  # times as many tokens still are as many: another batch size, a step more
 HEADLINE = ("acc_norm", "centered", "acc")  # the metric that an item's `correct` stands for: the first one there is

@@ -14,7 +14,7 @@ from regpt.checkpoint.best import STEPS_BACK
 from regpt.console.lines import print_note
 from regpt.errors import UserError
 from regpt.files import is_file, is_folder, resolved
-from regpt.structured import json_lines, parse_json, parse_toml, read_small
+from regpt.structured import json_lines, parse_json, parse_toml, read_object, read_small
 
 Row = dict[str, Any]
 Items = dict[Hashable, Row]
@@ -82,13 +82,29 @@ def read_run(folder: Path) -> RunData:
         train=train,
         val=of_kind([row for row in rows if "source" not in row], "val"),
         val_sources=of_kind([row for row in rows if "source" in row], "val", "source"),
-        evals=of_kind(rows, "eval", "task", "metric"),
+        evals=of_kind([*rows, *later_evaluations(folder)], "eval", "task", "metric"),
         updates=of_kind(rows, "updates"),
         events=of_kind(rows, "event", "name"),
         samples=latest(current_samples(samples, written), "prompt"),
         folder=folder,
         left_out=(*left_out, *odd_samples),
     )
+
+
+def later_evaluations(folder: Path) -> list[Row]:
+    """Rows of what `regpt eval RUN --json RUN/evals/FILE.json` wrote; none of a damaged file."""
+    found: list[Row] = []
+    for path in sorted((folder / "evals").glob("*.json")):
+        try:
+            report = read_object(path, "write it again with regpt eval")
+        except UserError:
+            continue
+        step = report.get("step")
+        for name, task in section(report, "tasks").items() if isinstance(step, int) else ():
+            metrics = section(task, "metrics") if isinstance(task, dict) else {}
+            rows = {metric: section(metrics, metric) for metric in metrics}
+            found += [{"kind": "eval", "step": step, "task": name, "metric": metric, **rows[metric]} for metric in rows]
+    return found
 
 
 def rows_by_step(run: Path, kind: str) -> dict[int, Row]:

@@ -22,6 +22,9 @@ from regpt.files import exists, is_file, resolved
 from regpt.parallel.mesh import Mesh
 from regpt.runs.remote import on_this_machine
 from regpt.runs.validation import Validated, ValidationPart, folder_parts, own_sums, part_batches, result
+from regpt.text.certificate import refuse_other_template
+from regpt.text.chat import ChatTemplate
+from regpt.text.folder import CHAT
 from regpt.train.backend import make_loss_sum
 from regpt.train.config import EvalPrecision
 from regpt.train.precision import autocast, check_precision, hold, inference_dtype, set_matmul_precision
@@ -125,13 +128,14 @@ def evaluate_model(asked: EvalRequest, mesh: Mesh, show: ShowProgress) -> ModelE
     def tolerate(task: str, error: UserError) -> None:
         failures.append((task, error))
 
+    longest = opened.model.config.max_seq_len
     suites: list[Any] = list(
-        open_suites(asked.specs, opened.tokenizer, None, tolerate, opened.model.config.max_seq_len)
+        open_suites(asked.specs, opened.tokenizer, None, tolerate, longest, chat_template(asked, opened))
     )
     if not task and all(suite.tasks for suite in suites):  # those of lm-eval are not open yet
         if failures and not suites:
             raise failures[0][1]
-        refuse_if_nothing_fits([one for suite in suites for one in suite.tasks], opened.model.config.max_seq_len)
+        refuse_if_nothing_fits([one for suite in suites for one in suite.tasks], longest)
     val = (task, validate(asked, task, opened, mesh, show)) if task else None
     scorer = Scorer(opened.model, mesh, autocast=lambda: autocast(asked.precision, mesh.device), compile=asked.compile)
     found = [(suite, suite.evaluate(scorer, show, asked.max_items)) for suite in suites]
@@ -139,6 +143,15 @@ def evaluate_model(asked: EvalRequest, mesh: Mesh, show: ShowProgress) -> ModelE
         raise failures[0][1]
     sentences = [f"{name} was not evaluated: {error}" for name, error in failures]
     return ModelEvaluation(opened, val, found, scorer.cost.compile_seconds, sentences)
+
+
+def chat_template(asked: EvalRequest, opened: OpenModel) -> ChatTemplate | None:
+    """The model's template, where chat tasks are asked for; one that its certificate does not name is refused."""
+    source = opened.companions.get(CHAT, "")
+    if not source or all(spec.kind != "chat" for spec in asked.specs):
+        return None
+    refuse_other_template(source, opened.companions)
+    return ChatTemplate(source, opened.tokenizer)
 
 
 def run_config(model: str) -> RunConfig | None:

@@ -1,0 +1,1 @@
+"""Tasks whose replies a model writes: generated questions, exact checkers, and how replies end."""
