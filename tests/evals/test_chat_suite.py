@@ -189,6 +189,7 @@ def save(folder: Path, model, companions) -> Path:
 
 def test_the_command_writes_tables_items_and_what_the_report_and_diff_read(run, capsys):
     evals = run / "evals"
+    evals.mkdir()
     tasks = "chat:addition:items=6:tokens=4,chat:ifeval:difficulty=1:tokens=4"
     flags = ["--tasks", tasks, "--max-items", "4", "--json", str(evals / "chat.json"), "--items", str(evals)]
     assert main([str(run), "--device", "cpu", *flags]) == 0
