@@ -41,10 +41,13 @@ from regpt.kernels.gpt2_fp8 import FusedGPT2FP8
 from regpt.kernels.llama import FusedLlama
 from regpt.kernels.masked import TorchAttention, attend_in_band, band, cudnn, flash
 from regpt.kernels.select import ops_of
+from regpt.model.adapter_config import AdapterConfig
+from regpt.model.adapters import Merged, adapt, adapter_parameters, base_tensors, begin_adapters
 from regpt.model.config import ModelConfig
 from regpt.model.families import make_model
 from regpt.model.layers import rotation
 from regpt.model.ops import PLAIN
+from regpt.model.transformer import Transformer
 from regpt.model.weights import initialize, load_weights, state_tensors
 from regpt.parallel.mesh import open_mesh
 from regpt.reference import gpt2, llama
@@ -256,6 +259,41 @@ def dropout_evaluated() -> list[tuple[Found, Found]]:
     """In training mode, too: only the batches of training have dropout."""
     model, (idx, _) = tiny.build_model(config=DROPOUT).train(), tiny.Rows().rows(0)
     return [({"logits": model(idx)}, {"logits": tiny.build_model()(idx)})]
+
+
+ADAPTERS = [AdapterConfig(r=3), AdapterConfig(r=3, rslora=True), AdapterConfig(r=3, dora=True)]
+
+
+def families_adapted() -> list[tuple[Found, Found]]:
+    """Adapters as they begin, with B = 0, and in training mode."""
+    return [
+        ({"logits": with_adapters(config, adapter).train()(tiny.Rows().rows(0)[0])}, {"logits": plain})
+        for config in tiny.FAMILY_CONFIGS.values()
+        for plain in [tiny.build_model(config=config)(tiny.Rows().rows(0)[0])]
+        for adapter in ADAPTERS
+    ]
+
+
+def families_merged() -> list[tuple[Found, Found]]:
+    found = []
+    for config in tiny.FAMILY_CONFIGS.values():
+        for adapter in ADAPTERS:
+            model, plain = with_adapters(config, adapter), tiny.build_model(config=config)
+            generator = torch.Generator().manual_seed(9)
+            for p in adapter_parameters(model).values():
+                p.data += 0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            shapes = {name: tuple(tensor.shape) for name, tensor in state_tensors(plain).items()}
+            load_weights(plain, Merged(shapes, base_tensors(model), adapter_parameters(model), adapter))
+            idx = tiny.Rows().rows(0)[0]
+            found.append(({"logits": plain(idx)}, {"logits": model(idx)}))
+    return found
+
+
+def with_adapters(config: ModelConfig, adapter: AdapterConfig) -> Transformer:
+    plain = tiny.build_model(config=config)
+    model = load_weights(adapt(make_model(config).double(), adapter), state_tensors(plain))
+    begin_adapters(model, 3)
+    return model
 
 
 def fused_path() -> list[tuple[Found, Found]]:
@@ -544,6 +582,8 @@ CELLS = [
     Cell("dropout with activation checkpointing", "without", "loss, gradients", 0.0, dropout_recomputed),
     Cell("dropout with `torch.compile`", "without", "loss, gradients", 1e-14, compiled_dropout, slow=True),
     Cell("evaluation of a model with dropout", "dropout 0", "logits", 0.0, dropout_evaluated),
+    Cell("every family, adapters as they begin", "their base", "logits", 0.0, families_adapted),
+    Cell("every family, adapters (LoRA, DoRA) merged", "unmerged", "logits", 1e-14, families_merged),
     Cell("moments in the host's memory", "on the device", "weights, moments, in float32", 0.0, offloaded),
     Cell("the same in bfloat16, weights too", "on the device", "weights, moments", 0.0, low_memory_offloaded),
     Cell("activations in the host's memory", "on the device", "loss, gradients", 0.0, on_the_host),

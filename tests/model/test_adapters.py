@@ -77,7 +77,7 @@ def merged_model(model: Transformer, dtype: torch.dtype = torch.float64) -> Tran
 
 @pytest.mark.parametrize("shape", FAMILIES.values(), ids=FAMILIES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_adapters_begin_as_the_base_bit_for_bit_and_change_it_once_trained(kind: str, shape):
+def test_19_adapters_begin_as_the_base_bit_for_bit_and_change_it_once_trained(kind: str, shape):
     config = KINDS[kind] if kind != "some" or shape.family != "gpt2" else replace(LORA, targets=("c_proj", "*c_fc"))
     if kind == "some" and shape.family == "gpt_neox":
         config = replace(LORA, targets=("*dense*",))
@@ -89,7 +89,7 @@ def test_adapters_begin_as_the_base_bit_for_bit_and_change_it_once_trained(kind:
 
 
 @pytest.mark.parametrize("shape", FAMILIES.values(), ids=FAMILIES)
-def test_each_chosen_linear_layer_alone_changes_the_output(shape):
+def test_19_each_chosen_linear_layer_alone_changes_the_output(shape):
     base = build_model(config=shape)(IDX)
     for name in linears_of(build_model(config=shape)):
         model = trained(adapted(replace(LORA, targets=(name,)), shape))
@@ -130,7 +130,7 @@ def test_the_merged_model_computes_what_the_adapted_one_does(kind: str, shape):
 
 
 @pytest.mark.parametrize("base", ["nf4", "int8"])
-def test_a_quantized_base_is_merged_into_what_it_was_trained_on(base):
+def test_10_a_quantized_base_is_merged_into_what_it_was_trained_on(base):
     """Bug 10: a merge into the weights before quantization is another model."""
     model = trained(adapted(replace(LORA, base=base), dtype=torch.float32))
     ours = model(IDX)
@@ -144,7 +144,7 @@ def test_a_quantized_base_is_merged_into_what_it_was_trained_on(base):
 # ---- embedding and head (bug 11) -------------------------------------------------------------------------------------
 
 
-def test_a_tied_embedding_needs_an_explicit_choice_and_stays_tied():
+def test_11_a_tied_embedding_needs_an_explicit_choice_and_stays_tied():
     for target in ("embedding", "head"):
         with pytest.raises(UsageError, match="embedding and head of this model are one matrix"):
             adapt(make_model(CONFIG), replace(LORA, targets=("*", target)))
@@ -170,7 +170,7 @@ def test_an_embedding_and_a_head_of_its_own_are_adapted_apart():
 # ---- dropout (bug 15) ------------------------------------------------------------------------------------------------
 
 
-def test_dropout_of_adapters_is_keyed_and_off_without_keys():
+def test_15_dropout_of_adapters_is_keyed_and_off_without_keys():
     model = trained(adapted(replace(LORA, dropout=0.5)))
     plain = trained(adapted(LORA))
     keys = torch.from_numpy(dropout_keys(3, 0, 3).astype("int64"))

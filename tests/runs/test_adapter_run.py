@@ -96,6 +96,15 @@ def test_the_open_model_is_the_one_that_was_validated(runs, kind, shards, capsys
     assert found["tasks"]["val"]["loss"] == pytest.approx(last["loss"], abs=2e-6)
 
 
+def test_inspect_names_what_is_adapted(runs, capsys):
+    assert main(["inspect", str(runs["lora"]), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["adapted"] == ["h.0.attn.c_attn", "h.0.attn.c_proj", "h.0.mlp.c_fc", "h.0.mlp.c_proj"]
+    assert (facts["trained"], facts["rank"]) == (3 * (16 + 48 + 16 + 16 + 16 + 64 + 64 + 16), 3)
+    assert main(["inspect", str(runs["lora"])]) == 0
+    assert "parameters in adapters of rank 3" in capsys.readouterr().out
+
+
 def test_a_fork_has_the_base_too_and_a_replay_repeats_a_step(runs, shards, tmp_path):
     source = checkpoint_folder(runs["lora"], 4)
     assert fork(config_of(shards), source, tmp_path / "fork") == 0

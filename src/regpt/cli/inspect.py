@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -66,10 +66,16 @@ def main(args: list[str]) -> int:
     table, total = parameter_table(tensors, every=given.all), count_parameters(opened.model)
     if given.json:
         nearest = {text: [asdict(one) for one in found] for text, found in near.items()}
-        facts = {"source": opened.source, "step": opened.step, "parameters": total}
-        print_json(facts | {"tensors": [asdict(row) for row in table], "nearest": nearest})
+        about = {"source": opened.source, "step": opened.step, "parameters": total, **adapter_facts(opened)}
+        print_json(about | {"tensors": [asdict(row) for row in table], "nearest": nearest})
         return 0
     print_parameters(opened, table, total)
+    if facts := adapter_facts(opened):
+        adapted = facts["adapted"]
+        print_line(
+            f"\n{facts['trained']:,} parameters in adapters of rank {facts['rank']}, merged into "
+            f"{facts['base']}, of {counted(len(adapted), 'layer')}: {', '.join(adapted)}"
+        )
     for text, found in near.items():
         print_line(f"\nnearest to {text!r} (token {ids[text]}), by the angle between embeddings")
         rows = [[repr(one.text), str(one.id), f"{one.cosine:.4f}", f"{one.norm:.3f}"] for one in found]
@@ -77,6 +83,16 @@ def main(args: list[str]) -> int:
     if given.out is not None:
         print_line(f"\n{given.out}")
     return 0
+
+
+def adapter_facts(opened: OpenModel) -> dict[str, Any]:
+    """What was adapted in a model that is a base with adapters; {} of others."""
+    parts = opened.adapter
+    if parts is None:
+        return {}
+    names = [name.removesuffix(".lora_A") for name in parts.tensors if name.endswith(".lora_A")]
+    trained = sum(parts.tensors[name].numel() for name in parts.tensors)
+    return {"adapted": names, "trained": trained, "rank": parts.config.r, "base": parts.base}
 
 
 def first_matrix(model: Transformer) -> str:
