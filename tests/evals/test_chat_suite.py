@@ -74,17 +74,20 @@ def answering(suite: ChatSuite, texts) -> ChatSuite:
 
 
 def test_replies_are_those_of_the_uncached_loop_until_the_end_of_turn(model):
-    suite = ChatSuite(OPTIONS, TEMPLATE)
+    template = ChatTemplate(PLAIN, byte_tokenizer())
+    suite = ChatSuite(OPTIONS, template)
     scorer = Scorer(model, one_of_mesh(0, 1))
+    template.end_of_turn = suite.replies(scorer, [0], lambda done: None)[0].ids[2]  # one that the model writes
     found = suite.replies(scorer, range(12), lambda done: None)
     for prompt, reply in zip(suite.prompts, found):
         text = generate_uncached(model, torch.tensor([prompt]), 6, SamplingOptions(top_k=1), 0)[
             0, len(prompt) :
         ].tolist()
-        ended = TEMPLATE.end_of_turn in text
-        expected = text[: text.index(TEMPLATE.end_of_turn)] if ended else text
+        ended = template.end_of_turn in text
+        expected = text[: text.index(template.end_of_turn)] if ended else text
         assert (reply.ids, reply.ended) == (expected, ended)
-        assert reply.text == TEMPLATE.tokenizer.decode(expected)
+        assert reply.text == template.tokenizer.decode(expected)
+    assert found[0].ended
 
 
 def test_a_model_that_knows_the_answers_has_all_points_and_ends_by_itself(model):

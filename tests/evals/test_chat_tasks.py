@@ -234,6 +234,7 @@ def test_the_loose_score_ignores_an_introduction_an_ending_and_emphasis():
     assert followed(rules, "", "Sure, here:\n**in** short") == [False, False, False]
     assert followed_loosely(rules, "", "Sure, here:\n**in** short") == [True, True, False]
     assert followed_loosely(rules, "", "Sure:\n*In short: yes*\nBye, all") == [False, True, True]
+    assert followed_loosely(rules[1:2], "", "Sure, here:\nyes\nBye, all") == [True]
     assert followed_loosely(rules, "", "") == [False, False, False]
 
 
