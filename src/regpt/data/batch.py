@@ -16,6 +16,10 @@ class Batch(NamedTuple):
     cumulative document lengths over the flattened B·T tokens, from 0 to B·T, which may be repeated at the end
     (documents of no tokens); both are None when a row is read as one text. `dropout_keys` (B,), from 0 to 2³² - 1, make
     the masks of dropout (`model.dropout`); None is no dropout, as in all but training.
+
+    Of preferences: `pairs` (P, 2), the documents of chosen and rejected answers by their place in `cu_seqlens`, -1
+    where there are fewer pairs than P; `scored` (B, T), the targets whose log-probability counts as that of the answer;
+    `reference` (P, 2) float32, the log-probabilities of both answers under the reference model.
     """
 
     idx: Tensor
@@ -23,6 +27,9 @@ class Batch(NamedTuple):
     positions: Tensor | None = None
     cu_seqlens: Tensor | None = None
     dropout_keys: Tensor | None = None
+    pairs: Tensor | None = None
+    scored: Tensor | None = None
+    reference: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`; the copy from pinned memory does not wait."""

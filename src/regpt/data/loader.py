@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regpt.data.batch import Batch
+from regpt.data.batch import IGNORE_INDEX, Batch
 from regpt.data.order import splitmix64
 from regpt.data.packed import ConversationRows
 from regpt.data.ramp import Stage, rows_in_stage, stage_at, tokens_before
 from regpt.data.rows import Rows
 from regpt.errors import UsageError, UserError
+from regpt.text.chat import ANSWER
 
 DROPOUT = int.from_bytes(b"dropout", "big")  # XORed into the seed: the data order may use the same one
 
@@ -209,9 +210,16 @@ def row_batch(rows: Rows, first: int, count: int, eot: int | None = None, pin_me
 
 def conversation_batch(rows: ConversationRows, first: int, count: int, pin_memory: bool = False) -> Batch:
     """Rows of conversations, each masked from the others in its row, with the answers as targets."""
-    idx, targets, _, starts = rows.read_batch(first, count)
+    idx, targets, parts, starts = rows.read_batch(first, count)
     positions, cu_seqlens = document_bounds(starts)
-    return Batch(*(as_tensor(array, pin_memory) for array in (idx, targets, positions, cu_seqlens)))
+    batch = Batch(*(as_tensor(array, pin_memory) for array in (idx, targets, positions, cu_seqlens)))
+    if not rows.paired:
+        return batch
+    pairs, reference = rows.read_pairs(first, starts)
+    answers = np.pad(parts, ((0, 0), (0, 1)))[:, 1:] == ANSWER  # of the targets, one place on
+    scored = np.where(answers, targets, IGNORE_INDEX)
+    pinned = torch.from_numpy(reference).pin_memory() if pin_memory else torch.from_numpy(reference)
+    return batch._replace(pairs=as_tensor(pairs, pin_memory), scored=as_tensor(scored, pin_memory), reference=pinned)
 
 
 def dropout_keys(seed: int, first: int, count: int) -> np.ndarray:

@@ -72,6 +72,8 @@ class ConversationRows:
     Attributes:
         parts: (tokens,) uint8, of every stored token.
         n_rows: N, in each epoch.
+        paired: two documents each, a chosen and a rejected answer, stay next to each other in a row.
+        reference: (documents,) float32, log-probabilities of the answers of pairs under the reference model.
     """
 
     def __init__(
@@ -93,15 +95,22 @@ class ConversationRows:
         self.source, self.epoch_tokens = self.corpus.source, self.corpus.n_tokens
         self.seed, self.seq_len, self.eot, self.order = seed, seq_len, manifest.eot, order
         self.lengths = np.diff(self.starts)
-        longest = int(self.lengths.argmax())
-        if self.lengths[longest] > seq_len:
+        self.paired = bool(manifest.options.get("pairs"))
+        whole = self.lengths.reshape(-1, 2).sum(axis=1) if self.paired else self.lengths  # of what stays in one row
+        longest, what = int(whole.argmax()), "pair" if self.paired else "conversation"
+        if whole[longest] > seq_len:
             raise UserError(
-                f"conversation {longest} of {self.source} has {self.lengths[longest]:,} tokens, data.seq_len is "
-                f"{seq_len}; set it to {self.lengths[longest]} or more, or make the data again with --on-error skip"
+                f"{what} {longest} of {self.source} has {whole[longest]:,} tokens, data.seq_len is {seq_len}; set it "
+                f"to {whole[longest]} or more, or make the data again with --on-error skip"
             )
-        place = group_by_length(self.lengths, seed) if order == "grouped" else pack_whole(self.lengths, seq_len, seed)
-        self.documents, self.row_starts = place
+        place = group_by_length(whole, seed) if order == "grouped" else pack_whole(whole, seq_len, seed)
+        placed, self.row_starts = place
+        self.documents = placed
+        if self.paired:
+            self.documents, self.row_starts = np.repeat(2 * placed, 2), 2 * self.row_starts
+            self.documents[1::2] += 1
         self.n_rows = len(self.row_starts) - 1
+        self.reference = read_reference(folder, split, len(self.starts) - 1) if self.paired else None
         self.group = max(1, min(group, self.n_rows)) if order == "grouped" else 1
 
     def placed_rows(self, first: int, count: int) -> np.ndarray:
@@ -159,6 +168,19 @@ class ConversationRows:
         shape = (count, T)
         return idx.reshape(shape), all_targets.reshape(shape), parts.reshape(shape), starts.reshape(shape)
 
+    def read_pairs(self, first: int, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`pairs` and `reference` of `Batch` (zeros without one), P a power of two; `starts` (count, T) bool are where
+        documents begin in the batch."""
+        count, T = starts.shape
+        documents, row, offset = self.layout(first, count)
+        at = np.searchsorted(np.flatnonzero(starts), row * T + offset).reshape(-1, 2)
+        pairs = np.full((1 << (len(at) - 1).bit_length(), 2), -1)
+        reference = np.zeros(pairs.shape, dtype=np.float32)
+        pairs[: len(at)] = at
+        if self.reference is not None:
+            reference[: len(at)] = self.reference[documents].reshape(-1, 2)
+        return pairs, reference
+
     def read(self, first: int, count: int) -> np.ndarray:
         """(count, T + 1): the tokens of rows, for those that only look at them; batches come from `read_batch`."""
         idx = self.read_batch(first, count)[0]
@@ -192,6 +214,27 @@ class ConversationRows:
             f"{len(self.lengths):,} conversations in {rows}, {1 - tokens / places:.1%} padding; {trained:,} of "
             f"{tokens:,} tokens are trained on ({trained / tokens:.0%})"
         )
+
+
+def reference_file(folder: Path, split: str) -> Path:
+    """Of a split of pairs: log-probabilities of its answers under the reference model, float32, a document each."""
+    return folder / f"{split}-00000.reference"
+
+
+def read_reference(folder: Path, split: str, documents: int) -> np.ndarray | None:
+    """
+    Raises:
+        UserError: it is of other documents.
+    """
+    path = reference_file(folder, split)
+    if not path.is_file():
+        return None
+    found = np.fromfile(path, dtype="<f4")
+    if len(found) != documents or not np.isfinite(found).all():
+        raise UserError(
+            f"{path} does not have a number for each of {documents:,} documents; delete the run, start again"
+        )
+    return found
 
 
 def read_parts(folder: Path, shards: Sequence[Shard]) -> np.ndarray:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100  # a target that carries no loss; the default of torch.nn.functional.cross_entropy
 
@@ -72,6 +73,23 @@ def cross_entropy_with_z_loss(
 
 def summed_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, n_vocab: int) -> Tensor:
+    """The terms of `linear_cross_entropy` (without a softcap), (N,); 0 where there is no target.
+
+    Logits of one chunk at a time, which the backward computes again: any function of the terms is differentiable.
+    """
+
+    def part(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        logits = padded_logits(hidden, weight, n_vocab)
+        return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
+
+    rows = chunk_rows(len(hidden), len(weight), product_dtype(hidden))
+    if not rows:
+        return part(hidden, weight, targets)
+    parts = zip(hidden.split(rows), targets.split(rows))
+    return torch.cat([checkpoint(part, h, weight, t, use_reentrant=False) for h, t in parts])
 
 
 def padded_logits(hidden: Tensor, weight: Tensor, n_vocab: int, softcap: float = 0.0) -> Tensor:

@@ -14,6 +14,7 @@ from regpt.data.info import tokenizer_identity, tokenizer_of
 from regpt.data.loader import Loader, RampLoader, StepBatches
 from regpt.data.manifest import Manifest, read_manifest
 from regpt.data.mixture import MixedRows, whole_shares
+from regpt.data.packed import ConversationRows
 from regpt.data.ramp import Stage, stages_of
 from regpt.data.rows import Rows, open_rows
 from regpt.data.stream import ShardStream, open_stream
@@ -34,6 +35,7 @@ from regpt.train.backend import make_backend
 from regpt.train.balance import make_balance
 from regpt.train.objective import NextToken
 from regpt.train.precision import gradient_dtype, parameter_dtype, set_matmul_precision
+from regpt.train.preference import Preference
 from regpt.train.probe import choose_rows
 from regpt.train.recompute import compile_blocks, recompute_blocks
 from regpt.train.schedule import make_schedule
@@ -197,6 +199,7 @@ def build_loader(
     data, train = config.data, config.train
     batch_rows = train.batch_tokens // data.seq_len
     rows = corpus.rows("train", data.order, data.seed, data.seq_len, data.shuffle_rows, batch_rows)
+    check_pairs(config, rows)
     settings: dict[str, Any] = {
         "micro_batch_rows": train.first_rows,
         "dp_rank": mesh.rank,
@@ -208,6 +211,22 @@ def build_loader(
     if not train.batch_ramp:
         return Loader(rows, batch_tokens=train.batch_tokens, first_row=first_row, **settings)
     return RampLoader(rows, run_stages(config), ahead=ahead, **settings)
+
+
+def check_pairs(config: RunConfig, rows: Rows) -> None:
+    """Raise a UserError where the objective is about pairs and the data are not, or the other way round, or where the
+    reference's log-probabilities are missing."""
+    paired, asked = isinstance(rows, ConversationRows) and rows.paired, config.preference
+    if bool(asked.method) != paired:
+        there = "pairs of answers" if paired else "not pairs of answers"
+        raise UserError(
+            f"{rows.source} holds {there}, preference.method is {asked.method or 'empty'}; begin a run with: regpt "
+            "finetune dpo-124m --init-from MODEL --data PAIRS --out RUN"
+        )
+    if isinstance(rows, ConversationRows) and asked.reference and rows.reference is None:
+        raise UserError(
+            f"{rows.source} lacks the reference's log-probabilities; begin the run again with regpt finetune"
+        )
 
 
 def run_stages(config: RunConfig) -> tuple[Stage, ...]:
@@ -235,7 +254,8 @@ def build_trainer(
     if train.activation_checkpointing:
         recompute_blocks(model)
     balance = make_balance(model, train)
-    objective = NextToken(model, train.z_loss, balance)
+    objective = Preference(model, config.preference) if config.preference.method else None
+    objective = objective or NextToken(model, train.z_loss, balance)
     path: dict[str, Any] = {"compile": train.compile and not blocks, "kernels": kernels}
     path |= {
         "offload": train.activation_offload,
@@ -260,10 +280,11 @@ def with_chosen_rows(config: RunConfig, trainer: Trainer) -> tuple[RunConfig, di
 def choose_kernels(config: RunConfig, model: Transformer, device: torch.device) -> Kernels:
     """The path that computes the loss; raises what `kernels.select.select_kernels` does."""
     train = config.train
-    if train.z_loss and train.kernels == "fused":
-        raise UsageError("train.z_loss needs plain kernels, train.kernels is fused; set --train.kernels plain or auto")
-    if train.z_loss:
-        return Kernels("plain", "train.z_loss needs them")
+    for name, asked in (("train.z_loss", train.z_loss), ("preference.method", config.preference.method)):
+        if asked and train.kernels == "fused":
+            raise UsageError(f"{name} needs plain kernels, train.kernels is fused; set --train.kernels plain or auto")
+        if asked:
+            return Kernels("plain", f"{name} needs them")
     how = {"recompute": train.activation_checkpointing, "offload": train.activation_offload}
     return select_kernels(train.kernels, model, device, train.precision, deterministic=train.deterministic, **how)
 

@@ -79,7 +79,7 @@ def document_losses(trainer: Trainer, loader: Loader, tokenizer: Tokenizer) -> I
 @torch.no_grad()
 def token_losses(trainer: Trainer, batch: Batch) -> torch.Tensor:
     """The loss of each target of a batch of one row, (T,) float64 on the CPU, by the uncompiled model, no dropout."""
-    idx, targets, positions, cu_seqlens, _ = batch.to(trainer.mesh.device)
+    idx, targets, positions, cu_seqlens = batch.to(trainer.mesh.device)[:4]
     model = trainer.model
     with autocast(trainer.config.autocast_precision, trainer.mesh.device):
         logits = model(idx, positions=positions, cu_seqlens=cu_seqlens)[0, :, : model.config.vocab_size]  # (T, V)

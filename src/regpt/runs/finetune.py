@@ -1,21 +1,30 @@
 """Fine-tuning: conversations → shards in the run's folder → an ordinary run over them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import torch
+from rich.progress import BarColumn, TimeRemainingColumn
+
 from regpt.checkpoint.open import OpenModel, open_model
 from regpt.config import RunConfig
+from regpt.console.drawing import field, progress_bar
 from regpt.console.lines import print_line, print_note
 from regpt.console.text import counted
-from regpt.data.manifest import Manifest
-from regpt.data.packed import ConversationRows
+from regpt.data.batch import Batch
+from regpt.data.loader import row_batch
+from regpt.data.manifest import SPLITS, Manifest
+from regpt.data.packed import ConversationRows, reference_file
 from regpt.errors import UsageError, UserError
-from regpt.files import is_file, write_text
+from regpt.files import file_sha256, is_file, write_bytes, write_json, write_text
 from regpt.hf.added_tokens import add_special_tokens
 from regpt.model.adapter_config import EMBEDDING, HEAD
+from regpt.model.transformer import Transformer
+from regpt.parallel.mesh import choose_device
 from regpt.prepare.conversation_shards import TOO_LONG, ConversationOptions, prepare_conversations
 from regpt.runs.build import open_shards
 from regpt.runs.folder import refuse_used_folder
@@ -23,8 +32,10 @@ from regpt.runs.pretrain import check, pretrain
 from regpt.text.chat import ChatTemplate
 from regpt.text.folder import CHAT
 from regpt.text.templates import CHATML_TOKENS, TEMPLATES
+from regpt.train.precision import autocast, parameter_dtype, set_matmul_precision
+from regpt.train.preference import Answers, Preference
 
-DATA, SETTINGS = "data", "run.toml"  # in the run's folder, in that one
+DATA, SETTINGS, REFERENCE = "data", "run.toml", "reference.json"  # in the run's folder, and in that one
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,9 @@ def prepare_run(asked: FinetuneRequest, config: RunConfig) -> RunConfig:
             f"set --data.seq-len {shape.max_seq_len}"
         )
     model = replace(shape, vocab_size=template.tokenizer.n_vocab, dropout=config.model.dropout)
-    options = ConversationOptions(config.data.seq_len, asked.val_fraction, asked.on_error)
+    options = ConversationOptions(
+        config.data.seq_len, asked.val_fraction, asked.on_error, pairs=bool(config.preference.method)
+    )
     folder = asked.run / DATA
     manifest = prepare_conversations([Path(file) for file in asked.files], folder, template, options)
     say_what_was_read(manifest, template, opened)
@@ -84,8 +97,87 @@ def prepare_run(asked: FinetuneRequest, config: RunConfig) -> RunConfig:
 def finetune(asked: FinetuneRequest, config: RunConfig, argv: Sequence[str] = (), *, quiet: bool = False) -> int:
     """Prepare and train the run; the exit code."""
     config = prepare_run(asked, config)
+    if config.preference.reference:
+        write_references(config, asked)
     check(config, None)
-    return pretrain(config, asked.run, init_from=asked.model, argv=argv, beside=(DATA,), quiet=quiet)
+    code = pretrain(config, asked.run, init_from=asked.model, argv=argv, beside=(DATA,), quiet=quiet)
+    if config.preference.method and code == 0 and not quiet:
+        print_line(rank_held_out(config, asked.run))
+    return code
+
+
+def write_references(config: RunConfig, asked: FinetuneRequest) -> None:
+    """Write the log-probabilities of all answers under the model that the run begins with, computed once, and a file
+    that names its weights by their hash."""
+    if asked.add_tokens:
+        raise UsageError("--add-tokens changes the model that would be the reference; tune it on conversations first")
+    folder = Path(config.data.path)
+    opened = open_model(asked.model, choose_device(config.train.device))
+    hashes = {"weights_sha256": opened.weights_sha256}
+    for split, rows in pair_splits(config):
+        path = reference_file(folder, split)
+        logps = each_answer(config, opened.model, rows, f"reference, {split}", lambda _, found, __: found.logps)
+        write_bytes(path, logps.astype("<f4").tobytes())
+        hashes[path.name] = file_sha256(path)
+    write_json(folder / REFERENCE, hashes)
+
+
+def rank_held_out(config: RunConfig, run: Path) -> str:
+    """How many held-out pairs the run's model ranks right by the method's scores, as a sentence; RUN/preferences.json has
+    the numbers."""
+    opened = open_model(str(run), choose_device(config.train.device))
+    rows = dict(pair_splits(config)).get("val")
+    if rows is None:
+        return "no pair was held out; see --val-fraction"
+    scores = each_answer(config, opened.model, rows, "held-out pairs", Preference.scores)
+    margins = scores[::2] - scores[1::2]
+    right, n = int((margins > 0).sum()), len(margins)
+    low, high = wilson_interval(right, n)
+    found = {"pairs": n, "ranked_right": right, "share": right / n, "interval": [low, high], "step": opened.step}
+    write_json(run / "preferences.json", found | {"mean_margin": float(margins.mean())})
+    return f"{right:,} of {n:,} held-out pairs ranked right: {right / n:.1%} (95 % interval {low:.1%} to {high:.1%})"
+
+
+def wilson_interval(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Of a share of `n` (Wilson 1927)."""
+    share, by = right / n, 1 + z * z / n
+    middle = (share + z * z / (2 * n)) / by
+    half = z / by * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return middle - half, middle + half
+
+
+def pair_splits(config: RunConfig) -> list[tuple[str, ConversationRows]]:
+    """The splits of a run's pairs, whose rows are not permuted."""
+    corpus, data = open_shards(config), config.data
+    names = [name for name in SPLITS if corpus.tokens(name)]
+    rows = [(name, corpus.rows(name, "sequential", data.seed, data.seq_len)) for name in names]
+    return [(name, one) for name, one in rows if isinstance(one, ConversationRows)]
+
+
+@torch.no_grad()
+def each_answer(
+    config: RunConfig,
+    model: Transformer,
+    rows: ConversationRows,
+    what: str,
+    of: Callable[[Preference, Answers, Batch], torch.Tensor],
+) -> np.ndarray:
+    """(documents,) float32: `of` each answer, in the run's precision and micro-batches."""
+    model = model.to(parameter_dtype(config.train.precision, config.train.weight_dtype)).eval()
+    objective, B = Preference(model, config.preference), config.train.first_rows
+    found = np.zeros(len(rows.lengths), dtype=np.float32)
+    set_matmul_precision(config.train.precision)
+    with progress_bar(BarColumn(), field("description"), TimeRemainingColumn(), transient=True) as bar:
+        task = bar.add_task(what, total=rows.n_rows)
+        for first in range(0, rows.n_rows, B):
+            documents, row, _ = rows.layout(first, B)
+            with autocast(config.train.autocast_precision, model.device):
+                batch = row_batch(rows, first, B).to(model.device)
+                values = of(objective, objective.answers(batch), batch)
+            inside = first + row < rows.n_rows  # rows after the last are the first ones again
+            found[documents[inside]] = values.float().cpu().numpy().reshape(-1)[: len(documents)][inside]
+            bar.update(task, advance=B)
+    return found
 
 
 def write_settings(asked: FinetuneRequest, config: RunConfig) -> Path:

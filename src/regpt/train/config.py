@@ -198,6 +198,33 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class PreferenceConfig:
+    __pydantic_config__ = {"extra": "forbid"}
+
+    method: Literal["", "dpo", "ipo", "orpo", "simpo"] = ""
+    """Learn from pairs of a chosen and a rejected answer. dpo: Rafailov et al. 2023; ipo: Azar et al. 2023, by means
+    over tokens; orpo: Hong et al. 2024, and simpo: Meng et al. 2024, without a reference model; empty: not at all."""
+    beta: Annotated[float, Range(0, LARGE, above=True)] = 0.1
+    """How far the model may go from the reference: a small one lets it go far; of orpo the weight of the odds, of simpo
+    the scale of the difference (2 in its paper)."""
+    nll: Annotated[float, Range(0, LARGE)] = 0.2
+    """Weight of the mean loss of the chosen answer's tokens, of dpo, ipo and simpo (Llama Team 2024, section 4.1.4)."""
+    gamma: Annotated[float, Range(0, LARGE)] = 0.5
+    """Of simpo: by how much the chosen answer is to be ahead."""
+    format_tokens: bool = False
+    """Count the tokens of the template, such as the end of the turn, as part of an answer: they are in both, and to
+    make them unlikely in one teaches answers without an end (Llama Team 2024)."""
+
+    @property
+    def reference(self) -> bool:
+        """Whether the loss compares with the model that the run begins with."""
+        return self.method in ("dpo", "ipo")
+
+    def __post_init__(self) -> None:
+        check_ranges("preference", self)
+
+
+@dataclass(frozen=True)
 class LogConfig:
     __pydantic_config__ = {"extra": "forbid"}
 

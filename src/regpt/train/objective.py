@@ -46,7 +46,7 @@ class NextToken:
 
     def loss_sum(self, batch: Batch) -> Sums:
         """Scalar, float32 (float64 for a float64 model), under autocast too."""
-        idx, targets, positions, cu_seqlens, dropout_keys = batch
+        idx, targets, positions, cu_seqlens, dropout_keys = batch[:5]
         model = self.model
         training = torch.is_grad_enabled()  # validation reports the plain cross-entropy
         routes = [] if self.balance and training else None
