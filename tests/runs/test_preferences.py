@@ -196,7 +196,7 @@ def test_held_out_pairs_are_those_of_the_split(tuned):
         ({"rejected": None}, ["--preference.method", "dpo"], UserError, "rejected"),
         ({"rejected": "chosen"}, ["--preference.method", "dpo"], UserError, "chosen and rejected are equal"),
         ({}, ["--preference.method", "dpo", "--add-tokens"], UsageError, "--add-tokens changes the model that would"),
-        ({}, ["--preference.method", "dpo", "--data.seq-len", "16"], UserError, "the pair has .* tokens, more than"),
+        ({}, ["--preference.method", "dpo", "--data.seq-len", "32"], UserError, "the pair has .* tokens, more than"),
         ({}, ["--preference.method", "dpo", "--train.kernels", "fused"], UsageError, "preference.method needs plain"),
         ({}, ["--preference.beta", "0"], UsageError, "preference.beta"),
     ],

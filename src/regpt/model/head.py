@@ -75,7 +75,7 @@ def summed_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, n_vocab: int) -> Tensor:
+def losses_of_targets(hidden: Tensor, weight: Tensor, targets: Tensor, n_vocab: int) -> Tensor:
     """The terms of `linear_cross_entropy` (without a softcap), (N,); 0 where there is no target.
 
     Logits of one chunk at a time, which the backward computes again: any function of the terms is differentiable.

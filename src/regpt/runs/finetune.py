@@ -96,6 +96,8 @@ def prepare_run(asked: FinetuneRequest, config: RunConfig) -> RunConfig:
 
 def finetune(asked: FinetuneRequest, config: RunConfig, argv: Sequence[str] = (), *, quiet: bool = False) -> int:
     """Prepare and train the run; the exit code."""
+    if config.preference.reference and asked.add_tokens:
+        raise UsageError("--add-tokens changes the model that would be the reference; tune it on conversations first")
     config = prepare_run(asked, config)
     if config.preference.reference:
         write_references(config, asked)
@@ -109,8 +111,6 @@ def finetune(asked: FinetuneRequest, config: RunConfig, argv: Sequence[str] = ()
 def write_references(config: RunConfig, asked: FinetuneRequest) -> None:
     """Write the log-probabilities of all answers under the model that the run begins with, computed once, and a file
     that names its weights by their hash."""
-    if asked.add_tokens:
-        raise UsageError("--add-tokens changes the model that would be the reference; tune it on conversations first")
     folder = Path(config.data.path)
     opened = open_model(asked.model, choose_device(config.train.device))
     hashes = {"weights_sha256": opened.weights_sha256}
@@ -123,8 +123,8 @@ def write_references(config: RunConfig, asked: FinetuneRequest) -> None:
 
 
 def rank_held_out(config: RunConfig, run: Path) -> str:
-    """How many held-out pairs the run's model ranks right by the method's scores, as a sentence; RUN/preferences.json has
-    the numbers."""
+    """How many held-out pairs the run's model ranks right by the method's scores, as a sentence; RUN/preferences.json
+    has the numbers."""
     opened = open_model(str(run), choose_device(config.train.device))
     rows = dict(pair_splits(config)).get("val")
     if rows is None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regpt.data.batch import IGNORE_INDEX, Batch
-from regpt.model.head import token_losses
+from regpt.model.head import losses_of_targets
 from regpt.model.transformer import Transformer
 from regpt.train.config import PreferenceConfig
 from regpt.train.objective import Sums
@@ -53,7 +53,7 @@ class Preference:
         hidden = model.hidden(
             batch.idx, positions=batch.positions, cu_seqlens=batch.cu_seqlens, dropout_keys=batch.dropout_keys
         )
-        losses = token_losses(hidden.flatten(0, 1), model.head_weight, targets, model.config.vocab_size)  # (B·T,)
+        losses = losses_of_targets(hidden.flatten(0, 1), model.head_weight, targets, model.config.vocab_size)  # (B·T,)
         at = torch.arange(len(losses), device=losses.device)
         document = pairs_of(batch).clamp(min=0)
         begin, end = batch.cu_seqlens[document], batch.cu_seqlens[document + 1]  # (P, 2)
