@@ -95,7 +95,7 @@ def test_a_mistake_is_one_sentence_with_the_key_and_the_way_out(tmp_path: Path, 
     [
         (
             "gpt2-124",
-            r"no recipe is called 'gpt2-124' \(did you mean 'gpt2-124m'\?\); choose from gpt2-124m, .*\.toml file",
+            r"no recipe is called 'gpt2-124' \(did you mean 'gpt2-124m'\?\); choose from .*gpt2-124m, .*\.toml file",
         ),
         ("missing.toml", r"the file 'missing\.toml' does not exist"),
         ("", r"no recipe is called ''"),

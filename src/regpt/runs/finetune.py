@@ -69,6 +69,8 @@ def prepare_run(asked: FinetuneRequest, config: RunConfig) -> RunConfig:
         raise UsageError(
             f"data.order is {config.data.order}, conversations are read packed or grouped; set one of them"
         )
+    if config.preference.reference and asked.add_tokens:
+        raise UsageError("--add-tokens changes the model that would be the reference; tune it on conversations first")
     adapted = {EMBEDDING, HEAD} & set(config.adapter.targets)
     if asked.add_tokens and config.adapter.r and not adapted:
         raise UsageError(
@@ -96,11 +98,7 @@ def prepare_run(asked: FinetuneRequest, config: RunConfig) -> RunConfig:
 
 def finetune(asked: FinetuneRequest, config: RunConfig, argv: Sequence[str] = (), *, quiet: bool = False) -> int:
     """Prepare and train the run; the exit code."""
-    if config.preference.reference and asked.add_tokens:
-        raise UsageError("--add-tokens changes the model that would be the reference; tune it on conversations first")
-    config = prepare_run(asked, config)
-    if config.preference.reference:
-        write_references(config, asked)
+    config = with_references(asked, prepare_run(asked, config))
     check(config, None)
     code = pretrain(config, asked.run, init_from=asked.model, argv=argv, beside=(DATA,), quiet=quiet)
     if config.preference.method and code == 0 and not quiet:
@@ -108,9 +106,11 @@ def finetune(asked: FinetuneRequest, config: RunConfig, argv: Sequence[str] = ()
     return code
 
 
-def write_references(config: RunConfig, asked: FinetuneRequest) -> None:
-    """Write the log-probabilities of all answers under the model that the run begins with, computed once, and a file
-    that names its weights by their hash."""
+def with_references(asked: FinetuneRequest, config: RunConfig) -> RunConfig:
+    """`config`, where its method has a reference with the log-probabilities of all answers under it next to the shards,
+    computed once, and a file that names its weights by their hash."""
+    if not config.preference.reference:
+        return config
     folder = Path(config.data.path)
     opened = open_model(asked.model, choose_device(config.train.device))
     hashes = {"weights_sha256": opened.weights_sha256}
@@ -120,6 +120,7 @@ def write_references(config: RunConfig, asked: FinetuneRequest) -> None:
         write_bytes(path, logps.astype("<f4").tobytes())
         hashes[path.name] = file_sha256(path)
     write_json(folder / REFERENCE, hashes)
+    return config
 
 
 def rank_held_out(config: RunConfig, run: Path) -> str:
@@ -182,7 +183,7 @@ def each_answer(
 
 def write_settings(asked: FinetuneRequest, config: RunConfig) -> Path:
     """Prepare the run and write its configuration next to the data, for the processes of --nproc; return the file."""
-    config = prepare_run(asked, config)
+    config = with_references(asked, prepare_run(asked, config))
     path = asked.run / DATA / SETTINGS
     write_text(path, config.to_toml())
     return path
