@@ -169,12 +169,12 @@ class ConversationRows:
         return idx.reshape(shape), all_targets.reshape(shape), parts.reshape(shape), starts.reshape(shape)
 
     def read_pairs(self, first: int, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`pairs` and `reference` of `Batch` (zeros without one), P a power of two; `starts` (count, T) bool are where
-        documents begin in the batch."""
+        """`pairs` and `reference` of `Batch` (zeros without one), P as many as `count` rows can have: a compiled step
+        sees one shape. `starts` (count, T) bool are where documents begin in the batch."""
         count, T = starts.shape
         documents, row, offset = self.layout(first, count)
         at = np.searchsorted(np.flatnonzero(starts), row * T + offset).reshape(-1, 2)
-        pairs = np.full((1 << (len(at) - 1).bit_length(), 2), -1)
+        pairs = np.full((count * int(np.diff(self.row_starts).max()) // 2, 2), -1)
         reference = np.zeros(pairs.shape, dtype=np.float32)
         pairs[: len(at)] = at
         if self.reference is not None:
