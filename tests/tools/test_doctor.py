@@ -89,6 +89,14 @@ def test_a_compiled_step_is_compared_too(monkeypatch: pytest.MonkeyPatch):
 # ---- host -----------------------------------------------------------------------------------------------------------
 
 
+def test_a_missing_c_compiler_is_reported_with_what_it_costs(tmp_path, monkeypatch):
+    for compiler, status, said in ((object(), "ok", "compiles"), (None, "no", "int8 is refused")):
+        monkeypatch.setattr(host_module, "load_few_rows", lambda compiler=compiler: compiler)
+        (found,) = [trial for trial in host_trials(tmp_path) if trial.name == "C compiler"]
+        assert found.status == status
+        assert said in found.detail
+
+
 def test_the_host_is_described(tmp_path):
     found = {trial.name: trial for trial in host_trials(tmp_path)}
     assert found["torch"].detail == str(torch.__version__)

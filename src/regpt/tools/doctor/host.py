@@ -11,6 +11,7 @@ import torch
 
 import regpt
 from regpt.console.text import counted
+from regpt.kernels.few_rows import COMPILERS, load_few_rows
 from regpt.tools.doctor.doctor import Trial
 from regpt.tools.measure import free_disk_bytes, installed, memory_bytes
 from regpt.train.memory import available_memory
@@ -23,6 +24,11 @@ PACKAGES = ("torch", "numpy", "triton", "safetensors", "tokenizers", "tiktoken")
 def host_trials(folder: Path) -> Iterator[Trial]:
     yield from versions()
     yield Trial("host", "CPU", "note", cpu())
+    fast = load_few_rows() is not None
+    said = (
+        "compiles the products of texts on a CPU" if fast else f"none works ({', '.join(COMPILERS)}): texts on a CPU "
+    )
+    yield Trial("host", "C compiler", "ok" if fast else "no", said if fast else said + "are slower, int8 is refused")
     total, free = memory_bytes(torch.device("cpu")) / GIB, available_memory() / GIB
     yield Trial("host", "memory", "note", f"{total:.1f} GiB, {free:.1f} GiB free")
     yield Trial("host", "disk", "note", f"{free_disk_bytes(folder) / GIB:,.0f} GiB free")
