@@ -111,6 +111,13 @@ def test_too_few_sizes_or_lengths_are_refused(sizes, lengths):
         fit(points(sizes=sizes, lengths=lengths))
 
 
+@pytest.mark.parametrize(("sizes", "lengths", "helps"), [(SIZES, LENGTHS[:2], True), (SIZES[:2], LENGTHS, False)])
+def test_more_validations_are_advised_only_where_numbers_of_tokens_are_missing(sizes, lengths, helps):
+    with pytest.raises(UserError) as refused:
+        fit(points(sizes=sizes, lengths=lengths), more=", or --points all")
+    assert ("--points all" in str(refused.value)) is helps
+
+
 def test_what_the_points_do_not_determine_is_a_warning():
     narrow = fit(points(noise=0.001, sizes=(1e8, 1.2e8, 1.5e8)), bootstrap=0)
     assert "the model sizes differ by less than a factor of four" in narrow.warnings

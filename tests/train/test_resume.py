@@ -3,10 +3,12 @@
 import json
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor.exc import InductorError
 
 import tiny
 from regpt.checkpoint.load import checkpoint_folder
@@ -15,6 +17,7 @@ from regpt.errors import UsageError, UserError
 from regpt.parallel.signals import EXIT_SAVED, KINDS
 from regpt.runs.pretrain import check, pretrain, resume
 from regpt.runs.terminal import Terminal
+from regpt.train.backend import DataParallel
 
 
 def last_rows(run: Path) -> dict[tuple, tuple]:
@@ -76,6 +79,29 @@ def test_a_signal_saves_and_the_rest_of_the_run_is_bitwise_the_same(config, stra
     assert tiny.final_files(run) == tiny.final_files(straight)
     assert last_rows(run) == last_rows(straight)
     assert texts(run) == texts(straight)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_compiler_that_ctrl_c_killed_is_that_stop(config, straight, tmp_path, monkeypatch, asked):
+    run, forward_backward = tmp_path / "run", DataParallel.forward_backward
+
+    def killed(self: DataParallel, *args):
+        if self.mesh.pulse.step == 4:
+            if asked:
+                signal.raise_signal(signal.SIGINT)
+            raise InductorError(RuntimeError("C++ compile error"), sys._getframe())
+        return forward_backward(self, *args)
+
+    monkeypatch.setattr(DataParallel, "forward_backward", killed)
+    if not asked:
+        with pytest.raises(InductorError, match=r"C\+\+ compile error"):
+            pretrain(config, run)
+        return
+    assert pretrain(config, run) == EXIT_SAVED
+    monkeypatch.undo()
+    assert resume(run) == 0
+    assert tiny.final_files(run) == tiny.final_files(straight)
+    assert last_rows(run) == last_rows(straight)
 
 
 def test_a_finished_run_may_be_resumed_and_stays_as_it_is(straight, tmp_path: Path):

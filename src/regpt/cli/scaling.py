@@ -54,7 +54,8 @@ def main(args: list[str]) -> int:
     plan = planned(given)
     runs = with_own_names([read_run(local_run(run)) for run in given.runs])
     points, unit = points_of(runs, given.points, given.count)
-    found = fit(points, given.bootstrap)
+    more = ", or use every validation of the runs with --points all" * (given.points == "final")
+    found = fit(points, given.bootstrap, more=more)
     found = replace(found, warnings=(*doubts_about(runs, given.points), *found.warnings))
     document = to_dict(found, unit, given, plan)
     if given.json == "-":

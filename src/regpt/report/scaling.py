@@ -181,16 +181,17 @@ class ScalingFit:
         return self.law.loss(parameters, tokens), quantiles([guess * exp(x) for guess, x in zip(guesses, noise)])
 
 
-def fit(points: Sequence[Point], bootstrap: int = 200, seed: int = 0) -> ScalingFit:
+def fit(points: Sequence[Point], bootstrap: int = 200, seed: int = 0, *, more: str = "") -> ScalingFit:
     """Fit the law to `points` by the Huber loss of the logarithms, and again to `bootstrap` resamples.
 
     The resamples keep every point's parameters and tokens and give its fitted loss another point's residual (widened
     for the five fitted numbers): few runs on a grid leave no other way, for drawing runs would leave out sizes.
 
     Raises:
-        UserError: too few points to determine five numbers.
+        UserError: too few points to determine five numbers; where numbers of tokens are missing it adds `more`, which
+            gives some.
     """
-    check_points(points)
+    check_points(points, more)
     n, d, y = (np.log([getattr(point, key) for point in points]) for key in ("parameters", "tokens", "loss"))
     best = minimize(n, d, y, starts(n, d, y))
     fitted = log_loss(best, n, d)
@@ -211,13 +212,13 @@ def widening(n: int) -> float:
     return sqrt(n / max(1, n - len(NAMES)))
 
 
-def check_points(points: Sequence[Point]) -> None:
+def check_points(points: Sequence[Point], more: str = "") -> None:
     sizes, lengths = {point.parameters for point in points}, {point.tokens for point in points}
     if len(points) < LEAST_POINTS or min(len(sizes), len(lengths)) < LEAST_SIZES:
         raise UserError(
             f"the law has five numbers, which {len(points)} losses of {len(sizes)} model sizes and {len(lengths)} "
             f"numbers of tokens do not determine; give at least {LEAST_POINTS}, of {LEAST_SIZES} sizes and "
-            f"{LEAST_SIZES} numbers of tokens, or use every validation of the runs with --points all"
+            f"{LEAST_SIZES} numbers of tokens{more * (len(sizes) >= LEAST_SIZES)}"
         )
 
 

@@ -1,8 +1,8 @@
 """Pretraining: configuration → objects → `Trainer.fit`."""
 
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -237,7 +237,9 @@ def train(
         with terminal, saver, profile as do.note_step:
             if start.save:
                 do.save(trainer.step)
-            finished = trainer.fit(do, **every, save_every=config.checkpoint.every_steps)
+            finished = False
+            with killed_compiler_stops(do):
+                finished = trainer.fit(do, **every, save_every=config.checkpoint.every_steps)
             mesh.pulse.work = "finishing what it writes"  # the last checkpoint, copies of the metrics
         do.write_saved_rows()
         write_epochs(do, trainer.step, run.loader.epochs(trainer.data_step))
@@ -248,6 +250,21 @@ def train(
     if not finished:
         terminal.say(f"stopped after step {trainer.step:,} and saved; go on with: regpt train --resume {word(name)}")
     return 0 if finished else EXIT_SAVED
+
+
+@contextmanager
+def killed_compiler_stops(do: RunActions) -> Iterator[None]:
+    """Ctrl-C goes to all processes of the terminal: save, as at every stop, where it has killed a C++ compiler.
+
+    Of several processes only one may have compiled, and the others cannot meet it for a save: there it stays an error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        compiling = type(error).__module__.startswith(("torch._inductor", "torch._dynamo"))
+        if not (compiling and do.mesh.world_size == 1 and do.stop_requested()):
+            raise
+        do.save(do.trainer.step)  # no update is half made: the optimizer steps after all that a step compiles
 
 
 def open_sinks(run: Run, folder: Path, terminal: Terminal, stack: ExitStack) -> list[Sink | None]:
