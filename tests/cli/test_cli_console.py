@@ -45,7 +45,7 @@ def test_a_prompt_from_a_closed_stdin_is_refused():
 def test_results_are_in_their_file_before_they_are_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from regpt.cli import bench
 
-    report = {"recipe": "[/py]", "parameters": 1, "world_size": 1, "device": "cpu"}
+    report = {"recipe": "[/py]", "parameters": 1, "world_size": 1, "device": "cpu", "adapter": None}
 
     def broken(report: dict) -> object:
         assert json.loads((tmp_path / "r.json").read_text()) == report
