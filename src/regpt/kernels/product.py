@@ -13,9 +13,9 @@ from torch import Tensor
 from regpt.kernels.few_rows import GROUP
 from regpt.kernels.triton_ops import rms_norm
 
-BLOCK_M, WARPS, STAGES = 64, 4, 3  # one tile of rows, so that few rows and many take the same instructions
-MANY_ROWS, MANY_COLUMNS = 256, 16384
-LAYER, HEAD = 128, 64  # numbers of a row that are added at once, by the number of columns, never by that of rows
+BLOCK_M, BLOCK_K, WARPS, STAGES = 64, 64, 4, 4  # one tile of rows, so that few rows and many take the same instructions
+NARROW, WIDE = 32, 128  # columns of a tile: of few rows, and of many or of a head
+MANY_COLUMNS = 16384
 
 
 @triton.jit
@@ -58,9 +58,8 @@ def multiply_rows(
     rows = x.reshape(-1, K).contiguous()
     M = len(rows)
     y = torch.empty(M, N, device=x.device, dtype=out_dtype or x.dtype)
-    head = N > MANY_COLUMNS
-    columns = 128 if M > MANY_ROWS or head else 16 if scales is not None and M <= BLOCK_M else 32
-    sizes = {"K": K, "BLOCK_M": BLOCK_M, "BLOCK_N": columns, "BLOCK_K": HEAD if head else LAYER}
+    columns = WIDE if M > BLOCK_M or N > MANY_COLUMNS else NARROW
+    sizes = {"K": K, "BLOCK_M": BLOCK_M, "BLOCK_N": columns, "BLOCK_K": BLOCK_K}
     product_kernel[(triton.cdiv(N, columns), triton.cdiv(M, BLOCK_M))](
         rows, weight, scales, bias, y, M, N, **sizes, GROUP=0 if scales is None else GROUP, BIAS=bias is not None,
         num_warps=WARPS, num_stages=STAGES,
