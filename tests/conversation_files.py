@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+import tiny
 from regpt.data.manifest import Manifest
+from regpt.model.config import ModelConfig
 from regpt.prepare.conversation_shards import EncodedSplit
 from regpt.prepare.shards import finish_folder
 from regpt.text.bpe import byte_tokenizer
@@ -40,6 +42,18 @@ def invented(lengths: Sequence[int], vocab: int = 97, seed: int = 0) -> list[tup
         parts[-1] = 2 if n > 1 else 0
         found.append(([draw.randrange(vocab) for _ in range(n)], parts))
     return found
+
+
+def save_byte_model(folder: Path) -> Path:
+    """A model of bytes that has learned nothing, of one layer and 128 positions."""
+    model = tiny.make_model(ModelConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=257, max_seq_len=128))
+    tiny.load_weights(model, tiny.InitialWeights(model, 5))
+    return tiny.save_model(folder, model, byte_tokenizer())
+
+
+TUNING = ["--data.seq-len", "128", "--train.batch-tokens", "512", "--train.micro-batch-rows", "2"]
+TUNING += ["--train.device", "cpu", "--train.deterministic", "True", "--optim.warmup-steps", "2"]
+TUNING += ["--optim.lr", "0.01", "--checkpoint.keep-last", "0", "--sample.prompt", "say 1", "--val-fraction", "0.2"]
 
 
 def write_answers(path: Path, n: int = 40) -> Path:

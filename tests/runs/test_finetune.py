@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tiny
-from conversation_files import write_answers
+from conversation_files import TUNING, save_byte_model, write_answers
 from regpt.checkpoint.load import checkpoint_folder, checkpoints
 from regpt.checkpoint.open import open_model
 from regpt.cli import data_info, export, finetune, plan, replay, train
@@ -32,18 +32,12 @@ from regpt.text.chat import ANSWER, ChatTemplate
 from regpt.text.templates import CHATML, PLAIN
 
 SHAPE = ModelConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=257, max_seq_len=128)
-FLAGS = ["--data.seq-len", "128", "--train.batch-tokens", "512", "--train.micro-batch-rows", "2"]
-FLAGS += ["--train.device", "cpu", "--train.deterministic", "True", "--optim.warmup-steps", "2", "--optim.lr", "0.01"]
-FLAGS += ["--checkpoint.every-steps", "2", "--checkpoint.keep-last", "0", "--eval.every-steps", "4"]
-FLAGS += ["--sample.max-new-tokens", "8", "--sample.prompt", "say 1", "--val-fraction", "0.2"]
+FLAGS = [*TUNING, "--checkpoint.every-steps", "2", "--eval.every-steps", "4", "--sample.max-new-tokens", "8"]
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """A model of bytes that has learned nothing."""
-    model = tiny.make_model(SHAPE)
-    tiny.load_weights(model, tiny.InitialWeights(model, 5))
-    return tiny.save_model(tmp_path_factory.mktemp("base") / "model", model, byte_tokenizer())
+    return save_byte_model(tmp_path_factory.mktemp("base") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,16 @@
 import json
 import math
 import shutil
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.nn.functional as F
 
 import tiny
+from conversation_files import TUNING, save_byte_model
 from regpt.checkpoint.load import checkpoint_folder
 from regpt.checkpoint.open import open_model
 from regpt.cli import finetune
@@ -16,27 +20,19 @@ from regpt.config import read_config
 from regpt.data.loader import row_batch
 from regpt.data.packed import reference_file
 from regpt.errors import UsageError, UserError
-from regpt.model.config import ModelConfig
 from regpt.model.ops import IGNORE_INDEX
 from regpt.runs.finetune import pair_splits, training_rows, wilson_interval
 from regpt.runs.pretrain import resume
-from regpt.text.bpe import byte_tokenizer
 from regpt.train.config import PreferenceConfig
 from regpt.train.preference import Preference
 
-SHAPE = ModelConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=257, max_seq_len=128)
-FLAGS = ["--data.seq-len", "128", "--train.batch-tokens", "512", "--train.micro-batch-rows", "2"]
-FLAGS += ["--train.device", "cpu", "--train.deterministic", "True", "--optim.warmup-steps", "2", "--optim.lr", "0.01"]
-FLAGS += ["--checkpoint.every-steps", "3", "--checkpoint.keep-last", "0", "--eval.every-steps", "0"]
-FLAGS += ["--sample.every-steps", "0", "--sample.max-new-tokens", "4", "--sample.prompt", "say 1"]
-FLAGS += ["--val-fraction", "0.2", "--train.compile", "False"]
+FLAGS = [*TUNING, "--checkpoint.every-steps", "3", "--eval.every-steps", "0", "--sample.every-steps", "0"]
+FLAGS += ["--sample.max-new-tokens", "4", "--train.compile", "False"]
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    model = tiny.make_model(SHAPE)
-    tiny.load_weights(model, tiny.InitialWeights(model, 5))
-    return tiny.save_model(tmp_path_factory.mktemp("base") / "model", model, byte_tokenizer())
+    return save_byte_model(tmp_path_factory.mktemp("base") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +74,36 @@ def test_the_first_loss_is_ln_2_to_the_last_bit_and_pairs_are_learned(tuned, bas
     assert found["step"] == 12
     said = json.loads((tuned / "data" / "reference.json").read_text())
     assert said["weights_sha256"] == open_model(str(base)).weights_sha256
+
+
+def test_validation_is_the_plain_loss_of_both_answers(tuned):
+    """Each document alone; not the loss of the method, which is of pairs."""
+    rows = dict(pair_splits(read_config(str(tuned / "config.toml"))))["val"]
+    model, losses = open_model(str(tuned)).model, []
+    batch = row_batch(rows, 0, rows.n_rows)
+    assert batch.cu_seqlens is not None
+    for begin, end in pairwise(batch.cu_seqlens.tolist()):
+        targets = batch.targets.flatten()[begin:end]
+        if (targets != IGNORE_INDEX).any():
+            logits = model(batch.idx.flatten()[begin:end][None])[0]
+            losses += F.cross_entropy(logits, targets, reduction="none")[targets != IGNORE_INDEX].tolist()
+    (found,) = tiny.rows_of(tuned, "val")
+    assert found["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_log_probabilities_of_the_reference_that_were_changed_are_refused(tuned, tmp_path):
+    part = tmp_path / "part"
+    shutil.copytree(tuned, part)
+    config = read_config(str(part / "config.toml"))
+    config = replace(config, data=replace(config.data, path=str(part / "data")))
+    path = reference_file(part / "data", "train")
+    content = bytearray(path.read_bytes())
+    content[5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"train-00000\.reference is not the file that reference\.json next to it describes"
+    ):
+        pair_splits(config)
 
 
 def test_a_stopped_run_goes_on_bitwise(tuned, tmp_path):

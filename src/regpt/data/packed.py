@@ -13,8 +13,12 @@ from regpt.data.manifest import Manifest, Shard
 from regpt.data.order import permutation, ranges, row_key, shuffled
 from regpt.data.stream import StoredTokens, document_starts
 from regpt.errors import UsageError, UserError
+from regpt.files import file_sha256, is_file
 from regpt.model.ops import IGNORE_INDEX
+from regpt.structured import read_object
 
+REFERENCE = "reference.json"  # SHA-256 of the reference's weights and of their log-probabilities
+RESTORE = "restore it, or begin the run again"
 ALIGNMENT = 64  # tokens: `grouped` pads rows to a multiple, so that a compiled step sees few shapes
 
 
@@ -222,18 +226,19 @@ def reference_file(folder: Path, split: str) -> Path:
 
 
 def read_reference(folder: Path, split: str, documents: int) -> np.ndarray | None:
-    """
+    """(documents,) float32: what `reference_file` holds; None where it is not there.
+
     Raises:
-        UserError: it is of other documents.
+        UserError: it is not what was written.
     """
     path = reference_file(folder, split)
     if not path.is_file():
         return None
+    known = read_object(folder / REFERENCE, RESTORE).get(path.name) if is_file(folder / REFERENCE) else None
+    if known != file_sha256(path):
+        raise UserError(f"{path} is not the file that {REFERENCE} next to it describes; {RESTORE}")
     found = np.fromfile(path, dtype="<f4")
-    if len(found) != documents or not np.isfinite(found).all():
-        raise UserError(
-            f"{path} does not have a number for each of {documents:,} documents; delete the run, start again"
-        )
+    assert len(found) == documents
     return found
 
 

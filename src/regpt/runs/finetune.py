@@ -18,7 +18,7 @@ from regpt.console.text import counted
 from regpt.data.batch import Batch
 from regpt.data.loader import row_batch
 from regpt.data.manifest import SPLITS, Manifest
-from regpt.data.packed import ConversationRows, reference_file
+from regpt.data.packed import REFERENCE, ConversationRows, reference_file
 from regpt.errors import UsageError, UserError
 from regpt.files import file_sha256, is_file, write_bytes, write_json, write_text
 from regpt.hf.added_tokens import add_special_tokens
@@ -35,7 +35,7 @@ from regpt.text.templates import CHATML_TOKENS, TEMPLATES
 from regpt.train.precision import autocast, parameter_dtype, set_matmul_precision
 from regpt.train.preference import Answers, Preference
 
-DATA, SETTINGS, REFERENCE = "data", "run.toml", "reference.json"  # in the run's folder, and in that one
+DATA, SETTINGS = "data", "run.toml"  # in the run's folder, in that one
 
 
 @dataclass(frozen=True)

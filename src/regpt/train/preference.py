@@ -12,7 +12,7 @@ from regpt.data.batch import IGNORE_INDEX, Batch
 from regpt.model.head import losses_of_targets
 from regpt.model.transformer import Transformer
 from regpt.train.config import PreferenceConfig
-from regpt.train.objective import Sums
+from regpt.train.objective import NextToken, Sums
 
 
 class Answers(NamedTuple):
@@ -39,7 +39,7 @@ class Preference:
     """
 
     def __init__(self, model: Transformer, config: PreferenceConfig):
-        self.model, self.config = model, config
+        self.model, self.config, self.plain = model, config, NextToken(model)
 
     def units(self, batches: Sequence[Batch]) -> int:
         """Count the pairs."""
@@ -77,7 +77,9 @@ class Preference:
     def loss_sum(self, batch: Batch) -> Sums:
         """The summed loss of the batch's pairs, and further sums: `chosen` and `rejected` (log-probabilities of the
         answers), `margin` (of the chosen answer's score over that of the rejected one), `ranked` (pairs whose margin is
-        above 0), `nll`."""
+        above 0), `nll`. Without gradients, for validation, the plain cross-entropy of the targets of both answers."""
+        if not torch.is_grad_enabled():
+            return self.plain.loss_sum(batch)
         answers = self.answers(batch)
         real, scores = pairs_of(batch)[:, 0] >= 0, self.scores(answers, batch)
         margin = scores[:, 0] - scores[:, 1]
