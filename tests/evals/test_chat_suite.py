@@ -28,9 +28,8 @@ from regpt.model.weights import state_tensors
 from regpt.parallel.mesh import Mesh
 from regpt.report.read import read_run
 from regpt.text.bpe import byte_tokenizer
-from regpt.text.chat import ChatTemplate
+from regpt.text.chat import PLAIN, ChatTemplate
 from regpt.text.folder import CHAT
-from regpt.text.templates import PLAIN
 
 SHAPE = ModelConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=257, max_seq_len=128)
 TEMPLATE = ChatTemplate(PLAIN, byte_tokenizer())

@@ -129,7 +129,7 @@ def test_the_loop_as_an_operation_gives_the_models_loss():
         torch.testing.assert_close(grouped(idx), loop(idx), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("low", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiled_blocks_have_the_eager_ones_gradients_in_one_graph(low: bool):
     model, idx = initialize(make_model(replace(SMALL, n_layer=1)), 1), torch.arange(16)[None]
 

@@ -28,8 +28,7 @@ from regpt.report.page import write_report
 from regpt.runs import actions
 from regpt.runs.pretrain import resume
 from regpt.text.bpe import byte_tokenizer
-from regpt.text.chat import ANSWER, ChatTemplate
-from regpt.text.templates import CHATML, PLAIN
+from regpt.text.chat import ANSWER, CHATML, PLAIN, ChatTemplate
 
 SHAPE = ModelConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=257, max_seq_len=128)
 FLAGS = [*TUNING, "--checkpoint.every-steps", "2", "--eval.every-steps", "4", "--sample.max-new-tokens", "8"]

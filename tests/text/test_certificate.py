@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from regpt.errors import UserError
 from regpt.text.certificate import broken_claim, certify, refuse_other_template, turns
-from regpt.text.chat import ANSWER, CONTEXT, FORMAT, ChatTemplate
-from regpt.text.templates import PLAIN
+from regpt.text.chat import ANSWER, CONTEXT, FORMAT, PLAIN, ChatTemplate
 from text.test_chat import OURS, TEMPLATES
 
 EVERY = {name: ChatTemplate(source, OURS) for name, source in (TEMPLATES | {"plain": PLAIN}).items()}

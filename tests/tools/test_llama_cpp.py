@@ -71,7 +71,7 @@ def test_the_check_finds_rows_in_another_order(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.usefixtures("llama_cpp_installed")
-@pytest.mark.parametrize("kind", ["bf16", "q4_0"])
+@pytest.mark.parametrize("kind", [pytest.param("bf16", marks=pytest.mark.slow), "q4_0"])
 def test_the_check_prints_what_a_type_costs(kind: str, tmp_path: Path):
     model, tokenizer = make("llama", max_seq_len=48)
     export_gguf(model, tokenizer, tmp_path / "original.gguf", "f32")

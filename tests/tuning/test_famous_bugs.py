@@ -32,11 +32,10 @@ from regpt.model.config import ModelConfig
 from regpt.runs import pretrain as pretraining
 from regpt.text.bpe import byte_tokenizer, train_bpe
 from regpt.text.certificate import refuse_other_template, turns
-from regpt.text.chat import CONTEXT, FORMAT, ChatTemplate
+from regpt.text.chat import CHATML, CONTEXT, FORMAT, PLAIN, ChatTemplate
 from regpt.text.open import from_json
 from regpt.text.rules import STARTS_DOCUMENTS
 from regpt.text.spec import before_every_text
-from regpt.text.templates import CHATML, PLAIN
 
 BYTES = byte_tokenizer()
 TEMPLATE = ChatTemplate(PLAIN, BYTES)

@@ -55,7 +55,7 @@ def main(args: list[str]) -> int:
     default = Finetune(recipe=recipe, config=read_config(recipe)) if recipe else None
     given = parse(Finetune, args, prog="regpt finetune", default=default, stores=["out"])
     refuse_missing(given)
-    from regpt.runs.finetune import FinetuneRequest, finetune, prepare_run, write_settings
+    from regpt.runs.finetune import FinetuneRequest, finetune, look, prepare_run, write_settings
 
     asked = FinetuneRequest(
         given.init_from,
@@ -68,8 +68,6 @@ def main(args: list[str]) -> int:
         given.add_tokens,
     )
     if given.look:
-        from regpt.runs.look import look
-
         look(prepare_run(asked, given.config), given.look, given.step)
         return 0
     if given.nproc:
@@ -80,7 +78,7 @@ def main(args: list[str]) -> int:
 
 
 def look_at_run(given: Finetune) -> int:
-    from regpt.runs.look import look
+    from regpt.runs.finetune import look
     from regpt.runs.replay import config_of
 
     run = Path(given.recipe)

@@ -12,12 +12,13 @@ from rich.progress import BarColumn, TimeRemainingColumn
 
 from regpt.checkpoint.open import OpenModel, open_model
 from regpt.config import RunConfig
-from regpt.console.drawing import field, progress_bar
+from regpt.console.drawing import field, print_parts, progress_bar
 from regpt.console.lines import print_line, print_note
 from regpt.console.text import counted
 from regpt.data.batch import Batch
 from regpt.data.loader import row_batch
 from regpt.data.manifest import SPLITS, Manifest
+from regpt.data.masked import masked_rows
 from regpt.data.packed import REFERENCE, ConversationRows, reference_file
 from regpt.errors import UsageError, UserError
 from regpt.files import file_sha256, is_file, write_bytes, write_json, write_text
@@ -29,9 +30,8 @@ from regpt.prepare.conversation_shards import TOO_LONG, ConversationOptions, pre
 from regpt.runs.build import open_shards
 from regpt.runs.folder import refuse_used_folder
 from regpt.runs.pretrain import check, pretrain
-from regpt.text.chat import ChatTemplate
+from regpt.text.chat import CHATML_TOKENS, TEMPLATES, ChatTemplate
 from regpt.text.folder import CHAT
-from regpt.text.templates import CHATML_TOKENS, TEMPLATES
 from regpt.train.precision import autocast, parameter_dtype, set_matmul_precision
 from regpt.train.preference import Answers, Preference
 
@@ -245,6 +245,31 @@ def training_rows(config: RunConfig) -> ConversationRows:
     if not isinstance(rows, ConversationRows):
         raise UserError(f"the data of this run, {data.path or 'a mixture'}, are not conversations")
     return rows
+
+
+def look(config: RunConfig, count: int, step: int = 1) -> None:
+    """Print `count` rows of the batch of update `step`, and what share of it is trained on.
+
+    Raises:
+        UsageError: a step that the run does not have.
+    """
+    if step > config.train.steps:
+        raise UsageError(f"--step is {step}, must be from 1 to the {config.train.steps} of the run")
+    rows, tokenizer = training_rows(config), open_shards(config).tokenizer
+    batch_rows = config.train.batch_tokens // config.data.seq_len
+    whole = masked_rows(rows, (step - 1) * batch_rows, batch_rows, tokenizer)
+    for row in whole[:count]:
+        print_line(
+            f"row {row.number:,}: {len(row.conversations)} conversations, {row.trained:,} of {row.tokens:,} tokens are "
+            f"trained on, {row.padding:,} of padding"
+        )
+        for conversation in row.conversations:
+            print_parts(conversation)
+    trained, tokens = sum(row.trained for row in whole), sum(row.tokens for row in whole)
+    print_line(
+        f"step {step:,}, {len(whole):,} rows: {trained:,} of {tokens:,} tokens are trained on ({trained / tokens:.0%})"
+    )
+    print_line(f"all of the run: {rows.sentence()}")
 
 
 def say_what_was_read(manifest: Manifest, template: ChatTemplate, opened: OpenModel) -> None:
