@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import regpt
 import tiny
 from conversation_files import TUNING, save_byte_model, write_answers
 from regpt.checkpoint.load import checkpoint_folder, checkpoints
@@ -110,6 +111,8 @@ def test_the_validation_loss_is_that_of_held_out_answers(tuned, answers):
     row = tiny.rows_of(tuned, "val")[-1]
     assert (row["step"], row["tokens"]) == (8, count)
     assert row["loss"] == pytest.approx(total / count, abs=1e-5)
+    loss, _ = regpt.evaluate(tuned, f"conversations:{answers}", device="cpu", val_fraction=0.2)
+    assert (loss["tokens"], loss["value"]) == (count, pytest.approx(total / count, abs=1e-6))
 
 
 def val_texts(run: Path, tokenizer) -> set[str]:

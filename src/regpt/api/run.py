@@ -99,11 +99,13 @@ def evaluate(
 
     Args:
         model: as for `load`.
-        tasks: `val`, `hellaswag`, `core:DIR`, `mc:FILE`, `lm-eval:NAME`; a list, or one text with commas.
+        tasks: `val`, `hellaswag`, `core:DIR`, `mc:FILE`, `conversations:FILE`, `lm-eval:NAME`; a list, or one text
+            with commas.
         data: `val`: folder of token shards; None is the run's own.
         device: as for `load`.
         options: the rest of `regpt.runs.evaluate.EvalRequest`: `val_tokens`, `seq_len`, `batch_rows`, `precision`,
-            `compile`, `max_items`, `ema`.
+            `compile`, `max_items`, `ema`; of `conversations` also `few_shot`, `seed`, `retrieve`, `passages`,
+            `val_fraction`.
 
     Raises:
         UsageError: an unknown task, option, model or device.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -42,11 +42,25 @@ class EvalArgs:
     val_tokens: Annotated[int, Range(0, MANY)] = 0
     """val: tokens evaluated, from the start of the split, in full rows; 0 for all."""
     seq_len: Annotated[int | None, tyro.conf.arg(metavar="INT"), Range(1, MANY)] = None
-    """val: tokens per row; default: the run's data.seq_len, or the model's max_seq_len."""
+    """val: tokens per row; conversations: of one at most; default: the run's data.seq_len, or the model's
+    max_seq_len."""
     batch_rows: Annotated[int, Range(1, MANY)] = 8
     """val: rows per batch; it does not change the loss, but the standard error is computed over batches."""
     max_items: Annotated[int, Range(0, MANY)] = 0
     """Items per task other than val, the first of a fixed order; 0 for all."""
+    val_fraction: Annotated[float, Range(0, 1, above=True)] = 0.05
+    """conversations: the part whose answers are predicted, that which finetune with this flag holds out; 1 for all."""
+    few_shot: Annotated[int, Range(0, 1000)] = 0
+    """conversations: so many examples of the other part before each question, drawn anew for each."""
+    seed: int = 0
+    """conversations: of these draws."""
+    retrieve: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = ""
+    """conversations: before each question the passages of these documents (whatever regpt data prepare reads) that BM25
+    finds for it."""
+    passages: Annotated[int, Range(1, 100)] = 3
+    """conversations: how many."""
+    with_answers: bool = False
+    """conversations: also passages of held-out conversations and such as hold the answer, which are passed over."""
     step: Annotated[str, tyro.conf.arg(metavar="N|best")] = ""
     """Checkpoint of a run: this step, or best for the lowest validation loss; default: the newest."""
     ema: bool = False
@@ -85,6 +99,7 @@ def main(args: list[str]) -> int:
 
     if given.nproc and not under_launcher():
         return launch(given.nproc, ["eval", *args])
+    from regpt.runs.answers import AnswerOptions
     from regpt.runs.evaluate import EvalRequest, evaluate_model, report, silent
 
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval would fork processes for standard errors
@@ -100,6 +115,7 @@ def main(args: list[str]) -> int:
             compile=mesh.device.type == "cuda" if given.compile == "auto" else given.compile == "on",
             max_items=given.max_items,
             ema=given.ema,
+            **{one.name: getattr(given, one.name) for one in fields(AnswerOptions)},
         )
         found = evaluate_model(asked, mesh, bar if mesh.is_main else silent)
         if not mesh.is_main:

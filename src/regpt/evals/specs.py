@@ -13,6 +13,7 @@ KINDS = {
     "mc": "mc:FILE, multiple-choice questions",
     "needle": "needle in a haystack, or needle:lengths=1024/4096:depths=0/50/100:items=8:text=FILE",
     "chat": "chat:TASK, replies to generated questions such as chat:addition:difficulty=2:items=200, or chat:ifeval",
+    "conversations": "conversations:FILE, loss on the held-out answers of a file for finetune",
     "lm-eval": "lm-eval:TASK,TASK…, the rest of the list",
 }
 # The 22 of CORE's metric; a folder may hold fewer, with a notice.
@@ -22,7 +23,7 @@ CORE_TASKS = (
     *("agi_eval_lsat_ar", "bigbench_cs_algorithms", "bigbench_operators", "bigbench_repeat_copy_logic", "squad"),
     *("coqa", "boolq", "bigbench_language_identification"),
 )
-NEED = {"core": "DIR", "mc": "FILE", "chat": "TASK", "lm-eval": "TASK"}
+NEED = {"core": "DIR", "mc": "FILE", "chat": "TASK", "conversations": "FILE", "lm-eval": "TASK"}
 
 
 class Spec(NamedTuple):
@@ -75,6 +76,8 @@ def check_specs(names: Iterable[str]) -> list[Spec]:
         if spec in specs[:i]:
             raise UsageError(f"task {str(spec)!r} is given twice; give it once")
         # Files of most kinds have results under one name: the second would replace the first.
-        if other := next((one for one in specs[:i] if one.kind == spec.kind not in ("mc", "chat")), None):
+        if other := next(
+            (one for one in specs[:i] if one.kind == spec.kind not in ("mc", "chat", "conversations")), None
+        ):
             raise UsageError(f"tasks {str(other)!r} and {str(spec)!r} have one name in results; give one of them")
     return specs

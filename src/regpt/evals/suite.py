@@ -66,6 +66,7 @@ def open_suites(
     tolerate: Tolerate = refuse,
     max_seq_len: int = 1024,
     template: ChatTemplate | None = None,
+    answers: Callable[[Spec], Suite] | None = None,
 ) -> list[Suite]:
     """The tasks that `specs` name, but `val`: read, checked and encoded, by gigatoken where it is installed.
 
@@ -73,6 +74,7 @@ def open_suites(
         tolerate: receives the name of a task of CORE whose file is damaged, and the error; its neighbours are read.
         max_seq_len: tokens that the model reads, for tasks of its length.
         template: the model's, for chat tasks.
+        answers: opens the held-out answers of a file of conversations.
 
     Raises:
         UserError: a file that cannot be had, or malformed items.
@@ -90,6 +92,11 @@ def open_suites(
                 continue
             if spec.kind == "chat":
                 suites.append(open_chat(spec, template))
+                continue
+            if spec.kind == "conversations" and answers:
+                started = time.perf_counter()
+                suites.append(answers(spec))
+                suites[-1].seconds = time.perf_counter() - started
                 continue
             if spec.kind == "needle":
                 needle = Needle(needle_options(spec.argument), encoder, max_seq_len)

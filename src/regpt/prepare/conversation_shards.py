@@ -11,9 +11,8 @@ import numpy as np
 from regpt.data.manifest import Manifest, Shard, read_manifest
 from regpt.errors import UsageError, UserError
 from regpt.files import exists, file_sha256, is_file, write_bytes, write_json, write_text
-from regpt.prepare.conversations import Conversation, ConversationReader, Messages
+from regpt.prepare.conversations import Conversation, ConversationReader, Messages, question_fraction
 from regpt.prepare.shards import finish_folder, remove_leftovers
-from regpt.prepare.split import fraction
 from regpt.text.certificate import certify
 from regpt.text.chat import CONTEXT, ChatTemplate
 from regpt.text.folder import CERTIFICATE, CHAT
@@ -162,8 +161,7 @@ def checked(template: ChatTemplate, messages: Messages, seq_len: int) -> tuple[n
 
 def is_held_out(conversation: Conversation, val_fraction: float) -> bool:
     """By what the user says first, so that one question is never in both splits."""
-    asked = next((one["content"] for one in conversation.messages if one["role"] == "user"), "")
-    return fraction(hashlib.sha256(asked.encode()).digest()) < val_fraction
+    return question_fraction(conversation.messages) < val_fraction
 
 
 def check_counts(reader: ConversationReader, splits: dict[str, EncodedSplit], options: ConversationOptions) -> None:

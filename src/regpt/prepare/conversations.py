@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from regpt.errors import UserError
 from regpt.prepare.documents import Row, names_in
 from regpt.prepare.readers import read_table_rows
 from regpt.prepare.settings import TextOptions
+from regpt.prepare.split import fraction
 from regpt.text.chat import APART
 
 Messages = list[dict[str, Any]]  # role and content, perhaps weight
@@ -202,6 +204,12 @@ def without_ending(messages: Messages) -> Messages:
     """The messages up to the last answer: what follows it is never trained on."""
     last = max((i for i, one in enumerate(messages) if one["role"] == "assistant"), default=-1)
     return messages[: last + 1]
+
+
+def question_fraction(messages: Messages) -> float:
+    """A number in [0, 1) that depends on what the user says first alone: a question is held out below some number."""
+    asked = next((one["content"] for one in messages if one["role"] == "user"), "")
+    return fraction(sha256(asked.encode()).digest())
 
 
 class ConversationReader:

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,15 @@ from regpt.errors import UsageError, UserError
 from regpt.evals.perplexity import Validation
 from regpt.evals.score import Progress, Scorer
 from regpt.evals.specs import Spec
-from regpt.evals.suite import Row, ShowProgress, open_suites, suite_rows
+from regpt.evals.suite import Row, ShowProgress, Suite, open_suites, suite_rows
 from regpt.evals.task import refuse_if_nothing_fits
 from regpt.files import exists, is_file, resolved
 from regpt.parallel.mesh import Mesh
+from regpt.runs.answers import AnswerOptions, open_answers
 from regpt.runs.remote import on_this_machine
 from regpt.runs.validation import Validated, ValidationPart, folder_parts, own_sums, part_batches, result
 from regpt.text.certificate import refuse_other_template
-from regpt.text.chat import ChatTemplate
+from regpt.text.chat import PLAIN, ChatTemplate
 from regpt.text.folder import CHAT
 from regpt.train.backend import make_loss_sum
 from regpt.train.config import EvalPrecision
@@ -43,6 +44,7 @@ class EvalRequest:
         compile: compile the scoring of tasks.
         max_items: of each task, 0 for all.
         ema: with the moving average of the weights.
+        few_shot, seed, retrieve, passages, with_answers, val_fraction: of `conversations`, see `AnswerOptions`.
     """
 
     model: str
@@ -55,6 +57,12 @@ class EvalRequest:
     compile: bool = False
     max_items: int = 0
     ema: bool = False
+    few_shot: int = 0
+    seed: int = 0
+    retrieve: str = ""
+    passages: int = 3
+    with_answers: bool = False
+    val_fraction: float = 0.05
 
     def __post_init__(self) -> None:
         if self.max_items < 0:
@@ -65,10 +73,21 @@ class EvalRequest:
                 f"{useless} would change nothing with --tasks val, which has no items; name another task too (--tasks "
                 "val,hellaswag), or leave it out"
             )
-        if "val" not in kinds and (useless := self.given("data", "val_tokens", "seq_len", "batch_rows")):
-            raise UsageError(
-                f"{useless} would change nothing without the task val; name it too (--tasks val,…), or leave it out"
-            )
+        if not 0 < self.val_fraction <= 1:
+            raise UsageError(f"val-fraction is {self.val_fraction:g}, must be above 0 and at most 1")
+        retrieval = () if self.retrieve else ("passages", "with_answers")
+        for task, names in {
+            "val": ("data", "val_tokens", "batch_rows", *(() if "conversations" in kinds else ("seq_len",))),
+            "conversations": ("few_shot", "seed", "retrieve", "passages", "with_answers", "val_fraction"),
+        }.items():
+            if task not in kinds and (useless := self.given(*names)):
+                raise UsageError(
+                    f"{useless} would change nothing without the task {task}; name it too (--tasks {task},…), or leave "
+                    "it out"
+                )
+        for need, names in (("retrieve FOLDER", retrieval), ("few-shot K", () if self.few_shot else ("seed",))):
+            if useless := self.given(*names):
+                raise UsageError(f"{useless} would change nothing without --{need}; add it, or leave it out")
 
     def given(self, *names: str) -> str:
         """Those of the options that are not as by default, as flags."""
@@ -129,9 +148,9 @@ def evaluate_model(asked: EvalRequest, mesh: Mesh, show: ShowProgress) -> ModelE
         failures.append((task, error))
 
     longest = opened.model.config.max_seq_len
-    suites: list[Any] = list(
-        open_suites(asked.specs, opened.tokenizer, None, tolerate, longest, chat_template(asked, opened))
-    )
+    template = chat_template(asked, opened)
+    answers = answer_opener(asked, run, opened, template)
+    suites: list[Any] = list(open_suites(asked.specs, opened.tokenizer, None, tolerate, longest, template, answers))
     if not task and all(suite.tasks for suite in suites):  # those of lm-eval are not open yet
         if failures and not suites:
             raise failures[0][1]
@@ -148,10 +167,29 @@ def evaluate_model(asked: EvalRequest, mesh: Mesh, show: ShowProgress) -> ModelE
 def chat_template(asked: EvalRequest, opened: OpenModel) -> ChatTemplate | None:
     """The model's template, where chat tasks are asked for; one that its certificate does not name is refused."""
     source = opened.companions.get(CHAT, "")
-    if not source or all(spec.kind != "chat" for spec in asked.specs):
+    if not source or all(spec.kind not in ("chat", "conversations") for spec in asked.specs):
         return None
     refuse_other_template(source, opened.companions)
     return ChatTemplate(source, opened.tokenizer)
+
+
+def answer_opener(
+    asked: EvalRequest, run: RunConfig | None, opened: OpenModel, template: ChatTemplate | None
+) -> Callable[[Spec], Suite]:
+    """What opens the task `conversations`: with the model's template, of a base model the plain one."""
+    options = AnswerOptions(**{one.name: getattr(asked, one.name) for one in fields(AnswerOptions)})
+    length = sequence_length(asked, run, opened)
+    given = template or ChatTemplate(PLAIN, opened.tokenizer)
+    return lambda spec: open_answers(str(spec), spec.argument, given, length, options)
+
+
+def sequence_length(asked: EvalRequest, run: RunConfig | None, opened: OpenModel) -> int:
+    """--seq-len, or the run's, or the model's."""
+    longest = opened.model.config.max_seq_len
+    seq_len = asked.seq_len if asked.seq_len is not None else run.data.seq_len if run else longest
+    if not 1 <= seq_len <= longest:
+        raise UsageError(f"seq-len is {seq_len}, must be between 1 and the model's {longest}")
+    return seq_len
 
 
 def run_config(model: str) -> RunConfig | None:
@@ -194,10 +232,7 @@ def open_val(asked: EvalRequest, run: RunConfig | None, folder: Path, opened: Op
             f"({manifest.tokenizer_sha256[:12]}…), the model has {opened.tokenizer.name!r} "
             f"({opened.tokenizer.sha256[:12]}…); prepare the text again with the model's tokenizer"
         )
-    longest = opened.model.config.max_seq_len
-    seq_len = asked.seq_len if asked.seq_len is not None else run.data.seq_len if run else longest
-    if not 1 <= seq_len <= longest:
-        raise UsageError(f"seq-len is {seq_len}, must be between 1 and the model's {longest}")
+    seq_len = sequence_length(asked, run, opened)
     if asked.batch_rows < 1:
         raise UsageError(f"batch-rows is {asked.batch_rows}, must be at least 1")
     parts = folder_parts(folder, manifest, seq_len, asked.val_tokens)
