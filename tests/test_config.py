@@ -73,6 +73,11 @@ def test_a_recipe_may_build_on_another():
         ("[optim]\nlr = nan", "optim.lr is nan, must be 0 or more"),
         ("[model]\nn_embd = 100\nn_head = 3", "model.n_embd = 100 is not divisible by model.n_head = 3"),
         ("[model]\nmax_seq_len = 512", "data.seq_len 1024 is longer than model.max_seq_len 512; lower the first"),
+        (
+            '[model]\nfamily = "mixtral"\n[train]\nmlp_tokens = 64',
+            "train.mlp_tokens divides the tokens that an MLP computes at once; experts balance",
+        ),
+        ("[adapter]\nr = 4\ndropout = 0.1\n[train]\nmlp_tokens = 64", "and adapter.dropout counts them, so leave it"),
         ("[train]\nmicro_batch_rows = 1.5", "train.micro_batch_rows is 1.5, must be 'auto' or a valid integer"),
         ("[train]\nmicro_batch_rows = 'all'", "train.micro_batch_rows is 'all', must be 'auto' or a valid integer"),
         ("train = 3", "train is 3, must be"),

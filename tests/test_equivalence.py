@@ -57,7 +57,7 @@ from regpt.train import activation_offload
 from regpt.train.activation_offload import OnHost
 from regpt.train.config import PrecisionName
 from regpt.train.precision import autocast, parameter_dtype
-from regpt.train.recompute import compile_blocks, recompute_blocks
+from regpt.train.recompute import compile_blocks, mlps_in_pieces, recompute_blocks
 
 README = Path(__file__).parents[1] / "README.md"
 Found = dict[str, Tensor]
@@ -349,6 +349,18 @@ def recomputed() -> list[tuple[Found, Found]]:
     return [(tiny.step_gradients(tiny.build_trainer(again, tiny.Rows())), ours())]
 
 
+def mlps_of_few_tokens() -> list[tuple[Found, Found]]:
+    """5, 5 and 2 tokens of 8 rows; also within recomputed blocks."""
+    pairs = []
+    for config in (tiny.CONFIG, tiny.FAMILY_CONFIGS["llama"]):
+        for change in (lambda model: model, recompute_blocks):
+            model = change(mlps_in_pieces(tiny.build_model(config=config), 40))
+            pairs.append(
+                (tiny.step_gradients(tiny.build_trainer(model, tiny.Rows(config=config))), ours(config=config))
+            )
+    return pairs
+
+
 def on_the_host() -> list[tuple[Found, Found]]:
     """Every tensor that forward keeps, however small; without and with activation checkpointing."""
     pairs, least = [], activation_offload.LEAST_BYTES
@@ -586,6 +598,7 @@ CELLS = [
     Cell("every family, adapters (LoRA, DoRA) merged", "unmerged", "logits", 1e-14, families_merged),
     Cell("moments in the host's memory", "on the device", "weights, moments, in float32", 0.0, offloaded),
     Cell("the same in bfloat16, weights too", "on the device", "weights, moments", 0.0, low_memory_offloaded),
+    Cell("MLPs of a few tokens at once", "of all", "loss, gradients", 1e-14, mlps_of_few_tokens),
     Cell("activations in the host's memory", "on the device", "loss, gradients", 0.0, on_the_host),
     Cell("one block compiled for all", "none", "loss, gradients", 1e-14, blocks_compiled, slow=True),
     Cell("vocabulary padded to a multiple of 128", "not padded", "loss, gradients", 1e-14, padded_vocabulary),

@@ -22,7 +22,7 @@ from regpt.evals.config import EvalConfig
 from regpt.files import at_home, is_file
 from regpt.kernels.config import FP8_MULTIPLE
 from regpt.model.adapter_config import AdapterConfig
-from regpt.model.config import GPT2_VOCAB_SIZE, ModelConfig
+from regpt.model.config import FAMILIES, GPT2_VOCAB_SIZE, ModelConfig
 from regpt.structured import MAX_TOML_BYTES, parse_toml, read_small
 from regpt.train.config import LogConfig, OptimConfig, PreferenceConfig, TrainConfig
 
@@ -80,6 +80,11 @@ class RunConfig:
         if self.adapter.base != "none" and self.train.precision == "fp64":
             raise UsageError(
                 "adapter.base is for precisions up to fp32, train.precision is fp64; leave one of them out"
+            )
+        if self.train.mlp_tokens and (FAMILIES[self.model.family].experts or self.adapter.dropout):
+            raise UsageError(
+                "train.mlp_tokens divides the tokens that an MLP computes at once; experts balance their load over all "
+                "of them and adapter.dropout counts them, so leave it out, or the other"
             )
         if self.eval.ema and not self.train.ema_decay:
             raise UsageError(

@@ -242,6 +242,7 @@ def summary(do: RunActions) -> str:
     B, T = do.trainer.micro_batch.rows, config.data.seq_len
     kernels = choose_kernels(config, do.run.model, mesh.device)
     spared = ", activation checkpointing" * config.train.activation_checkpointing
+    spared += f", MLPs of {config.train.mlp_tokens:,} tokens at once" * bool(config.train.mlp_tokens)
     spared += ", activations in host memory" * config.train.activation_offload
     spared += ", bfloat16 weights" * (config.train.weight_dtype == "bf16")
     spared += "" if config.optim.state_dtype == "fp32" else f", {config.optim.state_dtype} moments"

@@ -37,7 +37,7 @@ from regpt.train.objective import NextToken
 from regpt.train.precision import gradient_dtype, parameter_dtype, set_matmul_precision
 from regpt.train.preference import Preference
 from regpt.train.probe import choose_rows
-from regpt.train.recompute import compile_blocks, recompute_blocks
+from regpt.train.recompute import compile_blocks, mlps_in_pieces, recompute_blocks
 from regpt.train.schedule import make_schedule
 from regpt.train.trainer import Trainer
 
@@ -247,6 +247,8 @@ def build_trainer(
     set_matmul_precision(config.train.precision)
     train = config.train
     kernels = choose_kernels(config, model, mesh.device).name
+    if train.mlp_tokens:
+        mlps_in_pieces(model, train.mlp_tokens)
     blocks = train.compile_blocks and kernels == "plain"
     if blocks:
         check_compiler(mesh.device)
@@ -280,7 +282,8 @@ def with_chosen_rows(config: RunConfig, trainer: Trainer) -> tuple[RunConfig, di
 def choose_kernels(config: RunConfig, model: Transformer, device: torch.device) -> Kernels:
     """The path that computes the loss; raises what `kernels.select.select_kernels` does."""
     train = config.train
-    for name, asked in (("train.z_loss", train.z_loss), ("preference.method", config.preference.method)):
+    plain = {"train.z_loss": train.z_loss, "preference.method": config.preference.method}
+    for name, asked in (plain | {"train.mlp_tokens": train.mlp_tokens}).items():
         if asked and train.kernels == "fused":
             raise UsageError(f"{name} needs plain kernels, train.kernels is fused; set --train.kernels plain or auto")
         if asked:

@@ -19,6 +19,7 @@ ROUNDING_KEYS = (
     "train.compile_blocks",
     "train.kernels",
     "train.activation_checkpointing",
+    "train.mlp_tokens",
     "train.pad_vocab",
     "train.deterministic",
 )

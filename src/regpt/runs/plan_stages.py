@@ -40,6 +40,7 @@ def planned_step(config: RunConfig, target: Target) -> PlannedStep:
         blocks=train.compile_blocks,
         activation_offload=train.activation_offload and target.kind != "cpu",
         adapter=config.adapter,
+        mlp_tokens=train.mlp_tokens,
     )
 
 
@@ -55,7 +56,7 @@ def path_name(config: RunConfig, target: Target) -> str:
     """eager, compiled or fused: as `regpt train` would choose on that device."""
     train = config.train
     plain = "compiled" if train.compile else "eager"
-    if train.kernels == "plain" or train.weight_dtype == "bf16" or config.adapter.r:
+    if train.kernels == "plain" or train.weight_dtype == "bf16" or config.adapter.r or train.mlp_tokens:
         return plain
     with without_memory():
         empty = make_model(config.model, pad_vocab=train.pad_vocab)

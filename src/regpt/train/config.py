@@ -55,6 +55,9 @@ class TrainConfig:
     activation_offload: bool = False
     """Keep in the host's memory what the forward keeps for the backward; with activation_checkpointing the inputs of
     blocks alone. Not with a step compiled as one graph; train.compile_blocks goes with it."""
+    mlp_tokens: Annotated[int, Range(0, MANY)] = 0
+    """Tokens whose MLPs are computed at once, and again in the backward: less memory where rows are very long; plain
+    kernels, models without experts, adapters without dropout. 0: all."""
     z_loss: Annotated[float, Range(0, LARGE)] = 0.0
     """Coefficient of log² Z in the training loss, which keeps logits from drifting (PaLM: 1e-4); plain kernels only."""
     balance: Literal["loss", "bias"] = "loss"

@@ -23,6 +23,23 @@ def recompute_blocks(model: Transformer) -> Transformer:
     return model
 
 
+def mlps_in_pieces(model: Transformer, tokens: int) -> Transformer:
+    """Compute the MLPs of `model` for `tokens` tokens at once, and again in the backward, which keeps their inputs
+    alone: of long rows, they take most of the memory of a block. Call it before `compile_blocks`."""
+    for block in model.blocks:
+        mlp: Any = block.mlp
+        mlp.forward = partial(in_pieces, mlp.forward, tokens)
+    return model
+
+
+def in_pieces(forward: Callable[[Tensor], Tensor], tokens: int, x: Tensor) -> Tensor:
+    """`forward` of x (B, T, C), whose tokens do not see each other."""
+    if not torch.is_grad_enabled() or x.size(0) * x.size(1) <= tokens:
+        return forward(x)
+    pieces = x.split(max(1, tokens // x.size(0)), dim=1)
+    return torch.cat([recomputed(forward, piece) for piece in pieces], dim=1)
+
+
 def compile_blocks(model: Transformer, *, deterministic: bool = False) -> Transformer:
     """Compile what the blocks of `model` compute with gradients; all blocks of one kind share two graphs (the first
     block's, and one with the block's number as an input). Without gradients they are as they were: samples have many

@@ -36,7 +36,7 @@ from regpt.train.config import PrecisionName, StateDtype, WeightDtype
 from regpt.train.low_memory import may_be_quantized
 from regpt.train.peak import flops_per_token
 from regpt.train.precision import HALF_TYPES, gradient_dtype, parameter_dtype
-from regpt.train.recompute import recompute_blocks
+from regpt.train.recompute import mlps_in_pieces, recompute_blocks
 from regpt.train.rounding import BLOCK
 
 # Share of the eager path's activations that another path keeps: bytes a token, layer and channel of both, counted on
@@ -171,6 +171,7 @@ class PlannedStep:
     blocks: bool = False
     activation_offload: bool = False
     adapter: AdapterConfig = NO_ADAPTERS
+    mlp_tokens: int = 0
 
     @functools.cached_property
     def shape(self) -> Shape:
@@ -279,6 +280,8 @@ def trace(step: PlannedStep, rows: int, chunk: int = 0) -> Trace:
             CPU,
             parameter_dtype("fp32", step.weights),
         )
+        if step.mlp_tokens:
+            mlps_in_pieces(model, step.mlp_tokens)
         if step.checkpointing:
             recompute_blocks(model)
         dtype = gradient_dtype(step.weights, step.gradients)
@@ -309,7 +312,8 @@ def tensors(step: PlannedStep, rows: int) -> dict[str, float]:
     """Tensors at the peak of a step, in bytes by part."""
     shape = step.shape
     chunk = chunk_of(step, rows)
-    two, four = trace(step, 2, chunk), trace(step, 4, chunk)
+    of_row = -(-step.mlp_tokens // rows)  # pieces of MLPs divide each row
+    two, four = (trace(replace(step, mlp_tokens=n * of_row), n, chunk) for n in (2, 4))
     per_row, fixed = (four.live - two.live) / 2, 2 * two.live - four.live
     hidden_row, copies = float((four.hidden - two.hidden)[0]) / 2, float((2 * two.hidden - four.hidden)[0])
     kept = fused_gated_bytes(step) * rows * step.seq_len or kept_share(step) * hidden_row * rows
