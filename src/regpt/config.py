@@ -24,7 +24,7 @@ from regpt.kernels.config import FP8_MULTIPLE
 from regpt.model.adapter_config import AdapterConfig
 from regpt.model.config import FAMILIES, GPT2_VOCAB_SIZE, ModelConfig
 from regpt.structured import MAX_TOML_BYTES, parse_toml, read_small
-from regpt.train.config import LogConfig, OptimConfig, PreferenceConfig, TrainConfig
+from regpt.train.config import GrpoConfig, LogConfig, OptimConfig, PreferenceConfig, TrainConfig
 
 # Every key of [data] before shuffle_rows was added: a section with all of them was written by that version.
 DATA_BEFORE_SHUFFLE_ROWS = {"path", "mixture", "tokenizer", "seq_len", "order", "document_mask", "seed"}
@@ -47,6 +47,7 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
 
     def __post_init__(self) -> None:
         for _, _, seq_len in self.train.batch_ramp:

@@ -27,6 +27,9 @@ class Finetune:
     """The model to begin with: a run, a checkpoint, a Hugging Face folder or hub name such as gpt2."""
     data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """File of conversations (.jsonl, .json, .csv, .parquet, perhaps compressed); repeat it for several."""
+    tasks: str = ""
+    """Instead, with recipes such as grpo-124m: learn from rewards of the model's own replies to the questions of these
+    chat tasks, such as chat:addition:difficulty=2:items=2000."""
     out: str = ""
     """New folder for the run; its data are written to RUN/data."""
     epochs: Annotated[float, Range(0, LARGE, above=True)] = 3.0
@@ -54,6 +57,7 @@ def main(args: list[str]) -> int:
         return look_at_run(parse(Finetune, args, prog="regpt finetune"))
     default = Finetune(recipe=recipe, config=read_config(recipe)) if recipe else None
     given = parse(Finetune, args, prog="regpt finetune", default=default, stores=["out"])
+    given = with_tasks(given)
     refuse_missing(given)
     from regpt.runs.finetune import FinetuneRequest, finetune, look, prepare_run, write_settings
 
@@ -77,6 +81,18 @@ def main(args: list[str]) -> int:
     return finetune(asked, given.config, argv=["regpt", "finetune", *args])
 
 
+def with_tasks(given: Finetune) -> Finetune:
+    """`given`, its tasks in the configuration; held-out questions of the same ones are graded unless eval.tasks names
+    others."""
+    tasks = given.tasks or given.config.grpo.tasks
+    if not tasks:
+        return given
+    config = given.config
+    graded = config.eval.tasks or tasks
+    grpo, evals = replace(config.grpo, tasks=tasks), replace(config.eval, tasks=graded)
+    return replace(given, tasks=tasks, config=replace(config, grpo=grpo, eval=evals))
+
+
 def look_at_run(given: Finetune) -> int:
     from regpt.runs.finetune import look
     from regpt.runs.replay import config_of
@@ -92,11 +108,11 @@ def refuse_missing(given: Finetune) -> None:
     if not given.recipe:
         raise UsageError(
             "no recipe was given; regpt finetune RECIPE --init-from MODEL --data FILE --out RUN, with one of "
-            f"{', '.join(name for name in recipe_names() if name.startswith(('sft', 'dpo')))}"
+            f"{', '.join(name for name in recipe_names() if name.startswith(('sft', 'dpo', 'grpo')))}"
         )
     for flag, value, what in (
         ("--init-from", given.init_from, "the model to begin with, such as gpt2 or a run"),
-        ("--data", given.data, "a file of conversations"),
+        ("--data", given.data or given.tasks, "a file of conversations"),
         ("--out", given.out, "a folder for the run that does not exist yet"),
     ):
         if not value:

@@ -20,6 +20,10 @@ class Batch(NamedTuple):
     Of preferences: `pairs` (P, 2), the documents of chosen and rejected answers by their place in `cu_seqlens`, -1
     where there are fewer pairs than P; `scored` (B, T), the targets whose log-probability counts as that of the answer;
     `reference` (P, 2) float32, the log-probabilities of both answers under the reference model.
+
+    Of replies that the model wrote, one a row, whose tokens are the targets: `advantages` (B,) float32; `drawn` (B, R)
+    float32, the log-probabilities with which a reply's up to R tokens were drawn; `reference` (B, R) float32, those
+    under the reference model.
     """
 
     idx: Tensor
@@ -30,6 +34,8 @@ class Batch(NamedTuple):
     pairs: Tensor | None = None
     scored: Tensor | None = None
     reference: Tensor | None = None
+    advantages: Tensor | None = None
+    drawn: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`; the copy from pinned memory does not wait."""

@@ -158,6 +158,13 @@ class Pages:
                 return
             serial = self.cached[key][1]
 
+    def forget(self) -> None:
+        """Let no later text find kept pages: the weights have changed. No text is being written."""
+        for page in self.keys:
+            self.free[page] = 1
+        for held in (self.idle, self.cached, self.keys):
+            held.clear()
+
     def base(self, pages: Sequence[int]) -> int | None:
         """The slot of a text's first position where its pages are in a row."""
         in_a_row = all(b - a == 1 for a, b in pairwise(pages))

@@ -170,7 +170,12 @@ class Step:
         tolerance: as in `processing.draw`.
         kernels: what is computed by them.
         graphs: capture the step on a CUDA device.
+
+    Attributes:
+        processed: as in `processing.draw`; to be set before the first step.
     """
+
+    processed = False
 
     def __init__(
         self,
@@ -265,7 +270,8 @@ class Step:
         logits = self.logits(hidden)
         if self.draws_by_kernels(needs) and self.kernels.draw is not None:
             return (self.kernels.draw(logits, state, self.model.config.vocab_size),)
-        found, top = draw_from(logits, self.rows.options(n, needs), state[:, POSITION] + 1, needs, self.tolerance)
+        positions = state[:, POSITION] + 1
+        found, top = draw_from(logits, self.rows.options(n, needs), positions, needs, self.tolerance, self.processed)
         return self.advance(state, found, top, needs)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -309,7 +315,7 @@ class Step:
         if structured:
             rows = rows._replace(allowed=torch.stack([allowed_tokens(one, V) for one in texts]).to(device))
         positions = upload([len(one.tokens) + len(more) for one, more in zip(texts, after)], device)
-        return results_of(*draw_from(logits, rows, positions, needs, self.tolerance))
+        return results_of(*draw_from(logits, rows, positions, needs, self.tolerance, self.processed))
 
     def advance(self, state: Tensor, found: Drawn, top: Tensor | None, needs: Needs) -> tuple[Tensor, ...]:
         """Write the drawn tokens into the rows' state."""
@@ -331,10 +337,15 @@ def note_tokens(counts: Tensor, seen: Tensor, tokens: Tensor) -> None:
 
 
 def draw_from(
-    logits: Tensor, options: RowOptions, positions: Tensor, needs: Needs, tolerance: float | None
+    logits: Tensor,
+    options: RowOptions,
+    positions: Tensor,
+    needs: Needs,
+    tolerance: float | None,
+    processed: bool = False,
 ) -> tuple[Drawn, Tensor | None]:
     """Draw the tokens at `positions` (B,) from logits (B, V); and the likeliest ones."""
-    found = draw(logits, options, positions, needs.candidates, tolerance)
+    found = draw(logits, options, positions, needs.candidates, tolerance, processed=processed)
     if not needs.top:
         return found, None
     logits = logits if logits.dtype == torch.float64 else logits.float()

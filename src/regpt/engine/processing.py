@@ -173,7 +173,13 @@ def count_text(texts: Sequence[tuple[Sequence[int], Sequence[int]]], n_vocab: in
 
 
 def draw(
-    logits: Tensor, rows: RowOptions, positions: Tensor, candidates: int = -1, tolerance: float | None = None
+    logits: Tensor,
+    rows: RowOptions,
+    positions: Tensor,
+    candidates: int = -1,
+    tolerance: float | None = None,
+    *,
+    processed: bool = False,
 ) -> Drawn:
     """One token a row from `logits` (B, V), the text's tokens at `positions` (B,) int64.
 
@@ -182,6 +188,7 @@ def draw(
             all in order. It changes the cost, not the tokens.
         tolerance: relative to the row's largest absolute logit, by how much another way of computing may change a
             logit; `certain` then holds where no such change changes the token.
+        processed: `logprobs` are those that tokens are drawn with, after all processing.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     low, high = logits.aminmax(dim=-1)  # (B,); NaN where one is
@@ -191,6 +198,7 @@ def draw(
     largest_logit = torch.maximum(low.abs(), high.abs())
     slack = None if tolerance is None else error_bound(largest_logit, rows.numbers, tolerance)
     kept = choose_candidates(adjust(logits, rows), rows, candidates, slack)
+    total = kept.scores.masked_fill(~kept.kept, -math.inf).logsumexp(dim=-1) if processed else None
     random = (rows.numbers[:, 0] > 0)[:, None]
     if candidates == 0 and logits.size(-1) > LONG:
         kept = shortlist(kept, rows.seeds, positions, random)
@@ -201,7 +209,10 @@ def draw(
     best = open_scores.amax(dim=-1, keepdim=True)
     at = torch.where(open_scores == best, ids, logits.size(-1)).argmin(dim=-1, keepdim=True)  # of equals the lowest id
     tokens = ids.gather(-1, at).squeeze(-1)
-    logprobs = logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(dim=-1)
+    if total is None:
+        logprobs = logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(dim=-1)
+    else:
+        logprobs = kept.scores.gather(-1, at).squeeze(-1) - total
     certain = torch.ones_like(finite)
     if slack is not None:
         others = scores.masked_fill(~(kept.kept | kept.near), -math.inf).scatter(-1, at, -math.inf)

@@ -28,7 +28,7 @@ class EvalConfig:
         for spec in self.specs():
             if spec.kind == "val":
                 raise UsageError("eval.tasks names val, which is evaluated anyway (eval.val_tokens); leave it out")
-            if spec.kind in ("lm-eval", "chat", "conversations"):
+            if spec.kind in ("lm-eval", "conversations"):
                 raise UsageError(
                     f"eval.tasks names {spec.kind}, whose tasks are for a finished model; leave it out, and give it to "
                     "regpt eval --tasks"

@@ -50,6 +50,13 @@ class Mesh:
                 dist.all_reduce(x)
         return x
 
+    def largest(self, x: Tensor) -> Tensor:
+        """The largest `x` of all processes, in place."""
+        if self.world_size > 1:
+            with self.pulse.waiting("the largest of several numbers"):
+                dist.all_reduce(x, op=dist.ReduceOp.MAX)
+        return x
+
     def total(self, x: Tensor) -> Tensor:
         """`x`, which is on the CPU, summed over all processes: on the CPU, the same in each."""
         if self.world_size == 1:

@@ -31,6 +31,7 @@ from regpt.runs.evaluations import RunEvaluations, open_run_suites
 from regpt.runs.examine import examine
 from regpt.runs.folder import device_name, made_with
 from regpt.runs.items import keep_items
+from regpt.runs.rollouts import RolloutLoader
 from regpt.runs.terminal import Terminal
 from regpt.runs.trackers import Sink
 from regpt.runs.validation import Validated, ValidationPart, batch_items, own_sums, part_batches, result
@@ -68,11 +69,11 @@ class RunActions:
         self.config, self.mesh, self.trainer = run.config, run.mesh, run.trainer
         self.metrics, self.samples, self.asked_to_stop = metrics, samples, stop_requested
         self.update_ratios = watch_updates(run.trainer, run.config.log.update_ratios_every_steps)
-        suites = open_run_suites(run.config, run.corpus.tokenizer)
+        self.chat = run.corpus.chat()
+        suites = open_run_suites(run.config, run.corpus.tokenizer, self.chat)
         kept = {"average": run.average, "stop_requested": stop_requested}
         self.evaluations = RunEvaluations(run.config, folder, suites, run.model, run.mesh, terminal.say, **kept)
         self.val_parts = validation_parts(run.config, run.corpus)
-        self.chat = run.chat()
         self.note_step: Callable[[Row], None] = lambda row: None  # of a profile
 
     def stop_requested(self) -> bool:
@@ -93,6 +94,8 @@ class RunActions:
 
     def log(self, row: Row) -> None:
         with self.mesh.pulse.working("writing its metrics"):
+            if isinstance(self.run.loader, RolloutLoader) and row["kind"] == "train":
+                row = self.run.loader.completed(row)
             self.write_row(row)
             ratios = self.update_ratios.take()
             if ratios is not None:
@@ -187,7 +190,9 @@ class RunActions:
     def save(self, step: int) -> None:
         """Begin to write a checkpoint, with the states of the random generators of all processes."""
         with self.mesh.pulse.working("writing a checkpoint"):
-            states = self.mesh.gather(json.dumps(generator_states(self.mesh.device)).encode())
+            own = generator_states(self.mesh.device)
+            own |= self.run.loader.state() if isinstance(self.run.loader, RolloutLoader) else {}
+            states = self.mesh.gather(json.dumps(own).encode())
             if not self.mesh.is_main:
                 return
             try:
@@ -261,7 +266,7 @@ def summary(do: RunActions) -> str:
 def say_what_is_left_out(do: RunActions, rows: Rows) -> None:
     """One line for each folder in the order `bos`: how much of it no row holds, from its first windows. Of
     conversations, what share of the tokens is trained on and how much padding there is."""
-    if isinstance(rows, ConversationRows):
+    if isinstance(rows, ConversationRows) and not do.config.grpo.tasks:
         do.terminal.say(rows.sentence())
     for part in rows.parts if isinstance(rows, MixedRows) else [rows]:
         if isinstance(part, PackedRows):

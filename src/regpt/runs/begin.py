@@ -40,9 +40,8 @@ from regpt.runs.build import Corpus, build_loader, build_model, build_trainer, o
 from regpt.runs.changes import ROUNDING_KEYS, Changes, describe, first_row, listed, ramp_steps
 from regpt.runs.folder import made_with
 from regpt.runs.remote import on_this_machine
-from regpt.text.chat import ChatTemplate
+from regpt.runs.rollouts import RolloutLoader
 from regpt.text.companions import read_companions
-from regpt.text.folder import CHAT
 from regpt.text.tokenizer import Tokenizer
 from regpt.train.average import Average
 from regpt.train.optim import load_optimizer, make_optimizer
@@ -92,16 +91,15 @@ class Run:
         if tokenizer.sha256 == self.corpus.tokenizer.sha256:
             self.companions = {**companions, **read_companions(self.corpus.folders[0].path)}
 
-    def chat(self) -> ChatTemplate | None:
-        """The template of a run over conversations."""
-        conversations = self.corpus.folders[0].manifest.has_parts
-        return ChatTemplate(self.companions[CHAT], self.corpus.tokenizer) if conversations else None
-
     def begin(self, start: "Start", stack: ExitStack) -> None:
         """Build the loader and the trainer at `start`; batches are prefetched in a thread until `stack` is closed."""
         mesh = self.mesh
-        self.loader = build_loader(self.config, self.corpus, mesh, start.first_row, start.ahead)
-        batches = stack.enter_context(Prefetcher(self.loader, steps=self.config.train.steps))
+        if self.config.grpo.tasks:
+            self.loader = batches = RolloutLoader(self.config, self.corpus, mesh, self.model, start.first_row)
+            batches.load_state(start.random)
+        else:
+            self.loader = build_loader(self.config, self.corpus, mesh, start.first_row, start.ahead)
+            batches = stack.enter_context(Prefetcher(self.loader, steps=self.config.train.steps))
         self.trainer = build_trainer(self.config, mesh, self.model, self.optimizer, batches, step=start.step)
         self.trainer.load_state(start.trainer)
         self.config, self.chosen = with_chosen_rows(self.config, self.trainer)

@@ -30,9 +30,13 @@ from regpt.model.transformer import Transformer
 from regpt.model.weights import allocate, without_memory
 from regpt.parallel.mesh import Mesh
 from regpt.runs.validation import ValidationPart, conversation_rows, folder_parts, mixture_parts
+from regpt.text.chat import ChatTemplate
+from regpt.text.companions import read_companions
+from regpt.text.folder import CHAT
 from regpt.text.tokenizer import Tokenizer
 from regpt.train.backend import make_backend
 from regpt.train.balance import make_balance
+from regpt.train.grpo import PolicyGradient
 from regpt.train.objective import NextToken
 from regpt.train.precision import gradient_dtype, parameter_dtype, set_matmul_precision
 from regpt.train.preference import Preference
@@ -65,6 +69,12 @@ class Corpus:
     def tokenizer(self) -> Tokenizer:
         """Opened when it is first asked for: batches need none."""
         return tokenizer_of(self.folders[0].path, self.folders[0].manifest)
+
+    def chat(self) -> ChatTemplate | None:
+        """The template of conversations."""
+        folder = self.folders[0]
+        conversations = folder.manifest.has_parts
+        return ChatTemplate(read_companions(folder.path)[CHAT], self.tokenizer) if conversations else None
 
     @property
     def manifest_sha256(self) -> str:
@@ -257,6 +267,8 @@ def build_trainer(
         recompute_blocks(model)
     balance = make_balance(model, train)
     objective = Preference(model, config.preference) if config.preference.method else None
+    if config.grpo.tasks:
+        objective = PolicyGradient(model, config.grpo, config.grpo.max_new_tokens)
     objective = objective or NextToken(model, train.z_loss, balance)
     path: dict[str, Any] = {"compile": train.compile and not blocks, "kernels": kernels}
     path |= {
@@ -283,7 +295,8 @@ def choose_kernels(config: RunConfig, model: Transformer, device: torch.device) 
     """The path that computes the loss; raises what `kernels.select.select_kernels` does."""
     train = config.train
     plain = {"train.z_loss": train.z_loss, "preference.method": config.preference.method}
-    for name, asked in (plain | {"train.mlp_tokens": train.mlp_tokens}).items():
+    plain |= {"train.mlp_tokens": train.mlp_tokens, "grpo.tasks": config.grpo.tasks}
+    for name, asked in plain.items():
         if asked and train.kernels == "fused":
             raise UsageError(f"{name} needs plain kernels, train.kernels is fused; set --train.kernels plain or auto")
         if asked:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from regpt.evals.task import Result, Task, evaluate_task, refuse_if_nothing_fits
 from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import Mesh
 from regpt.runs.items import keep_items
+from regpt.text.chat import ChatTemplate
 from regpt.text.tokenizer import Tokenizer
 from regpt.train.average import Average
 from regpt.train.precision import autocast
@@ -57,6 +59,7 @@ class RunEvaluations:
             batch_tokens=min(BATCH_TOKENS[kind], max(1024, rows * config.data.seq_len)),
         )
         self.noticed: set[str] = set()
+        self.most_items = config.eval.max_items
 
     def rows(self, step: int) -> Iterator[Row]:
         """The rows of metrics of every task, one suite after another; all processes together."""
@@ -68,6 +71,8 @@ class RunEvaluations:
                     self.say(f"asked to stop: the evaluation after step {step:,} ends before {task.name}")
                     return
                 results.append(self.evaluate(task))
+            if not suite.tasks:  # of replies
+                results = suite.evaluate(self.scorer, lambda name: nullcontext(lambda *done: None), self.most_items)
             averaged = self.averaged(suite)
             self.keep_items(results, averaged, step)
             of_average = suite_rows(suite, averaged) if averaged else []
@@ -107,16 +112,17 @@ class RunEvaluations:
             keep_items(self.run / "evals", one.task, replace(one, outcomes=both).item_lines(), step, self.say)
 
     def evaluate(self, task: Task) -> Result:
-        return evaluate_task(task, self.scorer, max_items=self.config.eval.max_items)
+        return evaluate_task(task, self.scorer, max_items=self.most_items)
 
 
-def open_run_suites(config: RunConfig, tokenizer: Tokenizer) -> list[Suite]:
-    """Open the tasks that `eval.tasks` names.
+def open_run_suites(config: RunConfig, tokenizer: Tokenizer, template: ChatTemplate | None = None) -> list[Suite]:
+    """Open the tasks that `eval.tasks` names; `template` is for chat tasks.
 
     Raises:
         UserError: files that cannot be had, malformed items, or nothing but endings longer than the model.
     """
-    suites = open_suites(config.eval.specs(), tokenizer, max_seq_len=config.model.max_seq_len)
+    longest = config.model.max_seq_len
+    suites = open_suites(config.eval.specs(), tokenizer, max_seq_len=longest, template=template)
     refuse_if_nothing_fits([task for suite in suites for task in suite.tasks], config.model.max_seq_len)
     return suites
 

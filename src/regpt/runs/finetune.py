@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,15 +27,18 @@ from regpt.model.adapter_config import EMBEDDING, HEAD
 from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import choose_device
 from regpt.prepare.conversation_shards import TOO_LONG, ConversationOptions, prepare_conversations
+from regpt.report.read import read_rows
 from regpt.runs.build import open_shards
 from regpt.runs.folder import refuse_used_folder
 from regpt.runs.pretrain import check, pretrain
+from regpt.runs.rollouts import grpo_items
 from regpt.text.chat import CHATML_TOKENS, TEMPLATES, ChatTemplate
 from regpt.text.folder import CHAT
 from regpt.train.precision import autocast, parameter_dtype, set_matmul_precision
 from regpt.train.preference import Answers, Preference
 
-DATA, SETTINGS = "data", "run.toml"  # in the run's folder, in that one
+DATA, SETTINGS, QUESTIONS = "data", "run.toml", "questions.jsonl"  # in the run's folder, in that one
+GRADES = "grades.json"  # in the run's folder: held-out questions answered right
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,10 @@ def prepare_run(asked: FinetuneRequest, config: RunConfig) -> RunConfig:
         )
     if config.preference.reference and asked.add_tokens:
         raise UsageError("--add-tokens changes the model that would be the reference; tune it on conversations first")
+    if config.grpo.tasks:
+        if asked.files:
+            raise UsageError("--data and --tasks were given: grpo learns from replies to the tasks' questions alone")
+        asked = replace(asked, files=(str(write_questions(asked.run / DATA, config.grpo.tasks)),), val_fraction=0.0)
     adapted = {EMBEDDING, HEAD} & set(config.adapter.targets)
     if asked.add_tokens and config.adapter.r and not adapted:
         raise UsageError(
@@ -93,7 +100,19 @@ def prepare_run(asked: FinetuneRequest, config: RunConfig) -> RunConfig:
     manifest = prepare_conversations([Path(file) for file in asked.files], folder, template, options)
     say_what_was_read(manifest, template, opened)
     config = replace(config, model=model, data=replace(config.data, path=str(folder), mixture={}))
+    if config.grpo.tasks:
+        if config.grpo.beta:
+            write_json(folder / REFERENCE, {"model": asked.model, "weights_sha256": opened.weights_sha256})
+        return config
     return with_epochs(config, asked.epochs)
+
+
+def write_questions(folder: Path, tasks: str) -> Path:
+    """The questions of the tasks' train splits, with a right answer each, as a file of conversations."""
+    path = folder / QUESTIONS
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(item.line() for item in grpo_items(tasks)))
+    return path
 
 
 def finetune(asked: FinetuneRequest, config: RunConfig, argv: Sequence[str] = (), *, quiet: bool = False) -> int:
@@ -103,7 +122,32 @@ def finetune(asked: FinetuneRequest, config: RunConfig, argv: Sequence[str] = ()
     code = pretrain(config, asked.run, init_from=asked.model, argv=argv, beside=(DATA,), quiet=quiet)
     if config.preference.method and code == 0 and not quiet:
         print_line(rank_held_out(config, asked.run))
+    if config.grpo.tasks and code == 0:
+        for sentence in grade_held_out(asked.run):
+            print_line(sentence) if not quiet else None
     return code
+
+
+def grade_held_out(run: Path) -> list[str]:
+    """How many held-out questions of `eval.tasks` were answered right at the end, as sentences; RUN/grades.json has the
+    numbers of every evaluation."""
+    rows = [row for row in read_rows(run / "metrics.jsonl")[0] if row.get("metric") == "acc"]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        right = round(row["value"] * row["n"])
+        interval = [*wilson_interval(right, row["n"])]
+        graded = {"step": row["step"], "items": row["n"], "right": right, "share": row["value"], "interval": interval}
+        found.setdefault(row["task"], []).append(graded)
+    write_json(run / GRADES, found)
+    said = []
+    for task, each in found.items():
+        last = each[-1]
+        low, high = last["interval"]
+        said.append(
+            f"{task}: {last['right']:,} of {last['items']:,} held-out questions answered right: {last['share']:.1%} "
+            f"(95 % interval {low:.1%} to {high:.1%}), {each[0]['share']:.1%} after step {each[0]['step']:,}"
+        )
+    return said
 
 
 def with_references(asked: FinetuneRequest, config: RunConfig) -> RunConfig:

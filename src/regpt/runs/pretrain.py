@@ -50,6 +50,7 @@ from regpt.runs.folder import (
 )
 from regpt.runs.profile import profiled
 from regpt.runs.remote import NOTE, RemoteRun, by_main, deliver, mirrored, on_this_machine
+from regpt.runs.rollouts import RolloutLoader
 from regpt.runs.stop import StopRequest, stop_request
 from regpt.runs.terminal import Terminal
 from regpt.runs.trackers import Sink, Tee, check_trackers, open_trackers
@@ -68,9 +69,13 @@ def check(config: RunConfig, run: Path | None, processes: int = 1, beside: Seque
         said = f"{folder}: too large to be compared with its SHA-256 here; that does: regpt data verify {word(folder)}"
         print_note(said)
     make_schedule(config.optim, config.train.steps)
-    build_loader(config, corpus, Mesh(0, processes, torch.device("cpu")))
+    mesh = Mesh(0, processes, torch.device("cpu"))
+    if config.grpo.tasks:
+        RolloutLoader(config, corpus, mesh, None)  # pyright: ignore[reportArgumentType] (nothing is written)
+    else:
+        build_loader(config, corpus, mesh)
     count_validation_rows(config, corpus)
-    open_run_suites(config, corpus.tokenizer)
+    open_run_suites(config, corpus.tokenizer, corpus.chat())
     check_trackers(config.log)
     for prompt in config.sample.prompts:
         tokens = encode_prompt(corpus.tokenizer, prompt)
@@ -280,6 +285,8 @@ def open_sinks(run: Run, folder: Path, terminal: Terminal, stack: ExitStack) -> 
 def no_validation(run: Run) -> str | None:
     """Why the run has no validation losses, and what asks for them in vain; None where it has some."""
     kept = ", so that checkpoint.keep_best has nothing to choose by" * run.config.checkpoint.keep_best
+    if run.config.grpo.tasks:
+        return None  # of replies, by eval.tasks
     if not run.corpus.tokens("val"):
         return f"no validation: the data hold out nothing{kept}; prepare them with --val or --val-fraction"
     if kept and not run.config.eval.every_steps:

@@ -93,9 +93,10 @@ class Terminal:
         mfu = f"  {row['mfu']:.1%} MFU" if row.get("mfu") else ""
         memory = f"  {row['peak_memory_gib']:.1f} GiB" if row.get("peak_memory_gib") else ""
         flops = f"  {si(row['flops'], 'FLOP')}" if row.get("flops") else ""
+        reward = f"  reward {row['reward']:.3f}" if "reward" in row else ""
         left = duration((self.steps - row["step"]) * (self.seconds_a_step or 0))
         return (
-            f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  norm {row['grad_norm']:.2f}  "
+            f"loss {row['loss']:.4f}{reward}  lr {row['lr']:.2e}  norm {row['grad_norm']:.2f}  "
             f"{row['tokens_per_s']:,.0f} tokens/s{mfu}{memory}{flops}  left {left}"
         )
 

@@ -14,7 +14,7 @@ from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import Mesh
 from regpt.train.activation_offload import OnHost
 from regpt.train.config import PrecisionName, WritingPrecision
-from regpt.train.objective import NextToken, Objective, Sums
+from regpt.train.objective import LARGEST, NextToken, Objective, Sums
 from regpt.train.precision import autocast
 
 LossSum = Callable[[Batch], Sums]
@@ -85,6 +85,9 @@ class DataParallel:
             loss.backward()
             total += loss.detach()
             for name, value in further.items():  # whole numbers are counts, which stay exact
+                if name.startswith(LARGEST):
+                    extras[name] = torch.maximum(extras.get(name, value), value)
+                    continue
                 part = value / divisor if value.is_floating_point() else value
                 extras[name] = extras[name] + part if name in extras else part
         return total, extras

@@ -228,6 +228,45 @@ class PreferenceConfig:
 
 
 @dataclass(frozen=True)
+class GrpoConfig:
+    __pydantic_config__ = {"extra": "forbid"}
+
+    tasks: str = ""
+    """Learn from rewards of the model's own replies (Shao et al. 2024): chat tasks whose checkers give them, as regpt
+    eval --tasks names them, such as chat:addition:difficulty=2:items=2000; empty: not at all."""
+    replies: Annotated[int, Range(2, 1024)] = 16
+    """Replies to each question of an update; train.batch_tokens / data.seq_len is a multiple of it."""
+    max_new_tokens: Annotated[int, Range(1, MANY)] = 64
+    """Tokens of a reply at most, the one that ends it included; with the question's at most data.seq_len."""
+    temperature: Annotated[float, Range(0, LARGE, above=True)] = 1.0
+    """Of the draws, from all tokens; the log-probabilities that are trained are those at this temperature."""
+    loss: Literal["dapo", "grpo", "dr_grpo"] = "dapo"
+    """dapo: the mean over all tokens of a batch (Yu et al. 2025); grpo: over replies of their mean (Shao et al. 2024);
+    dr_grpo: over replies of their sum, advantages not divided by the standard deviation (Liu et al. 2025)."""
+    clip_low: Annotated[float, Range(0, 1)] = 0.2
+    """A ratio of probabilities below 1 - this has no gradient in bad replies (Schulman et al. 2017)."""
+    clip_high: Annotated[float, Range(0, LARGE)] = 0.28
+    """A ratio above 1 + this has none in good ones (Yu et al. 2025: higher than clip_low, so that rare tokens may
+    become likely)."""
+    resample: Annotated[int, Range(0, 64)] = 0
+    """So many times at most, other questions take the places of those whose replies all have one reward (Yu et al.
+    2025, section 3.2)."""
+    overlong: Annotated[int, Range(0, MANY)] = 0
+    """Tokens before max_new_tokens within which the reward falls by up to 1 (Yu et al. 2025, equation 13); 0: none."""
+    updates: Annotated[int, Range(1, 1024)] = 1
+    """Updates from replies of the same weights; each takes its share of them."""
+    beta: Annotated[float, Range(0, LARGE)] = 0.0
+    """Weight of the divergence (KL) from the model that the run begins with; 0: none, and no such model is kept."""
+
+    def __post_init__(self) -> None:
+        check_ranges("grpo", self)
+        if self.overlong >= self.max_new_tokens:
+            raise UsageError(
+                f"grpo.overlong is {self.overlong}, must be below grpo.max_new_tokens, {self.max_new_tokens}"
+            )
+
+
+@dataclass(frozen=True)
 class LogConfig:
     __pydantic_config__ = {"extra": "forbid"}
 

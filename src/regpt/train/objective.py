@@ -12,6 +12,7 @@ from regpt.model.transformer import Transformer
 from regpt.train.balance import Balance
 
 Sums = tuple[Tensor, dict[str, Tensor]]  # the summed loss, and further sums by name: scalars to log, or counts
+LARGEST = "max_"  # begins the names of what is not summed: of a step the largest is kept
 
 
 class Objective(Protocol):
@@ -23,7 +24,7 @@ class Objective(Protocol):
         """Sum the loss over the units of a micro-batch on the model's device; differentiable.
 
         The second value holds further sums by name, detached; they are reduced and divided like the loss, and logged.
-        Integers (counts) are not divided.
+        Integers (counts) are not divided. Of a name that begins with `LARGEST` the largest value counts instead.
         """
         ...
 

@@ -22,7 +22,7 @@ from regpt.train.guard import Guard, Verdict
 from regpt.train.loss_scale import LossScale
 from regpt.train.memory import memory_advice, peak_memory_gib
 from regpt.train.micro_batch import MicroBatch
-from regpt.train.objective import Objective
+from regpt.train.objective import LARGEST, Objective
 from regpt.train.optim import set_lr
 from regpt.train.peak import device_peak, flops_per_token
 
@@ -206,7 +206,9 @@ class Trainer:
                 loss, extras = self.backend.forward_backward(batches, units / scale)
         length = self.backend.sum_gradients(scale)
         counts = extras.pop(COUNTS, None)
-        sums = [self.mesh.sum(value) / scale for value in (loss, *extras.values())]
+        sums = [self.mesh.sum(loss) / scale]
+        for name, value in extras.items():
+            sums.append(self.mesh.largest(value) if name.startswith(LARGEST) else self.mesh.sum(value) / scale)
         with self.mesh.pulse.waiting("the gradients of all processes"):
             mean, norm, *further = torch.stack([sums[0], length, *sums[1:]]).tolist()  # synchronises
         if self.config.grad_clip and not norm < UNCLIPPED * self.config.grad_clip - 1e-6:
