@@ -20,7 +20,6 @@ from regpt.engine.reference import generate_uncached
 from regpt.errors import UsageError, UserError
 from regpt.evals.chat.suite import ChatSuite, Reply, judge, leaks_role, repetition
 from regpt.evals.chat.tasks import ChatOptions, make_items
-from regpt.evals.config import EvalConfig
 from regpt.evals.score import Progress, Scorer
 from regpt.evals.suite import suite_rows
 from regpt.model.config import ModelConfig
@@ -248,11 +247,6 @@ def test_what_does_not_belong_together_is_refused(args, said, tmp_path, monkeypa
 def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match=r"cannot write .*choose another file"):
         main(["--tasks", "chat:dates", "--write-train", str(tmp_path)])
-
-
-def test_chat_tasks_are_for_finished_models():
-    with pytest.raises(UsageError, match=r"eval.tasks names chat, whose tasks are for a finished model; leave it out"):
-        EvalConfig(tasks="chat:addition")
 
 
 def test_rows_of_metrics_hold_every_metric(model):

@@ -120,12 +120,17 @@ def finetune(asked: FinetuneRequest, config: RunConfig, argv: Sequence[str] = ()
     config = with_references(asked, prepare_run(asked, config))
     check(config, None)
     code = pretrain(config, asked.run, init_from=asked.model, argv=argv, beside=(DATA,), quiet=quiet)
-    if config.preference.method and code == 0 and not quiet:
-        print_line(rank_held_out(config, asked.run))
-    if config.grpo.tasks and code == 0:
-        for sentence in grade_held_out(asked.run):
-            print_line(sentence) if not quiet else None
+    if code == 0 and not quiet:
+        say_how_it_ended(config, asked.run)
     return code
+
+
+def say_how_it_ended(config: RunConfig, run: Path) -> None:
+    """Held-out pairs ranked right, held-out questions answered right."""
+    if config.preference.method:
+        print_line(rank_held_out(config, run))
+    for sentence in grade_held_out(run) if config.grpo.tasks else []:
+        print_line(sentence)
 
 
 def grade_held_out(run: Path) -> list[str]:

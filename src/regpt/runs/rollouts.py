@@ -58,7 +58,7 @@ def grpo_items(tasks: str) -> list[ChatItem]:
     return items
 
 
-class Reply(NamedTuple):
+class DrawnReply(NamedTuple):
     """Tokens of a reply, the log-probabilities that they were drawn with, and its reward."""
 
     ids: list[int]
@@ -140,7 +140,7 @@ class RolloutLoader(Loader):
                 f"data.seq_len {data.seq_len}; set it to {longest + self.grpo.max_new_tokens} or more"
             )
         self.facts: Row = {}
-        self.number, self.written = -1, list[list[tuple[list[int], list[Reply]]]]()
+        self.number, self.written = -1, list[list[tuple[list[int], list[DrawnReply]]]]()
         self.part = 0
         self.made: tuple[int, Batch] | None = None
         self.writer: Engine | None = None
@@ -188,11 +188,11 @@ class RolloutLoader(Loader):
     def load_state(self, state: Mapping[str, str] | None) -> None:
         if state and STATE in state:
             self.number, written, self.facts = json.loads(state[STATE])
-            self.written = [[(prompt, [Reply(*one) for one in each]) for prompt, each in step] for step in written]
+            self.written = [[(prompt, [DrawnReply(*one) for one in each]) for prompt, each in step] for step in written]
 
     # ---- rollouts
 
-    def write(self, number: int) -> list[list[tuple[list[int], list[Reply]]]]:
+    def write(self, number: int) -> list[list[tuple[list[int], list[DrawnReply]]]]:
         """The questions and replies of this rank for each update of the rollout `number`; of questions without a reply
         of use, none."""
         G, rank, size = self.batch_rows // self.grpo.replies, self.mesh.rank, self.mesh.world_size
@@ -213,7 +213,7 @@ class RolloutLoader(Loader):
         used = [[k for k in part if k not in dropped] or part for part in parts]  # all alike: an update of nothing
         return [[found[k] for k in part] for part in used]
 
-    def replies(self, engine: Engine, groups: np.ndarray, attempt: int) -> list[tuple[list[int], list[Reply]]]:
+    def replies(self, engine: Engine, groups: np.ndarray, attempt: int) -> list[tuple[list[int], list[DrawnReply]]]:
         """The prompt of each group's question, and the replies to it."""
         K, most, stops = self.grpo.replies, self.grpo.max_new_tokens, self.template.stop_ids
         options = SamplingOptions(temperature=self.grpo.temperature, top_k=0)
@@ -233,7 +233,7 @@ class RolloutLoader(Loader):
                 logps.append(event.logprob)  # type: ignore[arg-type]
         engine.pages.forget()  # of these weights
         return [
-            (self.prompts[item], [Reply(ids, logps, self.reward(self.items[item], ids)) for ids, logps in each])
+            (self.prompts[item], [DrawnReply(ids, logps, self.reward(self.items[item], ids)) for ids, logps in each])
             for item, each in zip(asked, drawn)
         ]
 
@@ -243,7 +243,7 @@ class RolloutLoader(Loader):
         right = ended and check_reply(item, self.template.tokenizer.decode(ids[:-1]))
         return float(right) + overlong_penalty(len(ids), self.grpo.max_new_tokens, self.grpo.overlong)
 
-    def note(self, written: list[tuple[list[int], list[Reply]]], alike: int) -> None:
+    def note(self, written: list[tuple[list[int], list[DrawnReply]]], alike: int) -> None:
         """Facts of the replies, over all processes.
 
         Raises:
@@ -289,7 +289,7 @@ class RolloutLoader(Loader):
 
     # ---- replies → batch
 
-    def batch_of(self, groups: list[tuple[list[int], list[Reply]]]) -> Batch:
+    def batch_of(self, groups: list[tuple[list[int], list[DrawnReply]]]) -> Batch:
         """Rows of questions with their replies, those of a whole step; rows that are left over have no target."""
         n, T, K = self.batch_rows // self.mesh.world_size, self.seq_len, self.grpo.replies
         idx, targets = np.full((n, T), self.questions.eot), np.full((n, T), IGNORE_INDEX)
