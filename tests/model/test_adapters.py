@@ -129,7 +129,7 @@ def test_the_merged_model_computes_what_the_adapted_one_does(kind: str, shape):
     assert (unmerged(merged(weight, a, b, 2.0), a, b, 2.0) - weight).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("base", ["nf4", "int8"])
+@pytest.mark.parametrize("base", ["nf4", "int8", "ternary"])
 def test_10_a_quantized_base_is_merged_into_what_it_was_trained_on(base):
     """Bug 10: a merge into the weights before quantization is another model."""
     model = trained(adapted(replace(LORA, base=base), dtype=torch.float32))
@@ -185,7 +185,7 @@ def test_15_dropout_of_adapters_is_keyed_and_off_without_keys():
 # ---- storage ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("base", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("base", ["none", "nf4", "int8", "ternary"])
 def test_base_and_adapters_are_stored_apart_and_give_the_same_model(base):
     config = replace(LORA, base=base)
     model = trained(adapted(config, dtype=torch.float32))

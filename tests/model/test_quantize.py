@@ -14,6 +14,7 @@ from regpt.model.quantize import (
     in_blocks,
     tables,
     to_nf4,
+    to_ternary,
 )
 
 SHAPES = [(96, 160), (24, 24), (7, 9), (256, 1024)]
@@ -48,7 +49,7 @@ def test_nf4_has_the_codes_and_scales_of_bitsandbytes(shape):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_error_is_that_of_the_format(shape):
     weight = weight_of(shape)
-    for kind, error in {"nf4": 0.1, "int8": 0.012}.items():
+    for kind, error in {"nf4": 0.1, "int8": 0.012, "ternary": 0.53}.items():
         pieces = FORMATS[kind].encode(weight)
         found = dequantize(kind, pieces, *shape, torch.float32)
         assert (found - weight).norm() / weight.norm() < error
@@ -60,6 +61,21 @@ def test_the_error_is_that_of_the_format(shape):
 def test_nf4_takes_half_a_byte_and_a_little_a_weight():
     pieces = to_nf4(torch.randn(256, 1024))
     assert 8 * sum(p.nbytes for p in pieces.values()) / 2**18 == pytest.approx(4.127, abs=5e-4)
+
+
+def test_a_ternary_weight_is_the_same_number_in_every_format_and_in_tq2_0():
+    quants = pytest.importorskip("gguf.quants")
+    weight = weight_of((48, 512)) * torch.logspace(-2, 1, 48)[:, None]
+    weight[5] = 0
+    pieces = to_ternary(weight)
+    found = dequantize("ternary", pieces, 48, 512, torch.float32)
+    assert torch.equal(found, dequantize("ternary", pieces, 48, 512, torch.bfloat16).float())
+    theirs = quants.quantize(found.numpy(), quants.GGMLQuantizationType.TQ2_0)
+    assert torch.equal(torch.from_numpy(quants.dequantize(theirs, quants.GGMLQuantizationType.TQ2_0)), found)
+    assert 8 * sum(p.nbytes for p in pieces.values()) / weight.numel() == 2.0625
+    scales = weight.view(-1, 256).abs().mean(1, keepdim=True).bfloat16().float()  # Ma et al. 2024, eq. 1 to 3
+    expected = (weight.view(-1, 256) / scales).round().clamp(-1, 1).nan_to_num() * scales
+    assert torch.equal(found.view(-1, 256), expected)
 
 
 @pytest.mark.parametrize("kind", FORMATS)

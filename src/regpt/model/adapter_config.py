@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from regpt.errors import UsageError
 from regpt.ranges import Range, check_ranges
 
-BaseFormat = Literal["none", "nf4", "int8"]
+BaseFormat = Literal["none", "nf4", "int8", "ternary"]
 LARGEST_RANK = 65_536
 EMBEDDING, HEAD = "embedding", "head"  # targets that are no linear layers of blocks
 
@@ -31,7 +31,7 @@ class AdapterConfig:
     """Train the length of each row of the weights apart from its direction (DoRA, Liu et al. 2024)."""
     base: BaseFormat = "none"
     """Format of the frozen linear layers of blocks. none: as train.weight_dtype says; nf4: 4 bits (QLoRA, Dettmers et
-    al. 2023); int8: 8 bits."""
+    al. 2023); int8: 8 bits; ternary: -1, 0 or 1 times a scale, 2.06 bits (BitNet b1.58, Ma et al. 2024)."""
     tied: Literal["", "shared"] = ""
     """Of an embedding that is the head, too: shared adapts both at once; without it `embedding` and `head` are refused
     there."""

@@ -1,4 +1,5 @@
-"""Frozen weights in 4 or 8 bits: NF4 with double quantisation (QLoRA, Dettmers et al. 2023), and int8 by rows.
+"""Frozen weights in 8, 4 or 2 bits: int8 by rows, NF4 with double quantisation (QLoRA, Dettmers et al. 2023), and
+ternary numbers (BitNet b1.58, Ma et al. 2024) as GGUF's TQ2_0 has them.
 
 A product dequantizes its weight, forward and backward, and keeps nothing of it: memory holds one such weight at a time.
 """
@@ -17,6 +18,7 @@ from regpt.model.head import LIBRARY
 
 BLOCK = 64  # weights that share a scale (QLoRA, section 3)
 SCALES_BLOCK = 256  # scales that share a second scale (the same)
+TERNARY_BLOCK = 256  # numbers that share a scale in ggml's TQ2_0 (QK_K)
 # Quantiles of N(0, 1) with an exact zero, divided by the largest (QLoRA, appendix E).
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -97,6 +99,26 @@ def from_int8(pieces: Pieces, n_out: int, n_in: int, dtype: torch.dtype) -> Tens
     return (pieces["codes"].float() * pieces["scales"][:, None]).to(dtype)
 
 
+def to_ternary(weight: Tensor) -> dict[str, Tensor]:
+    """`weight` (F, C) in 2.0625 bits each: -1, 0 or 1 times the mean size of the 256 numbers of a block, in row order;
+    four of them in a byte. Where 256 divides the rows, that is what TQ2_0 stores: a scale in float16, here with
+    bfloat16's eight bits, so that the weight is the same number in every format."""
+    numbers = weight.detach().float().flatten()
+    blocks, counts = in_blocks(numbers, TERNARY_BLOCK), in_blocks(torch.ones_like(numbers), TERNARY_BLOCK).sum(1)
+    scales = (blocks.abs().sum(1) / counts).bfloat16().half()  # absmean: Ma et al. 2024, eq. 3, there of a whole weight
+    shares = blocks / scales.float().clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    digits = (shares.round().clamp(-1, 1) + 1).to(torch.uint8).view(-1, 4)
+    codes = digits[:, 0] | digits[:, 1] << 2 | digits[:, 2] << 4 | digits[:, 3] << 6
+    return {"codes": codes, "scales": scales}
+
+
+def from_ternary(pieces: Pieces, n_out: int, n_in: int, dtype: torch.dtype) -> Tensor:
+    codes = pieces["codes"]
+    digits = torch.stack((codes & 3, codes >> 2 & 3, codes >> 4 & 3, codes >> 6), dim=1)
+    values = (digits.view(-1, TERNARY_BLOCK).float() - 1) * pieces["scales"].float()[:, None]
+    return values.flatten()[: n_out * n_in].view(n_out, n_in).to(dtype)
+
+
 Decode = Callable[[Pieces, int, int, torch.dtype], Tensor]
 
 
@@ -126,7 +148,16 @@ def int8_sizes(n_out: int, n_in: int) -> dict[str, tuple[tuple[int, ...], torch.
     return {"codes": ((n_out, n_in), torch.int8), "scales": ((n_out,), torch.float32)}
 
 
-FORMATS = {"nf4": Format(to_nf4, from_nf4, nf4_sizes), "int8": Format(to_int8, from_int8, int8_sizes)}
+def ternary_sizes(n_out: int, n_in: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    blocks = -(-n_out * n_in // TERNARY_BLOCK)
+    return {"codes": ((blocks * TERNARY_BLOCK // 4,), torch.uint8), "scales": ((blocks,), torch.float16)}
+
+
+FORMATS = {
+    "nf4": Format(to_nf4, from_nf4, nf4_sizes),
+    "int8": Format(to_int8, from_int8, int8_sizes),
+    "ternary": Format(to_ternary, from_ternary, ternary_sizes),
+}
 
 
 def dequantize(kind: str, pieces: Pieces, n_out: int, n_in: int, dtype: torch.dtype) -> Tensor:
@@ -137,7 +168,7 @@ def dequantize(kind: str, pieces: Pieces, n_out: int, n_in: int, dtype: torch.dt
 
 @functools.cache
 def in_one_kernel(kind: str) -> Decode:
-    """`from_nf4` or `from_int8`, which write every intermediate to memory, as one kernel."""
+    """The decoding of `kind`, whose lines write every intermediate to memory, as one kernel."""
     return torch.compile(FORMATS[kind].decode, dynamic=True)
 
 
