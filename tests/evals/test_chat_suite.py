@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 
 import tiny
 from regpt.checkpoint.save import Contents, save_checkpoint
@@ -199,6 +200,14 @@ def test_the_command_writes_tables_items_and_what_the_report_and_diff_read(run, 
     assert "4 of 6" in shown
     report = json.loads((evals / "chat.json").read_text(encoding="utf-8"))["tasks"]
     assert report["chat/ifeval:difficulty=1:tokens=4"]["metrics"].keys() >= {"prompt_strict", "instruction_loose"}
+    metrics = report["chat/ifeval:difficulty=1:tokens=4"]["metrics"]
+    for metric in ("prompt_strict", "ended", "role_leak"):
+        share, n = metrics[metric]["value"], metrics[metric]["n"]
+        wilson = binomtest(round(share * n), n).proportion_ci(method="wilson")
+        assert metrics[metric]["interval"] == pytest.approx([wilson.low, wilson.high], abs=1e-4)
+    assert "interval" not in metrics["reply_tokens"]
+    low, high = metrics["ended"]["interval"]
+    assert f"{metrics['ended']['value']:.4f} ({low:.4f} to {high:.4f})" in shown
     found = read_run(run)
     ended = next(row for row in found.evals if row["metric"] == "ended")
     assert (ended["step"], ended["n"], ended["task"]) == (2, 4, "chat/addition:items=6:tokens=4")

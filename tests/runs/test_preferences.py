@@ -15,14 +15,14 @@ import tiny
 from conversation_files import TUNING, save_byte_model
 from regpt.checkpoint.load import checkpoint_folder
 from regpt.checkpoint.open import open_model
-from regpt.cli import finetune
+from regpt.cli import finetune, train
 from regpt.config import read_config
 from regpt.data.loader import row_batch
 from regpt.data.packed import reference_file
 from regpt.errors import UsageError, UserError
+from regpt.evals.task import wilson_interval
 from regpt.model.ops import IGNORE_INDEX
-from regpt.runs.finetune import pair_splits, training_rows, wilson_interval
-from regpt.runs.pretrain import resume
+from regpt.runs.finetune import pair_splits, training_rows
 from regpt.train.config import PreferenceConfig
 from regpt.train.preference import Preference
 
@@ -106,7 +106,7 @@ def test_log_probabilities_of_the_reference_that_were_changed_are_refused(tuned,
         pair_splits(config)
 
 
-def test_a_stopped_run_goes_on_bitwise(tuned, tmp_path):
+def test_a_stopped_run_goes_on_bitwise_and_ends_with_the_same_ranking(tuned, tmp_path, capsys):
     part = tmp_path / "part"
     shutil.copytree(tuned, part)
     for step in (6, 9, 12):
@@ -115,7 +115,11 @@ def test_a_stopped_run_goes_on_bitwise(tuned, tmp_path):
     metrics.write_text("".join(line for line in metrics.read_text().splitlines(True)[:4]))
     config = read_config(str(part / "config.toml"))
     assert config.data.path == str(tuned / "data")
-    assert resume(part) == 0
+    capsys.readouterr()
+    assert train.main(["--resume", str(part)]) == 0
+    found = json.loads((tuned / "preferences.json").read_text())
+    assert f"{found['ranked_right']} of {found['pairs']} held-out pairs ranked right" in capsys.readouterr().out
+    assert json.loads((part / "preferences.json").read_text()) == found
     for name in ("model.safetensors", "optimizer.safetensors"):
         there, here = (checkpoint_folder(run, 12) / name for run in (tuned, part))
         assert there.read_bytes() == here.read_bytes()

@@ -23,10 +23,9 @@ import tiny
 from regpt.__main__ import main
 from regpt.engine.request import Event, Request
 from regpt.serve import server as server_module
-from regpt.serve.chat import PLAIN
-from regpt.serve.server import named_models, open_socket
+from regpt.serve.server import named_models, open_socket, read_template
 from regpt.serve.worker import Limits, TextJob, Worker
-from regpt.text.chat import ChatTemplate
+from regpt.text.chat import TEMPLATES, ChatTemplate
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +68,7 @@ def test_bad_arguments_are_one_sentence(capsys, model):
         ([], 2, "MODEL is missing"),
         (["no/such/model"], 2, "does not exist"),
         ([model, model], 2, "two models are called 'small:3'"),
-        ([model, "--chat-template", "nowhere.jinja"], 2, "is no file"),
+        ([model, "--chat-template", "nowhere.jinja"], 2, "is not a file"),
         ([model, "--port", "70000"], 2, "must be at most"),
     ):
         found = refusal(capsys, "--port", "0", *args)
@@ -95,7 +94,7 @@ def test_help_imports_neither_fastapi_nor_torch():
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of Windows end a process at once")
 def test_a_server_of_its_own_prints_its_address_and_finishes_streams_when_terminated(model):
-    command = [sys.executable, "-m", "regpt", "serve", str(model), "--port", "0", "--chat-template", "plain"]
+    command = [sys.executable, "-m", "regpt", "serve", str(model), "--port", "0", "--chat-template", "bare"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -274,9 +273,11 @@ def test_a_wrong_value_is_a_400_that_names_its_field(served, field, value):
     assert answer.json()["error"]["message"].startswith(field)
 
 
-def test_the_plain_template_is_the_messages_one_after_another():
+def test_bare_is_the_messages_one_after_another_and_plain_what_finetune_means_by_it():
     messages = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
-    assert TOKENIZER.decode(ChatTemplate(PLAIN, TOKENIZER).encode(messages)) == "a\nb\n"
+    bare, plain = (ChatTemplate(read_template(name), TOKENIZER) for name in ("bare", "plain"))
+    assert TOKENIZER.decode(bare.encode(messages)) == "a\nb\n"
+    assert plain.source == TEMPLATES["plain"] != bare.source
 
 
 def test_a_broken_engine_is_said_to_everyone_and_by_health():

@@ -213,7 +213,7 @@ def show_tasks(asked: EvalRequest, found: ModelEvaluation) -> None:
             for metric, value in one.estimates().items():
                 items = f"{value.n:,}" if value.n == one.n_items else f"{value.n:,} of {one.n_items:,}"
                 items += f", {one.left_out:,} left out" if one.left_out else ""
-                rows.append((one.task, metric, with_error(value.value, value.stderr), items, seconds))
+                rows.append((one.task, metric, value.text(), items, seconds))
         for row in suite.summarize(results):
             rows.append((row["task"], row["metric"], with_error(row["value"], row["stderr"]), "", ""))
     print_rows(("task", "metric", "value", "items", "seconds"), rows, left=(0, 1))

@@ -59,7 +59,7 @@ def main(args: list[str]) -> int:
     given = parse(Finetune, args, prog="regpt finetune", default=default, stores=["out"])
     given = with_tasks(given)
     refuse_missing(given)
-    from regpt.runs.finetune import FinetuneRequest, finetune, look, prepare_run, say_how_it_ended, write_settings
+    from regpt.runs.finetune import FinetuneRequest, finetune, look, prepare_run, write_settings
 
     asked = FinetuneRequest(
         given.init_from,
@@ -77,10 +77,7 @@ def main(args: list[str]) -> int:
     if given.nproc:
         settings = str(write_settings(asked, given.config))
         where = ["--init-from", given.init_from, "--out", given.out, "--nproc", str(given.nproc)]
-        code = train.main([settings, *where])
-        if code == 0:
-            say_how_it_ended(read_config(str(asked.run / "config.toml")), asked.run)
-        return code
+        return train.main([settings, *where])
     return finetune(asked, given.config, argv=["regpt", "finetune", *args])
 
 

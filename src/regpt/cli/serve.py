@@ -34,9 +34,9 @@ class ServeArgs:
     token: str = ""
     """What clients send as their API key; better in the environment variable REGPT_TOKEN, which other users of the
     machine cannot read."""
-    chat_template: Annotated[str, tyro.conf.arg(metavar="FILE|plain")] = ""
-    """Jinja template of conversations, instead of the models' own; plain: the messages one after another, which a base
-    model continues as text."""
+    chat_template: Annotated[str, tyro.conf.arg(metavar="FILE|plain|bare")] = ""
+    """Jinja template of conversations, instead of the models' own; plain: roles as words, as in regpt finetune; bare:
+    the messages one after another, which a base model continues as text."""
     other_template: bool = False
     """Serve a model that was trained on conversations with another template than its certificate names."""
     rows: Annotated[int, Range(1, 4096)] = 64

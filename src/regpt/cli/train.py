@@ -64,7 +64,20 @@ def main(args: list[str]) -> int:
         given = replace(given, config=replace(given.config, data=data))
     work = prepared(given, args)
     with restart_on_error():
-        return work()
+        code = work()
+    return code or ended(given)
+
+
+def ended(given: Train) -> int:
+    """Print what a run over preferences or with rewards ends with, once, whatever the number of processes; 0."""
+    from regpt.parallel.mesh import under_launcher
+
+    tuned = given.config.preference.method or given.config.grpo.tasks
+    if tuned and not under_launcher() and not is_address(given.resume or given.out):
+        from regpt.runs.finetune import say_how_it_ended
+
+        say_how_it_ended(Path(given.resume or given.out))
+    return 0
 
 
 def default_config(args: list[str], recipe: str) -> RunConfig | None:

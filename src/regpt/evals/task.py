@@ -1,9 +1,10 @@
 """A task: prompts and the judgement of their scores; evaluated whole or on a fixed part, with standard errors."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
@@ -51,11 +52,22 @@ class Task(Protocol):
 @dataclass(frozen=True)
 class Estimate:
     """A mean over `n` items and its standard error, the sample's standard deviation / √n, which one item does not have;
-    neither has a value without items."""
+    neither has a value without items. Of replies that are generated also a 95 % interval."""
 
     value: float | None
     stderr: float | None
     n: int
+    interval: tuple[float, float] | None = None
+
+    def report(self) -> dict[str, Any]:
+        """As JSON, without an interval that is not there."""
+        return {name: value for name, value in asdict(self).items() if name != "interval" or value is not None}
+
+    def text(self) -> str:
+        """`0.2955 (0.2870 to 0.3042)`, or `0.2955 ± 0.0046`."""
+        if self.interval is None or self.value is None:
+            return with_error(self.value, self.stderr)
+        return f"{self.value:.4f} ({self.interval[0]:.4f} to {self.interval[1]:.4f})"
 
 
 @dataclass(frozen=True)
@@ -100,7 +112,7 @@ class Result:
     def report(self) -> dict[str, Any]:
         """The result as JSON."""
         return {
-            "metrics": {name: asdict(found) for name, found in self.estimates().items()},
+            "metrics": {name: found.report() for name, found in self.estimates().items()},
             "n": len(self.chosen),
             "n_items": self.n_items,
             "baseline": self.baseline,
@@ -149,6 +161,23 @@ def estimate(values: np.ndarray) -> Estimate:
     if not n:
         return Estimate(None, None, 0)
     return Estimate(float(values.mean()), float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else None, n)
+
+
+def wilson_interval(right: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Of a share of `n` (Wilson 1927); of shares of each item, `right` their sum, it is at least as wide as it must be:
+    0 or 1 vary most."""
+    share, by = right / n, 1 + z * z / n
+    middle = (share + z * z / (2 * n)) / by
+    half = z / by * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def with_interval(values: np.ndarray) -> Estimate:
+    """The estimate of shares with its interval; of other numbers without."""
+    found = estimate(values)
+    if not found.n or values.min() < 0 or values.max() > 1:
+        return found
+    return replace(found, interval=wilson_interval(float(values.sum()), found.n))
 
 
 def with_error(value: float | None, stderr: float | None, absent: str = "-") -> str:

@@ -138,7 +138,7 @@ def encoded(
             if options.pairs and not pair:
                 raise UserError("there is no chosen and rejected answer, which preference.method needs")
             if pair and (tokens := sum(len(ids) for ids, _ in rows)) > options.seq_len:
-                raise UserError(f"the pair has {tokens:,} tokens, more than data.seq_len {options.seq_len:,}")
+                raise TooLong(f"the pair has {tokens:,} tokens, more than data.seq_len {options.seq_len:,}")
         except UserError as error:
             reader.read -= 1
             reader.refuse(f"{conversation.where}: {error}", TOO_LONG if isinstance(error, TooLong) else "bad_row")

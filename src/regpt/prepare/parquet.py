@@ -110,7 +110,7 @@ def check_columns(file: Any, columns: Columns, path: Path) -> list[str]:
             kind = pick(example, name)
         except (LookupError, TypeError, ValueError):
             raise UserError(f"{path} has {missing(name, names_in(example))}") from None
-        if columns.alone and not is_text(kind, types):
+        if columns.alone and not holds_text(kind, types):
             kind = schema.field(name).type if name in schema.names else kind
             raise UserError(f"{path}: column {name!r} is not text but {kind}; name another with --text-column")
         whole = [name] if name in schema.names else [one for one in schema.names if name.startswith(f"{one}.")]
@@ -134,7 +134,7 @@ def type_inside(kind: Any, types: Any) -> Any:
     return kind
 
 
-def is_text(kind: Any, types: Any) -> bool:
+def holds_text(kind: Any, types: Any) -> bool:
     """Whether values are text, or all of them null."""
     if isinstance(kind, dict | list):
         return False

@@ -21,6 +21,7 @@ from regpt.data.manifest import SPLITS, Manifest
 from regpt.data.masked import masked_rows
 from regpt.data.packed import REFERENCE, ConversationRows, reference_file
 from regpt.errors import UsageError, UserError
+from regpt.evals.task import wilson_interval
 from regpt.files import file_sha256, is_file, write_bytes, write_json, write_text
 from regpt.hf.added_tokens import add_special_tokens
 from regpt.model.adapter_config import EMBEDDING, HEAD
@@ -29,7 +30,7 @@ from regpt.parallel.mesh import choose_device
 from regpt.prepare.conversation_shards import TOO_LONG, ConversationOptions, prepare_conversations
 from regpt.report.read import read_rows
 from regpt.runs.build import open_shards
-from regpt.runs.folder import refuse_used_folder
+from regpt.runs.folder import read_run_config, refuse_used_folder
 from regpt.runs.pretrain import check, pretrain
 from regpt.runs.rollouts import grpo_items
 from regpt.text.chat import CHATML_TOKENS, TEMPLATES, ChatTemplate
@@ -121,12 +122,13 @@ def finetune(asked: FinetuneRequest, config: RunConfig, argv: Sequence[str] = ()
     check(config, None)
     code = pretrain(config, asked.run, init_from=asked.model, argv=argv, beside=(DATA,), quiet=quiet)
     if code == 0 and not quiet:
-        say_how_it_ended(config, asked.run)
+        say_how_it_ended(asked.run)
     return code
 
 
-def say_how_it_ended(config: RunConfig, run: Path) -> None:
-    """Held-out pairs ranked right, held-out questions answered right."""
+def say_how_it_ended(run: Path) -> None:
+    """Of a finished run: held-out pairs ranked right, held-out questions answered right."""
+    config = read_run_config(run)
     if config.preference.method:
         print_line(rank_held_out(config, run))
     for sentence in grade_held_out(run) if config.grpo.tasks else []:
@@ -186,14 +188,6 @@ def rank_held_out(config: RunConfig, run: Path) -> str:
     found = {"pairs": n, "ranked_right": right, "share": right / n, "interval": [low, high], "step": opened.step}
     write_json(run / "preferences.json", found | {"mean_margin": float(margins.mean())})
     return f"{right:,} of {n:,} held-out pairs ranked right: {right / n:.1%} (95 % interval {low:.1%} to {high:.1%})"
-
-
-def wilson_interval(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Of a share of `n` (Wilson 1927)."""
-    share, by = right / n, 1 + z * z / n
-    middle = (share + z * z / (2 * n)) / by
-    half = z / by * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return middle - half, middle + half
 
 
 def pair_splits(config: RunConfig) -> list[tuple[str, ConversationRows]]:

@@ -16,7 +16,8 @@ MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "type": ("message",),
 }
 PART = {"type": Field((str,)), "text": Field((str,))}
-PLAIN = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+# Of a base model, which continues it as text; nothing marks a role. (`plain` is what a base model is tuned with.)
+BARE = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
 
 
 def read_messages(given: Sequence[Any], param: str = "messages") -> list[dict[str, str]]:

@@ -278,7 +278,7 @@ async def conversation(model: ServedModel, messages: list[dict[str, str]], param
     if template is None:
         raise ApiError(
             f"the model {model.id!r} has no chat template: it continues text, and was not taught to answer; use "
-            "/v1/completions, or start the server with --chat-template FILE (or plain)",
+            "/v1/completions, or start the server with --chat-template FILE (or plain, or bare)",
             param="messages",
             code="no_chat_template",
         )

@@ -19,19 +19,20 @@ from regpt.engine.engine import Engine
 from regpt.errors import UsageError, UserError
 from regpt.files import exists, is_file, is_folder
 from regpt.serve.app import make_app
-from regpt.serve.chat import PLAIN
+from regpt.serve.chat import BARE
 from regpt.serve.checkpoints import Checkpoints
 from regpt.serve.gate import is_local
 from regpt.serve.paths import ServedModel
 from regpt.serve.worker import Limits, Worker
 from regpt.text.certificate import refuse_other_template
-from regpt.text.chat import ChatTemplate
+from regpt.text.chat import PLAIN, ChatTemplate
 from regpt.text.folder import CHAT
 from regpt.train.config import WritingPrecision
 from regpt.train.precision import writing
 
 CHECKPOINT_ROWS = 4  # texts of a checkpoint that are written at once: the page's columns
 CACHE_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}  # unless cache_tokens says otherwise
+NAMED_TEMPLATES = {"": "", "plain": PLAIN, "bare": BARE}
 NAMED = re.compile(r"([\w.:-]+)=(.+)")
 STEP = re.compile(r"step-0*(\d+)")
 INTERRUPTED = 130
@@ -120,11 +121,11 @@ def default_cache(opened: OpenModel, rows: int, device: torch.device) -> int:
 
 
 def read_template(given: str) -> str:
-    """The template that a user names: a file, or `plain`, the messages one after another."""
-    if given in ("", "plain"):
-        return PLAIN if given else ""
+    """The template that a user names: a file, `plain` as in `regpt finetune`, `bare` or, empty, none."""
+    if given in NAMED_TEMPLATES:
+        return NAMED_TEMPLATES[given]
     if not is_file(given):
-        raise UsageError(f"--chat-template {given!r} is no file; give one, or plain")
+        raise UsageError(f"--chat-template {given!r} is not a file; give one, or plain, or bare")
     try:
         return Path(given).read_text(encoding="utf-8")
     except UnicodeDecodeError:

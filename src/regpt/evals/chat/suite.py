@@ -18,7 +18,7 @@ from regpt.evals.chat.tasks import CHAT_TASKS, IFEVAL, ChatOptions, check_reply,
 from regpt.evals.items import hash_of
 from regpt.evals.score import Scorer
 from regpt.evals.suite import ShowProgress, Suite
-from regpt.evals.task import Result
+from regpt.evals.task import Result, estimate, with_interval
 from regpt.text.chat import ChatTemplate
 
 GREEDY = SamplingOptions(top_k=1)
@@ -101,7 +101,9 @@ class ChatSuite(Suite):
         items_sha256 = hash_of([one.question, one.answer] for one in self.items)
         baseline = CHAT_TASKS[self.options.task].baseline
         facts = (len(self.items), items_sha256, baseline, spent, 0, asked - len(fits))
-        return [Result(self.name, outcomes, np.array(fits), *facts)]
+        metrics = {name: with_interval(found) for name, found in outcomes.items() if name != "reply_tokens"}
+        metrics |= {"reply_tokens": estimate(outcomes["reply_tokens"])}
+        return [Result(self.name, outcomes, np.array(fits), *facts, metrics=metrics)]
 
     def replies(self, scorer: Scorer, numbers: Sequence[int], progress: Callable[[int], None]) -> list[Reply]:
         """The model's reply to each of these items."""
