@@ -106,3 +106,15 @@ def test_tables_and_arrays_are_read_like_lines(tmp_path):
     pq.write_table(pa.Table.from_pylist([{"messages": [USER, ANSWER]}] * 2), tmp_path / "a.parquet")
     for name in ("a.csv", "a.json", "a.parquet"):
         assert [one.messages for one in ConversationReader([tmp_path / name])] == [[USER, ANSWER]] * 2
+
+
+def test_the_place_of_a_row_is_looked_up_for_messages_alone(tmp_path, monkeypatch):
+    """It costs a pass over the file: of a long one, as often as it has rows, that took minutes."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"instruction": "q", "output": "a"}\n' * 3, encoding="utf-8")
+    places = []
+    monkeypatch.setattr("regpt.prepare.readers.place_of", lambda path, at: places.append(at) or f"byte {at}")
+    found = list(ConversationReader([path]))
+    assert len(found) == 3
+    assert len(places) <= 1  # of the first row, whose format is recognised
+    assert found[2].where() == "byte 72"

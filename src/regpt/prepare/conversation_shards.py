@@ -141,7 +141,7 @@ def encoded(
                 raise TooLong(f"the pair has {tokens:,} tokens, more than data.seq_len {options.seq_len:,}")
         except UserError as error:
             reader.read -= 1
-            reader.refuse(f"{conversation.where}: {error}", TOO_LONG if isinstance(error, TooLong) else "bad_row")
+            reader.refuse(f"{conversation.where()}: {error}", TOO_LONG if isinstance(error, TooLong) else "bad_row")
             continue
         yield conversation, rows
 

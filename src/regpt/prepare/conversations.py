@@ -39,12 +39,12 @@ class Conversation(NamedTuple):
     Attributes:
         messages: of a preference, the chosen ones.
         rejected: of a preference; None for others.
-        where: the row's place, for messages.
+        where: gives the row's place, for messages; of a plain .jsonl it counts the lines before.
     """
 
     messages: Messages
     rejected: Messages | None
-    where: str
+    where: Callable[[], str]
 
 
 class Wrong(Exception):
@@ -271,7 +271,7 @@ class ConversationReader:
         except Wrong as error:
             self.refuse(f"{row.where()}: {error}")
             return None
-        return Conversation(sides[0], sides[1] if len(sides) > 1 else None, row.where())
+        return Conversation(sides[0], sides[1] if len(sides) > 1 else None, row.where)
 
     @property
     def skipped(self) -> int:
