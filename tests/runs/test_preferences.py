@@ -15,7 +15,7 @@ import tiny
 from conversation_files import TUNING, save_byte_model
 from regpt.checkpoint.load import checkpoint_folder
 from regpt.checkpoint.open import open_model
-from regpt.cli import finetune, train
+from regpt.cli import export, finetune, train
 from regpt.config import read_config
 from regpt.data.loader import row_batch
 from regpt.data.packed import reference_file
@@ -108,20 +108,24 @@ def test_log_probabilities_of_the_reference_that_were_changed_are_refused(tuned,
 
 def test_a_stopped_run_goes_on_bitwise_and_ends_with_the_same_ranking(tuned, tmp_path, capsys):
     part = tmp_path / "part"
-    shutil.copytree(tuned, part)
-    for step in (6, 9, 12):
+    goes_on_bitwise(tuned, part, (6, 9, 12))
+    found = json.loads((tuned / "preferences.json").read_text())
+    assert f"{found['ranked_right']} of {found['pairs']} held-out pairs ranked right" in capsys.readouterr().out
+    assert json.loads((part / "preferences.json").read_text()) == found
+
+
+def goes_on_bitwise(whole: Path, part: Path, gone: tuple[int, ...]) -> None:
+    """A copy of the run without these checkpoints, resumed, is the run."""
+    shutil.copytree(whole, part)
+    for step in gone:
         shutil.rmtree(checkpoint_folder(part, step))
     metrics = part / "metrics.jsonl"
     metrics.write_text("".join(line for line in metrics.read_text().splitlines(True)[:4]))
     config = read_config(str(part / "config.toml"))
-    assert config.data.path == str(tuned / "data")
-    capsys.readouterr()
+    assert config.data.path == str(whole / "data")
     assert train.main(["--resume", str(part)]) == 0
-    found = json.loads((tuned / "preferences.json").read_text())
-    assert f"{found['ranked_right']} of {found['pairs']} held-out pairs ranked right" in capsys.readouterr().out
-    assert json.loads((part / "preferences.json").read_text()) == found
     for name in ("model.safetensors", "optimizer.safetensors"):
-        there, here = (checkpoint_folder(run, 12) / name for run in (tuned, part))
+        there, here = (checkpoint_folder(run, gone[-1]) / name for run in (whole, part))
         assert there.read_bytes() == here.read_bytes()
 
 
@@ -148,6 +152,54 @@ def test_a_batch_holds_whole_pairs_whose_documents_are_the_answers(tuned):
         assert said[0].split()[1].rstrip("!") == said[1].split()[1]
         seen += 1
     assert seen == Preference(open_model(str(tuned)).model, PreferenceConfig("dpo")).units([batch]) >= 3
+
+
+@pytest.fixture(scope="module")
+def judge(base, pairs, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("judge") / "run"
+    assert tune(base, pairs, run, "--preference.method", "reward", "--train.steps", "9") == 0
+    return run
+
+
+def test_a_model_of_rewards_begins_at_ln_2_and_ranks_held_out_pairs(judge, pairs, tmp_path):
+    rows = tiny.rows_of(judge, "train")
+    assert rows[0]["loss"] == np.float32(math.log(2))
+    assert rows[0]["chosen"] == rows[0]["rejected"] == rows[0]["margin"] == 0.0
+    assert rows[-1]["ranked"] > 0.9
+    found = json.loads((judge / "preferences.json").read_text())
+    assert found["share"] > 0.9 > found["interval"][0]
+    assert tiny.rows_of(judge, "val") == []  # the loss of tokens would say nothing of rewards
+    with pytest.raises(UserError, match=r"reward_head True, not False"):
+        tune(judge, pairs, tmp_path / "run", "--preference.method", "simpo")
+    with pytest.raises(UsageError, match=r"is a model of rewards, which no format has"):
+        export.main([str(judge), "--out", str(tmp_path / "exported")])
+
+
+def test_a_reward_is_the_heads_product_with_the_last_token_of_the_answer(judge):
+    """Each document alone, up to the token that ends its answer; the loss from Bradley and Terry's probability."""
+    rows = training_rows(read_config(str(judge / "config.toml")))
+    model = open_model(str(judge)).model.double()
+    head = dict(model.named_parameters())["reward_head.weight"]
+    objective, batch = Preference(model, PreferenceConfig("reward", nll=0.2)), row_batch(rows, 2, 2)
+    assert batch.pairs is not None
+    assert batch.cu_seqlens is not None
+    loss, extras = objective.loss_sum(batch)
+    expected = []
+    for pair in batch.pairs.tolist():
+        if pair[0] >= 0:
+            rewards = []
+            for document in pair:
+                idx = batch.idx.flatten()[int(batch.cu_seqlens[document]) : int(batch.cu_seqlens[document + 1])]
+                end = idx.tolist().index(256, 1)  # the first is the token that begins a text
+                rewards.append((model.hidden(idx[None, : end + 1])[0, -1] @ head[0]).item())
+            expected.append(rewards)
+    chances = [1 / (1 + math.exp(rejected - chosen)) for chosen, rejected in expected]
+    assert loss.item() == pytest.approx(-sum(map(math.log, chances)), rel=1e-10)
+    assert extras["chosen"].item() == pytest.approx(sum(chosen for chosen, _ in expected), rel=1e-10)
+
+
+def test_a_stopped_model_of_rewards_goes_on_bitwise(judge, tmp_path):
+    goes_on_bitwise(judge, tmp_path / "part", (6, 9))
 
 
 def by_hand(method: str, sums: np.ndarray, n: np.ndarray, reference: np.ndarray, beta: float, gamma: float) -> float:
@@ -229,6 +281,7 @@ def test_held_out_pairs_are_those_of_the_split(tuned):
         ({}, ["--preference.method", "dpo", "--data.seq-len", "32"], UserError, "the pair has .* tokens, more than"),
         ({}, ["--preference.method", "dpo", "--train.kernels", "fused"], UsageError, "preference.method needs plain"),
         ({}, ["--preference.beta", "0"], UsageError, "preference.beta"),
+        ({}, ["--preference.method", "reward", "--adapter.r", "2"], UsageError, "reward, whose head is no adapter"),
     ],
 )
 def test_what_cannot_be_followed_is_one_sentence(base, pairs, tmp_path, change, flags, error, said):

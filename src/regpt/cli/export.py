@@ -62,6 +62,8 @@ def main(args: list[str]) -> int:
 
         text_of(command.data)  # refused before the work
     opened = open_model(at_step(command.model, command.step), ema=command.ema)
+    if opened.model.config.reward_head:
+        raise UsageError(f"{command.model} is a model of rewards, which no format has; export what it began with")
     template = opened.companions.get(CHAT, "")
     refuse_other_template(template, opened.companions, command.other_template)
     size = f"{count_parameters(opened.model):,} parameters"

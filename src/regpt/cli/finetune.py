@@ -108,7 +108,7 @@ def refuse_missing(given: Finetune) -> None:
     if not given.recipe:
         raise UsageError(
             "no recipe was given; regpt finetune RECIPE --init-from MODEL --data FILE --out RUN, with one of "
-            f"{', '.join(name for name in recipe_names() if name.startswith(('sft', 'dpo', 'grpo')))}"
+            f"{', '.join(name for name in recipe_names() if name.startswith(('sft', 'dpo', 'reward', 'grpo')))}"
         )
     for flag, value, what in (
         ("--init-from", given.init_from, "the model to begin with, such as gpt2 or a run"),

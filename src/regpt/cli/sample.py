@@ -57,12 +57,23 @@ class SampleArgs:
     """Print one JSON object with token ids and texts instead."""
     receipt: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """Write a receipt of the texts to this file, with which regpt verify-receipt writes them again."""
+    best_of: Annotated[int | None, tyro.conf.arg(metavar="K"), Range(2, 1000)] = None
+    """Rejection sampling, with a model that was trained to answer: so many replies to each prompt (10 to 30 are usual),
+    of which the best is kept."""
+    reward: Annotated[str, tyro.conf.arg(metavar="RUN|chat:TASK")] = ""
+    """With --best-of: a run of regpt finetune reward-124m that judges the replies, or a task whose checker does and
+    whose questions are the prompts, such as chat:addition:items=500."""
+    write: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """With --best-of: the best replies as conversations, for regpt finetune --data; a file that is there is gone on
+    with."""
     draw: Drawing = field(default_factory=DrawFlags)
 
 
 def main(args: list[str]) -> int:
     """Parse, open the model, write the samples, print them."""
     given = parse(SampleArgs, args, prog="regpt sample")
+    if given.best_of is not None or given.reward or given.write:
+        return write_best(given)
     if (given.prompt is None) == (not given.prompts):
         both = " (both were given)" if given.prompts else ""
         raise UsageError(f"give a prompt to continue, --prompt TEXT, or a file of them, --prompts FILE{both}")
@@ -110,6 +121,26 @@ def main(args: list[str]) -> int:
             write_receipt(Path(given.receipt), origin, requests, written, described)
         if draw.draft and not given.json:
             print_note(acceptance(engine.stats()))
+    return 0
+
+
+def write_best(given: SampleArgs) -> int:
+    """Rejection sampling."""
+    for name, value in (("--best-of K", given.best_of), ("--reward", given.reward), ("--write FILE", given.write)):
+        if not value:
+            raise UsageError(f"{name} is missing; --best-of, --reward and --write go together")
+    others = {"--prompt": given.prompt is not None, "--json": given.json, "--receipt": given.receipt}
+    others |= {"--stop": given.stop, "--json-schema": given.json_schema, "--regex": given.regex}
+    others |= {"--draft": given.draw.draft, "--kv-cache": given.draw.kv_cache}
+    for name in (name for name, value in others.items() if value):
+        raise UsageError(f"{name} does not go with --best-of; leave it out")
+    from regpt.runs.rejection import BestOf, keep_best
+
+    prompts = tuple(read_prompts(Path(given.prompts))) if given.prompts else ()
+    best_of, options = given.best_of or 0, given.draw.options()
+    asked = BestOf(best_of, given.reward, Path(given.write), prompts, given.max_new_tokens, options, given.draw.seed)
+    with given.draw.opened(given.model) as opened:
+        print_line(keep_best(opened, asked))
     return 0
 
 

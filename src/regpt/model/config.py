@@ -120,6 +120,9 @@ class ModelConfig:
     """Added to the variance in norms."""
     tie_embeddings: bool = True
     """The head is the transposed token embedding (Press & Wolf 2017)."""
+    reward_head: bool = False
+    """A vector whose product with the hidden state of an answer's last token is the answer's reward; regpt finetune
+    with preference.method = reward sets it."""
     attention_scale_by_layer: bool = False
     """GPT-2: divide the scores of layer k = 1, 2, … by k (Mistral's GPT-2 runs)."""
     rope_theta: Annotated[float, Range(0, 1e12, above=True)] = 10_000.0

@@ -72,6 +72,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.ops = ops
+        self.reward_head = nn.Linear(config.n_embd, 1, bias=False) if config.reward_head else None
 
     def stack(self, idx: Tensor, positions: Tensor, shared: SharedInputs) -> Tensor:
         """The family's forward: from token ids (B, T) and their positions to hidden states (B, T, C)."""
@@ -188,6 +189,14 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Logits (B, T, vocab_size) for the token after each of `idx`; arguments as in `hidden`."""
         return self.logits(self.hidden(idx, positions=positions, cu_seqlens=cu_seqlens, cache=cache))
+
+    def rewards(self, hidden: Tensor) -> Tensor:
+        """Rewards (...) of answers whose last tokens have the hidden states (..., C); float32 at least. `config` has a
+        `reward_head`."""
+        assert self.reward_head is not None
+        weight = self.reward_head.weight[0]
+        width = torch.promote_types(weight.dtype, torch.float32)
+        return (hidden.to(width) * weight.to(width)).sum(dim=-1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., vocab_size) of hidden states (..., C), for callers who need only some positions."""

@@ -18,6 +18,7 @@ from regpt.model.head import wide
 from regpt.model.quantize import QuantizedWeight
 from regpt.model.transformer import Transformer
 
+REWARD = "reward_head.weight"
 INIT_THREADS = min(16, os.cpu_count() or 1)
 
 
@@ -135,9 +136,11 @@ def grown_weights(model: Transformer, weights: Mapping[str, Tensor], seed: int) 
 
     A new row is the mean of the others, so that its token is neither likely nor impossible (Hewitt 2021, "Initializing
     new word embeddings for pretrained language models"), plus a tenth of their standard deviation in noise, by which
-    new tokens differ from each other from the start.
+    new tokens differ from each other from the start. A head for rewards that they lack is zero: all answers are alike.
     """
     found = dict(weights)
+    if model.reward_head is not None:
+        found.setdefault(REWARD, torch.zeros(1, model.config.n_embd))
     for name in model.padded_names & weights.keys():
         old = weights[name]
         new = model.config.vocab_size - len(old)

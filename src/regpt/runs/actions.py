@@ -164,7 +164,7 @@ class RunActions:
     def sample(self, step: int) -> None:
         """Continue the prompts, or answer them in a run over conversations, with the uncompiled model and a generator
         of its own, in the main process."""
-        if self.samples is None:
+        if self.samples is None or self.config.model.reward_head:  # which writes nothing
             return
         config, tokenizer = self.config.sample, self.run.corpus.tokenizer
         options = SamplingOptions(temperature=config.temperature, top_k=config.top_k)

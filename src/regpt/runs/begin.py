@@ -166,6 +166,8 @@ def start_new(run: Run, init_from: str | None) -> Start:
     differing = other_fields(source.model.config, config.model)
     if extends(run.corpus.tokenizer, source.tokenizer):
         differing.pop("vocab_size", None)
+    if config.model.reward_head:
+        differing.pop("reward_head", None)
     refuse_other_weights(init_from, differing, config.model)
     begin_base(run, init_from, grown_weights(model, state_tensors(source.model), config.train.seed))
     run.keep_companions(source.tokenizer, source.companions)

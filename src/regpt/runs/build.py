@@ -327,7 +327,7 @@ def count_validation_rows(config: RunConfig, corpus: Corpus) -> int:
 def validation_parts(config: RunConfig, corpus: Corpus) -> list[ValidationPart]:
     """The rows of each validation, source by source; empty when there is no validation split."""
     n_rows, T = count_validation_rows(config, corpus), config.data.seq_len
-    if not n_rows:
+    if not n_rows or config.model.reward_head:  # rewards are ranked at the end
         return []
     if len(corpus.folders) == 1:
         folder = corpus.folders[0]

@@ -93,7 +93,10 @@ def prepare_run(asked: FinetuneRequest, config: RunConfig) -> RunConfig:
             f"data.seq_len {config.data.seq_len} is longer than the {shape.max_seq_len} positions of {asked.model}; "
             f"set --data.seq-len {shape.max_seq_len}"
         )
-    model = replace(shape, vocab_size=template.tokenizer.n_vocab, dropout=config.model.dropout)
+    judges = config.preference.method == "reward"
+    if judges and config.adapter.r:
+        raise UsageError("preference.method is reward, whose head is no adapter; leave out --adapter.r")
+    model = replace(shape, vocab_size=template.tokenizer.n_vocab, dropout=config.model.dropout, reward_head=judges)
     options = ConversationOptions(
         config.data.seq_len, asked.val_fraction, asked.on_error, pairs=bool(config.preference.method)
     )

@@ -285,8 +285,8 @@ def open_sinks(run: Run, folder: Path, terminal: Terminal, stack: ExitStack) -> 
 def no_validation(run: Run) -> str | None:
     """Why the run has no validation losses, and what asks for them in vain; None where it has some."""
     kept = ", so that checkpoint.keep_best has nothing to choose by" * run.config.checkpoint.keep_best
-    if run.config.grpo.tasks:
-        return None  # of replies, by eval.tasks
+    if run.config.grpo.tasks or run.config.model.reward_head:
+        return None  # of replies, by eval.tasks; of pairs, at the end
     if not run.corpus.tokens("val"):
         return f"no validation: the data hold out nothing{kept}; prepare them with --val or --val-fraction"
     if kept and not run.config.eval.every_steps:

@@ -204,9 +204,10 @@ class OptimConfig:
 class PreferenceConfig:
     __pydantic_config__ = {"extra": "forbid"}
 
-    method: Literal["", "dpo", "ipo", "orpo", "simpo"] = ""
+    method: Literal["", "dpo", "ipo", "orpo", "simpo", "reward"] = ""
     """Learn from pairs of a chosen and a rejected answer. dpo: Rafailov et al. 2023; ipo: Azar et al. 2023, by means
-    over tokens; orpo: Hong et al. 2024, and simpo: Meng et al. 2024, without a reference model; empty: not at all."""
+    over tokens; orpo: Hong et al. 2024, and simpo: Meng et al. 2024, without a reference model; reward: a model that
+    gives answers a number (Bradley & Terry 1952; Ouyang et al. 2022, equation 1); empty: not at all."""
     beta: Annotated[float, Range(0, LARGE, above=True)] = 0.1
     """How far the model may go from the reference: a small one lets it go far; of orpo the weight of the odds, of simpo
     the scale of the difference (2 in its paper)."""

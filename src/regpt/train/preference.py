@@ -1,4 +1,4 @@
-"""Preferences: which of two answers is better. DPO, IPO, ORPO and SimPO are one objective over the same sums."""
+"""Preferences: which of two answers is better. DPO, IPO, ORPO, SimPO and models of rewards are one objective."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -19,7 +19,7 @@ class Answers(NamedTuple):
     """Of P pairs, the chosen answer first.
 
     Attributes:
-        logps: (P, 2), sums of log-probabilities of the scored tokens.
+        logps: (P, 2), sums of log-probabilities of the scored tokens; of a model of rewards these.
         lengths: (P, 2) int64, their number.
         nll: (P,), mean loss of the chosen answer's targets, those of the format too.
     """
@@ -53,11 +53,15 @@ class Preference:
         hidden = model.hidden(
             batch.idx, positions=batch.positions, cu_seqlens=batch.cu_seqlens, dropout_keys=batch.dropout_keys
         )
-        losses = losses_of_targets(hidden.flatten(0, 1), model.head_weight, targets, model.config.vocab_size)  # (B·T,)
-        at = torch.arange(len(losses), device=losses.device)
+        at = torch.arange(len(targets), device=targets.device)
         document = pairs_of(batch).clamp(min=0)
         begin, end = batch.cu_seqlens[document], batch.cu_seqlens[document + 1]  # (P, 2)
         inside = (at >= begin[..., None]) & (at < end[..., None])  # (P, 2, B·T)
+        if self.config.method == "reward":
+            last = torch.where(inside & (targets != IGNORE_INDEX), at + 1, 0).amax(dim=-1)  # the end of the last answer
+            rewards = model.rewards(hidden.flatten(0, 1)[last])
+            return Answers(rewards, inside.sum(dim=-1), torch.zeros_like(rewards[:, 0]))
+        losses = losses_of_targets(hidden.flatten(0, 1), model.head_weight, targets, model.config.vocab_size)  # (B·T,)
         counted = batch.targets if self.config.format_tokens else batch.scored
         scored = inside & (counted.flatten() != IGNORE_INDEX)
         trained = inside[:, 0] & (targets != IGNORE_INDEX)
@@ -66,8 +70,10 @@ class Preference:
 
     def scores(self, answers: Answers, batch: Batch) -> Tensor:
         """(P, 2): what the method compares. Log-probabilities relative to the reference (DPO), a token (IPO); those of
-        the model alone, a token (SimPO), as odds (ORPO)."""
+        the model alone, a token (SimPO), as odds (ORPO); rewards."""
         assert batch.reference is not None
+        if self.config.method == "reward":
+            return answers.logps
         if self.config.method == "dpo":
             return answers.logps - batch.reference.to(answers.logps.dtype)
         gains = answers.logps - batch.reference.to(answers.logps.dtype) * (self.config.method == "ipo")
@@ -76,8 +82,8 @@ class Preference:
 
     def loss_sum(self, batch: Batch) -> Sums:
         """The summed loss of the batch's pairs, and further sums: `chosen` and `rejected` (log-probabilities of the
-        answers), `margin` (of the chosen answer's score over that of the rejected one), `ranked` (pairs whose margin is
-        above 0), `nll`. Without gradients, for validation, the plain cross-entropy of the targets of both answers."""
+        answers, or rewards), `margin` (of the chosen answer's score over that of the rejected one), `ranked` (pairs
+        whose margin is above 0), `nll`. Without gradients, for validation, the plain cross-entropy of both answers."""
         if not torch.is_grad_enabled():
             return self.plain.loss_sum(batch)
         answers = self.answers(batch)
@@ -87,6 +93,8 @@ class Preference:
         logps, _, nll = answers
         if method == "dpo":
             loss = -F.logsigmoid(beta * margin)
+        elif method == "reward":  # without a margin that is to be kept (Llama Team 2024, section 4.1.2)
+            loss, weight = -F.logsigmoid(margin), 0.0
         elif method == "ipo":
             loss = (margin - 1 / (2 * beta)) ** 2
         elif method == "simpo":
