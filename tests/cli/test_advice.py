@@ -16,8 +16,8 @@ from regpt.runs.folder import refuse_used_folder
 
 SOURCE = Path(regpt.__file__).parent
 GAP = "\ue000"  # what an f-string fills in
-OTHER_PROGRAMS = {  # flags of torchrun, pip, git and Python, which messages name too
-    *("--max-restarts", "--standalone", "--nproc-per-node", "--upgrade", "--rdzv-backend", "--show-toplevel"),
+OTHER_PROGRAMS = {  # flags of torchrun, pip, git, Python and llama.cpp, which messages name too
+    *("--max-restarts", "--lora", "--standalone", "--nproc-per-node", "--upgrade", "--rdzv-backend", "--show-toplevel"),
     *(
         "--dirty",
         "--short",

@@ -17,7 +17,9 @@ from regpt.cli.export import main as export
 from regpt.errors import UserError
 from regpt.hf.export import export_hf
 from regpt.hf.gguf import TYPES, GGUFFile, write_gguf
+from regpt.hf.gguf_lora import export_gguf_lora
 from regpt.hf.gguf_models import STRETCH, arch_of, export_gguf
+from regpt.model.adapter_config import AdapterConfig
 from regpt.model.config import ModelConfig
 from regpt.model.weights import state_tensors
 from regpt.text.open import from_json, open_content
@@ -164,7 +166,37 @@ def test_quantisers_and_their_inverses_are_bitwise_those_of_ggml():
         assert TYPES[kind].decode(ours.reshape(-1, TYPES[kind].size)).reshape(-1).tobytes() == back.tobytes(), kind
 
 
-@pytest.mark.parametrize("kind", TYPES)
+def test_ternary_numbers_are_stored_as_ggml_does_and_others_refused(tmp_path: Path):
+    rows = (np.random.default_rng(0).integers(-1, 2, (300, 256)) * np.exp2(np.arange(300) % 17 - 9)[:, None]).astype(
+        "f4"
+    )
+    rows[7] = 0
+    ours, number = TYPES["tq2_0"].encode(rows), gguf.GGMLQuantizationType.TQ2_0
+    assert ours.tobytes() == gguf.quants.quantize(rows, number).tobytes()
+    assert np.array_equal(TYPES["tq2_0"].decode(ours), gguf.quants.dequantize(ours, number))
+    assert np.array_equal(TYPES["tq2_0"].decode(ours), rows)
+    for fields, sentence in {64: "rows of 64 numbers, .*blocks of 256", 256: "which tq2_0 holds"}.items():
+        with pytest.raises(UserError, match=sentence):
+            export_gguf(*make("gpt2", n_embd=fields), tmp_path / "m.gguf", "tq2_0")
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "kind", "sentence"),
+    [
+        (AdapterConfig(r=2, dora=True), "f32", "adds no DoRA's magnitudes"),
+        (AdapterConfig(r=2, targets=("embedding",)), "f32", "adds no adapters of the embedding"),
+        (AdapterConfig(r=2, targets=("*", "head"), tied="shared"), "f32", "adds no adapters of the embedding"),
+        (AdapterConfig(r=2), "q8_0", "adapters are written in f32, f16, bf16, not in q8_0"),
+    ],
+)
+def test_adapters_that_llama_cpp_lacks_are_refused(adapter: AdapterConfig, kind: str, sentence: str, tmp_path: Path):
+    with pytest.raises(UserError, match=sentence):
+        export_gguf_lora(make("llama")[0].config, adapter, {}, "base", tmp_path / "m.gguf", kind)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TYPES if kind != "tq2_0"])
 def test_ggmls_own_package_reads_our_file(kind: str, tmp_path: Path):
     model, tokenizer = make("llama")
     export_gguf(model, tokenizer, tmp_path / "m.gguf", kind, "{{ messages }}")
@@ -321,6 +353,7 @@ ONE = (torch.zeros(32), "f32")
 @pytest.mark.parametrize(
     ("keys", "tensors", "sentence"),
     [
+        ({"general.type": "adapter"}, {}, "holds adapters without a model"),
         ({"general.architecture": "mamba"}, {}, "architecture 'mamba', regpt reads gpt2, llama, qwen2"),
         ({"llama.block_count": None}, {}, "llama.block_count = None, which must be a whole number"),
         ({"llama.block_count": 3}, {}, "lack 'layers.2"),

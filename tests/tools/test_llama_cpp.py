@@ -1,17 +1,24 @@
 """Our GGUF files in llama.cpp itself."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import tokenizer_files
-from regpt.checkpoint.open import open_model
+from regpt.checkpoint.base import AdapterParts, plain_shapes
+from regpt.checkpoint.open import OpenModel, open_model
 from regpt.errors import UserError
 from regpt.hf import gguf_models
+from regpt.hf.gguf import GGUFFile
 from regpt.hf.gguf_models import export_gguf
-from regpt.runs.export import check_export, refuse_difference
+from regpt.model.adapter_config import AdapterConfig
+from regpt.model.adapters import Merged, adapt, adapter_parameters, base_tensors
+from regpt.model.weights import load_weights, state_tensors
+from regpt.runs.export import check_adapters, check_export, export_adapters_gguf, export_model_gguf, refuse_difference
 from regpt.text.open import from_json
 from regpt.tools import llama_cpp
 from regpt.tools.llama_cpp import (
@@ -44,6 +51,54 @@ def checked(name: str, kind: str, path: Path, strings: int = STRINGS, new_tokens
     export_gguf(model, tokenizer, path, kind)
     opened = open_model(str(path))
     return check_with_llama_cpp(path, opened.model, opened.tokenizer, strings, new_tokens)
+
+
+LORA = AdapterConfig(r=3, alpha=5.0, rslora=True)
+
+
+def with_adapters(name: str, adapter: AdapterConfig, **fields: Any) -> OpenModel:
+    """A model with random adapters, merged, as a run of them is opened."""
+    model, tokenizer = make(name, max_seq_len=124, **fields)
+    shapes = plain_shapes(model.config)
+    own = adapt(make(name, max_seq_len=124, **fields)[0], adapter)
+    load_weights(own, state_tensors(model))
+    base = Merged(shapes, {k: v.clone() for k, v in base_tensors(own).items()}, {}, adapter)
+    draw = torch.Generator().manual_seed(3)
+    tensors = {k: torch.randn(p.shape, generator=draw) * 0.1 for k, p in adapter_parameters(own).items()}
+    load_weights(model, Merged(shapes, base.base, tensors, adapter))
+    return OpenModel(model, tokenizer, 1, name, adapter=AdapterParts(adapter, tensors, "", "base", lambda: base))
+
+
+@pytest.mark.usefixtures("llama_cpp_installed")
+@pytest.mark.parametrize(
+    ("name", "adapter"),
+    [("gpt2", LORA), ("llama", replace(LORA, targets=("*", "head")))],
+    ids=["gpt2, its fused product", "llama, its permuted rows and its head"],
+)
+def test_llama_cpp_adds_our_adapters_to_a_base_as_we_do(
+    name: str, adapter: AdapterConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(llama_cpp, "PROMPTS", 2)
+    opened = with_adapters(name, adapter)
+    assert "for the base 'base'" in export_adapters_gguf(opened, tmp_path / "lora.gguf", "f32")
+    assert " greedy tokens as ours" in check_adapters(opened, tmp_path / "lora.gguf", "f32", 1)
+    assert opened.adapter is not None
+    weights, model = opened.adapter.weights(), make(name, max_seq_len=124)[0]
+    alone, both = (model(torch.arange(20)[None]) for model in (load_weights(model, weights), opened.model))
+    assert (alone - both).abs().max() > 0.1  # so adapters were added
+
+
+@pytest.mark.usefixtures("llama_cpp_installed")
+def test_llama_cpp_runs_a_ternary_base_with_its_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(llama_cpp, "PROMPTS", 2)
+    opened = with_adapters("llama", replace(LORA, base="ternary"), n_embd=256, n_inner=512, n_layer=1)
+    f16, lora = export_model_gguf(opened, tmp_path / "m.gguf", "tq2_0")
+    assert (f16, lora) == ([], tmp_path / "m-lora.gguf")
+    types = {name: stored.type.code for name, stored in GGUFFile(tmp_path / "m.gguf").stored.items()}
+    assert (types["blk.0.attn_k.weight"], types["blk.0.ffn_down.weight"], types["token_embd.weight"]) == (35, 35, 1)
+    printed = check_export(opened, tmp_path / "m.gguf", "tq2_0", "", 1, lora)
+    assert " greedy tokens as ours" in printed
+    assert float(printed.partition("at most ")[2].split()[0]) < 0.1  # llama.cpp rounds activations to 8 bits
 
 
 @pytest.mark.usefixtures("llama_cpp_installed")

@@ -1,7 +1,7 @@
 """The frozen base of a run with adapters: stored once, in RUN/base, and named by its hash in every checkpoint."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -75,12 +75,14 @@ class AdapterParts:
 
     Attributes:
         base: MODEL that the base is from.
+        weights: reads the base's, as the adapters were trained on them.
     """
 
     config: AdapterConfig
     tensors: Mapping[str, Tensor]
     base_sha256: str
     base: str
+    weights: Callable[[], Mapping[str, Tensor]]
 
 
 def read_adapter_record(path: Path) -> AdapterRecord:

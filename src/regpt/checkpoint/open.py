@@ -183,8 +183,10 @@ def open_checkpoint(
     parts, adapters = None, chosen
     if (record := checkpoint.adapter()) is not None:
         base, tensors = open_base(folder, record)
-        parts = AdapterParts(record.adapter, adapters, record.base_sha256, base.source)
-        chosen = Merged(plain_shapes(checkpoint.config), tensors, adapters, record.adapter)
+        shapes = plain_shapes(checkpoint.config)
+        of_base = partial(Merged, shapes, tensors, {}, record.adapter)
+        parts = AdapterParts(record.adapter, adapters, record.base_sha256, base.source, of_base)
+        chosen = Merged(shapes, tensors, adapters, record.adapter)
     held = torch.bfloat16 if narrow and stored == {"BF16"} else torch.float32
     model = build(checkpoint.config, chosen, device, str(folder), held)
     source = f"{folder}, average" if ema else str(folder)
@@ -230,7 +232,9 @@ def open_peft(folder: Path, source: str, device: torch.device | str) -> OpenMode
             wanted = own.get(name, "no such layer")
             raise UserError(f"adapter {name!r} in {source!r} has shape {tuple(tensor.shape)}, its base has {wanted}")
     load_weights(base.model, Merged(shapes, weights, found.tensors, found.config))  # each weight in its own place
-    parts = AdapterParts(found.config, found.tensors, found.base_sha256, found.base)
+    parts = AdapterParts(
+        found.config, found.tensors, found.base_sha256, found.base, lambda: state_tensors(open_model(found.base).model)
+    )
     path = folder / PEFT_WEIGHTS
     files = (*base.files, WeightFile(path, found=identity(path)))
     return replace(base, source=f"{source} on {base.source}", dtype=torch.float32, files=files, adapter=parts)

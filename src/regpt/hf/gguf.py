@@ -64,6 +64,21 @@ def dequantize_q4_0(blocks: np.ndarray) -> np.ndarray:
     return scale * (digits.astype(np.float32) - 8)
 
 
+def quantize_tq2_0(x: np.ndarray) -> np.ndarray:
+    """(blocks, 256) float32 to (blocks, 66) bytes: -1, 0 and 1 in two bits, four numbers that are 32 apart in one byte,
+    then a scale in float16 (ggml's quantize_row_tq2_0_ref)."""
+    scale = np.abs(x).max(axis=1, keepdims=True)
+    digits = (np.rint(x * inverse(scale)) + 1).astype(np.uint8).reshape(-1, 2, 4, 32)
+    codes = np.bitwise_or.reduce(digits << np.array([0, 2, 4, 6], np.uint8)[:, None], axis=2)
+    return np.concatenate([codes.reshape(-1, 64), scale.astype("<f2").view(np.uint8)], axis=1)
+
+
+def dequantize_tq2_0(blocks: np.ndarray) -> np.ndarray:
+    codes, scale = blocks[:, :64].reshape(-1, 2, 1, 32), np.ascontiguousarray(blocks[:, 64:]).view("<f2")
+    digits = codes >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3
+    return (digits.reshape(-1, 256).astype(np.float32) - 1) * scale.astype(np.float32)
+
+
 def inverse(scale: np.ndarray) -> np.ndarray:
     """1 / scale in float32, 0 for blocks of zeros."""
     return np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
@@ -107,13 +122,14 @@ TYPES: dict[str, GGUFType] = {
     "bf16": GGUFType(30, 1, 2, to_bfloat16, from_bfloat16, 32),
     "q8_0": GGUFType(8, 32, 34, quantize_q8_0, dequantize_q8_0, 7),
     "q4_0": GGUFType(2, 32, 18, quantize_q4_0, dequantize_q4_0, 2),
+    "tq2_0": GGUFType(35, 256, 66, quantize_tq2_0, dequantize_tq2_0, 37),
 }
 # Others that files of today hold, for an error that names them (ggml.h, enum ggml_type).
 # fmt: off
 OTHER_TYPES = {
     3: "q4_1", 6: "q5_0", 7: "q5_1", 9: "q8_1", 10: "q2_K", 11: "q3_K", 12: "q4_K", 13: "q5_K", 14: "q6_K", 15: "q8_K",
     16: "iq2_xxs", 17: "iq2_xs", 18: "iq3_xxs", 19: "iq1_s", 20: "iq4_nl", 21: "iq3_s", 22: "iq2_s", 23: "iq4_xs",
-    24: "i8", 25: "i16", 26: "i32", 27: "i64", 28: "f64", 29: "iq1_m", 34: "tq1_0", 35: "tq2_0", 39: "mxfp4",
+    24: "i8", 25: "i16", 26: "i32", 27: "i64", 28: "f64", 29: "iq1_m", 34: "tq1_0", 39: "mxfp4",
 }
 # fmt: on
 
@@ -169,6 +185,11 @@ def encode(name: str, tensor: Tensor, kind: str) -> Iterator[np.ndarray]:
     for piece in flat.split(CHUNK):
         numbers = piece.cpu().float().numpy()
         data = type_.encode(numbers.reshape(-1, type_.block))
+        if kind == "tq2_0" and not np.array_equal(type_.decode(data).ravel(), numbers):
+            raise UserError(
+                f"weight {name!r} is not -1, 0 or 1 times a scale of its 256 neighbours, which tq2_0 holds; export a "
+                "run with --adapter.base ternary, or choose another --type"
+            )
         if kind != "f32" and not np.isfinite(type_.decode(data.reshape(-1, type_.size))).all():
             raise UserError(f"weight {name!r} holds numbers beyond {kind}'s range; choose --type bf16 or f32")
         yield data

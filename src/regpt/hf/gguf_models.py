@@ -23,14 +23,22 @@ from regpt.text.tokenizer import Tokenizer
 
 BLOCK = re.compile(r"(?:h|layers)\.(\d+)\.(.+)\.(weight|bias)")
 THEIR_BLOCK = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
+TYPES_OF_EMBEDDINGS = {"tq2_0": "f16"}  # of embedding and head, where theirs is another than the blocks'
 FREQUENCIES = "rope_freqs.weight"  # divisors of the rotation's frequencies: how llama.cpp has Llama 3's stretching
 # Its parameters, from which the divisors follow; files of others hold the divisors alone.
 STRETCH = ("rope_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_seq_len")
 
 
-def export_gguf(model: Transformer, tokenizer: Tokenizer, path: Path, kind: str, chat_template: str = "") -> list[str]:
-    """Write `model` as a GGUF file whose matrices have the type `kind`; returns the tensors that have f16 instead,
-    because the blocks of `kind` do not divide their rows.
+def export_gguf(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    path: Path,
+    kind: str,
+    chat_template: str = "",
+    weights: Mapping[str, Tensor] | None = None,
+) -> list[str]:
+    """Write `model`, or another of its shape with `weights`, as a GGUF file whose matrices have the type `kind`;
+    returns the tensors that have f16 instead, because the blocks of `kind` do not divide their rows.
 
     Raises:
         UserError: llama.cpp has no such model or tokenizer, or the file cannot be written.
@@ -38,9 +46,9 @@ def export_gguf(model: Transformer, tokenizer: Tokenizer, path: Path, kind: str,
     metadata = config_to_gguf(model.config) | tokenizer_to_gguf(tokenizer, model.config.vocab_size)
     metadata |= {"general.file_type": TYPES[kind].file_type, "general.quantization_version": 2}  # GGML_QNT_VERSION
     metadata |= {"tokenizer.chat_template": chat_template} if chat_template else {}
-    tensors = weights_to_gguf(state_tensors(model), model.config, kind)
+    tensors = weights_to_gguf(weights or state_tensors(model), model.config, kind)
     write_gguf(path, metadata, tensors)
-    return [name for name, (_, given) in tensors.items() if given == "f16" != kind]
+    return [name for name, (_, given) in tensors.items() if given == "f16" not in (kind, TYPES_OF_EMBEDDINGS.get(kind))]
 
 
 def arch_of(config: ModelConfig) -> str:
@@ -144,6 +152,13 @@ def is_offset(theirs: str, arch: Arch) -> bool:
 def type_for(name: str, tensor: Tensor, kind: str) -> str:
     if tensor.dim() < 2 or name == "position_embd.weight":
         return "f32"
+    if name in ("token_embd.weight", "output.weight") and kind in TYPES_OF_EMBEDDINGS:
+        return TYPES_OF_EMBEDDINGS[kind]
+    if kind == "tq2_0" and tensor.size(-1) % TYPES[kind].block:
+        raise UserError(
+            f"{name} has rows of {tensor.size(-1)} numbers, llama.cpp's tq2_0 has blocks of {TYPES[kind].block}; "
+            "choose another --type"
+        )
     return "f16" if tensor.size(-1) % TYPES[kind].block else kind
 
 
@@ -217,6 +232,8 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
     name = file.metadata.get("general.architecture")
     if name not in ARCHS:
         raise file.error(f"has the architecture {name!r}, regpt reads {', '.join(ARCHS)}", "choose another model")
+    if file.metadata.get("general.type") == "adapter":
+        raise file.error("holds adapters without a model", "give the base, or the run that they are from")
     arch, keys = ARCHS[name], Keys(file, name)
     sizes = {field: keys.size(key) for field, key in SIZES.items()}
     if "token_embd.weight" not in file.stored:

@@ -1,16 +1,22 @@
-"""A model as a GGUF file, compared with llama.cpp."""
+"""A model, or adapters, as a GGUF file, compared with llama.cpp."""
 
 import math
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from regpt.checkpoint.base import AdapterParts, plain_shapes
 from regpt.checkpoint.open import OpenModel, open_model
 from regpt.errors import UserError
 from regpt.files import exists, is_folder, write_json
 from regpt.hf.gguf import GGUFFile
+from regpt.hf.gguf_lora import export_gguf_lora, refuse_other_adapters
 from regpt.hf.gguf_models import export_gguf
 from regpt.hf.peft import export_peft
+from regpt.model.adapters import Merged
+from regpt.model.weights import load_weights, state_tensors
 from regpt.text.folder import CHAT
 from regpt.text.sentences import SENTENCES
 from regpt.tools.llama_cpp import (
@@ -28,17 +34,51 @@ GAP_TOKENS = 256
 LARGEST_TEXT = 16 * LOSS_TOKENS  # bytes that are read of --data
 
 
-def export_model_gguf(opened: OpenModel, out: Path, kind: str) -> list[str]:
-    """Write the file; returns the tensors whose rows do not fit `kind`.
+def export_model_gguf(opened: OpenModel, out: Path, kind: str) -> tuple[list[str], Path | None]:
+    """Write the file; the tensors whose rows do not fit `kind`, and the file of adapters next to it. A ternary base is
+    ternary without its adapters alone, so in tq2_0 these are a file of their own.
 
     Raises:
-        UserError: something of that name exists, or see `export_gguf`.
+        UserError: something of that name exists, or see `export_gguf` and `export_gguf_lora`.
     """
+    parts, given = opened.adapter, (opened.tokenizer, out, kind, opened.companions.get(CHAT, ""))
+    refuse_used_file(out)
+    if kind != "tq2_0" or parts is None:
+        return export_gguf(opened.model, *given), None
+    lora = out.with_name(f"{out.stem}-lora.gguf")
+    refuse_used_file(lora)
+    refuse_other_adapters(opened.model.config, parts.config)
+    f16 = export_gguf(opened.model, *given, weights=parts.weights())
+    export_gguf_lora(opened.model.config, parts.config, parts.tensors, out.name, lora, "f32")
+    return f16, lora
+
+
+def refuse_used_file(out: Path) -> None:
     if exists(out):
         raise UserError(f"{str(out)!r} exists, an export needs a new file; choose another --out or delete it")
     if not is_folder(out.parent):
         raise UserError(f"there is no folder {str(out.parent)!r} for the file; make it or choose another --out")
-    return export_gguf(opened.model, opened.tokenizer, out, kind, opened.companions.get(CHAT, ""))
+
+
+def adapters_of(opened: OpenModel, form: str) -> AdapterParts:
+    if opened.adapter is None:
+        raise UserError(
+            f"model {opened.source!r} has no adapters, which --format {form} writes; give a run with adapters, or "
+            "export it with --format hf"
+        )
+    return opened.adapter
+
+
+def export_adapters_gguf(opened: OpenModel, out: Path, kind: str) -> str:
+    """Write the adapters of `opened` as a file for llama.cpp; the sentence to print.
+
+    Raises:
+        UserError: it has none, something of that name exists, or see `export_gguf_lora`.
+    """
+    parts = adapters_of(opened, "gguf-lora")
+    refuse_used_file(out)
+    export_gguf_lora(opened.model.config, parts.config, parts.tensors, parts.base, out, kind)
+    return f"wrote the adapters of {opened.source} to {out}, {out.stat().st_size:,} bytes{of_base(parts)}"
 
 
 def export_adapters(opened: OpenModel, out: Path) -> str:
@@ -47,16 +87,15 @@ def export_adapters(opened: OpenModel, out: Path) -> str:
     Raises:
         UserError: it has none, or see `export_peft`.
     """
-    parts = opened.adapter
-    if parts is None:
-        raise UserError(
-            f"model {opened.source!r} has no adapters, which --format peft writes; give a run with adapters, or export "
-            "it with --format hf"
-        )
+    parts = adapters_of(opened, "peft")
     family = opened.model.config.family
     folder = export_peft(parts.config, parts.tensors, family, parts.base, parts.base_sha256, out)
+    return f"wrote the adapters of {opened.source} to {folder}{of_base(parts)}"
+
+
+def of_base(parts: AdapterParts) -> str:
     quantized = "" if parts.config.base == "none" else f"; they were trained on the base in {parts.config.base}"
-    return f"wrote the adapters of {opened.source} to {folder}, for the base {parts.base!r}{quantized}"
+    return f", for the base {parts.base!r}{quantized}"
 
 
 @torch.no_grad()
@@ -79,14 +118,29 @@ def merge_gap(opened: OpenModel, folder: Path, dtype: torch.dtype) -> str:
     )
 
 
-def check_export(opened: OpenModel, file: Path, kind: str, data: str, strings: int = STRINGS) -> str:
-    """llama.cpp's reading of `file` against ours, the loss of `opened` against that of the file; sentences to print.
+def check_adapters(opened: OpenModel, lora: Path, kind: str, strings: int = STRINGS) -> str:
+    """`check_export` of the file `lora` on the base of `opened` in f32."""
+    with tempfile.TemporaryDirectory(prefix="regpt-export-", ignore_cleanup_errors=True) as folder:
+        file, weights = Path(folder) / "base.gguf", adapters_of(opened, "gguf-lora").weights()
+        export_gguf(opened.model, opened.tokenizer, file, "f32", opened.companions.get(CHAT, ""), weights)
+        return check_export(opened, file, kind, "", strings, lora)
+
+
+def check_export(
+    opened: OpenModel, file: Path, kind: str, data: str, strings: int = STRINGS, lora: Path | None = None
+) -> str:
+    """llama.cpp's reading of `file`, with the adapters `lora` on it, against ours, the loss of `opened` against that of
+    the file; sentences to print.
 
     Raises:
         UserError: llama.cpp reads another text or, in f32, computes something else.
     """
     again = open_model(str(file))
-    found = check_with_llama_cpp(file, again.model, again.tokenizer, strings)
+    if lora is not None:  # our own adapters, unrounded, each weight in its own place
+        parts, base = adapters_of(opened, "gguf-lora"), state_tensors(again.model)
+        shapes = plain_shapes(again.model.config)
+        load_weights(again.model, Merged(shapes, base, parts.tensors, replace(parts.config, base="none")))
+    found = check_with_llama_cpp(file, again.model, again.tokenizer, strings, lora=lora)
     arch = GGUFFile(file).metadata["general.architecture"]
     ties = found.tokens - found.equal_tokens
     tie = f" (at the other {ties} our two likeliest are within {found.gap:.1e})" if ties else ""
@@ -96,7 +150,7 @@ def check_export(opened: OpenModel, file: Path, kind: str, data: str, strings: i
         f"log-probabilities of the two likeliest tokens within {found.shift:.1e} ({found.positions} positions), "
         f"{found.strings:,} strings become the same tokens, {of_chat(found.chat)}"
     ]
-    if kind != "f32":
+    if kind != "f32" and (lora is None or kind == "tq2_0"):
         ids = [opened.tokenizer.eot, *opened.tokenizer.encode(text_of(data))]
         before, after = loss_on(opened.model, ids), loss_on(again.model, ids)
         lines.append(

@@ -60,19 +60,22 @@ CONVERSATIONS: list[Conversation] = [
 
 
 class LlamaServer:
-    """llama.cpp's server with one model, in this process, on the CPU: caches in float32, no flash attention, greedy.
+    """llama.cpp's server with one model, and adapters on it, in this process, on the CPU: caches in float32, no flash
+    attention, greedy.
 
     Raises:
         UserError: xllamacpp is not installed, or llama.cpp cannot load the file.
     """
 
-    def __init__(self, path: Path, max_seq_len: int) -> None:
+    def __init__(self, path: Path, max_seq_len: int, lora: Path | None = None) -> None:
         xllamacpp = import_extra("xllamacpp", "the check needs llama.cpp", "gguf")
         params = xllamacpp.CommonParams()
         params.model.path, params.n_ctx, params.n_parallel = str(path), max_seq_len, 1
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.n_gpu_layers, params.warmup, params.verbosity = 0, False, -1
+        if lora is not None:
+            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)]
         params.cpuparams.n_threads = torch.get_num_threads()
         try:
             self.server = xllamacpp.Server(params)
@@ -170,11 +173,17 @@ class Comparison:
 
 @torch.no_grad()
 def check_with_llama_cpp(
-    path: Path, model: Transformer, tokenizer: Tokenizer, strings: int = STRINGS, new_tokens: int = NEW_TOKENS
+    path: Path,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    strings: int = STRINGS,
+    new_tokens: int = NEW_TOKENS,
+    lora: Path | None = None,
 ) -> LlamaCheck:
-    """Compare llama.cpp's reading of `path` with `model`, which was opened from it, in float32."""
+    """Compare llama.cpp's reading of `path`, with the adapters `lora` on it, with `model`, which was opened from them,
+    in float32."""
     longest = model.config.max_seq_len
-    server = LlamaServer(path, longest)
+    server = LlamaServer(path, longest, lora)
     prompts = [*check_prompts(tokenizer, min(PROMPT_TOKENS, longest // 2))]
     n = min(new_tokens, longest - max(map(len, prompts)))
     specials = {i for i, size in enumerate(tokenizer.byte_lengths()) if not size}
