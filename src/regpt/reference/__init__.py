@@ -1,1 +1,1 @@
-"""GPT-2 and its optimizer by hand, in NumPy: the oracle for tests, and the page for learners (docs/reference.md)."""
+"""What trains a GPT, by hand in NumPy: the oracle for tests, and the page for learners (docs/reference.md)."""
