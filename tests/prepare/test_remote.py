@@ -16,7 +16,8 @@ import pytest
 
 from regpt.console.lines import print_note
 from regpt.errors import UserError
-from regpt.prepare.named import open_sources
+from regpt.prepare.conversations import ConversationReader
+from regpt.prepare.named import open_sources, table_files
 from regpt.prepare.sources import RemoteSource, SourceFile, localized
 from regpt.remote.download import Download, RemoteFile, RemoteOptions
 from regpt.remote.retry import Patience
@@ -56,6 +57,36 @@ def jsonl(texts: list[str]) -> bytes:
 
 def hub_source(hub, options, source: str) -> list:
     return open_sources([source], RemoteOptions(options.cache, endpoint=hub.url, patience=options.patience))
+
+
+def test_conversations_of_the_hub_are_the_files_of_a_split_at_one_commit(hub, options):
+    rows = {
+        split: json.dumps({"prompt": split, "completion": "b"}).encode() for split in ("train", "train_sft", "test")
+    }
+    files = {f"data/{split}-0000{i}-of-00002.jsonl": row for split, row in rows.items() for i in (0, 1)}
+    hub.add("owner/set", files | {"README.md": b"# a set", "info.json": b"{}"})
+    hub.add("owner/one", {"answers-15k.jsonl": rows["test"], "README.md": b"# one"})
+    remote = RemoteOptions(options.cache, endpoint=hub.url, patience=options.patience)
+    found = table_files(["owner/set", "owner/set:test", "owner/one"], remote)
+    assert [one.file for one in found] == [
+        *(f"data/{split}-0000{i}-of-00002.jsonl" for split in ("train", "test") for i in (0, 1)),
+        "answers-15k.jsonl",
+    ]
+    assert [one.messages[0]["content"] for one in ConversationReader([one.path for one in found])][::2] == [
+        "train",
+        "test",
+        "test",
+    ]
+    assert found[0].url == f"hf://datasets/owner/set@0123456789abcdef0123456789abcdef01234567/{found[0].file}"
+    said = "owner/set:dev has no files of split dev; there are test, train, train_sft: give one"
+    with pytest.raises(UserError, match=said):
+        table_files(["owner/set:dev"], remote)
+    with pytest.raises(UserError, match="404 Not Found; check the name"):
+        table_files(["owner/nothing"], remote)
+    assert [one.path for one in table_files(["folder/missing.jsonl", "x.csv"], remote)] == [
+        Path("folder/missing.jsonl"),
+        Path("x.csv"),
+    ]
 
 
 def test_a_file_behind_https_is_downloaded_once_and_then_read(on_web, web):

@@ -12,6 +12,7 @@ import torch
 import regpt
 import tiny
 from conversation_files import TUNING, save_byte_model, write_answers
+from hub_server import Server
 from regpt.checkpoint.load import checkpoint_folder, checkpoints
 from regpt.checkpoint.open import open_model
 from regpt.cli import data_info, export, finetune, plan, replay, train
@@ -67,6 +68,22 @@ def test_the_run_is_an_ordinary_one_over_shards_of_its_own(tuned, answers):
     losses = [row["loss"] for row in tiny.rows_of(tuned, "train")]
     assert len(losses) == 8
     assert losses[-1] < losses[0] - 0.5
+
+
+def test_conversations_at_an_address_are_downloaded_and_named_in_the_manifest(base, answers, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    server = Server(tmp_path)
+    shutil.copytree(answers.parent, server.root / "name")
+    url = f"{server.address}/owner/name/resolve/main/{answers.name}"
+    try:
+        given = ["--init-from", str(base), "--data", url, "--out", str(tmp_path / "run"), *FLAGS]
+        assert finetune.main(["sft-tiny", *given, "--look", "1"]) == 0
+    finally:
+        server.stop()
+    (source,) = read_manifest(tmp_path / "run" / "data").sources
+    assert (source["url"], source["format"]) == (url, "instruction, input, output")
+    with pytest.raises(UsageError, match=r"--out s3://bucket/run is an address; give a path"):
+        finetune.main(["sft-tiny", "--init-from", str(base), "--data", str(answers), "--out", "s3://bucket/run"])
 
 
 def test_epochs_become_steps(base, answers, tmp_path, capsys):

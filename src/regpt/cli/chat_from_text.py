@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from regpt.cli.data_prepare import TextFlags, as_meant
+from regpt.cli.data_prepare import TextFlags, as_meant, download_folder
 from regpt.cli.parse import parse
 from regpt.errors import UsageError
 from regpt.prepare.settings import TEXT_OPTIONS
@@ -27,7 +27,7 @@ class ChatFromTextArgs:
     out: str = ""
     """Folder for everything; default: runs/chat-FOLDER."""
     data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """More conversations, in a format of regpt finetune; repeat it for several files."""
+    """More conversations, as regpt finetune reads them; repeat it for several files."""
     pairs: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Preferences (columns chosen and rejected), learned last."""
     size: Literal["auto", "tiny", "124m"] = "auto"
@@ -55,12 +55,13 @@ def main(args: list[str]) -> int:
     if missing and not given.no_serve:
         page = f"none: {missing[0]} is not installed; install it with: pip install 'regpt[serve]'"
     from regpt.cli import serve
+    from regpt.remote.download import RemoteOptions
     from regpt.runs.chat_from_text import chat_from_text
     from regpt.runs.chat_plan import BASE, ChatFromTextRequest
 
     out = Path(given.out or f"runs/chat-{Path(given.folder).resolve().name}")
     flags = given.data, given.pairs, given.size, given.minutes, given.vocab_size, given.device, as_meant(given.text)
-    asked = ChatFromTextRequest(given.folder, out, *flags)
+    asked = ChatFromTextRequest(given.folder, out, *flags, RemoteOptions(download_folder()))
     code, model = chat_from_text(asked, page, ["regpt", "chat-from-text", *args])
     if code or not served:
         return code

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from regpt.cli import train
+from regpt.cli.data_prepare import download_folder
 from regpt.cli.parse import local_folder, parse
 from regpt.cli.train import flag_value, named_recipe
 from regpt.config import RunConfig, read_config, recipe_names
@@ -26,7 +27,8 @@ class Finetune:
     init_from: str = ""
     """The model to begin with: a run, a checkpoint, a Hugging Face folder or hub name such as gpt2."""
     data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """File of conversations (.jsonl, .json, .csv, .parquet, perhaps compressed); repeat it for several."""
+    """Conversations: a file (.jsonl, .json, .csv, .parquet, perhaps compressed), an address (https://, s3://, hf://),
+    or a data set of the hub, OWNER/NAME or OWNER/NAME:SPLIT (default train); repeat it for several."""
     tasks: str = ""
     """Instead, with recipes such as grpo-124m: learn from rewards of the model's own replies to the questions of these
     chat tasks, such as chat:addition:difficulty=2:items=2000."""
@@ -59,17 +61,19 @@ def main(args: list[str]) -> int:
     given = parse(Finetune, args, prog="regpt finetune", default=default, stores=["out"])
     given = with_tasks(given)
     refuse_missing(given)
+    from regpt.remote.download import RemoteOptions
     from regpt.runs.finetune import FinetuneRequest, finetune, look, prepare_run, write_settings
 
     asked = FinetuneRequest(
         given.init_from,
         given.data,
-        local_folder(given.out, "regpt finetune"),
+        local_folder(given.out, "regpt finetune", written=True),
         None if flag_value(args, "--train.steps") else given.epochs,
         given.val_fraction,
         given.on_error,
         given.template,
         given.add_tokens,
+        RemoteOptions(download_folder()),
     )
     if given.look:
         look(prepare_run(asked, given.config), given.look, given.step)

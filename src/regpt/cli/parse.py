@@ -100,8 +100,13 @@ def check_json(target: str | None, flag: str = "--json") -> None:
         raise UserError(f"{flag} {target} is a folder; give the name of a file")
 
 
-def local_folder(name: str, command: str) -> Path:
-    """The folder `name`; a UsageError where it is an address, which `command` does not read."""
+def local_folder(name: str, command: str, *, written: bool = False) -> Path:
+    """The folder `name`; a UsageError where it is an address, which `command` does not read, or write."""
+    if is_address(name) and written:
+        raise UsageError(
+            f"{command} writes to a folder of this machine and --out {name} is an address; give a path, and copy the "
+            "run there when it has ended"
+        )
     if is_address(name):
         raise UsageError(
             f"{command} reads folders of this machine and {name} is an address; copy the run here and give that folder"

@@ -1,7 +1,7 @@
 """Conversations → a folder of token shards with parts, their chat template and its certificate."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -63,10 +63,14 @@ class EncodedSplit:
 
 
 def prepare_conversations(
-    paths: Sequence[Path], folder: Path, template: ChatTemplate, options: ConversationOptions
+    paths: Sequence[Path],
+    folder: Path,
+    template: ChatTemplate,
+    options: ConversationOptions,
+    urls: Mapping[Path, str] | None = None,
 ) -> Manifest:
     """Write the shards of the conversations in `paths` to `folder`, with template and certificate; a finished folder of
-    the same files, template and options is left as it is.
+    the same files, template and options is left as it is. `urls`: where files were downloaded from.
 
     Raises:
         UsageError: a fraction outside 0 to 1.
@@ -79,6 +83,8 @@ def prepare_conversations(
         if not is_file(path):
             raise UserError(f"--data {str(path)!r} is not a file; give a file of conversations")
     sources = [{"source": str(path), "sha256": file_sha256(path)} for path in paths]
+    for path, source in zip(paths, sources):
+        source |= {"url": urls[path]} if urls and path in urls else {}
     facts = asdict(options) | {"template_sha256": template.sha256, "tokenizer_sha256": template.tokenizer.sha256}
     if exists(folder / "manifest.json"):
         return finished(folder, sources, facts)

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import platform
+import re
 import sys
 import tempfile
 from collections import Counter
@@ -12,23 +13,28 @@ from pathlib import Path
 from typing import Any
 
 from regpt.errors import UsageError, UserError
+from regpt.files import is_file
 from regpt.prepare.listing import Wanted, split_once
 from regpt.prepare.pydocs import pydocs
-from regpt.prepare.readers import ending_of, is_text
+from regpt.prepare.readers import ending_of, is_text, suffix_of
 from regpt.prepare.settings import TEXT_OPTIONS, TextOptions
 from regpt.prepare.sources import (
+    TEXT_FILES,
     RemoteSource,
     Source,
     SourceFile,
     TextSet,
     find_files,
     find_remote,
+    localized,
     text_files,
 )
 from regpt.remote import is_address
 from regpt.remote.download import REMOTE_OPTIONS, RemoteFile, RemoteOptions
 from regpt.remote.web import open_http
 
+# Of conversations: by their endings; .json, .csv and .tsv of a folder only where there is nothing better.
+TABLE_FILES = TEXT_FILES._replace(rank=lambda name: TEXT_FILES.rank(name) * (not is_text(suffix_of(name) or ".txt")))
 # The lecture's debugging text: 40,000 lines of Shakespeare in one file (karpathy/char-rnn).
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -41,6 +47,10 @@ HUB_SETS = {
 
 
 STDIN = "-"
+ON_HUB = re.compile(r"(\w[\w.-]*/\w[\w.-]*?)(?::([\w.-]+))?")  # OWNER/NAME, perhaps a split
+TRAIN = "train"  # the split of a data set on the hub, unless another is named
+# data/train-00000-of-00002.parquet, train/0.parquet, train.jsonl
+OF_SPLIT = re.compile(r"(?:.*/)?([A-Za-z][A-Za-z_]*?)(?:-\d{5}-of-.*|/[^/]*|\.[^/]*)")
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,35 @@ def list_sources(
     if given and not train:
         raise UserError("every source is held out by --val, so nothing is left to train on; give other files too")
     return Listing(train, held_out, left_out)
+
+
+def table_files(names: Sequence[str], options: RemoteOptions = REMOTE_OPTIONS) -> list[SourceFile]:
+    """The tables that `names` mean, on this machine: a file, an address, or OWNER/NAME[:SPLIT] of the hub.
+
+    Raises:
+        UserError: nothing there, or no file of that split.
+    """
+    found: list[Source] = []
+    for name in names:
+        on_hub = ON_HUB.fullmatch(name)
+        if is_address(name):
+            found += find_remote(name, options, Counter(), wanted=TABLE_FILES)
+        elif is_file(name) or on_hub is None or suffix_of(name):
+            found.append(SourceFile(name, name, Path(name)))
+        else:
+            listed = find_remote(f"hf://datasets/{on_hub[1]}", options, Counter(), name, TABLE_FILES)
+            found += files_of_split(name, on_hub[2], listed)
+    return [one for one in localized(found) if isinstance(one, SourceFile)]
+
+
+def files_of_split(name: str, split: str | None, listed: Sequence[Source]) -> list[Source]:
+    """Those of split `split` by their names; without one, of `train`, or the only files that there are."""
+    splits = {one.file: split_name[1] if (split_name := OF_SPLIT.fullmatch(one.file)) else "" for one in listed}
+    chosen = [one for one in listed if splits[one.file] == (split or TRAIN)]
+    if chosen or (split is None and len(listed) == 1):
+        return chosen or list(listed)
+    there = ", ".join(dict.fromkeys(value or file for file, value in splits.items()))
+    raise UserError(f"{name} has no files of split {split or TRAIN}; there are {there}: give one, as OWNER/NAME:SPLIT")
 
 
 def refuse_unused(sources: Sequence[Source], text: TextOptions) -> None:

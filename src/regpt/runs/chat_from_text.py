@@ -111,6 +111,7 @@ def texts_to_learn(asked: ChatFromTextRequest, corpus: ChatCorpus) -> Iterator[s
 
 def encode(asked: ChatFromTextRequest, corpus: ChatCorpus) -> None:
     how: dict[str, Any] = {"val_sources": corpus.held_out, "val_fraction": corpus.val_fraction, "text": asked.text}
+    how |= {"remote": asked.remote}
     manifest = prepare(corpus.names, asked.out / TOKENS, open_tokenizer(str(asked.out / TOKENIZER)), **how)
     print_line(f"{manifest.tokens('train'):,} training and {manifest.tokens('val'):,} validation tokens")
 

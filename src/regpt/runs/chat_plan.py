@@ -16,11 +16,12 @@ from regpt.files import exists, file_sha256, is_file, is_folder, write_json, wri
 from regpt.parallel.mesh import choose_device
 from regpt.prepare.conversations import FORMATS, ConversationReader
 from regpt.prepare.documents import Document
-from regpt.prepare.named import list_sources
+from regpt.prepare.named import list_sources, table_files
 from regpt.prepare.readers import ending_of, is_text, read_table_rows
 from regpt.prepare.settings import TEXT_OPTIONS, TextOptions
 from regpt.prepare.sources import Source, SourceFile
 from regpt.prepare.work import try_place, writing_to
+from regpt.remote.download import REMOTE_OPTIONS, RemoteOptions
 from regpt.runs.plan import START_SECONDS, USELESS_EPOCHS, make_plan
 from regpt.structured import read_object
 from regpt.text.bpe import byte_tokenizer, train_bpe
@@ -78,6 +79,7 @@ class ChatFromTextRequest:
     vocab_size: int = 0
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     text: TextOptions = TEXT_OPTIONS
+    remote: RemoteOptions = REMOTE_OPTIONS
 
 
 class ChatCorpus(NamedTuple):
@@ -103,7 +105,7 @@ def read_corpus(asked: ChatFromTextRequest) -> ChatCorpus:
     Raises:
         UserError: no text, or a file of conversations without any.
     """
-    listed = list_sources([asked.source], text=asked.text).train
+    listed = list_sources([asked.source], options=asked.remote, text=asked.text).train
     kinds = [(one, kind_of(one.path, asked.text) if isinstance(one, SourceFile) else "") for one in listed]
     texts = [one for one, kind in kinds if not kind]
     tables = [(kind, str(one.path)) for one, kind in kinds if kind and isinstance(one, SourceFile)]
@@ -111,17 +113,20 @@ def read_corpus(asked: ChatFromTextRequest) -> ChatCorpus:
         raise UserError(
             f"{asked.source} holds conversations and no text; add texts, of which the model learns to write"
         )
-    for flag, path in [*(("--data", one) for one in asked.data), *(("--pairs", one) for one in asked.pairs)]:
+    given = [
+        (flag, str(one.path)) for flag in ("data", "pairs") for one in table_files(getattr(asked, flag), asked.remote)
+    ]
+    for flag, path in given:
         if not is_file(path):
-            raise UserError(f"{flag} {path!r} is not a file; give a file of conversations")
+            raise UserError(f"--{flag} {path!r} is not a file; give a file of conversations")
         reader = ConversationReader([Path(path)], skip=True)
         next(iter(reader), None)  # raises for columns of no known format
         kind = reader.formats[path]
-        if flag == "--pairs" and kind != PAIRS:
+        if flag == "pairs" and kind != PAIRS:
             raise UserError(f"--pairs {path} holds {kind}; a file of pairs has the columns chosen and rejected")
         tables.append((kind, path))
     names = [str(one.path) for one in texts if isinstance(one, SourceFile)] if len(texts) < len(listed) else []
-    data = [path for kind, path in tables if kind != PAIRS or path in asked.data]
+    data = [path for kind, path in tables if kind != PAIRS or ("data", path) in given]
     pairs = list(dict.fromkeys(path for kind, path in tables if kind == PAIRS))
     return ChatCorpus(texts, names or [asked.source], *few_held_out(texts, asked.text), data, pairs)
 

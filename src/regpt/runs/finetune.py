@@ -28,6 +28,8 @@ from regpt.model.adapter_config import EMBEDDING, HEAD
 from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import choose_device
 from regpt.prepare.conversation_shards import TOO_LONG, ConversationOptions, prepare_conversations
+from regpt.prepare.named import table_files
+from regpt.remote.download import REMOTE_OPTIONS, RemoteOptions
 from regpt.report.read import read_rows
 from regpt.runs.build import open_shards
 from regpt.runs.folder import read_run_config, refuse_used_folder
@@ -49,6 +51,7 @@ class FinetuneRequest:
     Attributes:
         epochs: how often each conversation is read; None leaves train.steps as it is.
         template: a name of `TEMPLATES`, a file, or empty: the model's own, else plain.
+        files: on this machine, addresses, or names on the hub.
         add_tokens: add the special tokens of ChatML and use it.
     """
 
@@ -60,6 +63,7 @@ class FinetuneRequest:
     on_error: Literal["stop", "skip"] = "stop"
     template: str = ""
     add_tokens: bool = False
+    remote: RemoteOptions = REMOTE_OPTIONS
 
 
 def prepare_run(asked: FinetuneRequest, config: RunConfig) -> RunConfig:
@@ -101,7 +105,9 @@ def prepare_run(asked: FinetuneRequest, config: RunConfig) -> RunConfig:
         config.data.seq_len, asked.val_fraction, asked.on_error, pairs=bool(config.preference.method)
     )
     folder = asked.run / DATA
-    manifest = prepare_conversations([Path(file) for file in asked.files], folder, template, options)
+    files = table_files(asked.files, asked.remote)
+    urls = {one.path: one.url for one in files if one.url}
+    manifest = prepare_conversations([one.path for one in files], folder, template, options, urls)
     say_what_was_read(manifest, template, opened)
     config = replace(config, model=model, data=replace(config.data, path=str(folder), mixture={}))
     if config.grpo.tasks:
@@ -321,7 +327,7 @@ def look(config: RunConfig, count: int, step: int = 1) -> None:
 def say_what_was_read(manifest: Manifest, template: ChatTemplate, opened: OpenModel) -> None:
     """Formats, what was skipped, the template, and tokens that were added."""
     for source in manifest.sources:
-        print_line(f"{source['source']}: {source['format']}")
+        print_line(f"{source.get('url', source['source'])}: {source['format']}")
     seq_len = manifest.options["seq_len"]
     for kind, counts in manifest.removed.items():
         why = f"longer than data.seq_len {seq_len:,}" if kind == TOO_LONG else "bad"
