@@ -11,8 +11,10 @@ import tiny
 from regpt.cli import chat
 from regpt.engine.generate import write_samples
 from regpt.engine.processing import SamplingOptions
+from regpt.engine.reference import generate_uncached
 from regpt.hf.export import export_hf
 from regpt.text.bpe import train_bpe
+from regpt.text.chat import ChatTemplate
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|endoftext|>{% endfor %}"
@@ -120,3 +122,24 @@ def test_input_that_is_not_utf_8_ends_with_its_line(monkeypatch, tuned):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n")))
     with pytest.raises(chat.UserError, match="line 1 of standard input is not UTF-8"):
         chat.main([tuned, "--device", "cpu"])
+
+
+def test_passages_are_put_before_the_message_and_named_after_the_answer(
+    talk, tuned, base, tmp_path, monkeypatch, model, tokenizer
+):
+    monkeypatch.setattr("pathlib.Path.home", lambda: tmp_path)
+    notes, saved = tmp_path / "notes", tmp_path / "talk.json"
+    notes.mkdir()
+    (notes / "a.md").write_text("Zebras hide.")
+    out, noted = talk(tuned, "--retrieve", str(notes), "--temperature", "0", lines=f"zebra?\nokapi?\n/save {saved}\n")
+    said = json.loads(saved.read_text())["messages"]
+    assert [one["content"] for one in said[::2]] == ["zebra?", "okapi?"]  # the passage is not of the conversation
+    asked = [{"role": "user", "content": "[1] Zebras hide.\n\nzebra?"}]
+    prompt = ChatTemplate(TEMPLATE, tokenizer).encode(asked)
+    text = generate_uncached(model, tiny.torch.tensor([prompt]), 5, SamplingOptions(top_k=1), 0)[0, len(prompt) :]
+    assert tokenizer.decode(text.tolist()) == said[1]["content"]
+    assert "1 passage of 1 file in " in noted
+    assert noted.index("from [1] a.md, line 1") < noted.index("no passage of ")
+    out, noted = talk(base, "--retrieve", str(notes), lines="zebra\n")
+    assert out
+    assert "from [1] a.md, line 1" in noted

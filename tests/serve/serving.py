@@ -16,7 +16,7 @@ from regpt.engine.engine import Engine
 from regpt.engine.generate import encode_prompt
 from regpt.engine.processing import SamplingOptions
 from regpt.engine.request import Request
-from regpt.serve.server import Loaded, make_server, open_socket, url_of
+from regpt.serve.server import Loaded, Retrieve, make_server, open_socket, url_of
 from regpt.serve.worker import Limits
 from regpt.text.bpe import byte_tokenizer
 from regpt.text.chat import ChatTemplate
@@ -40,13 +40,13 @@ class Serving:
         engine: of the model `tiny`.
     """
 
-    def __init__(self, models: list[Loaded], limits: Limits, token: str, checkpoints: int):
+    def __init__(self, models: list[Loaded], limits: Limits, token: str, checkpoints: int, retrieve: Retrieve | None):
         self.bound: socket.socket = open_socket("127.0.0.1", 0)
         self.bound.listen(512)
         self.url, self.engine = url_of(self.bound), models[0].engine
         self.http = httpx.Client(base_url=self.url, timeout=60)
         started = threading.Event()
-        self.server = make_server(models, limits, token, started.set, checkpoints)
+        self.server = make_server(models, limits, token, started.set, checkpoints, retrieve)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.bound]}, daemon=True)
         self.thread.start()
         assert started.wait(30)
@@ -86,9 +86,13 @@ def loaded(name: str = "tiny", template: str = TEMPLATE, rows: int = 16, opened:
 
 @contextlib.contextmanager
 def serving(
-    models: list[Loaded], limits: Limits | None = None, token: str = "", checkpoints: int = 4
+    models: list[Loaded],
+    limits: Limits | None = None,
+    token: str = "",
+    checkpoints: int = 4,
+    retrieve: Retrieve | None = None,
 ) -> Iterator[Serving]:
-    running = Serving(models, limits or Limits(), token, checkpoints)
+    running = Serving(models, limits or Limits(), token, checkpoints, retrieve)
     try:
         yield running
     finally:

@@ -3,7 +3,7 @@
 import contextlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -153,6 +153,10 @@ class ChatArgs:
     """System message that the conversation begins with."""
     max_new_tokens: Annotated[int, Range(1, MANY)] = 512
     """Tokens an answer at most, fewer where the model's length is reached."""
+    retrieve: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = ""
+    """Before each message put the passages of these documents (whatever regpt data prepare reads) that BM25 finds."""
+    passages: Annotated[int, Range(1, 100)] = 3
+    """How many at most, and together half of what the model reads."""
     other_template: bool = False
     """Talk with a model whose chat template is not the one that its certificate names."""
     draw: Drawing = field(default_factory=DrawFlags)
@@ -184,6 +188,7 @@ class Chat:
 
     def __init__(self, opened: "OpenModel", given: ChatArgs):
         from regpt.engine.engine import Engine
+        from regpt.prepare.passages import PassageIndex
         from regpt.text.certificate import refuse_other_template
         from regpt.text.chat import ChatTemplate
         from regpt.text.folder import CHAT
@@ -193,10 +198,13 @@ class Chat:
         refuse_other_template(template or "", opened.companions, given.other_template)
         self.template = None if template is None else ChatTemplate(template, self.tokenizer)
         self.longest = opened.model.config.max_seq_len
+        self.index = PassageIndex(given.retrieve) if given.retrieve else None
         drafting = given.draw.drafting(opened)
         self.engine = Engine(opened.model, self.tokenizer, max_rows=1, cache_tokens=self.longest, **drafting)
         self.messages: list[dict[str, str]] = []
         self.reset(given.system)
+        if self.index:
+            print_note(self.index.sentence())
         if self.template is None:
             print_note(
                 "this model has no chat template: it was not trained to answer, and continues what is written instead"
@@ -232,6 +240,7 @@ class Chat:
     def answer(self, *message: dict[str, str]) -> None:
         """Write an answer to the conversation with `message`; neither stays where it cannot be written."""
         from regpt.engine.request import Request, bad_logits
+        from regpt.text.retrieved import cited
 
         before = list(self.messages)
         self.messages += message
@@ -262,14 +271,23 @@ class Chat:
             print_note(f"the answer was cut after {most:,} tokens")
         if self.engine.draft is not None:
             print_note(acceptance(self.engine.stats()))
+        if self.index is not None:
+            print_note(cited(self.sources) or f"no passage of {self.index.name} was found, or has room")
         self.messages.append({"role": "assistant", "content": "".join(pieces)})
 
     def prompt(self) -> tuple[list[int], tuple[int, ...]]:
-        """Tokens of the conversation, and those that end an answer."""
+        """Tokens of the conversation with its passages, and those that end an answer."""
+        from regpt.text.retrieved import last_question, retrieved_prompt
+
+        found = self.index.search(last_question(self.messages), self.given.passages)[0] if self.index else []
+        ids, self.sources = retrieved_prompt(self.encode, self.messages, found, self.longest)
+        return ids, (self.template or self.tokenizer).stop_ids
+
+    def encode(self, messages: Sequence[Any]) -> list[int]:
         if self.template is not None:
-            return self.template.encode(self.messages), self.template.stop_ids
-        text = "".join(message["content"] for message in self.messages)
-        return self.tokenizer.encode_prompts([text])[0].tolist() or [self.tokenizer.eot], self.tokenizer.stop_ids
+            return self.template.encode(messages)
+        text = "".join(message["content"] for message in messages)
+        return self.tokenizer.encode_prompts([text])[0].tolist() or [self.tokenizer.eot]
 
     @property
     def system(self) -> str:

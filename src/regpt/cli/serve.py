@@ -15,6 +15,7 @@ from regpt.train.config import WritingPrecision
 
 if TYPE_CHECKING:
     from regpt.checkpoint.open import OpenModel
+    from regpt.text.retrieved import Passage
 
 PACKAGES = ("fastapi", "uvicorn")
 
@@ -39,6 +40,11 @@ class ServeArgs:
     the messages one after another, which a base model continues as text."""
     other_template: bool = False
     """Serve a model that was trained on conversations with another template than its certificate names."""
+    retrieve: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = ""
+    """In chats put the passages of these documents (whatever regpt data prepare reads) that BM25 finds before the last
+    message; answers say where they are from."""
+    passages: Annotated[int, Range(1, 100)] = 3
+    """How many at most, and together half of what the model reads."""
     rows: Annotated[int, Range(1, 4096)] = 64
     """Texts of a model that are written at once."""
     cache_tokens: Annotated[int, Range(0, MANY)] = 0
@@ -88,11 +94,13 @@ def main(args: list[str]) -> int:
             raise
         raise UserError(f"{error.name} is not installed; install it with: pip install 'regpt[serve]'") from None
     from regpt.parallel.mesh import choose_device
+    from regpt.prepare.passages import PassageIndex
     from regpt.train.precision import check_precision, set_matmul_precision
 
     check_draft_flags(given.draft, given.draft_tokens)
     check_address(given.host, token)
     names, template = named_models(given.models), read_template(given.chat_template)
+    index = PassageIndex(given.retrieve) if given.retrieve else None
     with open_socket(given.host, given.port) as bound:
         device = choose_device(given.device)
         check_precision(given.precision, device)
@@ -106,10 +114,15 @@ def main(args: list[str]) -> int:
         models = [load_model(one, name, *settings, options) for one, name in names.items()]
         limits = Limits(int(given.max_body_mib * (1 << 20)), given.max_texts, given.queue, given.max_seconds)
 
+        def retrieve(question: str) -> "list[Passage]":
+            return index.search(question, given.passages)[0] if index else []
+
         def ready() -> None:
             key = "$REGPT_TOKEN" if token else "none"
             print_line(f"serving {', '.join(names)} on {device}, {given.precision}; Ctrl-C ends after what is written")
             print_line(f"export OPENAI_BASE_URL={url_of(bound)}/v1 OPENAI_API_KEY={key}")
             print_line(f"page: {url_of(bound)}/")
+            if index:
+                print_line(f"chats read {index.sentence()}")
 
-        return serve(models, bound, limits, token, ready, given.checkpoints)
+        return serve(models, bound, limits, token, ready, given.checkpoints, retrieve if index else None)

@@ -28,7 +28,7 @@ from regpt.prepare.named import open_sources
 from regpt.prepare.ngrams import WORD, ngram_hashes
 from regpt.prepare.readers import read_table_rows
 from regpt.prepare.settings import TextOptions
-from regpt.prepare.sources import LocalSource, SourceFile, localized
+from regpt.prepare.sources import OTHERS, LocalSource, SourceFile, localized
 from regpt.remote.download import REMOTE_OPTIONS, RemoteOptions
 from regpt.text.retrieved import Passage
 
@@ -130,7 +130,10 @@ class PassageIndex:
             UserError: no text, a file that cannot be had, no room for the index, or SQLite without FTS5.
         """
         self.name, self.lock, self.seconds = name, threading.Lock(), 0.0
-        found = list(localized(open_sources([name], options)))
+        try:
+            found = list(localized(open_sources([name], options)))
+        except UserError as error:
+            raise UserError(f"--retrieve: {error}".replace(f"; {OTHERS}", "")) from None
         key = sha256("\n".join([VERSION, *(f"{one.file}\t{one.record()['sha256']}" for one in found)]).encode())
         path = options.folder / "passages" / f"{key.hexdigest()[:32]}.sqlite"
         if not path.exists():

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from regpt.engine.receipt import Origin, Receipt
 from regpt.engine.request import Event
 from regpt.serve.worker import PromptScores, Scored, TextJob
+from regpt.text.retrieved import Passage
 from regpt.text.tokenizer import Tokenizer, with_bytes
 
 Json = dict[str, Any]
@@ -73,6 +74,7 @@ class Answer:
         echoes: texts of the prompts that the answer repeats; empty where it does not.
         origin: for a receipt, where one is asked for.
         structure: as in `Receipt.of`.
+        sources: the passages in the prompt, where the server retrieves.
     """
 
     def __init__(
@@ -86,10 +88,11 @@ class Answer:
         usage: bool = False,
         origin: Origin | None = None,
         structure: Mapping[str, str] | None = None,
+        sources: Sequence[Passage] | None = None,
     ):
         self.job, self.tokenizer, self.shape, self.model = job, tokenizer, shape, model
         self.logprobs, self.echoes, self.usage = logprobs, list(echoes), usage
-        self.origin, self.structure = origin, structure
+        self.origin, self.structure, self.sources = origin, structure, sources
         self.id, self.created = f"{shape.prefix}-{secrets.token_hex(12)}", int(time.time())
         self.texts = [TextSoFar(i, self.echoes[i // job.n] if echoes else "") for i in range(job.texts)]
         self.seed = job.requests[0].seed
@@ -152,11 +155,16 @@ class Answer:
             yield self.frame(self.shape.kind, [], **usage, **({"regpt": self.extras()} if self.origin else {}))
 
     def extras(self) -> Json:
-        """What no interface of OpenAI has: the seed, and a receipt where one is asked for."""
+        """What no interface of OpenAI has: the seed, sources, and a receipt where one is asked for."""
+        found = {"seed": self.seed} | self.cited()
         if self.origin is None:
-            return {"seed": self.seed}
+            return found
         receipt = Receipt.of(self.origin, self.job.requests, [text.tokens for text in self.texts], self.structure)
-        return {"seed": self.seed, "receipt": receipt.to_json()}
+        return found | {"receipt": receipt.to_json()}
+
+    def cited(self) -> Json:
+        """The passages in the prompt, in their order, where the server retrieves."""
+        return {} if self.sources is None else {"sources": [one._asdict() for one in self.sources]}
 
     # ---- log-probabilities -------------------------------------------------------------------------------------------
 
@@ -254,7 +262,8 @@ class ChatShape:
 
     def opening(self, answer: Answer) -> Iterator[Json]:
         for text in answer.texts:
-            yield self.part(answer, text.index, {"role": "assistant", "content": ""})
+            begin = self.part(answer, text.index, {"role": "assistant", "content": ""})
+            yield begin | ({"regpt": answer.cited()} if answer.sources is not None else {})
 
     def chunk(self, answer: Answer, piece: TextSoFar) -> Iterator[Json]:
         if piece.text or (answer.logprobs is not None and piece.entries):

@@ -66,7 +66,7 @@ async def read_start(model: ServedModel, fields: Mapping[str, Any]) -> tuple[lis
     if (fields["prompt"] is None) == (fields["messages"] is None):
         raise ApiError("give either prompt or messages", param="prompt", code="invalid_value")
     if fields["messages"] is not None:
-        prompt = await conversation(model, read_messages(fields["messages"]), "messages")
+        prompt, _ = await conversation(model, read_messages(fields["messages"]), "messages")
         return prompt, model.chat.stop_ids if model.chat else ()
     prompts, _ = await read_prompts(model, fields["prompt"], Limits(texts=1))
     return prompts[0], tuple(model.tokenizer.stop_ids)

@@ -117,7 +117,8 @@ class Panel {
         const chat = messages && !this.ids, body = { model, seed, ...options, stream: true, max_tokens: room };
         Object.assign(body, chat ? { messages, logprobs: true } : { prompt: this.ids ? [...this.ids, ...this.numbers()] : this.ask.prompt, logprobs: 0 });
         const answer = await call(`/v1/${chat ? "chat/" : ""}completions`, body, this.abort.signal);
-        for await (const { choices: [choice] } of events(answer)) {
+        for await (const { choices: [choice], regpt } of events(answer)) {
+          if (regpt?.sources) this.sources = regpt.sources.map(({ place }, k) => `[${k + 1}] ${place}`).join("; ");
           if (!choice) continue;
           for (const one of tokensOf(choice)) {
             first ??= performance.now() - began;
@@ -131,7 +132,7 @@ class Panel {
       this.done = true;
       const count = this.tokens.length - given, rest = (performance.now() - began - first) / 1000;
       const speed = count > 1 ? `first token ${first.toFixed(0)} ms · ${((count - 1) / rest).toFixed(0)} tokens/s` : "";
-      this.note.textContent = [speed, `${this.tokens.length} tokens`, this.ended ? "ended by itself" : ""].filter(Boolean).join(" · ");
+      this.note.textContent = [speed, `${this.tokens.length} tokens`, this.ended ? "ended by itself" : "", this.sources && `from ${this.sources}`].filter(Boolean).join(" · ");
       if ($("colour").value === "d") await this.compare();
     } catch (error) {
       if (this.abort.signal.aborted) this.note.textContent = `stopped after ${this.tokens.length} tokens`;

@@ -35,6 +35,7 @@ from regpt.serve.fields import (
 from regpt.serve.responses import ResponseShape
 from regpt.serve.worker import Limits, TextJob, Worker
 from regpt.text.chat import ChatTemplate
+from regpt.text.retrieved import Passage, last_question, retrieved_prompt
 from regpt.text.tokenizer import Tokenizer
 
 SHORT = 8192  # characters that are encoded in the event loop; longer texts in a thread
@@ -47,6 +48,7 @@ class ServedModel:
     Attributes:
         chat: None where there is no chat template.
         longest_token: bytes.
+        retrieve: passages for a question of a chat; None retrieves nothing.
     """
 
     id: str
@@ -57,6 +59,7 @@ class ServedModel:
     chat: ChatTemplate | None
     created: int
     longest_token: int
+    retrieve: Callable[[str], list[Passage]] | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -243,7 +246,7 @@ async def chat(model: ServedModel, body: Mapping[str, Any], limits: Limits) -> t
     if fields["top_logprobs"] and not fields["logprobs"]:
         message = f"top_logprobs is {fields['top_logprobs']} and logprobs is not true; set it"
         raise ApiError(message, param="top_logprobs", code="invalid_value")
-    prompt = await conversation(model, read_messages(fields["messages"]), "messages")
+    prompt, sources = await conversation(model, read_messages(fields["messages"]), "messages")
     new = new_tokens(model, prompt, fields, ("max_completion_tokens", "max_tokens"), "messages")
     top = fields["top_logprobs"] or 0
     stop_ids = model.chat.stop_ids if model.chat else ()
@@ -251,7 +254,7 @@ async def chat(model: ServedModel, body: Mapping[str, Any], limits: Limits) -> t
     origin = await read_origin(model, fields["receipt"])
     job = TextJob(make_requests(model, fields, [prompt], new, top, limits, stop_ids, structure))
     alternatives = top if fields["logprobs"] else None
-    answer = Answer(job, model.tokenizer, ChatShape(), model.id, alternatives, (), usage, origin, schema)
+    answer = Answer(job, model.tokenizer, ChatShape(), model.id, alternatives, (), usage, origin, schema, sources)
     return answer, fields["stream"]
 
 
@@ -264,16 +267,19 @@ async def response(model: ServedModel, body: Mapping[str, Any], limits: Limits) 
     messages = [{"role": "user", "content": given}] if isinstance(given, str) else given
     if fields["instructions"] is not None:
         messages = [{"role": "system", "content": fields["instructions"]}, *messages]
-    prompt = await conversation(model, read_messages(messages, "input"), "input")
+    prompt, sources = await conversation(model, read_messages(messages, "input"), "input")
     new = new_tokens(model, prompt, fields, ("max_output_tokens",), "input")
     stop_ids = model.chat.stop_ids if model.chat else ()
     job = TextJob(make_requests(model, fields | {"n": 1, "stop": None}, [prompt], new, 0, limits, stop_ids))
     origin = await read_origin(model, fields["receipt"])
-    return Answer(job, model.tokenizer, ResponseShape(fields), model.id, origin=origin), fields["stream"]
+    answer = Answer(job, model.tokenizer, ResponseShape(fields), model.id, origin=origin, sources=sources)
+    return answer, fields["stream"]
 
 
-async def conversation(model: ServedModel, messages: list[dict[str, str]], param: str) -> list[int]:
-    """Tokens of messages by the model's template."""
+async def conversation(
+    model: ServedModel, messages: list[dict[str, str]], param: str
+) -> tuple[list[int], list[Passage] | None]:
+    """Tokens of messages by the model's template, and the passages among them where the server retrieves."""
     template = model.chat
     if template is None:
         raise ApiError(
@@ -284,11 +290,16 @@ async def conversation(model: ServedModel, messages: list[dict[str, str]], param
         )
     length = sum(len(message["content"]) for message in messages)
     check_characters(model, "".join(message["content"] for message in messages), param)
+    retrieve, sources = model.retrieve, None
     try:
-        prompt = await in_thread_if_long(length, lambda: template.encode(messages))
+        if retrieve is None:
+            prompt = await in_thread_if_long(length, lambda: template.encode(messages))
+        else:
+            found = await asyncio.to_thread(retrieve, last_question(messages))
+            prompt, sources = await asyncio.to_thread(retrieved_prompt, template.encode, messages, found, model.longest)
     except UserError as error:
         raise ApiError(str(error), param=param, code="template_error") from None
-    return prompt or [model.tokenizer.eot]
+    return prompt or [model.tokenizer.eot], sources
 
 
 def new_tokens(

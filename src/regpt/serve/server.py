@@ -27,6 +27,7 @@ from regpt.serve.worker import Limits, Worker
 from regpt.text.certificate import refuse_other_template
 from regpt.text.chat import PLAIN, ChatTemplate
 from regpt.text.folder import CHAT
+from regpt.text.retrieved import Passage
 from regpt.train.config import WritingPrecision
 from regpt.train.precision import writing
 
@@ -36,6 +37,7 @@ NAMED_TEMPLATES = {"": "", "plain": PLAIN, "bare": BARE}
 NAMED = re.compile(r"([\w.:-]+)=(.+)")
 STEP = re.compile(r"step-0*(\d+)")
 INTERRUPTED = 130
+Retrieve = Callable[[str], list[Passage]]
 END_SECONDS = 10.0  # for a step to end
 
 
@@ -190,6 +192,7 @@ def serve(
     token: str,
     ready: Callable[[], object],
     checkpoints: int,
+    retrieve: Retrieve | None = None,
 ) -> int:
     """Answer requests until a signal comes; the exit code."""
     host, port = bound.getsockname()[:2]
@@ -197,7 +200,7 @@ def serve(
         bound.listen(2048)
     except OSError as error:
         raise taken(host, port, error) from None
-    server = make_server(models, limits, token, ready, checkpoints)
+    server = make_server(models, limits, token, ready, checkpoints, retrieve)
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[bound])
     for worker in server.app.all_workers():  # Python must not end in the middle of a step: C++ would abort
@@ -212,9 +215,11 @@ def make_server(
     token: str,
     ready: Callable[[], object] = lambda: None,
     checkpoints: int = 4,
+    retrieve: Retrieve | None = None,
 ) -> Server:
-    """A server whose workers live as long as its event loop, with so many `checkpoints` in memory at most."""
-    app = Application(models, limits, token, ready, checkpoints)
+    """A server whose workers live as long as its event loop, with so many `checkpoints` in memory at most; `retrieve`
+    gives passages for the questions of chats."""
+    app = Application(models, limits, token, ready, checkpoints, retrieve)
     config = uvicorn.Config(
         app, lifespan="on", log_config=None, access_log=False, server_header=False, date_header=False, ws="none"
     )
@@ -227,10 +232,16 @@ class Application:
     """Builds the application inside the event loop, where the workers need it; ASGI's lifespan."""
 
     def __init__(
-        self, models: Sequence[Loaded], limits: Limits, token: str, ready: Callable[[], object], checkpoints: int
+        self,
+        models: Sequence[Loaded],
+        limits: Limits,
+        token: str,
+        ready: Callable[[], object],
+        checkpoints: int,
+        retrieve: Retrieve | None,
     ):
         self.models, self.limits, self.token, self.ready = models, limits, token, ready
-        self.gate = None
+        self.gate, self.retrieve = None, retrieve
         self.workers = list[Worker]()
         runs = {one.id: one.run for one in models if one.run}
         self.checkpoints = Checkpoints(runs, self.read_checkpoint, checkpoints)
@@ -259,7 +270,7 @@ class Application:
         tokenizer = one.opened.tokenizer
         longest = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.n_vocab))
         sizes = one.engine.longest, one.chat, int(time.time()), max(longest, 1)
-        return ServedModel(one.id, worker, one.opened, one.precision, *sizes)
+        return ServedModel(one.id, worker, one.opened, one.precision, *sizes, self.retrieve)
 
     def read_checkpoint(self, id: str, name: str, folder: Path) -> Callable[[], ServedModel]:
         parent = next(one for one in self.models if one.id == id)

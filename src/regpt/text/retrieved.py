@@ -35,6 +35,22 @@ def with_examples(messages: Sequence[Message], examples: Sequence[Sequence[Messa
     return [*messages[:begin], *(one for example in examples for one in example), *messages[begin:]]
 
 
+def retrieved_prompt(
+    encode: Callable[[Sequence[Message]], list[int]],
+    messages: Sequence[Message],
+    passages: Sequence[Passage],
+    longest: int,
+) -> tuple[list[int], list[Passage]]:
+    """The tokens of a conversation with passages, and those in it: the best ones, while all of it is at most half of
+    what a model of `longest` tokens reads."""
+    return as_many_as_fit(lambda some: encode(with_passages(messages, some)), passages, longest // 2)
+
+
+def cited(passages: Sequence[Passage]) -> str:
+    """`from [1] a.md, line 3; [2] …`, the numbers that the passages have in the prompt; empty without any."""
+    return "from " * bool(passages) + "; ".join(f"[{k}] {one.place}" for k, one in enumerate(passages, 1))
+
+
 def as_many_as_fit(
     encode: Callable[[Sequence[Extra]], list[int]], extras: Sequence[Extra], room: int
 ) -> tuple[list[int], list[Extra]]:
