@@ -44,6 +44,14 @@ def test_a_logged_step_of_llamas_shapes_is_predicted(kernels, recipe, seq_len, r
     assert gpu_memory(step, rows).peak / 2**30 == pytest.approx(gib, rel=0.02)
 
 
+def test_a_logged_step_of_grpo_is_predicted():
+    """Of docs/log.md, 2026-12-01: 1,024 replies an update, rows of 64 tokens, one H200; 26.86 to 26.96 GiB."""
+    config = read_config("grpo-124m").with_vocab_size(50257)
+    config = replace(config, grpo=replace(config.grpo, tasks="chat:addition"))
+    step = planned_step(config, planned_target("h200", "auto", "bf16"))
+    assert gpu_memory(step, 1024).peak / 2**30 == pytest.approx(26.96, rel=0.02)
+
+
 def test_there_are_reports():
     assert len(REPORTS) >= 25
 

@@ -30,7 +30,7 @@ from regpt.parallel.mesh import choose_device
 from regpt.prepare.conversation_shards import TOO_LONG, ConversationOptions, prepare_conversations
 from regpt.prepare.named import table_files
 from regpt.remote.download import REMOTE_OPTIONS, RemoteOptions
-from regpt.report.read import read_rows
+from regpt.report.read import current, read_rows
 from regpt.runs.build import open_shards
 from regpt.runs.folder import read_run_config, refuse_used_folder
 from regpt.runs.pretrain import check, pretrain
@@ -147,7 +147,7 @@ def say_how_it_ended(run: Path) -> None:
 def grade_held_out(run: Path) -> list[str]:
     """How many held-out questions of `eval.tasks` were answered right at the end, as sentences; RUN/grades.json has the
     numbers of every evaluation."""
-    rows = [row for row in read_rows(run / "metrics.jsonl")[0] if row.get("metric") == "acc"]
+    rows = [row for row in current(read_rows(run / "metrics.jsonl")[0]) if row.get("metric") == "acc"]
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         right = round(row["value"] * row["n"])

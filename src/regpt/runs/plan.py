@@ -78,6 +78,8 @@ def make_plan(
         plan["cost"] = {"price_per_gpu_hour": price, "gpu_hours": hours, "total": hours * price}
     choices = doubtful_choices(plan, largest.rows)
     warnings = [*refusals(config, gpus, stages), *unsuitable_device(config.train, target), *choices]
+    if config.grpo.tasks:
+        warnings.insert(0, "the time is that of the updates; the replies that they learn from are written before each")
     if assumed:
         warnings.insert(0, f"the vocabulary is the data's: GPT-2's {GPT2_VOCAB_SIZE:,} tokens are {ASSUMED}")
     return plan | {"warnings": [*warnings, *doubtful_figures(target, stages[0].time, load)]}

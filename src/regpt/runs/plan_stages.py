@@ -14,6 +14,7 @@ from regpt.kernels.select import MEASURED_CAPABILITY, model_obstacle, select_ker
 from regpt.model.families import make_model
 from regpt.model.weights import without_memory
 from regpt.runs.build import run_stages
+from regpt.runs.rollouts import MOST_ROWS
 from regpt.tools.plan.memory import PlannedStep, StepMemory, cpu_memory, gpu_memory
 from regpt.tools.plan.speed import StepTime, Target, calibrated_time, gpu_time, stated_time
 from regpt.train.memory import available_memory
@@ -41,7 +42,18 @@ def planned_step(config: RunConfig, target: Target) -> PlannedStep:
         activation_offload=train.activation_offload and target.kind != "cpu",
         adapter=config.adapter,
         mlp_tokens=train.mlp_tokens,
+        **planned_rollouts(config, target),
     )
+
+
+def planned_rollouts(config: RunConfig, target: Target) -> dict[str, Any]:
+    """What a step of GRPO holds besides: replies that are written at once, and other weights."""
+    if not config.grpo.tasks:
+        return {}
+    rows = config.train.batch_tokens // config.data.seq_len * config.grpo.updates
+    halved = target.kind != "cpu" and config.train.autocast_precision in ("bf16", "fp16")
+    copies = 2.0 * halved + 4.0 * (config.grpo.beta > 0)
+    return {"reply_tokens": config.grpo.max_new_tokens, "written": min(rows, MOST_ROWS), "copies_bytes": copies}
 
 
 def checkpoint_bytes(step: PlannedStep) -> float:
@@ -56,7 +68,8 @@ def path_name(config: RunConfig, target: Target) -> str:
     """eager, compiled or fused: as `regpt train` would choose on that device."""
     train = config.train
     plain = "compiled" if train.compile else "eager"
-    if train.kernels == "plain" or train.weight_dtype == "bf16" or config.adapter.r or train.mlp_tokens:
+    unlike = config.adapter.r or config.preference.method or config.grpo.tasks or train.z_loss or train.mlp_tokens
+    if train.kernels == "plain" or train.weight_dtype == "bf16" or unlike:
         return plain
     with without_memory():
         empty = make_model(config.model, pad_vocab=train.pad_vocab)

@@ -155,7 +155,8 @@ def shape_of(config: ModelConfig, seq_len: int, *, pad_vocab: bool, adapter: Ada
 @dataclass(frozen=True)
 class PlannedStep:
     """A training step as a device will compute it; fields as in the configuration, `path` eager, compiled or fused,
-    `blocks`: compiled one by one."""
+    `blocks`: compiled one by one. Of GRPO: tokens of a row that the head computes, replies written at once, bytes of
+    a weight's copies."""
 
     model: ModelConfig
     seq_len: int
@@ -172,6 +173,9 @@ class PlannedStep:
     activation_offload: bool = False
     adapter: AdapterConfig = NO_ADAPTERS
     mlp_tokens: int = 0
+    reply_tokens: int = 0
+    written: int = 0
+    copies_bytes: float = 0.0
 
     @functools.cached_property
     def shape(self) -> Shape:
@@ -191,9 +195,7 @@ class PlannedStep:
 
     @property
     def gradient_bytes(self) -> float:
-        if self.shape.adapted:
-            return 8 if self.precision == "fp64" else 4
-        return 8 if self.precision == "fp64" else WORDS[self.gradients]
+        return 8 if self.precision == "fp64" else WORDS["fp32" if self.shape.adapted else self.gradients]
 
     @property
     def moment_bytes(self) -> float:
@@ -265,6 +267,8 @@ def trace(step: PlannedStep, rows: int, chunk: int = 0) -> Trace:
 
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor, n_vocab: int) -> Tensor:
         marks.append(live.live)
+        if step.reply_tokens:
+            hidden, targets = hidden[: rows * step.reply_tokens], targets[: rows * step.reply_tokens]
         if chunk:
             return in_chunks(hidden[:1].expand(chunk, -1), weight, targets[:1].expand(chunk), n_vocab, 0, 0, chunk)[0]
         if step.path == "eager":
@@ -334,8 +338,17 @@ def tensors(step: PlannedStep, rows: int) -> dict[str, float]:
     kept = min(kept, peak - copies)
     if step.activation_offload:
         kept, peak = 0.0, peak - kept
+    if step.written:
+        parts["rollouts"] = rollout_bytes(step)
     momentary = {"low-precision copies": copies, "activations": kept, "logits, new gradients": peak - copies - kept}
     return parts | {name: wide * size for name, size in momentary.items()}
+
+
+def rollout_bytes(step: PlannedStep) -> float:
+    """Of keys, values and logits of the replies that are written at once, and of the weights' copies."""
+    shape, word = step.model.resolved(), 2 if step.precision in HALF_TYPES else 4
+    cached = 2 * shape.n_layer * shape.n_kv_head * shape.head_size * step.seq_len * word
+    return step.written * (cached + 4 * step.shape.vocab_rows) + step.copies_bytes * step.shape.padded
 
 
 def kept_share(step: PlannedStep) -> float:
