@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 import tiny
+from regpt.hf.added_tokens import add_special_tokens
 from regpt.hf.export import export_hf
 from regpt.text.bpe import train_bpe
+from regpt.text.chat import CHATML, CHATML_TOKENS
+from regpt.text.folder import CHAT
 
 missing = [
     name for name in ("lm_eval", "accelerate", "transformers") if find_spec(name) is None
@@ -189,6 +192,39 @@ assert short == texts[0].split(stop)[0]
 assert len(read) < 12, "the text was written to its limit"
 print("all arguments were followed or refused", file=sys.stderr)
 """
+CHATS = """
+import json, sys
+import torch
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from regpt.checkpoint.open import open_model
+from regpt.evals.harness import HarnessModel
+from regpt.evals.score import Scorer
+from regpt.parallel.mesh import Mesh
+from regpt.text.chat import ChatTemplate
+folder, tasks, out, *names = sys.argv[1:]
+opened = open_model(folder)
+template = ChatTemplate(opened.companions["chat_template.jinja"], opened.tokenizer)
+scorer = Scorer(opened.model.double(), Mesh(0, 1, torch.device("cpu")))
+ours = HarnessModel(scorer, opened.tokenizer, template=template)
+theirs = HFLM(pretrained=folder, device="cpu", dtype="float64", batch_size=4)
+asked = {"apply_chat_template": True, "system_instruction": "be brief", "bootstrap_iters": 10}
+found = []
+for model in (ours, theirs):
+    one = simple_evaluate(model=model, tasks=names, task_manager=TaskManager(include_path=tasks), **asked)
+    found.append(one["samples"])
+messages = [{"role": "user", "content": "<|im_end|> the cat"}]
+rendered = ours.apply_chat_template(messages)
+assert ours.tok_encode(rendered) == template.encode(messages)
+assert ours.tok_encode(rendered).count(template.special["<|im_end|>"]) == 1, "what a user writes made a special token"
+begun = ours.apply_chat_template([*messages, {"role": "assistant", "content": "a mat"}], add_generation_prompt=False)
+assert begun == rendered + "a mat"
+assert ours.tok_encode(begun) == template.encode(messages) + opened.tokenizer.encode("a mat")
+assert ours.tokenizer_name == f"{opened.tokenizer.name}-{template.sha256[:8]}"
+assert ours.chat_template(True) == template.source
+json.dump(found, open(out, "w"), default=str)
+"""
 COMMAND = """
 import json, sys
 from regpt.__main__ import main
@@ -237,6 +273,9 @@ def folder(tmp_path_factory) -> Path:
     tokenizer = train_bpe([" ".join(WORDS * 3)], 290)
     config = tiny.replace(tiny.CONFIG, vocab_size=290, max_seq_len=48)
     export_hf(tiny.build_model(config=config, dtype=tiny.torch.float32), tokenizer, folder / "model")
+    chatty = add_special_tokens(tokenizer, CHATML_TOKENS, CHATML_TOKENS[1:])
+    model = tiny.build_model(config=tiny.replace(config, vocab_size=292, max_seq_len=256), dtype=tiny.torch.float32)
+    export_hf(model, chatty, folder / "chat", companions={CHAT: CHATML})
     return folder
 
 
@@ -249,6 +288,7 @@ def said(folder) -> str:
     codes = [
         (THEIRS, model, folder, folder / "theirs.json", *TASKS),
         (OURS, model, folder, folder / "ours.json", *TASKS),
+        (CHATS, folder / "chat", folder, folder / "chats.json", "fewshot", "writing"),
         (ARGUMENTS, model),
         (COMMAND, model, names, "arc_eazy", folder / "no.yaml"),
     ]
@@ -286,6 +326,27 @@ def test_every_answer_is_that_of_the_hugging_face_backend(folder, said):
     assert 5 < ours["truncated"]["writing_after_long_texts"] < 24
     assert 5 < ours["truncated"]["lastword_of_long_texts"] < 24
     assert not {"writing", "lastword", "choices", "rolling"} & ours["truncated"].keys()
+
+
+def test_a_chat_is_that_of_the_hugging_face_backend(folder, said):
+    """Prompts and texts. Its log-likelihood of an answer is also that of the line end before it, which it takes from
+    the prompt: the same for all answers to one question."""
+    ours, theirs = json.loads((folder / "chats.json").read_text(encoding="utf-8"))
+    for task in ("fewshot", "writing"):
+        each = [sorted(one[task], key=lambda sample: sample["doc_id"]) for one in (ours, theirs)]
+        assert len(each[0]) == 24
+        for here, there in zip(*each):
+            assert [here["arguments"], here["doc"]] == [there["arguments"], there["doc"]]
+            prompt = here["arguments"][0][0]
+            assert prompt.startswith("<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\n")
+            assert prompt.count("<|im_start|>assistant") == (4 if task == "fewshot" else 1)
+            if task == "writing":
+                assert here["filtered_resps"] == there["filtered_resps"]
+                continue
+            answers = [[float(pair[0]) for pair in one["filtered_resps"]] for one in (here, there)]
+            more = np.subtract(*answers)
+            assert more.max() - more.min() < 1e-9
+            assert more.min() > 0.01
 
 
 def same_answers(given: list, expected: list) -> None:

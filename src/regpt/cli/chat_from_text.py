@@ -51,9 +51,14 @@ def main(args: list[str]) -> int:
         raise UsageError("FOLDER is missing; regpt chat-from-text FOLDER, a folder of texts")
     missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
     served = not (given.no_serve or missing)
-    page = f"http://{HERE}:{given.port}/" if served else "none"
+    page = (f"http://{HERE}:{given.port}/" if given.port else "at a free port") if served else "none"
     if missing and not given.no_serve:
         page = f"none: {missing[0]} is not installed; install it with: pip install 'regpt[serve]'"
+    if served:
+        from regpt.serve.server import open_socket
+
+        with open_socket(HERE, given.port):  # refused now, not after minutes
+            pass
     from regpt.cli import serve
     from regpt.remote.download import RemoteOptions
     from regpt.runs.chat_from_text import chat_from_text

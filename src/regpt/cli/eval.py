@@ -61,6 +61,12 @@ class EvalArgs:
     """conversations: how many."""
     with_answers: bool = False
     """conversations: also passages of held-out conversations and such as hold the answer, which are passed over."""
+    apply_chat_template: tyro.conf.FlagCreatePairsOff[bool] = False
+    """lm-eval: ask as a chat, by the model's template; the answer is written or scored in its place."""
+    fewshot_as_multiturn: bool = True
+    """lm-eval: examples of a chat as turns of it; otherwise all in one message."""
+    system_instruction: str = ""
+    """lm-eval: the system message of a chat; without one the text before everything."""
     step: Annotated[str, tyro.conf.arg(metavar="N|best")] = ""
     """Checkpoint of a run: this step, or best for the lowest validation loss; default: the newest."""
     ema: bool = False
@@ -99,23 +105,16 @@ def main(args: list[str]) -> int:
 
     if given.nproc and not under_launcher():
         return launch(given.nproc, ["eval", *args])
-    from regpt.runs.answers import AnswerOptions
     from regpt.runs.evaluate import EvalRequest, evaluate_model, report, silent
 
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval would fork processes for standard errors
     with open_mesh(given.device) as mesh:
+        shared = {one.name for one in fields(EvalRequest)} - {"model", "specs", "compile"}
         asked = EvalRequest(
             model=at_step(given.model, given.step),
             specs=specs,
-            data=given.data,
-            val_tokens=given.val_tokens,
-            seq_len=given.seq_len,
-            batch_rows=given.batch_rows,
-            precision=given.precision,
             compile=mesh.device.type == "cuda" if given.compile == "auto" else given.compile == "on",
-            max_items=given.max_items,
-            ema=given.ema,
-            **{one.name: getattr(given, one.name) for one in fields(AnswerOptions)},
+            **{name: getattr(given, name) for name in shared},
         )
         found = evaluate_model(asked, mesh, bar if mesh.is_main else silent)
         if not mesh.is_main:

@@ -28,9 +28,10 @@ from regpt.engine.request import bad_logits
 from regpt.errors import UsageError, UserError, first_line, nearest
 from regpt.evals.packing import Prompt
 from regpt.evals.score import Progress, Scorer
-from regpt.evals.suite import ShowProgress, Suite
+from regpt.evals.suite import TEXTS, HarnessChats, ShowProgress, Suite, refuse_base
 from regpt.evals.task import Estimate, Result, Tolerate
 from regpt.files import is_file, resolved
+from regpt.text.chat import ChatTemplate
 from regpt.text.tokenizer import Tokenizer
 
 Request = tuple[Any, list[int], list[int]]  # the texts, tokens of the context, tokens of the continuation
@@ -51,10 +52,22 @@ UNAVAILABLE = (OSError, ImportError, ValueError, TypeError, KeyError, AttributeE
 
 
 class HarnessModel(TemplateLM):
-    """The harness's interface over a scorer. Every process asks for everything and gets everything."""
+    """The harness's interface over a scorer. Every process asks for everything and gets everything.
 
-    def __init__(self, scorer: Scorer, tokenizer: Tokenizer, progress: Progress | None = None):
+    Attributes:
+        template: of chats, where they are asked for.
+        rendered: text of a chat → its tokens, as in training and in use.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        tokenizer: Tokenizer,
+        progress: Progress | None = None,
+        template: ChatTemplate | None = None,
+    ):
         super().__init__()
+        self.template, self.rendered = template, dict[str, list[int]]()
         self.scorer, self.text, self.progress = scorer, tokenizer, progress
         self.max_length = scorer.model.config.max_seq_len
         self.truncated: Truncated = {}
@@ -64,8 +77,40 @@ class HarnessModel(TemplateLM):
     def eot_token_id(self) -> int:
         return self.text.eot
 
+    @property
+    def tokenizer_name(self) -> str:
+        """Of the tokenizer and, by its hash, the template."""
+        return f"{self.text.name}-{self.template.sha256[:8]}" if self.template else self.text.name
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        return self.template.source if self.template and chat_template else ""
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a chat up to its answer, or with `add_generation_prompt` false into it, as far as the last
+        message says.
+
+        Raises:
+            UserError: the model has no template, or it refuses the messages.
+        """
+        template = self.template or refuse_base()
+        begun = "" if add_generation_prompt else chat_history[-1]["content"]
+        messages = chat_history if add_generation_prompt else chat_history[:-1]
+        ids = template.encode(messages) + (self.text.encode_continuations([begun])[0].tolist() if begun else [])
+        text = template.render(template.apart(messages)) + begun
+        self.rendered[text] = ids
+        return text
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """An answer to a chat is encoded apart from the chat, as in training."""
+        if context not in self.rendered:
+            return super()._encode_pair(context, continuation)
+        return self.rendered[context], self.text.encode_continuations([continuation])[0].tolist()
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """With what the tokenizer puts before every text, as in the harness's own backend."""
+        """With what the tokenizer puts before every text, as in the harness's own backend; of a chat with its special
+        tokens."""
+        if string in self.rendered:
+            return self.rendered[string]
         if add_special_tokens is False:
             return self.text.encode(string)
         return self.text.encode_prompts([string])[0].tolist()
@@ -140,11 +185,12 @@ class HarnessModel(TemplateLM):
             UserError: options that we cannot follow, by name.
         """
         asked = generation_of(options)
-        prompt = encode_prompt(self.text, context)
+        prompt = self.rendered.get(context) or encode_prompt(self.text, context)
+        ends = self.template.stop_ids if self.template else self.text.stop_ids
         tokens, limit = self.fitted(prompt, asked.limit)
         self.note(request, len(tokens) < len(prompt) or limit < asked.limit)
         until = [stop for stop in asked.until if stop]
-        return Continuation(tokens, limit, asked.sampling, seed, stop_ids=self.text.stop_ids, stop=until)
+        return Continuation(tokens, limit, asked.sampling, seed, stop_ids=ends, stop=until)
 
     def continuations(self, asked: Sequence[Continuation]) -> list[str]:
         """The texts, as the tokenizer decodes new tokens alone."""
@@ -231,12 +277,16 @@ class HarnessSuite(Suite):
     Each is run on its own: an error in one does not touch the others.
     """
 
-    def __init__(self, names: Sequence[str], tokenizer: Tokenizer, tolerate: Tolerate):
+    def __init__(self, names: Sequence[str], tokenizer: Tokenizer, tolerate: Tolerate, chats: HarnessChats = TEXTS):
         """
         Raises:
             UsageError: a task that the harness does not know.
+            UserError: chats are asked for, and there is no template.
         """
         super().__init__("lm-eval", ())
+        self.chats = chats
+        if chats.apply_chat_template and chats.template is None:
+            refuse_base()
         self.tokenizer, self.tolerate = tokenizer, tolerate
         files = [resolved(name) for name in names if name.endswith((".yaml", ".yml"))]
         self.wanted = [task_of(name) for name in names]  # refused before the harness reads its thousands of tasks
@@ -251,11 +301,12 @@ class HarnessSuite(Suite):
         """Run every task on `max_items` items (0: all)."""
         results: list[Result] = []
         with show(self.name) as progress:
-            model = HarnessModel(scorer, self.tokenizer, progress)
+            template = self.chats.template if self.chats.apply_chat_template else None
+            model = HarnessModel(scorer, self.tokenizer, progress, template)
             for name in self.wanted:
                 started = time.perf_counter()
                 try:
-                    found = evaluate_harness(name, model, self.manager, max_items)
+                    found = evaluate_harness(name, model, self.manager, max_items, self.chats)
                 except UserError as error:
                     self.tolerate(f"lm-eval/{name}", error)
                     continue
@@ -264,7 +315,9 @@ class HarnessSuite(Suite):
         return results
 
 
-def evaluate_harness(name: str, model: HarnessModel, manager: TaskManager, max_items: int = 0) -> list[Result]:
+def evaluate_harness(
+    name: str, model: HarnessModel, manager: TaskManager, max_items: int = 0, chats: HarnessChats = TEXTS
+) -> list[Result]:
     """Run one task or group.
 
     Raises:
@@ -282,6 +335,9 @@ def evaluate_harness(name: str, model: HarnessModel, manager: TaskManager, max_i
             limit=max_items or None,
             bootstrap_iters=BOOTSTRAPS,
             task_manager=manager,
+            apply_chat_template=chats.apply_chat_template,
+            fewshot_as_multiturn=chats.fewshot_as_multiturn,
+            system_instruction=chats.system_instruction or None,
         )
     return [] if found is None else results_of(found, model.truncated)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 from regpt.errors import UsageError, UserError, import_extra
 from regpt.evals.chat.tasks import chat_options
@@ -59,6 +59,26 @@ class Suite:
         return [*absent, *truncation_notice(results, max_seq_len)]
 
 
+class HarnessChats(NamedTuple):
+    """Whether, and how, lm-eval's tasks are asked as chats; its own names."""
+
+    apply_chat_template: bool = False
+    fewshot_as_multiturn: bool = True
+    system_instruction: str = ""
+    template: ChatTemplate | None = None
+
+
+TEXTS = HarnessChats()
+
+
+def refuse_base(what: str = "--apply-chat-template") -> NoReturn:
+    """Raise a UserError for a model that was not trained to answer."""
+    raise UserError(
+        f"the model has no chat template, so it was not trained to answer, and {what} asks for replies; train it "
+        "on conversations first (regpt finetune RECIPE --init-from MODEL --data FILE --out RUN)"
+    )
+
+
 def open_suites(
     specs: Iterable[Spec],
     tokenizer: Tokenizer,
@@ -66,6 +86,7 @@ def open_suites(
     tolerate: Tolerate = refuse,
     max_seq_len: int = 1024,
     template: ChatTemplate | None = None,
+    chats: HarnessChats = TEXTS,
     answers: Callable[[Spec], Suite] | None = None,
 ) -> list[Suite]:
     """The tasks that `specs` name, but `val`: read, checked and encoded, by gigatoken where it is installed.
@@ -74,6 +95,7 @@ def open_suites(
         tolerate: receives the name of a task of CORE whose file is damaged, and the error; its neighbours are read.
         max_seq_len: tokens that the model reads, for tasks of its length.
         template: the model's, for chat tasks.
+        chats: of lm-eval's tasks.
         answers: opens the held-out answers of a file of conversations.
 
     Raises:
@@ -88,7 +110,7 @@ def open_suites(
         for spec in specs:
             started = time.perf_counter()
             if spec.kind == "lm-eval":
-                suites.append(open_harness(spec, tokenizer, tolerate))
+                suites.append(open_harness(spec, tokenizer, tolerate, chats._replace(template=template)))
                 continue
             if spec.kind == "chat":
                 suites.append(open_chat(spec, template))
@@ -108,23 +130,18 @@ def open_suites(
     return suites
 
 
-def open_harness(spec: Spec, tokenizer: Tokenizer, tolerate: Tolerate) -> Suite:
+def open_harness(spec: Spec, tokenizer: Tokenizer, tolerate: Tolerate, chats: HarnessChats) -> Suite:
     """Tasks of lm-eval; a UserError where it is not installed."""
     harness = import_extra("regpt.evals.harness", "lm-eval is not installed", "lm-eval")
     names = [name.strip() for name in spec.argument.split(",") if name.strip()]
-    return harness.HarnessSuite(names, tokenizer, tolerate)
+    return harness.HarnessSuite(names, tokenizer, tolerate, chats)
 
 
 def open_chat(spec: Spec, template: ChatTemplate | None) -> Suite:
     """A chat task; a UserError for a model that was not trained to answer."""
     from regpt.evals.chat.suite import ChatSuite
 
-    if template is None:
-        raise UserError(
-            f"the model has no chat template, so it was not trained to answer, and {spec} asks for replies; train it "
-            "on conversations first (regpt finetune RECIPE --init-from MODEL --data FILE --out RUN)"
-        )
-    return ChatSuite(chat_options(spec.argument), template)
+    return ChatSuite(chat_options(spec.argument), template or refuse_base(str(spec)))
 
 
 def open_suite(spec: Spec, encoder: Encoder, eot: int, progress: DownloadProgress | None, tolerate: Tolerate) -> Suite:

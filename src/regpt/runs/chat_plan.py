@@ -55,7 +55,7 @@ class StageSettings(NamedTuple):
 SIZES = {  # tokens of the vocabulary, minutes, runs
     "tiny": (2048, 5.0, {
         BASE: StageSettings("quickstart", 256, 1024, 2e-3, 0.45, USELESS_EPOCHS),
-        TALK: StageSettings("sft-tiny", 256, 2048, 2e-3, 0.45, 24),
+        TALK: StageSettings("sft-tiny", 256, 1024, 2e-3, 0.45, 24),
         PREFERRED: StageSettings("dpo-124m", 256, 2048, 5e-5, 0.10, 3),
     }),
     "124m": (32768, 10.0, {

@@ -16,7 +16,7 @@ from regpt.errors import UsageError, UserError
 from regpt.evals.perplexity import Validation
 from regpt.evals.score import Progress, Scorer
 from regpt.evals.specs import Spec
-from regpt.evals.suite import Row, ShowProgress, Suite, open_suites, suite_rows
+from regpt.evals.suite import HarnessChats, Row, ShowProgress, Suite, open_suites, suite_rows
 from regpt.evals.task import refuse_if_nothing_fits
 from regpt.files import exists, is_file, resolved
 from regpt.parallel.mesh import Mesh
@@ -45,6 +45,7 @@ class EvalRequest:
         max_items: of each task, 0 for all.
         ema: with the moving average of the weights.
         few_shot, seed, retrieve, passages, with_answers, val_fraction: of `conversations`, see `AnswerOptions`.
+        apply_chat_template, fewshot_as_multiturn, system_instruction: of `lm-eval`, see `HarnessChats`.
     """
 
     model: str
@@ -63,6 +64,9 @@ class EvalRequest:
     passages: int = 3
     with_answers: bool = False
     val_fraction: float = 0.05
+    apply_chat_template: bool = False
+    fewshot_as_multiturn: bool = True
+    system_instruction: str = ""
 
     def __post_init__(self) -> None:
         if self.max_items < 0:
@@ -79,6 +83,7 @@ class EvalRequest:
         for task, names in {
             "val": ("data", "val_tokens", "batch_rows", *(() if "conversations" in kinds else ("seq_len",))),
             "conversations": ("few_shot", "seed", "retrieve", "passages", "with_answers", "val_fraction"),
+            "lm-eval": ("apply_chat_template", "fewshot_as_multiturn", "system_instruction"),
         }.items():
             if task not in kinds and (useless := self.given(*names)):
                 raise UsageError(
@@ -150,7 +155,9 @@ def evaluate_model(asked: EvalRequest, mesh: Mesh, show: ShowProgress) -> ModelE
     longest = opened.model.config.max_seq_len
     template = chat_template(asked, opened)
     answers = answer_opener(asked, run, opened, template)
-    suites: list[Any] = list(open_suites(asked.specs, opened.tokenizer, None, tolerate, longest, template, answers))
+    chats = HarnessChats(asked.apply_chat_template, asked.fewshot_as_multiturn, asked.system_instruction)
+    given = (asked.specs, opened.tokenizer, None, tolerate, longest, template, chats, answers)
+    suites: list[Any] = list(open_suites(*given))
     if not task and all(suite.tasks for suite in suites):  # those of lm-eval are not open yet
         if failures and not suites:
             raise failures[0][1]
@@ -167,7 +174,8 @@ def evaluate_model(asked: EvalRequest, mesh: Mesh, show: ShowProgress) -> ModelE
 def chat_template(asked: EvalRequest, opened: OpenModel) -> ChatTemplate | None:
     """The model's template, where chat tasks are asked for; one that its certificate does not name is refused."""
     source = opened.companions.get(CHAT, "")
-    if not source or all(spec.kind not in ("chat", "conversations") for spec in asked.specs):
+    kinds = ("chat", "conversations", *(["lm-eval"] if asked.apply_chat_template else []))
+    if not source or all(spec.kind not in kinds for spec in asked.specs):
         return None
     refuse_other_template(source, opened.companions)
     return ChatTemplate(source, opened.tokenizer)

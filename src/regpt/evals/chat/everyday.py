@@ -17,7 +17,7 @@ COLUMNS = "abcd"
 TASKS = ("addition", "subtraction", "counting", "reversing", "sorting", "copying", "syllogisms", "json")
 ITEMS = 150  # of each task, at difficulty 1
 SUMS = ("{} + {}", "What is {} + {}?", "What is {} plus {}?", "How much is {} + {}?", "Add {} and {}")
-SHARE_LONG = 3  # one conversation of so many has several turns
+SHARE_LONG = 6  # for so many turns a conversation of several
 NAMES = "My name is "
 
 
@@ -25,11 +25,11 @@ def everyday_conversations(seed: int = 0) -> list[list[dict[str, str]]]:
     """Messages of each conversation, in random order; a function of the seed."""
     draw, turns = Draw("everyday", seed), [*written_turns(seed), *generated_turns(seed)]
     found = [[turn] for turn in turns]
-    found += [draw.sample(turns, draw.between(2, 3)) for _ in range(len(turns) // SHARE_LONG)]
+    found += [draw.sample(turns, draw.between(2, 7)) for _ in range(len(turns) // SHARE_LONG)]
     for asked, reply in [turn for turn in turns if turn[0].startswith(NAMES)]:
         name = asked.removeprefix(NAMES).removesuffix(".")
         found.append(
-            [(asked, reply), *draw.sample(turns, draw.below(2)), ("What is my name?", f"Your name is {name}.")]
+            [(asked, reply), *draw.sample(turns, draw.below(5)), ("What is my name?", f"Your name is {name}.")]
         )
     return [as_messages(one) for one in draw.sample(found, len(found))]
 
