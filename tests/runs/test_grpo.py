@@ -19,6 +19,7 @@ from regpt.errors import UsageError, UserError
 from regpt.evals.chat.tasks import chat_options, make_items
 from regpt.model.config import ModelConfig
 from regpt.parallel.mesh import Mesh
+from regpt.report.page import write_report
 from regpt.runs import rollouts
 from regpt.runs.begin import Run
 from regpt.runs.pretrain import resume
@@ -101,6 +102,12 @@ def test_replay_writes_the_same_replies_again(learned, monkeypatch, capsys):
     assert found["loss"] == found["recorded"]["loss"]
     assert found["grad_norm"] == found["recorded"]["grad_norm"]
     assert "What is" in found["documents"][0]["text"]
+
+
+def test_a_report_draws_rewards_and_held_out_questions(learned, tmp_path):
+    page = write_report(learned, tmp_path / "report.html").read_text(encoding="utf-8")
+    for title in ("Reward", "Length of replies", "Rollout and training", f"chat/{TASK}"):
+        assert f'"{title}"' in page
 
 
 def loader_of(run: Path, **grpo) -> RolloutLoader:

@@ -1,7 +1,7 @@
 """The data of the page's script: the columns of one run or several, and the panels that draw them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -169,6 +169,7 @@ def panels(runs: Sequence[RunData], tables: Sequence[Table], bits: bool) -> list
     drawn = [
         *losses,
         *task_panels(tables, names),
+        *tuned_panels(each, alone=alone),
         Panel("Learning rate", "", "rate", each("lr", "learning rate")),
         Panel("Gradient norm", f"before clipping{smoothed}", "norm", noisy("grad_norm"), limit),
         replace(UPDATES, lines=kinds or each("updates", "all matrices")),
@@ -178,6 +179,19 @@ def panels(runs: Sequence[RunData], tables: Sequence[Table], bits: bool) -> list
         Panel("Peak memory", "GiB", "gib", each("peak_memory_gib", "peak memory")),
     ]
     return with_values(drawn, tables)
+
+
+def tuned_panels(each: Callable[..., list[Line]], *, alone: bool) -> list[Panel]:
+    """Of preferences and of the model's own replies."""
+    sides = [Line("line", "chosen", "chosen", "train"), Line("line", "rejected", "rejected", "val")]
+    pairs = "log-probabilities of answers, or rewards" if alone else "chosen less rejected"
+    return [
+        Panel("Pairs", pairs, "loss", sides if alone else each("margin")),
+        Panel("Reward", "mean of replies", "score", each("reward")),
+        Panel("Length of replies", "tokens", "count", each("reply_tokens")),
+        Panel("Entropy", "nats a token", "norm", each("entropy")),
+        Panel("Rollout and training", "largest difference of a log-probability", "norm", each("max_delta_logp")),
+    ]
 
 
 def loss_panel(run: RunData) -> Panel:
@@ -212,7 +226,8 @@ def task_panels(tables: Sequence[Table], names: Sequence[str] = ()) -> list[Pane
     charted: dict[tuple[str, str], list[str]] = {}
     for name in dict.fromkeys(name for table in tables for name in table if name.startswith("eval:")):
         task, _, metric = name.removeprefix("eval:").rpartition("/")
-        if "/" not in task and metric != "missing":
+        of_replies = task.startswith("chat/") and metric in ("acc", "prompt_strict", "ended")
+        if of_replies or ("/" not in task and metric != "missing"):
             kind = metric.removesuffix(OF_AVERAGE)
             charted.setdefault((task, "" if kind in ACCURACIES else kind), []).append(metric)
     drawn = []

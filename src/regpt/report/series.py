@@ -14,7 +14,8 @@ Column = list[float | None]
 
 MAX_POINTS = 2000  # per series: more than a wide screen has pixels for
 MAX_SAMPLE_STEPS = 100
-TRAIN_COLUMNS = ("loss", "lr", "grad_norm", "tokens_per_s", "mfu", "peak_memory_gib")
+TUNED = ("chosen", "rejected", "margin", "reward", "reply_tokens", "entropy", "max_delta_logp")
+TRAIN_COLUMNS = ("loss", "lr", "grad_norm", "tokens_per_s", "mfu", "peak_memory_gib", *TUNED)
 LEAST_EVEN = "the least even layer"  # of a mixture of experts
 SMOOTHED = ("loss", "grad_norm", "tokens_per_s", "mfu")  # also the ones whose extremes survive thinning
 
