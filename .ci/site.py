@@ -15,6 +15,7 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 
 ROOT = Path(__file__).parents[1]
 AT_THE_TOP = {"README.md": "index.md"}  # and other .md files of the root under their own names
+LEARN = "src/regpt/learn/"  # pages with pictures, which are in the package
 LINK = re.compile(r"(\]\()(?!\w+:|#|/)([^)#\s]+)((?:#[^)\s]*)?\))")
 LANGUAGES = {".py": "python", ".toml": "toml", ".yml": "yaml"}
 
@@ -33,13 +34,16 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages of the root, the notebook, and every file that a page links to."""
     pages = {file.src_uri: f"docs/{file.src_uri}" for file in files.documentation_pages()}
     pages |= {AT_THE_TOP.get(path.name, path.name): path.name for path in ROOT.glob("*.md")}
+    pages |= {uri_of(LEARN + path.name): LEARN + path.name for path in (ROOT / LEARN).glob("*.md")}
     for uri, place in pages.items():
         if not place.startswith("docs/"):
             files.append(page(config, uri, translated((ROOT / place).read_text("utf-8"), place, uri)))
     for notebook in (ROOT / "docs").glob("*.ipynb"):
         files.append(page(config, f"{notebook.stem}.md", notebook_page(json.loads(notebook.read_text("utf-8")))))
     for place in sorted({target for source in pages.values() for target in linked(source)} - set(pages.values())):
-        if not place.startswith("docs/") and (text := shown(place)) is not None:
+        if place.startswith(LEARN) and (ROOT / place).suffix == ".svg" and (ROOT / place).is_file():
+            files.append(File.generated(config, uri_of(place), abs_src_path=str(ROOT / place)))
+        elif not place.startswith("docs/") and (text := shown(place)) is not None:
             files.append(page(config, uri_of(place), text, InclusionLevel.NOT_IN_NAV))
     return files
 
@@ -79,6 +83,8 @@ def uri_of(place: str) -> str:
     """Page of the site that shows the file or folder `place` of the repository."""
     if place.startswith("docs/"):
         return re.sub(r"\.ipynb$", ".md", place.removeprefix("docs/"))
+    if place.startswith(LEARN) and place.endswith((".md", ".svg")):
+        return f"learn/{place.removeprefix(LEARN)}"
     if "/" not in place and place.endswith(".md"):
         return AT_THE_TOP.get(place, place)
     return f"source/{place.removesuffix('.md')}.md"

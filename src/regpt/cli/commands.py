@@ -26,6 +26,7 @@ COMMANDS = {
     "scaling": "a power law through the losses of runs, and what it predicts",
     "inspect": "a model's parameters, pictures of its weights, tokens nearest to a token",
     "bench": "how fast training is on this machine",
+    "explain": "what trains a GPT: text, a picture, a program and an exercise a topic",
     "completion": "a script with which the shell completes commands, flags and recipes",
 }
 ARGUMENTS = {  # what is typed: module in `regpt.cli`, dataclass
@@ -57,6 +58,7 @@ ARGUMENTS = {  # what is typed: module in `regpt.cli`, dataclass
     "scaling": ("scaling", "ScalingArgs"),
     "inspect": ("inspect", "InspectArgs"),
     "bench train": ("bench", "BenchTrainArgs"),
+    "explain": ("explain", "ExplainArgs"),
     "completion": ("completion", "CompletionArgs"),
 }
 

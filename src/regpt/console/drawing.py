@@ -5,6 +5,7 @@ from typing import IO, Any
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.markdown import Markdown
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.table import Column
@@ -88,3 +89,14 @@ def field(name: str) -> TextColumn:
     """A column of a progress bar: `description`, or a field of its task; it wraps where the terminal is narrow."""
     shown = "{task.description}" if name == "description" else f"{{task.fields[{name}]}}"
     return TextColumn(shown, markup=False, table_column=Column(overflow="fold"))
+
+
+def print_markdown(text: str, console: Console | None = None) -> None:
+    """Markdown of ours: drawn on a terminal, as it is in a file or pipe."""
+    console = console or PlainConsole()
+    drawn = is_terminal(console.file)
+    console.print(
+        Markdown(text.replace("<details><summary>", "").replace("</summary>", "").replace("</details>", ""))
+        if drawn
+        else text
+    )

@@ -1,0 +1,154 @@
+"""The pictures of `regpt explain`: `python benchmarks/learn_pictures.py [TOPIC …]` writes src/regpt/learn/TOPIC.svg.
+
+Legible on light and dark pages: no background; text and axes in a grey with a contrast of 4 or more on white and on
+black.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+
+mpl.use("svg")
+import matplotlib.pyplot as plt
+
+from regpt.reference.gpt2 import softmax
+from regpt.reference.layers import masked_attention, naive_softmax, visible_positions
+from regpt.reference.optimizers import RULES, accumulated, accumulated_wrongly
+from regpt.reference.rounding import FLOATS
+
+FOLDER = Path(__file__).parents[1] / "src/regpt/learn"
+GREY = "#7f7f7f"
+COLORS = ["#3b8fd4", "#e0662b", "#3a9d5d", "#b06fc4", "#c9971c", "#d1495b"]
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "regpt",  # the same file every time
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": GREY,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": GREY,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "axes.prop_cycle": mpl.cycler(color=COLORS),
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+}
+
+
+def softmax_picture() -> None:
+    _, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
+    scores, at = np.array([3.0, 2.0, 1.5, 0.0, -1.0]), np.arange(5)
+    for i, temperature in enumerate((0.5, 1.0, 2.0)):
+        left.bar(at + (i - 1) * 0.27, softmax(scores / temperature), 0.25, label=f"temperature {temperature:g}")
+    left.set(xlabel="score of the token", ylabel="probability", xticks=at, xticklabels=[f"{s:g}" for s in scores])
+    left.legend()
+    x = np.linspace(0, 120, 241, dtype=np.float32)
+    pairs = np.stack([x, x - 1], 1)
+    right.plot(x, softmax(pairs)[:, 0], label="maximum subtracted", linewidth=5, alpha=0.4)
+    right.plot(x, naive_softmax(pairs)[:, 0], label="as the formula stands")
+    right.axvline(88.72, color=GREY, linestyle=":", linewidth=1)
+    right.text(89.5, 0.2, "exp(88.7) is the largest\nfloat32", color=GREY)
+    right.set(xlabel="larger of two scores that are 1 apart", ylabel="its probability, float32", ylim=(0, 1))
+    right.legend(loc="lower left")
+
+
+def attention_picture() -> None:
+    words = ["the", "cat", "sat", "on", "the", "mat"]
+    q, k, v = np.random.default_rng(3).normal(size=(3, 1, 1, 6, 64))
+    _, axes = plt.subplots(1, 2, figsize=(8, 3.6))
+    for axis, scale, title in zip(axes, (1, 8), ("scores divided by √64", "scores as they are")):
+        p = masked_attention(q * scale, k, v, visible_positions(6))[1][3][0, 0]
+        shown = axis.imshow(np.where(np.tri(6) == 1, p, np.nan), vmin=0, vmax=1, cmap="viridis")
+        axis.set(title=title, xticks=range(6), yticks=range(6), xticklabels=words, yticklabels=words)
+        axis.set(xlabel="reads the value of", ylabel="query of")
+        axis.spines[:].set_visible(False)
+        plt.colorbar(shown, ax=axis, label="weight", shrink=0.85)
+
+
+def dropout_picture() -> None:
+    rng = np.random.default_rng(0)
+    _, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
+    for rate in (0.1, 0.3, 0.6):
+        sums = (rng.random((20_000, 100)) >= rate).sum(1) / (1 - rate)
+        left.hist(
+            sums, bins=np.arange(30, 170, 100 / (100 * (1 - rate))), density=True, alpha=0.6, label=f"rate {rate:g}"
+        )
+    left.axvline(100, color=GREY, linestyle=":", linewidth=1)
+    left.set(xlabel="sum of 100 ones after dropout", ylabel="share of 20,000 masks per 1")
+    left.legend()
+    p = softmax(np.array([2.0, 1.0, 0.5, 0.0, 1.5, 0.2]))
+    kept = np.array([1, 0, 1, 1, 0, 1]) / 0.7
+    right.bar(np.arange(6) - 0.2, p, 0.38, label=f"weights, sum {p.sum():.2f}")
+    right.bar(np.arange(6) + 0.2, p * kept, 0.38, label=f"one mask at rate 0.3, sum {(p * kept).sum():.2f}")
+    right.set(xlabel="position", ylabel="weight of one query", ylim=(0, 0.85))
+    right.legend()
+
+
+def optimizers_picture() -> None:
+    curvature = np.array([1.0, 20.0])
+    _, axis = plt.subplots(figsize=(8, 3.4))
+    x, y = np.meshgrid(np.linspace(-0.8, 5.4, 200), np.linspace(-1.2, 1.2, 200))
+    axis.contour(
+        x, y, (curvature[0] * x**2 + curvature[1] * y**2) / 2, levels=12, colors=GREY, linewidths=0.5, alpha=0.6
+    )
+    for name, lr in (("sgd", 0.09), ("momentum", 0.02), ("rmsprop", 0.1), ("adam", 0.2)):
+        p, state, path = np.array([5.0, 1.0]), {}, [np.array([5.0, 1.0])]
+        for step in range(1, 41):
+            p, state = RULES[name](p, curvature * p, state, step, lr)
+            path.append(p)
+        axis.plot(*np.array(path).T, marker=".", markersize=5, linewidth=1.2, label=f"{name}, rate {lr:g}")
+    axis.set(xlabel="weight along the valley (curvature 1)", ylabel="weight across (curvature 20)")
+    axis.legend(title="40 steps from the right", loc="lower center", ncols=4)
+    axis.set_ylim(-1.7, 1.2)
+
+
+def accumulation_picture() -> None:
+    counts = [90, 60, 30, 10]
+    _, axis = plt.subplots(figsize=(8, 3))
+    rules = (("Σ losses / Σ targets", accumulated), ("mean of means", accumulated_wrongly))
+    for shift, (label, rule) in zip((-0.2, 0.2), rules):
+        weights = [rule([float(i == j) for j in range(4)], counts) for i in range(4)]
+        axis.bar(np.arange(4) + shift, weights, 0.38, label=label)
+    axis.set(xlabel="targets of the micro-batch", xticks=range(4), xticklabels=counts)
+    axis.set(ylabel="weight of one target\nin the step's gradient")
+    axis.legend()
+
+
+def formats_picture() -> None:
+    _, axis = plt.subplots(figsize=(8, 3.8))
+    for name, form in FLOATS.items():
+        low, high = form.smallest_exponent - form.mantissa, int(np.log2(form.largest))
+        exponent = np.arange(max(low, -60), min(high, 60) + 1)
+        spacing = np.maximum(exponent, form.smallest_exponent) - form.mantissa
+        axis.plot(
+            exponent, np.exp2(spacing - exponent), label=name, linewidth=2, marker="|" if len(exponent) < 40 else ""
+        )
+    powers, raised = range(-24, 1, 4), str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+    axis.set_yscale("log", base=2)
+    axis.set_yticks([2.0**n for n in powers], ["2" + f"{n}".translate(raised) for n in powers])
+    axis.set(
+        xlabel="magnitude of the number, as a power of 2", ylabel="distance to the next number,\nshare of the number"
+    )
+    axis.legend(ncols=3, loc="center right", bbox_to_anchor=(1, 0.3))
+
+
+PICTURES: dict[str, Callable[[], None]] = {
+    "softmax": softmax_picture,
+    "attention": attention_picture,
+    "dropout": dropout_picture,
+    "optimizers": optimizers_picture,
+    "gradient-accumulation": accumulation_picture,
+    "float-formats": formats_picture,
+}
+
+if __name__ == "__main__":
+    with mpl.rc_context(STYLE):
+        for topic in sys.argv[1:] or PICTURES:
+            PICTURES[topic]()
+            plt.savefig(FOLDER / f"{topic}.svg", transparent=True, metadata={"Date": None})
+            plt.close("all")
