@@ -14,6 +14,9 @@ import numpy as np
 mpl.use("svg")
 import matplotlib.pyplot as plt
 
+from regpt.reference.bpe import encode, train
+from regpt.reference.char_model import char_backward, char_forward, char_parameters
+from regpt.reference.flash import bytes_moved
 from regpt.reference.gpt2 import softmax
 from regpt.reference.layers import masked_attention, naive_softmax, visible_positions
 from regpt.reference.optimizers import RULES, accumulated, accumulated_wrongly
@@ -137,6 +140,52 @@ def formats_picture() -> None:
     axis.legend(ncols=3, loc="center right", bbox_to_anchor=(1, 0.3))
 
 
+def backpropagation_picture() -> None:
+    rng = np.random.default_rng(0)
+    p = char_parameters(rng)
+    d = char_backward(p, char_forward(p, rng.integers(27, size=(32, 3)), rng.integers(27, size=32)))[1]
+    names = [name for name in d if name not in ("top", "mean")]  # 0 but for rounding
+    _, axis = plt.subplots(figsize=(8, 3.2))
+    axis.bar(range(len(names)), [np.abs(d[name]).max() for name in names])
+    axis.set_yscale("log")
+    powers, raised = range(-4, 2), str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+    axis.set_yticks([10.0**n for n in powers], ["10" + f"{n}".translate(raised) for n in powers])
+    axis.set_xticks(range(len(names)), names, rotation=60, ha="right")
+    axis.set(xlabel="value, from the loss backward", ylabel="largest |∂ loss / ∂ value|")
+
+
+def tokenization_picture() -> None:
+    page = (FOLDER / "attention.md").read_text(encoding="utf-8")
+    english = " ".join(word for word in page.split("## Try it")[0].split() if word.isascii())
+    texts = {
+        "English, another page": (FOLDER / "softmax.md").read_text(encoding="utf-8").split("## Try it")[0][:1500],
+        "Python": Path(__file__).read_text(encoding="utf-8")[1500:3000],
+        "numbers": " ".join(str(n * n) for n in range(30, 130)),
+        "Chinese": "模型读取的是数字。字符很简单，但文本会很长。",
+    }
+    merges = list(train([english], 700).items())
+    sizes = [0, 25, 50, 100, 200, 300, len(merges)]
+    _, axis = plt.subplots(figsize=(8, 3.2))
+    for label, text in texts.items():
+        each = [len(text.encode()) / len(encode(text, dict(merges[:size]))) for size in sizes]
+        axis.plot(sizes, each, marker="o", label=label)
+    axis.set(xlabel="merges learned from a page of English", ylabel="bytes a token", ylim=(0.9, None))
+    axis.legend()
+
+
+def flash_picture() -> None:
+    _, axis = plt.subplots(figsize=(8, 3))
+    lengths = [2**n for n in range(8, 16)]
+    for label in ("usual", "tiles"):
+        axis.plot(range(8), [bytes_moved(T, 64, 128)[label] / 2**20 for T in lengths], marker="o", label=label)
+    axis.set_yscale("log", base=2)
+    powers = range(-2, 14, 3)
+    axis.set_yticks([2.0**n for n in powers], [f"{2.0**n:g}" for n in powers])
+    axis.set_xticks(range(8), [f"{T:,}" for T in lengths])
+    axis.set(xlabel="length T, heads of 64 numbers, 16 bits", ylabel="MiB moved by one head, forward")
+    axis.legend()
+
+
 PICTURES: dict[str, Callable[[], None]] = {
     "softmax": softmax_picture,
     "attention": attention_picture,
@@ -144,6 +193,9 @@ PICTURES: dict[str, Callable[[], None]] = {
     "optimizers": optimizers_picture,
     "gradient-accumulation": accumulation_picture,
     "float-formats": formats_picture,
+    "backpropagation": backpropagation_picture,
+    "tokenization": tokenization_picture,
+    "flash-attention": flash_picture,
 }
 
 if __name__ == "__main__":
