@@ -125,6 +125,21 @@ def test_a_token_that_rounding_could_change_is_drawn_again(monkeypatch):
     assert any(one != expected for one in found), "this noise would have been harmless"
 
 
+def test_a_first_token_that_is_drawn_again_is_known_before_the_next_one(monkeypatch):
+    """Otherwise the second token follows from the one that was wrong, and its log-probability, too."""
+    asked = Request([7, 1], 12, SamplingOptions(1.0, 0), seed=3)
+    other = (alone(asked)[0][0] + 1) % MODEL.config.vocab_size
+    engine = Engine(MODEL, max_rows=2)
+    take, uncached = engine.take, engine.uncached
+    first = (torch.tensor([[other, -1.0, True, True]], dtype=torch.float64),)
+    monkeypatch.setattr(engine, "uncached", lambda one: uncached(one) if one.new else first)
+    doubt = lambda one, numbers, others: take(one, numbers if one.new else [*numbers[:3], False], others)  # noqa: E731
+    monkeypatch.setattr(engine, "take", doubt)
+    (found,) = engine.run([asked])[0]
+    (rest,) = alone(Request([7, 1, other], 11, SamplingOptions(1.0, 0), seed=3))
+    assert found == [other, *rest]
+
+
 # ---- life of a request -----------------------------------------------------------------------------------------------
 
 

@@ -140,10 +140,14 @@ class RowState:
             part = slice(row, row + 1)
             note_tokens(self.counts[part], self.seen[part], self.state[part, TOKEN])
 
-    def move(self, source: int, target: int) -> None:
-        for held in (self.state, self.counts, self.seen, self.bias, self.allowed):
-            if held is not None:
-                held[target] = held[source]
+    def keep(self, kept: list[int], n: int) -> None:
+        """Of the first `n` rows these become the first ones; the others are rows that pad a bucket (`clear`)."""
+        if kept != list(range(len(kept))):
+            at = upload(kept, self.state.device)
+            for held in (self.state, self.counts, self.seen, self.bias, self.allowed):
+                if held is not None:
+                    held[: len(kept)] = held[at]  # read before it is written
+        self.state[len(kept) : n] = 0
 
     def clear(self, row: int) -> None:
         """A row that pads a bucket: it writes to page 0, at position 0."""

@@ -131,6 +131,7 @@ class Engine:
         waiting += self.followers.pop(request_id, [])
         for sequence in [*waiting, *(one for one in self.running() if one.request_id == request_id)]:
             self.end(sequence, "cancelled")
+        self.deactivate({one for one in self.active if one.finished})
 
     @property
     def busy(self) -> bool:
@@ -177,7 +178,8 @@ class Engine:
                 before = len(self.pending)
                 if self.prefilling:
                     self.prefill()
-                known = self.draft is not None or any(one.structure for one in self.active)  # must be, the last token
+                # The last tokens must be known, where they may be drawn again or decide what is allowed.
+                known = self.exact or self.draft is not None or any(one.structure for one in self.active)
                 while self.pending and known:
                     self.collect(self.pending.popleft())
                 if self.active:
@@ -283,9 +285,7 @@ class Engine:
         self.launch(sequences, results)
         self.steps_left -= 1
         if self.steps_left <= 0:
-            for one in sequences:
-                if not self.goes_on(one):
-                    self.deactivate(one)
+            self.deactivate({one for one in sequences if not self.goes_on(one)})
             self.count_steps()
 
     def count_steps(self) -> None:
@@ -301,15 +301,12 @@ class Engine:
         self.sliding.append(sequence)
         return False
 
-    def deactivate(self, sequence: Sequence) -> None:
-        """Take a row away; the last one moves to its place, so that active rows are the first ones."""
-        row, last = self.active.index(sequence), len(self.active) - 1
-        if row != last:
-            self.rows.move(last, row)
-            self.active[row] = self.active[last]
-        self.active.pop()
-        self.rows.clear(last)
-        self.needs = None
+    def deactivate(self, gone: set[Sequence]) -> None:
+        """Take rows away, all at once; those of the other texts become the first ones, in their order."""
+        kept = [row for row, one in enumerate(self.active) if one not in gone]
+        if len(kept) < len(self.active):
+            self.rows.keep(kept, len(self.active))
+            self.active, self.needs = [self.active[row] for row in kept], None
 
     def launch(self, sequences: list[Sequence], results: tuple[Tensor, ...]) -> None:
         """Note that results are on their way to the host."""
@@ -322,6 +319,7 @@ class Engine:
         for sequence, numbers, others in zip(launched.sequences, *launched.read()):
             if not sequence.finished:
                 self.take(sequence, numbers, others)
+        self.deactivate({one for one in launched.sequences if one.finished})
 
     def take(self, sequence: Sequence, numbers: Items[float], others: Items[Items[float]]) -> None:
         """The results of a text's next token, and the likeliest tokens."""
@@ -385,11 +383,9 @@ class Engine:
         self.retire(sequence, keep=False)
 
     def retire(self, sequence: Sequence, *, keep: bool) -> None:
-        """Free a text's row and pages. What a running step still writes to them it writes before anything that is
-        launched later."""
+        """Free a text's pages; `deactivate` takes its row before the next step. What a running step still writes to
+        them it writes before anything that is launched later."""
         sequence.finished = True
-        if sequence in self.active:
-            self.deactivate(sequence)
         for held in (self.prefilling, self.sliding):
             if sequence in held:
                 held.remove(sequence)

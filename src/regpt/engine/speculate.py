@@ -154,9 +154,7 @@ def speculate(engine: "Engine", draft: Draft) -> None:
     drawn = zip(*Launched(texts, *to_host(results or check_eagerly(engine, texts, proposals))).read())
     for one, more in zip(texts, proposals):
         accept_proposals(engine, one, more, [next(drawn) for _ in range(len(more) + 1)])
-    for one in texts:
-        if not one.finished and not engine.goes_on(one):
-            engine.deactivate(one)
+    engine.deactivate({one for one in texts if one.finished or not engine.goes_on(one)})
     engine.count_steps()
 
 
