@@ -13,8 +13,8 @@ from regpt.train.config import GrpoConfig
 from regpt.train.objective import LARGEST, NextToken, Sums, valid_targets
 
 # Largest difference of a log-probability between the engine's cached forward and the training step's, whose products
-# have other shapes and so round differently: a hundred times what was seen (docs/finetune.md). In half precision it is
-# reported only.
+# have other shapes and so round differently: twenty times what was seen (docs/log.md, 2026-12-01). In half precision it
+# is reported only.
 AGREEMENT = {torch.float32: 1e-3, torch.float64: 1e-9}
 
 
