@@ -26,7 +26,7 @@ from regpt.train import activation_offload
 from regpt.train.activation_offload import OnHost
 from regpt.train.backend import make_loss_sum
 from regpt.train.config import TrainConfig
-from regpt.train.recompute import compile_blocks, recompute_blocks
+from regpt.train.recompute import compile_blocks, mlps_in_pieces, recompute_blocks
 
 pytestmark = [
     tiny.IMPORTS_COMPILER,
@@ -88,6 +88,17 @@ def test_blocks_compiled_once_for_all_give_the_gradients_of_the_plain_step(monke
     assert graphs() == 2
     assert drawn(model) == drawn(plain)
     tiny.update(ours)
+    assert graphs() == 2
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch hides it
+def test_blocks_whose_mlps_are_in_pieces_share_their_graphs(monkeypatch):
+    """As above; more of them than the compiler would compile anew."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    config = tiny.replace(tiny.FAMILY_CONFIGS["llama"], n_layer=10)
+    plain, model = tiny.build_model(config=config), mlps_in_pieces(tiny.build_model(config=config), 40)
+    ours, theirs = (tiny.build_trainer(m, tiny.Rows(config=config)) for m in (compile_blocks(model), plain))
+    assert tiny.largest_error(tiny.step_gradients(ours), tiny.step_gradients(theirs)) < 1e-12
     assert graphs() == 2
 
 

@@ -57,6 +57,6 @@ def refuse_other_adapters(config: ModelConfig, adapter: AdapterConfig) -> None:
     for what, given in reasons.items():
         if given:
             raise UserError(
-                f"llama.cpp adds no {what} to a model that it runs; export the merged model with --format gguf, and "
-                "another --type than tq2_0"
+                f"llama.cpp adds no {what} to a model that it runs; export the merged model with --format gguf in "
+                "another type than tq2_0"
             )

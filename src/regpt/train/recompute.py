@@ -1,7 +1,7 @@
 """What is done to the blocks of a model from outside it: activation checkpointing, and compilation of one for all."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -28,16 +28,22 @@ def mlps_in_pieces(model: Transformer, tokens: int) -> Transformer:
     alone: of long rows, they take most of the memory of a block. Call it before `compile_blocks`."""
     for block in model.blocks:
         mlp: Any = block.mlp
-        mlp.forward = partial(in_pieces, mlp.forward, tokens)
+        mlp.__class__ = class_in_pieces(type(mlp), tokens)
     return model
 
 
-def in_pieces(forward: Callable[[Tensor], Tensor], tokens: int, x: Tensor) -> Tensor:
-    """`forward` of x (B, T, C), whose tokens do not see each other."""
-    if not torch.is_grad_enabled() or x.size(0) * x.size(1) <= tokens:
-        return forward(x)
-    pieces = x.split(max(1, tokens // x.size(0)), dim=1)
-    return torch.cat([recomputed(forward, piece) for piece in pieces], dim=1)
+@cache
+def class_in_pieces(mlp: type[Any], tokens: int) -> type[Any]:
+    """`mlp` with another forward: one class for all blocks, which then share what is compiled."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:  # (B, T, C), whose tokens do not see each other
+        if not torch.is_grad_enabled() or x.size(0) * x.size(1) <= tokens:
+            return whole(self, x)
+        pieces = x.split(max(1, tokens // x.size(0)), dim=1)
+        return torch.cat([recomputed(whole, self, piece) for piece in pieces], dim=1)
+
+    whole = mlp.forward
+    return type(mlp.__name__, (mlp,), {"forward": forward})
 
 
 def compile_blocks(model: Transformer, *, deterministic: bool = False) -> Transformer:
