@@ -9,7 +9,7 @@ from serving import TEMPLATE, TOKENIZER, Serving, loaded, serving
 from regpt.text.chat import ChatTemplate
 from regpt.text.retrieved import Passage
 
-FOUND = Passage("it eats", "a.md, line 3"), Passage("x" * 60, "b.md, line 1"), Passage("yes", "c.csv, row 2")
+FOUND = Passage("it eats", "a.md, line 3"), Passage("x" * 30, "b.md, line 1"), Passage("yes", "c.csv, row 2")
 SOURCES = [{"text": "it eats", "place": "a.md, line 3"}, {"text": "yes", "place": "c.csv, row 2"}]
 ASK = {"max_tokens": 4, "seed": 7, "messages": [{"role": "user", "content": "okapi"}]}
 
