@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import pytest
 import tyro
 
+from regpt.__main__ import main
 from regpt.cli.commands import ARGUMENTS, arguments
 from regpt.cli.data_prepare import PrepareArgs
 from regpt.cli.flags import ELSEWHERE, TEXT, flags_of, normalized
@@ -247,3 +248,8 @@ def test_a_list_of_lists_is_written_as_its_numbers_and_a_mistake_says_so():
         with pytest.raises(UsageError) as found:
             parse(Train, ["gpt2-tiny", ramp, *values], "regpt train")
         assert str(found.value) == f"{ramp} {got}, {allowed}"
+
+
+def test_an_empty_choice_can_be_seen(capsys):
+    assert main(["serve", "gpt2", "--kv-cache", "fp9"]) == 2
+    assert 'must be "" or fp8' in capsys.readouterr().err

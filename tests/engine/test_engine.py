@@ -351,3 +351,9 @@ def test_stop_strings_are_found_across_tokens_and_never_shown():
         assert "".join(event.text for event in own) == text[: text.index(stop)]
         assert own[-1].finish_reason == "stop"
         assert len(own) < 60
+
+
+def test_a_cache_that_memory_cannot_hold_is_one_sentence():
+    for tokens in (10**12, 10**17):
+        with pytest.raises(UserError, match=r"a cache of 1[0,]+ positions takes [\d,.]+ GiB, more than cpu has free"):
+            Engine(MODEL, cache_tokens=tokens)

@@ -286,7 +286,7 @@ def test_wrong_arguments_are_one_sentence(tmp_path):
         ([], {}, "no PATH given"),
         ([tmp_path / "none.bin"], {}, "no file matches"),
         ([tmp_path / "val.bin"], {}, "every file has val in its name, so none is left to train on"),
-        ([tmp_path / "a.bin"], {"shard_tokens": 0}, "shard tokens is 0, must be at least 1"),
+        ([tmp_path / "a.bin"], {"shard_tokens": 0}, "--shard-tokens is 0, must be at least 1"),
     ):
         with pytest.raises(UserError, match=said):
             imported(paths, out, **options)

@@ -302,10 +302,10 @@ def test_an_empty_split_says_which_fraction_would_do(tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"val_fraction": 1.0}, "val fraction is 1.0, must be at least 0 and below 1"),
-        ({"val_fraction": float("nan")}, "val fraction is nan"),
-        ({"shard_tokens": 0}, "shard tokens is 0, must be at least 1"),
-        ({"workers": 0}, "workers is 0, must be at least 1"),
+        ({"val_fraction": 1.0}, "--val-fraction is 1.0, must be at least 0 and below 1"),
+        ({"val_fraction": float("nan")}, "--val-fraction is nan"),
+        ({"shard_tokens": 0}, "--shard-tokens is 0, must be at least 1"),
+        ({"workers": 0}, "--workers is 0, must be at least 1"),
     ],
 )
 def test_an_option_out_of_range_is_refused_before_anything_is_written(tmp_path, options, said):

@@ -112,6 +112,24 @@ def test_validation_windows_are_paired(make_run):
     assert one.better == "b"
 
 
+def test_one_window_is_no_sample(make_run):
+    """Its difference has no spread, so it is neither chance nor certain."""
+    for stderr in (None, 0.01):
+        known = {} if stderr is None else {"stderr": stderr}
+        folders = [
+            make_run(rows=rows_of(loss, **known), name=f"{name}{stderr}") for name, loss in (("a", 3.3), ("b", 3.2))
+        ]
+        for folder, loss in zip(folders, (3.3, 3.2)):
+            (folder / "evals").mkdir()
+            write_rows(folder / "evals" / "val-step-00000040.jsonl", [{"item": 0, "loss": loss}])
+        one = measures(*folders)["validation loss"]
+        if stderr is None:
+            assert (one.test, one.why) == (None, "not tested: one item has no spread")
+        else:
+            assert one.test.name == "z of the two errors, unpaired"
+            assert one.test.interval[0] < -0.1 < one.test.interval[1]
+
+
 def test_validation_of_one_source_has_its_own_items(make_run):
     folders = []
     for name, loss in (("a", 3.3), ("b", 3.2)):

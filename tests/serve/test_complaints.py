@@ -301,13 +301,18 @@ def a_client_that_leaves_while_its_prompt_is_read_frees_it(served):
 
 @complaint
 def a_full_queue_and_a_slow_request_are_answered(served):
-    with serving([loaded(rows=1)], Limits(queue=0, seconds=0.05)) as small:
-        held = Held(small)
+    with serving([loaded(rows=1)], Limits(queue=0, seconds=0.5)) as small:
+        held, codes = Held(small), []
+        slow = threading.Thread(target=lambda: codes.append(small.post("completions", prompt="a", max_tokens=60)))
         try:
-            codes = [small.post("completions", prompt="a", max_tokens=60, n=n) for n in (1, 2)]
-            assert [one.status_code for one in codes] == [504, 429]
-            assert codes[1].headers["retry-after"] == "1"
-            assert codes[0].json()["error"]["code"] == "timeout"
+            slow.start()
+            until(lambda: held.worker.open_texts == 1)
+            codes += [small.post("completions", prompt="a", max_tokens=60, n=n) for n in (1, 2)]
+            slow.join()
+            assert [one.status_code for one in codes] == [429, 400, 504]
+            assert codes[0].headers["retry-after"] == "1"
+            assert "2 texts, this server takes 1 at once" in codes[1].text  # to try again would not help
+            assert codes[2].json()["error"]["code"] == "timeout"
         finally:
             held.free()
         small.wait_until_free()

@@ -14,7 +14,7 @@ from regpt.cli.parse import parse
 from regpt.config import recipe_names
 from regpt.console.lines import print_line
 
-WITH_RECIPE = ("train", "plan", "verify-resume", "bench train")
+WITH_RECIPE = ("train", "finetune", "plan", "verify-resume", "bench train")
 # Each script looks up `COMMAND FLAG` (words of that flag), then `COMMAND` (recipes and words, then flags) in TABLE, of
 # lines `KEY=WORDS`. After a flag without words only files are offered.
 BASH = """# bash completion of regpt: eval "$(regpt completion bash)"

@@ -16,7 +16,7 @@ from regpt.console.lines import print_json, print_line, print_note, print_rows
 from regpt.console.text import counted
 from regpt.errors import UsageError, UserError
 from regpt.evals.specs import Spec, parse_tasks
-from regpt.files import write_json, write_text
+from regpt.files import is_file, write_json, write_text
 from regpt.ranges import MANY, PROCESSES, Range
 from regpt.train.config import EvalPrecision
 
@@ -143,6 +143,8 @@ def write_training_items(given: EvalArgs, specs: list[Spec]) -> int:
         raise UsageError(f"--write-train writes items of chat tasks, {others[0]} has none; give --tasks chat:TASK")
     if given.model:
         raise UsageError(f"--write-train reads no model; leave out {given.model!r}, or --write-train FILE")
+    if is_file(given.write_train):
+        raise UserError(f"{given.write_train!r} exists already; choose another file for --write-train, or delete it")
     options = [chat_options(spec.argument) for spec in specs]
     asked = [one._replace(items=given.max_items or one.items) for one in options]
     found = [make_items(one, "train") for one in asked]

@@ -61,6 +61,7 @@ def main(args: list[str]) -> int:
     given = parse(Finetune, args, prog="regpt finetune", default=default, stores=["out"])
     given = with_tasks(given)
     refuse_missing(given)
+    refuse_shape(args)
     from regpt.remote.download import RemoteOptions
     from regpt.runs.finetune import FinetuneRequest, finetune, look, prepare_run, write_settings
 
@@ -105,6 +106,13 @@ def look_at_run(given: Finetune) -> int:
     config = config_of(run, given.step)
     look(replace(config, train=replace(config.train, device="cpu")), given.look, given.step)
     return 0
+
+
+def refuse_shape(args: list[str]) -> None:
+    """Raise a UsageError for a flag of the model's shape, which --init-from decides."""
+    shape = [arg.partition("=")[0] for arg in args if arg.startswith("--model.")]
+    if others := [flag for flag in shape if flag != "--model.dropout"]:
+        raise UsageError(f"{others[0]} would be of another model than --init-from; leave it out")
 
 
 def refuse_missing(given: Finetune) -> None:

@@ -236,7 +236,7 @@ def wanted(flag: Flag) -> str:
     """What the flag takes, in words."""
     if flag.entry > 1:
         return f"{flag.entry} whole numbers for each entry, all one after another and without brackets"
-    words = [*flag.choices, *(WANTED.get(kind, kind.__name__) for kind in flag.kinds)]
+    words = [*(choice or '""' for choice in flag.choices), *(WANTED.get(kind, kind.__name__) for kind in flag.kinds)]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 

@@ -6,6 +6,7 @@ are what a model's layers see of them (`model.cache.Cache`). Shapes: the glossar
 ragged batch (1, N).
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from regpt.errors import UserError
 from regpt.kernels.few_rows import FewRows
 from regpt.model.config import ModelConfig
 from regpt.model.masks import AttentionMask, sdpa_mask
@@ -44,6 +46,9 @@ class Pages:
         dtype: of keys and values.
         narrow: keep them in fp8 (e4m3), rounded to nearest, what is above 448 as 448.
 
+    Raises:
+        UserError: there is not memory enough.
+
     Attributes:
         k, v: (L, G, pages · page_size, D); the positions of a page are next to each other.
         page_size: positions a page.
@@ -63,7 +68,15 @@ class Pages:
         shape = (config.n_layer, config.n_kv_head, (n_pages + 1) * page_size, config.head_size)
         self.dtype, self.narrow = dtype, narrow
         stored = FP8 if narrow else dtype
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=stored) for _ in range(2))  # NaN · 0 would be NaN
+        try:
+            # Zeros, as NaN · 0 would be NaN.
+            self.k, self.v = (torch.zeros(shape, device=device, dtype=stored) for _ in range(2))
+        except (RuntimeError, MemoryError):  # of memory, or of a size that no tensor can have
+            positions, size = n_pages * page_size, 2 * math.prod(shape) * stored.itemsize / 2**30
+            raise UserError(
+                f"a cache of {positions:,} positions takes {size:,.1f} GiB, more than {device.type} has free; ask for "
+                "fewer positions (cache_tokens) or fewer texts at once"
+            ) from None
         self.page_size, self.n_pages = page_size, n_pages
         self.free = bytearray(b"\0" + b"\1" * n_pages)  # 1 where a page is free and holds nothing of use
         self.users = [0] * (n_pages + 1)

@@ -1,6 +1,7 @@
 """Conversations → a folder of token shards with parts, their chat template and its certificate."""
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from regpt.console.text import counted
 from regpt.data.manifest import Manifest, Shard, read_manifest
 from regpt.errors import UsageError, UserError
 from regpt.files import exists, file_sha256, is_file, write_bytes, write_json, write_text
@@ -88,18 +90,21 @@ def prepare_conversations(
     facts = asdict(options) | {"template_sha256": template.sha256, "tokenizer_sha256": template.tokenizer.sha256}
     if exists(folder / "manifest.json"):
         return finished(folder, sources, facts)
+    template.refuse_untrainable()
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     reader = ConversationReader(paths, skip=options.on_error == "skip")
     splits = {"train": EncodedSplit(), "val": EncodedSplit()}
     sample: list[Messages] = []
+    places: list[float] = []
     for conversation, rows in encoded(reader, template, options):
+        places.append(question_fraction(conversation.messages))
         split = splits["val" if is_held_out(conversation, options.val_fraction) else "train"]
         split.ids += [ids for ids, _ in rows]
         split.parts += [parts for _, parts in rows]
         if len(sample) < CERTIFIED:
             sample.append(conversation.messages)
-    check_counts(reader, splits, options)
+    check_counts(reader, splits, options, places)
     certificate = certify(template, sample)
     write_text(folder / CHAT, template.source)
     write_json(folder / CERTIFICATE, certificate)
@@ -170,13 +175,18 @@ def is_held_out(conversation: Conversation, val_fraction: float) -> bool:
     return question_fraction(conversation.messages) < val_fraction
 
 
-def check_counts(reader: ConversationReader, splits: dict[str, EncodedSplit], options: ConversationOptions) -> None:
+def check_counts(
+    reader: ConversationReader, splits: dict[str, EncodedSplit], options: ConversationOptions, places: list[float]
+) -> None:
+    """Raise a UserError where a split that there should be is empty; `places` are the fractions of what was read."""
     if not any(one.ids for one in splits.values()):
         first = f", the first: {reader.reasons[0]}" if reader.reasons else ""
         raise UserError(f"no conversation is left of {reader.skipped:,}{first}; correct the data")
     for name, one in splits.items():
         if not one.ids and (name == "train" or options.val_fraction):
+            enough = math.floor(min(places) * 100 + 1) / 100 if name == "val" else math.floor(max(places) * 100) / 100
+            other = f"--val-fraction {enough:g} or " if 0 < enough < 1 else ""
             raise UserError(
-                f"none of the {reader.read:,} conversations fell into the split {name} at --val-fraction "
-                f"{options.val_fraction:g}; give another fraction, or 0 for no validation"
+                f"none of {counted(reader.read, 'conversation')} fell into the split {name} at --val-fraction "
+                f"{options.val_fraction:g}; give {other}0 for no validation"
             )

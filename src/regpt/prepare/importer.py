@@ -61,7 +61,7 @@ def import_tokens(
     if not given:
         raise UserError("no PATH given; give files, folders or globs of .npy or .bin")
     if shard_tokens < 1:
-        raise UserError(f"shard tokens is {shard_tokens}, must be at least 1")
+        raise UserError(f"--shard-tokens is {shard_tokens}, must be at least 1")
     left_out: Counter[str] = Counter()
     splits = split_files(given, val, file_format, tokenizer.n_vocab, left_out)
     if guessed_tokenizer:

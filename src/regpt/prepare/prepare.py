@@ -114,8 +114,9 @@ def check_options(
     if not sources:
         raise UsageError("no SOURCE given; give files, folders, globs or a named set")
     if val_fraction is not None and not 0 <= val_fraction < 1:
-        raise UsageError(f"val fraction is {val_fraction}, must be at least 0 and below 1")
-    for name, value, least in (("shard tokens", shard_tokens, 1), ("workers", workers, 1), ("min chars", min_chars, 0)):
+        raise UsageError(f"--val-fraction is {val_fraction}, must be at least 0 and below 1")
+    counts = (("--shard-tokens", shard_tokens, 1), ("--workers", workers, 1), ("--min-chars", min_chars, 0))
+    for name, value, least in counts:
         if value is not None and value < least:
             raise UsageError(f"{name} is {value}, must be at least {least}")
 

@@ -35,6 +35,8 @@ def check_out(out: Path) -> None:
         shutil.rmtree(out / WORK, ignore_errors=True)  # of a process that was killed before it could tidy up
     if exists(out) and not is_folder(out):
         raise UserError(f"--out {out} is a file; give a folder")
+    if exists(out / "config.toml") and exists(out / "env.json"):
+        raise UserError(f"--out {out} is the folder of a run; give another one for the tokens")
 
 
 def is_finished(out: Path) -> bool:

@@ -223,12 +223,12 @@ def measure(name: str, a: Measured, b: Measured, same_data: bool, scores: Scores
         why = "other data"
     elif a.measured_on != b.measured_on and None not in (a.measured_on, b.measured_on):
         why = f"validated on {a.measured_on:,.0f} and {b.measured_on:,.0f} tokens"
-    elif scores is not None:
+    elif scores is not None and len(scores[0]) > 1:
         test, why = paired_test(*scores), ""
     elif a.stderr is not None and b.stderr is not None:
         test, why = unpaired_z(a.value, a.stderr, b.value, b.stderr), ""
     else:
-        why = "no scores"
+        why = "no scores" if scores is None else "one item has no spread"
     return Measure(name, a, b, lower, test, why and f"not tested: {why}")
 
 

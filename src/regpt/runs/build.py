@@ -228,9 +228,9 @@ def check_pairs(config: RunConfig, rows: Rows) -> None:
     reference's log-probabilities are missing."""
     paired, asked = isinstance(rows, ConversationRows) and rows.paired, config.preference
     if bool(asked.method) != paired:
-        there = "pairs of answers" if paired else "not pairs of answers"
+        there = "holds pairs of answers" if paired else "holds no pairs of answers"
         raise UserError(
-            f"{rows.source} holds {there}, preference.method is {asked.method or 'empty'}; begin a run with: regpt "
+            f"{rows.source} {there}, preference.method is {asked.method or 'empty'}; begin a run with: regpt "
             "finetune dpo-124m --init-from MODEL --data PAIRS --out RUN"
         )
     if isinstance(rows, ConversationRows) and asked.reference and rows.reference is None:

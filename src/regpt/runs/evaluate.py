@@ -69,8 +69,9 @@ class EvalRequest:
     system_instruction: str = ""
 
     def __post_init__(self) -> None:
-        if self.max_items < 0:
-            raise UsageError(f"max-items is {self.max_items}, must be 0 (no limit) or more")
+        for name in ("max_items", "val_tokens"):
+            if (value := getattr(self, name)) < 0:
+                raise UsageError(f"--{name.replace('_', '-')} is {value}, must be 0 (no limit) or more")
         kinds = {spec.kind for spec in self.specs}
         if kinds == {"val"} and (useless := self.given("max_items")):
             raise UsageError(
@@ -78,7 +79,7 @@ class EvalRequest:
                 "val,hellaswag), or leave it out"
             )
         if not 0 < self.val_fraction <= 1:
-            raise UsageError(f"val-fraction is {self.val_fraction:g}, must be above 0 and at most 1")
+            raise UsageError(f"--val-fraction is {self.val_fraction:g}, must be above 0 and at most 1")
         retrieval = () if self.retrieve else ("passages", "with_answers")
         for task, names in {
             "val": ("data", "val_tokens", "batch_rows", *(() if "conversations" in kinds else ("seq_len",))),

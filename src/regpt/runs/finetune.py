@@ -29,6 +29,7 @@ from regpt.model.transformer import Transformer
 from regpt.parallel.mesh import choose_device
 from regpt.prepare.conversation_shards import TOO_LONG, ConversationOptions, prepare_conversations
 from regpt.prepare.named import table_files
+from regpt.prepare.work import naming_full_disk, try_place
 from regpt.remote.download import REMOTE_OPTIONS, RemoteOptions
 from regpt.report.read import current, read_rows
 from regpt.runs.build import open_shards
@@ -73,6 +74,7 @@ def prepare_run(asked: FinetuneRequest, config: RunConfig) -> RunConfig:
         UsageError, UserError: a model, template, row or setting that does not fit; what `prepare_conversations` raises.
     """
     refuse_used_folder(asked.run, (DATA,))
+    try_place(asked.run)
     if config.data.order not in ("packed", "grouped"):
         raise UsageError(
             f"data.order is {config.data.order}, conversations are read packed or grouped; set one of them"
@@ -107,7 +109,8 @@ def prepare_run(asked: FinetuneRequest, config: RunConfig) -> RunConfig:
     folder = asked.run / DATA
     files = table_files(asked.files, asked.remote)
     urls = {one.path: one.url for one in files if one.url}
-    manifest = prepare_conversations([one.path for one in files], folder, template, options, urls)
+    with naming_full_disk(folder):
+        manifest = prepare_conversations([one.path for one in files], folder, template, options, urls)
     say_what_was_read(manifest, template, opened)
     config = replace(config, model=model, data=replace(config.data, path=str(folder), mixture={}))
     if config.grpo.tasks:

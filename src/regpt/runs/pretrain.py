@@ -288,7 +288,9 @@ def no_validation(run: Run) -> str | None:
     if run.config.grpo.tasks or run.config.model.reward_head:
         return None  # of replies, by eval.tasks; of pairs, at the end
     if not run.corpus.tokens("val"):
-        return f"no validation: the data hold out nothing{kept}; prepare them with --val or --val-fraction"
+        tuned = any(folder.manifest.has_parts for folder in run.corpus.folders)
+        how = "begin with a larger --val-fraction" if tuned else "prepare them with --val or --val-fraction"
+        return f"no validation: the data hold out nothing{kept}; {how}"
     if kept and not run.config.eval.every_steps:
         return f"validation at the end alone{kept}; set eval.every_steps"
     return None

@@ -16,6 +16,7 @@ from regpt.checkpoint.load import Checkpoint, checkpoint_folder, checkpoints, lo
 from regpt.config import RunConfig
 from regpt.console.text import counted
 from regpt.errors import UserError
+from regpt.files import write_errors
 from regpt.report.read import rows_by_step
 
 POLL_SECONDS = 0.002
@@ -110,8 +111,9 @@ def verify_resume(
     """
     config = with_checkpoints(config)
     file, straight = commands.folder / "config.toml", commands.folder / "straight"
-    commands.folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(config.to_toml(), encoding="utf-8")
+    with write_errors(commands.folder, "choose another --out"):
+        commands.folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(config.to_toml(), encoding="utf-8")
     commands.say(f"straight: {counted(config.train.steps, 'step')} on {counted(processes, 'process', 'processes')}")
     commands.finish("train", str(file), "--out", str(straight), *nproc(processes))
     comparisons: dict[str, dict[str, Any]] = {}

@@ -153,6 +153,9 @@ class Worker:
 
     def reserve(self, texts: int) -> None:
         most = self.engine.max_rows + self.limits.queue
+        if texts > most:
+            message = f"the request asks for {texts} texts, this server takes {most} at once; divide it"
+            raise ApiError(message, code="invalid_value")
         if self.open_texts + texts > most:
             message = f"{self.open_texts} texts are written or wait, {texts} more would exceed {most}; try again"
             raise ApiError(message, status=429, code="queue_full", headers={"Retry-After": "1"})

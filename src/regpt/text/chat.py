@@ -94,6 +94,7 @@ class ChatTemplate:
             self.template = chat_environment().from_string(source)
         except TemplateError as error:
             raise UserError(f"the model's chat template is not valid: {error} (line {line_of(error)})") from None
+        self.fault = ""  # why a plain question and answer cannot be rendered
         self.end_of_turn = self.find_end_of_turn()
 
     def render(self, messages: Sequence[Message], *, answer_next: bool = True) -> str:
@@ -126,12 +127,18 @@ class ChatTemplate:
         Raises:
             UserError: the template refuses the messages, cannot be divided, or writes nothing that ends an answer.
         """
+        self.refuse_untrainable()
+        return self.encode_pieces(self.pieces(messages))
+
+    def refuse_untrainable(self) -> None:
+        """Raise a UserError where no conversation can be trained on with this template, and say why."""
+        if self.fault:
+            raise UserError(f"{self.fault}; give another with --template")
         if self.end_of_turn is None:
             raise UserError(
                 "the chat template writes no special token after an answer, so a model cannot learn to end one; give "
                 "another with --template"
             )
-        return self.encode_pieces(self.pieces(messages))
 
     def pieces(self, messages: Sequence[Message], *, answer_next: bool = False) -> list[RenderedPiece]:
         """The rendered conversation, cut before and after each answer and after the token that ends it.
@@ -218,7 +225,8 @@ class ChatTemplate:
         try:
             messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
             _, _, after = self.render(messages, answer_next=False).partition(PROBE)
-        except UserError:
+        except UserError as error:
+            self.fault = str(error)
             return None
         found = self.names.match(after.lstrip())
         return None if found is None else self.special[found.group()]
