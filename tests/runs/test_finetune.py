@@ -280,7 +280,7 @@ def test_of_preferences_the_chosen_answer_is_learned_or_both_are_kept(base, tmp_
             "line 1: the conversation has .* tokens, more than data.seq_len 32.*--on-error skip",
         ),
         (["--data.seq-len", "32", "--on-error", "skip"], "no conversation is left of 40, the first: "),
-        (["--val-fraction", "0.000001"], "none of the 40 conversations fell into the split val"),
+        (["--val-fraction", "0.000001"], "none of 40 conversations fell into the split val"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_a_sentence(base, answers, tmp_path, flags, said):

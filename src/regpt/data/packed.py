@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from regpt.console.text import counted
 from regpt.data.manifest import Manifest, Shard
 from regpt.data.order import permutation, ranges, row_key, shuffled
 from regpt.data.stream import StoredTokens, document_starts
@@ -213,9 +214,10 @@ class ConversationRows:
     def sentence(self) -> str:
         """What the rows hold, for people: `… tokens are trained on (35 %)`."""
         trained, tokens, places = self.shares()
-        rows = f"{self.n_rows:,} rows of {self.seq_len:,} tokens" if self.order != "grouped" else "a row each"
+        rows = f"{counted(self.n_rows, 'row')} of {self.seq_len:,} tokens" if self.order != "grouped" else "a row each"
+        read = counted(len(self.lengths), "conversation")
         return (
-            f"{len(self.lengths):,} conversations in {rows}, {1 - tokens / places:.1%} padding; {trained:,} of "
+            f"{read} in {rows}, {1 - tokens / places:.1%} padding; {trained:,} of "
             f"{tokens:,} tokens are trained on ({trained / tokens:.0%})"
         )
 

@@ -315,8 +315,8 @@ def look(config: RunConfig, count: int, step: int = 1) -> None:
     whole = masked_rows(rows, (step - 1) * batch_rows, batch_rows, tokenizer)
     for row in whole[:count]:
         print_line(
-            f"row {row.number:,}: {len(row.conversations)} conversations, {row.trained:,} of {row.tokens:,} tokens are "
-            f"trained on, {row.padding:,} of padding"
+            f"row {row.number:,}: {counted(len(row.conversations), 'conversation')}, {row.trained:,} of "
+            f"{row.tokens:,} tokens are trained on, {row.padding:,} of padding"
         )
         for conversation in row.conversations:
             print_parts(conversation)
