@@ -5,8 +5,9 @@ black.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -147,9 +148,7 @@ def backpropagation_picture() -> None:
     names = [name for name in d if name not in ("top", "mean")]  # 0 but for rounding
     _, axis = plt.subplots(figsize=(8, 3.2))
     axis.bar(range(len(names)), [np.abs(d[name]).max() for name in names])
-    axis.set_yscale("log")
-    powers, raised = range(-4, 2), str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-    axis.set_yticks([10.0**n for n in powers], ["10" + f"{n}".translate(raised) for n in powers])
+    power_ticks(axis, range(-4, 2))
     axis.set_xticks(range(len(names)), names, rotation=60, ha="right")
     axis.set(xlabel="value, from the loss backward", ylabel="largest |∂ loss / ∂ value|")
 
@@ -186,6 +185,76 @@ def flash_picture() -> None:
     axis.legend()
 
 
+def residual_picture() -> None:
+    rng = np.random.default_rng(0)
+    _, axis = plt.subplots(figsize=(8, 3.2))
+    for scale, residual, label in (
+        (0.7, False, "product, weights 30 % small"),
+        (1.3, False, "product, weights 30 % large"),
+        (0.7, True, "sum"),
+        (0.7 / 50**0.5, True, "sum, branches by 1/√50"),
+    ):
+        weights = rng.normal(0, scale / 8, size=(50, 64, 64))
+        x, kept = rng.normal(size=64), []
+        for w in weights:
+            kept.append(np.tanh(w @ x))
+            x = x + kept[-1] if residual else kept[-1]
+        d, norms = rng.normal(size=64), []
+        for w, h in zip(weights[::-1], kept[::-1]):
+            branch = w.T @ (d * (1 - h**2))
+            d = d + branch if residual else branch
+            norms.append(np.linalg.norm(d))
+        axis.plot(range(1, 51), norms[::-1], label=label)
+    power_ticks(axis, range(-9, 4, 3))
+    axis.set(xlabel="layer", ylabel="norm of the gradient")
+    axis.legend()
+
+
+def power_ticks(axis: Any, powers: Sequence[int]) -> None:
+    """A logarithmic y axis whose labels are text: 10⁻³."""
+    raised = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+    axis.set_yscale("log")
+    axis.set_yticks([10.0**n for n in powers], ["10" + f"{n}".translate(raised) for n in powers])
+    axis.minorticks_off()
+
+
+def lora_picture() -> None:
+    ranks = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+    _, axis = plt.subplots(figsize=(8, 3))
+    axis.plot(range(len(ranks)), [16 * r * 2 * 4096 / 2**20 for r in ranks], marker="o", label="A and B of rank r")
+    axis.axhline(16 * 4096**2 / 2**20, color=COLORS[1], label="the whole matrix")
+    power_ticks(axis, range(-1, 4))
+    axis.set_xticks(range(len(ranks)), [str(r) for r in ranks])
+    axis.set(xlabel="rank r", ylabel="MiB: weights, gradients, moments\n(float32)")
+    axis.legend()
+
+
+def speculation_picture() -> None:
+    p, q = np.array([0.42, 0.28, 0.16, 0.09, 0.05]), np.array([0.2, 0.35, 0.25, 0.05, 0.15])
+    _, (left, right) = plt.subplots(1, 2, figsize=(8, 3), sharey=True)
+    at = np.arange(5)
+    left.bar(at - 0.2, p, 0.38, label="p, large model")
+    left.bar(at + 0.2, q, 0.38, label="q, draft")
+    left.legend()
+    right.bar(at, np.minimum(p, q), 0.6, color=COLORS[2], label=f"accepted, {np.minimum(p, q).sum():.2f} in all")
+    right.bar(at, p - np.minimum(p, q), 0.6, bottom=np.minimum(p, q), color=COLORS[3], label="drawn after a refusal")
+    right.legend()
+    for axis in (left, right):
+        axis.set(xlabel="token", xticks=at)
+    left.set(ylabel="probability")
+
+
+def data_parallel_picture() -> None:
+    ranks = [2, 4, 8, 16, 32, 64, 128]
+    _, axis = plt.subplots(figsize=(8, 3))
+    axis.plot(range(7), [0.124 * (n - 1) for n in ranks], marker="o", label="one rank collects and sends back")
+    axis.plot(range(7), [2 * 0.124 * (n - 1) / n for n in ranks], marker="o", label="ring")
+    power_ticks(axis, range(-1, 3))
+    axis.set_xticks(range(7), [str(n) for n in ranks])
+    axis.set(xlabel="ranks", ylabel="billion numbers sent\nby the busiest rank")
+    axis.legend()
+
+
 PICTURES: dict[str, Callable[[], None]] = {
     "softmax": softmax_picture,
     "attention": attention_picture,
@@ -196,6 +265,10 @@ PICTURES: dict[str, Callable[[], None]] = {
     "backpropagation": backpropagation_picture,
     "tokenization": tokenization_picture,
     "flash-attention": flash_picture,
+    "residual-stream": residual_picture,
+    "lora": lora_picture,
+    "speculative-sampling": speculation_picture,
+    "data-parallel": data_parallel_picture,
 }
 
 if __name__ == "__main__":
