@@ -132,9 +132,7 @@ def formats_picture() -> None:
         axis.plot(
             exponent, np.exp2(spacing - exponent), label=name, linewidth=2, marker="|" if len(exponent) < 40 else ""
         )
-    powers, raised = range(-24, 1, 4), str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-    axis.set_yscale("log", base=2)
-    axis.set_yticks([2.0**n for n in powers], ["2" + f"{n}".translate(raised) for n in powers])
+    power_ticks(axis, range(-24, 1, 4), base=2)
     axis.set(
         xlabel="magnitude of the number, as a power of 2", ylabel="distance to the next number,\nshare of the number"
     )
@@ -210,11 +208,11 @@ def residual_picture() -> None:
     axis.legend()
 
 
-def power_ticks(axis: Any, powers: Sequence[int]) -> None:
+def power_ticks(axis: Any, powers: Sequence[int], base: int = 10) -> None:
     """A logarithmic y axis whose labels are text: 10⁻³."""
     raised = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-    axis.set_yscale("log")
-    axis.set_yticks([10.0**n for n in powers], ["10" + f"{n}".translate(raised) for n in powers])
+    axis.set_yscale("log", base=base)
+    axis.set_yticks([float(base) ** n for n in powers], [str(base) + str(n).translate(raised) for n in powers])
     axis.minorticks_off()
 
 

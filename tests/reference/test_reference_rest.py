@@ -152,7 +152,8 @@ def test_ternary_weights_are_three_numbers_at_the_mean_magnitude():
 
 def test_filters_leave_the_tokens_that_they_should():
     logits = np.log([0.5, 0.25, 0.15, 0.1])
-    assert np.isfinite(decoding.top_k(logits, 2)).tolist() == [True, True, False, False]
+    for k in (1, 2, 3):
+        assert np.isfinite(decoding.top_k(logits, k)).tolist() == [i < k for i in range(4)]
     for p, left in ((0.3, 1), (0.6, 2), (0.8, 3), (1.0, 4)):
         assert np.isfinite(decoding.top_p(logits[::-1], p)).sum() == left
         assert np.isfinite(decoding.top_p(logits[::-1], p))[-left:].all()

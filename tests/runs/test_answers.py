@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import regpt
-from conversation_files import save_byte_model, write_answers
 from regpt.checkpoint.open import open_model
 from regpt.cli.eval import main
 from regpt.errors import UsageError, UserError
@@ -20,16 +19,6 @@ from regpt.text.chat import PLAIN, ChatTemplate
 
 ENCODE, END = byte_tokenizer().encode, byte_tokenizer().eot
 FRACTION = 0.2  # eight of forty or so
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    return save_byte_model(tmp_path_factory.mktemp("base") / "model")
-
-
-@pytest.fixture(scope="module")
-def answers(tmp_path_factory) -> Path:
-    return write_answers(tmp_path_factory.mktemp("answers") / "answers.jsonl")
 
 
 @pytest.fixture(autouse=True)

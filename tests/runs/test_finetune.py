@@ -11,7 +11,7 @@ import torch
 
 import regpt
 import tiny
-from conversation_files import TUNING, save_byte_model, write_answers
+from conversation_files import TUNING
 from hub_server import Server
 from regpt.checkpoint.load import checkpoint_folder, checkpoints
 from regpt.checkpoint.open import open_model
@@ -34,16 +34,6 @@ from regpt.text.chat import ANSWER, CHATML, PLAIN, ChatTemplate
 
 SHAPE = ModelConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=257, max_seq_len=128)
 FLAGS = [*TUNING, "--checkpoint.every-steps", "2", "--eval.every-steps", "4", "--sample.max-new-tokens", "8"]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    return save_byte_model(tmp_path_factory.mktemp("base") / "model")
-
-
-@pytest.fixture(scope="module")
-def answers(tmp_path_factory) -> Path:
-    return write_answers(tmp_path_factory.mktemp("answers") / "answers.jsonl")
 
 
 def tune(base: Path, answers: Path, run: Path, *flags: str) -> int:

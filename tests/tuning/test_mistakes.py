@@ -51,10 +51,9 @@ def test_a_template_that_cannot_be_used_says_why_before_any_row_is_read(
     assert "row" not in said
 
 
-def test_a_place_that_cannot_be_written_is_named(small_model, rows, tmp_path, capsys):
-    for out in (rows / "x", "/proc/no-such"):
-        said = refused(capsys, small_model, rows, "--out", out)
-        assert f"--out {out} cannot be written" in said
+def test_a_place_that_cannot_be_written_is_named(small_model, rows, capsys):
+    out = rows / "x"  # within a file
+    assert f"--out {out} cannot be written" in refused(capsys, small_model, rows, "--out", out)
 
 
 def test_a_fraction_that_holds_something_out_is_named_and_works(small_model, rows, tmp_path, capsys):

@@ -57,8 +57,8 @@ def test_14_log_probabilities_of_an_answer_are_summed():
 class OverPlaces(PolicyGradient):
     """Divides by all places of a row, those after a reply's end too."""
 
-    def token_weights(self, drawn: Tensor) -> Tensor:
-        return drawn / drawn.size(1)
+    def token_weights(self, drawn: Tensor, dtype: torch.dtype) -> Tensor:
+        return drawn.to(dtype) / drawn.size(1)
 
 
 def token_gradients(

@@ -1,5 +1,6 @@
 """Consoles, progress bars and coloured cells, drawn by rich: data is never read as markup."""
 
+import re
 from collections.abc import Iterable
 from typing import IO, Any
 
@@ -94,9 +95,7 @@ def field(name: str) -> TextColumn:
 def print_markdown(text: str, console: Console | None = None) -> None:
     """Markdown of ours: drawn on a terminal, as it is in a file or pipe."""
     console = console or PlainConsole()
-    drawn = is_terminal(console.file)
-    console.print(
-        Markdown(text.replace("<details><summary>", "").replace("</summary>", "").replace("</details>", ""))
-        if drawn
-        else text
-    )
+    if is_terminal(console.file):
+        console.print(Markdown(re.sub(r"</?(?:details|summary)>", "", text)))
+    else:
+        console.print(text, soft_wrap=True, end="")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from regpt.reference.adamw import adamw
 from regpt.reference.gpt2 import Array
 
 State = dict[str, Array]
@@ -85,10 +86,8 @@ def adam(
 
     In the first update m̂ = g and v̂ = g²: a step of lr in every weight, whatever its gradient's size.
     """
-    m = beta1 * state.get("m", 0 * p) + (1 - beta1) * g
-    v = beta2 * state.get("v", 0 * p) + (1 - beta2) * g**2
-    m_hat, v_hat = m / (1 - beta1**step), v / (1 - beta2**step)
-    return p - lr * m_hat / (np.sqrt(v_hat) + eps), {"m": m, "v": v}
+    p, m, v = adamw(p, g, state.get("m", 0 * p), state.get("v", 0 * p), step, lr, beta1, beta2, eps, decay=0.0)
+    return p, {"m": m, "v": v}
 
 
 def lion(

@@ -18,7 +18,7 @@ from regpt.prepare.passages import PassageIndex
 from regpt.text.chat import ChatTemplate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AnswerOptions:
     """What stands before the questions, and which are asked.
 

@@ -32,8 +32,8 @@ from regpt.train.precision import autocast, check_precision, hold, inference_dty
 
 
 @dataclass(frozen=True)
-class EvalRequest:
-    """Model, tasks and limits of an evaluation.
+class EvalRequest(AnswerOptions):
+    """Model, tasks and limits of an evaluation; of the task `conversations` what `AnswerOptions` has.
 
     Attributes:
         model: MODEL as typed.
@@ -44,7 +44,6 @@ class EvalRequest:
         compile: compile the scoring of tasks.
         max_items: of each task, 0 for all.
         ema: with the moving average of the weights.
-        few_shot, seed, retrieve, passages, with_answers, val_fraction: of `conversations`, see `AnswerOptions`.
         apply_chat_template, fewshot_as_multiturn, system_instruction: of `lm-eval`, see `HarnessChats`.
     """
 
@@ -58,12 +57,6 @@ class EvalRequest:
     compile: bool = False
     max_items: int = 0
     ema: bool = False
-    few_shot: int = 0
-    seed: int = 0
-    retrieve: str = ""
-    passages: int = 3
-    with_answers: bool = False
-    val_fraction: float = 0.05
     apply_chat_template: bool = False
     fewshot_as_multiturn: bool = True
     system_instruction: str = ""
@@ -186,10 +179,9 @@ def answer_opener(
     asked: EvalRequest, run: RunConfig | None, opened: OpenModel, template: ChatTemplate | None
 ) -> Callable[[Spec], Suite]:
     """What opens the task `conversations`: with the model's template, of a base model the plain one."""
-    options = AnswerOptions(**{one.name: getattr(asked, one.name) for one in fields(AnswerOptions)})
     length = sequence_length(asked, run, opened)
     given = template or ChatTemplate(PLAIN, opened.tokenizer)
-    return lambda spec: open_answers(str(spec), spec.argument, given, length, options)
+    return lambda spec: open_answers(str(spec), spec.argument, given, length, asked)
 
 
 def sequence_length(asked: EvalRequest, run: RunConfig | None, opened: OpenModel) -> int:

@@ -53,11 +53,11 @@ class PolicyGradient:
             return valid_targets(batches)
         return sum(int((batch.targets.numpy() != IGNORE_INDEX).any(axis=1).sum()) for batch in batches)
 
-    def token_weights(self, drawn: Tensor) -> Tensor:
+    def token_weights(self, drawn: Tensor, dtype: torch.dtype) -> Tensor:
         """Weight of each drawn token (B, R) bool in the sum over units. `grpo`: one over the reply's length, so that
         replies count alike, and a token of a long wrong one less; `dapo`: 1, all tokens alike (Yu et al. 2025, equation
         8); `dr_grpo`: one over the most that a reply may have, which depends on no length (Liu et al. 2025)."""
-        counted = drawn.float()
+        counted = drawn.to(dtype)
         if self.config.loss == "dapo":
             return counted
         if self.config.loss == "dr_grpo":
@@ -93,10 +93,10 @@ class PolicyGradient:
         low, high = 1 - self.config.clip_low, 1 + self.config.clip_high
         gain = torch.minimum(ratio * better, ratio.clamp(low, high) * better)
         clipped = torch.where(better > 0, ratio > high, ratio < low) & drawn & (better != 0)
-        weights = self.token_weights(drawn)
+        weights = self.token_weights(drawn, logps.dtype)
         loss = -gain
         lengths = drawn.sum(dim=1, keepdim=True).clamp(min=1)
-        each = drawn.float() if self.config.loss == "dapo" else drawn / lengths  # a mean over tokens, in units
+        each = drawn.to(logps.dtype) if self.config.loss == "dapo" else drawn / lengths  # a mean over tokens, in units
         means = {"delta_logp": change.abs(), "clipped": clipped, "entropy": torch.where(drawn, -logps, 0)}
         if self.config.beta:
             assert batch.reference is not None
